@@ -1,0 +1,48 @@
+"""The public names of a low-memory, hand-written training loop; each is imported when it is first used."""
+
+from importlib import import_module
+
+_HOMES = {
+    "TrainConfig": "config",
+    "UsageError": "config",
+    "resolve": "flags",
+    "parallelize": "parallel.sharding",
+    "join": "parallel.launch",
+    "open_rows": "data.rows",
+    "split_rows": "data.rows",
+    "make_encoder": "data.encode",
+    "encode_seq2seq": "data.encode",
+    "encode_causal": "data.encode",
+    "encode_text": "data.encode",
+    "Batch": "data.stream",
+    "Stream": "data.stream",
+    "collate": "data.stream",
+    "open_stream": "data.stream",
+    "open_eval": "data.stream",
+    "load_model": "model",
+    "freeze": "model",
+    "plain_loss": "memory.loss",
+    "chunked_loss": "memory.loss",
+    "make_optimizer": "memory.optim",
+    "learning_rate_at": "memory.optim",
+    "TrainState": "step",
+    "StepResult": "step",
+    "train_step": "step",
+    "evaluate": "evaluate",
+    "generate": "evaluate",
+    "text_metrics": "evaluate",
+    "save_checkpoint": "checkpoint",
+    "load_checkpoint": "checkpoint",
+    "latest_checkpoint": "checkpoint",
+    "verify_checkpoint": "commit",
+    "save_model": "checkpoint",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    # PEP 562: `import lowmem` costs milliseconds, and what a program does not use is not imported
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lowmem' has no attribute {name!r}")
+    return getattr(import_module(f"lowmem.{_HOMES[name]}"), name)

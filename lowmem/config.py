@@ -1,0 +1,191 @@
+"""What a run is asked to do: one frozen, flat record, its presets and its rules. Imports no torch."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+
+class UsageError(ValueError):
+    """A mistake in flags, files or environment; the command line tells it in one line and exits 2."""
+
+
+# Shapes for models trained from scratch, as the fields of transformers' config classes.
+_T5 = {"model_type": "t5", "decoder_start_token_id": 0, "tie_word_embeddings": True}
+MODEL_SHAPES: dict[str, dict[str, object]] = {
+    "t5-tiny": _T5
+    | {"vocab_size": 384, "d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 2}
+    | {"feed_forward_proj": "gated-gelu", "dropout_rate": 0.0},
+    "t5-small": _T5 | {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "num_heads": 8, "d_ff": 2048, "num_layers": 6},
+    "t5-base": _T5 | {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "num_heads": 12, "d_ff": 3072, "num_layers": 12},
+}
+
+# Presets are differences from the defaults. `tiny` is what a run without a preset and without a model means.
+PRESETS: dict[str, dict[str, object]] = {
+    "tiny": {"model_config": "t5-tiny", "batch_size": 32, "epochs": 4, "learning_rate": 2e-3, "warmup_steps": 50}
+    | {"logging_steps": 50, "eval_steps": 500, "save_steps": 500, "eval_on_start": True},
+    "use_small_config": {"model_config": "t5-small", "max_seq_len": 256, "batch_size": 16, "learning_rate": 3e-4}
+    | {"warmup_ratio": 0.03},
+    "use_fast_config": {"model_config": "t5-small", "max_seq_len": 128, "batch_size": 32, "learning_rate": 3e-4}
+    | {"warmup_ratio": 0.03, "mixed_precision": "bf16"},
+    "use_large_config": {"model_config": "t5-base", "max_seq_len": 512, "batch_size": 2, "learning_rate": 2e-4}
+    | {"gradient_accumulation_steps": 16, "warmup_ratio": 0.03, "mixed_precision": "bf16", "recompute": "full"},
+    "is_finetune": {"freeze": "embeddings,encoder", "learning_rate": 1e-4, "warmup_ratio": 0.03},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Every setting of a run. A field that is None after `resolve` is one that another field decides."""
+
+    # --- model
+    model_name_or_path: str | None = None
+    """Model to start from: a folder that `from_pretrained` loads. None builds `model_config` from scratch."""
+    model_config: str | None = None
+    """Shape of a model built from scratch: t5-tiny, t5-small, t5-base, or the path of a transformers config.json."""
+    tokenizer_name_or_path: str | None = None
+    """Tokenizer folder. None: the model's own; for a model from scratch, bytes (ByT5, needs no file)."""
+    freeze: str = ""
+    """Parts that keep their weights, comma-separated: embeddings (a tied output head with them), encoder."""
+
+    # --- data
+    train_file: str | None = None
+    """Rows to train on, parquet, JSONL or text: a path, a glob or a comma list. None: the bundled rows."""
+    validation_file: str | None = None
+    """Rows to evaluate on during training."""
+    validation_rows: int | None = None
+    """Without validation_file: hold out this many rows from the end of train_file. 0 evaluates nothing."""
+    test_file: str | None = None
+    """Rows to evaluate on once, after training (`train`) or alone (`evaluate`, `test`)."""
+    prompt_column: str | None = None
+    """Column that the model reads. Default: prompt."""
+    response_column: str | None = None
+    """Column that the model learns to write. Default: response."""
+    text_column: str | None = None
+    """Instead of prompt and response: one column of plain text, every token a target (causal models)."""
+    max_seq_len: int = 512
+    """Tokens a sequence may have; longer ones are cut. Prompt and response of a T5-like model: each this many."""
+
+    # --- batches and length of the run
+    epochs: float | None = None
+    """Passes over the training rows; a part is allowed. Default: 3."""
+    max_steps: int | None = None
+    """Instead of epochs: optimizer steps to train."""
+    batch_size: int = 8
+    """Rows per process and micro-batch."""
+    gradient_accumulation_steps: int | None = None
+    """Micro-batches per process and optimizer step. Default: 1."""
+    global_batch_size: int | None = None
+    """Instead of gradient_accumulation_steps: rows per optimizer step over all processes."""
+
+    # --- optimizer
+    optimizer: str = "adamw"
+    """adamw, or another of torch.optim: adam, nadam, radam, adamax, adafactor, adagrad, adadelta, rmsprop, sgd."""
+    learning_rate: float = 5e-5
+    """Peak learning rate."""
+    lr_scheduler_type: str = "cosine"
+    """After warm-up: cosine or linear (both to 0 at the last step), or constant."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate rises linearly from 0. Default: 0."""
+    warmup_ratio: float | None = None
+    """Instead of warmup_steps: this part of all steps."""
+    weight_decay: float = 0.0
+    """As the optimizer defines it (decoupled in adamw and adafactor); biases and norms get none."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's global L2 norm to this. 0: no clipping."""
+    label_smoothing: float = 0.0
+    """Probability mass spread evenly over the vocabulary (training loss only)."""
+    loss: str = "chunked"
+    """chunked: logits a slice at a time. plain: all at once, for heads that chunked refuses."""
+
+    # --- exactness
+    seed: int = 0
+    """Seeds the initial weights, the order of rows and dropout."""
+    nonfinite: str = "stop"
+    """A loss or gradient that is not finite: stop (end the run before the update) or skip (leave the update out)."""
+    deterministic: bool = False
+    """Bit-equal repeats on CUDA too, at some cost in speed (on CPU they are bit-equal anyway)."""
+
+    # --- memory and speed
+    mixed_precision: str = "no"
+    """no (fp32) or bf16 (autocast over fp32 weights). `accelerate launch --mixed_precision` means the same."""
+    recompute: str = "off"
+    """off, or full: keep only the layers' inputs and run each layer again in backward."""
+
+    # --- processes
+    num_processes: int | None = None
+    """Processes to train with. Default: what the launcher started; plain python: one per visible GPU, or one."""
+
+    # --- evaluation
+    eval_on_start: bool = False
+    """Also evaluate before the first step."""
+    max_predict_samples: int = 256
+    """Answer this many evaluation rows, the first ones, and count exact matches (prompt/response rows). 0: none."""
+    generation_max_new_tokens: int = 64
+    """Tokens an answer may have."""
+
+    # --- reports and checkpoints
+    logging_steps: int = 10
+    """Steps between two records in metrics.jsonl."""
+    eval_steps: int = 500
+    """Steps between two evaluations (the last step is always evaluated)."""
+    save_steps: int = 500
+    """Steps between two checkpoints (the last step is always saved)."""
+    save_total_limit: int = 2
+    """Checkpoints kept; older ones go after a new one stands. 0: all are kept."""
+    max_shard_size: str = "5GB"
+    """A weight file is at most this large (unless one tensor is larger): bytes, or 500MB, 5GB, 2GiB."""
+    output_dir: str = "out"
+    """Folder for config.json, metrics.jsonl, checkpoints/ and the final model/."""
+    resume: str = "never"
+    """never, auto (newest valid checkpoint of output_dir, or a fresh start), or the path of a checkpoint."""
+    report_to: str = ""
+    """Trackers that accelerate drives, comma-separated: tensorboard, wandb, ..."""
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+
+TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio".split()
+
+CHOICES = {
+    "optimizer": "adamw adam nadam radam adamax adafactor adagrad adadelta rmsprop sgd".split(),
+    "lr_scheduler_type": ["cosine", "linear", "constant"],
+    "loss": ["chunked", "plain"],
+    "nonfinite": ["stop", "skip"],
+    "mixed_precision": ["no", "bf16"],
+    "recompute": ["off", "full"],
+}
+
+# Two ways to say one thing: a layer that sets one side unsets the other side of the layers below it.
+ALTERNATIVES = [
+    ("model_name_or_path", "model_config"),
+    ("validation_file", "validation_rows"),
+    ("text_column", "prompt_column"),
+    ("text_column", "response_column"),
+    ("max_steps", "epochs"),
+    ("global_batch_size", "gradient_accumulation_steps"),
+    ("warmup_ratio", "warmup_steps"),
+]
+
+# A resumed run may change these and stays the same run; a change of any other field is an error that names it.
+# The micro-batch may change too as long as rows per optimizer step stay (train.py checks that product).
+CHANGEABLE_ON_RESUME = frozenset(
+    "epochs max_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio validation_file test_file "
+    "num_processes batch_size gradient_accumulation_steps global_batch_size nonfinite recompute loss eval_on_start "
+    "max_predict_samples generation_max_new_tokens logging_steps eval_steps save_steps "
+    "save_total_limit max_shard_size output_dir resume report_to".split()
+)
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes in `size`: a number, or text such as "500MB" (10**6), "5GB" (10**9), "2GiB" (2**30)."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", str(size).upper())
+    if not match:
+        raise UsageError(f"size {size!r} is not understood: write bytes, or 500MB, 5GB, 2GiB")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))

@@ -1,0 +1,66 @@
+"""Rows that need no file: three kinds of small questions, generated from their index, no two alike."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lowmem.data.order import permute
+
+NUM_BUNDLED_ROWS = 12_000
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def _spelled_backwards(number: int) -> tuple[str, str]:
+    word = ""
+    for _ in range(4):
+        number, letter = divmod(number, 26)
+        word += _LETTERS[letter]
+    return f"spell {word} backwards", word[::-1]
+
+
+def _larger_of_two(number: int) -> tuple[str, str]:
+    a, b = (10 + digit for digit in divmod(number, 90))
+    return f"which is larger, {a} or {b}?", str(max(a, b))
+
+
+def _next_number(number: int) -> tuple[str, str]:
+    return f"what comes after {1000 + number}?", str(1001 + number)
+
+
+# Each kind of question, and how many different ones there are.
+_KINDS: list[tuple[Callable[[int], tuple[str, str]], int]] = [
+    (_spelled_backwards, 26**4),
+    (_larger_of_two, 90 * 90),
+    (_next_number, 9_000),
+]
+
+
+@dataclass(frozen=True)
+class BundledRows:
+    """Rows `{"prompt": str, "response": str}` number `first` to `stop` - 1 of the bundled ones."""
+
+    first: int = 0
+    stop: int = NUM_BUNDLED_ROWS
+
+    def __len__(self) -> int:
+        return self.stop - self.first
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)} bundled rows was asked for")
+        number, kind = divmod(self.first + index, len(_KINDS))
+        question, variety = _KINDS[kind]
+        # A permutation never repeats itself, so held-out questions are new ones by construction.
+        prompt, response = question(int(permute([number], variety, (kind,))[0]))
+        return {"prompt": prompt, "response": response}
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        return (len(self),)
+
+    def slice(self, first: int, stop: int) -> "BundledRows":
+        """The rows [first, stop) of these."""
+        return BundledRows(self.first + first, self.first + stop)
+
+    def where(self, index: int) -> str:
+        """Where a row stands, for messages."""
+        return f"bundled row {self.first + index}"

@@ -1,0 +1,164 @@
+"""Loss over held-out rows, and greedy answers to them."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lowmem.data.encode import IGNORED, Encode
+from lowmem.data.stream import Batch, EvalBatches, Rows, collate, open_eval
+from lowmem.parallel.agree import gather_bytes, sum_over_ranks
+from lowmem.parallel.sharding import all_reduce_sum, unwrapped
+from lowmem.step import LossFunction
+
+
+class Answer(NamedTuple):
+    """What the model wrote for one row, beside what was asked and expected."""
+
+    row_id: int
+    prompt: str
+    reference: str
+    prediction: str
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], loss_fn: LossFunction, accelerator: Accelerator, *, prefix: str = "eval"
+) -> dict[str, float]:
+    """Mean loss per target token over all batches of all ranks, as `{prefix}_loss`, and its perplexity.
+
+    Every rank must bring equally many batches (those of `open_eval` do) and gets the same numbers. Dropout is off
+    within. Raises ValueError if no batch has a target.
+    """
+    loss = torch.zeros((), device=accelerator.device)
+    num_targets = 0
+    with _evaluating(model), accelerator.autocast():
+        for batch in batches:
+            loss += loss_fn(model, batch.to(accelerator.device))
+            num_targets += batch.num_targets
+    if accelerator.num_processes > 1:
+        all_reduce_sum([loss])
+    (num_targets,) = sum_over_ranks(num_targets)
+    if num_targets == 0:
+        raise ValueError("an evaluation was asked for, but its rows have no target token: look at its responses")
+    mean = loss.item() / num_targets
+    return {f"{prefix}_loss": mean, f"{prefix}_perplexity": math.exp(min(mean, 700.0))}
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Iterable[Batch],
+    accelerator: Accelerator,
+    *,
+    max_new_tokens: int,
+) -> list[Answer]:
+    """Answer the prompts of all ranks' batches greedily. Returns every rank's answers on every rank, in row order."""
+    base = unwrapped(model)
+    answers = []
+    with _evaluating(model), accelerator.autocast():
+        for batch in batches:
+            if not batch.row_ids:
+                continue
+            prompts = _prompts(batch, is_encoder_decoder=base.config.is_encoder_decoder)
+            # right-padded for an encoder; on the left for a causal model, which writes on at the right
+            padded = tokenizer.pad({"input_ids": prompts}, padding_side=_padding_side(base), return_tensors="pt")
+            written = base.generate(
+                **padded.to(accelerator.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            if not base.config.is_encoder_decoder:
+                written = written[:, padded["input_ids"].shape[1] :]
+            references = [row[row != IGNORED] for row in batch.inputs["labels"]]
+            texts = zip(*(_decode(tokenizer, ids) for ids in (prompts, references, written)), strict=True)
+            answers += [(row_id, *text) for row_id, text in zip(batch.row_ids, texts, strict=True)]
+    gathered = gather_bytes(json.dumps(answers).encode())
+    return sorted(Answer(*answer) for part in gathered for answer in json.loads(part))
+
+
+def text_metrics(answers: Sequence[Answer], *, prefix: str = "eval") -> dict[str, float]:
+    """The part of answers equal to their reference (outer blanks aside), and chrF (0 to 100) if sacrebleu is there.
+
+    chrF compares characters, so it serves languages without blanks between words too (Popovic, 2015).
+    """
+    exact = sum(answer.prediction.strip() == answer.reference.strip() for answer in answers) / len(answers)
+    metrics = {f"{prefix}_exact_match": exact}
+    if find_spec("sacrebleu"):
+        from sacrebleu.metrics import CHRF
+
+        score = CHRF().corpus_score([answer.prediction for answer in answers], [[a.reference for a in answers]])
+        metrics[f"{prefix}_chrf"] = score.score
+    return metrics
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    encode: Encode,
+    loss_fn: LossFunction,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    max_predict_samples: int,
+    max_new_tokens: int,
+    prefix: str = "eval",
+) -> tuple[dict[str, float], list[Answer]]:
+    """Loss over all `rows`, and answers to at most the first `max_predict_samples` of them with their metrics."""
+
+    def batches(of: Rows) -> EvalBatches:
+        return open_eval(
+            of,
+            encode,
+            batch_size=batch_size,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            collate=partial(collate, causal=not unwrapped(model).config.is_encoder_decoder),
+        )
+
+    metrics = evaluate(model, batches(rows), loss_fn, accelerator, prefix=prefix)
+    if not max_predict_samples:
+        return metrics, []
+    asked = batches(rows.slice(0, min(len(rows), max_predict_samples)))
+    answers = generate(model, tokenizer, asked, accelerator, max_new_tokens=max_new_tokens)
+    return metrics | text_metrics(answers, prefix=prefix), answers
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _padding_side(model: nn.Module) -> str:
+    return "right" if model.config.is_encoder_decoder else "left"
+
+
+def _prompts(batch: Batch, *, is_encoder_decoder: bool) -> list[list[int]]:
+    """Each row's tokens up to its padding, or, of a causal row, up to its first target."""
+    prompts = []
+    for ids, mask, labels in zip(*(batch.inputs[x] for x in ("input_ids", "attention_mask", "labels")), strict=True):
+        length = int(mask.sum())
+        targets = (labels != IGNORED).nonzero()
+        prompts.append(ids[: length if is_encoder_decoder or not len(targets) else int(targets[0])].tolist())
+    return prompts
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Tensor | list[int]]) -> list[str]:
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in sequences]

@@ -1,0 +1,208 @@
+"""From flags to a TrainConfig: presets, a config file, types, and every mistake told at once. Imports no torch."""
+
+import difflib
+import math
+import re
+import types
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import get_args
+
+from lowmem.config import (
+    ALTERNATIVES,
+    CHOICES,
+    FIELDS,
+    MODEL_SHAPES,
+    PRESETS,
+    TRACKERS,
+    TrainConfig,
+    UsageError,
+    parse_bytes,
+)
+
+# What stands for the last field of a pair when neither side is set.
+_FALLBACKS = {
+    "validation_rows": 0,
+    "prompt_column": "prompt",
+    "response_column": "response",
+    "epochs": 3.0,
+    "gradient_accumulation_steps": 1,
+    "warmup_steps": 0,
+}
+
+BUNDLED_VALIDATION_ROWS = 240
+
+_AT_LEAST_ONE = (
+    "max_seq_len max_steps batch_size gradient_accumulation_steps global_batch_size num_processes "
+    "generation_max_new_tokens logging_steps eval_steps save_steps".split()
+)
+_NOT_NEGATIVE = (
+    "seed validation_rows max_predict_samples warmup_steps warmup_ratio weight_decay max_grad_norm save_total_limit "
+    "label_smoothing adam_beta1 adam_beta2".split()
+)
+_POSITIVE = "learning_rate adam_epsilon epochs".split()
+_BELOW_ONE = "label_smoothing adam_beta1 adam_beta2 warmup_ratio".split()
+
+
+def resolve(flags: Mapping[str, object]) -> TrainConfig:
+    """Merge defaults < preset < `config` file < flags into a checked TrainConfig.
+
+    `flags` maps field names, preset names, `config` (path of a YAML or JSON file) and `is_keep_training` to values of
+    any type: what came from a command line as text is turned into the field's type. Raises UsageError with every
+    problem in one message.
+    """
+    problems: list[str] = []
+    flags = dict(flags)
+    from_file = _read_config_file(flags.pop("config", None), problems)
+    file_presets, file_values = _take_presets(from_file, problems)
+    flag_presets, flag_values = _take_presets(flags, problems)
+    presets = sorted({*file_presets, *flag_presets})
+    if len(presets) > 1:
+        problems.append(f"{' and '.join('--' + name for name in presets)} were both asked for: choose one preset")
+    layers = [_coerce_all(file_values, problems), _coerce_all(flag_values, problems)]
+    names_model = any(layer.get("model_name_or_path") or layer.get("model_config") for layer in layers)
+    preset = PRESETS[presets[0]] if presets else {} if names_model else PRESETS["tiny"]
+
+    merged: dict[str, object] = {}
+    for layer in [preset, *layers]:
+        for a, b in ALTERNATIVES:
+            if layer.get(a) is not None and layer.get(b) is not None:
+                problems.append(f"--{a} and --{b} were both set: they say the same thing in two ways, set one")
+            for one, other in ((a, b), (b, a)):
+                if layer.get(one) is not None:
+                    merged.pop(other, None)
+        merged |= layer
+    if merged.get("train_file") is None and merged.get("validation_file") is None:
+        merged.setdefault("validation_rows", BUNDLED_VALIDATION_ROWS)
+    for a, b in ALTERNATIVES:
+        if b in _FALLBACKS and merged.get(a) is None and merged.get(b) is None:
+            merged[b] = _FALLBACKS[b]
+    config = TrainConfig(**merged)
+    problems += _conflicts(config, presets)
+    if problems:
+        raise UsageError("; ".join(dict.fromkeys(problems)))
+    return config
+
+
+def _read_config_file(path: object, problems: list[str]) -> dict[str, object]:
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(str(path)).read_text(encoding="utf-8"))
+    except OSError as error:
+        problems.append(f"--config={path} cannot be read: {error.strerror}")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problems.append(f"--config={path} is not YAML: {' '.join(str(error).split())}")
+    else:
+        if isinstance(values, dict) and all(isinstance(key, str) for key in values):
+            return values
+        problems.append(f"--config={path} holds no field: value pairs")
+    return {}
+
+
+def _take_presets(values: Mapping[str, object], problems: list[str]) -> tuple[set[str], dict[str, object]]:
+    """Split `values` into the presets it switches on and the fields it sets."""
+    rest = dict(values)
+    switches = (PRESETS.keys() - {"tiny"} | {"is_keep_training"}) & rest.keys()
+    presets = {name for name in switches if _coerce(name, bool, rest.pop(name), problems)}
+    if "is_keep_training" in presets:
+        presets.remove("is_keep_training")
+        if rest.setdefault("resume", "auto") != "auto":
+            problems.append(f"--is_keep_training means --resume=auto, but --resume={rest['resume']} was set: drop one")
+    return presets, rest
+
+
+def _coerce_all(values: Mapping[str, object], problems: list[str]) -> dict[str, object]:
+    coerced = {}
+    for name, value in values.items():
+        if name not in FIELDS:
+            known = [*FIELDS, *PRESETS.keys() - {"tiny"}, "config", "is_keep_training"]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean --{near[0]}?" if near else "`--help` lists all flags"
+            problems.append(f"unknown flag --{name}: {hint}")
+        else:
+            coerced[name] = _coerce(name, FIELDS[name].type, value, problems)
+    return coerced
+
+
+def _coerce(name: str, kind: object, value: object, problems: list[str]) -> object:
+    """`value` as the type `kind`, or a problem. Text comes from a command line, anything else from YAML or Python."""
+    if isinstance(kind, types.UnionType):
+        if value is None or str(value).lower() in ("none", "null"):
+            return None
+        kind = next(member for member in get_args(kind) if member is not types.NoneType)
+    text = str(value).strip()
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if isinstance(value, bool) and kind is not str:
+            raise ValueError
+        if kind is int:
+            number = float(text)  # 1e3 is an integer in every language but Python
+            if not number.is_integer():
+                raise ValueError
+            return int(text) if text.lstrip("+-").isdigit() else int(number)
+        if kind is float:
+            return float(text)
+    except (KeyError, ValueError, OverflowError):
+        problems.append(f"--{name}={value} is not {'an' if kind is int else 'a'} {kind.__name__}")
+        return None
+    if name == "resume":
+        return {"true": "auto", "false": "never"}.get(text.lower(), text)
+    if name == "mixed_precision" and value is False:
+        return "no"  # YAML reads a bare `no` as false
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else text
+
+
+def _conflicts(config: TrainConfig, presets: list[str]) -> list[str]:
+    """Every value that is out of range, and every pair of values that contradict each other."""
+    problems = []
+
+    def check(names, allowed, rule):
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not (math.isfinite(value) and allowed(value)):
+                problems.append(f"--{name}={value} must be {rule}")
+
+    check(_AT_LEAST_ONE, lambda value: value >= 1, "at least 1")
+    check(_NOT_NEGATIVE, lambda value: value >= 0, "0 or more")
+    check(_POSITIVE, lambda value: value > 0, "above 0")
+    check(_BELOW_ONE, lambda value: value < 1, "below 1")
+    for name, allowed in CHOICES.items():
+        value = getattr(config, name)
+        if name == "mixed_precision" and value == "fp16":
+            problems.append("--mixed_precision=fp16 needs loss scaling, which is not built yet: use bf16 or no")
+        elif value not in allowed:
+            problems.append(f"--{name}={value} must be one of {', '.join(allowed)}")
+    if config.model_config and config.model_config not in MODEL_SHAPES and not Path(config.model_config).is_file():
+        shapes = ", ".join(MODEL_SHAPES)
+        problems.append(f"--model_config={config.model_config} is neither a file nor one of {shapes}")
+    for part in filter(None, config.freeze.split(",")):
+        if part not in ("embeddings", "encoder"):
+            problems.append(f"--freeze={config.freeze}: {part!r} is not one of embeddings, encoder")
+    for tracker in filter(None, config.report_to.split(",")):
+        if tracker not in TRACKERS:
+            problems.append(f"--report_to={tracker} is none of {', '.join(TRACKERS)}")
+        elif not find_spec(tracker):
+            problems.append(f"--report_to={tracker} is not installed: pip install {tracker}")
+    if "is_finetune" in presets and not config.model_name_or_path:
+        problems.append("--is_finetune freezes trained parts, so it needs --model_name_or_path")
+    for name in ("model_name_or_path", "tokenizer_name_or_path"):
+        value = getattr(config, name)
+        is_hub_name = value and re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", value)
+        if value and not is_hub_name and not Path(value).is_dir():
+            problems.append(f"--{name}={value} is neither a folder nor the name of a model on the hub")
+    betas_used = config.optimizer in ("adamw", "adam", "nadam", "radam", "adamax")
+    if not betas_used and (config.adam_beta1, config.adam_beta2, config.adam_epsilon) != (0.9, 0.999, 1e-8):
+        problems.append(f"--adam_beta1, --adam_beta2 and --adam_epsilon do nothing for --optimizer={config.optimizer}")
+    try:
+        if parse_bytes(config.max_shard_size) < 1:
+            problems.append("--max_shard_size=0 leaves no room for a tensor")
+    except UsageError as error:
+        problems.append(f"--max_shard_size: {error}")
+    if not config.output_dir:
+        problems.append("--output_dir is empty: name a folder")
+    return problems

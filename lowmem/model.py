@@ -1,0 +1,135 @@
+"""Build or load a model and its tokenizer; freeze parts of it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lowmem.config import MODEL_SHAPES, UsageError
+
+
+def load_model(
+    model_name_or_path: str | Path | None = None,
+    *,
+    model_config: PretrainedConfig | Mapping[str, object] | str | Path | None = None,
+    tokenizer_name_or_path: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a pretrained model, or build `model_config` with random weights from torch's generator; in training mode.
+
+    `model_config` is a transformers config, its fields, the path of a config.json or a name of MODEL_SHAPES. The model
+    is AutoModelForSeq2SeqLM or AutoModelForCausalLM, as its config says. Weights come as `dtype`, whatever the files
+    hold: in bf16 without a master, most updates at small learning rates would round to nothing. Raises UsageError if
+    something cannot be loaded, if weights are missing, or if the tokenizer has more tokens than the model.
+    """
+    if (model_name_or_path is None) == (model_config is None):
+        raise UsageError("a model is either loaded or built: give one of model_name_or_path and model_config")
+    tokenizer = _load_tokenizer(tokenizer_name_or_path or model_name_or_path)
+    if model_name_or_path is not None:
+        model = _from_pretrained(str(model_name_or_path), dtype)
+    else:
+        config = _config_from(model_config)
+        _adopt_special_tokens(config, tokenizer)
+        model = _auto_class(config).from_config(config, dtype=dtype)
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > num_embeddings:
+        raise UsageError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {num_embeddings}: "
+            "set tokenizer_name_or_path to the model's own, or build a model with vocab_size that large"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.train(), tokenizer
+
+
+def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
+    """Take the gradient from `parts`: "embeddings" (a tied output head with them), "encoder" (without embeddings).
+
+    Raises UsageError for the encoder of a model that has none.
+    """
+    embeddings = set(model.get_input_embeddings().parameters())
+    if "embeddings" in parts:
+        _freeze(embeddings)
+    if "encoder" in parts:
+        if not model.config.is_encoder_decoder:
+            raise UsageError(f"freezing the encoder was asked for, but {type(model).__name__} has none: leave it out")
+        _freeze(set(model.get_encoder().parameters()) - embeddings)
+
+
+def _freeze(parameters: set[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+
+
+def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        auto_class = _auto_class(AutoConfig.from_pretrained(name))
+        model, info = auto_class.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the model {name} cannot be loaded: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UsageError(
+            f"the model {name} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...), "
+            "which would train from random values: take a whole model"
+        )
+    return model
+
+
+def _config_from(model_config: PretrainedConfig | Mapping[str, object] | str | Path) -> PretrainedConfig:
+    if isinstance(model_config, PretrainedConfig):
+        return model_config
+    if isinstance(model_config, str | Path):
+        fields = MODEL_SHAPES.get(str(model_config))
+        if fields is None:
+            try:
+                fields = json.loads(Path(model_config).read_text())
+            except (OSError, ValueError) as error:
+                raise UsageError(f"model_config {model_config} cannot be read: {error}") from error
+    else:
+        fields = model_config
+    fields = dict(fields)
+    try:
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UsageError(f"model_config is none that transformers knows: {_first_line(error)}") from error
+
+
+def _auto_class(config: PretrainedConfig) -> type:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
+    if name is None:
+        return ByT5Tokenizer()  # bytes: needs no file
+    try:
+        return AutoTokenizer.from_pretrained(str(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"no tokenizer can be loaded from {name} ({_first_line(error)}): set tokenizer_name_or_path"
+        ) from error
+
+
+def _adopt_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A model built from scratch begins, ends and pads as its tokenizer does."""
+    config.eos_token_id = tokenizer.eos_token_id
+    config.bos_token_id = tokenizer.bos_token_id
+    config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if config.is_encoder_decoder:
+        config.decoder_start_token_id = config.pad_token_id
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

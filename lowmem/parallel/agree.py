@@ -1,0 +1,66 @@
+"""Ranks decide together. Everything here runs on the host and pickles nothing: integers and bytes in tensors."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lowmem.config import UsageError
+
+Result = TypeVar("Result")
+
+
+def sum_over_ranks(*counts: int) -> list[int]:
+    """The sum of each count over all ranks, on every rank. One small collective on the host."""
+    if not _is_distributed():
+        return list(counts)
+    totals = torch.tensor(counts, dtype=torch.int64)
+    dist.all_reduce(totals, group=_host_group())
+    return totals.tolist()
+
+
+def gather_bytes(payload: bytes) -> list[bytes]:
+    """Every rank's payload, in the order of ranks, on every rank."""
+    if not _is_distributed():
+        return [payload]
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(payload)]), group=_host_group())
+    longest = max(int(size) for size in sizes)
+    mine = torch.zeros(longest, dtype=torch.uint8)
+    mine[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else 0
+    everyone = [torch.empty_like(mine) for _ in sizes]
+    dist.all_gather(everyone, mine, group=_host_group())
+    return [bytes(data[: int(size)].numpy()) for data, size in zip(everyone, sizes, strict=True)]
+
+
+def on_main_rank(function: Callable[[], Result]) -> Result | None:
+    """Run `function` on rank 0 while the others wait for it; its result on rank 0, None elsewhere.
+
+    If it raises there, every rank raises: the others a UsageError or a RuntimeError that carries rank 0's message.
+    """
+    result, error = None, None
+    if not _is_distributed() or dist.get_rank() == 0:
+        try:
+            result = function()
+        except Exception as caught:
+            error = caught
+    told = [error is not None, isinstance(error, UsageError), f"{type(error).__name__}: {error}"]
+    failed, is_usage_error, message = json.loads(gather_bytes(json.dumps(told).encode())[0])
+    if error is not None:
+        raise error
+    if failed:
+        raise (UsageError if is_usage_error else RuntimeError)(f"rank 0 failed with {message}")
+    return result
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@cache
+def _host_group() -> dist.ProcessGroup | None:
+    """The default group if it can reach host tensors, else one on gloo beside it."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")

@@ -1,0 +1,56 @@
+"""Where a model's weights live, and the one reduction of its gradients a step."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+_BUCKET_BYTES = 32 * 2**20
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own model inside a DistributedDataParallel wrapper, or the model itself."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def parallelize(model: nn.Module, accelerator: Accelerator, *, sharding_strategy: str = "NO_SHARD") -> nn.Module:
+    """Put the model on this rank's device with rank 0's weights and buffers. Wraps nothing: state keys stay.
+
+    NO_SHARD keeps a whole copy on every rank. Raises ValueError for another strategy.
+    """
+    if sharding_strategy != "NO_SHARD":
+        raise ValueError(f"sharding_strategy={sharding_strategy} is not built yet: use NO_SHARD")
+    model.to(accelerator.device)
+    if accelerator.num_processes > 1:
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.data, src=0)
+    return model
+
+
+def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
+    """Sum each tensor over all ranks, in place. Small ones travel together in buckets of about 32 MiB.
+
+    Every rank passes tensors of the same shapes in the same order; the sums have the same bits on every rank.
+    """
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and (
+            sum(x.nbytes for x in bucket) + tensor.nbytes > _BUCKET_BYTES or tensor.dtype != bucket[0].dtype
+        ):
+            _reduce_bucket(bucket)
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        _reduce_bucket(bucket)
+
+
+def _reduce_bucket(bucket: list[Tensor]) -> None:
+    if len(bucket) == 1 and bucket[0].is_contiguous():
+        dist.all_reduce(bucket[0])  # large enough to travel alone, without a copy
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+    dist.all_reduce(flat)
+    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))

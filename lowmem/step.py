@@ -1,0 +1,117 @@
+"""One optimizer step: the micro-batches' gradients summed, reduced over ranks once, clipped, applied."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from lowmem.data.stream import Batch, Stream
+from lowmem.parallel.agree import sum_over_ranks
+from lowmem.parallel.sharding import all_reduce_sum
+
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass
+class TrainState:
+    """All that the next step depends on: if the process died and one of these were lost, the run would differ."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    stream: Stream | None = None
+    step: int = 0
+    """Optimizer steps done."""
+    best: dict[str, float] | None = None
+    """The best evaluation so far: {"step", "eval_loss"}."""
+    seed: int = 0
+    """Seeds dropout, together with step, rank and micro-batch."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Scalars of one step, on the device: read them with `.item()`, and only when logging."""
+
+    loss: Tensor
+    """Mean over the target tokens of all micro-batches and ranks, fp32."""
+    grad_norm: Tensor
+    """Global L2 norm of the gradient before clipping."""
+    num_tokens: Tensor
+    """Target tokens over all micro-batches and ranks, int64, on the host."""
+
+
+def train_step(
+    state: TrainState,
+    batches: Sequence[Batch],
+    loss_fn: LossFunction,
+    accelerator: Accelerator,
+    *,
+    learning_rate: float,
+    max_grad_norm: float | None = None,
+    nonfinite: str = "stop",
+) -> StepResult:
+    """Update `state` in place with the gradient of the mean loss over all targets of `batches` on all ranks.
+
+    The mean is one sum over one count, so any split of the same rows into micro-batches and ranks gives the same
+    gradient. `model` may be bare (from `parallelize`) or wrapped by DDP; its own reduction is never used. A trainable
+    parameter that no loss reached has a gradient of zero. If loss or gradient norm is not finite, all ranks see it
+    alike before the update: with `nonfinite="stop"` they raise FloatingPointError, with "skip" they leave the update
+    out. One host sync a step, for that check.
+    """
+    # Known before the first backward, so that every micro-batch is scaled by the same number.
+    (num_tokens,) = sum_over_ranks(sum(batch.num_targets for batch in batches))
+    loss = torch.zeros((), device=accelerator.device)
+    for index, batch in enumerate(batches):
+        _seed_dropout(state.seed, state.step, accelerator.process_index, index)
+        with accelerator.no_sync(state.model):
+            with accelerator.autocast():
+                batch_loss = loss_fn(state.model, batch.to(accelerator.device)) / max(1, num_tokens)
+            batch_loss.backward()
+        loss += batch_loss.detach()
+
+    gradients = _gradients(state.model)
+    if accelerator.num_processes > 1:
+        all_reduce_sum([loss, *gradients])
+    grad_norm = get_total_norm(gradients)
+    finite = torch.isfinite(loss + grad_norm).item()  # the step's one sync
+    if not finite and nonfinite == "stop":
+        state.optimizer.zero_grad()
+        raise FloatingPointError(_not_finite(state.step, loss, grad_norm, batches, accelerator.process_index))
+    if finite:
+        if max_grad_norm:
+            clip_grads_with_norm_(state.model.parameters(), max_grad_norm, grad_norm)
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate
+        state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.step += 1
+    if state.stream is not None:
+        state.stream.advance()
+    return StepResult(loss, grad_norm, torch.tensor(num_tokens))
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    """Gradients of all trainable parameters, in the same order on every rank."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        if parameter.grad is None:  # another rank's rows may have reached it
+            parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in trainable]
+
+
+def _seed_dropout(*key: int) -> None:
+    """Seed torch's generators of all devices: masks are a function of (seed, step, rank, micro-batch)."""
+    digest = blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little"))
+
+
+def _not_finite(step: int, loss: Tensor, grad_norm: Tensor, batches: Sequence[Batch], rank: int) -> str:
+    rows = [row_id for batch in batches for row_id in batch.row_ids]
+    return (
+        f"step {step}: loss {loss.item()} and gradient norm {grad_norm.item()} must be finite, nothing was updated; "
+        f"rank {rank} had rows {rows}. Lower the learning rate, look at the rows, or set nonfinite to skip"
+    )

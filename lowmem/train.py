@@ -1,0 +1,176 @@
+"""The worked loop: every part of the library in the order in which a run needs it. Copy it, change what you like."""
+
+import dataclasses
+import math
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lowmem.checkpoint import load_checkpoint, save_checkpoint, save_model
+from lowmem.config import TrainConfig
+from lowmem.data.encode import make_encoder
+from lowmem.data.stream import Rows, collate, open_stream
+from lowmem.evaluate import measure
+from lowmem.memory.loss import LOSSES
+from lowmem.memory.optim import learning_rate_at, make_optimizer
+from lowmem.memory.savers import recompute
+from lowmem.model import freeze, load_model
+from lowmem.parallel.agree import on_main_rank
+from lowmem.parallel.launch import join
+from lowmem.parallel.sharding import parallelize
+from lowmem.report import Speed, open_output, peak_memory_bytes, tell, tell_answers
+from lowmem.resume import check_same_run, checkpoint_to_resume, rows_per_step
+from lowmem.step import TrainState, train_step
+
+
+def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, test_rows: Rows | None) -> None:
+    """Train as `config` says, from the start or from a checkpoint, and leave the model in `output_dir`/model."""
+    # --- processes
+    output, settings = Path(config.output_dir), dataclasses.asdict(config)
+    trackers = [name for name in config.report_to.split(",") if name]
+    accelerator = join(mixed_precision=config.mixed_precision, report_to=trackers, output_dir=output)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    checkpoint = checkpoint_to_resume(config.resume, output)
+    if checkpoint is not None:
+        check_same_run(checkpoint, settings)
+    torch.use_deterministic_algorithms(config.deterministic)
+
+    # --- model and optimizer
+    torch.manual_seed(config.seed)
+    model, tokenizer = load_model(
+        config.model_name_or_path,
+        model_config=config.model_config,
+        tokenizer_name_or_path=config.tokenizer_name_or_path,
+    )
+    is_encoder_decoder = model.config.is_encoder_decoder
+    freeze(model, parts=[part for part in config.freeze.split(",") if part])
+    model = parallelize(model, accelerator)
+    optimizer = make_optimizer(
+        model,
+        name=config.optimizer,
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+    loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)
+
+    # --- rows
+    encode = make_encoder(
+        tokenizer,
+        is_encoder_decoder=is_encoder_decoder,
+        max_seq_len=config.max_seq_len,
+        prompt_column=config.prompt_column,
+        response_column=config.response_column,
+        text_column=config.text_column,
+    )
+    stream = open_stream(
+        train_rows,
+        encode,
+        batch_size=config.batch_size,
+        global_batch_size=rows_per_step(settings, world_size, checkpoint),
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        collate=partial(collate, causal=not is_encoder_decoder),
+    )
+
+    # --- where to start, how far to go
+    state = TrainState(model, optimizer, stream, seed=config.seed)
+    if checkpoint is not None:
+        load_checkpoint(state, checkpoint, accelerator)
+    total_steps = config.max_steps or math.ceil(config.epochs * stream.num_rows / stream.global_batch_size)
+    warmup_steps = math.ceil(total_steps * config.warmup_ratio) if config.warmup_ratio else config.warmup_steps or 0
+    schedule = partial(
+        learning_rate_at,
+        total_steps=total_steps,
+        peak=config.learning_rate,
+        warmup_steps=warmup_steps,
+        schedule=config.lr_scheduler_type,
+    )
+    saving = {"tokenizer": tokenizer, "config": settings, "max_shard_size": config.max_shard_size}
+    log = on_main_rank(lambda: open_output(output, settings, step=state.step))
+    if trackers:
+        accelerator.init_trackers("lowmem", config=settings)
+    if accelerator.is_main_process:
+        tell(
+            f"{model.num_parameters():,} weights on {world_size} x {accelerator.device.type}, {stream.num_rows:,} rows",
+            f"steps {state.step} to {total_steps}, each of {stream.global_batch_size} rows: {world_size} processes "
+            f"x {stream.micro_batches} micro-batches of at most {config.batch_size}",
+        )
+
+    def record(metrics: dict[str, float]) -> None:
+        if log is not None:
+            log.write({"step": state.step, **metrics})
+            tell(f"step {state.step}: " + ", ".join(f"{name} {value:.5g}" for name, value in metrics.items()))
+        accelerator.log(metrics, step=state.step)
+
+    def evaluate_on(rows: Rows, prefix: str) -> dict[str, float]:
+        metrics, answers = measure(
+            model,
+            tokenizer,
+            rows,
+            encode,
+            LOSSES[config.loss],
+            accelerator,
+            batch_size=config.batch_size,
+            max_predict_samples=config.max_predict_samples if config.text_column is None else 0,
+            max_new_tokens=config.generation_max_new_tokens,
+            prefix=prefix,
+        )
+        record(metrics)
+        if accelerator.is_main_process:
+            tell_answers(answers[:3])
+        return metrics
+
+    # --- the loop
+    if validation_rows and config.eval_on_start and state.step == 0:
+        evaluate_on(validation_rows, "eval")
+    speed = Speed()
+    progress = tqdm(total=total_steps, initial=state.step, unit="step", disable=None if log is not None else True)
+    with recompute(model, optimizer) if config.recompute == "full" else nullcontext():
+        for step, batches in zip(range(state.step, total_steps), stream, strict=False):
+            result = train_step(
+                state,
+                batches,
+                loss_fn,
+                accelerator,
+                learning_rate=schedule(step),
+                max_grad_norm=config.max_grad_norm,
+                nonfinite=config.nonfinite,
+            )
+            speed.count(stream.global_batch_size, int(result.num_tokens), stream.wait_seconds)
+            progress.update()
+            is_last = state.step == total_steps
+            if is_last or state.step % config.logging_steps == 0:
+                record(
+                    {
+                        "epoch": stream.position / stream.num_rows,
+                        "loss": result.loss.item(),
+                        "grad_norm": result.grad_norm.item(),
+                        "learning_rate": schedule(step),
+                        "num_tokens": int(result.num_tokens),
+                        **speed.read(),
+                        **peak_memory_bytes(),
+                    }
+                )
+            if validation_rows and (is_last or state.step % config.eval_steps == 0):
+                eval_loss = evaluate_on(validation_rows, "eval")["eval_loss"]
+                if state.best is None or eval_loss < state.best["eval_loss"]:
+                    state.best = {"step": state.step, "eval_loss": eval_loss}
+            if is_last or state.step % config.save_steps == 0:
+                keep = config.save_total_limit or None
+                save_checkpoint(state, output / "checkpoints", accelerator, keep=keep, **saving)
+            speed.go_on()
+    progress.close()
+
+    # --- what is left behind
+    if test_rows:
+        evaluate_on(test_rows, "test")
+    save_model(model, output / "model", **saving)
+    if log is not None:
+        log.close(steps=state.step, best=state.best)
+        tell(f"done: {output / 'model'} holds the model, {output / 'metrics.jsonl'} its curve")
+    accelerator.end_training()
