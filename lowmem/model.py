@@ -112,14 +112,25 @@ def _auto_class(config: PretrainedConfig) -> type:
 
 
 def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
-    if name is None:
-        return ByT5Tokenizer()  # bytes: needs no file
+    if name is None or _is_byte_tokenizer(Path(name)):
+        return ByT5Tokenizer() if name is None else ByT5Tokenizer.from_pretrained(str(name))
     try:
-        return AutoTokenizer.from_pretrained(str(name))
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"no tokenizer can be loaded from {name} ({_first_line(error)}): set tokenizer_name_or_path"
         ) from error
+    if not tokenizer("a", add_special_tokens=False).input_ids:
+        raise UsageError(f"the tokenizer of {name} turns text into no tokens, its files are not whole: take others")
+    return tokenizer
+
+
+def _is_byte_tokenizer(folder: Path) -> bool:
+    """Bytes need no vocabulary file, and beside some models' configs AutoTokenizer then makes an empty one of theirs."""
+    try:
+        return json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "ByT5Tokenizer"
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _adopt_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -238,7 +238,7 @@ def open_eval(
 
 
 def _as_rows(files: str | Path | Sequence[str | Path] | Rows) -> Rows:
-    names_files = isinstance(files, list | tuple) and all(isinstance(file, str | Path) for file in files)
+    names_files = isinstance(files, list | tuple) and files and all(isinstance(file, str | Path) for file in files)
     rows = open_rows(files) if names_files or isinstance(files, str | Path) else files
     if len(rows) == 0:
         raise UsageError("a stream over no rows was asked for: give at least one row")

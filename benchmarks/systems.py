@@ -1,0 +1,263 @@
+"""One training of one system in a process of its own: what is equal on both sides, the systems, what is measured.
+
+`compare.py` starts `python benchmarks/systems.py SETTINGS` (JSON) and reads the record that this writes.
+"""
+
+import json
+import os
+import platform
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+# This checkout's lowmem, installed or not. Each system imports what it needs and no more: memory is what we measure.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# --- what is equal on both sides, besides the flags
+SEED = 0
+ADAMW = {"weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}  # torch's fused AdamW; biases, norms: no decay
+SCHEDULE = {"peak": 1e-4, "warmup_steps": 1, "schedule": "cosine"}
+MAX_GRAD_NORM = 1.0
+WARM_UP_STEPS = 2  # left out of the times: AdamW makes its moments, allocators and thread pools settle
+
+
+@dataclass
+class Run:
+    """What a system leaves behind for the record."""
+
+    imported_bytes: int
+    """Resident after its imports, before a model is there."""
+    losses: list[float] = field(default_factory=list)
+    """Mean loss over the targets of each optimizer step, in fp32."""
+    marks: list[tuple[float, float]] = field(default_factory=list)
+    """(wall, CPU) seconds at the end of each optimizer step."""
+    tokens: list[int] = field(default_factory=list)
+    """Non-padding tokens of each micro-batch: the inputs, and T5's targets too (a causal model's are its inputs)."""
+
+    def mark(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.marks.append((time.perf_counter(), time.process_time()))
+
+
+def build(settings: SimpleNamespace) -> None:
+    """Save the initial weights, and the byte tokenizer, that every system loads."""
+    import torch
+
+    from lowmem import load_model
+
+    torch.manual_seed(SEED)
+    model, tokenizer = load_model(model_config=settings.shape)
+    model.save_pretrained(settings.folder)
+    tokenizer.save_pretrained(settings.folder)
+
+
+def open_work(settings: SimpleNamespace, tokenizer, config) -> tuple[object, Callable]:
+    """Rows and their encoder: those of `train_file`, or generated ones of exactly `seq_len` random tokens."""
+    from lowmem import make_encoder, open_rows
+
+    if settings.train_file:
+        rows = open_rows(settings.train_file, columns=["prompt", "response"])
+        return rows, make_encoder(tokenizer, is_encoder_decoder=config.is_encoder_decoder, max_seq_len=settings.seq_len)
+    generator, rows = random.Random(SEED), []
+    for _ in range(settings.num_rows):
+        ids, response = (generator.choices(range(3, config.vocab_size), k=settings.seq_len) for _ in range(2))
+        rows.append({"input_ids": ids, "labels": response if config.is_encoder_decoder else ids})
+    return rows, dict
+
+
+def make_collate(run: Run, config) -> Callable:
+    """lowmem's `collate` for both systems, so that both train on the very same tensors; it counts tokens."""
+    from lowmem import collate
+
+    def collate_and_count(rows):
+        batch = collate(rows, causal=not config.is_encoder_decoder)
+        num_inputs = int(batch.inputs["attention_mask"].sum())
+        run.tokens.append(num_inputs + (batch.num_targets if config.is_encoder_decoder else 0))
+        return batch
+
+    return collate_and_count
+
+
+# --- the systems
+def run_lowmem(settings: SimpleNamespace) -> Run:
+    """The library's own loop: the parts of `lowmem.train` that train."""
+    from lowmem import (
+        TrainState,
+        chunked_loss,
+        join,
+        learning_rate_at,
+        load_model,
+        make_optimizer,
+        open_stream,
+        parallelize,
+        train_step,
+    )
+    from lowmem.memory.savers import recompute
+
+    run = Run(imported_bytes=resident_bytes())
+    accelerator = join(mixed_precision=settings.mixed_precision)
+    model, tokenizer = load_model(settings.folder)
+    model = parallelize(model, accelerator)
+    optimizer = make_optimizer(model, name="adamw", **ADAMW)
+    rows, encode = open_work(settings, tokenizer, model.config)
+    stream = open_stream(
+        rows,
+        encode,
+        batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        seed=SEED,
+        collate=make_collate(run, model.config),
+    )
+    state = TrainState(model, optimizer, stream, seed=SEED)
+    schedule = partial(learning_rate_at, total_steps=settings.steps, **SCHEDULE)
+    with recompute(model, optimizer) if settings.recompute == "full" else nullcontext():
+        for step, batches in zip(range(settings.steps), stream, strict=False):
+            result = train_step(
+                state, batches, chunked_loss, accelerator, learning_rate=schedule(step), max_grad_norm=MAX_GRAD_NORM
+            )
+            run.losses.append(result.loss.item())
+            run.mark()
+    return run
+
+
+def run_trainer(settings: SimpleNamespace) -> Run:
+    """transformers' Trainer with its defaults where nothing has to be equal; its rows are encoded before it starts."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from lowmem import load_model
+    from lowmem.data.order import rows_at
+
+    run = Run(imported_bytes=resident_bytes())
+    model, tokenizer = load_model(settings.folder)
+    rows, encode = open_work(settings, tokenizer, model.config)
+    row_ids = rows_at(0, settings.num_rows, getattr(rows, "group_sizes", (len(rows),)), seed=SEED).tolist()
+    collate = make_collate(run, model.config)
+
+    class SameObjective(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            # Objective: token losses of the step / targets of the step. Llama's own loss divides by
+            # `num_items_in_batch`. T5's ignores it and is its micro-batch's mean, which Trainer takes for divided:
+            # loss and gradient would be `gradient_accumulation_steps` times too large. Weighing that mean by the
+            # micro-batch's share of the targets mends just that, and leaves the model's loss and its memory alone.
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            if not self.model.config.is_encoder_decoder:
+                return loss
+            return loss * (inputs["labels"] != -100).sum() / num_items_in_batch
+
+    class Recorder(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            run.mark()
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            if "loss" in logs:
+                run.losses.append(logs["loss"])
+
+    # transformers 5.17 has only the older name, which later ones deprecate
+    checkpointing = "activation_checkpointing"
+    if not hasattr(TrainingArguments, checkpointing):
+        checkpointing = "gradient_checkpointing"
+    arguments = TrainingArguments(
+        output_dir=f"{settings.folder}/trainer",
+        use_cpu=not _on_cuda(),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        train_sampling_strategy="sequential",
+        bf16=settings.mixed_precision == "bf16",
+        optim="adamw_torch_fused",
+        weight_decay=ADAMW["weight_decay"],
+        adam_beta1=ADAMW["betas"][0],
+        adam_beta2=ADAMW["betas"][1],
+        adam_epsilon=ADAMW["eps"],
+        learning_rate=SCHEDULE["peak"],
+        warmup_steps=SCHEDULE["warmup_steps"],
+        lr_scheduler_type=SCHEDULE["schedule"],
+        max_grad_norm=MAX_GRAD_NORM,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **{checkpointing: settings.recompute == "full", f"{checkpointing}_kwargs": {"use_reentrant": False}},
+    )
+    SameObjective(
+        model=model,
+        args=arguments,
+        train_dataset=[encode(rows[row_id]) for row_id in row_ids],
+        data_collator=lambda encoded: collate(encoded).inputs,
+        callbacks=[Recorder()],
+    ).train()
+    return run
+
+
+# --- what is measured
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _on_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def measured(run: Run, settings: SimpleNamespace) -> dict[str, object]:
+    """A run as a line of the results; times and tokens are those of the steps after the first WARM_UP_STEPS."""
+    import torch
+
+    assert len(run.losses) == len(run.marks) == settings.steps, "a system has run another number of steps"
+    marks = run.marks[WARM_UP_STEPS - 1 :]
+    wall, cpu = (end - start for start, end in zip(marks[0], marks[-1], strict=True))
+    micro_batches = settings.gradient_accumulation_steps
+    tokens = sum(run.tokens[WARM_UP_STEPS * micro_batches : settings.steps * micro_batches])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    cpu_model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
+    return {
+        "recompute": settings.recompute,
+        "loss": run.losses,
+        "tokens_per_second": tokens / wall,
+        "seconds_per_step": median(b[0] - a[0] for a, b in zip(marks, marks[1:], strict=False)),
+        "cores_busy": cpu / wall,  # on CPU well below the threads: another program was running, do not trust the times
+        "peak_rss_bytes": peak,
+        "peak_rss_above_import_bytes": peak - run.imported_bytes,
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if _on_cuda() else None,
+        "machine": {
+            "cpu": cpu_model.partition(":")[2].strip() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if _on_cuda() else "cpu",
+        },
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
+    }
+
+
+SYSTEMS = {"lowmem": run_lowmem, "trainer": run_trainer, "trainer-no-checkpointing": run_trainer}
+
+
+def main() -> None:
+    settings = SimpleNamespace(**json.loads(sys.argv[1]))
+    import torch
+
+    torch.set_num_threads(settings.threads)
+    if settings.system == "build":
+        build(settings)
+        return
+    if settings.system == "trainer-no-checkpointing":
+        settings.recompute = "off"
+    record = measured(SYSTEMS[settings.system](settings), settings)
+    Path(settings.folder, "record.json").write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

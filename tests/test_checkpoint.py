@@ -1,0 +1,246 @@
+"""Invariants 4 and 5: a checkpoint is whole or absent, and any reader finds whole tensors in it."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer
+
+from lowmem import weights
+from lowmem.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
+from lowmem.commit import verify_checkpoint
+from lowmem.config import UsageError
+from lowmem.data.encode import encode_causal, encode_seq2seq
+from lowmem.data.stream import open_stream
+from lowmem.memory.loss import chunked_loss
+from lowmem.memory.optim import _OPTIMIZERS, make_optimizer
+from lowmem.model import load_model
+from lowmem.step import TrainState, train_step
+from tests.models import build, qa_rows
+
+ACCELERATOR = Accelerator(cpu=True)
+
+
+def new_state(family="t5", seed=0, optimizer="adamw"):
+    encode = (encode_seq2seq if family == "t5" else encode_causal)(ByT5Tokenizer(), max_seq_len=64)
+    model = build(family, seed=seed)
+    return TrainState(model, make_optimizer(model, name=optimizer), open_stream(qa_rows(30), encode, batch_size=4))
+
+
+def train(state, steps):
+    for _ in range(steps):
+        train_step(state, next(iter(state.stream)), chunked_loss, ACCELERATOR, learning_rate=1e-2, max_grad_norm=1.0)
+    return state
+
+
+def assert_same_weights(model, other):
+    for (name, mine), theirs in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+def test_a_loaded_state_goes_on_bit_for_bit(family, max_shard_size, tmp_path):
+    state = train(new_state(family), 3)
+    state.best = {"step": 2, "eval_loss": 1.25}
+    path = save_checkpoint(state, tmp_path, ACCELERATOR, max_shard_size=max_shard_size)
+    assert path == tmp_path / "step-00000003"
+    loaded = new_state(family, seed=5)
+    loaded.seed = 7
+    load_checkpoint(loaded, path, ACCELERATOR)
+    assert (loaded.step, loaded.best, loaded.seed) == (3, state.best, 0)
+    assert loaded.stream.position == 12
+    assert_same_weights(train(state, 3).model, train(loaded, 3).model)
+
+
+@pytest.mark.parametrize("optimizer", _OPTIMIZERS)
+def test_every_optimizer_goes_on_bit_for_bit(optimizer, tmp_path):
+    state = train(new_state(optimizer=optimizer), 2)
+    path = save_checkpoint(state, tmp_path, ACCELERATOR)
+    loaded = new_state(seed=5, optimizer=optimizer)
+    load_checkpoint(loaded, path, ACCELERATOR)
+    assert_same_weights(train(state, 2).model, train(loaded, 2).model)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+def test_from_pretrained_loads_the_model_folder_as_it_stands(family, max_shard_size, tmp_path):
+    state = train(new_state(family), 1)
+    path = save_checkpoint(state, tmp_path, ACCELERATOR, tokenizer=ByT5Tokenizer(), max_shard_size=max_shard_size)
+    auto = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    model, info = auto.from_pretrained(path / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(model) is type(state.model) and model.dtype == torch.float32
+    assert_same_weights(state.model, model)
+    if family != "qwen2":  # beside its config AutoTokenizer makes an empty Qwen2Tokenizer; load_model does not
+        assert AutoTokenizer.from_pretrained(path / "model")("é").input_ids == ByT5Tokenizer()("é").input_ids
+    assert load_model(path / "model")[1]("é").input_ids == ByT5Tokenizer()("é").input_ids
+    sharded = (path / "model" / "model.safetensors.index.json").exists()
+    assert sharded == (max_shard_size == "20KB")
+    assert max(file.stat().st_size for file in path.rglob("*.safetensors")) < (60_000 if sharded else 10**7)
+
+
+def test_written_tensors_are_what_safetensors_reads(tmp_path):
+    tensors = {
+        "half": torch.randn(3, 5).bfloat16(),
+        "wide": torch.randn(2, 2, dtype=torch.float64),
+        "scalar": torch.tensor(3.0),
+        "none": torch.empty(0, 4),
+        "turned": torch.randn(4, 6).T,
+        "low": torch.arange(7, dtype=torch.int16),
+        "flags": torch.tensor([True, False]),
+        "long": torch.arange(3),
+    }
+    record = weights.write_safetensors(tensors, tmp_path / "x.safetensors")
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype, name
+    assert record == weights.record_file(tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="tensor z is torch.complex64"):
+        weights.write_safetensors({"z": torch.zeros(1, dtype=torch.complex64)}, tmp_path / "y.safetensors")
+
+
+def test_nothing_is_pickled(tmp_path, monkeypatch):
+    def forbidden(*arguments, **options):
+        raise AssertionError("pickle was used")
+
+    state = train(new_state(), 1)
+    for module, name in [(pickle, "dumps"), (pickle, "dump"), (pickle, "loads"), (pickle, "load"), (torch, "load")]:
+        monkeypatch.setattr(module, name, forbidden)
+    monkeypatch.setattr(torch, "save", forbidden)
+    path = save_checkpoint(state, tmp_path, ACCELERATOR, tokenizer=ByT5Tokenizer(), config={"a": 1})
+    (path / "optimizer.pkl").write_bytes(b"never read")
+    load_checkpoint(new_state(), path, ACCELERATOR)
+    written = {file.suffix for file in path.rglob("*") if file.is_file()} - {".pkl"}
+    assert written <= {".safetensors", ".json", ".txt", ".jinja"}
+
+
+FILES = ["manifest.json", "state.json", "optimizer.safetensors", "model/model.safetensors", "model/config.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["a bit flipped", "cut", "grown", "missing"])
+def test_any_damage_is_found_and_named(name, damage, tmp_path):
+    path = save_checkpoint(train(new_state(), 1), tmp_path, ACCELERATOR)
+    file = path / name
+    data = bytearray(file.read_bytes())
+    for place in (0, len(data) // 3, len(data) - 2) if damage == "a bit flipped" else (0,):
+        damaged = bytearray(data)
+        if damage == "a bit flipped":
+            damaged[place] ^= 1
+            file.write_bytes(damaged)
+        elif damage == "missing":
+            file.unlink()
+        elif name == "manifest.json":
+            file.write_bytes(data[:-9] if damage == "cut" else data + b"}")
+        else:
+            file.write_bytes(data[:-1] if damage == "cut" else data + b"\0")
+        with pytest.raises(UsageError, match="take another") as caught:
+            verify_checkpoint(path)
+        assert name in str(caught.value)
+
+
+def test_the_newest_valid_checkpoint_is_taken_with_the_reason(tmp_path, capsys):
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    state = new_state()
+    paths = [save_checkpoint(train(state, 1), tmp_path, ACCELERATOR) for _ in range(3)]
+    assert latest_checkpoint(tmp_path) == paths[2]
+    (paths[2] / "state.json").unlink()
+    assert latest_checkpoint(tmp_path) == paths[1]
+    assert "step-00000003/state.json is missing" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_changes_nothing_when_loaded(tmp_path):
+    path = save_checkpoint(train(new_state(), 1), tmp_path, ACCELERATOR)
+    data = bytearray((path / "optimizer.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "optimizer.safetensors").write_bytes(data)
+    state, untouched = new_state(seed=3), new_state(seed=3)
+    with pytest.raises(UsageError, match="optimizer.safetensors changed since it was saved"):
+        load_checkpoint(state, path, ACCELERATOR)
+    assert_same_weights(state.model, untouched.model)
+    assert state.step == state.stream.position == 0 and not state.optimizer.state
+
+
+def test_another_model_is_refused_with_the_differences(tmp_path):
+    path = save_checkpoint(train(new_state(), 1), tmp_path, ACCELERATOR)
+    model = build("t5", d_model=16)
+    state = TrainState(model, make_optimizer(model))
+    with pytest.raises(UsageError) as caught:
+        load_checkpoint(state, path, ACCELERATOR)
+    told = str(caught.value)
+    assert "decoder.block.0.layer.0.SelfAttention.k.weight was F32[32, 32] and is F32[32, 16]" in told
+    assert "more. Build the model that was saved" in told and told.count(";") == 9
+    deeper = build("t5", num_layers=3)
+    with pytest.raises(UsageError, match="decoder.block.2.layer.0.SelfAttention.k.weight is in the model only"):
+        load_checkpoint(TrainState(deeper, make_optimizer(deeper)), path, ACCELERATOR)
+    with pytest.raises(UsageError, match="holds the state of AdamW, the optimizer is SGD"):
+        load_checkpoint(new_state(optimizer="sgd"), path, ACCELERATOR)
+
+
+def test_a_newer_format_asks_for_an_upgrade(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowmem.commit._FORMAT", 2)
+    path = save_checkpoint(train(new_state(), 1), tmp_path, ACCELERATOR)
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="upgrade lowmem"):
+        verify_checkpoint(path)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    state = new_state()
+    for _ in range(4):
+        save_checkpoint(train(state, 1), tmp_path, ACCELERATOR, keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["step-00000003", "step-00000004"]
+
+
+def test_a_failed_save_leaves_the_older_checkpoints(tmp_path, monkeypatch):
+    state = train(new_state(), 1)
+    first = save_checkpoint(state, tmp_path, ACCELERATOR, keep=1)
+    train(state, 1)
+    # a real limit of the system on file size: every write beyond it fails, as on a full disk
+    run_with_small_files(lambda: save_checkpoint(state, tmp_path, ACCELERATOR, keep=1))
+    assert latest_checkpoint(tmp_path) == first
+    second = save_checkpoint(state, tmp_path, ACCELERATOR, keep=1)  # and what was left of it is gone
+    assert os.listdir(tmp_path) == [second.name]
+
+
+def run_with_small_files(action):
+    import resource
+    import signal
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            action()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_checkpoint_that_stands_is_not_written_over_unless_it_is_damaged(tmp_path):
+    state = train(new_state(), 1)
+    path = save_checkpoint(state, tmp_path, ACCELERATOR)
+    with pytest.raises(FileExistsError, match="stands already"):
+        save_checkpoint(state, tmp_path, ACCELERATOR)
+    verify_checkpoint(path)
+    (path / "manifest.json").unlink()
+    verify_checkpoint(save_checkpoint(state, tmp_path, ACCELERATOR))
+
+
+def test_the_model_folder_is_replaced_as_a_whole(tmp_path):
+    model = build("llama")
+    save_model(model, tmp_path / "model", config={"prompt_column": "q"})
+    (tmp_path / "model" / "stale.safetensors").write_bytes(b"")
+    save_model(model, tmp_path / "model", config={"prompt_column": "q"})
+    assert not (tmp_path / "model" / "stale.safetensors").exists()
+    assert json.loads((tmp_path / "model" / "lowmem.json").read_text()) == {"prompt_column": "q"}
+    assert os.listdir(tmp_path) == ["model"]
+    shutil.rmtree(tmp_path / "model")

@@ -1,0 +1,101 @@
+import json
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import ByT5Tokenizer
+
+from lowmem import join
+from lowmem.data.encode import encode_causal, encode_seq2seq
+from lowmem.data.rows import open_rows
+from lowmem.data.stream import collate, open_eval
+from lowmem.evaluate import Answer, evaluate, generate, measure, text_metrics
+from lowmem.memory.loss import chunked_loss, plain_loss
+from tests.models import build, qa_rows
+from tests.processes import run_ranks
+
+ROWS, TOKENIZER = qa_rows(23), ByT5Tokenizer()
+
+
+def encoder(family):
+    return (encode_seq2seq if family == "t5" else encode_causal)(TOKENIZER, max_seq_len=64)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("batch_size", [1, 4, 23])
+def test_loss_is_the_mean_over_tokens_whatever_the_batches(family, batch_size):
+    model = build(family)
+    whole = collate([encoder(family)(row) for row in ROWS], causal=family != "t5")
+    expected = (plain_loss(model.eval(), whole) / whole.num_targets).item()
+    batches = open_eval(ROWS, encoder(family), batch_size=batch_size)
+    metrics = evaluate(model, batches, chunked_loss, Accelerator(cpu=True), prefix="test")
+    assert metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["test_perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def test_dropout_is_off_within_and_on_again_after():
+    model = build("t5", dropout_rate=0.5)
+    batches = open_eval(ROWS, encoder("t5"), batch_size=5)
+    first, second = (evaluate(model, batches, chunked_loss, Accelerator(cpu=True)) for _ in range(2))
+    assert first == second and model.training
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_answers_of_a_batch_are_those_of_each_row_alone(family):
+    model = build(family)
+    batches = open_eval(ROWS, encoder(family), batch_size=7)
+    answers = generate(model, TOKENIZER, batches, Accelerator(cpu=True), max_new_tokens=6)
+    assert [answer.row_id for answer in answers] == list(range(23))
+    for answer, row in zip(answers, ROWS, strict=True):
+        assert (answer.prompt, answer.reference) == (row["prompt"], row["response"])
+        ids = torch.tensor([TOKENIZER(row["prompt"], add_special_tokens=family == "t5").input_ids])
+        written = model.eval().generate(input_ids=ids, max_new_tokens=6, do_sample=False)[0]
+        written = written if family == "t5" else written[ids.shape[1] :]
+        assert answer.prediction == TOKENIZER.decode(written, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_two_ranks_measure_what_one_measures(family, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    expected = measure_rows(family, tmp_path, Accelerator(cpu=True))
+    run_ranks(2, "tests.test_evaluate:measure_on_a_rank", family, tmp_path)
+    for rank in range(2):
+        metrics, answers = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert metrics == pytest.approx(expected[0], rel=1e-6)
+        assert [Answer(*answer) for answer in answers] == expected[1]
+
+
+def measure_rows(family, folder, accelerator):
+    return measure(
+        build(family),
+        TOKENIZER,
+        open_rows(f"{folder}/rows.jsonl"),
+        encoder(family),
+        chunked_loss,
+        accelerator,
+        batch_size=4,
+        max_predict_samples=11,
+        max_new_tokens=5,
+    )
+
+
+def measure_on_a_rank(family, folder):
+    accelerator = join()
+    measured = measure_rows(family, folder, accelerator)
+    with open(f"{folder}/{accelerator.process_index}.json", "w") as file:
+        json.dump(measured, file)
+    accelerator.end_training()
+
+
+def test_exact_matches_are_counted_and_characters_compared():
+    answers = [Answer(0, "a", "四十", "四十"), Answer(1, "b", "42", " 42 "), Answer(2, "c", "42", "43")]
+    metrics = text_metrics(answers)
+    assert metrics["eval_exact_match"] == pytest.approx(2 / 3)
+    assert 50 < metrics["eval_chrf"] < 100
+
+
+def test_rows_without_a_target_are_refused():
+    batches = [collate([{"input_ids": [4], "labels": [-100]}], causal=False)]
+    with pytest.raises(ValueError, match="no target token"):
+        evaluate(build("t5"), batches, chunked_loss, Accelerator(cpu=True))

@@ -1,0 +1,113 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, ByT5Tokenizer
+
+from lowmem.config import MODEL_SHAPES, UsageError
+from lowmem.model import freeze, load_model
+from tests.models import FAMILIES, LLAMA, build
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_model_is_loaded_in_training_mode(family, tmp_path):
+    saved = build(family)
+    saved.save_pretrained(tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = load_model(tmp_path)
+    assert type(model) is type(saved) and model.training
+    assert tokenizer("a").input_ids == ByT5Tokenizer()("a").input_ids
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_a_bf16_folder_trains_fp32_weights(tmp_path):
+    build("llama").bfloat16().save_pretrained(tmp_path)
+    model, _ = load_model(tmp_path, tokenizer_name_or_path=saved_tokenizer(tmp_path))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def saved_tokenizer(folder):
+    ByT5Tokenizer().save_pretrained(folder / "tokenizer")
+    return folder / "tokenizer"
+
+
+@pytest.mark.parametrize("form", ["name", "file", "fields", "config"])
+def test_a_model_is_built_from_any_form_of_config(form, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    forms = {
+        "name": "t5-tiny",
+        "file": tmp_path / "config.json",
+        "fields": LLAMA,
+        "config": AutoConfig.for_model(**LLAMA),
+    }
+    model, tokenizer = load_model(model_config=forms[form])
+    assert model.training and model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_the_same_seed_builds_the_same_model():
+    def first_weight(seed):
+        torch.manual_seed(seed)
+        return next(load_model(model_config="t5-tiny")[0].parameters())
+
+    assert torch.equal(first_weight(0), first_weight(0)) and not torch.equal(first_weight(0), first_weight(1))
+
+
+def test_t5_base_has_the_published_shape():
+    config = AutoConfig.for_model(**MODEL_SHAPES["t5-base"])
+    with torch.device("meta"):
+        from transformers import AutoModelForSeq2SeqLM
+
+        model = AutoModelForSeq2SeqLM.from_config(config)
+    assert model.num_parameters() == 222_903_552  # google-t5/t5-base
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_frozen_embeddings_take_their_tied_head_with_them(family):
+    model = build(family)
+    freeze(model, parts=["embeddings"])
+    assert not model.get_input_embeddings().weight.requires_grad
+    assert model.get_output_embeddings().weight.requires_grad == (family == "llama")
+
+
+def test_a_frozen_encoder_leaves_the_decoder_and_the_shared_embeddings():
+    model = build("t5")
+    freeze(model, parts=["encoder"])
+    trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"shared", "decoder"}
+    with pytest.raises(UsageError, match="LlamaForCausalLM has none"):
+        freeze(build("llama"), parts=["encoder"])
+
+
+def test_a_tokenizer_without_its_files_is_refused(tmp_path):
+    build("qwen2").save_pretrained(tmp_path)  # AutoTokenizer makes an empty tokenizer of this folder, without a word
+    with pytest.raises(UsageError, match="turns text into no tokens"):
+        load_model(tmp_path)
+
+
+def test_mistakes_are_told(tmp_path):
+    with pytest.raises(UsageError, match="give one of"):
+        load_model()
+    with pytest.raises(UsageError, match="no tokenizer can be loaded"):
+        load_model(tmp_path)
+    tokenizer = saved_tokenizer(tmp_path)
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        load_model(tmp_path / "tokenizer")
+    with pytest.raises(UsageError, match="has 384 tokens, the model embeds 100"):
+        load_model(model_config=LLAMA | {"vocab_size": 100}, tokenizer_name_or_path=tokenizer)
+    with pytest.raises(UsageError, match="none that transformers knows"):
+        load_model(model_config={"model_type": "t6"})
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_model(model_config=tmp_path / "missing.json")
+
+
+def test_missing_weights_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    build("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="lacks 1 weights.*layers.1.mlp.up_proj"):
+        load_model(tmp_path, tokenizer_name_or_path=saved_tokenizer(tmp_path))

@@ -1,0 +1,71 @@
+import pytest
+import torch
+from transformers import Trainer, get_scheduler
+
+from lowmem.memory.optim import _OPTIMIZERS, learning_rate_at, make_optimizer
+from tests.models import build
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup_steps", [0, 7])
+def test_schedules_are_those_of_transformers(schedule, warmup_steps):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=50)
+    for step in range(50):
+        mine = learning_rate_at(step, total_steps=50, peak=0.3, warmup_steps=warmup_steps, schedule=schedule)
+        assert mine == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_learning_rate_ends_at_zero_and_stays_there():
+    assert learning_rate_at(50, total_steps=50, peak=1.0) == pytest.approx(0)
+    assert learning_rate_at(60, total_steps=50, peak=1.0, schedule="linear") == 0
+    with pytest.raises(ValueError, match="choose one"):
+        learning_rate_at(0, total_steps=1, peak=1.0, schedule="sine")
+
+
+@pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])
+def test_the_same_weights_decay_as_in_trainer(family):
+    model = build(family)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    expected = set(Trainer.get_decay_parameter_names(None, model)) & set(names.values())  # it names tied ones twice
+    optimizer = make_optimizer(model, weight_decay=0.1)
+    decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == expected
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+@pytest.mark.parametrize("name", _OPTIMIZERS)
+def test_every_named_optimizer_lowers_a_loss(name):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 8)
+    inputs = torch.randn(64, 8)
+    optimizer = make_optimizer(model, name=name, weight_decay=0.0)
+    losses = []
+    for _ in range(60):
+        for group in optimizer.param_groups:
+            group["lr"] = 1.0 if name == "adadelta" else 0.01
+        loss = (model(inputs) - inputs).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_betas_and_epsilon_reach_the_optimizer():
+    group = make_optimizer(build("t5"), betas=(0.5, 0.6), eps=1e-3).param_groups[0]
+    assert group["betas"] == (0.5, 0.6) and group["eps"] == 1e-3
+
+
+def test_frozen_weights_are_left_out():
+    model = build("t5")
+    model.shared.requires_grad_(False)
+    trained = {id(p) for group in make_optimizer(model).param_groups for p in group["params"]}
+    assert id(model.shared.weight) not in trained
+    with pytest.raises(ValueError, match="every parameter is frozen"):
+        make_optimizer(model.requires_grad_(False))
+    with pytest.raises(ValueError, match="there are adamw"):
+        make_optimizer(build("t5"), name="lion")

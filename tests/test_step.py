@@ -1,0 +1,192 @@
+"""Invariant 1: accumulation and ranks do not matter; what a step does when numbers are not finite."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from transformers import ByT5Tokenizer
+
+from lowmem import join, parallelize
+from lowmem.data.encode import encode_causal, encode_seq2seq
+from lowmem.data.stream import collate, open_stream
+from lowmem.memory.loss import chunked_loss, plain_loss
+from lowmem.memory.optim import make_optimizer
+from lowmem.step import TrainState, train_step
+from tests.models import build, qa_rows
+from tests.processes import run_ranks
+
+ROWS = qa_rows(24)
+
+
+def stream_of(family, **options):
+    encode = (encode_seq2seq if family == "t5" else encode_causal)(ByT5Tokenizer(), max_seq_len=64)
+    return open_stream(ROWS, encode, seed=2, **options)
+
+
+def state_of(model, stream=None, **options):
+    return TrainState(model, make_optimizer(model, **options), stream)
+
+
+def gradient_of_step(model, batches, accelerator, loss_fn=chunked_loss):
+    """The whole gradient that a step applies, and its result: SGD from zero weights' difference at learning rate 1."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    state = state_of(model, name="sgd")
+    result = train_step(state, batches, loss_fn, accelerator, learning_rate=1.0)
+    after = model.named_parameters()
+    return {name.removeprefix("module."): before[name] - parameter.detach() for name, parameter in after}, result
+
+
+def assert_same_gradient(mine, expected):
+    assert mine.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # weights of size ~1 round away digits of the difference: compare to 1e-6 of the weights' scale
+        torch.testing.assert_close(mine[name], gradient, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize(("batch_size", "steps"), [(4, 2), (2, 4), (1, 8)])
+def test_unequal_micro_batches_equal_one_batch(family, batch_size, steps):
+    accelerator = Accelerator(cpu=True)
+    whole = next(stream_of(family, batch_size=8))
+    parts = next(stream_of(family, batch_size=batch_size, gradient_accumulation_steps=steps))
+    assert len({batch.num_targets for batch in parts}) > 1  # or it would show nothing
+    expected, one = gradient_of_step(build(family), whole, accelerator)
+    mine, many = gradient_of_step(build(family), parts, accelerator)
+    assert_same_gradient(mine, expected)
+    torch.testing.assert_close(many.loss, one.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(many.grad_norm, one.grad_norm, rtol=1e-5, atol=0)
+    assert many.num_tokens == one.num_tokens == sum(batch.num_targets for batch in whole)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_the_step_is_the_gradient_of_the_mean_token_loss(family):
+    """Against transformers' own loss on all rows at once."""
+    (whole,) = next(stream_of(family, batch_size=8))
+    model = build(family)
+    model(**whole.inputs, use_cache=False).loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    mine, _ = gradient_of_step(build(family), [whole], Accelerator(cpu=True))
+    assert_same_gradient(mine, expected)
+
+
+@pytest.mark.parametrize("wrapping", ["parallelize", "ddp"])
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_two_processes_with_unequal_target_counts_equal_one(family, wrapping, tmp_path):
+    whole = next(stream_of(family, batch_size=8))
+    expected, one = gradient_of_step(build(family), whole, Accelerator(cpu=True))
+    run_ranks(2, "tests.test_step:step_on_a_rank", family, wrapping, tmp_path)
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert told[0]["my_targets"] != told[1]["my_targets"]
+    for rank in range(2):
+        assert_same_gradient(load_file(tmp_path / f"{rank}.safetensors"), expected)
+        assert told[rank]["loss"] == pytest.approx(one.loss.item(), rel=1e-6)
+        assert told[rank]["num_tokens"] == one.num_tokens
+
+
+def step_on_a_rank(family, wrapping, folder):
+    accelerator = join()
+    # other weights on each rank: the wrapping must make them rank 0's
+    model = build(family, seed=0 if accelerator.is_main_process else 1)
+    model = parallelize(model, accelerator) if wrapping == "parallelize" else accelerator.prepare(model)
+    rank = accelerator.process_index
+    batches = next(stream_of(family, batch_size=2, gradient_accumulation_steps=2, rank=rank, world_size=2))
+    gradient, result = gradient_of_step(model, batches, accelerator)
+    save_file({name: value.contiguous() for name, value in gradient.items()}, f"{folder}/{rank}.safetensors")
+    told = {
+        "loss": result.loss.item(),
+        "num_tokens": int(result.num_tokens),
+        "my_targets": sum(batch.num_targets for batch in batches),
+    }
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump(told, file)
+    # A DDP reducer that outlives its gloo group can wait for ever in the group's destructor (torch 2.13), so free it.
+    (model,) = accelerator.free_memory(model)
+    accelerator.end_training()
+
+
+def test_clipping_bounds_the_applied_gradient_and_reports_the_norm_before():
+    batches = next(stream_of("t5", batch_size=4))
+    accelerator = Accelerator(cpu=True)
+    expected, _ = gradient_of_step(build("t5"), batches, accelerator)
+    norm = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+    model = build("t5")
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    result = train_step(
+        state_of(model, name="sgd"), batches, chunked_loss, accelerator, learning_rate=1.0, max_grad_norm=0.1
+    )
+    applied = torch.cat([(a - b.detach()).flatten() for a, b in zip(before, model.parameters(), strict=True)])
+    assert norm > 0.1
+    torch.testing.assert_close(result.grad_norm, norm, rtol=1e-4, atol=0)
+    torch.testing.assert_close(applied.norm(), torch.tensor(0.1), rtol=1e-3, atol=0)
+
+
+def test_dropout_is_a_function_of_seed_step_and_micro_batch():
+    def loss(seed, step, disturb):
+        torch.manual_seed(disturb)
+        state = state_of(build("t5", dropout_rate=0.3), name="sgd")
+        torch.rand(disturb)  # whatever else used the generator
+        state.seed, state.step = seed, step
+        batches = next(stream_of("t5", batch_size=2, gradient_accumulation_steps=2))
+        return train_step(state, batches, plain_loss, Accelerator(cpu=True), learning_rate=0.0).loss.item()
+
+    assert loss(0, 5, disturb=1) == loss(0, 5, disturb=99)
+    assert len({loss(0, 5, 1), loss(0, 6, 1), loss(1, 5, 1)}) == 3
+
+
+def poisoned(model, batch):
+    return plain_loss(model, batch) * (float("nan") if 3 in batch.row_ids else 1.0)
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+def test_a_loss_that_is_not_finite_changes_no_weight(nonfinite):
+    model = build("t5")
+    stream = stream_of("t5", batch_size=12, shuffle=False)
+    state = state_of(model, stream)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    accelerator = Accelerator(cpu=True)
+    if nonfinite == "stop":
+        with pytest.raises(FloatingPointError, match=r"step 0: loss nan.*rank 0 had rows \[0, 1, 2, 3"):
+            train_step(state, next(stream), poisoned, accelerator, learning_rate=0.1)
+        assert state.step == stream.position == 0
+    else:
+        result = train_step(state, next(stream), poisoned, accelerator, learning_rate=0.1, nonfinite="skip")
+        assert result.loss.isnan() and (state.step, stream.position) == (1, 12)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    if nonfinite == "skip":  # and the next step, without that row, goes on as ever
+        train_step(state, next(stream), poisoned, accelerator, learning_rate=0.1, nonfinite="skip")
+        assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_one_ranks_nan_stops_both_before_the_update(tmp_path):
+    run_ranks(2, "tests.test_step:step_with_nan_on_one_rank", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped-0", "stopped-1"]
+
+
+def step_with_nan_on_one_rank(folder):
+    accelerator = join()
+    rank = accelerator.process_index
+    model = parallelize(build("t5"), accelerator)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    batches = next(stream_of("t5", batch_size=4, rank=rank, world_size=2, shuffle=False))
+    try:
+        train_step(state_of(model), batches, poisoned, accelerator, learning_rate=0.1)
+    except FloatingPointError:
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        open(f"{folder}/stopped-{rank}", "w").close()
+    accelerator.end_training()
+
+
+def test_a_step_without_any_target_changes_nothing_but_the_count():
+    (batch,) = next(stream_of("t5", batch_size=4))
+    batch.inputs["labels"].fill_(-100)
+    empty = collate([{"input_ids": [5], "labels": [-100]}], causal=False)
+    assert empty.num_targets == 0
+    model = build("t5")
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    state = state_of(model)
+    result = train_step(state, [empty], chunked_loss, Accelerator(cpu=True), learning_rate=0.1)
+    assert result.loss == 0 and result.grad_norm == 0 and state.step == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

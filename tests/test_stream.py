@@ -1,0 +1,161 @@
+import itertools
+import threading
+
+import pytest
+import torch
+from transformers import ByT5Tokenizer
+
+from lowmem.config import UsageError
+from lowmem.data.encode import IGNORED, encode_causal, encode_seq2seq
+from lowmem.data.order import rows_at
+from lowmem.data.stream import collate, open_eval, open_stream
+from tests.models import qa_rows
+
+ROWS = qa_rows(50)
+ENCODE = encode_seq2seq(ByT5Tokenizer(), max_seq_len=64)
+
+
+def draw(stream, steps):
+    """Row ids of the next steps, each step done."""
+    drawn = []
+    for batches in itertools.islice(stream, steps):
+        drawn.append([row_id for batch in batches for row_id in batch.row_ids])
+        stream.advance()
+    return drawn
+
+
+def test_batches_are_padded_to_their_own_longest_row():
+    batch = collate([{"input_ids": [5] * 9, "labels": [6]}, {"input_ids": [7], "labels": [8] * 8}])
+    assert batch.inputs["input_ids"].tolist() == [[5] * 9 + [0] * 7, [7] + [0] * 15]
+    assert batch.inputs["attention_mask"].tolist() == [[1] * 9 + [0] * 7, [1] + [0] * 15]
+    assert batch.inputs["labels"].tolist() == [[6] + [IGNORED] * 7, [8] * 8]
+    assert batch.num_targets == 9
+
+
+def test_a_causal_batch_counts_what_the_shifted_loss_sums():
+    rows = [encode_causal(ByT5Tokenizer(), max_seq_len=64)(row) for row in ROWS[:3]]
+    rows.append({"input_ids": [4, 5, 6], "labels": [4, 5, 6]})  # first token a label: nothing predicts it
+    batch = collate(rows)
+    assert batch.num_targets == int((batch.inputs["labels"][:, 1:] != IGNORED).sum())
+    assert (batch.inputs["labels"][:, 0] == IGNORED).all()
+    assert collate(rows[-1:], causal=False).num_targets == 3
+
+
+def test_each_epoch_holds_each_row_once():
+    stream = open_stream(ROWS, ENCODE, batch_size=4, gradient_accumulation_steps=2)
+    drawn = list(itertools.chain(*draw(stream, 25)))  # 200 rows are 4 epochs
+    for epoch in range(4):
+        assert sorted(drawn[epoch * 50 : (epoch + 1) * 50]) == list(range(50))
+    assert drawn == rows_at(0, 200, (50,), seed=0).tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_out_one_sequence(world_size):
+    streams = [
+        open_stream(ROWS, ENCODE, batch_size=2, global_batch_size=12, rank=rank, world_size=world_size, seed=3)
+        for rank in range(world_size)
+    ]
+    steps = zip(*(draw(stream, 9) for stream in streams), strict=True)
+    assert [sum(step, []) for step in steps] == rows_at(0, 108, (50,), seed=3).reshape(9, 12).tolist()
+
+
+def test_uneven_global_batches_give_micro_batches_that_differ_by_one_row_at_most():
+    streams = [open_stream(ROWS, ENCODE, batch_size=3, global_batch_size=13, rank=r, world_size=2) for r in range(2)]
+    steps = [next(stream) for stream in streams]
+    assert [len(batch.row_ids) for step in steps for batch in step] == [2, 2, 2, 2, 2, 3]
+    assert streams[0].micro_batches == streams[1].micro_batches == 3
+
+
+def test_an_empty_micro_batch_is_refused():
+    with pytest.raises(UsageError, match="empty"):
+        open_stream(ROWS, ENCODE, batch_size=1, global_batch_size=3, world_size=2)
+    with pytest.raises(UsageError, match="give at least one row"):
+        open_stream([], ENCODE, batch_size=1)
+
+
+def test_prefetch_does_not_move_the_position():
+    stream = open_stream(ROWS, ENCODE, batch_size=4)
+    iterator = iter(stream)
+    for _ in range(3):
+        next(iterator)
+    assert stream.state_dict()["position"] == 0
+    stream.advance()
+    assert stream.state_dict()["position"] == 4
+
+
+def test_resumed_stream_continues_exactly():
+    whole = open_stream(ROWS, ENCODE, batch_size=4, gradient_accumulation_steps=2, seed=9)
+    expected = draw(whole, 20)
+    for stop in (0, 1, 6, 13):  # 6 steps end in epoch 1, 13 in epoch 2
+        first = open_stream(ROWS, ENCODE, batch_size=4, gradient_accumulation_steps=2, seed=9)
+        assert draw(first, stop) == expected[:stop]
+        next(first)  # read ahead, never trained on
+        second = open_stream(ROWS, ENCODE, batch_size=4, gradient_accumulation_steps=2, seed=9)
+        list(itertools.islice(second, 2))
+        second.load_state_dict(first.state_dict())
+        assert draw(second, 20 - stop) == expected[stop:]
+
+
+def test_a_resume_near_the_end_of_3000_rows_crosses_the_epoch_exactly():
+    rows = qa_rows(3000)
+    stream = open_stream(rows, ENCODE, batch_size=20, seed=4)
+    stream.load_state_dict(stream.state_dict() | {"position": 2900})
+    drawn = list(itertools.chain(*draw(stream, 155)))
+    expected = rows_at(0, 6000, (3000,), seed=4).tolist()
+    assert drawn == expected[2900:6000]
+    assert sorted(expected[:2900] + drawn[:100]) == sorted(drawn[100:]) == list(range(3000))
+
+
+def test_rows_drawn_but_not_trained_on_come_again():
+    stream = open_stream(ROWS, ENCODE, batch_size=4)
+    first = next(iter(stream))
+    assert next(iter(stream))[0].row_ids == first[0].row_ids
+
+
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"batch_size": 5}, {"rows": ROWS[:-1]}], ids=["seed", "rows a step", "rows"]
+)
+def test_a_stream_over_something_else_is_refused(other):
+    options = {"rows": ROWS, "seed": 0, "batch_size": 4} | other
+    saved = open_stream(ROWS, ENCODE, batch_size=4).state_dict()
+    with pytest.raises(UsageError, match="not the one that was saved"):
+        open_stream(options.pop("rows"), ENCODE, **options).load_state_dict(saved)
+
+
+def test_a_row_that_cannot_be_encoded_is_told_with_its_place():
+    rows = [*ROWS[:3], {"prompt": "x", "response": None}]
+    stream = open_stream(rows, ENCODE, batch_size=4, shuffle=False)
+    with pytest.raises(ValueError, match="row 3 cannot be encoded: column 'response' must hold text"):
+        next(stream)
+
+
+def test_rows_are_encoded_in_one_background_thread_one_step_ahead():
+    threads, encoded = set(), []
+
+    def encode(row):
+        threads.add(threading.current_thread())
+        encoded.append(row)
+        return ENCODE(row)
+
+    stream = open_stream(ROWS, encode, batch_size=4)
+    next(stream)
+    stream._ahead.result()
+    assert len(encoded) == 8
+    assert len(threads) == 1 and threading.main_thread() not in threads
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 7), (2, 4), (3, 5), (4, 16)])
+def test_evaluation_sees_each_row_once_in_equally_many_batches(world_size, batch_size):
+    passes = [
+        open_eval(ROWS, ENCODE, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    batches = [list(one) for one in passes]
+    assert len({len(of_rank) for of_rank in batches}) == 1
+    seen = [row_id for of_rank in batches for batch in of_rank for row_id in batch.row_ids]
+    assert sorted(seen) == list(range(50))
+    targets = sum(batch.num_targets for of_rank in batches for batch in of_rank)
+    assert targets == sum(len(ENCODE(row)["labels"]) for row in ROWS)
+    for batch in itertools.chain(*batches):
+        assert batch.num_targets == int((batch.inputs["labels"] != IGNORED).sum())
+        assert batch.inputs["input_ids"].dtype == torch.int64
+    assert [batch.row_ids for batch in passes[0]] == [batch.row_ids for batch in batches[0]]  # it can be repeated
