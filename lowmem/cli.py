@@ -131,7 +131,7 @@ def _run(job: Job, arguments: Sequence[str]) -> int:
 def _evaluate_model(config: TrainConfig, test_rows: FileRows) -> None:
     """Evaluate the model at `model_name_or_path` and print what was measured as one line of JSON."""
     from lowmem.data.encode import make_encoder
-    from lowmem.evaluate import measure
+    from lowmem.evaluation import measure
     from lowmem.memory.loss import LOSSES
     from lowmem.model import load_model
     from lowmem.parallel.launch import join

@@ -126,7 +126,7 @@ def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
 
 
 def _is_byte_tokenizer(folder: Path) -> bool:
-    """Bytes need no vocabulary file, and beside some models' configs AutoTokenizer then makes an empty one of theirs."""
+    """Bytes need no vocabulary file; beside some models' configs AutoTokenizer makes an empty one of theirs instead."""
     try:
         return json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "ByT5Tokenizer"
     except (OSError, ValueError, KeyError):

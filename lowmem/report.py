@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from lowmem.config import UsageError
-from lowmem.evaluate import Answer
+from lowmem.evaluation import Answer
 
 
 def open_output(folder: Path, settings: Mapping[str, object], *, step: int) -> "MetricsLog":

@@ -13,7 +13,7 @@ from lowmem.checkpoint import load_checkpoint, save_checkpoint, save_model
 from lowmem.config import TrainConfig
 from lowmem.data.encode import make_encoder
 from lowmem.data.stream import Rows, collate, open_stream
-from lowmem.evaluate import measure
+from lowmem.evaluation import measure
 from lowmem.memory.loss import LOSSES
 from lowmem.memory.optim import learning_rate_at, make_optimizer
 from lowmem.memory.savers import recompute

@@ -10,7 +10,7 @@ from lowmem import join
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.rows import open_rows
 from lowmem.data.stream import collate, open_eval
-from lowmem.evaluate import Answer, evaluate, generate, measure, text_metrics
+from lowmem.evaluation import Answer, evaluate, generate, measure, text_metrics
 from lowmem.memory.loss import chunked_loss, plain_loss
 from tests.models import build, qa_rows
 from tests.processes import run_ranks

@@ -1,0 +1,166 @@
+"""The command line as its users meet it: real processes, exit codes, one line, nothing written."""
+
+import json
+import os
+import sys
+import time
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from lowmem.config import FIELDS
+from tests.models import qa_rows
+from tests.processes import run, train
+
+SHORT = ["--max_steps=2", "--eval_on_start=False", "--max_predict_samples=2", "--batch_size=4", "--logging_steps=1"]
+
+
+def assert_refused(result, told, output_dir, seconds):
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0], result.stderr
+    assert result.stdout == ""
+    assert not output_dir.exists()
+    assert result.seconds < seconds
+
+
+def timed(*flags):
+    started = time.perf_counter()
+    result = train(*flags)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "--batchsize=3"], "unknown flag --batchsize: did you mean --batch_size?"),
+        (["train", "--batch_size=0", "--max_seq_len=-3"], "--max_seq_len=-3 must be at least 1"),
+        (["train", "stray"], "flags --name=value"),
+        (["train", "config"], "words without --"),
+        (["train", "-", "config"], "words without --"),
+        (["trian"], "commands are train, evaluate, test"),
+        (["evaluate", "--learning_rate=1"], "`evaluate` has no such flag"),
+        (["evaluate", "--test_file=a.jsonl"], "needs --model_name_or_path"),
+    ],
+)
+def test_wrong_flags_end_at_once(arguments, told, tmp_path):
+    output = tmp_path / "out"
+    flags = [f"--output_dir={output}"] if arguments == ["train"] else []
+    # a second is what the person waits for; the limit leaves room for a loaded test machine
+    assert_refused(timed(*arguments, *flags), told, output, seconds=5)
+
+
+def test_wrong_files_end_before_anything_is_loaded_or_written(tmp_path):
+    output = tmp_path / "out"
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "other.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (tmp_path / "file").touch()
+    for flags, told in [
+        ([f"--train_file={tmp_path}/missing.parquet"], "missing.parquet does not exist"),
+        ([f"--train_file={tmp_path}/*.parquet"], "matches no file"),
+        ([f"--train_file={tmp_path}/empty.jsonl"], "empty.jsonl holds no rows"),
+        (
+            [f"--train_file={tmp_path}/other.jsonl"],
+            "has no column 'prompt' and 'response', it has 'question', 'answer'",
+        ),
+        ([f"--test_file={tmp_path}/missing.jsonl"], "missing.jsonl does not exist"),
+        (["--validation_rows=12000"], "cannot be held out"),
+        ([f"--resume={tmp_path}/step-1"], "is no checkpoint"),
+    ]:
+        assert_refused(timed("train", *flags, f"--output_dir={output}"), told, output, seconds=10)
+    result = timed("train", f"--output_dir={tmp_path}/file")
+    assert "is a file: name a folder" in result.stderr and result.returncode == 2
+
+
+def test_torch_is_not_imported_for_flags_files_and_help(tmp_path):
+    code = (
+        "import sys, lowmem, lowmem.cli as cli\n"
+        "codes = [cli.main(a.split()) for a in ('--help', 'train --x=1', 'train --train_file=/nowhere.parquet')]\n"
+        "assert codes == [0, 2, 2], codes\n"
+        "loaded = {'torch', 'transformers', 'accelerate'} & sys.modules.keys()\n"
+        "assert not loaded, loaded\n"
+    )
+    result = run(sys.executable, "-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_help_explains_every_flag():
+    result = train("--help")
+    assert result.returncode == 0
+    for name in FIELDS:
+        assert f"  --{name} (" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) < 250
+
+
+def test_a_run_leaves_what_is_promised_and_refuses_to_run_over_it(tmp_path):
+    output = tmp_path / "out"
+    result = train("train", *SHORT, f"--output_dir={output}", "--report_to=tensorboard")
+    assert result.returncode == 0, result.stderr
+    assert "no --train_file: training on the 11,760 bundled rows" in result.stdout
+    assert sorted(os.listdir(output)) == ["checkpoints", "config.json", "lowmem", "metrics.jsonl", "model"]
+    assert os.listdir(output / "checkpoints") == ["step-00000002"]
+    assert not [path for path in output.rglob("*") if path.suffix in (".pkl", ".bin", ".pt")]
+    assert any("tfevents" in path.name for path in output.rglob("*"))
+
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [record.get("step") for record in records] == [1, 2, 2, None]
+    assert list(records[0]) == (
+        "step epoch loss grad_norm learning_rate num_tokens samples_per_second tokens_per_second data_wait_seconds "
+        "peak_device_bytes peak_host_bytes"
+    ).split(" ")
+    assert {"eval_loss", "eval_perplexity", "eval_exact_match"} < records[2].keys()
+    assert records[3]["event"] == "end" and records[3]["steps"] == 2
+    assert records[3]["best"] == {"step": 2, "eval_loss": records[2]["eval_loss"]}
+    assert records[0]["peak_host_bytes"] > 10**8 and records[1]["epoch"] == 8 / 11_760
+    assert json.loads((output / "config.json").read_text())["max_steps"] == 2
+
+    again = train("train", *SHORT, f"--output_dir={output}")
+    assert again.returncode == 2
+    assert "holds checkpoints already (step-00000002): set --resume=auto" in again.stderr
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_evaluate_takes_columns_and_lengths_from_the_model_folder(tmp_path):
+    rows = [{"question": row["prompt"], "answer": row["response"]} for row in qa_rows(40)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    columns = ["--prompt_column=question", "--response_column=answer", "--max_seq_len=24"]
+    output = f"--output_dir={tmp_path}/out"
+    files = [f"--train_file={tmp_path}/rows.parquet", f"--test_file={tmp_path}/rows.parquet"]
+    trained = train("train", *SHORT, *files, *columns, output)
+    assert trained.returncode == 0, trained.stderr
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    (measured,) = [record for record in records if "test_loss" in record]
+    for command in ("evaluate", "test"):
+        flags = [f"--model_name_or_path={tmp_path}/out/model", f"--test_file={tmp_path}/rows.parquet"]
+        result = train(command, *flags, "--max_predict_samples=2")
+        assert result.returncode == 0, result.stderr
+        told = json.loads(result.stdout.splitlines()[-1])
+        assert told == pytest.approx({name: value for name, value in measured.items() if name != "step"}, rel=1e-6)
+
+
+def test_a_causal_model_learns_plain_text(tmp_path):
+    from tests.models import LLAMA
+
+    (tmp_path / "rows.txt").write_text("".join(f"line {i} of a text\n" for i in range(60)))
+    (tmp_path / "llama.json").write_text(json.dumps(LLAMA))
+    files = [f"--train_file={tmp_path}/rows.txt", f"--model_config={tmp_path}/llama.json", "--text_column=text"]
+    flags = ["--max_steps=30", "--learning_rate=1e-2", "--validation_rows=8", f"--output_dir={tmp_path}/out"]
+    result = train("train", *files, *flags)
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert losses[-1] < 0.7 * losses[0]
+    assert "eval_loss" in records[-2] and "eval_exact_match" not in records[-2]
+    refused = train("train", f"--train_file={tmp_path}/rows.txt", "--text_column=text", f"--output_dir={tmp_path}/no")
+    assert refused.returncode == 2 and "needs a causal model" in refused.stderr
+
+
+def test_a_row_that_breaks_in_the_middle_is_told_with_its_place(tmp_path):
+    rows = [json.dumps(row) for row in qa_rows(30)]
+    rows[17] = '{"prompt": "a", "response": null}'
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    result = train("train", f"--train_file={tmp_path}/rows.jsonl", "--max_steps=9", f"--output_dir={tmp_path}/out")
+    assert result.returncode == 1
+    assert "rows.jsonl, row 17 cannot be encoded: column 'response' must hold text" in result.stderr

@@ -1,0 +1,155 @@
+import dataclasses
+import json
+
+import pytest
+
+from lowmem.config import (
+    ALTERNATIVES,
+    CHANGEABLE_ON_RESUME,
+    CHOICES,
+    FIELDS,
+    PRESETS,
+    TrainConfig,
+    UsageError,
+    parse_bytes,
+)
+from lowmem.flags import resolve
+
+
+def problems_of(**flags):
+    with pytest.raises(UsageError) as caught:
+        resolve(flags)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "typed", "value"),
+    [
+        ("resume", "false", "never"),
+        ("resume", "true", "auto"),
+        ("resume", "False", "never"),
+        ("epochs", "1e3", 1000.0),
+        ("batch_size", "1e3", 1000),
+        ("batch_size", "16", 16),
+        ("output_dir", "2024", "2024"),
+        ("output_dir", "1e3", "1e3"),
+        ("output_dir", "None", "None"),
+        ("deterministic", "false", False),
+        ("deterministic", "True", True),
+        ("deterministic", "0", False),
+        ("learning_rate", "3e-4", 3e-4),
+        ("max_steps", "none", None),
+        ("train_file", ["a.parquet", "b.parquet"], "a.parquet,b.parquet"),
+        ("seed", "12345678901234567890", 12345678901234567890),
+    ],
+)
+def test_a_value_becomes_what_its_field_is(flag, typed, value):
+    resolved = getattr(resolve({flag: typed}), flag)
+    assert resolved == value and type(resolved) is type(value)
+
+
+@pytest.mark.parametrize("typed", ["ten", "2.5", "nan", "inf", "", "True"])
+def test_what_is_no_integer_is_refused(typed):
+    assert f"--batch_size={typed} is not an int" in problems_of(batch_size=typed)
+
+
+def test_layers_override_each_other(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("use_large_config: true\nlearning_rate: 1.0e-3\nbatch_size: 4\nmixed_precision: no\n")
+    config = resolve({"config": str(file), "batch_size": "3"})
+    assert config.batch_size == 3  # flag > file
+    assert config.learning_rate == 1e-3 and config.mixed_precision == "no"  # file > preset
+    assert config.recompute == "full" and config.model_config == "t5-base"  # preset > default
+    assert config.optimizer == "adamw"  # default
+
+
+def test_the_large_preset_is_t5_base_as_documented():
+    config = resolve({"use_large_config": "True"})
+    shape = (config.model_config, config.max_seq_len, config.mixed_precision, config.recompute)
+    assert shape == ("t5-base", 512, "bf16", "full")
+    assert (config.batch_size, config.gradient_accumulation_steps) == (2, 16)
+
+
+@pytest.mark.parametrize(("one", "other"), ALTERNATIVES)
+def test_one_side_of_an_alternative_unsets_the_other_of_lower_layers(one, other, tmp_path):
+    values = {name: "0.5" if name in ("epochs", "warmup_ratio") else "3" for name in (one, other)}
+    values |= {"model_config": "t5-small"} if "model_config" in values else {}
+    (tmp_path / "low.json").write_text(json.dumps({other: values[other]}))
+    config = resolve({"config": str(tmp_path / "low.json"), one: values[one]})
+    assert getattr(config, one) is not None and getattr(config, other) is None
+    assert f"--{one} and --{other} were both set" in problems_of(**values)
+
+
+def test_a_resolved_config_resolves_to_itself(tmp_path):
+    for flags in ({}, {"use_large_config": True, "max_steps": 5}, {"model_config": "t5-tiny", "text_column": "t"}):
+        config = resolve(flags)
+        (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+        assert resolve({"config": tmp_path / "config.json"}) == config
+
+
+def test_unknown_flags_are_refused_with_the_nearest_name():
+    assert "unknown flag --batchsize: did you mean --batch_size?" in problems_of(batchsize="3")
+    assert "unknown flag --zzz: `--help` lists all flags" in problems_of(zzz="3")
+
+
+def test_all_problems_are_told_at_once():
+    told = problems_of(batch_size="-1", max_seq_len="x", learnin_rate="1", use_small_config="1", use_fast_config="1")
+    for part in ("--batch_size=-1", "--max_seq_len=x", "did you mean --learning_rate", "choose one preset"):
+        assert part in told
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"max_seq_len": "-3"}, "--max_seq_len=-3 must be at least 1"),
+        ({"learning_rate": "nan"}, "--learning_rate=nan must be above 0"),
+        ({"learning_rate": "0"}, "must be above 0"),
+        ({"epochs": "inf"}, "--epochs=inf must be above 0"),
+        ({"label_smoothing": "1"}, "must be below 1"),
+        ({"weight_decay": "-0.1"}, "must be 0 or more"),
+        ({"optimizer": "lion"}, "must be one of adamw"),
+        ({"mixed_precision": "fp16"}, "fp16 needs loss scaling"),
+        ({"is_finetune": "true"}, "needs --model_name_or_path"),
+        ({"model_config": "t5-huge"}, "neither a file nor one of t5-tiny"),
+        ({"model_name_or_path": "./nowhere"}, "neither a folder nor the name of a model"),
+        ({"freeze": "decoder"}, "'decoder' is not one of embeddings, encoder"),
+        ({"optimizer": "sgd", "adam_beta1": "0.8"}, "do nothing for --optimizer=sgd"),
+        ({"max_shard_size": "5 apples"}, "is not understood"),
+        ({"report_to": "printer"}, "--report_to=printer is none of tensorboard"),
+        ({"is_keep_training": "true", "resume": "never"}, "drop one"),
+        ({"config": "/nowhere.yaml"}, "cannot be read"),
+        ({"output_dir": ""}, "--output_dir is empty"),
+    ],
+)
+def test_mistakes_are_told_in_words(flags, told):
+    assert told in problems_of(**flags)
+
+
+def test_keep_training_means_resume_auto():
+    assert resolve({"is_keep_training": "True"}).resume == "auto"
+    assert resolve({"is_keep_training": "False"}).resume == "never"
+
+
+def test_a_config_file_that_is_none_is_refused(tmp_path):
+    for content in ("- a\n- b\n", "a: [", "\xff"):
+        (tmp_path / "c.yaml").write_text(content, encoding="latin-1")
+        assert "c.yaml" in problems_of(config=tmp_path / "c.yaml")
+
+
+def test_sizes_are_read_as_people_write_them():
+    assert [parse_bytes(size) for size in ("5GB", "2GiB", "500MB", "1.5kb", 77, "77")] == [
+        5 * 10**9,
+        2 * 2**30,
+        500 * 10**6,
+        1500,
+        77,
+        77,
+    ]
+
+
+def test_every_rule_names_real_fields():
+    named = {name for pair in ALTERNATIVES for name in pair} | CHOICES.keys() | CHANGEABLE_ON_RESUME
+    named |= {name for preset in PRESETS.values() for name in preset}
+    assert named <= FIELDS.keys()
+    assert TrainConfig.__dataclass_params__.frozen

@@ -1,0 +1,109 @@
+"""One process group of the size that was asked for, whoever starts it; the same numbers from each."""
+
+import json
+import sys
+
+import pytest
+
+from tests.models import T5, qa_rows
+from tests.processes import ROOT, free_port, module_command, run, train
+
+LAUNCHERS = {
+    "python": [sys.executable],
+    "torchrun": module_command("torch.distributed.run", "--nproc_per_node=2", "--master_port=PORT"),
+    "torch.distributed.launch": module_command(
+        "torch.distributed.launch", "--nproc_per_node=2", "--master_port=PORT", "--use_env"
+    ),
+    "accelerate --multi_gpu": module_command(
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=PORT"
+    ),
+    "accelerate --config_file": module_command(
+        "accelerate.commands.launch",
+        "--config_file=accelerate_configs/cpu.yaml",
+        "--main_process_port=PORT",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in qa_rows(40)))
+    (folder / "t5.json").write_text(json.dumps(T5 | {"dropout_rate": 0.0}))
+    return [f"--train_file={folder}/rows.jsonl", f"--model_config={folder}/t5.json"]
+
+
+def losses(output):
+    records = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def alone(files, tmp_path_factory):
+    output = tmp_path_factory.mktemp("alone")
+    flags = ["--max_steps=3", "--logging_steps=1", "--global_batch_size=8", "--learning_rate=1e-2"]
+    result = train("train", *files, *flags, f"--output_dir={output}")
+    assert result.returncode == 0, result.stderr
+    return losses(output)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_are_one_training(launcher, files, alone, tmp_path):
+    command = [word.replace("PORT", str(free_port())) for word in LAUNCHERS[launcher]]
+    flags = ["--max_steps=3", "--logging_steps=1", "--global_batch_size=8", "--learning_rate=1e-2", "--batch_size=2"]
+    flags += ["--num_processes=2"] if launcher == "python" else []
+    result = run(*command, "train_low_mem.py", "train", *files, *flags, f"--output_dir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("each of 8 rows: 2 processes x 2 micro-batches of at most 2") == 1
+    assert ("starting 2 processes on this machine" in result.stdout) == (launcher == "python")
+    assert losses(tmp_path) == pytest.approx(alone, rel=1e-6)
+
+
+def test_the_large_preset_is_one_training_of_two_processes(tmp_path):
+    """T5-base at its real size, with smaller batch flags."""
+    command = module_command(
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", f"--main_process_port={free_port()}"
+    )
+    flags = ["--use_large_config=True", "--max_steps=2", "--batch_size=1", "--gradient_accumulation_steps=1"]
+    quiet = ["--max_seq_len=32", "--validation_rows=0", "--save_total_limit=1", "--logging_steps=1"]
+    result = run(*command, "train_low_mem.py", "train", *flags, *quiet, f"--output_dir={tmp_path}", timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "222,903,552 weights on 2 x cpu" in result.stdout
+    assert len(losses(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "flag", "told"),
+    [
+        ({"WORLD_SIZE": "3", "RANK": "0"}, "--num_processes=2", "the launcher started 3"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "--seed=0", "FSDP, which is not built yet"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "--seed=0", "DeepSpeed, which is not built yet"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "--seed=0", "accumulate over 4 steps"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "--mixed_precision=no", "accelerate was told bf16"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "--seed=0", "fp16 needs loss scaling"),
+    ],
+)
+def test_a_contradicting_environment_is_told(environment, flag, told, tmp_path):
+    result = train("train", flag, f"--output_dir={tmp_path}/out", **environment)
+    assert result.returncode == 2 and told in result.stderr, result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_accelerates_precision_is_ours(files, tmp_path):
+    flags = ["--max_steps=1", f"--output_dir={tmp_path}"]
+    result = train("train", *files, *flags, ACCELERATE_MIXED_PRECISION="bf16")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "config.json").read_text())["mixed_precision"] == "bf16"
+
+
+def test_a_failing_rank_ends_the_run_with_its_exit_code(files, tmp_path):
+    """Plain python starts the processes itself, so a mistake found only in them still ends with 2."""
+    flags = ["--num_processes=2", "--text_column=prompt", f"--output_dir={tmp_path}/out"]
+    result = train("train", *files, *flags)
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    assert "needs a causal model" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["cpu", "single_gpu", "multi_gpu"])
+def test_every_accelerate_config_says_when_to_use_it(name):
+    assert (ROOT / "accelerate_configs" / f"{name}.yaml").read_text().startswith("# ")

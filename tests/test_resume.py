@@ -1,0 +1,166 @@
+"""Invariant 6: kill, resume, bit-equal; and the same rows on another number of processes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+from torch import equal
+
+from tests.models import T5, qa_rows
+from tests.processes import ROOT, end_group, environment, module_command, run, train
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in qa_rows(90)))
+    (folder / "t5.json").write_text(json.dumps(T5 | {"dropout_rate": 0.1}))
+    return folder
+
+
+def flags(work, name, **changes):
+    values = {
+        "train_file": work / "rows.jsonl",
+        "model_config": work / "t5.json",
+        "learning_rate": 1e-2,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "max_steps": STEPS,
+        "save_steps": 5,
+        "logging_steps": 1,
+        "output_dir": work / name,
+    } | changes
+    return [f"--{flag}={value}" for flag, value in values.items()]
+
+
+def curve(work, name):
+    lines = (work / name / "metrics.jsonl").read_text().splitlines()
+    return {record["step"]: record["loss"] for record in map(json.loads, lines) if "loss" in record}
+
+
+def weights(work, name):
+    return load_file(work / name / "model" / "model.safetensors")
+
+
+def assert_same_run(work, name, other):
+    mine, theirs = weights(work, name), weights(work, other)
+    assert mine.keys() == theirs.keys()
+    assert all(equal(mine[key], theirs[key]) for key in mine)
+    assert curve(work, name) == curve(work, other)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(work):
+    result = train("train", *flags(work, "whole"))
+    assert result.returncode == 0, result.stderr
+    assert list(curve(work, "whole")) == list(range(1, STEPS + 1))
+    return "whole"
+
+
+def test_killed_at_random_and_resumed_ends_on_the_same_bits(work, uninterrupted):
+    moments = random.Random(8)
+    kills = 0
+    for _ in range(12):
+        process = subprocess.Popen(
+            [sys.executable, "train_low_mem.py", "train", *flags(work, "killed", resume="auto")],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            # three times: at a random micro-batch, some steps after another checkpoint stands
+            if kills < 3 and wait_for_new_checkpoint(process, work / "killed" / "checkpoints"):
+                time.sleep(moments.uniform(0, 0.1))
+                os.kill(process.pid, signal.SIGKILL)
+            _, errors = process.communicate(timeout=120)
+        finally:
+            end_group(process)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors
+        kills += 1
+    assert process.returncode == 0 and kills >= 2, kills
+    assert_same_run(work, "killed", uninterrupted)
+
+
+def wait_for_new_checkpoint(process, folder):
+    before = set(os.listdir(folder)) if folder.exists() else set()
+    limit = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < limit:
+        if folder.exists() and {name for name in os.listdir(folder) if name.startswith("step-")} - before:
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def test_two_processes_go_on_with_the_rows_of_one(work, uninterrupted):
+    result = train("train", *flags(work, "elastic", max_steps=STEPS // 2))
+    assert result.returncode == 0, result.stderr
+    launcher = module_command("torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    resumed = run(*launcher, "train_low_mem.py", "train", *flags(work, "elastic", max_steps=STEPS, resume="auto"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"steps {STEPS // 2} to {STEPS}, each of 8 rows: 2 processes x 2 micro-batches" in resumed.stdout
+    assert list(curve(work, "elastic")) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_losses_go_on_as_if_never_interrupted(work, processes, tmp_path):
+    """Without dropout (its masks belong to ranks) and at a constant rate, any resume gives the uninterrupted losses."""
+    (tmp_path / "t5.json").write_text(json.dumps(T5 | {"dropout_rate": 0.0}))
+    common = {"model_config": tmp_path / "t5.json", "lr_scheduler_type": "constant", "output_dir": tmp_path / "out"}
+    whole = common | {"output_dir": tmp_path / "whole"}
+    assert train("train", *flags(work, "", **whole, max_steps=16)).returncode == 0
+    assert train("train", *flags(work, "", **common, max_steps=9)).returncode == 0
+    last = train("train", *flags(work, "", **common, max_steps=16, resume="auto", num_processes=processes))
+    assert last.returncode == 0, last.stderr
+    assert curve(tmp_path, "out") == pytest.approx(curve(tmp_path, "whole"), rel=1e-5)
+    assert list(curve(tmp_path, "out")) == list(range(1, 17))
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(work, uninterrupted):
+    assert train("train", *flags(work, "damaged")).returncode == 0
+    newest = work / "damaged" / "checkpoints" / f"step-{STEPS:08d}"
+    with open(newest / "optimizer.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    refused = train("train", *flags(work, "damaged", resume=newest))
+    assert refused.returncode == 2 and "optimizer.safetensors changed since it was saved" in refused.stderr
+    result = train("train", *flags(work, "damaged", resume="auto"))
+    assert result.returncode == 0, result.stderr
+    assert "passed over a checkpoint" in result.stdout and f"steps {STEPS - 5} to {STEPS}" in result.stdout
+    assert_same_run(work, "damaged", uninterrupted)
+
+
+def test_another_run_is_refused_on_resume(work, uninterrupted):
+    for changes, told in [
+        ({"seed": 1}, "--seed was 0 and is now 1"),
+        ({"max_grad_norm": 0.5}, "--max_grad_norm was 1.0 and is now 0.5"),
+        ({"batch_size": 3}, "trained on 8 rows a step, these flags ask for 12: set --global_batch_size=8"),
+    ]:
+        result = train("train", *flags(work, uninterrupted, resume="auto", **changes))
+        assert result.returncode == 2 and told in result.stderr, result.stderr
+    kept = flags(work, uninterrupted, resume="auto", batch_size=4, gradient_accumulation_steps=2)
+    assert train("train", *kept).returncode == 0  # another split of the same 8 rows a step is the same run
+
+
+def test_an_older_checkpoint_is_not_resumed_into_the_folder_of_its_successors(work, uninterrupted):
+    older = work / uninterrupted / "checkpoints" / f"step-{STEPS - 5:08d}"
+    result = train("train", *flags(work, uninterrupted, resume=older))
+    assert result.returncode == 2 and "holds later checkpoints" in result.stderr
+    result = train("train", *flags(work, "branch", resume=older))
+    assert result.returncode == 0, result.stderr
+    assert list(curve(work, "branch")) == list(range(STEPS - 4, STEPS + 1))
+    assert all(
+        equal(a, b) for a, b in zip(*(weights(work, x).values() for x in ("branch", uninterrupted)), strict=True)
+    )
