@@ -15,7 +15,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lowmem.commit import commit, new_folder, remove, verify_checkpoint, write_manifest
+from lowmem.commit import remove, verify_checkpoint, whole_or_absent, write_manifest
 from lowmem.config import UsageError, parse_bytes
 from lowmem.parallel.agree import on_main_rank
 from lowmem.parallel.sharding import unwrapped
@@ -52,21 +52,21 @@ def save_checkpoint(
     """
     path = Path(folder) / f"step-{state.step:08d}"
 
+    max_shard_bytes = parse_bytes(max_shard_size)
+
     def write() -> None:
-        unfinished = new_folder(path)
-        records = _write_model(unfinished / "model", state.model, tokenizer, config, parse_bytes(max_shard_size))
-        tensors = _optimizer_tensors(state)
-        records |= write_shards(tensors, unfinished, "optimizer", parse_bytes(max_shard_size))
-        training_state = {
-            "step": state.step,
-            "best": state.best,
-            "seed": state.seed,
-            "stream": state.stream and state.stream.state_dict(),
-            "optimizer": type(state.optimizer).__name__,
-        }
-        records["state.json"] = write_file(unfinished / "state.json", [to_json(training_state)])
-        write_manifest(unfinished, state.step, records)
-        commit(unfinished, path)
+        with whole_or_absent(path) as unfinished:
+            records = _write_model(unfinished / "model", state.model, tokenizer, config, max_shard_bytes)
+            records |= write_shards(_optimizer_tensors(state), unfinished, "optimizer", max_shard_bytes)
+            training_state = {
+                "step": state.step,
+                "best": state.best,
+                "seed": state.seed,
+                "stream": state.stream and state.stream.state_dict(),
+                "optimizer": type(state.optimizer).__name__,
+            }
+            records["state.json"] = write_file(unfinished / "state.json", [to_json(training_state)])
+            write_manifest(unfinished, state.step, records)
         if keep:
             for old in _checkpoints(path.parent)[:-keep]:
                 remove(old)
@@ -87,11 +87,8 @@ def save_model(
     path = Path(folder)
 
     def write() -> None:
-        unfinished = new_folder(path)
-        _write_model(unfinished, model, tokenizer, config, parse_bytes(max_shard_size))
-        if path.exists():
-            remove(path)
-        commit(unfinished, path)
+        with whole_or_absent(path, replace=True) as unfinished:
+            _write_model(unfinished, model, tokenizer, config, parse_bytes(max_shard_size))
 
     on_main_rank(write)
     return path

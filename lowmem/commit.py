@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
@@ -15,35 +16,46 @@ _FORMAT = 1
 _UNFINISHED = ".unfinished-"
 
 
-def new_folder(path: Path) -> Path:
-    """An empty folder beside `path` to write in; what killed saves left there is removed."""
+@contextmanager
+def whole_or_absent(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Within it, write into the folder that it gives; that folder becomes `path` when the block ends without an error.
+
+    After an error nothing of it is left, and `path` is as it was. A whole checkpoint at `path` is only written over
+    with `replace`; a damaged one makes room once the new one is on disk. Raises FileExistsError before anything is
+    written. What killed processes left beside `path` is removed.
+    """
+    if path.exists() and not replace and _is_whole(path):
+        raise FileExistsError(f"{path} stands already: save into another folder, or move it away")
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(leftover)
     unfinished = path.parent / f"{_UNFINISHED}{path.name}"
     unfinished.mkdir()
-    return unfinished
+    try:
+        yield unfinished
+        for folder in (unfinished, *filter(Path.is_dir, unfinished.rglob("*"))):
+            sync(folder)
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+    if path.exists():
+        remove(path)
+    os.rename(unfinished, path)
+    sync(path.parent)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify_checkpoint(path)
+    except UsageError:
+        return False
+    return True
 
 
 def write_manifest(folder: Path, step: int, records: Mapping[str, FileRecord]) -> None:
     """The last file of a checkpoint: what the others are, sealed with a hash of its own."""
     manifest = {"format": _FORMAT, "step": step, "files": dict(records)}
     write_file(folder / "manifest.json", [to_json({"manifest": manifest, "xxh3_128": _hash_of(manifest)})])
-
-
-def commit(unfinished: Path, path: Path) -> None:
-    """Everything to disk, then the name that makes it a checkpoint."""
-    for folder in (unfinished, *filter(Path.is_dir, unfinished.rglob("*"))):
-        sync(folder)
-    if path.exists():  # the run passed over it, so it is damaged, or it came here from elsewhere
-        try:
-            verify_checkpoint(path)
-        except UsageError:
-            remove(path)
-        else:
-            raise FileExistsError(f"{path} stands already: save into another folder, or move it away")
-    os.rename(unfinished, path)
-    sync(path.parent)
 
 
 def remove(path: Path) -> None:

@@ -1,6 +1,7 @@
-"""What a run tells while it runs: metrics.jsonl, peak memory, and lines on the terminal."""
+"""What a run tells while it runs: metrics.jsonl, trackers, and lines on the terminal."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -9,89 +10,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from lowmem.config import UsageError
 from lowmem.evaluation import Answer
+from lowmem.parallel.agree import on_main_rank
+from lowmem.step import StepResult
 
-
-def open_output(folder: Path, settings: Mapping[str, object], *, step: int) -> "MetricsLog":
-    """The first things a run writes: its config.json, and metrics.jsonl cut back to `step`. Raises UsageError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(dict(settings), indent=2))
-        return MetricsLog(folder / "metrics.jsonl", step=step)
-    except OSError as error:
-        raise UsageError(f"output_dir {folder} cannot be written: {error.strerror}") from error
-
-
-class MetricsLog:
-    """metrics.jsonl: one JSON object a line, floats in full precision. The main process alone opens one.
-
-    Opening it cuts it back to the records up to `step`, so that a resumed run continues it without a repetition.
-    """
-
-    def __init__(self, path: Path, *, step: int):
-        kept = [line for line in path.read_bytes().splitlines(True) if _belongs(line, step)] if path.exists() else []
-        rewritten = path.with_suffix(".rewritten")
-        rewritten.write_bytes(b"".join(kept))
-        os.replace(rewritten, path)
-        self._file = open(path, "a", encoding="utf-8")
-
-    def write(self, record: Mapping[str, object]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def close(self, **summary: object) -> None:
-        """The run is over: write the end event."""
-        self.write({"event": "end", **summary})
-        self._file.close()
-
-
-def _belongs(line: bytes, step: int) -> bool:
-    try:
-        record = json.loads(line)
-    except ValueError:  # the half line of a killed run
-        return False
-    return "event" not in record and record["step"] <= step
-
-
-class Speed:
-    """Rows, target tokens and waiting per second of training since the last reading; what lies between is left out."""
-
-    def __init__(self):
-        self._rows = self._tokens = 0
-        self._seconds = self._waited = self._waited_before = 0.0
-        self.go_on()
-
-    def go_on(self) -> None:
-        """Start the clock again, after evaluating or saving."""
-        self._started = time.perf_counter()
-
-    def count(self, rows: int, tokens: int, waited: float) -> None:
-        """One step is done; `waited` is the stream's waiting in all."""
-        now = time.perf_counter()
-        self._rows, self._tokens = self._rows + rows, self._tokens + tokens
-        self._seconds, self._started = self._seconds + now - self._started, now
-        self._waited = waited
-
-    def read(self) -> dict[str, float]:
-        reading = {
-            "samples_per_second": self._rows / self._seconds,
-            "tokens_per_second": self._tokens / self._seconds,
-            "data_wait_seconds": self._waited - self._waited_before,
-        }
-        self._rows, self._tokens, self._seconds, self._waited_before = 0, 0, 0.0, self._waited
-        return reading
-
-
-def peak_memory_bytes() -> dict[str, int]:
-    """Most memory that this process has held: tensors on its accelerator (0 on CPU), and resident on the host."""
-    kilobytes = 1 if sys.platform == "darwin" else 1024
-    return {
-        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
-        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes,
-    }
+_NOT_SHOWN = ("num_tokens", "samples_per_second", "data_wait_seconds", "peak_device_bytes", "peak_host_bytes")
 
 
 def tell(*lines: str) -> None:
@@ -104,3 +31,138 @@ def tell(*lines: str) -> None:
 def tell_answers(answers: Iterable[Answer]) -> None:
     """Print what the model wrote, to look at."""
     tell(*(f"  {answer.prompt!r} -> {answer.prediction!r} (expected {answer.reference!r})" for answer in answers))
+
+
+def peak_memory_bytes() -> dict[str, int]:
+    """Most memory that this process has held: tensors on its GPU (0 on CPU), and resident on the host."""
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit,
+    }
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, floats in full precision.
+
+    Opening it cuts it back to the records up to `step`, so that a resumed run continues it without a repetition.
+    """
+
+    def __init__(self, path: Path, *, step: int):
+        kept = [line for line in path.read_bytes().splitlines(True) if _belongs(line, step)] if path.exists() else []
+        rewritten = path.with_suffix(".rewritten")
+        rewritten.write_bytes(b"".join(kept))
+        os.replace(rewritten, path)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, object]) -> None:
+        # JSON has no NaN and no infinity: a loss that was one is null
+        plain = {name: None if _is_nonfinite(value) else value for name, value in record.items()}
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _belongs(line: bytes, step: int) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:  # the half line of a killed run
+        return False
+    return "event" not in record and record["step"] <= step
+
+
+def _is_nonfinite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+class Report:
+    """Everything that a training run tells: made on every rank, it speaks on the main one.
+
+    Making it is the first thing that writes to `folder` (config.json, metrics.jsonl): UsageError if that fails.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, object],
+        accelerator: Accelerator,
+        *,
+        step: int,
+        total_steps: int,
+        trackers: bool = False,
+    ):
+        def open_folder() -> MetricsLog:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "config.json").write_text(json.dumps(dict(settings), indent=2))
+                return MetricsLog(folder / "metrics.jsonl", step=step)
+            except OSError as error:
+                raise UsageError(f"output_dir {folder} cannot be written: {error.strerror}") from error
+
+        self._log = on_main_rank(open_folder)
+        self._accelerator, self._trackers = accelerator, trackers
+        if trackers:
+            accelerator.init_trackers("lowmem", config=dict(settings))
+        self._step, self._total_steps = step, total_steps
+        # a bar for a terminal (None: tqdm looks whether it is one), on the main rank
+        self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=None if self._log else True)
+        self._rows = self._tokens = 0
+        self._seconds = self._waited = self._waited_before = 0.0
+        self.training_goes_on()
+
+    def tell(self, *lines: str) -> None:
+        if self._log:
+            tell(*lines)
+
+    def training_goes_on(self) -> None:
+        """Start the clock of training speed: what lay before (evaluating, saving) does not count."""
+        self._clock = time.perf_counter()
+
+    def count(self, result: StepResult, *, rows: int, waited: float) -> None:
+        """One optimizer step is done, over `rows` rows; `waited` seconds were spent waiting for data so far."""
+        now = time.perf_counter()
+        self._seconds, self._clock = self._seconds + now - self._clock, now
+        self._rows, self._tokens, self._waited = self._rows + rows, self._tokens + int(result.num_tokens), waited
+        self._step += 1
+        self._bar.update()
+
+    def training(self, result: StepResult, *, epoch: float, learning_rate: float) -> None:
+        """Record the last step; speeds are those since the last such record, over all ranks, of target tokens."""
+        self.record(
+            {
+                "epoch": epoch,
+                "loss": result.loss.item(),
+                "grad_norm": result.grad_norm.item(),
+                "learning_rate": learning_rate,
+                "num_tokens": int(result.num_tokens),
+                "samples_per_second": self._rows / self._seconds,
+                "tokens_per_second": self._tokens / self._seconds,
+                "data_wait_seconds": self._waited - self._waited_before,
+                **peak_memory_bytes(),
+            }
+        )
+        self._rows, self._tokens, self._seconds, self._waited_before = 0, 0, 0.0, self._waited
+
+    def evaluation(self, metrics: Mapping[str, float], answers: Iterable[Answer]) -> None:
+        """Record what was measured on held-out rows, and show some answers."""
+        self.record(metrics)
+        if self._log:
+            tell_answers(answers)
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """One record of this step for metrics.jsonl, the trackers and the terminal."""
+        if self._trackers:
+            self._accelerator.log(dict(metrics), step=self._step)
+        if self._log:
+            self._log.write({"step": self._step, **metrics})
+            shown = (f"{name} {value:.4g}" for name, value in metrics.items() if name not in _NOT_SHOWN)
+            tell(f"step {self._step}/{self._total_steps}: {', '.join(shown)}")
+
+    def close(self, **summary: object) -> None:
+        """The run is over: write the end event."""
+        self._bar.close()
+        if self._log:
+            self._log.write({"event": "end", "steps": self._step, **summary})
+            self._log.close()

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from lowmem.checkpoint import load_checkpoint, save_checkpoint, save_model
 from lowmem.config import TrainConfig
@@ -18,10 +17,9 @@ from lowmem.memory.loss import LOSSES
 from lowmem.memory.optim import learning_rate_at, make_optimizer
 from lowmem.memory.savers import recompute
 from lowmem.model import freeze, load_model
-from lowmem.parallel.agree import on_main_rank
-from lowmem.parallel.launch import join
+from lowmem.parallel.launch import join, make_deterministic
 from lowmem.parallel.sharding import parallelize
-from lowmem.report import Speed, open_output, peak_memory_bytes, tell, tell_answers
+from lowmem.report import Report
 from lowmem.resume import check_same_run, checkpoint_to_resume, rows_per_step
 from lowmem.step import TrainState, train_step
 
@@ -36,7 +34,7 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
     checkpoint = checkpoint_to_resume(config.resume, output)
     if checkpoint is not None:
         check_same_run(checkpoint, settings)
-    torch.use_deterministic_algorithms(config.deterministic)
+    make_deterministic(config.deterministic)
 
     # --- model and optimizer
     torch.manual_seed(config.seed)
@@ -91,21 +89,12 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         schedule=config.lr_scheduler_type,
     )
     saving = {"tokenizer": tokenizer, "config": settings, "max_shard_size": config.max_shard_size}
-    log = on_main_rank(lambda: open_output(output, settings, step=state.step))
-    if trackers:
-        accelerator.init_trackers("lowmem", config=settings)
-    if accelerator.is_main_process:
-        tell(
-            f"{model.num_parameters():,} weights on {world_size} x {accelerator.device.type}, {stream.num_rows:,} rows",
-            f"steps {state.step} to {total_steps}, each of {stream.global_batch_size} rows: {world_size} processes "
-            f"x {stream.micro_batches} micro-batches of at most {config.batch_size}",
-        )
-
-    def record(metrics: dict[str, float]) -> None:
-        if log is not None:
-            log.write({"step": state.step, **metrics})
-            tell(f"step {state.step}: " + ", ".join(f"{name} {value:.5g}" for name, value in metrics.items()))
-        accelerator.log(metrics, step=state.step)
+    report = Report(output, settings, accelerator, step=state.step, total_steps=total_steps, trackers=bool(trackers))
+    report.tell(
+        f"{model.num_parameters():,} weights on {world_size} x {accelerator.device.type}, {stream.num_rows:,} rows",
+        f"steps {state.step} to {total_steps}, each of {stream.global_batch_size} rows: {world_size} processes "
+        f"x {stream.micro_batches} micro-batches of at most {config.batch_size}",
+    )
 
     def evaluate_on(rows: Rows, prefix: str) -> dict[str, float]:
         metrics, answers = measure(
@@ -120,16 +109,13 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
             max_new_tokens=config.generation_max_new_tokens,
             prefix=prefix,
         )
-        record(metrics)
-        if accelerator.is_main_process:
-            tell_answers(answers[:3])
+        report.evaluation(metrics, answers[:3])
         return metrics
 
     # --- the loop
     if validation_rows and config.eval_on_start and state.step == 0:
         evaluate_on(validation_rows, "eval")
-    speed = Speed()
-    progress = tqdm(total=total_steps, initial=state.step, unit="step", disable=None if log is not None else True)
+    report.training_goes_on()
     with recompute(model, optimizer) if config.recompute == "full" else nullcontext():
         for step, batches in zip(range(state.step, total_steps), stream, strict=False):
             result = train_step(
@@ -141,21 +127,11 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
                 max_grad_norm=config.max_grad_norm,
                 nonfinite=config.nonfinite,
             )
-            speed.count(stream.global_batch_size, int(result.num_tokens), stream.wait_seconds)
-            progress.update()
+            report.count(result, rows=stream.global_batch_size, waited=stream.wait_seconds)
             is_last = state.step == total_steps
             if is_last or state.step % config.logging_steps == 0:
-                record(
-                    {
-                        "epoch": stream.position / stream.num_rows,
-                        "loss": result.loss.item(),
-                        "grad_norm": result.grad_norm.item(),
-                        "learning_rate": schedule(step),
-                        "num_tokens": int(result.num_tokens),
-                        **speed.read(),
-                        **peak_memory_bytes(),
-                    }
-                )
+                epoch = stream.position / stream.num_rows
+                report.training(result, epoch=epoch, learning_rate=schedule(step))
             if validation_rows and (is_last or state.step % config.eval_steps == 0):
                 eval_loss = evaluate_on(validation_rows, "eval")["eval_loss"]
                 if state.best is None or eval_loss < state.best["eval_loss"]:
@@ -163,14 +139,12 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
             if is_last or state.step % config.save_steps == 0:
                 keep = config.save_total_limit or None
                 save_checkpoint(state, output / "checkpoints", accelerator, keep=keep, **saving)
-            speed.go_on()
-    progress.close()
+            report.training_goes_on()
 
     # --- what is left behind
     if test_rows:
         evaluate_on(test_rows, "test")
     save_model(model, output / "model", **saving)
-    if log is not None:
-        log.close(steps=state.step, best=state.best)
-        tell(f"done: {output / 'model'} holds the model, {output / 'metrics.jsonl'} its curve")
+    report.close(best=state.best)
+    report.tell(f"done: {output / 'model'} holds the model, {output / 'metrics.jsonl'} its curve")
     accelerator.end_training()

@@ -206,8 +206,16 @@ def test_a_failed_save_leaves_the_older_checkpoints(tmp_path, monkeypatch):
     # a real limit of the system on file size: every write beyond it fails, as on a full disk
     run_with_small_files(lambda: save_checkpoint(state, tmp_path, ACCELERATOR, keep=1))
     assert latest_checkpoint(tmp_path) == first
-    second = save_checkpoint(state, tmp_path, ACCELERATOR, keep=1)  # and what was left of it is gone
+    assert os.listdir(tmp_path) == [first.name]  # nothing is left of the failed one
+    second = save_checkpoint(state, tmp_path, ACCELERATOR, keep=1)
     assert os.listdir(tmp_path) == [second.name]
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
+    (tmp_path / ".unfinished-step-00000009" / "model").mkdir(parents=True)
+    assert latest_checkpoint(tmp_path) is None
+    path = save_checkpoint(train(new_state(), 1), tmp_path, ACCELERATOR)
+    assert os.listdir(tmp_path) == [path.name]
 
 
 def run_with_small_files(action):

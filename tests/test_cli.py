@@ -7,10 +7,13 @@ import time
 
 import pyarrow as pa
 import pytest
+import torch
 from pyarrow import parquet
+from safetensors.torch import load_file
+from transformers import ByT5Tokenizer
 
 from lowmem.config import FIELDS
-from tests.models import qa_rows
+from tests.models import LLAMA, build, qa_rows
 from tests.processes import run, train
 
 SHORT = ["--max_steps=2", "--eval_on_start=False", "--max_predict_samples=2", "--batch_size=4", "--logging_steps=1"]
@@ -140,9 +143,19 @@ def test_evaluate_takes_columns_and_lengths_from_the_model_folder(tmp_path):
         assert told == pytest.approx({name: value for name, value in measured.items() if name != "step"}, rel=1e-6)
 
 
-def test_a_causal_model_learns_plain_text(tmp_path):
-    from tests.models import LLAMA
+def test_finetuning_trains_the_decoder_alone(tmp_path):
+    build("t5").save_pretrained(tmp_path / "t5")
+    ByT5Tokenizer().save_pretrained(tmp_path / "t5")
+    flags = ["--is_finetune=True", f"--model_name_or_path={tmp_path}/t5", "--max_steps=4", "--warmup_steps=0"]
+    bf16 = ["--mixed_precision=bf16", "--recompute=full", "--max_predict_samples=0"]
+    result = train("train", *flags, *bf16, f"--output_dir={tmp_path}/out")
+    assert result.returncode == 0, result.stderr
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("t5", "out/model"))
+    changed = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and changed == {"decoder"}
 
+
+def test_a_causal_model_learns_plain_text(tmp_path):
     (tmp_path / "rows.txt").write_text("".join(f"line {i} of a text\n" for i in range(60)))
     (tmp_path / "llama.json").write_text(json.dumps(LLAMA))
     files = [f"--train_file={tmp_path}/rows.txt", f"--model_config={tmp_path}/llama.json", "--text_column=text"]

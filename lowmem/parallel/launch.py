@@ -97,3 +97,12 @@ def join(*, mixed_precision: str = "no", report_to: Sequence[str] = (), output_d
             f"({accelerator.distributed_type.value}): each would train alone, so none does; check the launcher's flags"
         )
     return accelerator
+
+
+def make_deterministic(wanted: bool) -> None:
+    """Let torch use only operations that repeat bit for bit. Call it before the first work on a GPU."""
+    import torch
+
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with fixed workspaces
+    torch.use_deterministic_algorithms(wanted)
