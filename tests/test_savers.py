@@ -82,3 +82,12 @@ def test_recompute_refuses_a_model_that_cannot():
 
     with pytest.raises(ValueError, match="Plain does not support it"), recompute(Plain(PretrainedConfig())):
         pass
+
+
+def test_recompute_does_not_differentiate_frozen_embeddings():
+    model, batch = build("t5"), batch_of("t5")
+    model.shared.requires_grad_(False)
+    model.encoder.requires_grad_(False)
+    with recompute(model):
+        hidden = model.encoder(input_ids=batch.inputs["input_ids"]).last_hidden_state
+    assert not hidden.requires_grad

@@ -22,6 +22,9 @@ def recompute(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
     enable({"use_reentrant": False})
+    # It also hooks the embeddings so that their output requires a gradient, which only reentrant recompute needs: a
+    # frozen encoder would be differentiated for nothing, and the hooks would stay.
+    base.disable_input_require_grads()
     try:
         yield
     finally:
