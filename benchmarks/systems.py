@@ -82,7 +82,7 @@ def make_collate(run: Run, config) -> Callable:
     from lowmem import collate
 
     def collate_and_count(rows):
-        batch = collate(rows, causal=not config.is_encoder_decoder)
+        batch = collate(rows)
         num_inputs = int(batch.inputs["attention_mask"].sum())
         run.tokens.append(num_inputs + (batch.num_targets if config.is_encoder_decoder else 0))
         return batch

@@ -9,6 +9,7 @@ step-00000500/
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def save_checkpoint(
     keep: int | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Path:
-    """Write `folder`/step-XXXXXXXX and return it; then remove all but the newest `keep` checkpoints (None: none).
+    """Write `folder`/step-XXXXXXXX and return it; then remove older ones, so that `keep` are left (None: all stay).
 
     Called by every rank; rank 0 writes, with one tensor at a time in host memory. `config` is kept as
     model/lowmem.json. If it fails, on every rank, the older checkpoints are as they were.
@@ -68,7 +69,9 @@ def save_checkpoint(
             records["state.json"] = write_file(unfinished / "state.json", [to_json(training_state)])
             write_manifest(unfinished, state.step, records)
         if keep:
-            for old in _checkpoints(path.parent)[:-keep]:
+            # Later ones are damaged, or another branch's: they neither count nor go.
+            older = [old for old in _checkpoints(path.parent) if old.name < path.name]
+            for old in older[: len(older) + 1 - keep]:
                 remove(old)
 
     on_main_rank(write)
@@ -83,7 +86,10 @@ def save_model(
     config: Mapping[str, object] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Path:
-    """Write only what `from_pretrained` loads, in place of what stood at `folder` before. Called by every rank."""
+    """Write only what `from_pretrained` loads, in place of what stood at `folder` before. Called by every rank.
+
+    What stood there goes only after the new folder is on disk.
+    """
     path = Path(folder)
 
     def write() -> None:
@@ -97,7 +103,8 @@ def save_model(
 def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerator) -> None:
     """Put what `path` holds into `state`, in place, on every rank.
 
-    Everything is checked before anything is changed: sizes and hashes, then names, shapes and dtypes of all tensors.
+    Everything is checked before anything is changed: sizes and hashes, then names, shapes and dtypes of the weights,
+    then whose state the optimizer's is.
     Raises UsageError, naming the file or up to 10 differing tensors.
     """
     path = Path(path)
@@ -144,7 +151,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, whole or damaged, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
 
 
 def _write_model(folder: Path, model: nn.Module, tokenizer, config, max_shard_bytes: int) -> dict[str, FileRecord]:
@@ -157,7 +164,8 @@ def _write_model(folder: Path, model: nn.Module, tokenizer, config, max_shard_by
         model_config.dtype = base.dtype
         model_config.save_pretrained(folder)
     if getattr(base, "generation_config", None) is not None:
-        base.generation_config.save_pretrained(folder)
+        # not its save_pretrained: that raises for settings that pretrained models really come with
+        write_file(folder / "generation_config.json", [base.generation_config.to_json_string().encode()])
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if config is not None:

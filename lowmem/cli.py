@@ -6,8 +6,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import getsource
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fire.decorators import SetParseFn
 
 from lowmem.config import PRESETS, TrainConfig, UsageError
 from lowmem.data.bundled import BundledRows
-from lowmem.data.rows import FileRows, open_rows, split_rows
+from lowmem.data.rows import FileRows, RowError, open_rows, split_rows
 from lowmem.flags import resolve
 from lowmem.parallel.launch import (
     check_launch,
@@ -28,10 +29,10 @@ from lowmem.parallel.launch import (
 
 # What `evaluate` understands; the others would do nothing there.
 _EVALUATE_FLAGS = frozenset(
-    "config model_name_or_path tokenizer_name_or_path test_file prompt_column response_column text_column max_seq_len "
+    "model_name_or_path tokenizer_name_or_path test_file prompt_column response_column text_column max_seq_len "
     "batch_size loss mixed_precision num_processes max_predict_samples generation_max_new_tokens".split()
 )
-_FROM_MODEL_FOLDER = ("prompt_column", "response_column", "text_column", "max_seq_len")
+_FROM_MODEL_FOLDER = ("prompt_column", "response_column", "text_column", "max_seq_len", "loss")
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,18 @@ class Job:
 
 @SetParseFn(str)  # every value stays the text that was typed; resolve knows the types
 def _train(**flags: str) -> Job:
-    return Job("train", resolve(_with_launcher(flags)))
+    return Job("train", _resolve(flags))
 
 
 @SetParseFn(str)
 def _evaluate(**flags: str) -> Job:
     if unused := sorted(flags.keys() - _EVALUATE_FLAGS - {"local_rank"}):
         raise UsageError(f"{', '.join('--' + name for name in unused)}: `evaluate` has no such flag; see --help")
-    if missing := [name for name in ("model_name_or_path", "test_file") if name not in flags]:
+    if missing := [name for name in ("model_name_or_path", "test_file") if not flags.get(name)]:
         raise UsageError(f"`evaluate` needs {' and '.join('--' + name for name in missing)}")
     trained_with = Path(flags["model_name_or_path"]) / "lowmem.json"
-    if trained_with.exists() and not flags.keys() & {"prompt_column", "response_column", "text_column"}:
-        saved = json.loads(trained_with.read_text())
-        flags = {name: saved[name] for name in _FROM_MODEL_FOLDER if saved[name] is not None} | flags
-    return Job("evaluate", resolve(_with_launcher(flags)))
+    saved = json.loads(trained_with.read_text()) if trained_with.exists() else {}
+    return Job("evaluate", _resolve(flags, {name: saved[name] for name in _FROM_MODEL_FOLDER if name in saved}))
 
 
 _COMMANDS = {"train": _train, "evaluate": _evaluate, "test": _evaluate}
@@ -72,9 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(_parse(arguments), arguments)
     except UsageError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        # Before the processes are one group, all see the same mistake and one tells it; later a rank may be alone.
+        rank = os.environ.get("LOCAL_RANK", "0")
+        if rank == "0" or ("torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()):
+            print(f"error: {error}" if rank == "0" else f"error on local rank {rank}: {error}", file=sys.stderr)
         return 2
+    except RowError as error:  # where it stands says all: a traceback would hide it
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def _parse(arguments: Sequence[str]) -> Job:
@@ -84,21 +88,23 @@ def _parse(arguments: Sequence[str]) -> Job:
             job = fire.Fire(_COMMANDS, command=list(arguments), serialize=lambda job: None)
     except FireExit:
         first = complaints.getvalue().partition("\n")[0].removeprefix("ERROR: ")
+        first = first.replace("Cannot find key", "unknown command").replace("Could not consume arg", "unexpected word")
         raise UsageError(f"{first}; commands are {', '.join(_COMMANDS)}, flags --name=value") from None
     if not isinstance(job, Job):
         raise UsageError(f"words without -- were given: {' '.join(arguments)}; flags are --name=value")
     return job
 
 
-def _with_launcher(flags: dict[str, str]) -> dict[str, str]:
-    """Flags, with what the launcher says of precision, and without the --local_rank that older ones add."""
+def _resolve(flags: dict[str, str], given: Mapping[str, object] | None = None) -> TrainConfig:
+    """The config of flags (without the --local_rank that older launchers add), with the launcher's precision."""
     flags = {name: value for name, value in flags.items() if name != "local_rank"}
     told = launched_mixed_precision()
-    if told is not None and flags.setdefault("mixed_precision", told).lower() != told:
+    config = resolve(flags, given={**(given or {}), **({"mixed_precision": told} if told else {})})
+    if told and config.mixed_precision != told:
         raise UsageError(
-            f"--mixed_precision={flags['mixed_precision']} was set, but accelerate was told {told}: set it in one place"
+            f"mixed_precision={config.mixed_precision} was set, but accelerate was told {told}: set it in one place"
         )
-    return flags
+    return config
 
 
 def _run(job: Job, arguments: Sequence[str]) -> int:
@@ -131,7 +137,8 @@ def _run(job: Job, arguments: Sequence[str]) -> int:
 def _evaluate_model(config: TrainConfig, test_rows: FileRows) -> None:
     """Evaluate the model at `model_name_or_path` and print what was measured as one line of JSON."""
     from lowmem.data.encode import make_encoder
-    from lowmem.evaluation import measure
+    from lowmem.data.stream import open_eval
+    from lowmem.evaluation import evaluate, generate, text_metrics
     from lowmem.memory.loss import LOSSES
     from lowmem.model import load_model
     from lowmem.parallel.launch import join
@@ -148,18 +155,20 @@ def _evaluate_model(config: TrainConfig, test_rows: FileRows) -> None:
         response_column=config.response_column,
         text_column=config.text_column,
     )
-    metrics, answers = measure(
-        parallelize(model, accelerator),
-        tokenizer,
-        test_rows,
-        encode,
-        LOSSES[config.loss],
-        accelerator,
+    model = parallelize(model, accelerator)
+    open_batches = partial(
+        open_eval,
+        encode=encode,
         batch_size=config.batch_size,
-        max_predict_samples=config.max_predict_samples if config.text_column is None else 0,
-        max_new_tokens=config.generation_max_new_tokens,
-        prefix="test",
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
     )
+    metrics = evaluate(model, open_batches(test_rows), LOSSES[config.loss], accelerator, prefix="test")
+    answers = []
+    if config.max_predict_samples and config.text_column is None:
+        asked = open_batches(test_rows.slice(0, min(len(test_rows), config.max_predict_samples)))
+        answers = generate(model, tokenizer, asked, accelerator, max_new_tokens=config.generation_max_new_tokens)
+    metrics |= text_metrics(answers, prefix="test")
     if accelerator.is_main_process:
         tell_answers(answers[:3])
         tell(json.dumps(metrics))
@@ -172,6 +181,11 @@ def _check_output(config: TrainConfig) -> None:
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output_dir={output} is a file: name a folder")
     present = sorted(path.name for path in output.glob("checkpoints/step-*"))
+    model = output / "model"
+    if model.exists() and not (model / "lowmem.json").is_file():
+        raise UsageError(f"{model} is not of a lowmem run, and would be replaced at the end: set another --output_dir")
+    if config.resume == "never" and not present and model.exists():
+        raise UsageError(f"{model} is of another run, and would be replaced at the end: set another --output_dir")
     if config.resume == "never" and present:
         raise UsageError(
             f"--output_dir={output} holds checkpoints already ({', '.join(present)}): "
@@ -181,6 +195,10 @@ def _check_output(config: TrainConfig) -> None:
         path = Path(config.resume)
         if not (path / "manifest.json").is_file():
             raise UsageError(f"--resume={path} is no checkpoint: give never, auto, or a folder with a manifest.json")
+        if present and path.resolve().parent != (output / "checkpoints").resolve():
+            raise UsageError(
+                f"--output_dir={output} holds checkpoints of another run than {path}: set another --output_dir"
+            )
         if later := [name for name in present if name > path.name]:
             raise UsageError(
                 f"--output_dir={output} holds later checkpoints than {path.name} ({', '.join(later)}), "

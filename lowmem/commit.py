@@ -38,10 +38,13 @@ def whole_or_absent(path: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished)
         raise
+    replaced = path.parent / f"{_UNFINISHED}replaced-{path.name}"
     if path.exists():
-        remove(path)
+        os.rename(path, replaced)
     os.rename(unfinished, path)
     sync(path.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def _is_whole(path: Path) -> bool:

@@ -173,7 +173,7 @@ ALTERNATIVES = [
 ]
 
 # A resumed run may change these and stays the same run; a change of any other field is an error that names it.
-# The micro-batch may change too as long as rows per optimizer step stay (train.py checks that product).
+# The micro-batch may change too as long as rows per optimizer step stay (resume.py checks that number).
 CHANGEABLE_ON_RESUME = frozenset(
     "epochs max_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio validation_file test_file "
     "num_processes batch_size gradient_accumulation_steps global_batch_size nonfinite recompute loss eval_on_start "

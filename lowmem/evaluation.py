@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -13,8 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lowmem.data.encode import IGNORED, Encode
-from lowmem.data.stream import Batch, EvalBatches, Rows, collate, open_eval
+from lowmem.data.encode import IGNORED
+from lowmem.data.stream import Batch
 from lowmem.parallel.agree import gather_bytes, sum_over_ranks
 from lowmem.parallel.sharding import all_reduce_sum, unwrapped
 from lowmem.step import LossFunction
@@ -64,14 +63,16 @@ def generate(
 ) -> list[Answer]:
     """Answer the prompts of all ranks' batches greedily. Returns every rank's answers on every rank, in row order."""
     base = unwrapped(model)
+    is_encoder_decoder = base.config.is_encoder_decoder
     answers = []
     with _evaluating(model), accelerator.autocast():
         for batch in batches:
             if not batch.row_ids:
                 continue
-            prompts = _prompts(batch, is_encoder_decoder=base.config.is_encoder_decoder)
+            prompts = _prompts(batch, is_encoder_decoder=is_encoder_decoder)
             # right-padded for an encoder; on the left for a causal model, which writes on at the right
-            padded = tokenizer.pad({"input_ids": prompts}, padding_side=_padding_side(base), return_tensors="pt")
+            side = "right" if is_encoder_decoder else "left"
+            padded = tokenizer.pad({"input_ids": prompts}, padding_side=side, return_tensors="pt")
             written = base.generate(
                 **padded.to(accelerator.device),
                 max_new_tokens=max_new_tokens,
@@ -79,7 +80,7 @@ def generate(
                 num_beams=1,
                 pad_token_id=tokenizer.pad_token_id,
             )
-            if not base.config.is_encoder_decoder:
+            if not is_encoder_decoder:
                 written = written[:, padded["input_ids"].shape[1] :]
             references = [row[row != IGNORED] for row in batch.inputs["labels"]]
             texts = zip(*(_decode(tokenizer, ids) for ids in (prompts, references, written)), strict=True)
@@ -91,8 +92,11 @@ def generate(
 def text_metrics(answers: Sequence[Answer], *, prefix: str = "eval") -> dict[str, float]:
     """The part of answers equal to their reference (outer blanks aside), and chrF (0 to 100) if sacrebleu is there.
 
-    chrF compares characters, so it serves languages without blanks between words too (Popovic, 2015).
+    chrF compares characters, so it serves languages without blanks between words too (Popovic, 2015). Without answers
+    there is nothing to measure.
     """
+    if not answers:
+        return {}
     exact = sum(answer.prediction.strip() == answer.reference.strip() for answer in answers) / len(answers)
     metrics = {f"{prefix}_exact_match": exact}
     if find_spec("sacrebleu"):
@@ -103,39 +107,6 @@ def text_metrics(answers: Sequence[Answer], *, prefix: str = "eval") -> dict[str
     return metrics
 
 
-def measure(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    encode: Encode,
-    loss_fn: LossFunction,
-    accelerator: Accelerator,
-    *,
-    batch_size: int,
-    max_predict_samples: int,
-    max_new_tokens: int,
-    prefix: str = "eval",
-) -> tuple[dict[str, float], list[Answer]]:
-    """Loss over all `rows`, and answers to at most the first `max_predict_samples` of them with their metrics."""
-
-    def batches(of: Rows) -> EvalBatches:
-        return open_eval(
-            of,
-            encode,
-            batch_size=batch_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            collate=partial(collate, causal=not unwrapped(model).config.is_encoder_decoder),
-        )
-
-    metrics = evaluate(model, batches(rows), loss_fn, accelerator, prefix=prefix)
-    if not max_predict_samples:
-        return metrics, []
-    asked = batches(rows.slice(0, min(len(rows), max_predict_samples)))
-    answers = generate(model, tokenizer, asked, accelerator, max_new_tokens=max_new_tokens)
-    return metrics | text_metrics(answers, prefix=prefix), answers
-
-
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     was_training = model.training
@@ -144,10 +115,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _padding_side(model: nn.Module) -> str:
-    return "right" if model.config.is_encoder_decoder else "left"
 
 
 def _prompts(batch: Batch, *, is_encoder_decoder: bool) -> list[list[int]]:

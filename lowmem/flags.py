@@ -33,6 +33,19 @@ _FALLBACKS = {
 
 BUNDLED_VALIDATION_ROWS = 240
 
+# what other trainers call it
+_ELSEWHERE = {
+    "lr": "learning_rate",
+    "fp16": "mixed_precision",
+    "bf16": "mixed_precision=bf16",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_checkpointing": "recompute=full",
+    "max_length": "max_seq_len",
+    "optim": "optimizer",
+    "resume_from_checkpoint": "resume",
+}
+
 _AT_LEAST_ONE = (
     "max_seq_len max_steps batch_size gradient_accumulation_steps global_batch_size num_processes "
     "generation_max_new_tokens logging_steps eval_steps save_steps".split()
@@ -45,22 +58,22 @@ _POSITIVE = "learning_rate adam_epsilon epochs".split()
 _BELOW_ONE = "label_smoothing adam_beta1 adam_beta2 warmup_ratio".split()
 
 
-def resolve(flags: Mapping[str, object]) -> TrainConfig:
-    """Merge defaults < preset < `config` file < flags into a checked TrainConfig.
+def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None = None) -> TrainConfig:
+    """Merge defaults < preset < `given` < `config` file < flags into a checked TrainConfig.
 
     `flags` maps field names, preset names, `config` (path of a YAML or JSON file) and `is_keep_training` to values of
-    any type: what came from a command line as text is turned into the field's type. Raises UsageError with every
-    problem in one message.
+    any type: what came from a command line as text is turned into the field's type. `given` are fields that a launcher
+    or a model's folder sets. Raises UsageError with every problem in one message.
     """
     problems: list[str] = []
     flags = dict(flags)
     from_file = _read_config_file(flags.pop("config", None), problems)
-    file_presets, file_values = _take_presets(from_file, problems)
-    flag_presets, flag_values = _take_presets(flags, problems)
-    presets = sorted({*file_presets, *flag_presets})
+    file_switches, file_values = _take_presets(from_file, problems)
+    flag_switches, flag_values = _take_presets(flags, problems)
+    presets = sorted(name for name, on in (file_switches | flag_switches).items() if on)
     if len(presets) > 1:
         problems.append(f"{' and '.join('--' + name for name in presets)} were both asked for: choose one preset")
-    layers = [_coerce_all(file_values, problems), _coerce_all(flag_values, problems)]
+    layers = [dict(given or {}), _coerce_all(file_values, problems), _coerce_all(flag_values, problems)]
     names_model = any(layer.get("model_name_or_path") or layer.get("model_config") for layer in layers)
     preset = PRESETS[presets[0]] if presets else {} if names_model else PRESETS["tiny"]
 
@@ -103,13 +116,12 @@ def _read_config_file(path: object, problems: list[str]) -> dict[str, object]:
     return {}
 
 
-def _take_presets(values: Mapping[str, object], problems: list[str]) -> tuple[set[str], dict[str, object]]:
-    """Split `values` into the presets it switches on and the fields it sets."""
+def _take_presets(values: Mapping[str, object], problems: list[str]) -> tuple[dict[str, bool], dict[str, object]]:
+    """Split `values` into the presets it switches on or off and the fields it sets."""
     rest = dict(values)
     switches = (PRESETS.keys() - {"tiny"} | {"is_keep_training"}) & rest.keys()
-    presets = {name for name in switches if _coerce(name, bool, rest.pop(name), problems)}
-    if "is_keep_training" in presets:
-        presets.remove("is_keep_training")
+    presets = {name: _coerce(name, bool, rest.pop(name), problems) is True for name in switches}
+    if presets.pop("is_keep_training", False):
         if rest.setdefault("resume", "auto") != "auto":
             problems.append(f"--is_keep_training means --resume=auto, but --resume={rest['resume']} was set: drop one")
     return presets, rest
@@ -119,6 +131,9 @@ def _coerce_all(values: Mapping[str, object], problems: list[str]) -> dict[str, 
     coerced = {}
     for name, value in values.items():
         if name not in FIELDS:
+            if name in _ELSEWHERE:
+                problems.append(f"unknown flag --{name}: it is --{_ELSEWHERE[name]} here")
+                continue
             known = [*FIELDS, *PRESETS.keys() - {"tiny"}, "config", "is_keep_training"]
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean --{near[0]}?" if near else "`--help` lists all flags"
@@ -154,7 +169,10 @@ def _coerce(name: str, kind: object, value: object, problems: list[str]) -> obje
         return {"true": "auto", "false": "never"}.get(text.lower(), text)
     if name == "mixed_precision" and value is False:
         return "no"  # YAML reads a bare `no` as false
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else text
+    if text in ("True", "False"):  # what Fire makes of a flag without a value
+        problems.append(f"--{name} needs a value: --{name}=...")
+    parts = value if isinstance(value, list | tuple) else text.split(",")
+    return ",".join(str(part).strip() for part in parts)
 
 
 def _conflicts(config: TrainConfig, presets: list[str]) -> list[str]:
@@ -171,6 +189,14 @@ def _conflicts(config: TrainConfig, presets: list[str]) -> list[str]:
     check(_NOT_NEGATIVE, lambda value: value >= 0, "0 or more")
     check(_POSITIVE, lambda value: value > 0, "above 0")
     check(_BELOW_ONE, lambda value: value < 1, "below 1")
+    if config.seed >= 2**63:
+        problems.append(f"--seed={config.seed} must be below 2**63")
+    may_be_empty = ("freeze", "report_to")
+    problems += [
+        f"--{name} is empty: give it a value"
+        for name in FIELDS
+        if getattr(config, name) == "" and name not in may_be_empty
+    ]
     for name, allowed in CHOICES.items():
         value = getattr(config, name)
         if name == "mixed_precision" and value == "fp16":
@@ -203,6 +229,4 @@ def _conflicts(config: TrainConfig, presets: list[str]) -> list[str]:
             problems.append("--max_shard_size=0 leaves no room for a tensor")
     except UsageError as error:
         problems.append(f"--max_shard_size: {error}")
-    if not config.output_dir:
-        problems.append("--output_dir is empty: name a folder")
     return problems

@@ -1,8 +1,12 @@
 """Build or load a model and its tokenizer; freeze parts of it."""
 
+import copy
 import json
+import socket
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import nn
@@ -36,6 +40,8 @@ def load_model(
     """
     if (model_name_or_path is None) == (model_config is None):
         raise UsageError("a model is either loaded or built: give one of model_name_or_path and model_config")
+    if model_name_or_path is not None:
+        _check_place(str(model_name_or_path), "config.json")
     tokenizer = _load_tokenizer(tokenizer_name_or_path or model_name_or_path)
     if model_name_or_path is not None:
         model = _from_pretrained(str(model_name_or_path), dtype)
@@ -57,8 +63,10 @@ def load_model(
 def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
     """Take the gradient from `parts`: "embeddings" (a tied output head with them), "encoder" (without embeddings).
 
-    Raises UsageError for the encoder of a model that has none.
+    Raises UsageError for another part, and for the encoder of a model that has none.
     """
+    if unknown := sorted(set(parts) - {"embeddings", "encoder"}):
+        raise UsageError(f"freezing {', '.join(unknown)} was asked for: parts are embeddings and encoder")
     embeddings = set(model.get_input_embeddings().parameters())
     if "embeddings" in parts:
         _freeze(embeddings)
@@ -71,6 +79,29 @@ def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
 def _freeze(parameters: set[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.requires_grad_(False)
+
+
+def _check_place(name: str, file: str) -> None:
+    """Raise UsageError if `name` is a folder without `file`, or none at all while the hub is out of reach.
+
+    (transformers would ask it again and again for half a minute.)
+    """
+    if Path(name).is_dir():
+        if not (Path(name) / file).is_file():
+            inside = sorted(path.parent for path in Path(name).glob(f"*/{file}"))
+            hint = f"did you mean {inside[0]}?" if inside else "name another folder"
+            raise UsageError(f"{name} holds no {file}, so it is no model: {hint}")
+        return
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, file), str) or constants.HF_HUB_OFFLINE:
+        return
+    address = urlsplit(constants.ENDPOINT)
+    try:
+        if not getproxies():
+            socket.create_connection((address.hostname, address.port or 443), timeout=3).close()
+    except OSError as error:
+        raise UsageError(f"{name} is no folder here, and the hub cannot be asked ({error}): name a folder") from error
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -90,7 +121,7 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 def _config_from(model_config: PretrainedConfig | Mapping[str, object] | str | Path) -> PretrainedConfig:
     if isinstance(model_config, PretrainedConfig):
-        return model_config
+        return copy.deepcopy(model_config)
     if isinstance(model_config, str | Path):
         fields = MODEL_SHAPES.get(str(model_config))
         if fields is None:
@@ -101,6 +132,8 @@ def _config_from(model_config: PretrainedConfig | Mapping[str, object] | str | P
     else:
         fields = model_config
     fields = dict(fields)
+    if "model_type" not in fields:
+        raise UsageError("model_config has no model_type (llama, t5, ...): add it, as transformers' config.json has it")
     try:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except (KeyError, ValueError, TypeError) as error:
@@ -112,8 +145,12 @@ def _auto_class(config: PretrainedConfig) -> type:
 
 
 def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
-    if name is None or _is_byte_tokenizer(Path(name)):
-        return ByT5Tokenizer() if name is None else ByT5Tokenizer.from_pretrained(str(name))
+    if name is None:
+        return ByT5Tokenizer()  # bytes: needs no file
+    if _is_byte_tokenizer(Path(name)):
+        return ByT5Tokenizer.from_pretrained(str(name))
+    if not Path(name).is_dir():
+        _check_place(str(name), "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError, KeyError) as error:

@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from lowmem.config import UsageError
+from lowmem.data.stream import Batch
 from lowmem.evaluation import Answer
 from lowmem.parallel.agree import on_main_rank
 from lowmem.step import StepResult
@@ -45,11 +46,13 @@ def peak_memory_bytes() -> dict[str, int]:
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, floats in full precision.
 
-    Opening it cuts it back to the records up to `step`, so that a resumed run continues it without a repetition.
+    Opening it cuts it back to the records up to `step` (None: to nothing), so that a resumed run continues it without
+    a repetition.
     """
 
-    def __init__(self, path: Path, *, step: int):
-        kept = [line for line in path.read_bytes().splitlines(True) if _belongs(line, step)] if path.exists() else []
+    def __init__(self, path: Path, *, step: int | None):
+        lines = path.read_bytes().splitlines(True) if path.exists() and step is not None else []
+        kept = [line for line in lines if _belongs(line, step)]
         rewritten = path.with_suffix(".rewritten")
         rewritten.write_bytes(b"".join(kept))
         os.replace(rewritten, path)
@@ -91,13 +94,14 @@ class Report:
         *,
         step: int,
         total_steps: int,
+        resumed: bool,
         trackers: bool = False,
     ):
         def open_folder() -> MetricsLog:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "config.json").write_text(json.dumps(dict(settings), indent=2))
-                return MetricsLog(folder / "metrics.jsonl", step=step)
+                return MetricsLog(folder / "metrics.jsonl", step=step if resumed else None)
             except OSError as error:
                 raise UsageError(f"output_dir {folder} cannot be written: {error.strerror}") from error
 
@@ -108,13 +112,17 @@ class Report:
         self._step, self._total_steps = step, total_steps
         # a bar for a terminal (None: tqdm looks whether it is one), on the main rank
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=None if self._log else True)
-        self._rows = self._tokens = 0
+        self._rows = self._tokens = self._skipped = 0
         self._seconds = self._waited = self._waited_before = 0.0
         self.training_goes_on()
 
     def tell(self, *lines: str) -> None:
         if self._log:
             tell(*lines)
+
+    def bar(self, batches: Collection[Batch], name: str) -> Iterable[Batch]:
+        """The same batches, with a bar for a terminal."""
+        return tqdm(batches, desc=name, leave=False, disable=None if self._log else True)
 
     def training_goes_on(self) -> None:
         """Start the clock of training speed: what lay before (evaluating, saving) does not count."""
@@ -127,6 +135,11 @@ class Report:
         self._rows, self._tokens, self._waited = self._rows + rows, self._tokens + int(result.num_tokens), waited
         self._step += 1
         self._bar.update()
+        if not result.updated:
+            self._skipped += 1
+            self.tell(
+                f"step {self._step}: no update, loss {result.loss.item()}, gradient norm {result.grad_norm.item()}"
+            )
 
     def training(self, result: StepResult, *, epoch: float, learning_rate: float) -> None:
         """Record the last step; speeds are those since the last such record, over all ranks, of target tokens."""
@@ -164,5 +177,5 @@ class Report:
         """The run is over: write the end event."""
         self._bar.close()
         if self._log:
-            self._log.write({"event": "end", "steps": self._step, **summary})
+            self._log.write({"event": "end", "steps": self._step, "skipped": self._skipped, **summary})
             self._log.close()

@@ -4,31 +4,40 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lowmem.checkpoint import latest_checkpoint, saved_settings
+from lowmem.commit import verify_checkpoint
 from lowmem.config import CHANGEABLE_ON_RESUME, UsageError
 from lowmem.parallel.agree import gather_bytes, on_main_rank
 
 
 def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
-    """The checkpoint that `resume` means (never, auto or a path), the same on every rank; None is a fresh start."""
+    """The checkpoint that `resume` means (never, auto or a path), whole and the same on every rank.
+
+    None is a fresh start. Raises UsageError for a path that holds no whole checkpoint.
+    """
     if resume == "never":
         return None
     if resume != "auto":
+        on_main_rank(lambda: verify_checkpoint(resume))
         return Path(resume)
     newest = on_main_rank(lambda: latest_checkpoint(output_dir / "checkpoints"))
     (name, *_) = gather_bytes(str(newest or "").encode())
     return Path(name.decode()) if name else None
 
 
-def check_same_run(checkpoint: Path, settings: Mapping[str, object]) -> None:
-    """Raise UsageError, naming them, if settings that decide what is trained differ from those of `checkpoint`."""
+def check_same_run(checkpoint: Path, settings: Mapping[str, object]) -> list[str]:
+    """Compare settings with those of `checkpoint`. Returns a line for each change that a run may make on resume.
+
+    Raises UsageError, naming them, if others differ: it would be another run.
+    """
     _, saved = saved_settings(checkpoint)
-    changed = [
-        f"--{name} was {saved[name]!r} and is now {settings[name]!r}"
+    changes = {
+        name: f"--{name}={settings[name]} (was {saved[name]})"
         for name in settings
-        if name in saved and name not in CHANGEABLE_ON_RESUME and saved[name] != settings[name]
-    ]
-    if changed:
-        raise UsageError(f"{checkpoint} is of another run: {'; '.join(changed)}. Set them back, or start anew")
+        if name in saved and name not in ("resume", "output_dir") and saved[name] != settings[name]
+    }
+    if refused := [change for name, change in changes.items() if name not in CHANGEABLE_ON_RESUME]:
+        raise UsageError(f"{checkpoint} is of another run: {'; '.join(refused)}. Set them back, or start anew")
+    return list(changes.values())
 
 
 def rows_per_step(settings: Mapping[str, object], world_size: int, checkpoint: Path | None) -> int:
@@ -42,9 +51,11 @@ def rows_per_step(settings: Mapping[str, object], world_size: int, checkpoint: P
     if checkpoint is None:
         return asked
     state, saved = saved_settings(checkpoint)
+    if state["stream"] is None:
+        raise UsageError(f"{checkpoint} was saved without a stream, so no position to go on from is known: start anew")
     kept = state["stream"]["global_batch_size"]
     names = ("batch_size", "gradient_accumulation_steps", "global_batch_size")
-    if asked != kept and any(settings[name] != saved[name] for name in names):
+    if asked != kept and any(settings[name] != saved.get(name, settings[name]) for name in names):
         raise UsageError(
             f"{checkpoint} trained on {kept} rows a step, these flags ask for {asked}: set --global_batch_size={kept}"
         )

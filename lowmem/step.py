@@ -6,6 +6,7 @@ from hashlib import blake2b
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -13,6 +14,10 @@ from torch.optim import Optimizer
 from lowmem.data.stream import Batch, Stream
 from lowmem.parallel.agree import sum_over_ranks
 from lowmem.parallel.sharding import all_reduce_sum
+
+# autocast would keep a bf16 copy of every weight until the loss is taken; without recompute autograd keeps them anyway,
+# with it each weight is cast once in forward and once in backward
+_UNCACHED = AutocastKwargs(cache_enabled=False)
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 
@@ -42,6 +47,8 @@ class StepResult:
     """Global L2 norm of the gradient before clipping."""
     num_tokens: Tensor
     """Target tokens over all micro-batches and ranks, int64, on the host."""
+    updated: bool
+    """False if the update was left out: loss or gradient not finite, or no target at all."""
 
 
 def train_step(
@@ -60,15 +67,18 @@ def train_step(
     gradient. `model` may be bare (from `parallelize`) or wrapped by DDP; its own reduction is never used. A trainable
     parameter that no loss reached has a gradient of zero. If loss or gradient norm is not finite, all ranks see it
     alike before the update: with `nonfinite="stop"` they raise FloatingPointError, with "skip" they leave the update
-    out. One host sync a step, for that check.
+    out. A step without any target updates nothing either. One host sync of our own a step, for that check. Raises
+    ValueError for an Accelerator in fp16, which needs loss scaling.
     """
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError("this Accelerator is in fp16, which needs loss scaling, not built yet: use bf16 or no")
     # Known before the first backward, so that every micro-batch is scaled by the same number.
     (num_tokens,) = sum_over_ranks(sum(batch.num_targets for batch in batches))
     loss = torch.zeros((), device=accelerator.device)
     for index, batch in enumerate(batches):
         _seed_dropout(state.seed, state.step, accelerator.process_index, index)
         with accelerator.no_sync(state.model):
-            with accelerator.autocast():
+            with accelerator.autocast(_UNCACHED):
                 batch_loss = loss_fn(state.model, batch.to(accelerator.device)) / max(1, num_tokens)
             batch_loss.backward()
         loss += batch_loss.detach()
@@ -81,7 +91,8 @@ def train_step(
     if not finite and nonfinite == "stop":
         state.optimizer.zero_grad()
         raise FloatingPointError(_not_finite(state.step, loss, grad_norm, batches, accelerator.process_index))
-    if finite:
+    updated = finite and num_tokens > 0
+    if updated:
         if max_grad_norm:
             clip_grads_with_norm_(state.model.parameters(), max_grad_norm, grad_norm)
         for group in state.optimizer.param_groups:
@@ -91,7 +102,7 @@ def train_step(
     state.step += 1
     if state.stream is not None:
         state.stream.advance()
-    return StepResult(loss, grad_norm, torch.tensor(num_tokens))
+    return StepResult(loss, grad_norm, torch.tensor(num_tokens), updated)
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:

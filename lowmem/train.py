@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -11,11 +10,11 @@ import torch
 from lowmem.checkpoint import load_checkpoint, save_checkpoint, save_model
 from lowmem.config import TrainConfig
 from lowmem.data.encode import make_encoder
-from lowmem.data.stream import Rows, collate, open_stream
-from lowmem.evaluation import measure
-from lowmem.memory.loss import LOSSES
+from lowmem.data.stream import Rows, open_eval, open_stream
+from lowmem.evaluation import evaluate, generate, text_metrics
+from lowmem.memory.loss import LOSSES, check_loss
 from lowmem.memory.optim import learning_rate_at, make_optimizer
-from lowmem.memory.savers import recompute
+from lowmem.memory.savers import nothing, recompute
 from lowmem.model import freeze, load_model
 from lowmem.parallel.launch import join, make_deterministic
 from lowmem.parallel.sharding import parallelize
@@ -32,8 +31,7 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
     accelerator = join(mixed_precision=config.mixed_precision, report_to=trackers, output_dir=output)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     checkpoint = checkpoint_to_resume(config.resume, output)
-    if checkpoint is not None:
-        check_same_run(checkpoint, settings)
+    changes = check_same_run(checkpoint, settings) if checkpoint is not None else []
     make_deterministic(config.deterministic)
 
     # --- model and optimizer
@@ -43,7 +41,6 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         model_config=config.model_config,
         tokenizer_name_or_path=config.tokenizer_name_or_path,
     )
-    is_encoder_decoder = model.config.is_encoder_decoder
     freeze(model, parts=[part for part in config.freeze.split(",") if part])
     model = parallelize(model, accelerator)
     optimizer = make_optimizer(
@@ -53,12 +50,16 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
     )
-    loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)
+    eval_loss_fn = LOSSES[config.loss]
+    loss_fn = partial(eval_loss_fn, label_smoothing=config.label_smoothing)
+    saver = recompute if config.recompute == "full" else nothing
+    with saver(model, optimizer):  # what either of them refuses is refused before a run has begun
+        check_loss(loss_fn, model)
 
     # --- rows
     encode = make_encoder(
         tokenizer,
-        is_encoder_decoder=is_encoder_decoder,
+        is_encoder_decoder=model.config.is_encoder_decoder,
         max_seq_len=config.max_seq_len,
         prompt_column=config.prompt_column,
         response_column=config.response_column,
@@ -72,8 +73,9 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         seed=config.seed,
         rank=rank,
         world_size=world_size,
-        collate=partial(collate, causal=not is_encoder_decoder),
     )
+
+    open_batches = partial(open_eval, encode=encode, batch_size=config.batch_size, rank=rank, world_size=world_size)
 
     # --- where to start, how far to go
     state = TrainState(model, optimizer, stream, seed=config.seed)
@@ -89,26 +91,30 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         schedule=config.lr_scheduler_type,
     )
     saving = {"tokenizer": tokenizer, "config": settings, "max_shard_size": config.max_shard_size}
-    report = Report(output, settings, accelerator, step=state.step, total_steps=total_steps, trackers=bool(trackers))
+    report = Report(
+        output,
+        settings,
+        accelerator,
+        step=state.step,
+        total_steps=total_steps,
+        resumed=checkpoint is not None,
+        trackers=bool(trackers),
+    )
     report.tell(
         f"{model.num_parameters():,} weights on {world_size} x {accelerator.device.type}, {stream.num_rows:,} rows",
         f"steps {state.step} to {total_steps}, each of {stream.global_batch_size} rows: {world_size} processes "
         f"x {stream.micro_batches} micro-batches of at most {config.batch_size}",
+        *(f"resumed from {checkpoint}, with {change}" for change in changes),
     )
 
     def evaluate_on(rows: Rows, prefix: str) -> dict[str, float]:
-        metrics, answers = measure(
-            model,
-            tokenizer,
-            rows,
-            encode,
-            LOSSES[config.loss],
-            accelerator,
-            batch_size=config.batch_size,
-            max_predict_samples=config.max_predict_samples if config.text_column is None else 0,
-            max_new_tokens=config.generation_max_new_tokens,
-            prefix=prefix,
-        )
+        metrics = evaluate(model, report.bar(open_batches(rows), prefix), eval_loss_fn, accelerator, prefix=prefix)
+        answers = []
+        if config.max_predict_samples and config.text_column is None:
+            asked = open_batches(rows.slice(0, min(len(rows), config.max_predict_samples)))
+            asked = report.bar(asked, "answers")
+            answers = generate(model, tokenizer, asked, accelerator, max_new_tokens=config.generation_max_new_tokens)
+        metrics |= text_metrics(answers, prefix=prefix)
         report.evaluation(metrics, answers[:3])
         return metrics
 
@@ -116,7 +122,7 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
     if validation_rows and config.eval_on_start and state.step == 0:
         evaluate_on(validation_rows, "eval")
     report.training_goes_on()
-    with recompute(model, optimizer) if config.recompute == "full" else nullcontext():
+    with saver(model, optimizer):
         for step, batches in zip(range(state.step, total_steps), stream, strict=False):
             result = train_step(
                 state,
@@ -134,7 +140,7 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
                 report.training(result, epoch=epoch, learning_rate=schedule(step))
             if validation_rows and (is_last or state.step % config.eval_steps == 0):
                 eval_loss = evaluate_on(validation_rows, "eval")["eval_loss"]
-                if state.best is None or eval_loss < state.best["eval_loss"]:
+                if math.isfinite(eval_loss) and (state.best is None or eval_loss < state.best["eval_loss"]):
                     state.best = {"step": state.step, "eval_loss": eval_loss}
             if is_last or state.step % config.save_steps == 0:
                 keep = config.save_total_limit or None

@@ -25,11 +25,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run(*command: object, timeout: float = 120, **changes: str) -> subprocess.CompletedProcess:
-    """Run a command from the project's root and return it with its output as text; its whole group ends with it."""
+def run(*command: object, timeout: float = 120, cwd: Path = ROOT, **changes: str) -> subprocess.CompletedProcess:
+    """Run a command, from the project's root, and return it with its output as text; its whole group ends with it."""
     process = subprocess.Popen(
         [str(word) for word in command],
-        cwd=ROOT,
+        cwd=cwd,
         env=environment(**changes),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

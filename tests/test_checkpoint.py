@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from lowmem.memory.optim import _OPTIMIZERS, make_optimizer
 from lowmem.model import load_model
 from lowmem.step import TrainState, train_step
 from tests.models import build, qa_rows
+from tests.processes import run
 
 ACCELERATOR = Accelerator(cpu=True)
 
@@ -197,6 +199,62 @@ def test_only_the_newest_are_kept(tmp_path):
     for _ in range(4):
         save_checkpoint(train(state, 1), tmp_path, ACCELERATOR, keep=2)
     assert sorted(os.listdir(tmp_path)) == ["step-00000003", "step-00000004"]
+
+
+def test_pruning_touches_neither_later_checkpoints_nor_other_folders(tmp_path):
+    """After a fall back from a damaged step 4 to step 2, step 3 is saved: it must outlive its own save."""
+    state = new_state()
+    paths = [save_checkpoint(train(state, 1), tmp_path, ACCELERATOR) for _ in range(4)]
+    shutil.copytree(paths[0], tmp_path / "step-00000001-good")
+    for damaged in paths[2:]:
+        (damaged / "manifest.json").unlink()
+    resumed = new_state()
+    load_checkpoint(resumed, latest_checkpoint(tmp_path), ACCELERATOR)
+    third = save_checkpoint(train(resumed, 1), tmp_path, ACCELERATOR, keep=1)
+    assert latest_checkpoint(tmp_path) == third == paths[2]
+    assert sorted(os.listdir(tmp_path)) == ["step-00000001-good", "step-00000003", "step-00000004"]
+
+
+def test_a_save_killed_at_its_commit_has_removed_nothing(tmp_path):
+    first = save_checkpoint(train(new_state(), 1), tmp_path, ACCELERATOR)
+    result = run(sys.executable, "-c", "from tests.test_checkpoint import save_and_die; save_and_die()", cwd=tmp_path)
+    assert result.returncode == 9, result.stderr
+    assert latest_checkpoint(tmp_path) == first
+
+
+def save_and_die():
+    """Save a second checkpoint that keeps only itself, and die when its folder is about to get its name."""
+
+    def die_at_rename(event, arguments):
+        if event == "os.rename" and str(arguments[0]).endswith(".unfinished-step-00000002"):
+            os._exit(9)
+
+    sys.addaudithook(die_at_rename)
+    save_checkpoint(train(new_state(), 2), ".", ACCELERATOR, keep=1)
+
+
+def test_tied_weights_are_written_once(tmp_path):
+    state = train(new_state("t5"), 1)
+    path = save_checkpoint(state, tmp_path, ACCELERATOR)
+    names = load_file(path / "model" / "model.safetensors").keys()
+    assert names == {name for name, _ in state.model.named_parameters()}
+    assert "lm_head.weight" not in names and "shared.weight" in names
+
+
+def test_a_changed_manifest_is_refused_even_if_it_reads_well(tmp_path):
+    path = save_checkpoint(train(new_state(), 1), tmp_path, ACCELERATOR)
+    sealed = json.loads((path / "manifest.json").read_text())
+    sealed["manifest"]["step"] = 2
+    (path / "manifest.json").write_text(json.dumps(sealed))
+    with pytest.raises(UsageError, match="manifest.json changed since it was saved"):
+        verify_checkpoint(path)
+
+
+def test_a_generation_config_that_transformers_refuses_to_save_is_saved(tmp_path):
+    state = train(new_state("llama"), 1)
+    state.model.generation_config.temperature = 0.6  # beside do_sample=False, as published models have it
+    path = save_checkpoint(state, tmp_path, ACCELERATOR)
+    assert AutoModelForCausalLM.from_pretrained(path / "model").generation_config.temperature == 0.6
 
 
 def test_a_failed_save_leaves_the_older_checkpoints(tmp_path, monkeypatch):

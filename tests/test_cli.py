@@ -43,7 +43,8 @@ def timed(*flags):
         (["train", "stray"], "flags --name=value"),
         (["train", "config"], "words without --"),
         (["train", "-", "config"], "words without --"),
-        (["trian"], "commands are train, evaluate, test"),
+        (["trian"], "unknown command: trian; commands are train, evaluate, test"),
+        (["evaluate", "--test_file=", "--model_name_or_path=x"], "needs --test_file"),
         (["evaluate", "--learning_rate=1"], "`evaluate` has no such flag"),
         (["evaluate", "--test_file=a.jsonl"], "needs --model_name_or_path"),
     ],
@@ -66,13 +67,17 @@ def test_wrong_files_end_before_anything_is_loaded_or_written(tmp_path):
         ([f"--train_file={tmp_path}/empty.jsonl"], "empty.jsonl holds no rows"),
         (
             [f"--train_file={tmp_path}/other.jsonl"],
-            "has no column 'prompt' and 'response', it has 'question', 'answer'",
+            "has no column 'prompt' and no column 'response', it has 'question', 'answer'",
         ),
         ([f"--test_file={tmp_path}/missing.jsonl"], "missing.jsonl does not exist"),
         (["--validation_rows=12000"], "cannot be held out"),
         ([f"--resume={tmp_path}/step-1"], "is no checkpoint"),
     ]:
         assert_refused(timed("train", *flags, f"--output_dir={output}"), told, output, seconds=10)
+    (tmp_path / "project" / "model").mkdir(parents=True)
+    (tmp_path / "project" / "model" / "mine.py").touch()
+    result = train("train", f"--output_dir={tmp_path}/project")
+    assert result.returncode == 2 and "would be replaced at the end" in result.stderr
     result = timed("train", f"--output_dir={tmp_path}/file")
     assert "is a file: name a folder" in result.stderr and result.returncode == 2
 
@@ -170,10 +175,27 @@ def test_a_causal_model_learns_plain_text(tmp_path):
     assert refused.returncode == 2 and "needs a causal model" in refused.stderr
 
 
+def test_a_model_that_the_loss_refuses_is_refused_before_a_run_has_begun(tmp_path):
+    fields = {"model_type": "bart", "vocab_size": 384, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    (tmp_path / "bart.json").write_text(json.dumps(fields | {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16}))
+    flags = [f"--model_config={tmp_path}/bart.json", "--max_steps=1", "--max_predict_samples=2"]
+    output = tmp_path / "out"
+    result = train("train", *flags, f"--output_dir={output}")
+    assert result.returncode == 2 and "use plain_loss (--loss=plain)" in result.stderr
+    assert not output.exists()
+    result = train("train", *flags, "--loss=plain", f"--output_dir={output}")
+    assert result.returncode == 0, result.stderr
+    (tmp_path / "rows.jsonl").write_text(json.dumps(qa_rows(1)[0]))
+    flags = [f"--model_name_or_path={output}/model", f"--test_file={tmp_path}/rows.jsonl"]  # loss=plain comes with it
+    assert train("evaluate", *flags).returncode == 0
+
+
 def test_a_row_that_breaks_in_the_middle_is_told_with_its_place(tmp_path):
     rows = [json.dumps(row) for row in qa_rows(30)]
     rows[17] = '{"prompt": "a", "response": null}'
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     result = train("train", f"--train_file={tmp_path}/rows.jsonl", "--max_steps=9", f"--output_dir={tmp_path}/out")
     assert result.returncode == 1
-    assert "rows.jsonl, row 17 cannot be encoded: column 'response' must hold text" in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "rows.jsonl, row 17 cannot be encoded: column 'response' must hold text" in line

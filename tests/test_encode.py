@@ -40,10 +40,12 @@ def test_causal_rows_fit_and_keep_targets(prompt, response, max_seq_len):
     assert all(token == label for token, label in targets)
 
 
-def test_text_learns_every_token():
+def test_text_learns_every_token_but_the_first_which_nothing_predicts():
     encoded = encode_text(TOKENIZER, max_seq_len=64)({"text": "all of it"})
-    assert encoded["input_ids"] == encoded["labels"] == [*ids("all of it"), END]
-    assert encode_text(TOKENIZER, max_seq_len=3)({"text": "all of it"})["labels"] == ids("all")
+    assert encoded == {"input_ids": [*ids("all of it"), END], "labels": [IGNORED, *ids("ll of it"), END]}
+    assert encode_text(TOKENIZER, max_seq_len=3)({"text": "all of it"})["labels"] == [IGNORED, *ids("ll")]
+    unprompted = encode_causal(TOKENIZER, max_seq_len=64)({"prompt": "", "response": "ab"})
+    assert unprompted["labels"] == [IGNORED, *ids("b"), END]
 
 
 def test_columns_have_the_names_that_the_caller_gives():

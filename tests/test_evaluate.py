@@ -10,7 +10,7 @@ from lowmem import join
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.rows import open_rows
 from lowmem.data.stream import collate, open_eval
-from lowmem.evaluation import Answer, evaluate, generate, measure, text_metrics
+from lowmem.evaluation import Answer, evaluate, generate, text_metrics
 from lowmem.memory.loss import chunked_loss, plain_loss
 from tests.models import build, qa_rows
 from tests.processes import run_ranks
@@ -26,7 +26,7 @@ def encoder(family):
 @pytest.mark.parametrize("batch_size", [1, 4, 23])
 def test_loss_is_the_mean_over_tokens_whatever_the_batches(family, batch_size):
     model = build(family)
-    whole = collate([encoder(family)(row) for row in ROWS], causal=family != "t5")
+    whole = collate([encoder(family)(row) for row in ROWS])
     expected = (plain_loss(model.eval(), whole) / whole.num_targets).item()
     batches = open_eval(ROWS, encoder(family), batch_size=batch_size)
     metrics = evaluate(model, batches, chunked_loss, Accelerator(cpu=True), prefix="test")
@@ -67,17 +67,13 @@ def test_two_ranks_measure_what_one_measures(family, tmp_path):
 
 
 def measure_rows(family, folder, accelerator):
-    return measure(
-        build(family),
-        TOKENIZER,
-        open_rows(f"{folder}/rows.jsonl"),
-        encoder(family),
-        chunked_loss,
-        accelerator,
-        batch_size=4,
-        max_predict_samples=11,
-        max_new_tokens=5,
-    )
+    model, ranks = build(family), {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    rows = open_rows(f"{folder}/rows.jsonl")
+    everything = open_eval(rows, encoder(family), batch_size=4, **ranks)
+    metrics = evaluate(model, everything, chunked_loss, accelerator)
+    asked = open_eval(rows.slice(0, 11), encoder(family), batch_size=4, **ranks)
+    answers = generate(model, TOKENIZER, asked, accelerator, max_new_tokens=5)
+    return metrics | text_metrics(answers), answers
 
 
 def measure_on_a_rank(family, folder):
@@ -92,10 +88,11 @@ def test_exact_matches_are_counted_and_characters_compared():
     answers = [Answer(0, "a", "四十", "四十"), Answer(1, "b", "42", " 42 "), Answer(2, "c", "42", "43")]
     metrics = text_metrics(answers)
     assert metrics["eval_exact_match"] == pytest.approx(2 / 3)
+    assert text_metrics([]) == {}
     assert 50 < metrics["eval_chrf"] < 100
 
 
 def test_rows_without_a_target_are_refused():
-    batches = [collate([{"input_ids": [4], "labels": [-100]}], causal=False)]
+    batches = [collate([{"input_ids": [4], "labels": [-100]}])]
     with pytest.raises(ValueError, match="no target token"):
         evaluate(build("t5"), batches, chunked_loss, Accelerator(cpu=True))

@@ -40,7 +40,8 @@ def problems_of(**flags):
         ("learning_rate", "3e-4", 3e-4),
         ("max_steps", "none", None),
         ("train_file", ["a.parquet", "b.parquet"], "a.parquet,b.parquet"),
-        ("seed", "12345678901234567890", 12345678901234567890),
+        ("seed", "1234567890123456789", 1234567890123456789),
+        ("freeze", "encoder, embeddings", "encoder,embeddings"),
     ],
 )
 def test_a_value_becomes_what_its_field_is(flag, typed, value):
@@ -120,10 +121,27 @@ def test_all_problems_are_told_at_once():
         ({"is_keep_training": "true", "resume": "never"}, "drop one"),
         ({"config": "/nowhere.yaml"}, "cannot be read"),
         ({"output_dir": ""}, "--output_dir is empty"),
+        ({"train_file": ""}, "--train_file is empty"),
+        ({"output_dir": "True"}, "--output_dir needs a value"),
+        ({"seed": "1e30"}, "must be below 2**63"),
+        ({"lr": "3"}, "unknown flag --lr: it is --learning_rate here"),
     ],
 )
 def test_mistakes_are_told_in_words(flags, told):
     assert told in problems_of(**flags)
+
+
+def test_a_preset_of_the_file_is_switched_off_by_a_flag(tmp_path):
+    (tmp_path / "run.yaml").write_text("use_large_config: true\n")
+    assert resolve({"config": tmp_path / "run.yaml", "use_large_config": "False"}) == resolve({})
+    config = resolve({"config": tmp_path / "run.yaml", "use_large_config": "False", "use_small_config": "True"})
+    assert config == resolve({"use_small_config": "True"})
+
+
+def test_what_a_launcher_gives_stands_between_preset_and_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("mixed_precision: no\n")
+    assert resolve({}, given={"mixed_precision": "bf16"}).mixed_precision == "bf16"
+    assert resolve({"config": tmp_path / "run.yaml"}, given={"mixed_precision": "bf16"}).mixed_precision == "no"
 
 
 def test_keep_training_means_resume_auto():

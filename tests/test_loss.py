@@ -2,11 +2,12 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from lowmem.config import UsageError
 from lowmem.data.stream import collate
 from lowmem.memory import loss as loss_module
-from lowmem.memory.loss import chunked_loss, plain_loss
+from lowmem.memory.loss import check_loss, chunked_loss, plain_loss
 from tests.models import LLAMA, build
 
 
@@ -27,7 +28,7 @@ def batch_of(family, rows=5, seed=0):
         else:
             tokens = [max(token, 0) for token in response]
             encoded.append({"input_ids": prompt + tokens, "labels": [-100] * len(prompt) + response})
-    return collate(encoded, causal=family != "t5")
+    return collate(encoded)
 
 
 def gradients(model):
@@ -125,9 +126,28 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(model_type):
     fields = LLAMA | changes[model_type]
     fields.pop("model_type")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
-    with pytest.raises(ValueError, match="changes its logits after the output head.*use plain_loss"):
+    with pytest.raises(UsageError, match="changes its logits after the output head.*use plain_loss"):
         chunked_loss(model, batch_of("llama"))
+    with pytest.raises(UsageError, match="changes its logits"):
+        check_loss(chunked_loss, model)
+    check_loss(plain_loss, model)
     assert plain_loss(model, batch_of("llama")).isfinite()
+
+
+def test_a_bias_of_the_vocabularys_size_after_the_head_is_refused():
+    fields = {"vocab_size": 384, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32}
+    config = AutoConfig.for_model("bart", **fields, decoder_ffn_dim=32)
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    with pytest.raises(UsageError, match="BartForConditionalGeneration changes its logits.*a bias"):
+        check_loss(chunked_loss, model)
+    check_loss(plain_loss, model)
+
+
+def test_a_causal_row_whose_first_label_counts_is_refused():
+    batch = collate([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}])
+    for loss_fn in (plain_loss, chunked_loss):
+        with pytest.raises(RuntimeError, match="first label of a causal row must be -100"):
+            loss_fn(build("llama"), batch)
 
 
 def test_the_head_is_itself_again_after_the_loss():

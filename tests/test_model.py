@@ -78,6 +78,8 @@ def test_a_frozen_encoder_leaves_the_decoder_and_the_shared_embeddings():
     assert trained == {"shared", "decoder"}
     with pytest.raises(UsageError, match="LlamaForCausalLM has none"):
         freeze(build("llama"), parts=["encoder"])
+    with pytest.raises(UsageError, match="freezing decoder was asked for"):
+        freeze(model, parts=["decoder"])
 
 
 def test_a_tokenizer_without_its_files_is_refused(tmp_path):
@@ -89,11 +91,19 @@ def test_a_tokenizer_without_its_files_is_refused(tmp_path):
 def test_mistakes_are_told(tmp_path):
     with pytest.raises(UsageError, match="give one of"):
         load_model()
-    with pytest.raises(UsageError, match="no tokenizer can be loaded"):
+    with pytest.raises(UsageError, match="holds no config.json, so it is no model: name another folder"):
         load_model(tmp_path)
+    build("llama").save_pretrained(tmp_path / "inside" / "model")
+    with pytest.raises(UsageError, match="did you mean .*inside/model"):
+        load_model(tmp_path / "inside")
+    with pytest.raises(UsageError, match="no tokenizer can be loaded|turns text into no tokens"):
+        load_model(tmp_path / "inside" / "model")
     tokenizer = saved_tokenizer(tmp_path)
+    (tmp_path / "tokenizer" / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="cannot be loaded"):
         load_model(tmp_path / "tokenizer")
+    with pytest.raises(UsageError, match="has no model_type"):
+        load_model(model_config={"vocab_size": 9})
     with pytest.raises(UsageError, match="has 384 tokens, the model embeds 100"):
         load_model(model_config=LLAMA | {"vocab_size": 100}, tokenizer_name_or_path=tokenizer)
     with pytest.raises(UsageError, match="none that transformers knows"):

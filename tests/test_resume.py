@@ -43,7 +43,11 @@ def flags(work, name, **changes):
 
 def curve(work, name):
     lines = (work / name / "metrics.jsonl").read_text().splitlines()
-    return {record["step"]: record["loss"] for record in map(json.loads, lines) if "loss" in record}
+    return [(record["step"], record["loss"]) for record in map(json.loads, lines) if "loss" in record]
+
+
+def steps(work, name):
+    return [step for step, _ in curve(work, name)]
 
 
 def weights(work, name):
@@ -61,7 +65,7 @@ def assert_same_run(work, name, other):
 def uninterrupted(work):
     result = train("train", *flags(work, "whole"))
     assert result.returncode == 0, result.stderr
-    assert list(curve(work, "whole")) == list(range(1, STEPS + 1))
+    assert steps(work, "whole") == list(range(1, STEPS + 1))
     return "whole"
 
 
@@ -111,7 +115,8 @@ def test_two_processes_go_on_with_the_rows_of_one(work, uninterrupted):
     resumed = run(*launcher, "train_low_mem.py", "train", *flags(work, "elastic", max_steps=STEPS, resume="auto"))
     assert resumed.returncode == 0, resumed.stderr
     assert f"steps {STEPS // 2} to {STEPS}, each of 8 rows: 2 processes x 2 micro-batches" in resumed.stdout
-    assert list(curve(work, "elastic")) == list(range(1, STEPS + 1))
+    assert steps(work, "elastic") == list(range(1, STEPS + 1))
+    assert f"with --max_steps={STEPS} (was {STEPS // 2})" in resumed.stdout
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -124,8 +129,8 @@ def test_the_losses_go_on_as_if_never_interrupted(work, processes, tmp_path):
     assert train("train", *flags(work, "", **common, max_steps=9)).returncode == 0
     last = train("train", *flags(work, "", **common, max_steps=16, resume="auto", num_processes=processes))
     assert last.returncode == 0, last.stderr
-    assert curve(tmp_path, "out") == pytest.approx(curve(tmp_path, "whole"), rel=1e-5)
-    assert list(curve(tmp_path, "out")) == list(range(1, 17))
+    assert dict(curve(tmp_path, "out")) == pytest.approx(dict(curve(tmp_path, "whole")), rel=1e-5)
+    assert steps(tmp_path, "out") == list(range(1, 17))
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(work, uninterrupted):
@@ -144,8 +149,8 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(work, uninterr
 
 def test_another_run_is_refused_on_resume(work, uninterrupted):
     for changes, told in [
-        ({"seed": 1}, "--seed was 0 and is now 1"),
-        ({"max_grad_norm": 0.5}, "--max_grad_norm was 1.0 and is now 0.5"),
+        ({"seed": 1}, "is of another run: --seed=1 (was 0)"),
+        ({"max_grad_norm": 0.5}, "is of another run: --max_grad_norm=0.5 (was 1.0)"),
         ({"batch_size": 3}, "trained on 8 rows a step, these flags ask for 12: set --global_batch_size=8"),
     ]:
         result = train("train", *flags(work, uninterrupted, resume="auto", **changes))
@@ -158,9 +163,13 @@ def test_an_older_checkpoint_is_not_resumed_into_the_folder_of_its_successors(wo
     older = work / uninterrupted / "checkpoints" / f"step-{STEPS - 5:08d}"
     result = train("train", *flags(work, uninterrupted, resume=older))
     assert result.returncode == 2 and "holds later checkpoints" in result.stderr
+    mixed = train("train", *flags(work, "whole2", resume=older, max_steps=STEPS - 4))
+    assert mixed.returncode == 0, mixed.stderr
+    again = train("train", *flags(work, "whole2", resume=older))
+    assert again.returncode == 2 and "checkpoints of another run" in again.stderr
     result = train("train", *flags(work, "branch", resume=older))
     assert result.returncode == 0, result.stderr
-    assert list(curve(work, "branch")) == list(range(STEPS - 4, STEPS + 1))
+    assert steps(work, "branch") == list(range(STEPS - 4, STEPS + 1))
     assert all(
         equal(a, b) for a, b in zip(*(weights(work, x).values() for x in ("branch", uninterrupted)), strict=True)
     )

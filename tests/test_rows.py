@@ -6,7 +6,7 @@ from pyarrow import parquet
 
 from lowmem.config import UsageError
 from lowmem.data.bundled import NUM_BUNDLED_ROWS, BundledRows
-from lowmem.data.rows import open_rows, split_rows
+from lowmem.data.rows import RowError, open_rows, split_rows
 from tests.models import qa_rows
 
 ROWS = qa_rows(205)
@@ -88,6 +88,7 @@ def test_bundled_rows_never_repeat_so_held_out_ones_are_new():
         ("rows.csv", b"a,b", "files end in .parquet"),
         ("empty.jsonl", b"", "holds no rows"),
         ("empty.parquet", b"", "cannot be read as parquet"),
+        ("pretty.json", b'[\n  {"prompt": "a"}\n]', "one object a line"),
         ("array.json", b'[{"prompt": "a"}]', "one object a line"),
         ("broken.jsonl", b'{"prompt": \n', "first row"),
     ],
@@ -116,10 +117,34 @@ def test_a_truncated_parquet_file_is_refused(tmp_path):
         open_rows(path)
 
 
+def test_a_flipped_bit_in_a_page_is_found_where_the_file_has_checksums(tmp_path):
+    table = pa.Table.from_pylist(ROWS)
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(table, path, write_page_checksum=True, use_dictionary=False, compression="none")
+    data = bytearray(path.read_bytes())
+    place = data.index("问题 7 ".encode())
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(RowError, match="rows.parquet, row 0 cannot be read: .*CRC"):
+        open_rows(path)[0]
+
+
+def test_a_column_of_numbers_is_refused_from_the_schema(tmp_path):
+    path = write(tmp_path / "rows.parquet", [{"prompt": 3, "response": "x"}])
+    with pytest.raises(UsageError, match="column 'prompt' must hold text, it holds int64"):
+        open_rows(path, columns=["prompt", "response"])
+
+
+def test_a_file_named_twice_is_refused(tmp_path):
+    path = write(tmp_path / "rows.parquet")
+    with pytest.raises(UsageError, match="rows.parquet twice"):
+        open_rows(f"{path},{tmp_path}/*.parquet")
+
+
 def test_a_broken_row_is_told_with_its_place(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
     rows = open_rows(path)
     assert rows[2] == {"a": 3}
-    with pytest.raises(ValueError, match="rows.jsonl, row 1: "):
+    with pytest.raises(ValueError, match="rows.jsonl, row 1 cannot be read: "):
         rows[1]

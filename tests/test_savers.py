@@ -13,7 +13,7 @@ DROPOUT = {"t5": {"dropout_rate": 0.1}, "llama": {"attention_dropout": 0.1}}
 
 def batch_of(family):
     encode = (encode_seq2seq if family == "t5" else encode_causal)(ByT5Tokenizer(), max_seq_len=64)
-    return collate([encode(row) for row in qa_rows(8)], causal=family != "t5")
+    return collate([encode(row) for row in qa_rows(8)])
 
 
 def loss_and_gradients(model, batch):

@@ -122,7 +122,31 @@ def test_clipping_bounds_the_applied_gradient_and_reports_the_norm_before():
     torch.testing.assert_close(applied.norm(), torch.tensor(0.1), rtol=1e-3, atol=0)
 
 
-def test_dropout_is_a_function_of_seed_step_and_micro_batch():
+def test_dropout_differs_between_micro_batches_and_between_ranks(tmp_path):
+    """The same rows four times: under one mask for two of them, their losses would be equal."""
+    run_ranks(2, "tests.test_step:losses_of_the_same_rows", tmp_path)
+    losses = [loss for rank in range(2) for loss in json.loads((tmp_path / f"{rank}.json").read_text())]
+    assert len(set(losses)) == len(losses) == 4
+
+
+def losses_of_the_same_rows(folder):
+    accelerator = join()
+    losses = []
+
+    def recording(model, batch):
+        loss = plain_loss(model, batch)
+        losses.append(loss.item())
+        return loss
+
+    model = parallelize(build("t5", dropout_rate=0.3), accelerator)
+    (batch,) = next(stream_of("t5", batch_size=4))
+    train_step(state_of(model, name="sgd"), [batch, batch], recording, accelerator, learning_rate=0.0)
+    with open(f"{folder}/{accelerator.process_index}.json", "w") as file:
+        json.dump(losses, file)
+    accelerator.end_training()
+
+
+def test_dropout_is_a_function_of_seed_and_step():
     def loss(seed, step, disturb):
         torch.manual_seed(disturb)
         state = state_of(build("t5", dropout_rate=0.3), name="sgd")
@@ -180,13 +204,12 @@ def step_with_nan_on_one_rank(folder):
 
 
 def test_a_step_without_any_target_changes_nothing_but_the_count():
-    (batch,) = next(stream_of("t5", batch_size=4))
-    batch.inputs["labels"].fill_(-100)
-    empty = collate([{"input_ids": [5], "labels": [-100]}], causal=False)
+    empty = collate([{"input_ids": [5], "labels": [-100]}])
     assert empty.num_targets == 0
-    model = build("t5")
-    before = [parameter.detach().clone() for parameter in model.parameters()]
+    model, accelerator = build("t5"), Accelerator(cpu=True)
     state = state_of(model)
-    result = train_step(state, [empty], chunked_loss, Accelerator(cpu=True), learning_rate=0.1)
-    assert result.loss == 0 and result.grad_norm == 0 and state.step == 1
+    train_step(state, next(stream_of("t5", batch_size=4)), chunked_loss, accelerator, learning_rate=0.1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]  # momentum would move these
+    result = train_step(state, [empty], chunked_loss, accelerator, learning_rate=0.1)
+    assert result.loss == 0 and result.grad_norm == 0 and state.step == 2 and not result.updated
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

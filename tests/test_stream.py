@@ -6,6 +6,7 @@ import torch
 from transformers import ByT5Tokenizer
 
 from lowmem.config import UsageError
+from lowmem.data.bundled import BundledRows
 from lowmem.data.encode import IGNORED, encode_causal, encode_seq2seq
 from lowmem.data.order import rows_at
 from lowmem.data.stream import collate, open_eval, open_stream
@@ -33,12 +34,14 @@ def test_batches_are_padded_to_their_own_longest_row():
 
 
 def test_a_causal_batch_counts_what_the_shifted_loss_sums():
-    rows = [encode_causal(ByT5Tokenizer(), max_seq_len=64)(row) for row in ROWS[:3]]
-    rows.append({"input_ids": [4, 5, 6], "labels": [4, 5, 6]})  # first token a label: nothing predicts it
-    batch = collate(rows)
+    rows = [*ROWS[:3], {"prompt": "", "response": "nothing before it"}]
+    batch = collate([encode_causal(ByT5Tokenizer(), max_seq_len=64)(row) for row in rows])
     assert batch.num_targets == int((batch.inputs["labels"][:, 1:] != IGNORED).sum())
-    assert (batch.inputs["labels"][:, 0] == IGNORED).all()
-    assert collate(rows[-1:], causal=False).num_targets == 3
+
+
+def test_targets_are_counted_alike_in_every_split_even_of_rows_that_copy_their_prompt():
+    rows = [ENCODE({"prompt": "yes", "response": "yes"}), ENCODE({"prompt": "a", "response": "bcd"})]
+    assert collate(rows).num_targets == collate(rows[:1]).num_targets + collate(rows[1:]).num_targets == 8
 
 
 def test_each_epoch_holds_each_row_once():
@@ -112,12 +115,18 @@ def test_rows_drawn_but_not_trained_on_come_again():
     assert next(iter(stream))[0].row_ids == first[0].row_ids
 
 
+class Grouped(list):
+    group_sizes = (20, 30)
+
+
 @pytest.mark.parametrize(
-    "other", [{"seed": 1}, {"batch_size": 5}, {"rows": ROWS[:-1]}], ids=["seed", "rows a step", "rows"]
+    "other",
+    [{"seed": 1}, {"batch_size": 5}, {"rows": ROWS[:-1]}, {"rows": BundledRows(0, 50)}, {"shuffle": False}],
+    ids=["seed", "rows a step", "rows", "row groups", "shuffle"],
 )
 def test_a_stream_over_something_else_is_refused(other):
-    options = {"rows": ROWS, "seed": 0, "batch_size": 4} | other
-    saved = open_stream(ROWS, ENCODE, batch_size=4).state_dict()
+    options = {"rows": Grouped(ROWS), "seed": 0, "batch_size": 4} | other
+    saved = open_stream(Grouped(ROWS), ENCODE, batch_size=4).state_dict()
     with pytest.raises(UsageError, match="not the one that was saved"):
         open_stream(options.pop("rows"), ENCODE, **options).load_state_dict(saved)
 

@@ -1,7 +1,8 @@
 """One row -> token ids. An encoder is any function `row -> {"input_ids": list[int], "labels": list[int]}`.
 
 Labels are token ids, or IGNORED where nothing is to be learned. For an encoder-decoder model they are a sequence of
-their own; for a causal model they stand under their input tokens, and the loss shifts them by one.
+their own. For a causal model they stand under their input tokens, the loss shifts them by one, and the first one must
+be IGNORED: nothing predicts a first token.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ def make_encoder(
     response_column: str | None = "response",
     text_column: str | None = None,
 ) -> Encode:
-    """The encoder for a kind of model and the columns at hand. Raises UsageError for plain text to a T5-like model."""
+    """The encoder for a kind of model and the columns at hand. Raises UsageError for plain text to a T5-like model.
+
+    All encoders raise ValueError for a row whose column holds no text.
+    """
     if text_column is None:
         encode = encode_seq2seq if is_encoder_decoder else encode_causal
         return encode(tokenizer, max_seq_len=max_seq_len, prompt_column=prompt_column, response_column=response_column)
@@ -52,12 +56,14 @@ def encode_seq2seq(
 
     def encode(row: Mapping[str, object]) -> EncodedRow:
         # Cut by hand: a fast tokenizer told to truncate changes itself, and two threads use it at a time.
-        def ids(column: str) -> list[int]:
-            ids = tokenizer(_text(row, column), verbose=False).input_ids
+        def cut(ids: list[int]) -> list[int]:
             end = [token for token in ids[-1:] if token == tokenizer.eos_token_id]
             return ids if len(ids) <= max_seq_len else ids[: max_seq_len - len(end)] + end
 
-        return {"input_ids": ids(prompt_column), "labels": ids(response_column)}
+        return {
+            "input_ids": cut(tokenizer(_text(row, prompt_column), verbose=False).input_ids),
+            "labels": cut(tokenizer(text_target=_text(row, response_column), verbose=False).input_ids),
+        }
 
     return encode
 
@@ -83,21 +89,26 @@ def encode_causal(
         response += _end(tokenizer)
         response = response[: max(max_seq_len - len(prompt), (max_seq_len + 1) // 2)]
         prompt = prompt[: max_seq_len - len(response)]
-        return {"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response}
+        return _causal_row(prompt + response, num_masked=len(prompt))
 
     return encode
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, text_column: str = "text") -> Encode:
-    """Plain text and an end token for causal models, cut to `max_seq_len` tokens; every token is a target."""
+    """Plain text and an end token for causal models, cut to `max_seq_len` tokens; all but the first are targets."""
 
     def encode(row: Mapping[str, object]) -> EncodedRow:
         ids = tokenizer(_text(row, text_column), verbose=False).input_ids
         if ids[-1:] != _end(tokenizer):
             ids = ids + _end(tokenizer)
-        return {"input_ids": ids[:max_seq_len], "labels": ids[:max_seq_len]}
+        return _causal_row(ids[:max_seq_len], num_masked=0)
 
     return encode
+
+
+def _causal_row(ids: list[int], *, num_masked: int) -> EncodedRow:
+    num_masked = max(1, num_masked)  # nothing predicts the first token
+    return {"input_ids": ids, "labels": [IGNORED] * num_masked + ids[num_masked:]}
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,5 +1,6 @@
 """Random access to rows on disk: parquet, JSONL and plain text, without reading a file into memory."""
 
+import codecs
 import glob
 import json
 from collections import OrderedDict
@@ -17,6 +18,10 @@ from lowmem.data.order import WINDOW_ROWS
 _LINES_PER_GROUP = 64
 
 Row = dict[str, object]
+
+
+class RowError(ValueError):
+    """A row that cannot be read or encoded; the message tells which, and why."""
 
 
 class _File(Protocol):
@@ -44,6 +49,10 @@ class _ParquetFile:
         present = self._metadata.schema.to_arrow_schema().names
         if missing := [column for column in columns or () if column not in present]:
             raise UsageError(_missing_columns(path, missing, present))
+        for column in columns or ():
+            kind = self._metadata.schema.to_arrow_schema().field(column).type
+            if not _is_text(kind):
+                raise UsageError(f"{path}: column {column!r} must hold text, it holds {kind}: name another column")
         self.group_sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
 
     def _open(self):
@@ -58,6 +67,13 @@ class _ParquetFile:
 
     def row(self, group, index: int) -> Row:
         return group.slice(index, 1).to_pylist()[0]
+
+
+def _is_text(kind) -> bool:
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind)
 
 
 class _LineFile:
@@ -99,20 +115,20 @@ class _TextFile(_LineFile):
     """Plain text: each line is a row {"text": line}."""
 
     def row(self, group: list[bytes], index: int) -> Row:
-        return {"text": group[index].decode("utf-8").rstrip("\r\n")}
+        return {"text": group[index].removeprefix(codecs.BOM_UTF8).decode("utf-8").rstrip("\r\n")}
 
 
 class _JsonLinesFile(_LineFile):
     """JSON objects, one a line."""
 
     def row(self, group: list[bytes], index: int) -> Row:
-        value = json.loads(group[index])
-        if not isinstance(value, dict):
+        line = group[index].removeprefix(codecs.BOM_UTF8)
+        if not line.lstrip().startswith(b"{"):
             raise ValueError(
-                f"a JSON object was expected, found {type(value).__name__}: "
+                f"a JSON object was expected, found {line[:40]!r}: "
                 "write one object a line (jq -c '.[]' turns an array into that)"
             )
-        return value
+        return json.loads(line)
 
 
 _FORMATS = {
@@ -152,8 +168,8 @@ class FileRows:
         place = self._first + index - (self._ends[group] - self._size(group))
         try:
             return file.row(self._read(group), int(place))
-        except ValueError as error:
-            raise ValueError(f"{self.where(index)}: {error}") from error
+        except (ValueError, OSError) as error:  # pyarrow's errors are of both kinds
+            raise RowError(f"{self.where(index)} cannot be read: {error}") from error
 
     def slice(self, first: int, stop: int) -> "FileRows":
         """The rows [first, stop) of these, with a cache of their own."""
@@ -180,10 +196,10 @@ class FileRows:
         with self._lock:
             if group not in self._cache:
                 file, first_group = self._file_of(group)
-                self._cached_rows += self._size(group)
-                while self._cache and self._cached_rows > self._cached_rows_limit:
+                while self._cache and self._cached_rows + self._size(group) > self._cached_rows_limit:
                     self._cached_rows -= self._size(self._cache.popitem(last=False)[0])
                 self._cache[group] = file.read_group(group - first_group)
+                self._cached_rows += self._size(group)
             self._cache.move_to_end(group)
             return self._cache[group]
 
@@ -192,7 +208,8 @@ def open_rows(files: str | Path | Sequence[str | Path], *, columns: Sequence[str
     """Open parquet, JSONL or text files as one sequence of rows (dicts).
 
     `files` is a path, a glob, a comma list of both, or a list of paths. Files stand in the order they are given in,
-    the matches of a glob sorted by name. `columns` must be in every file; of parquet only these are read (None: all).
+    the matches of a glob sorted by name. `columns` must be in every file and hold text; of parquet only
+    these are read (None: all, of any type).
     Raises UsageError, naming the file, for one that is missing, empty, broken or lacks a column.
     """
     opened = []
@@ -203,7 +220,7 @@ def open_rows(files: str | Path | Sequence[str | Path], *, columns: Sequence[str
             file = _FORMATS[path.suffix](path, columns)
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-        if not file.group_sizes:
+        if not sum(file.group_sizes):
             raise UsageError(f"{path} holds no rows: leave it out or write it again")
         opened.append(file)
     return FileRows(opened)
@@ -227,6 +244,8 @@ def _expand(files: str | Path | Sequence[str | Path]) -> list[Path]:
             what = "matches no file" if is_glob else "is a folder" if Path(item).is_dir() else "does not exist"
             raise UsageError(f"{item} {what}: name a parquet, JSONL or text file, or a glob of them")
         paths += found
+    if repeated := sorted({str(path) for path in paths if paths.count(path) > 1}):
+        raise UsageError(f"{files} names {', '.join(repeated)} twice, so its rows would count twice: name it once")
     if not paths:
         raise UsageError(f"no file is named by {files!r}")
     return paths
@@ -234,6 +253,7 @@ def _expand(files: str | Path | Sequence[str | Path]) -> list[Path]:
 
 def _missing_columns(path: Path, missing: list[str], present: Sequence[str]) -> str:
     return (
-        f"{path} has no column {' and '.join(map(repr, missing))}, it has {', '.join(map(repr, present))}: "
+        f"{path} has no {' and no '.join(f'column {name!r}' for name in missing)}, it has "
+        f"{', '.join(map(repr, present))}: "
         "set --prompt_column and --response_column, or --text_column"
     )

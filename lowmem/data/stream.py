@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from lowmem.config import UsageError
 from lowmem.data.encode import IGNORED, Encode, EncodedRow
 from lowmem.data.order import rows_at
-from lowmem.data.rows import Row, open_rows
+from lowmem.data.rows import Row, RowError, open_rows
 
 _PAD_TO_MULTIPLE_OF = 8  # tensor cores want it
 
@@ -41,27 +42,17 @@ class Rows(Protocol):
     def __getitem__(self, index: int) -> Row: ...
 
 
-def collate(rows: Sequence[EncodedRow], *, causal: bool | None = None) -> Batch:
-    """Pad encoded rows on the right to the longest, rounded up to a multiple of 8.
+def collate(rows: Sequence[EncodedRow]) -> Batch:
+    """Pad encoded rows on the right to the longest, rounded up to a multiple of 8, and count their labels.
 
     Returns int64 `input_ids` and `attention_mask` of shape (rows, input length) and `labels` (rows, label length).
-    In a causal batch nothing predicts a first token, so its label is ignored and `num_targets` is what the shifted
-    loss sums over. `causal=None` takes a batch for causal if in every row each label is its input token or ignored.
     """
-    if causal is None:
-        causal = all(
-            len(row["input_ids"]) == len(row["labels"])
-            and all(label in (IGNORED, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
-            for row in rows
-        )
     # What stands in padded places is masked, so any token serves; every vocabulary has a token 0.
     inputs = {
         "input_ids": _pad([row["input_ids"] for row in rows], 0),
         "attention_mask": _pad([[1] * len(row["input_ids"]) for row in rows], 0),
         "labels": _pad([row["labels"] for row in rows], IGNORED),
     }
-    if causal:
-        inputs["labels"][:, 0] = IGNORED
     return Batch(inputs, num_targets=int((inputs["labels"] != IGNORED).sum()), row_ids=[])
 
 
@@ -128,17 +119,19 @@ class Stream:
         """Count one optimizer step's rows as trained on."""
         self.position += self.global_batch_size
 
-    def state_dict(self) -> dict[str, int]:
-        """What a checkpoint keeps; rows, seed and rows per step tell a resumed run whether it is the same stream."""
+    def state_dict(self) -> dict[str, int | str]:
+        """What a checkpoint keeps: the position, and what decides which rows stand there, for `load_state_dict`."""
         return {
             "position": self.position,
             "num_rows": self.num_rows,
+            "row_groups": blake2b(repr(self._group_sizes).encode(), digest_size=8).hexdigest(),
+            "shuffle": self._shuffle,
             "seed": self._seed,
             "global_batch_size": self.global_batch_size,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a saved position. Raises UsageError if rows, seed or rows per step are others than when saved."""
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
+        """Go on from a saved position. Raises UsageError if rows, their order or rows per step are others than then."""
         here = self.state_dict()
         if differing := [name for name in here if name != "position" and state[name] != here[name]]:
             told = ", ".join(f"{name} was {state[name]} and is {here[name]}" for name in differing)
@@ -248,10 +241,10 @@ def _as_rows(files: str | Path | Sequence[str | Path] | Rows) -> Rows:
 def _batch(rows: Rows, row_ids: list[int], encode: Encode, collate: Collate) -> Batch:
     encoded = []
     for row_id in row_ids:
-        row = rows[row_id]
+        row = rows[row_id]  # tells by itself what cannot be read, and where
         try:
             encoded.append(encode(row))
         except Exception as error:
             where = rows.where(row_id) if hasattr(rows, "where") else f"row {row_id}"
-            raise ValueError(f"{where} cannot be encoded: {error}") from error
+            raise RowError(f"{where} cannot be encoded: {error}") from error
     return replace(collate(encoded), row_ids=row_ids)

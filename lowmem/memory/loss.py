@@ -4,7 +4,7 @@ Encoder-decoder models are fed the labels shifted right by the model itself; for
 label i + 1. Labels of -100 count for nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lowmem.config import UsageError
 from lowmem.data.encode import IGNORED
 from lowmem.data.stream import Batch
 from lowmem.parallel.sharding import unwrapped
@@ -21,7 +22,7 @@ _CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MiB in fp32
 
 
 def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
-    """Summed cross-entropy over logits held all at once, in fp32."""
+    """Summed cross-entropy in fp32, a scalar, over the logits (rows, length, vocabulary) held all at once."""
     inputs, targets = _inputs_and_targets(model, batch)
     logits = model(**inputs).logits
     return F.cross_entropy(
@@ -37,23 +38,21 @@ def chunked_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
     """The sum of `plain_loss` with the logits of a few tokens at a time, and their gradient taken at once.
 
     The model is called as a whole (so that its wrapper's hooks run) with its output head passing hidden states
-    through; the head is applied here. Raises ValueError for a head that is not linear, and for a model that changes
-    its logits after the head (soft-capping, scaling), because here they would not be changed.
+    through; the head is applied here. Raises UsageError for a head that is not linear, and for a model that changes
+    its logits after the head (soft-capping, scaling, a bias), because here they would not be changed.
     """
     inputs, targets = _inputs_and_targets(model, batch)
     base = unwrapped(model)
     head = base.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"chunked_loss needs a linear output head, {type(base).__name__} has {type(head).__name__}: use plain_loss"
+        raise UsageError(
+            f"chunked_loss needs a linear output head, {type(base).__name__} has {type(head).__name__}: "
+            "use plain_loss (--loss=plain)"
         )
     with _passing_through(head) as seen:
         logits = model(**inputs).logits
     if logits is not seen.hidden:
-        raise ValueError(
-            f"{type(base).__name__} changes its logits after the output head (soft-capping or scaling), "
-            "which chunked_loss would leave out: use plain_loss"
-        )
+        raise _changes_its_logits(base)
     hidden, weight, bias = seen.hidden.flatten(0, 1), head.weight, head.bias
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
@@ -61,6 +60,31 @@ def chunked_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
     kind = hidden.device.type
     compute_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets.flatten(), label_smoothing, compute_dtype)
+
+
+def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) -> None:
+    """Take the loss of two tokens. Raises UsageError for a model that `loss_fn` refuses, before a run has begun."""
+    device = next(model.parameters()).device
+    tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
+    inputs = {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "labels": torch.full_like(tokens, IGNORED),
+    }
+    try:
+        with torch.no_grad():
+            loss_fn(model, Batch(inputs, num_targets=0, row_ids=[]))
+    except UsageError:
+        raise
+    except RuntimeError as error:  # hidden states met something of the vocabulary's size, such as BART's bias
+        raise _changes_its_logits(unwrapped(model)) from error
+
+
+def _changes_its_logits(base: nn.Module) -> UsageError:
+    return UsageError(
+        f"{type(base).__name__} changes its logits after the output head (soft-capping, scaling or a bias), "
+        "which chunked_loss would leave out: use plain_loss (--loss=plain)"
+    )
 
 
 LOSSES = {"chunked": chunked_loss, "plain": plain_loss}
@@ -76,6 +100,8 @@ def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, objec
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
         targets = labels
     else:
+        # without a sync; it would be in num_targets, but nothing predicts it
+        torch._assert_async((labels[:, 0] == IGNORED).all(), "the first label of a causal row must be -100")
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return inputs | {"use_cache": False}, targets
 

@@ -6,18 +6,25 @@ from contextlib import contextmanager
 from torch import nn
 from torch.optim import Optimizer
 
+from lowmem.config import UsageError
 from lowmem.parallel.sharding import unwrapped
+
+
+@contextmanager
+def nothing(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+    """Trade nothing."""
+    yield
 
 
 @contextmanager
 def recompute(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
     """Keep only each layer's input in forward and run the layer again in backward, with the same dropout masks.
 
-    Raises ValueError for a model whose layers transformers cannot recompute.
+    Raises UsageError for a model whose layers transformers cannot recompute.
     """
     base = unwrapped(model)
     if not getattr(base, "supports_gradient_checkpointing", False):
-        raise ValueError(f"recompute was asked for, but {type(base).__name__} does not support it: set recompute off")
+        raise UsageError(f"recompute was asked for, but {type(base).__name__} does not support it: set recompute off")
     # transformers 5.17 has only the older name, which later ones deprecate
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable

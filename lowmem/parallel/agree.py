@@ -60,7 +60,11 @@ def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-@cache
-def _host_group() -> dist.ProcessGroup | None:
+def _host_group() -> dist.ProcessGroup:
     """The default group if it can reach host tensors, else one on gloo beside it."""
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    return dist.group.WORLD if dist.get_backend() == "gloo" else _gloo_beside(dist.group.WORLD)
+
+
+@cache
+def _gloo_beside(_default_group: dist.ProcessGroup) -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo")  # a new one for each default group

@@ -4,13 +4,20 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowmem.config import UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def launched_processes() -> int | None:
     """Processes that a launcher started in all, or None under plain python. Needs no torch."""
-    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+    # accelerate starts a single process without a WORLD_SIZE, but never without its precision
+    alone = "1" if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+    world_size = os.environ.get("WORLD_SIZE", alone)
+    return None if world_size is None else int(world_size)
 
 
 def launched_mixed_precision() -> str | None:
@@ -40,12 +47,15 @@ def check_launch(num_processes: int | None) -> None:
 
 def processes_to_start(num_processes: int | None) -> int:
     """Under plain python: `num_processes`, or one for each visible GPU, or one. Under a launcher: 1, no more."""
-    if launched_processes() is not None:
+    if launched_processes() is not None or num_processes == 1:
         return 1
-    if num_processes is None:
-        import torch
+    import torch
 
-        num_processes = max(1, torch.cuda.device_count())
+    num_gpus = torch.cuda.device_count()
+    if num_processes is None:
+        return max(1, num_gpus)
+    if 0 < num_gpus < num_processes:
+        raise UsageError(f"--num_processes={num_processes} was asked for, {num_gpus} GPUs are visible: ask for no more")
     return num_processes
 
 
@@ -75,17 +85,22 @@ def start_processes(num_processes: int, arguments: Sequence[str]) -> int:
     return 0
 
 
-def join(*, mixed_precision: str = "no", report_to: Sequence[str] = (), output_dir: Path | None = None):
+def join(
+    *, mixed_precision: str | None = None, report_to: Sequence[str] = (), output_dir: Path | None = None
+) -> "Accelerator":
     """Join the process group that the environment describes. Returns its Accelerator.
 
-    Without a GPU it runs on the CPU over gloo, also where accelerate would start independent runs. Raises UsageError
-    if the group is not of the launched size.
+    Without a GPU it runs on the CPU over gloo, also where accelerate would start independent runs. `mixed_precision`
+    None is what `accelerate launch` was told. Raises UsageError if the group is not of the launched size, and for what
+    `check_launch` refuses.
     """
+    check_launch(None)
     import torch
     from accelerate import Accelerator
 
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+        cpu=on_cpu,
         mixed_precision=mixed_precision,
         log_with=list(report_to) or None,
         project_dir=output_dir,

@@ -35,13 +35,13 @@ def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
     Every rank passes tensors of the same shapes in the same order; the sums have the same bits on every rank.
     """
     bucket: list[Tensor] = []
+    room = _BUCKET_BYTES
     for tensor in tensors:
-        if bucket and (
-            sum(x.nbytes for x in bucket) + tensor.nbytes > _BUCKET_BYTES or tensor.dtype != bucket[0].dtype
-        ):
+        if bucket and (tensor.nbytes > room or tensor.dtype != bucket[0].dtype):
             _reduce_bucket(bucket)
-            bucket = []
+            bucket, room = [], _BUCKET_BYTES
         bucket.append(tensor)
+        room -= tensor.nbytes
     if bucket:
         _reduce_bucket(bucket)
 
