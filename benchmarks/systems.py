@@ -73,7 +73,8 @@ def open_work(settings: SimpleNamespace, tokenizer, config) -> tuple[object, Cal
     generator, rows = random.Random(SEED), []
     for _ in range(settings.num_rows):
         ids, response = (generator.choices(range(3, config.vocab_size), k=settings.seq_len) for _ in range(2))
-        rows.append({"input_ids": ids, "labels": response if config.is_encoder_decoder else ids})
+        labels = response if config.is_encoder_decoder else [-100, *ids[1:]]  # nothing predicts a first token
+        rows.append({"input_ids": ids, "labels": labels})
     return rows, dict
 
 

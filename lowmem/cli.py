@@ -123,6 +123,9 @@ def _run(job: Job, arguments: Sequence[str]) -> int:
     processes = processes_to_start(config.num_processes)
     if processes > 1:
         return start_processes(processes, [sys.argv[0], *arguments])
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # its bars for loading and writing weights would stand between our lines
     if job.command == "evaluate":
         _evaluate_model(config, test_rows)
     else:

@@ -74,7 +74,6 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         rank=rank,
         world_size=world_size,
     )
-
     open_batches = partial(open_eval, encode=encode, batch_size=config.batch_size, rank=rank, world_size=world_size)
 
     # --- where to start, how far to go
