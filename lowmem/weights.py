@@ -1,7 +1,7 @@
 """safetensors on disk: written one tensor at a time and hashed on the way, read by the safetensors library.
 
 Format: 8 bytes with the header's length (little endian), a JSON header with dtype, shape and byte range of each
-tensor, then the tensors' bytes back to back (https://huggingface.co/docs/safetensors).
+tensor, then the tensors' bytes back to back.
 """
 
 import json
