@@ -213,3 +213,22 @@ def test_a_step_without_any_target_changes_nothing_but_the_count():
     result = train_step(state, [empty], chunked_loss, accelerator, learning_rate=0.1)
     assert result.loss == 0 and result.grad_norm == 0 and state.step == 2 and not result.updated
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_autocast_keeps_no_copies_of_the_weights(tmp_path):
+    run_ranks(1, "tests.test_step:step_in_bf16", tmp_path)
+    assert json.loads((tmp_path / "seen.json").read_text()) == {"autocast": True, "cache": False}
+
+
+def step_in_bf16(folder):
+    accelerator = join(mixed_precision="bf16")
+
+    def looking(model, batch):
+        with open(f"{folder}/seen.json", "w") as file:
+            seen = {"autocast": torch.is_autocast_enabled("cpu"), "cache": torch.is_autocast_cache_enabled()}
+            json.dump(seen, file)
+        return chunked_loss(model, batch)
+
+    batches = next(stream_of("t5", batch_size=4))
+    train_step(state_of(build("t5")), batches, looking, accelerator, learning_rate=0.1)
+    accelerator.end_training()
