@@ -144,7 +144,7 @@ def _evaluate_model(config: TrainConfig, test_rows: FileRows) -> None:
     """Evaluate the model at `model_name_or_path` and print what was measured as one line of JSON."""
     from lowmem.data.encode import make_encoder
     from lowmem.data.stream import open_eval
-    from lowmem.evaluation import evaluate, generate, text_metrics
+    from lowmem.evaluation import measure
     from lowmem.memory.loss import LOSSES
     from lowmem.model import load_model
     from lowmem.parallel.launch import join
@@ -169,12 +169,17 @@ def _evaluate_model(config: TrainConfig, test_rows: FileRows) -> None:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    metrics = evaluate(model, open_batches(test_rows), LOSSES[config.loss], accelerator, prefix="test")
-    answers = []
-    if config.max_predict_samples and config.text_column is None:
-        asked = open_batches(test_rows.slice(0, min(len(test_rows), config.max_predict_samples)))
-        answers = generate(model, tokenizer, asked, accelerator, max_new_tokens=config.generation_max_new_tokens)
-    metrics |= text_metrics(answers, prefix="test")
+    metrics, answers = measure(
+        model,
+        tokenizer,
+        test_rows,
+        open_batches,
+        LOSSES[config.loss],
+        accelerator,
+        num_answers=config.max_predict_samples if config.text_column is None else 0,
+        max_new_tokens=config.generation_max_new_tokens,
+        prefix="test",
+    )
     if accelerator.is_main_process:
         tell_answers(answers[:3])
         tell(json.dumps(metrics))

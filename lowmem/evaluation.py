@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lowmem.data.encode import IGNORED
+from lowmem.data.rows import FileRows
 from lowmem.data.stream import Batch
 from lowmem.parallel.agree import gather_bytes, sum_over_ranks
 from lowmem.parallel.sharding import all_reduce_sum, unwrapped
@@ -105,6 +106,30 @@ def text_metrics(answers: Sequence[Answer], *, prefix: str = "eval") -> dict[str
         score = CHRF().corpus_score([answer.prediction for answer in answers], [[a.reference for a in answers]])
         metrics[f"{prefix}_chrf"] = score.score
     return metrics
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: FileRows,
+    open_batches: Callable[[FileRows], Iterable[Batch]],
+    loss_fn: LossFunction,
+    accelerator: Accelerator,
+    *,
+    num_answers: int,
+    max_new_tokens: int,
+    prefix: str = "eval",
+) -> tuple[dict[str, float], list[Answer]]:
+    """Loss over all `rows`, and answers to the first `num_answers` of them (0: none) with their metrics.
+
+    `open_batches` is `open_eval` with all but its rows filled in.
+    """
+    metrics = evaluate(model, open_batches(rows), loss_fn, accelerator, prefix=prefix)
+    answers = []
+    if num_answers:
+        asked = open_batches(rows.slice(0, min(len(rows), num_answers)))
+        answers = generate(model, tokenizer, asked, accelerator, max_new_tokens=max_new_tokens)
+    return metrics | text_metrics(answers, prefix=prefix), answers
 
 
 @contextmanager

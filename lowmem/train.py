@@ -11,7 +11,7 @@ from lowmem.checkpoint import load_checkpoint, save_checkpoint, save_model
 from lowmem.config import TrainConfig
 from lowmem.data.encode import make_encoder
 from lowmem.data.stream import Rows, open_eval, open_stream
-from lowmem.evaluation import evaluate, generate, text_metrics
+from lowmem.evaluation import measure
 from lowmem.memory.loss import LOSSES, check_loss
 from lowmem.memory.optim import learning_rate_at, make_optimizer
 from lowmem.memory.savers import nothing, recompute
@@ -107,13 +107,17 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
     )
 
     def evaluate_on(rows: Rows, prefix: str) -> dict[str, float]:
-        metrics = evaluate(model, report.bar(open_batches(rows), prefix), eval_loss_fn, accelerator, prefix=prefix)
-        answers = []
-        if config.max_predict_samples and config.text_column is None:
-            asked = open_batches(rows.slice(0, min(len(rows), config.max_predict_samples)))
-            asked = report.bar(asked, "answers")
-            answers = generate(model, tokenizer, asked, accelerator, max_new_tokens=config.generation_max_new_tokens)
-        metrics |= text_metrics(answers, prefix=prefix)
+        metrics, answers = measure(
+            model,
+            tokenizer,
+            rows,
+            lambda rows: report.bar(open_batches(rows), prefix),
+            eval_loss_fn,
+            accelerator,
+            num_answers=config.max_predict_samples if config.text_column is None else 0,
+            max_new_tokens=config.generation_max_new_tokens,
+            prefix=prefix,
+        )
         report.evaluation(metrics, answers[:3])
         return metrics
 

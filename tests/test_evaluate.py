@@ -1,5 +1,6 @@
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lowmem import join
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.rows import open_rows
 from lowmem.data.stream import collate, open_eval
-from lowmem.evaluation import Answer, evaluate, generate, text_metrics
+from lowmem.evaluation import Answer, evaluate, generate, measure, text_metrics
 from lowmem.memory.loss import chunked_loss, plain_loss
 from tests.models import build, qa_rows
 from tests.processes import run_ranks
@@ -69,11 +70,8 @@ def test_two_ranks_measure_what_one_measures(family, tmp_path):
 def measure_rows(family, folder, accelerator):
     model, ranks = build(family), {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     rows = open_rows(f"{folder}/rows.jsonl")
-    everything = open_eval(rows, encoder(family), batch_size=4, **ranks)
-    metrics = evaluate(model, everything, chunked_loss, accelerator)
-    asked = open_eval(rows.slice(0, 11), encoder(family), batch_size=4, **ranks)
-    answers = generate(model, TOKENIZER, asked, accelerator, max_new_tokens=5)
-    return metrics | text_metrics(answers), answers
+    open_batches = partial(open_eval, encode=encoder(family), batch_size=4, **ranks)
+    return measure(model, TOKENIZER, rows, open_batches, chunked_loss, accelerator, num_answers=11, max_new_tokens=5)
 
 
 def measure_on_a_rank(family, folder):

@@ -46,11 +46,11 @@ class _ParquetFile:
             self._metadata = self._open().metadata
         except (ArrowException, OSError) as error:
             raise UsageError(f"{path} cannot be read as parquet ({error}): write it again") from error
-        present = self._metadata.schema.to_arrow_schema().names
-        if missing := [column for column in columns or () if column not in present]:
-            raise UsageError(_missing_columns(path, missing, present))
+        schema = self._metadata.schema.to_arrow_schema()
+        if missing := [column for column in columns or () if column not in schema.names]:
+            raise UsageError(_missing_columns(path, missing, schema.names))
         for column in columns or ():
-            kind = self._metadata.schema.to_arrow_schema().field(column).type
+            kind = schema.field(column).type
             if not _is_text(kind):
                 raise UsageError(f"{path}: column {column!r} must hold text, it holds {kind}: name another column")
         self.group_sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
