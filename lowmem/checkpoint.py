@@ -103,8 +103,8 @@ def save_model(
 def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerator) -> None:
     """Put what `path` holds into `state`, in place, on every rank.
 
-    Everything is checked before anything is changed: sizes and hashes, then names, shapes and dtypes of the weights,
-    then whose state the optimizer's is.
+    Everything is checked before anything is changed: sizes and hashes, then names, shapes and dtypes of the weights
+    and of the optimizer's state (in torch's optimizers before their first step: whose state it is).
     Raises UsageError, naming the file or up to 10 differing tensors.
     """
     path = Path(path)
@@ -221,7 +221,7 @@ def _differences(stored: Mapping[str, StoredTensor], tensors: Mapping[str, Tenso
     differences = [f"{name} is in the checkpoint only" for name in stored.keys() - tensors.keys()]
     for name, tensor in tensors.items():
         if name not in stored:
-            differences.append(f"{name} is in the model only")
+            differences.append(f"{name} is here only")
         elif stored[name].shape != list(tensor.shape) or stored[name].dtype != dtype_name(tensor.dtype):
             was, now = f"{stored[name].dtype}{stored[name].shape}", f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"
             differences.append(f"{name} was {was} and is {now}")
@@ -229,6 +229,9 @@ def _differences(stored: Mapping[str, StoredTensor], tensors: Mapping[str, Tenso
 
 
 def _missing_state(stored: Mapping[str, StoredTensor], state: TrainState) -> list[str]:
-    """A parameter with state in the checkpoint must be one that the optimizer trains, and the other way round."""
+    """A memory tier has all of its state at once, which must be what was saved; torch's optimizers make theirs in the
+    first step, so until then whose state it is is all that can be compared."""
+    if here := _optimizer_tensors(state):
+        return _differences(stored, here)
     had, has = {name.rpartition(".")[0] for name in stored}, set(_parameter_names(state))
     return sorted(f"{name} is trained {'now' if name in has else 'then'} only" for name in had ^ has) if had else []

@@ -79,7 +79,8 @@ class TrainConfig:
 
     # --- optimizer
     optimizer: str = "adamw"
-    """adamw, or another of torch.optim: adam, nadam, radam, adamax, adafactor, adagrad, adadelta, rmsprop, sgd."""
+    """adamw, adamw_bf16 (its moments in bf16), adafactor; with memory=off of torch.optim: adamw, adam, nadam, radam,
+    adamax, adafactor, adagrad, adadelta, rmsprop, sgd."""
     learning_rate: float = 5e-5
     """Peak learning rate."""
     lr_scheduler_type: str = "cosine"
@@ -113,9 +114,21 @@ class TrainConfig:
 
     # --- memory and speed
     mixed_precision: str = "no"
-    """no (fp32) or bf16 (autocast over fp32 weights). `accelerate launch --mixed_precision` means the same."""
+    """no (fp32) or bf16. `accelerate launch --mixed_precision` means the same."""
+    memory: str | None = None
+    """What bf16 training keeps of a weight. exact: bf16 and 16 bits that make it fp32, with the updates of fp32; lean:
+    bf16 alone, rounded stochastically, and 8-bit moments; off: fp32, as bf16 copies for each use (autocast). Default:
+    exact for the optimizers that have it, else off."""
     recompute: str = "off"
-    """off, or full: keep only the layers' inputs and run each layer again in backward."""
+    """off; cheap: keep products of matrices, take norms, activations and dropout again in backward; full: keep only
+    the layers' inputs and run each layer again in backward."""
+    offload_activations: bool = False
+    """Keep what backward waits for in host memory (a model on CPU: in mapped temporary files)."""
+    release: bool = False
+    """Update each weight inside backward and free its gradient at once. Needs one micro-batch, one process and
+    max_grad_norm=0; a gradient that is not finite ends the run."""
+    compile: bool = False
+    """Run each layer as kernels made by torch.compile: faster after minutes of compiling; rounds otherwise."""
 
     # --- processes
     num_processes: int | None = None
@@ -153,13 +166,17 @@ FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio".split()
 
 CHOICES = {
-    "optimizer": "adamw adam nadam radam adamax adafactor adagrad adadelta rmsprop sgd".split(),
+    "optimizer": "adamw adamw_bf16 adam nadam radam adamax adafactor adagrad adadelta rmsprop sgd".split(),
     "lr_scheduler_type": ["cosine", "linear", "constant"],
     "loss": ["chunked", "plain"],
     "nonfinite": ["stop", "skip"],
     "mixed_precision": ["no", "bf16"],
-    "recompute": ["off", "full"],
+    "memory": ["exact", "lean", "off"],
+    "recompute": ["off", "cheap", "full"],
 }
+
+# Those that the tiers exact and lean have.
+TIERED_OPTIMIZERS = ["adamw", "adamw_bf16", "adafactor"]
 
 # Two ways to say one thing: a layer that sets one side unsets the other side of the layers below it.
 ALTERNATIVES = [
@@ -176,9 +193,9 @@ ALTERNATIVES = [
 # The micro-batch may change too as long as rows per optimizer step stay (resume.py checks that number).
 CHANGEABLE_ON_RESUME = frozenset(
     "epochs max_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio validation_file test_file "
-    "num_processes batch_size gradient_accumulation_steps global_batch_size nonfinite recompute loss eval_on_start "
-    "max_predict_samples generation_max_new_tokens logging_steps eval_steps save_steps "
-    "save_total_limit max_shard_size output_dir resume report_to".split()
+    "num_processes batch_size gradient_accumulation_steps global_batch_size nonfinite recompute offload_activations "
+    "release compile loss eval_on_start max_predict_samples generation_max_new_tokens logging_steps eval_steps "
+    "save_steps save_total_limit max_shard_size output_dir resume report_to".split()
 )
 
 

@@ -143,10 +143,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _prompts(batch: Batch, *, is_encoder_decoder: bool) -> list[list[int]]:
-    """Each row's tokens up to its padding, or, of a causal row, up to its first target."""
+    """Each row's tokens up to its padding, or, of a causal row, up to its first target.
+
+    Without a mask there is no padding, or it follows the targets.
+    """
+    input_ids, mask = batch.inputs["input_ids"], batch.inputs.get("attention_mask")
+    lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
     prompts = []
-    for ids, mask, labels in zip(*(batch.inputs[x] for x in ("input_ids", "attention_mask", "labels")), strict=True):
-        length = int(mask.sum())
+    for ids, length, labels in zip(input_ids, lengths, batch.inputs["labels"], strict=True):
         targets = (labels != IGNORED).nonzero()
         prompts.append(ids[: length if is_encoder_decoder or not len(targets) else int(targets[0])].tolist())
     return prompts

@@ -15,6 +15,7 @@ from lowmem.config import (
     FIELDS,
     MODEL_SHAPES,
     PRESETS,
+    TIERED_OPTIMIZERS,
     TRACKERS,
     TrainConfig,
     UsageError,
@@ -43,6 +44,7 @@ _ELSEWHERE = {
     "gradient_checkpointing": "recompute=full",
     "max_length": "max_seq_len",
     "optim": "optimizer",
+    "torch_compile": "compile",
     "resume_from_checkpoint": "resume",
 }
 
@@ -91,6 +93,9 @@ def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None =
     for a, b in ALTERNATIVES:
         if b in _FALLBACKS and merged.get(a) is None and merged.get(b) is None:
             merged[b] = _FALLBACKS[b]
+    if merged.get("memory") is None and merged.get("mixed_precision") == "bf16":
+        has_tier = merged.get("optimizer", FIELDS["optimizer"].default) in TIERED_OPTIMIZERS
+        merged["memory"] = "exact" if has_tier else "off"
     config = TrainConfig(**merged)
     problems += _conflicts(config, presets)
     if problems:
@@ -201,7 +206,7 @@ def _conflicts(config: TrainConfig, presets: list[str]) -> list[str]:
         value = getattr(config, name)
         if name == "mixed_precision" and value == "fp16":
             problems.append("--mixed_precision=fp16 needs loss scaling, which is not built yet: use bf16 or no")
-        elif value not in allowed:
+        elif value is not None and value not in allowed:
             problems.append(f"--{name}={value} must be one of {', '.join(allowed)}")
     if config.model_config and config.model_config not in MODEL_SHAPES and not Path(config.model_config).is_file():
         shapes = ", ".join(MODEL_SHAPES)
@@ -221,7 +226,8 @@ def _conflicts(config: TrainConfig, presets: list[str]) -> list[str]:
         is_hub_name = value and re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", value)
         if value and not is_hub_name and not Path(value).is_dir():
             problems.append(f"--{name}={value} is neither a folder nor the name of a model on the hub")
-    betas_used = config.optimizer in ("adamw", "adam", "nadam", "radam", "adamax")
+    problems += _memory_conflicts(config)
+    betas_used = config.optimizer in ("adamw", "adamw_bf16", "adam", "nadam", "radam", "adamax")
     if not betas_used and (config.adam_beta1, config.adam_beta2, config.adam_epsilon) != (0.9, 0.999, 1e-8):
         problems.append(f"--adam_beta1, --adam_beta2 and --adam_epsilon do nothing for --optimizer={config.optimizer}")
     try:
@@ -229,4 +235,31 @@ def _conflicts(config: TrainConfig, presets: list[str]) -> list[str]:
             problems.append("--max_shard_size=0 leaves no room for a tensor")
     except UsageError as error:
         problems.append(f"--max_shard_size: {error}")
+    return problems
+
+
+def _memory_conflicts(config: TrainConfig) -> list[str]:
+    problems = []
+    if config.memory in ("exact", "lean"):
+        if config.mixed_precision != "bf16":
+            problems.append(f"--memory={config.memory} keeps weights in bf16: set --mixed_precision=bf16 too")
+        if config.optimizer not in TIERED_OPTIMIZERS:
+            tiered = ", ".join(TIERED_OPTIMIZERS)
+            problems.append(f"--memory={config.memory} has no --optimizer={config.optimizer}: use one of {tiered}")
+    elif config.optimizer == "adamw_bf16":
+        problems.append(
+            "--optimizer=adamw_bf16 is one of bf16 weights: set --mixed_precision=bf16, and memory not to off"
+        )
+    if config.release:
+        if config.gradient_accumulation_steps not in (None, 1):
+            problems.append("--release updates within each backward: set --gradient_accumulation_steps=1")
+        if config.global_batch_size is not None and config.global_batch_size > config.batch_size:
+            told = f"set --global_batch_size to at most --batch_size={config.batch_size}"
+            problems.append(f"--release updates within each backward: {told}")
+        if config.max_grad_norm:
+            problems.append("--release has no whole gradient to clip: set --max_grad_norm=0")
+        if config.nonfinite != "stop":
+            problems.append("--release cannot take an update back: set --nonfinite=stop")
+        if config.num_processes not in (None, 1):
+            problems.append("--release has no gradient left to sum over processes: set --num_processes=1")
     return problems

@@ -1,6 +1,7 @@
 """One optimizer step: the micro-batches' gradients summed, reduced over ranks once, clipped, applied."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -8,10 +9,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from lowmem.data.stream import Batch, Stream
+from lowmem.memory.optim import gradient_norm
+from lowmem.memory.savers import Released
+from lowmem.memory.tiers import TieredOptimizer
 from lowmem.parallel.agree import sum_over_ranks
 from lowmem.parallel.sharding import all_reduce_sum
 
@@ -72,45 +76,54 @@ def train_step(
     """
     if accelerator.mixed_precision == "fp16":
         raise ValueError("this Accelerator is in fp16, which needs loss scaling, not built yet: use bf16 or no")
+    optimizer = state.optimizer
+    released = Released.of(optimizer)
+    if released is not None:
+        released.begin(len(batches), max_grad_norm, nonfinite)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
     # Known before the first backward, so that every micro-batch is scaled by the same number.
     (num_tokens,) = sum_over_ranks(sum(batch.num_targets for batch in batches))
     loss = torch.zeros((), device=accelerator.device)
-    for index, batch in enumerate(batches):
-        _seed_dropout(state.seed, state.step, accelerator.process_index, index)
-        with accelerator.no_sync(state.model):
-            with accelerator.autocast(_UNCACHED):
-                batch_loss = loss_fn(state.model, batch.to(accelerator.device)) / max(1, num_tokens)
-            batch_loss.backward()
-        loss += batch_loss.detach()
+    rank = accelerator.process_index
+    in_tier = isinstance(optimizer, TieredOptimizer)
+    with optimizer.summing(len(batches), state.step, rank) if in_tier else nullcontext():
+        for index, batch in enumerate(batches if num_tokens else ()):
+            _seed_dropout(state.seed, state.step, rank, index)
+            with accelerator.no_sync(state.model):
+                with accelerator.autocast(_UNCACHED):
+                    batch_loss = loss_fn(state.model, batch.to(accelerator.device)) / num_tokens
+                batch_loss.backward()
+            loss += batch_loss.detach()
 
-    gradients = _gradients(state.model)
+    gradients = _gradients(state.model, released)
     if accelerator.num_processes > 1:
         all_reduce_sum([loss, *gradients])
-    grad_norm = get_total_norm(gradients)
+    norms = [gradient_norm(gradient) for gradient in gradients] + (released.norms if released else [])
+    grad_norm = torch.linalg.vector_norm(torch.stack(norms))
     finite = torch.isfinite(loss + grad_norm).item()  # the step's one sync
     if not finite and nonfinite == "stop":
-        state.optimizer.zero_grad()
-        raise FloatingPointError(_not_finite(state.step, loss, grad_norm, batches, accelerator.process_index))
+        optimizer.zero_grad()
+        raise FloatingPointError(_not_finite(state.step, loss, grad_norm, batches, rank, released))
     updated = finite and num_tokens > 0
     if updated:
         if max_grad_norm:
             clip_grads_with_norm_(state.model.parameters(), max_grad_norm, grad_norm)
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate
-        state.optimizer.step()
-    state.optimizer.zero_grad()
+        optimizer.step()
+    optimizer.zero_grad()
     state.step += 1
     if state.stream is not None:
         state.stream.advance()
     return StepResult(loss, grad_norm, torch.tensor(num_tokens), updated)
 
 
-def _gradients(model: nn.Module) -> list[Tensor]:
-    """Gradients of all trainable parameters, in the same order on every rank."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _gradients(model: nn.Module, released: Released | None) -> list[Tensor]:
+    """Gradients of all trainable parameters, less those used up already, in the same order on every rank."""
+    used_up = released.parameters if released else ()
+    trainable = [x for x in model.parameters() if x.requires_grad and x not in used_up]
     for parameter in trainable:
         if parameter.grad is None:  # another rank's rows may have reached it
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
     return [parameter.grad for parameter in trainable]
 
 
@@ -120,9 +133,13 @@ def _seed_dropout(*key: int) -> None:
     torch.manual_seed(int.from_bytes(digest, "little"))
 
 
-def _not_finite(step: int, loss: Tensor, grad_norm: Tensor, batches: Sequence[Batch], rank: int) -> str:
-    rows = [row_id for batch in batches for row_id in batch.row_ids]
+def _not_finite(
+    step: int, loss: Tensor, grad_norm: Tensor, batches: Sequence[Batch], rank: int, released: Released | None
+) -> str:
+    rows = sorted(row_id for batch in batches for row_id in batch.row_ids)
+    outcome = "nothing was updated" if released is None else "released gradients have updated the weights already"
+    remedy = "set nonfinite to skip" if released is None else "go on from the last checkpoint without release"
     return (
-        f"step {step}: loss {loss.item()} and gradient norm {grad_norm.item()} must be finite, nothing was updated; "
-        f"rank {rank} had rows {rows}. Lower the learning rate, look at the rows, or set nonfinite to skip"
+        f"step {step}: loss {loss.item()} and gradient norm {grad_norm.item()} must be finite, {outcome}; "
+        f"rank {rank} had rows {rows}. Lower the learning rate, look at the rows, or {remedy}"
     )

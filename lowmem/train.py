@@ -10,11 +10,11 @@ import torch
 from lowmem.checkpoint import load_checkpoint, save_checkpoint, save_model
 from lowmem.config import TrainConfig
 from lowmem.data.encode import make_encoder
-from lowmem.data.stream import Rows, open_eval, open_stream
+from lowmem.data.stream import Rows, collate, open_eval, open_stream
 from lowmem.evaluation import measure
 from lowmem.memory.loss import LOSSES, check_loss
 from lowmem.memory.optim import learning_rate_at, make_optimizer
-from lowmem.memory.savers import nothing, recompute
+from lowmem.memory.savers import compiled, entered, offload_activations, recompute, recompute_cheap, release
 from lowmem.model import freeze, load_model
 from lowmem.parallel.launch import join, make_deterministic
 from lowmem.parallel.sharding import parallelize
@@ -28,7 +28,9 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
     # --- processes
     output, settings = Path(config.output_dir), dataclasses.asdict(config)
     trackers = [name for name in config.report_to.split(",") if name]
-    accelerator = join(mixed_precision=config.mixed_precision, report_to=trackers, output_dir=output)
+    in_tier = config.memory in ("exact", "lean")  # weights in bf16: nothing is left for autocast to cast
+    precision = "no" if in_tier else config.mixed_precision
+    accelerator = join(mixed_precision=precision, report_to=trackers, output_dir=output)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     checkpoint = checkpoint_to_resume(config.resume, output)
     changes = check_same_run(checkpoint, settings) if checkpoint is not None else []
@@ -46,14 +48,23 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
     optimizer = make_optimizer(
         model,
         name=config.optimizer,
+        memory=config.memory or "off",
         weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
+        seed=config.seed,
     )
     eval_loss_fn = LOSSES[config.loss]
     loss_fn = partial(eval_loss_fn, label_smoothing=config.label_smoothing)
-    saver = recompute if config.recompute == "full" else nothing
-    with saver(model, optimizer):  # what either of them refuses is refused before a run has begun
+    savers = {
+        recompute: config.recompute == "full",
+        recompute_cheap: config.recompute == "cheap",
+        offload_activations: config.offload_activations,
+        release: config.release,
+        compiled: config.compile,
+    }
+    savers = [saver for saver, is_wanted in savers.items() if is_wanted]
+    with entered(savers, model, optimizer):  # what any of them refuses is refused before a run has begun
         check_loss(loss_fn, model)
 
     # --- rows
@@ -65,16 +76,15 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         response_column=config.response_column,
         text_column=config.text_column,
     )
-    stream = open_stream(
-        train_rows,
-        encode,
-        batch_size=config.batch_size,
-        global_batch_size=rows_per_step(settings, world_size, checkpoint),
-        seed=config.seed,
-        rank=rank,
-        world_size=world_size,
-    )
-    open_batches = partial(open_eval, encode=encode, batch_size=config.batch_size, rank=rank, world_size=world_size)
+    batching = {
+        "batch_size": config.batch_size,
+        "rank": rank,
+        "world_size": world_size,
+        "collate": partial(collate, causal=not model.config.is_encoder_decoder),
+    }
+    global_batch_size = rows_per_step(settings, world_size, checkpoint)
+    stream = open_stream(train_rows, encode, global_batch_size=global_batch_size, seed=config.seed, **batching)
+    open_batches = partial(open_eval, encode=encode, **batching)
 
     # --- where to start, how far to go
     state = TrainState(model, optimizer, stream, seed=config.seed)
@@ -125,7 +135,7 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
     if validation_rows and config.eval_on_start and state.step == 0:
         evaluate_on(validation_rows, "eval")
     report.training_goes_on()
-    with saver(model, optimizer):
+    with entered(savers, model, optimizer):
         for step, batches in zip(range(state.step, total_steps), stream, strict=False):
             result = train_step(
                 state,

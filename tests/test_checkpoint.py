@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer
 
 from lowmem import weights
-from lowmem.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
+from lowmem.checkpoint import _optimizer_tensors, latest_checkpoint, load_checkpoint, save_checkpoint, save_model
 from lowmem.commit import verify_checkpoint
-from lowmem.config import UsageError
+from lowmem.config import TIERED_OPTIMIZERS, UsageError
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.stream import open_stream
 from lowmem.memory.loss import chunked_loss
@@ -28,10 +28,11 @@ from tests.processes import run
 ACCELERATOR = Accelerator(cpu=True)
 
 
-def new_state(family="t5", seed=0, optimizer="adamw"):
+def new_state(family="t5", seed=0, optimizer="adamw", memory="off"):
     encode = (encode_seq2seq if family == "t5" else encode_causal)(ByT5Tokenizer(), max_seq_len=64)
     model = build(family, seed=seed)
-    return TrainState(model, make_optimizer(model, name=optimizer), open_stream(qa_rows(30), encode, batch_size=4))
+    stream = open_stream(qa_rows(30), encode, batch_size=4)
+    return TrainState(model, make_optimizer(model, name=optimizer, memory=memory), stream)
 
 
 def train(state, steps):
@@ -60,13 +61,35 @@ def test_a_loaded_state_goes_on_bit_for_bit(family, max_shard_size, tmp_path):
     assert_same_weights(train(state, 3).model, train(loaded, 3).model)
 
 
-@pytest.mark.parametrize("optimizer", _OPTIMIZERS)
-def test_every_optimizer_goes_on_bit_for_bit(optimizer, tmp_path):
-    state = train(new_state(optimizer=optimizer), 2)
+IN_TIERS = [(optimizer, memory) for optimizer in TIERED_OPTIMIZERS for memory in ("exact", "lean")]
+
+
+@pytest.mark.parametrize(("optimizer", "memory"), [*((name, "off") for name in _OPTIMIZERS), *IN_TIERS])
+def test_every_optimizer_goes_on_bit_for_bit(optimizer, memory, tmp_path):
+    state = train(new_state(optimizer=optimizer, memory=memory), 2)
     path = save_checkpoint(state, tmp_path, ACCELERATOR)
-    loaded = new_state(seed=5, optimizer=optimizer)
+    loaded = new_state(seed=5, optimizer=optimizer, memory=memory)
     load_checkpoint(loaded, path, ACCELERATOR)
     assert_same_weights(train(state, 2).model, train(loaded, 2).model)
+    mine, theirs = _optimizer_tensors(state), _optimizer_tensors(loaded)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_the_state_of_another_tier_is_refused(tmp_path):
+    path = save_checkpoint(train(new_state(memory="exact"), 1), tmp_path, ACCELERATOR)
+    lean = new_state(memory="lean")
+    before = {name: tensor.clone() for name, tensor in lean.model.state_dict().items()}
+    with pytest.raises(UsageError, match=r"shared.weight.exp_avg was F32\[384, 32\] and is I8\[384, 32\]"):
+        load_checkpoint(lean, path, ACCELERATOR)
+    assert all(torch.equal(before[name], tensor) for name, tensor in lean.model.state_dict().items())
+
+
+def test_a_tiers_model_folder_is_a_model_in_bf16(tmp_path):
+    state = train(new_state(memory="exact"), 1)
+    path = save_checkpoint(state, tmp_path, ACCELERATOR)
+    model = AutoModelForSeq2SeqLM.from_pretrained(path / "model")
+    assert model.dtype == torch.bfloat16
+    assert_same_weights(state.model, model)
 
 
 @pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])
@@ -173,15 +196,15 @@ def test_a_damaged_checkpoint_changes_nothing_when_loaded(tmp_path):
 def test_another_model_is_refused_with_the_differences(tmp_path):
     path = save_checkpoint(train(new_state(), 1), tmp_path, ACCELERATOR)
     model = build("t5", d_model=16)
-    state = TrainState(model, make_optimizer(model))
+    state = TrainState(model, make_optimizer(model, memory="off"))
     with pytest.raises(UsageError) as caught:
         load_checkpoint(state, path, ACCELERATOR)
     told = str(caught.value)
     assert "decoder.block.0.layer.0.SelfAttention.k.weight was F32[32, 32] and is F32[32, 16]" in told
     assert "more. Build the model that was saved" in told and told.count(";") == 9
     deeper = build("t5", num_layers=3)
-    with pytest.raises(UsageError, match="decoder.block.2.layer.0.SelfAttention.k.weight is in the model only"):
-        load_checkpoint(TrainState(deeper, make_optimizer(deeper)), path, ACCELERATOR)
+    with pytest.raises(UsageError, match="decoder.block.2.layer.0.SelfAttention.k.weight is here only"):
+        load_checkpoint(TrainState(deeper, make_optimizer(deeper, memory="off")), path, ACCELERATOR)
     with pytest.raises(UsageError, match="holds the state of AdamW, the optimizer is SGD"):
         load_checkpoint(new_state(optimizer="sgd"), path, ACCELERATOR)
 

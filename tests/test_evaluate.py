@@ -42,18 +42,38 @@ def test_dropout_is_off_within_and_on_again_after():
     assert first == second and model.training
 
 
-@pytest.mark.parametrize("family", ["t5", "llama"])
-def test_answers_of_a_batch_are_those_of_each_row_alone(family):
+@pytest.mark.parametrize(
+    ("family", "causal"), [("t5", False), ("llama", True), ("llama", False)], ids=["t5", "llama", "llama with masks"]
+)
+def test_answers_of_a_batch_are_those_of_each_row_alone(family, causal):
     model = build(family)
-    batches = open_eval(ROWS, encoder(family), batch_size=7)
+    # in threes: of unequal length, with prompts of one length, and of one length in all; some are without a mask
+    even = [{"prompt": f"number {i}", "response": f"{i}" * (i + 1)} for i in range(3)]
+    even += [{"prompt": f"{i}" * (1 + i), "response": f"{i}" * (3 - i)} for i in range(3)]
+    rows = ROWS[:21] + even
+    batches = open_eval(rows, encoder(family), batch_size=3, collate=partial(collate, causal=causal))
+    masked = ["attention_mask" in batch.inputs for batch in batches]
+    assert set(masked) == ({False} if causal else {True, False})
     answers = generate(model, TOKENIZER, batches, Accelerator(cpu=True), max_new_tokens=6)
-    assert [answer.row_id for answer in answers] == list(range(23))
-    for answer, row in zip(answers, ROWS, strict=True):
+    assert [answer.row_id for answer in answers] == list(range(27))
+    for answer, row in zip(answers, rows, strict=True):
         assert (answer.prompt, answer.reference) == (row["prompt"], row["response"])
         ids = torch.tensor([TOKENIZER(row["prompt"], add_special_tokens=family == "t5").input_ids])
         written = model.eval().generate(input_ids=ids, max_new_tokens=6, do_sample=False)[0]
         written = written if family == "t5" else written[ids.shape[1] :]
         assert answer.prediction == TOKENIZER.decode(written, skip_special_tokens=True)
+
+
+def test_a_causal_prompt_without_any_target_is_asked_without_its_padding():
+    def encode(row):
+        return {"input_ids": row["ids"], "labels": [-100] * len(row["ids"])}
+
+    rows = [{"ids": TOKENIZER(text, add_special_tokens=False).input_ids} for text in ("a longer one", "short")]
+    batches = open_eval(rows, encode, batch_size=2, collate=partial(collate, causal=True))
+    answers = generate(build("llama"), TOKENIZER, batches, Accelerator(cpu=True), max_new_tokens=2)
+    alone = open_eval(rows, encode, batch_size=1, collate=partial(collate, causal=True))
+    assert answers == generate(build("llama"), TOKENIZER, alone, Accelerator(cpu=True), max_new_tokens=2)
+    assert [answer.prompt for answer in answers] == ["a longer one", "short"]
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])

@@ -88,6 +88,15 @@ def test_a_resolved_config_resolves_to_itself(tmp_path):
         assert resolve({"config": tmp_path / "config.json"}) == config
 
 
+def test_bf16_means_the_exact_tier_where_the_optimizer_has_it():
+    assert resolve({}).memory is None
+    assert resolve(BF16).memory == resolve({"use_large_config": True}).memory == "exact"
+    assert resolve(BF16 | {"optimizer": "adafactor"}).memory == "exact"
+    assert resolve(BF16 | {"optimizer": "sgd"}).memory == "off"
+    assert resolve(BF16 | {"memory": "off"}).memory == "off"
+    assert resolve(BF16 | RELEASE | {"memory": "lean"}).release
+
+
 def test_unknown_flags_are_refused_with_the_nearest_name():
     assert "unknown flag --batchsize: did you mean --batch_size?" in problems_of(batchsize="3")
     assert "unknown flag --zzz: `--help` lists all flags" in problems_of(zzz="3")
@@ -98,6 +107,10 @@ def test_all_problems_are_told_at_once():
     for part in ("--batch_size=-1", "--max_seq_len=x", "did you mean --learning_rate", "choose one preset"):
         assert part in told
     assert "\n" not in told
+
+
+BF16 = {"mixed_precision": "bf16"}
+RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
 
 
 @pytest.mark.parametrize(
@@ -125,6 +138,16 @@ def test_all_problems_are_told_at_once():
         ({"output_dir": "True"}, "--output_dir needs a value"),
         ({"seed": "1e30"}, "must be below 2**63"),
         ({"lr": "3"}, "unknown flag --lr: it is --learning_rate here"),
+        ({"memory": "small"}, "must be one of exact, lean, off"),
+        ({"memory": "lean"}, "--memory=lean keeps weights in bf16: set --mixed_precision=bf16 too"),
+        ({**BF16, "memory": "exact", "optimizer": "sgd"}, "has no --optimizer=sgd: use one of adamw, adamw_bf16, ada"),
+        ({"optimizer": "adamw_bf16"}, "is one of bf16 weights: set --mixed_precision=bf16"),
+        ({**BF16, "optimizer": "adamw_bf16", "memory": "off"}, "is one of bf16 weights"),
+        ({"release": "true"}, "--release has no whole gradient to clip: set --max_grad_norm=0"),
+        ({**RELEASE, "gradient_accumulation_steps": "2"}, "set --gradient_accumulation_steps=1"),
+        ({**RELEASE, "global_batch_size": "64"}, "set --global_batch_size to at most --batch_size=8"),
+        ({**RELEASE, "nonfinite": "skip"}, "set --nonfinite=stop"),
+        ({**RELEASE, "num_processes": "2"}, "set --num_processes=1"),
     ],
 )
 def test_mistakes_are_told_in_words(flags, told):

@@ -36,10 +36,10 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("chunk_rows", [1, 7, 10_000])
+@pytest.mark.parametrize("elements", [1, 1000, 10**7])  # a token of the vocabulary a slice; some 30; all
 @pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])  # tied and scaled, untied, tied
-def test_chunked_loss_equals_plain_loss(family, chunk_rows, label_smoothing, monkeypatch):
-    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", chunk_rows * 384)
+def test_chunked_loss_equals_plain_loss(family, elements, label_smoothing, monkeypatch):
+    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", elements)
     model, batch = build(family), batch_of(family)
     results = []
     for loss_fn in (plain_loss, chunked_loss):
@@ -63,7 +63,7 @@ def test_plain_loss_is_the_sum_of_the_models_own_mean(family):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_a_head_with_bias_has_torchs_gradients(label_smoothing, monkeypatch):
     monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", 2 * 9)
-    targets = torch.tensor([0, 8, -100, 3, 3, 1])
+    targets = torch.tensor([0, 8, 4, 3, 3, 1])
     results = []
     for chunked in (True, False):
         torch.manual_seed(0)
@@ -110,14 +110,6 @@ def test_a_frozen_head_gets_no_gradient_and_passes_one_on():
     chunked_loss(model, batch).backward()
     assert model.lm_head.weight.grad is None
     assert model.model.embed_tokens.weight.grad.abs().sum() > 0
-
-
-def test_a_second_backward_is_refused():
-    model, batch = build("llama"), batch_of("llama")
-    loss = chunked_loss(model, batch)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated twice"):
-        loss.backward()
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "cohere", "granite"])

@@ -26,12 +26,13 @@ def test_learning_rate_ends_at_zero_and_stays_there():
         learning_rate_at(0, total_steps=1, peak=1.0, schedule="sine")
 
 
+@pytest.mark.parametrize("memory", ["off", "exact"])
 @pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])
-def test_the_same_weights_decay_as_in_trainer(family):
+def test_the_same_weights_decay_as_in_trainer(family, memory):
     model = build(family)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     expected = set(Trainer.get_decay_parameter_names(None, model)) & set(names.values())  # it names tied ones twice
-    optimizer = make_optimizer(model, weight_decay=0.1)
+    optimizer = make_optimizer(model, memory=memory, weight_decay=0.1)
     decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert decayed == expected
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
@@ -42,7 +43,7 @@ def test_every_named_optimizer_lowers_a_loss(name):
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 8)
     inputs = torch.randn(64, 8)
-    optimizer = make_optimizer(model, name=name, weight_decay=0.0)
+    optimizer = make_optimizer(model, name=name, memory="off", weight_decay=0.0)
     losses = []
     for _ in range(60):
         for group in optimizer.param_groups:
@@ -55,8 +56,9 @@ def test_every_named_optimizer_lowers_a_loss(name):
     assert losses[-1] < 0.95 * losses[0]
 
 
-def test_betas_and_epsilon_reach_the_optimizer():
-    group = make_optimizer(build("t5"), betas=(0.5, 0.6), eps=1e-3).param_groups[0]
+@pytest.mark.parametrize("memory", ["off", "exact"])
+def test_betas_and_epsilon_reach_the_optimizer(memory):
+    group = make_optimizer(build("t5"), memory=memory, betas=(0.5, 0.6), eps=1e-3).param_groups[0]
     assert group["betas"] == (0.5, 0.6) and group["eps"] == 1e-3
 
 
@@ -67,5 +69,9 @@ def test_frozen_weights_are_left_out():
     assert id(model.shared.weight) not in trained
     with pytest.raises(ValueError, match="every parameter is frozen"):
         make_optimizer(model.requires_grad_(False))
-    with pytest.raises(ValueError, match="there are adamw"):
-        make_optimizer(build("t5"), name="lion")
+    with pytest.raises(ValueError, match="with memory=off there are adamw"):
+        make_optimizer(build("t5"), name="lion", memory="off")
+    with pytest.raises(ValueError, match="with memory=exact there are adamw, adamw_bf16, adafactor"):
+        make_optimizer(build("t5"), name="sgd")
+    with pytest.raises(ValueError, match="there are exact, lean and off"):
+        make_optimizer(build("t5"), memory="tiny")

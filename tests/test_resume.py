@@ -69,12 +69,23 @@ def uninterrupted(work):
     return "whole"
 
 
-def test_killed_at_random_and_resumed_ends_on_the_same_bits(work, uninterrupted):
-    moments = random.Random(8)
+TIERS = {
+    "fp32": {},
+    "exact": {"mixed_precision": "bf16"},
+    "lean": {"mixed_precision": "bf16", "memory": "lean"},
+}
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_killed_at_random_and_resumed_ends_on_the_same_bits(work, tier, uninterrupted):
+    options, moments = TIERS[tier], random.Random(8)
+    if tier != "fp32":
+        uninterrupted = f"whole {tier}"
+        assert train("train", *flags(work, uninterrupted, **options)).returncode == 0
     kills = 0
     for _ in range(12):
         process = subprocess.Popen(
-            [sys.executable, "train_low_mem.py", "train", *flags(work, "killed", resume="auto")],
+            [sys.executable, "train_low_mem.py", "train", *flags(work, f"killed {tier}", resume="auto", **options)],
             cwd=ROOT,
             env=environment(),
             stdout=subprocess.DEVNULL,
@@ -84,7 +95,7 @@ def test_killed_at_random_and_resumed_ends_on_the_same_bits(work, uninterrupted)
         )
         try:
             # three times: at a random micro-batch, some steps after another checkpoint stands
-            if kills < 3 and wait_for_new_checkpoint(process, work / "killed" / "checkpoints"):
+            if kills < 3 and wait_for_new_checkpoint(process, work / f"killed {tier}" / "checkpoints"):
                 time.sleep(moments.uniform(0, 0.1))
                 os.kill(process.pid, signal.SIGKILL)
             _, errors = process.communicate(timeout=120)
@@ -95,7 +106,7 @@ def test_killed_at_random_and_resumed_ends_on_the_same_bits(work, uninterrupted)
         assert process.returncode == -signal.SIGKILL, errors
         kills += 1
     assert process.returncode == 0 and kills >= 2, kills
-    assert_same_run(work, "killed", uninterrupted)
+    assert_same_run(work, f"killed {tier}", uninterrupted)
 
 
 def wait_for_new_checkpoint(process, folder):

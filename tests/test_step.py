@@ -26,7 +26,7 @@ def stream_of(family, **options):
 
 
 def state_of(model, stream=None, **options):
-    return TrainState(model, make_optimizer(model, **options), stream)
+    return TrainState(model, make_optimizer(model, **{"memory": "off"} | options), stream)
 
 
 def gradient_of_step(model, batches, accelerator, loss_fn=chunked_loss):

@@ -1,5 +1,7 @@
 import itertools
 import threading
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,20 +11,26 @@ from lowmem.config import UsageError
 from lowmem.data.bundled import BundledRows
 from lowmem.data.encode import IGNORED, encode_causal, encode_seq2seq
 from lowmem.data.order import rows_at
-from lowmem.data.stream import collate, open_eval, open_stream
-from tests.models import qa_rows
+from lowmem.data.stream import Batch, collate, open_eval, open_stream
+from lowmem.memory.loss import chunked_loss, plain_loss
+from tests.models import build, qa_rows
 
 ROWS = qa_rows(50)
 ENCODE = encode_seq2seq(ByT5Tokenizer(), max_seq_len=64)
 
 
 def draw(stream, steps):
-    """Row ids of the next steps, each step done."""
+    """Row ids of the next steps, each step done, in the order of the stream's micro-batches."""
     drawn = []
     for batches in itertools.islice(stream, steps):
         drawn.append([row_id for batch in batches for row_id in batch.row_ids])
         stream.advance()
     return drawn
+
+
+def by_step(drawn):
+    """Each step's row ids in rising order."""
+    return [sorted(step) for step in drawn]
 
 
 def test_batches_are_padded_to_their_own_longest_row():
@@ -31,6 +39,60 @@ def test_batches_are_padded_to_their_own_longest_row():
     assert batch.inputs["attention_mask"].tolist() == [[1] * 9 + [0] * 7, [1] + [0] * 15]
     assert batch.inputs["labels"].tolist() == [[6] + [IGNORED] * 7, [8] * 8]
     assert batch.num_targets == 9
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_of_one_input_length_are_neither_padded_nor_masked(causal):
+    batch = collate([{"input_ids": [5] * 9, "labels": [6]}, {"input_ids": [7] * 9, "labels": [8] * 3}], causal=causal)
+    assert batch.inputs.keys() == {"input_ids", "labels"}
+    assert batch.inputs["input_ids"].tolist() == [[5] * 9, [7] * 9]
+    assert batch.inputs["labels"].tolist() == [[6, IGNORED, IGNORED], [8] * 3]
+    assert batch.num_targets == 4
+
+
+def test_a_row_without_tokens_is_padding_under_a_mask():
+    batch = collate([{"input_ids": [], "labels": [6]}])
+    assert batch.inputs["input_ids"].tolist() == [[0]] and batch.inputs["attention_mask"].tolist() == [[0]]
+
+
+def test_causal_rows_are_masked_only_where_a_prompt_without_target_ends_in_padding():
+    rows = [{"input_ids": [5] * n, "labels": [IGNORED] + [5] * (n - 1)} for n in (9, 3)]
+    whole = collate(rows)
+    batch = collate(rows, causal=True)
+    assert whole.inputs.keys() - batch.inputs.keys() == {"attention_mask"}
+    assert all(batch.inputs[name].equal(whole.inputs[name]) for name in batch.inputs)
+    assert batch.num_targets == whole.num_targets == 10
+    rows[1]["labels"] = [IGNORED] * 3
+    assert collate(rows, causal=True).inputs["attention_mask"].sum(1).tolist() == [9, 3]
+
+
+def loss_and_gradients(model, batch, loss_fn):
+    model.zero_grad()
+    loss = loss_fn(model, batch)
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("loss_fn", [plain_loss, chunked_loss])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_causal_loss_and_its_gradients_need_no_mask(family, loss_fn):
+    model = build(family)
+    rows = [encode_causal(ByT5Tokenizer(), max_seq_len=64)(row) for row in ROWS[:7]]
+    masked, unmasked = collate(rows), collate(rows, causal=True)
+    assert masked.inputs["attention_mask"].min() == 0 and "attention_mask" not in unmasked.inputs
+    expected = loss_and_gradients(model, masked, loss_fn)
+    torch.testing.assert_close(loss_and_gradients(model, unmasked, loss_fn), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_t5_without_a_mask_is_t5_with_a_mask_of_ones(attention):
+    model = build("t5", attn_implementation=attention)
+    rows = [ENCODE({"prompt": "a" * 13, "response": "b" * n}) for n in (1, 9, 30)]
+    unmasked = collate(rows)
+    assert "attention_mask" not in unmasked.inputs
+    masked = replace(unmasked, inputs=unmasked.inputs | {"attention_mask": torch.ones(3, 14, dtype=torch.int64)})
+    expected = loss_and_gradients(model, masked, chunked_loss)
+    torch.testing.assert_close(loss_and_gradients(model, unmasked, chunked_loss), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_causal_batch_counts_what_the_shifted_loss_sums():
@@ -46,10 +108,9 @@ def test_targets_are_counted_alike_in_every_split_even_of_rows_that_copy_their_p
 
 def test_each_epoch_holds_each_row_once():
     stream = open_stream(ROWS, ENCODE, batch_size=4, gradient_accumulation_steps=2)
-    drawn = list(itertools.chain(*draw(stream, 25)))  # 200 rows are 4 epochs
-    for epoch in range(4):
-        assert sorted(drawn[epoch * 50 : (epoch + 1) * 50]) == list(range(50))
-    assert drawn == rows_at(0, 200, (50,), seed=0).tolist()
+    drawn = draw(stream, 25)  # 200 rows are 4 epochs
+    assert by_step(drawn) == by_step(rows_at(0, 200, (50,), seed=0).reshape(25, 8).tolist())
+    assert Counter(itertools.chain(*drawn)) == Counter(list(range(50)) * 4)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -58,8 +119,50 @@ def test_ranks_share_out_one_sequence(world_size):
         open_stream(ROWS, ENCODE, batch_size=2, global_batch_size=12, rank=rank, world_size=world_size, seed=3)
         for rank in range(world_size)
     ]
-    steps = zip(*(draw(stream, 9) for stream in streams), strict=True)
-    assert [sum(step, []) for step in steps] == rows_at(0, 108, (50,), seed=3).reshape(9, 12).tolist()
+    places = rows_at(0, 108, (50,), seed=3).reshape(9, world_size, -1)
+    for rank, stream in enumerate(streams):
+        assert by_step(draw(stream, 9)) == by_step(places[:, rank].tolist())
+
+
+def test_a_rank_cuts_its_rows_of_a_step_into_micro_batches_longest_first():
+    options = {"batch_size": 3, "global_batch_size": 13, "world_size": 2, "seed": 5}
+    lengths = [sum(map(len, ENCODE(row).values())) for row in ROWS]
+    assert len(set(lengths)) < 50  # some are equal
+    for rank, (first, stop) in enumerate([(0, 6), (6, 13)]):
+        stream = open_stream(ROWS, ENCODE, rank=rank, **options)
+        for step, batches in enumerate(itertools.islice(stream, 8)):
+            places = rows_at(13 * step + first, 13 * step + stop, (50,), seed=5).tolist()
+            expected = sorted(places, key=lambda row_id: (-lengths[row_id], places.index(row_id)))
+            assert [row_id for batch in batches for row_id in batch.row_ids] == expected
+            for batch in batches:
+                again = collate([ENCODE(ROWS[row_id]) for row_id in batch.row_ids])
+                assert again.num_targets == batch.num_targets
+                assert again.inputs["input_ids"].equal(batch.inputs["input_ids"])
+
+
+def test_rows_of_a_custom_encoder_are_as_long_as_all_that_they_hold():
+    sizes = [(1, 2), (4, 4), (2, 0), (0, 7)]
+
+    def encode(row):
+        chosen, rejected = row["sizes"]
+        return {
+            "chosen": [1] * chosen,
+            "rejected": torch.ones(1, rejected),
+            "margin": torch.tensor(0.5),
+            "weight": 3.0,
+            "name": row["name"],
+        }
+
+    rows = [{"sizes": pair, "name": "x" * 10 * i} for i, pair in enumerate(sizes)]
+    seen = []
+
+    def collate(encoded):
+        seen.append([row["name"] for row in encoded])
+        return Batch({}, num_targets=len(encoded), row_ids=[])
+
+    stream = open_stream(rows, encode, batch_size=2, gradient_accumulation_steps=2, shuffle=False, collate=collate)
+    assert [batch.row_ids for batch in next(stream)] == [[1, 3], [0, 2]]
+    assert seen[:2] == [[rows[i]["name"] for i in pair] for pair in ([1, 3], [0, 2])]
 
 
 def test_uneven_global_batches_give_micro_batches_that_differ_by_one_row_at_most():
@@ -103,10 +206,11 @@ def test_a_resume_near_the_end_of_3000_rows_crosses_the_epoch_exactly():
     rows = qa_rows(3000)
     stream = open_stream(rows, ENCODE, batch_size=20, seed=4)
     stream.load_state_dict(stream.state_dict() | {"position": 2900})
-    drawn = list(itertools.chain(*draw(stream, 155)))
-    expected = rows_at(0, 6000, (3000,), seed=4).tolist()
-    assert drawn == expected[2900:6000]
-    assert sorted(expected[:2900] + drawn[:100]) == sorted(drawn[100:]) == list(range(3000))
+    drawn = draw(stream, 155)
+    expected = rows_at(0, 6000, (3000,), seed=4)
+    assert by_step(drawn) == by_step(expected[2900:].reshape(155, 20).tolist())
+    drawn = list(itertools.chain(*drawn))
+    assert sorted(expected[:2900].tolist() + drawn[:100]) == sorted(drawn[100:]) == list(range(3000))
 
 
 def test_rows_drawn_but_not_trained_on_come_again():

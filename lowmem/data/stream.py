@@ -1,7 +1,8 @@
 """Rows -> the micro-batches of one optimizer step, for ever. The whole state of a stream is one integer."""
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -42,23 +43,32 @@ class Rows(Protocol):
     def __getitem__(self, index: int) -> Row: ...
 
 
-def collate(rows: Sequence[EncodedRow]) -> Batch:
-    """Pad encoded rows on the right to the longest, rounded up to a multiple of 8, and count their labels.
+def collate(rows: Sequence[EncodedRow], *, causal: bool = False) -> Batch:
+    """Pad encoded rows on the right to the longest, with a mask only where padding would be seen; count their labels.
 
-    Returns int64 `input_ids` and `attention_mask` of shape (rows, input length) and `labels` (rows, label length).
+    Returns int64 `input_ids` of shape (rows, input length), `labels` (rows, label length) and perhaps `attention_mask`,
+    shaped as `input_ids`. Rows of one input length stay as they are; otherwise widths are rounded up to a multiple of
+    8. With `causal` the model must be one whose tokens see nothing after them: padding there needs no mask.
     """
-    # What stands in padded places is masked, so any token serves; every vocabulary has a token 0.
+    lengths = [len(row["input_ids"]) for row in rows]
+    # one rule for both, because labels of a causal row stand under its tokens
+    multiple = 1 if min(lengths) == max(lengths) else _PAD_TO_MULTIPLE_OF
+    # Nothing that counts sees what stands in padded places, so any token serves; every vocabulary has a token 0.
     inputs = {
-        "input_ids": _pad([row["input_ids"] for row in rows], 0),
-        "attention_mask": _pad([[1] * len(row["input_ids"]) for row in rows], 0),
-        "labels": _pad([row["labels"] for row in rows], IGNORED),
+        "input_ids": _pad([row["input_ids"] for row in rows], 0, multiple),
+        "labels": _pad([row["labels"] for row in rows], IGNORED, multiple),
     }
-    return Batch(inputs, num_targets=int((inputs["labels"] != IGNORED).sum()), row_ids=[])
+    counts = inputs["labels"] != IGNORED
+    # A mask costs the attention kernels that know only "causal", and T5 a bias for each row in each layer. Beside
+    # attention, `generate` looks for the end of prompts: at the first target, or, in a row without any, in the mask.
+    is_seen = not causal or not counts.any(1).all()
+    if is_seen and min(lengths) < inputs["input_ids"].shape[1]:
+        inputs["attention_mask"] = _pad([[1] * length for length in lengths], 0, multiple)
+    return Batch(inputs, num_targets=int(counts.sum()), row_ids=[])
 
 
-def _pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
-    longest = max(1, *map(len, sequences))
-    width = -(-longest // _PAD_TO_MULTIPLE_OF) * _PAD_TO_MULTIPLE_OF
+def _pad(sequences: Sequence[Sequence[int]], value: int, multiple: int) -> Tensor:
+    width = -(-max(1, *map(len, sequences)) // multiple) * multiple
     padded = torch.full((len(sequences), width), value, dtype=torch.int64)
     for row, sequence in zip(padded, sequences, strict=True):
         row[: len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
@@ -140,14 +150,16 @@ class Stream:
         self._ahead = None
 
     def _step_at(self, position: int) -> list[Batch]:
-        """Positions [position, position + global batch) are cut into equal pieces; each rank takes its own."""
+        """Positions [position, position + global batch) are cut into equal pieces; each rank takes its own.
+
+        Within its pieces the rank's rows stand longest first, those of one length by position: micro-batches need
+        little padding, and those that take most memory come first.
+        """
         bounds = [position + self.global_batch_size * i // self._num_pieces for i in range(self._num_pieces + 1)]
         first, stop = bounds[self._pieces[0]], bounds[self._pieces[-1] + 1]
         row_ids = rows_at(first, stop, self._group_sizes, seed=self._seed, shuffle=self._shuffle).tolist()
-        return [
-            _batch(self._rows, row_ids[bounds[i] - first : bounds[i + 1] - first], self._encode, self._collate)
-            for i in self._pieces
-        ]
+        rows = sorted(_encoded(self._rows, row_ids, self._encode), key=lambda row: -_num_ids(row[1]))
+        return [_batch(rows[bounds[i] - first : bounds[i + 1] - first], self._collate) for i in self._pieces]
 
 
 def open_stream(
@@ -208,9 +220,9 @@ class EvalBatches:
             first = (turn * self._world_size + self._rank) * self._batch_size
             row_ids = list(range(first, min(first + self._batch_size, len(self._rows))))
             if row_ids:
-                yield _batch(self._rows, row_ids, self._encode, self._collate)
+                yield _batch(_encoded(self._rows, row_ids, self._encode), self._collate)
             else:  # no row is left for this rank: one that counts for nothing keeps the number of forwards equal
-                spare = _batch(self._rows, [0], self._encode, self._collate)
+                spare = _batch(_encoded(self._rows, [0], self._encode), self._collate)
                 spare.inputs["labels"].fill_(IGNORED)
                 yield replace(spare, num_targets=0, row_ids=[])
 
@@ -238,13 +250,23 @@ def _as_rows(files: str | Path | Sequence[str | Path] | Rows) -> Rows:
     return rows
 
 
-def _batch(rows: Rows, row_ids: list[int], encode: Encode, collate: Collate) -> Batch:
+def _encoded(rows: Rows, row_ids: Iterable[int], encode: Encode) -> list[tuple[int, EncodedRow]]:
     encoded = []
     for row_id in row_ids:
         row = rows[row_id]  # tells by itself what cannot be read, and where
         try:
-            encoded.append(encode(row))
+            encoded.append((row_id, encode(row)))
         except Exception as error:
             where = rows.where(row_id) if hasattr(rows, "where") else f"row {row_id}"
             raise RowError(f"{where} cannot be encoded: {error}") from error
-    return replace(collate(encoded), row_ids=row_ids)
+    return encoded
+
+
+def _num_ids(row: EncodedRow) -> int:
+    """How much an encoded row holds, whatever its keys: all of its lists and arrays, but no text or number."""
+    values = (value for value in row.values() if isinstance(value, Sized) and not isinstance(value, str))
+    return sum(math.prod(value.shape) if hasattr(value, "shape") else len(value) for value in values)
+
+
+def _batch(rows: Sequence[tuple[int, EncodedRow]], collate: Collate) -> Batch:
+    return replace(collate([row for _, row in rows]), row_ids=[row_id for row_id, _ in rows])

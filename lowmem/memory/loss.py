@@ -4,8 +4,10 @@ Encoder-decoder models are fed the labels shifted right by the model itself; for
 label i + 1. Labels of -100 count for nothing.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -35,11 +37,12 @@ def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) 
 
 
 def chunked_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
-    """The sum of `plain_loss` with the logits of a few tokens at a time, and their gradient taken at once.
+    """The sum of `plain_loss` with the logits of a slice of the vocabulary at a time, taken again in backward.
 
     The model is called as a whole (so that its wrapper's hooks run) with its output head passing hidden states
-    through; the head is applied here. Raises UsageError for a head that is not linear, and for a model that changes
-    its logits after the head (soft-capping, scaling, a bias), because here they would not be changed.
+    through; the head is applied here, to the `batch.num_targets` positions whose label counts. Raises UsageError for a
+    head that is not linear, and for a model that changes its logits after the head (soft-capping, scaling, a bias),
+    because here they would not be changed; RuntimeError if another number of labels counts.
     """
     inputs, targets = _inputs_and_targets(model, batch)
     base = unwrapped(model)
@@ -53,13 +56,18 @@ def chunked_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
         logits = model(**inputs).logits
     if logits is not seen.hidden:
         raise _changes_its_logits(base)
-    hidden, weight, bias = seen.hidden.flatten(0, 1), head.weight, head.bias
+    counts, targets = (targets != IGNORED).flatten(), targets.flatten()
+    # both without a sync: the positions that count, as many as the host knows them to be
+    torch._assert_async(counts.sum() == batch.num_targets, "batch.num_targets must be the labels that are not -100")
+    counting = counts.to(torch.uint8).argsort(descending=True, stable=True)[: batch.num_targets]
+    hidden, targets = seen.hidden.flatten(0, 1).index_select(0, counting), targets[counting]
+    weight, bias = head.weight, head.bias
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
         bias = bias if bias is None else bias.detach()
     kind = hidden.device.type
     compute_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets.flatten(), label_smoothing, compute_dtype)
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing, compute_dtype)
 
 
 def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) -> None:
@@ -126,56 +134,73 @@ def _passing_through(head: nn.Module) -> Iterator[SimpleNamespace]:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum over rows of cross-entropy(hidden @ weight.T + bias, target), softmax and sums in fp32 (or wider).
 
-    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) int64. As the loss is the last thing computed, its
-    gradients are taken in forward, chunk by chunk, while the logits are there; backward only scales them.
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) int64. Forward and backward go over slices of the
+    vocabulary, each (N, slice): forward keeps the logarithm of each row's sum, backward takes the logits again. So
+    every element of the head's gradient is one product over all N rows, rounded once, and no gradient of the head's
+    size is ever read back to be added to. (Slices of rows would sum it in N / slice roundings or in fp32.)
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, label_smoothing, compute_dtype):
         sum_dtype = torch.promote_types(compute_dtype, torch.float32)
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if wants_bias else None
-        loss = torch.zeros((), dtype=sum_dtype, device=hidden.device)
-        vocabulary = weight.shape[0]
-        chunk_rows = max(1, _CHUNK_ELEMENTS // vocabulary)
+        sums = partial(torch.zeros, len(hidden), 1, dtype=sum_dtype, device=hidden.device)
+        log_sum, at_target, total = sums().fill_(-math.inf), sums(), sums()
         with torch.autocast(hidden.device.type, enabled=False):
-            head = weight.to(compute_dtype)
-            for first in range(0, len(hidden), chunk_rows):
-                chunk = slice(first, first + chunk_rows)
-                states = hidden[chunk].to(compute_dtype)
-                counts = targets[chunk] != IGNORED
-                target = targets[chunk].clamp(min=0).unsqueeze(1)
-                logits = F.linear(states, head, None if bias is None else bias.to(compute_dtype)).to(sum_dtype)
-                log_sum = logits.logsumexp(1, keepdim=True)
-                losses = log_sum - (1 - label_smoothing) * logits.gather(1, target)
+            states = hidden.to(compute_dtype)
+            for part in _vocabulary_slices(len(hidden), weight.shape[0]):
+                logits = _logits(states, weight, bias, part).to(sum_dtype)
+                place, inside = _place_in(part, targets)
+                at_target += logits.gather(1, place).where(inside, 0)
                 if label_smoothing:
-                    losses -= label_smoothing * logits.mean(1, keepdim=True)
-                loss += losses.squeeze(1).where(counts, 0).sum()
-                if not (wants_hidden or wants_weight or wants_bias):
-                    continue
-                # d loss / d logits, in the place of the logits: softmax - (smoothed) one-hot target
-                grad = logits.sub_(log_sum).exp_()
-                if label_smoothing:
-                    grad -= label_smoothing / vocabulary
-                grad.scatter_add_(1, target, torch.full_like(log_sum, label_smoothing - 1))
-                grad = grad.mul_(counts.unsqueeze(1)).to(compute_dtype)
-                if wants_hidden:
-                    grad_hidden[chunk] = grad @ head
-                if wants_weight:
-                    grad_weight += grad.T @ states
-                if wants_bias:
-                    grad_bias += grad.sum(0, dtype=sum_dtype)
-        ctx.grads = (grad_hidden, grad_weight, grad_bias)
-        return loss
+                    total += logits.sum(1, keepdim=True)
+                largest = logits.amax(1, keepdim=True)
+                part_sum = logits.sub_(largest).exp_().sum(1, keepdim=True)  # in place: logsumexp makes a copy
+                log_sum = torch.logaddexp(log_sum, largest + part_sum.log())
+            losses = log_sum - (1 - label_smoothing) * at_target - label_smoothing / weight.shape[0] * total
+        ctx.save_for_backward(hidden, weight, bias, targets, log_sum)
+        ctx.label_smoothing, ctx.compute_dtype = label_smoothing, compute_dtype
+        return losses.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        if ctx.grads is None:
-            raise RuntimeError(
-                "chunked_loss was differentiated twice: its gradients are scaled in place, call it again"
-            )
-        grads, ctx.grads = ctx.grads, None
-        return *(grad if grad is None else grad.mul_(grad_loss) for grad in grads), None, None, None
+        hidden, weight, bias, targets, log_sum = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden, dtype=log_sum.dtype) if wants_hidden else None
+        grad_weight = torch.empty_like(weight, dtype=ctx.compute_dtype) if wants_weight else None
+        grad_bias = torch.empty_like(bias, dtype=log_sum.dtype) if wants_bias else None
+        vocabulary = weight.shape[0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            states = hidden.to(ctx.compute_dtype)
+            for part in _vocabulary_slices(len(hidden), vocabulary):
+                # d loss / d logits, in the place of the logits: softmax - (smoothed) one-hot target
+                grad = _logits(states, weight, bias, part).to(log_sum.dtype)
+                grad = grad.sub_(log_sum).exp_()
+                if ctx.label_smoothing:
+                    grad -= ctx.label_smoothing / vocabulary
+                place, inside = _place_in(part, targets)
+                grad.scatter_add_(1, place, (ctx.label_smoothing - 1) * inside.to(grad.dtype))
+                grad *= grad_loss
+                if wants_bias:
+                    grad_bias[part] = grad.sum(0)
+                grad = grad.to(ctx.compute_dtype)
+                if wants_hidden:
+                    grad_hidden += grad @ weight[part].to(ctx.compute_dtype)
+                if wants_weight:
+                    torch.mm(grad.T, states, out=grad_weight[part])
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _vocabulary_slices(rows: int, vocabulary: int) -> Iterator[slice]:
+    width = max(1, _CHUNK_ELEMENTS // max(1, rows))
+    return (slice(first, min(first + width, vocabulary)) for first in range(0, vocabulary, width))
+
+
+def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
+    return F.linear(states, weight[part].to(states.dtype), None if bias is None else bias[part].to(states.dtype))
+
+
+def _place_in(part: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's target as a column of this slice, and whether it lies inside (an outer one: column 0), both (N, 1)."""
+    inside = (targets >= part.start) & (targets < part.stop)
+    return (targets - part.start).where(inside, 0).unsqueeze(1), inside.unsqueeze(1)

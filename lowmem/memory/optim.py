@@ -1,14 +1,20 @@
-"""Optimizers by name, and the learning rate as a function of the step."""
+"""Optimizers by name and memory tier, a gradient's norm, and the learning rate as a function of the step."""
 
 import inspect
 import math
 import re
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-# those that step without a closure, on dense gradients and parameters of any shape
+from lowmem.config import TIERED_OPTIMIZERS
+from lowmem.memory.tiers import TieredAdafactor, TieredAdamW
+
+_NORM_ELEMENTS = 2**20  # of a bf16 gradient, brought to fp32 at a time
+
+# with memory "off": those that step without a closure, on dense gradients and parameters of any shape
 _OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
@@ -30,21 +36,48 @@ def make_optimizer(
     model: nn.Module,
     *,
     name: str = "adamw",
+    memory: str = "exact",
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    seed: int = 0,
 ) -> Optimizer:
-    """A torch optimizer over the parameters of `model` that require a gradient; biases and norms get no decay.
+    """An optimizer over the parameters of `model` that require a gradient; biases and norms get no decay.
 
-    Its learning rate is set at each step, from `learning_rate_at`. `betas` and `eps` go to the optimizers of Adam's
-    family. Raises ValueError for an unknown name and for a model without a trainable parameter.
+    In the tiers "exact" and "lean" it is adamw, adamw_bf16 (moments in bf16) or adafactor, and it turns all weights of
+    the model into bf16, in place, trained ones in the tier's form (see `memory/tiers.py`): parallelize first, as ranks
+    must hold the same fp32 weights, and use an Accelerator without mixed precision. `memory="off"` leaves the weights
+    as they are, for an optimizer of torch.optim. The learning rate is set at each step, from `learning_rate_at`;
+    `betas` and `eps` go to Adam's family, `seed` to stochastic rounding. Raises ValueError for an unknown name or tier,
+    for a model without a trainable parameter, and in a tier for one that DDP has wrapped already: its reducer would
+    still have the old dtypes.
     """
-    if name not in _OPTIMIZERS:
-        raise ValueError(f"optimizer {name!r} was asked for, there are {', '.join(_OPTIMIZERS)}: choose one")
+    if memory not in ("exact", "lean", "off"):
+        raise ValueError(f"memory={memory!r} was asked for, there are exact, lean and off: choose one")
+    names = list(_OPTIMIZERS) if memory == "off" else TIERED_OPTIMIZERS
+    if name not in names:
+        raise ValueError(f"optimizer {name!r} was asked for, with memory={memory} there are {', '.join(names)}")
+    if memory != "off" and isinstance(model, DistributedDataParallel):
+        raise ValueError(f"memory={memory} changes dtypes, but DDP has wrapped the model: make the optimizer before")
     trainable = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("an optimizer was asked for, but every parameter is frozen: leave a part trainable")
-    kind = _OPTIMIZERS[name]
+    decayed = [pair for pair in trainable if not _is_bias_or_norm(pair[0], model)]
+    others = [pair for pair in trainable if _is_bias_or_norm(pair[0], model)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if memory == "off":
+        return _of_torch(_OPTIMIZERS[name], groups, betas, eps)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    if name == "adafactor":
+        return TieredAdafactor(groups, memory=memory, seed=seed)
+    moments = "bf16" if name == "adamw_bf16" else "tier"
+    return TieredAdamW(groups, memory=memory, seed=seed, betas=betas, eps=eps, moments=moments)
+
+
+def _of_torch(kind: type, groups: list[dict[str, object]], betas: tuple[float, float], eps: float) -> Optimizer:
     accepted = inspect.signature(kind).parameters
     options: dict[str, object] = {"lr": 0.0}
     if "betas" in accepted:
@@ -53,15 +86,21 @@ def make_optimizer(
         options["fused"] = True  # one pass over each parameter, and no temporaries of the model's size
     else:
         options["foreach"] = False
-    decayed = [parameter for path, parameter in trainable if not _is_bias_or_norm(path, model)]
-    others = [parameter for path, parameter in trainable if _is_bias_or_norm(path, model)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return kind([group for group in groups if group["params"]], **options)
+    return kind([group | {"params": [parameter for _, parameter in group["params"]]} for group in groups], **options)
 
 
 def _is_bias_or_norm(path: str, model: nn.Module) -> bool:
     owner = model.get_submodule(path.rpartition(".")[0])
     return isinstance(owner, nn.LayerNorm) or _NO_DECAY.search(path) is not None
+
+
+def gradient_norm(gradient: Tensor) -> Tensor:
+    """L2 norm of one gradient in fp32 (or wider), a scalar, without a copy of a large bf16 one."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    if gradient.dtype == wide:
+        return torch.linalg.vector_norm(gradient)
+    pieces = gradient.flatten().split(_NORM_ELEMENTS)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(piece.to(wide)) for piece in pieces]))
 
 
 def learning_rate_at(

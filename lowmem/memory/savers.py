@@ -1,19 +1,49 @@
 """What trades time for memory: each saver is a context manager over (model, optimizer), and they combine."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from importlib.util import find_spec
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.config import UsageError
+from lowmem.memory.offload import Offload
+from lowmem.memory.optim import gradient_norm
 from lowmem.parallel.sharding import unwrapped
+
+# what recompute_cheap keeps: products of matrices, and attention
+_COSTLY = {
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
+}
+
+
+Saver = Callable[[nn.Module, Optimizer], AbstractContextManager[None]]
 
 
 @contextmanager
-def nothing(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
-    """Trade nothing."""
-    yield
+def entered(savers: Iterable[Saver], model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """All of `savers` at once."""
+    with ExitStack() as stack:
+        for saver in savers:
+            stack.enter_context(saver(model, optimizer))
+        yield
 
 
 @contextmanager
@@ -22,13 +52,125 @@ def recompute(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[
 
     Raises UsageError for a model whose layers transformers cannot recompute.
     """
+    with _checkpointing(model, {"use_reentrant": False}):
+        yield
+
+
+@contextmanager
+def recompute_cheap(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+    """Keep each layer's input and products of matrices; take norms, activations and dropout again in backward.
+
+    Raises UsageError for a model whose layers transformers cannot recompute.
+    """
+    contexts = partial(create_selective_checkpoint_contexts, _keep_costly)
+    with _checkpointing(model, {"use_reentrant": False, "context_fn": contexts}):
+        yield
+
+
+@contextmanager
+def offload_activations(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+    """Keep what backward needs in host memory: pinned, beside the computation, on CUDA; in mapped files on CPU."""
+    offload = Offload(model.parameters())
+    with saved_tensors_hooks(offload.pack, offload.unpack):
+        yield
+
+
+@contextmanager
+def release(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """Update each parameter inside backward, as soon as its gradient is there, and free the gradient (Lv et al., 2023).
+
+    So no two gradients exist at a time. Raises UsageError for several processes; `Released.begin` refuses what else
+    needs all gradients at once.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise UsageError(
+            f"release leaves no gradient to sum over {dist.get_world_size()} processes: start one, or leave release"
+        )
+    released = Released(optimizer)
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(released.update)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+    optimizer.released = released
+    try:
+        yield
+    finally:
+        del optimizer.released
+        for hook in hooks:
+            hook.remove()
+
+
+class Released:
+    """What is known of the gradients of one step that are gone already."""
+
+    def __init__(self, optimizer: Optimizer):
+        self._optimizer = optimizer
+        self.parameters: set[nn.Parameter] = set()
+        self.norms: list[Tensor] = []
+        """L2 norm of each gradient, fp32."""
+
+    @staticmethod
+    def of(optimizer: Optimizer) -> "Released | None":
+        """Within `release`, what it knows; None elsewhere."""
+        return getattr(optimizer, "released", None)
+
+    def begin(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
+        """Start a step. Raises UsageError if it needs all gradients at once, before anything is computed."""
+        problems = {
+            f"{micro_batches} micro-batches a step (set gradient_accumulation_steps to 1)": micro_batches > 1,
+            f"clipping at {max_grad_norm} (set max_grad_norm to 0)": bool(max_grad_norm),
+            "leaving out updates that are not finite (set nonfinite to stop)": nonfinite != "stop",
+        }
+        if told := [problem for problem, is_there in problems.items() if is_there]:
+            raise UsageError(f"release updates within backward, one gradient at a time: it excludes {', '.join(told)}")
+        self.parameters.clear()
+        self.norms.clear()
+
+    @torch.no_grad()
+    def update(self, parameter: nn.Parameter) -> None:
+        self.norms.append(gradient_norm(parameter.grad))
+        self.parameters.add(parameter)
+        self._optimizer.step()  # it passes over parameters without a gradient: over all others
+        parameter.grad = None
+
+
+@contextmanager
+def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+    """Train each layer with kernels that torch.compile makes of it; the first steps wait for the compiler.
+
+    Rounds, and draws dropout masks, otherwise than without. Raises UsageError where there is no compiler, and for a
+    model without layers that transformers marks as such.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UsageError(f"compile was asked for, but {type(unwrapped(model)).__name__} has no layers that it knows")
+    on_cuda = next(model.parameters()).is_cuda
+    if not (find_spec("triton") if on_cuda else shutil.which("g++") or shutil.which("clang++")):
+        raise UsageError(f"compile needs {'triton' if on_cuda else 'g++ or clang++'}, which is not installed: leave it")
+    for layer in layers:
+        layer.forward = _when_training(torch.compile(layer.forward), layer.forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _when_training(compiled_forward: Callable, forward: Callable, layer: nn.Module) -> Callable:
+    # evaluation and generation bring lengths of their own, each of which would be compiled
+    return lambda *args, **kwargs: (compiled_forward if layer.training else forward)(*args, **kwargs)
+
+
+@contextmanager
+def _checkpointing(model: nn.Module, options: dict[str, object]) -> Iterator[None]:
     base = unwrapped(model)
     if not getattr(base, "supports_gradient_checkpointing", False):
         raise UsageError(f"recompute was asked for, but {type(base).__name__} does not support it: set recompute off")
     # transformers 5.17 has only the older name, which later ones deprecate
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
-    enable({"use_reentrant": False})
+    enable(options)
     # It also hooks the embeddings so that their output requires a gradient, which only reentrant recompute needs: a
     # frozen encoder would be differentiated for nothing, and the hooks would stay.
     base.disable_input_require_grads()
@@ -36,3 +178,15 @@ def recompute(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[
         yield
     finally:
         disable()
+
+
+def _keep_costly(context: object, operation: torch._ops.OpOverload, *arguments, **options) -> CheckpointPolicy:
+    # What is kept is not run again and draws no mask, so later masks would differ: attention with dropout runs again.
+    if operation not in _COSTLY or _dropout_of(operation, arguments, options) > 0:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE
+
+
+def _dropout_of(operation: torch._ops.OpOverload, arguments: tuple, options: dict[str, object]) -> float:
+    names = [argument.name for argument in operation._schema.arguments]
+    return dict(zip(names, arguments, strict=False)).get("dropout_p", options.get("dropout_p", 0.0))

@@ -32,25 +32,34 @@ def parallelize(model: nn.Module, accelerator: Accelerator, *, sharding_strategy
 def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
     """Sum each tensor over all ranks, in place. Small ones travel together in buckets of about 32 MiB.
 
-    Every rank passes tensors of the same shapes in the same order; the sums have the same bits on every rank.
+    What is narrower than fp32 is summed in fp32 and rounded once. Every rank passes tensors of the same shapes in the
+    same order; the sums have the same bits on every rank.
     """
     bucket: list[Tensor] = []
     room = _BUCKET_BYTES
-    for tensor in tensors:
-        if bucket and (tensor.nbytes > room or tensor.dtype != bucket[0].dtype):
+    for piece in (piece for tensor in tensors for piece in _pieces(tensor)):
+        if bucket and (piece.nbytes > room or piece.dtype != bucket[0].dtype):
             _reduce_bucket(bucket)
             bucket, room = [], _BUCKET_BYTES
-        bucket.append(tensor)
-        room -= tensor.nbytes
+        bucket.append(piece)
+        room -= piece.nbytes
     if bucket:
         _reduce_bucket(bucket)
 
 
+def _pieces(tensor: Tensor) -> Iterable[Tensor]:
+    """The tensor itself where it can be reduced in place, else parts of it whose copies in fp32 fill a bucket."""
+    if tensor.dtype.itemsize >= 4 or not tensor.is_contiguous():
+        return (tensor,)
+    return tensor.view(-1).split(_BUCKET_BYTES // 4)
+
+
 def _reduce_bucket(bucket: list[Tensor]) -> None:
-    if len(bucket) == 1 and bucket[0].is_contiguous():
+    sum_dtype = torch.promote_types(bucket[0].dtype, torch.float32)
+    if len(bucket) == 1 and bucket[0].is_contiguous() and bucket[0].dtype == sum_dtype:
         dist.all_reduce(bucket[0])  # large enough to travel alone, without a copy
         return
-    flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+    flat = torch.cat([tensor.reshape(-1).to(sum_dtype) for tensor in bucket])
     dist.all_reduce(flat)
     for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
         tensor.copy_(part.view_as(tensor))

@@ -1,0 +1,138 @@
+"""Forms in which a tensor of fp32 values is kept between two steps, in 8 to 1 bytes a value, and read and written.
+
+A form is told by the tensors that hold it, under one name in a dict:
+
+    {name: fp32}                               the values
+    {name: bf16, name_low: int16}              split: the very bits of fp32, its upper half serving as the bf16 weight
+    {name: bf16}                               rounded stochastically
+    {name: int8 or uint8, name_scale: fp32}    8-bit floats and their blocks' largest magnitudes, rounded stochastically
+
+Stochastic rounding goes up with the probability of the part that is cut off, so that a sum of many small updates comes
+out right on average where rounding to nearest would drop each one (Gupta et al., 2015).
+"""
+
+import math
+import struct
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK = 256  # 8-bit values that share a scale; a block never crosses a row
+
+# An 8-bit float is the bits 20 to 27 of an fp32 number: 3 of the mantissa and the lowest of the exponent, 4 for a first
+# moment (int8, the sign apart) and 5 for a second (uint8). Relative precision is what they need, the second one as a
+# divisor: with evenly spaced codes its small values would be 0 and their updates huge (Li et al., 2023).
+_CUT_BITS = 20
+_LARGEST = {torch.int8: 127, torch.uint8: 255}
+_LEAST = {torch.int8: 0, torch.uint8: 8}  # a second moment never becomes 0; below 8 fp32 is subnormal, CPUs are slow
+
+
+def keep(name: str, values: Tensor, form: str) -> dict[str, Tensor]:
+    """The tensors that hold `values` (fp32, any shape) in `form`: fp32, split, bf16, or for zeros int8 and uint8."""
+    if form == "fp32":
+        return {name: values}
+    if form == "split":
+        high, low = split(values)
+        return {name: high, f"{name}_low": low}
+    if form == "bf16":
+        return {name: values.to(torch.bfloat16)}
+    rows, columns = rows_and_columns(values)
+    scale = values.new_zeros(rows, -(-columns // BLOCK))
+    return {name: torch.zeros_like(values, dtype=getattr(torch, form)), f"{name}_scale": scale}
+
+
+def read(tensors: dict[str, Tensor], name: str, rows: slice) -> Tensor:
+    """The fp32 values of some rows, (rows, columns). Of the form fp32 the memory itself, to be updated in place."""
+    kept = by_rows(tensors[name])[rows]
+    if kept.dtype == torch.float32:
+        return kept
+    if kept.dtype == torch.bfloat16:
+        low = tensors.get(f"{name}_low")
+        return kept.float() if low is None else join(kept, by_rows(low)[rows])
+    return _from_8_bits(kept, tensors[f"{name}_scale"][rows])
+
+
+def write(tensors: dict[str, Tensor], name: str, rows: slice, values: Tensor, random: Tensor | None) -> None:
+    """Keep new fp32 `values` of some rows; `random` has 16 random bits for each, as int32 in [0, 65536)."""
+    kept = by_rows(tensors[name])[rows]
+    if kept.dtype == torch.float32:
+        assert kept.data_ptr() == values.data_ptr(), "fp32 values are updated where they are"
+    elif kept.dtype == torch.bfloat16:
+        low = tensors.get(f"{name}_low")
+        if low is None:
+            kept.copy_(round_stochastically(values, random))
+        else:
+            high, new_low = split(values)
+            kept.copy_(high)
+            by_rows(low)[rows] = new_low
+    else:
+        codes, scale = _to_8_bits(values, random, kept.dtype)
+        kept.copy_(codes)
+        tensors[f"{name}_scale"][rows] = scale
+
+
+def rows_and_columns(tensor: Tensor) -> tuple[int, int]:
+    """A tensor as a matrix: its first dimension, and all others; a vector is a column, a scalar one row."""
+    rows = tensor.shape[0] if tensor.dim() else 1
+    return rows, tensor.numel() // max(1, rows)
+
+
+def by_rows(tensor: Tensor) -> Tensor:
+    return tensor.view(rows_and_columns(tensor))
+
+
+def split(values: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 as the nearest bf16 (a tie goes away from zero) and the int16 that is missing; no bit is lost."""
+    bits = values.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def join(high: Tensor, low: Tensor) -> Tensor:
+    """The fp32 values that `split` took apart."""
+    bits = high.view(torch.int16).to(torch.int32) << 16
+    return bits.add_(low).view(torch.float32)
+
+
+def round_stochastically(values: Tensor, random: Tensor) -> Tensor:
+    """fp32 to bf16, up or down at random; `random` as in `write`. What is not finite stays what it is."""
+    bits = (values.view(torch.int32) + random) >> 16
+    return bits.to(torch.int16).view(torch.bfloat16)
+
+
+def random_bits(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """32 random bits for each element, as int32, drawn 64 at a time: twice as fast on CPU."""
+    count = math.prod(shape)
+    drawn = torch.empty(-(-count // 2), dtype=torch.int64, device=generator.device)
+    return drawn.random_(-(2**63), None, generator=generator).view(torch.int32)[:count].view(shape)
+
+
+def _to_8_bits(values: Tensor, random: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    columns = values.shape[1]
+    blocks = _blocks(values)
+    scale = blocks.abs().amax(2)
+    scaled = (blocks / scale.clamp(min=1e-30).unsqueeze(2)).mul_(_unit(dtype)).flatten(1)[:, :columns].contiguous()
+    bits = scaled.abs().view(torch.int32).add_(random << (_CUT_BITS - 16)) >> _CUT_BITS
+    codes = bits.clamp_(_LEAST[dtype], _LARGEST[dtype]).to(dtype)
+    return (codes.mul_(scaled.sign().to(dtype)) if dtype == torch.int8 else codes), scale
+
+
+def _from_8_bits(codes: Tensor, scale: Tensor) -> Tensor:
+    bits = codes.to(torch.int32)
+    sign = bits & -(2**31)
+    values = bits.abs_().bitwise_left_shift_(_CUT_BITS).bitwise_or_(sign).view(torch.float32)
+    values = _blocks(values).mul_(1 / _unit(codes.dtype)).mul_(scale.unsqueeze(2))
+    return values.flatten(1)[:, : codes.shape[1]].contiguous()
+
+
+def _unit(dtype: torch.dtype) -> float:
+    """The fp32 number whose bits 20 to 27 are the largest code: a block's largest magnitude becomes this one."""
+    return struct.unpack("f", struct.pack("I", _LARGEST[dtype] << _CUT_BITS))[0]
+
+
+def _blocks(values: Tensor) -> Tensor:
+    """(rows, columns) as (rows, blocks, BLOCK), the last block filled up with zeros."""
+    if values.shape[1] % BLOCK:
+        values = F.pad(values, (0, -values.shape[1] % BLOCK))
+    return values.view(len(values), -1, BLOCK)

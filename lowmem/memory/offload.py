@@ -1,0 +1,107 @@
+"""Where the activations that backward waits for are kept meanwhile: out of the memory that the model computes in."""
+
+import tempfile
+import weakref
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+_LEAST_BYTES = 4096  # smaller ones stay: they are not worth a copy
+_AHEAD = 2  # activations on their way back before they are asked for
+
+
+class Offload:
+    """The two hooks of `torch.autograd.graph.saved_tensors_hooks`, and the copies that wait between them.
+
+    From a CUDA device an activation goes to pinned host memory, on a stream of its own beside the computation, and
+    comes back before backward asks for it, as backward asks in the opposite order. On CPU, where host memory is what
+    the model computes in, it goes to a mapped temporary file, whose pages the system can write out. `kept` (weights)
+    stay where they are.
+    """
+
+    def __init__(self, kept: Iterable[Tensor]):
+        self._kept = {tensor.untyped_storage().data_ptr() for tensor in kept}
+        self._by_source: weakref.WeakValueDictionary[tuple, _Copy] = weakref.WeakValueDictionary()
+        self._by_number: weakref.WeakValueDictionary[int, _Copy] = weakref.WeakValueDictionary()
+        self._count = 0
+        self._stream: torch.cuda.Stream | None = None
+
+    def pack(self, tensor: Tensor) -> "Tensor | _Copy":
+        storage = tensor.untyped_storage()
+        if tensor.nbytes < _LEAST_BYTES or not _is_dense(tensor) or storage.data_ptr() in self._kept:
+            return tensor
+        if tensor.is_cuda and self._stream is None:
+            self._stream = torch.cuda.Stream(tensor.device)
+        # Several operations save one tensor (queries, keys and values their input): one copy serves them all. The
+        # copy's weak reference keeps the storage's address from being given to another, not its memory from being free.
+        reference = StorageWeakRef(storage)
+        key = (reference.cdata, tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        copy = self._by_source.get(key)
+        if copy is None:
+            copy = _Copy(tensor, reference, self._count, self._stream)
+            self._by_source[key] = self._by_number[self._count] = copy
+            self._count += 1
+        return copy
+
+    def unpack(self, packed: "Tensor | _Copy") -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        tensor = packed.take()
+        if self._stream is not None:
+            for number in range(packed.number - 1, packed.number - 1 - _AHEAD, -1):
+                if earlier := self._by_number.get(number):
+                    earlier.fetch()
+        return tensor
+
+
+class _Copy:
+    """One tensor's bits and layout outside of the memory it came from."""
+
+    def __init__(self, tensor: Tensor, source: StorageWeakRef, number: int, stream: torch.cuda.Stream | None):
+        self.number = number
+        self._source, self._device, self._stream = source, tensor.device, stream
+        self._fetched: Tensor | None = None
+        self._taken: weakref.ref[Tensor] | None = None
+        if stream is None:
+            self._host = _in_a_file(tensor)
+        else:
+            stream.wait_stream(torch.cuda.current_stream(tensor.device))
+            with torch.cuda.stream(stream):
+                self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+                self._host.copy_(tensor, non_blocking=True)
+            tensor.record_stream(stream)  # its memory is not given away before the copy is done
+
+    def fetch(self) -> None:
+        """Start to bring it back."""
+        if self._fetched is None and (self._taken is None or self._taken() is None):
+            with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+                self._fetched = self._host.to(self._device, non_blocking=True)
+
+    def take(self) -> Tensor:
+        """The tensor, which several operations may take; it stays on the device as long as one of them has it."""
+        tensor = self._taken() if self._taken is not None else None
+        if tensor is None:
+            self.fetch()
+            tensor, self._fetched = self._fetched, None
+            if self._stream is not None:
+                current = torch.cuda.current_stream(self._device)
+                current.wait_stream(self._stream)
+                tensor.record_stream(current)
+            self._taken = weakref.ref(tensor)
+        return tensor
+
+
+def _in_a_file(tensor: Tensor) -> Tensor:
+    with tempfile.NamedTemporaryFile(prefix="lowmem-activation-") as file:  # the mapping outlives its name
+        storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=tensor.nbytes)
+    mapped = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
+    return mapped.copy_(tensor)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill their memory without a gap or an overlap, so that a copy can have the same layout."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.layout == torch.strided and last + 1 == tensor.numel() and 0 not in tensor.stride()

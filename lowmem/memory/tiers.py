@@ -1,0 +1,253 @@
+"""Optimizers of the memory tiers: AdamW and Adafactor over bf16 weights, their state in the forms of `forms.py`.
+
+exact   the weight split into bf16 and an int16 low half: fp32 bit for bit; fp32 moments
+lean    the weight in bf16 alone, rounded stochastically; 8-bit moments. Small parameters are kept as in exact.
+
+A parameter is rebuilt in fp32, updated and put away again a slice of rows at a time, so that no temporary is as large
+as the embedding.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from hashlib import blake2b
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from lowmem.memory.forms import by_rows, keep, random_bits, read, rows_and_columns, write
+
+_SMALL = 4096  # vectors, and parameters of up to this many elements, are kept in fp32: their bytes do not count
+_CACHED_ELEMENTS = 2**18  # of a slice on CPU: its temporaries stay in the cache
+_VECTOR = 16  # fp32 values that a CPU computes at once
+_LAUNCHED_ELEMENTS = (2**22, 2**24)  # elsewhere, at least and at most: fewer launches, temporaries of a few percent
+
+Tensors = dict[str, Tensor]
+Random = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class TieredOptimizer(Optimizer):
+    """What the tiers' optimizers share: forms, slices, random bits, and sums of gradients.
+
+    Making one turns the trainable weights into the tier's form, in place. fp32 weights lose no bit that the tier
+    keeps; bf16 weights get a low half of zeros. All state is there from then on: "step" (on the host) and the tensors
+    of each form. Groups hold pairs (name, parameter). Random bits are a function of (seed, update, name).
+    """
+
+    def __init__(self, groups: list[dict[str, object]], defaults: dict[str, object], *, memory: str, seed: int):
+        names = {parameter: name for group in groups for name, parameter in group["params"]}
+        groups = [group | {"params": [parameter for _, parameter in group["params"]]} for group in groups]
+        super().__init__(groups, {"lr": 0.0} | defaults)
+        self._memory, self._seed, self._names = memory, seed, names
+        self._slice_elements = _slice_elements(list(names))
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                form = "bf16" if self._is_rounded(parameter) else "split"
+                weight = keep("weight", parameter.detach().float().contiguous(), form)
+                parameter.data = weight.pop("weight")
+                self.state[parameter] = {"step": torch.zeros(()), **weight, **self._new_moments(group, parameter)}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient, of bf16 or fp32."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                state["step"] += 1
+                tensors = {"weight": parameter.data, **state}
+                self._update(group, parameter, tensors, self._random(parameter, int(state["step"])))
+
+    @contextmanager
+    def summing(self, micro_batches: int, *key: int) -> Iterator[None]:
+        """Within it, gradients of several backward passes add up in fp32, or as bf16 with stochastic rounding.
+
+        The latter for lean's large parameters, with random bits of `key`. A single pass leaves them in bf16.
+        """
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        sums: dict[nn.Parameter, Tensors] = {}
+        count = dict.fromkeys(parameters, 0)
+
+        @torch.no_grad()
+        def add(parameter: nn.Parameter) -> None:
+            gradient, parameter.grad = by_rows(parameter.grad), None
+            if parameter not in sums:
+                form = "bf16" if self._is_rounded(parameter) else "fp32"
+                sums[parameter] = keep("sum", gradient.float().view_as(parameter), form)
+                return
+            count[parameter] += 1
+            draw = self._random(parameter, count[parameter], *key)
+            for rows in self._slices(parameter):
+                values = read(sums[parameter], "sum", rows).add_(gradient[rows])
+                write(sums[parameter], "sum", rows, values, draw(values)[0] if self._is_rounded(parameter) else None)
+
+        for parameter in parameters:
+            parameter.grad_dtype = parameter.dtype
+        hooks = [x.register_post_accumulate_grad_hook(add) for x in parameters] if micro_batches > 1 else []
+        try:
+            yield
+            for parameter, total in sums.items():
+                parameter.grad_dtype = total["sum"].dtype
+                parameter.grad = total["sum"]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Fill the state with a saved one, as it is. (torch's own would turn every tensor into the weight's dtype.)"""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, tensors in state_dict["state"].items():
+            for key, tensor in tensors.items():
+                self.state[parameters[index]][key].copy_(tensor)
+
+    def _new_moments(self, group: dict[str, object], parameter: nn.Parameter) -> Tensors:
+        raise NotImplementedError
+
+    def _update(self, group: dict[str, object], parameter: nn.Parameter, tensors: Tensors, draw: Random) -> None:
+        raise NotImplementedError
+
+    def _is_rounded(self, parameter: nn.Parameter) -> bool:
+        return self._memory == "lean" and is_large(parameter)
+
+    def _slices(self, parameter: nn.Parameter) -> Iterator[slice]:
+        rows, columns = rows_and_columns(parameter)
+        height = max(1, self._slice_elements // max(1, columns))
+        # whole vectors, where that is possible: the fused kernel may round otherwise at the end of its memory
+        whole = _VECTOR // math.gcd(_VECTOR, columns)
+        height = height // whole * whole or height
+        return (slice(first, min(first + height, rows)) for first in range(0, rows, height))
+
+    def _random(self, parameter: nn.Parameter, *key: int) -> Random:
+        """A source of random bits, two halves of 16 for each element of a slice, the same on every rank."""
+        text = ",".join(map(str, (self._seed, *key, self._names[parameter])))
+        generator = torch.Generator(parameter.device)
+        generator.manual_seed(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little"))
+
+        def draw(values: Tensor) -> tuple[Tensor, Tensor]:
+            bits = random_bits(values.shape, generator)
+            return bits & 0xFFFF, (bits >> 16) & 0xFFFF
+
+        return draw
+
+
+class TieredAdamW(TieredOptimizer):
+    """AdamW (Loshchilov and Hutter, 2019) by torch's fused kernel; exact has the bits of `torch.optim.AdamW` in fp32.
+
+    `moments` "tier": fp32 in exact, 8 bits in lean; "bf16": rounded stochastically in either.
+    """
+
+    def __init__(self, groups, *, memory: str, seed: int, betas: tuple[float, float], eps: float, moments: str):
+        self._moments = moments
+        super().__init__(groups, {"weight_decay": 0.0, "betas": betas, "eps": eps}, memory=memory, seed=seed)
+
+    def _new_moments(self, group: dict[str, object], parameter: nn.Parameter) -> Tensors:
+        forms = ("fp32", "fp32")
+        if is_large(parameter):
+            of_tier = ("int8", "uint8") if self._memory == "lean" else forms
+            forms = of_tier if self._moments == "tier" else ("bf16", "bf16")
+        zeros = torch.zeros_like(parameter, dtype=torch.float32)
+        return keep("exp_avg", zeros, forms[0]) | keep("exp_avg_sq", zeros.clone(), forms[1])
+
+    def _update(self, group: dict[str, object], parameter: nn.Parameter, tensors: Tensors, draw: Random) -> None:
+        names = ("weight", "exp_avg", "exp_avg_sq")
+        is_rounded = any(tensors[name].dtype != torch.float32 and f"{name}_low" not in tensors for name in names)
+        gradient = by_rows(parameter.grad)
+        beta1, beta2 = group["betas"]
+        for rows in self._slices(parameter):
+            weight, exp_avg, exp_avg_sq = (read(tensors, name, rows) for name in names)
+            adamw(
+                [weight],
+                [gradient[rows].float()],
+                [exp_avg],
+                [exp_avg_sq],
+                [],
+                [torch.full((), int(tensors["step"]) - 1, dtype=torch.float32, device=weight.device)],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            # The second moment shares its bits with the weight: each is unbiased, and nothing multiplies the two.
+            random, other = draw(weight) if is_rounded else (None, None)
+            write(tensors, "weight", rows, weight, random)
+            write(tensors, "exp_avg", rows, exp_avg, other)
+            write(tensors, "exp_avg_sq", rows, exp_avg_sq, random)
+
+
+class TieredAdafactor(TieredOptimizer):
+    """Adafactor (Shazeer and Stern, 2018) as `torch.optim.Adafactor`, without its two host syncs a parameter.
+
+    The second moment of a matrix is the product of a row and a column; a vector's is whole. No first moment. A
+    parameter of more dimensions is taken as a matrix of its first one and all others.
+    """
+
+    _LEAST_VARIANCE = torch.finfo(torch.float32).eps
+    _LEAST_RMS = 1e-3
+
+    def __init__(self, groups, *, memory: str, seed: int):
+        super().__init__(groups, {"weight_decay": 0.0}, memory=memory, seed=seed)
+
+    def _new_moments(self, group: dict[str, object], parameter: nn.Parameter) -> Tensors:
+        rows, columns = rows_and_columns(parameter)
+        zeros = partial(torch.zeros, dtype=torch.float32, device=parameter.device)
+        return (
+            {"row_var": zeros(rows, 1), "col_var": zeros(1, columns)}
+            if parameter.dim() > 1
+            else {"variance": zeros(rows, 1)}
+        )
+
+    def _update(self, group: dict[str, object], parameter: nn.Parameter, tensors: Tensors, draw: Random) -> None:
+        step, lr = int(tensors["step"]), group["lr"]
+        gradient, count = by_rows(parameter.grad), parameter.numel()
+        self._add_to_variance(parameter, gradient, tensors, step**-0.8)
+        weight_squares, update_squares = (torch.zeros((), device=parameter.device) for _ in range(2))
+        for rows in self._slices(parameter):
+            weight_squares += read(tensors, "weight", rows).square_().sum()
+            update_squares += self._direction(gradient, tensors, rows).square_().sum()
+        rms = (weight_squares / count).sqrt()
+        size = rms.clamp(min=self._LEAST_RMS) * min(lr, step**-0.5) / (update_squares / count).sqrt().clamp(min=1.0)
+        for rows in self._slices(parameter):
+            weight = read(tensors, "weight", rows).mul_(1 - lr * group["weight_decay"])
+            weight -= size * self._direction(gradient, tensors, rows)
+            write(tensors, "weight", rows, weight, draw(weight)[0] if "weight_low" not in tensors else None)
+
+    def _add_to_variance(self, parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, part: float) -> None:
+        if "variance" in tensors:
+            tensors["variance"].lerp_(gradient.float().square(), part)
+            return
+        rows_mean, columns_sum = torch.empty_like(tensors["row_var"]), torch.zeros_like(tensors["col_var"])
+        for rows in self._slices(parameter):
+            squares = gradient[rows].float().square()
+            rows_mean[rows] = squares.mean(1, keepdim=True)
+            columns_sum += squares.sum(0, keepdim=True)
+        tensors["row_var"].lerp_(rows_mean, part)
+        tensors["col_var"].lerp_(columns_sum / len(gradient), part)
+
+    def _direction(self, gradient: Tensor, tensors: Tensors, rows: slice) -> Tensor:
+        """The gradient over the root of its second moment, for some rows."""
+        if "variance" in tensors:
+            variance = tensors["variance"][rows].clone()
+        else:
+            mean = tensors["row_var"].mean().clamp(min=self._LEAST_VARIANCE)
+            variance = (tensors["row_var"][rows] / mean) @ tensors["col_var"]
+        return variance.clamp_(min=self._LEAST_VARIANCE**2).rsqrt_().mul_(gradient[rows])
+
+
+def _slice_elements(parameters: list[nn.Parameter]) -> int:
+    if parameters[0].device.type == "cpu":
+        return _CACHED_ELEMENTS
+    least, most = _LAUNCHED_ELEMENTS
+    return min(most, max(least, max(parameter.numel() for parameter in parameters) // 32))
+
+
+def is_large(parameter: Tensor) -> bool:
+    """Whether the bytes of its state count, so that lean rounds it."""
+    return parameter.dim() > 1 and parameter.numel() > _SMALL

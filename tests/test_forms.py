@@ -1,0 +1,118 @@
+"""Forms of fp32 values: what is exact is exact, what is rounded is right on average."""
+
+import math
+
+import pytest
+import torch
+
+from lowmem.memory.forms import BLOCK, join, keep, random_bits, read, round_stochastically, split, write
+
+DRAWS = 4096
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def halves(shape, source):
+    bits = random_bits(shape, source)
+    return bits & 0xFFFF, (bits >> 16) & 0xFFFF
+
+
+def test_split_keeps_every_bit():
+    bits = torch.randint(-(2**31), 2**31, (200_000,), generator=generator()).to(torch.int32)
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 3.4028235e38, 1e-45, 1 + 2**-8, -1 - 2**-8])
+    values = torch.cat([bits.view(torch.float32), special])
+    high, low = split(values)
+    assert high.dtype == torch.bfloat16 and low.dtype == torch.int16
+    assert torch.equal(join(high, low).view(torch.int32), values.view(torch.int32))
+
+
+def test_the_upper_half_is_the_nearest_bf16():
+    values = torch.randn(100_000, generator=generator())
+    high, _ = split(values)
+    ties = values.view(torch.int32) & 0xFFFF == 0x8000
+    assert torch.equal(high[~ties], values.bfloat16()[~ties])
+    tie = torch.tensor([1 + 2**-8, -1 - 2**-8])  # torch takes the even one, split the one away from zero
+    assert torch.equal(split(tie)[0].float(), torch.tensor([1 + 2**-7, -1 - 2**-7]))
+
+
+@pytest.mark.parametrize("value", [1 + 2**-10, -3.14159, 1e-30, 0.999 * 2**-8])
+def test_stochastic_rounding_is_unbiased(value):
+    values = torch.full((DRAWS,), value)
+    rounded = round_stochastically(values, halves((DRAWS,), generator())[0])
+    low, high = sorted({*rounded.float().tolist()})
+    assert low < value < high and (high - low) <= 2**-7 * abs(value)
+    up = (value - low) / (high - low)
+    spread = (high - low) * math.sqrt(up * (1 - up) / DRAWS)
+    assert abs(rounded.double().mean().item() - value) < 4 * spread
+
+
+def test_what_bf16_holds_is_never_rounded():
+    values = torch.tensor([1.0, -2.5, 0.0, math.inf, -math.inf])
+    for seed in range(20):
+        assert torch.equal(round_stochastically(values, halves(values.shape, generator(seed))[0]).float(), values)
+    assert round_stochastically(torch.tensor([math.nan]), torch.tensor([65535], dtype=torch.int32)).isnan()
+
+
+def test_stochastic_rounding_tracks_where_rounding_to_nearest_freezes():
+    steps, change = 3000, 2.0**-13  # a 32nd of what bf16 can tell from 1
+    tensors, frozen = keep("x", torch.ones(64, 64), "bf16"), torch.ones(64, 64, dtype=torch.bfloat16)
+    source = generator()
+    for _ in range(steps):
+        values = read(tensors, "x", slice(None)) + change
+        write(tensors, "x", slice(None), values, halves(values.shape, source)[0])
+        frozen = (frozen.float() + change).bfloat16()
+    assert (frozen == 1).all()
+    assert tensors["x"].float().mean().item() == pytest.approx(1 + steps * change, rel=3e-3)
+
+
+@pytest.mark.parametrize(("form", "sign"), [("int8", -1), ("int8", 1), ("uint8", 1)])
+def test_8_bit_floats_are_unbiased_and_relatively_precise(form, sign):
+    values = sign * torch.logspace(-4, 0, BLOCK + 44).repeat(3, 1) * torch.tensor([[1e-12], [1.0], [1e3]])
+    tensors, source = keep("m", torch.zeros_like(values), form), generator()
+    assert tensors["m_scale"].shape == (3, 2)
+    total, squares = torch.zeros_like(values, dtype=torch.float64), torch.zeros_like(values, dtype=torch.float64)
+    for _ in range(DRAWS):
+        write(tensors, "m", slice(None), values, halves(values.shape, source)[0])
+        kept = read(tensors, "m", slice(None)).double()
+        assert ((kept - values).abs() <= values.abs() / 7.9).all()  # 3 bits of mantissa
+        total += kept
+        squares += (kept - values).square()
+    spread = (squares / DRAWS).sqrt() / math.sqrt(DRAWS)
+    # 900 values: one in 16,000 would lie beyond 4 standard deviations, so their mean square is asked for too
+    distance = (total / DRAWS - values) / (spread + 1e-6 * values.abs())
+    assert distance.abs().max() < 5 and distance.square().mean() < 1.3
+
+
+def test_a_second_moment_never_becomes_zero_and_a_zero_stays_one():
+    values = torch.tensor([[1.0, 1e-30, 0.0] + [0.5] * 7, [0.0] * 10])
+    tensors = keep("v", torch.zeros_like(values), "uint8")
+    assert (read(tensors, "v", slice(None)) == 0).all()
+    write(tensors, "v", slice(None), values, torch.zeros(values.shape, dtype=torch.int32))
+    kept = read(tensors, "v", slice(None))
+    assert 0 < kept[0, 1] < 1e-8 and (kept[1] == 0).all()
+    first = keep("m", torch.zeros_like(values), "int8")
+    write(first, "m", slice(None), values, torch.full(values.shape, 65535, dtype=torch.int32))
+    assert read(first, "m", slice(None))[0, 2] == 0  # a weight without gradient does not move
+
+
+def test_rows_have_blocks_of_their_own():
+    """A row's codes do not depend on the others, so that rows can be sharded."""
+    values = torch.randn(6, 300, generator=generator()) * torch.logspace(-3, 3, 6).unsqueeze(1)
+    random = halves(values.shape, generator(1))[0]
+    whole, part = keep("m", torch.zeros_like(values), "int8"), keep("m", torch.zeros_like(values), "int8")
+    write(whole, "m", slice(None), values, random)
+    for row in range(6):
+        write(part, "m", slice(row, row + 1), values[row : row + 1], random[row : row + 1])
+    assert torch.equal(whole["m"], part["m"]) and torch.equal(whole["m_scale"], part["m_scale"])
+    assert torch.equal(read(whole, "m", slice(2, 4)), read(whole, "m", slice(None))[2:4])
+
+
+@pytest.mark.parametrize(("form", "byte_count"), [("fp32", 4), ("split", 4), ("bf16", 2), ("int8", 1.0157)])
+@pytest.mark.parametrize("shape", [(128, 512), (7,), ()])
+def test_bytes_of_each_form(form, byte_count, shape):
+    tensors = keep("x", torch.zeros(shape), form)
+    assert tensors["x"].shape == shape
+    if len(shape) == 2:
+        assert sum(tensor.nbytes for tensor in tensors.values()) == pytest.approx(128 * 512 * byte_count, rel=1e-3)

@@ -1,0 +1,272 @@
+"""The memory tiers: exact has the bits of torch's AdamW in fp32, lean stays near it, and ranks stay equal."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lowmem import join, parallelize
+from lowmem.memory import tiers
+from lowmem.memory.forms import join as join_halves
+from lowmem.memory.loss import chunked_loss
+from lowmem.memory.optim import make_optimizer
+from lowmem.step import TrainState, train_step
+from tests.models import build
+from tests.processes import run_ranks
+from tests.test_step import stream_of
+
+
+class Matrices(nn.Module):
+    """Sizes that are no multiples of anything, a vector, a scalar, and a parameter of three dimensions."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = {"wide": (37, 1001), "tall": (1003, 19), "bias": (77,), "scalar": (), "deep": (24, 7, 31)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, dtype=dtype)))
+
+
+def master(optimizer, parameter):
+    """The fp32 weight that a tier keeps."""
+    low = optimizer.state[parameter].get("weight_low")
+    return parameter.detach().float() if low is None else join_halves(parameter.detach(), low)
+
+
+def set_gradients(step, dtype, *models):
+    generator = torch.Generator().manual_seed(step)
+    for parameters in zip(*(model.parameters() for model in models), strict=True):
+        gradient = torch.randn(parameters[0].shape, generator=generator).to(dtype)
+        for parameter in parameters:
+            parameter.grad_dtype = None  # any
+            parameter.grad = gradient.to(dtype if parameter.dtype == torch.bfloat16 else torch.float32)
+
+
+@pytest.mark.parametrize("slice_elements", [20_000, 2**18])
+@pytest.mark.parametrize("gradients", [torch.bfloat16, torch.float32])
+def test_exact_has_the_bits_of_torchs_adamw(gradients, slice_elements, monkeypatch):
+    monkeypatch.setattr(tiers, "_CACHED_ELEMENTS", slice_elements)
+    mine, reference = Matrices(), Matrices()
+    adam = {"betas": (0.9, 0.99), "eps": 1e-6}
+    optimizer = make_optimizer(mine, weight_decay=0.1, **adam)
+    theirs = make_optimizer(reference, memory="off", weight_decay=0.1, **adam)
+    assert type(theirs) is torch.optim.AdamW
+    for step in range(100):
+        set_gradients(step, gradients, mine, reference)
+        for group in (*optimizer.param_groups, *theirs.param_groups):
+            group["lr"] = 1e-2 * (step + 1) / 100
+        optimizer.step()
+        theirs.step()
+    for (name, parameter), expected in zip(mine.named_parameters(), reference.parameters(), strict=True):
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(master(optimizer, parameter), expected.detach()), name
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(optimizer.state[parameter][key], theirs.state[expected][key]), (name, key)
+
+
+@pytest.mark.parametrize("slice_elements", [64, 2**18])
+def test_exact_adafactor_is_torchs_adafactor(slice_elements, monkeypatch):
+    monkeypatch.setattr(tiers, "_CACHED_ELEMENTS", slice_elements)
+    mine, reference = Matrices(), Matrices()
+    for model in (mine, reference):
+        del model.deep  # torch factors its last two dimensions, lowmem takes it as a matrix
+    optimizer = make_optimizer(mine, name="adafactor", weight_decay=0.1)
+    theirs = make_optimizer(reference, name="adafactor", memory="off", weight_decay=0.1)
+    for step in range(30):
+        set_gradients(step, torch.float32, mine, reference)
+        for group in (*optimizer.param_groups, *theirs.param_groups):
+            group["lr"] = 1e-2
+        optimizer.step()
+        theirs.step()
+    for (name, parameter), expected in zip(mine.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(master(optimizer, parameter), expected.detach(), rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("name", "memory"), [("adamw", "lean"), ("adamw_bf16", "exact"), ("adamw_bf16", "lean")])
+def test_rounded_state_stays_near_adamw_and_small_parameters_on_its_bits(name, memory):
+    mine, reference = Matrices(), Matrices()
+    start = [parameter.detach().clone() for parameter in mine.parameters()]
+    optimizer, theirs = make_optimizer(mine, name=name, memory=memory), make_optimizer(reference, memory="off")
+    for step in range(200):
+        set_gradients(step % 5, torch.bfloat16, mine, reference)  # a gradient with a mean, so that weights go somewhere
+        for group in (*optimizer.param_groups, *theirs.param_groups):
+            group["lr"] = 1e-3
+        optimizer.step()
+        theirs.step()
+    for before, parameter, expected in zip(start, mine.parameters(), reference.parameters(), strict=True):
+        moved, wanted = master(optimizer, parameter) - before, expected.detach() - before
+        if tiers.is_large(parameter):
+            assert (moved - wanted).norm() < 0.25 * wanted.norm()
+            along = (moved * wanted).sum() / wanted.square().sum()
+            assert along == pytest.approx(1, abs=0.02)  # on average it goes as far
+        else:
+            assert torch.equal(moved, wanted)
+
+
+def test_a_small_learning_rate_moves_lean_weights_that_bf16_alone_would_not():
+    model, frozen = build("llama"), build("llama").bfloat16()
+    weight, stuck = model.lm_head.weight, frozen.lm_head.weight
+    optimizer = make_optimizer(model, memory="lean")
+    before, stuck_before = weight.detach().float().clone(), stuck.detach().float().clone()
+    nearest = torch.optim.AdamW([stuck], lr=1e-6, weight_decay=0.0)
+    optimizer.param_groups[0]["lr"] = 1e-6
+    for _ in range(200):
+        weight.grad, stuck.grad = torch.ones_like(weight), torch.ones_like(stuck)
+        optimizer.step()
+        nearest.step()
+    large = before.abs() > 1e-2  # where bf16 tells no less than 3e-5 apart
+    assert torch.equal(stuck.detach().float()[large], stuck_before[large])
+    assert (weight.detach().float() - before)[large].mean().item() == pytest.approx(-200e-6, rel=0.05)
+
+
+BYTES = [("adamw", "exact", 12), ("adamw", "lean", 4), ("adamw_bf16", "exact", 8), ("adamw_bf16", "lean", 6)]
+
+
+@pytest.mark.parametrize(("name", "memory", "expected"), [*BYTES, ("adafactor", "exact", 4), ("adafactor", "lean", 2)])
+def test_bytes_of_weights_and_state(name, memory, expected):
+    model = nn.Linear(1024, 2048, bias=False)
+    optimizer = make_optimizer(model, name=name, memory=memory)
+    held = model.weight.nbytes + sum(tensor.nbytes for tensor in optimizer.state[model.weight].values())
+    assert held / model.weight.numel() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("memory", ["exact", "lean"])
+def test_frozen_weights_come_to_bf16_too(memory):
+    model = build("t5")
+    model.encoder.requires_grad_(False)
+    make_optimizer(model, memory=memory)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_bf16_weights_are_where_they_were():
+    model = build("llama").bfloat16()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(master(optimizer, parameter), before[name].float())
+
+
+def batches_of(family, steps):
+    return next(stream_of(family, batch_size=8 // steps, gradient_accumulation_steps=steps))
+
+
+def gradients_of(model, batches):
+    num_targets = sum(batch.num_targets for batch in batches)
+    for batch in batches:
+        (chunked_loss(model, batch) / num_targets).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("memory", "factor"), [("exact", 1.2), ("lean", 2.0)])
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_accumulated_gradients_are_as_good_as_those_of_one_batch(family, memory, factor):
+    """By their distance to fp64: exact sums micro-batches in fp32, lean rounds each sum once, up or down."""
+    batches = batches_of(family, 8)
+    expected = gradients_of(build(family).double(), batches)
+    at_once = gradients_of(build(family).bfloat16(), batches_of(family, 1))
+    model = build(family)
+    optimizer, seen = make_optimizer(model, memory=memory), {}
+    stepped = optimizer.step
+    optimizer.step = lambda: (seen.update({n: p.grad.clone() for n, p in model.named_parameters()}), stepped())
+    train_step(TrainState(model, optimizer), batches, chunked_loss, Accelerator(cpu=True), learning_rate=1e-3)
+    dtypes = {gradient.dtype for name, gradient in seen.items() if tiers.is_large(model.get_parameter(name))}
+    assert dtypes == {torch.float32 if memory == "exact" else torch.bfloat16}
+
+    def distance(gradients):
+        return torch.stack([(gradients[name].double() - expected[name]).norm() for name in expected]).norm()
+
+    assert 0 < distance(seen) < factor * distance(at_once)
+
+
+def test_one_micro_batch_leaves_bf16_gradients_and_several_after_it_fp32_ones():
+    model = build("t5")
+    optimizer, accelerator, dtypes = make_optimizer(model), Accelerator(cpu=True), []
+    stepped = optimizer.step
+    optimizer.step = lambda: (dtypes.append(model.shared.weight.grad.dtype), stepped())
+    state = TrainState(model, optimizer)
+    for steps in (1, 2, 1):
+        train_step(state, batches_of("t5", steps), chunked_loss, accelerator, learning_rate=1e-3)
+    assert dtypes == [torch.bfloat16, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("memory", ["exact", "lean"])
+def test_two_processes_hold_equal_bits_at_every_step(memory, tmp_path):
+    run_ranks(2, "tests.test_tiers:steps_of_a_rank", memory, tmp_path)
+    mine, theirs = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    assert mine.keys() == theirs.keys() and len({name.partition(":")[0] for name in mine}) == 4
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+    losses = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
+
+
+def steps_of_a_rank(memory, folder):
+    accelerator = join()
+    rank = accelerator.process_index
+    model = parallelize(build("t5", seed=rank, dropout_rate=0.1), accelerator)
+    optimizer = make_optimizer(model, memory=memory)
+    state, tensors, losses = TrainState(model, optimizer), {}, []
+    stream = stream_of("t5", batch_size=2, gradient_accumulation_steps=2, rank=rank, world_size=2)
+    for step, batches in zip(range(4), stream, strict=False):
+        if step == 3:  # one micro-batch: gradients are bf16
+            batches = batches[:1]
+        result = train_step(state, batches, chunked_loss, accelerator, learning_rate=1e-2, max_grad_norm=1.0)
+        losses.append(result.loss.item())
+        for name, parameter in model.named_parameters():
+            for key, tensor in {"weight": parameter.detach(), **optimizer.state[parameter]}.items():
+                tensors[f"{step}:{name}.{key}"] = tensor.clone()
+    save_file(tensors, f"{folder}/{rank}.safetensors")
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump(losses, file)
+    accelerator.end_training()
+
+
+def test_a_model_wrapped_by_ddp_is_refused_and_one_wrapped_afterwards_trains(tmp_path):
+    run_ranks(2, "tests.test_tiers:wrap_before_and_after", tmp_path)
+    mine, theirs = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def wrap_before_and_after(folder):
+    accelerator = join()
+    rank = accelerator.process_index
+    early = accelerator.prepare(build("t5"))
+    with pytest.raises(ValueError, match="DDP has wrapped the model: make the optimizer before"):
+        make_optimizer(early)
+    model = parallelize(build("t5", seed=rank), accelerator)
+    optimizer = make_optimizer(model)
+    wrapped = accelerator.prepare(model)
+    assert isinstance(wrapped, DistributedDataParallel)
+    start, state = master(optimizer, model.shared.weight), TrainState(wrapped, optimizer)
+    for steps in (2, 1):
+        batches = next(
+            stream_of("t5", batch_size=4 // steps, gradient_accumulation_steps=steps, rank=rank, world_size=2)
+        )
+        train_step(state, batches, chunked_loss, accelerator, learning_rate=1e-2, max_grad_norm=1.0)
+    assert not torch.equal(master(optimizer, model.shared.weight), start)
+    kept = {name: master(optimizer, parameter) for name, parameter in model.named_parameters()}
+    save_file(kept, f"{folder}/{rank}.safetensors")
+    # a DDP reducer that outlives its gloo group can wait for ever in the group's destructor (torch 2.13)
+    del state
+    accelerator.free_memory(early, wrapped)
+    del early, wrapped
+    accelerator.end_training()
+
+
+def test_rounding_is_a_function_of_seed_update_and_name():
+    def weight(seed, disturb):
+        model = build("llama")
+        optimizer = make_optimizer(model, memory="lean", seed=seed)
+        torch.manual_seed(disturb)
+        optimizer.param_groups[0]["lr"] = 1e-3
+        for _ in range(2):
+            set_gradients(0, torch.bfloat16, model)
+            optimizer.step()
+        return model.lm_head.weight.detach()
+
+    assert torch.equal(weight(0, 1), weight(0, 2))
+    assert not torch.equal(weight(0, 1), weight(1, 1))
