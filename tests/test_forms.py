@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lowmem.memory.forms import BLOCK, join, keep, random_bits, read, round_stochastically, split, write
+from lowmem.memory.forms import BLOCK, join, keep, random_bits, read, round_stochastically, split, write, zeros
 
 DRAWS = 4096
 
@@ -70,7 +70,7 @@ def test_stochastic_rounding_tracks_where_rounding_to_nearest_freezes():
 @pytest.mark.parametrize(("form", "sign"), [("int8", -1), ("int8", 1), ("uint8", 1)])
 def test_8_bit_floats_are_unbiased_and_relatively_precise(form, sign):
     values = sign * torch.logspace(-4, 0, BLOCK + 44).repeat(3, 1) * torch.tensor([[1e-12], [1.0], [1e3]])
-    tensors, source = keep("m", torch.zeros_like(values), form), generator()
+    tensors, source = zeros("m", values, form), generator()
     assert tensors["m_scale"].shape == (3, 2)
     total, squares = torch.zeros_like(values, dtype=torch.float64), torch.zeros_like(values, dtype=torch.float64)
     for _ in range(DRAWS):
@@ -87,12 +87,12 @@ def test_8_bit_floats_are_unbiased_and_relatively_precise(form, sign):
 
 def test_a_second_moment_never_becomes_zero_and_a_zero_stays_one():
     values = torch.tensor([[1.0, 1e-30, 0.0] + [0.5] * 7, [0.0] * 10])
-    tensors = keep("v", torch.zeros_like(values), "uint8")
+    tensors = zeros("v", values, "uint8")
     assert (read(tensors, "v", slice(None)) == 0).all()
     write(tensors, "v", slice(None), values, torch.zeros(values.shape, dtype=torch.int32))
     kept = read(tensors, "v", slice(None))
     assert 0 < kept[0, 1] < 1e-8 and (kept[1] == 0).all()
-    first = keep("m", torch.zeros_like(values), "int8")
+    first = zeros("m", values, "int8")
     write(first, "m", slice(None), values, torch.full(values.shape, 65535, dtype=torch.int32))
     assert read(first, "m", slice(None))[0, 2] == 0  # a weight without gradient does not move
 
@@ -101,7 +101,7 @@ def test_rows_have_blocks_of_their_own():
     """A row's codes do not depend on the others, so that rows can be sharded."""
     values = torch.randn(6, 300, generator=generator()) * torch.logspace(-3, 3, 6).unsqueeze(1)
     random = halves(values.shape, generator(1))[0]
-    whole, part = keep("m", torch.zeros_like(values), "int8"), keep("m", torch.zeros_like(values), "int8")
+    whole, part = zeros("m", values, "int8"), zeros("m", values, "int8")
     write(whole, "m", slice(None), values, random)
     for row in range(6):
         write(part, "m", slice(row, row + 1), values[row : row + 1], random[row : row + 1])
@@ -112,7 +112,8 @@ def test_rows_have_blocks_of_their_own():
 @pytest.mark.parametrize(("form", "byte_count"), [("fp32", 4), ("split", 4), ("bf16", 2), ("int8", 1.0157)])
 @pytest.mark.parametrize("shape", [(128, 512), (7,), ()])
 def test_bytes_of_each_form(form, byte_count, shape):
-    tensors = keep("x", torch.zeros(shape), form)
+    like = torch.zeros(shape)
+    tensors = zeros("x", like, form) if form == "int8" else keep("x", like, form)
     assert tensors["x"].shape == shape
     if len(shape) == 2:
         assert sum(tensor.nbytes for tensor in tensors.values()) == pytest.approx(128 * 512 * byte_count, rel=1e-3)

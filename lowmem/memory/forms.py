@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 256  # 8-bit values that share a scale; a block never crosses a row
+_SPLIT_ELEMENTS = 2**22  # split at a time: int32 temporaries of a whole embedding would be a run's peak
 
 # An 8-bit float is the bits 20 to 27 of an fp32 number: 3 of the mantissa and the lowest of the exponent, 4 for a first
 # moment (int8, the sign apart) and 5 for a second (uint8). Relative precision is what they need, the second one as a
@@ -29,17 +30,27 @@ _LEAST = {torch.int8: 0, torch.uint8: 8}  # a second moment never becomes 0; bel
 
 
 def keep(name: str, values: Tensor, form: str) -> dict[str, Tensor]:
-    """The tensors that hold `values` (fp32, any shape) in `form`: fp32, split, bf16, or for zeros int8 and uint8."""
+    """The tensors that hold `values` (fp32, any shape) in the form "fp32", "split" or "bf16" (rounded to nearest)."""
     if form == "fp32":
         return {name: values}
-    if form == "split":
-        high, low = split(values)
-        return {name: high, f"{name}_low": low}
     if form == "bf16":
         return {name: values.to(torch.bfloat16)}
-    rows, columns = rows_and_columns(values)
-    scale = values.new_zeros(rows, -(-columns // BLOCK))
-    return {name: torch.zeros_like(values, dtype=getattr(torch, form)), f"{name}_scale": scale}
+    high, low = (torch.empty_like(values, dtype=dtype) for dtype in (torch.bfloat16, torch.int16))
+    parts = (tensor.view(-1).split(_SPLIT_ELEMENTS) for tensor in (values, high, low))
+    for value, high_part, low_part in zip(*parts, strict=True):
+        for part, half in zip((high_part, low_part), split(value), strict=True):
+            part.copy_(half)
+    return {name: high, f"{name}_low": low}
+
+
+def zeros(name: str, like: Tensor, form: str) -> dict[str, Tensor]:
+    """The tensors that hold zeros of the shape of `like` in the form "fp32", "bf16", "int8" or "uint8"."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "uint8": torch.uint8}[form]
+    tensors = {name: torch.zeros_like(like, dtype=dtype)}
+    if dtype in _LARGEST:
+        rows, columns = rows_and_columns(like)
+        tensors[f"{name}_scale"] = torch.zeros(rows, -(-columns // BLOCK), device=like.device)
+    return tensors
 
 
 def read(tensors: dict[str, Tensor], name: str, rows: slice) -> Tensor:
@@ -54,22 +65,21 @@ def read(tensors: dict[str, Tensor], name: str, rows: slice) -> Tensor:
 
 
 def write(tensors: dict[str, Tensor], name: str, rows: slice, values: Tensor, random: Tensor | None) -> None:
-    """Keep new fp32 `values` of some rows; `random` has 16 random bits for each, as int32 in [0, 65536)."""
+    """Keep new fp32 `values` of some rows; `random` has 16 random bits for each, as int32 in [0, 65536).
+
+    Of the form fp32 the values are there already: `read` gave out the memory itself.
+    """
     kept = by_rows(tensors[name])[rows]
-    if kept.dtype == torch.float32:
-        assert kept.data_ptr() == values.data_ptr(), "fp32 values are updated where they are"
-    elif kept.dtype == torch.bfloat16:
-        low = tensors.get(f"{name}_low")
-        if low is None:
-            kept.copy_(round_stochastically(values, random))
-        else:
-            high, new_low = split(values)
-            kept.copy_(high)
-            by_rows(low)[rows] = new_low
-    else:
+    if kept.dtype in _LARGEST:
         codes, scale = _to_8_bits(values, random, kept.dtype)
         kept.copy_(codes)
         tensors[f"{name}_scale"][rows] = scale
+    elif f"{name}_low" in tensors:
+        high, low = split(values)
+        kept.copy_(high)
+        by_rows(tensors[f"{name}_low"])[rows] = low
+    elif kept.dtype == torch.bfloat16:
+        kept.copy_(round_stochastically(values, random))
 
 
 def rows_and_columns(tensor: Tensor) -> tuple[int, int]:

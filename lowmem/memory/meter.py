@@ -48,7 +48,7 @@ class MemoryMeter(TorchDispatchMode):
         kwargs = kwargs or {}
         # torch.tensor makes its storage out of sight and shows it as this operation's input
         given = () if func is torch.ops.aten.lift_fresh.default else _storages_of((args, kwargs))
-        not_ours = {storage._cdata for storage in given} - self._storages.keys()
+        not_ours = {storage._cdata for storage in given if storage._cdata not in self._storages}
         result = func(*args, **kwargs)
         for storage in (*given, *_storages_of(result)):
             if storage._cdata not in not_ours:

@@ -10,7 +10,6 @@ as the embedding.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from hashlib import blake2b
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from lowmem.memory.forms import by_rows, keep, random_bits, read, rows_and_columns, write
+from lowmem.memory.forms import by_rows, keep, random_bits, read, rows_and_columns, write, zeros
 
 _SMALL = 4096  # vectors, and parameters of up to this many elements, are kept in fp32: their bytes do not count
 _CACHED_ELEMENTS = 2**18  # of a slice on CPU: its temporaries stay in the cache
@@ -48,7 +47,7 @@ class TieredOptimizer(Optimizer):
                 form = "bf16" if self._is_rounded(parameter) else "split"
                 weight = keep("weight", parameter.detach().float().contiguous(), form)
                 parameter.data = weight.pop("weight")
-                self.state[parameter] = {"step": torch.zeros(()), **weight, **self._new_moments(group, parameter)}
+                self.state[parameter] = {"step": torch.zeros(()), **weight, **self._new_moments(parameter)}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -60,7 +59,8 @@ class TieredOptimizer(Optimizer):
                 state = self.state[parameter]
                 state["step"] += 1
                 tensors = {"weight": parameter.data, **state}
-                self._update(group, parameter, tensors, self._random(parameter, int(state["step"])))
+                gradient = by_rows(parameter.grad.contiguous())
+                self._update(group, parameter, gradient, tensors, self._random(parameter, int(state["step"])))
 
     @contextmanager
     def summing(self, micro_batches: int, *key: int) -> Iterator[None]:
@@ -74,16 +74,16 @@ class TieredOptimizer(Optimizer):
 
         @torch.no_grad()
         def add(parameter: nn.Parameter) -> None:
-            gradient, parameter.grad = by_rows(parameter.grad), None
+            gradient, parameter.grad = parameter.grad.contiguous(), None
+            is_rounded = self._is_rounded(parameter)
             if parameter not in sums:
-                form = "bf16" if self._is_rounded(parameter) else "fp32"
-                sums[parameter] = keep("sum", gradient.float().view_as(parameter), form)
+                sums[parameter] = {"sum": gradient if is_rounded else gradient.float()}
                 return
             count[parameter] += 1
             draw = self._random(parameter, count[parameter], *key)
             for rows in self._slices(parameter):
-                values = read(sums[parameter], "sum", rows).add_(gradient[rows])
-                write(sums[parameter], "sum", rows, values, draw(values)[0] if self._is_rounded(parameter) else None)
+                values = read(sums[parameter], "sum", rows).add_(by_rows(gradient)[rows])
+                write(sums[parameter], "sum", rows, values, draw(values)[0] if is_rounded else None)
 
         for parameter in parameters:
             parameter.grad_dtype = parameter.dtype
@@ -104,10 +104,13 @@ class TieredOptimizer(Optimizer):
             for key, tensor in tensors.items():
                 self.state[parameters[index]][key].copy_(tensor)
 
-    def _new_moments(self, group: dict[str, object], parameter: nn.Parameter) -> Tensors:
+    def _new_moments(self, parameter: nn.Parameter) -> Tensors:
         raise NotImplementedError
 
-    def _update(self, group: dict[str, object], parameter: nn.Parameter, tensors: Tensors, draw: Random) -> None:
+    def _update(
+        self, group: dict[str, object], parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, draw: Random
+    ) -> None:
+        """Update all that `tensors` holds, the weight and its state, a slice of rows at a time."""
         raise NotImplementedError
 
     def _is_rounded(self, parameter: nn.Parameter) -> bool:
@@ -144,18 +147,18 @@ class TieredAdamW(TieredOptimizer):
         self._moments = moments
         super().__init__(groups, {"weight_decay": 0.0, "betas": betas, "eps": eps}, memory=memory, seed=seed)
 
-    def _new_moments(self, group: dict[str, object], parameter: nn.Parameter) -> Tensors:
+    def _new_moments(self, parameter: nn.Parameter) -> Tensors:
         forms = ("fp32", "fp32")
         if is_large(parameter):
             of_tier = ("int8", "uint8") if self._memory == "lean" else forms
             forms = of_tier if self._moments == "tier" else ("bf16", "bf16")
-        zeros = torch.zeros_like(parameter, dtype=torch.float32)
-        return keep("exp_avg", zeros, forms[0]) | keep("exp_avg_sq", zeros.clone(), forms[1])
+        return zeros("exp_avg", parameter, forms[0]) | zeros("exp_avg_sq", parameter, forms[1])
 
-    def _update(self, group: dict[str, object], parameter: nn.Parameter, tensors: Tensors, draw: Random) -> None:
+    def _update(
+        self, group: dict[str, object], parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, draw: Random
+    ) -> None:
         names = ("weight", "exp_avg", "exp_avg_sq")
         is_rounded = any(tensors[name].dtype != torch.float32 and f"{name}_low" not in tensors for name in names)
-        gradient = by_rows(parameter.grad)
         beta1, beta2 = group["betas"]
         for rows in self._slices(parameter):
             weight, exp_avg, exp_avg_sq = (read(tensors, name, rows) for name in names)
@@ -195,18 +198,17 @@ class TieredAdafactor(TieredOptimizer):
     def __init__(self, groups, *, memory: str, seed: int):
         super().__init__(groups, {"weight_decay": 0.0}, memory=memory, seed=seed)
 
-    def _new_moments(self, group: dict[str, object], parameter: nn.Parameter) -> Tensors:
-        rows, columns = rows_and_columns(parameter)
-        zeros = partial(torch.zeros, dtype=torch.float32, device=parameter.device)
-        return (
-            {"row_var": zeros(rows, 1), "col_var": zeros(1, columns)}
-            if parameter.dim() > 1
-            else {"variance": zeros(rows, 1)}
-        )
+    def _new_moments(self, parameter: nn.Parameter) -> Tensors:
+        matrix = by_rows(parameter)
+        if parameter.dim() < 2:
+            return zeros("variance", matrix, "fp32")
+        return zeros("row_var", matrix[:, :1], "fp32") | zeros("col_var", matrix[:1], "fp32")
 
-    def _update(self, group: dict[str, object], parameter: nn.Parameter, tensors: Tensors, draw: Random) -> None:
+    def _update(
+        self, group: dict[str, object], parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, draw: Random
+    ) -> None:
         step, lr = int(tensors["step"]), group["lr"]
-        gradient, count = by_rows(parameter.grad), parameter.numel()
+        count = parameter.numel()
         self._add_to_variance(parameter, gradient, tensors, step**-0.8)
         weight_squares, update_squares = (torch.zeros((), device=parameter.device) for _ in range(2))
         for rows in self._slices(parameter):
