@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from lowmem.config import UsageError
 from lowmem.data.stream import collate
 from lowmem.memory import loss as loss_module
 from lowmem.memory.loss import check_loss, chunked_loss, plain_loss
+from lowmem.memory.meter import MemoryMeter
 from tests.models import LLAMA, build
 
 
@@ -79,12 +81,68 @@ def test_a_head_with_bias_has_torchs_gradients(label_smoothing, monkeypatch):
     torch.testing.assert_close(*results)
 
 
+VOCABULARY = 151_936  # Qwen2.5's
+
+
+def head_gradients(states, weight, targets, label_smoothing, loss):
+    """Of a mean over the targets that count, in the states' dtype."""
+    states, weight = states.clone().requires_grad_(), weight.clone().requires_grad_()
+    counting = targets != -100
+    if loss == "chunked":
+        total = loss_module._ChunkedCrossEntropy.apply(
+            states[counting], weight, None, targets[counting], label_smoothing, states.dtype
+        )
+    else:
+        logits = torch.nn.functional.linear(states, weight)
+        total = torch.nn.functional.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)),
+            targets,
+            reduction="sum",
+            label_smoothing=label_smoothing,
+        )
+    (total / counting.sum()).backward()
+    return total.detach(), states.grad, weight.grad
+
+
+def head(rows=48, width=16):
+    """Hidden states of 3 rows of 16 tokens, the middle one without a target, and every fifth target ignored."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(rows, width, generator=generator)
+    weight = torch.randn(VOCABULARY, width, generator=generator) * width**-0.5
+    targets = torch.randint(0, VOCABULARY, (rows,), generator=generator)
+    targets[::5] = -100
+    targets[rows // 3 : 2 * rows // 3] = -100
+    return states, weight, targets
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("chunks", [1, 16, 256])
+def test_gradients_of_a_large_vocabulary_in_fp32_and_bf16(chunks, label_smoothing, monkeypatch):
+    states, weight, targets = head()
+    num_targets = int((targets != -100).sum())
+    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", -(-VOCABULARY // chunks) * num_targets)
+    assert len(list(loss_module._vocabulary_slices(num_targets, VOCABULARY))) == chunks
+    exact = head_gradients(states.double(), weight.double(), targets, label_smoothing, "plain")
+    in_fp32 = head_gradients(states, weight, targets, label_smoothing, "chunked")
+    torch.testing.assert_close(in_fp32[0].double(), exact[0], rtol=1e-6, atol=0)
+    for gradient, expected in zip(in_fp32[1:], exact[1:], strict=True):
+        assert (gradient.double() - expected).norm() <= 1e-6 * expected.norm()
+
+    # bf16 states and weights are exact numbers too: what counts is the arithmetic
+    states, weight = states.bfloat16(), weight.bfloat16()
+    exact = head_gradients(states.double(), weight.double(), targets, label_smoothing, "plain")
+    plain, chunked = (head_gradients(states, weight, targets, label_smoothing, loss) for loss in ("plain", "chunked"))
+    assert chunked[0].dtype == torch.float32 and chunked[2].dtype == torch.bfloat16
+    for of_plain, of_chunked, expected in zip(plain, chunked, exact, strict=True):
+        assert (of_chunked.double() - expected).norm() <= 1.5 * (of_plain.double() - expected).norm()
+
+
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_bf16_autocast_sums_the_heads_gradient_in_fp32(family, monkeypatch):
-    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", 384)  # one row a chunk: the most sums there can be
+def test_bf16_autocast_gives_an_fp32_loss_and_gradients_as_good_as_plain(family, monkeypatch):
+    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", 384)
     exact, model, batch = build(family).double(), build(family), batch_of(family, rows=40)
     plain_loss(exact, batch).backward()
-    head = model.get_output_embeddings().weight
+    weight = model.get_output_embeddings().weight
     errors = {}
     for loss_fn in (plain_loss, chunked_loss):
         model.zero_grad()
@@ -92,8 +150,35 @@ def test_bf16_autocast_sums_the_heads_gradient_in_fp32(family, monkeypatch):
             loss = loss_fn(model, batch)
         assert loss.dtype == torch.float32
         loss.backward()
-        errors[loss_fn] = (head.grad - exact.get_output_embeddings().weight.grad).norm()
+        errors[loss_fn] = (weight.grad - exact.get_output_embeddings().weight.grad).norm()
     assert errors[chunked_loss] <= 1.5 * errors[plain_loss]
+
+
+def test_logits_that_backward_takes_again_are_never_all_there():
+    states, weight, targets = head(rows=480)
+    for gradients in (False, True):
+        with MemoryMeter() as meter, torch.set_grad_enabled(gradients):
+            head_gradients(states, weight, targets, 0.1, "chunked") if gradients else (
+                loss_module._ChunkedCrossEntropy.apply(states, weight, None, targets.clamp(min=0), 0.1, torch.float32)
+            )
+        # two slices of 2**24 logits at most, beside the head's own gradient and its clone here
+        assert meter.peak_bytes < 3 * 2**24 * 4 + gradients * 2.2 * weight.nbytes < 480 * VOCABULARY * 4
+
+
+def test_another_number_of_targets_than_the_labels_that_count_is_refused():
+    batch = dataclasses.replace(batch_of("t5"), num_targets=3)
+    with pytest.raises(RuntimeError, match="num_targets must be the labels that are not -100"):
+        chunked_loss(build("t5"), batch)
+
+
+def test_gradients_scale_with_what_comes_from_above():
+    model, batch = build("llama"), batch_of("llama")
+    loss = chunked_loss(model, batch)
+    loss.backward(retain_graph=True)
+    once = gradients(model)
+    (3 * loss).backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, 4 * once[name], rtol=1e-5, atol=1e-6)
 
 
 def test_evaluation_takes_no_gradient():
