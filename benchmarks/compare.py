@@ -1,12 +1,13 @@
-"""lowmem beside transformers' Trainer: the same weights, rows, objective, optimizer and schedule, one process each.
+"""lowmem's memory tiers beside transformers' Trainer: the same weights, rows, objective and schedule, a process each.
 
-    python benchmarks/compare.py --model=t5-small --batch_size=4 --seq_len=128 --steps=6 --repeats=3
+    python benchmarks/compare.py --model=t5-small --systems=lowmem-exact,lowmem-lean,trainer --steps=6 --repeats=3
 
 Writes a JSON line for each system and repeat, and a table of medians beside it. See README.md.
 """
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -53,25 +54,41 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
         return int(text)
 
+    def norm(text: str) -> float:
+        value = float(text)  # argparse tells of what is no number
+        if not 0 <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither above 0 nor 0")
+        return value
+
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", choices=list(shapes()), default="t5-tiny")
     parser.add_argument("--batch_size", type=positive, default=4, help="rows of a micro-batch")
     parser.add_argument("--gradient_accumulation_steps", type=positive, default=1)
     parser.add_argument("--seq_len", type=positive, default=128, help="tokens; for T5 each of prompt and response")
     parser.add_argument("--steps", type=positive, default=6, help=f"the first {WARM_UP_STEPS} are not timed")
-    parser.add_argument("--repeats", type=positive, default=3, help="systems take turns: A B A B ...")
+    parser.add_argument("--repeats", type=positive, default=3, help="systems take turns: A B C A B C ...")
     parser.add_argument("--train_file", help="rows with a prompt and a response; default: random tokens, no padding")
-    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
-    parser.add_argument("--recompute", choices=["full", "off"], default="full", help="gradient checkpointing, for both")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
+    parser.add_argument("--recompute", choices=["full", "off"], default="full", help="gradient checkpointing, for all")
+    parser.add_argument("--max_grad_norm", type=norm, default=1.0, help="0: no clipping")
     parser.add_argument("--threads", type=positive, default=os.cpu_count())
-    parser.add_argument("--systems", default="lowmem,trainer", help=f"comma list of {', '.join(SYSTEMS)}")
+    parser.add_argument("--systems", default="lowmem-exact,trainer", help=f"comma list of {', '.join(SYSTEMS)}")
     parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
     flags = parser.parse_args(arguments)
     flags.systems = flags.systems.split(",")
     if unknown := [system for system in flags.systems if system not in SYSTEMS]:
         parser.error(f"--systems has {', '.join(unknown)}: choose among {', '.join(SYSTEMS)}")
-    if "trainer-no-checkpointing" in flags.systems and flags.recompute == "off":
-        parser.error("trainer-no-checkpointing is what trainer is under --recompute=off: leave it out")
+    for name in flags.systems:
+        system = SYSTEMS[name]
+        if system.recompute == flags.recompute == "off":
+            parser.error(f"{name} is what {system.loop} is under --recompute=off: leave it out")
+        if system.has_bf16_weights and flags.mixed_precision == "no":
+            parser.error(f"{name} has weights in bf16: set --mixed_precision=bf16, or leave it out")
+        if "release" in system.savers and (flags.gradient_accumulation_steps > 1 or flags.max_grad_norm):
+            parser.error(
+                f"{name} releases gradients before all of them are there, so it neither accumulates nor clips: "
+                "set --gradient_accumulation_steps=1 --max_grad_norm=0, or leave it out"
+            )
     if flags.steps <= WARM_UP_STEPS:
         parser.error(f"--steps={flags.steps} leaves no step to time: set more than {WARM_UP_STEPS}")
     if flags.train_file and not Path(flags.train_file).is_file():
@@ -104,7 +121,8 @@ def compare(flags: argparse.Namespace, command: str) -> list[Record]:
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command}
     shared |= {"model": flags.model, "batch": flags.batch_size, "accumulation": flags.gradient_accumulation_steps}
     shared |= {"seq_len": flags.seq_len, "steps": flags.steps, "rows": "train_file" if flags.train_file else "random"}
-    shared |= {"mixed_precision": flags.mixed_precision, "recompute": flags.recompute}
+    shared |= {"mixed_precision": flags.mixed_precision, "max_grad_norm": flags.max_grad_norm}
+    shared |= {"recompute": flags.recompute}
     records = []
     with tempfile.TemporaryDirectory() as folder:
         start("build", flags, folder)
@@ -158,7 +176,9 @@ def table(records: list[Record]) -> str:
     return "\n".join(
         [
             f"## {first['model']}, {first['batch']} x ({tokens}) tokens x accumulation {first['accumulation']}, "
-            f"mixed_precision {first['mixed_precision']}, recompute {first['recompute']}",
+            f"mixed_precision {first['mixed_precision']}, recompute {first['recompute']}, "
+            # the oldest runs were all clipped, without a flag for it
+            f"{f'clipped to {clipping}' if (clipping := first.get('max_grad_norm', 1.0)) else 'not clipped'}",
             "",
             f"    {first['command']}",
             "",
@@ -178,7 +198,10 @@ def table(records: list[Record]) -> str:
 
 def main() -> None:
     flags = parse_flags(sys.argv[1:])
-    records = compare(flags, command=shlex.join(["python", *sys.argv]))
+    shown = list(sys.argv)
+    if flags.train_file:  # where the rows are is nobody's business
+        shown = [argument.replace(flags.train_file, f"rows{Path(flags.train_file).suffix}") for argument in shown]
+    records = compare(flags, command=shlex.join(["python", *shown]))
     print(table(records))
     if flags.output:
         flags.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""One training of one system in a process of its own: what is equal on both sides, the systems, what is measured.
+"""One training of one system in a process of its own: what is equal for all, the systems, what is measured.
 
 `compare.py` starts `python benchmarks/systems.py SETTINGS` (JSON) and reads the record that this writes.
 """
@@ -11,10 +11,11 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -22,12 +23,49 @@ from types import SimpleNamespace
 # This checkout's lowmem, installed or not. Each system imports what it needs and no more: memory is what we measure.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# --- what is equal on both sides, besides the flags
+# --- what is equal for all, besides the flags
 SEED = 0
-ADAMW = {"weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}  # torch's fused AdamW; biases, norms: no decay
+OPTIMIZER = {"weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}  # biases and norms: no decay
 SCHEDULE = {"peak": 1e-4, "warmup_steps": 1, "schedule": "cosine"}
-MAX_GRAD_NORM = 1.0
 WARM_UP_STEPS = 2  # left out of the times: AdamW makes its moments, allocators and thread pools settle
+
+
+# --- what is not
+@dataclass(frozen=True)
+class System:
+    """What one system has of its own; all else comes from the flags, alike for all."""
+
+    loop: str
+    """Whose: lowmem or trainer."""
+    optimizer: str = "adamw"
+    """adamw or adafactor: each loop's own, with what is its default beside OPTIMIZER."""
+    memory: str = "off"
+    """lowmem's tier."""
+    weights: str = "float32"
+    """What Trainer's model is loaded as; a tier of lowmem takes float32 and makes of it what it keeps."""
+    recompute: str | None = None
+    """full, cheap or off. None: what --recompute says."""
+    savers: tuple[str, ...] = ()
+    """lowmem's others: offload_activations, release."""
+
+    @property
+    def has_bf16_weights(self) -> bool:
+        return self.memory != "off" or self.weights == "bfloat16"
+
+
+SYSTEMS = {
+    "lowmem-off": System("lowmem"),
+    "lowmem-exact": System("lowmem", memory="exact"),
+    "lowmem-lean": System("lowmem", memory="lean"),
+    "lowmem-exact-adafactor": System("lowmem", memory="exact", optimizer="adafactor"),
+    "lowmem-exact-cheap": System("lowmem", memory="exact", recompute="cheap"),
+    "lowmem-lean-offload": System("lowmem", memory="lean", savers=("offload_activations",)),
+    "lowmem-lean-released": System("lowmem", memory="lean", savers=("release",)),
+    "trainer": System("trainer"),
+    "trainer-no-checkpointing": System("trainer", recompute="off"),
+    "trainer-adafactor": System("trainer", optimizer="adafactor"),
+    "trainer-bf16-weights": System("trainer", weights="bfloat16"),
+}
 
 
 @dataclass
@@ -79,20 +117,20 @@ def open_work(settings: SimpleNamespace, tokenizer, config) -> tuple[object, Cal
 
 
 def make_collate(run: Run, config) -> Callable:
-    """lowmem's `collate` for both systems, so that both train on the very same tensors; it counts tokens."""
+    """lowmem's `collate` for every system, so that all train on the very same tensors; it counts tokens."""
     from lowmem import collate
 
     def collate_and_count(rows):
-        batch = collate(rows)
-        num_inputs = int(batch.inputs["attention_mask"].sum())
+        batch = collate(rows, causal=not config.is_encoder_decoder)
+        num_inputs = sum(len(row["input_ids"]) for row in rows)
         run.tokens.append(num_inputs + (batch.num_targets if config.is_encoder_decoder else 0))
         return batch
 
     return collate_and_count
 
 
-# --- the systems
-def run_lowmem(settings: SimpleNamespace) -> Run:
+# --- the two loops
+def run_lowmem(settings: SimpleNamespace, system: System) -> Run:
     """The library's own loop: the parts of `lowmem.train` that train."""
     from lowmem import (
         TrainState,
@@ -105,13 +143,13 @@ def run_lowmem(settings: SimpleNamespace) -> Run:
         parallelize,
         train_step,
     )
-    from lowmem.memory.savers import recompute
+    from lowmem.memory import savers
 
     run = Run(imported_bytes=resident_bytes())
-    accelerator = join(mixed_precision=settings.mixed_precision)
+    accelerator = join(mixed_precision="no" if system.has_bf16_weights else settings.mixed_precision)
     model, tokenizer = load_model(settings.folder)
     model = parallelize(model, accelerator)
-    optimizer = make_optimizer(model, name="adamw", **ADAMW)
+    optimizer = make_optimizer(model, name=system.optimizer, memory=system.memory, **OPTIMIZER)
     rows, encode = open_work(settings, tokenizer, model.config)
     stream = open_stream(
         rows,
@@ -123,27 +161,43 @@ def run_lowmem(settings: SimpleNamespace) -> Run:
     )
     state = TrainState(model, optimizer, stream, seed=SEED)
     schedule = partial(learning_rate_at, total_steps=settings.steps, **SCHEDULE)
-    with recompute(model, optimizer) if settings.recompute == "full" else nullcontext():
+    recompute = {"full": ("recompute",), "cheap": ("recompute_cheap",), "off": ()}[settings.recompute]
+    with ExitStack() as stack:
+        for saver in recompute + system.savers:
+            stack.enter_context(getattr(savers, saver)(model, optimizer))
         for step, batches in zip(range(settings.steps), stream, strict=False):
             result = train_step(
-                state, batches, chunked_loss, accelerator, learning_rate=schedule(step), max_grad_norm=MAX_GRAD_NORM
+                state,
+                batches,
+                chunked_loss,
+                accelerator,
+                learning_rate=schedule(step),
+                max_grad_norm=settings.max_grad_norm or None,
             )
             run.losses.append(result.loss.item())
             run.mark()
     return run
 
 
-def run_trainer(settings: SimpleNamespace) -> Run:
+def run_trainer(settings: SimpleNamespace, system: System) -> Run:
     """transformers' Trainer with its defaults where nothing has to be equal; its rows are encoded before it starts."""
+    import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from lowmem import load_model
-    from lowmem.data.order import rows_at
+    from lowmem import load_model, open_stream
 
     run = Run(imported_bytes=resident_bytes())
-    model, tokenizer = load_model(settings.folder)
+    model, tokenizer = load_model(settings.folder, dtype=getattr(torch, system.weights))
     rows, encode = open_work(settings, tokenizer, model.config)
-    row_ids = rows_at(0, settings.num_rows, getattr(rows, "group_sizes", (len(rows),)), seed=SEED).tolist()
+    # lowmem's order, in which the rows of a step stand by their length
+    stream = open_stream(
+        rows,
+        encode,
+        batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        seed=SEED,
+    )
+    row_ids = [row_id for batches in islice(stream, settings.steps) for batch in batches for row_id in batch.row_ids]
     collate = make_collate(run, model.config)
 
     class SameObjective(Trainer):
@@ -177,15 +231,15 @@ def run_trainer(settings: SimpleNamespace) -> Run:
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         train_sampling_strategy="sequential",
         bf16=settings.mixed_precision == "bf16",
-        optim="adamw_torch_fused",
-        weight_decay=ADAMW["weight_decay"],
-        adam_beta1=ADAMW["betas"][0],
-        adam_beta2=ADAMW["betas"][1],
-        adam_epsilon=ADAMW["eps"],
+        optim={"adamw": "adamw_torch_fused", "adafactor": "adafactor"}[system.optimizer],
+        weight_decay=OPTIMIZER["weight_decay"],
+        adam_beta1=OPTIMIZER["betas"][0],
+        adam_beta2=OPTIMIZER["betas"][1],
+        adam_epsilon=OPTIMIZER["eps"],
         learning_rate=SCHEDULE["peak"],
         warmup_steps=SCHEDULE["warmup_steps"],
         lr_scheduler_type=SCHEDULE["schedule"],
-        max_grad_norm=MAX_GRAD_NORM,
+        max_grad_norm=settings.max_grad_norm,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -225,7 +279,6 @@ def measured(run: Run, settings: SimpleNamespace) -> dict[str, object]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cpu_model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
     return {
-        "recompute": settings.recompute,
         "loss": run.losses,
         "tokens_per_second": tokens / wall,
         "seconds_per_step": median(b[0] - a[0] for a, b in zip(marks, marks[1:], strict=False)),
@@ -243,7 +296,7 @@ def measured(run: Run, settings: SimpleNamespace) -> dict[str, object]:
     }
 
 
-SYSTEMS = {"lowmem": run_lowmem, "trainer": run_trainer, "trainer-no-checkpointing": run_trainer}
+LOOPS = {"lowmem": run_lowmem, "trainer": run_trainer}
 
 
 def main() -> None:
@@ -254,9 +307,9 @@ def main() -> None:
     if settings.system == "build":
         build(settings)
         return
-    if settings.system == "trainer-no-checkpointing":
-        settings.recompute = "off"
-    record = measured(SYSTEMS[settings.system](settings), settings)
+    system = SYSTEMS[settings.system]
+    settings.recompute = system.recompute or settings.recompute
+    record = {"settings": asdict(system), **measured(LOOPS[system.loop](settings, system), settings)}
     Path(settings.folder, "record.json").write_text(json.dumps(record))
 
 

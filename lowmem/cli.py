@@ -56,7 +56,9 @@ def _evaluate(**flags: str) -> Job:
         raise UsageError(f"`evaluate` needs {' and '.join('--' + name for name in missing)}")
     trained_with = Path(flags["model_name_or_path"]) / "lowmem.json"
     saved = json.loads(trained_with.read_text()) if trained_with.exists() else {}
-    return Job("evaluate", _resolve(flags, {name: saved[name] for name in _FROM_MODEL_FOLDER if name in saved}))
+    precision = () if "mixed_precision" in flags else ("mixed_precision", "memory")
+    given = {name: saved[name] for name in (*_FROM_MODEL_FOLDER, *precision) if name in saved}
+    return Job("evaluate", _resolve(flags, given))
 
 
 _COMMANDS = {"train": _train, "evaluate": _evaluate, "test": _evaluate}
@@ -123,6 +125,9 @@ def _run(job: Job, arguments: Sequence[str]) -> int:
     # Before torch loads OpenMP: let threads that wait sleep. It costs a tiny model a sixth of its speed on idle cores,
     # but spinning ones hold each other up, five times and more, as soon as anything else runs there.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch allocates on a GPU: memory that batches of changing lengths leave in pieces can be joined again.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     processes = processes_to_start(config.num_processes)
     if processes > 1:
         return start_processes(processes, [sys.argv[0], *arguments])
@@ -142,8 +147,10 @@ def _run(job: Job, arguments: Sequence[str]) -> int:
 
 def _evaluate_model(config: TrainConfig, test_rows: FileRows) -> None:
     """Evaluate the model at `model_name_or_path` and print what was measured as one line of JSON."""
+    import torch
+
     from lowmem.data.encode import make_encoder
-    from lowmem.data.stream import open_eval
+    from lowmem.data.stream import collate, open_eval
     from lowmem.evaluation import measure
     from lowmem.memory.loss import LOSSES
     from lowmem.model import load_model
@@ -151,8 +158,12 @@ def _evaluate_model(config: TrainConfig, test_rows: FileRows) -> None:
     from lowmem.parallel.sharding import parallelize
     from lowmem.report import tell, tell_answers
 
-    accelerator = join(mixed_precision=config.mixed_precision)
-    model, tokenizer = load_model(config.model_name_or_path, tokenizer_name_or_path=config.tokenizer_name_or_path)
+    accelerator = join(mixed_precision="no" if config.has_bf16_weights else config.mixed_precision)
+    model, tokenizer = load_model(
+        config.model_name_or_path,
+        tokenizer_name_or_path=config.tokenizer_name_or_path,
+        dtype=torch.bfloat16 if config.has_bf16_weights else torch.float32,
+    )
     encode = make_encoder(
         tokenizer,
         is_encoder_decoder=model.config.is_encoder_decoder,
@@ -168,6 +179,7 @@ def _evaluate_model(config: TrainConfig, test_rows: FileRows) -> None:
         batch_size=config.batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        collate=partial(collate, causal=not model.config.is_encoder_decoder),
     )
     metrics, answers = measure(
         model,

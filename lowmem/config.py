@@ -160,6 +160,11 @@ class TrainConfig:
     report_to: str = ""
     """Trackers that accelerate drives, comma-separated: tensorboard, wandb, ..."""
 
+    @property
+    def has_bf16_weights(self) -> bool:
+        """Whether the weights themselves are in bf16, so that autocast has nothing to cast."""
+        return self.memory in ("exact", "lean")
+
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 

@@ -240,7 +240,7 @@ def _conflicts(config: TrainConfig, presets: list[str]) -> list[str]:
 
 def _memory_conflicts(config: TrainConfig) -> list[str]:
     problems = []
-    if config.memory in ("exact", "lean"):
+    if config.has_bf16_weights:
         if config.mixed_precision != "bf16":
             problems.append(f"--memory={config.memory} keeps weights in bf16: set --mixed_precision=bf16 too")
         if config.optimizer not in TIERED_OPTIMIZERS:

@@ -28,8 +28,7 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
     # --- processes
     output, settings = Path(config.output_dir), dataclasses.asdict(config)
     trackers = [name for name in config.report_to.split(",") if name]
-    in_tier = config.memory in ("exact", "lean")  # weights in bf16: nothing is left for autocast to cast
-    precision = "no" if in_tier else config.mixed_precision
+    precision = "no" if config.has_bf16_weights else config.mixed_precision
     accelerator = join(mixed_precision=precision, report_to=trackers, output_dir=output)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     checkpoint = checkpoint_to_resume(config.resume, output)

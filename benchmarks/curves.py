@@ -1,0 +1,471 @@
+"""Loss curves of the memory tiers beside their references: it trains every arm on real rows, and draws and tells them.
+
+    python benchmarks/curves.py --train_file=rows.parquet --output=benchmarks/results/curves.jsonl
+
+Writes a JSON line for each training, and from them a figure (.png) and tables (.md) beside it. See README.md.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, median, stdev
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lowmem, installed or not
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
+
+from lowmem import (
+    Batch,
+    TrainState,
+    chunked_loss,
+    collate,
+    join,
+    learning_rate_at,
+    load_model,
+    make_encoder,
+    make_optimizer,
+    open_rows,
+    open_stream,
+    parallelize,
+    train_step,
+)
+from lowmem.step import _seed_dropout  # the reference sums and steps by itself, but has to drop the same units
+
+Record = dict[str, object]
+TakeStep = Callable[[int, Sequence[Batch], float], Tensor]
+"""(step, its micro-batches, learning rate) -> the step's mean loss, a scalar in fp32; the weights are updated."""
+
+MODELS = {
+    "t5": {
+        "model_type": "t5",
+        "vocab_size": 384,
+        "d_model": 128,
+        "d_kv": 32,
+        "d_ff": 256,
+        "num_heads": 4,
+        "num_layers": 4,
+        "num_decoder_layers": 4,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.1,
+        "tie_word_embeddings": True,
+    },
+    "llama": {
+        "model_type": "llama",
+        "vocab_size": 384,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+    },
+}
+WEIGHT_DECAY = 0.1  # of all but biases and norms
+WARM_UP_STEPS = 20
+MAX_GRAD_NORM = 1.0
+WINDOW = 50  # steps at the start over which arms are compared, and at the end whose mean loss is a training's result
+SMOOTHED = 10  # steps of the figure's running mean
+
+
+# --- the arms
+def half_away_from_zero(master: Tensor) -> Tensor:
+    """fp32 to bf16, with ties to the larger magnitude, as the library splits a master."""
+    return ((master.view(torch.int32) + 0x8000) & -0x10000).view(torch.float32).to(torch.bfloat16)
+
+
+def half_to_even(master: Tensor) -> Tensor:
+    """fp32 to bf16 as torch converts."""
+    return master.to(torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: a tier of the library, or, with `rounding`, a reference that shares only its forward."""
+
+    memory: str = "off"
+    """The library's tier; a reference has none."""
+    optimizer: str = "adamw"
+    learning_rate: float = 1.0
+    """Times --learning_rate."""
+    mixed_precision: str = "no"
+    weights: torch.dtype = torch.float32
+    """What the initial weights are turned into before the optimizer sees them."""
+    rounding: Callable[[Tensor], Tensor] | None = None
+    """From the fp32 masters of a reference to the weights of its bf16 model."""
+
+
+CONTROL = "bf16-weights"  # neither master nor stochastic rounding: its curve must be seen to be another one
+ARMS = {
+    "exact": Arm(memory="exact"),
+    "reference": Arm(rounding=half_away_from_zero),
+    "reference-to-even": Arm(rounding=half_to_even),
+    "autocast": Arm(memory="off", mixed_precision="bf16"),
+    "lean": Arm(memory="lean"),
+    CONTROL: Arm(memory="off", weights=torch.bfloat16),
+    # its learning rate is relative to each weight's magnitude
+    "exact-adafactor": Arm(memory="exact", optimizer="adafactor", learning_rate=10.0),
+    "reference-adafactor": Arm(optimizer="adafactor", learning_rate=10.0, rounding=half_away_from_zero),
+}
+SAME_ARITHMETIC = [
+    ("exact", "reference"),
+    ("reference-to-even", "reference"),  # not the same: what one rounding of ties changes, as a measure for the others
+    ("exact-adafactor", "reference-adafactor"),
+]
+SAME_CURVE = [("exact", "autocast"), ("lean", "exact"), ("lean", "autocast"), (CONTROL, "exact")]
+
+
+def library_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed: int) -> TakeStep:
+    """The library's own step with one of its tiers."""
+    optimizer = make_optimizer(model, name=arm.optimizer, memory=arm.memory, weight_decay=WEIGHT_DECAY, seed=seed)
+    state = TrainState(model, optimizer, seed=seed)
+
+    def take_step(step: int, batches: Sequence[Batch], learning_rate: float) -> Tensor:
+        assert step == state.step, "dropout is seeded by the state's step"
+        result = train_step(
+            state, batches, chunked_loss, accelerator, learning_rate=learning_rate, max_grad_norm=MAX_GRAD_NORM
+        )
+        return result.loss
+
+    return take_step
+
+
+def reference_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed: int) -> TakeStep:
+    """What the exact tier claims to equal, in torch's own parts: whole fp32 masters beside the bf16 model.
+
+    Each micro-batch's bf16 gradients are added up in fp32, the sums clipped and given to torch's optimizer over the
+    masters; then the weights of the bf16 model are the rounded masters.
+    """
+    weights = list(model.parameters())
+    masters = [weight.detach().clone() for weight in weights]
+    decayed = ["bias" not in name and weight.dim() > 1 for name, weight in model.named_parameters()]
+    groups = [
+        {"params": [master for master, is_decayed in zip(masters, decayed, strict=True) if is_decayed == wanted]}
+        | {"weight_decay": WEIGHT_DECAY if wanted else 0.0}
+        for wanted in (True, False)
+    ]
+    if arm.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+    else:
+        optimizer = torch.optim.Adafactor(groups, lr=0.0, foreach=False)
+
+    def round_masters() -> None:
+        for weight, master in zip(weights, masters, strict=True):
+            weight.data = arm.rounding(master)
+
+    def take_step(step: int, batches: Sequence[Batch], learning_rate: float) -> Tensor:
+        num_targets = sum(batch.num_targets for batch in batches)
+        loss = torch.zeros((), device=accelerator.device)
+        for index, batch in enumerate(batches):
+            _seed_dropout(seed, step, accelerator.process_index, index)
+            batch_loss = chunked_loss(model, batch.to(accelerator.device)) / num_targets
+            batch_loss.backward()
+            loss += batch_loss.detach()
+            for weight, master in zip(weights, masters, strict=True):
+                gradient, weight.grad = weight.grad.float(), None
+                master.grad = gradient if master.grad is None else master.grad + gradient
+        # clip_grad_norm_ takes the norms of all tensors at once, adding up in another order: the last bit may differ
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(master.grad) for master in masters]))
+        clip_grads_with_norm_(masters, MAX_GRAD_NORM, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad()
+        round_masters()
+        return loss
+
+    round_masters()
+    return take_step
+
+
+# --- one training
+def train(name: str, model_name: str, seed: int, flags: argparse.Namespace) -> Record:
+    """Train one arm from the weights and on the order of rows that `seed` draws, alike for every arm."""
+    arm = ARMS[name]
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process, one precision, if not for this
+    accelerator = join(mixed_precision=arm.mixed_precision)
+    torch.manual_seed(seed)
+    model, tokenizer = load_model(model_config=MODELS[model_name])
+    model = parallelize(model, accelerator)
+    for weight in model.parameters():  # not `model.to`: it would round the position table too
+        weight.data = weight.data.to(arm.weights)
+    encode = make_encoder(tokenizer, is_encoder_decoder=model.config.is_encoder_decoder, max_seq_len=flags.max_seq_len)
+    stream = open_stream(
+        open_rows(flags.train_file, columns=["prompt", "response"]),
+        encode,
+        batch_size=flags.batch_size,
+        gradient_accumulation_steps=flags.gradient_accumulation_steps,
+        seed=seed,
+        collate=partial(collate, causal=not model.config.is_encoder_decoder),
+    )
+    schedule = partial(
+        learning_rate_at,
+        total_steps=flags.steps,
+        peak=arm.learning_rate * flags.learning_rate,
+        warmup_steps=WARM_UP_STEPS,
+    )
+    take_step = (reference_step if arm.rounding else library_step)(arm, model, accelerator, seed=seed)
+    losses, marks = [], []
+    for step, batches in zip(range(flags.steps), stream, strict=False):
+        losses.append(take_step(step, batches, schedule(step)).item())
+        marks.append(time.perf_counter())
+    return {
+        "loss": [float(str(np.float32(loss))) for loss in losses],  # the fewest digits that name an fp32 number
+        "weights": digest(model),
+        "seconds_per_step": median(after - before for before, after in zip(marks, marks[1:], strict=False)),
+    }
+
+
+def digest(model: nn.Module) -> str:
+    """A hash of all weights, bit for bit."""
+    state = blake2b(digest_size=8)
+    for weight in model.parameters():
+        state.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+# --- what is told
+def losses_of(records: list[Record], model: str, arm: str) -> np.ndarray:
+    """Shape (seeds, steps), seeds in order."""
+    chosen = [record for record in records if (record["model"], record["arm"]) == (model, arm)]
+    return np.array([record["loss"] for record in sorted(chosen, key=lambda record: record["seed"])])
+
+
+def last_losses(records: list[Record], model: str, arm: str) -> list[float]:
+    """Each seed's mean loss over the last WINDOW steps."""
+    return losses_of(records, model, arm)[:, -WINDOW:].mean(1).tolist()
+
+
+def arithmetic_table(records: list[Record], model: str) -> list[str]:
+    """Arms that should take the very same steps: how far their losses and final weights are from each other."""
+    compared = pairs(records, model, SAME_ARITHMETIC)
+    if not compared:
+        return []
+    lines = [
+        f"| arms | equal losses | largest relative difference, first {WINDOW} steps | all steps | same final weights |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for ours, theirs in compared:
+        a, b = losses_of(records, model, ours), losses_of(records, model, theirs)
+        relative = np.abs(a - b) / np.abs(b)
+        ends = [
+            {
+                record["seed"]: record["weights"]
+                for record in records
+                if (record["model"], record["arm"]) == (model, arm)
+            }
+            for arm in (ours, theirs)
+        ]
+        same = sum(ends[0][seed] == ends[1][seed] for seed in ends[0])
+        lines.append(
+            f"| {ours}, {theirs} | {(a == b).sum():,} of {a.size:,} | {relative[:, :WINDOW].max():.1e} "
+            f"| {relative.max():.1e} | {same} of {len(a)} seeds |"
+        )
+    return lines
+
+
+def result_table(records: list[Record], model: str) -> list[str]:
+    """Each arm's result per seed."""
+    arms = [arm for arm in ARMS if len(losses_of(records, model, arm))]
+    seeds = sorted({record["seed"] for record in records})
+    lines = [
+        f"| mean loss of the last {WINDOW} steps | {' | '.join(f'seed {seed}' for seed in seeds)} | mean "
+        "| standard deviation over seeds | s/step |",
+        "|---" + "|---:" * (len(seeds) + 3) + "|",
+    ]
+    for arm in arms:
+        results = last_losses(records, model, arm)
+        times = [r["seconds_per_step"] for r in records if (r["model"], r["arm"]) == (model, arm)]
+        cells = [f"{result:.4f}" for result in results]
+        lines.append(
+            f"| {arm} | {' | '.join(cells)} | {fmean(results):.4f} | {deviation(results):.4f} | {median(times):.3f} |"
+        )
+    return lines
+
+
+def curve_table(records: list[Record], model: str) -> list[str]:
+    """Arms that should learn alike: the difference of their results, beside what another seed changes."""
+    compared = pairs(records, model, SAME_CURVE)
+    if not compared:
+        return []
+    lines = [
+        f"| arms | difference of the mean losses of the last {WINDOW} steps, mean over seeds "
+        "| its standard deviation over seeds | the second arm's own standard deviation over seeds | inside it |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for ours, theirs in compared:
+        a, b = last_losses(records, model, ours), last_losses(records, model, theirs)
+        differences = [x - y for x, y in zip(a, b, strict=True)]
+        inside = "yes" if abs(fmean(differences)) < deviation(b) else "no"
+        lines.append(
+            f"| {ours} - {theirs} | {fmean(differences):+.5f} | {deviation(differences):.5f} | {deviation(b):.5f} "
+            f"| {inside} |"
+        )
+    return lines
+
+
+def pairs(records: list[Record], model: str, wanted: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those of which both arms were trained."""
+    return [pair for pair in wanted if all(len(losses_of(records, model, arm)) for arm in pair)]
+
+
+def deviation(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else math.nan
+
+
+def tables(records: list[Record], settings: dict[str, object], command: str) -> str:
+    """Markdown: what ran, and three tables for each model."""
+    told = ", ".join(f"{name} {value}" for name, value in settings.items())
+    lines = ["# Loss curves", "", "Generated by benchmarks/curves.py.", "", f"    {command}", "", f"{told}.", ""]
+    for model in dict.fromkeys(record["model"] for record in records):
+        lines += [f"## {model}", ""]
+        for table in (arithmetic_table, result_table, curve_table):
+            lines += [*table(records, model), ""]
+    return "\n".join(lines)
+
+
+def draw(records: list[Record], path: Path) -> None:
+    """For each model, on the left the curves, on the right the differences of arms that should learn alike.
+
+    Lines are means over seeds, bands one standard deviation; the grey one is that of the first arm's own loss.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    def smooth(losses: np.ndarray) -> np.ndarray:
+        width = min(SMOOTHED, losses.shape[1])
+        return np.stack([np.convolve(row, np.ones(width) / width, mode="valid") for row in losses])
+
+    def spread(values: np.ndarray) -> np.ndarray:
+        return values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
+
+    def plot(axes, values: np.ndarray, label: str, index: int) -> None:
+        style = {"color": f"C{index}", "linestyle": ["-", "--", ":", "-."][index % 4], "linewidth": 1.2}
+        axes.plot(steps, values.mean(0), label=label, **style)
+        low, high = values.mean(0) - spread(values), values.mean(0) + spread(values)
+        axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
+
+    models = list(dict.fromkeys(record["model"] for record in records))
+    figure, rows = pyplot.subplots(len(models), 2, figsize=(13, 4.5 * len(models)), squeeze=False)
+    for model, (curves, differences) in zip(models, rows, strict=True):
+        losses = {arm: losses_of(records, model, arm) for arm in ARMS}
+        losses = {arm: smooth(values) for arm, values in losses.items() if len(values)}
+        first = next(iter(losses))
+        num_seeds, num_means = losses[first].shape
+        steps = np.arange(num_means) + len(records[0]["loss"]) - num_means + 1
+        for index, (arm, values) in enumerate(losses.items()):
+            plot(curves, values, arm, index)
+        limits = [-spread(losses[first]), spread(losses[first])]
+        differences.fill_between(steps, *limits, color="0.9", label=f"{first}: standard deviation over seeds")
+        for index, (ours, theirs) in enumerate(pairs(records, model, [SAME_ARITHMETIC[0], *SAME_CURVE])):
+            plot(differences, losses[ours] - losses[theirs], f"{ours} - {theirs}", index)
+            if ours != CONTROL:
+                limits.append((losses[ours] - losses[theirs]).mean(0))
+        limit = 1.2 * np.abs(limits).max() or 1.0
+        differences.set_ylim(-limit, limit)
+        curves.set(title=f"{model}: loss, {num_seeds} seeds, running mean of {SMOOTHED} steps", ylabel="loss per token")
+        differences.set(title=f"{model}: difference of the losses, same seed, same rows")
+        for axes in (curves, differences):
+            axes.set_xlabel("optimizer step")
+            axes.legend(fontsize=8)
+            axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+# --- the command
+def parse_flags(arguments: list[str]) -> argparse.Namespace:
+    """Flags as a namespace; a mistake ends the program with exit code 2."""
+
+    def positive(text: str) -> int:
+        if not text.isdigit() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+        return int(text)
+
+    def names_of(known: dict[str, object]) -> Callable[[str], list[str]]:
+        def parse(text: str) -> list[str]:
+            names = text.split(",")
+            if unknown := [name for name in names if name not in known]:
+                raise argparse.ArgumentTypeError(f"there is no {', '.join(unknown)}: choose among {', '.join(known)}")
+            return names
+
+        return parse
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--train_file", required=True, help="rows with a prompt and a response: parquet or JSONL")
+    parser.add_argument("--output", type=Path, required=True, help="NAME.jsonl; also writes NAME.png and NAME.md")
+    parser.add_argument("--models", type=names_of(MODELS), default=list(MODELS), help=", ".join(MODELS))
+    parser.add_argument("--arms", type=names_of(ARMS), default=list(ARMS), help=", ".join(ARMS))
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--steps", type=positive, default=300)
+    parser.add_argument("--batch_size", type=positive, default=8, help="rows of a micro-batch")
+    parser.add_argument("--gradient_accumulation_steps", type=positive, default=2)
+    parser.add_argument("--max_seq_len", type=positive, default=128)
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="the peak, after the warm-up")
+    parser.add_argument("--threads", type=positive, default=os.cpu_count())
+    flags = parser.parse_args(arguments)
+    if flags.output.suffix != ".jsonl":
+        parser.error(f"--output={flags.output} must end in .jsonl: figure and tables get the same name")
+    if not Path(flags.train_file).is_file():
+        parser.error(f"--train_file={flags.train_file} is no file")
+    if flags.steps < 2:
+        parser.error(f"--steps={flags.steps} leaves nothing to time: set at least 2")
+    return flags
+
+
+def main() -> None:
+    flags = parse_flags(sys.argv[1:])
+    torch.set_num_threads(flags.threads)
+    told = ("steps", "batch_size", "gradient_accumulation_steps", "max_seq_len", "learning_rate", "threads")
+    settings = {name: getattr(flags, name) for name in told}
+    rows = Path(flags.train_file).read_bytes()
+    settings |= {"rows": blake2b(rows, digest_size=8).hexdigest()}  # where they are is nobody's business
+    settings |= {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    settings |= {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    flags.output.parent.mkdir(parents=True, exist_ok=True)
+    # One that was broken off goes on: a training is deterministic, and what was trained with these settings stands.
+    lines = flags.output.read_text().splitlines() if flags.output.exists() else []
+    records = [record for record in map(json.loads, lines) if record["settings"] == settings]
+    done = {(record["model"], record["seed"], record["arm"]) for record in records}
+    trainings = [(m, s, a) for m in flags.models for s in range(flags.seeds) for a in flags.arms]
+    for number, (model, seed, arm) in enumerate(trainings, 1):
+        if (model, seed, arm) in done:
+            continue
+        record = {"model": model, "arm": arm, "seed": seed, "settings": settings, **train(arm, model, seed, flags)}
+        with open(flags.output, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        records.append(record)
+        result = fmean(record["loss"][-WINDOW:])
+        print(
+            f"{number} of {len(trainings)}: {model}, seed {seed}, {arm}: {result:.4f}, "
+            f"{record['seconds_per_step']:.3f} s/step",
+            file=sys.stderr,
+        )
+    told = [record for record in records if (record["model"], record["seed"], record["arm"]) in trainings]
+    told.sort(key=lambda record: trainings.index((record["model"], record["seed"], record["arm"])))
+    shown = [argument.replace(flags.train_file, f"rows{Path(flags.train_file).suffix}") for argument in sys.argv]
+    text = tables(told, settings, command=shlex.join(["python", *shown]))
+    flags.output.with_suffix(".md").write_text(text)
+    draw(told, flags.output.with_suffix(".png"))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
