@@ -244,9 +244,8 @@ def _help() -> str:
         shown = "without a preset and a model" if name == "tiny" else f"--{name}=True"
         lines.append(f"  {shown}: " + ", ".join(f"{field}={value}" for field, value in values.items()))
     lines.append("  --is_keep_training=True: resume=auto")
-    group_or_field = re.compile(r'^    # --- (.+)|^    (\w+): (.+?) = (.+)\n    """(.+?)"""', re.MULTILINE)
+    group_or_field = re.compile(r'^    # --- (.+)|^    (\w+): (.+?) = (.+)\n    """((?s:.+?))"""', re.MULTILINE)
     for group, name, kind, default, explanation in group_or_field.findall(getsource(TrainConfig)):
-        lines.append(
-            f"\n{group}:" if group else f"  --{name} ({kind.removesuffix(' | None')}, {default}): {explanation}"
-        )
+        told = " ".join(explanation.split())
+        lines.append(f"\n{group}:" if group else f"  --{name} ({kind.removesuffix(' | None')}, {default}): {told}")
     return "\n".join(lines)
