@@ -116,9 +116,8 @@ class TrainConfig:
     mixed_precision: str = "no"
     """no (fp32) or bf16. `accelerate launch --mixed_precision` means the same."""
     memory: str | None = None
-    """What bf16 training keeps of a weight. exact: bf16 and 16 bits that make it fp32, with the updates of fp32; lean:
-    bf16 alone, rounded stochastically, and 8-bit moments; off: fp32, as bf16 copies for each use (autocast). Default:
-    exact for the optimizers that have it, else off."""
+    """What bf16 training keeps. exact: bf16 weights and the 16 bits that make them fp32; lean: bf16 weights alone and
+    8-bit moments; off: fp32, cast at each use (autocast). Default: exact where the optimizer has it, else off."""
     recompute: str = "off"
     """off; cheap: keep products of matrices, take norms, activations and dropout again in backward; full: keep only
     the layers' inputs and run each layer again in backward."""
