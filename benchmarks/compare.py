@@ -142,7 +142,7 @@ def largest_difference(ours: list[Record], theirs: list[Record]) -> float:
 
 
 def table(records: list[Record]) -> str:
-    """Markdown for the records of one command: medians over its repeats, and ratios to Trainer's."""
+    """Markdown for the records of one command: medians over its repeats, of values and of ratios to Trainer's."""
     of = {}
     for record in records:
         of.setdefault(record["system"], []).append(record)
@@ -151,7 +151,10 @@ def table(records: list[Record]) -> str:
         return median(record[name] for record in of[system])
 
     def ratio(system: str, name: str) -> str:
-        return f"{middle(system, name) / middle('trainer', name):.2f}" if "trainer" in of else "-"
+        if "trainer" not in of:
+            return "-"
+        # turn by turn: a machine that slows down during a run slows both down
+        return f"{median(a[name] / b[name] for a, b in zip(of[system], of['trainer'], strict=True)):.2f}"
 
     def row(system: str) -> str:
         on_device = records[0]["peak_device_bytes"] is not None

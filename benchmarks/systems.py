@@ -47,6 +47,8 @@ class System:
     """full, cheap or off. None: what --recompute says."""
     savers: tuple[str, ...] = ()
     """lowmem's others: offload_activations, release."""
+    attention: str = "sdpa"
+    """Trainer's: transformers' default, or eager, which lowmem chooses for T5 on a CPU."""
 
     @property
     def has_bf16_weights(self) -> bool:
@@ -65,6 +67,7 @@ SYSTEMS = {
     "trainer-no-checkpointing": System("trainer", recompute="off"),
     "trainer-adafactor": System("trainer", optimizer="adafactor"),
     "trainer-bf16-weights": System("trainer", weights="bfloat16"),
+    "trainer-eager": System("trainer", attention="eager"),
 }
 
 
@@ -188,6 +191,7 @@ def run_trainer(settings: SimpleNamespace, system: System) -> Run:
 
     run = Run(imported_bytes=resident_bytes())
     model, tokenizer = load_model(settings.folder, dtype=getattr(torch, system.weights))
+    model.set_attn_implementation(system.attention)
     rows, encode = open_work(settings, tokenizer, model.config)
     # lowmem's order, in which the rows of a step stand by their length
     stream = open_stream(

@@ -63,8 +63,9 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         compiled: config.compile,
     }
     savers = [saver for saver, is_wanted in savers.items() if is_wanted]
-    with entered(savers, model, optimizer):  # what any of them refuses is refused before a run has begun
-        check_loss(loss_fn, model)
+    with entered(savers, model, optimizer):
+        pass  # what any of them refuses is refused here, before a run has begun
+    check_loss(loss_fn, model)
 
     # --- rows
     encode = make_encoder(
@@ -109,7 +110,8 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         trackers=bool(trackers),
     )
     report.tell(
-        f"{model.num_parameters():,} weights on {world_size} x {accelerator.device.type}, {stream.num_rows:,} rows",
+        f"{model.num_parameters():,} weights ({model.dtype}, memory={config.memory or 'off'}) on {world_size} x "
+        f"{accelerator.device.type}, {stream.num_rows:,} rows",
         f"steps {state.step} to {total_steps}, each of {stream.global_batch_size} rows: {world_size} processes "
         f"x {stream.micro_batches} micro-batches of at most {config.batch_size}",
         *(f"resumed from {checkpoint}, with {change}" for change in changes),

@@ -5,18 +5,13 @@ import math
 import pytest
 import torch
 
-from lowmem.memory.forms import BLOCK, join, keep, random_bits, read, round_stochastically, split, write, zeros
+from lowmem.memory.forms import BLOCK, join, keep, random_halves, read, round_stochastically, split, write, zeros
 
 DRAWS = 4096
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def halves(shape, source):
-    bits = random_bits(shape, source)
-    return bits & 0xFFFF, (bits >> 16) & 0xFFFF
 
 
 def test_split_keeps_every_bit():
@@ -40,7 +35,7 @@ def test_the_upper_half_is_the_nearest_bf16():
 @pytest.mark.parametrize("value", [1 + 2**-10, -3.14159, 1e-30, 0.999 * 2**-8])
 def test_stochastic_rounding_is_unbiased(value):
     values = torch.full((DRAWS,), value)
-    rounded = round_stochastically(values, halves((DRAWS,), generator())[0])
+    rounded = round_stochastically(values, random_halves((DRAWS,), generator()))
     low, high = sorted({*rounded.float().tolist()})
     assert low < value < high and (high - low) <= 2**-7 * abs(value)
     up = (value - low) / (high - low)
@@ -51,7 +46,7 @@ def test_stochastic_rounding_is_unbiased(value):
 def test_what_bf16_holds_is_never_rounded():
     values = torch.tensor([1.0, -2.5, 0.0, math.inf, -math.inf])
     for seed in range(20):
-        assert torch.equal(round_stochastically(values, halves(values.shape, generator(seed))[0]).float(), values)
+        assert torch.equal(round_stochastically(values, random_halves(values.shape, generator(seed))).float(), values)
     assert round_stochastically(torch.tensor([math.nan]), torch.tensor([65535], dtype=torch.int32)).isnan()
 
 
@@ -61,7 +56,7 @@ def test_stochastic_rounding_tracks_where_rounding_to_nearest_freezes():
     source = generator()
     for _ in range(steps):
         values = read(tensors, "x", slice(None)) + change
-        write(tensors, "x", slice(None), values, halves(values.shape, source)[0])
+        write(tensors, "x", slice(None), values, random_halves(values.shape, source))
         frozen = (frozen.float() + change).bfloat16()
     assert (frozen == 1).all()
     assert tensors["x"].float().mean().item() == pytest.approx(1 + steps * change, rel=3e-3)
@@ -74,7 +69,7 @@ def test_8_bit_floats_are_unbiased_and_relatively_precise(form, sign):
     assert tensors["m_scale"].shape == (3, 2)
     total, squares = torch.zeros_like(values, dtype=torch.float64), torch.zeros_like(values, dtype=torch.float64)
     for _ in range(DRAWS):
-        write(tensors, "m", slice(None), values, halves(values.shape, source)[0])
+        write(tensors, "m", slice(None), values, random_halves(values.shape, source))
         kept = read(tensors, "m", slice(None)).double()
         assert ((kept - values).abs() <= values.abs() / 7.9).all()  # 3 bits of mantissa
         total += kept
@@ -100,7 +95,7 @@ def test_a_second_moment_never_becomes_zero_and_a_zero_stays_one():
 def test_rows_have_blocks_of_their_own():
     """A row's codes do not depend on the others, so that rows can be sharded."""
     values = torch.randn(6, 300, generator=generator()) * torch.logspace(-3, 3, 6).unsqueeze(1)
-    random = halves(values.shape, generator(1))[0]
+    random = random_halves(values.shape, generator(1))
     whole, part = zeros("m", values, "int8"), zeros("m", values, "int8")
     write(whole, "m", slice(None), values, random)
     for row in range(6):

@@ -6,7 +6,7 @@ from transformers import AutoConfig, ByT5Tokenizer
 
 from lowmem.config import MODEL_SHAPES, UsageError
 from lowmem.model import freeze, load_model
-from tests.models import FAMILIES, LLAMA, build
+from tests.models import FAMILIES, LLAMA, T5, build
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -121,3 +121,14 @@ def test_missing_weights_are_refused(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UsageError, match="lacks 1 weights.*layers.1.mlp.up_proj"):
         load_model(tmp_path, tokenizer_name_or_path=saved_tokenizer(tmp_path))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU has kernels for learned biases")
+def test_learned_biases_are_not_left_to_fused_attention_on_a_cpu(tmp_path):
+    for fields, attention in ((T5, "eager"), (LLAMA, "sdpa")):
+        model, tokenizer = load_model(model_config=fields)
+        assert model.config._attn_implementation == attention
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        assert "attn" not in (tmp_path / "config.json").read_text()  # whoever loads it has the choice
+        assert load_model(tmp_path)[0].config._attn_implementation == attention

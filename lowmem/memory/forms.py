@@ -95,44 +95,54 @@ def by_rows(tensor: Tensor) -> Tensor:
 def split(values: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 as the nearest bf16 (a tie goes away from zero) and the int16 that is missing; no bit is lost."""
     bits = values.view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+    high = (bits + 0x8000).bitwise_right_shift_(16).to(torch.int16)
+    return high.view(torch.bfloat16), bits.to(torch.int16)  # the lower 16 bits, as they are
 
 
 def join(high: Tensor, low: Tensor) -> Tensor:
     """The fp32 values that `split` took apart."""
-    bits = high.view(torch.int16).to(torch.int32) << 16
+    bits = high.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
     return bits.add_(low).view(torch.float32)
 
 
 def round_stochastically(values: Tensor, random: Tensor) -> Tensor:
     """fp32 to bf16, up or down at random; `random` as in `write`. What is not finite stays what it is."""
-    bits = (values.view(torch.int32) + random) >> 16
+    bits = (values.view(torch.int32) + random).bitwise_right_shift_(16)
     return bits.to(torch.int16).view(torch.bfloat16)
 
 
-def random_bits(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """32 random bits for each element, as int32, drawn 64 at a time: twice as fast on CPU."""
+def random_halves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """16 random bits for each element, as int32 in [0, 65536), drawn 64 at a time: four times as fast on CPU."""
     count = math.prod(shape)
-    drawn = torch.empty(-(-count // 2), dtype=torch.int64, device=generator.device)
-    return drawn.random_(-(2**63), None, generator=generator).view(torch.int32)[:count].view(shape)
+    drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
+    halves = drawn.random_(-(2**63), None, generator=generator).view(torch.int16)[:count].view(shape)
+    return halves.to(torch.int32).bitwise_and_(0xFFFF)
+
+
+def shuffled(random: Tensor) -> Tensor:
+    """The same bits in another order (a permutation of [0, 65536)), for a second rounding beside the first."""
+    return (random * 40503).bitwise_and_(0xFFFF)
 
 
 def _to_8_bits(values: Tensor, random: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    columns = values.shape[1]
+    columns, is_signed = values.shape[1], dtype == torch.int8
     blocks = _blocks(values)
-    scale = blocks.abs().amax(2)
+    scale = (blocks.abs() if is_signed else blocks).amax(2)
     scaled = (blocks / scale.clamp(min=1e-30).unsqueeze(2)).mul_(_unit(dtype)).flatten(1)[:, :columns].contiguous()
-    bits = scaled.abs().view(torch.int32).add_(random << (_CUT_BITS - 16)) >> _CUT_BITS
+    magnitude = scaled.abs() if is_signed else scaled
+    bits = magnitude.view(torch.int32).add_(random, alpha=1 << (_CUT_BITS - 16)).bitwise_right_shift_(_CUT_BITS)
     codes = bits.clamp_(_LEAST[dtype], _LARGEST[dtype]).to(dtype)
-    return (codes.mul_(scaled.sign().to(dtype)) if dtype == torch.int8 else codes), scale
+    return (codes.mul_(scaled.sign_().to(dtype)) if is_signed else codes), scale
 
 
 def _from_8_bits(codes: Tensor, scale: Tensor) -> Tensor:
     bits = codes.to(torch.int32)
-    sign = bits & -(2**31)
-    values = bits.abs_().bitwise_left_shift_(_CUT_BITS).bitwise_or_(sign).view(torch.float32)
-    values = _blocks(values).mul_(1 / _unit(codes.dtype)).mul_(scale.unsqueeze(2))
+    if codes.dtype == torch.int8:
+        sign = bits & -(2**31)
+        bits.abs_().bitwise_left_shift_(_CUT_BITS).bitwise_or_(sign)
+    else:
+        bits.bitwise_left_shift_(_CUT_BITS)
+    values = _blocks(bits.view(torch.float32)).mul_(1 / _unit(codes.dtype)).mul_(scale.unsqueeze(2))
     return values.flatten(1)[:, : codes.shape[1]].contiguous()
 
 

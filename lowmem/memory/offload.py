@@ -23,21 +23,20 @@ class Offload:
     """
 
     def __init__(self, kept: Iterable[Tensor]):
-        self._kept = {tensor.untyped_storage().data_ptr() for tensor in kept}
+        self._kept = {StorageWeakRef(tensor.untyped_storage()) for tensor in kept}
         self._by_source: weakref.WeakValueDictionary[tuple, _Copy] = weakref.WeakValueDictionary()
         self._by_number: weakref.WeakValueDictionary[int, _Copy] = weakref.WeakValueDictionary()
         self._count = 0
         self._stream: torch.cuda.Stream | None = None
 
     def pack(self, tensor: Tensor) -> "Tensor | _Copy":
-        storage = tensor.untyped_storage()
-        if tensor.nbytes < _LEAST_BYTES or not _is_dense(tensor) or storage.data_ptr() in self._kept:
+        reference = StorageWeakRef(tensor.untyped_storage())
+        if tensor.nbytes < _LEAST_BYTES or not _is_dense(tensor) or reference in self._kept:
             return tensor
         if tensor.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
         # Several operations save one tensor (queries, keys and values their input): one copy serves them all. The
         # copy's weak reference keeps the storage's address from being given to another, not its memory from being free.
-        reference = StorageWeakRef(storage)
         key = (reference.cdata, tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         copy = self._by_source.get(key)
         if copy is None:

@@ -69,7 +69,11 @@ def recompute_cheap(model: nn.Module, optimizer: Optimizer | None = None) -> Ite
 
 @contextmanager
 def offload_activations(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
-    """Keep what backward needs in host memory: pinned, beside the computation, on CUDA; in mapped files on CPU."""
+    """Keep what backward needs in host memory: pinned, beside the computation, on CUDA; in mapped files on CPU.
+
+    With `recompute` it is the layers' inputs that leave, a fraction of the traffic; the one layer that is being
+    computed again keeps its own. What `recompute_cheap` keeps does not leave.
+    """
     offload = Offload(model.parameters())
     with saved_tensors_hooks(offload.pack, offload.unpack):
         yield

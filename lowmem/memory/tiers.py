@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from lowmem.memory.forms import by_rows, keep, random_bits, read, rows_and_columns, write, zeros
+from lowmem.memory.forms import by_rows, keep, random_halves, read, rows_and_columns, shuffled, write, zeros
 
 _SMALL = 4096  # vectors, and parameters of up to this many elements, are kept in fp32: their bytes do not count
-_CACHED_ELEMENTS = 2**18  # of a slice on CPU: its temporaries stay in the cache
+_CACHED_ELEMENTS = 2**19  # of a slice on CPU: its temporaries stay in the cache
 _VECTOR = 16  # fp32 values that a CPU computes at once
 _LAUNCHED_ELEMENTS = (2**22, 2**24)  # elsewhere, at least and at most: fewer launches, temporaries of a few percent
 
 Tensors = dict[str, Tensor]
-Random = Callable[[Tensor], tuple[Tensor, Tensor]]
+Random = Callable[[Tensor], Tensor]
 
 
 class TieredOptimizer(Optimizer):
@@ -83,7 +83,7 @@ class TieredOptimizer(Optimizer):
             draw = self._random(parameter, count[parameter], *key)
             for rows in self._slices(parameter):
                 values = read(sums[parameter], "sum", rows).add_(by_rows(gradient)[rows])
-                write(sums[parameter], "sum", rows, values, draw(values)[0] if is_rounded else None)
+                write(sums[parameter], "sum", rows, values, draw(values) if is_rounded else None)
 
         for parameter in parameters:
             parameter.grad_dtype = parameter.dtype
@@ -125,16 +125,11 @@ class TieredOptimizer(Optimizer):
         return (slice(first, min(first + height, rows)) for first in range(0, rows, height))
 
     def _random(self, parameter: nn.Parameter, *key: int) -> Random:
-        """A source of random bits, two halves of 16 for each element of a slice, the same on every rank."""
+        """A source of random bits, 16 for each element of a slice, the same on every rank."""
         text = ",".join(map(str, (self._seed, *key, self._names[parameter])))
         generator = torch.Generator(parameter.device)
         generator.manual_seed(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little"))
-
-        def draw(values: Tensor) -> tuple[Tensor, Tensor]:
-            bits = random_bits(values.shape, generator)
-            return bits & 0xFFFF, (bits >> 16) & 0xFFFF
-
-        return draw
+        return lambda values: random_halves(values.shape, generator)
 
 
 class TieredAdamW(TieredOptimizer):
@@ -178,11 +173,11 @@ class TieredAdamW(TieredOptimizer):
                 eps=group["eps"],
                 maximize=False,
             )
-            # The second moment shares its bits with the weight: each is unbiased, and nothing multiplies the two.
-            random, other = draw(weight) if is_rounded else (None, None)
+            random = draw(weight) if is_rounded else None
             write(tensors, "weight", rows, weight, random)
-            write(tensors, "exp_avg", rows, exp_avg, other)
             write(tensors, "exp_avg_sq", rows, exp_avg_sq, random)
+            # other bits for the first moment, as it will be divided by the second
+            write(tensors, "exp_avg", rows, exp_avg, shuffled(random) if is_rounded else None)
 
 
 class TieredAdafactor(TieredOptimizer):
@@ -219,7 +214,7 @@ class TieredAdafactor(TieredOptimizer):
         for rows in self._slices(parameter):
             weight = read(tensors, "weight", rows).mul_(1 - lr * group["weight_decay"])
             weight -= size * self._direction(gradient, tensors, rows)
-            write(tensors, "weight", rows, weight, draw(weight)[0] if "weight_low" not in tensors else None)
+            write(tensors, "weight", rows, weight, draw(weight) if "weight_low" not in tensors else None)
 
     def _add_to_variance(self, parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, part: float) -> None:
         if "variance" in tensors:

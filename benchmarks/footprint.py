@@ -1,0 +1,255 @@
+"""One training of a few steps, with data or without, and the most bytes that it holds at a time.
+
+`memory.py` runs each in a process of its own.
+"""
+
+import os
+import resource
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import gettempdir
+
+from systems import resident_bytes
+
+STEPS = 2  # the first makes Trainer's moments, the second is as all that follow
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model built from its shape, and its micro-batch: rows of one length, so without padding and its mask."""
+
+    shape: dict[str, object]
+    batch_size: int
+    seq_len: int
+    """Tokens of a row; T5 reads as many as it writes."""
+
+
+@dataclass(frozen=True)
+class System:
+    """What one training has of its own."""
+
+    loop: str
+    """lowmem or trainer."""
+    memory: str = "off"
+    """lowmem's tier; off, as Trainer, keeps fp32 weights under bf16 autocast."""
+    optimizer: str = "adamw"
+    """As lowmem's make_optimizer names it; Trainer's is torch's fused AdamW."""
+    savers: tuple[str, ...] = ()
+    """Of lowmem.memory.savers, less release, which the work decides. Trainer knows recompute (checkpointing) alone."""
+
+    @property
+    def name(self) -> str:
+        tier = [self.memory, *([self.optimizer] if self.optimizer != "adamw" else [])] if self.loop == "lowmem" else []
+        return ", ".join([" ".join([self.loop, *tier]), *self.savers])
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an optimizer step is made of; more micro-batches than two take no more memory than two."""
+
+    micro_batches: int
+    max_grad_norm: float
+    """0 does not clip."""
+    savers: tuple[str, ...]
+    """What lowmem can do in such a step alone."""
+
+
+def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: bool) -> dict[str, object]:
+    """Train STEPS optimizer steps with data, or (`real` False) without any; tell their peak, and what stays after them.
+
+    Without data it is predicted for a GPU, or `for_this_machine`, which may have none.
+    """
+    if not real:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # wherever tensors without data are to be, they are the CPU's
+    import torch
+
+    from lowmem import join
+    from lowmem.memory.meter import CUDA_BLOCK_BYTES, MemoryMeter, fake_tensors
+
+    as_on_gpu = torch.cuda.is_available() or not for_this_machine
+    if not real:
+        do_without_a_device(as_on_gpu)
+    train = {"lowmem": train_lowmem, "trainer": train_trainer}[system.loop]
+    accelerator = join(mixed_precision="bf16" if system.memory == "off" else "no")
+    on_gpu = accelerator.device.type == "cuda"
+    started = time.perf_counter()
+    with nullcontext() if real else fake_tensors():
+        attention = attention_without_mask(memory_efficient=as_on_gpu and not real)
+        model = build(spec.shape, accelerator.device, attention)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        with MemoryMeter(block_bytes=CUDA_BLOCK_BYTES if as_on_gpu else 1) as meter:
+            meter.count([*model.parameters(), *model.buffers()])
+
+            resident_beside_tensors = 0
+
+            def begin() -> None:
+                nonlocal resident_beside_tensors
+                resident_beside_tensors = resident_bytes() - meter.live_bytes
+                meter.reset_peak()
+                if on_gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                elif real:
+                    Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak of building the model
+
+            all_that_stays = train(model, spec, system, work, accelerator, begin)
+            peaks = {"peak_bytes": meter.peak_bytes, "rest_bytes": meter.live_bytes}
+    del all_that_stays
+    if real and on_gpu:
+        peaks["allocated_bytes"] = torch.cuda.max_memory_allocated()
+        peaks["reserved_bytes"] = torch.cuda.max_memory_reserved()
+    elif real:
+        peaks["resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident_beside_tensors
+    return peaks | {
+        "num_parameters": num_parameters,
+        "seconds": time.perf_counter() - started,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
+    }
+
+
+def do_without_a_device(as_on_gpu: bool) -> None:
+    """Put something in place of what lowmem asks of the device: of the CPU, which is all that is there."""
+    import torch
+
+    from lowmem.memory import loss, offload, tiers
+
+    class OnTheHost:
+        """An activation that has left the device."""
+
+        def __init__(self, tensor):
+            self._layout, self._dtype = (tensor.shape, tensor.stride()), tensor.dtype
+
+        def to(self, device, non_blocking):
+            return torch.empty_strided(*self._layout, dtype=self._dtype, device=device)
+
+    offload._in_a_file = OnTheHost  # tensors without data go to no file
+    if as_on_gpu:
+        # slices of an update and of the logits are as large as on a GPU; on a CPU they should stay in its cache
+        loss._SLICE_ELEMENTS["cpu"] = loss._SLICE_ELEMENTS["cuda"]
+        slice_elements = tiers._slice_elements
+        tiers._slice_elements = lambda parameters: slice_elements([parameter.to("meta") for parameter in parameters])
+
+
+def build(shape: dict[str, object], device, attention: str):
+    """The model in fp32 and in training mode, as Trainer and lowmem's tiers take it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**shape)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with device:
+        return auto.from_config(config, attn_implementation=attention, dtype=torch.float32).train()
+
+
+def attention_without_mask(*, memory_efficient: bool) -> str:
+    """The name of transformers' sdpa attention as it goes once it has seen that no row is padded.
+
+    It looks at the positions for that, and where they hold no data it makes a mask that no such training has; for an
+    attention by another name it makes none. `memory_efficient`: an attention with a bias (T5's) takes the kernel of
+    that name, as on a GPU; on a CPU, where a bias is learned, it takes one that holds all scores.
+    """
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+    from torch.overrides import TorchFunctionMode
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    class MemoryEfficient(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            options = dict(kwargs or {})
+            if func is not scaled_dot_product_attention or options["attn_mask"] is None:
+                return func(*args, **options)
+            tensors = (*args, options.pop("attn_mask"))
+            if torch.is_autocast_enabled("cpu"):  # it does not know this kernel by its own name
+                tensors = [tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors]
+            query, key, value, bias = tensors
+            bias = bias.expand(*query.shape[:3], key.shape[2])
+            kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+            return kernel(query, key, value, bias, compute_log_sumexp=True, **options)[0]
+
+    def attention(*args, **kwargs):
+        with MemoryEfficient() if memory_efficient else nullcontext():
+            return sdpa_attention_forward(*args, **kwargs)
+
+    AttentionInterface.register("sdpa_without_mask", attention)
+    return "sdpa_without_mask"
+
+
+def train_lowmem(model, spec: Model, system: System, work: Work, accelerator, begin: Callable[[], None]) -> object:
+    from lowmem import Batch, TrainState, chunked_loss, make_optimizer, train_step
+    from lowmem.memory import savers
+
+    state = TrainState(model, make_optimizer(model, name=system.optimizer, memory=system.memory))
+    num_targets = spec.batch_size * (spec.seq_len - (not model.config.is_encoder_decoder))
+    with ExitStack() as stack:
+        for name in system.savers + work.savers:
+            stack.enter_context(getattr(savers, name)(model, state.optimizer))
+        begin()
+        for _ in range(STEPS):
+            inputs = [draw_tokens(model.config, spec.batch_size, spec.seq_len) for _ in range(work.micro_batches)]
+            train_step(
+                state,
+                [Batch(tokens, num_targets, row_ids=[]) for tokens in inputs],
+                chunked_loss,
+                accelerator,
+                learning_rate=1e-4,
+                max_grad_norm=work.max_grad_norm or None,
+            )
+    return state
+
+
+def train_trainer(model, spec: Model, system: System, work: Work, accelerator, begin: Callable[[], None]) -> object:
+    """transformers' Trainer as it is, with its defaults where the work says nothing else."""
+    import torch
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    # transformers 5.17 has only the older name, which later ones deprecate
+    checkpointing = "activation_checkpointing"
+    if not hasattr(TrainingArguments, checkpointing):
+        checkpointing = "gradient_checkpointing"
+    arguments = TrainingArguments(
+        output_dir=gettempdir(),  # it wants one, and writes nothing there
+        use_cpu=accelerator.device.type == "cpu",
+        max_steps=STEPS,
+        per_device_train_batch_size=spec.batch_size,
+        gradient_accumulation_steps=work.micro_batches,
+        bf16=True,
+        optim="adamw_torch_fused",
+        max_grad_norm=work.max_grad_norm,
+        train_sampling_strategy="sequential",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **{checkpointing: "recompute" in system.savers, f"{checkpointing}_kwargs": {"use_reentrant": False}},
+    )
+    num_rows = STEPS * work.micro_batches * spec.batch_size
+    rows = draw_tokens(model.config, num_rows, spec.seq_len)
+    # it is where it is to be, and moving parameters swaps them, which those without data do not let happen
+    model.to = lambda *args, **kwargs: model
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=[{name: tokens[row] for name, tokens in rows.items()} for row in range(num_rows)],
+        data_collator=lambda rows: {name: torch.stack([row[name] for row in rows]) for name in rows[0]},
+    )
+    trainer.remove_callback(PrinterCallback)
+    begin()
+    trainer.train()
+    return trainer
+
+
+def draw_tokens(config, batch_size: int, seq_len: int):
+    """Random tokens, as the model takes them."""
+    import torch
+
+    ids, labels = (torch.randint(3, config.vocab_size, (batch_size, seq_len)) for _ in range(2))
+    if not config.is_encoder_decoder:
+        labels = ids.clone()
+        labels[:, 0] = -100  # nothing predicts a first token
+    return {"input_ids": ids, "labels": labels}
