@@ -132,7 +132,7 @@ SAME_CURVE = [("exact", "autocast"), ("lean", "exact"), ("lean", "autocast"), (C
 
 def library_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed: int) -> TakeStep:
     """The library's own step with one of its tiers."""
-    optimizer = make_optimizer(model, name=arm.optimizer, memory=arm.memory, weight_decay=WEIGHT_DECAY, seed=seed)
+    optimizer = make_optimizer(model, name=arm.optimizer, memory=arm.memory, weight_decay=WEIGHT_DECAY)
     state = TrainState(model, optimizer, seed=seed)
 
     def take_step(step: int, batches: Sequence[Batch], learning_rate: float) -> Tensor:

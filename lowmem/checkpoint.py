@@ -114,12 +114,16 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
     weights = _model_tensors(unwrapped(state.model))
     kind = type(state.optimizer).__name__
     if saved["optimizer"] != kind:
-        raise UsageError(f"{path} holds the state of {saved['optimizer']}, the optimizer is {kind}: make the same one")
+        raise UsageError(
+            f"{path} holds the state of {saved['optimizer']}, the optimizer is {kind}: make the same, same memory too"
+        )
     differences = _differences(stored_weights, weights) + _missing_state(stored_state, state)
     if differences:
         more = f" and {len(differences) - _MOST_DIFFERENCES} more" if len(differences) > _MOST_DIFFERENCES else ""
         told = "; ".join(differences[:_MOST_DIFFERENCES])
-        raise UsageError(f"{path} does not fit this model: {told}{more}. Build the model that was saved")
+        raise UsageError(
+            f"{path} does not fit: {told}{more}. Build the model that was saved, and its optimizer in the same memory"
+        )
     if state.stream is not None:
         if saved["stream"] is None:
             raise UsageError(f"{path} was saved without a stream, so there is no position to go on from: start anew")

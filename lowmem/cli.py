@@ -56,8 +56,9 @@ def _evaluate(**flags: str) -> Job:
         raise UsageError(f"`evaluate` needs {' and '.join('--' + name for name in missing)}")
     trained_with = Path(flags["model_name_or_path"]) / "lowmem.json"
     saved = json.loads(trained_with.read_text()) if trained_with.exists() else {}
-    precision = () if "mixed_precision" in flags else ("mixed_precision", "memory")
-    given = {name: saved[name] for name in (*_FROM_MODEL_FOLDER, *precision) if name in saved}
+    given = {name: saved[name] for name in _FROM_MODEL_FOLDER if name in saved}
+    if saved.get("mixed_precision") == flags.get("mixed_precision", saved.get("mixed_precision")) == "bf16":
+        given |= {"mixed_precision": "bf16", "memory": saved.get("memory", "off")}
     return Job("evaluate", _resolve(flags, given))
 
 

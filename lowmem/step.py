@@ -7,6 +7,7 @@ from hashlib import blake2b
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
@@ -38,7 +39,7 @@ class TrainState:
     best: dict[str, float] | None = None
     """The best evaluation so far: {"step", "eval_loss"}."""
     seed: int = 0
-    """Seeds dropout, together with step, rank and micro-batch."""
+    """Seeds dropout, together with step, rank and micro-batch, and the rounding of memory tiers."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,19 @@ def train_step(
     parameter that no loss reached has a gradient of zero. If loss or gradient norm is not finite, all ranks see it
     alike before the update: with `nonfinite="stop"` they raise FloatingPointError, with "skip" they leave the update
     out. A step without any target updates nothing either. One host sync of our own a step, for that check. Raises
-    ValueError for an Accelerator in fp16, which needs loss scaling.
+    ValueError for an Accelerator in fp16, which needs loss scaling, or in any precision of its own beside a memory
+    tier, and for an optimizer that accelerate has wrapped.
     """
     if accelerator.mixed_precision == "fp16":
         raise ValueError("this Accelerator is in fp16, which needs loss scaling, not built yet: use bf16 or no")
     optimizer = state.optimizer
+    in_tier = isinstance(optimizer, TieredOptimizer)
+    if isinstance(optimizer, AcceleratedOptimizer) or (in_tier and accelerator.mixed_precision != "no"):
+        raise ValueError(
+            "pass the optimizer as make_optimizer made it (accelerator.prepare hides its tier), and beside a tier an "
+            f"Accelerator with mixed_precision no (this one: {accelerator.mixed_precision}), as its weights are bf16"
+        )
+    optimizer.zero_grad()  # of a step that an exception ended
     released = Released.of(optimizer)
     if released is not None:
         released.begin(len(batches), max_grad_norm, nonfinite)
@@ -86,7 +95,8 @@ def train_step(
     (num_tokens,) = sum_over_ranks(sum(batch.num_targets for batch in batches))
     loss = torch.zeros((), device=accelerator.device)
     rank = accelerator.process_index
-    in_tier = isinstance(optimizer, TieredOptimizer)
+    if in_tier:
+        optimizer.seed = state.seed
     with optimizer.summing(len(batches), state.step, rank) if in_tier else nullcontext():
         for index, batch in enumerate(batches if num_tokens else ()):
             _seed_dropout(state.seed, state.step, rank, index)

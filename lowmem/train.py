@@ -51,7 +51,6 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
-        seed=config.seed,
     )
     eval_loss_fn = LOSSES[config.loss]
     loss_fn = partial(eval_loss_fn, label_smoothing=config.label_smoothing)

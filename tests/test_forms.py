@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 
-from lowmem.memory.forms import BLOCK, join, keep, random_halves, read, round_stochastically, split, write, zeros
+from lowmem.memory.forms import (
+    BLOCK,
+    join,
+    keep,
+    random_halves,
+    read,
+    round_stochastically,
+    shuffled,
+    split,
+    write,
+    zeros,
+)
 
 DRAWS = 4096
 
@@ -47,7 +58,15 @@ def test_what_bf16_holds_is_never_rounded():
     values = torch.tensor([1.0, -2.5, 0.0, math.inf, -math.inf])
     for seed in range(20):
         assert torch.equal(round_stochastically(values, random_halves(values.shape, generator(seed))).float(), values)
-    assert round_stochastically(torch.tensor([math.nan]), torch.tensor([65535], dtype=torch.int32)).isnan()
+    bits = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32)  # NaNs of a CPU, of CUDA, and the last one
+    assert round_stochastically(bits.view(torch.float32), torch.full((3,), 65535, dtype=torch.int32)).isnan().all()
+
+
+def test_shuffled_bits_are_the_same_bits_in_another_order():
+    bits = torch.arange(65536, dtype=torch.int32)
+    other = shuffled(bits)
+    assert torch.equal(other.sort().values, bits)
+    assert abs(torch.corrcoef(torch.stack([bits, other]).double())[0, 1]) < 0.01
 
 
 def test_stochastic_rounding_tracks_where_rounding_to_nearest_freezes():

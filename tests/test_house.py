@@ -10,8 +10,8 @@ from tests.processes import ROOT, run
 # A module imports only modules above it.
 ORDER = (
     "config flags weights parallel.launch parallel.agree parallel.sharding data.order data.bundled data.rows "
-    "data.encode data.stream model memory.meter memory.loss memory.forms memory.tiers memory.optim memory.offload "
-    "memory.savers step evaluation commit checkpoint resume report train cli"
+    "data.encode data.stream model memory.meter memory.loss memory.forms memory.tiers memory.adafactor memory.optim "
+    "memory.offload memory.savers step evaluation commit checkpoint resume report train cli"
 ).split()
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import Trainer, get_scheduler
 
-from lowmem.memory.optim import _OPTIMIZERS, learning_rate_at, make_optimizer
+from lowmem.memory.optim import _OPTIMIZERS, gradient_norm, learning_rate_at, make_optimizer
 from tests.models import build
 
 
@@ -75,3 +75,10 @@ def test_frozen_weights_are_left_out():
         make_optimizer(build("t5"), name="sgd")
     with pytest.raises(ValueError, match="there are exact, lean and off"):
         make_optimizer(build("t5"), memory="tiny")
+
+
+def test_the_norm_of_a_bf16_gradient_is_fp32_over_all_of_it():
+    gradient = torch.randn(1500, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    norm = gradient_norm(gradient)
+    assert norm.dtype == torch.float32
+    torch.testing.assert_close(norm.double(), gradient.double().norm(), rtol=1e-4, atol=0)

@@ -108,7 +108,8 @@ def join(high: Tensor, low: Tensor) -> Tensor:
 def round_stochastically(values: Tensor, random: Tensor) -> Tensor:
     """fp32 to bf16, up or down at random; `random` as in `write`. What is not finite stays what it is."""
     bits = (values.view(torch.int32) + random).bitwise_right_shift_(16)
-    return bits.to(torch.int16).view(torch.bfloat16)
+    rounded = bits.to(torch.int16).view(torch.bfloat16)
+    return rounded.masked_fill_(values.isnan(), math.nan)  # CUDA's has all bits set, and would overflow to -0
 
 
 def random_halves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

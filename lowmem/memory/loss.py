@@ -53,10 +53,20 @@ def chunked_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
             f"chunked_loss needs a linear output head, {type(base).__name__} has {type(head).__name__}: "
             "use plain_loss (--loss=plain)"
         )
-    with _passing_through(head) as seen:
-        logits = model(**inputs).logits
+    try:
+        with _passing_through(head) as seen:
+            logits = model(**inputs).logits
+    except RuntimeError as error:
+        if "size of tensor" in str(error):  # hidden states met something of the vocabulary's size, as BART's bias
+            raise _changes_its_logits(base) from error
+        raise
     if logits is not seen.hidden:
         raise _changes_its_logits(base)
+    if seen.hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"hidden states of shape {tuple(seen.hidden.shape[:-1])} met labels of {tuple(targets.shape)}: "
+            "every position needs a label, -100 where nothing is to be learned"
+        )
     counts, targets = (targets != IGNORED).flatten(), targets.flatten()
     # both without a sync: the positions that count, as many as the host knows them to be
     torch._assert_async(counts.sum() == batch.num_targets, "batch.num_targets must be the labels that are not -100")
@@ -72,7 +82,10 @@ def chunked_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
 
 
 def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) -> None:
-    """Take the loss of two tokens. Raises UsageError for a model that `loss_fn` refuses, before a run has begun."""
+    """Take the loss of two tokens. Raises UsageError, before a run has begun, for a model that `loss_fn` refuses.
+
+    And for one that is trained to predict the next token while it sees it, such as BERT.
+    """
     device = next(model.parameters()).device
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
     inputs = {
@@ -80,13 +93,20 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
         "attention_mask": torch.ones_like(tokens),
         "labels": torch.full_like(tokens, IGNORED),
     }
-    try:
-        with torch.no_grad():
-            loss_fn(model, Batch(inputs, num_targets=0, row_ids=[]))
-    except UsageError:
-        raise
-    except RuntimeError as error:  # hidden states met something of the vocabulary's size, such as BART's bias
-        raise _changes_its_logits(unwrapped(model)) from error
+    base = unwrapped(model)
+    with torch.no_grad():
+        loss_fn(model, Batch(inputs, num_targets=0, row_ids=[]))
+        if not base.config.is_encoder_decoder:
+            was_training = base.training
+            tokens = torch.tensor([[0, 0], [0, 1]], device=device)
+            logits = base.eval()(input_ids=tokens, use_cache=False).logits.float()
+            base.train(was_training)
+            at_first, at_second = (logits[0] - logits[1]).abs().amax(1)
+            if at_first > 0.02 * at_second:  # what another second token changes: more than rounding
+                raise UsageError(
+                    f"{type(base).__name__} sees the tokens that it is to predict, so it would learn nothing: "
+                    "take a causal or an encoder-decoder model"
+                )
 
 
 def _changes_its_logits(base: nn.Module) -> UsageError:
@@ -154,7 +174,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 at_target += logits.gather(1, place).where(inside, 0)
                 if label_smoothing:
                     total += logits.sum(1, keepdim=True)
-                largest = logits.amax(1, keepdim=True)
+                largest = logits.amax(1, keepdim=True).clamp(min=torch.finfo(sum_dtype).min)  # a slice may be all -inf
                 part_sum = logits.sub_(largest).exp_().sum(1, keepdim=True)  # in place: logsumexp makes a copy
                 log_sum = torch.logaddexp(log_sum, largest + part_sum.log())
             losses = log_sum - (1 - label_smoothing) * at_target - label_smoothing / weight.shape[0] * total
@@ -195,6 +215,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _vocabulary_slices(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
     elements = _SLICE_ELEMENTS.get(hidden.device.type, _SLICE_ELEMENTS["cuda"])
     width = max(1, elements // max(1, len(hidden)))
+    width = width // 64 * 64 or width  # rows of a product start aligned
     return (slice(first, min(first + width, vocabulary)) for first in range(0, vocabulary, width))
 
 

@@ -1,5 +1,6 @@
 """Where the activations that backward waits for are kept meanwhile: out of the memory that the model computes in."""
 
+import os
 import tempfile
 import weakref
 from collections.abc import Iterable
@@ -78,6 +79,8 @@ class _Copy:
         if self._fetched is None and (self._taken is None or self._taken() is None):
             with torch.cuda.stream(self._stream) if self._stream else nullcontext():
                 self._fetched = self._host.to(self._device, non_blocking=True)
+            if self._stream is not None:
+                self._arrived = self._stream.record_event()
 
     def take(self) -> Tensor:
         """The tensor, which several operations may take; it stays on the device as long as one of them has it."""
@@ -87,7 +90,7 @@ class _Copy:
             tensor, self._fetched = self._fetched, None
             if self._stream is not None:
                 current = torch.cuda.current_stream(self._device)
-                current.wait_stream(self._stream)
+                current.wait_event(self._arrived)  # not for those that were asked for after it
                 tensor.record_stream(current)
             self._taken = weakref.ref(tensor)
         return tensor
@@ -95,6 +98,14 @@ class _Copy:
 
 def _in_a_file(tensor: Tensor) -> Tensor:
     with tempfile.NamedTemporaryFile(prefix="lowmem-activation-") as file:  # the mapping outlives its name
+        try:
+            os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # or a full disk would end the process later (SIGBUS)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"offload_activations needs {tensor.nbytes:,} more bytes in {tempfile.gettempdir()}: "
+                f"{error.strerror}; set TMPDIR to a folder on a disk with room, or leave it off",
+            ) from error
         storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=tensor.nbytes)
     mapped = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
     return mapped.copy_(tensor)

@@ -10,7 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lowmem.config import TIERED_OPTIMIZERS
-from lowmem.memory.tiers import TieredAdafactor, TieredAdamW
+from lowmem.memory.adafactor import TieredAdafactor
+from lowmem.memory.tiers import TieredAdamW
 
 _NORM_ELEMENTS = 2**20  # of a bf16 gradient, brought to fp32 at a time
 
@@ -40,7 +41,6 @@ def make_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    seed: int = 0,
 ) -> Optimizer:
     """An optimizer over the parameters of `model` that require a gradient; biases and norms get no decay.
 
@@ -48,7 +48,7 @@ def make_optimizer(
     the model into bf16, in place, trained ones in the tier's form (see `memory/tiers.py`): parallelize first, as ranks
     must hold the same fp32 weights, and use an Accelerator without mixed precision. `memory="off"` leaves the weights
     as they are, for an optimizer of torch.optim. The learning rate is set at each step, from `learning_rate_at`;
-    `betas` and `eps` go to Adam's family, `seed` to stochastic rounding. Raises ValueError for an unknown name or tier,
+    `betas` and `eps` go to Adam's family. Raises ValueError for an unknown name or tier,
     for a model without a trainable parameter, and in a tier for one that DDP has wrapped already: its reducer would
     still have the old dtypes.
     """
@@ -72,9 +72,9 @@ def make_optimizer(
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
     if name == "adafactor":
-        return TieredAdafactor(groups, memory=memory, seed=seed)
+        return TieredAdafactor(groups, memory=memory)
     moments = "bf16" if name == "adamw_bf16" else "tier"
-    return TieredAdamW(groups, memory=memory, seed=seed, betas=betas, eps=eps, moments=moments)
+    return TieredAdamW(groups, memory=memory, betas=betas, eps=eps, moments=moments)
 
 
 def _of_torch(kind: type, groups: list[dict[str, object]], betas: tuple[float, float], eps: float) -> Optimizer:
@@ -97,8 +97,8 @@ def _is_bias_or_norm(path: str, model: nn.Module) -> bool:
 def gradient_norm(gradient: Tensor) -> Tensor:
     """L2 norm of one gradient in fp32 (or wider), a scalar, without a copy of a large bf16 one."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    if gradient.dtype == wide:
-        return torch.linalg.vector_norm(gradient)
+    if gradient.dtype == wide or gradient.device.type != "cpu":  # elsewhere kernels widen what they read
+        return torch.linalg.vector_norm(gradient, dtype=wide)
     pieces = gradient.flatten().split(_NORM_ELEMENTS)
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(piece.to(wide)) for piece in pieces]))
 

@@ -1,4 +1,4 @@
-"""Optimizers of the memory tiers: AdamW and Adafactor over bf16 weights, their state in the forms of `forms.py`.
+"""Optimizers of the memory tiers, over bf16 weights with their state in the forms of `forms.py`; AdamW among them.
 
 exact   the weight split into bf16 and an int16 low half: fp32 bit for bit; fp32 moments
 lean    the weight in bf16 alone, rounded stochastically; 8-bit moments. Small parameters are kept as in exact.
@@ -33,14 +33,16 @@ class TieredOptimizer(Optimizer):
 
     Making one turns the trainable weights into the tier's form, in place. fp32 weights lose no bit that the tier
     keeps; bf16 weights get a low half of zeros. All state is there from then on: "step" (on the host) and the tensors
-    of each form. Groups hold pairs (name, parameter). Random bits are a function of (seed, update, name).
+    of each form. Groups hold pairs (name, parameter). Random bits are a function of (`seed`, update, name).
     """
 
-    def __init__(self, groups: list[dict[str, object]], defaults: dict[str, object], *, memory: str, seed: int):
+    def __init__(self, groups: list[dict[str, object]], defaults: dict[str, object], *, memory: str):
         names = {parameter: name for group in groups for name, parameter in group["params"]}
         groups = [group | {"params": [parameter for _, parameter in group["params"]]} for group in groups]
         super().__init__(groups, {"lr": 0.0} | defaults)
-        self._memory, self._seed, self._names = memory, seed, names
+        self._memory, self._names = memory, names
+        self.seed = 0
+        """Seeds stochastic rounding, with update and parameter; `train_step` sets the state's."""
         self._slice_elements = _slice_elements(list(names))
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -90,8 +92,10 @@ class TieredOptimizer(Optimizer):
         hooks = [x.register_post_accumulate_grad_hook(add) for x in parameters] if micro_batches > 1 else []
         try:
             yield
+            for parameter in parameters if hooks else ():
+                # of all of them, as a rank that did not reach one makes zeros where others bring a sum
+                parameter.grad_dtype = torch.bfloat16 if self._is_rounded(parameter) else torch.float32
             for parameter, total in sums.items():
-                parameter.grad_dtype = total["sum"].dtype
                 parameter.grad = total["sum"]
         finally:
             for hook in hooks:
@@ -126,10 +130,17 @@ class TieredOptimizer(Optimizer):
 
     def _random(self, parameter: nn.Parameter, *key: int) -> Random:
         """A source of random bits, 16 for each element of a slice, the same on every rank."""
-        text = ",".join(map(str, (self._seed, *key, self._names[parameter])))
-        generator = torch.Generator(parameter.device)
-        generator.manual_seed(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little"))
-        return lambda values: random_halves(values.shape, generator)
+        generator = None  # made when it is needed: exact never draws
+
+        def draw(values: Tensor) -> Tensor:
+            nonlocal generator
+            if generator is None:
+                text = ",".join(map(str, (self.seed, *key, self._names[parameter])))
+                digest = blake2b(text.encode(), digest_size=8).digest()
+                generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest, "little"))
+            return random_halves(values.shape, generator)
+
+        return draw
 
 
 class TieredAdamW(TieredOptimizer):
@@ -138,9 +149,9 @@ class TieredAdamW(TieredOptimizer):
     `moments` "tier": fp32 in exact, 8 bits in lean; "bf16": rounded stochastically in either.
     """
 
-    def __init__(self, groups, *, memory: str, seed: int, betas: tuple[float, float], eps: float, moments: str):
+    def __init__(self, groups, *, memory: str, betas: tuple[float, float], eps: float, moments: str):
         self._moments = moments
-        super().__init__(groups, {"weight_decay": 0.0, "betas": betas, "eps": eps}, memory=memory, seed=seed)
+        super().__init__(groups, {"weight_decay": 0.0, "betas": betas, "eps": eps}, memory=memory)
 
     def _new_moments(self, parameter: nn.Parameter) -> Tensors:
         forms = ("fp32", "fp32")
@@ -178,64 +189,6 @@ class TieredAdamW(TieredOptimizer):
             write(tensors, "exp_avg_sq", rows, exp_avg_sq, random)
             # other bits for the first moment, as it will be divided by the second
             write(tensors, "exp_avg", rows, exp_avg, shuffled(random) if is_rounded else None)
-
-
-class TieredAdafactor(TieredOptimizer):
-    """Adafactor (Shazeer and Stern, 2018) as `torch.optim.Adafactor`, without its two host syncs a parameter.
-
-    The second moment of a matrix is the product of a row and a column; a vector's is whole. No first moment. A
-    parameter of more dimensions is taken as a matrix of its first one and all others.
-    """
-
-    _LEAST_VARIANCE = torch.finfo(torch.float32).eps
-    _LEAST_RMS = 1e-3
-
-    def __init__(self, groups, *, memory: str, seed: int):
-        super().__init__(groups, {"weight_decay": 0.0}, memory=memory, seed=seed)
-
-    def _new_moments(self, parameter: nn.Parameter) -> Tensors:
-        matrix = by_rows(parameter)
-        if parameter.dim() < 2:
-            return zeros("variance", matrix, "fp32")
-        return zeros("row_var", matrix[:, :1], "fp32") | zeros("col_var", matrix[:1], "fp32")
-
-    def _update(
-        self, group: dict[str, object], parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, draw: Random
-    ) -> None:
-        step, lr = int(tensors["step"]), group["lr"]
-        count = parameter.numel()
-        self._add_to_variance(parameter, gradient, tensors, step**-0.8)
-        weight_squares, update_squares = (torch.zeros((), device=parameter.device) for _ in range(2))
-        for rows in self._slices(parameter):
-            weight_squares += read(tensors, "weight", rows).square_().sum()
-            update_squares += self._direction(gradient, tensors, rows).square_().sum()
-        rms = (weight_squares / count).sqrt()
-        size = rms.clamp(min=self._LEAST_RMS) * min(lr, step**-0.5) / (update_squares / count).sqrt().clamp(min=1.0)
-        for rows in self._slices(parameter):
-            weight = read(tensors, "weight", rows).mul_(1 - lr * group["weight_decay"])
-            weight -= size * self._direction(gradient, tensors, rows)
-            write(tensors, "weight", rows, weight, draw(weight) if "weight_low" not in tensors else None)
-
-    def _add_to_variance(self, parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, part: float) -> None:
-        if "variance" in tensors:
-            tensors["variance"].lerp_(gradient.float().square(), part)
-            return
-        rows_mean, columns_sum = torch.empty_like(tensors["row_var"]), torch.zeros_like(tensors["col_var"])
-        for rows in self._slices(parameter):
-            squares = gradient[rows].float().square()
-            rows_mean[rows] = squares.mean(1, keepdim=True)
-            columns_sum += squares.sum(0, keepdim=True)
-        tensors["row_var"].lerp_(rows_mean, part)
-        tensors["col_var"].lerp_(columns_sum / len(gradient), part)
-
-    def _direction(self, gradient: Tensor, tensors: Tensors, rows: slice) -> Tensor:
-        """The gradient over the root of its second moment, for some rows."""
-        if "variance" in tensors:
-            variance = tensors["variance"][rows].clone()
-        else:
-            mean = tensors["row_var"].mean().clamp(min=self._LEAST_VARIANCE)
-            variance = (tensors["row_var"][rows] / mean) @ tensors["col_var"]
-        return variance.clamp_(min=self._LEAST_VARIANCE**2).rsqrt_().mul_(gradient[rows])
 
 
 def _slice_elements(parameters: list[nn.Parameter]) -> int:

@@ -38,11 +38,12 @@ def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
     bucket: list[Tensor] = []
     room = _BUCKET_BYTES
     for piece in (piece for tensor in tensors for piece in _pieces(tensor)):
-        if bucket and (piece.nbytes > room or piece.dtype != bucket[0].dtype):
+        num_bytes = piece.numel() * max(4, piece.dtype.itemsize)
+        if bucket and (num_bytes > room or piece.dtype != bucket[0].dtype):
             _reduce_bucket(bucket)
             bucket, room = [], _BUCKET_BYTES
         bucket.append(piece)
-        room -= piece.nbytes
+        room -= num_bytes
     if bucket:
         _reduce_bucket(bucket)
 
