@@ -18,9 +18,8 @@ README = (ROOT / "README.md").read_text()
 @pytest.mark.parametrize("wrapping", ["", "model = accelerator.prepare(model)\n"])
 def test_the_loop_in_your_own_code_runs_saves_and_resumes(processes, wrapping, tmp_path):
     (loop,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert 20 <= len([line for line in loop.splitlines() if line.strip()]) <= 29
-    making = "optimizer = make_optimizer(model, weight_decay=0.01)\n"
-    assert loop.count(making) == 1
+    assert 20 <= len([line for line in loop.splitlines() if line.strip()]) <= 27
+    (making,) = re.findall(r"optimizer = make_optimizer.*\n", loop)
     loop = loop.replace(making, making + wrapping)
     # see tests/test_step.py: a DDP reducer must go before its group
     loop = loop.replace(
