@@ -68,7 +68,7 @@ def test_the_large_preset_is_one_training_of_two_processes(tmp_path):
     quiet = ["--max_seq_len=32", "--validation_rows=0", "--save_total_limit=1", "--logging_steps=1"]
     result = run(*command, "train_low_mem.py", "train", *flags, *quiet, f"--output_dir={tmp_path}", timeout=300)
     assert result.returncode == 0, result.stderr
-    assert "222,903,552 weights on 2 x cpu" in result.stdout
+    assert "222,903,552 weights (torch.bfloat16, memory=exact) on 2 x cpu" in result.stdout
     assert len(losses(tmp_path)) == 2
 
 

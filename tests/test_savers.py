@@ -234,16 +234,22 @@ def test_parameters_that_no_loss_reached_are_updated_under_release_too():
 # torch's compiler looks at the gradient of what has none (torch 2.13)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-def test_compiled_layers_train_alike_with_recompute_inside():
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_compiled_layers_train_alike_with_recompute_inside(family):
+    """Batches of many lengths, padded and not, never fall back to layers that are not compiled."""
     losses = []
     for savers in ([], [recompute, compiled]):
-        model, batch = build("llama"), batch_of("llama")
+        model = build(family)
         optimizer = make_optimizer(model, memory="off")
         state, accelerator = TrainState(model, optimizer), Accelerator(cpu=True)
         with entered(savers, model, optimizer):
-            steps = [train_step(state, [batch], chunked_loss, accelerator, learning_rate=1e-2) for _ in range(3)]
+            with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+                steps = [
+                    train_step(state, [batch_of(family, rows)], chunked_loss, accelerator, learning_rate=1e-2)
+                    for rows in (1, 2, 5)
+                ]
         losses.append([step.loss.item() for step in steps])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert not any("forward" in vars(module) for module in model.modules())
 
 

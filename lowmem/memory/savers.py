@@ -34,6 +34,8 @@ _COSTLY = {
 }
 
 
+_MOST_KERNEL_SETS = 64  # that torch.compile makes of the layers; beyond it would run them uncompiled
+
 Saver = Callable[[nn.Module, Optimizer], AbstractContextManager[None]]
 
 
@@ -153,12 +155,14 @@ def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[N
     if not (find_spec("triton") if on_cuda else shutil.which("g++") or shutil.which("clang++")):
         raise UsageError(f"compile needs {'triton' if on_cuda else 'g++ or clang++'}, which is not installed: leave it")
     for layer in layers:
-        layer.forward = _when_training(torch.compile(layer.forward), layer.forward, layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
+        layer.forward = _when_training(torch.compile(layer.forward, dynamic=True), layer.forward, layer)
+    # All layers share one cache: encoder and decoder, the first layer and the others, with and without a mask.
+    with torch._dynamo.config.patch(recompile_limit=_MOST_KERNEL_SETS):
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
 
 
 def _when_training(compiled_forward: Callable, forward: Callable, layer: nn.Module) -> Callable:
