@@ -248,7 +248,7 @@ def _memory_conflicts(config: TrainConfig) -> list[str]:
             problems.append(f"--memory={config.memory} has no --optimizer={config.optimizer}: use one of {tiered}")
     elif config.optimizer == "adamw_bf16":
         problems.append(
-            "--optimizer=adamw_bf16 is one of bf16 weights: set --mixed_precision=bf16, and memory not to off"
+            "--optimizer=adamw_bf16 needs weights in bf16: set --mixed_precision=bf16, with memory exact or lean"
         )
     if config.release:
         if config.gradient_accumulation_steps not in (None, 1):
