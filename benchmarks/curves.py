@@ -44,7 +44,7 @@ from lowmem import (
     parallelize,
     train_step,
 )
-from lowmem.step import _seed_dropout  # the reference sums and steps by itself, but has to drop the same units
+from lowmem.memory.tiers import seed_of
 
 Record = dict[str, object]
 TakeStep = Callable[[int, Sequence[Batch], float], Tensor]
@@ -172,7 +172,7 @@ def reference_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed
         num_targets = sum(batch.num_targets for batch in batches)
         loss = torch.zeros((), device=accelerator.device)
         for index, batch in enumerate(batches):
-            _seed_dropout(seed, step, accelerator.process_index, index)
+            torch.manual_seed(seed_of(seed, step, accelerator.process_index, index))  # train_step's dropout masks
             batch_loss = chunked_loss(model, batch.to(accelerator.device)) / num_targets
             batch_loss.backward()
             loss += batch_loss.detach()

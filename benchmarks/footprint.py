@@ -7,13 +7,13 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import gettempdir
 
-from systems import resident_bytes
+from systems import checkpointing_arguments, resident_bytes
 
 STEPS = 2  # the first makes Trainer's moments, the second is as all that follow
 
@@ -186,9 +186,7 @@ def train_lowmem(model, spec: Model, system: System, work: Work, accelerator, be
 
     state = TrainState(model, make_optimizer(model, name=system.optimizer, memory=system.memory))
     num_targets = spec.batch_size * (spec.seq_len - (not model.config.is_encoder_decoder))
-    with ExitStack() as stack:
-        for name in system.savers + work.savers:
-            stack.enter_context(getattr(savers, name)(model, state.optimizer))
+    with savers.entered([getattr(savers, name) for name in system.savers + work.savers], model, state.optimizer):
         begin()
         for _ in range(STEPS):
             inputs = [draw_tokens(model.config, spec.batch_size, spec.seq_len) for _ in range(work.micro_batches)]
@@ -208,10 +206,6 @@ def train_trainer(model, spec: Model, system: System, work: Work, accelerator, b
     import torch
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
-    # transformers 5.17 has only the older name, which later ones deprecate
-    checkpointing = "activation_checkpointing"
-    if not hasattr(TrainingArguments, checkpointing):
-        checkpointing = "gradient_checkpointing"
     arguments = TrainingArguments(
         output_dir=gettempdir(),  # it wants one, and writes nothing there
         use_cpu=accelerator.device.type == "cpu",
@@ -226,7 +220,7 @@ def train_trainer(model, spec: Model, system: System, work: Work, accelerator, b
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **{checkpointing: "recompute" in system.savers, f"{checkpointing}_kwargs": {"use_reentrant": False}},
+        **checkpointing_arguments("recompute" in system.savers),
     )
     num_rows = STEPS * work.micro_batches * spec.batch_size
     rows = draw_tokens(model.config, num_rows, spec.seq_len)

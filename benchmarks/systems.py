@@ -11,7 +11,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -119,6 +118,20 @@ def open_work(settings: SimpleNamespace, tokenizer, config) -> tuple[object, Cal
     return rows, dict
 
 
+def open_steps(settings: SimpleNamespace, rows, encode: Callable, **options):
+    """lowmem's stream for every system, so that all train on the same rows in one order: those of a step by length."""
+    from lowmem import open_stream
+
+    return open_stream(
+        rows,
+        encode,
+        batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        seed=SEED,
+        **options,
+    )
+
+
 def make_collate(run: Run, config) -> Callable:
     """lowmem's `collate` for every system, so that all train on the very same tensors; it counts tokens."""
     from lowmem import collate
@@ -142,7 +155,6 @@ def run_lowmem(settings: SimpleNamespace, system: System) -> Run:
         learning_rate_at,
         load_model,
         make_optimizer,
-        open_stream,
         parallelize,
         train_step,
     )
@@ -154,20 +166,11 @@ def run_lowmem(settings: SimpleNamespace, system: System) -> Run:
     model = parallelize(model, accelerator)
     optimizer = make_optimizer(model, name=system.optimizer, memory=system.memory, **OPTIMIZER)
     rows, encode = open_work(settings, tokenizer, model.config)
-    stream = open_stream(
-        rows,
-        encode,
-        batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        seed=SEED,
-        collate=make_collate(run, model.config),
-    )
+    stream = open_steps(settings, rows, encode, collate=make_collate(run, model.config))
     state = TrainState(model, optimizer, stream, seed=SEED)
     schedule = partial(learning_rate_at, total_steps=settings.steps, **SCHEDULE)
     recompute = {"full": ("recompute",), "cheap": ("recompute_cheap",), "off": ()}[settings.recompute]
-    with ExitStack() as stack:
-        for saver in recompute + system.savers:
-            stack.enter_context(getattr(savers, saver)(model, optimizer))
+    with savers.entered([getattr(savers, name) for name in recompute + system.savers], model, optimizer):
         for step, batches in zip(range(settings.steps), stream, strict=False):
             result = train_step(
                 state,
@@ -187,21 +190,14 @@ def run_trainer(settings: SimpleNamespace, system: System) -> Run:
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from lowmem import load_model, open_stream
+    from lowmem import load_model
 
     run = Run(imported_bytes=resident_bytes())
     model, tokenizer = load_model(settings.folder, dtype=getattr(torch, system.weights))
     model.set_attn_implementation(system.attention)
     rows, encode = open_work(settings, tokenizer, model.config)
-    # lowmem's order, in which the rows of a step stand by their length
-    stream = open_stream(
-        rows,
-        encode,
-        batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        seed=SEED,
-    )
-    row_ids = [row_id for batches in islice(stream, settings.steps) for batch in batches for row_id in batch.row_ids]
+    steps = islice(open_steps(settings, rows, encode), settings.steps)
+    row_ids = [row_id for batches in steps for batch in batches for row_id in batch.row_ids]
     collate = make_collate(run, model.config)
 
     class SameObjective(Trainer):
@@ -223,10 +219,6 @@ def run_trainer(settings: SimpleNamespace, system: System) -> Run:
             if "loss" in logs:
                 run.losses.append(logs["loss"])
 
-    # transformers 5.17 has only the older name, which later ones deprecate
-    checkpointing = "activation_checkpointing"
-    if not hasattr(TrainingArguments, checkpointing):
-        checkpointing = "gradient_checkpointing"
     arguments = TrainingArguments(
         output_dir=f"{settings.folder}/trainer",
         use_cpu=not _on_cuda(),
@@ -248,7 +240,7 @@ def run_trainer(settings: SimpleNamespace, system: System) -> Run:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **{checkpointing: settings.recompute == "full", f"{checkpointing}_kwargs": {"use_reentrant": False}},
+        **checkpointing_arguments(settings.recompute == "full"),
     )
     SameObjective(
         model=model,
@@ -258,6 +250,17 @@ def run_trainer(settings: SimpleNamespace, system: System) -> Run:
         callbacks=[Recorder()],
     ).train()
     return run
+
+
+def checkpointing_arguments(is_wanted: bool) -> dict[str, object]:
+    """What TrainingArguments takes to recompute every layer, or none."""
+    from transformers import TrainingArguments
+
+    # transformers 5.17 has only the older name, which later ones deprecate
+    name = "activation_checkpointing"
+    if not hasattr(TrainingArguments, name):
+        name = "gradient_checkpointing"
+    return {name: is_wanted, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 # --- what is measured

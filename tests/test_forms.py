@@ -127,7 +127,7 @@ def test_rows_have_blocks_of_their_own():
 @pytest.mark.parametrize("shape", [(128, 512), (7,), ()])
 def test_bytes_of_each_form(form, byte_count, shape):
     like = torch.zeros(shape)
-    tensors = zeros("x", like, form) if form == "int8" else keep("x", like, form)
+    tensors = (zeros if form in ("fp32", "int8") else keep)("x", like, form)
     assert tensors["x"].shape == shape
     if len(shape) == 2:
         assert sum(tensor.nbytes for tensor in tensors.values()) == pytest.approx(128 * 512 * byte_count, rel=1e-3)

@@ -1,5 +1,7 @@
 """Adafactor in the memory tiers: a second moment of rows and columns, over bf16 weights."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -32,15 +34,16 @@ class TieredAdafactor(TieredOptimizer):
         step, lr = int(tensors["step"]), group["lr"]
         count = parameter.numel()
         self._add_to_variance(parameter, gradient, tensors, step**-0.8)
+        direction = self._direction(gradient, tensors)
         weight_squares, update_squares = (torch.zeros((), device=parameter.device) for _ in range(2))
         for rows in self._slices(parameter):
             weight_squares += read(tensors, "weight", rows).square().sum()
-            update_squares += self._direction(gradient, tensors, rows).square_().sum()
+            update_squares += direction(rows).square_().sum()
         rms = (weight_squares / count).sqrt()
         size = rms.clamp(min=self._LEAST_RMS) * min(lr, step**-0.5) / (update_squares / count).sqrt().clamp(min=1.0)
         for rows in self._slices(parameter):
             weight = read(tensors, "weight", rows).mul_(1 - lr * group["weight_decay"])
-            weight -= size * self._direction(gradient, tensors, rows)
+            weight -= size * direction(rows)
             write(tensors, "weight", rows, weight, draw(weight) if "weight_low" not in tensors else None)
 
     def _add_to_variance(self, parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, part: float) -> None:
@@ -55,11 +58,15 @@ class TieredAdafactor(TieredOptimizer):
         tensors["row_var"].lerp_(rows_mean, part)
         tensors["col_var"].lerp_(columns_sum / len(gradient), part)
 
-    def _direction(self, gradient: Tensor, tensors: Tensors, rows: slice) -> Tensor:
-        """The gradient over the root of its second moment, for some rows."""
-        if "variance" in tensors:
-            variance = tensors["variance"][rows].clone()
-        else:
-            mean = tensors["row_var"].mean().clamp(min=self._LEAST_VARIANCE)
-            variance = (tensors["row_var"][rows] / mean) @ tensors["col_var"]
-        return variance.clamp_(min=self._LEAST_VARIANCE**2).rsqrt_().mul_(gradient[rows])
+    def _direction(self, gradient: Tensor, tensors: Tensors) -> Callable[[slice], Tensor]:
+        """The gradient over the root of its second moment, as a function of the rows that are wanted."""
+        mean = tensors["row_var"].mean().clamp(min=self._LEAST_VARIANCE) if "row_var" in tensors else None
+
+        def direction(rows: slice) -> Tensor:
+            if mean is None:
+                variance = tensors["variance"][rows].clone()
+            else:
+                variance = (tensors["row_var"][rows] / mean) @ tensors["col_var"]
+            return variance.clamp_(min=self._LEAST_VARIANCE**2).rsqrt_().mul_(gradient[rows])
+
+        return direction

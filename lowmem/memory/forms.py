@@ -30,9 +30,7 @@ _LEAST = {torch.int8: 0, torch.uint8: 8}  # a second moment never becomes 0; bel
 
 
 def keep(name: str, values: Tensor, form: str) -> dict[str, Tensor]:
-    """The tensors that hold `values` (fp32, any shape) in the form "fp32", "split" or "bf16" (rounded to nearest)."""
-    if form == "fp32":
-        return {name: values}
+    """The tensors that hold `values` (fp32, any shape) in the form "split" or "bf16" (rounded to nearest)."""
     if form == "bf16":
         return {name: values.to(torch.bfloat16)}
     high, low = (torch.empty_like(values, dtype=dtype) for dtype in (torch.bfloat16, torch.int16))

@@ -135,9 +135,8 @@ class TieredOptimizer(Optimizer):
         def draw(values: Tensor) -> Tensor:
             nonlocal generator
             if generator is None:
-                text = ",".join(map(str, (self.seed, *key, self._names[parameter])))
-                digest = blake2b(text.encode(), digest_size=8).digest()
-                generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest, "little"))
+                seed = seed_of(self.seed, *key, self._names[parameter])
+                generator = torch.Generator(parameter.device).manual_seed(seed)
             return random_halves(values.shape, generator)
 
         return draw
@@ -189,6 +188,11 @@ class TieredAdamW(TieredOptimizer):
             write(tensors, "exp_avg_sq", rows, exp_avg_sq, random)
             # other bits for the first moment, as it will be divided by the second
             write(tensors, "exp_avg", rows, exp_avg, shuffled(random) if is_rounded else None)
+
+
+def seed_of(*key: int | str) -> int:
+    """A seed of 64 bits for a generator of torch; keys that differ in one part have unrelated ones."""
+    return int.from_bytes(blake2b(",".join(map(str, key)).encode(), digest_size=8).digest(), "little")
 
 
 def _slice_elements(parameters: list[nn.Parameter]) -> int:
