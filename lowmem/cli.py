@@ -16,7 +16,7 @@ import fire
 from fire.core import FireExit
 from fire.decorators import SetParseFn
 
-from lowmem.config import PRESETS, TrainConfig, UsageError
+from lowmem.config import PRESETS, RankError, TrainConfig, UsageError
 from lowmem.data.bundled import BundledRows
 from lowmem.data.rows import FileRows, RowError, open_rows, split_rows
 from lowmem.flags import resolve
@@ -29,10 +29,10 @@ from lowmem.parallel.launch import (
 
 # What `evaluate` understands; the others would do nothing there.
 _EVALUATE_FLAGS = frozenset(
-    "model_name_or_path tokenizer_name_or_path test_file prompt_column response_column text_column max_seq_len "
-    "batch_size loss mixed_precision num_processes max_predict_samples generation_max_new_tokens".split()
+    "model_name_or_path tokenizer_name_or_path test_file prompt_column response_column text_column messages_column "
+    "max_seq_len batch_size loss mixed_precision num_processes max_predict_samples generation_max_new_tokens".split()
 )
-_FROM_MODEL_FOLDER = ("prompt_column", "response_column", "text_column", "max_seq_len", "loss")
+_FROM_MODEL_FOLDER = ("prompt_column", "response_column", "text_column", "messages_column", "max_seq_len", "loss")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank == "0" or ("torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()):
             print(f"error: {error}" if rank == "0" else f"error on local rank {rank}: {error}", file=sys.stderr)
         return 2
-    except RowError as error:  # where it stands says all: a traceback would hide it
+    except (RowError, RankError) as error:  # where it stands says all: a traceback would hide it
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -114,13 +114,14 @@ def _run(job: Job, arguments: Sequence[str]) -> int:
     """Look at files and folders while nothing is loaded, then train or evaluate, in as many processes as asked for."""
     config = job.config
     check_launch(config.num_processes)
-    columns = [config.text_column] if config.text_column else [config.prompt_column, config.response_column]
-    test_rows = open_rows(config.test_file, columns=columns) if config.test_file else None
+    columns = [name for name in (config.prompt_column, config.response_column, config.text_column) if name]
+    opened = partial(open_rows, columns=columns, messages_column=config.messages_column)
+    test_rows = opened(config.test_file) if config.test_file else None
     if job.command == "train":
         _check_output(config)
-        train_rows = open_rows(config.train_file, columns=columns) if config.train_file else BundledRows()
+        train_rows = opened(config.train_file) if config.train_file else BundledRows()
         if config.validation_file:
-            validation_rows = open_rows(config.validation_file, columns=columns)
+            validation_rows = opened(config.validation_file)
         else:
             train_rows, validation_rows = split_rows(train_rows, config.validation_rows)
     # Before torch loads OpenMP: let threads that wait sleep. It costs a tiny model a sixth of its speed on idle cores,
@@ -150,8 +151,9 @@ def _evaluate_model(config: TrainConfig, test_rows: FileRows) -> None:
     """Evaluate the model at `model_name_or_path` and print what was measured as one line of JSON."""
     import torch
 
+    from lowmem.data.batch import collate
     from lowmem.data.encode import make_encoder
-    from lowmem.data.stream import collate, open_eval
+    from lowmem.data.finite import open_eval
     from lowmem.evaluation import measure
     from lowmem.memory.loss import LOSSES
     from lowmem.model import load_model
@@ -172,6 +174,7 @@ def _evaluate_model(config: TrainConfig, test_rows: FileRows) -> None:
         prompt_column=config.prompt_column,
         response_column=config.response_column,
         text_column=config.text_column,
+        messages_column=config.messages_column,
     )
     model = parallelize(model, accelerator)
     open_batches = partial(
@@ -189,7 +192,7 @@ def _evaluate_model(config: TrainConfig, test_rows: FileRows) -> None:
         open_batches,
         LOSSES[config.loss],
         accelerator,
-        num_answers=config.max_predict_samples if config.text_column is None else 0,
+        num_answers=config.max_predict_samples if config.prompt_column else 0,
         max_new_tokens=config.generation_max_new_tokens,
         prefix="test",
     )

@@ -9,6 +9,10 @@ class UsageError(ValueError):
     """A mistake in flags, files or environment; the command line tells it in one line and exits 2."""
 
 
+class RankError(RuntimeError):
+    """Another rank failed; the message names it and says with what."""
+
+
 # Shapes for models trained from scratch, as the fields of transformers' config classes.
 _T5 = {"model_type": "t5", "decoder_start_token_id": 0, "tie_word_embeddings": True}
 MODEL_SHAPES: dict[str, dict[str, object]] = {
@@ -49,7 +53,8 @@ class TrainConfig:
 
     # --- data
     train_file: str | None = None
-    """Rows to train on, parquet, JSONL or text: a path, a glob or a comma list. None: the bundled rows."""
+    """Rows to train on, parquet, Arrow, JSONL or text: a path, a glob, a URL (hf://, s3://, https://) or a comma list
+    of these, or a folder that `datasets` saved. None: the bundled rows."""
     validation_file: str | None = None
     """Rows to evaluate on during training."""
     validation_rows: int | None = None
@@ -62,8 +67,25 @@ class TrainConfig:
     """Column that the model learns to write. Default: response."""
     text_column: str | None = None
     """Instead of prompt and response: one column of plain text, every token a target (causal models)."""
+    messages_column: str | None = None
+    """Instead of prompt and response: a column of chats, lists of {"role", "content"}, which the tokenizer's chat
+    template renders; the assistant's turns are targets (causal models)."""
     max_seq_len: int = 512
-    """Tokens a sequence may have; longer ones are cut. Prompt and response of a T5-like model: each this many."""
+    """Tokens a sequence may have; longer ones are cut, and counted. Prompt and response of a T5-like model: each this
+    many."""
+    packing: bool = False
+    """Lay rows of a step behind each other in sequences of up to max_seq_len tokens, instead of padding them; none sees
+    another, and the gradient stays (causal models)."""
+    on_bad_row: str = "error"
+    """A row that cannot be read or encoded: error (end the run, telling where it stands) or skip (leave it out, write
+    it to output_dir/bad_rows-RANK.jsonl; its position counts as consumed)."""
+    max_bad_rows: int = 1000
+    """With on_bad_row=skip: end the run when a process has met more than this many."""
+    prefetch_steps: int = 2
+    """Optimizer steps whose rows are encoded ahead, in a thread beside training. 0: each step waits for its own."""
+    accept_changed_data: bool = False
+    """Resume although the training rows are others than those of the checkpoint: its position goes on over them, so
+    that rows of that epoch may come again or not at all."""
 
     # --- batches and length of the run
     epochs: float | None = None
@@ -177,6 +199,7 @@ CHOICES = {
     "mixed_precision": ["no", "bf16"],
     "memory": ["exact", "lean", "off"],
     "recompute": ["off", "cheap", "full"],
+    "on_bad_row": ["error", "skip"],
 }
 
 # Those that the tiers exact and lean have.
@@ -188,18 +211,23 @@ ALTERNATIVES = [
     ("validation_file", "validation_rows"),
     ("text_column", "prompt_column"),
     ("text_column", "response_column"),
+    ("messages_column", "prompt_column"),
+    ("messages_column", "response_column"),
+    ("messages_column", "text_column"),
     ("max_steps", "epochs"),
     ("global_batch_size", "gradient_accumulation_steps"),
     ("warmup_ratio", "warmup_steps"),
 ]
 
 # A resumed run may change these and stays the same run; a change of any other field is an error that names it.
-# The micro-batch may change too as long as rows per optimizer step stay (resume.py checks that number).
+# The micro-batch may change too as long as rows per optimizer step stay (resume.py checks that number), and so may the
+# names of files as long as their content does (the stream checks fingerprints).
 CHANGEABLE_ON_RESUME = frozenset(
-    "epochs max_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio validation_file test_file "
-    "num_processes batch_size gradient_accumulation_steps global_batch_size nonfinite recompute offload_activations "
-    "release compile loss eval_on_start max_predict_samples generation_max_new_tokens logging_steps eval_steps "
-    "save_steps save_total_limit max_shard_size output_dir resume report_to".split()
+    "epochs max_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio train_file validation_file test_file "
+    "packing on_bad_row max_bad_rows prefetch_steps accept_changed_data batch_size gradient_accumulation_steps "
+    "global_batch_size nonfinite recompute offload_activations release compile loss num_processes eval_on_start "
+    "max_predict_samples generation_max_new_tokens logging_steps eval_steps save_steps save_total_limit max_shard_size "
+    "output_dir resume report_to".split()
 )
 
 

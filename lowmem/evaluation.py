@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lowmem.data.batch import Batch
 from lowmem.data.encode import IGNORED
-from lowmem.data.rows import FileRows
-from lowmem.data.stream import Batch
-from lowmem.parallel.agree import gather_bytes, sum_over_ranks
+from lowmem.data.rows import FileRows, RowError
+from lowmem.parallel.agree import failing_together, gather_bytes, sum_over_ranks
 from lowmem.parallel.sharding import all_reduce_sum, unwrapped
 from lowmem.step import LossFunction
 
@@ -40,7 +40,7 @@ def evaluate(
     """
     loss = torch.zeros((), device=accelerator.device)
     num_targets = 0
-    with _evaluating(model), accelerator.autocast():
+    with _evaluating(model), accelerator.autocast(), failing_together(RowError):
         for batch in batches:
             loss += loss_fn(model, batch.to(accelerator.device))
             num_targets += batch.num_targets
@@ -66,7 +66,7 @@ def generate(
     base = unwrapped(model)
     is_encoder_decoder = base.config.is_encoder_decoder
     answers = []
-    with _evaluating(model), accelerator.autocast():
+    with _evaluating(model), accelerator.autocast(), failing_together(RowError):
         for batch in batches:
             if not batch.row_ids:
                 continue

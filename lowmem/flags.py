@@ -54,7 +54,7 @@ _AT_LEAST_ONE = (
 )
 _NOT_NEGATIVE = (
     "seed validation_rows max_predict_samples warmup_steps warmup_ratio weight_decay max_grad_norm save_total_limit "
-    "label_smoothing adam_beta1 adam_beta2".split()
+    "label_smoothing adam_beta1 adam_beta2 max_bad_rows prefetch_steps".split()
 )
 _POSITIVE = "learning_rate adam_epsilon epochs".split()
 _BELOW_ONE = "label_smoothing adam_beta1 adam_beta2 warmup_ratio".split()
@@ -90,9 +90,10 @@ def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None =
         merged |= layer
     if merged.get("train_file") is None and merged.get("validation_file") is None:
         merged.setdefault("validation_rows", BUNDLED_VALIDATION_ROWS)
-    for a, b in ALTERNATIVES:
-        if b in _FALLBACKS and merged.get(a) is None and merged.get(b) is None:
-            merged[b] = _FALLBACKS[b]
+    for name, value in _FALLBACKS.items():
+        alternatives = {other for pair in ALTERNATIVES if name in pair for other in pair}
+        if all(merged.get(other) is None for other in alternatives):
+            merged[name] = value
     if merged.get("memory") is None and merged.get("mixed_precision") == "bf16":
         has_tier = merged.get("optimizer", FIELDS["optimizer"].default) in TIERED_OPTIMIZERS
         merged["memory"] = "exact" if has_tier else "off"
@@ -226,6 +227,10 @@ def _conflicts(config: TrainConfig, presets: list[str]) -> list[str]:
         is_hub_name = value and re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", value)
         if value and not is_hub_name and not Path(value).is_dir():
             problems.append(f"--{name}={value} is neither a folder nor the name of a model on the hub")
+    if config.on_bad_row == "error" and config.max_bad_rows != FIELDS["max_bad_rows"].default:
+        problems.append(f"--max_bad_rows={config.max_bad_rows} does nothing unless --on_bad_row=skip")
+    if config.accept_changed_data and config.resume == "never":
+        problems.append("--accept_changed_data=True does nothing unless a run is resumed: set --resume too")
     problems += _memory_conflicts(config)
     betas_used = config.optimizer in ("adamw", "adamw_bf16", "adam", "nadam", "radam", "adamax")
     if not betas_used and (config.adam_beta1, config.adam_beta2, config.adam_epsilon) != (0.9, 0.999, 1e-8):

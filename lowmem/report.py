@@ -14,12 +14,13 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from lowmem.config import UsageError
-from lowmem.data.stream import Batch
+from lowmem.data.batch import Batch
 from lowmem.evaluation import Answer
-from lowmem.parallel.agree import on_main_rank
+from lowmem.parallel.agree import on_main_rank, sum_over_ranks
 from lowmem.step import StepResult
 
 _NOT_SHOWN = ("num_tokens", "samples_per_second", "data_wait_seconds", "peak_device_bytes", "peak_host_bytes")
+_SHOWN_IF_ANY = ("cut_rows", "cut_tokens", "bad_rows")
 
 
 def tell(*lines: str) -> None:
@@ -109,10 +110,11 @@ class Report:
         self._accelerator, self._trackers = accelerator, trackers
         if trackers:
             accelerator.init_trackers("lowmem", config=dict(settings))
-        self._step, self._total_steps = step, total_steps
+        self._first_step, self._step, self._total_steps = step, step, total_steps
         # a bar for a terminal (None: tqdm looks whether it is one), on the main rank
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=None if self._log else True)
         self._rows = self._tokens = self._skipped = 0
+        self._counts: dict[str, int] = {}
         self._seconds = self._waited = self._waited_before = 0.0
         self.training_goes_on()
 
@@ -141,8 +143,12 @@ class Report:
                 f"step {self._step}: no update, loss {result.loss.item()}, gradient norm {result.grad_norm.item()}"
             )
 
-    def training(self, result: StepResult, *, epoch: float, learning_rate: float) -> None:
-        """Record the last step; speeds are those since the last such record, over all ranks, of target tokens."""
+    def training(self, result: StepResult, *, epoch: float, learning_rate: float, counts: Mapping[str, int]) -> None:
+        """Record the last step; speeds are those since the last such record, over all ranks, of target tokens.
+
+        `counts` are this rank's, since the run was started or resumed; their sums over all ranks are recorded.
+        """
+        self._counts = dict(zip(counts, sum_over_ranks(*counts.values()), strict=True))
         self.record(
             {
                 "epoch": epoch,
@@ -153,6 +159,7 @@ class Report:
                 "samples_per_second": self._rows / self._seconds,
                 "tokens_per_second": self._tokens / self._seconds,
                 "data_wait_seconds": self._waited - self._waited_before,
+                **self._counts,
                 **peak_memory_bytes(),
             }
         )
@@ -170,12 +177,16 @@ class Report:
             self._accelerator.log(dict(metrics), step=self._step)
         if self._log:
             self._log.write({"step": self._step, **metrics})
-            shown = (f"{name} {value:.4g}" for name, value in metrics.items() if name not in _NOT_SHOWN)
+            hidden = {*_NOT_SHOWN, *(name for name in _SHOWN_IF_ANY if not metrics.get(name))}
+            shown = (f"{name} {value:.4g}" for name, value in metrics.items() if name not in hidden)
             tell(f"step {self._step}/{self._total_steps}: {', '.join(shown)}")
 
     def close(self, **summary: object) -> None:
         """The run is over: write the end event."""
         self._bar.close()
         if self._log:
-            self._log.write({"event": "end", "steps": self._step, "skipped": self._skipped, **summary})
+            told = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self._counts.items() if count)
+            if told:
+                tell(f"of the rows of steps {self._first_step} to {self._step}: {told}")
+            self._log.write({"event": "end", "steps": self._step, "skipped": self._skipped, **self._counts, **summary})
             self._log.close()

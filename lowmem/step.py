@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import torch
 from accelerate import Accelerator
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
-from lowmem.data.stream import Batch, Stream
+from lowmem.data.batch import Batch
+from lowmem.data.stream import Stream, UnreadableStep
 from lowmem.memory.optim import gradient_norm
 from lowmem.memory.savers import Released
-from lowmem.memory.tiers import TieredOptimizer
-from lowmem.parallel.agree import sum_over_ranks
+from lowmem.memory.tiers import TieredOptimizer, seed_of
+from lowmem.parallel.agree import raise_together, sum_over_ranks
 from lowmem.parallel.sharding import all_reduce_sum
 
 # autocast would keep a bf16 copy of every weight until the loss is taken; without recompute autograd keeps them anyway,
@@ -72,7 +72,8 @@ def train_step(
     gradient. `model` may be bare (from `parallelize`) or wrapped by DDP; its own reduction is never used. A trainable
     parameter that no loss reached has a gradient of zero. If loss or gradient norm is not finite, all ranks see it
     alike before the update: with `nonfinite="stop"` they raise FloatingPointError, with "skip" they leave the update
-    out. A step without any target updates nothing either. One host sync of our own a step, for that check. Raises
+    out. A step without any target updates nothing either. One host sync of our own a step, for that check. If a rank
+    could not read its rows, all ranks raise what it tells, before anything is computed. Raises
     ValueError for an Accelerator in fp16, which needs loss scaling, or in any precision of its own beside a memory
     tier, and for an optimizer that accelerate has wrapped.
     """
@@ -85,21 +86,22 @@ def train_step(
             "pass the optimizer as make_optimizer made it (accelerator.prepare hides its tier), and beside a tier an "
             f"Accelerator with mixed_precision no (this one: {accelerator.mixed_precision}), as its weights are bf16"
         )
+    # Known before the first backward, so that every micro-batch is scaled by the same number.
+    num_tokens = _targets_of_all_ranks(batches)
     optimizer.zero_grad()  # of a step that an exception ended
     released = Released.of(optimizer)
     if released is not None:
         released.begin(len(batches), max_grad_norm, nonfinite)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    # Known before the first backward, so that every micro-batch is scaled by the same number.
-    (num_tokens,) = sum_over_ranks(sum(batch.num_targets for batch in batches))
     loss = torch.zeros((), device=accelerator.device)
     rank = accelerator.process_index
     if in_tier:
         optimizer.seed = state.seed
     with optimizer.summing(len(batches), state.step, rank) if in_tier else nullcontext():
         for index, batch in enumerate(batches if num_tokens else ()):
-            _seed_dropout(state.seed, state.step, rank, index)
+            # on all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
+            torch.manual_seed(seed_of(state.seed, state.step, rank, index))
             with accelerator.no_sync(state.model):
                 with accelerator.autocast(_UNCACHED):
                     batch_loss = loss_fn(state.model, batch.to(accelerator.device)) / num_tokens
@@ -127,6 +129,16 @@ def train_step(
     return StepResult(loss, grad_norm, torch.tensor(num_tokens), updated)
 
 
+def _targets_of_all_ranks(batches: Sequence[Batch]) -> int:
+    """One small collective, which also tells whether each rank could read its rows; if not, all raise why."""
+    error = batches.error if isinstance(batches, UnreadableStep) else None
+    num_targets = 0 if error else sum(batch.num_targets for batch in batches)
+    num_targets, num_failed = sum_over_ranks(num_targets, error is not None)
+    if num_failed:
+        raise_together(error)
+    return num_targets
+
+
 def _gradients(model: nn.Module, released: Released | None) -> list[Tensor]:
     """Gradients of all trainable parameters, less those used up already, in the same order on every rank."""
     used_up = released.parameters if released else ()
@@ -135,12 +147,6 @@ def _gradients(model: nn.Module, released: Released | None) -> list[Tensor]:
         if parameter.grad is None:  # another rank's rows may have reached it
             parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
     return [parameter.grad for parameter in trainable]
-
-
-def _seed_dropout(*key: int) -> None:
-    """Seed torch's generators of all devices: masks are a function of (seed, step, rank, micro-batch)."""
-    digest = blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little"))
 
 
 def _not_finite(

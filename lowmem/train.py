@@ -9,8 +9,13 @@ import torch
 
 from lowmem.checkpoint import load_checkpoint, save_checkpoint, save_model
 from lowmem.config import TrainConfig
+from lowmem.data.batch import collate
 from lowmem.data.encode import make_encoder
-from lowmem.data.stream import Rows, collate, open_eval, open_stream
+from lowmem.data.finite import open_eval
+from lowmem.data.packing import check_packing
+from lowmem.data.quarantine import Quarantine
+from lowmem.data.rows import Rows
+from lowmem.data.stream import open_stream
 from lowmem.evaluation import measure
 from lowmem.memory.loss import LOSSES, check_loss
 from lowmem.memory.optim import learning_rate_at, make_optimizer
@@ -65,6 +70,8 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
     with entered(savers, model, optimizer):
         pass  # what any of them refuses is refused here, before a run has begun
     check_loss(loss_fn, model)
+    if config.packing:
+        check_packing(model)
 
     # --- rows
     encode = make_encoder(
@@ -74,15 +81,28 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         prompt_column=config.prompt_column,
         response_column=config.response_column,
         text_column=config.text_column,
+        messages_column=config.messages_column,
     )
+    skips = config.on_bad_row == "skip"
+    quarantine = Quarantine(config.max_bad_rows, output / f"bad_rows-{rank}.jsonl") if skips else None
     batching = {
         "batch_size": config.batch_size,
         "rank": rank,
         "world_size": world_size,
         "collate": partial(collate, causal=not model.config.is_encoder_decoder),
+        "quarantine": quarantine,
     }
     global_batch_size = rows_per_step(settings, world_size, checkpoint)
-    stream = open_stream(train_rows, encode, global_batch_size=global_batch_size, seed=config.seed, **batching)
+    stream = open_stream(
+        train_rows,
+        encode,
+        global_batch_size=global_batch_size,
+        seed=config.seed,
+        packed_seq_len=config.max_seq_len if config.packing else None,
+        prefetch=config.prefetch_steps,
+        accept_changed_data=config.accept_changed_data,
+        **batching,
+    )
     open_batches = partial(open_eval, encode=encode, **batching)
 
     # --- where to start, how far to go
@@ -124,7 +144,7 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
             lambda rows: report.bar(open_batches(rows), prefix),
             eval_loss_fn,
             accelerator,
-            num_answers=config.max_predict_samples if config.text_column is None else 0,
+            num_answers=config.max_predict_samples if config.prompt_column else 0,
             max_new_tokens=config.generation_max_new_tokens,
             prefix=prefix,
         )
@@ -150,7 +170,12 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
             is_last = state.step == total_steps
             if is_last or state.step % config.logging_steps == 0:
                 epoch = stream.position / stream.num_rows
-                report.training(result, epoch=epoch, learning_rate=schedule(step))
+                counts = {
+                    "cut_rows": stream.num_cut_rows,
+                    "cut_tokens": stream.num_cut_tokens,
+                    "bad_rows": len(quarantine or ()),
+                }
+                report.training(result, epoch=epoch, learning_rate=schedule(step), counts=counts)
             if validation_rows and (is_last or state.step % config.eval_steps == 0):
                 eval_loss = evaluate_on(validation_rows, "eval")["eval_loss"]
                 if math.isfinite(eval_loss) and (state.best is None or eval_loss < state.best["eval_loss"]):

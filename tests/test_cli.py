@@ -116,7 +116,7 @@ def test_a_run_leaves_what_is_promised_and_refuses_to_run_over_it(tmp_path):
     assert [record.get("step") for record in records] == [1, 2, 2, None]
     assert list(records[0]) == (
         "step epoch loss grad_norm learning_rate num_tokens samples_per_second tokens_per_second data_wait_seconds "
-        "peak_device_bytes peak_host_bytes"
+        "cut_rows cut_tokens bad_rows peak_device_bytes peak_host_bytes"
     ).split(" ")
     assert {"eval_loss", "eval_perplexity", "eval_exact_match"} < records[2].keys()
     assert records[3]["event"] == "end" and records[3]["steps"] == 2
@@ -203,4 +203,4 @@ def test_a_row_that_breaks_in_the_middle_is_told_with_its_place(tmp_path):
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
-    assert "rows.jsonl, row 17 cannot be encoded: column 'response' must hold text" in line
+    assert "rows.jsonl, line 18 (byte 1,106) cannot be encoded: column 'response' must hold text" in line

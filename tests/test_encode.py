@@ -1,8 +1,13 @@
+from functools import partial
+
 import pytest
-from transformers import ByT5Tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from lowmem.config import UsageError
-from lowmem.data.encode import IGNORED, encode_causal, encode_seq2seq, encode_text, make_encoder
+from lowmem.data.batch import collate
+from lowmem.data.encode import IGNORED, encode_causal, encode_chat, encode_seq2seq, encode_text, make_encoder
 
 TOKENIZER = ByT5Tokenizer()
 END = TOKENIZER.eos_token_id
@@ -19,7 +24,7 @@ def test_seq2seq_encodes_each_side_with_its_end_token():
 
 def test_seq2seq_cuts_content_and_keeps_the_end_token():
     encoded = encode_seq2seq(TOKENIZER, max_seq_len=4)({"prompt": "abcdef", "response": "xyz"})
-    assert encoded == {"input_ids": [*ids("abc"), END], "labels": [*ids("xyz"), END]}
+    assert encoded == {"input_ids": [*ids("abc"), END], "labels": [*ids("xyz"), END], "num_cut": 3}
 
 
 def test_causal_masks_the_prompt_out_of_the_loss():
@@ -36,8 +41,9 @@ def test_causal_rows_fit_and_keep_targets(prompt, response, max_seq_len):
     whole = prompt + response + 1
     assert len(encoded["input_ids"]) == len(encoded["labels"]) == min(whole, max_seq_len)
     assert any(label != IGNORED for label in encoded["labels"])
-    targets = [(token, label) for token, label in zip(*encoded.values(), strict=True) if label != IGNORED]
-    assert all(token == label for token, label in targets)
+    for token, label in zip(encoded["input_ids"], encoded["labels"], strict=True):
+        assert label in (token, IGNORED)
+    assert encoded.get("num_cut", 0) == max(0, whole - max_seq_len)
 
 
 def test_text_learns_every_token_but_the_first_which_nothing_predicts():
@@ -48,6 +54,81 @@ def test_text_learns_every_token_but_the_first_which_nothing_predicts():
     assert unprompted["labels"] == [IGNORED, *ids("b"), END]
 
 
+@pytest.mark.parametrize(
+    ("encode", "row", "whole"),
+    [
+        (encode_seq2seq, {"prompt": "p" * 30, "response": "r" * 20}, 52),
+        (encode_causal, {"prompt": "p" * 30, "response": "r" * 20}, 51),
+        (encode_text, {"text": "t" * 50}, 51),
+    ],
+)
+def test_what_is_kept_and_what_is_cut_make_up_the_whole(encode, row, whole):
+    for max_seq_len in (2, 10, 20, 21, 29, 30, 31, 50, 51):
+        encoded = encode(TOKENIZER, max_seq_len=max_seq_len)(row)
+        kept = len(encoded["input_ids"]) + (len(encoded["labels"]) if encode is encode_seq2seq else 0)
+        assert kept + encoded.get("num_cut", 0) == whole
+        assert ("num_cut" in encoded) == (kept < whole)
+
+
+def test_a_row_without_a_token_has_no_label():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    assert encode_text(tokenizer, max_seq_len=4)({"text": ""}) == {"input_ids": [], "labels": []}
+
+
+# --- conversations
+CHAT = ByT5Tokenizer(
+    chat_template="{% for m in messages %}{{ m.role[0] + ':' + m.content + ';' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+MESSAGES = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "yes"}] * 2
+
+
+def test_chat_learns_what_the_assistant_says():
+    encoded = encode_chat(CHAT, max_seq_len=64)({"messages": MESSAGES})
+    assert encoded["input_ids"] == ids("u:问;a:yes;" * 2)
+    assert encoded["labels"] == ([IGNORED] * len(ids("u:问;a:")) + ids("yes;")) * 2
+
+
+def test_chat_is_cut_at_its_end_and_may_be_left_without_a_target():
+    whole = encode_chat(CHAT, max_seq_len=64)({"messages": MESSAGES})
+    length = len(whole["input_ids"])
+    for max_seq_len in range(1, length):
+        cut = encode_chat(CHAT, max_seq_len=max_seq_len)({"messages": MESSAGES})
+        assert cut["input_ids"] == whole["input_ids"][:max_seq_len]
+        assert cut["labels"] == whole["labels"][:max_seq_len]
+        assert cut["num_cut"] == length - max_seq_len
+    targetless = encode_chat(CHAT, max_seq_len=3)({"messages": MESSAGES})
+    assert collate([targetless, whole], causal=True).num_targets == 8
+
+
+def test_nothing_predicts_a_first_token_even_if_the_assistant_says_it():
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    encoded = encode_chat(ByT5Tokenizer(chat_template=template), max_seq_len=64)({"messages": MESSAGES[1:2]})
+    assert encoded == {"input_ids": ids("yes"), "labels": [IGNORED, *ids("es")]}
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hi", r"must hold messages, \[{'role': ..., 'content': ...}, ...\], found str 'hi': mend the row"),
+        ([], r"found list \[\]"),
+        (["hi"], "whose role and content are text, turn 0 is 'hi': mend the row"),
+        ([*MESSAGES, {"role": "user", "content": None}], "turn 4 is {'role': 'user', 'content': None}"),
+        ([{"role": "user", "content": 3}], "turn 0 is {'role': 'user', 'content': 3}"),
+        ([{"from": "human", "value": "hi"}], "turn 0 is {'from': 'human'"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(messages, message):
+    with pytest.raises(ValueError, match=message):
+        encode_chat(CHAT, max_seq_len=9)({"messages": messages})
+
+
+def test_a_row_without_messages_tells_what_it_has():
+    with pytest.raises(ValueError, match="column 'messages' must hold messages.* found only 'text': mend the row"):
+        encode_chat(CHAT, max_seq_len=9)({"text": "a"})
+
+
+# --- make_encoder
 def test_columns_have_the_names_that_the_caller_gives():
     encode = make_encoder(
         TOKENIZER, is_encoder_decoder=True, max_seq_len=9, prompt_column="question", response_column="answer"
@@ -61,6 +142,20 @@ def test_a_row_without_text_is_refused_with_its_column(row):
         encode_seq2seq(TOKENIZER, max_seq_len=9)(row)
 
 
-def test_plain_text_is_refused_for_encoder_decoder_models():
-    with pytest.raises(UsageError, match="needs a causal model"):
-        make_encoder(TOKENIZER, is_encoder_decoder=True, max_seq_len=9, text_column="text")
+@pytest.mark.parametrize("column", ["text_column", "messages_column"])
+def test_encoder_decoder_models_take_prompts_and_responses_alone(column):
+    with pytest.raises(UsageError, match=f"{column}=x needs a causal model"):
+        make_encoder(CHAT, is_encoder_decoder=True, max_seq_len=9, **{column: "x"})
+
+
+def test_text_and_messages_at_once_are_refused():
+    with pytest.raises(UsageError, match="text_column=x and messages_column=y both say"):
+        make_encoder(CHAT, is_encoder_decoder=False, max_seq_len=9, text_column="x", messages_column="y")
+
+
+def test_the_column_that_is_named_decides_on_the_encoder():
+    make = partial(make_encoder, CHAT, is_encoder_decoder=False, max_seq_len=64)
+    row = {"chat": MESSAGES, "text": "t", "prompt": "p", "response": "r"}
+    assert make(messages_column="chat")(row) == encode_chat(CHAT, max_seq_len=64)({"messages": MESSAGES})
+    assert make(text_column="text")(row) == encode_text(CHAT, max_seq_len=64)(row)
+    assert make()(row) == encode_causal(CHAT, max_seq_len=64)(row)

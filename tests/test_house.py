@@ -9,9 +9,11 @@ from tests.processes import ROOT, run
 
 # A module imports only modules above it.
 ORDER = (
-    "config flags weights parallel.launch parallel.agree parallel.sharding data.order data.bundled data.rows "
-    "data.encode data.stream model memory.meter memory.loss memory.forms memory.tiers memory.adafactor memory.optim "
-    "memory.offload memory.savers step evaluation commit checkpoint resume report train cli"
+    "config flags weights parallel.launch parallel.agree parallel.sharding data.order data.bundled data.source "
+    "data.derived data.line_index data.lines data.batches data.tables data.rows data.chat data.encode data.batch "
+    "data.packing data.quarantine data.steps data.stream data.finite model memory.meter memory.loss memory.forms "
+    "memory.tiers memory.adafactor memory.optim memory.offload memory.savers step evaluation commit checkpoint resume "
+    "report train cli"
 ).split()
 
 

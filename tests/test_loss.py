@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lowmem.config import UsageError
-from lowmem.data.stream import collate
+from lowmem.data.batch import collate
 from lowmem.memory import loss as loss_module
 from lowmem.memory.loss import check_loss, chunked_loss, plain_loss
 from lowmem.memory.meter import MemoryMeter

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lowmem.data.stream import Batch
+from lowmem.data.batch import Batch
 from lowmem.memory.loss import chunked_loss, plain_loss
 from lowmem.memory.meter import CUDA_BLOCK_BYTES, MemoryMeter, fake_tensors
 from lowmem.memory.optim import make_optimizer

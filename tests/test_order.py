@@ -1,7 +1,11 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lowmem.data.order import WINDOW_ROWS, permute, rows_at
+from lowmem.data.order import WINDOW_BYTES, Groups, permute, rows_at
+
+ONE_BYTE_A_ROW = Groups.of([20_000] * 40, [20_000] * 40)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 17, 1000, 2**16, 2**16 + 1])
@@ -21,37 +25,74 @@ def test_permutation_moves_rows_far():
     assert displacement == pytest.approx(n / 3, rel=0.02)  # what a uniform permutation gives
 
 
-@pytest.mark.parametrize("group_sizes", [(10,), (3, 1, 6), (0, 4, 0, 5), (30_000, 5, 20_000, 1)])
-def test_every_epoch_holds_each_row_once(group_sizes):
-    n = sum(group_sizes)
-    for epoch in range(3):
-        rows = rows_at(epoch * n, (epoch + 1) * n, group_sizes, seed=5)
-        assert np.array_equal(np.sort(rows), np.arange(n))
-    assert not np.array_equal(rows_at(0, n, group_sizes, seed=5), rows_at(n, 2 * n, group_sizes, seed=5))
+NUM_ROWS = sorted({size for k in range(1, 11) for size in (1, 2, 2**k - 1, 2**k, 2**k + 1)})
+WINDOWS = {"1": 1, "3": 3, "all": 10**9}  # groups of one byte in a window
 
 
-def test_any_cut_of_positions_gives_the_same_rows():
-    sizes = (7_000, 9_000, 3_000, 20_000)
-    n = sum(sizes)
-    whole = rows_at(0, 2 * n, sizes, seed=1)
-    cuts = [0, 1, 900, n - 1, n, n + 17, 2 * n]
-    parts = [rows_at(a, b, sizes, seed=1) for a, b in zip(cuts, cuts[1:], strict=False)]
+@st.composite
+def orders(draw):
+    """Groups over so many rows, some of them empty, and how many groups a window takes."""
+    num_rows = draw(st.sampled_from(NUM_ROWS))
+    cuts = sorted(draw(st.lists(st.integers(0, num_rows), max_size=12)))
+    bounds = [0, *cuts, num_rows]
+    sizes = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    window = WINDOWS[draw(st.sampled_from(sorted(WINDOWS)))]
+    return Groups.of(sizes, [1] * len(sizes)), window, draw(st.integers(0, 2**63 - 1))
+
+
+@given(orders(), st.integers(0, 3))
+@settings(deadline=None, derandomize=True, max_examples=150)
+def test_every_epoch_holds_each_row_once(order, epoch):
+    groups, window, seed = order
+    n = groups.num_rows
+    rows = rows_at(epoch * n, (epoch + 1) * n, groups, seed=seed, window_bytes=window)
+    assert np.array_equal(np.sort(rows), np.arange(n))
+
+
+@given(orders(), st.lists(st.integers(0, 4000), max_size=8), st.integers(1, 4))
+@settings(deadline=None, derandomize=True, max_examples=150)
+def test_any_cut_of_positions_over_any_number_of_ranks_gives_the_same_rows(order, cuts, world_size):
+    groups, window, seed = order
+    end = 2 * groups.num_rows + 5
+    whole = rows_at(0, end, groups, seed=seed, window_bytes=window)
+    cuts = sorted({0, end, groups.num_rows, *(cut % end for cut in cuts)})
+    parts = []
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        bounds = [start + (stop - start) * rank // world_size for rank in range(world_size + 1)]
+        for first, last in zip(bounds, bounds[1:], strict=False):
+            parts.append(rows_at(first, last, groups, seed=seed, window_bytes=window))
     assert np.array_equal(np.concatenate(parts), whole)
 
 
-def test_consecutive_rows_come_from_few_groups():
-    size = WINDOW_ROWS // 4
-    sizes = (size,) * 40
-    groups = rows_at(0, WINDOW_ROWS, sizes, seed=0) // size
-    assert len(set(groups)) == 4
-    mixed = groups[:64]
-    assert len(set(mixed)) == 4  # and they are mixed, not read one after the other
+def test_another_epoch_is_another_order():
+    n = ONE_BYTE_A_ROW.num_rows
+    assert not np.array_equal(rows_at(0, n, ONE_BYTE_A_ROW, seed=5), rows_at(n, 2 * n, ONE_BYTE_A_ROW, seed=5))
+
+
+def test_consecutive_rows_come_from_the_groups_of_one_window_well_mixed():
+    groups = rows_at(0, 80_000, ONE_BYTE_A_ROW, seed=0, window_bytes=99_999) // 20_000
+    assert len(set(groups)) == 4  # a fifth would make it 100,000 bytes
+    shares = np.bincount(groups[:4_000], minlength=40)
+    assert sorted(shares)[-4:] == pytest.approx([1_000] * 4, rel=0.1)
+
+
+def test_a_window_holds_no_more_bytes_than_it_may_unless_one_group_alone_does():
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 50, 300)
+    groups = Groups.of(sizes, np.where(rng.random(300) < 0.05, 2 * WINDOW_BYTES, sizes * 50_000))
+    of_row = np.repeat(np.arange(300), sizes)
+    drawn = of_row[rows_at(0, groups.num_rows, groups, seed=3)]
+    last_seen = {group: place for place, group in enumerate(drawn)}
+    first_seen = {group: place for place, group in reversed(list(enumerate(drawn)))}
+    for place in range(len(drawn)):  # the groups that a reader needs at once
+        held = [group for group in first_seen if first_seen[group] <= place <= last_seen[group]]
+        assert len(held) == 1 or groups.bytes[held].sum() <= WINDOW_BYTES
 
 
 def test_without_shuffle_rows_stand_in_file_order():
-    assert rows_at(8, 13, (4, 6), seed=0, shuffle=False).tolist() == [8, 9, 0, 1, 2]
+    assert rows_at(8, 13, Groups.of([4, 6]), seed=0, shuffle=False).tolist() == [8, 9, 0, 1, 2]
 
 
 def test_order_of_no_rows_is_refused():
     with pytest.raises(ValueError, match="at least one row"):
-        rows_at(0, 1, (0,), seed=0)
+        rows_at(0, 1, Groups.of([0]), seed=0)

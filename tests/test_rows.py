@@ -1,12 +1,16 @@
+import gzip
 import json
+import threading
+import time
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 from lowmem.config import UsageError
 from lowmem.data.bundled import NUM_BUNDLED_ROWS, BundledRows
-from lowmem.data.rows import RowError, open_rows, split_rows
+from lowmem.data.rows import ReadError, RowError, as_rows, open_rows, split_rows
 from tests.models import qa_rows
 
 ROWS = qa_rows(205)
@@ -26,7 +30,7 @@ def write(path, rows=ROWS):
 def test_any_row_is_read_in_any_order(tmp_path, suffix):
     rows = open_rows(write(tmp_path / f"rows{suffix}"), columns=["prompt", "response"])
     assert len(rows) == len(ROWS)
-    assert sum(rows.group_sizes) == len(ROWS) and len(rows.group_sizes) > 1
+    assert rows.groups.num_rows == len(ROWS)
     for index in [204, 0, 63, 64, 65, 20, 19, 204, 128]:
         assert rows[index] == ROWS[index]
 
@@ -52,19 +56,76 @@ def test_a_comma_list_and_a_glob_give_files_in_order(tmp_path):
     assert rows.where(60) == f"{tmp_path}/b1.parquet, row 10"
 
 
-def test_decoded_groups_are_given_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("lowmem.data.rows.WINDOW_ROWS", 40)
-    rows = open_rows(write(tmp_path / "rows.parquet"))
+def test_groups_are_given_back_so_that_no_more_than_a_window_is_held(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.parquet")
+    two_groups = int(np.sort(open_rows(path).groups.bytes)[-2:].sum())
+    monkeypatch.setattr("lowmem.data.rows.WINDOW_BYTES", two_groups)
+    rows = open_rows(path)
     for index in range(len(rows)):
         assert rows[index] == ROWS[index]
-        assert sum(table.num_rows for table in rows._cache.values()) <= 60
+        assert len(rows._held) <= 3 and rows._bytes_held <= two_groups
+        assert rows._bytes_held == rows.groups.bytes[list(rows._held)].sum()
+
+
+def test_a_group_that_is_held_is_read_once(tmp_path):
+    path = write(tmp_path / "rows.parquet")
+    rows = open_rows(path)
+    assert rows[3] == ROWS[3]
+    path.unlink()
+    assert rows[19] == ROWS[19]
+    with pytest.raises(ReadError, match="No such file"):
+        rows[20]
+
+
+def come_back(path, away):
+    time.sleep(0.5)
+    away.rename(path)
+
+
+def test_a_file_that_is_back_in_a_moment_is_read(tmp_path):
+    """The reads are of a real disk error: what /proc/self/mem says of address 0."""
+    path, away = write(tmp_path / "rows.jsonl", ROWS * 2), tmp_path / "away.jsonl"
+    rows = open_rows(path)
+    path.rename(away)
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error"), open(path, "rb") as file:
+        file.read(10)
+    thread = threading.Thread(target=come_back, args=(path, away))
+    thread.start()
+    assert rows[300] == ROWS[300 - 205]
+    thread.join()
+
+
+def test_a_disk_that_stays_away_is_told_with_the_file_after_so_many_tries(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowmem.data.rows._SECONDS_BETWEEN_TRIES", (0.01, 0.02))
+    path = write(tmp_path / "rows.jsonl")
+    rows = open_rows(path)
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    for _ in range(2):  # the error is kept: the next row of the group does not wait again
+        with pytest.raises(ReadError, match=r"rows.jsonl, .*cannot be read, 3 times: .*Input/output error"):
+            rows[0]
+
+
+def test_damage_is_a_bad_row_and_no_read_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowmem.data.rows._SECONDS_BETWEEN_TRIES", (0.01,))
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(
+        pa.Table.from_pylist(ROWS), path, write_page_checksum=True, use_dictionary=False, compression="none"
+    )
+    data = bytearray(path.read_bytes())
+    data[data.index("问题 7 ".encode())] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(RowError, match="rows.parquet, row 9 cannot be read: .*CRC") as caught:
+        open_rows(path)[9]
+    assert not isinstance(caught.value, ReadError)
 
 
 def test_held_out_rows_are_the_last_and_no_others(tmp_path):
     train, held_out = split_rows(open_rows(write(tmp_path / "rows.parquet")), 33)
     assert [train[i] for i in range(len(train))] == ROWS[:-33]
     assert [held_out[i] for i in range(len(held_out))] == ROWS[-33:]
-    assert sum(train.group_sizes) == 172 and sum(held_out.group_sizes) == 33
+    assert train.groups.num_rows == 172 and held_out.groups.num_rows == 33
     assert held_out.where(0).endswith("row 172")
     with pytest.raises(IndexError):
         train[172]
@@ -90,7 +151,7 @@ def test_bundled_rows_never_repeat_so_held_out_ones_are_new():
         ("empty.parquet", b"", "cannot be read as parquet"),
         ("pretty.json", b'[\n  {"prompt": "a"}\n]', "one object a line"),
         ("array.json", b'[{"prompt": "a"}]', "one object a line"),
-        ("broken.jsonl", b'{"prompt": \n', "first row"),
+        ("broken.jsonl", b'{"prompt": \n', "line 1 "),
     ],
 )
 def test_unreadable_files_are_named_with_the_reason(tmp_path, name, content, told):
@@ -110,41 +171,30 @@ def test_a_missing_column_is_told_with_file_and_columns(tmp_path, suffix):
         open_rows(f"{tmp_path}/*{suffix}", columns=["prompt", "response"])
 
 
-def test_a_truncated_parquet_file_is_refused(tmp_path):
-    path = write(tmp_path / "rows.parquet")
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UsageError, match="rows.parquet cannot be read as parquet"):
-        open_rows(path)
-
-
-def test_a_flipped_bit_in_a_page_is_found_where_the_file_has_checksums(tmp_path):
-    table = pa.Table.from_pylist(ROWS)
-    path = tmp_path / "rows.parquet"
-    parquet.write_table(table, path, write_page_checksum=True, use_dictionary=False, compression="none")
-    data = bytearray(path.read_bytes())
-    place = data.index("问题 7 ".encode())
-    data[place] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(RowError, match="rows.parquet, row 0 cannot be read: .*CRC"):
-        open_rows(path)[0]
-
-
-def test_a_column_of_numbers_is_refused_from_the_schema(tmp_path):
-    path = write(tmp_path / "rows.parquet", [{"prompt": 3, "response": "x"}])
-    with pytest.raises(UsageError, match="column 'prompt' must hold text, it holds int64"):
-        open_rows(path, columns=["prompt", "response"])
-
-
 def test_a_file_named_twice_is_refused(tmp_path):
     path = write(tmp_path / "rows.parquet")
     with pytest.raises(UsageError, match="rows.parquet twice"):
         open_rows(f"{path},{tmp_path}/*.parquet")
 
 
-def test_a_broken_row_is_told_with_its_place(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
-    rows = open_rows(path)
-    assert rows[2] == {"a": 3}
-    with pytest.raises(ValueError, match="rows.jsonl, row 1 cannot be read: "):
-        rows[1]
+def test_files_of_all_kinds_are_one_sequence(tmp_path):
+    half = write(tmp_path / "a.parquet", ROWS[:50])
+    other = write(tmp_path / "b.jsonl", ROWS[50:])
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(other.read_bytes()))
+    rows = open_rows([half, other, tmp_path / "c.jsonl.gz"], columns=["prompt", "response"])
+    assert [rows[i] for i in range(len(rows))] == ROWS + ROWS[50:]
+    assert rows.where(60).startswith(f"{other}, line 11 (byte ")
+    assert [name for name, _ in rows.fingerprints()] == [str(half), str(other), f"{tmp_path}/c.jsonl.gz"]
+
+
+def test_a_folder_that_datasets_saved_is_its_files(tmp_path):
+    Dataset = pytest.importorskip("datasets").Dataset
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved", num_shards=2)
+    rows = open_rows(tmp_path / "saved", columns=["prompt"])
+    assert [rows[i] for i in range(len(rows))] == [{"prompt": row["prompt"]} for row in ROWS]
+
+
+def test_a_dataset_that_can_only_be_streamed_is_refused_with_the_way():
+    with pytest.raises(UsageError, match="generator can only be read from its start.*parquet"):
+        as_rows(row for row in ROWS)
+    assert as_rows(ROWS) is ROWS

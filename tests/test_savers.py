@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from transformers import ByT5Tokenizer, PretrainedConfig, PreTrainedModel
 
 from lowmem.config import UsageError
+from lowmem.data.batch import collate
 from lowmem.data.encode import encode_causal, encode_seq2seq
-from lowmem.data.stream import collate
 from lowmem.memory.loss import chunked_loss
 from lowmem.memory.meter import MemoryMeter
 from lowmem.memory.optim import make_optimizer
@@ -250,6 +250,15 @@ def test_compiled_layers_train_alike_with_recompute_inside(family):
                 ]
         losses.append([step.loss.item() for step in steps])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_compile_refuses_a_machine_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    model = build("t5")
+    told = r"^compile needs g\+\+ or clang\+\+, which is not installed: leave it$"
+    with pytest.raises(UsageError, match=told), compiled(model):
+        pass
     assert not any("forward" in vars(module) for module in model.modules())
 
 

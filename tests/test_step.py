@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer
 
 from lowmem import join, parallelize
+from lowmem.data.batch import collate
 from lowmem.data.encode import encode_causal, encode_seq2seq
-from lowmem.data.stream import collate, open_stream
+from lowmem.data.stream import open_stream
 from lowmem.memory.loss import chunked_loss, plain_loss
 from lowmem.memory.optim import make_optimizer
 from lowmem.step import TrainState, train_step

@@ -8,14 +8,18 @@ import torch
 from transformers import ByT5Tokenizer
 
 from lowmem.config import UsageError
+from lowmem.data.batch import Batch, collate
 from lowmem.data.bundled import BundledRows
 from lowmem.data.encode import IGNORED, encode_causal, encode_seq2seq
-from lowmem.data.order import rows_at
-from lowmem.data.stream import Batch, collate, open_eval, open_stream
+from lowmem.data.finite import open_eval
+from lowmem.data.order import Groups, rows_at
+from lowmem.data.rows import RowError
+from lowmem.data.stream import open_stream
 from lowmem.memory.loss import chunked_loss, plain_loss
 from tests.models import build, qa_rows
 
 ROWS = qa_rows(50)
+ALL = Groups.of([50])
 ENCODE = encode_seq2seq(ByT5Tokenizer(), max_seq_len=64)
 
 
@@ -109,7 +113,7 @@ def test_targets_are_counted_alike_in_every_split_even_of_rows_that_copy_their_p
 def test_each_epoch_holds_each_row_once():
     stream = open_stream(ROWS, ENCODE, batch_size=4, gradient_accumulation_steps=2)
     drawn = draw(stream, 25)  # 200 rows are 4 epochs
-    assert by_step(drawn) == by_step(rows_at(0, 200, (50,), seed=0).reshape(25, 8).tolist())
+    assert by_step(drawn) == by_step(rows_at(0, 200, ALL, seed=0).reshape(25, 8).tolist())
     assert Counter(itertools.chain(*drawn)) == Counter(list(range(50)) * 4)
 
 
@@ -119,7 +123,7 @@ def test_ranks_share_out_one_sequence(world_size):
         open_stream(ROWS, ENCODE, batch_size=2, global_batch_size=12, rank=rank, world_size=world_size, seed=3)
         for rank in range(world_size)
     ]
-    places = rows_at(0, 108, (50,), seed=3).reshape(9, world_size, -1)
+    places = rows_at(0, 108, ALL, seed=3).reshape(9, world_size, -1)
     for rank, stream in enumerate(streams):
         assert by_step(draw(stream, 9)) == by_step(places[:, rank].tolist())
 
@@ -131,7 +135,7 @@ def test_a_rank_cuts_its_rows_of_a_step_into_micro_batches_longest_first():
     for rank, (first, stop) in enumerate([(0, 6), (6, 13)]):
         stream = open_stream(ROWS, ENCODE, rank=rank, **options)
         for step, batches in enumerate(itertools.islice(stream, 8)):
-            places = rows_at(13 * step + first, 13 * step + stop, (50,), seed=5).tolist()
+            places = rows_at(13 * step + first, 13 * step + stop, ALL, seed=5).tolist()
             expected = sorted(places, key=lambda row_id: (-lengths[row_id], places.index(row_id)))
             assert [row_id for batch in batches for row_id in batch.row_ids] == expected
             for batch in batches:
@@ -207,7 +211,7 @@ def test_a_resume_near_the_end_of_3000_rows_crosses_the_epoch_exactly():
     stream = open_stream(rows, ENCODE, batch_size=20, seed=4)
     stream.load_state_dict(stream.state_dict() | {"position": 2900})
     drawn = draw(stream, 155)
-    expected = rows_at(0, 6000, (3000,), seed=4)
+    expected = rows_at(0, 6000, Groups.of([3000]), seed=4)
     assert by_step(drawn) == by_step(expected[2900:].reshape(155, 20).tolist())
     drawn = list(itertools.chain(*drawn))
     assert sorted(expected[:2900].tolist() + drawn[:100]) == sorted(drawn[100:]) == list(range(3000))
@@ -220,7 +224,7 @@ def test_rows_drawn_but_not_trained_on_come_again():
 
 
 class Grouped(list):
-    group_sizes = (20, 30)
+    groups = Groups.of([20, 30])
 
 
 @pytest.mark.parametrize(
@@ -238,11 +242,13 @@ def test_a_stream_over_something_else_is_refused(other):
 def test_a_row_that_cannot_be_encoded_is_told_with_its_place():
     rows = [*ROWS[:3], {"prompt": "x", "response": None}]
     stream = open_stream(rows, ENCODE, batch_size=4, shuffle=False)
-    with pytest.raises(ValueError, match="row 3 cannot be encoded: column 'response' must hold text"):
-        next(stream)
+    batches = next(stream)
+    with pytest.raises(RowError, match="row 3 cannot be encoded: column 'response' must hold text"):
+        batches[0]
 
 
-def test_rows_are_encoded_in_one_background_thread_one_step_ahead():
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_rows_are_encoded_in_one_background_thread_so_many_steps_ahead(prefetch):
     threads, encoded = set(), []
 
     def encode(row):
@@ -250,11 +256,24 @@ def test_rows_are_encoded_in_one_background_thread_one_step_ahead():
         encoded.append(row)
         return ENCODE(row)
 
-    stream = open_stream(ROWS, encode, batch_size=4)
+    stream = open_stream(ROWS, encode, batch_size=4, prefetch=prefetch)
     next(stream)
-    stream._ahead.result()
-    assert len(encoded) == 8
+    for future in stream._ahead:
+        future.result()
+    assert len(encoded) == 4 * (1 + prefetch)
     assert len(threads) == 1 and threading.main_thread() not in threads
+
+
+def test_without_prefetch_a_step_is_encoded_when_it_is_asked_for():
+    threads = []
+
+    def encode(row):
+        threads.append(threading.current_thread())
+        return ENCODE(row)
+
+    stream = open_stream(ROWS, encode, batch_size=4, prefetch=0)
+    assert draw(stream, 15) == draw(open_stream(ROWS, ENCODE, batch_size=4), 15)
+    assert threads == [threading.main_thread()] * 60
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 7), (2, 4), (3, 5), (4, 16)])

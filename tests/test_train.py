@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer, get_scheduler
 
-from lowmem.data.order import rows_at
+from lowmem.data.order import Groups, rows_at
 from lowmem.flags import resolve
 from lowmem.train import train as train_here
 from tests.models import T5, build, qa_rows
@@ -38,7 +38,7 @@ def by_hand(optimizer, precision):
     scheduler = get_scheduler("linear", stepper, num_warmup_steps=2, num_training_steps=STEPS)
     curve = []
     for step in range(STEPS):
-        rows = [ROWS[i] for i in rows_at(6 * step, 6 * step + 6, (20,), seed=3)]
+        rows = [ROWS[i] for i in rows_at(6 * step, 6 * step + 6, Groups.of([20]), seed=3)]
         prompts = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)
         labels = tokenizer([row["response"] for row in rows], return_tensors="pt", padding=True).input_ids
         labels[labels == tokenizer.pad_token_id] = -100

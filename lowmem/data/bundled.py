@@ -53,10 +53,6 @@ class BundledRows:
         prompt, response = question(int(permute([number], variety, (kind,))[0]))
         return {"prompt": prompt, "response": response}
 
-    @property
-    def group_sizes(self) -> tuple[int, ...]:
-        return (len(self),)
-
     def slice(self, first: int, stop: int) -> "BundledRows":
         """The rows [first, stop) of these."""
         return BundledRows(self.first + first, self.first + stop)

@@ -2,22 +2,31 @@
 
 Labels are token ids, or IGNORED where nothing is to be learned. For an encoder-decoder model they are a sequence of
 their own. For a causal model they stand under their input tokens, the loss shifts them by one, and the first one must
-be IGNORED: nothing predicts a first token.
+be IGNORED: nothing predicts a first token. A row that was cut says how much it lost: `num_cut`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from lowmem.config import UsageError
+from lowmem.data.chat import Messages, chat_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 
-EncodedRow = dict[str, list[int]]
+
+class EncodedRow(TypedDict):
+    """What our models are given of a row. Encoders for a `collate` of one's own may bring other keys."""
+
+    input_ids: list[int]
+    labels: list[int]
+    num_cut: NotRequired[int]  # tokens left out of all its sequences together; absent if none were
+
+
 Encode = Callable[[Mapping[str, object]], EncodedRow]
 
 
@@ -29,19 +38,28 @@ def make_encoder(
     prompt_column: str | None = "prompt",
     response_column: str | None = "response",
     text_column: str | None = None,
+    messages_column: str | None = None,
 ) -> Encode:
-    """The encoder for a kind of model and the columns at hand. Raises UsageError for plain text to a T5-like model.
+    """The encoder for a kind of model and the columns at hand: of text or of messages, else of prompts and responses.
 
-    All encoders raise ValueError for a row whose column holds no text.
+    Raises UsageError for text and messages at once, for either to a T5-like model, for messages to a tokenizer
+    without a chat template. All encoders raise ValueError for a row whose column holds something else.
     """
-    if text_column is None:
+    if text_column is None and messages_column is None:
         encode = encode_seq2seq if is_encoder_decoder else encode_causal
         return encode(tokenizer, max_seq_len=max_seq_len, prompt_column=prompt_column, response_column=response_column)
-    if is_encoder_decoder:
+    if text_column is not None and messages_column is not None:
         raise UsageError(
-            f"text_column={text_column} needs a causal model, this one writes responses to prompts: "
+            f"text_column={text_column} and messages_column={messages_column} both say what is to be learned: set one"
+        )
+    if is_encoder_decoder:
+        name, column = ("text", text_column) if messages_column is None else ("messages", messages_column)
+        raise UsageError(
+            f"{name}_column={column} needs a causal model, this one writes responses to prompts: "
             "set prompt_column and response_column"
         )
+    if messages_column is not None:
+        return encode_chat(tokenizer, max_seq_len=max_seq_len, messages_column=messages_column)
     return encode_text(tokenizer, max_seq_len=max_seq_len, text_column=text_column)
 
 
@@ -60,10 +78,10 @@ def encode_seq2seq(
             end = [token for token in ids[-1:] if token == tokenizer.eos_token_id]
             return ids if len(ids) <= max_seq_len else ids[: max_seq_len - len(end)] + end
 
-        return {
-            "input_ids": cut(tokenizer(_text(row, prompt_column), verbose=False).input_ids),
-            "labels": cut(tokenizer(text_target=_text(row, response_column), verbose=False).input_ids),
-        }
+        prompt = tokenizer(_text(row, prompt_column), verbose=False).input_ids
+        response = tokenizer(text_target=_text(row, response_column), verbose=False).input_ids
+        num_cut = max(0, len(prompt) - max_seq_len) + max(0, len(response) - max_seq_len)
+        return _encoded(cut(prompt), cut(response), num_cut=num_cut)
 
     return encode
 
@@ -87,9 +105,10 @@ def encode_causal(
             prompt = prompt[:-1]
         response = tokenizer(_text(row, response_column), add_special_tokens=False, verbose=False).input_ids
         response += _end(tokenizer)
+        num_tokens = len(prompt) + len(response)
         response = response[: max(max_seq_len - len(prompt), (max_seq_len + 1) // 2)]
         prompt = prompt[: max_seq_len - len(response)]
-        return _causal_row(prompt + response, num_masked=len(prompt))
+        return _causal_row(prompt + response, num_masked=len(prompt), num_tokens=num_tokens)
 
     return encode
 
@@ -101,14 +120,37 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, text_co
         ids = tokenizer(_text(row, text_column), verbose=False).input_ids
         if ids[-1:] != _end(tokenizer):
             ids = ids + _end(tokenizer)
-        return _causal_row(ids[:max_seq_len], num_masked=0)
+        return _causal_row(ids[:max_seq_len], num_masked=0, num_tokens=len(ids))
 
     return encode
 
 
-def _causal_row(ids: list[int], *, num_masked: int) -> EncodedRow:
-    num_masked = max(1, num_masked)  # nothing predicts the first token
-    return {"input_ids": ids, "labels": [IGNORED] * num_masked + ids[num_masked:]}
+def encode_chat(tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, messages_column: str = "messages") -> Encode:
+    """Conversations for causal models: lists of {"role", "content"}, rendered by the tokenizer's chat template.
+
+    Only what the assistant says is in the loss (see `chat_tokenizer`). Cut at the end to `max_seq_len` tokens; where
+    all that the assistant says was cut, the row stays and counts for nothing. Raises UsageError for a tokenizer
+    without a chat template; the encoder raises ValueError for a conversation in which the assistant says nothing.
+    """
+    tokenize = chat_tokenizer(tokenizer)
+
+    def encode(row: Mapping[str, object]) -> EncodedRow:
+        ids, is_said = tokenize(_messages(row, messages_column))
+        labels = [token if said else IGNORED for token, said in zip(ids, is_said, strict=True)]
+        labels[0] = IGNORED  # nothing predicts the first token
+        return _encoded(ids[:max_seq_len], labels[:max_seq_len], num_cut=max(0, len(ids) - max_seq_len))
+
+    return encode
+
+
+def _causal_row(ids: list[int], *, num_masked: int, num_tokens: int) -> EncodedRow:
+    num_masked = min(len(ids), max(1, num_masked))  # nothing predicts the first token
+    return _encoded(ids, [IGNORED] * num_masked + ids[num_masked:], num_cut=num_tokens - len(ids))
+
+
+def _encoded(input_ids: list[int], labels: list[int], *, num_cut: int) -> EncodedRow:
+    row = EncodedRow(input_ids=input_ids, labels=labels)
+    return row | {"num_cut": num_cut} if num_cut else row
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -118,6 +160,27 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _text(row: Mapping[str, object], column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str):
-        found = f"{type(value).__name__} {value!r:.80}" if column in row else f"only {', '.join(map(repr, row))}"
-        raise ValueError(f"column {column!r} must hold text, found {found}: mend the row or name another column")
+        raise ValueError(f"column {column!r} must hold text, found {_found(row, column)}")
     return value
+
+
+def _messages(row: Mapping[str, object], column: str) -> Messages:
+    value = row.get(column)
+    if not isinstance(value, list) or not value:
+        raise ValueError(
+            f"column {column!r} must hold messages, [{{'role': ..., 'content': ...}}, ...], found {_found(row, column)}"
+        )
+    for turn, message in enumerate(value):
+        for name in ("role", "content"):
+            if not isinstance(message, Mapping) or not isinstance(message.get(name), str):
+                raise ValueError(
+                    f"column {column!r} must hold messages whose role and content are text, turn {turn} is "
+                    f"{message!r:.80}: mend the row or name another column"
+                )
+    return value
+
+
+def _found(row: Mapping[str, object], column: str) -> str:
+    value = row.get(column)
+    found = f"{type(value).__name__} {value!r:.80}" if column in row else f"only {', '.join(map(repr, row))}"
+    return f"{found}: mend the row or name another column"

@@ -2,16 +2,42 @@
 
 Positions count the rows a run has consumed, over all epochs and processes: `epoch, i = divmod(position, num_rows)`.
 Rows are shuffled on two levels, so that a reader holds a few row groups at a time: the row groups are permuted, cut
-into windows of at least WINDOW_ROWS rows, and the rows of a window are permuted among themselves.
+into windows of at most WINDOW_BYTES, and the rows of a window are permuted among themselves.
 """
 
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 
 import numpy as np
 
-WINDOW_ROWS = 16_384
+WINDOW_BYTES = 16 * 2**20
 _ROUNDS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Runs of rows that are read together, in the order of the rows."""
+
+    rows: np.ndarray
+    """Rows of each group, int64, shape (groups,)."""
+    bytes: np.ndarray
+    """About what each group takes in memory once it is read, int64, shape (groups,)."""
+
+    @classmethod
+    def of(cls, rows: Sequence[int], bytes: Sequence[int] | None = None) -> "Groups":
+        """Groups of `rows`, which take no memory of their own unless `bytes` are given: all fit into one window."""
+        return cls(np.asarray(rows, np.int64), np.asarray([0] * len(rows) if bytes is None else bytes, np.int64))
+
+    @cached_property
+    def num_rows(self) -> int:
+        return int(self.rows.sum())
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for equal groups: all of the rows that the order depends on."""
+        return blake2b(self.rows.tobytes() + self.bytes.tobytes(), digest_size=8).hexdigest()
 
 
 def permute(indices: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
@@ -50,51 +76,61 @@ def _mix(values: np.ndarray, round_key: np.uint64) -> np.ndarray:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def rows_at(start: int, stop: int, group_sizes: tuple[int, ...], *, seed: int, shuffle: bool = True) -> np.ndarray:
-    """Row numbers (int64, shape (stop - start,)) at the positions [start, stop).
-
-    `group_sizes` holds the rows of each row group, in file order. Every epoch holds each row exactly once.
-    """
-    num_rows = sum(group_sizes)
-    if num_rows == 0:
+def rows_at(
+    start: int, stop: int, groups: Groups, *, seed: int, shuffle: bool = True, window_bytes: int = WINDOW_BYTES
+) -> np.ndarray:
+    """Row numbers (int64, shape (stop - start,)) at the positions [start, stop). Every epoch holds each row once."""
+    if groups.num_rows == 0:
         raise ValueError("an order over no rows was asked for: give at least one row")
-    pieces = []
+    pieces = [np.empty(0, np.int64)]
     while start < stop:
-        epoch, first = divmod(start, num_rows)
-        last = min(num_rows, first + stop - start)
-        pieces.append(_rows_of_epoch(epoch, first, last, group_sizes, seed) if shuffle else np.arange(first, last))
+        epoch, first = divmod(start, groups.num_rows)
+        last = min(groups.num_rows, first + stop - start)
+        if shuffle:
+            pieces += _rows_of_epoch(first, last, _epoch_layout(epoch, groups, seed, window_bytes), (seed, epoch))
+        else:
+            pieces.append(np.arange(first, last))
         start += last - first
-    return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
-
-
-def _rows_of_epoch(epoch: int, first: int, last: int, group_sizes: tuple[int, ...], seed: int) -> np.ndarray:
-    group_rows, group_places, window_ends = _epoch_layout(epoch, group_sizes, seed)
-    window = int(np.searchsorted(window_ends, first, side="right"))
-    pieces = []
-    while first < last:
-        window_start = int(window_ends[window - 1]) if window else 0
-        window_end = int(window_ends[window])
-        stop = min(last, window_end)
-        places = permute(np.arange(first, stop) - window_start, window_end - window_start, (seed, epoch, window))
-        places += window_start
-        group = np.searchsorted(group_places, places, side="right") - 1
-        pieces.append(group_rows[group] + places - group_places[group])
-        first, window = stop, window + 1
     return np.concatenate(pieces)
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """The groups of one epoch in their order, cut into windows; int64 arrays."""
+
+    first_rows: np.ndarray
+    """The first row of each group, shape (groups,)."""
+    places: np.ndarray
+    """Where each group begins in the epoch, shape (groups,)."""
+    window_ends: np.ndarray
+    """Where each window ends in the epoch, shape (windows,)."""
+
+
+def _rows_of_epoch(first: int, last: int, layout: _Layout, key: tuple[int, int]) -> list[np.ndarray]:
+    window = int(np.searchsorted(layout.window_ends, first, side="right"))
+    pieces = []
+    while first < last:
+        window_start = int(layout.window_ends[window - 1]) if window else 0
+        window_end = int(layout.window_ends[window])
+        stop = min(last, window_end)
+        places = permute(np.arange(first, stop) - window_start, window_end - window_start, (*key, window))
+        places += window_start
+        group = np.searchsorted(layout.places, places, side="right") - 1
+        pieces.append(layout.first_rows[group] + places - layout.places[group])
+        first, window = stop, window + 1
+    return pieces
+
+
 @lru_cache(maxsize=2)  # a step may straddle two epochs
-def _epoch_layout(epoch: int, group_sizes: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The permuted groups of an epoch: each one's first row, its first place in the epoch, and where windows end."""
-    sizes = np.asarray(group_sizes, np.int64)
-    first_rows = np.cumsum(sizes) - sizes
-    groups = permute(np.arange(len(sizes)), len(sizes), (seed, epoch))
-    ends = np.cumsum(sizes[groups])
-    places = ends - sizes[groups]
-    # A window closes with the first group that brings it to WINDOW_ROWS; the last one takes what is left.
-    window_ends, closed = [], 0
+def _epoch_layout(epoch: int, groups: Groups, seed: int, window_bytes: int) -> _Layout:
+    groups_here = permute(np.arange(len(groups.rows)), len(groups.rows), (seed, epoch))
+    ends, byte_ends = np.cumsum(groups.rows[groups_here]), np.cumsum(groups.bytes[groups_here])
+    # A window takes groups while they fit, and at least one that has rows.
+    window_ends, closed, closed_bytes = [], 0, 0
     while closed < ends[-1]:
-        group = min(int(np.searchsorted(ends, closed + WINDOW_ROWS)), len(ends) - 1)
-        closed = int(ends[group])
+        fitting = int(np.searchsorted(byte_ends, closed_bytes + window_bytes, side="right")) - 1
+        group = max(fitting, int(np.searchsorted(ends, closed, side="right")))
+        closed, closed_bytes = int(ends[group]), int(byte_ends[group])
         window_ends.append(closed)
-    return first_rows[groups], places, np.asarray(window_ends)
+    first_rows = np.cumsum(groups.rows) - groups.rows
+    return _Layout(first_rows[groups_here], ends - groups.rows[groups_here], np.asarray(window_ends))

@@ -1,11 +1,8 @@
-"""Random access to rows on disk: parquet, JSONL and plain text, without reading a file into memory."""
+"""Random access to the rows of files, by number, with a few groups of them in memory."""
 
-import codecs
-import glob
-import json
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Protocol
@@ -13,148 +10,80 @@ from typing import Protocol
 import numpy as np
 
 from lowmem.config import UsageError
-from lowmem.data.order import WINDOW_ROWS
+from lowmem.data.line_index import codec_of
+from lowmem.data.lines import JsonLinesFile, TextFile
+from lowmem.data.order import WINDOW_BYTES, Groups
+from lowmem.data.source import Row, Source, expand
+from lowmem.data.tables import ArrowFile, ParquetFile
 
-_LINES_PER_GROUP = 64
-
-Row = dict[str, object]
+_SECONDS_BETWEEN_TRIES = (0.2, 1.0, 3.0)
 
 
 class RowError(ValueError):
     """A row that cannot be read or encoded; the message tells which, and why."""
 
 
-class _File(Protocol):
+class ReadError(RowError):
+    """A file that was there and cannot be read any more: no row of it is to blame."""
+
+
+class Rows(Protocol):
+    """Any sequence of rows: those of `open_rows`, a list of dicts, a map-style dataset."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
+
+
+class DataFile(Protocol):
     """One file of rows, read a group at a time."""
 
-    path: Path
-    group_sizes: list[int]
+    source: Source
+    group_rows: np.ndarray
+    """Rows of each group, int64, shape (groups,)."""
+    group_bytes: np.ndarray
+    """About what each group takes in memory once it is read, int64, shape (groups,): a function of the content."""
 
-    def read_group(self, group: int) -> object: ...
-
-    def row(self, group: object, index: int) -> Row: ...
-
-
-class _ParquetFile:
-    """A parquet file; its groups are its row groups, decoded into Arrow tables of the wanted columns."""
-
-    def __init__(self, path: Path, columns: Sequence[str] | None):
-        from pyarrow import ArrowException
-
-        self.path, self._columns, self._metadata = path, columns, None
-        try:
-            self._metadata = self._open().metadata
-        except (ArrowException, OSError) as error:
-            raise UsageError(f"{path} cannot be read as parquet ({error}): write it again") from error
-        schema = self._metadata.schema.to_arrow_schema()
-        if missing := [column for column in columns or () if column not in schema.names]:
-            raise UsageError(_missing_columns(path, missing, schema.names))
-        for column in columns or ():
-            kind = schema.field(column).type
-            if not _is_text(kind):
-                raise UsageError(f"{path}: column {column!r} must hold text, it holds {kind}: name another column")
-        self.group_sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
-
-    def _open(self):
-        from pyarrow import parquet
-
-        # Opened anew for each group, so that ten thousand files need no ten thousand handles.
-        return parquet.ParquetFile(self.path, metadata=self._metadata, page_checksum_verification=True)
+    def fingerprint(self) -> str:
+        """Equal for equal content, whatever the file's name and time."""
 
     def read_group(self, group: int) -> object:
-        with self._open() as file:
-            return file.read_row_group(group, columns=self._columns, use_threads=False)
+        """A group, for `row`. Raises OSError or ValueError."""
 
-    def row(self, group, index: int) -> Row:
-        return group.slice(index, 1).to_pylist()[0]
+    def row(self, data: object, index: int) -> Row:
+        """Row `index` of a group that was read. Raises ValueError."""
 
-
-def _is_text(kind) -> bool:
-    from pyarrow import types
-
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    return types.is_string(kind) or types.is_large_string(kind)
+    def place(self, group: int, index: int) -> str:
+        """Where that row stands in the file, for messages."""
 
 
-class _LineFile:
-    """A file of a row per line; blank lines are no rows. Groups are runs of 64 rows, found by their byte offset."""
-
-    def __init__(self, path: Path, columns: Sequence[str] | None):
-        self.path, self._columns = path, columns
-        self._offsets, offset, num_rows = [], 0, 0
-        with open(path, "rb") as file:
-            for line in file:
-                if line.strip():
-                    if num_rows % _LINES_PER_GROUP == 0:
-                        self._offsets.append(offset)
-                    num_rows += 1
-                offset += len(line)
-        self.group_sizes = [min(_LINES_PER_GROUP, num_rows - first) for first in range(0, num_rows, _LINES_PER_GROUP)]
-        if num_rows:
-            try:
-                first_row = self.row(self.read_group(0), 0)
-            except ValueError as error:
-                raise UsageError(f"{path}, first row: {error}") from error
-            if missing := [column for column in columns or () if column not in first_row]:
-                raise UsageError(_missing_columns(path, missing, list(first_row)))
-
-    def read_group(self, group: int) -> list[bytes]:
-        lines = []
-        with open(self.path, "rb") as file:
-            file.seek(self._offsets[group])
-            while len(lines) < self.group_sizes[group]:
-                line = file.readline()
-                if not line:
-                    raise ValueError(f"{self.path} is shorter than when it was opened: do not change it during a run")
-                if line.strip():
-                    lines.append(line)
-        return lines
-
-
-class _TextFile(_LineFile):
-    """Plain text: each line is a row {"text": line}."""
-
-    def row(self, group: list[bytes], index: int) -> Row:
-        return {"text": group[index].removeprefix(codecs.BOM_UTF8).decode("utf-8").rstrip("\r\n")}
-
-
-class _JsonLinesFile(_LineFile):
-    """JSON objects, one a line."""
-
-    def row(self, group: list[bytes], index: int) -> Row:
-        line = group[index].removeprefix(codecs.BOM_UTF8)
-        if not line.lstrip().startswith(b"{"):
-            raise ValueError(
-                f"a JSON object was expected, found {line[:40]!r}: "
-                "write one object a line (jq -c '.[]' turns an array into that)"
-            )
-        return json.loads(line)
-
-
-_FORMATS = {
-    ".parquet": _ParquetFile,
-    ".pq": _ParquetFile,
-    ".jsonl": _JsonLinesFile,
-    ".ndjson": _JsonLinesFile,
-    ".json": _JsonLinesFile,
-    ".txt": _TextFile,
-    ".text": _TextFile,
+_FORMATS: dict[str, Callable[[Source, Mapping[str, str] | None], DataFile]] = {
+    ".parquet": ParquetFile,
+    ".pq": ParquetFile,
+    ".arrow": ArrowFile,
+    ".jsonl": JsonLinesFile,
+    ".ndjson": JsonLinesFile,
+    ".json": JsonLinesFile,
+    ".txt": TextFile,
+    ".text": TextFile,
 }
 
 
 class FileRows:
-    """The rows of several files in order, by number. Holds the row groups of about one shuffle window decoded."""
+    """The rows of several files in order, by number. Holds the groups of about one shuffle window in memory."""
 
-    def __init__(self, files: Sequence[_File], first: int = 0, stop: int | None = None):
+    def __init__(self, files: Sequence[DataFile], first: int = 0, stop: int | None = None):
         self._files = files
-        self._groups_before = [0, *accumulate(len(file.group_sizes) for file in files)]
-        self._ends = np.cumsum([size for file in files for size in file.group_sizes])
+        self._groups_before = np.cumsum([0, *(len(file.group_rows) for file in files)])
+        self._ends = np.cumsum(np.concatenate([file.group_rows for file in files]))
         self._first, self._stop = first, int(self._ends[-1]) if stop is None else stop
         bounds = np.clip(np.concatenate([[0], self._ends]), self._first, self._stop)
-        self.group_sizes = tuple(int(size) for size in np.diff(bounds) if size)
-        self._cached_rows_limit = WINDOW_ROWS + max(self.group_sizes, default=0)
-        self._cache: OrderedDict[int, object] = OrderedDict()
-        self._cached_rows = 0
+        self._bytes = np.concatenate([file.group_bytes for file in files])
+        inside = np.diff(bounds) > 0
+        self.groups = Groups(np.diff(bounds)[inside], self._bytes[inside])
+        self._most_bytes_held = max(WINDOW_BYTES, int(self._bytes.max(initial=0)))
+        self._held: OrderedDict[int, object] = OrderedDict()
+        self._bytes_held = 0
         self._lock = Lock()  # a prefetch thread and the main thread may read the same rows
 
     def __len__(self) -> int:
@@ -163,67 +92,113 @@ class FileRows:
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} rows was asked for")
-        group = self._group_of(index)
-        file, _ = self._file_of(group)
-        place = self._first + index - (self._ends[group] - self._size(group))
+        group, place, file = self._find(index)
         try:
-            return file.row(self._read(group), int(place))
-        except (ValueError, OSError) as error:  # pyarrow's errors are of both kinds
+            data = self._read(group)
+            if isinstance(data, Exception):
+                raise data
+            return file.row(data, place)
+        except OSError as error:
+            # pyarrow tells damage as an OSError too, but one that no system call gave a number
+            kind = RowError if error.errno is None else ReadError
+            times = f", {1 + len(_SECONDS_BETWEEN_TRIES)} times" if kind is ReadError else ""
+            raise kind(f"{self.where(index)} cannot be read{times}: {error}") from error
+        except ValueError as error:
             raise RowError(f"{self.where(index)} cannot be read: {error}") from error
 
     def slice(self, first: int, stop: int) -> "FileRows":
-        """The rows [first, stop) of these, with a cache of their own."""
+        """The rows [first, stop) of these, held apart from them."""
         return FileRows(self._files, self._first + first, self._first + stop)
 
     def where(self, index: int) -> str:
-        """Where a row stands, for messages: file, and its number in that file, from 0."""
-        file, first_group = self._file_of(self._group_of(index))
-        file_start = self._ends[first_group] - self._size(first_group)
-        return f"{file.path}, row {self._first + index - file_start}"
+        """Where a row stands, for messages: its file, and its place there."""
+        group, place, file = self._find(index)
+        return f"{file.source}, {file.place(group - self._first_group(group), place)}"
 
-    def _group_of(self, index: int) -> int:
-        return int(np.searchsorted(self._ends, self._first + index, side="right"))
+    def fingerprints(self) -> list[tuple[str, str]]:
+        """Name and fingerprint of each file."""
+        return [(str(file.source), file.fingerprint()) for file in self._files]
 
-    def _file_of(self, group: int) -> tuple[_File, int]:
-        """The file that a group belongs to, and that file's first group."""
-        file = int(np.searchsorted(self._groups_before, group, side="right")) - 1
-        return self._files[file], self._groups_before[file]
+    def _find(self, index: int) -> tuple[int, int, DataFile]:
+        """A row's group, its number in that group, and its file."""
+        row = self._first + index
+        group = int(np.searchsorted(self._ends, row, side="right"))
+        place = row - int(self._ends[group - 1] if group else 0)
+        return group, place, self._files[self._file_of(group)]
 
-    def _size(self, group: int) -> int:
-        return int(self._ends[group] - (self._ends[group - 1] if group else 0))
+    def _file_of(self, group: int) -> int:
+        return int(np.searchsorted(self._groups_before, group, side="right")) - 1
+
+    def _first_group(self, group: int) -> int:
+        """The first group of the file that `group` is in."""
+        return int(self._groups_before[self._file_of(group)])
 
     def _read(self, group: int) -> object:
+        """A group of a file, or the error that reading it ends with: the next row of it shall not wait again."""
         with self._lock:
-            if group not in self._cache:
-                file, first_group = self._file_of(group)
-                while self._cache and self._cached_rows + self._size(group) > self._cached_rows_limit:
-                    self._cached_rows -= self._size(self._cache.popitem(last=False)[0])
-                self._cache[group] = file.read_group(group - first_group)
-                self._cached_rows += self._size(group)
-            self._cache.move_to_end(group)
-            return self._cache[group]
+            if group not in self._held:
+                while self._held and self._bytes_held + self._bytes[group] > self._most_bytes_held:
+                    self._bytes_held -= int(self._bytes[self._held.popitem(last=False)[0]])
+                self._held[group] = self._read_patiently(group)
+                self._bytes_held += int(self._bytes[group])
+            self._held.move_to_end(group)
+            return self._held[group]
+
+    def _read_patiently(self, group: int) -> object:
+        file = self._files[self._file_of(group)]
+        for seconds in (*_SECONDS_BETWEEN_TRIES, None):
+            try:
+                return file.read_group(group - self._first_group(group))
+            except ValueError as error:
+                return error
+            except OSError as error:  # a disk or a network may be back in a moment
+                if seconds is None:
+                    return error
+                time.sleep(seconds)
 
 
-def open_rows(files: str | Path | Sequence[str | Path], *, columns: Sequence[str] | None = None) -> FileRows:
-    """Open parquet, JSONL or text files as one sequence of rows (dicts).
+def open_rows(
+    files: str | Path | Sequence[str | Path],
+    *,
+    columns: Sequence[str] | None = None,
+    messages_column: str | None = None,
+) -> FileRows:
+    """Open parquet, Arrow, JSONL or text files as one sequence of rows (dicts).
 
-    `files` is a path, a glob, a comma list of both, or a list of paths. Files stand in the order they are given in,
-    the matches of a glob sorted by name. `columns` must be in every file and hold text; of parquet only
-    these are read (None: all, of any type).
+    `files` is a path, a glob, a URL that fsspec knows, a comma list of these, or a list of paths; a folder must be one
+    that `datasets` saved. Files stand in the order they are given in, the matches of a glob sorted by name. `columns`
+    must be in every file and hold text, `messages_column` chats: lists of {"role", "content"}. Of tables only these
+    are read (without either: all columns, of any type).
     Raises UsageError, naming the file, for one that is missing, empty, broken or lacks a column.
     """
+    wanted = {name: "text" for name in columns or ()} | ({messages_column: "messages"} if messages_column else {})
     opened = []
-    for path in _expand(files):
-        if path.suffix not in _FORMATS:
-            raise UsageError(f"{path}: files end in {', '.join(_FORMATS)}; convert this one")
+    for source in expand(files):
+        suffixes = source.suffixes[:-1] if codec_of(source) else source.suffixes
+        if not suffixes or suffixes[-1] not in _FORMATS:
+            raise UsageError(f"{source}: files end in {', '.join(_FORMATS)}; convert this one")
         try:
-            file = _FORMATS[path.suffix](path, columns)
+            file = _FORMATS[suffixes[-1]](source, wanted or None)
         except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-        if not sum(file.group_sizes):
-            raise UsageError(f"{path} holds no rows: leave it out or write it again")
+            raise UsageError(f"{source} cannot be read: {error.strerror or error}") from error
+        if not file.group_rows.sum():
+            raise UsageError(f"{source} holds no rows: leave it out or write it again")
         opened.append(file)
     return FileRows(opened)
+
+
+def as_rows(files: str | Path | Sequence[str | Path] | Rows) -> Rows:
+    """Rows that are open already as they are, files opened. Raises UsageError if there is no row."""
+    names_files = isinstance(files, list | tuple) and files and all(isinstance(file, str | Path) for file in files)
+    rows = open_rows(files) if names_files or isinstance(files, str | Path) else files
+    if not hasattr(rows, "__len__"):
+        raise UsageError(
+            f"{type(rows).__name__} can only be read from its start, and a run must reach any row: write it to "
+            "parquet, or name its files (hf://datasets/...)"
+        )
+    if len(rows) == 0:
+        raise UsageError("a stream over no rows was asked for: give at least one row")
+    return rows
 
 
 def split_rows(rows, held_out: int):
@@ -231,29 +206,3 @@ def split_rows(rows, held_out: int):
     if not 0 <= held_out < len(rows):
         raise UsageError(f"{held_out} of {len(rows)} rows cannot be held out: at least one must be left for training")
     return rows.slice(0, len(rows) - held_out), rows.slice(len(rows) - held_out, len(rows))
-
-
-def _expand(files: str | Path | Sequence[str | Path]) -> list[Path]:
-    items = files.split(",") if isinstance(files, str) else [files] if isinstance(files, Path) else list(files)
-    paths = []
-    for item in filter(None, (str(item).strip() for item in items)):
-        is_glob = any(mark in item for mark in "*?[") and not Path(item).exists()
-        matches = sorted(glob.glob(item, recursive=True)) if is_glob else [item]
-        found = [Path(match) for match in matches if Path(match).is_file()]
-        if not found:
-            what = "matches no file" if is_glob else "is a folder" if Path(item).is_dir() else "does not exist"
-            raise UsageError(f"{item} {what}: name a parquet, JSONL or text file, or a glob of them")
-        paths += found
-    if repeated := sorted({str(path) for path in paths if paths.count(path) > 1}):
-        raise UsageError(f"{files} names {', '.join(repeated)} twice, so its rows would count twice: name it once")
-    if not paths:
-        raise UsageError(f"no file is named by {files!r}")
-    return paths
-
-
-def _missing_columns(path: Path, missing: list[str], present: Sequence[str]) -> str:
-    return (
-        f"{path} has no {' and no '.join(f'column {name!r}' for name in missing)}, it has "
-        f"{', '.join(map(repr, present))}: "
-        "set --prompt_column and --response_column, or --text_column"
-    )

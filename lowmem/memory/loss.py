@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowmem.config import UsageError
+from lowmem.data.batch import Batch
 from lowmem.data.encode import IGNORED
-from lowmem.data.stream import Batch
 from lowmem.parallel.sharding import unwrapped
 
 # Logits held at a time, 4 bytes each and 2 in bf16: on a CPU they stay in its cache, elsewhere fewer kernels start.

@@ -1,14 +1,15 @@
 """Ranks decide together. Everything here runs on the host and pickles nothing: integers and bytes in tensors."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from lowmem.config import UsageError
+from lowmem.config import RankError, UsageError
 
 Result = TypeVar("Result")
 
@@ -39,7 +40,7 @@ def gather_bytes(payload: bytes) -> list[bytes]:
 def on_main_rank(function: Callable[[], Result]) -> Result | None:
     """Run `function` on rank 0 while the others wait for it; its result on rank 0, None elsewhere.
 
-    If it raises there, every rank raises: the others a UsageError or a RuntimeError that carries rank 0's message.
+    If it raises there, every rank raises: the others a UsageError or a RankError that carries rank 0's message.
     """
     result, error = None, None
     if not _is_distributed() or dist.get_rank() == 0:
@@ -47,13 +48,42 @@ def on_main_rank(function: Callable[[], Result]) -> Result | None:
             result = function()
         except Exception as caught:
             error = caught
-    told = [error is not None, isinstance(error, UsageError), f"{type(error).__name__}: {error}"]
-    failed, is_usage_error, message = json.loads(gather_bytes(json.dumps(told).encode())[0])
+    _raise_any(error)
+    return result
+
+
+@contextmanager
+def failing_together(*kinds: type[Exception]) -> Iterator[None]:
+    """Every rank enters it, and if one leaves it with an error of these kinds, all do: see `raise_together`.
+
+    One small collective at its end, so within it there must be none that a failing rank would miss.
+    """
+    error = None
+    try:
+        yield
+    except kinds as caught:
+        error = caught
+    (num_failed,) = sum_over_ranks(error is not None)
+    if num_failed:
+        raise_together(error)
+
+
+def raise_together(error: Exception | None) -> NoReturn:
+    """Called by every rank once all know that one of them failed: raise `error`, or, on a rank that had none, what
+    the first failing one tells, as a UsageError or a RankError."""
+    _raise_any(error)
+    raise AssertionError("raise_together was called, but no rank has an error")
+
+
+def _raise_any(error: Exception | None) -> None:
+    told = error and [isinstance(error, UsageError), f"{type(error).__name__}: {error}"]
+    told = [json.loads(message) for message in gather_bytes(json.dumps(told).encode())]
     if error is not None:
         raise error
-    if failed:
-        raise (UsageError if is_usage_error else RuntimeError)(f"rank 0 failed with {message}")
-    return result
+    for rank, failed in enumerate(told):
+        if failed is not None:
+            is_usage_error, message = failed
+            raise (UsageError if is_usage_error else RankError)(f"rank {rank} failed with {message}")
 
 
 def _is_distributed() -> bool:

@@ -1,0 +1,120 @@
+"""A conversation -> token ids, by the tokenizer's own chat template, and which of them the assistant says."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain, pairwise
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from lowmem.config import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, object]]
+Spans = list[tuple[int, int]]  # of characters, from and up to, in order
+
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_HOW_TO_TAG = "put {% generation %} and {% endgeneration %} around the assistant's text in the chat template"
+
+# transformers compiles a template once and notes what stands between its tags inside of it, for one thread at a time.
+# So ours is a copy (a comment and its line's end render as nothing) that nobody else renders, under a lock.
+_COPY = "{#- lowmem's own copy #}\n"
+_COPY_IN_USE = Lock()
+
+
+def chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Messages], tuple[list[int], list[bool]]]:
+    """A function `messages -> (ids, is_said)`: the tokens of `tokenizer.apply_chat_template(messages)`, and for each
+    whether the assistant says it. Several threads may call it at a time.
+
+    The assistant says what the template's {% generation %} tags enclose. Where it has none: what each assistant turn
+    adds to the text before it and a generation prompt; that is its content and what ends the turn. A token belongs
+    to where its last character stands. Tokenizers without offsets (slow ones) take the text in pieces, so that no
+    token of theirs crosses the bounds of a turn.
+
+    Raises UsageError for a tokenizer without a chat template. The function raises ValueError for a conversation that
+    the template refuses, in which the assistant says nothing, or (without tags) whose beginning the template changes
+    as turns are added.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # none, or several of which none is the default
+        raise UsageError(
+            f"messages need a chat template, {type(tokenizer).__name__} of {tokenizer.name_or_path!r} has none: take "
+            "an instruction-tuned model's tokenizer, or set its chat_template and save it"
+        ) from error
+    with_spans = _by_tags if _GENERATION_TAG.search(template) else _by_prefixes
+    in_tokens = _whole if tokenizer.is_fast else _in_pieces
+
+    def tokenize(messages: Messages) -> tuple[list[int], list[bool]]:
+        # Parquet fills fields that a message lacks with None, which a template would take for something to write.
+        messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
+        turns = f"a conversation of turns {', '.join(str(message['role']) for message in messages)}"
+        try:
+            text, spans = with_spans(tokenizer, template, messages)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses {turns} ({error}): mend the row") from error
+        if not any(start < stop for start, stop in spans):
+            raise ValueError(f"the assistant says nothing in {turns}: leave it out, or call who answers 'assistant'")
+        return in_tokens(tokenizer, text, spans)
+
+    return tokenize
+
+
+def _by_tags(tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages) -> tuple[str, Spans]:
+    """The conversation's text, and the [start, stop) of what the template's tags enclose."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    with _COPY_IN_USE:
+        texts, spans = render_jinja_template(
+            [messages],
+            chat_template=_COPY + template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    return texts[0], spans[0]
+
+
+def _by_prefixes(tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages) -> tuple[str, Spans]:
+    """The conversation's text, and the [start, stop) of each assistant turn, by rendering what leads up to it."""
+    render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
+    text, spans = render(messages), []
+    for turn in (turn for turn, message in enumerate(messages) if message["role"] == "assistant"):
+        if turn == 0:
+            raise ValueError(f"nothing stands before the assistant's turn 0: put a user's turn there, or {_HOW_TO_TAG}")
+        before = render(messages[:turn], add_generation_prompt=True)
+        through = render(messages[: turn + 1])
+        if not (through.startswith(before) and text.startswith(through)):
+            raise ValueError(
+                f"the chat template must keep a text as turns are added to it, it changes what stands up to turn "
+                f"{turn} (the assistant's): {_HOW_TO_TAG}"
+            )
+        spans.append((len(before), len(through)))
+    return text, spans
+
+
+def _whole(tokenizer: PreTrainedTokenizerBase, text: str, spans: Spans) -> tuple[list[int], list[bool]]:
+    # Never with truncation or padding: told of them a fast tokenizer changes itself, and two threads use it at a time.
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ends = [stop for _, stop in encoded["offset_mapping"]]  # starts say less: some tokenizers leave out spaces there
+    is_said = [False] * len(ends)
+    for start, stop in spans:
+        first, last = bisect_right(ends, start), bisect_right(ends, stop)
+        is_said[first:last] = [True] * (last - first)
+    return encoded["input_ids"], is_said
+
+
+def _in_pieces(tokenizer: PreTrainedTokenizerBase, text: str, spans: Spans) -> tuple[list[int], list[bool]]:
+    ids, is_said = [], []
+    bounds = [0, *chain.from_iterable(spans), len(text)]
+    for piece, (start, stop) in enumerate(pairwise(bounds)):
+        tokens = tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
+        ids += tokens
+        is_said += [piece % 2 == 1] * len(tokens)  # outside, inside, outside, ...
+    return ids, is_said

@@ -1,0 +1,84 @@
+"""Position -> the micro-batches of one optimizer step on this rank: a pure function."""
+
+import math
+from collections.abc import Iterable, Sequence, Sized
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain, pairwise
+from typing import NamedTuple
+
+from lowmem.data.batch import Batch, Collate
+from lowmem.data.encode import Encode, EncodedRow
+from lowmem.data.order import Groups, rows_at
+from lowmem.data.packing import pack
+from lowmem.data.quarantine import BadRow, Rows, blank_row, encode_rows
+
+
+class Step(NamedTuple):
+    """This rank's part of one optimizer step."""
+
+    batches: list[Batch]
+    bad_rows: list[BadRow]
+    num_cut_rows: int
+    num_cut_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Where the steps of a stream come from, and how they are cut."""
+
+    rows: Rows
+    encode: Encode
+    collate: Collate
+    global_batch_size: int
+    micro_batches: int
+    seed: int
+    rank: int
+    world_size: int
+    shuffle: bool
+    packed_seq_len: int | None
+    may_skip: bool
+    pin_memory: bool
+
+    @cached_property
+    def groups(self) -> Groups:
+        return getattr(self.rows, "groups", None) or Groups.of([len(self.rows)])
+
+    def at(self, position: int) -> Step:
+        """Positions [position, position + global batch) are cut into equal pieces; each rank takes its own.
+
+        Within its pieces the rank's rows stand longest first, those of one length by position: micro-batches need
+        little padding, and those that take most memory come first.
+        """
+        first_piece, num_pieces = self.rank * self.micro_batches, self.world_size * self.micro_batches
+        pieces = range(first_piece, first_piece + self.micro_batches + 1)
+        bounds = [position + self.global_batch_size * piece // num_pieces for piece in pieces]
+        row_ids = rows_at(bounds[0], bounds[-1], self.groups, seed=self.seed, shuffle=self.shuffle).tolist()
+        rows, bad = encode_rows(self.rows, row_ids, self.encode, may_skip=self.may_skip)
+        cuts = [row.get("num_cut", 0) for _, row in rows]
+        rows.sort(key=lambda row: -_num_ids(row[1]))
+        while len(rows) < self.micro_batches:
+            rows.append((None, blank_row(self.rows, self.encode, near=row_ids[0])))
+        if self.packed_seq_len is not None:
+            packed = pack(rows, max_seq_len=self.packed_seq_len, micro_batches=self.micro_batches)
+            parts = [(chain.from_iterable(row["row_ids"] for row in part), part) for part in packed]
+        else:
+            if bad:  # what is left, as equally as may be
+                bounds = [len(rows) * piece // self.micro_batches for piece in range(self.micro_batches + 1)]
+            first = bounds[0]
+            parts = [tuple(zip(*rows[i - first : j - first], strict=True)) for i, j in pairwise(bounds)]
+        batches = [batch_of(*part, self.collate) for part in parts]
+        if self.pin_memory:
+            batches = [batch.pin_memory() for batch in batches]
+        return Step(batches, bad, sum(cut > 0 for cut in cuts), sum(cuts))
+
+
+def batch_of(row_ids: Iterable[int | None], rows: Sequence[EncodedRow], collate: Collate) -> Batch:
+    """Rows and their numbers as one micro-batch; None is the number of one that stands in for another."""
+    return replace(collate(rows), row_ids=[row_id for row_id in row_ids if row_id is not None])
+
+
+def _num_ids(row: EncodedRow) -> int:
+    """How much an encoded row holds, whatever its keys: all of its lists and arrays, but no text or number."""
+    values = (value for value in row.values() if isinstance(value, Sized) and not isinstance(value, str))
+    return sum(math.prod(value.shape) if hasattr(value, "shape") else len(value) for value in values)

@@ -1,0 +1,290 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from lowmem.config import UsageError
+from lowmem.data.derived import derive
+from lowmem.data.source import Source
+from tests.processes import ROOT, environment, run
+
+# A builder for processes of our own: it copies the file in upper case, and notes how long it took in a file beside it.
+BUILDER = """
+import os, sys, time
+import numpy as np
+from lowmem.config import UsageError
+from lowmem.data.derived import derive
+from lowmem.data.source import Source
+
+def note(word):
+    with open(sys.argv[1] + ".notes", "a") as notes:
+        notes.write(word + "\\n")
+
+def build(copy, tell, seconds=0.0, fails=False):
+    note("begin")
+    with open(sys.argv[1], "rb") as file:
+        text = file.read()
+    copy.write(text[:10].upper())
+    copy.flush()
+    time.sleep(seconds)
+    note("end")
+    if fails:
+        raise UsageError("no luck")
+    copy.write(text[10:].upper())
+    return {"bytes": np.array([len(text)])}
+
+def run(build=build):
+    return derive(Source(sys.argv[1]), build, kind="test", copies=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory, monkeypatch):
+    monkeypatch.delenv("LOWMEM_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "rows").write_bytes(b"some rows that stand in a file")
+    return Source(str(tmp_path / "rows"))
+
+
+class Builder:
+    """Copies a file in upper case; the index is its size and its first bytes. Counts how often it did."""
+
+    def __init__(self, source):
+        self.source, self.times = source, 0
+
+    def __call__(self, copy, tell):
+        self.times += 1
+        with self.source.open() as file:
+            text = file.read()
+        if copy is not None:
+            copy.write(text.upper())
+        return {"size": np.array([len(text)]), "first": np.frombuffer(text[:20], np.uint8)}
+
+    def derive(self, copies=True):
+        return derive(self.source, self, kind="test", copies=copies)
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_the_index_of_a_small_file_is_made_anew_and_leaves_nothing(source, tmp_path):
+    builder = Builder(source)
+    for _ in range(2):
+        found = builder.derive(copies=False)
+        assert found.copy is None and found.index["size"] == [30]
+    assert builder.times == 2 and names(tmp_path) == ["rows"]
+
+
+def test_the_index_of_a_large_file_is_made_once(source, tmp_path):
+    Path(source.name).write_bytes(b"row\n" * 2**23)
+    builder = Builder(source)
+    for _ in range(2):
+        found = builder.derive(copies=False)
+        assert found.index["size"] == [2**25] and found.index["first"].tobytes() == b"row\n" * 5
+    assert builder.times == 1 and names(tmp_path) == [".rows.lowmem-test.index", "rows"]
+
+
+def test_a_copy_is_made_once_and_again_when_the_file_has_changed(source, tmp_path):
+    builder = Builder(source)
+    for _ in range(2):
+        assert builder.derive().copy.read_bytes() == b"SOME ROWS THAT STAND IN A FILE"
+    assert builder.times == 1 and names(tmp_path) == [".rows.lowmem-test.index", ".rows.lowmem-test.rows", "rows"]
+    Path(source.name).write_bytes(b"same size, but it's other rows")
+    assert builder.derive().copy.read_bytes() == b"SAME SIZE, BUT IT'S OTHER ROWS"
+    assert builder.times == 2
+
+
+def test_an_index_with_any_bit_flipped_is_made_again(source):
+    builder = Builder(source)
+    path = builder.derive().copy.with_suffix(".index")
+    whole = path.read_bytes()
+    flips = [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(len(whole))]
+    for damaged in (*flips, whole.replace(b"I64", b"U64")):
+        path.write_bytes(damaged)
+        index = builder.derive().index
+        assert index["size"].dtype == np.int64 and index["size"].tolist() == [30]
+        assert index["first"].dtype == np.uint8 and index["first"].tobytes() == b"some rows that stand"
+    assert builder.times == 1 + len(whole) + 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"SOME ROWS", None])
+def test_a_copy_that_was_cut_or_removed_is_made_again(source, damage):
+    builder = Builder(source)
+    copy = builder.derive().copy
+    copy.unlink() if damage is None else copy.write_bytes(damage)
+    assert builder.derive().copy.read_bytes() == b"SOME ROWS THAT STAND IN A FILE"
+    assert builder.times == 2
+
+
+def test_the_cache_folder_that_was_named_is_taken(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "a" / "cache"))
+    builder = Builder(source)
+    for _ in range(2):
+        assert builder.derive().copy.parent == tmp_path / "a" / "cache"
+    assert builder.times == 1 and names(tmp_path) == ["a", "rows"]
+
+
+def test_files_of_one_name_in_two_folders_share_nothing_in_the_cache(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "b").mkdir()
+    other = Source(str(shutil.copy2(source.name, tmp_path / "b")))
+    assert Builder(source).derive().copy != Builder(other).derive().copy
+
+
+@pytest.fixture
+def locked_folder():
+    """A folder that this process may read but not write: even root may not, as it is someone else for so long."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "rows").write_bytes(b"some rows")
+    (folder / "home").mkdir(mode=0o777)
+    (folder / "home").chmod(0o777)
+    folder.chmod(0o555)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(user)
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_what_cannot_stand_beside_the_file_stands_in_the_cache(locked_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(locked_folder / "home"))
+    builder = Builder(Source(str(locked_folder / "rows")))
+    for _ in range(2):
+        assert builder.derive().copy.parent == locked_folder / "home" / ".cache" / "lowmem"
+    assert builder.times == 1
+
+
+def test_without_a_folder_to_write_in_both_are_named(locked_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(locked_folder))
+    told = f"neither {locked_folder} nor {locked_folder}/.cache/lowmem can be written: set LOWMEM_CACHE"
+    with pytest.raises(UsageError, match=told):
+        Builder(Source(str(locked_folder / "rows"))).derive()
+
+
+def test_a_remote_file_is_copied_into_the_cache_under_a_name_of_bounded_length(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path))
+    url = f"memory://folder/{'r' * 250}?signature={'s' * 400}"
+    with fsspec.open(url, "wb") as file:
+        file.write(b"far away")
+    builder = Builder(Source(url))
+    for _ in range(2):
+        assert builder.derive().copy.read_bytes() == b"FAR AWAY"
+    assert builder.times == 1
+    assert [name.partition("-")[2] for name in names(tmp_path)] == ["r" * 80 + ".test.index", "r" * 80 + ".test.rows"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(source, tmp_path):
+    def build(copy, tell):
+        copy.write(b"half of it")
+        Path(source.name).write_bytes(b"other rows")
+        return {"size": np.array([10])}
+
+    with pytest.raises(UsageError, match=f"{source} changed while it was read"):
+        derive(source, build, kind="test", copies=True)
+    assert Builder(source).derive().copy.read_bytes() == b"OTHER ROWS"
+
+
+def start(code, source):
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILDER + code, source.name], cwd=ROOT, env=environment(), stdout=subprocess.PIPE
+    )
+
+
+def test_of_several_processes_one_builds(source, tmp_path):
+    processes = [start("assert run(lambda *x: build(*x, 0.3)).index['bytes'] == [30]", source) for _ in range(4)]
+    for process in processes:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    assert (tmp_path / "rows.notes").read_text().split() == ["begin", "end"]
+    assert not list(tmp_path.glob("*lock*"))
+
+
+def test_builds_that_fail_do_not_overlap_either(source, tmp_path):
+    code = """
+for _ in range(8):
+    try:
+        run(lambda *x: build(*x, 0.02, fails=True))
+    except UsageError:
+        pass
+"""
+    processes = [start(code, source) for _ in range(4)]
+    for process in processes:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    assert (tmp_path / "rows.notes").read_text().split() == ["begin", "end"] * 32
+    assert names(tmp_path) == ["rows", "rows.notes"]
+
+
+@pytest.mark.parametrize("is_put_back", [False, True])
+def test_killed_at_any_file_operation_it_is_whole_or_absent(source, tmp_path, is_put_back):
+    code = """
+seen = 0
+def kill(event, words):
+    global seen
+    if event in ("open", "os.rename", "os.remove") and ".lowmem-" in str(words[0]):
+        seen += 1
+        if seen == NUMBER:
+            os.kill(os.getpid(), 9)
+sys.addaudithook(kill)
+run()
+"""
+    path, text, killed = Path(source.name), "some rows that stand in a file", 0
+    before = path.stat()
+    for number in range(1, 50):
+        path.write_text(text)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        Builder(source).derive()
+        path.write_text(text.replace("row", "cow"))
+        process = start(code.replace("NUMBER", str(number)), source)
+        process.communicate(timeout=60)
+        if is_put_back:
+            path.write_text(text)
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert Builder(source).derive().copy.read_text() == path.read_text().upper()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        killed += 1
+    assert killed >= 7
+
+
+def test_killed_while_it_writes_the_copy_nothing_is_taken_for_whole(source, tmp_path):
+    process = start("print('here', flush=True); run(lambda *x: build(*x, 60))", source)
+    while "begin" not in ((tmp_path / "rows.notes").read_text() if (tmp_path / "rows.notes").exists() else ""):
+        assert process.poll() is None
+    process.kill()
+    process.communicate(timeout=60)
+    builder = Builder(source)
+    assert builder.derive().copy.read_bytes() == b"SOME ROWS THAT STAND IN A FILE"
+    assert builder.times == 1
+    assert names(tmp_path) == [".rows.lowmem-test.index", ".rows.lowmem-test.rows", "rows", "rows.notes"]
+
+
+@pytest.mark.parametrize("limit", [20, 100])
+def test_without_room_the_folder_is_named_and_nothing_is_left(source, tmp_path, limit):
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try:
+    run()
+except UsageError as error:
+    sys.exit(str(error))
+"""
+    result = run(sys.executable, "-c", BUILDER + code, source.name)
+    assert f"{tmp_path} has no room for .rows.lowmem-test (File too large; " in result.stderr
+    assert "make room, or set LOWMEM_CACHE" in result.stderr
+    assert names(tmp_path) == ["rows", "rows.notes"]

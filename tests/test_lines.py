@@ -1,0 +1,358 @@
+import gzip
+import json
+import os
+import sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from lowmem.config import UsageError
+from lowmem.data.line_index import LONGEST_LINE, index_lines
+from lowmem.data.lines import JsonLinesFile, TextFile
+from lowmem.data.source import Source
+from tests.processes import run
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def open_lines(path, content=None, wanted=None):
+    if content is not None:
+        path.write_bytes(content)
+    kind = JsonLinesFile if any(suffix.startswith(".json") for suffix in path.suffixes) else TextFile
+    return kind(Source(str(path)), wanted)
+
+
+def all_rows(file):
+    groups = ((group, file.read_group(group)) for group in range(len(file.group_rows)))
+    return [file.row(data, index) for group, data in groups for index in range(file.group_rows[group])]
+
+
+def all_places(file):
+    return [file.place(g, i) for g in range(len(file.group_rows)) for i in range(file.group_rows[g])]
+
+
+def reason(path, content, index=1):
+    """Why a row of the first group is refused."""
+    file = open_lines(path, content)
+    with pytest.raises(ValueError) as caught:
+        file.row(file.read_group(0), index)
+    return f"{file.place(0, index)}: {caught.value}"
+
+
+def zstd(content):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+def random_lines(seed, num_lines, longest=300):
+    """Lines of letters, spaces and umlauts, about one in six of them blank, with every kind of line end."""
+    random = np.random.default_rng(seed)
+    lines = []
+    for _ in range(num_lines):
+        kind = random.integers(12)
+        body = ["", " \t "][kind] if kind < 2 else "".join(random.choice(list("ab zü"), random.integers(1, longest)))
+        lines.append(body.encode() + [b"\n", b"\r\n"][random.integers(2)])
+    return lines
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000, 2**20])
+def test_rows_and_places_are_those_of_a_plain_reading_whatever_the_pieces(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr("lowmem.data.line_index._PIECE", piece)
+    lines = random_lines(1, 20 if piece == 1 else 3000)
+    lines[-1] = lines[-1].rstrip() + b"the end"
+    expected, places, byte = [], [], 0
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            expected.append({"text": line.decode().removesuffix("\n").removesuffix("\r")})
+            places.append(f"line {number:,} (byte {byte:,})")
+        byte += len(line)
+    file = open_lines(tmp_path / "rows.txt", b"".join(lines))
+    assert all_rows(file) == expected
+    assert all_places(file) == places
+
+
+def test_groups_depend_on_the_content_alone(tmp_path, monkeypatch):
+    path = tmp_path / "rows.txt"
+    lines = random_lines(2, 3000) + [b"l" * size + b"\n" for size in (2**20, 2**19 - 1, 2**19 - 1, 2**20 - 1, 3, 2**21)]
+    path.write_bytes(b"".join(lines) + b" \n" * 2**20 + b"the end")
+    indexes = []
+    for piece in (2**12, 2**20, 2**23):
+        monkeypatch.setattr("lowmem.data.line_index._PIECE", piece)
+        indexes.append(index_lines(Source(str(path)), None, lambda num_bytes: None))
+    for index in indexes[1:]:
+        assert all(np.array_equal(index[name], indexes[0][name]) for name in index)
+    sizes, rows = indexes[0]["end_byte"] - indexes[0]["first_byte"], indexes[0]["rows"]
+    assert rows.max() == 256 and max(sizes[rows > 1]) == 2**20
+
+
+def test_memory_of_groups_is_told_with_what_is_held_beside_their_bytes(tmp_path):
+    file = open_lines(tmp_path / "rows.txt", b"a\n" * 300)
+    data = file.read_group(0)
+    assert file.group_rows.tolist() == [256, 44]
+    held = sys.getsizeof(data.text) + data.starts.nbytes
+    assert held <= file.group_bytes[0] <= 1.3 * held
+
+
+def test_an_empty_file_has_no_groups(tmp_path):
+    for content in (b"", b"\n \n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"):
+        assert len(open_lines(tmp_path / "rows.txt", content).group_rows) == 0
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    file = open_lines(tmp_path / "rows.jsonl", b'\xef\xbb\xbf{"a": 1}\n{"a": 2}')
+    assert all_rows(file) == [{"a": 1}, {"a": 2}]
+    assert all_places(file) == ["line 1 (byte 3)", "line 2 (byte 12)"]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b'{"a": 1', "line 2 (byte 9): Expecting ',' delimiter at byte 16"),
+        ('{"ü": x}'.encode(), "line 2 (byte 9): Expecting value at byte 16"),
+        (b'{"a": "x', "line 2 (byte 9): Unterminated string starting at byte 15"),
+        (b'{"a": 1} {"a": 2}', "line 2 (byte 9): Extra data at byte 18"),
+        (b'{"a": NaN}', "line 2 (byte 9): NaN is no JSON value"),
+        (b'{"a": -Infinity}', "line 2 (byte 9): -Infinity is no JSON value"),
+        (b'{"a": {"b": 1, "c": 2, "b": 3}}', "line 2 (byte 9): key 'b' stands twice in one object"),
+        (b'{"a": "\\uD83d"}', "line 2 (byte 9): \\ud83d is half a character"),
+        (b'{"\\udE00\\ud83d": 1}', "line 2 (byte 9): \\ude00 is half a character"),
+        (b'{"a": "\xc3("}', "line 2 (byte 9): UTF-8 was expected, found byte 16 (0xc3), invalid continuation byte"),
+        (b'{"a": "\0"}', "line 2 (byte 9): Invalid control character at byte 16"),
+        (b"\0\0\0", "line 2 (byte 9): a JSON object was expected, found '\\x00\\x00\\x00'"),
+        (b"[1, 2]", "line 2 (byte 9): a JSON object was expected, found '[1, 2]': write one object a line"),
+        (b'{"a": ' + b"[" * 10**5, "line 2 (byte 9): its brackets are nested too deeply"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "line 2 (byte 9): Exceeds the limit"),
+    ],
+)
+def test_bad_json_is_refused_with_line_byte_and_reason(tmp_path, line, told):
+    assert reason(tmp_path / "rows.jsonl", b'{"a": 1}\n' + line + b'\n{"a": 3}\n').startswith(told)
+    with pytest.raises(UsageError) as caught:
+        open_lines(tmp_path / "first.jsonl", line)
+    assert str(caught.value).startswith(f"{tmp_path}/first.jsonl, line 1 (byte 0): ")
+
+
+def test_escapes_that_are_whole_characters_are_read(tmp_path):
+    file = open_lines(tmp_path / "rows.jsonl", rb'{"a": "\ud83d\ude00 \\ud83d \u00fc"}')
+    assert all_rows(file) == [{"a": "😀 \\ud83d ü"}]
+
+
+def test_bad_text_is_refused_with_line_and_byte(tmp_path):
+    told = reason(tmp_path / "a.txt", b"good\nbad\0\n")
+    assert told.startswith("line 2 (byte 5): text was expected, byte 8 is NUL")
+    told = reason(tmp_path / "b.txt", b"good\n\xff\n")
+    assert told.startswith("line 2 (byte 5): UTF-8 was expected, found byte 5 (0xff)")
+
+
+def test_a_line_of_100_megabytes_is_a_bad_row_that_is_never_held(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with open(path, "wb") as out:
+        out.write(b'{"a": 1}\n{"a": "')
+        for _ in range(100):
+            out.write(b"x" * 10**6)
+        out.write(b'"}\n{"a": 3}\n')
+    code = (
+        "import sys\n"
+        "from lowmem.data.lines import JsonLinesFile\n"
+        "from lowmem.data.source import Source\n"
+        "def peak(): return int(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])\n"
+        "before = peak()\n"
+        "file = JsonLinesFile(Source(sys.argv[1]), None)\n"
+        "print(file.group_rows.tolist(), file.group_bytes.max())\n"
+        "for group in (0, 2): print(file.row(file.read_group(group), 0), file.place(group, 0))\n"
+        "try: file.row(file.read_group(1), 0)\n"
+        "except ValueError as error: print(file.place(1, 0), error)\n"
+        "print((peak() - before) // 1024)"
+    )
+    result = run(sys.executable, "-c", code, path, LOWMEM_CACHE=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    *_, groups, first, third, second, mib = result.stdout.splitlines()
+    assert groups == "[1, 1, 1] 529"
+    assert first == "{'a': 1} line 1 (byte 0)" and third == "{'a': 3} line 3 (byte 100,000,019)"
+    assert second.startswith("line 2 (byte 9) the line has 100,000,010 bytes, at most 16,777,216 are read")
+    assert int(mib) < 48
+
+
+@pytest.mark.parametrize("piece", [2**20, 2**25])
+def test_a_line_may_have_the_greatest_length_but_no_byte_more(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr("lowmem.data.line_index._PIECE", piece)
+    lines = [b"y" * (LONGEST_LINE - 1), b"z" * LONGEST_LINE, b" " * (LONGEST_LINE - 1), b" " * LONGEST_LINE, b"end"]
+    file = open_lines(tmp_path / "rows.txt", b"\n".join(lines))
+    assert file.group_rows.tolist() == [1, 1, 1, 1]
+    assert len(file.row(file.read_group(0), 0)["text"]) == LONGEST_LINE - 1
+    for group in (1, 2):
+        with pytest.raises(ValueError, match="16,777,217 bytes"):
+            file.row(file.read_group(group), 0)
+    assert file.row(file.read_group(3), 0) == {"text": "end"} and file.place(3, 0).startswith("line 5 ")
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted", "told"),
+    [
+        ({"b": "x"}, {"a": "text"}, "has no column 'a', it has 'b'"),
+        ({"a": 3}, {"a": "text"}, "line 2 (byte 1): column 'a' must hold text, found int 3: name another column"),
+        ({"a": "x"}, {"a": "messages"}, "column 'a' must hold messages, "),
+        ({"a": [{"role": "user"}]}, {"a": "messages"}, "found list [{'role': 'user'}]"),
+    ],
+)
+def test_the_first_row_must_have_the_wanted_columns(tmp_path, row, wanted, told):
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(UsageError) as caught:
+        open_lines(path, b"\n" + json.dumps(row).encode(), wanted)
+    assert str(path) in str(caught.value) and told in str(caught.value)
+
+
+def test_chats_and_the_text_column_are_what_they_are(tmp_path):
+    chat = {"m": [{"role": "user", "content": "hi", "name": "Jo"}, {"role": "assistant", "content": ""}]}
+    assert all_rows(open_lines(tmp_path / "a.jsonl", json.dumps(chat).encode(), {"m": "messages"})) == [chat]
+    assert all_rows(open_lines(tmp_path / "a.txt", b"hi", {"text": "text"})) == [{"text": "hi"}]
+    with pytest.raises(UsageError, match="a.txt has no column 'prompt', it has 'text'"):
+        open_lines(tmp_path / "a.txt", None, {"prompt": "text"})
+
+
+ROWS = [{"a": f"row {i} ü"} for i in range(1000)]
+PLAIN = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"),
+    [
+        (".gz", gzip.compress),
+        (".gz", lambda content: gzip.compress(content[:12_345]) + gzip.compress(content[12_345:])),
+        (".zst", zstd),
+        (".zstd", lambda content: zstd(content[:12_345]) + zstd(content[12_345:])),
+    ],
+)
+def test_packed_files_have_the_rows_and_the_fingerprint_of_bare_ones(tmp_path, suffix, pack):
+    packed = open_lines(tmp_path / f"rows.jsonl{suffix}", pack(PLAIN), {"a": "text"})
+    bare = open_lines(tmp_path / "bare.jsonl", PLAIN)
+    assert all_rows(packed) == all_rows(bare) == ROWS
+    assert packed.fingerprint() == bare.fingerprint()
+    assert packed.place(1, 0) == bare.place(1, 0).replace("byte", "unpacked byte")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".gz", gzip.compress(PLAIN)[:-5]),
+        (".gz", gzip.compress(PLAIN)[:1000]),
+        (".gz", gzip.compress(PLAIN) + gzip.compress(PLAIN)[:20]),
+        (".gz", gzip.compress(PLAIN)[:1000] + b"???" + gzip.compress(PLAIN)[1003:]),
+        (".gz", PLAIN),
+        (".zst", zstd(PLAIN)[:-5]),
+        (".zst", PLAIN),
+    ],
+)
+def test_a_damaged_packed_file_is_named_and_leaves_nothing(tmp_path, monkeypatch, suffix, content):
+    monkeypatch.delenv("LOWMEM_CACHE")
+    path = tmp_path / f"rows.jsonl{suffix}"
+    with pytest.raises(UsageError, match=f"{path} cannot be unpacked as (gzip|zstd) .*: it is damaged or cut"):
+        open_lines(path, content)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_fingerprint_is_of_the_content_not_of_the_file(tmp_path):
+    first = open_lines(tmp_path / "a.jsonl", PLAIN).fingerprint()
+    assert open_lines(tmp_path / "b.jsonl", PLAIN).fingerprint() == first
+    assert open_lines(tmp_path / "c.jsonl", PLAIN.replace(b"row 700", b"row 7OO")).fingerprint() != first
+    assert open_lines(tmp_path / "d.jsonl", PLAIN + b'{"a": "more"}').fingerprint() != first
+
+
+def test_a_file_that_changes_or_goes_while_it_is_read_is_told(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    file = open_lines(path, PLAIN)
+    place = file.place(1, 3)
+    assert place.startswith("line 260 (byte ")
+    path.write_bytes(PLAIN.replace(b"row 700", b"row 7OO"))
+    assert file.row(file.read_group(0), 0) == ROWS[0]
+    with pytest.raises(ValueError, match=rf"bytes [\d,]+ to [\d,]+ of {path} are not those that were indexed"):
+        file.read_group(2)
+    path.write_bytes(PLAIN[:6000])
+    with pytest.raises(ValueError, match="are not those that were indexed"):
+        file.read_group(1)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        file.read_group(0)
+    assert file.place(1, 3).startswith("row 3 from line 257 (byte ")
+
+
+def test_a_damaged_copy_is_told_and_made_again_once_it_is_removed(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    file = open_lines(path, gzip.compress(PLAIN))
+    (copy,) = Path(os.environ["LOWMEM_CACHE"]).glob("*.rows")
+    damaged = bytearray(PLAIN)
+    damaged[100] ^= 1
+    copy.write_bytes(damaged)
+    with pytest.raises(ValueError, match=f"{copy} are not those that were indexed: .* remove it and start anew"):
+        file.read_group(0)
+    copy.unlink()
+    assert all_rows(open_lines(path)) == ROWS
+
+
+def test_a_file_that_grows_while_it_is_indexed_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(PLAIN)
+
+    def write_more(num_bytes):
+        if path.stat().st_size == len(PLAIN):
+            path.write_bytes(PLAIN + PLAIN)
+
+    with pytest.raises(UsageError, match=rf"{path} has {len(PLAIN):,} bytes, but {2 * len(PLAIN):,} were read"):
+        index_lines(Source(str(path)), None, write_more)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"gone.jsonl cannot be read \(.*No such file"):
+        open_lines(tmp_path / "gone.jsonl")
+
+
+class _CutsShort(SimpleHTTPRequestHandler):
+    """Serves files without ranges, as most simple servers do; of one named cut.* only the first half arrives."""
+
+    def copyfile(self, source, outputfile):
+        content = source.read()
+        outputfile.write(content[: len(content) // 2] if "cut." in self.path else content)
+        self.close_connection = True
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def url(tmp_path):
+    pytest.importorskip("aiohttp")
+    server = ThreadingHTTPServer(("localhost", 0), partial(_CutsShort, directory=tmp_path))
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://localhost:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_remote_files_are_copied_once(tmp_path, url):
+    (tmp_path / "rows.jsonl").write_bytes(PLAIN)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(PLAIN))
+    for name in ("rows.jsonl", "rows.jsonl.gz"):
+        for _ in range(2):
+            file = JsonLinesFile(Source(f"{url}/{name}"), {"a": "text"})
+            assert all_rows(file) == ROWS
+        (tmp_path / name).rename(tmp_path / f"gone-{name}")
+        assert all_rows(file) == ROWS
+        with pytest.raises(UsageError, match=f"{url}/{name} cannot be read"):
+            JsonLinesFile(Source(f"{url}/{name}"), {"a": "text"})
+
+
+@pytest.mark.parametrize("name", ["cut.jsonl", "cut.jsonl.gz"])
+def test_a_lost_connection_leaves_nothing(tmp_path, url, name):
+    (tmp_path / name).write_bytes(gzip.compress(PLAIN) if name.endswith("gz") else PLAIN)
+    with pytest.raises(UsageError, match=f"{url}/{name} cannot be read .*not completed"):
+        JsonLinesFile(Source(f"{url}/{name}"), {"a": "text"})
+    assert not list(Path(os.environ["LOWMEM_CACHE"]).iterdir())

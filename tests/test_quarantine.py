@@ -1,0 +1,192 @@
+"""Bad rows: an error that all ranks raise, or left out, counted, written down, their positions consumed."""
+
+import itertools
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+from transformers import ByT5Tokenizer
+
+from lowmem.config import RankError
+from lowmem.data.batch import collate
+from lowmem.data.encode import IGNORED, encode_causal, encode_seq2seq
+from lowmem.data.finite import open_eval
+from lowmem.data.quarantine import Quarantine
+from lowmem.data.rows import RowError, open_rows
+from lowmem.data.stream import open_stream
+from lowmem.evaluation import evaluate
+from lowmem.memory.loss import plain_loss
+from lowmem.memory.optim import make_optimizer
+from lowmem.parallel.launch import join
+from lowmem.step import TrainState, train_step
+from tests.models import build, qa_rows
+from tests.processes import run_ranks
+
+ENCODE = encode_seq2seq(ByT5Tokenizer(), max_seq_len=64)
+BAD = {3, 4, 5, 6, 7, 17, 39}
+
+
+def write(path, bad=BAD, count=40):
+    lines = [json.dumps(row, ensure_ascii=False) for row in qa_rows(count)]
+    path.write_text("".join(f"{'{broken' if i in bad else line}\n" for i, line in enumerate(lines)))
+    return path
+
+
+def drawn(stream, steps):
+    """Row ids of the next steps, each trained on."""
+    for batches in itertools.islice(stream, steps):
+        yield [sorted(batch.row_ids) for batch in batches]
+        stream.advance()
+
+
+def test_bad_rows_are_left_out_and_their_positions_consumed(tmp_path):
+    path = write(tmp_path / "rows.jsonl")
+    good = drawn(open_stream(write(tmp_path / "good.jsonl", bad=()), ENCODE, batch_size=8, seed=2), 10)
+    quarantine = Quarantine(100)
+    stream = open_stream(path, ENCODE, batch_size=8, seed=2, quarantine=quarantine)
+    for expected, found in zip(good, drawn(stream, 10), strict=True):
+        assert found == [[row_id for row_id in expected[0] if row_id not in BAD]]
+    assert stream.position == 80
+    assert len(quarantine) == len(BAD)  # each once, in two epochs
+
+
+def test_what_is_left_of_a_step_is_cut_into_as_many_micro_batches(tmp_path):
+    path = write(tmp_path / "rows.jsonl")
+    options = {"batch_size": 2, "global_batch_size": 8, "shuffle": False, "quarantine": Quarantine(100)}
+    stream = open_stream(path, ENCODE, **options)
+    assert [len(batch.row_ids) for batch in next(stream)] == [1, 1, 1, 0]  # 0, 1, 2 of 0 to 7
+    assert [len(batch.row_ids) for batch in next(stream)] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("packed_seq_len", [None, 64])
+def test_a_micro_batch_without_a_good_row_counts_for_nothing_but_can_be_run(tmp_path, packed_seq_len):
+    path = write(tmp_path / "rows.jsonl", bad=range(4))
+    encode = encode_causal(ByT5Tokenizer(), max_seq_len=64)
+    stream = open_stream(
+        path,
+        encode,
+        batch_size=2,
+        gradient_accumulation_steps=2,
+        shuffle=False,
+        quarantine=Quarantine(9),
+        collate=partial(collate, causal=True),
+        packed_seq_len=packed_seq_len,
+    )
+    batches = next(stream)
+    assert [(batch.row_ids, batch.num_targets) for batch in batches] == [([], 0), ([], 0)]
+    assert all((batch.inputs["labels"] == IGNORED).all() for batch in batches)
+    assert plain_loss(build("llama"), batches[0]) == 0
+    accelerator, model = join(), build("llama")
+    before = model.lm_head.weight.clone()
+    state = TrainState(model, make_optimizer(model, memory="off"), stream)
+    assert not train_step(state, batches, plain_loss, accelerator, learning_rate=0.1).updated
+    assert model.lm_head.weight.equal(before) and stream.position == 4
+
+
+def test_what_stands_in_for_a_micro_batch_needs_labels_to_ignore(tmp_path):
+    path = write(tmp_path / "rows.jsonl", bad=range(4))
+    stream = open_stream(
+        path, lambda row: {"chosen": [1]}, batch_size=4, shuffle=False, quarantine=Quarantine(9), collate=None
+    )
+    with pytest.raises(RowError, match="needs `labels` to ignore, these have chosen"):
+        len(next(stream))
+
+
+def test_each_bad_row_is_written_once_with_its_place_even_over_a_kill_and_a_resume(tmp_path):
+    path, told = write(tmp_path / "rows.jsonl", bad={3}), tmp_path / "out" / "bad_rows-0.jsonl"
+    rows = open_rows(path)
+
+    def encode(row):
+        if row["response"] == "7" * 9:
+            raise ValueError("seven is not wanted")
+        return ENCODE(row)
+
+    def run(quarantine):
+        list(drawn(open_stream(rows, encode, batch_size=8, quarantine=quarantine), 11))
+
+    assert not told.exists()
+    run(Quarantine(9, told))
+    run(Quarantine(9, told))
+    records = [json.loads(line) for line in told.read_text().splitlines()]
+    assert sorted(record["error"] for record in records) == sorted(set(record["error"] for record in records))
+    (broken,) = (record for record in records if record["row"] is None)
+    assert "rows.jsonl, line 4 (byte " in broken["error"]
+    unwanted = [record for record in records if record["row"]]
+    assert all("seven is not wanted" in record["error"] for record in unwanted)
+    assert [record["row"] for record in unwanted] == [row for row in qa_rows(40) if row["response"] == "7" * 9]
+    with open(told, "a") as file:
+        file.write('{"error": "half a li')
+    assert len(Quarantine(9, told)) == len(records)
+
+
+def test_more_bad_rows_than_allowed_end_the_run(tmp_path):
+    path = write(tmp_path / "rows.jsonl")
+    stream = open_stream(path, ENCODE, batch_size=8, shuffle=False, quarantine=Quarantine(5, tmp_path / "bad.jsonl"))
+    assert len(next(stream)[0].row_ids) == 3
+    next(stream)
+    with pytest.raises(RowError, match=r"line 18 .*more than 5 of them, the others are in .*bad.jsonl.*--max_bad_rows"):
+        next(stream)[0]
+
+
+def test_evaluation_leaves_bad_rows_out_too(tmp_path):
+    path = write(tmp_path / "rows.jsonl")
+    quarantine = Quarantine(100)
+    passes = [
+        open_eval(path, ENCODE, batch_size=3, rank=rank, world_size=2, quarantine=quarantine) for rank in range(2)
+    ]
+    batches = [list(one) for one in passes]
+    assert len(batches[0]) == len(batches[1]) == 7
+    seen = [row_id for batch in itertools.chain(*batches) for row_id in batch.row_ids]
+    assert sorted(seen) == sorted(set(range(40)) - BAD)
+    assert len(quarantine) == len(BAD)
+
+
+def fail_on_rank_1(path: str) -> None:
+    """The rows of rank 1 hold a bad one: every rank raises the same, in training and in evaluation."""
+    accelerator = join()
+    rank = accelerator.process_index
+    model = build("t5")
+    state = TrainState(model, make_optimizer(model, memory="off"))
+    ranks = {"rank": rank, "world_size": accelerator.num_processes}
+    told = r"rows\.jsonl, line 18 .*cannot be read: "
+    kind, told = (RowError, told) if rank == 1 else (RankError, f"rank 1 .*{told}")
+    stream = open_stream(path, ENCODE, batch_size=5, shuffle=False, **ranks)
+    steps = iter(stream)
+    train_step(state, next(steps), plain_loss, accelerator, learning_rate=0.1)
+    weights = model.shared.weight.clone()
+    with pytest.raises(kind, match=told):
+        train_step(state, next(steps), plain_loss, accelerator, learning_rate=0.1)
+    assert state.step == 1 and model.shared.weight.equal(weights)
+    with pytest.raises(kind, match=told):
+        evaluate(model, open_eval(path, ENCODE, batch_size=5, **ranks), plain_loss, accelerator)
+    accelerator.end_training()
+
+
+def test_a_bad_row_on_one_rank_is_the_same_named_error_on_all(tmp_path):
+    path = write(tmp_path / "rows.jsonl", bad={17})
+    run_ranks(2, "tests.test_quarantine:fail_on_rank_1", path)
+
+
+def lose_the_file_on_rank_1(path: str) -> None:
+    accelerator = join()
+    rank = accelerator.process_index
+    model = build("t5")
+    state = TrainState(model, make_optimizer(model, memory="off"))
+    rows = open_rows(path)
+    if rank == 0:
+        assert rows[0]  # and all that were read with it
+    accelerator.wait_for_everyone()
+    if rank == 1:
+        Path(path).rename(f"{path}.gone")
+    stream = open_stream(rows, ENCODE, batch_size=5, rank=rank, world_size=2, quarantine=Quarantine(100))
+    kind, start = (RowError, "^/") if rank == 1 else (RankError, "^rank 1 failed with ReadError: /")
+    with pytest.raises(kind, match=rf"{start}.*rows\.jsonl, .*cannot be read, 4 times: .*No such file"):
+        train_step(state, next(iter(stream)), plain_loss, accelerator, learning_rate=0.1)
+    accelerator.end_training()
+
+
+def test_a_file_that_goes_missing_is_no_bad_row_but_ends_the_run_on_all_ranks(tmp_path):
+    """Rank 0 has read its rows' group already when the file goes, so that only rank 1 meets it."""
+    path = write(tmp_path / "rows.jsonl", bad=())
+    run_ranks(2, "tests.test_quarantine:lose_the_file_on_rank_1", path)

@@ -1,0 +1,450 @@
+"""Parquet and Arrow files against the rows that were written; damage, copies and memory with real files."""
+
+import json
+import struct
+import sys
+import textwrap
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from lowmem.config import UsageError
+from lowmem.data import batches, tables
+from lowmem.data.source import Source, dataset_files
+from lowmem.data.tables import ArrowFile, ParquetFile
+from tests.processes import run
+
+WANTED = {"prompt": "text", "response": "text"}
+CHATS = {"chat": "messages"}
+
+
+def row(number):
+    chat = [{"role": "system", "content": "be brief " * 20}, {"role": "user", "content": f"问题 {number}"}]
+    return {
+        "prompt": f"问题 {number} " + "what? " * (number % 7),
+        "response": ["yes", "no", None][number % 3],
+        "chat": chat[: 1 + number % 2] if number % 5 else [],
+        "number": number,
+    }
+
+
+ROWS = [row(number) for number in range(205)]
+
+
+def table(rows=ROWS, text=None):
+    """The rows as a table whose texts are of the Arrow type `text`, and lists and their offsets large with it."""
+    text = text or pa.string()
+    large = pa.types.is_large_string(text)
+    turn = pa.struct([("role", text), ("content", text)])
+    chat = pa.large_list(turn) if large else pa.list_(turn)
+    schema = pa.schema([("prompt", text), ("response", text), ("chat", chat), ("number", pa.int64())])
+    if pa.types.is_dictionary(text):  # not to be had from Python's values within a list
+        return table(rows).cast(schema) if not rows else pa.Table.from_pylist(rows, table(rows).schema).cast(schema)
+    return pa.Table.from_pylist(rows, schema)
+
+
+def write_parquet(path, rows=ROWS, **settings):
+    parquet.write_table(table(rows), path, **settings)
+    return Source(str(path))
+
+
+def write_arrow(path, written=None, *, make=pa.ipc.new_stream, max_rows=20, **settings):
+    written = table() if written is None else written
+    with make(str(path), written.schema, options=pa.ipc.IpcWriteOptions(**settings)) as writer:
+        writer.write_table(written, max_chunksize=max_rows)
+    return Source(str(path))
+
+
+def all_rows(file):
+    groups = ((file.read_group(group), int(rows)) for group, rows in enumerate(file.group_rows) if rows)
+    return [file.row(data, index) for data, rows in groups for index in range(rows)]
+
+
+def only(columns, rows=ROWS):
+    return [{name: row[name] for name in columns} for row in rows]
+
+
+def flip(path, place, bit=1):
+    data = bytearray(path.read_bytes())
+    data[place] ^= bit
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def copied(monkeypatch):
+    """Every row group and every record batch is too large."""
+    monkeypatch.setattr(tables, "_LARGEST_ROW_GROUP_BYTES", 0)
+    monkeypatch.setattr(tables, "_LARGEST_BATCH_BYTES", 0)
+    monkeypatch.setattr(batches, "PIECE_ROWS", 40)
+
+
+@pytest.mark.parametrize("size", [1, 20, 1000])
+@pytest.mark.parametrize("wanted", [WANTED, CHATS, None])
+@pytest.mark.parametrize("settings", [{"compression": "zstd"}, {"use_dictionary": False, "write_page_checksum": True}])
+def test_a_parquet_file_gives_the_rows_that_were_written(tmp_path, size, wanted, settings):
+    file = ParquetFile(write_parquet(tmp_path / "rows.parquet", row_group_size=size, **settings), wanted)
+    assert file.group_rows.tolist() == [min(size, 205 - first) for first in range(0, 205, size)]
+    assert all_rows(file) == only(wanted or ROWS[0])
+    data = file.read_group(len(file.group_rows) - 1)
+    assert [file.row(data, index) for index in (0, file.group_rows[-1] - 1)][-1] == only(wanted or ROWS[0])[204]
+
+
+@pytest.mark.parametrize("text", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+@pytest.mark.parametrize("wanted", [WANTED, CHATS])
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_texts_of_any_arrow_type_are_read(tmp_path, text, wanted, is_copied, request):
+    if is_copied:
+        request.getfixturevalue("copied")
+    rows = table(text=text)
+    assert all_rows(ArrowFile(write_arrow(tmp_path / "rows.arrow", rows, max_rows=1000), wanted)) == only(wanted)
+    if text != pa.string_view() or wanted != CHATS:  # pyarrow writes no views within lists to parquet
+        parquet.write_table(rows.select(list(wanted)), tmp_path / "rows.parquet", row_group_size=50)
+        assert all_rows(ParquetFile(Source(str(tmp_path / "rows.parquet")), wanted)) == only(wanted)
+
+
+@pytest.mark.parametrize("make", [pa.ipc.new_stream, pa.ipc.new_file])
+@pytest.mark.parametrize("wanted", [WANTED, CHATS, None])
+def test_an_arrow_file_gives_the_rows_that_were_written(tmp_path, make, wanted):
+    file = ArrowFile(write_arrow(tmp_path / "rows.arrow", make=make), wanted)
+    assert file.group_rows.tolist() == [20] * 10 + [5]
+    assert all_rows(file) == only(wanted or ROWS[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.arrow"]
+
+
+@pytest.mark.parametrize("make", [pa.ipc.new_stream, pa.ipc.new_file])
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_a_compressed_arrow_file_is_copied(tmp_path, make, compression, capsys):
+    source = write_arrow(tmp_path / "rows.arrow", make=make, max_rows=100, compression=compression)
+    file = ArrowFile(source, WANTED)
+    assert all_rows(file) == only(WANTED)
+    assert capsys.readouterr().out.count("rows.arrow: making") == 1
+
+
+def test_an_arrow_stream_whose_dictionary_is_replaced_is_copied(tmp_path):
+    source = Source(str(tmp_path / "rows.arrow"))
+    parts = [pa.record_batch({"prompt": pa.array(texts).dictionary_encode()}) for texts in (["a", "b"], ["c", "d"])]
+    with pa.ipc.new_stream(source.name, parts[0].schema) as writer:
+        for part in parts:
+            writer.write_batch(part)
+    assert [row["prompt"] for row in all_rows(ArrowFile(source, {"prompt": "text"}))] == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("wanted", [WANTED, CHATS, None])
+def test_large_groups_are_copied_in_order_in_small_pieces_once(tmp_path, copied, monkeypatch, capsys, suffix, wanted):
+    monkeypatch.setattr(batches, "_PIECE_BYTES", 2000)
+    path = tmp_path / f"rows.{suffix}"
+    source = write_parquet(path, row_group_size=100) if suffix == "parquet" else write_arrow(path, max_rows=100)
+    open_file = ParquetFile if suffix == "parquet" else ArrowFile
+    file = open_file(source, wanted)
+    assert all_rows(file) == only(wanted or ROWS[0])
+    assert file.group_rows.max() <= 40 and file.group_bytes.max() < 4000
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and f"rows.{suffix}: making a copy of its rows once" in told
+    again = open_file(source, wanted)
+    assert all_rows(again) == only(wanted or ROWS[0]) and capsys.readouterr().out == ""
+    assert (again.group_rows == file.group_rows).all() and (again.group_bytes == file.group_bytes).all()
+
+
+def test_runs_that_want_other_columns_have_copies_of_their_own(tmp_path, copied):
+    source = write_parquet(tmp_path / "rows.parquet")
+    prompts, chats = ParquetFile(source, WANTED), ParquetFile(source, CHATS)
+    assert all_rows(prompts) == only(WANTED) and all_rows(chats) == only(CHATS)
+
+
+def test_a_copy_is_made_anew_when_its_file_changed(tmp_path, copied):
+    source = write_parquet(tmp_path / "rows.parquet")
+    assert all_rows(ParquetFile(source, WANTED)) == only(WANTED)
+    write_parquet(source.path, ROWS[50:])
+    assert all_rows(ParquetFile(source, WANTED)) == only(WANTED, ROWS[50:])
+
+
+def test_empty_row_groups_are_fine(tmp_path, monkeypatch):
+    source = Source(str(tmp_path / "rows.parquet"))
+    with parquet.ParquetWriter(source.name, table().schema) as writer:
+        for rows in ([], ROWS[:3], [], ROWS[3:5], []):
+            writer.write_table(table(rows))
+    file = ParquetFile(source, WANTED)
+    assert file.group_rows.tolist() == [0, 3, 0, 2, 0] and all_rows(file) == only(WANTED, ROWS[:5])
+    assert file.place(3, 1) == "row 4"
+    monkeypatch.setattr(tables, "_LARGEST_ROW_GROUP_BYTES", 0)
+    copy = ParquetFile(source, WANTED)
+    assert copy.group_rows.tolist() == [3, 2] and all_rows(copy) == only(WANTED, ROWS[:5])
+
+
+def test_files_without_rows_have_no_groups_to_read(tmp_path, copied):
+    assert ParquetFile(write_parquet(tmp_path / "rows.parquet", []), WANTED).group_rows.sum() == 0
+    assert ArrowFile(write_arrow(tmp_path / "rows.arrow", table([])), WANTED).group_rows.sum() == 0
+
+
+LONG = ["".join(map(chr, np.random.default_rng(i).integers(97, 123, 2000))) for i in range(10)]
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([f"{number} {LONG[0][: number % 200]}" for number in range(5000)]),
+        pa.array([f"{number} {LONG[0][: number % 200]}" for number in range(5000)], pa.large_string()),
+        pa.array([LONG[number % 10] for number in range(5000)]),
+        pa.array([["yes", "no"][number % 2] for number in range(5000)]),
+        pa.array(
+            [[{"role": "user", "content": text} for text in (LONG[0], f"{i} {LONG[1][:100]}")] for i in range(2000)]
+        ),
+    ],
+    ids=["unique", "large", "repeated", "short", "chats"],
+)
+def test_group_bytes_are_about_what_a_group_takes_decoded(tmp_path, column, compression):
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table({"text": column}), path, compression=compression)
+    file = ParquetFile(Source(str(path)), None)
+    decoded = file.read_group(0)["text"].nbytes
+    assert decoded / 1.05 < file.group_bytes[0] < 1.3 * decoded
+
+
+def test_group_bytes_count_wanted_columns_only(tmp_path):
+    source = write_parquet(tmp_path / "rows.parquet")
+    every, some = ParquetFile(source, None).group_bytes, [ParquetFile(source, w).group_bytes for w in (WANTED, CHATS)]
+    assert 0 < every - sum(some) < 8 * 205 + 200 * 4 + 2000  # what the numbers take
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        ({"question": "text"}, r"has no column 'question', it has 'prompt', 'response', 'chat', 'number'"),
+        ({"number": "text"}, r"column 'number' must hold text, it holds int64"),
+        ({"chat": "text"}, r"column 'chat' must hold text, it holds list"),
+        ({"prompt": "messages"}, r"column 'prompt' must hold chats .* it holds string"),
+    ],
+)
+def test_a_missing_column_or_one_of_another_type_is_refused(tmp_path, suffix, wanted, told):
+    path = tmp_path / f"rows.{suffix}"
+    source, open_file = (
+        (write_parquet(path), ParquetFile) if suffix == "parquet" else (write_arrow(path, table()), ArrowFile)
+    )
+    with pytest.raises(UsageError, match=rf"rows.{suffix}.*{told}"):
+        open_file(source, wanted)
+
+
+@pytest.mark.parametrize("turn", [{"role": "user"}, {"role": 1, "content": "x"}, "x"])
+def test_a_list_of_something_else_is_no_chat(tmp_path, turn):
+    parquet.write_table(pa.table({"chat": [[turn]]}), tmp_path / "rows.parquet")
+    with pytest.raises(UsageError, match="column 'chat' must hold chats"):
+        ParquetFile(Source(str(tmp_path / "rows.parquet")), CHATS)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, -100, -1])
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_file_that_was_cut_is_refused(tmp_path, suffix, keep):
+    path = tmp_path / f"rows.{suffix}"
+    source = write_parquet(path) if suffix == "parquet" else write_arrow(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    open_file, what = (ParquetFile, "parquet") if suffix == "parquet" else (ArrowFile, "Arrow")
+    with pytest.raises(UsageError, match=rf"rows.{suffix} cannot be read as {what} \(.*\): write it again"):
+        open_file(source, WANTED)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1\0\0", b"PAR1" * 9, b'{"prompt": "x"}\n']
+)
+def test_another_kind_of_file_is_refused(tmp_path, content):
+    (tmp_path / "rows").write_bytes(content)
+    for open_file in (ParquetFile, ArrowFile):
+        with pytest.raises(UsageError, match="rows cannot be read as .*: write it again"):
+            open_file(Source(str(tmp_path / "rows")), None)
+
+
+def test_a_message_that_ends_where_it_begins_is_refused_not_read_for_ever(tmp_path):
+    source = write_arrow(tmp_path / "rows.arrow")
+    with source.open() as file:
+        start, head, body_bytes = list(batches._messages(file, 0))[1]
+    data = source.path.read_bytes()
+    wrong = head.replace(struct.pack("<q", body_bytes), struct.pack("<q", -len(head)))
+    assert wrong != head
+    source.path.write_bytes(data[:start] + wrong + data[start + len(head) :])
+    with pytest.raises(UsageError, match=f"the message at byte {start} has -{len(head)} bytes"):
+        ArrowFile(source, None)
+
+
+def test_a_flipped_bit_in_a_page_is_found_where_the_file_has_checksums(tmp_path, copied, request):
+    settings = {"write_page_checksum": True, "use_dictionary": False, "compression": "none"}
+    source = write_parquet(tmp_path / "rows.parquet", **settings)
+    flip(source.path, source.path.read_bytes().index("问题 7 ".encode()))
+    with pytest.raises(UsageError, match="rows.parquet cannot be read as parquet .*CRC"):  # while it is copied
+        ParquetFile(source, WANTED)
+    tables._LARGEST_ROW_GROUP_BYTES = 2**20
+    with pytest.raises(OSError, match="CRC"):
+        ParquetFile(source, WANTED).read_group(0)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_file_cut_deleted_or_written_anew_after_it_was_opened_is_told(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    write, open_file = (write_parquet, ParquetFile) if suffix == "parquet" else (write_arrow, ArrowFile)
+    file = open_file(write(path), WANTED)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises((OSError, ValueError)):
+        file.read_group(len(file.group_rows) - 1)
+    changed = ROWS[:-1] + [row(999)]
+    write(path, changed if suffix == "parquet" else table(changed))
+    with pytest.raises(ValueError, match="not the file that was opened|not those that were indexed"):
+        file.read_group(len(file.group_rows) - 1)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        file.read_group(0)
+
+
+def test_any_flipped_bit_in_a_copy_is_told(tmp_path, copied):
+    file = ParquetFile(write_parquet(tmp_path / "rows.parquet"), WANTED)
+    (copy,) = tmp_path.glob(".*copy*.rows")
+    for place in np.random.default_rng(0).integers(0, copy.stat().st_size, 100).tolist():
+        flip(copy, place)
+        group = int(np.searchsorted(np.cumsum(file.group_bytes), place, side="right"))
+        with pytest.raises(ValueError, match=rf"bytes [\d,]+ to [\d,]+ of {copy} .*: delete it"):
+            file.read_group(group)
+        flip(copy, place)
+    assert all_rows(file) == only(WANTED)
+
+
+def test_flipped_bits_in_an_arrow_file_never_do_worse_than_another_text(tmp_path):
+    source = write_arrow(tmp_path / "rows.arrow", max_rows=1000)
+    told = 0
+    for place in np.random.default_rng(0).integers(0, source.path.stat().st_size, 300).tolist():
+        flip(source.path, place, bit=64)
+        try:
+            rows = all_rows(ArrowFile(source, None))
+            assert len(rows) == 205 and rows[0].keys() == ROWS[0].keys()
+        except ValueError as error:  # a UsageError, or of the group
+            told += 1
+            assert "rows.arrow" in str(error)
+        flip(source.path, place, bit=64)
+    assert told > 20
+
+
+def test_flipped_bits_in_pages_without_checksums_never_do_worse_than_another_text(tmp_path):
+    source = write_parquet(tmp_path / "rows.parquet", compression="none")
+    pages = source.path.stat().st_size - parquet.read_metadata(source.path).serialized_size - 8
+    told = 0
+    for place in np.random.default_rng(0).integers(4, pages, 300).tolist():
+        flip(source.path, place, bit=64)
+        try:
+            assert len(all_rows(ParquetFile(source, None))) == 205
+        except (OSError, ValueError):
+            told += 1
+        flip(source.path, place, bit=64)
+    assert told > 20
+
+
+def test_a_fingerprint_is_of_the_content_alone(tmp_path):
+    rows = [{"prompt": LONG[i % 10] + str(i), "response": "x", "chat": [], "number": i} for i in range(1000)]
+    for rows_written in (ROWS, rows):  # a small file and one of 2 MB
+        source = write_parquet(tmp_path / "a.parquet", rows_written)
+        first = ParquetFile(source, WANTED).fingerprint()
+        (tmp_path / "b.parquet").write_bytes(source.path.read_bytes())
+        assert ParquetFile(Source(str(tmp_path / "b.parquet")), CHATS).fingerprint() == first
+        write_parquet(source.path, rows_written[1:] + rows_written[:1])
+        assert ParquetFile(source, WANTED).fingerprint() != first
+
+
+def test_every_byte_of_a_small_file_is_in_its_fingerprint(tmp_path):
+    for rows in (ROWS[:1], ROWS):
+        source = write_arrow(tmp_path / "rows.arrow", table(rows))
+        file = ArrowFile(source, None)
+        first, size = file.fingerprint(), source.path.stat().st_size
+        for place in [0, size - 1, *np.random.default_rng(0).integers(0, size, 50).tolist()]:
+            flip(source.path, place)
+            assert file.fingerprint() != first
+            flip(source.path, place)
+
+
+def test_every_byte_of_a_parquet_footer_is_in_the_fingerprint(tmp_path):
+    source = write_parquet(tmp_path / "rows.parquet", ROWS * 10, row_group_size=2)
+    file = ParquetFile(source, None)
+    first, size = file.fingerprint(), source.path.stat().st_size
+    footer_bytes = parquet.read_metadata(source.path).serialized_size
+    assert footer_bytes > 300_000
+    for place in np.random.default_rng(0).integers(size - footer_bytes, size, 50).tolist():
+        flip(source.path, place)
+        assert file.fingerprint() != first
+        flip(source.path, place)
+
+
+def test_remote_files_are_read_and_copied(tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
+    folder = f"memory://{tmp_path.name}"
+    for suffix, write, open_file in (("parquet", write_parquet, ParquetFile), ("arrow", write_arrow, ArrowFile)):
+        local = write(tmp_path / f"rows.{suffix}")
+        with fsspec.open(f"{folder}/rows.{suffix}", "wb") as file:
+            file.write(local.path.read_bytes())
+        remote = open_file(Source(f"{folder}/rows.{suffix}"), WANTED)
+        assert all_rows(remote) == only(WANTED) and remote.fingerprint() == open_file(local, WANTED).fingerprint()
+    monkeypatch.setattr(tables, "_LARGEST_ROW_GROUP_BYTES", 0)
+    monkeypatch.setattr(tables, "_LARGEST_BATCH_BYTES", 0)
+    for suffix, open_file in (("parquet", ParquetFile), ("arrow", ArrowFile)):
+        assert all_rows(open_file(Source(f"{folder}/rows.{suffix}"), WANTED)) == only(WANTED)
+    assert len(list((tmp_path / "cache").glob("*.rows"))) == 2
+
+
+def test_a_folder_of_a_saved_dataset_names_its_files_in_order(tmp_path):
+    assert dataset_files(tmp_path) is None
+    names = ["data-00001-of-00002.arrow", "data-00000-of-00002.arrow"]
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    write_arrow(tmp_path / names[0])
+    with pytest.raises(UsageError, match=f"lacks {tmp_path}/{names[1]}"):
+        dataset_files(tmp_path)
+    write_arrow(tmp_path / names[1])
+    assert dataset_files(tmp_path) == [tmp_path / name for name in names]
+    for broken in ("{}", "{", "[]"):
+        (tmp_path / "state.json").write_text(broken)
+        with pytest.raises(UsageError, match="cannot be read as a saved dataset"):
+            dataset_files(tmp_path)
+
+
+def test_what_datasets_saves_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.Dataset.from_list(only(["prompt", "chat"]))
+    saved.save_to_disk(tmp_path / "one", num_shards=3)
+    files = [ArrowFile(Source(str(path)), {"prompt": "text"} | CHATS) for path in dataset_files(tmp_path / "one")]
+    assert len(files) == 3
+    assert [row for file in files for row in all_rows(file)] == only(["prompt", "chat"])
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "two")
+    with pytest.raises(UsageError, match=f"several splits of a dataset: name one of {tmp_path}/two/train"):
+        dataset_files(tmp_path / "two")
+
+
+def test_reading_needs_little_memory_whatever_the_size_of_row_groups_and_batches(tmp_path):
+    rows = pa.table({"prompt": [f"{number} {LONG[number % 10][:100]}" for number in range(400_000)]})
+    rows = rows.append_column("response", rows.column("prompt"))
+    assert rows.nbytes > 85e6
+    parquet.write_table(rows, tmp_path / "one.parquet", row_group_size=400_000, compression="none")
+    parquet.write_table(rows, tmp_path / "many.parquet", row_group_size=10_000)
+    write_arrow(tmp_path / "one.arrow", rows, max_rows=400_000)
+    code = """
+        import sys
+        from collections import deque
+        import pyarrow.parquet, safetensors.numpy, tqdm
+        from lowmem.data.tables import ArrowFile, ParquetFile
+        from lowmem.data.source import Source
+
+        def peak():
+            return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+
+        before, count, held = peak(), 0, deque(maxlen=int(sys.argv[2]))
+        file = (ArrowFile if sys.argv[1].endswith("arrow") else ParquetFile)(Source(sys.argv[1]), None)
+        for group, rows in enumerate(file.group_rows):
+            data = file.read_group(group)
+            held.append(data)
+            count += sum(file.row(data, index)["prompt"].startswith(f"{count + index} ") for index in range(0, rows))
+        assert count == 400_000
+        print(peak() - before)
+    """
+    for name, held in {"one.parquet": 64, "many.parquet": 6, "one.arrow": 64}.items():  # about 15 MiB
+        done = run(sys.executable, "-c", textwrap.dedent(code), tmp_path / name, held)
+        assert done.returncode == 0, done.stderr
+        mebibytes = float(done.stdout.split()[-1])
+        assert mebibytes < 52, f"{name}: {mebibytes:.0f} MiB above import"

@@ -1,0 +1,193 @@
+"""Runs of the command line over rows of every kind, good and bad: what they learn from, count and refuse."""
+
+import json
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tests.models import LLAMA, T5, qa_rows
+from tests.processes import module_command, run, train
+
+ROWS = qa_rows(40)
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "t5.json").write_text(json.dumps(T5 | {"dropout_rate": 0.0}))
+    (folder / "llama.json").write_text(json.dumps(LLAMA | {"vocab_size": 512}))
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["response"]},
+            ]
+        }
+        for row in ROWS
+    ]
+    parquet.write_table(pa.Table.from_pylist(chats), folder / "chats.parquet", row_group_size=16)
+    byte_pairs = Tokenizer(models.BPE())
+    byte_pairs.pre_tokenizer, byte_pairs.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|end|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    byte_pairs.train_from_iterator((row["prompt"] + row["response"] for row in ROWS), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_pairs, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def run_flags(work, name, **changes):
+    values = {
+        "train_file": work / "rows.jsonl",
+        "model_config": work / "t5.json",
+        "learning_rate": 1e-2,
+        "batch_size": 4,
+        "max_steps": 10,
+        "logging_steps": 1,
+        "save_steps": 5,
+        "output_dir": work / name,
+    } | changes
+    return ["train", *(f"--{flag}={value}" for flag, value in values.items())]
+
+
+def records(work, name):
+    return [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(work, name):
+    return [record["loss"] for record in records(work, name) if "loss" in record]
+
+
+def assert_done(result):
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_packed_rows_train_as_padded_ones(work):
+    causal = {"model_config": work / "llama.json", "gradient_accumulation_steps": 2, "max_seq_len": 64}
+    assert_done(train(*run_flags(work, "padded", **causal)))
+    assert_done(train(*run_flags(work, "packed", **causal, packing=True)))
+    assert losses(work, "packed") == pytest.approx(losses(work, "padded"), rel=1e-5)
+    tokens = [[record["num_tokens"] for record in records(work, name)[:-1]] for name in ("padded", "packed")]
+    assert tokens[0] == tokens[1]
+    two = run_flags(work, "packed-2", **causal | {"gradient_accumulation_steps": 1}, packing=True, num_processes=2)
+    assert_done(train(*two))
+    assert losses(work, "packed-2") == pytest.approx(losses(work, "padded"), rel=1e-5)
+
+
+def test_chats_are_learned_through_the_template_of_the_tokenizer(work):
+    chat = {
+        "train_file": work / "chats.parquet",
+        "model_config": work / "llama.json",
+        "tokenizer_name_or_path": work / "tokenizer",
+        "messages_column": "messages",
+        "validation_rows": 4,
+    }
+    assert_done(train(*run_flags(work, "chat", **chat, packing=True)))
+    assert losses(work, "chat")[-1] < losses(work, "chat")[0]
+    again = train("evaluate", f"--model_name_or_path={work}/chat/model", f"--test_file={work}/chats.parquet")
+    assert_done(again)
+    assert json.loads(again.stdout.splitlines()[-1])["test_loss"] < losses(work, "chat")[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"packing": True}, "packing"),
+        ({"messages_column": "messages"}, "rows.jsonl has no column 'messages'"),
+        ({"max_bad_rows": 5}, "does nothing unless --on_bad_row=skip"),
+        ({"accept_changed_data": True}, "does nothing unless a run is resumed"),
+        ({"on_bad_row": "ignore"}, "must be one of error, skip"),
+        ({"prefetch_steps": -1}, "must be 0 or more"),
+        ({"messages_column": "m", "text_column": "t"}, "set one"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused_and_nothing_is_written(work, changes, told):
+    result = train(*run_flags(work, "refused", **changes))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stdout + result.stderr
+    assert told in result.stderr
+    assert not (work / "refused").exists()
+
+
+def test_rows_that_are_cut_are_counted_and_told(work):
+    result = train(*run_flags(work, "cut", max_seq_len=16))
+    assert_done(result)
+    # an epoch of byte tokens: the prompt's, the response's, an end token each
+    lengths = [[len(text.encode()) + 1 for text in row.values()] for row in ROWS]
+    over = [sum(max(0, length - 16) for length in pair) for pair in lengths]
+    end = records(work, "cut")[-1]
+    assert (end["cut_rows"], end["cut_tokens"]) == (sum(cut > 0 for cut in over), sum(over))
+    assert records(work, "cut")[-2]["cut_tokens"] == sum(over)
+    assert f"of the rows of steps 0 to 10: {end['cut_rows']} cut rows, {end['cut_tokens']} cut tokens" in result.stdout
+
+
+def broken(work):
+    lines = (work / "rows.jsonl").read_text().splitlines(True)
+    lines[7], lines[21] = '{"prompt": NaN, "response": "x"}\n', '{"prompt": "only ha\n'
+    (work / "broken.jsonl").write_text("".join(lines))
+    return work / "broken.jsonl"
+
+
+def test_a_bad_row_ends_the_run_with_its_place_in_one_line(work):
+    result = train(*run_flags(work, "stopped", train_file=broken(work)))
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert (
+        line.startswith("error: ") and "broken.jsonl, line " in line and "(byte " in line and "cannot be read" in line
+    )
+
+
+def test_skipped_rows_are_counted_over_all_ranks_and_written_down(work):
+    result = train(
+        *run_flags(work, "skipped", train_file=broken(work), on_bad_row="skip", num_processes=2, max_steps=5)
+    )
+    assert_done(result)
+    assert records(work, "skipped")[-1]["bad_rows"] == 2
+    assert "2 bad rows" in result.stdout
+    told = [line for path in (work / "skipped").glob("bad_rows-?.jsonl") for line in path.read_text().splitlines()]
+    places = sorted(json.loads(line)["error"].partition(" (byte")[0] for line in told)
+    assert places == [f"{work}/broken.jsonl, line {line}" for line in (22, 8)]
+    too_many = train(*run_flags(work, "too-many", train_file=broken(work), on_bad_row="skip", max_bad_rows=1))
+    assert too_many.returncode == 1 and "more than 1 of them" in too_many.stderr
+
+
+def test_a_bad_row_on_one_rank_is_told_by_all_under_a_launcher(work):
+    flags = run_flags(work, "two", train_file=broken(work), max_steps=5)
+    result = run(*module_command("torch.distributed.run", "--nproc_per_node=2", "train_low_mem.py", *flags))
+    assert result.returncode == 1
+    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 2 and sum("failed with RowError: " in line for line in told) == 1
+    assert all("broken.jsonl, line " in line for line in told)
+
+
+def test_files_that_changed_are_refused_on_resume_unless_they_are_accepted(work):
+    data = work / "changing.jsonl"
+    data.write_text((work / "rows.jsonl").read_text())
+    assert_done(train(*run_flags(work, "changing", train_file=data, max_steps=5)))
+    moved = data.rename(work / "moved.jsonl")
+    resumed = {"train_file": moved, "resume": "auto"}
+    assert_done(train(*run_flags(work, "changing", **resumed, max_steps=10)))  # another name, the same rows
+    text = moved.read_text()
+    changed = text.replace('"response": "7', '"response": "8', 1)
+    assert len(changed) == len(text) and changed != text
+    moved.write_text(changed)
+    refused = train(*run_flags(work, "changing", **resumed, max_steps=15))
+    assert refused.returncode == 2
+    assert "moved.jsonl" in refused.stderr and "--accept_changed_data=True" in refused.stderr
+    accepted = train(*run_flags(work, "changing", **resumed, max_steps=15, accept_changed_data=True))
+    assert_done(accepted)
+    assert len(losses(work, "changing")) == 15
