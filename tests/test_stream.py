@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
 from lowmem.config import UsageError
@@ -12,7 +14,7 @@ from lowmem.data.batch import Batch, collate
 from lowmem.data.bundled import BundledRows
 from lowmem.data.encode import IGNORED, encode_causal, encode_seq2seq
 from lowmem.data.finite import open_eval
-from lowmem.data.order import Groups, rows_at
+from lowmem.data.order import WINDOW_BYTES, Groups, rows_at
 from lowmem.data.rows import RowError
 from lowmem.data.stream import open_stream
 from lowmem.memory.loss import chunked_loss, plain_loss
@@ -117,7 +119,7 @@ def test_each_epoch_holds_each_row_once():
     assert Counter(itertools.chain(*drawn)) == Counter(list(range(50)) * 4)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ranks_share_out_one_sequence(world_size):
     streams = [
         open_stream(ROWS, ENCODE, batch_size=2, global_batch_size=12, rank=rank, world_size=world_size, seed=3)
@@ -215,6 +217,41 @@ def test_a_resume_near_the_end_of_3000_rows_crosses_the_epoch_exactly():
     assert by_step(drawn) == by_step(expected[2900:].reshape(155, 20).tolist())
     drawn = list(itertools.chain(*drawn))
     assert sorted(expected[:2900].tolist() + drawn[:100]) == sorted(drawn[100:]) == list(range(3000))
+
+
+class InGroups(list):
+    """Rows in groups of unequal size, of which a window of the order takes one or two."""
+
+    groups = Groups.of([7, 1, 13, 0, 4, 25], [WINDOW_BYTES // 2] * 6)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 2, 3, 4]), st.integers(0, 9)), min_size=1, max_size=6),
+    st.integers(1, 50),
+    st.integers(0, 99),
+)
+@example([(2, 4), (3, 1), (1, 3), (4, 9)], 50, 0)  # 4 x 12 + 2: within a step of the epoch's end; then in epoch 2 and 3
+@example([(2, 1), (3, 1), (1, 4), (2, 6)], 12, 0)  # each step is an epoch
+@example([(3, 2), (2, 2), (1, 2)], 1, 0)  # one row, twelve in a step
+@settings(deadline=None, derandomize=True, max_examples=25)
+def test_a_run_resumed_on_any_numbers_of_processes_sees_one_sequence_of_global_batches(plan, num_rows, seed):
+    rows = InGroups(ROWS[:num_rows])
+    if num_rows < 50:
+        rows.groups = Groups.of([num_rows - num_rows // 3, num_rows // 3], [WINDOW_BYTES] * 2)
+    state, drawn = None, []
+    for world_size, steps in plan:
+        options = {"batch_size": 3, "global_batch_size": 12, "seed": seed, "world_size": world_size}
+        streams = [open_stream(rows, ENCODE, rank=rank, **options) for rank in range(world_size)]
+        for stream in streams:
+            if state is not None:
+                stream.load_state_dict(state)
+        of_ranks = [draw(stream, steps) for stream in streams]
+        drawn += [list(itertools.chain(*parts)) for parts in zip(*of_ranks, strict=True)]
+        states = [stream.state_dict() for stream in streams]
+        assert all(other == states[0] for other in states)
+        state = states[0]
+    expected = rows_at(0, 12 * len(drawn), rows.groups, seed=seed).reshape(-1, 12)
+    assert by_step(drawn) == by_step(expected.tolist())
 
 
 def test_rows_drawn_but_not_trained_on_come_again():
