@@ -1,7 +1,6 @@
 """Parquet and Arrow files against the rows that were written; damage, copies and memory with real files."""
 
 import json
-import struct
 import sys
 import textwrap
 
@@ -257,18 +256,6 @@ def test_another_kind_of_file_is_refused(tmp_path, content):
             open_file(Source(str(tmp_path / "rows")), None)
 
 
-def test_a_message_that_ends_where_it_begins_is_refused_not_read_for_ever(tmp_path):
-    source = write_arrow(tmp_path / "rows.arrow")
-    with source.open() as file:
-        start, head, body_bytes = list(batches._messages(file, 0))[1]
-    data = source.path.read_bytes()
-    wrong = head.replace(struct.pack("<q", body_bytes), struct.pack("<q", -len(head)))
-    assert wrong != head
-    source.path.write_bytes(data[:start] + wrong + data[start + len(head) :])
-    with pytest.raises(UsageError, match=f"the message at byte {start} has -{len(head)} bytes"):
-        ArrowFile(source, None)
-
-
 def test_a_flipped_bit_in_a_page_is_found_where_the_file_has_checksums(tmp_path, copied, request):
     settings = {"write_page_checksum": True, "use_dictionary": False, "compression": "none"}
     source = write_parquet(tmp_path / "rows.parquet", **settings)
@@ -373,21 +360,20 @@ def test_every_byte_of_a_parquet_footer_is_in_the_fingerprint(tmp_path):
         flip(source.path, place)
 
 
-def test_remote_files_are_read_and_copied(tmp_path, monkeypatch):
+def test_remote_parquet_is_read_and_copied_and_remote_arrow_refused(tmp_path, monkeypatch):
     fsspec = pytest.importorskip("fsspec")
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
-    folder = f"memory://{tmp_path.name}"
-    for suffix, write, open_file in (("parquet", write_parquet, ParquetFile), ("arrow", write_arrow, ArrowFile)):
-        local = write(tmp_path / f"rows.{suffix}")
-        with fsspec.open(f"{folder}/rows.{suffix}", "wb") as file:
-            file.write(local.path.read_bytes())
-        remote = open_file(Source(f"{folder}/rows.{suffix}"), WANTED)
-        assert all_rows(remote) == only(WANTED) and remote.fingerprint() == open_file(local, WANTED).fingerprint()
+    url = f"memory://{tmp_path.name}/rows.parquet"
+    local = write_parquet(tmp_path / "rows.parquet")
+    with fsspec.open(url, "wb") as file:
+        file.write(local.path.read_bytes())
+    remote = ParquetFile(Source(url), WANTED)
+    assert all_rows(remote) == only(WANTED) and remote.fingerprint() == ParquetFile(local, WANTED).fingerprint()
     monkeypatch.setattr(tables, "_LARGEST_ROW_GROUP_BYTES", 0)
-    monkeypatch.setattr(tables, "_LARGEST_BATCH_BYTES", 0)
-    for suffix, open_file in (("parquet", ParquetFile), ("arrow", ArrowFile)):
-        assert all_rows(open_file(Source(f"{folder}/rows.{suffix}"), WANTED)) == only(WANTED)
-    assert len(list((tmp_path / "cache").glob("*.rows"))) == 2
+    assert all_rows(ParquetFile(Source(url), WANTED)) == only(WANTED)
+    assert len(list((tmp_path / "cache").glob("*.rows"))) == 1
+    with pytest.raises(UsageError, match="rows.arrow is an Arrow file, which is read on this machine: fetch it"):
+        ArrowFile(Source(f"memory://{tmp_path.name}/rows.arrow"), WANTED)
 
 
 def test_a_folder_of_a_saved_dataset_names_its_files_in_order(tmp_path):

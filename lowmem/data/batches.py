@@ -4,7 +4,6 @@ A file is never mapped to read from it during a run: a mapped file that is cut k
 of it that were looked at count as its memory.
 """
 
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PIECE_ROWS, _PIECE_BYTES = 1024, 2**20
-_SCHEMA, _DICTIONARY, _RECORD_BATCH = 1, 2, 3  # MessageHeader in Arrow's Message.fbs
+_END_MARK = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @dataclass(frozen=True)
@@ -58,25 +57,34 @@ class RecordBatches:
 
 
 def find_batches(source: Source) -> tuple[RecordBatches, bool]:
-    """The batches of a file in Arrow's stream or file format, and whether each can be read alone: it is not
-    compressed and needs no dictionary. Only the head of each message is read, a few hundred bytes.
+    """The batches of a local file in Arrow's stream or file format, and whether each can be read alone: it is not
+    compressed and needs no dictionary.
 
-    The hashes are of the heads: they tell another file, not a flipped bit in a text. Raises OSError, and ValueError or
-    struct.error if the file is cut or no Arrow file.
+    The hashes are of the messages' heads: they tell another file, not a flipped bit in a text. Raises OSError, and
+    ValueError if the file is cut or no Arrow file.
     """
     import pyarrow as pa
 
-    schema, found, alone = None, [], True
-    with source.open() as file:
-        for start, head, body_bytes in _messages(file, stream_start(file)):
-            kind, rows, is_compressed = _facts(head)
-            if kind == _SCHEMA:
-                schema = pa.ipc.read_schema(pa.py_buffer(head))
-            elif kind == _RECORD_BATCH:
-                found.append((start, len(head) + body_bytes, rows, len(head), xxhash.xxh3_64_intdigest(head)))
-            alone &= kind != _DICTIONARY and not is_compressed
-    if schema is None:
-        raise ValueError("it has no schema")
+    found, alone = [], True
+    with pa.memory_map(str(source.path)) as file:  # so that bodies are found, but not read
+        file.seek(stream_start(file))
+        schema = pa.ipc.read_schema(pa.ipc.read_message(file))
+        while True:
+            start = file.tell()
+            try:
+                message = pa.ipc.read_message(file)
+            except EOFError:
+                break
+            size = file.tell() - start
+            if message.type == "record batch" and alone:
+                batch = pa.ipc.read_record_batch(message, schema)
+                alone = batch.nbytes <= message.body.size  # or it was unpacked
+                head_bytes = size - message.body.size
+                head = file.read_at(head_bytes, start)
+                found.append((start, size, batch.num_rows, head_bytes, xxhash.xxh3_64_intdigest(head)))
+            alone &= message.type != "dictionary"
+        if file.read_at(8, start) != _END_MARK:
+            raise ValueError(f"its end mark is missing at byte {start:,}, so it was cut")
     return RecordBatches(source, schema, *_columns(found)), alone
 
 
@@ -87,16 +95,21 @@ def stream_start(file: BinaryIO) -> int:
 
 
 def copy_in_pieces(
-    source: Source, kind: str, num_rows: int, schema: "pa.Schema", batches: Callable[[], Iterable["pa.RecordBatch"]]
+    source: Source,
+    kind: str,
+    schema: "pa.Schema",
+    batches: Callable[[], Iterable["pa.RecordBatch"]],
+    *,
+    num_bytes: int,
 ) -> RecordBatches:
     """The rows of `batches()`, in order, as batches of at most 1,024 rows and, if they have several, about 1 MiB.
 
-    Made once for each `kind`. Dictionaries are replaced by their values. Raises what `derive` and `batches` raise.
+    Made once for each `kind`; `num_bytes` is about what all batches take. Dictionaries are replaced by their values.
+    Raises what `derive` and `batches` raise.
     """
     import pyarrow as pa
 
     plain = pa.schema([(field.name, _plain(field.type)) for field in schema])
-    num_bytes = source.stamp()[0]
 
     def build(copy: BinaryIO | None, update: Callable[[int], None]) -> dict[str, np.ndarray]:
         found, start = [], 0
@@ -106,10 +119,10 @@ def copy_in_pieces(
                 found.append((start, len(message), piece.num_rows, len(message), xxhash.xxh3_64_intdigest(message)))
                 start += copy.write(message)
             pa.default_memory_pool().release_unused()
-            update(num_bytes * batch.num_rows // num_rows)
+            update(batch.nbytes)
         return dict(zip(("starts", "sizes", "rows", "hashed", "hashes"), _columns(found), strict=True))
 
-    made = derive(source, build, kind=kind, copies=True)
+    made = derive(source, build, kind=kind, copies=True, num_bytes=num_bytes)
     remedy = "delete it, and it is made anew at the next start"
     return RecordBatches(Source(str(made.copy)), plain, **made.index, remedy=remedy)
 
@@ -148,49 +161,3 @@ def _plain(kind: "pa.DataType") -> "pa.DataType":
     if pa.types.is_struct(kind):
         return pa.struct([field.with_type(_plain(field.type)) for field in kind])
     return kind
-
-
-def _messages(file: BinaryIO, start: int) -> Iterator[tuple[int, bytes, int]]:
-    """(first byte, head, bytes of the body) of each message of a stream. Raises ValueError if it has no end mark."""
-    while True:
-        file.seek(start)
-        prefix = file.read(8)
-        if prefix[:4] != b"\xff\xff\xff\xff" or len(prefix) < 8:
-            raise ValueError(f"no message is at byte {start:,} of {file.seek(0, 2):,}")
-        (head_bytes,) = struct.unpack_from("<I", prefix, 4)
-        if head_bytes == 0:
-            return
-        head = prefix + file.read(head_bytes)
-        place = _field(head, _root(head), 3)
-        body_bytes = struct.unpack_from("<q", head, place)[0] if place else 0
-        if body_bytes < 0:
-            raise ValueError(f"the message at byte {start:,} has {body_bytes:,} bytes")
-        yield start, head, body_bytes
-        start += len(head) + body_bytes
-
-
-def _facts(head: bytes) -> tuple[int, int, bool]:
-    """(kind of message, rows, whether the body is compressed), from the fields of Arrow's Message.fbs."""
-    kind_place, header_place = _field(head, _root(head), 1), _field(head, _root(head), 2)
-    if kind_place is None or header_place is None:
-        raise ValueError("a message has no header")
-    kind = head[kind_place]
-    if kind != _RECORD_BATCH:
-        return kind, 0, False
-    header = header_place + struct.unpack_from("<I", head, header_place)[0]
-    rows_place = _field(head, header, 0)
-    rows = struct.unpack_from("<q", head, rows_place)[0] if rows_place else 0
-    return kind, rows, _field(head, header, 3) is not None
-
-
-def _root(head: bytes) -> int:
-    """The flatbuffer's root table. Flatbuffers are read by hand: pyarrow tells a message only with its whole body."""
-    return 8 + struct.unpack_from("<I", head, 8)[0]
-
-
-def _field(head: bytes, table: int, number: int) -> int | None:
-    """Where a table's field stands, None if it is left out."""
-    vtable = table - struct.unpack_from("<i", head, table)[0]
-    num_bytes, entry = struct.unpack_from("<H", head, vtable)[0], 4 + 2 * number
-    offset = struct.unpack_from("<H", head, vtable + entry)[0] if entry < num_bytes else 0
-    return table + offset if offset else None

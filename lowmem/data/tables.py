@@ -59,13 +59,13 @@ class _TableFile:
         """All rows of the wanted columns in order, to be copied."""
         raise NotImplementedError
 
-    def _copied(self, schema: "pa.Schema", num_rows: int) -> RecordBatches:
+    def _copied(self, schema: "pa.Schema", num_bytes: int) -> RecordBatches:
         import pyarrow as pa
 
         # Runs that want other columns of the file have copies of their own.
         kind = f"copy-{xxhash.xxh3_64_hexdigest(json.dumps(sorted(self._names)).encode())}"
         wanted = pa.schema([field for field in schema if field.name in self._names])
-        return copy_in_pieces(self.source, kind, num_rows, wanted, self._batches)
+        return copy_in_pieces(self.source, kind, wanted, self._batches, num_bytes=num_bytes)
 
 
 class ParquetFile(_TableFile):
@@ -91,7 +91,7 @@ class ParquetFile(_TableFile):
             self.group_rows = np.array([group.num_rows for group in groups], np.int64)
             self.group_bytes = np.array([_decoded_bytes(group, self._names) for group in groups], np.int64)
             if self.group_bytes.max(initial=0) > _LARGEST_ROW_GROUP_BYTES:
-                self._copy = self._copied(schema, metadata.num_rows)
+                self._copy = self._copied(schema, int(self.group_bytes.sum()))
                 self.group_rows, self.group_bytes = self._copy.rows, self._copy.sizes
         except (ArrowException, OSError, KeyError) as error:
             raise UsageError(f"{source} cannot be read as parquet ({error}): write it again") from error
@@ -102,7 +102,8 @@ class ParquetFile(_TableFile):
         from pyarrow import parquet
 
         if self._copy:
-            return _by_name(self._copy.read(group), self._names)
+            batch = self._copy.read(group)
+            return {name: batch.column(name) for name in self._names}
         # The file is opened and its footer parsed anew: that takes milliseconds, but parsed it fills 1 KiB for each
         # column of each row group, and ten thousand files need no ten thousand handles.
         with self.source.open() as file:
@@ -140,7 +141,7 @@ class ParquetFile(_TableFile):
 
 
 class ArrowFile(_TableFile):
-    """An Arrow file, in the stream format (`datasets.save_to_disk` writes it) or the file format, local or remote.
+    """A local Arrow file, in the stream format (`datasets.save_to_disk` writes it) or the file format.
 
     Its groups are its record batches, or the pieces of its copy if one is large, compressed or needs a dictionary.
     Takes and raises what ParquetFile does. The format has no checksums: a flipped bit in a text may go unseen.
@@ -150,38 +151,41 @@ class ArrowFile(_TableFile):
         from pyarrow import ArrowException
 
         self.source = source
+        if source.path is None:
+            raise UsageError(
+                f"{source} is an Arrow file, which is read on this machine: fetch it, or name parquet files"
+            )
         try:
             self._found, alone = find_batches(source)
             _check_types(source, self._found.schema, wanted)
             self._names = self._found.schema.names if wanted is None else list(wanted)
             if not alone or self._found.sizes.max(initial=0) > _LARGEST_BATCH_BYTES:
-                self._found = self._copied(self._found.schema, int(self._found.rows.sum()))
+                self._found = self._copied(self._found.schema, source.stamp()[0])
         except UsageError:
             raise
-        except (ArrowException, OSError, struct.error, ValueError) as error:
+        except (ArrowException, OSError, EOFError, ValueError) as error:
             raise UsageError(f"{source} cannot be read as Arrow ({error}): write it again") from error
         self.group_rows, self.group_bytes = self._found.rows, self._found.sizes
 
     def read_group(self, group: int) -> "dict[str, pa.Array | pa.ChunkedArray]":
         """The columns of one group. Raises OSError and ValueError."""
-        return _by_name(self._found.read(group), self._names)
+        batch = self._found.read(group)
+        return {name: batch.column(name) for name in self._names}
 
     def _batches(self) -> "Iterator[pa.RecordBatch]":
         import pyarrow as pa
 
+        # A batch may be the whole file: mapped, for this one pass, it is in memory no further than it is read.
         with self.source.open() as file:
-            start = stream_start(file)
-            # A batch may be the whole file: mapped, for this one pass, it is in memory no further than it is read.
-            mapped = mmap(file.fileno(), 0, access=ACCESS_READ) if self.source.path else None
-            messages = pa.BufferReader(mapped) if mapped else file
-            messages.seek(start)
+            mapped = mmap(file.fileno(), 0, access=ACCESS_READ)
+            messages = pa.BufferReader(mapped)
+            messages.seek(stream_start(file))
             fields = [number for number, name in enumerate(self._found.schema.names) if name in self._names]
             options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
             for batch in pa.ipc.open_stream(messages, options=options):
                 for first in range(0, batch.num_rows, PIECE_ROWS):
                     yield batch.slice(first, PIECE_ROWS)
-                    if mapped:
-                        mapped.madvise(MADV_DONTNEED)
+                    mapped.madvise(MADV_DONTNEED)
 
 
 def _footer(file: BinaryIO, num_bytes: int) -> bytes:
@@ -193,10 +197,6 @@ def _decoder(file: BinaryIO, **settings: object) -> "parquet.ParquetFile":
     from pyarrow import parquet
 
     return parquet.ParquetFile(file, page_checksum_verification=True, pre_buffer=False, **settings)
-
-
-def _by_name(batch: "pa.RecordBatch", names: list[str]) -> "dict[str, pa.Array | pa.ChunkedArray]":
-    return {name: batch.column(name) for name in names}
 
 
 def _chunks(group: "parquet.RowGroupMetaData", names: list[str]) -> "list[parquet.ColumnChunkMetaData]":
