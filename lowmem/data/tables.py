@@ -3,7 +3,7 @@
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from mmap import ACCESS_READ, MADV_DONTNEED, mmap
+from mmap import ACCESS_READ, MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -45,12 +45,13 @@ class _TableFile:
         """A hash of the file's size, its footer and 64 pieces of 4 KiB, spread evenly from the first byte to the last.
 
         A parquet file's footer tells each column chunk's size and, mostly, its least and greatest value. A change that
-        leaves those and falls between the pieces is not seen; a file up to 256 KiB is seen whole. Raises OSError.
+        leaves those and falls between the pieces is not seen; a file up to 256 KiB is seen whole. Of a remote file
+        only size and footer are looked at, because each piece would fetch megabytes. Raises OSError.
         """
         with self.source.open() as file:
             size = file.seek(0, 2)
             digest = xxhash.xxh3_128(struct.pack("<q", size) + _footer(file, self._footer_bytes))
-            for sample in range(_SAMPLES):
+            for sample in range(_SAMPLES if self.source.path else 0):
                 file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
@@ -127,7 +128,7 @@ class ParquetFile(_TableFile):
                 column = opened.read_row_group(group, columns=[name], use_threads=False).column(name)
             else:  # in pieces, as a whole would grow by doubling
                 pieces = opened.iter_batches(_ROWS_DECODED, row_groups=[group], columns=[name], use_threads=False)
-                column = pa.chunked_array([piece.column(name) for piece in pieces])
+                column = pa.chunked_array([_apart(piece).column(name) for piece in pieces])
         column.validate(full=True)  # as texts are only looked at when their row is asked for
         # Arrow's allocator would keep what decoding took: 100 MiB instead of 45 after a while.
         pa.default_memory_pool().release_unused()
@@ -197,6 +198,16 @@ def _decoder(file: BinaryIO, **settings: object) -> "parquet.ParquetFile":
     from pyarrow import parquet
 
     return parquet.ParquetFile(file, page_checksum_verification=True, pre_buffer=False, **settings)
+
+
+def _apart(batch: "pa.RecordBatch") -> "pa.RecordBatch":
+    """The same in a mapping of its own, which the system has back when the batch goes; an allocator would keep it."""
+    import pyarrow as pa
+
+    message = batch.serialize()
+    memory = mmap(-1, message.size, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+    memory.write(message)
+    return pa.ipc.read_record_batch(pa.py_buffer(memory), batch.schema)
 
 
 def _chunks(group: "parquet.RowGroupMetaData", names: list[str]) -> "list[parquet.ColumnChunkMetaData]":
