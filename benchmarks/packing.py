@@ -22,7 +22,9 @@ from statistics import median
 import torch
 from accelerate import Accelerator
 from compare import Record, append
-from data import VERSIONS, fast_tokenizer, machine, markdown
+from corpus import fast_tokenizer
+from data import VERSIONS, markdown
+from systems import machine
 from torch import nn
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 

@@ -274,6 +274,11 @@ def _on_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def machine() -> dict[str, object]:
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    return {"cpu": cpu.partition(":")[2].strip() or platform.machine(), "cores": os.cpu_count()}
+
+
 def measured(run: Run, settings: SimpleNamespace) -> dict[str, object]:
     """A run as a line of the results; times and tokens are those of the steps after the first WARM_UP_STEPS."""
     import torch
@@ -284,7 +289,6 @@ def measured(run: Run, settings: SimpleNamespace) -> dict[str, object]:
     micro_batches = settings.gradient_accumulation_steps
     tokens = sum(run.tokens[WARM_UP_STEPS * micro_batches : settings.steps * micro_batches])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    cpu_model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
     return {
         "loss": run.losses,
         "tokens_per_second": tokens / wall,
@@ -294,8 +298,7 @@ def measured(run: Run, settings: SimpleNamespace) -> dict[str, object]:
         "peak_rss_above_import_bytes": peak - run.imported_bytes,
         "peak_device_bytes": torch.cuda.max_memory_allocated() if _on_cuda() else None,
         "machine": {
-            "cpu": cpu_model.partition(":")[2].strip() or platform.machine(),
-            "cores": os.cpu_count(),
+            **machine(),
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if _on_cuda() else "cpu",
         },

@@ -1,0 +1,121 @@
+"""The rows that `data.py` reads: made up, written to files of any number, and a tokenizer trained on them."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from compare import Record
+
+SEED = 0
+
+KINDS = {
+    "parquet-100k": (".parquet", 100_000),
+    "parquet-default": (".parquet", 2**20),
+    "jsonl": (".jsonl", 100_000),
+}
+"""Suffix of each kind of file, and rows that are written at a time: of parquet, a row group."""
+
+_BLOCK_ROWS = 100_000
+_NUM_WORDS = 4096
+
+
+def words() -> list[bytes]:
+    """Made-up words of two to nine letters."""
+    generator = np.random.default_rng(SEED)
+    letters = generator.integers(ord("a"), ord("z") + 1, (_NUM_WORDS, 9), dtype=np.uint8)
+    return [row[:length].tobytes() for row, length in zip(letters, generator.integers(2, 10, _NUM_WORDS), strict=True)]
+
+
+def texts(generator: np.random.Generator, num_rows: int, fewest: int, most: int):
+    """A pyarrow array of texts of `fewest` to `most` words, some far more frequent than others."""
+    import pyarrow as pa
+
+    # Those that end a text have no space behind them.
+    written = [word + b" " for word in words()] + words()
+    lengths = np.array([len(word) for word in written])
+    starts = np.cumsum(lengths) - lengths
+    num_words = generator.integers(fewest, most + 1, num_rows)
+    ends = np.cumsum(num_words)
+    chosen = (generator.random(ends[-1]) ** 3 * _NUM_WORDS).astype(np.int64)
+    chosen[ends - 1] += _NUM_WORDS
+    stops = np.cumsum(lengths[chosen])
+    places = np.arange(stops[-1]) + np.repeat(starts[chosen] - stops + lengths[chosen], lengths[chosen])
+    data = np.frombuffer(b"".join(written), np.uint8)[places]
+    offsets = np.concatenate([[0], stops[ends - 1]]).astype(np.int32)
+    return pa.StringArray.from_buffers(num_rows, pa.py_buffer(offsets), pa.py_buffer(data))
+
+
+def block(number: int):
+    """A table of _BLOCK_ROWS rows, some 75 bytes each; a prompt begins with the number of its row, for number_of."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    generator = np.random.default_rng((SEED, number))
+    ids = pa.array(np.arange(_BLOCK_ROWS) + number * _BLOCK_ROWS + 10**8).cast(pa.string())
+    prompts = compute.binary_join_element_wise(ids, texts(generator, _BLOCK_ROWS, 2, 8), " ")
+    return pa.table({"prompt": prompts, "response": texts(generator, _BLOCK_ROWS, 2, 8)})
+
+
+def number_of(row: dict[str, str]) -> int:
+    return int(row["prompt"][:9]) - 10**8
+
+
+def tables(num_rows: int, rows_each: int) -> Iterator:
+    """The first `num_rows` rows, in tables of `rows_each`: the same rows however they are cut."""
+    import pyarrow as pa
+
+    rest = block(0).slice(0, 0)
+    for number in range(-(-num_rows // _BLOCK_ROWS)):
+        rest = pa.concat_tables([rest, block(number).slice(0, num_rows - number * _BLOCK_ROWS)])
+        while rest.num_rows >= rows_each:
+            yield rest.slice(0, rows_each)
+            rest = rest.slice(rows_each)
+    if rest.num_rows:
+        yield rest
+
+
+def generate(file: str, kind: str, num_rows: int) -> Record:
+    """Write a file of `num_rows` rows, whole or not at all, holding no more than a row group of them."""
+    from pyarrow import compute, parquet
+
+    unfinished, rows_each = Path(f"{file}.unfinished"), KINDS[kind][1]
+    if kind == "jsonl":
+        with open(unfinished, "wb") as lines:
+            for table in tables(num_rows, rows_each):
+                columns = [column.combine_chunks() for column in table.columns]
+                parts = ('{"prompt": "', columns[0], '", "response": "', columns[1], '"}\n', "")
+                lines.write(compute.binary_join_element_wise(*parts).buffers()[2])
+    else:
+        with parquet.ParquetWriter(unfinished, block(0).schema) as writer:
+            for table in tables(num_rows, rows_each):
+                writer.write_table(table, row_group_size=rows_each)
+    os.replace(unfinished, file)
+    return {}
+
+
+def train_tokenizer(folder: str) -> Record:
+    """A byte-level BPE of 8,192 tokens, trained on the first rows; a tokenizer that `make_encode` loads."""
+    table = next(tables(20_000, 20_000))
+    fast_tokenizer([text for column in table.columns for text in column.to_pylist()], 8192).save_pretrained(folder)
+    return {}
+
+
+def fast_tokenizer(corpus: list[str], vocab_size: int):
+    """transformers' fast tokenizer over a byte-level BPE that is trained on `corpus`; it ends texts with </s>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "</s>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")

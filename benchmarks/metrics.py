@@ -1,0 +1,102 @@
+"""What is measured alike of every way to read: seconds, bytes, rows per second, and how well an order mixes."""
+
+import gc
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from compare import Record
+from corpus import SEED, number_of
+
+BATCH_SIZE = 32
+PLACES = (0.1, 0.5, 0.99)  # of an epoch, where runs are resumed
+
+
+# --- what a process holds
+def memory() -> dict[str, int]:
+    """Bytes that this process holds: all that is resident, what of it is no file's page, and the most so far."""
+    names = {"VmRSS": "resident", "RssAnon": "anonymous", "VmHWM": "peak"}
+    found = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return {names[name]: int(value.split()[0]) * 1024 for name, _, value in found if name in names}
+
+
+class Watch:
+    """Seconds and bytes from its making on; bytes are those above what was resident then."""
+
+    def __init__(self):
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        self._before, self._most = memory(), memory()
+        self._started = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def look(self) -> None:
+        self._most = {name: max(value, self._most[name]) for name, value in memory().items()}
+
+    def bytes(self) -> dict[str, int]:
+        """The most that was seen in any `look`, and of the peak the most at any time."""
+        self.look()
+        before = self._before | {"peak": self._before["resident"]}
+        return {f"{name}_bytes": value - before[name] for name, value in self._most.items()}
+
+
+def disk_bytes(folder: str) -> int:
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def import_all() -> None:
+    """What lowmem loads while it reads; it shall not count as memory of the reading."""
+    import pyarrow.json  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+    import torch
+
+    import lowmem.data.stream  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+# --- rows as they come
+def drawn(watch: Watch, rows: Iterator[Record], count: int) -> Record:
+    """Start, rows per second and memory of an iterator that was made under `watch`."""
+    start, began = None, 0.0
+    for number, row in enumerate(islice(rows, count + BATCH_SIZE)):
+        number_of(row)
+        if number == BATCH_SIZE - 1:
+            start = began = watch.seconds()
+        if number % 1000 == 0:
+            watch.look()
+    return {"start_seconds": start, "rows_per_second": count / (watch.seconds() - began), **watch.bytes()}
+
+
+# --- shuffles
+def quality(file: str, order_of: str) -> Record:
+    """How far rows come from where they stood, and how many groups of rows a batch mixes.
+
+    `order_of` is "lowmem", "uniform" or a file of row numbers in order (-1: not reached). Groups are lowmem's, the
+    pieces that it reads at a time, for all of them.
+    """
+    from lowmem import open_rows
+    from lowmem.data.order import rows_at
+
+    groups = open_rows(file, columns=["prompt", "response"]).groups
+    if order_of == "lowmem":
+        order = rows_at(0, groups.num_rows, groups, seed=SEED)
+    elif order_of == "uniform":
+        order = np.random.default_rng(SEED).permutation(groups.num_rows)
+    else:
+        order = np.load(order_of)
+        order = order[order >= 0]
+    group = np.searchsorted(np.cumsum(groups.rows), order, side="right")
+    batches = np.sort(group[: len(group) // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE), axis=1)
+    # in a sorted batch a group has more than k rows where a row equals the k-th one after it
+    commonest = 1 + sum((batches[:, k:] == batches[:, :-k]).any(1) for k in range(1, BATCH_SIZE))
+    return {
+        "displacement": float(np.abs(order - np.arange(len(order))).mean() / groups.num_rows),
+        "groups": len(groups.rows),
+        "distinct_groups": float(1 + (np.diff(batches) > 0).sum(1).mean()),
+        "commonest_group_rows": float(commonest.mean()),
+    }
