@@ -171,10 +171,7 @@ def _evaluate_model(config: TrainConfig, test_rows: FileRows) -> None:
         tokenizer,
         is_encoder_decoder=model.config.is_encoder_decoder,
         max_seq_len=config.max_seq_len,
-        prompt_column=config.prompt_column,
-        response_column=config.response_column,
-        text_column=config.text_column,
-        messages_column=config.messages_column,
+        **config.columns,
     )
     model = parallelize(model, accelerator)
     open_batches = partial(

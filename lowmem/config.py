@@ -186,6 +186,11 @@ class TrainConfig:
         """Whether the weights themselves are in bf16, so that autocast has nothing to cast."""
         return self.memory in ("exact", "lean")
 
+    @property
+    def columns(self) -> dict[str, str | None]:
+        """The fields that name columns; those of one kind of rows are set."""
+        return {name: getattr(self, name) for name in vars(self) if name.endswith("_column")}
+
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 

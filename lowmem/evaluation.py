@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem.data.batch import Batch
 from lowmem.data.encode import IGNORED
-from lowmem.data.rows import FileRows, RowError
+from lowmem.data.rows import FileRows
 from lowmem.parallel.agree import failing_together, gather_bytes, sum_over_ranks
 from lowmem.parallel.sharding import all_reduce_sum, unwrapped
 from lowmem.step import LossFunction
@@ -33,24 +33,29 @@ class Answer(NamedTuple):
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], loss_fn: LossFunction, accelerator: Accelerator, *, prefix: str = "eval"
 ) -> dict[str, float]:
-    """Mean loss per target token over all batches of all ranks, as `{prefix}_loss`, and its perplexity.
+    """Mean loss per target token over all batches of all ranks, as `{prefix}_loss`, its perplexity, and how many rows.
 
     Every rank must bring equally many batches (those of `open_eval` do) and gets the same numbers. Dropout is off
     within. Raises ValueError if no batch has a target.
     """
     loss = torch.zeros((), device=accelerator.device)
-    num_targets = 0
-    with _evaluating(model), accelerator.autocast(), failing_together(RowError):
+    num_targets = num_rows = 0
+    with _evaluating(model), accelerator.autocast(), failing_together():
         for batch in batches:
             loss += loss_fn(model, batch.to(accelerator.device))
             num_targets += batch.num_targets
+            num_rows += len(batch.row_ids)
     if accelerator.num_processes > 1:
         all_reduce_sum([loss])
-    (num_targets,) = sum_over_ranks(num_targets)
+    num_targets, num_rows = sum_over_ranks(num_targets, num_rows)
     if num_targets == 0:
         raise ValueError("an evaluation was asked for, but its rows have no target token: look at its responses")
     mean = loss.item() / num_targets
-    return {f"{prefix}_loss": mean, f"{prefix}_perplexity": math.exp(min(mean, 700.0))}
+    return {
+        f"{prefix}_loss": mean,
+        f"{prefix}_perplexity": math.exp(min(mean, 700.0)),
+        f"{prefix}_rows": num_rows,
+    }
 
 
 @torch.no_grad()
@@ -66,7 +71,7 @@ def generate(
     base = unwrapped(model)
     is_encoder_decoder = base.config.is_encoder_decoder
     answers = []
-    with _evaluating(model), accelerator.autocast(), failing_together(RowError):
+    with _evaluating(model), accelerator.autocast(), failing_together():
         for batch in batches:
             if not batch.row_ids:
                 continue

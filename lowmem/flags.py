@@ -227,6 +227,12 @@ def _conflicts(config: TrainConfig, presets: list[str]) -> list[str]:
         is_hub_name = value and re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", value)
         if value and not is_hub_name and not Path(value).is_dir():
             problems.append(f"--{name}={value} is neither a folder nor the name of a model on the hub")
+    causal = [f"--{name}" for name in ("packing", "text_column", "messages_column") if getattr(config, name)]
+    if causal and config.model_config in MODEL_SHAPES:
+        problems.append(
+            f"{', '.join(causal)} need{'' if causal[1:] else 's'} a causal model, --model_config={config.model_config} "
+            "is a T5: set --model_name_or_path, or --model_config to a file"
+        )
     if config.on_bad_row == "error" and config.max_bad_rows != FIELDS["max_bad_rows"].default:
         problems.append(f"--max_bad_rows={config.max_bad_rows} does nothing unless --on_bad_row=skip")
     if config.accept_changed_data and config.resume == "never":

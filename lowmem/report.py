@@ -101,6 +101,9 @@ class Report:
         def open_folder() -> MetricsLog:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                if not resumed:
+                    for stale in folder.glob("bad_rows-*.jsonl"):  # of a run that did not come to a checkpoint
+                        stale.unlink()
                 (folder / "config.json").write_text(json.dumps(dict(settings), indent=2))
                 return MetricsLog(folder / "metrics.jsonl", step=step if resumed else None)
             except OSError as error:
@@ -178,7 +181,11 @@ class Report:
         if self._log:
             self._log.write({"step": self._step, **metrics})
             hidden = {*_NOT_SHOWN, *(name for name in _SHOWN_IF_ANY if not metrics.get(name))}
-            shown = (f"{name} {value:.4g}" for name, value in metrics.items() if name not in hidden)
+            shown = (
+                f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}"
+                for name, value in metrics.items()
+                if name not in hidden
+            )
             tell(f"step {self._step}/{self._total_steps}: {', '.join(shown)}")
 
     def close(self, **summary: object) -> None:
@@ -187,6 +194,6 @@ class Report:
         if self._log:
             told = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self._counts.items() if count)
             if told:
-                tell(f"of the rows of steps {self._first_step} to {self._step}: {told}")
+                tell(f"of the rows of steps {self._first_step + 1} to {self._step}: {told}")
             self._log.write({"event": "end", "steps": self._step, "skipped": self._skipped, **self._counts, **summary})
             self._log.close()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -78,10 +79,7 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         tokenizer,
         is_encoder_decoder=model.config.is_encoder_decoder,
         max_seq_len=config.max_seq_len,
-        prompt_column=config.prompt_column,
-        response_column=config.response_column,
-        text_column=config.text_column,
-        messages_column=config.messages_column,
+        **config.columns,
     )
     skips = config.on_bad_row == "skip"
     quarantine = Quarantine(config.max_bad_rows, output / f"bad_rows-{rank}.jsonl") if skips else None
@@ -101,6 +99,7 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         packed_seq_len=config.max_seq_len if config.packing else None,
         prefetch=config.prefetch_steps,
         accept_changed_data=config.accept_changed_data,
+        pin_memory=accelerator.device.type == "cuda",
         **batching,
     )
     open_batches = partial(open_eval, encode=encode, **batching)
@@ -133,7 +132,8 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         f"{accelerator.device.type}, {stream.num_rows:,} rows",
         f"steps {state.step} to {total_steps}, each of {stream.global_batch_size} rows: {world_size} processes "
         f"x {stream.micro_batches} micro-batches of at most {config.batch_size}",
-        *(f"resumed from {checkpoint}, with {change}" for change in changes),
+        *([f"resumed from {checkpoint}{', with ' if changes else ''}{', '.join(changes)}"] if checkpoint else []),
+        *(f"the rows are others than then: {change}" for change in stream.changes),
     )
 
     def evaluate_on(rows: Rows, prefix: str) -> dict[str, float]:
@@ -155,7 +155,7 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
     if validation_rows and config.eval_on_start and state.step == 0:
         evaluate_on(validation_rows, "eval")
     report.training_goes_on()
-    with entered(savers, model, optimizer):
+    with entered(savers, model, optimizer), closing(stream):
         for step, batches in zip(range(state.step, total_steps), stream, strict=False):
             result = train_step(
                 state,
@@ -170,12 +170,7 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
             is_last = state.step == total_steps
             if is_last or state.step % config.logging_steps == 0:
                 epoch = stream.position / stream.num_rows
-                counts = {
-                    "cut_rows": stream.num_cut_rows,
-                    "cut_tokens": stream.num_cut_tokens,
-                    "bad_rows": len(quarantine or ()),
-                }
-                report.training(result, epoch=epoch, learning_rate=schedule(step), counts=counts)
+                report.training(result, epoch=epoch, learning_rate=schedule(step), counts=stream.counts)
             if validation_rows and (is_last or state.step % config.eval_steps == 0):
                 eval_loss = evaluate_on(validation_rows, "eval")["eval_loss"]
                 if math.isfinite(eval_loss) and (state.best is None or eval_loss < state.best["eval_loss"]):

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import fsspec
@@ -88,11 +89,11 @@ def test_the_index_of_a_small_file_is_made_anew_and_leaves_nothing(source, tmp_p
 
 
 def test_the_index_of_a_large_file_is_made_once(source, tmp_path):
-    Path(source.name).write_bytes(b"row\n" * 2**23)
+    Path(source.name).write_bytes(b"row\n" * 2**20)
     builder = Builder(source)
     for _ in range(2):
         found = builder.derive(copies=False)
-        assert found.index["size"] == [2**25] and found.index["first"].tobytes() == b"row\n" * 5
+        assert found.index["size"] == [2**22] and found.index["first"].tobytes() == b"row\n" * 5
     assert builder.times == 1 and names(tmp_path) == [".rows.lowmem-test.index", "rows"]
 
 
@@ -136,6 +137,72 @@ def test_the_cache_folder_that_was_named_is_taken(source, tmp_path, monkeypatch)
     assert builder.times == 1 and names(tmp_path) == ["a", "rows"]
 
 
+def test_what_stands_beside_a_file_is_of_no_use_when_another_folder_is_named(source, tmp_path, monkeypatch):
+    builder = Builder(source)
+    builder.derive()
+    monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
+    assert builder.derive().copy.parent == tmp_path / "cache" and builder.times == 2
+
+
+def test_the_cache_may_be_named_from_home_or_from_here(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for named, cache in (("~/cache", "home/cache"), ("cache", "cache")):
+        monkeypatch.setenv("LOWMEM_CACHE", named)
+        assert Builder(source).derive().copy.parent == tmp_path / cache
+
+
+def test_without_a_home_it_stands_beside_the_file(source):
+    code = """
+import fsspec, pwd
+def unknown(number): raise KeyError(number)
+pwd.getpwuid = unknown  # as it is in a container whose user has no entry
+del os.environ["HOME"]
+print(run().copy)
+fsspec.open("memory://a", "wb").open().close()
+try: derive(Source("memory://a"), build, kind="test", copies=True)
+except UsageError as error: print(error)
+"""
+    result = run(sys.executable, "-c", BUILDER + code, source.name)
+    assert result.returncode == 0, result.stderr
+    *_, copy, told = result.stdout.splitlines()
+    assert copy == str(Path(source.name).with_name(".rows.lowmem-test.rows"))
+    assert told.startswith("memory://a needs a copy of its rows, which cannot be written in a home, as none is known")
+
+
+def test_a_file_by_any_of_its_names_has_one_index(source, tmp_path, monkeypatch):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "link").symlink_to("../rows")
+    for cache in ("", str(tmp_path / "cache")):
+        monkeypatch.setenv("LOWMEM_CACHE", cache)
+        copies = {Builder(source).derive().copy}
+        for folder, name in ((tmp_path, "rows"), (tmp_path / "b", "../rows"), (tmp_path / "b", "link")):
+            monkeypatch.chdir(folder)
+            builder = Builder(Source(name))
+            copies.add(builder.derive().copy)
+            assert builder.times == 0
+        assert len(copies) == 1 and names(tmp_path / "b") == ["link"]
+
+
+@pytest.mark.parametrize("name", ["😀" * 62, "n" * 250, "s" + "\udcff" * 249])
+def test_files_with_the_longest_names_stand_in_the_cache(tmp_path, name):
+    source = Source(str(tmp_path / name))
+    Path(source.name).write_bytes(b"some rows")
+    builder = Builder(source)
+    for _ in range(2):
+        assert builder.derive().copy.parent == Path.home() / ".cache" / "lowmem"
+    assert builder.times == 1 and names(tmp_path) == [name]
+
+
+def test_remains_of_killed_builders_elsewhere_go_after_a_day(source, tmp_path):
+    old, new, other = (tmp_path / f".{name}.unfinished" for name in ("rows.lowmem-test.a", "rows.lowmem-test.b", "c.a"))
+    for path, hours in ((old, 25), (new, 23), (other, 25)):
+        path.touch()
+        os.utime(path, (time.time() - hours * 3600,) * 2)
+    Builder(source).derive()
+    assert (old.exists(), new.exists(), other.exists()) == (False, True, True)
+
+
 def test_files_of_one_name_in_two_folders_share_nothing_in_the_cache(source, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "b").mkdir()
@@ -170,7 +237,7 @@ def test_what_cannot_stand_beside_the_file_stands_in_the_cache(locked_folder, mo
 
 def test_without_a_folder_to_write_in_both_are_named(locked_folder, monkeypatch):
     monkeypatch.setenv("HOME", str(locked_folder))
-    told = f"neither {locked_folder} nor {locked_folder}/.cache/lowmem can be written: set LOWMEM_CACHE"
+    told = f"which cannot be written in {locked_folder} or {locked_folder}/.cache/lowmem: set LOWMEM_CACHE"
     with pytest.raises(UsageError, match=told):
         Builder(Source(str(locked_folder / "rows"))).derive()
 
@@ -205,10 +272,13 @@ def start(code, source):
 
 
 def test_of_several_processes_one_builds(source, tmp_path):
-    processes = [start("assert run(lambda *x: build(*x, 0.3)).index['bytes'] == [30]", source) for _ in range(4)]
+    processes = [start("assert run(lambda *x: build(*x, 1.0)).index['bytes'] == [30]", source) for _ in range(4)]
+    told = b""
     for process in processes:
-        process.communicate(timeout=60)
+        told += process.communicate(timeout=60)[0]
         assert process.returncode == 0
+    assert told.count(b"making a copy of its rows once") == 1
+    assert 1 <= told.count(b"rows: waiting for another process that makes a copy of its rows\n") <= 3
     assert (tmp_path / "rows.notes").read_text().split() == ["begin", "end"]
     assert not list(tmp_path.glob("*lock*"))
 

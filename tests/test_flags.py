@@ -75,14 +75,15 @@ def test_the_large_preset_is_t5_base_as_documented():
 def test_one_side_of_an_alternative_unsets_the_other_of_lower_layers(one, other, tmp_path):
     values = {name: "0.5" if name in ("epochs", "warmup_ratio") else "3" for name in (one, other)}
     values |= {"model_config": "t5-small"} if "model_config" in values else {}
-    (tmp_path / "low.json").write_text(json.dumps({other: values[other]}))
+    named = {} if "model_config" in values else {"model_name_or_path": "gpt2"}
+    (tmp_path / "low.json").write_text(json.dumps({other: values[other]} | named))
     config = resolve({"config": str(tmp_path / "low.json"), one: values[one]})
     assert getattr(config, one) is not None and getattr(config, other) is None
     assert f"--{one} and --{other} were both set" in problems_of(**values)
 
 
 def test_a_resolved_config_resolves_to_itself(tmp_path):
-    for flags in ({}, {"use_large_config": True, "max_steps": 5}, {"model_config": "t5-tiny", "text_column": "t"}):
+    for flags in ({}, {"use_large_config": True, "max_steps": 5}, {"model_name_or_path": "gpt2", "text_column": "t"}):
         config = resolve(flags)
         (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
         assert resolve({"config": tmp_path / "config.json"}) == config

@@ -211,6 +211,45 @@ def test_the_first_row_must_have_the_wanted_columns(tmp_path, row, wanted, told)
     assert str(path) in str(caught.value) and told in str(caught.value)
 
 
+@pytest.mark.parametrize("rows", ['[\n{"a": 1},\n{"a": 2}\n]', '[{"a": 1},\n{"a": 2}]', f"[{'1,' * 2**23}1]"])
+def test_an_array_is_refused_as_a_whole(tmp_path, rows):
+    with pytest.raises(UsageError, match=r"rows.json holds a JSON array, .*: write one object a line \(jq"):
+        open_lines(tmp_path / "rows.json", rows.encode())
+
+
+@pytest.mark.parametrize("row", [[1, 2], {"a": "x" * LONGEST_LINE}, {"b": 1}])
+def test_a_bad_first_row_refuses_no_file(tmp_path, row):
+    content = json.dumps(row).encode() + b'\n{"a": "good"}\n'
+    file = open_lines(tmp_path / "rows.jsonl", content, {"a": "text"})
+    group = len(file.group_rows) - 1
+    assert file.row(file.read_group(group), int(file.group_rows[group]) - 1) == {"a": "good"}
+
+
+def test_a_file_of_one_line_that_is_too_long_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"rows.txt, line 1 \(byte 0\): the line has 16,777,217 bytes"):
+        open_lines(tmp_path / "rows.txt", b"x" * (LONGEST_LINE + 1))
+
+
+def test_an_object_on_several_lines_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"line 1 \(byte 0\): Expecting .*, and write one object a line"):
+        open_lines(tmp_path / "rows.json", json.dumps({"a": 1}, indent=1).encode())
+
+
+def test_a_name_without_a_suffix_is_a_bare_file(tmp_path):
+    assert all_rows(open_lines(tmp_path / "rows", b"hi\n")) == [{"text": "hi"}]
+
+
+def test_a_file_damaged_since_it_was_indexed_is_refused_at_the_start(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    open_lines(path, PLAIN * 200)
+    times = path.stat()
+    with open(path, "r+b") as file:
+        file.write(b"?")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UsageError, match=f"{path} cannot be read .*are not those that were indexed"):
+        open_lines(path)
+
+
 def test_chats_and_the_text_column_are_what_they_are(tmp_path):
     chat = {"m": [{"role": "user", "content": "hi", "name": "Jo"}, {"role": "assistant", "content": ""}]}
     assert all_rows(open_lines(tmp_path / "a.jsonl", json.dumps(chat).encode(), {"m": "messages"})) == [chat]
@@ -274,7 +313,7 @@ def test_a_file_that_changes_or_goes_while_it_is_read_is_told(tmp_path):
     assert place.startswith("line 260 (byte ")
     path.write_bytes(PLAIN.replace(b"row 700", b"row 7OO"))
     assert file.row(file.read_group(0), 0) == ROWS[0]
-    with pytest.raises(ValueError, match=rf"bytes [\d,]+ to [\d,]+ of {path} are not those that were indexed"):
+    with pytest.raises(ValueError, match=rf"bytes [\d,]+ to [\d,]+ of {path} are not those .*, write it again"):
         file.read_group(2)
     path.write_bytes(PLAIN[:6000])
     with pytest.raises(ValueError, match="are not those that were indexed"):

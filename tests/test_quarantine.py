@@ -12,10 +12,10 @@ from lowmem.config import RankError
 from lowmem.data.batch import collate
 from lowmem.data.encode import IGNORED, encode_causal, encode_seq2seq
 from lowmem.data.finite import open_eval
-from lowmem.data.quarantine import Quarantine
-from lowmem.data.rows import RowError, open_rows
+from lowmem.data.quarantine import BadRow, Quarantine
+from lowmem.data.rows import ReadError, RowError, open_rows
 from lowmem.data.stream import open_stream
-from lowmem.evaluation import evaluate
+from lowmem.evaluation import evaluate, generate
 from lowmem.memory.loss import plain_loss
 from lowmem.memory.optim import make_optimizer
 from lowmem.parallel.launch import join
@@ -115,9 +115,22 @@ def test_each_bad_row_is_written_once_with_its_place_even_over_a_kill_and_a_resu
     unwanted = [record for record in records if record["row"]]
     assert all("seven is not wanted" in record["error"] for record in unwanted)
     assert [record["row"] for record in unwanted] == [row for row in qa_rows(40) if row["response"] == "7" * 9]
-    with open(told, "a") as file:
-        file.write('{"error": "half a li')
-    assert len(Quarantine(9, told)) == len(records)
+
+
+def test_a_line_that_a_kill_cut_anywhere_is_no_hindrance(tmp_path):
+    told = tmp_path / "bad.jsonl"
+    bad = [BadRow({"prompt": {"nested": i}}, RowError(f"row {i}")) for i in range(3)]
+    whole = Quarantine(9, told)
+    for one in bad[:2]:
+        whole.add(one)
+    lines = told.read_bytes()
+    for cut in range(lines.index(b"\n") + 1, len(lines)):
+        told.write_bytes(lines[:cut])
+        for _ in range(2):  # two starts
+            again = Quarantine(9, told)
+            for one in bad:
+                again.add(one)
+            assert [json.loads(line)["error"] for line in told.read_text().splitlines()] == ["row 0", "row 1", "row 2"]
 
 
 def test_more_bad_rows_than_allowed_end_the_run(tmp_path):
@@ -160,6 +173,8 @@ def fail_on_rank_1(path: str) -> None:
     assert state.step == 1 and model.shared.weight.equal(weights)
     with pytest.raises(kind, match=told):
         evaluate(model, open_eval(path, ENCODE, batch_size=5, **ranks), plain_loss, accelerator)
+    with pytest.raises(kind, match=told):
+        generate(model, ByT5Tokenizer(), open_eval(path, ENCODE, batch_size=5, **ranks), accelerator, max_new_tokens=1)
     accelerator.end_training()
 
 
@@ -184,6 +199,28 @@ def lose_the_file_on_rank_1(path: str) -> None:
     with pytest.raises(kind, match=rf"{start}.*rows\.jsonl, .*cannot be read, 4 times: .*No such file"):
         train_step(state, next(iter(stream)), plain_loss, accelerator, learning_rate=0.1)
     accelerator.end_training()
+
+
+def test_a_file_that_goes_missing_ends_the_run_whatever_rows_are_left(tmp_path):
+    kept, lost = write(tmp_path / "a.jsonl", bad=()), write(tmp_path / "b.jsonl", bad=())
+    rows = open_rows([kept, lost])
+    lost.unlink()
+    stream = open_stream(rows, ENCODE, batch_size=20, quarantine=Quarantine(100))
+    with pytest.raises(ReadError, match="b.jsonl"):
+        next(stream)[0]
+
+
+def test_where_no_row_is_good_the_first_is_told_without_reading_all(tmp_path):
+    asked = []
+
+    def encode(row):
+        asked.append(row)
+        raise ValueError("not this one")
+
+    stream = open_stream(qa_rows(5000), encode, batch_size=4, shuffle=False, quarantine=Quarantine(3), prefetch=0)
+    with pytest.raises(RowError, match="row 0 cannot be encoded: not this one; and so are those after it"):
+        next(stream)[0]
+    assert len(asked) < 1000
 
 
 def test_a_file_that_goes_missing_is_no_bad_row_but_ends_the_run_on_all_ranks(tmp_path):

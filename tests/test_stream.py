@@ -254,6 +254,40 @@ def test_a_run_resumed_on_any_numbers_of_processes_sees_one_sequence_of_global_b
     assert by_step(drawn) == by_step(expected.tolist())
 
 
+def test_changed_rows_may_be_accepted_but_not_another_number_of_rows_a_step():
+    saved = open_stream(Grouped(ROWS), ENCODE, batch_size=4).state_dict() | {"position": 8}
+    stream = open_stream(ROWS[:-1], ENCODE, batch_size=4, accept_changed_data=True)
+    stream.load_state_dict(saved)
+    assert draw(stream, 1) and stream.position == 12
+    assert stream.changes[0] == "num_rows was 50 and is 49"
+    with pytest.raises(UsageError, match="global_batch_size was 4 and is 5"):
+        open_stream(ROWS, ENCODE, batch_size=5, accept_changed_data=True).load_state_dict(saved)
+
+
+def test_an_error_of_any_kind_waits_until_the_step_is_looked_into():
+    stream = open_stream(ROWS, ENCODE, batch_size=4, collate=lambda rows: 1 / 0)
+    for _ in range(2):
+        batches = next(stream)
+        with pytest.raises(ZeroDivisionError):
+            batches[0]
+
+
+def test_a_closed_stream_encodes_no_further_steps():
+    begun, may_go_on = [], threading.Event()
+
+    def encode(row):
+        begun.append(row)
+        may_go_on.wait(30)
+        return ENCODE(row)
+
+    stream = open_stream(ROWS, encode, batch_size=4, prefetch=3)
+    iter(stream)
+    stream.close()
+    may_go_on.set()
+    stream._thread.shutdown(wait=True)
+    assert len(begun) <= 4
+
+
 def test_rows_drawn_but_not_trained_on_come_again():
     stream = open_stream(ROWS, ENCODE, batch_size=4)
     first = next(iter(stream))

@@ -107,7 +107,8 @@ def test_chats_are_learned_through_the_template_of_the_tokenizer(work):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"packing": True}, "packing"),
+        ({"packing": True}, "writes responses to prompts: train it without packing"),
+        ({"packing": True, "text_column": "prompt", "model_config": "t5-base"}, "need a causal model"),
         ({"messages_column": "messages"}, "rows.jsonl has no column 'messages'"),
         ({"max_bad_rows": 5}, "does nothing unless --on_bad_row=skip"),
         ({"accept_changed_data": True}, "does nothing unless a run is resumed"),
@@ -132,7 +133,7 @@ def test_rows_that_are_cut_are_counted_and_told(work):
     end = records(work, "cut")[-1]
     assert (end["cut_rows"], end["cut_tokens"]) == (sum(cut > 0 for cut in over), sum(over))
     assert records(work, "cut")[-2]["cut_tokens"] == sum(over)
-    assert f"of the rows of steps 0 to 10: {end['cut_rows']} cut rows, {end['cut_tokens']} cut tokens" in result.stdout
+    assert f"of the rows of steps 1 to 10: {end['cut_rows']} cut rows, {end['cut_tokens']} cut tokens" in result.stdout
 
 
 def broken(work):
@@ -157,12 +158,25 @@ def test_skipped_rows_are_counted_over_all_ranks_and_written_down(work):
     )
     assert_done(result)
     assert records(work, "skipped")[-1]["bad_rows"] == 2
-    assert "2 bad rows" in result.stdout
+    assert "of the rows of steps 1 to 5: 2 bad rows" in result.stdout
     told = [line for path in (work / "skipped").glob("bad_rows-?.jsonl") for line in path.read_text().splitlines()]
     places = sorted(json.loads(line)["error"].partition(" (byte")[0] for line in told)
     assert places == [f"{work}/broken.jsonl, line {line}" for line in (22, 8)]
+    again = run_flags(work, "skipped", train_file=broken(work), on_bad_row="skip", num_processes=2, max_steps=10)
+    assert_done(train(*again, "--resume=auto"))
+    assert records(work, "skipped")[-1]["bad_rows"] == 2  # of the second epoch: those of this start
     too_many = train(*run_flags(work, "too-many", train_file=broken(work), on_bad_row="skip", max_bad_rows=1))
     assert too_many.returncode == 1 and "more than 1 of them" in too_many.stderr
+    mended = train(*run_flags(work, "too-many", max_steps=2))
+    assert_done(mended)
+    assert not list((work / "too-many").glob("bad_rows*"))
+
+
+def test_bad_held_out_rows_are_left_out_of_the_loss_and_told(work):
+    skip = {"on_bad_row": "skip", "validation_file": broken(work), "max_steps": 2, "max_predict_samples": 0}
+    assert_done(train(*run_flags(work, "held-out", **skip)))
+    (evaluation,) = (record for record in records(work, "held-out") if "eval_loss" in record)
+    assert evaluation["eval_rows"] == 38
 
 
 def test_a_bad_row_on_one_rank_is_told_by_all_under_a_launcher(work):
@@ -190,4 +204,5 @@ def test_files_that_changed_are_refused_on_resume_unless_they_are_accepted(work)
     assert "moved.jsonl" in refused.stderr and "--accept_changed_data=True" in refused.stderr
     accepted = train(*run_flags(work, "changing", **resumed, max_steps=15, accept_changed_data=True))
     assert_done(accepted)
+    assert f"the rows are others than then: 1 changed: {moved}" in accepted.stdout
     assert len(losses(work, "changing")) == 15

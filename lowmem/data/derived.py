@@ -10,10 +10,12 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from glob import escape
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO
@@ -29,7 +31,9 @@ from lowmem.data.source import Source
 
 _FORMAT = "1"
 # A smaller file is indexed at each start, in a moment, and nothing is left beside it.
-_BYTES_WORTH_AN_INDEX = 2**25
+_BYTES_WORTH_AN_INDEX = 2**22
+_LONGEST_NAME_BYTES = 255
+_SECONDS_UNTOUCHED = 24 * 3600  # of a file that nobody will finish
 
 # Writes the copy (None: there is none), tells bytes as they are done, and returns the index: arrays by name.
 Build = Callable[[BinaryIO | None, Callable[[int], None]], dict[str, np.ndarray]]
@@ -65,11 +69,10 @@ def derive(source: Source, build: Build, *, kind: str, copies: bool, num_bytes: 
     what = f"{'a copy' if copies else 'an index'} of its rows"
     place = next((place for place in places if _can_write(place.parent)), None)
     if place is None:
-        told = " nor ".join(str(place.parent) for place in places)
-        raise UsageError(
-            f"{source} needs {what}, but neither {told} can be written: set LOWMEM_CACHE to a folder that can"
-        )
-    with _alone(place):
+        told = " or ".join(str(place.parent) for place in places) or "a home, as none is known"
+        raise UsageError(f"{source} needs {what}, which cannot be written in {told}: set LOWMEM_CACHE to a folder")
+    with _alone(place, f"{source}: waiting for another process that makes {what}"):
+        _remove_remains(place)
         if (found := _load(place, stamp, copies)) is not None:
             return found
         print(f"{source}: making {what} once, in {place.parent}", flush=True)
@@ -79,15 +82,16 @@ def derive(source: Source, build: Build, *, kind: str, copies: bool, num_bytes: 
 
 def _places(source: Source, kind: str) -> list[Path]:
     """Where an index may stand, without its suffix; the first that can be written is taken."""
-    named = os.environ.get("LOWMEM_CACHE")
-    cache = Path(named) if named else Path.home() / ".cache" / "lowmem"
-    full_name = source.name if source.path is None else str(source.path.resolve())
-    file_name = full_name.partition("?")[0].rpartition("/")[2][-80:]  # a signed URL is longer than a name may be
-    in_cache = cache / f"{xxhash.xxh3_64_hexdigest(full_name.encode())}-{file_name}.{kind}"
-    if source.path is None:
-        return [in_cache]
-    beside = Path(full_name).with_name(f".{Path(full_name).name}.lowmem-{kind}")
-    return [in_cache, beside] if named else [beside, in_cache]
+    named, places = os.environ.get("LOWMEM_CACHE"), []
+    path = None if source.path is None else source.path.resolve()
+    if path is not None and not named:
+        places.append(path.with_name(f".{path.name}.lowmem-{kind}"))
+    with suppress(RuntimeError):  # no home is known
+        cache = Path(named or "~/.cache/lowmem").expanduser().absolute()
+        name = source.file_name if path is None else path.name
+        end_of_name = os.fsencode(name)[-80:].decode(errors="ignore")
+        places.append(cache / f"{xxhash.xxh3_64_hexdigest(os.fsencode(source.identity))}-{end_of_name}.{kind}")
+    return [place for place in places if len(os.fsencode(_unfinished(place).name)) <= _LONGEST_NAME_BYTES]
 
 
 def _can_write(folder: Path) -> bool:
@@ -101,6 +105,19 @@ def _can_write(folder: Path) -> bool:
 
 def _named(place: Path, suffix: str) -> Path:
     return place.with_name(place.name + suffix)
+
+
+def _unfinished(place: Path) -> Path:
+    # The name tells machines apart, too: on some shared disks one does not see the other's lock.
+    return _named(place, f".{os.uname().nodename}.unfinished")
+
+
+def _remove_remains(place: Path) -> None:
+    """Remove what builders that were killed on other machines left: what lives is written to all the time."""
+    for remains in place.parent.glob(f"{escape(place.name)}.*.unfinished"):
+        with suppress(OSError):  # another has removed it, or only another may
+            if time.time() - remains.stat().st_mtime > _SECONDS_UNTOUCHED:
+                remains.unlink()
 
 
 def _load(place: Path, stamp: dict[str, str], copies: bool) -> Derived | None:
@@ -120,9 +137,7 @@ def _load(place: Path, stamp: dict[str, str], copies: bool) -> Derived | None:
 def _make(
     source: Source, place: Path, stamp: dict[str, str], build: Build, update: Callable, *, copies: bool
 ) -> Derived:
-    copy, whole = _named(place, ".rows"), _named(place, ".index")
-    # The name tells machines apart, too: on some shared disks one does not see the other's lock.
-    unfinished = _named(place, f".{os.uname().nodename}.unfinished")
+    copy, whole, unfinished = _named(place, ".rows"), _named(place, ".index"), _unfinished(place)
     try:
         whole.unlink(missing_ok=True)  # it does not fit, least of all beside a new copy
         if copies:
@@ -167,12 +182,21 @@ def _checksum(index: dict[str, np.ndarray]) -> str:
 
 
 @contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Be the only process of this machine within it. The lock of a process that dies is free again."""
+def _alone(place: Path, told: str) -> Iterator[None]:
+    """Be the only process of this machine within it; `told` is printed before it waits for another.
+
+    The lock of a process that dies is free again.
+    """
     lock = _named(place, ".lock")
     while True:
         with open(lock, "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if told:
+                    print(told, flush=True)
+                told = ""  # once, though several may hold it in turn
+                fcntl.flock(file, fcntl.LOCK_EX)
             if not _stands_at(lock, file):  # the one waited for has removed it: others lock a new one
                 continue
             try:

@@ -8,6 +8,7 @@ be IGNORED: nothing predicts a first token. A row that was cut says how much it 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from threading import Lock
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from lowmem.config import UsageError
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
+
+# Tokenizers for translation switch themselves to the target's language and back, and two threads use them at a time.
+_TOKENIZER_IN_USE = Lock()
 
 
 class EncodedRow(TypedDict):
@@ -78,8 +82,10 @@ def encode_seq2seq(
             end = [token for token in ids[-1:] if token == tokenizer.eos_token_id]
             return ids if len(ids) <= max_seq_len else ids[: max_seq_len - len(end)] + end
 
-        prompt = tokenizer(_text(row, prompt_column), verbose=False).input_ids
-        response = tokenizer(text_target=_text(row, response_column), verbose=False).input_ids
+        asked, answered = _text(row, prompt_column), _text(row, response_column)
+        with _TOKENIZER_IN_USE:
+            prompt = tokenizer(asked, verbose=False).input_ids
+            response = tokenizer(text_target=answered, verbose=False).input_ids
         num_cut = max(0, len(prompt) - max_seq_len) + max(0, len(response) - max_seq_len)
         return _encoded(cut(prompt), cut(response), num_cut=num_cut)
 

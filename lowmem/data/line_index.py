@@ -4,7 +4,6 @@ A file that has no cheap random access (packed, remote) is copied, unpacked, in 
 """
 
 import codecs
-import sys
 from array import array
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
@@ -13,7 +12,7 @@ import numpy as np
 import xxhash
 
 from lowmem.config import UsageError
-from lowmem.data.source import Source
+from lowmem.data.source import Source, is_damage, reading
 
 LONGEST_LINE = 2**24
 """Bytes; a longer line is a group of its own, which no reader should take into memory."""
@@ -28,7 +27,7 @@ _CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 def codec_of(source: Source) -> str | None:
     """What a file is packed with, by its last suffix; None if it is not."""
-    return _CODECS.get(source.suffixes[-1])
+    return _CODECS.get("".join(source.suffixes[-1:]))
 
 
 def index_lines(source: Source, copy: BinaryIO | None, tell: Callable[[int], None]) -> dict[str, np.ndarray]:
@@ -96,8 +95,7 @@ def _groups(starts: np.ndarray, ends: np.ndarray, more_from: int | None) -> Iter
         limit = starts[first] + _BYTES_PER_GROUP
         fitting = int(np.searchsorted(ends[first : first + _ROWS_PER_GROUP], limit, side="right"))
         stop = first + max(1, fitting)
-        is_full = stop < len(starts) or stop - first == _ROWS_PER_GROUP
-        if not is_full and more_from is not None and more_from < limit:
+        if stop == len(starts) and more_from is not None and more_from < limit:
             return
         yield first, stop
         first = stop
@@ -143,18 +141,11 @@ def _unpack(file: BinaryIO, codec: str):
 
 def _read(file: BinaryIO, source: Source, codec: str | None) -> bytes:
     try:
-        return file.read(_PIECE)
+        with reading():
+            return file.read(_PIECE)
     except OSError as error:
-        if codec is None or type(error) is not OSError or error.errno is not None:
-            raise  # the system's, no finding of the unpacker's
+        if codec is None or not is_damage(error):
+            raise
         raise UsageError(
             f"{source} cannot be unpacked as {codec} ({error}): it is damaged or cut, get it anew"
         ) from error
-    except _network_errors() as error:
-        raise ConnectionError(str(error)) from error
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What fsspec lets through of the package that reads http, which is loaded only if it was needed."""
-    aiohttp = sys.modules.get("aiohttp")
-    return (aiohttp.ClientError,) if aiohttp else ()

@@ -47,7 +47,9 @@ class _LineFile:
             self.group_bytes = held + 8 * self.group_rows + 512
             if len(self.group_rows):
                 self._check_columns(wanted or {})
-        except OSError as error:
+        except UsageError:
+            raise
+        except (OSError, ValueError) as error:
             raise UsageError(f"{source} cannot be read ({error}): make it readable, or leave it out") from error
 
     @staticmethod
@@ -57,7 +59,7 @@ class _LineFile:
 
     def fingerprint(self) -> str:
         """Of the rows' bytes, whatever the file is called, packed or not."""
-        return xxhash.xxh3_64_hexdigest(self._index["hash"].tobytes() + self._num_bytes.tobytes())
+        return xxhash.xxh3_64_hexdigest(self._index["hash"].tobytes())
 
     def read_group(self, group: int) -> _Lines:
         """One group, checked. Raises OSError, and ValueError if its bytes are not those that were indexed."""
@@ -100,15 +102,18 @@ class _LineFile:
         return f"line {line:,} ({unit} {byte + start:,})"
 
     def _check_columns(self, wanted: Mapping[str, str]) -> None:
-        """Raise what is wrong with the first row, unless another one of its group is as wanted: a row may be bad."""
-        problem = None
-        data = self.read_group(0)
-        for index in range(int(self.group_rows[0])):
+        """Raise what is wrong with the first row, unless another one of its group is as wanted: a row may be bad.
+
+        The first group is taken that is no line which is too long, if there is one.
+        """
+        problem, group = None, int(np.argmax(self._num_bytes <= LONGEST_LINE))
+        data = self.read_group(group)
+        for index in range(int(self.group_rows[group])):
             try:
                 self._check_row(self.row(data, index), wanted)
                 return
             except ValueError as error:
-                problem = problem or f"{self.source}, {self.place(0, index)}: {error}"
+                problem = problem or f"{self.source}, {self.place(group, index)}: {error}"
         raise UsageError(problem)
 
     def _check_row(self, row: Row, wanted: Mapping[str, str]) -> None:
@@ -138,25 +143,24 @@ class JsonLinesFile(_LineFile):
     def _check_columns(self, wanted: Mapping[str, str]) -> None:
         with open(self._path, "rb") as file:
             file.seek(int(self._index["first_byte"][0]))
-            if file.read(1024).lstrip().startswith(b"["):
-                raise UsageError(
-                    f"{self.source} holds a JSON array, which can only be read as a whole: write one object a line "
-                    "(jq -c '.[]' turns an array into that)"
-                )
+            line = file.readline(2**16).strip()
+        if line.startswith(b"[") and not line.endswith(b"]"):  # an array of one line may be a bad row among others
+            raise UsageError(f"{self.source} holds a JSON array, which can only be read as a whole: {_ONE_A_LINE}")
         super()._check_columns(wanted)
 
     @staticmethod
     def _parse(line: bytes, place: int) -> Row:
         text = _decode(line, place)
         if not text.lstrip().startswith("{"):
-            raise ValueError(f"a JSON object was expected, found {text.strip()[:40]!r}: write one object a line")
+            raise ValueError(f"a JSON object was expected, found {text.strip()[:40]!r}: {_ONE_A_LINE}")
         try:
             row = _JSON.decode(text)
             if _ESCAPED_SURROGATE.search(text):
                 json.dumps(row, ensure_ascii=False).encode()  # halves that belong together are one character by now
         except json.JSONDecodeError as error:
+            remedy = "mend or remove the row, and write one object a line"
             byte = place + len(text[: error.pos].encode())
-            raise ValueError(f"{error.msg.removesuffix(' at')} at byte {byte:,}: mend or remove the row") from error
+            raise ValueError(f"{error.msg.removesuffix(' at')} at byte {byte:,}: {remedy}") from error
         except UnicodeEncodeError as error:
             half = f"\\u{ord(error.object[error.start]):04x}"
             raise ValueError(
@@ -188,6 +192,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON value: write a number or null")
 
 
+_ONE_A_LINE = "write one object a line (jq -c '.[]' turns an array into that)"
 _JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 

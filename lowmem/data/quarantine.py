@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from lowmem.data.encode import IGNORED, Encode, EncodedRow
 from lowmem.data.rows import ReadError, Row, RowError, Rows
+
+_ROWS_TRIED = 500  # until it is clear that none is good
 
 
 class BadRow(NamedTuple):
@@ -20,34 +23,43 @@ class Quarantine:
     """Takes rows that are left out, each once over all epochs and resumed runs; too many of them are an error.
 
     `path` gets them as JSON lines {"error", "row"}, to mend them or to look what they have in common; None keeps none.
+    What it holds when the first row is added counts as taken. Every process has its own.
     """
 
-    def __init__(self, limit: int, path: Path | None = None):
-        self.limit, self.path = limit, path
-        lines = path.read_text().splitlines() if path is not None and path.exists() else []
-        self._known = {
-            json.loads(line)["error"] for line in lines if line.endswith("}")
-        }  # a kill may leave half a line
+    def __init__(self, limit: int, path: str | Path | None = None):
+        self.limit, self.path = limit, path if path is None else Path(path)
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._taken)
 
     def add(self, bad: BadRow) -> None:
-        """Take one. Raises RowError if it is one too many."""
+        """Take one. Raises RowError if it is one too many, OSError if it cannot be written."""
         told = str(bad.error)
-        if told in self._known:
+        if told in self._taken:
             return
-        if len(self._known) >= self.limit:
+        if len(self._taken) >= self.limit:
             where = f", the others are in {self.path}" if self.path and self.limit else ""
             raise RowError(
                 f"{told}. Bad rows may be left out, but this is more than {self.limit} of them{where}: mend them, or "
                 "set --max_bad_rows higher"
             ) from bad.error
-        self._known.add(told)
+        self._taken.add(told)
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:
                 file.write(json.dumps({"error": told, "row": bad.content}, default=repr) + "\n")
+
+    @cached_property
+    def _taken(self) -> set[str]:
+        """The errors of all rows so far, which tell their places."""
+        if self.path is None:
+            return set()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b") as file:
+            file.seek(0)
+            *lines, half = file.read().split(b"\n")
+            if half:  # of a run that was killed while it wrote
+                file.truncate(file.tell() - len(half))
+        return {json.loads(line)["error"] for line in lines}
 
 
 def encode_rows(
@@ -73,21 +85,24 @@ def encode_rows(
 
 
 def blank_row(rows: Rows, encode: Encode, *, near: int) -> EncodedRow:
-    """A row that counts for nothing: the first one at `near` or after that can be encoded, all of its labels ignored.
+    """A row that counts for nothing: one that can be encoded, the first from `near` on, with all labels ignored.
 
-    Raises RowError if there is none, or if this encoder's rows have no labels.
+    Raises RowError if there is none among some hundreds, or if this encoder's rows have no labels.
     """
-    for step in range(len(rows)):
-        encoded, bad = encode_rows(rows, [(near + step) % len(rows)], encode, may_skip=True)
-        if not bad:
-            _, row = encoded[0]
-            if "labels" not in row:
-                raise RowError(
-                    f"the micro-batch of row {near} has no row left that can be encoded, and what stands in for one "
-                    f"needs `labels` to ignore, these have {', '.join(row)}: take bad rows out of the files"
-                )
-            return {**row, "labels": [IGNORED] * len(row["labels"])}
-    raise bad[0].error
+    first_error = None
+    for row_id in range(near, near + min(len(rows), _ROWS_TRIED)):
+        encoded, bad = encode_rows(rows, [row_id % len(rows)], encode, may_skip=True)
+        if bad:
+            first_error = first_error or bad[0].error
+            continue
+        _, row = encoded[0]
+        if "labels" not in row:
+            raise RowError(
+                f"the micro-batch of row {near} has no row left that can be encoded, and what stands in for one "
+                f"needs `labels` to ignore, these have {', '.join(row)}: take bad rows out of the files"
+            )
+        return {**row, "labels": [IGNORED] * len(row["labels"])}
+    raise RowError(f"{first_error}; and so are those after it: mend the rows, or the encoder") from first_error
 
 
 def _encode_one(rows: Rows, row_id: int, row: Row, encode: Encode) -> EncodedRow:

@@ -3,7 +3,10 @@
 import glob
 import json
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
@@ -12,6 +15,32 @@ from typing import BinaryIO
 from lowmem.config import UsageError
 
 Row = dict[str, object]
+
+# What fsspec reads the network with; their errors are no OSErrors.
+_NETWORK_PACKAGES = {"aiohttp", "httpx", "httpx2", "botocore"}
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Turn what network packages raise within into ConnectionError, an OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if _NETWORK_PACKAGES.isdisjoint(kind.__module__.partition(".")[0] for kind in type(error).__mro__):
+            raise
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error that reading raised tells of damaged content, and not of the system or the network.
+
+    pyarrow tells damage as OSErrors, too; the system's have a number or a type of their own.
+    """
+    pyarrow = sys.modules.get("pyarrow")  # without it, it has raised nothing
+    kinds = (ValueError, pyarrow.ArrowException) if pyarrow else ValueError
+    return isinstance(error, kinds) or (type(error) is OSError and error.errno is None)
 
 
 @dataclass(frozen=True)
@@ -29,22 +58,34 @@ class Source:
         return None if is_url(self.name) else Path(self.name)
 
     @property
+    def identity(self) -> str:
+        """One text for all local names of a file: relative ones, absolute ones and links."""
+        return self.name if self.path is None else str(self.path.resolve())
+
+    @property
+    def file_name(self) -> str:
+        """The last part of the path, or of the URL without its query."""
+        return PurePosixPath(self.name.partition("?")[0] if self.path is None else self.name).name
+
+    @property
     def suffixes(self) -> list[str]:
         """Lower-case suffixes of the file's name, as [".jsonl", ".gz"]."""
-        return [suffix.lower() for suffix in PurePosixPath(self.name.partition("?")[0]).suffixes]
+        return [suffix.lower() for suffix in PurePosixPath(self.file_name).suffixes]
 
+    @reading()
     def open(self) -> BinaryIO:
-        """The file's bytes, seekable. Raises OSError."""
+        """The file's bytes, seekable. Raises OSError, as its reads do within `reading`."""
         if self.path is not None:
             return open(self.path, "rb")
         file_system, place = _remote(self.name)
         return file_system.open(place, "rb")
 
+    @reading()
     def stamp(self) -> tuple[int, str]:
-        """Bytes of the file, and what changes when it is written again (its time, a URL's ETag). Raises OSError."""
+        """Bytes of the file, and what changes when it is written again (time, inode, a URL's ETag). Raises OSError."""
         if self.path is not None:
             found = os.stat(self.path)
-            return found.st_size, str(found.st_mtime_ns)
+            return found.st_size, f"{found.st_mtime_ns} {found.st_ino}"  # unpacked files may all be of one time
         file_system, place = _remote(self.name)
         told = file_system.info(place)  # its ukey would be the same for ever over http
         return told["size"], blake2b(repr(sorted(told.items())).encode(), digest_size=8).hexdigest()
@@ -57,18 +98,19 @@ def is_url(name: str) -> bool:
 def expand(files: str | Path | Sequence[str | Path]) -> list[Source]:
     """The files that a path, a glob, a comma list of both or a list of paths names.
 
-    They stand in the order in which they are given, the matches of a glob sorted by name. Raises UsageError for a name
-    that matches nothing and for a file named twice.
+    They stand in the order in which they are given, the matches of a glob sorted by name. A text is split at its commas
+    unless a file has it as its name; the items of a list never are, so a URL with a comma goes there. Raises UsageError
+    for a name that matches nothing and for a file named twice.
     """
-    items = files.split(",") if isinstance(files, str) else [files] if isinstance(files, Path) else list(files)
-    names = []
-    for item in filter(None, (str(item).strip() for item in items)):
-        names += _remote_names(item) if is_url(item) else _local_names(item)
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError(f"{files} names {', '.join(repeated)} twice, so its rows would count twice: name it once")
+    items = _split(files) if isinstance(files, str) else [files] if isinstance(files, Path) else files
+    names = [name for item in map(str, items) for name in (_remote_names(item) if is_url(item) else _local_names(item))]
     if not names:
-        raise UsageError(f"no file is named by {files!r}")
-    return [Source(name) for name in names]
+        raise UsageError(f"no file is named by {files!r}: name a parquet, JSONL or text file, or a glob of them")
+    sources = [Source(name) for name in names]
+    times = Counter(source.identity for source in sources)
+    if repeated := [name for name, number in times.items() if number > 1]:
+        raise UsageError(f"{files} names {', '.join(repeated)} twice, so its rows would count twice: name it once")
+    return sources
 
 
 def check_columns(source: Source, wanted: Iterable[str], present: Sequence[str]) -> None:
@@ -81,14 +123,24 @@ def check_columns(source: Source, wanted: Iterable[str], present: Sequence[str])
         )
 
 
+def _split(text: str) -> list[str]:
+    names_one = not is_url(text) and os.path.exists(os.path.expanduser(text))
+    return [text] if names_one else list(filter(None, map(str.strip, text.split(","))))
+
+
 def _local_names(item: str) -> list[str]:
-    is_glob = any(mark in item for mark in "*?[") and not Path(item).exists()
-    matches = sorted(glob.glob(item, recursive=True)) if is_glob else [item]
-    found = [str(Path(match)) for match in matches if Path(match).is_file()]
-    if not is_glob and Path(item).is_dir():
-        found = [str(file) for file in dataset_files(Path(item)) or ()]
+    path = Path(os.path.expanduser(item))
+    try:
+        is_glob = any(mark in item for mark in "*?[") and not path.exists()
+        is_folder = path.is_dir()
+    except OSError as error:  # too long a name, a folder that is closed to us
+        raise UsageError(f"{item} cannot be looked for ({error}): mend its name or its folder's permissions") from error
+    matches = map(Path, sorted(glob.glob(str(path), recursive=True))) if is_glob else [path]
+    found = [str(match) for match in matches if match.is_file()]
+    if is_folder:
+        found = [str(file) for file in dataset_files(path) or ()]
     if not found:
-        what = "matches no file" if is_glob else "is a folder" if Path(item).is_dir() else "does not exist"
+        what = "matches no file" if is_glob else "is a folder" if is_folder else "does not exist"
         raise UsageError(f"{item} {what}: name a parquet, JSONL or text file, or a glob of them")
     return found
 
@@ -116,12 +168,13 @@ def dataset_files(folder: Path) -> list[Path] | None:
 def _remote_names(item: str) -> list[str]:
     file_system, place = _remote(item)
     try:
-        if not any(mark in place for mark in "*?["):
-            file_system.info(place)
-            return [item]
-        found = sorted(file_system.glob(place))
+        with reading():
+            if not any(mark in place.partition("?")[0] for mark in "*["):  # a query is no pattern
+                file_system.info(place)
+                return [item]
+            found = sorted(file_system.glob(place))
     except OSError as error:
-        raise UsageError(f"{item} cannot be reached: {error}") from error
+        raise UsageError(f"{item} cannot be reached: {error!r}; mind its name, your access and the network") from error
     if not found:
         raise UsageError(f"{item} matches no file: name a parquet, JSONL or text file, or a glob of them")
     return [file_system.unstrip_protocol(place) for place in found]

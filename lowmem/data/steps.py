@@ -1,16 +1,16 @@
 """Position -> the micro-batches of one optimizer step on this rank: a pure function."""
 
 import math
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from typing import NamedTuple
 
 from lowmem.data.batch import Batch, Collate
 from lowmem.data.encode import Encode, EncodedRow
 from lowmem.data.order import Groups, rows_at
-from lowmem.data.packing import pack
+from lowmem.data.packing import Document, pack
 from lowmem.data.quarantine import BadRow, Rows, blank_row, encode_rows
 
 
@@ -19,8 +19,7 @@ class Step(NamedTuple):
 
     batches: list[Batch]
     bad_rows: list[BadRow]
-    num_cut_rows: int
-    num_cut_tokens: int
+    counts: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +55,27 @@ class Steps:
         row_ids = rows_at(bounds[0], bounds[-1], self.groups, seed=self.seed, shuffle=self.shuffle).tolist()
         rows, bad = encode_rows(self.rows, row_ids, self.encode, may_skip=self.may_skip)
         cuts = [row.get("num_cut", 0) for _, row in rows]
+        counts = {"cut_rows": sum(cut > 0 for cut in cuts), "cut_tokens": sum(cuts), "bad_rows": len(bad)}
         rows.sort(key=lambda row: -_num_ids(row[1]))
         while len(rows) < self.micro_batches:
             rows.append((None, blank_row(self.rows, self.encode, near=row_ids[0])))
-        if self.packed_seq_len is not None:
-            packed = pack(rows, max_seq_len=self.packed_seq_len, micro_batches=self.micro_batches)
-            parts = [(chain.from_iterable(row["row_ids"] for row in part), part) for part in packed]
+        sizes = [stop - first for first, stop in pairwise(bounds)] if not bad else self._equal_sizes(len(rows))
+        batches = [batch_of(*part, self.collate) for part in self._parts(rows, sizes)]
+        return Step([batch.pin_memory() for batch in batches] if self.pin_memory else batches, bad, counts)
+
+    def _equal_sizes(self, num_rows: int) -> list[int]:
+        bounds = [num_rows * piece // self.micro_batches for piece in range(self.micro_batches + 1)]
+        return [stop - first for first, stop in pairwise(bounds)]
+
+    def _parts(self, rows: list[Document], sizes: list[int]) -> Iterator[tuple[Iterable[int | None], Sequence]]:
+        """Numbers and rows of each micro-batch: so many rows each, or packed."""
+        if self.packed_seq_len is None:
+            rest = iter(rows)
+            for size in sizes:
+                yield tuple(zip(*islice(rest, size), strict=True))
         else:
-            if bad:  # what is left, as equally as may be
-                bounds = [len(rows) * piece // self.micro_batches for piece in range(self.micro_batches + 1)]
-            first = bounds[0]
-            parts = [tuple(zip(*rows[i - first : j - first], strict=True)) for i, j in pairwise(bounds)]
-        batches = [batch_of(*part, self.collate) for part in parts]
-        if self.pin_memory:
-            batches = [batch.pin_memory() for batch in batches]
-        return Step(batches, bad, sum(cut > 0 for cut in cuts), sum(cuts))
+            for part in pack(rows, max_seq_len=self.packed_seq_len, micro_batches=self.micro_batches):
+                yield chain.from_iterable(row["row_ids"] for row in part), part
 
 
 def batch_of(row_ids: Iterable[int | None], rows: Sequence[EncodedRow], collate: Collate) -> Batch:

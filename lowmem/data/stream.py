@@ -4,7 +4,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -51,18 +50,21 @@ class Stream:
         self.position = 0
         self.wait_seconds = 0.0
         """What `next` has waited for rows, in all."""
-        self.num_cut_rows = self.num_cut_tokens = 0
-        """Rows of this rank that were longer than the encoder takes, and their tokens that it left out."""
-        self.quarantine = quarantine
-        self._steps, self._prefetch, self._accept_changed_data = steps, prefetch, accept_changed_data
+        self.counts = {"cut_rows": 0, "cut_tokens": 0, "bad_rows": 0}
+        """Of the rows that this rank was given: those cut, the tokens left out of them, and those left out."""
+        self.changes: list[str] = []
+        """What `load_state_dict` accepted that was not as it had been saved."""
+        self._quarantine, self._accept_changed_data = quarantine, accept_changed_data
+        self._steps, self._prefetch = steps, prefetch
+        # Name and fingerprint of each file: now, so that one that cannot be read ends no run that has begun.
+        self._files: list[tuple[str, str]] = getattr(steps.rows, "fingerprints", list)()
         self._cursor = 0
         self._ahead: deque[Future[Step]] = deque()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lowmem-stream")
 
     def __iter__(self) -> Iterator[Sequence[Batch]]:
         if self._cursor != self.position:
-            self._ahead.clear()
-            self._cursor = self.position
+            self._restart()
         self._read_ahead()
         return self
 
@@ -71,14 +73,14 @@ class Stream:
         try:
             step = self._next_step()
             for bad in step.bad_rows:
-                self.quarantine.add(bad)
+                self._quarantine.add(bad)
         except Exception as error:  # of any kind: the other ranks must not wait for this one
             return UnreadableStep(error)
         finally:
             self._cursor += self.global_batch_size
             self.wait_seconds += time.perf_counter() - started
-        self.num_cut_rows += step.num_cut_rows
-        self.num_cut_tokens += step.num_cut_tokens
+        for name, count in step.counts.items():
+            self.counts[name] += count
         return step.batches
 
     def advance(self) -> None:
@@ -104,29 +106,38 @@ class Stream:
         so that those of the epoch that it lies in may come again or not at all.
         """
         here = self.state_dict()
-        compared = ["global_batch_size"] if self._accept_changed_data else here.keys() - {"position"}
-        differing = {name for name in compared if state.get(name) != here[name]}
-        if "files" in differing:
+        differing = {name for name in here if name != "position" and state.get(name) != here[name]}
+        other_files = self._changed(state.get("files", [])) if "files" in differing else ""
+        told = [other_files] if other_files else []
+        told += [f"{name} was {state.get(name)} and is {here[name]}" for name in sorted(differing - {"files"})]
+        if self._accept_changed_data and "global_batch_size" not in differing:
+            self.changes = told
+        elif other_files:
             raise UsageError(
-                f"the rows are not those that were saved ({self._changed(state.get('files', []))}): "
-                "put the files back, or set --accept_changed_data=True to go on over them as they are"
+                f"the rows are not those that were saved ({other_files}): put the files back, or set "
+                "--accept_changed_data=True to go on over them as they are"
             )
-        if differing:
-            told = ", ".join(f"{name} was {state.get(name)} and is {here[name]}" for name in sorted(differing))
-            raise UsageError(f"this stream is not the one that was saved ({told}): open it over the same rows")
-        self.position = self._cursor = state["position"]
-        self._ahead.clear()
-
-    @cached_property
-    def _files(self) -> list[tuple[str, str]]:
-        """Name and fingerprint of each file, as they were when the stream was opened or soon after."""
-        return getattr(self._steps.rows, "fingerprints", list)()
+        elif told:
+            raise UsageError(
+                f"this stream is not the one that was saved ({', '.join(told)}): open it over the same rows"
+            )
+        self.position = state["position"]
+        self._restart()
 
     def _changed(self, saved: Sequence[str]) -> str:
         if len(saved) != len(self._files):
-            return f"of {len(saved)} files, now {len(self._files)}"
+            return f"{len(saved)} files then, {len(self._files)} now"
         changed = [name for (name, now), then in zip(self._files, saved, strict=True) if now != then]
         return f"{len(changed)} changed: {', '.join(changed[:_MOST_FILES_TOLD])}"
+
+    def close(self) -> None:
+        """Encode no further steps; without it, a process ends only when those ahead are encoded."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _restart(self) -> None:
+        self._cursor = self.position
+        while self._ahead:
+            self._ahead.popleft().cancel()
 
     def _next_step(self) -> Step:
         if not self._prefetch:
@@ -158,6 +169,7 @@ def open_stream(
     prefetch: int = 2,
     quarantine: Quarantine | None = None,
     accept_changed_data: bool = False,
+    pin_memory: bool | None = None,
 ) -> Stream:
     """Open a Stream over files (as `open_rows` takes them) or over rows that are open already.
 
@@ -166,7 +178,8 @@ def open_stream(
     are data-parallel coordinates. `packed_seq_len` packs causal rows, each at most that long, into sequences of at most
     that many tokens (`check_packing` tells whether a model keeps them apart). `prefetch` steps are encoded ahead of the
     one that is asked for (0: each when it is asked for). With a `quarantine`, rows that cannot be read or encoded are
-    left out. Raises UsageError if a micro-batch would be empty.
+    left out. `accept_changed_data` lets `load_state_dict` go on over other rows than were saved. `pin_memory` (default:
+    where there is a GPU) gives batches in page-locked memory. Raises UsageError if a micro-batch would be empty.
     """
     rows = as_rows(files)
     if global_batch_size is None:
@@ -191,6 +204,6 @@ def open_stream(
         shuffle=shuffle,
         packed_seq_len=packed_seq_len,
         may_skip=quarantine is not None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
     )
     return Stream(steps, prefetch=prefetch, quarantine=quarantine, accept_changed_data=accept_changed_data)

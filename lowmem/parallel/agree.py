@@ -53,15 +53,15 @@ def on_main_rank(function: Callable[[], Result]) -> Result | None:
 
 
 @contextmanager
-def failing_together(*kinds: type[Exception]) -> Iterator[None]:
-    """Every rank enters it, and if one leaves it with an error of these kinds, all do: see `raise_together`.
+def failing_together() -> Iterator[None]:
+    """Every rank enters it, and if one leaves it with an error, all do: see `raise_together`.
 
     One small collective at its end, so within it there must be none that a failing rank would miss.
     """
     error = None
     try:
         yield
-    except kinds as caught:
+    except Exception as caught:
         error = caught
     (num_failed,) = sum_over_ranks(error is not None)
     if num_failed:
