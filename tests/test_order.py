@@ -96,3 +96,38 @@ def test_without_shuffle_rows_stand_in_file_order():
 def test_order_of_no_rows_is_refused():
     with pytest.raises(ValueError, match="at least one row"):
         rows_at(0, 1, Groups.of([0]), seed=0)
+
+
+def test_the_order_is_the_one_that_checkpoints_were_saved_with():
+    """Positions mean nothing in another order, so a change of these numbers breaks every resume."""
+    assert permute(np.arange(5), 10, (1, 2)).tolist() == [1, 4, 3, 2, 5]
+    assert permute(np.arange(4), 2**40, (3,)).tolist() == [255546647969, 435823828157, 92481491259, 41636616374]
+    groups = Groups.of([3, 5, 0, 4, 7], [30, 50, 0, 40, 70])
+    assert rows_at(19, 38, groups, seed=7, window_bytes=100).tolist() == [
+        3,
+        6,
+        11,
+        4,
+        10,
+        7,
+        9,
+        5,
+        8,
+        14,
+        16,
+        2,
+        18,
+        12,
+        13,
+        17,
+        15,
+        0,
+        1,
+    ]
+    assert (groups.digest, Groups.of([3, 5, 0, 4, 7]).digest) == ("8d1aa4730ba921f1", "c615fa9dd77eaebf")
+
+
+def test_a_group_that_just_fits_is_in_the_window():
+    groups = Groups.of([10] * 9, [50] * 9)
+    assert len(set(rows_at(0, 20, groups, seed=0, window_bytes=100) // 10)) == 2
+    assert len(set(rows_at(0, 10, groups, seed=0, window_bytes=100) // 10)) == 2

@@ -1,5 +1,6 @@
 import gzip
 import json
+import sys
 import threading
 import time
 
@@ -75,6 +76,59 @@ def test_a_group_that_is_held_is_read_once(tmp_path):
     assert rows[19] == ROWS[19]
     with pytest.raises(ReadError, match="No such file"):
         rows[20]
+
+
+def test_the_group_that_was_not_used_for_longest_is_given_back(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.parquet")
+    sizes = open_rows(path).groups.bytes
+    monkeypatch.setattr("lowmem.data.rows.WINDOW_BYTES", int(np.sort(sizes)[-3:].sum()))
+    rows = open_rows(path)
+    for group in (0, 1, 2, 0, 3):
+        assert rows[20 * group] == ROWS[20 * group]
+    path.unlink()
+    assert rows[0] == ROWS[0] and rows[60] == ROWS[60]
+    with pytest.raises(ReadError):
+        rows[20]
+
+
+def test_two_threads_may_read_the_same_rows(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.parquet", ROWS * 4)
+    monkeypatch.setattr("lowmem.data.rows.WINDOW_BYTES", int(open_rows(path).groups.bytes.max()))
+    rows, wrong = open_rows(path), []
+
+    def read(seed):
+        for index in np.random.default_rng(seed).integers(0, len(rows), 300).tolist():
+            try:
+                assert rows[index] == ROWS[index % 205]
+            except Exception as error:
+                wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    assert not wrong
+    assert rows._bytes_held == rows.groups.bytes[list(rows._held)].sum()
+
+
+def test_a_kept_error_keeps_no_frames(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowmem.data.rows._SECONDS_BETWEEN_TRIES", (0.01,))
+    path = write(tmp_path / "rows.parquet")
+    rows = open_rows(path)
+    path.unlink()
+    lengths = []
+    for _ in range(3):
+        with pytest.raises(ReadError) as caught:
+            rows[0]
+        frame, length = caught.value.__cause__.__traceback__, 0
+        while frame:
+            frame, length = frame.tb_next, length + 1
+        lengths.append(length)
+    assert lengths[0] == lengths[2]
 
 
 def come_back(path, away):

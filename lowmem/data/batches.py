@@ -17,7 +17,7 @@ from lowmem.data.source import Source
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PIECE_ROWS, _PIECE_BYTES = 1024, 2**20
+PIECE_ROWS, PIECE_BYTES = 1024, 2**20
 _END_MARK = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -113,13 +113,14 @@ def copy_in_pieces(
 
     def build(copy: BinaryIO | None, update: Callable[[int], None]) -> dict[str, np.ndarray]:
         found, start = [], 0
-        for batch in batches():
-            for piece in _pieces(batch, plain):
-                message = piece.serialize()
-                found.append((start, len(message), piece.num_rows, len(message), xxhash.xxh3_64_intdigest(message)))
-                start += copy.write(message)
+        pieces = (piece for batch in batches() for piece in _pieces(batch.select(plain.names), plain))
+        for piece in _merged(pieces):
+            piece.validate(full=True)  # or the copy would be blamed for it
+            message = piece.serialize()
+            found.append((start, len(message), piece.num_rows, len(message), xxhash.xxh3_64_intdigest(message)))
+            start += copy.write(message)
             pa.default_memory_pool().release_unused()
-            update(batch.nbytes)
+            update(piece.nbytes)
         return dict(zip(("starts", "sizes", "rows", "hashed", "hashes"), _columns(found), strict=True))
 
     made = derive(source, build, kind=kind, copies=True, num_bytes=num_bytes)
@@ -138,8 +139,29 @@ def _pieces(batch: "pa.RecordBatch", schema: "pa.Schema") -> Iterator["pa.Record
         yield from _halves(batch.slice(first, PIECE_ROWS).cast(schema))
 
 
+def _merged(pieces: Iterable["pa.RecordBatch"]) -> Iterator["pa.RecordBatch"]:
+    """The same rows in as few pieces as may be: very small row groups would be very small pieces."""
+    import pyarrow as pa
+
+    held: list[pa.RecordBatch] = []
+    rows = num_bytes = 0
+
+    def joined() -> pa.RecordBatch:
+        return held[0] if len(held) == 1 else pa.Table.from_batches(held).combine_chunks().to_batches()[0]
+
+    for piece in pieces:
+        rows, num_bytes = rows + piece.num_rows, num_bytes + piece.nbytes
+        if held and (rows > PIECE_ROWS or num_bytes > PIECE_BYTES):
+            yield joined()
+            held.clear()
+            rows, num_bytes = piece.num_rows, piece.nbytes
+        held.append(piece)
+    if held:
+        yield joined()
+
+
 def _halves(batch: "pa.RecordBatch") -> Iterator["pa.RecordBatch"]:
-    if batch.nbytes <= _PIECE_BYTES or batch.num_rows == 1:
+    if batch.nbytes <= PIECE_BYTES or batch.num_rows == 1:
         yield batch
     else:
         half = batch.num_rows // 2
@@ -149,15 +171,21 @@ def _halves(batch: "pa.RecordBatch") -> Iterator["pa.RecordBatch"]:
 
 def _plain(kind: "pa.DataType") -> "pa.DataType":
     """The type without dictionaries and views: a piece of those would hold all that the whole refers to."""
-    import pyarrow as pa
+    from pyarrow import large_binary, large_list, large_string, list_, map_, struct, types
 
-    if pa.types.is_dictionary(kind):
+    if types.is_dictionary(kind):
         return _plain(kind.value_type)
-    if pa.types.is_string_view(kind):
-        return pa.large_string()
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if types.is_string_view(kind):
+        return large_string()
+    if types.is_binary_view(kind):
+        return large_binary()
+    if types.is_struct(kind):
+        return struct([field.with_type(_plain(field.type)) for field in kind])
+    if types.is_map(kind):
+        return map_(_plain(kind.key_type), _plain(kind.item_type))
+    if types.is_nested(kind) and hasattr(kind, "value_field"):
         item = kind.value_field.with_type(_plain(kind.value_type))
-        return pa.list_(item) if pa.types.is_list(kind) else pa.large_list(item)
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_plain(field.type)) for field in kind])
+        if types.is_fixed_size_list(kind):
+            return list_(item, kind.list_size)
+        return large_list(item) if types.is_large_list(kind) or types.is_large_list_view(kind) else list_(item)
     return kind

@@ -13,7 +13,7 @@ from lowmem.config import UsageError
 from lowmem.data.line_index import codec_of
 from lowmem.data.lines import JsonLinesFile, TextFile
 from lowmem.data.order import WINDOW_BYTES, Groups
-from lowmem.data.source import Row, Source, expand
+from lowmem.data.source import Row, Source, expand, is_damage
 from lowmem.data.tables import ArrowFile, ParquetFile
 
 _SECONDS_BETWEEN_TRIES = (0.2, 1.0, 3.0)
@@ -81,7 +81,6 @@ class FileRows:
         self._bytes = np.concatenate([file.group_bytes for file in files])
         inside = np.diff(bounds) > 0
         self.groups = Groups(np.diff(bounds)[inside], self._bytes[inside])
-        self._most_bytes_held = max(WINDOW_BYTES, int(self._bytes.max(initial=0)))
         self._held: OrderedDict[int, object] = OrderedDict()
         self._bytes_held = 0
         self._lock = Lock()  # a prefetch thread and the main thread may read the same rows
@@ -96,15 +95,13 @@ class FileRows:
         try:
             data = self._read(group)
             if isinstance(data, Exception):
-                raise data
+                raise data.with_traceback(None)  # or it would keep the frames of all that ask for its rows
             return file.row(data, place)
-        except OSError as error:
-            # pyarrow tells damage as an OSError too, but one that no system call gave a number
-            kind = RowError if error.errno is None else ReadError
-            times = f", {1 + len(_SECONDS_BETWEEN_TRIES)} times" if kind is ReadError else ""
-            raise kind(f"{self.where(index)} cannot be read{times}: {error}") from error
-        except ValueError as error:
-            raise RowError(f"{self.where(index)} cannot be read: {error}") from error
+        except (OSError, ValueError) as error:
+            if is_damage(error):
+                raise RowError(f"{self.where(index)} cannot be read: {error}") from error
+            times = 1 + len(_SECONDS_BETWEEN_TRIES)
+            raise ReadError(f"{self.where(index)} cannot be read, {times} times: {error}") from error
 
     def slice(self, first: int, stop: int) -> "FileRows":
         """The rows [first, stop) of these, held apart from them."""
@@ -137,7 +134,7 @@ class FileRows:
         """A group of a file, or the error that reading it ends with: the next row of it shall not wait again."""
         with self._lock:
             if group not in self._held:
-                while self._held and self._bytes_held + self._bytes[group] > self._most_bytes_held:
+                while self._held and self._bytes_held + self._bytes[group] > WINDOW_BYTES:
                     self._bytes_held -= int(self._bytes[self._held.popitem(last=False)[0]])
                 self._held[group] = self._read_patiently(group)
                 self._bytes_held += int(self._bytes[group])
@@ -149,12 +146,10 @@ class FileRows:
         for seconds in (*_SECONDS_BETWEEN_TRIES, None):
             try:
                 return file.read_group(group - self._first_group(group))
-            except ValueError as error:
-                return error
-            except OSError as error:  # a disk or a network may be back in a moment
-                if seconds is None:
+            except (OSError, ValueError) as error:
+                if is_damage(error) or seconds is None:
                     return error
-                time.sleep(seconds)
+                time.sleep(seconds)  # a disk or a network may be back in a moment
 
 
 def open_rows(

@@ -20,6 +20,10 @@ Row = dict[str, object]
 _NETWORK_PACKAGES = {"aiohttp", "httpx", "httpx2", "botocore"}
 
 
+class ChangedError(OSError):
+    """A file is not the one that was opened."""
+
+
 @contextmanager
 def reading() -> Iterator[None]:
     """Turn what network packages raise within into ConnectionError, an OSError."""
@@ -105,7 +109,7 @@ def expand(files: str | Path | Sequence[str | Path]) -> list[Source]:
     items = _split(files) if isinstance(files, str) else [files] if isinstance(files, Path) else files
     names = [name for item in map(str, items) for name in (_remote_names(item) if is_url(item) else _local_names(item))]
     if not names:
-        raise UsageError(f"no file is named by {files!r}: name a parquet, JSONL or text file, or a glob of them")
+        raise UsageError(f"no file is named by {files!r}: name a parquet, Arrow, JSONL or text file, or a glob of them")
     sources = [Source(name) for name in names]
     times = Counter(source.identity for source in sources)
     if repeated := [name for name, number in times.items() if number > 1]:
@@ -141,7 +145,7 @@ def _local_names(item: str) -> list[str]:
         found = [str(file) for file in dataset_files(path) or ()]
     if not found:
         what = "matches no file" if is_glob else "is a folder" if is_folder else "does not exist"
-        raise UsageError(f"{item} {what}: name a parquet, JSONL or text file, or a glob of them")
+        raise UsageError(f"{item} {what}: name a parquet, Arrow, JSONL or text file, or a glob of them")
     return found
 
 
@@ -176,7 +180,7 @@ def _remote_names(item: str) -> list[str]:
     except OSError as error:
         raise UsageError(f"{item} cannot be reached: {error!r}; mind its name, your access and the network") from error
     if not found:
-        raise UsageError(f"{item} matches no file: name a parquet, JSONL or text file, or a glob of them")
+        raise UsageError(f"{item} matches no file: name a parquet, Arrow, JSONL or text file, or a glob of them")
     return [file_system.unstrip_protocol(place) for place in found]
 
 

@@ -4,14 +4,14 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from mmap import ACCESS_READ, MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, mmap
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
 import numpy as np
 import xxhash
 
 from lowmem.config import UsageError
-from lowmem.data.batches import PIECE_ROWS, RecordBatches, copy_in_pieces, find_batches, stream_start
-from lowmem.data.source import Row, Source, check_columns
+from lowmem.data.batches import PIECE_BYTES, PIECE_ROWS, RecordBatches, copy_in_pieces, find_batches, stream_start
+from lowmem.data.source import ChangedError, Row, Source, check_columns, reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # while it is decoded, a record batch is read as it stands.
 _LARGEST_ROW_GROUP_BYTES = 9 * 2**20
 _LARGEST_BATCH_BYTES = 2**24
+_LARGEST_FOOTER_BYTES = 2**21
 _ROWS_DECODED = 2**14  # at a time
 _LARGEST_DICTIONARY_BYTES = 2**20  # writers give a dictionary up when its page gets larger
 _SAMPLES, _SAMPLE_BYTES = 64, 2**12
@@ -36,7 +37,10 @@ class _TableFile:
     _footer_bytes = 0
 
     def row(self, data: "dict[str, pa.Array | pa.ChunkedArray]", index: int) -> Row:
-        return {name: column[index].as_py() for name, column in data.items()}
+        try:
+            return {name: column[index].as_py() for name, column in data.items()}
+        except OverflowError as error:  # a time that Python has no date for
+            raise ValueError(f"{error}: mend the row, or leave its column out") from error
 
     def place(self, group: int, index: int) -> str:
         return f"row {int(self.group_rows[:group].sum()) + index}"
@@ -64,8 +68,8 @@ class _TableFile:
         import pyarrow as pa
 
         # Runs that want other columns of the file have copies of their own.
-        kind = f"copy-{xxhash.xxh3_64_hexdigest(json.dumps(sorted(self._names)).encode())}"
-        wanted = pa.schema([field for field in schema if field.name in self._names])
+        kind = f"copy-{xxhash.xxh3_64_hexdigest(json.dumps(self._names).encode())}"
+        wanted = pa.schema([schema.field(name) for name in self._names])
         return copy_in_pieces(self.source, kind, wanted, self._batches, num_bytes=num_bytes)
 
 
@@ -73,15 +77,18 @@ class ParquetFile(_TableFile):
     """A parquet file, local or remote; its groups are its row groups, or the pieces of its copy if one is large.
 
     Of `wanted` columns ("text" or "messages") only these are read; None: all, of any type. Raises UsageError, naming
-    the file, if it cannot be read or lacks a wanted column, or if one holds something else.
+    the file, if it cannot be read or lacks a wanted column, or if one holds something else. (A flipped bit in the part
+    of a footer that describes columns may end the process inside of pyarrow, where no error can be caught.)
     """
+
+    _last_parsed: "ClassVar[tuple[ParquetFile | None, parquet.FileMetaData | None]]" = (None, None)
 
     def __init__(self, source: Source, wanted: Mapping[str, str] | None):
         from pyarrow import ArrowException, parquet
 
         self.source, self._copy = source, None
         try:
-            with source.open() as file:
+            with reading(), source.open() as file:
                 metadata = parquet.read_metadata(file)
                 self._footer_bytes = metadata.serialized_size + 8
                 self._footer_hash = xxhash.xxh3_64_intdigest(_footer(file, self._footer_bytes))
@@ -91,31 +98,42 @@ class ParquetFile(_TableFile):
             groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
             self.group_rows = np.array([group.num_rows for group in groups], np.int64)
             self.group_bytes = np.array([_decoded_bytes(group, self._names) for group in groups], np.int64)
-            if self.group_bytes.max(initial=0) > _LARGEST_ROW_GROUP_BYTES:
+            is_large = self.group_bytes.max(initial=0) > _LARGEST_ROW_GROUP_BYTES
+            if is_large or self._footer_bytes > _LARGEST_FOOTER_BYTES:
                 self._copy = self._copied(schema, int(self.group_bytes.sum()))
                 self.group_rows, self.group_bytes = self._copy.rows, self._copy.sizes
-        except (ArrowException, OSError, KeyError) as error:
+        except UsageError:
+            raise
+        except (ArrowException, OSError, LookupError, ValueError) as error:
             raise UsageError(f"{source} cannot be read as parquet ({error}): write it again") from error
 
     def read_group(self, group: int) -> "dict[str, pa.Array | pa.ChunkedArray]":
         """The columns of one group. Raises OSError and ValueError."""
         import pyarrow as pa
-        from pyarrow import parquet
 
         if self._copy:
             batch = self._copy.read(group)
             return {name: batch.column(name) for name in self._names}
-        # The file is opened and its footer parsed anew: that takes milliseconds, but parsed it fills 1 KiB for each
-        # column of each row group, and ten thousand files need no ten thousand handles.
-        with self.source.open() as file:
-            metadata = parquet.read_metadata(file)
+        # The file is opened anew: ten thousand files need no ten thousand handles.
+        with reading(), self.source.open() as file:
             if xxhash.xxh3_64_intdigest(_footer(file, self._footer_bytes)) != self._footer_hash:
-                raise ValueError(f"{self.source} is not the file that was opened: start anew, and leave it as it is")
+                raise ChangedError(f"{self.source} is not the file that was opened: start anew, and leave it as it is")
             try:
+                metadata = self._metadata(file)
                 return {name: self._decode(file, metadata, group, name) for name in self._names}
-            except (pa.ArrowException, KeyError) as error:
+            except (pa.ArrowException, LookupError) as error:
                 told = f"row group {group} of {self.source} cannot be decoded ({error}): write the file again"
                 raise ValueError(told) from error
+
+    def _metadata(self, file: BinaryIO) -> "parquet.FileMetaData":
+        """The parsed footer, kept for one file alone: it takes milliseconds, and 1 KiB for each chunk of a column."""
+        from pyarrow import parquet
+
+        of, metadata = ParquetFile._last_parsed
+        if of is not self:
+            metadata = parquet.read_metadata(file)
+            ParquetFile._last_parsed = (self, metadata)
+        return metadata
 
     def _decode(self, file: BinaryIO, metadata: "parquet.FileMetaData", group: int, name: str) -> "pa.ChunkedArray":
         """One column of a group: decoding one at a time takes half of what all at once do."""
@@ -137,8 +155,10 @@ class ParquetFile(_TableFile):
     def _batches(self) -> "Iterator[pa.RecordBatch]":
         # Through a small buffer, or each column of a row group would be in memory as it stands in the file.
         with self.source.open() as file, _decoder(file, buffer_size=2**16) as opened:
-            for group in range(opened.num_row_groups):
-                yield from opened.iter_batches(PIECE_ROWS, row_groups=[group], columns=self._names, use_threads=False)
+            row_bytes = int((self.group_bytes // np.maximum(1, self.group_rows)).max())
+            rows = max(1, min(PIECE_ROWS, PIECE_BYTES // max(1, row_bytes)))
+            for group in range(opened.num_row_groups):  # as texts in lists cannot be read from several at a time
+                yield from opened.iter_batches(rows, row_groups=[group], columns=self._names, use_threads=False)
 
 
 class ArrowFile(_TableFile):
@@ -164,7 +184,7 @@ class ArrowFile(_TableFile):
                 self._found = self._copied(self._found.schema, source.stamp()[0])
         except UsageError:
             raise
-        except (ArrowException, OSError, EOFError, ValueError) as error:
+        except (ArrowException, OSError, EOFError, LookupError, ValueError) as error:
             raise UsageError(f"{source} cannot be read as Arrow ({error}): write it again") from error
         self.group_rows, self.group_bytes = self._found.rows, self._found.sizes
 
@@ -190,7 +210,7 @@ class ArrowFile(_TableFile):
 
 
 def _footer(file: BinaryIO, num_bytes: int) -> bytes:
-    file.seek(-num_bytes, 2)
+    file.seek(max(0, file.seek(0, 2) - num_bytes))
     return file.read()
 
 
