@@ -112,6 +112,8 @@ class _LineFile:
             try:
                 self._check_row(self.row(data, index), wanted)
                 return
+            except UsageError as error:  # names the file by itself
+                problem = problem or str(error)
             except ValueError as error:
                 problem = problem or f"{self.source}, {self.place(group, index)}: {error}"
         raise UsageError(problem)
