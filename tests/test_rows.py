@@ -252,3 +252,25 @@ def test_a_dataset_that_can_only_be_streamed_is_refused_with_the_way():
     with pytest.raises(UsageError, match="generator can only be read from its start.*parquet"):
         as_rows(row for row in ROWS)
     assert as_rows(ROWS) is ROWS
+
+
+def test_a_file_that_was_replaced_is_told_at_once_and_no_row_is_to_blame(tmp_path):
+    path = write(tmp_path / "rows.parquet")
+    rows = open_rows(path)
+    write(path, ROWS[1:])
+    start = time.monotonic()
+    with pytest.raises(ReadError, match="row 50 cannot be read: .*rows.parquet is not the file that was opened"):
+        rows[50]
+    assert time.monotonic() - start < 0.2
+
+
+def test_damage_is_not_read_again(tmp_path):
+    path = write(tmp_path / "rows.parquet")
+    parquet.write_table(pa.Table.from_pylist(ROWS), path, write_page_checksum=True, use_dictionary=False)
+    rows, data = open_rows(path), bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(data)
+    start = time.monotonic()
+    with pytest.raises(RowError):
+        rows[0]
+    assert time.monotonic() - start < 0.2

@@ -76,7 +76,7 @@ def copied(monkeypatch):
     """Every row group and every record batch is too large."""
     monkeypatch.setattr(tables, "_LARGEST_ROW_GROUP_BYTES", 0)
     monkeypatch.setattr(tables, "_LARGEST_BATCH_BYTES", 0)
-    monkeypatch.setattr(batches, "PIECE_ROWS", 40)
+    monkeypatch.setattr(batches, "_PIECE_ROWS", 40)
 
 
 @pytest.mark.parametrize("size", [1, 20, 1000])
@@ -133,7 +133,7 @@ def test_an_arrow_stream_whose_dictionary_is_replaced_is_copied(tmp_path):
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 @pytest.mark.parametrize("wanted", [WANTED, CHATS, None])
 def test_large_groups_are_copied_in_order_in_small_pieces_once(tmp_path, copied, monkeypatch, capsys, suffix, wanted):
-    monkeypatch.setattr(batches, "PIECE_BYTES", 2000)
+    monkeypatch.setattr(batches, "_PIECE_BYTES", 2000)
     path = tmp_path / f"rows.{suffix}"
     source = write_parquet(path, row_group_size=100) if suffix == "parquet" else write_arrow(path, max_rows=100)
     open_file = ParquetFile if suffix == "parquet" else ArrowFile
@@ -519,3 +519,96 @@ def test_a_file_of_very_many_groups_is_copied(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "_LARGEST_FOOTER_BYTES", 10_000)
     file = ParquetFile(write_parquet(tmp_path / "rows.parquet", ROWS * 10, row_group_size=2), WANTED)
     assert len(file.group_rows) < 100 and all_rows(file) == only(WANTED) * 10
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_column_of_dictionary_type_is_read_where_its_values_do_not_repeat(tmp_path, nested):
+    """As pandas writes categories; the file holds them without a dictionary, its schema still says that they are."""
+    texts = pa.array([f"{number} {LONG[number % 10][:50]}" for number in range(40_000)])
+    column = texts.dictionary_encode()
+    if nested:
+        column = pa.StructArray.from_arrays([column, texts], names=["role", "content"])
+    parquet.write_table(pa.table({"x": column}), tmp_path / "rows.parquet")
+    found = [row["x"]["role"] if nested else row["x"] for row in all_rows(source_file(tmp_path))]
+    assert found == texts.to_pylist()
+
+
+def source_file(folder):
+    return ParquetFile(Source(str(folder / "rows.parquet")), None)
+
+
+def test_a_large_footer_before_groups_that_are_larger_is_no_reason_for_a_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "_LARGEST_FOOTER_BYTES", 1000)
+    parquet.write_table(
+        pa.table({"x": LONG * 100}), tmp_path / "rows.parquet", row_group_size=100, use_dictionary=False
+    )
+    file = source_file(tmp_path)
+    assert file._footer_bytes > 1000 and len(file.group_rows) == 10
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("wanted", [{"x": "text"}, None])
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_column_that_stands_twice_is_refused(tmp_path, suffix, wanted):
+    twice = pa.Table.from_arrays([pa.array(["a"])] * 2, names=["x", "x"])
+    path = tmp_path / f"rows.{suffix}"
+    parquet.write_table(twice, path) if suffix == "parquet" else write_arrow(path, twice)
+    with pytest.raises(UsageError, match=rf"rows.{suffix} has column 'x' twice"):
+        (ParquetFile if suffix == "parquet" else ArrowFile)(Source(str(path)), wanted)
+
+
+def test_lists_in_views_are_refused_where_they_would_be_copied(tmp_path, monkeypatch):
+    rows = pa.table({"x": pa.array([["a"], ["b"]], pa.list_view(pa.string()))})
+    source = write_arrow(tmp_path / "rows.arrow", rows)
+    assert all_rows(ArrowFile(source, None)) == [{"x": ["a"]}, {"x": ["b"]}]
+    monkeypatch.setattr(tables, "_LARGEST_BATCH_BYTES", 0)
+    with pytest.raises(UsageError, match="rows.arrow cannot be read as Arrow .*list_view.* use lists"):
+        ArrowFile(source, None)
+
+
+def test_a_time_that_python_has_no_date_for_is_a_bad_row(tmp_path):
+    source = write_arrow(tmp_path / "rows.arrow", pa.table({"at": pa.array([0, 2**62]).view(pa.timestamp("s"))}))
+    file = ArrowFile(source, None)
+    data = file.read_group(0)
+    assert file.row(data, 0)["at"].year == 1970
+    with pytest.raises(ValueError, match="too large"):
+        file.row(data, 1)
+
+
+def test_runs_whose_first_column_is_the_same_have_copies_of_their_own(tmp_path, copied):
+    source = write_parquet(tmp_path / "rows.parquet")
+    for wanted in ({"prompt": "text"}, WANTED, {"prompt": "text"}):
+        assert all_rows(ParquetFile(source, wanted)) == only(wanted)
+
+
+def test_group_bytes_of_a_column_are_not_those_of_another_whose_name_begins_alike(tmp_path):
+    parquet.write_table(pa.table({"text": ["a"] * 100, "text_en": LONG * 10}), tmp_path / "rows.parquet")
+    assert ParquetFile(Source(str(tmp_path / "rows.parquet")), {"text": "text"}).group_bytes[0] < 2000
+
+
+@pytest.mark.parametrize(("suffix", "most"), [("parquet", 280), ("arrow", 30)])
+def test_copying_long_rows_takes_pieces_of_them_only(tmp_path, suffix, most):
+    """A page of parquet is decoded whole, and pyarrow's writer makes none of less than 1,024 rows."""
+    rows = pa.table({"x": [f"{number} {'q' * 400_000}" for number in range(300)]})
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        parquet.write_table(rows, path, use_dictionary=False)
+    else:
+        write_arrow(path, rows, max_rows=300)
+    code = """
+        import sys
+        import pyarrow.parquet, safetensors.numpy, tqdm
+        from lowmem.data.tables import ArrowFile, ParquetFile
+        from lowmem.data.source import Source
+
+        def peak():
+            return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+
+        before = peak()
+        file = (ArrowFile if sys.argv[1].endswith("arrow") else ParquetFile)(Source(sys.argv[1]), None)
+        assert file.group_rows.max() <= 4 and file.group_rows.sum() == 300
+        print(peak() - before)
+    """
+    done = run(sys.executable, "-c", textwrap.dedent(code), path)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < most

@@ -17,7 +17,7 @@ from lowmem.data.source import Source
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PIECE_ROWS, PIECE_BYTES = 1024, 2**20
+_PIECE_ROWS, _PIECE_BYTES = 1024, 2**20
 _END_MARK = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -109,11 +109,11 @@ def copy_in_pieces(
     """
     import pyarrow as pa
 
-    plain = pa.schema([(field.name, _plain(field.type)) for field in schema])
+    schema = plain(schema)
 
     def build(copy: BinaryIO | None, update: Callable[[int], None]) -> dict[str, np.ndarray]:
         found, start = [], 0
-        pieces = (piece for batch in batches() for piece in _pieces(batch.select(plain.names), plain))
+        pieces = (piece for batch in batches() for piece in _pieces(batch.select(schema.names), schema))
         for piece in _merged(pieces):
             piece.validate(full=True)  # or the copy would be blamed for it
             message = piece.serialize()
@@ -125,7 +125,7 @@ def copy_in_pieces(
 
     made = derive(source, build, kind=kind, copies=True, num_bytes=num_bytes)
     remedy = "delete it, and it is made anew at the next start"
-    return RecordBatches(Source(str(made.copy)), plain, **made.index, remedy=remedy)
+    return RecordBatches(Source(str(made.copy)), schema, **made.index, remedy=remedy)
 
 
 def _columns(found: list[tuple[int, ...]]) -> list[np.ndarray]:
@@ -135,8 +135,8 @@ def _columns(found: list[tuple[int, ...]]) -> list[np.ndarray]:
 
 
 def _pieces(batch: "pa.RecordBatch", schema: "pa.Schema") -> Iterator["pa.RecordBatch"]:
-    for first in range(0, batch.num_rows, PIECE_ROWS):
-        yield from _halves(batch.slice(first, PIECE_ROWS).cast(schema))
+    for first in range(0, batch.num_rows, _PIECE_ROWS):
+        yield from _halves(batch.slice(first, _PIECE_ROWS).cast(schema))
 
 
 def _merged(pieces: Iterable["pa.RecordBatch"]) -> Iterator["pa.RecordBatch"]:
@@ -151,7 +151,7 @@ def _merged(pieces: Iterable["pa.RecordBatch"]) -> Iterator["pa.RecordBatch"]:
 
     for piece in pieces:
         rows, num_bytes = rows + piece.num_rows, num_bytes + piece.nbytes
-        if held and (rows > PIECE_ROWS or num_bytes > PIECE_BYTES):
+        if held and (rows > _PIECE_ROWS or num_bytes > _PIECE_BYTES):
             yield joined()
             held.clear()
             rows, num_bytes = piece.num_rows, piece.nbytes
@@ -161,12 +161,24 @@ def _merged(pieces: Iterable["pa.RecordBatch"]) -> Iterator["pa.RecordBatch"]:
 
 
 def _halves(batch: "pa.RecordBatch") -> Iterator["pa.RecordBatch"]:
-    if batch.nbytes <= PIECE_BYTES or batch.num_rows == 1:
+    if batch.nbytes <= _PIECE_BYTES or batch.num_rows == 1:
         yield batch
     else:
         half = batch.num_rows // 2
         yield from _halves(batch.slice(0, half))
         yield from _halves(batch.slice(half))
+
+
+def rows_in_a_piece(num_rows: int, num_bytes: int) -> int:
+    """How many of `num_rows` rows that take `num_bytes` together a piece takes, if they are about equal."""
+    return max(1, min(_PIECE_ROWS, _PIECE_BYTES * num_rows // max(1, num_bytes)))
+
+
+def plain(schema: "pa.Schema") -> "pa.Schema":
+    """The schema without dictionaries and views. Raises ValueError for a type that pyarrow cannot make so."""
+    import pyarrow as pa
+
+    return pa.schema([(field.name, _plain(field.type)) for field in schema])
 
 
 def _plain(kind: "pa.DataType") -> "pa.DataType":
@@ -183,9 +195,11 @@ def _plain(kind: "pa.DataType") -> "pa.DataType":
         return struct([field.with_type(_plain(field.type)) for field in kind])
     if types.is_map(kind):
         return map_(_plain(kind.key_type), _plain(kind.item_type))
-    if types.is_nested(kind) and hasattr(kind, "value_field"):
+    if types.is_list_view(kind) or types.is_large_list_view(kind):  # pyarrow 26 casts them to broken lists
+        raise ValueError(f"{kind} cannot be copied in small pieces, use lists instead of views")
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         item = kind.value_field.with_type(_plain(kind.value_type))
         if types.is_fixed_size_list(kind):
             return list_(item, kind.list_size)
-        return large_list(item) if types.is_large_list(kind) or types.is_large_list_view(kind) else list_(item)
+        return large_list(item) if types.is_large_list(kind) else list_(item)
     return kind

@@ -13,7 +13,7 @@ from lowmem.config import UsageError
 from lowmem.data.line_index import codec_of
 from lowmem.data.lines import JsonLinesFile, TextFile
 from lowmem.data.order import WINDOW_BYTES, Groups
-from lowmem.data.source import Row, Source, expand, is_damage
+from lowmem.data.source import ChangedError, Row, Source, expand, is_damage
 from lowmem.data.tables import ArrowFile, ParquetFile
 
 _SECONDS_BETWEEN_TRIES = (0.2, 1.0, 3.0)
@@ -100,8 +100,8 @@ class FileRows:
         except (OSError, ValueError) as error:
             if is_damage(error):
                 raise RowError(f"{self.where(index)} cannot be read: {error}") from error
-            times = 1 + len(_SECONDS_BETWEEN_TRIES)
-            raise ReadError(f"{self.where(index)} cannot be read, {times} times: {error}") from error
+            times = "" if isinstance(error, ChangedError) else f", {1 + len(_SECONDS_BETWEEN_TRIES)} times"
+            raise ReadError(f"{self.where(index)} cannot be read{times}: {error}") from error
 
     def slice(self, first: int, stop: int) -> "FileRows":
         """The rows [first, stop) of these, held apart from them."""
@@ -147,7 +147,7 @@ class FileRows:
             try:
                 return file.read_group(group - self._first_group(group))
             except (OSError, ValueError) as error:
-                if is_damage(error) or seconds is None:
+                if seconds is None or is_damage(error) or isinstance(error, ChangedError):
                     return error
                 time.sleep(seconds)  # a disk or a network may be back in a moment
 

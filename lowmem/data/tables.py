@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from lowmem.config import UsageError
-from lowmem.data.batches import PIECE_BYTES, PIECE_ROWS, RecordBatches, copy_in_pieces, find_batches, stream_start
+from lowmem.data.batches import RecordBatches, copy_in_pieces, find_batches, plain, rows_in_a_piece, stream_start
 from lowmem.data.source import ChangedError, Row, Source, check_columns, reading
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ class ParquetFile(_TableFile):
             self.group_rows = np.array([group.num_rows for group in groups], np.int64)
             self.group_bytes = np.array([_decoded_bytes(group, self._names) for group in groups], np.int64)
             is_large = self.group_bytes.max(initial=0) > _LARGEST_ROW_GROUP_BYTES
-            if is_large or self._footer_bytes > _LARGEST_FOOTER_BYTES:
+            # Each group is read behind the whole footer: a large one needs groups that are worth it.
+            if is_large or self._footer_bytes > max(_LARGEST_FOOTER_BYTES, self.group_bytes.mean()):
                 self._copy = self._copied(schema, int(self.group_bytes.sum()))
                 self.group_rows, self.group_bytes = self._copy.rows, self._copy.sizes
         except UsageError:
@@ -155,9 +156,8 @@ class ParquetFile(_TableFile):
     def _batches(self) -> "Iterator[pa.RecordBatch]":
         # Through a small buffer, or each column of a row group would be in memory as it stands in the file.
         with self.source.open() as file, _decoder(file, buffer_size=2**16) as opened:
-            row_bytes = int((self.group_bytes // np.maximum(1, self.group_rows)).max())
-            rows = max(1, min(PIECE_ROWS, PIECE_BYTES // max(1, row_bytes)))
             for group in range(opened.num_row_groups):  # as texts in lists cannot be read from several at a time
+                rows = rows_in_a_piece(int(self.group_rows[group]), int(self.group_bytes[group]))
                 yield from opened.iter_batches(rows, row_groups=[group], columns=self._names, use_threads=False)
 
 
@@ -204,8 +204,9 @@ class ArrowFile(_TableFile):
             fields = [number for number, name in enumerate(self._found.schema.names) if name in self._names]
             options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
             for batch in pa.ipc.open_stream(messages, options=options):
-                for first in range(0, batch.num_rows, PIECE_ROWS):
-                    yield batch.slice(first, PIECE_ROWS)
+                rows = rows_in_a_piece(batch.num_rows, batch.nbytes)
+                for first in range(0, batch.num_rows, rows):
+                    yield batch.slice(first, rows)
                     mapped.madvise(MADV_DONTNEED)
 
 
@@ -224,6 +225,8 @@ def _apart(batch: "pa.RecordBatch") -> "pa.RecordBatch":
     """The same in a mapping of its own, which the system has back when the batch goes; an allocator would keep it."""
     import pyarrow as pa
 
+    if batch.schema != (schema := plain(batch.schema)):  # a dictionary would need a message of its own
+        batch = batch.cast(schema)  # which loads 7 MiB of pyarrow, so only where it is needed
     message = batch.serialize()
     memory = mmap(-1, message.size, flags=MAP_PRIVATE | MAP_ANONYMOUS)
     memory.write(message)
@@ -253,6 +256,10 @@ def _repeats(chunk: "parquet.ColumnChunkMetaData") -> bool:
 
 def _check_types(source: Source, schema: "pa.Schema", wanted: Mapping[str, str] | None) -> None:
     check_columns(source, wanted or (), schema.names)
+    if twice := [column for column in wanted or schema.names if schema.names.count(column) > 1]:
+        raise UsageError(
+            f"{source} has column {twice[0]!r} twice, so a row has two of it: rename one and write it again"
+        )
     for column, kind in (wanted or {}).items():
         found = schema.field(column).type
         if not (_is_text(found) if kind == "text" else _is_chat(found)):
