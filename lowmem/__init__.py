@@ -5,9 +5,11 @@ from importlib import import_module
 _HOMES = {
     "TrainConfig": "config",
     "UsageError": "config",
+    "SaveError": "config",
     "resolve": "flags",
     "parallelize": "parallel.sharding",
     "join": "parallel.launch",
+    "catching_signals": "parallel.signals",
     "open_rows": "data.rows",
     "split_rows": "data.rows",
     "make_encoder": "data.encode",
@@ -34,11 +36,11 @@ _HOMES = {
     "evaluate": "evaluation",
     "generate": "evaluation",
     "text_metrics": "evaluation",
-    "save_checkpoint": "checkpoint",
-    "load_checkpoint": "checkpoint",
-    "latest_checkpoint": "checkpoint",
-    "verify_checkpoint": "commit",
-    "save_model": "checkpoint",
+    "save_checkpoint": "checkpoint.save",
+    "load_checkpoint": "checkpoint.load",
+    "latest_checkpoint": "checkpoint.load",
+    "verify_checkpoint": "checkpoint.commit",
+    "save_model": "checkpoint.save",
 }
 
 __all__ = list(_HOMES)

@@ -16,22 +16,24 @@ import fire
 from fire.core import FireExit
 from fire.decorators import SetParseFn
 
-from lowmem.config import PRESETS, RankError, TrainConfig, UsageError
+from lowmem.checkpoint.verify import verify
+from lowmem.config import PRESETS, TrainConfig, UsageError, parse_bytes
 from lowmem.data.bundled import BundledRows
-from lowmem.data.rows import FileRows, RowError, open_rows, split_rows
+from lowmem.data.rows import open_rows, split_rows
+from lowmem.exit_file import final_exit
 from lowmem.flags import resolve
-from lowmem.parallel.launch import (
-    check_launch,
-    launched_mixed_precision,
-    processes_to_start,
-    start_processes,
-)
+from lowmem.parallel.elastic import die_with_launcher, is_restarted, start_processes
+from lowmem.parallel.launch import check_launch, launched_mixed_precision, processes_to_start
+from lowmem.parallel.signals import Signals
+from lowmem.run_folder import check_output
+from lowmem.supervise import end_at_once, supervise, tell_failure
 
 # What `evaluate` understands; the others would do nothing there.
 _EVALUATE_FLAGS = frozenset(
     "model_name_or_path tokenizer_name_or_path test_file prompt_column response_column text_column messages_column "
     "max_seq_len batch_size loss mixed_precision num_processes max_predict_samples generation_max_new_tokens".split()
 )
+_EXPORT_DTYPES = ("float32", "bfloat16", "float16", "None")
 _FROM_MODEL_FOLDER = ("prompt_column", "response_column", "text_column", "messages_column", "max_seq_len", "loss")
 
 
@@ -41,6 +43,14 @@ class Job:
 
     command: str
     config: TrainConfig
+
+
+@dataclass(frozen=True)
+class FileJob:
+    """The same of a command that works on saved files alone."""
+
+    command: str
+    arguments: Mapping[str, str]
 
 
 @SetParseFn(str)  # every value stays the text that was typed; resolve knows the types
@@ -62,29 +72,53 @@ def _evaluate(**flags: str) -> Job:
     return Job("evaluate", _resolve(flags, given))
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "test": _evaluate}
+@SetParseFn(str)
+def _verify(path: str | None = None, **unknown: str) -> FileJob:
+    return _file_job("verify", unknown, path=path)
+
+
+@SetParseFn(str)
+def _export(
+    path: str | None = None,
+    out: str | None = None,
+    dtype: str = "None",
+    max_shard_size: str = "5GB",
+    **unknown: str,
+) -> FileJob:
+    if dtype not in _EXPORT_DTYPES:
+        raise UsageError(f"--dtype={dtype} must be one of {', '.join(_EXPORT_DTYPES)}")
+    if parse_bytes(max_shard_size) < 1:
+        raise UsageError(f"--max_shard_size={max_shard_size} leaves no room for a tensor")
+    return _file_job("export", unknown, path=path, out=out, dtype=dtype, max_shard_size=max_shard_size)
+
+
+def _file_job(command: str, unknown: Mapping[str, str], **arguments: str | None) -> FileJob:
+    if unknown:
+        raise UsageError(f"{', '.join('--' + name for name in unknown)}: `{command}` has no such flag; see --help")
+    if missing := [name.upper() for name, value in arguments.items() if not value]:
+        raise UsageError(f"`{command}` needs {' and '.join(missing)}; see --help")
+    return FileJob(command, arguments)
+
+
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "test": _evaluate, "verify": _verify, "export": _export}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line `arguments` (default: sys.argv). Returns the exit code: 0 done, 2 a mistake of the user."""
+    """Run the command line `arguments` (default: sys.argv) and return the exit code: 0 done, 2 a mistake of the user,
+    75 preempted and saved, 1 anything else. Catches signals for the rest of the process.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(_help())
         return 0
     try:
-        return _run(_parse(arguments), arguments)
-    except UsageError as error:
-        # Before the processes are one group, all see the same mistake and one tells it; later a rank may be alone.
-        rank = os.environ.get("LOCAL_RANK", "0")
-        if rank == "0" or ("torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()):
-            print(f"error: {error}" if rank == "0" else f"error on local rank {rank}: {error}", file=sys.stderr)
-        return 2
-    except (RowError, RankError) as error:  # where it stands says all: a traceback would hide it
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        job = _parse(arguments)
+        return _run_on_files(job) if isinstance(job, FileJob) else _run(job, arguments)
+    except Exception as error:
+        return tell_failure(error)
 
 
-def _parse(arguments: Sequence[str]) -> Job:
+def _parse(arguments: Sequence[str]) -> Job | FileJob:
     complaints = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaints):
@@ -93,7 +127,7 @@ def _parse(arguments: Sequence[str]) -> Job:
         first = complaints.getvalue().partition("\n")[0].removeprefix("ERROR: ")
         first = first.replace("Cannot find key", "unknown command").replace("Could not consume arg", "unexpected word")
         raise UsageError(f"{first}; commands are {', '.join(_COMMANDS)}, flags --name=value") from None
-    if not isinstance(job, Job):
+    if not isinstance(job, Job | FileJob):
         raise UsageError(f"words without -- were given: {' '.join(arguments)}; flags are --name=value")
     return job
 
@@ -110,15 +144,37 @@ def _resolve(flags: dict[str, str], given: Mapping[str, object] | None = None) -
     return config
 
 
+def _run_on_files(job: FileJob) -> int:
+    if job.command == "verify":
+        for line in verify(**job.arguments):
+            print(line, flush=True)
+        return 0
+    import torch
+
+    from lowmem.checkpoint.export import export
+
+    path, out, dtype, max_shard_size = job.arguments.values()
+    dtype = None if dtype == "None" else getattr(torch, dtype)
+    print(export(path, out, dtype=dtype, max_shard_bytes=parse_bytes(max_shard_size)))
+    return 0
+
+
 def _run(job: Job, arguments: Sequence[str]) -> int:
     """Look at files and folders while nothing is loaded, then train or evaluate, in as many processes as asked for."""
-    config = job.config
+    config, output = job.config, Path(job.config.output_dir)
+    signals = Signals(at_once=end_at_once)
+    signals.catch()  # for good: the echo of a signal may come when all is done
+    die_with_launcher()
+    if job.command == "train" and is_restarted() and (ended := final_exit(output)):
+        if os.environ["LOCAL_RANK"] == "0":
+            print(f"not started again, this launch has ended: {ended['cause']}, {ended['message']}", file=sys.stderr)
+        return ended["code"]
     check_launch(config.num_processes)
     columns = [name for name in (config.prompt_column, config.response_column, config.text_column) if name]
     opened = partial(open_rows, columns=columns, messages_column=config.messages_column)
     test_rows = opened(config.test_file) if config.test_file else None
     if job.command == "train":
-        _check_output(config)
+        check_output(output, config.resume)
         train_rows = opened(config.train_file) if config.train_file else BundledRows()
         if config.validation_file:
             validation_rows = opened(config.validation_file)
@@ -132,112 +188,44 @@ def _run(job: Job, arguments: Sequence[str]) -> int:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     processes = processes_to_start(config.num_processes)
     if processes > 1:
-        return start_processes(processes, [sys.argv[0], *arguments])
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # its bars for loading and writing weights would stand between our lines
+        return start_processes(processes, [sys.argv[0], *arguments], signals)
     if job.command == "evaluate":
-        _evaluate_model(config, test_rows)
-    else:
+        _hide_bars()
+        from lowmem.evaluate_command import evaluate_model
+
+        evaluate_model(config, test_rows)
+        return 0
+    if config.train_file is None and os.environ.get("RANK", "0") == "0":
+        print(f"no --train_file: training on the {len(train_rows):,} bundled rows")
+
+    def load_and_train(**supervision) -> tuple[int, bool]:
+        _hide_bars()
         from lowmem.train import train
 
-        if config.train_file is None and os.environ.get("RANK", "0") == "0":
-            print(f"no --train_file: training on the {len(train_rows):,} bundled rows")
-        train(config, train_rows, validation_rows, test_rows)
-    return 0
+        return train(config, train_rows, validation_rows, test_rows, **supervision)
+
+    return supervise(load_and_train, output, signals)
 
 
-def _evaluate_model(config: TrainConfig, test_rows: FileRows) -> None:
-    """Evaluate the model at `model_name_or_path` and print what was measured as one line of JSON."""
-    import torch
+def _hide_bars() -> None:
+    """Those of transformers, for loading and writing weights, would stand between our lines. Imports torch."""
+    from transformers.utils.logging import disable_progress_bar
 
-    from lowmem.data.batch import collate
-    from lowmem.data.encode import make_encoder
-    from lowmem.data.finite import open_eval
-    from lowmem.evaluation import measure
-    from lowmem.memory.loss import LOSSES
-    from lowmem.model import load_model
-    from lowmem.parallel.launch import join
-    from lowmem.parallel.sharding import parallelize
-    from lowmem.report import tell, tell_answers
-
-    accelerator = join(mixed_precision="no" if config.has_bf16_weights else config.mixed_precision)
-    model, tokenizer = load_model(
-        config.model_name_or_path,
-        tokenizer_name_or_path=config.tokenizer_name_or_path,
-        dtype=torch.bfloat16 if config.has_bf16_weights else torch.float32,
-    )
-    encode = make_encoder(
-        tokenizer,
-        is_encoder_decoder=model.config.is_encoder_decoder,
-        max_seq_len=config.max_seq_len,
-        **config.columns,
-    )
-    model = parallelize(model, accelerator)
-    open_batches = partial(
-        open_eval,
-        encode=encode,
-        batch_size=config.batch_size,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        collate=partial(collate, causal=not model.config.is_encoder_decoder),
-    )
-    metrics, answers = measure(
-        model,
-        tokenizer,
-        test_rows,
-        open_batches,
-        LOSSES[config.loss],
-        accelerator,
-        num_answers=config.max_predict_samples if config.prompt_column else 0,
-        max_new_tokens=config.generation_max_new_tokens,
-        prefix="test",
-    )
-    if accelerator.is_main_process:
-        tell_answers(answers[:3])
-        tell(json.dumps(metrics))
-    accelerator.end_training()
-
-
-def _check_output(config: TrainConfig) -> None:
-    """Raise UsageError if the run would mix with another one in output_dir, or starts from what is no checkpoint."""
-    output = Path(config.output_dir)
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output_dir={output} is a file: name a folder")
-    present = sorted(path.name for path in output.glob("checkpoints/step-*"))
-    model = output / "model"
-    if model.exists() and not (model / "lowmem.json").is_file():
-        raise UsageError(f"{model} is not of a lowmem run, and would be replaced at the end: set another --output_dir")
-    if config.resume == "never" and not present and model.exists():
-        raise UsageError(f"{model} is of another run, and would be replaced at the end: set another --output_dir")
-    if config.resume == "never" and present:
-        raise UsageError(
-            f"--output_dir={output} holds checkpoints already ({', '.join(present)}): "
-            "set --resume=auto to go on from the newest, or another --output_dir"
-        )
-    if config.resume not in ("never", "auto"):
-        path = Path(config.resume)
-        if not (path / "manifest.json").is_file():
-            raise UsageError(f"--resume={path} is no checkpoint: give never, auto, or a folder with a manifest.json")
-        if present and path.resolve().parent != (output / "checkpoints").resolve():
-            raise UsageError(
-                f"--output_dir={output} holds checkpoints of another run than {path}: set another --output_dir"
-            )
-        if later := [name for name in present if name > path.name]:
-            raise UsageError(
-                f"--output_dir={output} holds later checkpoints than {path.name} ({', '.join(later)}), "
-                "which this run would write again: move them away, or set another --output_dir"
-            )
+    disable_progress_bar()
 
 
 def _help() -> str:
     """All commands, presets and fields, from the comments and explanations in config.py."""
     lines = [
-        "usage: train_low_mem.py train|evaluate|test [--flag=value ...]",
+        "usage: train_low_mem.py train|evaluate|test|verify|export [--flag=value ...]",
         "  train                                      a tiny T5 learns bundled rows: no file, no network",
         "  train --train_file=rows.parquet --model_name_or_path=FOLDER --output_dir=out",
         "  train --use_large_config=True --train_file=rows.parquet --resume=auto",
         "  evaluate --model_name_or_path=out/model --test_file=rows.parquet",
+        "  verify PATH                                is a checkpoint, or each one of a run, as it was saved",
+        "  export PATH OUT --dtype=bfloat16 --max_shard_size=5GB",
+        "      writes the model of a checkpoint, or any model's folder, as a new folder for from_pretrained; dtype:",
+        "      float32 (of a checkpoint in memory=exact the fp32 master), float16, bfloat16, None (default: as saved)",
         "",
         "presets, below --config=FILE.yaml and flags:",
     ]

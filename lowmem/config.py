@@ -13,6 +13,10 @@ class RankError(RuntimeError):
     """Another rank failed; the message names it and says with what."""
 
 
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those that stood before stand."""
+
+
 # Shapes for models trained from scratch, as the fields of transformers' config classes.
 _T5 = {"model_type": "t5", "decoder_start_token_id": 0, "tie_word_embeddings": True}
 MODEL_SHAPES: dict[str, dict[str, object]] = {
@@ -154,6 +158,8 @@ class TrainConfig:
     # --- processes
     num_processes: int | None = None
     """Processes to train with. Default: what the launcher started; plain python: one per visible GPU, or one."""
+    heartbeat_timeout: int = 120
+    """Seconds after which a process that gives no sign of life ends the run, by name. They do while they work."""
 
     # --- evaluation
     eval_on_start: bool = False
@@ -174,6 +180,8 @@ class TrainConfig:
     """Checkpoints kept; older ones go after a new one stands. 0: all are kept."""
     max_shard_size: str = "5GB"
     """A weight file is at most this large (unless one tensor is larger): bytes, or 500MB, 5GB, 2GiB."""
+    on_save_error: str = "stop"
+    """A checkpoint that cannot be written (a full disk): stop (end the run) or continue (tell it, and train on)."""
     output_dir: str = "out"
     """Folder for config.json, metrics.jsonl, checkpoints/ and the final model/."""
     resume: str = "never"
@@ -187,9 +195,15 @@ class TrainConfig:
         return self.memory in ("exact", "lean")
 
     @property
-    def columns(self) -> dict[str, str | None]:
-        """The fields that name columns; those of one kind of rows are set."""
-        return {name: getattr(self, name) for name in vars(self) if name.endswith("_column")}
+    def autocast(self) -> str:
+        """The precision that the Accelerator brings along."""
+        return "no" if self.has_bf16_weights else self.mixed_precision
+
+    @property
+    def encoding(self) -> dict[str, object]:
+        """What an encoder needs to know beside the model: the fields that name columns, and the longest sequence."""
+        columns = {name: getattr(self, name) for name in vars(self) if name.endswith("_column")}
+        return {"max_seq_len": self.max_seq_len, **columns}
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -205,6 +219,7 @@ CHOICES = {
     "memory": ["exact", "lean", "off"],
     "recompute": ["off", "cheap", "full"],
     "on_bad_row": ["error", "skip"],
+    "on_save_error": ["stop", "continue"],
 }
 
 # Those that the tiers exact and lean have.
@@ -230,9 +245,9 @@ ALTERNATIVES = [
 CHANGEABLE_ON_RESUME = frozenset(
     "epochs max_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio train_file validation_file test_file "
     "packing on_bad_row max_bad_rows prefetch_steps accept_changed_data batch_size gradient_accumulation_steps "
-    "global_batch_size nonfinite recompute offload_activations release compile loss num_processes eval_on_start "
-    "max_predict_samples generation_max_new_tokens logging_steps eval_steps save_steps save_total_limit max_shard_size "
-    "output_dir resume report_to".split()
+    "global_batch_size nonfinite recompute offload_activations release compile loss num_processes heartbeat_timeout "
+    "eval_on_start max_predict_samples generation_max_new_tokens logging_steps eval_steps save_steps save_total_limit "
+    "max_shard_size on_save_error output_dir resume report_to".split()
 )
 
 

@@ -16,6 +16,7 @@ from lowmem.data.batch import Batch
 from lowmem.data.encode import IGNORED
 from lowmem.data.rows import FileRows
 from lowmem.parallel.agree import failing_together, gather_bytes, sum_over_ranks
+from lowmem.parallel.heartbeat import doing
 from lowmem.parallel.sharding import all_reduce_sum, unwrapped
 from lowmem.step import LossFunction
 
@@ -29,6 +30,7 @@ class Answer(NamedTuple):
     prediction: str
 
 
+@doing("evaluating")
 @torch.no_grad()
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], loss_fn: LossFunction, accelerator: Accelerator, *, prefix: str = "eval"
@@ -58,6 +60,7 @@ def evaluate(
     }
 
 
+@doing("answering prompts")
 @torch.no_grad()
 def generate(
     model: nn.Module,

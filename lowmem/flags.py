@@ -50,7 +50,7 @@ _ELSEWHERE = {
 
 _AT_LEAST_ONE = (
     "max_seq_len max_steps batch_size gradient_accumulation_steps global_batch_size num_processes "
-    "generation_max_new_tokens logging_steps eval_steps save_steps".split()
+    "generation_max_new_tokens logging_steps eval_steps save_steps heartbeat_timeout".split()
 )
 _NOT_NEGATIVE = (
     "seed validation_rows max_predict_samples warmup_steps warmup_ratio weight_decay max_grad_norm save_total_limit "

@@ -108,7 +108,11 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(name)
         model, info = _auto_class(config).from_pretrained(
-            name, dtype=dtype, output_loading_info=True, **_attention(config)
+            name,
+            dtype=dtype,
+            use_safetensors=True,  # never a pickle
+            output_loading_info=True,
+            **_attention(config),
         )
     except (OSError, ValueError) as error:
         raise UsageError(f"the model {name} cannot be loaded: {_first_line(error)}") from error

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lowmem.config import UsageError
 from lowmem.data.batch import Batch
 from lowmem.evaluation import Answer
-from lowmem.parallel.agree import on_main_rank, sum_over_ranks
+from lowmem.parallel.agree import gather_bytes, on_main_rank, sum_over_ranks
 from lowmem.step import StepResult
 
 _NOT_SHOWN = ("num_tokens", "samples_per_second", "data_wait_seconds", "peak_device_bytes", "peak_host_bytes")
@@ -48,25 +48,25 @@ class MetricsLog:
     """metrics.jsonl: one JSON object a line, floats in full precision.
 
     Opening it cuts it back to the records up to `step` (None: to nothing), so that a resumed run continues it without
-    a repetition.
+    a repetition. What is kept of `step` itself is in `resumed_at`, all its records in one.
     """
 
     def __init__(self, path: Path, *, step: int | None):
         lines = path.read_bytes().splitlines(True) if path.exists() and step is not None else []
         kept = [line for line in lines if _belongs(line, step)]
+        self.resumed_at: dict[str, float | None] = {}
+        for record in map(json.loads, kept):
+            self.resumed_at |= record if record["step"] == step else {}
         rewritten = path.with_suffix(".rewritten")
         rewritten.write_bytes(b"".join(kept))
         os.replace(rewritten, path)
-        self._file = open(path, "a", encoding="utf-8")
+        self._path = path
 
     def write(self, record: Mapping[str, object]) -> None:
         # JSON has no NaN and no infinity: a loss that was one is null
         plain = {name: None if _is_nonfinite(value) else value for name, value in record.items()}
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(plain, allow_nan=False) + "\n")
 
 
 def _belongs(line: bytes, step: int) -> bool:
@@ -110,6 +110,9 @@ class Report:
                 raise UsageError(f"output_dir {folder} cannot be written: {error.strerror}") from error
 
         self._log = on_main_rank(open_folder)
+        (resumed_at, *_) = gather_bytes(json.dumps(self._log.resumed_at if self._log else {}).encode())
+        self.resumed_at: dict[str, float | None] = json.loads(resumed_at)
+        """What metrics.jsonl holds of the step that is resumed at, on every rank."""
         self._accelerator, self._trackers = accelerator, trackers
         if trackers:
             accelerator.init_trackers("lowmem", config=dict(settings))
@@ -142,9 +145,7 @@ class Report:
         self._bar.update()
         if not result.updated:
             self._skipped += 1
-            self.tell(
-                f"step {self._step}: no update, loss {result.loss.item()}, gradient norm {result.grad_norm.item()}"
-            )
+            self.tell(f"step {self._step}: no update, {result.reason}")
 
     def training(self, result: StepResult, *, epoch: float, learning_rate: float, counts: Mapping[str, int]) -> None:
         """Record the last step; speeds are those since the last such record, over all ranks, of target tokens.
@@ -188,12 +189,11 @@ class Report:
             )
             tell(f"step {self._step}/{self._total_steps}: {', '.join(shown)}")
 
-    def close(self, **summary: object) -> None:
-        """The run is over: write the end event."""
+    def close(self, **end: object) -> None:
+        """Nothing more is recorded. `end`: how the run ended, for the last event; without it a resumed run goes on."""
         self._bar.close()
-        if self._log:
+        if self._log and end:
             told = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self._counts.items() if count)
             if told:
                 tell(f"of the rows of steps {self._first_step + 1} to {self._step}: {told}")
-            self._log.write({"event": "end", "steps": self._step, "skipped": self._skipped, **self._counts, **summary})
-            self._log.close()
+            self._log.write({"event": "end", "steps": self._step, "skipped": self._skipped, **self._counts, **end})

@@ -1,5 +1,6 @@
 """One optimizer step: the micro-batches' gradients summed, reduced over ranks once, clipped, applied."""
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
@@ -17,8 +19,9 @@ from lowmem.data.stream import Stream, UnreadableStep
 from lowmem.memory.optim import gradient_norm
 from lowmem.memory.savers import Released
 from lowmem.memory.tiers import TieredOptimizer, seed_of
-from lowmem.parallel.agree import raise_together, sum_over_ranks
-from lowmem.parallel.sharding import all_reduce_sum
+from lowmem.parallel.agree import failing_alone, failing_together, gather_bytes, raise_together, sum_over_ranks
+from lowmem.parallel.heartbeat import at_step, doing
+from lowmem.parallel.sharding import all_reduce_sum, is_sharded
 
 # autocast would keep a bf16 copy of every weight until the loss is taken; without recompute autograd keeps them anyway,
 # with it each weight is cast once in forward and once in backward
@@ -54,6 +57,10 @@ class StepResult:
     """Target tokens over all micro-batches and ranks, int64, on the host."""
     updated: bool
     """False if the update was left out: loss or gradient not finite, or no target at all."""
+    reason: str = ""
+    """Why it was left out, the same on every rank."""
+    preempted: bool = False
+    """Some rank said so when this step began."""
 
 
 def train_step(
@@ -65,6 +72,7 @@ def train_step(
     learning_rate: float,
     max_grad_norm: float | None = None,
     nonfinite: str = "stop",
+    preempted: bool = False,
 ) -> StepResult:
     """Update `state` in place with the gradient of the mean loss over all targets of `batches` on all ranks.
 
@@ -73,7 +81,8 @@ def train_step(
     parameter that no loss reached has a gradient of zero. If loss or gradient norm is not finite, all ranks see it
     alike before the update: with `nonfinite="stop"` they raise FloatingPointError, with "skip" they leave the update
     out. A step without any target updates nothing either. One host sync of our own a step, for that check. If a rank
-    could not read its rows, all ranks raise what it tells, before anything is computed. Raises
+    could not read its rows, or failed in forward or backward, all ranks raise what it tells and none updates. Whether
+    `preempted` is true on some rank all ranks learn by the result; the step itself is done as ever. Raises
     ValueError for an Accelerator in fp16, which needs loss scaling, or in any precision of its own beside a memory
     tier, and for an optimizer that accelerate has wrapped.
     """
@@ -86,38 +95,50 @@ def train_step(
             "pass the optimizer as make_optimizer made it (accelerator.prepare hides its tier), and beside a tier an "
             f"Accelerator with mixed_precision no (this one: {accelerator.mixed_precision}), as its weights are bf16"
         )
+    at_step(state.step)
     # Known before the first backward, so that every micro-batch is scaled by the same number.
-    num_tokens = _targets_of_all_ranks(batches)
+    num_tokens, preempted = _begun_by_all_ranks(batches, preempted)
     optimizer.zero_grad()  # of a step that an exception ended
     released = Released.of(optimizer)
     if released is not None:
         released.begin(len(batches), max_grad_norm, nonfinite)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    loss = torch.zeros((), device=accelerator.device)
     rank = accelerator.process_index
     if in_tier:
         optimizer.seed = state.seed
-    with optimizer.summing(len(batches), state.step, rank) if in_tier else nullcontext():
-        for index, batch in enumerate(batches if num_tokens else ()):
-            # on all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
-            torch.manual_seed(seed_of(state.seed, state.step, rank, index))
-            with accelerator.no_sync(state.model):
-                with accelerator.autocast(_UNCACHED):
-                    batch_loss = loss_fn(state.model, batch.to(accelerator.device)) / num_tokens
-                batch_loss.backward()
-            loss += batch_loss.detach()
+    losses: list[Tensor] = []
+    # The collectives of a sharded forward and backward would meet those of an agreement.
+    with doing("computing gradients"), failing_alone() if is_sharded(state.model) else failing_together():
+        with optimizer.summing(len(batches), state.step, rank) if in_tier else nullcontext():
+            for index, batch in enumerate(batches if num_tokens else ()):
+                # on all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
+                torch.manual_seed(seed_of(state.seed, state.step, rank, index))
+                with accelerator.no_sync(state.model):
+                    with accelerator.autocast(_UNCACHED):
+                        batch_loss = loss_fn(state.model, batch.to(accelerator.device)) / num_tokens
+                    batch_loss.backward()
+                losses.append(batch_loss.detach())
+        gradients = _gradients(state.model, released)
 
-    gradients = _gradients(state.model, released)
+    # backward has summed sharded ones over all ranks already
+    shards = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+    gradients = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    loss = sum(losses, torch.zeros((), device=accelerator.device))
+    squares = [sum(gradient_norm(shard).square() for shard in shards)] if shards else []
     if accelerator.num_processes > 1:
-        all_reduce_sum([loss, *gradients])
+        all_reduce_sum([loss, *squares, *gradients])
     norms = [gradient_norm(gradient) for gradient in gradients] + (released.norms if released else [])
+    norms += [square.sqrt() for square in squares]
     grad_norm = torch.linalg.vector_norm(torch.stack(norms))
     finite = torch.isfinite(loss + grad_norm).item()  # the step's one sync
-    if not finite and nonfinite == "stop":
-        optimizer.zero_grad()
-        raise FloatingPointError(_not_finite(state.step, loss, grad_norm, batches, rank, released))
-    updated = finite and num_tokens > 0
+    reason = "" if num_tokens else "no rank has a target token"
+    if not finite:
+        reason = _not_finite(loss, grad_norm, losses, batches)
+        if nonfinite == "stop":
+            optimizer.zero_grad()
+            raise FloatingPointError(f"step {state.step}: {reason}. {_advice(released)}")
+    updated = not reason
     if updated:
         if max_grad_norm:
             clip_grads_with_norm_(state.model.parameters(), max_grad_norm, grad_norm)
@@ -126,17 +147,18 @@ def train_step(
     state.step += 1
     if state.stream is not None:
         state.stream.advance()
-    return StepResult(loss, grad_norm, torch.tensor(num_tokens), updated)
+    return StepResult(loss, grad_norm, torch.tensor(num_tokens), updated, reason, preempted)
 
 
-def _targets_of_all_ranks(batches: Sequence[Batch]) -> int:
-    """One small collective, which also tells whether each rank could read its rows; if not, all raise why."""
+def _begun_by_all_ranks(batches: Sequence[Batch], preempted: bool) -> tuple[int, bool]:
+    """Targets of all ranks, and whether one is preempted. One small collective, which also tells whether each rank
+    could read its rows; if not, all raise why."""
     error = batches.error if isinstance(batches, UnreadableStep) else None
     num_targets = 0 if error else sum(batch.num_targets for batch in batches)
-    num_targets, num_failed = sum_over_ranks(num_targets, error is not None)
+    num_targets, num_failed, num_preempted = sum_over_ranks(num_targets, error is not None, preempted)
     if num_failed:
         raise_together(error)
-    return num_targets
+    return num_targets, num_preempted > 0
 
 
 def _gradients(model: nn.Module, released: Released | None) -> list[Tensor]:
@@ -149,13 +171,23 @@ def _gradients(model: nn.Module, released: Released | None) -> list[Tensor]:
     return [parameter.grad for parameter in trainable]
 
 
-def _not_finite(
-    step: int, loss: Tensor, grad_norm: Tensor, batches: Sequence[Batch], rank: int, released: Released | None
-) -> str:
-    rows = sorted(row_id for batch in batches for row_id in batch.row_ids)
-    outcome = "nothing was updated" if released is None else "released gradients have updated the weights already"
+def _not_finite(loss: Tensor, grad_norm: Tensor, losses: Sequence[Tensor], batches: Sequence[Batch]) -> str:
+    """Told alike on every rank: what was not finite, on which rank, and the rows of those micro-batches there.
+
+    Collectives and syncs, which only a step pays that goes wrong.
+    """
+    bad = [batch for batch_loss, batch in zip(losses, batches, strict=True) if not batch_loss.isfinite()]
+    rows = sorted(row_id for batch in bad or batches for row_id in batch.row_ids)
+    of_ranks = [json.loads(told) for told in gather_bytes(json.dumps([len(bad), rows]).encode())]
+    has_bad_loss = any(num_bad for num_bad, _ in of_ranks)
+    told = [
+        f"rank {rank} with rows {rows}" for rank, (num_bad, rows) in enumerate(of_ranks) if num_bad or not has_bad_loss
+    ]
+    where = "the loss was not finite on" if has_bad_loss else "the loss of every micro-batch was finite:"
+    return f"loss {loss.item()}, gradient norm {grad_norm.item()}; {where} {', '.join(told)}"
+
+
+def _advice(released: Released | None) -> str:
+    outcome = "Nothing was updated" if released is None else "Released gradients have updated the weights already"
     remedy = "set nonfinite to skip" if released is None else "go on from the last checkpoint without release"
-    return (
-        f"step {step}: loss {loss.item()} and gradient norm {grad_norm.item()} must be finite, {outcome}; "
-        f"rank {rank} had rows {rows}. Lower the learning rate, look at the rows, or {remedy}"
-    )
+    return f"{outcome}: lower the learning rate, look at the rows, or {remedy}"

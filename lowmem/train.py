@@ -2,14 +2,18 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from lowmem.checkpoint import load_checkpoint, save_checkpoint, save_model
-from lowmem.config import TrainConfig
+from lowmem.checkpoint.load import load_checkpoint
+from lowmem.checkpoint.resume import check_same_run, checkpoint_to_resume, rows_per_step
+from lowmem.checkpoint.save import check_space, save_checkpoint, save_model
+from lowmem.config import SaveError, TrainConfig
 from lowmem.data.batch import collate
 from lowmem.data.encode import make_encoder
 from lowmem.data.finite import open_eval
@@ -22,20 +26,47 @@ from lowmem.memory.loss import LOSSES, check_loss
 from lowmem.memory.optim import learning_rate_at, make_optimizer
 from lowmem.memory.savers import compiled, entered, offload_activations, recompute, recompute_cheap, release
 from lowmem.model import freeze, load_model
+from lowmem.parallel.agree import sum_over_ranks
 from lowmem.parallel.launch import join, make_deterministic
 from lowmem.parallel.sharding import parallelize
+from lowmem.parallel.signals import Signals
 from lowmem.report import Report
-from lowmem.resume import check_same_run, checkpoint_to_resume, rows_per_step
 from lowmem.step import TrainState, train_step
 
 
-def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, test_rows: Rows | None) -> None:
-    """Train as `config` says, from the start or from a checkpoint, and leave the model in `output_dir`/model."""
+class Ending(NamedTuple):
+    """How a run ended that did not fail."""
+
+    step: int
+    preempted: bool
+    """True: a signal ended it before its last step was done and reported; all steps so far are saved."""
+
+
+def train(
+    config: TrainConfig,
+    train_rows: Rows,
+    validation_rows: Rows | None,
+    test_rows: Rows | None,
+    *,
+    signals: Signals,
+    last_words: Callable[[str], None] | None = None,
+) -> Ending:
+    """Train as `config` says, from the start or from a checkpoint, and leave the model in `output_dir`/model.
+
+    A signal that a rank has caught ends the run on all of them: after the step or evaluation that is going on, once it
+    is saved. `last_words` is called with a message before a silent or failed rank makes this one exit.
+    """
     # --- processes
     output, settings = Path(config.output_dir), dataclasses.asdict(config)
     trackers = [name for name in config.report_to.split(",") if name]
-    precision = "no" if config.has_bf16_weights else config.mixed_precision
-    accelerator = join(mixed_precision=precision, report_to=trackers, output_dir=output)
+    accelerator = join(
+        mixed_precision=config.autocast,
+        report_to=trackers,
+        output_dir=output,
+        heartbeat_timeout=config.heartbeat_timeout,
+        last_words=last_words,
+    )
+    signals.at_once = None  # from here on the ranks can agree on when to end
     rank, world_size = accelerator.process_index, accelerator.num_processes
     checkpoint = checkpoint_to_resume(config.resume, output)
     changes = check_same_run(checkpoint, settings) if checkpoint is not None else []
@@ -75,12 +106,7 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         check_packing(model)
 
     # --- rows
-    encode = make_encoder(
-        tokenizer,
-        is_encoder_decoder=model.config.is_encoder_decoder,
-        max_seq_len=config.max_seq_len,
-        **config.columns,
-    )
+    encode = make_encoder(tokenizer, is_encoder_decoder=model.config.is_encoder_decoder, **config.encoding)
     skips = config.on_bad_row == "skip"
     quarantine = Quarantine(config.max_bad_rows, output / f"bad_rows-{rank}.jsonl") if skips else None
     batching = {
@@ -107,7 +133,7 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
     # --- where to start, how far to go
     state = TrainState(model, optimizer, stream, seed=config.seed)
     if checkpoint is not None:
-        load_checkpoint(state, checkpoint, accelerator)
+        load_checkpoint(state, checkpoint, accelerator, verify=False)  # checkpoint_to_resume has
     total_steps = config.max_steps or math.ceil(config.epochs * stream.num_rows / stream.global_batch_size)
     warmup_steps = math.ceil(total_steps * config.warmup_ratio) if config.warmup_ratio else config.warmup_steps or 0
     schedule = partial(
@@ -118,6 +144,9 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         schedule=config.lr_scheduler_type,
     )
     saving = {"tokenizer": tokenizer, "config": settings, "max_shard_size": config.max_shard_size}
+    keep = config.save_total_limit or None
+    saves = math.ceil((total_steps - state.step) / config.save_steps)
+    check_space(state, output / "checkpoints", saves=saves, keep=keep)
     report = Report(
         output,
         settings,
@@ -136,6 +165,13 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         *(f"the rows are others than then: {change}" for change in stream.changes),
     )
 
+    def is_due(every: int) -> bool:
+        return state.step == total_steps or state.step % every == 0
+
+    def signalled() -> bool:
+        """Whether any rank caught a signal, as all see it. One small collective."""
+        return sum_over_ranks(signals.came is not None) != [0]
+
     def evaluate_on(rows: Rows, prefix: str) -> dict[str, float]:
         metrics, answers = measure(
             model,
@@ -151,12 +187,23 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
         report.evaluation(metrics, answers[:3])
         return metrics
 
+    def note_best(eval_loss: float | None) -> None:
+        is_a_number = eval_loss is not None and math.isfinite(eval_loss)
+        if is_a_number and (state.best is None or eval_loss < state.best["eval_loss"]):
+            state.best = {"step": state.step, "eval_loss": eval_loss}
+
     # --- the loop
     if validation_rows and config.eval_on_start and state.step == 0:
         evaluate_on(validation_rows, "eval")
+    if validation_rows and state.step and is_due(config.eval_steps):
+        # a run that was preempted at this step saved it first, and left its evaluation to us
+        evaluated = report.resumed_at if "eval_loss" in report.resumed_at else evaluate_on(validation_rows, "eval")
+        note_best(evaluated["eval_loss"])
+    preempted = signalled()  # since the start
+    end = state.step if preempted else total_steps
     report.training_goes_on()
     with entered(savers, model, optimizer), closing(stream):
-        for step, batches in zip(range(state.step, total_steps), stream, strict=False):
+        for step, batches in zip(range(state.step, end), stream, strict=False):
             result = train_step(
                 state,
                 batches,
@@ -165,20 +212,35 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
                 learning_rate=schedule(step),
                 max_grad_norm=config.max_grad_norm,
                 nonfinite=config.nonfinite,
+                preempted=signals.came is not None,
             )
+            preempted = result.preempted
             report.count(result, rows=stream.global_batch_size, waited=stream.wait_seconds)
-            is_last = state.step == total_steps
-            if is_last or state.step % config.logging_steps == 0:
+            if is_due(config.logging_steps):
                 epoch = stream.position / stream.num_rows
                 report.training(result, epoch=epoch, learning_rate=schedule(step), counts=stream.counts)
-            if validation_rows and (is_last or state.step % config.eval_steps == 0):
-                eval_loss = evaluate_on(validation_rows, "eval")["eval_loss"]
-                if math.isfinite(eval_loss) and (state.best is None or eval_loss < state.best["eval_loss"]):
-                    state.best = {"step": state.step, "eval_loss": eval_loss}
-            if is_last or state.step % config.save_steps == 0:
-                keep = config.save_total_limit or None
-                save_checkpoint(state, output / "checkpoints", accelerator, keep=keep, **saving)
+            if validation_rows and not preempted and is_due(config.eval_steps):
+                note_best(evaluate_on(validation_rows, "eval")["eval_loss"])
+                preempted = signalled()
+            if preempted or is_due(config.save_steps):
+                try:
+                    save_checkpoint(state, output / "checkpoints", accelerator, keep=keep, **saving)
+                except SaveError as error:
+                    if preempted or config.on_save_error == "stop":
+                        raise
+                    report.tell(f"step {state.step} is not saved, training goes on: {error}")
+                else:
+                    preempted = preempted or signalled()
+            if preempted:
+                break
             report.training_goes_on()
+
+    if preempted:
+        signals.ignore()  # a launcher ends the others as soon as one of us has ended
+        report.close()
+        report.tell(f"preempted after step {state.step} of {total_steps}: --resume=auto goes on from there")
+        accelerator.end_training()
+        return Ending(state.step, preempted=True)
 
     # --- what is left behind
     if test_rows:
@@ -187,3 +249,4 @@ def train(config: TrainConfig, train_rows: Rows, validation_rows: Rows | None, t
     report.close(best=state.best)
     report.tell(f"done: {output / 'model'} holds the model, {output / 'metrics.jsonl'} its curve")
     accelerator.end_training()
+    return Ending(state.step, preempted=False)

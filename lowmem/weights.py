@@ -1,19 +1,20 @@
-"""safetensors on disk: written one tensor at a time and hashed on the way, read by the safetensors library.
+"""safetensors on disk: written in parts and hashed on the way, read a few rows at a time by the safetensors library.
 
 Format: 8 bytes with the header's length (little endian), a JSON header with dtype, shape and byte range of each
 tensor, then the tensors' bytes back to back.
 """
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import xxhash
 from safetensors import safe_open
 from torch import Tensor
+
+from lowmem.disk import FileRecord, to_json, write_file
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -27,129 +28,142 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_READ_BYTES = 2**24
+_PART_BYTES = 2**24  # of a tensor that is in host memory at a time, written or read
+_MAPPED_BYTES = 2**26  # safetensors maps files, whose pages count as ours until a file is closed: after so many
 
 
-# {"bytes": size of a file, "xxh3_128": its hash in hexadecimal}
-FileRecord = dict[str, object]
+class Shard(NamedTuple):
+    """One safetensors file to be written."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    """In the order of their bytes in the file. Sharded ones (DTensor) stand for the whole ones that it will hold."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(_bytes_of(tensor) for tensor in self.tensors.values())
+
+    @property
+    def header(self) -> bytes:
+        """What stands in the file before the tensors' bytes. Raises ValueError for a dtype that files do not hold."""
+        fields, end = {"__metadata__": {"format": "pt"}}, 0
+        for name, tensor in self.tensors.items():
+            if tensor.dtype not in _DTYPE_NAMES:
+                raise ValueError(f"{self.name}: tensor {name} is {tensor.dtype}, which no checkpoint holds")
+            start, end = end, end + _bytes_of(tensor)
+            fields[name] = {"dtype": dtype_name(tensor.dtype), "shape": [*tensor.shape], "data_offsets": [start, end]}
+        encoded = json.dumps(fields, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        return len(encoded).to_bytes(8, "little") + encoded
+
+
+def split_shards(tensors: Mapping[str, Tensor], stem: str, max_shard_bytes: int) -> list[Shard]:
+    """Divide `tensors`, in the given order, over files of at most `max_shard_bytes` (or of one larger tensor).
+
+    They have the names that transformers gives them: STEM.safetensors or STEM-00001-of-00002.safetensors.
+    """
+    groups: list[dict[str, Tensor]] = [{}]
+    room = max_shard_bytes
+    for name, tensor in tensors.items():
+        if groups[-1] and _bytes_of(tensor) > room:
+            groups.append({})
+            room = max_shard_bytes
+        groups[-1][name] = tensor
+        room -= _bytes_of(tensor)
+    # wide types first: each tensor then starts at a multiple of its element size
+    groups = [dict(sorted(group.items(), key=lambda item: -item[1].dtype.itemsize)) for group in groups]
+    if len(groups) == 1:
+        return [Shard(f"{stem}.safetensors", groups[0])]
+    return [Shard(f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)]
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path, stem: str, max_shard_bytes: int) -> dict[str, FileRecord]:
-    """Write `tensors` under the names that transformers gives them: STEM.safetensors, or several
-    STEM-00001-of-00002.safetensors with a STEM.safetensors.index.json that tells which tensor is where."""
-    shards = _shards(tensors, max_shard_bytes)
-    if len(shards) <= 1:
-        return {f"{stem}.safetensors": write_safetensors(tensors, folder / f"{stem}.safetensors")}
-    records, weight_map = {}, {}
-    for number, part in enumerate(shards, 1):
-        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        records[name] = write_safetensors(part, folder / name)
-        weight_map |= dict.fromkeys(part, name)
-    total_size = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    index_name = f"{stem}.safetensors.index.json"
-    return records | {index_name: write_file(folder / index_name, [to_json(index)])}
+    """Write `tensors`, none of them sharded, into the files of `split_shards` and their index: the files' records."""
+    shards = split_shards(tensors, stem, max_shard_bytes)
+    records = {}
+    for shard in shards:
+        parts = chain.from_iterable(map(host_parts, shard.tensors.values()))
+        records[shard.name] = write_file(folder / shard.name, chain([shard.header], parts))
+    return records | write_index(shards, folder, stem)
 
 
-def _shards(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, Tensor]]:
-    """Groups of at most `max_shard_bytes` (or of one larger tensor), in the given order."""
-    shards: list[dict[str, Tensor]] = []
-    room = 0
-    for name, tensor in tensors.items():
-        if not shards or tensor.nbytes > room:
-            shards.append({})
-            room = max_shard_bytes
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    return shards
+def write_index(shards: list[Shard], folder: Path, stem: str) -> dict[str, FileRecord]:
+    """Write STEM.safetensors.index.json, which tells which of several files a tensor is in; of one file nothing."""
+    if len(shards) == 1:
+        return {}
+    weight_map = {name: shard.name for shard in shards for name in shard.tensors}
+    index = {"metadata": {"total_size": sum(shard.num_bytes for shard in shards)}, "weight_map": weight_map}
+    name = f"{stem}.safetensors.index.json"
+    return {name: write_file(folder / name, [to_json(index)])}
 
 
-def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> FileRecord:
-    """Write one safetensors file, one tensor at a time in host memory. Raises ValueError for a dtype it cannot hold."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    # wide types first: each tensor then starts at a multiple of its element size
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    for name, tensor in ordered:
-        if tensor.dtype not in _DTYPE_NAMES:
-            raise ValueError(f"{path}: tensor {name} is {tensor.dtype}, which no checkpoint holds")
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-
-    def parts() -> Iterator[bytes | memoryview]:
-        yield len(encoded).to_bytes(8, "little")
-        yield encoded
-        for _, tensor in ordered:
-            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-    return write_file(path, parts())
+def host_parts(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in the order of its elements, on the host, 16 MiB at a time."""
+    flat = tensor.detach().contiguous().view(-1)
+    for part in flat.split(_PART_BYTES // flat.dtype.itemsize):
+        yield part.cpu().view(torch.uint8).numpy().data
 
 
-def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
-    """Write `parts` one after the other, hashed on the way, and bring them to disk (fsync)."""
-    digest, size = xxhash.xxh3_128(), 0
-    with open(path, "wb") as file:
-        for part in parts:
-            file.write(part)
-            digest.update(part)
-            size += len(part)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": size, "xxh3_128": digest.hexdigest()}
+class StoredTensor:
+    """A tensor in a safetensors file; nothing of it is read before `read`."""
 
-
-def to_json(value: object) -> bytes:
-    """The bytes of a JSON file that a person can read."""
-    return json.dumps(value, indent=2).encode()
-
-
-def record_file(path: Path) -> FileRecord:
-    """The record of a file that is there already."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while part := file.read(_READ_BYTES):
-            digest.update(part)
-        return {"bytes": file.tell(), "xxh3_128": digest.hexdigest()}
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or a folder's entries (new names, renames), to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class StoredTensor(NamedTuple):
-    """A tensor in a safetensors file; nothing is read before `read`."""
-
-    file: safe_open
-    name: str
-
-    @property
-    def shape(self) -> list[int]:
-        return self.file.get_slice(self.name).get_shape()
-
-    @property
-    def dtype(self) -> str:
+    def __init__(self, file: "_MappedFile", name: str, dtype: str, shape: list[int]):
+        self._file, self._name = file, name
+        self.shape = shape
+        self.dtype = dtype
         """As safetensors writes it: "F32", "BF16" and so on."""
-        return self.file.get_slice(self.name).get_dtype()
 
-    def read(self) -> Tensor:
-        return self.file.get_tensor(self.name)
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return next(dtype for dtype, name in _DTYPE_NAMES.items() if name == self.dtype)
+
+    def read(self, rows: slice | None = None) -> Tensor:
+        """The tensor, or some rows of its first dimension, on the host. It lies in the file's memory map: copy it."""
+        return self._file.read(self._name, rows)
+
+    def copy_rows(self, target: Tensor, first: int = 0) -> None:
+        """Copy rows, from `first` on, into `target`, which is of any device, 16 MiB at a time."""
+        if target.dim() == 0:
+            target.copy_(self.read())
+        if target.dim() == 0 or target.numel() == 0:
+            return
+        row_bytes = max(1, _bytes_of(target) // max(1, len(target)))
+        for part in target.split(max(1, _PART_BYTES // row_bytes)):
+            part.copy_(self.read(slice(first, first + len(part))))
+            first += len(part)
+
+
+class _MappedFile:
+    """A safetensors file that is closed, and opened again, after some reading: pages of its map count as our memory."""
+
+    def __init__(self, path: Path):
+        self._path, self._left = path, 0
+        self._file: safe_open | None = None
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        with safe_open(self._path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            return {name: StoredTensor(self, name, x.get_dtype(), x.get_shape()) for name, x in slices.items()}
+
+    def read(self, name: str, rows: slice | None) -> Tensor:
+        if self._left <= 0:
+            self._file, self._left = safe_open(self._path, framework="pt"), _MAPPED_BYTES
+        tensor = self._file.get_tensor(name) if rows is None else self._file.get_slice(name)[rows]
+        self._left -= _bytes_of(tensor)
+        return tensor
 
 
 def open_shards(folder: Path, stem: str) -> dict[str, StoredTensor]:
     """Every tensor that `write_shards` wrote, by name."""
     index = folder / f"{stem}.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {f"{stem}.safetensors"}
-    files = [safe_open(folder / name, framework="pt") for name in sorted(names)]
-    return {name: StoredTensor(file, name) for file in files for name in file.keys()}
+    return {name: stored for file in sorted(names) for name, stored in _MappedFile(folder / file).tensors().items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """A torch dtype as safetensors writes it."""
     return _DTYPE_NAMES[dtype]
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.dtype.itemsize  # a DTensor's are those of the whole

@@ -5,8 +5,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,8 +29,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run(*command: object, timeout: float = 120, cwd: Path = ROOT, **changes: str) -> subprocess.CompletedProcess:
-    """Run a command, from the project's root, and return it with its output as text; its whole group ends with it."""
+@contextmanager
+def started(*command: object, cwd: Path = ROOT, **changes: str) -> Iterator[subprocess.Popen]:
+    """A command that runs, from the project's root, until `finish`; what is left of its processes then is killed."""
     process = subprocess.Popen(
         [str(word) for word in command],
         cwd=cwd,
@@ -37,10 +42,39 @@ def run(*command: object, timeout: float = 120, cwd: Path = ROOT, **changes: str
         start_new_session=True,
     )
     try:
-        output, errors = process.communicate(timeout=timeout)
+        yield process
     finally:
+        left = children(process) if process.poll() is None else []  # a launcher's are in sessions of their own
         end_group(process)
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+        for child in left:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def finish(process: subprocess.Popen, timeout: float = 120) -> subprocess.CompletedProcess:
+    """Wait for its end; returns it with its output as text."""
+    output, errors = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def run(*command: object, timeout: float = 120, cwd: Path = ROOT, **changes: str) -> subprocess.CompletedProcess:
+    """Run a command, from the project's root, and return it with its output as text; its whole group ends with it."""
+    with started(*command, cwd=cwd, **changes) as process:
+        return finish(process, timeout)
+
+
+def children(process: subprocess.Popen) -> list[psutil.Process]:
+    """The processes that it started, and theirs."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen, timeout: float = 60) -> None:
+    """Wait for `condition` while `process` runs; fails if it ends before, or the time does."""
+    limit = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < limit
+        time.sleep(0.01)
 
 
 def train(*flags: object, timeout: float = 120, **changes: str) -> subprocess.CompletedProcess:
@@ -48,8 +82,9 @@ def train(*flags: object, timeout: float = 120, **changes: str) -> subprocess.Co
     return run(sys.executable, "train_low_mem.py", *flags, timeout=timeout, **changes)
 
 
-def run_ranks(world_size: int, function: str, *arguments: object, timeout: float = 120) -> None:
-    """Call `module:function` with text arguments in `world_size` processes of one group; all must end well."""
+@contextmanager
+def started_ranks(world_size: int, function: str, *arguments: object) -> Iterator[list[subprocess.Popen]]:
+    """Processes of one group that call `module:function` with text arguments; those left at its end are killed."""
     module, name = function.split(":")
     code = f"import sys; from {module} import {name}; {name}(*sys.argv[1:])"
     port = free_port()
@@ -73,10 +108,17 @@ def run_ranks(world_size: int, function: str, *arguments: object, timeout: float
         for rank in range(world_size)
     ]
     try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in ranks]
+        yield ranks
     finally:
         for process in ranks:
             end_group(process)
+            process.stdout.close()
+
+
+def run_ranks(world_size: int, function: str, *arguments: object, timeout: float = 120) -> None:
+    """Call `module:function` with text arguments in `world_size` processes of one group; all must end well."""
+    with started_ranks(world_size, function, *arguments) as ranks:
+        outputs = [process.communicate(timeout=timeout)[0] for process in ranks]
     for rank, (process, output) in enumerate(zip(ranks, outputs, strict=True)):
         assert process.returncode == 0, f"rank {rank} exited with {process.returncode}:\n{output}"
 

@@ -1,15 +1,23 @@
-import pytest
+from datetime import timedelta
 
-from lowmem.config import RankError, UsageError
-from lowmem.parallel.agree import failing_together, on_main_rank
+import pytest
+import torch.distributed as dist
+
+from lowmem.config import RankError, SaveError, UsageError
+from lowmem.parallel import heartbeat
+from lowmem.parallel.agree import failing_together, on_main_rank, sum_over_ranks, waiting
 from lowmem.parallel.launch import join
-from tests.processes import run_ranks
+from tests.forked import fork_ranks
 
 
 def fail_somewhere() -> None:
     accelerator = join()
     rank = accelerator.process_index
-    for failing, kind, elsewhere in [(1, KeyError, RankError), (2, UsageError, UsageError)]:
+    for failing, kind, elsewhere in [
+        (1, KeyError, RankError),
+        (2, UsageError, UsageError),
+        (0, SaveError, SaveError),
+    ]:
         told = "what was wrong" if rank == failing else rf"rank {failing} failed with {kind.__name__}: .*what was wrong"
         with pytest.raises(kind if rank == failing else elsewhere, match=told), failing_together():
             if rank == failing:
@@ -22,9 +30,28 @@ def fail_somewhere() -> None:
 
 
 def test_one_rank_fails_and_all_raise_what_it_tells():
-    run_ranks(3, "tests.test_agree:fail_somewhere")
+    assert fork_ranks(3, fail_somewhere) == [0, 0, 0]
 
 
 def test_alone_an_error_is_itself():
     with pytest.raises(KeyError), failing_together():
         raise KeyError("alone")
+
+
+def be_late():
+    accelerator = join(heartbeat_timeout=3)
+    heartbeat.at_step(7)
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    if accelerator.process_index == 0:
+        with heartbeat.doing("writing"):
+            sum_over_ranks(1)  # in another group: it lives and is stuck
+    else:
+        told = "^step 7, summing gradients: no rank is silent: rank 0 is at step 7, writing, agreeing; rank 1 is at"
+        with pytest.raises(RankError, match=told), waiting("summing gradients"):
+            dist.barrier(group)
+        sum_over_ranks(1)
+    accelerator.end_training()
+
+
+def test_a_collective_that_times_out_tells_where_each_rank_is():
+    assert fork_ranks(2, be_late) == [0, 0]

@@ -107,7 +107,7 @@ def test_a_run_leaves_what_is_promised_and_refuses_to_run_over_it(tmp_path):
     result = train("train", *SHORT, f"--output_dir={output}", "--report_to=tensorboard")
     assert result.returncode == 0, result.stderr
     assert "no --train_file: training on the 11,760 bundled rows" in result.stdout
-    assert sorted(os.listdir(output)) == ["checkpoints", "config.json", "lowmem", "metrics.jsonl", "model"]
+    assert sorted(os.listdir(output)) == "checkpoints config.json exit.json lowmem metrics.jsonl model".split()
     assert os.listdir(output / "checkpoints") == ["step-00000002"]
     assert not [path for path in output.rglob("*") if path.suffix in (".pkl", ".bin", ".pt")]
     assert any("tfevents" in path.name for path in output.rglob("*"))

@@ -138,6 +138,8 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({"train_file": ""}, "--train_file is empty"),
         ({"output_dir": "True"}, "--output_dir needs a value"),
         ({"seed": "1e30"}, "must be below 2**63"),
+        ({"heartbeat_timeout": "0"}, "--heartbeat_timeout=0 must be at least 1"),
+        ({"on_save_error": "skip"}, "--on_save_error=skip must be one of stop, continue"),
         ({"lr": "3"}, "unknown flag --lr: it is --learning_rate here"),
         ({"memory": "small"}, "must be one of exact, lean, off"),
         ({"memory": "lean"}, "--memory=lean keeps weights in bf16: set --mixed_precision=bf16 too"),

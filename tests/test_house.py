@@ -9,18 +9,21 @@ from tests.processes import ROOT, run
 
 # A module imports only modules above it.
 ORDER = (
-    "config flags weights parallel.launch parallel.agree parallel.sharding data.order data.bundled data.source "
-    "data.derived data.line_index data.lines data.batches data.tables data.rows data.chat data.encode data.batch "
-    "data.packing data.quarantine data.steps data.stream data.finite model memory.meter memory.loss memory.forms "
-    "memory.tiers memory.adafactor memory.optim memory.offload memory.savers step evaluation commit checkpoint resume "
-    "report train cli"
+    "config flags disk weights parallel.heartbeat parallel.signals parallel.elastic parallel.agree "
+    "parallel.launch parallel.sharding parallel.pieces data.order data.bundled data.source data.derived "
+    "data.line_index data.lines data.batches data.tables data.rows data.chat data.encode data.batch data.packing "
+    "data.quarantine data.steps data.stream data.finite model memory.meter memory.loss memory.forms memory.tiers "
+    "memory.adafactor memory.optim memory.offload memory.savers step evaluation checkpoint.commit "
+    "checkpoint.verify checkpoint.export checkpoint.tensors checkpoint.together checkpoint.save checkpoint.load "
+    "checkpoint.resume report train evaluate_command run_folder exit_file supervise cli"
 ).split()
 
 
 def imports_of(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lowmem"):
-            yield from ([node.module] if node.module != "lowmem" else [f"lowmem.{alias.name}" for alias in node.names])
+            for imported in (f"{node.module}.{alias.name}" for alias in node.names):  # a module, or a name in one
+                yield imported if imported.removeprefix("lowmem.") in ORDER else node.module
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("lowmem"))
 

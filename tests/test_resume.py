@@ -9,56 +9,23 @@ import sys
 import time
 
 import pytest
-from safetensors.torch import load_file
 from torch import equal
 
-from tests.models import T5, qa_rows
+from tests import runs
+from tests.models import T5
 from tests.processes import ROOT, end_group, environment, module_command, run, train
+from tests.runs import assert_same_run, curve, steps, weights, write_files
 
 STEPS = 40
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("work")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in qa_rows(90)))
-    (folder / "t5.json").write_text(json.dumps(T5 | {"dropout_rate": 0.1}))
-    return folder
+    return write_files(tmp_path_factory.mktemp("work"), num_rows=90, dropout_rate=0.1)
 
 
 def flags(work, name, **changes):
-    values = {
-        "train_file": work / "rows.jsonl",
-        "model_config": work / "t5.json",
-        "learning_rate": 1e-2,
-        "batch_size": 2,
-        "gradient_accumulation_steps": 4,
-        "max_steps": STEPS,
-        "save_steps": 5,
-        "logging_steps": 1,
-        "output_dir": work / name,
-    } | changes
-    return [f"--{flag}={value}" for flag, value in values.items()]
-
-
-def curve(work, name):
-    lines = (work / name / "metrics.jsonl").read_text().splitlines()
-    return [(record["step"], record["loss"]) for record in map(json.loads, lines) if "loss" in record]
-
-
-def steps(work, name):
-    return [step for step, _ in curve(work, name)]
-
-
-def weights(work, name):
-    return load_file(work / name / "model" / "model.safetensors")
-
-
-def assert_same_run(work, name, other):
-    mine, theirs = weights(work, name), weights(work, other)
-    assert mine.keys() == theirs.keys()
-    assert all(equal(mine[key], theirs[key]) for key in mine)
-    assert curve(work, name) == curve(work, other)
+    return runs.flags(work, name, **{"batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": STEPS} | changes)
 
 
 @pytest.fixture(scope="module")

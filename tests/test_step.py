@@ -1,22 +1,28 @@
 """Invariant 1: accumulation and ranks do not matter; what a step does when numbers are not finite."""
 
 import json
+import re
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import ByT5Tokenizer
 
 from lowmem import join, parallelize
+from lowmem.config import RankError, UsageError
 from lowmem.data.batch import collate
 from lowmem.data.encode import encode_causal, encode_seq2seq
-from lowmem.data.stream import open_stream
+from lowmem.data.rows import RowError
+from lowmem.data.stream import UnreadableStep, open_stream
 from lowmem.memory.loss import chunked_loss, plain_loss
 from lowmem.memory.optim import make_optimizer
 from lowmem.step import TrainState, train_step
+from tests.forked import fork_ranks
 from tests.models import build, qa_rows
-from tests.processes import run_ranks
+from tests.processes import run_ranks, started_ranks
 
 ROWS = qa_rows(24)
 
@@ -172,12 +178,13 @@ def test_a_loss_that_is_not_finite_changes_no_weight(nonfinite):
     before = [parameter.detach().clone() for parameter in model.parameters()]
     accelerator = Accelerator(cpu=True)
     if nonfinite == "stop":
-        with pytest.raises(FloatingPointError, match=r"step 0: loss nan.*rank 0 had rows \[0, 1, 2, 3"):
+        with pytest.raises(FloatingPointError, match=r"step 0: loss nan.*on rank 0 with rows \[0, 1, 2, 3"):
             train_step(state, next(stream), poisoned, accelerator, learning_rate=0.1)
         assert state.step == stream.position == 0
     else:
         result = train_step(state, next(stream), poisoned, accelerator, learning_rate=0.1, nonfinite="skip")
         assert result.loss.isnan() and (state.step, stream.position) == (1, 12)
+        assert "not finite on rank 0 with rows [0, 1, 2, 3" in result.reason and not result.updated
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in model.parameters())
     if nonfinite == "skip":  # and the next step, without that row, goes on as ever
@@ -185,23 +192,104 @@ def test_a_loss_that_is_not_finite_changes_no_weight(nonfinite):
         assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_one_ranks_nan_stops_both_before_the_update(tmp_path):
-    run_ranks(2, "tests.test_step:step_with_nan_on_one_rank", tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped-0", "stopped-1"]
+def test_one_ranks_nan_is_told_by_both_before_the_update():
+    assert fork_ranks(2, step_with_nan_on_one_rank) == [0, 0]
 
 
-def step_with_nan_on_one_rank(folder):
+def step_with_nan_on_one_rank():
     accelerator = join()
     rank = accelerator.process_index
     model = parallelize(build("t5"), accelerator)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    batches = next(stream_of("t5", batch_size=4, rank=rank, world_size=2, shuffle=False))
-    try:
+    # rank 0 has rows 0 to 3, of which one is poisoned, in two micro-batches
+    options = {"rank": rank, "world_size": 2, "gradient_accumulation_steps": 2, "shuffle": False}
+    batches = next(stream_of("t5", batch_size=2, **options))
+    told = r"loss nan, gradient norm nan; the loss was not finite on rank 0 with rows \[2, 3\]"
+    with pytest.raises(FloatingPointError, match=told):
         train_step(state_of(model), batches, poisoned, accelerator, learning_rate=0.1)
-    except FloatingPointError:
-        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-        open(f"{folder}/stopped-{rank}", "w").close()
+    skipped = train_step(state_of(model), batches, poisoned, accelerator, learning_rate=0.1, nonfinite="skip")
+    assert re.match(told, skipped.reason) and "rank 1" not in skipped.reason
+
+    def infinite_gradient(model, batch):
+        loss = plain_loss(model, batch)
+        loss.register_hook(lambda gradient: gradient / (rank == 0))
+        return loss
+
+    told = (
+        r"gradient norm (inf|nan); the loss of every micro-batch was finite: rank 0 with rows .*, rank 1 with rows \[4"
+    )
+    with pytest.raises(FloatingPointError, match=told):
+        train_step(state_of(model), batches, infinite_gradient, accelerator, learning_rate=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     accelerator.end_training()
+
+
+def test_an_error_on_one_rank_is_raised_by_both_and_the_next_step_goes_on():
+    assert fork_ranks(2, fail_on_one_rank) == [0, 0]
+
+
+def fail_on_one_rank():
+    accelerator = join()
+    rank = accelerator.process_index
+    model = parallelize(build("t5"), accelerator)
+    state = state_of(model)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    batches = next(stream_of("t5", batch_size=2, gradient_accumulation_steps=2, rank=rank, world_size=2))
+
+    def failing(kind):
+        def loss_fn(model, batch):
+            if rank == 1 and batch is not batches[0]:
+                raise kind("what was wrong")
+            return plain_loss(model, batch)
+
+        return loss_fn
+
+    @contextmanager
+    def full_disk():
+        def pack(tensor):
+            if rank == 1:
+                raise OSError(28, "what was wrong")
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+    unreadable = UnreadableStep(RowError("what was wrong"))
+    for loss_fn, given, saver, kind, elsewhere in [
+        (failing(KeyError), batches, nullcontext, KeyError, RankError),
+        (failing(UsageError), batches, nullcontext, UsageError, UsageError),
+        (plain_loss, batches, full_disk, OSError, RankError),
+        (plain_loss, unreadable if rank == 1 else batches, nullcontext, RowError, RankError),
+    ]:
+        told = "what was wrong" if rank == 1 else f"rank 1 failed with {kind.__name__}: .*what was wrong"
+        with pytest.raises(kind if rank == 1 else elsewhere, match=told), saver():
+            train_step(state, given, loss_fn, accelerator, learning_rate=0.1)
+    assert state.step == 0 and all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    result = train_step(state, batches, plain_loss, accelerator, learning_rate=0.1, preempted=rank == 1)
+    assert result.updated and result.preempted and result.reason == ""
+    assert not train_step(state, batches, plain_loss, accelerator, learning_rate=0.1).preempted
+    accelerator.end_training()
+
+
+def test_an_error_within_a_sharded_forward_ends_both_ranks_with_it():
+    with started_ranks(2, "tests.test_step:fail_in_a_sharded_forward") as ranks:
+        outputs = [process.communicate(timeout=60)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 1]
+    assert "KeyError: 'what was wrong'" in outputs[1]
+    assert "rank 1 failed with KeyError: 'what was wrong'" in outputs[0], outputs[0]
+
+
+def fail_in_a_sharded_forward():
+    accelerator = join(heartbeat_timeout=3)
+    model = parallelize(build("t5"), accelerator, sharding_strategy="FULL_SHARD")
+
+    def failing(model, batch):
+        if accelerator.process_index == 1:
+            raise KeyError("what was wrong")
+        return plain_loss(model, batch)
+
+    batches = next(stream_of("t5", batch_size=2, rank=accelerator.process_index, world_size=2))
+    train_step(state_of(model), batches, failing, accelerator, learning_rate=0.1)
 
 
 def test_a_step_without_any_target_changes_nothing_but_the_count():
@@ -213,6 +301,7 @@ def test_a_step_without_any_target_changes_nothing_but_the_count():
     before = [parameter.detach().clone() for parameter in model.parameters()]  # momentum would move these
     result = train_step(state, [empty], chunked_loss, accelerator, learning_rate=0.1)
     assert result.loss == 0 and result.grad_norm == 0 and state.step == 2 and not result.updated
+    assert result.reason == "no rank has a target token"
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 

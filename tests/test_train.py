@@ -9,6 +9,7 @@ from transformers import ByT5Tokenizer, get_scheduler
 
 from lowmem.data.order import Groups, rows_at
 from lowmem.flags import resolve
+from lowmem.parallel.signals import Signals
 from lowmem.train import train as train_here
 from tests.models import T5, build, qa_rows
 from tests.processes import train
@@ -88,7 +89,7 @@ def test_recompute_reaches_the_run(files, tmp_path):
         settings = {"max_steps": 1, "recompute": recompute, "output_dir": tmp_path / recompute}
         config = resolve(values | settings)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            train_here(config, ROWS, None, None)
+            train_here(config, ROWS, None, None, signals=Signals())
         return kept
 
     assert kept_bytes("full") < 0.6 * kept_bytes("off")
@@ -97,8 +98,10 @@ def test_recompute_reaches_the_run(files, tmp_path):
 def test_what_is_not_finite_stops_the_run_or_is_skipped_with_a_line(files, tmp_path):
     flags = [*files, "--optimizer=sgd", "--learning_rate=1e30", "--max_grad_norm=0", "--max_steps=4", "--save_steps=1"]
     stopped = train("train", *flags, f"--output_dir={tmp_path}/stop")
-    assert stopped.returncode == 1
-    assert "must be finite, nothing was updated; rank 0 had rows" in stopped.stderr
+    assert stopped.returncode == 1 and stopped.stderr.count("\n") == 1
+    told = json.loads((tmp_path / "stop" / "exit.json").read_text())
+    assert (told["cause"], told["code"]) == ("failed", 1) and f"error: {told['message']}\n" == stopped.stderr
+    assert "rank 0 with rows [" in stopped.stderr and "Nothing was updated: lower the learning rate" in stopped.stderr
     skipped = train("train", *flags, f"--output_dir={tmp_path}/skip", "--nonfinite=skip", "--logging_steps=1")
     assert skipped.returncode == 0, skipped.stderr
     assert "step 4: no update, loss" in skipped.stdout

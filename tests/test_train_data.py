@@ -8,8 +8,9 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tests.models import LLAMA, T5, qa_rows
+from tests.models import LLAMA, qa_rows
 from tests.processes import module_command, run, train
+from tests.runs import flags, losses, records, write_files
 
 ROWS = qa_rows(40)
 CHATML = (
@@ -20,9 +21,7 @@ CHATML = (
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("work")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (folder / "t5.json").write_text(json.dumps(T5 | {"dropout_rate": 0.0}))
+    folder = write_files(tmp_path_factory.mktemp("work"), num_rows=len(ROWS))
     (folder / "llama.json").write_text(json.dumps(LLAMA | {"vocab_size": 512}))
     chats = [
         {
@@ -52,25 +51,7 @@ def work(tmp_path_factory):
 
 
 def run_flags(work, name, **changes):
-    values = {
-        "train_file": work / "rows.jsonl",
-        "model_config": work / "t5.json",
-        "learning_rate": 1e-2,
-        "batch_size": 4,
-        "max_steps": 10,
-        "logging_steps": 1,
-        "save_steps": 5,
-        "output_dir": work / name,
-    } | changes
-    return ["train", *(f"--{flag}={value}" for flag, value in values.items())]
-
-
-def records(work, name):
-    return [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(work, name):
-    return [record["loss"] for record in records(work, name) if "loss" in record]
+    return ["train", *flags(work, name, **{"batch_size": 4, "max_steps": 10} | changes)]
 
 
 def assert_done(result):

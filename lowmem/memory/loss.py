@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lowmem.config import UsageError
 from lowmem.data.batch import Batch
 from lowmem.data.encode import IGNORED
-from lowmem.parallel.sharding import unwrapped
+from lowmem.parallel.sharding import is_sharded, unwrapped
 
 # Logits held at a time, 4 bytes each and 2 in bf16: on a CPU they stay in its cache, elsewhere fewer kernels start.
 _SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
@@ -53,6 +53,8 @@ def chunked_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
             f"chunked_loss needs a linear output head, {type(base).__name__} has {type(head).__name__}: "
             "use plain_loss (--loss=plain)"
         )
+    if is_sharded(model):
+        raise UsageError("chunked_loss of a sharded model is not built yet: use plain_loss (--loss=plain)")
     try:
         with _passing_through(head) as seen:
             logits = model(**inputs).logits

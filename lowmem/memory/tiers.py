@@ -40,7 +40,7 @@ class TieredOptimizer(Optimizer):
         names = {parameter: name for group in groups for name, parameter in group["params"]}
         groups = [group | {"params": [parameter for _, parameter in group["params"]]} for group in groups]
         super().__init__(groups, {"lr": 0.0} | defaults)
-        self._memory, self._names = memory, names
+        self.memory, self._names = memory, names
         self.seed = 0
         """Seeds stochastic rounding, with update and parameter; `train_step` sets the state's."""
         self._slice_elements = _slice_elements(list(names))
@@ -101,6 +101,22 @@ class TieredOptimizer(Optimizer):
             for hook in hooks:
                 hook.remove()
 
+    @torch.no_grad()
+    def round_from(self, parameter: nn.Parameter, values: Callable[[str, slice], Tensor]) -> None:
+        """Put fp32 values into the weight and the state of `parameter`, all but "step", in this tier's forms.
+
+        `values(name, rows)` are those of "weight" or of a state by its name, (rows, columns), on any device.
+        """
+        tensors = {"weight": parameter.data, **self.state[parameter]}
+        draw = self._random(parameter, "round_from")
+        for rows in self._slices(parameter):
+            for name in (name for name in tensors if name != "step" and not name.endswith(("_low", "_scale"))):
+                new = values(name, rows).to(parameter.device)
+                if tensors[name].dtype == torch.float32:
+                    by_rows(tensors[name])[rows] = new
+                else:
+                    write(tensors, name, rows, new, None if f"{name}_low" in tensors else draw(new))
+
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Fill the state with a saved one, as it is. (torch's own would turn every tensor into the weight's dtype.)"""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -118,7 +134,7 @@ class TieredOptimizer(Optimizer):
         raise NotImplementedError
 
     def _is_rounded(self, parameter: nn.Parameter) -> bool:
-        return self._memory == "lean" and is_large(parameter)
+        return self.memory == "lean" and is_large(parameter)
 
     def _slices(self, parameter: nn.Parameter) -> Iterator[slice]:
         rows, columns = rows_and_columns(parameter)
@@ -128,7 +144,7 @@ class TieredOptimizer(Optimizer):
         height = height // whole * whole or height
         return (slice(first, min(first + height, rows)) for first in range(0, rows, height))
 
-    def _random(self, parameter: nn.Parameter, *key: int) -> Random:
+    def _random(self, parameter: nn.Parameter, *key: int | str) -> Random:
         """A source of random bits, 16 for each element of a slice, the same on every rank."""
         generator = None  # made when it is needed: exact never draws
 
@@ -155,7 +171,7 @@ class TieredAdamW(TieredOptimizer):
     def _new_moments(self, parameter: nn.Parameter) -> Tensors:
         forms = ("fp32", "fp32")
         if is_large(parameter):
-            of_tier = ("int8", "uint8") if self._memory == "lean" else forms
+            of_tier = ("int8", "uint8") if self.memory == "lean" else forms
             forms = of_tier if self._moments == "tier" else ("bf16", "bf16")
         return zeros("exp_avg", parameter, forms[0]) | zeros("exp_avg_sq", parameter, forms[1])
 

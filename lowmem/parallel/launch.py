@@ -1,12 +1,12 @@
 """Whoever started us (python, torchrun, accelerate launch), be one process group of the size that was asked for."""
 
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem.config import UsageError
+from lowmem.parallel.elastic import is_restarted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,46 +59,30 @@ def processes_to_start(num_processes: int | None) -> int:
     return num_processes
 
 
-def start_processes(num_processes: int, arguments: Sequence[str]) -> int:
-    """Run this script with `arguments` in `num_processes` processes on this machine, and return its exit code.
-
-    By torch's elastic launcher, without restarts: when one process fails, it ends the others and its code is returned.
-    """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    print(f"starting {num_processes} processes on this machine", flush=True)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-u", *arguments)
-    except ChildFailedError as failure:
-        _, first = failure.get_first_failure()
-        return first.exitcode if first.exitcode > 0 else 1
-    return 0
-
-
 def join(
-    *, mixed_precision: str | None = None, report_to: Sequence[str] = (), output_dir: Path | None = None
+    *,
+    mixed_precision: str | None = None,
+    report_to: Sequence[str] = (),
+    output_dir: Path | None = None,
+    heartbeat_timeout: float = 120.0,
+    last_words: Callable[[str], None] | None = None,
 ) -> "Accelerator":
     """Join the process group that the environment describes. Returns its Accelerator.
 
     Without a GPU it runs on the CPU over gloo, also where accelerate would start independent runs. `mixed_precision`
-    None is what `accelerate launch` was told. Raises UsageError if the group is not of the launched size, and for what
-    `check_launch` refuses.
+    None is what `accelerate launch` was told. Several processes watch one another: one that gives no sign of life for
+    `heartbeat_timeout` seconds, or that fails alone, ends all of them with a line on stderr that names it and is given
+    to `last_words`. Raises UsageError if the group is not of the launched size, and for what `check_launch` refuses.
     """
     check_launch(None)
     import torch
     from accelerate import Accelerator
 
+    from lowmem.parallel.agree import watch_one_another
+
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
+    if is_restarted():
+        _start_group_of_a_restart("cpu" if on_cpu else torch.accelerator.current_accelerator().type)
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=mixed_precision,
@@ -111,7 +95,25 @@ def join(
             f"the launcher started {launched} processes, accelerate sees {accelerator.num_processes} "
             f"({accelerator.distributed_type.value}): each would train alone, so none does; check the launcher's flags"
         )
+    watch_one_another(heartbeat_timeout, last_words)
     return accelerator
+
+
+def _start_group_of_a_restart(device_type: str) -> None:
+    """Start the process group of processes that were started again, which accelerate then takes as it is.
+
+    The launcher's store still holds what their predecessors wrote for one another, such as addresses: who reads one of
+    these first waits for the dead. So the group gets a part of the store of its own.
+    """
+    from torch import distributed
+
+    store, rank, world_size = next(distributed.rendezvous("env://"))
+    distributed.init_process_group(
+        distributed.get_default_backend_for_device(device_type),
+        store=distributed.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store),
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def make_deterministic(wanted: bool) -> None:

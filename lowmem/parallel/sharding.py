@@ -6,6 +6,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lowmem.parallel.agree import waiting
 
 _BUCKET_BYTES = 32 * 2**20
 
@@ -16,17 +22,38 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def parallelize(model: nn.Module, accelerator: Accelerator, *, sharding_strategy: str = "NO_SHARD") -> nn.Module:
-    """Put the model on this rank's device with rank 0's weights and buffers. Wraps nothing: state keys stay.
+    """Put the model on this rank's device with rank 0's weights and buffers. State keys stay the model's own.
 
-    NO_SHARD keeps a whole copy on every rank. Raises ValueError for another strategy.
+    NO_SHARD keeps a whole copy on every rank and wraps nothing. FULL_SHARD divides weights, gradients and optimizer
+    state over the ranks (torch's fully_shard, a group for each layer): parameters become DTensors, and every backward
+    adds to sharded sums over ranks, reduced in fp32. Raises ValueError for another strategy.
     """
-    if sharding_strategy != "NO_SHARD":
-        raise ValueError(f"sharding_strategy={sharding_strategy} is not built yet: use NO_SHARD")
+    if sharding_strategy not in ("NO_SHARD", "FULL_SHARD"):
+        raise ValueError(f"sharding_strategy={sharding_strategy} is not built yet: use NO_SHARD or FULL_SHARD")
     model.to(accelerator.device)
     if accelerator.num_processes > 1:
-        for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.data, src=0)
+        with waiting("spreading the weights of rank 0"):
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.data, src=0)
+        if sharding_strategy == "FULL_SHARD":
+            _shard(model, accelerator)
     return model
+
+
+def _shard(model: nn.Module, accelerator: Accelerator) -> None:
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # Sums, where its default is means: the step divides by the targets of all ranks.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that multiplies by a factor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether its weights are divided over ranks, so that each forward and backward talks to the other ranks."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
@@ -58,9 +85,14 @@ def _pieces(tensor: Tensor) -> Iterable[Tensor]:
 def _reduce_bucket(bucket: list[Tensor]) -> None:
     sum_dtype = torch.promote_types(bucket[0].dtype, torch.float32)
     if len(bucket) == 1 and bucket[0].is_contiguous() and bucket[0].dtype == sum_dtype:
-        dist.all_reduce(bucket[0])  # large enough to travel alone, without a copy
+        _reduce(bucket[0])  # large enough to travel alone, without a copy
         return
     flat = torch.cat([tensor.reshape(-1).to(sum_dtype) for tensor in bucket])
-    dist.all_reduce(flat)
+    _reduce(flat)
     for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
         tensor.copy_(part.view_as(tensor))
+
+
+def _reduce(tensor: Tensor) -> None:
+    with waiting("summing tensors"):
+        dist.all_reduce(tensor)

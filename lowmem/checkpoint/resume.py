@@ -1,10 +1,12 @@
 """Which checkpoint a run goes on from, and whether it is still the same run."""
 
+import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-from lowmem.checkpoint import latest_checkpoint, saved_settings
-from lowmem.commit import verify_checkpoint
+from lowmem.checkpoint.commit import checkpoints
+from lowmem.checkpoint.load import TIERS, saved_settings, verify_together
 from lowmem.config import CHANGEABLE_ON_RESUME, UsageError
 from lowmem.parallel.agree import gather_bytes, on_main_rank
 
@@ -12,16 +14,24 @@ from lowmem.parallel.agree import gather_bytes, on_main_rank
 def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
     """The checkpoint that `resume` means (never, auto or a path), whole and the same on every rank.
 
-    None is a fresh start. Raises UsageError for a path that holds no whole checkpoint.
+    All ranks read it, each its share. auto is the newest whole one of `output_dir`, or None, a fresh start; a line
+    tells why another was passed over. Raises UsageError for a path that holds no whole checkpoint.
     """
     if resume == "never":
         return None
     if resume != "auto":
-        on_main_rank(lambda: verify_checkpoint(resume))
+        verify_together(resume)
         return Path(resume)
-    newest = on_main_rank(lambda: latest_checkpoint(output_dir / "checkpoints"))
-    (name, *_) = gather_bytes(str(newest or "").encode())
-    return Path(name.decode()) if name else None
+    found = on_main_rank(lambda: [str(path) for path in reversed(checkpoints(output_dir / "checkpoints"))])
+    (told, *_) = gather_bytes(json.dumps(found).encode())
+    for path in map(Path, json.loads(told)):
+        try:
+            verify_together(path)
+        except UsageError as error:
+            on_main_rank(partial(print, f"passed over a checkpoint: {error}", flush=True))
+        else:
+            return path
+    return None
 
 
 def check_same_run(checkpoint: Path, settings: Mapping[str, object]) -> list[str]:
@@ -35,9 +45,16 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object]) -> list[str
         for name in settings
         if name in saved and name not in ("resume", "output_dir") and saved[name] != settings[name]
     }
-    if refused := [change for name, change in changes.items() if name not in CHANGEABLE_ON_RESUME]:
+    changeable = CHANGEABLE_ON_RESUME | ({"memory"} if _keeps_less(saved, settings) else set())
+    if refused := [change for name, change in changes.items() if name not in changeable]:
         raise UsageError(f"{checkpoint} is of another run: {'; '.join(refused)}. Set them back, or start anew")
     return list(changes.values())
+
+
+def _keeps_less(saved: Mapping[str, object], settings: Mapping[str, object]) -> bool:
+    """Whether the run goes on in a tier that rounds what the checkpoint holds, as `load_checkpoint` can."""
+    then, now = (each.get("memory") or "off" for each in (saved, settings))
+    return settings.get("optimizer") == "adamw" and TIERS.index(then) < TIERS.index(now)
 
 
 def rows_per_step(settings: Mapping[str, object], world_size: int, checkpoint: Path | None) -> int:

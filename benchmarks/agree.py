@@ -1,0 +1,192 @@
+"""What it costs that ranks agree and watch one another: parts of an optimizer step of two processes on gloo.
+
+    python benchmarks/agree.py --model=t5-small --output=benchmarks/results/agree.jsonl
+    python benchmarks/agree.py --model=t5-tiny --count_syncs
+
+Writes a JSON line for each command, and a table beside it. See README.md.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+from compare import Record, append, shapes
+from systems import OPTIMIZER, WARM_UP_STEPS, machine, open_steps, open_work
+
+WORLD_SIZE = 2
+LIMIT_SECONDS = 120.0  # train's default heartbeat_timeout
+AGREEMENTS = 2000
+IDLE_SECONDS = 20.0
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--model", choices=list(shapes()), default="t5-tiny")
+    parser.add_argument("--batch_size", type=int, default=4, help="rows of a process and step")
+    parser.add_argument("--seq_len", type=int, default=128, help="tokens; for T5 each of prompt and response")
+    parser.add_argument("--steps", type=int, default=5, help="of a turn, beside those that are not timed")
+    parser.add_argument("--turns", type=int, default=4, help="with the heartbeat and without: A B A B ...")
+    parser.add_argument("--count_syncs", action="store_true", help="instead: count the host syncs of a step on a GPU")
+    parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
+    return parser.parse_args()
+
+
+# --- in each of the processes
+def new_step(flags: argparse.Namespace) -> tuple[Callable[[], None], int]:
+    """A function that does one optimizer step, and how many weights the model has. No heartbeat is started."""
+    from accelerate import Accelerator
+
+    from lowmem import TrainState, chunked_loss, load_model, make_optimizer, parallelize, train_step
+
+    accelerator = Accelerator(cpu=not flags.count_syncs)
+    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    model, tokenizer = load_model(model_config=shapes()[flags.model])
+    model = parallelize(model, accelerator)
+    work = {"batch_size": flags.batch_size, "gradient_accumulation_steps": 1, "seq_len": flags.seq_len}
+    settings = SimpleNamespace(**work, train_file=None, num_rows=flags.batch_size * WORLD_SIZE)
+    rows, encode = open_work(settings, tokenizer, model.config)
+    (batches,) = islice(open_steps(settings, rows, encode, **place), 1)
+    state = TrainState(model, make_optimizer(model, memory="off", **OPTIMIZER))
+
+    def step() -> None:
+        train_step(state, batches, chunked_loss, accelerator, learning_rate=1e-4, max_grad_norm=1.0)
+
+    return step, sum(parameter.numel() for parameter in model.parameters())
+
+
+def measure(flags: argparse.Namespace) -> Record:
+    """Seconds of each step with the heartbeat and without, of its two agreements, and of a watching process's CPU."""
+    from lowmem.parallel import heartbeat
+    from lowmem.parallel.agree import sum_over_ranks, watch_one_another
+
+    step, num_weights = new_step(flags)
+    seconds: dict[str, list[list[float]]] = {"with": [], "without": []}
+    for _ in range(flags.turns):
+        for name, turns in seconds.items():
+            if name == "with":
+                watch_one_another(LIMIT_SECONDS)
+            marks = []
+            for _ in range(flags.steps + WARM_UP_STEPS):
+                started = time.perf_counter()
+                step()
+                marks.append(time.perf_counter() - started)
+            turns.append(marks[WARM_UP_STEPS:])
+            heartbeat.ended()
+    agreements = []
+    for _ in range(AGREEMENTS):
+        started = time.perf_counter()
+        sum_over_ranks(0, 0, 0)  # as in the beginning of a step, and after its last backward
+        sum_over_ranks(0)
+        agreements.append(time.perf_counter() - started)
+    idle = idle_cores()  # of gloo's threads
+    watch_one_another(LIMIT_SECONDS)
+    told = {"weights": num_weights, "seconds": seconds, "agreement_seconds": median(agreements)}
+    return told | {"heartbeat_cores": idle_cores() - idle}
+
+
+def idle_cores() -> float:
+    """CPU seconds a second of this process while its main thread sleeps."""
+    before = time.process_time()
+    time.sleep(IDLE_SECONDS)
+    return (time.process_time() - before) / IDLE_SECONDS
+
+
+def count_syncs(flags: argparse.Namespace) -> Record:
+    """How often the host waits for the GPU within one step, as torch notices it."""
+    import torch
+
+    step, num_weights = new_step(flags)
+    step()
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step()
+    torch.cuda.set_sync_debug_mode("default")
+    places = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    return {"weights": num_weights, "syncs": len(places), "places": places}
+
+
+def run_rank(flags: argparse.Namespace) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    record = count_syncs(flags) if flags.count_syncs else measure(flags)
+    if os.environ["RANK"] == "0":
+        Path(os.environ["LOWMEM_RECORD"]).write_text(json.dumps(record))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# --- in the process that starts them
+def start(flags: argparse.Namespace) -> Record:
+    world_size = 1 if flags.count_syncs else WORLD_SIZE
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "record.json")
+        subprocess.run(
+            [sys.executable, *launch, *sys.argv],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "LOWMEM_RECORD": str(path)},
+            stdout=sys.stderr,
+            check=True,
+        )
+        return json.loads(path.read_text())
+
+
+def table(records: list[Record]) -> str:
+    """Markdown for the record of one command."""
+    (record,) = records
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    told = [f"## {record['model']}, {record['weights']:,} weights, {record['batch_size']} rows of {record['seq_len']}"]
+    told += ["", f"    {record['command']}", ""]
+    told += [f"{record['date']}; {record['machine']['cpu']}, {record['machine']['cores']} cores; {versions}.", ""]
+    if "syncs" in record:
+        return "\n".join([*told, f"Host syncs of one step: {record['syncs']} ({', '.join(record['places'])}).", ""])
+    with_it, without = ([s for turn in record["seconds"][name] for s in turn] for name in ("with", "without"))
+    pairs = zip(record["seconds"]["with"], record["seconds"]["without"], strict=True)
+    slower = median(median(a) / median(b) for a, b in pairs) - 1
+    step, agreement, cores = median(without), record["agreement_seconds"], record["heartbeat_cores"]
+    turns = len(record["seconds"]["with"])
+    told += [
+        f"{len(with_it)} steps each, in {turns} turns, of {WORLD_SIZE} processes at one thread; medians.",
+        "",
+        "| | | of a step |",
+        "|---|---:|---:|",
+        f"| a step without heartbeat | {step * 1e3:.1f} ms | |",
+        f"| a step with it | {median(with_it) * 1e3:.1f} ms | {slower:+.2%} |",
+        f"| a step's two agreements, alone | {agreement * 1e6:.0f} us | {agreement / step:.3%} |",
+        f"| CPU time of the heartbeat, rank 0's | {cores * 1e3:.2f} ms a second | {cores:.3%} |",
+        "",
+    ]
+    return "\n".join(told)
+
+
+def main() -> None:
+    flags = parse_flags()
+    if "LOWMEM_RECORD" in os.environ:
+        run_rank(flags)
+        return
+    names = ("model", "batch_size", "seq_len", "steps", "turns")
+    record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(["python", *sys.argv])}
+    record |= {name: getattr(flags, name) for name in names} | start(flags)
+    record |= {"machine": machine(), "versions": {name: version(name) for name in ("torch", "accelerate")}}
+    print(table([record]))
+    if flags.output:
+        append(flags.output, [record], table, "agree.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Saving and loading a checkpoint: seconds, bytes and host memory, of lowmem and of other ways to do it.
+
+    python benchmarks/checkpoint.py --folder=/tmp/checkpoints --output=benchmarks/results/checkpoint.jsonl
+    python benchmarks/checkpoint.py --quick
+
+Writes a JSON line for each save and load, and a table of medians beside it. See README.md.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lowmem, installed or not
+
+from checkpoint_systems import SYSTEMS
+from compare import MIB, Record, append
+from metrics import disk_bytes
+
+from lowmem.config import MODEL_SHAPES
+
+LIMIT_SECONDS = 600
+
+# What no run of this shows, from the sources and documents of the versions that were measured.
+KNOWN = {
+    "lowmem": ("yes", "yes"),
+    "accelerate": ("no", "weights and optimizer, not random state and rows"),
+    "trainer": ("no", "weights and optimizer, not random state"),
+    "torch.save": ("no", "yours to write"),
+    "dcp": ("its .metadata comes last", "yes"),
+}
+"""Of each system: whether a kill leaves a whole one or none, and whether another number of processes can load it."""
+
+
+def parse_flags(arguments: list[str]) -> argparse.Namespace:
+    """Flags as a namespace; a mistake ends the program with exit code 2, before anything is built."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--model", choices=list(MODEL_SHAPES), default="t5-base")
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help=f"comma list of {', '.join(SYSTEMS)}")
+    parser.add_argument("--repeats", type=int, default=3, help="systems take turns: A B C A B C ...")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where model and optimizer are")
+    parser.add_argument("--folder", type=Path, help="on the disk that is to be measured; default: the temporary one")
+    parser.add_argument("--quick", action="store_true", help="t5-tiny, once: does it work")
+    parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
+    flags = parser.parse_args(arguments)
+    flags.systems = flags.systems.split(",")
+    if unknown := [name for name in flags.systems if name not in SYSTEMS]:
+        parser.error(f"--systems has {', '.join(unknown)}: choose among {', '.join(SYSTEMS)}")
+    if flags.device == "cuda":  # one GPU is measured
+        flags.systems = [name for name in flags.systems if SYSTEMS[name].processes == 1]
+    if flags.repeats < 1:
+        parser.error(f"--repeats={flags.repeats} measures nothing: set 1 or more")
+    if flags.output and flags.output.suffix != ".jsonl":
+        parser.error(f"--output={flags.output} must end in .jsonl: a table of the same name ends in .md")
+    if flags.quick:
+        flags.model, flags.repeats = "t5-tiny", 1
+    return flags
+
+
+def run(system: str, folder: Path, flags: argparse.Namespace, *, is_load: bool) -> Record:
+    """One save into `folder`, or load from it, in fresh processes; of several ranks, the most of each number.
+
+    Raises RuntimeError with the last line of what a rank told when it fails.
+    """
+    settings = {"system": system, "is_load": is_load, "folder": str(folder)}
+    settings |= {"device": flags.device, "shape": MODEL_SHAPES[flags.model]}
+    command = [sys.executable, Path(__file__).with_name("checkpoint_systems.py"), json.dumps(settings)]
+    world_size = SYSTEMS[system].processes
+    # A GPU is one: on more, Trainer would wrap the model in DataParallel.
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if flags.device == "cuda" else ""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": devices, "HF_HUB_OFFLINE": "1"}
+    group = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost"}
+    group |= {"MASTER_PORT": str(free_port())}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} | group for rank in range(world_size)]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=environment | (rank if world_size > 1 else {}),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ranks
+    ]
+    try:
+        told = [process.communicate(timeout=LIMIT_SECONDS)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for process, errors in zip(processes, told, strict=True):
+        if process.returncode:
+            raise RuntimeError((errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
+    records = [json.loads(folder.with_name(f"record-{rank}.json").read_text()) for rank in range(world_size)]
+    assert len({record["digest"] for record in records}) == 1, f"{system}: its ranks hold other weights"
+    numbers = [name for name in records[0] if name.endswith(("_bytes", "seconds"))]
+    return records[0] | {name: max(record.get(name, 0) for record in records) for name in numbers}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def measure(system: str, folder: Path, flags: argparse.Namespace, *, is_damaged: bool) -> Record:
+    """A save and a load of what it saved; and, once for each system, a load after a bit has been flipped."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    saved = run(system, folder, flags, is_load=False)
+    record = {"save": saved, "disk_bytes": disk_bytes(str(folder)), "pickles": list(pickles(folder))}
+    record["load"] = run(system, folder, flags, is_load=True)
+    assert record["load"]["digest"] == saved["digest"], f"{system} loaded something else than it saved"
+    if is_damaged:
+        flip_a_bit(max(filter(Path.is_file, folder.rglob("*")), key=lambda path: path.stat().st_size))
+        try:
+            digest = run(system, folder, flags, is_load=True)["digest"]
+            record["flipped_bit"] = "not seen" if digest == saved["digest"] else "loaded"
+        except RuntimeError as error:
+            record["flipped_bit"] = f"refused: {error}"
+    shutil.rmtree(folder)
+    return record
+
+
+def flip_a_bit(path: Path) -> None:
+    """In the middle of the file, where tensors are."""
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def pickles(folder: Path) -> Iterator[str]:
+    """Files that are pickles, or archives of torch.save, which hold one."""
+    for path in sorted(filter(Path.is_file, folder.rglob("*"))):
+        with open(path, "rb") as file:
+            start = file.read(2)
+        is_archive = zipfile.is_zipfile(path)
+        if start[:1] == b"\x80" and start[1:] <= b"\x05" or is_archive and _holds_pickle(path):
+            yield path.name
+
+
+def _holds_pickle(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("data.pkl") for name in archive.namelist())
+
+
+# --- what is told
+def table(records: list[Record]) -> str:
+    """Markdown for the records of one command: medians over its repeats."""
+    of: dict[str, list[Record]] = {}
+    for record in records:
+        of.setdefault(record["system"], []).append(record)
+
+    def seconds(system: str, action: str, *names: str) -> str:
+        return f"{median(sum(record[action][name] for name in names) for record in of[system]):.2f}"
+
+    def mib(system: str, action: str, name: str) -> str:
+        """Memory above the run; less the state that a load makes, which belongs to the run."""
+        found = (record[action][name] - record[action].get("made_bytes", 0) for record in of[system])
+        return f"{median(found) / MIB:,.0f}"
+
+    def numbers(system: str) -> list[str]:
+        return [
+            f"{of[system][0]['disk_bytes'] / 1e6:,.0f}",
+            seconds(system, "save", "seconds"),
+            seconds(system, "save", "seconds", "sync_seconds"),
+            mib(system, "save", "peak_bytes"),
+            seconds(system, "load", "seconds"),
+            mib(system, "load", "peak_bytes"),
+            mib(system, "load", "anonymous_bytes"),
+        ]
+
+    def promises(system: str) -> list[str]:
+        atomic, elastic = KNOWN[system.partition(" ")[0].partition("-")[0]]
+        pickled = of[system][0]["pickles"]
+        flipped = next((record["flipped_bit"] for record in of[system] if "flipped_bit" in record), "-")
+        return [system, atomic, flipped.partition(":")[0], ", ".join(pickled) or "none", elastic]
+
+    first = records[0]
+    save = first["save"]
+    versions = ", ".join(f"{name} {number}" for name, number in save["versions"].items())
+    head = "| system | MB | save, s | on disk, s | save: peak, MiB | load, s | load: peak, MiB | without maps, MiB |"
+    return "\n".join(
+        [
+            f"## {first['model']}, AdamW",
+            "",
+            f"    {first['command']}",
+            "",
+            f"{first['date']}; {save['machine']['cpu']}, {save['machine']['cores']} cores, 1 thread a process, model "
+            f"on {save['machine']['device']}; {versions}; medians of {first['repeats']}.",
+            "",
+            head,
+            "|---" + "|---:" * 7 + "|",
+            *(f"| {' | '.join([system, *numbers(system)])} |" for system in of),
+            "",
+            "| system | a kill leaves it whole or absent | a flipped bit is | pickles in it | elastic |",
+            "|---" * 5 + "|",
+            *(f"| {' | '.join(promises(system))} |" for system in of if SYSTEMS[system].processes == 1),
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    flags = parse_flags(sys.argv[1:])
+    shown = list(sys.argv)
+    if flags.folder:  # where it is is nobody's business
+        shown = [argument.replace(str(flags.folder), "FOLDER") for argument in shown]
+        flags.folder.mkdir(parents=True, exist_ok=True)
+    shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(["python", *shown])}
+    shared |= {"model": flags.model, "repeats": flags.repeats}
+    records = []
+    with nullcontext(flags.folder) if flags.folder else tempfile.TemporaryDirectory() as folder:
+        for repeat in range(flags.repeats):
+            for system in flags.systems:
+                found = measure(system, Path(folder, "checkpoint"), flags, is_damaged=repeat == 0)
+                records.append({"system": system, "repeat": repeat, **shared, **found})
+                seconds = ", ".join(f"{action} {found[action]['seconds']:.2f} s" for action in ("save", "load"))
+                print(f"{system}, repeat {repeat}: {seconds}", file=sys.stderr)
+    print(table(records))
+    if flags.output:
+        append(flags.output, records, table, "checkpoint.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""One folder written by all ranks at the same time, each its share of the bytes, whole or absent for all of them."""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from lowmem.checkpoint.commit import abandon, begin, finish, unfinished_folder
+from lowmem.config import SaveError
+from lowmem.disk import FileRecord, free_bytes, make_folder, write_file
+from lowmem.parallel.agree import failing_together, gather_bytes, on_main_rank
+from lowmem.parallel.pieces import rank_and_world_size, whole_parts
+from lowmem.weights import Shard, write_index
+
+
+class TensorFiles(NamedTuple):
+    """Those that become STEM.safetensors, or shards of it with an index, in one folder of what is saved."""
+
+    folder: str
+    stem: str
+    shards: list[Shard]
+
+
+def write_together(
+    path: Path,
+    tensors: Sequence[TensorFiles],
+    write_rest: Callable[[Path, dict[str, FileRecord]], None],
+    *,
+    replace: bool = False,
+) -> None:
+    """Every rank writes its share of the shards, rank 0 the rest (told what was written), and `path` is whole."""
+    needed = sum(shard.num_bytes for group in tensors for shard in group.shards)
+    unfinished, (rank, world_size) = unfinished_folder(path), rank_and_world_size()
+
+    def start() -> None:
+        with _as_save_error(path, needed):
+            if needed > free_bytes(path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            begin(path, replace=replace)
+            for folder in {group.folder for group in tensors if group.folder}:
+                make_folder(unfinished / folder)
+
+    def end(records: dict[str, FileRecord]) -> None:
+        with _as_save_error(path, needed):
+            for group in tensors:
+                records |= within(group.folder, write_index(group.shards, unfinished / group.folder, group.stem))
+            write_rest(unfinished, records)
+            finish(path)
+
+    try:
+        on_main_rank(start)
+        with failing_together(), _as_save_error(path, needed):
+            written = _write_share(_shares(tensors, world_size), unfinished, rank)
+        everyone = [json.loads(records) for records in gather_bytes(json.dumps(written).encode())]
+        on_main_rank(lambda: end({name: record for records in everyone for name, record in records.items()}))
+    except BaseException:
+        if rank == 0:
+            abandon(path)
+        raise
+
+
+def _shares(tensors: Sequence[TensorFiles], world_size: int) -> list[list[tuple[str, Shard]]]:
+    """What each rank writes, (folder, shard): the largest files first, each to the rank that has the fewest bytes."""
+    shares: list[list[tuple[str, Shard]]] = [[] for _ in range(world_size)]
+    load = [0] * world_size
+    every = [(group.folder, shard) for group in tensors for shard in group.shards]
+    for folder, shard in sorted(every, key=lambda item: -item[1].num_bytes):
+        rank = load.index(min(load))
+        shares[rank].append((folder, shard))
+        load[rank] += shard.num_bytes
+    return shares
+
+
+def _write_share(shares: list[list[tuple[str, Shard]]], unfinished: Path, rank: int) -> dict[str, FileRecord]:
+    records = {}
+    queues = [[tensor for _, shard in share for tensor in shard.tensors.values()] for share in shares]
+    parts = whole_parts(queues, rank)
+    try:
+        for folder, shard in shares[rank]:
+            written = write_file(unfinished / folder / shard.name, chain([shard.header], _take(parts, shard.num_bytes)))
+            records |= within(folder, {shard.name: written})
+    finally:
+        for _ in parts:  # others count on this rank's pieces of their tensors, even if its own disk failed
+            pass
+    return records
+
+
+def _take(parts: Iterator[memoryview], num_bytes: int) -> Iterator[memoryview]:
+    while num_bytes:
+        part = next(parts)
+        num_bytes -= len(part)
+        yield part
+
+
+def within(folder: str, records: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    return {(PurePosixPath(folder) / name).as_posix(): record for name, record in records.items()}
+
+
+@contextmanager
+def _as_save_error(path: Path, needed: int) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        place = f" at {error.filename}" if error.filename else ""
+        raise SaveError(
+            f"{path} could not be saved: {error.strerror}{place}; it takes {needed:,} bytes, {free_bytes(path):,} are "
+            "free. What stood before stands: make room or mend the disk, and go on from there"
+        ) from error

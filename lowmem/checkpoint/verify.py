@@ -1,0 +1,35 @@
+"""What the command `verify` does: read every byte of a checkpoint, or of all of a run. Imports no torch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from lowmem.checkpoint.commit import checkpoints, read_manifest, verify_checkpoint
+from lowmem.config import UsageError
+
+
+def verify(path: str | Path) -> Iterator[str]:
+    """A line for each checkpoint that is whole: `path` itself, or those of the run's folder `path`, newest first.
+
+    Raises UsageError for one that is damaged, naming the file (of a run: at the end, all of them), and for a folder
+    without any.
+    """
+    path = Path(path)
+    found = checkpoints(path / "checkpoints") or checkpoints(path)
+    if not found:
+        yield _verified(path)
+        return
+    damages = []
+    for checkpoint in reversed(found):
+        try:
+            yield f"{checkpoint.name}: {_verified(checkpoint)}"
+        except UsageError as error:
+            damages.append(str(error))
+    if damages:
+        raise UsageError(f"{len(damages)} of {len(found)} checkpoints are damaged: {'; '.join(damages)}")
+
+
+def _verified(path: Path) -> str:
+    verify_checkpoint(path)
+    manifest = read_manifest(path)
+    sizes = [record["bytes"] for record in manifest["files"].values()] + [(path / "manifest.json").stat().st_size]
+    return f"whole: step {manifest['step']}, {len(sizes)} files, {sum(sizes):,} bytes"

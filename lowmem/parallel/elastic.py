@@ -1,0 +1,105 @@
+"""torch's elastic launcher from both sides: who starts processes through it, and what a process knows that it started.
+
+Imports no torch until processes are started.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+
+import psutil
+
+from lowmem.parallel.signals import PREEMPTED, Signals
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def start_processes(num_processes: int, arguments: Sequence[str], signals: Signals) -> int:
+    """Run this script with `arguments` in `num_processes` processes on this machine, and return its exit code.
+
+    Without restarts: when one process fails, the launcher ends the others and its code is returned. The first of
+    `signals`, which are caught already, is passed on to the processes; they may take the time they need to save.
+    """
+    passed_on: list[int] = []
+
+    def pass_on(name: str) -> None:
+        passed_on.append(signal.Signals[name])
+        processes = psutil.Process().children()
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.Signals[name])
+        if not processes:  # not started yet: nothing to save
+            os._exit(PREEMPTED)
+
+    signals.at_once = pass_on
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    print(f"starting {num_processes} processes on this machine", flush=True)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        signals_to_handle="SIGHUP,SIGQUIT",  # 30 s after one that it handles it kills: too soon for a large model
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", *arguments)
+    except ChildFailedError as failure:
+        _, first = failure.get_first_failure()
+        if -first.exitcode in passed_on:  # it came before the process could catch it
+            return PREEMPTED
+        return first.exitcode if first.exitcode > 0 else 1
+    return 0
+
+
+def die_with_launcher() -> None:
+    """Under an elastic launcher on Linux: get a SIGTERM if the launcher dies, be it of SIGKILL. Elsewhere: nothing.
+
+    So a launcher that is killed, or ended by a second signal, leaves nothing behind that trains on, and what can be
+    saved is.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != launcher:  # it died in between
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def this_launch() -> dict[str, object]:
+    """{"run_id", "host", "launcher": id of the process that started this one, "since": when that was started}."""
+    launcher = psutil.Process(os.getppid())
+    return {
+        "run_id": os.environ.get("TORCHELASTIC_RUN_ID"),
+        "host": socket.gethostname(),
+        "launcher": launcher.pid,
+        "since": datetime.fromtimestamp(launcher.create_time(), UTC).isoformat(),
+    }
+
+
+def is_restarted() -> bool:
+    """Whether an elastic launcher has started this process in place of one that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def is_of_this_launch(launch: Mapping[str, object], time: str) -> bool:
+    """Whether what a process of `launch` wrote down at `time` (ISO 8601) was written in the launch that we are in.
+
+    A launch has a launcher on each host, and all have its run id. But that may be "none", or one that a scheduler uses
+    again, so another launcher's word counts if it is younger than our launcher.
+    """
+    ours = this_launch()
+    since = datetime.fromisoformat(ours["since"])
+    if (launch["host"], launch["launcher"]) == (ours["host"], ours["launcher"]):
+        # a process id may be used again; the start of one process is told up to the second's rounding of boot time
+        return abs((datetime.fromisoformat(launch["since"]) - since).total_seconds()) < 2
+    return launch["run_id"] == ours["run_id"] and datetime.fromisoformat(time) > since

@@ -1,0 +1,85 @@
+"""A training run seen from outside: its folder is locked, signals are caught, and however it ends is told."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from lowmem.config import RankError, SaveError, UsageError
+from lowmem.data.rows import RowError
+from lowmem.exit_file import CODES, remove_exit, write_exit
+from lowmem.parallel import heartbeat
+from lowmem.parallel.signals import PREEMPTED, Signals
+from lowmem.run_folder import holds_anything, owned
+
+# Their messages say all: a traceback would hide it.
+_TOLD_IN_A_LINE = (UsageError, RowError, RankError, SaveError, FloatingPointError)
+
+
+def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Signals) -> int:
+    """Call `train(signals=..., last_words=...)`, which returns (step, preempted), and return the exit code.
+
+    How it ended is in `output`/exit.json, unless it was a mistake and nothing else is in there. What `train` raises is
+    raised. The main rank holds the folder's lock meanwhile.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    record = partial(write_exit, output, rank=rank)
+    with owned(output) if rank == 0 else nullcontext():
+        if rank == 0:
+            remove_exit(output)
+            signals.at_once = partial(end_at_once, record=record)
+        try:
+            step, preempted = train(
+                signals=signals, last_words=lambda message: record("failed", message, step=heartbeat.current_step())
+            )
+        except Exception as error:
+            cause = cause_of(error)
+            # before the main rank has locked the folder it may be another run's
+            is_ours = rank == 0 or is_in_a_group()
+            if is_ours and (cause != "mistake" or holds_anything(output)):
+                record(cause, message_of(error), step=heartbeat.current_step())
+            raise
+        cause = "preempted" if preempted else "done"
+        if rank == 0:
+            record(cause, f"step {step} is saved" if preempted else "", step=step)
+    return CODES[cause]
+
+
+def end_at_once(signal: str, record: Callable[..., None] | None = None) -> NoReturn:
+    """What a signal does until the processes are one group, in which they can agree on when to end."""
+    print(f"{signal} came, ends at once: there is nothing to save yet", file=sys.stderr, flush=True)
+    # an elastic launcher sends SIGTERM to all also when one of them failed, to start them again
+    if record is not None and (signal != "SIGTERM" or "TORCHELASTIC_RUN_ID" not in os.environ):
+        record("preempted", step=None)
+    os._exit(PREEMPTED)
+
+
+def tell_failure(error: Exception) -> int:
+    """Tell of `error` here, to a person, and to the other ranks. Returns the exit code."""
+    rank = os.environ.get("LOCAL_RANK", "0")
+    where = "" if rank == "0" else f" on local rank {rank}"
+    # Before the processes are one group, all see the same mistake and one tells it; later a rank may be alone.
+    if rank == "0" or not isinstance(error, UsageError) or is_in_a_group():
+        if isinstance(error, _TOLD_IN_A_LINE):
+            print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exception(error)
+    heartbeat.failed(message_of(error))
+    return CODES[cause_of(error)]
+
+
+def cause_of(error: Exception) -> str:
+    return "mistake" if isinstance(error, UsageError) else "failed"
+
+
+def message_of(error: Exception) -> str:
+    return str(error) if isinstance(error, _TOLD_IN_A_LINE) else f"{type(error).__name__}: {error}"
+
+
+def is_in_a_group() -> bool:
+    """Whether this process has joined the others. Imports no torch."""
+    return "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()

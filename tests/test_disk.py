@@ -1,0 +1,126 @@
+"""Invariant 4 at every single operation on the disk: killed there, or failing there, no checkpoint is lost."""
+
+import errno
+import os
+import re
+import shutil
+import signal
+import sys
+import traceback
+from functools import partial
+from itertools import count
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lowmem.checkpoint.load import latest_checkpoint, load_checkpoint
+from lowmem.checkpoint.save import save_checkpoint
+from lowmem.checkpoint.tensors import model_tensors, optimizer_tensors
+from lowmem.config import RankError, SaveError
+from lowmem.memory.optim import make_optimizer
+from lowmem.step import TrainState
+from tests.forked import fork_ranks
+
+FAULTS = {"killed": None, "no space": errno.ENOSPC, "disk error": errno.EIO}
+MET, NOT_MET = 3, 4  # exit codes: whether a rank came to the operation that was to fail, or to see another one fail
+
+
+def small_state(step):
+    """A state with moments; its values tell the step."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = make_optimizer(model, memory="off")
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, step)
+    optimizer.step()
+    return TrainState(model, optimizer, step=step)
+
+
+def assert_equal(state, other):
+    for mine, theirs in [
+        (model_tensors(state.model), model_tensors(other.model)),
+        (optimizer_tensors(state.model, state.optimizer), optimizer_tensors(other.model, other.optimizer)),
+    ]:
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def fail_at(point, fault):
+    """Let the `point`th operation from now on fail; the list that is returned grows by each one."""
+    seen = []
+
+    def hook(event, arguments):
+        if event != "lowmem.disk":
+            return
+        seen.append(arguments)
+        if len(seen) == point:
+            if FAULTS[fault] is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(FAULTS[fault], os.strerror(FAULTS[fault]), arguments[1])
+
+    sys.addaudithook(hook)
+    return seen
+
+
+def save_failing(folder, fault, point, failing_ranks):
+    """Save step 2 beside step 1, which goes once it stands."""
+    accelerator = Accelerator(cpu=True)
+    met = fail_at(point, fault) if accelerator.process_index in failing_ranks else []
+    outcome = MET
+    try:
+        save_checkpoint(small_state(2), folder, accelerator, keep=1, max_shard_size=60)
+        outcome = MET if len(met) >= point else NOT_MET
+    except SaveError as error:
+        assert re.search("could not be saved: .*; it takes 104 bytes, [0-9,]+ are free", str(error)), error
+        if len(met) >= point and met[point - 1][0] == "fsync":  # which must not be tried a second time
+            assert met.count(met[point - 1]) == 1
+    except RankError:
+        assert fault == "killed"  # and another rank was, on which this one waited
+    os._exit(outcome)
+
+
+def check_every_point(folder, fault, failing_ranks, attempt):
+    """Save once for every operation of a save, each time failing at another one, until none is left to fail at."""
+    accelerator = Accelerator(cpu=True)
+    old = save_checkpoint(small_state(1), folder / "first", accelerator)
+    for point in count(1):
+        work = folder / str(point)
+        shutil.copytree(old.parent, work)
+        codes = attempt(save_failing, work, fault, point, failing_ranks)
+        assert set(codes) <= {MET, NOT_MET, -signal.SIGKILL}, codes
+        newest = latest_checkpoint(work)
+        state = small_state(5)
+        load_checkpoint(state, newest, accelerator)
+        assert_equal(state, small_state(state.step))
+        if -signal.SIGKILL not in codes:  # what was told was cleared up; what could not be removed stands aside
+            left = {path.name for path in work.iterdir()} - {"step-00000001", "step-00000002"}
+            assert not left or (newest.name == "step-00000002" and left == {".unfinished-removal-step-00000001"})
+        after = save_checkpoint(small_state(3), work, accelerator, keep=1)
+        assert [path.name for path in work.iterdir()] == [after.name]
+        if set(codes) == {NOT_MET}:
+            assert point > 10 and newest.name == "step-00000002"
+            return
+
+
+def fork_alone(function, *arguments):
+    process = os.fork()
+    if process == 0:
+        try:
+            function(*arguments)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_save_may_fail_at_any_operation(fault, tmp_path):
+    # in a process that has no threads, to fork from
+    assert fork_ranks(1, check_every_point, tmp_path, fault, [0], fork_alone) == [0]
+
+
+@pytest.mark.parametrize("fault", ["killed", "no space"])
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_one_of_two_ranks_may_fail_at_any_operation(failing_rank, fault, tmp_path):
+    check_every_point(tmp_path, fault, [failing_rank], partial(fork_ranks, 2))

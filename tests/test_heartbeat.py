@@ -1,0 +1,88 @@
+"""Invariant 7: no rank waits for ever, and every one that is left names the rank to blame, where it was, and why."""
+
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from lowmem.parallel import heartbeat
+from lowmem.parallel.agree import on_main_rank, sum_over_ranks, watch_one_another
+from tests.processes import run, run_ranks, started_ranks
+
+LIMIT = 3.0
+
+
+def join_and_watch(limit=LIMIT, last_words=None):
+    dist.init_process_group("gloo")
+    watch_one_another(limit, last_words)
+    return dist.get_rank()
+
+
+def end_a_rank(victim, number, folder):
+    rank = join_and_watch(last_words=lambda message: Path(folder, str(dist.get_rank())).write_text(message))
+    heartbeat.at_step(4)
+    sum_over_ranks(1)
+    if rank == int(victim):
+        with heartbeat.doing("computing gradients"):
+            time.sleep(1)  # until the others have heard of it
+            os.kill(os.getpid(), int(number))
+    sum_over_ranks(2)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_killed_or_stopped_is_named_by_all_others(victim, how, tmp_path):
+    world_size = 2 + victim
+    with started_ranks(world_size, "tests.test_heartbeat:end_a_rank", victim, how.value, tmp_path) as ranks:
+        left = [rank for rank in range(world_size) if rank != victim]
+        outputs = {rank: ranks[rank].communicate(timeout=60)[0] for rank in left}
+    store = r", which keeps the store at localhost:\d+," if victim == 0 else ""
+    for rank in left:
+        told = f"rank {victim}{store} has been silent for .* s, last at step 4, computing gradients"
+        assert re.search(told, outputs[rank]), outputs[rank]
+        assert "step 4, agreeing" in outputs[rank]
+        assert ranks[rank].returncode == 1
+        if how == signal.SIGSTOP:  # its connections stay, so nothing but the heartbeat can end the others
+            assert re.search(told, (tmp_path / str(rank)).read_text())
+
+
+def fail_alone():
+    rank = join_and_watch()
+    with heartbeat.doing("computing gradients"):
+        if rank == 1:
+            raise KeyError("no such row")
+        time.sleep(60)  # as in a collective of a GPU, where no exception would come
+
+
+def test_an_error_on_one_rank_alone_ends_the_others_with_its_cause():
+    with started_ranks(2, "tests.test_heartbeat:fail_alone") as ranks:
+        outputs = [process.communicate(timeout=40)[0] for process in ranks]
+    assert "error: rank 1 failed with KeyError: 'no such row'. Rank 0, at computing gradients" in outputs[0]
+    assert [process.returncode for process in ranks] == [1, 1] and "Traceback" in outputs[1]
+
+
+def wait_long_and_end_one_after_the_other():
+    limit = 1.5
+    join_and_watch(limit)
+    on_main_rank(lambda: time.sleep(2 * limit))  # the others wait for it in a collective
+    dist.destroy_process_group()
+    rank = join_and_watch(limit)  # another group, with another heartbeat
+    if rank == 0:
+        time.sleep(2 * limit)  # rank 1 has ended meanwhile
+        dist.destroy_process_group()  # and then the process, with the store
+    if rank == 2:
+        time.sleep(4 * limit)
+
+
+def test_neither_a_long_wait_nor_an_early_end_is_silence():
+    run_ranks(3, "tests.test_heartbeat:wait_long_and_end_one_after_the_other")
+
+
+def test_importing_it_imports_no_torch():
+    result = run(sys.executable, "-c", "import lowmem.parallel.heartbeat, sys; assert 'torch' not in sys.modules")
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,74 @@
+"""Nothing is pickled or unpickled while a run saves and resumes, and no file that could hold a pickle is opened."""
+
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import ByT5Tokenizer
+
+from lowmem.checkpoint.load import load_checkpoint
+from lowmem.checkpoint.resume import checkpoint_to_resume
+from lowmem.checkpoint.save import save_checkpoint, save_model
+from lowmem.config import UsageError
+from lowmem.model import load_model
+from lowmem.parallel.agree import on_main_rank
+from lowmem.parallel.launch import join
+from tests.forked import fork_ranks
+from tests.models import build
+from tests.test_sharded import DDP, FSDP, new_state, train
+
+
+def save_and_load_unpickled(folder, sharding_strategy):
+    """On each of two ranks, with everything forbidden that pickles, unpickles or opens a file that could be one."""
+
+    def refuse(event, arguments):
+        is_read = event == "open" and isinstance(arguments[0], str | os.PathLike) and arguments[1] != "w"
+        if event == "pickle.find_class" or (is_read and Path(arguments[0]).suffix in (".pkl", ".bin", ".pt", ".pth")):
+            raise AssertionError(f"{event} {arguments}")
+
+    def forbidden(*arguments, **options):
+        raise AssertionError("pickle was used")
+
+    accelerator = join()
+    state = new_state(accelerator, sharding_strategy)
+    train(state, 1, accelerator)
+    for module, name in [(pickle, "dumps"), (pickle, "dump"), (pickle, "loads"), (pickle, "load"), (torch, "load")]:
+        setattr(module, name, forbidden)
+    torch.save = forbidden
+    sys.addaudithook(refuse)
+    path = save_checkpoint(state, folder, accelerator, tokenizer=ByT5Tokenizer(), config={"a": 1}, keep=1)
+    on_main_rank(lambda: plant_malice(path))
+    other = new_state(accelerator, sharding_strategy, seed=5)
+    load_checkpoint(other, checkpoint_to_resume(str(path), folder), accelerator)
+    load_model(path / "model")
+
+
+def plant_malice(path):
+    for name in ("optimizer.pkl", "model/pytorch_model.bin", "model/training_args.bin", "optimizer.pt"):
+        (path / name).write_bytes(pickle_that_creates(path / "opened"))
+
+
+def pickle_that_creates(path):
+    return b"cos\nmkdir\n(V" + str(path).encode() + b"\ntR."
+
+
+@pytest.mark.parametrize("sharding_strategy", [DDP, FSDP])
+def test_nothing_is_pickled_or_unpickled(sharding_strategy, tmp_path):
+    pickle.loads(pickle_that_creates(tmp_path / "works"))
+    assert (tmp_path / "works").exists()
+    assert fork_ranks(2, save_and_load_unpickled, tmp_path / "run", sharding_strategy) == [0, 0]
+    assert not list(tmp_path.rglob("opened"))
+    written = {file.suffix for file in (tmp_path / "run").rglob("*") if file.is_file()} - {".pkl", ".bin", ".pt"}
+    assert written == {".safetensors", ".json"}
+
+
+def test_a_model_that_is_only_pickled_is_not_opened(tmp_path):
+    path = save_model(build("t5"), tmp_path / "model", tokenizer=ByT5Tokenizer())
+    (path / "model.safetensors").unlink()
+    (path / "pytorch_model.bin").write_bytes(pickle_that_creates(path / "opened"))
+    with pytest.raises(UsageError, match="safetensors"):
+        load_model(path)
+    assert not list(tmp_path.rglob("opened"))

@@ -1,0 +1,156 @@
+"""A signal ends a run at a step on which all agree, saved once, and a resume makes one run of the parts."""
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from lowmem.config import SaveError
+from lowmem.flags import resolve
+from lowmem.parallel.signals import Signals, catching_signals
+from lowmem.train import train as train_here
+from tests.models import qa_rows
+from tests.runs import assert_same_run, evaluations, records, settings, steps, write_files
+
+STEPS = 6
+ROWS = qa_rows(24)
+
+
+class Rows(list):
+    """Rows whose number-th reading by us, counted from one, does something first."""
+
+    def __init__(self, rows, number=None, action=None):
+        super().__init__(rows)
+        self.left, self.action = number, action
+
+    def __getitem__(self, index):
+        if self.left is not None:
+            self.left -= 1
+            if self.left == 0:
+                self.action()
+        return super().__getitem__(index)
+
+
+def signalling(signals):
+    """SIGTERM to this process, and back only once it is noted."""
+
+    def action():
+        os.kill(os.getpid(), signal.SIGTERM)
+        limit = time.monotonic() + 10
+        while signals.came is None and time.monotonic() < limit:
+            time.sleep(0.001)
+
+    return action
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("work"), num_rows=24, dropout_rate=0.1)
+
+
+def run_here(work, name, rows=ROWS, held_out=None, signals=None, **changes):
+    """In this process: 6 steps of 4 rows, read when they are needed; evaluated, and saved, every second step."""
+    config = {"batch_size": 4, "max_steps": STEPS, "save_steps": 2, "eval_steps": 2, "prefetch_steps": 0}
+    config |= {"max_predict_samples": 0, "resume": "auto"} | changes
+    return train_here(resolve(settings(work, name, **config)), rows, held_out, None, signals=signals or Signals())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(work):
+    assert run_here(work, "whole", held_out=qa_rows(4)) == (STEPS, False)
+    assert [step for step, _ in evaluations(work, "whole")] == [2, 4, 6]
+    return "whole"
+
+
+def checkpoints(work, name):
+    return [int(path.name.removeprefix("step-")) for path in sorted((work / name / "checkpoints").glob("step-*"))]
+
+
+def assert_resumed_to_the_same_end(work, name, uninterrupted):
+    assert "event" not in records(work, name)[-1]
+    assert run_here(work, name, held_out=qa_rows(4)) == (STEPS, False)
+    assert_same_run(work, name, uninterrupted)
+    ends = [records(work, run)[-1] for run in (name, uninterrupted)]
+    assert ends[0]["event"] == "end" and ends[0]["best"] == ends[1]["best"]
+
+
+def test_a_signal_between_saves_ends_the_run_after_the_step_that_is_due(work, uninterrupted):
+    """Its step is one that would be evaluated; time is short, so the resumed run does that."""
+    with catching_signals() as signals:
+        rows = Rows(ROWS, 3 * 4 + 1, signalling(signals))  # while the rows of step 4 are read
+        assert run_here(work, "between", rows, qa_rows(4), signals, save_steps=5) == (4, True)
+    assert checkpoints(work, "between") == [4]
+    assert [step for step, _ in evaluations(work, "between")] == [2]
+    assert_resumed_to_the_same_end(work, "between", uninterrupted)
+
+
+def test_a_signal_while_saving_ends_the_run_when_that_is_done(work, uninterrupted):
+    with catching_signals() as signals:
+        saving.action = signalling(signals)
+        try:
+            assert run_here(work, "saving", held_out=qa_rows(4), signals=signals) == (2, True)
+        finally:
+            saving.action = None
+    assert checkpoints(work, "saving") == [2]
+    assert_resumed_to_the_same_end(work, "saving", uninterrupted)
+
+
+def saving(event, arguments):
+    if event == "lowmem.disk" and saving.action and "checkpoints" in str(arguments[1]):
+        saving.action()
+
+
+saving.action = None
+sys.addaudithook(saving)
+
+
+@pytest.mark.parametrize(("reading", "step"), [(1, 2), (2 * 4 + 1, STEPS)])
+def test_a_signal_while_evaluating_ends_the_run_once_that_step_is_saved(reading, step, work, uninterrupted):
+    """At the last step too: what is left to do after it is done by the resumed run."""
+    with catching_signals() as signals:
+        held_out = Rows(qa_rows(4), reading, signalling(signals))
+        name = f"evaluating {step}"
+        assert run_here(work, name, ROWS, held_out, signals, save_steps=5) == (step, True)
+    assert checkpoints(work, name)[-1] == step and not (work / name / "model").exists()
+    assert evaluations(work, name)[-1][0] == step
+    assert_resumed_to_the_same_end(work, name, uninterrupted)
+
+
+def test_a_signal_before_training_saves_nothing(work):
+    with catching_signals() as signals:
+        signalling(signals)()
+        assert run_here(work, "before", signals=signals) == (0, True)
+    assert checkpoints(work, "before") == [] and records(work, "before") == []
+
+
+def blocked(work, name):
+    """No checkpoint can be written: its folder's name is taken by a file."""
+    (work / name).mkdir()
+    (work / name / "checkpoints").touch()
+
+
+def test_a_save_that_fails_ends_the_run(work):
+    blocked(work, "stop")
+    with pytest.raises(SaveError, match="checkpoints"):
+        run_here(work, "stop")
+    assert steps(work, "stop") == [1, 2]
+
+
+def test_a_save_that_fails_is_told_and_training_goes_on_if_that_is_asked_for(work, capfd):
+    blocked(work, "continue")
+    rows = Rows(ROWS, 4 * 4 + 1, (work / "continue" / "checkpoints").unlink)  # from step 5 on there is room
+    assert run_here(work, "continue", rows, on_save_error="continue") == (STEPS, False)
+    output = capfd.readouterr().out
+    assert "step 2 is not saved, training goes on: " in output and "step 4 is not saved" in output
+    assert "step 6 is not saved" not in output
+    assert checkpoints(work, "continue") == [STEPS] and steps(work, "continue") == list(range(1, STEPS + 1))
+
+
+def test_a_preempted_run_that_cannot_be_saved_failed(work):
+    blocked(work, "lost")
+    with catching_signals() as signals, pytest.raises(SaveError):
+        rows = Rows(ROWS, 4 * 2 + 1, signalling(signals))
+        run_here(work, "lost", rows, None, signals, on_save_error="continue")
+    assert steps(work, "lost") == [1, 2, 3]

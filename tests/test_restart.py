@@ -1,0 +1,118 @@
+"""Two processes under a launcher that are signalled or killed, and started again by what stands over them: one run."""
+
+import os
+import signal
+import sys
+import time
+from functools import partial
+
+import psutil
+import pytest
+
+from tests import runs
+from tests.processes import children, finish, module_command, started, train, wait_until
+from tests.runs import assert_same_run, exit_of, steps, write_files
+
+STEPS = 60
+PYTHON = [sys.executable, "train_low_mem.py"]
+TORCHRUN = module_command("torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("work"), num_rows=90, dropout_rate=0.1)
+
+
+def flags(work, name, **changes):
+    return runs.flags(work, name, **{"batch_size": 4, "max_steps": STEPS, "resume": "auto"} | changes)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(work):
+    result = train("train", *flags(work, "whole", num_processes=2))
+    assert result.returncode == 0, result.stderr
+    assert exit_of(work, "whole")["cause"] == "done"
+    return "whole"
+
+
+def has_trained(work, name, more_than):
+    return (work / name / "metrics.jsonl").exists() and len(steps(work, name)) > more_than
+
+
+def workers(process):
+    """Those of a launcher, by rank."""
+    return sorted(children(process), key=lambda child: int(child.environ()["RANK"]))
+
+
+def end_by_sigterm_and_its_echo(process):
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+
+
+def end_by_sigusr1_to_one_worker(process):
+    workers(process)[1].send_signal(signal.SIGUSR1)
+
+
+def end_by_sigkill(process):
+    left = workers(process)
+    process.kill()
+    gone, alive = psutil.wait_procs(left, timeout=30)
+    assert len(gone) == 2 and not alive
+
+
+def test_a_process_manager_that_starts_the_run_again_gets_the_run_that_nobody_interrupted(work, uninterrupted):
+    """Plain python starts the processes, so its own exit code tells that there is more to do."""
+    ways = [end_by_sigterm_and_its_echo, end_by_sigusr1_to_one_worker, end_by_sigkill]
+    codes, saved = [], 0
+    while not codes or codes[-1] in (75, -signal.SIGKILL):
+        with started(
+            *PYTHON, "train", *flags(work, "managed", num_processes=2, save_steps=1000, save_total_limit=1)
+        ) as process:
+            if len(codes) < len(ways):
+                wait_until(partial(has_trained, work, "managed", saved + 2), process)
+                ways[len(codes)](process)
+            result = finish(process)
+        codes.append(result.returncode)
+        assert "Traceback" not in result.stderr, result.stderr
+        if codes[-1]:
+            told = exit_of(work, "managed")
+            assert (told["cause"], told["code"], told["rank"]) == ("preempted", 75, 0)
+            (checkpoint,) = (work / "managed" / "checkpoints").glob("step-*")  # the only save
+            assert int(checkpoint.name.removeprefix("step-")) == told["step"] == len(steps(work, "managed"))
+            saved = told["step"]
+    assert codes == [75, 75, -signal.SIGKILL, 0]
+    assert exit_of(work, "managed")["cause"] == "done"
+    assert_same_run(work, "managed", uninterrupted)
+
+
+def test_under_torchrun_a_killed_worker_comes_back_and_a_preempted_one_does_not(work, uninterrupted):
+    command = [*TORCHRUN, "train_low_mem.py", "train", *flags(work, "elastic")]
+    with started(*command) as process:
+        wait_until(partial(has_trained, work, "elastic", 2), process)
+        workers(process)[0].send_signal(signal.SIGTERM)
+        result = finish(process)
+    assert result.returncode == 1
+    told = exit_of(work, "elastic")
+    assert told["cause"] == "preempted" and told["step"] == len(steps(work, "elastic"))
+    # three times, but the launcher may end a process before it tells
+    assert f"not started again, this launch has ended: preempted, step {told['step']} is saved" in result.stderr
+    assert result.stdout.count("steps 0 to") == result.stdout.count(f"to {STEPS}, each of") == 1
+    with started(*command) as process:
+        wait_until(partial(has_trained, work, "elastic", told["step"] + 7), process)
+        workers(process)[1].kill()
+        result = finish(process)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(f"to {STEPS}, each of") == 2
+    assert exit_of(work, "elastic")["cause"] == "done"
+    assert_same_run(work, "elastic", uninterrupted)
+
+
+def test_a_signal_while_starting_ends_it_at_once(work):
+    with started(*PYTHON, "train", *flags(work, "starting")) as process:
+        wait_until((work / "starting" / ".lock").exists, process)
+        os.kill(process.pid, signal.SIGINT)
+        result = finish(process, timeout=10)
+    assert result.returncode == 75, result.stderr
+    assert result.stderr == "SIGINT came, ends at once: there is nothing to save yet\n"
+    assert exit_of(work, "starting")["cause"] == "preempted"

@@ -1,0 +1,129 @@
+"""One run at a time in a folder, whatever becomes of its processes; and what it tells of its end can be trusted."""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from datetime import UTC, datetime
+
+import pytest
+
+from lowmem.exit_file import final_exit, remove_exit, write_exit
+from lowmem.parallel.elastic import this_launch
+from lowmem.run_folder import owned
+from tests.processes import finish, run, started, train
+
+HOLD = (
+    "import sys, time; from pathlib import Path; from lowmem.run_folder import owned\nwith owned(Path(sys.argv[1])): "
+)
+
+
+def test_a_second_run_is_refused_and_told_whose_folder_it_is(tmp_path):
+    output = tmp_path / "out"
+    with owned(output):
+        result = train("train", f"--output_dir={output}")
+        assert result.returncode == 2 and sorted(os.listdir(output)) == [".lock"]
+    (line,) = result.stderr.splitlines()
+    assert re.fullmatch(
+        rf"error: output_dir {output} is in use by process {os.getpid()} on host \S+ since [-\d]+ [:\d]+ UTC: "
+        "wait for its end, or set another --output_dir",
+        line,
+    )
+    assert not output.exists()
+
+
+def test_a_killed_owner_leaves_no_lock(tmp_path):
+    with started(sys.executable, "-c", HOLD + "print('held', flush=True); time.sleep(60)", tmp_path) as process:
+        assert process.stdout.readline() == "held\n"
+        os.kill(process.pid, signal.SIGKILL)
+        finish(process)
+    assert (tmp_path / ".lock").exists()
+    with owned(tmp_path):
+        assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
+    assert os.listdir(tmp_path) == []  # it was there before
+
+
+def test_who_opened_the_lock_before_its_owner_removed_it_takes_the_next_one(tmp_path):
+    """Else it would hold a file without a name, beside which another run could take one of that name."""
+    with ExitStack() as owner:
+        owner.enter_context(owned(tmp_path))
+        before_locking.action = owner.close
+        try:
+            with owned(tmp_path):
+                assert before_locking.action is None
+                assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
+        finally:
+            before_locking.action = None
+
+
+def before_locking(event, arguments):
+    if event == "fcntl.flock" and (action := before_locking.action):
+        before_locking.action = None
+        action()
+
+
+before_locking.action = None
+sys.addaudithook(before_locking)
+
+
+def test_a_folder_that_cannot_be_written_is_told_at_the_start(tmp_path):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file" / "out", "/proc/out"):
+        started_at = time.perf_counter()
+        result = train("train", f"--output_dir={output}")
+        assert time.perf_counter() - started_at < 10  # no torch, no model
+        assert result.returncode == 2
+        assert f"error: --output_dir={output} cannot be written: No" in result.stderr, result.stderr
+
+
+def test_the_first_cause_stands_and_is_whole(tmp_path):
+    write_exit(tmp_path, "failed", "rank 1 is silent", step=7, rank=0)
+    write_exit(tmp_path, "done", step=8, rank=1)
+    told = json.loads((tmp_path / "exit.json").read_text())
+    assert (told["cause"], told["code"], told["message"], told["step"], told["rank"]) == (
+        "failed",
+        1,
+        "rank 1 is silent",
+        7,
+        0,
+    )
+    assert os.listdir(tmp_path) == ["exit.json"]
+    remove_exit(tmp_path)
+    write_exit(tmp_path / "not there", "failed", step=None, rank=0)
+    assert os.listdir(tmp_path) == []
+
+
+def rewrite(folder, **changes):
+    record = json.loads((folder / "exit.json").read_text())
+    record["launch"] |= changes.pop("launch", {})
+    (folder / "exit.json").write_text(json.dumps(record | changes))
+
+
+@pytest.mark.parametrize(("cause", "is_final"), [("preempted", True), ("mistake", True), ("failed", False)])
+def test_what_another_start_cannot_change_is_final(cause, is_final, tmp_path):
+    assert final_exit(tmp_path) is None
+    write_exit(tmp_path, cause, step=3, rank=0)
+    assert (final_exit(tmp_path) is not None) == is_final
+
+
+def test_an_exit_of_another_launch_is_not_ours(tmp_path):
+    write_exit(tmp_path, "preempted", step=3, rank=0)
+    rewrite(tmp_path, launch={"since": "2020-01-01T00:00:00+00:00"}, time="2020-01-01T00:00:01+00:00")
+    assert final_exit(tmp_path) is None  # our launcher's process id, used before
+    rewrite(tmp_path, launch={"host": "another"})
+    assert final_exit(tmp_path) is None  # the same run id (none), but older than our launcher
+    rewrite(tmp_path, time=datetime.now(UTC).isoformat())
+    assert final_exit(tmp_path) is not None  # by the launcher of another host
+    rewrite(tmp_path, launch={"run_id": "another"})
+    assert final_exit(tmp_path) is None
+    (tmp_path / "exit.json").write_text('{"cause": "preempted"')
+    assert final_exit(tmp_path) is None
+
+
+def test_the_process_that_started_us_is_the_launch(tmp_path):
+    code = "from lowmem.parallel.elastic import this_launch; print(this_launch())"
+    assert f"'launcher': {os.getpid()}," in run(sys.executable, "-c", code).stdout
+    assert this_launch()["launcher"] == os.getppid()

@@ -1,0 +1,133 @@
+"""Invariant 5: saved on any number of processes, sharded or not, a checkpoint loads on any other."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import ByT5Tokenizer
+
+from lowmem.checkpoint.commit import verify_checkpoint
+from lowmem.checkpoint.load import load_checkpoint
+from lowmem.checkpoint.save import save_checkpoint
+from lowmem.checkpoint.together import TensorFiles, _shares
+from lowmem.config import SaveError
+from lowmem.data.encode import encode_seq2seq
+from lowmem.data.stream import open_stream
+from lowmem.memory.loss import plain_loss
+from lowmem.memory.optim import make_optimizer
+from lowmem.parallel.agree import gather_bytes
+from lowmem.parallel.launch import join
+from lowmem.parallel.sharding import parallelize
+from lowmem.step import TrainState, train_step
+from lowmem.weights import split_shards
+from tests.forked import fork_ranks
+from tests.models import build, qa_rows
+from tests.test_disk import fail_at
+
+DDP, FSDP = "NO_SHARD", "FULL_SHARD"
+
+
+def new_state(accelerator, sharding_strategy, seed=0):
+    model = parallelize(build("t5", seed=seed, d_ff=50), accelerator, sharding_strategy=sharding_strategy)
+    stream = open_stream(
+        qa_rows(40),
+        encode_seq2seq(ByT5Tokenizer(), max_seq_len=64),
+        batch_size=2,
+        global_batch_size=12,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    return TrainState(model, make_optimizer(model, memory="off"), stream)
+
+
+def train(state, steps, accelerator):
+    """Losses, gradient norms and rows of each step, of all ranks."""
+    told = []
+    for _ in range(steps):
+        batches = next(iter(state.stream))
+        rows = json.dumps([row_id for batch in batches for row_id in batch.row_ids])
+        rows = sorted(row_id for part in gather_bytes(rows.encode()) for row_id in json.loads(part))
+        result = train_step(state, batches, plain_loss, accelerator, learning_rate=1e-2, max_grad_norm=1.0)
+        told.append((result.loss.item(), result.grad_norm.item(), rows))
+    return told
+
+
+def train_and_save(sharding_strategy, folder):
+    """Train two steps, save, train two more and tell what they were."""
+    accelerator = join()
+    state = new_state(accelerator, sharding_strategy)
+    train(state, 2, accelerator)
+    save_checkpoint(state, folder / "saved", accelerator, max_shard_size="40KB")
+    told = train(state, 2, accelerator)
+    if accelerator.is_main_process:
+        (folder / "told.json").write_text(json.dumps(told))
+    accelerator.end_training()
+
+
+def load_and_save(sharding_strategy, folder, name):
+    """Load, save again, and train two more steps."""
+    accelerator = join()
+    state = new_state(accelerator, sharding_strategy, seed=5)
+    load_checkpoint(state, folder / "saved" / "step-00000002", accelerator)
+    save_checkpoint(state, folder / name, accelerator)
+    told = train(state, 2, accelerator)
+    if accelerator.is_main_process:
+        (folder / name / "told.json").write_text(json.dumps(told))
+    accelerator.end_training()
+
+
+def tensors_of(path):
+    return {name: x for file in path.rglob("*.safetensors") for name, x in load_file(file).items()}
+
+
+@pytest.fixture(scope="module", params=[DDP, FSDP])
+def saved(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    assert fork_ranks(3, train_and_save, request.param, folder) == [0, 0, 0]
+    return folder
+
+
+@pytest.mark.parametrize(("world_size", "sharding_strategy"), [(1, DDP), (2, FSDP), (2, DDP), (4, FSDP), (4, DDP)])
+def test_saved_on_three_ranks_it_loads_on_any_number(saved, world_size, sharding_strategy):
+    name = f"{world_size} {sharding_strategy}"
+    assert fork_ranks(world_size, load_and_save, sharding_strategy, saved, name) == [0] * world_size
+    before, after = tensors_of(saved / "saved"), tensors_of(saved / name)
+    assert before.keys() == after.keys() and len(before) == 4 * 47  # of each parameter: weight, two moments, step
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    told, expected = (json.loads((path / "told.json").read_text()) for path in (saved / name, saved))
+    for (loss, norm, rows), (loss_then, norm_then, rows_then) in zip(told, expected, strict=True):
+        assert rows == rows_then and len(rows) == 12
+        assert (loss, norm) == pytest.approx((loss_then, norm_then), rel=1e-4)
+
+
+def fail_on_one_disk(folder):
+    """Rank 1 has no space for its share: both tell so, and go on together to the next save."""
+    accelerator = join()
+    state = new_state(accelerator, FSDP)
+    train(state, 1, accelerator)
+    met = fail_at(3, "no space") if accelerator.process_index == 1 else []
+    with pytest.raises(SaveError, match="No space left on device"):
+        save_checkpoint(state, folder, accelerator)
+    assert len(met) == accelerator.process_index * 3
+    assert accelerator.process_index or not any(folder.iterdir())  # rank 0 has cleared it up
+    train(state, 1, accelerator)
+    verify_checkpoint(save_checkpoint(state, folder, accelerator))
+    accelerator.end_training()
+
+
+def test_a_full_disk_of_one_rank_holds_up_nobody(tmp_path):
+    assert fork_ranks(2, fail_on_one_disk, tmp_path / "run") == [0, 0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_ranks_write_as_many_bytes_each(world_size):
+    model = {f"w{i}": torch.empty(1000 + 37 * i, dtype=torch.bfloat16) for i in range(40)}
+    moments = {f"{name}.exp_avg": torch.empty(tensor.shape) for name, tensor in model.items()}
+    groups = [
+        TensorFiles("model", "model", split_shards(model, "model", 10_000)),
+        TensorFiles("", "optimizer", split_shards(moments, "optimizer", 10_000)),
+    ]
+    loads = [sum(shard.num_bytes for _, shard in share) for share in _shares(groups, world_size)]
+    assert len(loads) == world_size and sum(loads) == 6 * sum(tensor.numel() for tensor in model.values())
+    assert max(loads) - min(loads) <= 10_000
