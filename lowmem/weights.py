@@ -29,7 +29,7 @@ _DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 _PART_BYTES = 2**24  # of a tensor that is in host memory at a time, written or read
-_MAPPED_BYTES = 2**26  # safetensors maps files, whose pages count as ours until a file is closed: after so many
+_MAPPED_BYTES = 2**25  # safetensors maps files, whose pages count as ours until a file is closed: after so many
 
 
 class Shard(NamedTuple):
@@ -107,8 +107,8 @@ def host_parts(tensor: Tensor) -> Iterator[memoryview]:
 class StoredTensor:
     """A tensor in a safetensors file; nothing of it is read before `read`."""
 
-    def __init__(self, file: "_MappedFile", name: str, dtype: str, shape: list[int]):
-        self._file, self._name = file, name
+    def __init__(self, reader: "_Reader", path: Path, name: str, dtype: str, shape: list[int]):
+        self._reader, self._path, self._name = reader, path, name
         self.shape = shape
         self.dtype = dtype
         """As safetensors writes it: "F32", "BF16" and so on."""
@@ -119,7 +119,7 @@ class StoredTensor:
 
     def read(self, rows: slice | None = None) -> Tensor:
         """The tensor, or some rows of its first dimension, on the host. It lies in the file's memory map: copy it."""
-        return self._file.read(self._name, rows)
+        return self._reader.read(self._path, self._name, rows)
 
     def copy_rows(self, target: Tensor, first: int = 0) -> None:
         """Copy rows, from `first` on, into `target`, which is of any device, 16 MiB at a time."""
@@ -133,21 +133,17 @@ class StoredTensor:
             first += len(part)
 
 
-class _MappedFile:
-    """A safetensors file that is closed, and opened again, after some reading: pages of its map count as our memory."""
+class _Reader:
+    """Has one file open at a time, and opens it again after some reading: pages of its map count as our memory."""
 
-    def __init__(self, path: Path):
-        self._path, self._left = path, 0
+    def __init__(self):
+        self._path: Path | None = None
         self._file: safe_open | None = None
+        self._left = 0
 
-    def tensors(self) -> dict[str, StoredTensor]:
-        with safe_open(self._path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            return {name: StoredTensor(self, name, x.get_dtype(), x.get_shape()) for name, x in slices.items()}
-
-    def read(self, name: str, rows: slice | None) -> Tensor:
-        if self._left <= 0:
-            self._file, self._left = safe_open(self._path, framework="pt"), _MAPPED_BYTES
+    def read(self, path: Path, name: str, rows: slice | None) -> Tensor:
+        if path != self._path or self._left <= 0:
+            self._path, self._file, self._left = path, safe_open(path, framework="pt"), _MAPPED_BYTES
         tensor = self._file.get_tensor(name) if rows is None else self._file.get_slice(name)[rows]
         self._left -= _bytes_of(tensor)
         return tensor
@@ -157,7 +153,13 @@ def open_shards(folder: Path, stem: str) -> dict[str, StoredTensor]:
     """Every tensor that `write_shards` wrote, by name."""
     index = folder / f"{stem}.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {f"{stem}.safetensors"}
-    return {name: stored for file in sorted(names) for name, stored in _MappedFile(folder / file).tensors().items()}
+    tensors, reader = {}, _Reader()
+    for path in (folder / name for name in sorted(names)):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                stored = file.get_slice(name)
+                tensors[name] = StoredTensor(reader, path, name, stored.get_dtype(), stored.get_shape())
+    return tensors
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 import xxhash
@@ -56,8 +57,7 @@ def begin(path: Path, *, replace: bool = False) -> Path:
     make_folders(path.parent)
     if not path.exists() and _replaced(path).exists():  # killed between the two renames of `finish`
         rename(_replaced(path), path)
-    for leftover in _leftovers(path):
-        remove_folder(leftover)
+    clear_leftovers(path)
     make_folder(unfinished_folder(path))
     return unfinished_folder(path)
 
@@ -94,11 +94,12 @@ def _replaced(path: Path) -> Path:
     return path.parent / f"{_UNFINISHED}replaced-{path.name}"
 
 
-def _leftovers(path: Path) -> list[Path]:
-    """What killed processes left of `path`; of a checkpoint, which no other run saves beside, of all of them."""
-    name = "step-*" if _STEP.fullmatch(path.name) else path.name
-    kinds = ("", "replaced-", "removal-")
-    return [leftover for kind in kinds for leftover in path.parent.glob(f"{_UNFINISHED}{kind}{name}")]
+def clear_leftovers(path: Path) -> None:
+    """Remove what killed processes left of `path`; of a checkpoint, which no other run saves beside, of all of them."""
+    name = "step-*" if _STEP.fullmatch(path.name) else escape(path.name)
+    for kind in ("", "replaced-", "removal-"):
+        for leftover in path.parent.glob(f"{_UNFINISHED}{kind}{name}"):
+            remove_folder(leftover)
 
 
 def remove(path: Path) -> None:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lowmem.checkpoint.commit import checkpoints, remove, step_of, write_manifest
+from lowmem.checkpoint.commit import checkpoints, clear_leftovers, remove, step_of, write_manifest
 from lowmem.checkpoint.tensors import model_tensors, num_bytes, optimizer_bytes, optimizer_tensors
 from lowmem.checkpoint.together import TensorFiles, within, write_together
 from lowmem.config import UsageError, parse_bytes
@@ -108,6 +108,7 @@ def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int 
     checkpoint = weights + optimizer_bytes(state.model, state.optimizer)
 
     def check() -> None:
+        clear_leftovers(folder / f"step-{state.step:08d}")
         # before one goes its successor stands
         most = saves if keep is None else min(saves, max(1, keep + 1 - len(checkpoints(folder))))
         needed, free = most * checkpoint + weights, free_bytes(folder)

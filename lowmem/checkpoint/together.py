@@ -38,9 +38,9 @@ def write_together(
 
     def start() -> None:
         with _as_save_error(path, needed):
+            begin(path, replace=replace)
             if needed > free_bytes(path):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            begin(path, replace=replace)
             for folder in {group.folder for group in tensors if group.folder}:
                 make_folder(unfinished / folder)
 
