@@ -1,4 +1,5 @@
-"""What a checkpoint does to the disk, each operation announced before it happens.
+"""What a checkpoint does to the disk, each operation announced before it happens. (Files that only transformers can
+write are announced when they are brought to disk.)
 
 `sys.audit("lowmem.disk", operation, path)` goes ahead of every one, so that an audit hook (`sys.addaudithook`) can
 follow a save, or let any of its operations fail.
@@ -83,9 +84,15 @@ def rename(path: Path, new: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder with all that is in it."""
+    """Remove a folder with all that is in it, or a link to one, whose target stays."""
+    if path.is_symlink() or not path.is_dir():
+        _announce("remove", path)
+        path.unlink()
+        return
+    for entry in path.iterdir():
+        remove_folder(entry)
     _announce("remove", path)
-    shutil.rmtree(path)
+    path.rmdir()
 
 
 def free_bytes(path: Path) -> int:

@@ -5,7 +5,7 @@ tensor, then the tensors' bytes back to back.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +49,7 @@ class Shard(NamedTuple):
         fields, end = {"__metadata__": {"format": "pt"}}, 0
         for name, tensor in self.tensors.items():
             if tensor.dtype not in _DTYPE_NAMES:
-                raise ValueError(f"{self.name}: tensor {name} is {tensor.dtype}, which no checkpoint holds")
+                raise ValueError(f"{self.name}: tensor {name} is {tensor.dtype}, which no file holds: take another")
             start, end = end, end + _bytes_of(tensor)
             fields[name] = {"dtype": dtype_name(tensor.dtype), "shape": [*tensor.shape], "data_offsets": [start, end]}
         encoded = json.dumps(fields, separators=(",", ":")).encode()
@@ -119,7 +119,7 @@ class StoredTensor:
 
     def read(self, rows: slice | None = None) -> Tensor:
         """The tensor, or some rows of its first dimension, on the host. It lies in the file's memory map: copy it."""
-        return self._reader.read(self._path, self._name, rows)
+        return self._reader.read(self._path, self._name, rows if self.shape else None)
 
     def copy_rows(self, target: Tensor, first: int = 0) -> None:
         """Copy rows, from `first` on, into `target`, which is of any device, 16 MiB at a time."""
@@ -149,10 +149,11 @@ class _Reader:
         return tensor
 
 
-def open_shards(folder: Path, stem: str) -> dict[str, StoredTensor]:
-    """Every tensor that `write_shards` wrote, by name."""
+def open_shards(folder: Path, stem: str, files: Collection[str] | None = None) -> dict[str, StoredTensor]:
+    """Every tensor that `write_shards` wrote, by name. Only `files` (None: all) count, whatever else lies there."""
     index = folder / f"{stem}.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {f"{stem}.safetensors"}
+    is_sharded = index.exists() if files is None else index.name in files
+    names = set(json.loads(index.read_text())["weight_map"].values()) if is_sharded else {f"{stem}.safetensors"}
     tensors, reader = {}, _Reader()
     for path in (folder / name for name in sorted(names)):
         with safe_open(path, framework="pt") as file:

@@ -8,7 +8,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from lowmem import weights
 from lowmem.checkpoint.commit import checkpoints, step_of, verify_checkpoint
@@ -346,7 +354,7 @@ def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
     assert os.listdir(tmp_path) == [path.name]
 
 
-def run_with_small_files(action):
+def run_with_small_files(action, step=2):
     import resource
     import signal
 
@@ -355,7 +363,7 @@ def run_with_small_files(action):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
         with pytest.raises(
-            SaveError, match="step-00000002 could not be saved: File too large; it takes .* bytes, .* are free"
+            SaveError, match=f"step-{step:08d} could not be saved: File too large; it takes .* bytes, .* are free"
         ):
             action()
     finally:
@@ -382,3 +390,125 @@ def test_the_model_folder_is_replaced_as_a_whole(tmp_path):
     assert json.loads((tmp_path / "model" / "lowmem.json").read_text()) == {"prompt_column": "q"}
     assert os.listdir(tmp_path) == ["model"]
     shutil.rmtree(tmp_path / "model")
+
+
+class Branches(torch.nn.Module):
+    """A layer that no loss reaches, a scalar, a convolution, and one that is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused, self.frozen = (torch.nn.Linear(80, 80) for _ in range(3))
+        self.scale = torch.nn.Parameter(torch.tensor(1.5))
+        self.filters = torch.nn.Parameter(torch.randn(4, 40, 40))
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x):
+        return (self.used(x) * self.scale).sum() + self.filters.square().sum()
+
+
+def branches(memory="off", optimizer=None):
+    torch.manual_seed(0)
+    model = Branches()
+    return TrainState(model, optimizer(model.parameters()) if optimizer else make_optimizer(model, memory=memory))
+
+
+def step_branches(state):
+    state.model(torch.ones(2, 80, dtype=state.model.used.weight.dtype)).backward()
+    for group in state.optimizer.param_groups:
+        group["lr"] = 0.01
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.step += 1
+
+
+@pytest.mark.parametrize("now", ["off", "exact", "lean"])
+def test_what_no_loss_has_reached_yet_loads_like_the_rest(now, tmp_path):
+    state, loaded = branches(), branches(memory=now)
+    step_branches(state)
+    load_checkpoint(loaded, save_checkpoint(state, tmp_path, ACCELERATOR), ACCELERATOR)
+    rounding = {"off": 0, "exact": 2**-8, "lean": 2**-7}[now]
+    assert torch.allclose(loaded.model.unused.weight.float(), state.model.unused.weight, rtol=rounding, atol=0)
+    if now != "off":
+        values = values_of(loaded)
+        for name, expected in [("scale", state.model.scale), ("filters", state.model.filters)]:
+            loss = 0 if now == "exact" else rounding
+            assert torch.allclose(values[f"{name}.weight"].view_as(expected), expected, rtol=loss, atol=0), name
+    step_branches(loaded)
+    if now == "off":
+        step_branches(state)
+        assert_same_weights(state.model, loaded.model)
+
+
+def test_an_optimizer_that_was_given_frozen_parameters_goes_on(tmp_path):
+    state, loaded = branches(optimizer=torch.optim.AdamW), branches(optimizer=torch.optim.AdamW)
+    step_branches(state)
+    load_checkpoint(loaded, save_checkpoint(state, tmp_path, ACCELERATOR), ACCELERATOR)
+    step_branches(state)
+    step_branches(loaded)
+    assert_same_weights(state.model, loaded.model)
+
+
+def test_state_keeps_its_dtype_over_weights_in_bf16(tmp_path):
+    models = (build("llama").bfloat16() for _ in range(2))
+    state, loaded = (TrainState(model, make_optimizer(model, name="nadam", memory="off")) for model in models)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    load_checkpoint(loaded, save_checkpoint(state, tmp_path, ACCELERATOR), ACCELERATOR)
+    mine, theirs = (optimizer_tensors(each.model, each.optimizer) for each in (state, loaded))
+    assert {x.dtype for x in mine.values()} == {torch.bfloat16, torch.float32}
+    assert all(torch.equal(mine[name], theirs[name]) and mine[name].dtype == theirs[name].dtype for name in mine)
+
+
+def test_an_index_that_was_not_saved_is_ignored(tmp_path):
+    state = train(new_state(), 1)
+    path = save_checkpoint(state, tmp_path, ACCELERATOR)
+    weights.write_shards({"shared.weight": torch.zeros(384, 32)}, path / "model", "evil", 10**9)
+    index = {"weight_map": {"shared.weight": "evil.safetensors"}}
+    (path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = new_state(seed=5)
+    load_checkpoint(loaded, path, ACCELERATOR)
+    assert_same_weights(state.model, loaded.model)
+
+
+def test_links_and_odd_names_hold_up_no_save(tmp_path, capsys):
+    state = new_state()
+    (tmp_path / "other disk").mkdir()
+    first = save_checkpoint(train(state, 1), tmp_path / "run[1]", ACCELERATOR)
+    moved = first.rename(tmp_path / "other disk" / "step")
+    first.symlink_to(moved)
+    for _ in range(2):
+        last = save_checkpoint(train(state, 1), tmp_path / "run[1]", ACCELERATOR, keep=1)
+    assert os.listdir(tmp_path / "run[1]") == [last.name] and (moved / "manifest.json").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "other disk")
+    for name in ("o*", "[x]", "link/model"):
+        left = tmp_path / name
+        (left.parent / f".unfinished-{left.name}").mkdir()
+        (left.parent / f".unfinished-replaced-{left.name}").mkdir()
+        (left.parent / ".unfinished-other").mkdir(exist_ok=True)
+        for _ in range(2):
+            save_model(state.model, left)
+        hidden = {path.name for path in left.parent.iterdir() if path.name.startswith(".")}
+        assert hidden == {".unfinished-other"} and (left / "config.json").exists(), name
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="file is a file: save into another folder"):
+        save_model(state.model, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_disk_that_is_full_for_the_tokenizer_alone_is_told_alike(tmp_path):
+    tokenizer = Tokenizer(WordLevel({f"word{i}": i for i in range(9000)}, unk_token="word0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    state = TrainState(torch.nn.Linear(2, 2), None)
+    state.optimizer = make_optimizer(state.model, memory="off")
+    run_with_small_files(lambda: save_checkpoint(state, tmp_path, ACCELERATOR, tokenizer=tokenizer), step=0)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_tensor_that_no_checkpoint_holds_is_told_at_the_start(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("freqs", torch.zeros(2, dtype=torch.complex64))
+    state = TrainState(model, make_optimizer(model, memory="off"))
+    with pytest.raises(UsageError, match="tensor freqs cannot be saved .*complex64.*: give it another dtype"):
+        check_space(state, tmp_path, saves=1, keep=None)

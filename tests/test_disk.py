@@ -13,10 +13,11 @@ from itertools import count
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 
 from lowmem.checkpoint.load import latest_checkpoint, load_checkpoint
-from lowmem.checkpoint.save import save_checkpoint
+from lowmem.checkpoint.save import save_checkpoint, save_model
 from lowmem.checkpoint.tensors import model_tensors, optimizer_tensors
 from lowmem.config import RankError, SaveError
 from lowmem.memory.optim import make_optimizer
@@ -124,3 +125,72 @@ def test_a_save_may_fail_at_any_operation(fault, tmp_path):
 @pytest.mark.parametrize("failing_rank", [0, 1])
 def test_one_of_two_ranks_may_fail_at_any_operation(failing_rank, fault, tmp_path):
     check_every_point(tmp_path, fault, [failing_rank], partial(fork_ranks, 2))
+
+
+def test_what_is_named_is_on_disk_first(tmp_path):
+    """Files, then folders, then the name, then its folder, and only then the old one's end."""
+    assert fork_ranks(1, save_in_order, tmp_path) == [0]
+
+
+def save_in_order(folder):
+    accelerator = Accelerator(cpu=True)
+    save_checkpoint(small_state(1), folder, accelerator)
+    done = fail_at(-1, "no space")
+    save_checkpoint(small_state(2), folder, accelerator, keep=1)
+    last = {operation: index for index, operation in enumerate(done)}
+    at = {(operation, os.path.relpath(path, folder)): index for (operation, path), index in last.items()}
+    named, unfinished = at["rename", ".unfinished-step-00000002"], ".unfinished-step-00000002"
+    files = [path for operation, path in at if operation == "open"]
+    assert len(files) == 4 and all(at["write", path] < at["fsync", path] < named for path in files)
+    assert max(files, key=lambda path: at["open", path]) == f"{unfinished}/manifest.json"
+    folders = (at["fsync", unfinished], at["fsync", f"{unfinished}/model"])
+    assert max(at["fsync", path] for path in files) < min(folders) < max(folders) < named < at["fsync", "."]
+    assert at["fsync", "."] < at["rename", "step-00000001"] < at["remove", ".unfinished-removal-step-00000001"]
+
+
+def replace_failing(folder, fault, point):
+    met = fail_at(point, fault)
+    try:
+        save_model(small_state(2).model, folder / "model")
+    except SaveError:
+        os._exit(MET)
+    os._exit(MET if len(met) >= point else NOT_MET)
+
+
+def check_every_point_of_replacing(folder, fault):
+    values = [small_state(step).model.weight for step in (1, 2, 3)]
+    for point in count(1):
+        work = folder / str(point)
+        save_model(small_state(1).model, work / "model")
+        (code,) = fork_alone(replace_failing, work, fault, point)
+        assert code in (MET, NOT_MET, -signal.SIGKILL)
+        stands = work / "model" if (work / "model").exists() else work / ".unfinished-replaced-model"
+        found = load_file(stands / "model.safetensors")["weight"]
+        assert any(torch.equal(found, value) for value in values[:2]), point
+        assert stands.name == "model" or fault == "killed"
+        save_model(small_state(3).model, work / "model")
+        assert torch.equal(load_file(work / "model" / "model.safetensors")["weight"], values[2])
+        assert os.listdir(work) == ["model"]
+        if code == NOT_MET:
+            assert point > 8 and torch.equal(found, values[1])
+            return
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_replacing_a_model_may_fail_at_any_operation(fault, tmp_path):
+    assert fork_ranks(1, check_every_point_of_replacing, tmp_path, fault) == [0]
+
+
+def test_what_a_kill_between_two_renames_took_away_comes_back_even_if_the_next_save_fails(tmp_path):
+    assert fork_ranks(1, fail_after_a_kill, tmp_path) == [0]
+
+
+def fail_after_a_kill(folder):
+    save_model(small_state(1).model, folder / "model")
+    for point in count(1):
+        fork_alone(replace_failing, folder, "killed", point)
+        if not (folder / "model").exists():
+            break
+    assert fork_alone(replace_failing, folder, "no space", 4) == [MET]
+    found = load_file(folder / "model" / "model.safetensors")["weight"]
+    assert torch.equal(found, small_state(1).model.weight)

@@ -5,18 +5,20 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import ByT5Tokenizer
 
 from lowmem.checkpoint.commit import verify_checkpoint
-from lowmem.checkpoint.load import load_checkpoint
-from lowmem.checkpoint.save import save_checkpoint
+from lowmem.checkpoint.load import load_checkpoint, verify_together
+from lowmem.checkpoint.save import save_checkpoint, save_model
 from lowmem.checkpoint.together import TensorFiles, _shares
-from lowmem.config import SaveError
+from lowmem.config import SaveError, UsageError
 from lowmem.data.encode import encode_seq2seq
 from lowmem.data.stream import open_stream
 from lowmem.memory.loss import plain_loss
 from lowmem.memory.optim import make_optimizer
-from lowmem.parallel.agree import gather_bytes
+from lowmem.parallel.agree import gather_bytes, on_main_rank
 from lowmem.parallel.launch import join
 from lowmem.parallel.sharding import parallelize
 from lowmem.step import TrainState, train_step
@@ -95,10 +97,49 @@ def test_saved_on_three_ranks_it_loads_on_any_number(saved, world_size, sharding
     before, after = tensors_of(saved / "saved"), tensors_of(saved / name)
     assert before.keys() == after.keys() and len(before) == 4 * 47  # of each parameter: weight, two moments, step
     assert all(torch.equal(before[name], after[name]) for name in before)
+    # the optimizer's three quarters in so many files that no rank writes more than its share
+    assert len([*(saved / name).rglob("optimizer*.safetensors")]) >= 0.75 * world_size
     told, expected = (json.loads((path / "told.json").read_text()) for path in (saved / name, saved))
     for (loss, norm, rows), (loss_then, norm_then, rows_then) in zip(told, expected, strict=True):
         assert rows == rows_then and len(rows) == 12
         assert (loss, norm) == pytest.approx((loss_then, norm_then), rel=1e-4)
+
+
+def shard_in_two_dimensions(folder):
+    """Four ranks, two copies of two halves each (HSDP)."""
+    accelerator = join()
+    model = build("t5", d_ff=50)
+    whole = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "halves")))
+    path = save_model(model, folder / "model")
+    assert all(torch.equal(whole[name], tensor) for name, tensor in tensors_of(path).items())
+    state = TrainState(model, make_optimizer(model, memory="off"))
+    path = save_checkpoint(state, folder, accelerator)
+    for tensor in model.parameters():
+        tensor.detach().to_local().zero_()
+    load_checkpoint(state, path, accelerator)
+    assert all(torch.equal(whole[name], tensor.full_tensor()) for name, tensor in model.named_parameters())
+    accelerator.end_training()
+
+
+def test_copies_of_shards_are_saved_once_and_loaded_everywhere(tmp_path):
+    assert fork_ranks(4, shard_in_two_dimensions, tmp_path) == [0] * 4
+
+
+def find_every_damage(path):
+    accelerator = join()
+    for file in sorted(file for file in path.rglob("*") if file.is_file() and file.name != "manifest.json"):
+        data = file.read_bytes()
+        on_main_rank(lambda file=file, data=data: file.write_bytes(data[:-1] + bytes([data[-1] ^ 1])))
+        with pytest.raises(UsageError, match=f"{file.name} changed since it was saved"):
+            verify_together(path)
+        on_main_rank(lambda file=file, data=data: file.write_bytes(data))
+    verify_together(path)
+    accelerator.end_training()
+
+
+def test_all_ranks_learn_of_a_damage_that_one_finds(saved):
+    assert fork_ranks(3, find_every_damage, saved / "saved" / "step-00000002") == [0] * 3
 
 
 def fail_on_one_disk(folder):

@@ -3,9 +3,10 @@
 Imports no torch. Several processes may write into one folder: one of them begins and finishes it.
 """
 
+import errno
 import json
+import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape
@@ -35,7 +36,7 @@ _STEP = re.compile(r"step-\d{8,}")
 def whole_or_absent(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Within it, write into the folder that it gives; that folder becomes `path` when the block ends without an error.
 
-    After an error nothing of it is left, and `path` is as it was. Raises what `begin` raises.
+    After an error nothing of it is left, and what stood at `path` stands. Raises what `begin` raises.
     """
     unfinished = begin(path, replace=replace)
     try:
@@ -50,20 +51,28 @@ def begin(path: Path, *, replace: bool = False) -> Path:
     """Make the folder, beside `path`, that `finish` will rename to `path`; remove what killed processes left of it.
 
     A whole checkpoint at `path` is only written over with `replace`; a damaged one makes room once the new one is on
-    disk. Raises FileExistsError before anything is written.
+    disk. Raises FileExistsError, before anything is written, for a whole one and for a file.
     """
+    if path.is_file():
+        raise FileExistsError(f"{path} is a file: save into another folder, or move it away")
     if path.exists() and not replace and _is_whole(path):
         raise FileExistsError(f"{path} stands already: save into another folder, or move it away")
     make_folders(path.parent)
     if not path.exists() and _replaced(path).exists():  # killed between the two renames of `finish`
         rename(_replaced(path), path)
     clear_leftovers(path)
+    if unfinished_folder(path).exists():
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(unfinished_folder(path)))
     make_folder(unfinished_folder(path))
     return unfinished_folder(path)
 
 
 def finish(path: Path) -> None:
-    """Bring the unfinished folder's entries to disk and give it the name `path`, in place of what stood there."""
+    """Bring the unfinished folder's entries to disk and give it the name `path`, in place of what stood there.
+
+    That goes only once the new one is on disk. If the process is killed between two renames it is kept under another
+    name, which the next `begin` gives back.
+    """
     unfinished, replaced = unfinished_folder(path), _replaced(path)
     for folder in (unfinished, *filter(Path.is_dir, unfinished.rglob("*"))):
         sync(folder)
@@ -77,12 +86,13 @@ def finish(path: Path) -> None:
         raise
     sync(path.parent)
     if replaced.exists():
-        remove_folder(replaced)
+        _try_to_remove(replaced)
 
 
 def abandon(path: Path) -> None:
     """Remove the unfinished folder, if there is one. What cannot be removed is left for the next `begin`."""
-    shutil.rmtree(unfinished_folder(path), ignore_errors=True)
+    if unfinished_folder(path).exists():
+        _try_to_remove(unfinished_folder(path))
 
 
 def unfinished_folder(path: Path) -> Path:
@@ -99,14 +109,29 @@ def clear_leftovers(path: Path) -> None:
     name = "step-*" if _STEP.fullmatch(path.name) else escape(path.name)
     for kind in ("", "replaced-", "removal-"):
         for leftover in path.parent.glob(f"{_UNFINISHED}{kind}{name}"):
-            remove_folder(leftover)
+            _try_to_remove(leftover)
+
+
+def _try_to_remove(path: Path) -> None:
+    """Remove a folder that is of no use any more; no reason to fail if that fails."""
+    try:
+        remove_folder(path)
+    except OSError as error:
+        print(f"{path} could not be removed ({error.strerror}): remove it by hand", flush=True)
 
 
 def remove(path: Path) -> None:
-    """Take a folder's name away first, so that a kill in between leaves no half of it under that name."""
+    """Take a folder's name away first, so that a kill in between leaves no half of it under that name.
+
+    A folder that cannot be removed stays, and a line tells so.
+    """
     condemned = path.parent / f"{_UNFINISHED}removal-{path.name}"
-    rename(path, condemned)
-    remove_folder(condemned)
+    try:
+        rename(path, condemned)
+    except OSError as error:
+        print(f"{path} could not be removed ({error.strerror}): remove it by hand", flush=True)
+    else:
+        _try_to_remove(condemned)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -160,7 +185,8 @@ def read_manifest(path: str | Path) -> dict:
         sealed = json.loads((path / "manifest.json").read_text())
         manifest, seal = sealed["manifest"], sealed["xxh3_128"]
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{path} has no manifest.json, so it is no whole checkpoint: take another one") from None
+        found = "has no manifest.json, so it is no whole checkpoint" if path.exists() else "does not exist"
+        raise UsageError(f"{path} {found}: take another one") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path / 'manifest.json'} is damaged ({error}): take another checkpoint") from error
     if seal != _hash_of(manifest):

@@ -79,14 +79,17 @@ def export(path: str | Path, out: str | Path, *, dtype: torch.dtype | None, max_
     if out.exists():
         raise UsageError(f"{out} exists: export into a new folder")
     if checkpoints(out.parent):
-        raise UsageError(f"{out} lies among checkpoints, where what is unfinished is removed: export elsewhere")
+        raise UsageError(f"{out} lies among checkpoints: export elsewhere")
+    if of_run := checkpoints(path / "checkpoints"):
+        raise UsageError(f"{path} is a run: name one of its checkpoints, such as {of_run[-1]}, or {path / 'model'}")
     folder, lows, files = path, {}, None
     if not (path / "config.json").is_file():
         verify_checkpoint(path)
-        folder, lows = path / "model", open_shards(path, "optimizer")
-        files = [path / name for name in read_manifest(path)["files"] if name.startswith("model/")]
+        names = read_manifest(path)["files"]
+        folder, lows = path / "model", open_shards(path, "optimizer", names)
+        files = [path / name for name in names if name.startswith("model/")]
     config = _read_config(folder, dtype)
-    stored = _open_model(folder)
+    stored = _open_model(folder, files and [file.relative_to(folder).as_posix() for file in files])
     sources = {name: _Source(name, x, lows.get(f"{name}.weight_low"), dtype) for name, x in stored.items()}
     shards = split_shards({name: source.outline() for name, source in sources.items()}, "model", max_shard_bytes)
     needed = sum(shard.num_bytes for shard in shards)
@@ -118,9 +121,9 @@ def _read_config(folder: Path, dtype: torch.dtype | None) -> dict[str, object]:
     return config | {"dtype": str(dtype).removeprefix("torch.")}
 
 
-def _open_model(folder: Path) -> Mapping[str, StoredTensor]:
+def _open_model(folder: Path, files: list[str] | None) -> Mapping[str, StoredTensor]:
     try:
-        return open_shards(folder, "model")
+        return open_shards(folder, "model", files)
     except FileNotFoundError as error:
         raise UsageError(
             f"{folder} lacks weights in safetensors ({error}); .bin files are pickles, which are never opened: convert "

@@ -63,9 +63,11 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
         verify_together(path)
     with failing_together():
         saved, _ = saved_settings(path)
-        weights, moments = open_shards(path / "model", "model"), open_shards(path, "optimizer")
+        files = read_manifest(path)["files"]
+        of_model = [name.removeprefix("model/") for name in files if name.startswith("model/")]
+        weights, moments = open_shards(path / "model", "model", of_model), open_shards(path, "optimizer", files)
         is_rounded = _is_rounded(path, saved, state.optimizer)
-        _check_fit(path, weights, moments, state, is_rounded)
+        _check_fit(path, weights, moments, state, saved.get("parameters"), is_rounded)
         if state.stream is not None:
             if saved["stream"] is None:
                 raise UsageError(
@@ -112,19 +114,19 @@ def _check_fit(
     weights: Mapping[str, StoredTensor],
     moments: Mapping[str, StoredTensor],
     state: TrainState,
+    parameters: list[str],
     is_rounded: bool,
 ) -> None:
-    here = optimizer_tensors(state.model, state.optimizer)
-    if is_rounded:  # values of the same names and shapes, in other forms
-        moments, here = _values(moments), _values(here)
+    had, has = set(parameters), set(named_parameters(state.model, state.optimizer))
     differences = _differences(weights, model_tensors(state.model), any_dtype=is_rounded)
-    if here:
+    differences += sorted(f"{name} is trained {'now' if name in has else 'then'} only" for name in had ^ has)
+    if isinstance(state.optimizer, TieredOptimizer):  # torch's make their state in the steps that reach a parameter
+        here = optimizer_tensors(state.model, state.optimizer)
+        if is_rounded:  # values of the same names and shapes, in other forms
+            reached = _by_parameter(moments)
+            moments = _values(moments)
+            here = {name: x for name, x in _values(here).items() if name.rpartition(".")[0] in reached}
         differences += _differences(moments, here, any_dtype=is_rounded)
-    else:
-        # torch's optimizers make their state in the first step: until then all that is known is whose it is
-        had, has = set(_by_parameter(moments)), set(named_parameters(state.model, state.optimizer))
-        whose = sorted(f"{name} is trained {'now' if name in has else 'then'} only" for name in had ^ has)
-        differences += whose if had else []
     if differences:
         more = f" and {len(differences) - _MOST_DIFFERENCES} more" if len(differences) > _MOST_DIFFERENCES else ""
         told = "; ".join(differences[:_MOST_DIFFERENCES])
@@ -155,14 +157,17 @@ def _fill(tensor: Tensor, stored: StoredTensor) -> None:
 
 
 def _room_for(moments: Mapping[str, StoredTensor], state: TrainState) -> dict[str, Tensor]:
-    """The optimizer's state by name; made first, uninitialised, where torch would make it in the first step."""
-    if moments and not optimizer_tensors(state.model, state.optimizer):
-        made: dict[int, dict[str, Tensor]] = {}
+    """The optimizer's state by name; of torch's optimizers made here, uninitialised, as their steps would make it."""
+    if not isinstance(state.optimizer, TieredOptimizer):
         stored = _by_parameter(moments)
-        for index, (name, parameter) in enumerate(named_parameters(state.model, state.optimizer).items()):
-            made[index] = {key: _empty(tensor, parameter) for key, tensor in stored.get(name, {}).items()}
-        groups = state.optimizer.state_dict()["param_groups"]
-        state.optimizer.load_state_dict({"state": made, "param_groups": groups})
+        names = {parameter: name for name, parameter in named_parameters(state.model, state.optimizer).items()}
+        state.optimizer.state.clear()
+        for group in state.optimizer.param_groups:
+            on_host = not (group.get("fused") or group.get("capturable"))  # else kernels read counts of steps too
+            for parameter in (parameter for parameter in group["params"] if names[parameter] in stored):
+                of_parameter = stored[names[parameter]].items()
+                made = {key: _empty(tensor, parameter, counts_on_host=on_host) for key, tensor in of_parameter}
+                state.optimizer.state[parameter] = made
     return optimizer_tensors(state.model, state.optimizer)
 
 
@@ -175,10 +180,11 @@ def _by_parameter(moments: Mapping[str, StoredTensor]) -> dict[str, dict[str, St
     return by_parameter
 
 
-def _empty(stored: StoredTensor, parameter: Tensor) -> Tensor:
-    if stored.shape == [*parameter.shape]:  # it lies where the parameter does, sharded if that is
-        return torch.empty_like(parameter, dtype=stored.torch_dtype)
-    return torch.empty(stored.shape, dtype=stored.torch_dtype)
+def _empty(stored: StoredTensor, parameter: Tensor, *, counts_on_host: bool) -> Tensor:
+    if stored.shape == [*parameter.shape]:  # sharded if the parameter is
+        return torch.empty_like(parameter, dtype=stored.torch_dtype, requires_grad=False)
+    device = "cpu" if counts_on_host and not stored.shape else parameter.device
+    return torch.empty(stored.shape, dtype=stored.torch_dtype, device=device)
 
 
 def _round(
@@ -190,12 +196,13 @@ def _round(
     """Fill weights and state from those of a tier that keeps more, as fp32 values."""
     by_parameter = _by_parameter(moments)
     for name, parameter in parameters.items():
-        kept = by_parameter[name]
+        kept = by_parameter.get(name, {})  # none if no loss has reached it yet
         forms = {"weight": weights[name], **kept}
 
         def values(value: str, rows: slice, forms: dict[str, StoredTensor] = forms) -> Tensor:
             of_value = {key: forms[key].read(rows) for key in (value, f"{value}_low", f"{value}_scale") if key in forms}
             return read(of_value, value, slice(None))
 
-        optimizer.round_from(parameter, values)
-        kept["step"].copy_rows(optimizer.state[parameter]["step"])
+        optimizer.round_from(parameter, _values(forms).keys() - {"step"}, values)
+        if kept:
+            kept["step"].copy_rows(optimizer.state[parameter]["step"])

@@ -43,7 +43,7 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object]) -> list[str
     changes = {
         name: f"--{name}={settings[name]} (was {saved[name]})"
         for name in settings
-        if name in saved and name not in ("resume", "output_dir") and saved[name] != settings[name]
+        if name in saved and name not in ("resume", "output_dir", "num_processes") and saved[name] != settings[name]
     }
     changeable = CHANGEABLE_ON_RESUME | ({"memory"} if _keeps_less(saved, settings) else set())
     if refused := [change for name, change in changes.items() if name not in changeable]:

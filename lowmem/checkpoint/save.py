@@ -10,7 +10,10 @@ Every rank writes a share of the files, all at the same time; a tensor is whole 
 """
 
 import copy
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,7 +21,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lowmem.checkpoint.commit import checkpoints, clear_leftovers, remove, step_of, write_manifest
-from lowmem.checkpoint.tensors import model_tensors, num_bytes, optimizer_bytes, optimizer_tensors
+from lowmem.checkpoint.tensors import (
+    check_writable,
+    model_tensors,
+    named_parameters,
+    num_bytes,
+    optimizer_bytes,
+    optimizer_tensors,
+)
 from lowmem.checkpoint.together import TensorFiles, within, write_together
 from lowmem.config import UsageError, parse_bytes
 from lowmem.disk import FileRecord, free_bytes, record_file, sync, to_json, write_file
@@ -64,6 +74,7 @@ def save_checkpoint(
             "stream": state.stream and state.stream.state_dict(),
             "optimizer": type(state.optimizer).__name__,
             "memory": getattr(state.optimizer, "memory", "off"),
+            "parameters": [*named_parameters(state.model, state.optimizer)],
         }
         records |= within("model", _write_model_files(unfinished / "model", state.model, tokenizer, config))
         records["state.json"] = write_file(unfinished / "state.json", [to_json(training_state)])
@@ -88,22 +99,25 @@ def save_model(
 
     What stood there goes only after the new folder is on disk. Raises SaveError as `save_checkpoint` does.
     """
-    path = Path(folder)
+    path = Path(folder).resolve()  # what a link names is replaced where it is
     tensors = TensorFiles("", "model", split_shards(model_tensors(model), "model", parse_bytes(max_shard_size)))
 
     def write_rest(unfinished: Path, records: dict[str, FileRecord]) -> None:
         _write_model_files(unfinished, model, tokenizer, config)
 
     write_together(path, [tensors], write_rest, replace=True)
-    return path
+    return Path(folder)
 
 
 def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int | None) -> None:
     """Called by every rank before a run that will save `saves` checkpoints under `folder`, `keep` as there.
 
-    Raises UsageError if they, and the model beside them, will not find room on its disk.
+    Raises UsageError if they, and the model beside them, will not find room on its disk, or if a tensor is of a kind
+    that no checkpoint holds.
     """
     folder = Path(folder)
+    for name, tensor in model_tensors(state.model).items():
+        check_writable(name, tensor)
     weights = num_bytes(model_tensors(state.model))
     checkpoint = weights + optimizer_bytes(state.model, state.optimizer)
 
@@ -132,7 +146,8 @@ def _write_model_files(
         model_config.dtype = base.dtype
         model_config.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        with _errors_of_rust():
+            tokenizer.save_pretrained(folder)
     records = {}
     for path in sorted(set(filter(Path.is_file, folder.rglob("*"))) - tensors):  # transformers wrote them
         sync(path)
@@ -144,6 +159,18 @@ def _write_model_files(
     if config is not None:
         records["lowmem.json"] = write_file(folder / "lowmem.json", [to_json(dict(config))])
     return records
+
+
+@contextmanager
+def _errors_of_rust() -> Iterator[None]:
+    """The tokenizers library raises no OSError when a disk is full, but names its number."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _class_of(model: nn.Module) -> type:
@@ -158,7 +185,4 @@ def _prune(path: Path, keep: int, best: Mapping[str, float] | None) -> None:
     kept = [old for old in older if best and step_of(old) == best["step"]]
     others = [old for old in older if old not in kept]
     for old in others[: max(0, len(others) - max(0, keep - 1 - len(kept)))]:
-        try:
-            remove(old)
-        except OSError as error:
-            print(f"{old} could not be removed ({error.strerror}): remove it by hand", flush=True)
+        remove(old)

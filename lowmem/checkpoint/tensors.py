@@ -2,10 +2,13 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lowmem.config import UsageError
+from lowmem.parallel.pieces import pieces
 from lowmem.parallel.sharding import unwrapped
+from lowmem.weights import dtype_name
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -33,6 +36,19 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     return tensors
 
 
+def check_writable(name: str, tensor: Tensor) -> None:
+    """Raise UsageError for a tensor that cannot be saved: of a dtype that files do not hold, or sharded in columns."""
+    try:
+        dtype_name(tensor.dtype)
+        if isinstance(tensor, DTensor):
+            pieces(tensor)
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"tensor {name} cannot be saved ({error}): give it another dtype, or register it as a buffer that is not "
+            "persistent"
+        ) from error
+
+
 def num_bytes(tensors: dict[str, Tensor]) -> int:
     """Of all tensors, sharded ones counted as a whole."""
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
@@ -43,6 +59,7 @@ def optimizer_bytes(model: nn.Module, optimizer: Optimizer) -> int:
     if known := num_bytes(optimizer_tensors(model, optimizer)):
         return known
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert all(parameter.grad is None for parameter in parameters)  # or the step below would train
     probe = nn.Parameter(torch.zeros(2, 2))
     probe.grad = torch.zeros_like(probe)
     optimizer.add_param_group({"params": [probe]})

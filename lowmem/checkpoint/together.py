@@ -108,7 +108,11 @@ def _as_save_error(path: Path, needed: int) -> Iterator[None]:
         raise
     except OSError as error:
         place = f" at {error.filename}" if error.filename else ""
+        try:
+            free = f"{free_bytes(path):,}"
+        except OSError:  # nor can the disk be asked
+            free = "an unknown number"
         raise SaveError(
-            f"{path} could not be saved: {error.strerror}{place}; it takes {needed:,} bytes, {free_bytes(path):,} are "
-            "free. What stood before stands: make room or mend the disk, and go on from there"
+            f"{path} could not be saved: {error.strerror or error}{place}; it takes {needed:,} bytes, {free} are free. "
+            "The checkpoints before it stand: make room or mend the disk, and go on from there"
         ) from error

@@ -30,6 +30,8 @@ _OPTIMIZERS = {
     "sgd": torch.optim.SGD,
 }
 
+_FUSED_SHARDED = ("adamw", "adam")  # whose fused kernels take DTensors
+
 # names of biases and norms, which transformers' Trainer leaves without decay
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
@@ -50,8 +52,8 @@ def make_optimizer(
     must hold the same fp32 weights, and use an Accelerator without mixed precision. `memory="off"` leaves the weights
     as they are, for an optimizer of torch.optim. The learning rate is set at each step, from `learning_rate_at`;
     `betas` and `eps` go to Adam's family. Raises ValueError for an unknown name or tier,
-    for a model without a trainable parameter, and in a tier for one that is sharded, and for one that DDP has wrapped
-    already: its reducer would still have the old dtypes.
+    for a model without a trainable parameter, in a tier or with adafactor for one that is sharded, and in a tier for
+    one that DDP has wrapped already: its reducer would still have the old dtypes.
     """
     if memory not in ("exact", "lean", "off"):
         raise ValueError(f"memory={memory!r} was asked for, there are exact, lean and off: choose one")
@@ -62,6 +64,8 @@ def make_optimizer(
         raise ValueError(f"memory={memory} changes dtypes, but DDP has wrapped the model: make the optimizer before")
     if memory != "off" and is_sharded(model):
         raise ValueError(f"memory={memory} of a sharded model is not built yet: use memory='off', or NO_SHARD")
+    if name == "adafactor" and is_sharded(model):
+        raise ValueError("adafactor needs whole matrices, this model is sharded: use adamw, or NO_SHARD")
     trainable = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("an optimizer was asked for, but every parameter is frozen: leave a part trainable")
@@ -70,7 +74,9 @@ def make_optimizer(
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if memory == "off":
-        return _of_torch(_OPTIMIZERS[name], groups, betas, eps)
+        return _of_torch(
+            _OPTIMIZERS[name], groups, betas, eps, is_fused=not is_sharded(model) or name in _FUSED_SHARDED
+        )
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -80,12 +86,14 @@ def make_optimizer(
     return TieredAdamW(groups, memory=memory, betas=betas, eps=eps, moments=moments)
 
 
-def _of_torch(kind: type, groups: list[dict[str, object]], betas: tuple[float, float], eps: float) -> Optimizer:
+def _of_torch(
+    kind: type, groups: list[dict[str, object]], betas: tuple[float, float], eps: float, *, is_fused: bool
+) -> Optimizer:
     accepted = inspect.signature(kind).parameters
     options: dict[str, object] = {"lr": 0.0}
     if "betas" in accepted:
         options |= {"betas": betas, "eps": eps}
-    if "fused" in accepted:
+    if "fused" in accepted and is_fused:
         options["fused"] = True  # one pass over each parameter, and no temporaries of the model's size
     else:
         options["foreach"] = False

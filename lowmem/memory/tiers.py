@@ -8,7 +8,7 @@ as the embedding.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 
@@ -102,15 +102,15 @@ class TieredOptimizer(Optimizer):
                 hook.remove()
 
     @torch.no_grad()
-    def round_from(self, parameter: nn.Parameter, values: Callable[[str, slice], Tensor]) -> None:
-        """Put fp32 values into the weight and the state of `parameter`, all but "step", in this tier's forms.
+    def round_from(self, parameter: nn.Parameter, names: Iterable[str], values: Callable[[str, slice], Tensor]) -> None:
+        """Put fp32 values into what `names` of `parameter`, "weight" and any of its state, in this tier's forms.
 
-        `values(name, rows)` are those of "weight" or of a state by its name, (rows, columns), on any device.
+        `values(name, rows)` are those of some rows, (rows, columns), on any device.
         """
         tensors = {"weight": parameter.data, **self.state[parameter]}
         draw = self._random(parameter, "round_from")
         for rows in self._slices(parameter):
-            for name in (name for name in tensors if name != "step" and not name.endswith(("_low", "_scale"))):
+            for name in sorted(names):
                 new = values(name, rows).to(parameter.device)
                 if tensors[name].dtype == torch.float32:
                     by_rows(tensors[name])[rows] = new
