@@ -1,6 +1,7 @@
 """One optimizer step: the micro-batches' gradients summed, reduced over ranks once, clipped, applied."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -43,6 +44,12 @@ class TrainState:
     """The best evaluation so far: {"step", "eval_loss"}."""
     seed: int = 0
     """Seeds dropout, together with step, rank and micro-batch, and the rounding of memory tiers."""
+
+    def note_best(self, eval_loss: float | None) -> None:
+        """Let `best` be this step if its loss is the lowest so far. None, or what is not finite, never is."""
+        is_a_number = eval_loss is not None and math.isfinite(eval_loss)
+        if is_a_number and (self.best is None or eval_loss < self.best["eval_loss"]):
+            self.best = {"step": self.step, "eval_loss": eval_loss}
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def train_step(
             "pass the optimizer as make_optimizer made it (accelerator.prepare hides its tier), and beside a tier an "
             f"Accelerator with mixed_precision no (this one: {accelerator.mixed_precision}), as its weights are bf16"
         )
-    at_step(state.step)
+    at_step(state.step + 1)  # as it will be counted when it is done, in metrics.jsonl and checkpoints
     # Known before the first backward, so that every micro-batch is scaled by the same number.
     num_tokens, preempted = _begun_by_all_ranks(batches, preempted)
     optimizer.zero_grad()  # of a step that an exception ended
@@ -137,7 +144,7 @@ def train_step(
         reason = _not_finite(loss, grad_norm, losses, batches)
         if nonfinite == "stop":
             optimizer.zero_grad()
-            raise FloatingPointError(f"step {state.step}: {reason}. {_advice(released)}")
+            raise FloatingPointError(f"step {state.step + 1}: {reason}. {_advice(released)}")
     updated = not reason
     if updated:
         if max_grad_norm:

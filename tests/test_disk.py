@@ -30,10 +30,10 @@ MET, NOT_MET = 3, 4  # exit codes: whether a rank came to the operation that was
 
 def small_state(step):
     """A state with moments; its values tell the step."""
-    torch.manual_seed(0)
     model = nn.Linear(3, 2)
     optimizer = make_optimizer(model, memory="off")
     for parameter in model.parameters():
+        parameter.data.fill_(step)
         parameter.grad = torch.full_like(parameter, step)
     optimizer.step()
     return TrainState(model, optimizer, step=step)

@@ -178,7 +178,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(nonfinite):
     before = [parameter.detach().clone() for parameter in model.parameters()]
     accelerator = Accelerator(cpu=True)
     if nonfinite == "stop":
-        with pytest.raises(FloatingPointError, match=r"step 0: loss nan.*on rank 0 with rows \[0, 1, 2, 3"):
+        with pytest.raises(FloatingPointError, match=r"step 1: loss nan.*on rank 0 with rows \[0, 1, 2, 3"):
             train_step(state, next(stream), poisoned, accelerator, learning_rate=0.1)
         assert state.step == stream.position == 0
     else:
