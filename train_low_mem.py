@@ -2,7 +2,10 @@
 
 import sys
 
-from lowmem.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from lowmem.cli import main  # long enough for a Ctrl-C
+
+        sys.exit(main())
+    except KeyboardInterrupt:  # of a run that has not begun, or of a command that saves nothing
+        sys.exit(75 if sys.argv[1:2] == ["train"] else 130)

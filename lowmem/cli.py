@@ -24,9 +24,9 @@ from lowmem.exit_file import final_exit
 from lowmem.flags import resolve
 from lowmem.parallel.elastic import die_with_launcher, is_restarted, start_processes
 from lowmem.parallel.launch import check_launch, launched_mixed_precision, processes_to_start
-from lowmem.parallel.signals import Signals
+from lowmem.parallel.signals import PREEMPTED, Signals, end_as_signalled
 from lowmem.run_folder import check_output
-from lowmem.supervise import end_at_once, supervise, tell_failure
+from lowmem.supervise import end_at_once, record_preempted, supervise, tell_failure
 
 # What `evaluate` understands; the others would do nothing there.
 _EVALUATE_FLAGS = frozenset(
@@ -105,7 +105,8 @@ _COMMANDS = {"train": _train, "evaluate": _evaluate, "test": _evaluate, "verify"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv) and return the exit code: 0 done, 2 a mistake of the user,
-    75 preempted and saved, 1 anything else. Catches signals for the rest of the process.
+    75 a training run that was preempted, with what it had done saved, 1 anything else; 128 and the number of a signal
+    that ended something else. `train` and `evaluate` catch signals for the rest of the process.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or {"-h", "--help", "help"} & set(arguments):
@@ -162,7 +163,7 @@ def _run_on_files(job: FileJob) -> int:
 def _run(job: Job, arguments: Sequence[str]) -> int:
     """Look at files and folders while nothing is loaded, then train or evaluate, in as many processes as asked for."""
     config, output = job.config, Path(job.config.output_dir)
-    signals = Signals(at_once=end_at_once)
+    signals = Signals(at_once=end_at_once if job.command == "train" else end_as_signalled)
     signals.catch()  # for good: the echo of a signal may come when all is done
     die_with_launcher()
     if job.command == "train" and is_restarted() and (ended := final_exit(output)):
@@ -188,7 +189,13 @@ def _run(job: Job, arguments: Sequence[str]) -> int:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     processes = processes_to_start(config.num_processes)
     if processes > 1:
-        return start_processes(processes, [sys.argv[0], *arguments], signals)
+        code = start_processes(processes, [sys.argv[0], *arguments], signals)
+        if job.command == "evaluate":
+            return code if code >= 0 else 128 - code
+        if code == PREEMPTED or code < 0:
+            record_preempted(output)
+            return PREEMPTED
+        return code
     if job.command == "evaluate":
         _hide_bars()
         from lowmem.evaluate_command import evaluate_model

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import select
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -24,10 +25,24 @@ _SHOWN_IF_ANY = ("cut_rows", "cut_tokens", "bad_rows")
 
 
 def tell(*lines: str) -> None:
-    """Print lines for a person, above a progress bar if there is one."""
-    for line in lines:
-        tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    """Print lines for a person, above a progress bar if there is one. Nobody needs to be there to read them."""
+    try:
+        for line in lines:
+            tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:
+        _outlive_readers()
+
+
+def _outlive_readers() -> None:
+    """Output whose reader has gone, as `tee` does by the Ctrl-C that is ours too, goes nowhere from here on."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)  # 0: only what is always told, that it is broken or closed
+    for descriptor, _ in poll.poll(0):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
 
 def tell_answers(answers: Iterable[Answer]) -> None:
@@ -45,7 +60,7 @@ def peak_memory_bytes() -> dict[str, int]:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, floats in full precision.
+    """metrics.jsonl: one JSON object a line, floats in full precision. Lines that a full disk refuses wait for room.
 
     Opening it cuts it back to the records up to `step` (None: to nothing), so that a resumed run continues it without
     a repetition. What is kept of `step` itself is in `resumed_at`, all its records in one.
@@ -60,13 +75,30 @@ class MetricsLog:
         rewritten = path.with_suffix(".rewritten")
         rewritten.write_bytes(b"".join(kept))
         os.replace(rewritten, path)
-        self._path = path
+        self._path, self._size = path, path.stat().st_size
+        self._waiting = b""
 
     def write(self, record: Mapping[str, object]) -> None:
         # JSON has no NaN and no infinity: a loss that was one is null
         plain = {name: None if _is_nonfinite(value) else value for name, value in record.items()}
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(plain, allow_nan=False) + "\n")
+        is_the_first, self._waiting = (
+            not self._waiting,
+            self._waiting + f"{json.dumps(plain, allow_nan=False)}\n".encode(),
+        )
+        try:
+            with open(self._path, "r+b") as file:
+                file.seek(self._size)  # over a line of which there was room for half
+                file.write(self._waiting)
+        except OSError as error:
+            if is_the_first:
+                tell(f"{self._path} cannot be written, its records wait for room: {error.strerror}")
+        else:
+            self._size, self._waiting = self._size + len(self._waiting), b""
+
+    def close(self) -> None:
+        """Nothing more is written: tell what never found room."""
+        if self._waiting:
+            tell(f"{self._waiting.count(10)} records of {self._path} are lost: it cannot be written")
 
 
 def _belongs(line: bytes, step: int) -> bool:
@@ -74,7 +106,9 @@ def _belongs(line: bytes, step: int) -> bool:
         record = json.loads(line)
     except ValueError:  # the half line of a killed run
         return False
-    return "event" not in record and record["step"] <= step
+    # a run that was resumed after its last step tests and ends once more
+    is_of_the_end = "event" in record or any(name.startswith("test_") for name in record)
+    return not is_of_the_end and record["step"] <= step
 
 
 def _is_nonfinite(value: object) -> bool:
@@ -190,10 +224,15 @@ class Report:
             tell(f"step {self._step}/{self._total_steps}: {', '.join(shown)}")
 
     def close(self, **end: object) -> None:
-        """Nothing more is recorded. `end`: how the run ended, for the last event; without it a resumed run goes on."""
+        """Nothing more is recorded. `end`: how the run ended, for the last event; without it a resumed run goes on.
+
+        The event's counts, also of skipped updates, are since the run was started or resumed.
+        """
         self._bar.close()
         if self._log and end:
             told = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self._counts.items() if count)
             if told:
                 tell(f"of the rows of steps {self._first_step + 1} to {self._step}: {told}")
             self._log.write({"event": "end", "steps": self._step, "skipped": self._skipped, **self._counts, **end})
+        if self._log:
+            self._log.close()

@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -13,11 +13,12 @@ from lowmem.config import RankError, SaveError, UsageError
 from lowmem.data.rows import RowError
 from lowmem.exit_file import CODES, remove_exit, write_exit
 from lowmem.parallel import heartbeat
-from lowmem.parallel.signals import PREEMPTED, Signals
+from lowmem.parallel.signals import PREEMPTED, Signals, say_and_exit
 from lowmem.run_folder import holds_anything, owned
 
 # Their messages say all: a traceback would hide it.
 _TOLD_IN_A_LINE = (UsageError, RowError, RankError, SaveError, FloatingPointError)
+_NOTHING_TO_SAVE = "nothing was to be saved"
 
 
 def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Signals) -> int:
@@ -28,10 +29,12 @@ def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Sig
     """
     rank = int(os.environ.get("RANK", "0"))
     record = partial(write_exit, output, rank=rank)
+    if rank != 0:
+        signals.at_once = partial(end_at_once, record=record)
     with owned(output) if rank == 0 else nullcontext():
         if rank == 0:
             remove_exit(output)
-            signals.at_once = partial(end_at_once, record=record)
+            signals.at_once = partial(end_at_once, record=record)  # not before: the folder may be another run's
         try:
             step, preempted = train(
                 signals=signals, last_words=lambda message: record("failed", message, step=heartbeat.current_step())
@@ -45,17 +48,29 @@ def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Sig
             raise
         cause = "preempted" if preempted else "done"
         if rank == 0:
-            record(cause, f"step {step} is saved" if preempted else "", step=step)
+            saved = f"step {step} is saved" if step else _NOTHING_TO_SAVE
+            record(cause, saved if preempted else "", step=step)
     return CODES[cause]
 
 
 def end_at_once(signal: str, record: Callable[..., None] | None = None) -> NoReturn:
-    """What a signal does until the processes are one group, in which they can agree on when to end."""
-    print(f"{signal} came, ends at once: there is nothing to save yet", file=sys.stderr, flush=True)
-    # an elastic launcher sends SIGTERM to all also when one of them failed, to start them again
-    if record is not None and (signal != "SIGTERM" or "TORCHELASTIC_RUN_ID" not in os.environ):
-        record("preempted", step=None)
-    os._exit(PREEMPTED)
+    """What a signal does to a run until its processes are one group, in which they can agree on when to end."""
+    # an elastic launcher sends SIGTERM to all also when one of them failed, be it to start them again
+    is_a_launchers = signal == "SIGTERM" and "TORCHELASTIC_RUN_ID" in os.environ
+    if is_a_launchers and os.environ.get("LOCAL_RANK") != "0":
+        os._exit(PREEMPTED)  # the one that failed tells why, or the first one that it was signalled
+
+    def tell() -> None:
+        if record is not None and not is_a_launchers:
+            record("preempted", _NOTHING_TO_SAVE, step=None)
+
+    say_and_exit(f"{signal} came, ends at once: there is nothing to save yet", PREEMPTED, tell)
+
+
+def record_preempted(output: Path) -> None:
+    """Done by who started processes, once a signal has ended them: exit.json tells it if none of them could."""
+    with suppress(UsageError), owned(output):  # another run's folder is left alone
+        write_exit(output, "preempted", _NOTHING_TO_SAVE, step=None, rank=0)
 
 
 def tell_failure(error: Exception) -> int:

@@ -54,7 +54,8 @@ def train(
     """Train as `config` says, from the start or from a checkpoint, and leave the model in `output_dir`/model.
 
     A signal that a rank has caught ends the run on all of them: after the step or evaluation that is going on, once it
-    is saved. `last_words` is called with a message before a silent or failed rank makes this one exit.
+    is saved; before the first step, as soon as all is loaded. `last_words` is called with a message before a silent or
+    failed rank makes this one exit.
     """
     # --- processes
     output, settings = Path(config.output_dir), dataclasses.asdict(config)
@@ -65,8 +66,8 @@ def train(
         output_dir=output,
         heartbeat_timeout=config.heartbeat_timeout,
         last_words=last_words,
+        signals=signals,
     )
-    signals.at_once = None  # from here on the ranks can agree on when to end
     rank, world_size = accelerator.process_index, accelerator.num_processes
     checkpoint = checkpoint_to_resume(config.resume, output)
     changes = check_same_run(checkpoint, settings) if checkpoint is not None else []
@@ -187,19 +188,17 @@ def train(
         report.evaluation(metrics, answers[:3])
         return metrics
 
-    def note_best(eval_loss: float | None) -> None:
-        is_a_number = eval_loss is not None and math.isfinite(eval_loss)
-        if is_a_number and (state.best is None or eval_loss < state.best["eval_loss"]):
-            state.best = {"step": state.step, "eval_loss": eval_loss}
-
     # --- the loop
-    if validation_rows and config.eval_on_start and state.step == 0:
-        evaluate_on(validation_rows, "eval")
-    if validation_rows and state.step and is_due(config.eval_steps):
-        # a run that was preempted at this step saved it first, and left its evaluation to us
-        evaluated = report.resumed_at if "eval_loss" in report.resumed_at else evaluate_on(validation_rows, "eval")
-        note_best(evaluated["eval_loss"])
-    preempted = signalled()  # since the start
+    # `preempted` is alike on all ranks: agreed on here, in each step's first collective, and after what takes long
+    preempted = signalled()
+    if validation_rows and not preempted:
+        if state.step == 0 and config.eval_on_start:
+            evaluate_on(validation_rows, "eval")
+        if state.step and is_due(config.eval_steps):
+            # a run that was preempted at this step saved it first, and left its evaluation to us
+            evaluated = report.resumed_at if "eval_loss" in report.resumed_at else evaluate_on(validation_rows, "eval")
+            state.note_best(evaluated["eval_loss"])
+        preempted = signalled()
     end = state.step if preempted else total_steps
     report.training_goes_on()
     with entered(savers, model, optimizer), closing(stream):
@@ -220,7 +219,7 @@ def train(
                 epoch = stream.position / stream.num_rows
                 report.training(result, epoch=epoch, learning_rate=schedule(step), counts=stream.counts)
             if validation_rows and not preempted and is_due(config.eval_steps):
-                note_best(evaluate_on(validation_rows, "eval")["eval_loss"])
+                state.note_best(evaluate_on(validation_rows, "eval")["eval_loss"])
                 preempted = signalled()
             if preempted or is_due(config.save_steps):
                 try:
@@ -239,14 +238,11 @@ def train(
         signals.ignore()  # a launcher ends the others as soon as one of us has ended
         report.close()
         report.tell(f"preempted after step {state.step} of {total_steps}: --resume=auto goes on from there")
-        accelerator.end_training()
-        return Ending(state.step, preempted=True)
-
-    # --- what is left behind
-    if test_rows:
-        evaluate_on(test_rows, "test")
-    save_model(model, output / "model", **saving)
-    report.close(best=state.best)
-    report.tell(f"done: {output / 'model'} holds the model, {output / 'metrics.jsonl'} its curve")
+    else:  # what is left behind
+        if test_rows:
+            evaluate_on(test_rows, "test")
+        save_model(model, output / "model", **saving)
+        report.close(best=state.best)
+        report.tell(f"done: {output / 'model'} holds the model, {output / 'metrics.jsonl'} its curve")
     accelerator.end_training()
-    return Ending(state.step, preempted=False)
+    return Ending(state.step, preempted)

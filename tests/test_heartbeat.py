@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from lowmem.parallel import heartbeat
 from lowmem.parallel.agree import on_main_rank, sum_over_ranks, watch_one_another
-from tests.processes import run, run_ranks, started_ranks
+from tests.processes import run, run_ranks, started_ranks, wait_until
 
 LIMIT = 3.0
 
@@ -81,6 +81,28 @@ def wait_long_and_end_one_after_the_other():
 
 def test_neither_a_long_wait_nor_an_early_end_is_silence():
     run_ranks(3, "tests.test_heartbeat:wait_long_and_end_one_after_the_other")
+
+
+def be_stopped_for_a_while(folder):
+    rank = join_and_watch(60.0 if os.environ["RANK"] == "0" else LIMIT)
+    if rank == 1:
+        Path(folder, "runs").touch()
+        while not Path(folder, "goes on").exists():
+            time.sleep(0.1)
+    sum_over_ranks(1)
+
+
+def test_who_was_stopped_does_not_blame_the_others_for_that_time(tmp_path):
+    with started_ranks(2, "tests.test_heartbeat:be_stopped_for_a_while", tmp_path) as ranks:
+        wait_until((tmp_path / "runs").exists, ranks[1])
+        time.sleep(1)  # a few beats
+        ranks[1].send_signal(signal.SIGSTOP)
+        time.sleep(LIMIT + 1.5)
+        ranks[1].send_signal(signal.SIGCONT)
+        time.sleep(1)  # a few more
+        (tmp_path / "goes on").touch()
+        outputs = [process.communicate(timeout=60)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outputs
 
 
 def test_importing_it_imports_no_torch():

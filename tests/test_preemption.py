@@ -1,16 +1,20 @@
 """A signal ends a run at a step on which all agree, saved once, and a resume makes one run of the parts."""
 
+import json
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from lowmem.config import SaveError
 from lowmem.flags import resolve
 from lowmem.parallel.signals import Signals, catching_signals
+from lowmem.supervise import supervise
 from lowmem.train import train as train_here
+from tests.forked import fork_ranks
 from tests.models import qa_rows
 from tests.runs import assert_same_run, evaluations, records, settings, steps, write_files
 
@@ -118,11 +122,36 @@ def test_a_signal_while_evaluating_ends_the_run_once_that_step_is_saved(reading,
     assert_resumed_to_the_same_end(work, name, uninterrupted)
 
 
-def test_a_signal_before_training_saves_nothing(work):
+def test_a_signal_before_training_saves_nothing_and_evaluates_nothing(work, uninterrupted):
     with catching_signals() as signals:
         signalling(signals)()
-        assert run_here(work, "before", signals=signals) == (0, True)
-    assert checkpoints(work, "before") == [] and records(work, "before") == []
+        assert run_here(work, "before", ROWS, qa_rows(4), signals, eval_on_start=True) == (0, True)
+        assert checkpoints(work, "before") == [] and records(work, "before") == []
+        assert run_here(work, "again", ROWS, qa_rows(4), signals, save_steps=5) == (0, True)
+    with catching_signals() as signals:
+        rows = Rows(ROWS, 3 * 4 + 1, signalling(signals))
+        assert run_here(work, "again", rows, qa_rows(4), signals, save_steps=5) == (4, True)
+        assert run_here(work, "again", ROWS, qa_rows(4), signals) == (4, True)
+    assert [step for step, _ in evaluations(work, "again")] == [2]
+    assert_resumed_to_the_same_end(work, "again", uninterrupted)
+
+
+@pytest.mark.parametrize(("step", "message"), [(0, "nothing was to be saved"), (3, "step 3 is saved")])
+def test_exit_json_tells_what_a_preempted_run_saved(step, message, tmp_path):
+    assert supervise(lambda **_: (step, True), tmp_path, Signals()) == 75
+    told = json.loads((tmp_path / "exit.json").read_text())
+    assert (told["cause"], told["step"], told["message"]) == ("preempted", step, message)
+
+
+def be_signalled_on_one_rank(work):
+    with catching_signals() as signals:
+        if os.environ["RANK"] == "1":
+            signalling(signals)()
+        assert run_here(Path(work), "one rank", signals=signals) == (0, True)
+
+
+def test_a_signal_to_one_rank_before_training_ends_all_of_them(work):
+    assert fork_ranks(2, be_signalled_on_one_rank, str(work)) == [0, 0]
 
 
 def blocked(work, name):

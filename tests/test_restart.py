@@ -108,11 +108,55 @@ def test_under_torchrun_a_killed_worker_comes_back_and_a_preempted_one_does_not(
     assert_same_run(work, "elastic", uninterrupted)
 
 
+def is_importing_torch(process):
+    return any("torch" in library.path for library in psutil.Process(process.pid).memory_maps())
+
+
 def test_a_signal_while_starting_ends_it_at_once(work):
-    with started(*PYTHON, "train", *flags(work, "starting")) as process:
-        wait_until((work / "starting" / ".lock").exists, process)
+    with started(*PYTHON, "train", *flags(work, "starting", num_processes=1)) as process:
+        wait_until(partial(is_importing_torch, process), process)  # which it does when it has its folder
         os.kill(process.pid, signal.SIGINT)
         result = finish(process, timeout=10)
     assert result.returncode == 75, result.stderr
     assert result.stderr == "SIGINT came, ends at once: there is nothing to save yet\n"
     assert exit_of(work, "starting")["cause"] == "preempted"
+
+
+@pytest.mark.parametrize("to_all", [True, False])
+def test_a_signal_while_processes_start_is_told_by_who_started_them(to_all, work):
+    """SIGTERM to the launcher, which its processes take for the launcher's own; or SIGUSR1 to a rank that is not 0."""
+    name = f"starting together {to_all}"
+    with started(*PYTHON, "train", *flags(work, name, num_processes=2)) as process:
+        wait_until((work / name / ".lock").exists, process)
+        wait_until(lambda: all(map(is_importing_torch, workers(process))), process)
+        if to_all:
+            process.send_signal(signal.SIGTERM)
+        else:
+            workers(process)[1].send_signal(signal.SIGUSR1)
+        result = finish(process, timeout=30)
+    assert result.returncode == 75, result.stderr
+    told = exit_of(work, name)
+    assert (told["cause"], told["message"]) == ("preempted", "nothing was to be saved")
+    assert told["rank"] == (0 if to_all else 1)
+
+
+LAUNCHED = """
+import time
+from lowmem.parallel.elastic import die_with_launcher
+die_with_launcher()
+print("runs", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"])
+def test_a_launched_process_ends_with_its_launcher(launcher):
+    launch = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    with started(sys.executable, "-c", launch, LAUNCHED, **{launcher: "no"}) as process:
+        assert process.stdout.readline() == "runs\n"
+        left = children(process)
+        process.kill()
+        gone, alive = psutil.wait_procs(left, timeout=10)
+        assert len(gone) == 1 and not alive
+        finish(process)

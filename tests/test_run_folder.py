@@ -123,6 +123,26 @@ def test_an_exit_of_another_launch_is_not_ours(tmp_path):
     assert final_exit(tmp_path) is None
 
 
+UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc"]
+
+
+def can_unshare():
+    try:
+        return run(*UNSHARE, "true").returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not can_unshare(), reason="needs a process namespace, as containers have")
+def test_the_first_process_of_a_container_tells_its_end(tmp_path):
+    code = "import sys; from pathlib import Path; from lowmem.exit_file import write_exit; "
+    code += "write_exit(Path(sys.argv[1]), 'done', step=3, rank=0)"
+    result = run(*UNSHARE, sys.executable, "-c", code, tmp_path)
+    assert result.returncode == 0, result.stderr
+    told = json.loads((tmp_path / "exit.json").read_text())
+    assert (told["cause"], told["launch"]["launcher"]) == ("done", 0)
+
+
 def test_the_process_that_started_us_is_the_launch(tmp_path):
     code = "from lowmem.parallel.elastic import this_launch; print(this_launch())"
     assert f"'launcher': {os.getpid()}," in run(sys.executable, "-c", code).stdout

@@ -1,5 +1,6 @@
 """Signals are noted whatever the main thread does; only one that is no echo ends the process."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -8,7 +9,7 @@ import time
 import pytest
 
 from lowmem.parallel.signals import catching_signals
-from tests.processes import finish, started
+from tests.processes import finish, run, started
 
 # The main thread waits for a lock that it holds itself: in C, like in a collective whose peer is gone.
 STUCK = """
@@ -44,7 +45,66 @@ def test_a_process_stuck_in_c_notes_a_signal_and_its_echo_and_ends_at_a_second_o
     assert result.stderr == "SIGTERM came after SIGUSR1: ends at once, not saved\n"
 
 
+# stderr is a pipe that is full, or that nobody reads any more.
+UNHEARD = """
+import os, signal, sys, time
+from lowmem.parallel import signals
+signals._SECONDS_TO_SAY = 0.5
+reading, writing = os.pipe()
+os.dup2(writing, 2)
+os.close(writing)
+if sys.argv[1] == "full":
+    os.set_blocking(2, False)
+    try:
+        while os.write(2, bytes(4096)):
+            pass
+    except BlockingIOError:
+        os.set_blocking(2, True)
+else:
+    os.close(reading)
+signals.say_and_exit("ends", 7, lambda: os.write(1, b"done"))
+"""
+
+
+@pytest.mark.parametrize("pipe", ["full", "broken"])
+def test_a_process_ends_also_if_it_cannot_say_so(pipe):
+    result = run(sys.executable, "-c", UNHEARD, pipe, timeout=20)
+    assert (result.returncode, result.stdout) == (7, "done")
+
+
+def test_signals_that_are_ignored_do_nothing():
+    with catching_signals() as signals:
+        signals.ignore()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        assert signals.came is None
+
+
+def test_a_fork_can_be_ended_and_does_not_tell_us():
+    with catching_signals() as signals:
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        process.start()
+        process.terminate()
+        process.join(10)
+        assert process.exitcode == -signal.SIGTERM
+        time.sleep(0.2)
+        assert signals.came is None
+
+
+def test_what_saves_nothing_ends_of_a_ctrl_c_without_a_traceback(tmp_path):
+    """Here while it still imports."""
+    for command, code in (("train", 75), ("verify", 130)):
+        with started(sys.executable, "-v", "train_low_mem.py", command, tmp_path) as process:
+            for line in process.stderr:
+                if line.startswith("import 'lowmem.parallel.signals'"):  # far from the last one
+                    break
+            process.send_signal(signal.SIGINT)
+            result = finish(process, timeout=20)
+        assert result.returncode == code and "Traceback" not in result.stderr
+
+
 def test_signals_go_back_to_who_had_them():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts us may have had it ignored
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     with catching_signals() as signals:
         assert signals.came is None

@@ -8,35 +8,41 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 
 import psutil
 
-from lowmem.parallel.signals import PREEMPTED, Signals
+from lowmem.parallel.signals import Signals
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_SECONDS_TO_START = 10.0
 
 
 def start_processes(num_processes: int, arguments: Sequence[str], signals: Signals) -> int:
     """Run this script with `arguments` in `num_processes` processes on this machine, and return its exit code.
 
     Without restarts: when one process fails, the launcher ends the others and its code is returned. The first of
-    `signals`, which are caught already, is passed on to the processes; they may take the time they need to save.
+    `signals`, which are caught already, is passed on to the processes; they may take the time they need to save. If
+    it ended one that could not catch it yet, its number is returned, below 0. Until the processes are about to be
+    started `signals.at_once`, which ends this one, is left as it is.
     """
     passed_on: list[int] = []
 
     def pass_on(name: str) -> None:
         passed_on.append(signal.Signals[name])
-        processes = psutil.Process().children()
+        # none: they are about to be started, or all have ended and this process ends too
+        limit = time.monotonic() + _SECONDS_TO_START
+        while not (processes := psutil.Process().children()) and time.monotonic() < limit:
+            time.sleep(0.05)
+        if not processes:
+            end_unstarted(name)
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.Signals[name])
-        if not processes:  # not started yet: nothing to save
-            os._exit(PREEMPTED)
 
-    signals.at_once = pass_on
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -51,23 +57,24 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
         max_restarts=0,
         signals_to_handle="SIGHUP,SIGQUIT",  # 30 s after one that it handles it kills: too soon for a large model
     )
+    end_unstarted, signals.at_once = signals.at_once, pass_on
     try:
         elastic_launch(config, sys.executable)("-u", *arguments)
     except ChildFailedError as failure:
         _, first = failure.get_first_failure()
-        if -first.exitcode in passed_on:  # it came before the process could catch it
-            return PREEMPTED
-        return first.exitcode if first.exitcode > 0 else 1
+        return first.exitcode if first.exitcode > 0 or -first.exitcode in passed_on else 1
     return 0
 
 
 def die_with_launcher() -> None:
-    """Under an elastic launcher on Linux: get a SIGTERM if the launcher dies, be it of SIGKILL. Elsewhere: nothing.
+    """Under a launcher, on Linux: get a SIGTERM if the launcher dies, be it of SIGKILL. Elsewhere: nothing.
 
     So a launcher that is killed, or ended by a second signal, leaves nothing behind that trains on, and what can be
     saved is.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+    # the second is of `accelerate launch`, which starts a single process without an elastic launcher
+    is_launched = not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
+    if not is_launched or sys.platform != "linux":
         return
     launcher = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -76,13 +83,19 @@ def die_with_launcher() -> None:
 
 
 def this_launch() -> dict[str, object]:
-    """{"run_id", "host", "launcher": id of the process that started this one, "since": when that was started}."""
-    launcher = psutil.Process(os.getppid())
+    """{"run_id", "host", "launcher": id of the process that started this one, "since": when that was started}.
+
+    Where that one cannot be seen (the first process of a container has none) `since` is this one's own start.
+    """
+    try:
+        since = psutil.Process(os.getppid()).create_time()
+    except psutil.Error:
+        since = psutil.Process().create_time()
     return {
         "run_id": os.environ.get("TORCHELASTIC_RUN_ID"),
         "host": socket.gethostname(),
-        "launcher": launcher.pid,
-        "since": datetime.fromtimestamp(launcher.create_time(), UTC).isoformat(),
+        "launcher": os.getppid(),
+        "since": datetime.fromtimestamp(since, UTC).isoformat(),
     }
 
 

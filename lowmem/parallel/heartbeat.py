@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from threading import Event, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
+from lowmem.parallel.signals import say_and_exit
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
@@ -211,18 +213,12 @@ class Heartbeat:
         return [f"rank {rank} failed with {end}" for rank, end in ends if end and rank != self._rank]
 
     def _end_process(self, message: str) -> None:
-        def say() -> None:
-            os.write(2, f"{message}\n".encode())
+        def tell_others() -> None:
             self.end(message)
             if self._last_words is not None:
                 self._last_words(message)
 
-        try:
-            saying = Thread(target=say, daemon=True)
-            saying.start()
-            saying.join(2 * _SECONDS_TO_TELL)
-        finally:
-            os._exit(1)  # whatever hangs or fails, be it a disk or a terminal
+        say_and_exit(message, 1, tell_others)
 
 
 def start(store: "Store", **options) -> None:

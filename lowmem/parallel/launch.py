@@ -11,6 +11,8 @@ from lowmem.parallel.elastic import is_restarted
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from lowmem.parallel.signals import Signals
+
 
 def launched_processes() -> int | None:
     """Processes that a launcher started in all, or None under plain python. Needs no torch."""
@@ -66,13 +68,15 @@ def join(
     output_dir: Path | None = None,
     heartbeat_timeout: float = 120.0,
     last_words: Callable[[str], None] | None = None,
+    signals: "Signals | None" = None,
 ) -> "Accelerator":
     """Join the process group that the environment describes. Returns its Accelerator.
 
     Without a GPU it runs on the CPU over gloo, also where accelerate would start independent runs. `mixed_precision`
     None is what `accelerate launch` was told. Several processes watch one another: one that gives no sign of life for
     `heartbeat_timeout` seconds, or that fails alone, ends all of them with a line on stderr that names it and is given
-    to `last_words`. Raises UsageError if the group is not of the launched size, and for what `check_launch` refuses.
+    to `last_words`. From then on the ranks can agree on when to end, so `signals` do nothing at once any more. Raises
+    UsageError if the group is not of the launched size, and for what `check_launch` refuses.
     """
     check_launch(None)
     import torch
@@ -96,6 +100,8 @@ def join(
             f"({accelerator.distributed_type.value}): each would train alone, so none does; check the launcher's flags"
         )
     watch_one_another(heartbeat_timeout, last_words)
+    if signals is not None:
+        signals.at_once = None
     return accelerator
 
 
