@@ -55,7 +55,7 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
     16 MiB at a time. AdamW's state loads into a memory tier that keeps no more than its own: off into exact (no bit
     lost), these into lean (rounded). Everything is checked before anything is changed: sizes and hashes (unless
     `verify_together` was called just before: `verify` False), then names, shapes and dtypes of the weights and of the
-    optimizer's state (in torch's optimizers before their first step: whose state it is).
+    optimizer's state (of torch's optimizers, which make theirs in the first step: what it was of).
     Raises UsageError, naming the file or up to 10 differing tensors.
     """
     path = Path(path)
@@ -114,10 +114,11 @@ def _check_fit(
     weights: Mapping[str, StoredTensor],
     moments: Mapping[str, StoredTensor],
     state: TrainState,
-    parameters: list[str],
+    parameters: list[str] | None,
     is_rounded: bool,
 ) -> None:
-    had, has = set(parameters), set(named_parameters(state.model, state.optimizer))
+    has = set(named_parameters(state.model, state.optimizer))
+    had = has if parameters is None else set(parameters)  # early checkpoints do not tell
     differences = _differences(weights, model_tensors(state.model), any_dtype=is_rounded)
     differences += sorted(f"{name} is trained {'now' if name in has else 'then'} only" for name in had ^ has)
     if isinstance(state.optimizer, TieredOptimizer):  # torch's make their state in the steps that reach a parameter
