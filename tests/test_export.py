@@ -128,7 +128,7 @@ def test_what_cannot_be_exported_is_told_and_leaves_nothing(tmp_path, capsys):
     for words, told in [
         ([tmp_path / "large", out, "--dtype=float16"], "tensor model.norm.weight holds 100000, too large for float16"),
         ([tmp_path / "pickled", out], "which are never opened"),
-        ([tmp_path / "nowhere", out], "is no whole checkpoint"),
+        ([tmp_path / "nowhere", out], "does not exist"),
         ([path, tmp_path / "there"], "there exists: export into a new folder"),
         ([path, path.parent / "out"], "lies among checkpoints"),
         ([path], "`export` needs OUT"),
@@ -172,7 +172,7 @@ def test_verify_tells_of_one_checkpoint_or_all_of_a_run_and_of_damage(tmp_path, 
         export(second, tmp_path / "out", dtype=None, max_shard_bytes=10**9)
     for words, told in [
         ([], "`verify` needs PATH"),
-        ([tmp_path / "no"], "no whole checkpoint"),
+        ([tmp_path / "no"], "does not exist"),
         (["a", "--x=1"], "--x"),
     ]:
         assert command("verify", *words) == 2

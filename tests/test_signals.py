@@ -91,16 +91,21 @@ def test_a_fork_can_be_ended_and_does_not_tell_us():
         assert signals.came is None
 
 
-def test_what_saves_nothing_ends_of_a_ctrl_c_without_a_traceback(tmp_path):
-    """Here while it still imports."""
-    for command, code in (("train", 75), ("verify", 130)):
+@pytest.mark.parametrize(("command", "code"), [("train", 75), ("verify", 130)])
+def test_what_saves_nothing_ends_of_a_ctrl_c_without_a_traceback(command, code, tmp_path):
+    """Here while it still imports; a signal may come too late for that, when the program has ended by itself."""
+    for _ in range(5):
         with started(sys.executable, "-v", "train_low_mem.py", command, tmp_path) as process:
             for line in process.stderr:
                 if line.startswith("import 'lowmem.parallel.signals'"):  # far from the last one
                     break
             process.send_signal(signal.SIGINT)
             result = finish(process, timeout=20)
-        assert result.returncode == code and "Traceback" not in result.stderr
+        assert "Traceback" not in result.stderr
+        if result.returncode == code:
+            return
+        assert result.returncode == 2
+    raise AssertionError("no signal came in time")
 
 
 def test_signals_go_back_to_who_had_them():
