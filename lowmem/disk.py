@@ -95,6 +95,14 @@ def remove_folder(path: Path) -> None:
     path.rmdir()
 
 
+def stands_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one that `path` names: whoever held a lock on it may have removed it."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that can still be written on the filesystem of `path`, or of the nearest folder above it that is there."""
     while not path.exists():

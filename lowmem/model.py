@@ -110,7 +110,7 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
         model, info = _auto_class(config).from_pretrained(
             name,
             dtype=dtype,
-            use_safetensors=True,  # never a pickle
+            use_safetensors=True,  # reading the other formats may run code
             output_loading_info=True,
             **_attention(config),
         )

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lowmem.config import UsageError
+from lowmem.disk import stands_at
 
 _PATIENCE_SECONDS = 5.0  # a process that was killed holds its lock until its memory is freed
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -66,7 +67,7 @@ def owned(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if _is_at(folder / ".lock", lock):
+        if stands_at(folder / ".lock", lock):
             os.unlink(folder / ".lock")  # while we hold it: who has opened it meanwhile sees that it is gone
         _remove_empty(made)
         os.close(lock)
@@ -78,7 +79,7 @@ def _take(folder: Path) -> int:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        if _is_locked(lock, path) and _is_at(path, lock):
+        if _is_locked(lock, path) and stands_at(path, lock):
             os.ftruncate(lock, 0)
             since = f"{datetime.now(UTC):%F %T} UTC"
             os.write(lock, f"process {os.getpid()} on host {socket.gethostname()} since {since}".encode())
@@ -100,14 +101,6 @@ def _is_locked(lock: int, path: Path) -> bool:
             raise
         print(f"{path} cannot be locked ({error.strerror}): two runs in this folder would not notice each other")
     return True
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """False if its owner has removed the file between our opening and our locking it."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _remove_empty(folders: list[Path]) -> None:

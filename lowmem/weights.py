@@ -41,7 +41,7 @@ class Shard(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        return sum(_bytes_of(tensor) for tensor in self.tensors.values())
+        return sum(bytes_of(tensor) for tensor in self.tensors.values())
 
     @property
     def header(self) -> bytes:
@@ -50,7 +50,7 @@ class Shard(NamedTuple):
         for name, tensor in self.tensors.items():
             if tensor.dtype not in _DTYPE_NAMES:
                 raise ValueError(f"{self.name}: tensor {name} is {tensor.dtype}, which no file holds: take another")
-            start, end = end, end + _bytes_of(tensor)
+            start, end = end, end + bytes_of(tensor)
             fields[name] = {"dtype": dtype_name(tensor.dtype), "shape": [*tensor.shape], "data_offsets": [start, end]}
         encoded = json.dumps(fields, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
@@ -65,11 +65,11 @@ def split_shards(tensors: Mapping[str, Tensor], stem: str, max_shard_bytes: int)
     groups: list[dict[str, Tensor]] = [{}]
     room = max_shard_bytes
     for name, tensor in tensors.items():
-        if groups[-1] and _bytes_of(tensor) > room:
+        if groups[-1] and bytes_of(tensor) > room:
             groups.append({})
             room = max_shard_bytes
         groups[-1][name] = tensor
-        room -= _bytes_of(tensor)
+        room -= bytes_of(tensor)
     # wide types first: each tensor then starts at a multiple of its element size
     groups = [dict(sorted(group.items(), key=lambda item: -item[1].dtype.itemsize)) for group in groups]
     if len(groups) == 1:
@@ -127,7 +127,7 @@ class StoredTensor:
             target.copy_(self.read())
         if target.dim() == 0 or target.numel() == 0:
             return
-        row_bytes = max(1, _bytes_of(target) // max(1, len(target)))
+        row_bytes = max(1, bytes_of(target) // max(1, len(target)))
         for part in target.split(max(1, _PART_BYTES // row_bytes)):
             part.copy_(self.read(slice(first, first + len(part))))
             first += len(part)
@@ -145,7 +145,7 @@ class _Reader:
         if path != self._path or self._left <= 0:
             self._path, self._file, self._left = path, safe_open(path, framework="pt"), _MAPPED_BYTES
         tensor = self._file.get_tensor(name) if rows is None else self._file.get_slice(name)[rows]
-        self._left -= _bytes_of(tensor)
+        self._left -= bytes_of(tensor)
         return tensor
 
 
@@ -168,5 +168,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _DTYPE_NAMES[dtype]
 
 
-def _bytes_of(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.dtype.itemsize  # a DTensor's are those of the whole
+def bytes_of(tensor: Tensor) -> int:
+    """Of its elements; a sharded one (DTensor) counts as the whole."""
+    return tensor.numel() * tensor.dtype.itemsize

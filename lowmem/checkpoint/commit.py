@@ -112,12 +112,18 @@ def clear_leftovers(path: Path) -> None:
             _try_to_remove(leftover)
 
 
-def _try_to_remove(path: Path) -> None:
-    """Remove a folder that is of no use any more; no reason to fail if that fails."""
+@contextmanager
+def _removing(path: Path) -> Iterator[None]:
+    """A folder that is of no use any more is no reason to fail: a line tells if it stays."""
     try:
-        remove_folder(path)
+        yield
     except OSError as error:
         print(f"{path} could not be removed ({error.strerror}): remove it by hand", flush=True)
+
+
+def _try_to_remove(path: Path) -> None:
+    with _removing(path):
+        remove_folder(path)
 
 
 def remove(path: Path) -> None:
@@ -126,11 +132,8 @@ def remove(path: Path) -> None:
     A folder that cannot be removed stays, and a line tells so.
     """
     condemned = path.parent / f"{_UNFINISHED}removal-{path.name}"
-    try:
+    with _removing(path):
         rename(path, condemned)
-    except OSError as error:
-        print(f"{path} could not be removed ({error.strerror}): remove it by hand", flush=True)
-    else:
         _try_to_remove(condemned)
 
 

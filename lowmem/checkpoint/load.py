@@ -1,7 +1,7 @@
 """What a checkpoint holds, put into a state: each rank reads the rows that it keeps, a few at a time."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,9 +14,9 @@ from lowmem.checkpoint.tensors import model_tensors, named_parameters, optimizer
 from lowmem.config import UsageError
 from lowmem.memory.forms import read
 from lowmem.memory.tiers import TieredOptimizer
-from lowmem.parallel.agree import failing_together
+from lowmem.parallel.agree import failing_together, rank_and_world_size
 from lowmem.parallel.heartbeat import doing
-from lowmem.parallel.pieces import local_rows, rank_and_world_size
+from lowmem.parallel.pieces import local_rows
 from lowmem.step import TrainState
 from lowmem.weights import StoredTensor, dtype_name, open_shards
 
@@ -27,11 +27,17 @@ TIERS = ("off", "exact", "lean")
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint under `folder` that `verify_checkpoint` accepts; a line tells why one was passed over."""
-    for path in reversed(checkpoints(Path(folder))):
+    return first_accepted(reversed(checkpoints(Path(folder))), verify_checkpoint)
+
+
+def first_accepted(paths: Iterable[Path], verify: Callable[[Path], None], *, silent: bool = False) -> Path | None:
+    """The first of `paths` for which `verify` raises no UsageError; unless `silent` a line tells of each before it."""
+    for path in paths:
         try:
-            verify_checkpoint(path)
+            verify(path)
         except UsageError as error:
-            print(f"passed over a checkpoint: {error}", flush=True)
+            if not silent:
+                print(f"passed over a checkpoint: {error}", flush=True)
         else:
             return path
     return None

@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 from lowmem.checkpoint.commit import checkpoints
-from lowmem.checkpoint.load import TIERS, saved_settings, verify_together
+from lowmem.checkpoint.load import TIERS, first_accepted, saved_settings, verify_together
 from lowmem.config import CHANGEABLE_ON_RESUME, UsageError
-from lowmem.parallel.agree import gather_bytes, on_main_rank
+from lowmem.parallel.agree import gather_bytes, on_main_rank, rank_and_world_size
 
 
 def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
@@ -24,14 +23,8 @@ def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
         return Path(resume)
     found = on_main_rank(lambda: [str(path) for path in reversed(checkpoints(output_dir / "checkpoints"))])
     (told, *_) = gather_bytes(json.dumps(found).encode())
-    for path in map(Path, json.loads(told)):
-        try:
-            verify_together(path)
-        except UsageError as error:
-            on_main_rank(partial(print, f"passed over a checkpoint: {error}", flush=True))
-        else:
-            return path
-    return None
+    rank, _ = rank_and_world_size()
+    return first_accepted(map(Path, json.loads(told)), verify_together, silent=rank != 0)
 
 
 def check_same_run(checkpoint: Path, settings: Mapping[str, object]) -> list[str]:

@@ -32,9 +32,8 @@ from lowmem.checkpoint.tensors import (
 from lowmem.checkpoint.together import TensorFiles, within, write_together
 from lowmem.config import UsageError, parse_bytes
 from lowmem.disk import FileRecord, free_bytes, record_file, sync, to_json, write_file
-from lowmem.parallel.agree import on_main_rank
+from lowmem.parallel.agree import on_main_rank, rank_and_world_size
 from lowmem.parallel.heartbeat import doing
-from lowmem.parallel.pieces import rank_and_world_size
 from lowmem.parallel.sharding import unwrapped
 from lowmem.step import TrainState
 from lowmem.weights import split_shards
@@ -116,9 +115,10 @@ def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int 
     that no checkpoint holds.
     """
     folder = Path(folder)
-    for name, tensor in model_tensors(state.model).items():
+    tensors = model_tensors(state.model)
+    for name, tensor in tensors.items():
         check_writable(name, tensor)
-    weights = num_bytes(model_tensors(state.model))
+    weights = num_bytes(tensors)
     checkpoint = weights + optimizer_bytes(state.model, state.optimizer)
 
     def check() -> None:

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from lowmem.config import UsageError
 from lowmem.parallel.pieces import pieces
 from lowmem.parallel.sharding import unwrapped
-from lowmem.weights import dtype_name
+from lowmem.weights import bytes_of, dtype_name
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ def check_writable(name: str, tensor: Tensor) -> None:
 
 def num_bytes(tensors: dict[str, Tensor]) -> int:
     """Of all tensors, sharded ones counted as a whole."""
-    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+    return sum(map(bytes_of, tensors.values()))
 
 
 def optimizer_bytes(model: nn.Module, optimizer: Optimizer) -> int:
@@ -69,4 +69,4 @@ def optimizer_bytes(model: nn.Module, optimizer: Optimizer) -> int:
     finally:
         optimizer.param_groups.pop()
     like_weights = sum(isinstance(value, Tensor) and value.shape == probe.shape for value in kept)
-    return like_weights * sum(parameter.numel() * parameter.dtype.itemsize for parameter in parameters)
+    return like_weights * sum(map(bytes_of, parameters))

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from lowmem.checkpoint.commit import abandon, begin, finish, unfinished_folder
 from lowmem.config import SaveError
 from lowmem.disk import FileRecord, free_bytes, make_folder, write_file
-from lowmem.parallel.agree import failing_together, gather_bytes, on_main_rank
-from lowmem.parallel.pieces import rank_and_world_size, whole_parts
+from lowmem.parallel.agree import failing_together, gather_bytes, on_main_rank, rank_and_world_size
+from lowmem.parallel.pieces import whole_parts
 from lowmem.weights import Shard, write_index
 
 
@@ -97,6 +97,7 @@ def _take(parts: Iterator[memoryview], num_bytes: int) -> Iterator[memoryview]:
 
 
 def within(folder: str, records: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """Records of files in `folder`, by their names from where that folder is."""
     return {(PurePosixPath(folder) / name).as_posix(): record for name, record in records.items()}
 
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from lowmem.config import UsageError
 from lowmem.data.source import Source
+from lowmem.disk import stands_at
 
 _FORMAT = "1"
 # A smaller file is indexed at each start, in a moment, and nothing is left beside it.
@@ -197,17 +198,10 @@ def _alone(place: Path, told: str) -> Iterator[None]:
                     print(told, flush=True)
                 told = ""  # once, though several may hold it in turn
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not _stands_at(lock, file):  # the one waited for has removed it: others lock a new one
+            if not stands_at(lock, file.fileno()):  # the one waited for has removed it: others lock a new one
                 continue
             try:
                 yield
             finally:
                 lock.unlink(missing_ok=True)
             return
-
-
-def _stands_at(path: Path, file: BinaryIO) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False

@@ -34,6 +34,11 @@ def waiting(phase: str) -> Iterator[None]:
             raise _broken(heartbeat.suspects() or heartbeat.places(), error) from error
 
 
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's place among all; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
+
+
 def sum_over_ranks(*counts: int) -> list[int]:
     """The sum of each count over all ranks, on every rank. One small collective on the host."""
     if not _is_distributed():

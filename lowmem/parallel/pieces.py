@@ -16,12 +16,6 @@ from lowmem.parallel.agree import host_group, waiting
 from lowmem.weights import host_parts
 
 
-def rank_and_world_size() -> tuple[int, int]:
-    """This process's place among all; (0, 1) without a process group."""
-    is_one_of_many = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if is_one_of_many else (0, 1)
-
-
 class Piece(NamedTuple):
     """Some rows of a tensor, and the first rank that has them."""
 
@@ -31,8 +25,7 @@ class Piece(NamedTuple):
 
 def pieces(tensor: DTensor) -> list[Piece]:
     """All rows of a tensor, in order. Raises ValueError for one that is not divided by its first dimension alone."""
-    mesh = tensor.device_mesh.mesh
-    divided = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    mesh, divided = tensor.device_mesh.mesh, _divided(tensor)
     if not divided:
         return [Piece(int(mesh.flatten()[0]), slice(0, len(tensor)))]
     if len(divided) > 1 or type(tensor.placements[divided[0]]) is not Shard or tensor.placements[divided[0]].dim != 0:
@@ -46,11 +39,16 @@ def pieces(tensor: DTensor) -> list[Piece]:
     return [Piece(rank, slice(start, end)) for rank, start, end in zip(ranks, [0, *ends], ends, strict=False)]
 
 
+def _divided(tensor: DTensor) -> list[int]:
+    """Dimensions of its mesh over which the tensor is not copied."""
+    return [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+
+
 def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
     """What this rank has of a tensor, to be read or written in place, and the row of the whole at which it begins."""
     if not isinstance(tensor, DTensor):
         return tensor, 0
-    divided = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    divided = _divided(tensor)
     if not divided:
         return tensor.to_local(), 0
     place = tensor.device_mesh.get_local_rank(divided[0])

@@ -7,8 +7,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.parallel.agree import waiting
@@ -53,7 +52,7 @@ def _shard(model: nn.Module, accelerator: Accelerator) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether its weights are divided over ranks, so that each forward and backward talks to the other ranks."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return isinstance(unwrapped(model), FSDPModule)
 
 
 def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
