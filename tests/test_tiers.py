@@ -151,6 +151,24 @@ def test_bf16_weights_are_where_they_were():
         assert torch.equal(master(optimizer, parameter), before[name].float())
 
 
+@pytest.mark.parametrize("memory", ["exact", "lean"])
+def test_a_state_dict_keeps_its_forms(memory):
+    """torch's own load_state_dict would turn every tensor into the weight's dtype."""
+    optimizers = []
+    for step in (1, 2):
+        model = build("llama", hidden_size=64)
+        optimizers.append(make_optimizer(model, memory=memory))
+        set_gradients(step, torch.bfloat16, model)
+        optimizers[-1].param_groups[0]["lr"] = 1e-2
+        optimizers[-1].step()
+    saved, loaded = optimizers
+    expected = [dict(tensors) for tensors in saved.state_dict()["state"].values()]
+    loaded.load_state_dict(saved.state_dict())
+    for tensors, found in zip(expected, loaded.state_dict()["state"].values(), strict=True):
+        assert tensors.keys() == found.keys()
+        assert all(torch.equal(tensors[key], found[key]) and tensors[key].dtype == found[key].dtype for key in found)
+
+
 def batches_of(family, steps):
     return next(stream_of(family, batch_size=8 // steps, gradient_accumulation_steps=steps))
 
