@@ -23,7 +23,7 @@ from lowmem.data.rows import open_rows, split_rows
 from lowmem.exit_file import final_exit
 from lowmem.flags import resolve
 from lowmem.parallel.elastic import die_with_launcher, is_restarted, start_processes
-from lowmem.parallel.launch import check_launch, launched_mixed_precision, processes_to_start
+from lowmem.parallel.launch import check_launch, launched_settings, processes_to_start
 from lowmem.parallel.signals import PREEMPTED, Signals, end_as_signalled
 from lowmem.run_folder import check_output
 from lowmem.supervise import end_at_once, record_preempted, supervise, tell_failure
@@ -134,14 +134,16 @@ def _parse(arguments: Sequence[str]) -> Job | FileJob:
 
 
 def _resolve(flags: dict[str, str], given: Mapping[str, object] | None = None) -> TrainConfig:
-    """The config of flags (without the --local_rank that older launchers add), with the launcher's precision."""
+    """The config of flags (without the --local_rank that older launchers add), with what the launcher was told."""
     flags = {name: value for name, value in flags.items() if name != "local_rank"}
-    told = launched_mixed_precision()
-    config = resolve(flags, given={**(given or {}), **({"mixed_precision": told} if told else {})})
-    if told and config.mixed_precision != told:
-        raise UsageError(
-            f"mixed_precision={config.mixed_precision} was set, but accelerate was told {told}: set it in one place"
+    told = launched_settings()
+    config = resolve(flags, given={**(given or {}), **told})
+    found = {name: (getattr(config, name), value) for name, value in told.items() if getattr(config, name) != value}
+    if found:
+        differ = "; ".join(
+            f"{name}={ours} was set, but accelerate was told {its}" for name, (ours, its) in found.items()
         )
+        raise UsageError(f"{differ}: set it in one place")
     return config
 
 

@@ -158,6 +158,14 @@ class TrainConfig:
     # --- processes
     num_processes: int | None = None
     """Processes to train with. Default: what the launcher started; plain python: one per visible GPU, or one."""
+    sharding_strategy: str = "NO_SHARD"
+    """NO_SHARD: a whole copy on each process. FULL_SHARD: weights, gradients and optimizer state divided over them, a
+    layer's weights gathered for its forward and again for its backward. SHARD_GRAD_OP: gathered once for both.
+    HYBRID_SHARD: FULL_SHARD among shard_size processes, each such group with a copy."""
+    shard_size: int | None = None
+    """Processes that share a copy in HYBRID_SHARD. Default: those of one machine."""
+    cpu_offload: bool = False
+    """Keep sharded weights and their optimizer, with its step, in host memory."""
     heartbeat_timeout: int = 120
     """Seconds after which a process that gives no sign of life ends the run, by name. They do while they work."""
 
@@ -220,6 +228,7 @@ CHOICES = {
     "recompute": ["off", "cheap", "full"],
     "on_bad_row": ["error", "skip"],
     "on_save_error": ["stop", "continue"],
+    "sharding_strategy": ["NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"],
 }
 
 # Those that the tiers exact and lean have.
@@ -243,11 +252,12 @@ ALTERNATIVES = [
 # The micro-batch may change too as long as rows per optimizer step stay (resume.py checks that number), and so may the
 # names of files as long as their content does (the stream checks fingerprints).
 CHANGEABLE_ON_RESUME = frozenset(
-    "epochs max_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio train_file validation_file test_file "
-    "packing on_bad_row max_bad_rows prefetch_steps accept_changed_data batch_size gradient_accumulation_steps "
-    "global_batch_size nonfinite recompute offload_activations release compile loss num_processes heartbeat_timeout "
-    "eval_on_start max_predict_samples generation_max_new_tokens logging_steps eval_steps save_steps save_total_limit "
-    "max_shard_size on_save_error output_dir resume report_to".split()
+    "epochs max_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio train_file validation_file "
+    "test_file packing on_bad_row max_bad_rows prefetch_steps accept_changed_data batch_size "
+    "gradient_accumulation_steps global_batch_size nonfinite recompute offload_activations release compile loss "
+    "num_processes sharding_strategy shard_size cpu_offload heartbeat_timeout eval_on_start max_predict_samples "
+    "generation_max_new_tokens logging_steps eval_steps save_steps save_total_limit max_shard_size on_save_error "
+    "output_dir resume report_to".split()
 )
 
 

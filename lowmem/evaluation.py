@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from lowmem.data.batch import Batch
 from lowmem.data.encode import IGNORED
 from lowmem.data.rows import FileRows
-from lowmem.parallel.agree import failing_together, gather_bytes, sum_over_ranks
+from lowmem.parallel.agree import gather_bytes, sum_over_ranks
 from lowmem.parallel.heartbeat import doing
-from lowmem.parallel.sharding import all_reduce_sum, unwrapped
+from lowmem.parallel.sharding import all_reduce_sum, failing, is_sharded, resharding, unwrapped
 from lowmem.step import LossFunction
 
 
@@ -42,7 +42,7 @@ def evaluate(
     """
     loss = torch.zeros((), device=accelerator.device)
     num_targets = num_rows = 0
-    with _evaluating(model), accelerator.autocast(), failing_together():
+    with _evaluating(model), accelerator.autocast(), failing(model):
         for batch in batches:
             loss += loss_fn(model, batch.to(accelerator.device))
             num_targets += batch.num_targets
@@ -72,13 +72,14 @@ def generate(
 ) -> list[Answer]:
     """Answer the prompts of all ranks' batches greedily. Returns every rank's answers on every rank, in row order."""
     base = unwrapped(model)
-    is_encoder_decoder = base.config.is_encoder_decoder
+    is_encoder_decoder, talks = base.config.is_encoder_decoder, is_sharded(model)
     answers = []
-    with _evaluating(model), accelerator.autocast(), failing_together():
+    with _evaluating(model), accelerator.autocast(), failing(model):
         for batch in batches:
-            if not batch.row_ids:
+            if not batch.row_ids and not talks:
                 continue
-            prompts = _prompts(batch, is_encoder_decoder=is_encoder_decoder)
+            # a rank without rows writes along, for the forwards of a sharded model
+            prompts = _prompts(batch, is_encoder_decoder=is_encoder_decoder) or [[tokenizer.eos_token_id]]
             # right-padded for an encoder; on the left for a causal model, which writes on at the right
             side = "right" if is_encoder_decoder else "left"
             padded = tokenizer.pad({"input_ids": prompts}, padding_side=side, return_tensors="pt")
@@ -88,7 +89,10 @@ def generate(
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=tokenizer.pad_token_id,
+                synced_gpus=talks,
             )
+            if not batch.row_ids:
+                continue
             if not is_encoder_decoder:
                 written = written[:, padded["input_ids"].shape[1] :]
             references = [row[row != IGNORED] for row in batch.inputs["labels"]]
@@ -145,7 +149,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        yield
+        with resharding(model):
+            yield
     finally:
         model.train(was_training)
 

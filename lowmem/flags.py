@@ -39,6 +39,7 @@ _ELSEWHERE = {
     "lr": "learning_rate",
     "fp16": "mixed_precision",
     "bf16": "mixed_precision=bf16",
+    "fsdp": "sharding_strategy",
     "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch_size",
     "gradient_checkpointing": "recompute=full",
@@ -49,7 +50,7 @@ _ELSEWHERE = {
 }
 
 _AT_LEAST_ONE = (
-    "max_seq_len max_steps batch_size gradient_accumulation_steps global_batch_size num_processes "
+    "max_seq_len max_steps batch_size gradient_accumulation_steps global_batch_size num_processes shard_size "
     "generation_max_new_tokens logging_steps eval_steps save_steps heartbeat_timeout".split()
 )
 _NOT_NEGATIVE = (
@@ -237,7 +238,7 @@ def _conflicts(config: TrainConfig, presets: list[str]) -> list[str]:
         problems.append(f"--max_bad_rows={config.max_bad_rows} does nothing unless --on_bad_row=skip")
     if config.accept_changed_data and config.resume == "never":
         problems.append("--accept_changed_data=True does nothing unless a run is resumed: set --resume too")
-    problems += _memory_conflicts(config)
+    problems += _memory_conflicts(config) + _sharding_conflicts(config)
     betas_used = config.optimizer in ("adamw", "adamw_bf16", "adam", "nadam", "radam", "adamax")
     if not betas_used and (config.adam_beta1, config.adam_beta2, config.adam_epsilon) != (0.9, 0.999, 1e-8):
         problems.append(f"--adam_beta1, --adam_beta2 and --adam_epsilon do nothing for --optimizer={config.optimizer}")
@@ -273,4 +274,23 @@ def _memory_conflicts(config: TrainConfig) -> list[str]:
             problems.append("--release cannot take an update back: set --nonfinite=stop")
         if config.num_processes not in (None, 1):
             problems.append("--release has no gradient left to sum over processes: set --num_processes=1")
+    return problems
+
+
+def _sharding_conflicts(config: TrainConfig) -> list[str]:
+    problems = []
+    strategy = config.sharding_strategy
+    if config.cpu_offload and strategy == "NO_SHARD":
+        problems.append("--cpu_offload keeps sharded weights in host memory: set --sharding_strategy=FULL_SHARD too")
+    if config.shard_size is not None and strategy != "HYBRID_SHARD":
+        problems.append(
+            f"--shard_size is of --sharding_strategy=HYBRID_SHARD, this is {strategy}: set one or the other"
+        )
+    if strategy != "NO_SHARD":
+        if config.optimizer == "adafactor":
+            problems.append(
+                f"--optimizer=adafactor needs whole matrices: leave --sharding_strategy={strategy}, or take adamw"
+            )
+        if config.release:
+            problems.append("--release has no gradient left to sum over processes: leave --sharding_strategy")
     return problems

@@ -4,11 +4,15 @@ import copy
 import json
 import socket
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -16,12 +20,14 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     ByT5Tokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from lowmem.config import MODEL_SHAPES, UsageError
+from lowmem.parallel.fill import stored_weights
 
 
 def load_model(
@@ -30,13 +36,16 @@ def load_model(
     model_config: PretrainedConfig | Mapping[str, object] | str | Path | None = None,
     tokenizer_name_or_path: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
+    on_meta: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a pretrained model, or build `model_config` with random weights from torch's generator; in training mode.
 
     `model_config` is a transformers config, its fields, the path of a config.json or a name of MODEL_SHAPES. The model
     is AutoModelForSeq2SeqLM or AutoModelForCausalLM, as its config says. Weights come as `dtype`, whatever the files
-    hold: in bf16 without a master, most updates at small learning rates would round to nothing. Raises UsageError if
-    something cannot be loaded, if weights are missing, or if the tokenizer has more tokens than the model.
+    hold: in bf16 without a master, most updates at small learning rates would round to nothing. `on_meta` leaves the
+    weights without data, for `parallelize` to fill once they are sharded; a line tells if the files hold them by other
+    names than the model has, so that they are loaded all the same. Raises UsageError if something cannot be
+    loaded, if weights are missing, or if the tokenizer has more tokens than the model.
     """
     if (model_name_or_path is None) == (model_config is None):
         raise UsageError("a model is either loaded or built: give one of model_name_or_path and model_config")
@@ -44,11 +53,12 @@ def load_model(
         _check_place(str(model_name_or_path), "config.json")
     tokenizer = _load_tokenizer(tokenizer_name_or_path or model_name_or_path)
     if model_name_or_path is not None:
-        model = _from_pretrained(str(model_name_or_path), dtype)
+        model = _pretrained_on_meta(str(model_name_or_path), dtype) if on_meta else None
+        model = model or _from_pretrained(str(model_name_or_path), dtype)
     else:
         config = _config_from(model_config)
         _adopt_special_tokens(config, tokenizer)
-        model = _auto_class(config).from_config(config, dtype=dtype, **_attention(config))
+        model = _from_config(config, dtype, on_meta=on_meta)
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > num_embeddings:
         raise UsageError(
@@ -102,6 +112,38 @@ def _check_place(name: str, file: str) -> None:
             socket.create_connection((address.hostname, address.port or 443), timeout=3).close()
     except OSError as error:
         raise UsageError(f"{name} is no folder here, and the hub cannot be asked ({error}): name a folder") from error
+
+
+def _from_config(config: PretrainedConfig, dtype: torch.dtype, *, on_meta: bool) -> PreTrainedModel:
+    with init_empty_weights() if on_meta else nullcontext():
+        model = _auto_class(config).from_config(config, dtype=dtype, **_attention(config))
+    if on_meta:
+        model.tie_weights()  # each of tied weights has become one of its own
+    return model
+
+
+def _pretrained_on_meta(name: str, dtype: torch.dtype) -> PreTrainedModel | None:
+    """The model without data; None, with a line, if its files cannot be read tensor by tensor."""
+    folder = (
+        Path(name)
+        if Path(name).is_dir()
+        else Path(snapshot_download(name, allow_patterns=["*.safetensors*", "*.json"]))
+    )
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the model {name} cannot be loaded: {_first_line(error)}") from error
+    model = _from_config(config, dtype, on_meta=True)
+    try:
+        if stored_weights(model, folder) is None:
+            raise ValueError("they go by other names there")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        print(f"each process loads all weights of {name}, as its own cannot be picked: {_first_line(error)}")
+        return None
+    model.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:

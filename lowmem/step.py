@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
@@ -20,9 +21,10 @@ from lowmem.data.stream import Stream, UnreadableStep
 from lowmem.memory.optim import gradient_norm
 from lowmem.memory.savers import Released
 from lowmem.memory.tiers import TieredOptimizer, seed_of
-from lowmem.parallel.agree import failing_alone, failing_together, gather_bytes, raise_together, sum_over_ranks
+from lowmem.parallel.agree import gather_bytes, raise_together, sum_over_ranks
 from lowmem.parallel.heartbeat import at_step, doing
-from lowmem.parallel.sharding import all_reduce_sum, is_sharded
+from lowmem.parallel.pieces import is_first_copy, local_of
+from lowmem.parallel.sharding import all_reduce_sum, failing
 
 # autocast would keep a bf16 copy of every weight until the loss is taken; without recompute autograd keeps them anyway,
 # with it each weight is cast once in forward and once in backward
@@ -115,13 +117,12 @@ def train_step(
     if in_tier:
         optimizer.seed = state.seed
     losses: list[Tensor] = []
-    # The collectives of a sharded forward and backward would meet those of an agreement.
-    with doing("computing gradients"), failing_alone() if is_sharded(state.model) else failing_together():
+    with doing("computing gradients"), failing(state.model):
         with optimizer.summing(len(batches), state.step, rank) if in_tier else nullcontext():
             for index, batch in enumerate(batches if num_tokens else ()):
                 # on all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
                 torch.manual_seed(seed_of(state.seed, state.step, rank, index))
-                with accelerator.no_sync(state.model):
+                with _without_reducer(state.model):
                     with accelerator.autocast(_UNCACHED):
                         batch_loss = loss_fn(state.model, batch.to(accelerator.device)) / num_tokens
                     batch_loss.backward()
@@ -129,10 +130,10 @@ def train_step(
         gradients = _gradients(state.model, released)
 
     # backward has summed sharded ones over all ranks already
-    shards = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     gradients = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     loss = sum(losses, torch.zeros((), device=accelerator.device))
-    squares = [sum(gradient_norm(shard).square() for shard in shards)] if shards else []
+    squares = [_sum_of_squares(sharded).to(accelerator.device)] if sharded else []
     if accelerator.num_processes > 1:
         all_reduce_sum([loss, *squares, *gradients])
     norms = [gradient_norm(gradient) for gradient in gradients] + (released.norms if released else [])
@@ -168,6 +169,11 @@ def _begun_by_all_ranks(batches: Sequence[Batch], preempted: bool) -> tuple[int,
     return num_targets, num_preempted > 0
 
 
+def _without_reducer(model: nn.Module) -> AbstractContextManager[None]:
+    """For a backward whose gradients no DDP wrapper sums over ranks."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
 def _gradients(model: nn.Module, released: Released | None) -> list[Tensor]:
     """Gradients of all trainable parameters, less those used up already, in the same order on every rank."""
     used_up = released.parameters if released else ()
@@ -176,6 +182,12 @@ def _gradients(model: nn.Module, released: Released | None) -> list[Tensor]:
         if parameter.grad is None:  # another rank's rows may have reached it
             parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
     return [parameter.grad for parameter in trainable]
+
+
+def _sum_of_squares(sharded: Sequence[DTensor]) -> Tensor:
+    """Of the elements that this rank has, fp32; of copies on several ranks one rank's count."""
+    squares = (gradient_norm(local_of(gradient)).square() for gradient in sharded if is_first_copy(gradient))
+    return sum(squares, torch.zeros((), device=sharded[0].device))
 
 
 def _not_finite(loss: Tensor, grad_norm: Tensor, losses: Sequence[Tensor], batches: Sequence[Batch]) -> str:

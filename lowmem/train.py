@@ -75,13 +75,21 @@ def train(
 
     # --- model and optimizer
     torch.manual_seed(config.seed)
+    is_sharded = config.sharding_strategy != "NO_SHARD"
     model, tokenizer = load_model(
         config.model_name_or_path,
         model_config=config.model_config,
         tokenizer_name_or_path=config.tokenizer_name_or_path,
+        on_meta=is_sharded and (config.model_name_or_path is not None or rank != 0),
     )
     freeze(model, parts=[part for part in config.freeze.split(",") if part])
-    model = parallelize(model, accelerator)
+    model = parallelize(
+        model,
+        accelerator,
+        sharding_strategy=config.sharding_strategy,
+        shard_size=config.shard_size,
+        cpu_offload=config.cpu_offload,
+    )
     optimizer = make_optimizer(
         model,
         name=config.optimizer,
@@ -159,7 +167,7 @@ def train(
     )
     report.tell(
         f"{model.num_parameters():,} weights ({model.dtype}, memory={config.memory or 'off'}) on {world_size} x "
-        f"{accelerator.device.type}, {stream.num_rows:,} rows",
+        f"{accelerator.device.type}{f', {config.sharding_strategy}' * is_sharded}, {stream.num_rows:,} rows",
         f"steps {state.step} to {total_steps}, each of {stream.global_batch_size} rows: {world_size} processes "
         f"x {stream.micro_batches} micro-batches of at most {config.batch_size}",
         *([f"resumed from {checkpoint}{', with ' if changes else ''}{', '.join(changes)}"] if checkpoint else []),

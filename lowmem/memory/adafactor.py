@@ -22,8 +22,8 @@ class TieredAdafactor(TieredOptimizer):
     def __init__(self, groups, *, memory: str):
         super().__init__(groups, {"weight_decay": 0.0}, memory=memory)
 
-    def _new_moments(self, parameter: nn.Parameter) -> Tensors:
-        matrix = by_rows(parameter)
+    def _new_moments(self, parameter: nn.Parameter, local: Tensor) -> Tensors:
+        matrix = by_rows(local)
         if parameter.dim() < 2:
             return zeros("variance", matrix, "fp32")
         return zeros("row_var", matrix[:, :1], "fp32") | zeros("col_var", matrix[:1], "fp32")

@@ -82,8 +82,7 @@ def write(tensors: dict[str, Tensor], name: str, rows: slice, values: Tensor, ra
 
 def rows_and_columns(tensor: Tensor) -> tuple[int, int]:
     """A tensor as a matrix: its first dimension, and all others; a vector is a column, a scalar one row."""
-    rows = tensor.shape[0] if tensor.dim() else 1
-    return rows, tensor.numel() // max(1, rows)
+    return (tensor.shape[0] if tensor.dim() else 1), math.prod(tensor.shape[1:])
 
 
 def by_rows(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lowmem.config import UsageError
 from lowmem.data.batch import Batch
 from lowmem.data.encode import IGNORED
-from lowmem.parallel.sharding import is_sharded, unwrapped
+from lowmem.parallel.sharding import resharding, unwrapped
 
 # Logits held at a time, 4 bytes each and 2 in bf16: on a CPU they stay in its cache, elsewhere fewer kernels start.
 _SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
@@ -53,8 +53,6 @@ def chunked_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
             f"chunked_loss needs a linear output head, {type(base).__name__} has {type(head).__name__}: "
             "use plain_loss (--loss=plain)"
         )
-    if is_sharded(model):
-        raise UsageError("chunked_loss of a sharded model is not built yet: use plain_loss (--loss=plain)")
     try:
         with _passing_through(head) as seen:
             logits = model(**inputs).logits
@@ -74,7 +72,7 @@ def chunked_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
     torch._assert_async(counts.sum() == batch.num_targets, "batch.num_targets must be the labels that are not -100")
     counting = counts.to(torch.uint8).argsort(descending=True, stable=True)[: batch.num_targets]
     hidden, targets = seen.hidden.flatten(0, 1).index_select(0, counting), targets[counting]
-    weight, bias = head.weight, head.bias
+    weight, bias = head.weight, head.bias  # of a sharded model still gathered from its forward, whole
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
         bias = bias if bias is None else bias.detach()
@@ -96,7 +94,7 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
         "labels": torch.full_like(tokens, IGNORED),
     }
     base = unwrapped(model)
-    with torch.no_grad():
+    with torch.no_grad(), resharding(model):
         loss_fn(model, Batch(inputs, num_targets=0, row_ids=[]))
         if not base.config.is_encoder_decoder:
             was_training = base.training

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lowmem.config import TIERED_OPTIMIZERS
 from lowmem.memory.adafactor import TieredAdafactor
 from lowmem.memory.tiers import TieredAdamW
+from lowmem.parallel.pieces import hold, local_of
 from lowmem.parallel.sharding import is_sharded
 
 _NORM_ELEMENTS = 2**20  # of a bf16 gradient, brought to fp32 at a time
@@ -52,8 +53,8 @@ def make_optimizer(
     must hold the same fp32 weights, and use an Accelerator without mixed precision. `memory="off"` leaves the weights
     as they are, for an optimizer of torch.optim. The learning rate is set at each step, from `learning_rate_at`;
     `betas` and `eps` go to Adam's family. Raises ValueError for an unknown name or tier,
-    for a model without a trainable parameter, in a tier or with adafactor for one that is sharded, and in a tier for
-    one that DDP has wrapped already: its reducer would still have the old dtypes.
+    for a model without a trainable parameter, with adafactor for one that is sharded, and in a tier for one that DDP
+    has wrapped already: its reducer would still have the old dtypes.
     """
     if memory not in ("exact", "lean", "off"):
         raise ValueError(f"memory={memory!r} was asked for, there are exact, lean and off: choose one")
@@ -62,8 +63,6 @@ def make_optimizer(
         raise ValueError(f"optimizer {name!r} was asked for, with memory={memory} there are {', '.join(names)}")
     if memory != "off" and isinstance(model, DistributedDataParallel):
         raise ValueError(f"memory={memory} changes dtypes, but DDP has wrapped the model: make the optimizer before")
-    if memory != "off" and is_sharded(model):
-        raise ValueError(f"memory={memory} of a sharded model is not built yet: use memory='off', or NO_SHARD")
     if name == "adafactor" and is_sharded(model):
         raise ValueError("adafactor needs whole matrices, this model is sharded: use adamw, or NO_SHARD")
     trainable = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]
@@ -79,11 +78,14 @@ def make_optimizer(
         )
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
+            hold(parameter, local_of(parameter.data).to(torch.bfloat16))
     if name == "adafactor":
         return TieredAdafactor(groups, memory=memory)
     moments = "bf16" if name == "adamw_bf16" else "tier"
-    return TieredAdamW(groups, memory=memory, betas=betas, eps=eps, moments=moments)
+    optimizer = TieredAdamW(groups, memory=memory, betas=betas, eps=eps, moments=moments)
+    if is_sharded(model):
+        model.to(model.device)  # moves nothing: fully_shard takes note of the new tensors, and lets the old ones go
+    return optimizer
 
 
 def _of_torch(

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lowmem.config import UsageError
 from lowmem.memory.offload import Offload
 from lowmem.memory.optim import gradient_norm
-from lowmem.parallel.sharding import unwrapped
+from lowmem.parallel.sharding import gathered_weights, unwrapped
 
 # what recompute_cheap keeps: products of matrices, and attention
 _COSTLY = {
@@ -76,7 +76,7 @@ def offload_activations(model: nn.Module, optimizer: Optimizer | None = None) ->
     With `recompute` it is the layers' inputs that leave, a fraction of the traffic; the one layer that is being
     computed again keeps its own. What `recompute_cheap` keeps does not leave.
     """
-    offload = Offload(model.parameters())
+    offload = Offload(gathered_weights(model))
     with saved_tensors_hooks(offload.pack, offload.unpack):
         yield
 

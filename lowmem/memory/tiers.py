@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from lowmem.memory.forms import by_rows, keep, random_halves, read, rows_and_columns, shuffled, write, zeros
+from lowmem.parallel.pieces import hold, local_of, local_rows, sharded_like
 
 _SMALL = 4096  # vectors, and parameters of up to this many elements, are kept in fp32: their bytes do not count
 _CACHED_ELEMENTS = 2**19  # of a slice on CPU: its temporaries stay in the cache
@@ -47,9 +48,11 @@ class TieredOptimizer(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 form = "bf16" if self._is_rounded(parameter) else "split"
-                weight = keep("weight", parameter.detach().float().contiguous(), form)
-                parameter.data = weight.pop("weight")
-                self.state[parameter] = {"step": torch.zeros(()), **weight, **self._new_moments(parameter)}
+                local = local_of(parameter.detach())
+                kept = keep("weight", local.float().contiguous(), form) | self._new_moments(parameter, local)
+                hold(parameter, kept.pop("weight"))
+                sharded = {name: sharded_like(parameter, tensor) for name, tensor in kept.items()}
+                self.state[parameter] = {"step": torch.zeros(()), **sharded}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -60,8 +63,8 @@ class TieredOptimizer(Optimizer):
                     continue
                 state = self.state[parameter]
                 state["step"] += 1
-                tensors = {"weight": parameter.data, **state}
-                gradient = by_rows(parameter.grad.contiguous())
+                tensors = _local_tensors(parameter, state)
+                gradient = by_rows(local_of(parameter.grad).contiguous())
                 self._update(group, parameter, gradient, tensors, self._random(parameter, int(state["step"])))
 
     @contextmanager
@@ -76,7 +79,7 @@ class TieredOptimizer(Optimizer):
 
         @torch.no_grad()
         def add(parameter: nn.Parameter) -> None:
-            gradient, parameter.grad = parameter.grad.contiguous(), None
+            gradient, parameter.grad = local_of(parameter.grad).contiguous(), None
             is_rounded = self._is_rounded(parameter)
             if parameter not in sums:
                 sums[parameter] = {"sum": gradient if is_rounded else gradient.float()}
@@ -96,7 +99,7 @@ class TieredOptimizer(Optimizer):
                 # of all of them, as a rank that did not reach one makes zeros where others bring a sum
                 parameter.grad_dtype = torch.bfloat16 if self._is_rounded(parameter) else torch.float32
             for parameter, total in sums.items():
-                parameter.grad = total["sum"]
+                parameter.grad = sharded_like(parameter, total["sum"])
         finally:
             for hook in hooks:
                 hook.remove()
@@ -105,13 +108,13 @@ class TieredOptimizer(Optimizer):
     def round_from(self, parameter: nn.Parameter, names: Iterable[str], values: Callable[[str, slice], Tensor]) -> None:
         """Put fp32 values into what `names` of `parameter`, "weight" and any of its state, in this tier's forms.
 
-        `values(name, rows)` are those of some rows, (rows, columns), on any device.
+        `values(name, rows)` are those of some rows of the whole parameter, (rows, columns), on any device.
         """
-        tensors = {"weight": parameter.data, **self.state[parameter]}
+        tensors, (_, first) = _local_tensors(parameter, self.state[parameter]), local_rows(parameter.data)
         draw = self._random(parameter, "round_from")
         for rows in self._slices(parameter):
             for name in sorted(names):
-                new = values(name, rows).to(parameter.device)
+                new = values(name, slice(first + rows.start, first + rows.stop)).to(parameter.device)
                 if tensors[name].dtype == torch.float32:
                     by_rows(tensors[name])[rows] = new
                 else:
@@ -124,7 +127,8 @@ class TieredOptimizer(Optimizer):
             for key, tensor in tensors.items():
                 self.state[parameters[index]][key].copy_(tensor)
 
-    def _new_moments(self, parameter: nn.Parameter) -> Tensors:
+    def _new_moments(self, parameter: nn.Parameter, local: Tensor) -> Tensors:
+        """Zeros for what this rank has of `parameter`: its `local` tensor."""
         raise NotImplementedError
 
     def _update(
@@ -137,7 +141,7 @@ class TieredOptimizer(Optimizer):
         return self.memory == "lean" and is_large(parameter)
 
     def _slices(self, parameter: nn.Parameter) -> Iterator[slice]:
-        rows, columns = rows_and_columns(parameter)
+        rows, columns = rows_and_columns(local_of(parameter))
         height = max(1, self._slice_elements // max(1, columns))
         # whole vectors, where that is possible: the fused kernel may round otherwise at the end of its memory
         whole = _VECTOR // math.gcd(_VECTOR, columns)
@@ -145,13 +149,14 @@ class TieredOptimizer(Optimizer):
         return (slice(first, min(first + height, rows)) for first in range(0, rows, height))
 
     def _random(self, parameter: nn.Parameter, *key: int | str) -> Random:
-        """A source of random bits, 16 for each element of a slice, the same on every rank."""
+        """A source of random bits, 16 for each element of a slice, the same on every rank that has these rows."""
         generator = None  # made when it is needed: exact never draws
+        _, first = local_rows(parameter.data)
 
         def draw(values: Tensor) -> Tensor:
             nonlocal generator
             if generator is None:
-                seed = seed_of(self.seed, *key, self._names[parameter])
+                seed = seed_of(self.seed, *key, self._names[parameter], *([first] if first else []))
                 generator = torch.Generator(parameter.device).manual_seed(seed)
             return random_halves(values.shape, generator)
 
@@ -168,12 +173,12 @@ class TieredAdamW(TieredOptimizer):
         self._moments = moments
         super().__init__(groups, {"weight_decay": 0.0, "betas": betas, "eps": eps}, memory=memory)
 
-    def _new_moments(self, parameter: nn.Parameter) -> Tensors:
+    def _new_moments(self, parameter: nn.Parameter, local: Tensor) -> Tensors:
         forms = ("fp32", "fp32")
         if is_large(parameter):
             of_tier = ("int8", "uint8") if self.memory == "lean" else forms
             forms = of_tier if self._moments == "tier" else ("bf16", "bf16")
-        return zeros("exp_avg", parameter, forms[0]) | zeros("exp_avg_sq", parameter, forms[1])
+        return zeros("exp_avg", local, forms[0]) | zeros("exp_avg_sq", local, forms[1])
 
     def _update(
         self, group: dict[str, object], parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, draw: Random
@@ -204,6 +209,11 @@ class TieredAdamW(TieredOptimizer):
             write(tensors, "exp_avg_sq", rows, exp_avg_sq, random)
             # other bits for the first moment, as it will be divided by the second
             write(tensors, "exp_avg", rows, exp_avg, shuffled(random) if is_rounded else None)
+
+
+def _local_tensors(parameter: nn.Parameter, state: Tensors) -> Tensors:
+    """The weight and its state as this rank has them, to be updated in place."""
+    return {name: local_of(tensor) for name, tensor in {"weight": parameter.data, **state}.items()}
 
 
 def seed_of(*key: int | str) -> int:

@@ -1,7 +1,7 @@
 """Whoever started us (python, torchrun, accelerate launch), be one process group of the size that was asked for."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +22,68 @@ def launched_processes() -> int | None:
     return None if world_size is None else int(world_size)
 
 
-def launched_mixed_precision() -> str | None:
-    """What `accelerate launch --mixed_precision` was told. It always exports "no", which here means nothing said."""
-    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    return None if told == "no" else told
+def launched_settings() -> dict[str, object]:
+    """Fields of a run that `accelerate launch` was told, by flags or a config file, in our names. Needs no torch.
+
+    Raises UsageError for what it was told and we do not have.
+    """
+    settings: dict[str, object] = {}
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision != "no":  # which it always exports, so that it means nothing said
+        settings["mixed_precision"] = precision
+    if _is_told("ACCELERATE_USE_FSDP"):
+        settings |= _fsdp_settings()
+    if _is_told("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        settings |= _parallelism_settings(settings)
+    return settings
+
+
+def _fsdp_settings() -> dict[str, object]:
+    """Its fsdp_config. What this leaves out says how, not what: fully_shard groups layers, checkpoints are ours."""
+    told = {name.removeprefix("FSDP_").lower(): value for name, value in os.environ.items() if name.startswith("FSDP_")}
+    refused = {
+        "fsdp_version: 2": told.get("version") != "2",
+        "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP": told.get("auto_wrap_policy", "TRANSFORMER_BASED_WRAP").upper()
+        != "TRANSFORMER_BASED_WRAP",
+        "no fsdp_ignored_modules": "ignored_modules" in told,
+    }
+    if wanted := [setting for setting, is_needed in refused.items() if is_needed]:
+        raise UsageError(f"accelerate was told to use FSDP in another way than lowmem does: set {', '.join(wanted)}")
+    reshards = told.get("reshard_after_forward", "true").lower() in ("true", "full_shard")
+    settings: dict[str, object] = {"sharding_strategy": "FULL_SHARD" if reshards else "SHARD_GRAD_OP"}
+    if told.get("offload_params") == "true":
+        settings["cpu_offload"] = True
+    if told.get("activation_checkpointing") == "true":
+        settings["recompute"] = "full"
+    if told.get("activation_checkpointing_offload") == "true":
+        settings["offload_activations"] = True
+    return settings
+
+
+def _parallelism_settings(settings: Mapping[str, object]) -> dict[str, object]:
+    """Its parallelism_config, beside what its fsdp_config says."""
+    copies, shards, tensor, context, sequence = (
+        int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1"))
+        for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
+    )
+    if context > 1 or sequence > 1:
+        raise UsageError(
+            "accelerate was told to divide sequences over processes (cp, sp), which lowmem does not: leave it"
+        )
+    if shards == 1:
+        return {"tp_size": tensor} if tensor > 1 else {}
+    strategy = settings.get("sharding_strategy")
+    if strategy is None or (copies > 1 and strategy == "SHARD_GRAD_OP"):
+        raise UsageError(
+            f"accelerate was told of {shards} shards in {copies} copies: set distributed_type: FSDP with "
+            "fsdp_reshard_after_forward: true beside its parallelism_config"
+        )
+    hybrid = {"sharding_strategy": "HYBRID_SHARD", "shard_size": shards} if copies > 1 else {}
+    return hybrid | ({"tp_size": tensor} if tensor > 1 else {})
+
+
+def _is_told(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")
 
 
 def check_launch(num_processes: int | None) -> None:
@@ -36,9 +94,8 @@ def check_launch(num_processes: int | None) -> None:
             f"--num_processes={num_processes} was asked for, but the launcher started {launched}: "
             "set the number in one place, the launcher's"
         )
-    for variable, what in {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}.items():
-        if os.environ.get(variable, "false").lower() == "true":
-            raise UsageError(f"accelerate was told to use {what}, which is not built yet: launch with --multi_gpu")
+    if _is_told("ACCELERATE_USE_DEEPSPEED"):
+        raise UsageError("accelerate was told to use DeepSpeed, which is not built yet: launch with --multi_gpu")
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
         raise UsageError(
@@ -84,6 +141,8 @@ def join(
 
     from lowmem.parallel.agree import watch_one_another
 
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        os.environ.pop(variable, None)  # `launched_settings` tells of them; the Accelerator would shard by itself
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
     if is_restarted():
         _start_group_of_a_restart("cpu" if on_cpu else torch.accelerator.current_accelerator().type)

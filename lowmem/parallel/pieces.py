@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from lowmem.parallel.agree import host_group, waiting
@@ -53,6 +53,40 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
         return tensor.to_local(), 0
     place = tensor.device_mesh.get_local_rank(divided[0])
     return tensor.to_local(), pieces(tensor)[place].rows.start
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor, in the same memory; of one that is not sharded, the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_first_copy(tensor: DTensor) -> bool:
+    """Whether what this rank has counts in a sum over all ranks: of equal copies, those of one rank do."""
+    copied = [i for i, placement in enumerate(tensor.placements) if placement.is_replicate()]
+    return all(tensor.device_mesh.get_local_rank(i) == 0 for i in copied)
+
+
+def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
+    """`local`, made of what this rank has of `parameter`, row by row, as this rank's rows of a tensor sharded alike."""
+    if not isinstance(parameter, DTensor):
+        return local
+    shape = (*parameter.shape[:1], *local.shape[1:])
+    stride = torch.empty(shape, device="meta").stride()
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+@torch.no_grad()
+def hold(parameter: nn.Parameter, local: Tensor) -> None:
+    """Let `parameter` have `local`, of any dtype, as what this rank has of it. It stays the same object."""
+    if not isinstance(parameter, DTensor):
+        parameter.data = local
+        return
+    before = local_of(parameter).untyped_storage()
+    # a DTensor's data cannot be set: its local tensor would stay
+    torch.utils.swap_tensors(parameter, nn.Parameter(sharded_like(parameter, local), parameter.requires_grad))
+    if before.data_ptr() != local.untyped_storage().data_ptr() and before.resizable():
+        before.resize_(0)  # fully_shard has it until it takes note of the new one: all weights would be there twice
 
 
 def whole_parts(queues: Sequence[Sequence[Tensor]], rank: int) -> Iterator[memoryview]:

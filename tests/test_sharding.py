@@ -1,0 +1,288 @@
+"""Weights, gradients and optimizer state divided over ranks: the same run, in every strategy, tier and saver."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, ByT5Tokenizer
+
+from lowmem import load_model
+from lowmem.checkpoint.load import load_checkpoint
+from lowmem.checkpoint.save import save_checkpoint, save_model
+from lowmem.config import UsageError
+from lowmem.data.encode import encode_causal, encode_seq2seq
+from lowmem.data.finite import open_eval
+from lowmem.data.stream import open_stream
+from lowmem.evaluation import evaluate, generate
+from lowmem.memory.loss import chunked_loss
+from lowmem.memory.optim import make_optimizer
+from lowmem.memory.savers import entered, offload_activations, recompute, recompute_cheap
+from lowmem.parallel.launch import join
+from lowmem.parallel.pieces import local_of, local_rows
+from lowmem.parallel.sharding import parallelize
+from lowmem.step import TrainState, train_step
+from tests.forked import fork_ranks
+from tests.models import build, qa_rows
+
+FAMILIES = ["t5", "llama", "qwen2"]  # tied, untied, tied and without encoder
+# on 2 ranks; HYBRID_SHARD needs 4
+STRATEGIES = {
+    "FULL_SHARD": {"sharding_strategy": "FULL_SHARD"},
+    "SHARD_GRAD_OP": {"sharding_strategy": "SHARD_GRAD_OP"},
+    "cpu_offload": {"sharding_strategy": "FULL_SHARD", "cpu_offload": True},
+}
+
+
+def encoder(family):
+    return (encode_seq2seq if family == "t5" else encode_causal)(ByT5Tokenizer(), max_seq_len=64)
+
+
+def train(
+    accelerator,
+    model,
+    family,
+    *,
+    name="adamw",
+    learning_rate=1e-2,
+    memory="off",
+    global_batch_size=16,
+    batch_size=2,
+    max_grad_norm=1.0,
+    savers=(),
+    steps=3,
+):
+    """Train some steps: the state, the losses and norms, and bytes of weights and optimizer on this rank."""
+    optimizer = make_optimizer(model, name=name, memory=memory)
+    options = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    stream = open_stream(
+        qa_rows(40), encoder(family), batch_size=batch_size, global_batch_size=global_batch_size, **options
+    )
+    state, told = TrainState(model, optimizer, stream), []
+    with entered(savers, model, optimizer):
+        for _, batches in zip(range(steps), stream, strict=False):
+            result = train_step(
+                state, batches, chunked_loss, accelerator, learning_rate=learning_rate, max_grad_norm=max_grad_norm
+            )
+            told.append((result.loss.item(), result.grad_norm.item()))
+    stream.close()
+    kept = [*model.parameters(), *(x for tensors in optimizer.state.values() for x in tensors.values())]
+    return state, told, sum(local_of(tensor).nbytes for tensor in kept)
+
+
+def built(family, **changes):
+    return build(family, seed=1, **({"d_ff": 50} if family == "t5" else {}) | changes)  # rows that no 4 ranks divide
+
+
+ONE_GRADIENT = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": None, "steps": 1}  # is what the weights lose
+
+
+def train_alone(family, folder):
+    accelerator = join()
+    _, told, num_bytes = train(accelerator, built(family), family)
+    state, *_ = train(accelerator, built(family), family, **ONE_GRADIENT)
+    save_model(state.model, folder / "model")
+    (folder / "alone.json").write_text(json.dumps([told, num_bytes]))
+
+
+def train_sharded(family, folder, strategies):
+    accelerator = join()
+    expected, bytes_alone = json.loads((folder / "alone.json").read_text())
+    whole = dict(AutoModel(family).from_pretrained(folder / "model").named_parameters())
+    for options in strategies.values():
+        model = parallelize(built(family), accelerator, **options)
+        _, told, num_bytes = train(accelerator, model, family)
+        for (loss, norm), (loss_alone, norm_alone) in zip(told, expected, strict=True):
+            assert loss == pytest.approx(loss_alone, rel=1e-6) and norm == pytest.approx(norm_alone, rel=1e-5)
+        assert num_bytes < 0.52 * bytes_alone, options
+        model = parallelize(built(family), accelerator, **options)
+        state, *_ = train(accelerator, model, family, **ONE_GRADIENT)
+        for name, parameter in state.model.named_parameters():
+            torch.testing.assert_close(parameter.full_tensor(), whole[name], rtol=0, atol=1e-6, msg=name)
+    accelerator.end_training()
+
+
+def AutoModel(family):
+    return AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_strategy_is_the_run_of_one_process_in_a_part_of_its_bytes(family, tmp_path):
+    assert fork_ranks(1, train_alone, family, tmp_path) == [0]
+    assert fork_ranks(2, train_sharded, family, tmp_path, STRATEGIES) == [0, 0]
+    hybrid = {"HYBRID_SHARD": {"sharding_strategy": "HYBRID_SHARD", "shard_size": 2}}
+    assert fork_ranks(4, train_sharded, family, tmp_path, hybrid) == [0] * 4
+
+
+def train_in_exact(family):
+    accelerator = join()
+    runs = []
+    for strategy in ("NO_SHARD", "FULL_SHARD"):
+        # one micro-batch and no clipping: nothing is added in another order, as of two ranks each sum has one
+        model = parallelize(built(family), accelerator, sharding_strategy=strategy)
+        state, told, num_bytes = train(
+            accelerator, model, family, memory="exact", global_batch_size=4, max_grad_norm=None, steps=5
+        )
+        runs.append((state, [loss for loss, _ in told], num_bytes))
+    (whole, losses, num_bytes), (sharded, sharded_losses, sharded_bytes) = runs
+    assert losses == sharded_losses and sharded_bytes < 0.52 * num_bytes
+    for (name, mine), theirs in zip(sharded.model.named_parameters(), whole.model.parameters(), strict=True):
+        tensors = {"weight": (mine.data, theirs.data)}
+        of_optimizer = whole.optimizer.state[theirs]
+        tensors |= {key: (x, of_optimizer[key]) for key, x in sharded.optimizer.state[mine].items() if key != "step"}
+        assert tensors.keys() == {"weight", "weight_low", "exp_avg", "exp_avg_sq"}
+        for x, y in tensors.values():
+            local, first = local_rows(x)
+            assert torch.equal(local, y[first : first + len(local)]), name
+    accelerator.end_training()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_exact_has_the_same_bits_sharded_and_whole(family):
+    """Not T5's: fully_shard's hooks change the order in which its encoder's bf16 gradients add up."""
+    assert fork_ranks(2, train_in_exact, family) == [0, 0]
+
+
+def train_and_save_lean(folder):
+    accelerator = join()
+    model = parallelize(built("llama", hidden_size=80), accelerator, sharding_strategy="FULL_SHARD")
+    state, told, _ = train(accelerator, model, "llama", memory="lean", steps=4)
+    assert told[-1][0] < told[0][0]
+    save_checkpoint(state, folder, accelerator)
+    draws = state.optimizer._random(next(model.parameters()), 0)(torch.empty(8, 8))
+    everyone = [torch.empty_like(draws) for _ in range(accelerator.num_processes)]
+    torch.distributed.all_gather(everyone, draws)
+    assert not torch.equal(*everyone[:2])  # other rows, other bits
+    accelerator.end_training()
+
+
+def load_lean(folder, strategy):
+    accelerator = join()
+    model = parallelize(built("llama", hidden_size=80), accelerator, sharding_strategy=strategy)
+    state = TrainState(model, make_optimizer(model, memory="lean"))
+    load_checkpoint(state, folder / "step-00000004", accelerator)
+    path = save_checkpoint(state, folder / strategy, accelerator)
+    if accelerator.is_main_process:
+        files = [file.relative_to(path) for file in path.rglob("model*.safetensors")]
+        assert all((path / file).read_bytes() == (folder / "step-00000004" / file).read_bytes() for file in files)
+    _, told, _ = train(accelerator, model, "llama", memory="lean", steps=1)
+    assert told[0][0] < 5.9
+    accelerator.end_training()
+
+
+def test_lean_shards_and_comes_back_on_other_ranks(tmp_path):
+    assert fork_ranks(2, train_and_save_lean, tmp_path) == [0, 0]
+    assert fork_ranks(1, load_lean, tmp_path, "NO_SHARD") == [0]
+    assert fork_ranks(3, load_lean, tmp_path, "FULL_SHARD") == [0] * 3
+
+
+def train_with_savers(family):
+    accelerator = join()
+    dropout = {"dropout_rate": 0.1} if family == "t5" else {"attention_dropout": 0.1}
+    curves = []
+    for savers in ((), (recompute,), (recompute_cheap,), (offload_activations,), (recompute, offload_activations)):
+        model = parallelize(built(family, **dropout), accelerator, sharding_strategy="FULL_SHARD")
+        state, told, _ = train(accelerator, model, family, savers=savers)
+        curves.append((told, [parameter.to_local().detach().clone() for parameter in state.model.parameters()]))
+    (expected, weights), *others = curves
+    for told, found in others:
+        assert told == expected and all(map(torch.equal, found, weights))
+    accelerator.end_training()
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_savers_keep_the_bits_of_a_sharded_run(family):
+    assert fork_ranks(2, train_with_savers, family) == [0, 0]
+
+
+def fill(family, folder):
+    accelerator = join()
+    expected = AutoModel(family).from_pretrained(folder, dtype=torch.float32)
+    rank = accelerator.process_index
+    config = {"model_config": folder / "config.json"}
+    torch.manual_seed(0)
+    fresh = load_model(**config)[0]
+    torch.manual_seed(0)
+    for model, source in (
+        (load_model(folder, on_meta=True)[0], expected),  # from the files
+        (load_model(**config, on_meta=rank > 0)[0], fresh),  # from rank 0
+        (load_model(**config)[0], None),  # all have data, rank 0's counts
+    ):
+        is_on_meta = {parameter.is_meta for parameter in model.parameters()}
+        assert is_on_meta == {source is not None and (source is expected or rank > 0)}
+        model = parallelize(model, accelerator, sharding_strategy="FULL_SHARD")
+        tied = len({id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)})
+        assert tied == len([*model.parameters()]) == len([*expected.parameters()])
+        for (name, mine), theirs in zip(model.named_parameters(), (source or model).parameters(), strict=True):
+            whole = mine.full_tensor()
+            spread = whole.detach().clone()
+            torch.distributed.broadcast(spread, 0)
+            assert torch.equal(whole, spread) and (source is None or torch.equal(whole, theirs)), name
+        for mine, theirs in zip(model.buffers(), expected.buffers(), strict=True):
+            assert torch.equal(mine, theirs)
+    accelerator.end_training()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_data_is_filled_from_files_or_rank_0(family, tmp_path):
+    build(family, seed=4, dropout_rate=0.1).save_pretrained(tmp_path, max_shard_size="40KB")
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    assert fork_ranks(3, fill, family, tmp_path) == [0] * 3
+
+
+def answer(family, folder):
+    accelerator = join()
+    told = []
+    for strategy in ("NO_SHARD", "FULL_SHARD", "SHARD_GRAD_OP"):
+        model = parallelize(built(family), accelerator, sharding_strategy=strategy)
+        train(accelerator, model, family, steps=2)
+        rows = open_eval(  # the second rank has none in its last batch
+            qa_rows(5), encoder(family), batch_size=2, rank=accelerator.process_index, world_size=2
+        )
+        metrics = evaluate(model, rows, chunked_loss, accelerator)
+        answers = generate(model, ByT5Tokenizer(), rows, accelerator, max_new_tokens=6)
+        assert all(strategy == "NO_SHARD" or hasattr(x, "full_tensor") for x in model.parameters())  # given back
+        told.append((metrics["eval_loss"], answers))
+    (loss, answers), *others = told
+    assert len(answers) == 5
+    assert all(found == pytest.approx(loss, rel=1e-6) and written == answers for found, written in others)
+    accelerator.end_training()
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_sharded_model_is_evaluated_and_answers_as_a_whole_one(family, tmp_path):
+    assert fork_ranks(2, answer, family, tmp_path) == [0, 0]
+
+
+def refuse():
+    accelerator = join()
+    for options, told in (
+        ({"sharding_strategy": "ZERO_3"}, "take one of NO_SHARD, SHARD_GRAD_OP"),
+        ({"cpu_offload": True}, "cpu_offload was asked for with sharding_strategy=NO_SHARD"),
+        ({"sharding_strategy": "HYBRID_SHARD", "shard_size": 2}, "2 processes to a copy, there are 3"),
+        ({"sharding_strategy": "HYBRID_SHARD"}, "3 processes to a copy, there are 3"),
+        ({"sharding_strategy": "FULL_SHARD", "shard_size": 2}, "divides one copy over all 3"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            parallelize(build("llama"), accelerator, **options)
+    model = parallelize(build("llama"), accelerator, sharding_strategy="FULL_SHARD")
+    with pytest.raises(ValueError, match="adafactor needs whole matrices"):
+        make_optimizer(model, name="adafactor", memory="lean")
+    accelerator.end_training()
+
+
+def test_what_does_not_fit_the_processes_is_told():
+    assert fork_ranks(3, refuse) == [0] * 3
+
+
+def test_one_process_offloads_alone():
+    assert fork_ranks(1, train_offloaded) == [0]
+
+
+def train_offloaded():
+    accelerator = join()
+    model = parallelize(built("llama"), accelerator, sharding_strategy="FULL_SHARD", cpu_offload=True)
+    _, told, _ = train(accelerator, model, "llama", memory="exact", max_grad_norm=None)
+    whole = parallelize(built("llama"), accelerator)
+    _, expected, _ = train(accelerator, whole, "llama", memory="exact", max_grad_norm=None)
+    assert [loss for loss, _ in told] == [loss for loss, _ in expected]
+    accelerator.end_training()
