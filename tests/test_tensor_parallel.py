@@ -1,0 +1,231 @@
+"""Ranks that share the layers of a model compute what one process computes, and keep what is whole the same."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from lowmem.config import UsageError
+from lowmem.data.batch import Batch
+from lowmem.memory.loss import chunked_loss, plain_loss
+from lowmem.memory.savers import offload_activations, recompute
+from lowmem.parallel.launch import join
+from lowmem.parallel.tensor import check_plan, divide_layers
+from tests.forked import fork_ranks
+from tests.models import build
+
+# starcoder2 has biases that are added after the sum, phi3 parts that all ranks compute, qwen3 norms within heads
+FAMILIES = {
+    "llama": {},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 4},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "starcoder2": {"model_type": "starcoder2", "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "phi3": {"model_type": "phi3"},
+}
+
+
+def of_family(family):
+    model = build("llama", **FAMILIES[family])
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zeros would hide one that is added twice
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def batches(count, seed=0):
+    """Micro-batches of unequal lengths, a row of each padded."""
+    generator = torch.Generator().manual_seed(seed)
+    for length in range(9, 9 + 4 * count, 4):
+        ids = torch.randint(3, 384, (2, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, -3:] = 0
+        labels = torch.where(mask == 1, ids, -100)
+        labels[:, 0] = -100
+        inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        yield Batch(inputs, num_targets=int((labels != -100).sum()), row_ids=[0, 1])
+
+
+def losses_of(model, loss_fn, micro_batches, saver=None):
+    """The loss of each micro-batch; their gradients add up."""
+    losses = []
+    with saver(model, None) if saver else nullcontext():
+        for batch in micro_batches:
+            loss = loss_fn(model, batch) / 50
+            loss.backward()
+            losses.append(loss.item())
+    return losses
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assert_same_on_ranks(tensor, group=None):
+    copies = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(copies, tensor.contiguous(), group=group)
+    assert all(torch.equal(tensor, copy) for copy in copies)
+
+
+def assert_close_to(reference, model, size=1e-6):
+    for (name, expected), parameter in zip(reference.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(
+            whole(parameter.grad), expected.grad, rtol=size, atol=size, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def compare_with_one_process(family):
+    accelerator = join()
+    mesh = init_device_mesh("cpu", (1, 2))
+    for loss_fn in (plain_loss, chunked_loss):
+        reference, model = of_family(family), of_family(family)
+        divide_layers(model, mesh)
+        expected = losses_of(reference, loss_fn, batches(3))
+        assert losses_of(model, loss_fn, batches(3)) == pytest.approx(expected, rel=1e-6)
+        assert_close_to(reference, model)
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, DTensor):
+                assert parameter.grad.placements == parameter.placements and parameter.placements[1] in (
+                    Shard(0),
+                    Shard(1),
+                )
+                local = parameter.to_local()  # and nothing of the whole is kept alive
+                assert local.untyped_storage().nbytes() == local.nbytes == 2 * parameter.numel(), name
+            else:
+                assert_same_on_ranks(parameter.grad)
+        layers = [name for name, x in model.named_parameters() if x.dim() == 2 and not isinstance(x, DTensor)]
+        assert all("embed" in name or "head" in name for name in layers)
+    accelerator.end_training()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_have_the_gradients_of_one_process(family):
+    assert fork_ranks(2, compare_with_one_process, family) == [0, 0]
+
+
+def compare_in_two_dimensions():
+    accelerator = join()
+    mesh = init_device_mesh("cpu", (2, 2))
+    place, copies = mesh.get_local_rank(0), mesh.get_group(0)
+    reference, model = of_family("qwen3"), of_family("qwen3")
+    divide_layers(model, mesh)
+    rows = [list(batches(2, seed=0)), list(batches(1, seed=1))]
+    losses_of(reference, chunked_loss, rows[0] + rows[1])
+    losses_of(model, chunked_loss, rows[place])
+    for parameter in model.parameters():
+        gradient = parameter.grad.to_local() if isinstance(parameter, DTensor) else parameter.grad
+        dist.all_reduce(gradient, group=copies)
+    assert_close_to(reference, model)
+    accelerator.end_training()
+
+
+def test_beside_data_parallelism_gradients_are_summed_over_its_ranks_alone():
+    assert fork_ranks(4, compare_in_two_dimensions) == [0] * 4
+
+
+def compare_savers():
+    accelerator = join()
+    mesh = init_device_mesh("cpu", (1, 2))
+    found = {}
+    for saver in (None, recompute, offload_activations):
+        model = build("llama", **FAMILIES["qwen3"], attention_dropout=0.2, hidden_size=256)
+        divide_layers(model, mesh)
+        torch.manual_seed(3)
+        losses = losses_of(model, chunked_loss, batches(2), saver)
+        gradients = [x.grad.to_local() if isinstance(x, DTensor) else x.grad for x in model.parameters()]
+        found[saver] = (losses, gradients)
+        for parameter in model.parameters():
+            if not isinstance(parameter, DTensor):
+                assert_same_on_ranks(parameter.grad)  # with dropout too, as it is seeded alike
+    for saver in (recompute, offload_activations):
+        assert found[saver][0] == found[None][0]
+        assert all(map(torch.equal, found[saver][1], found[None][1])), saver
+    accelerator.end_training()
+
+
+def test_recompute_and_offloading_change_no_bit():
+    assert fork_ranks(2, compare_savers) == [0, 0]
+
+
+def write_alike():
+    accelerator = join()
+    reference, model = of_family("qwen2").eval(), of_family("qwen2").eval()
+    divide_layers(model, init_device_mesh("cpu", (1, 2)))
+    prompts = torch.tensor([[0, 5, 9, 14], [7, 8, 11, 200]])
+    options = {"attention_mask": (prompts > 0).long(), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    written = model.generate(prompts, **options)
+    assert torch.equal(written, reference.generate(prompts, **options)) and written.shape == (2, 16)
+    assert_same_on_ranks(written)
+    accelerator.end_training()
+
+
+def test_all_ranks_write_what_one_process_writes():
+    assert fork_ranks(2, write_alike) == [0, 0]
+
+
+def compute_in_bf16():
+    """Weights that become bf16 where they are, as those of memory tiers."""
+    accelerator = join()
+    exact, reference, model = (of_family("starcoder2") for _ in range(3))
+    divide_layers(model, init_device_mesh("cpu", (1, 2)))
+    expected = losses_of(exact, chunked_loss, batches(2))
+    for one in (reference, model):
+        one.to(torch.bfloat16)
+        assert losses_of(one, chunked_loss, batches(2)) == pytest.approx(expected, rel=1e-2)
+    true, rounded, ours = (
+        torch.cat([whole(parameter.grad).float().flatten() for parameter in one.parameters()])
+        for one in (exact, reference, model)
+    )
+    assert (ours - true).norm() < 1.2 * (rounded - true).norm() < 0.03 * true.norm()
+    for parameter in model.parameters():
+        assert parameter.dtype == parameter.grad.dtype == torch.bfloat16
+        if not isinstance(parameter, DTensor):
+            assert_same_on_ranks(parameter.grad)
+    accelerator.end_training()
+
+
+def test_weights_may_become_bf16_afterwards():
+    assert fork_ranks(2, compute_in_bf16) == [0, 0]
+
+
+def start_from_other_weights():
+    accelerator = join()
+    first = build("llama", seed=0)
+    model = build("llama", seed=accelerator.process_index)
+    model.model.layers[0].mlp.requires_grad_(False)
+    divide_layers(model, init_device_mesh("cpu", (2, 2)))
+    divided = {name: x for name, x in model.named_parameters() if isinstance(x, DTensor)}
+    assert len(divided) == 14
+    for name, parameter in divided.items():
+        assert torch.equal(parameter.full_tensor(), first.get_parameter(name))
+        assert parameter.requires_grad == ("layers.0.mlp" not in name)
+    accelerator.end_training()
+
+
+def test_divided_layers_are_those_of_rank_0_and_stay_frozen():
+    assert fork_ranks(4, start_from_other_weights) == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("model", "tp_size", "told"),
+    [
+        (("t5", {}), 2, "no plan to divide T5ForConditionalGeneration"),
+        (("llama", {}), 4, "has num_key_value_heads=2: choose a tp_size that divides all"),
+        (("llama", {"num_key_value_heads": 4}), 3, r"num_attention_heads=4, .*mlp.down_proj.weight.shape\[1\]=64"),
+        (
+            ("llama", {"model_type": "qwen3_moe"}),
+            2,
+            r"model.layers.\*.mlp.experts as moe_tp_experts, which is not built",
+        ),
+        (
+            ("llama", {"model_type": "apertus"}),
+            2,
+            r"leaves out model.layers.\*.mlp.act_fn.alpha_n, .*part of its gradient",
+        ),
+    ],
+)
+def test_models_that_cannot_be_divided_are_refused_in_words(model, tp_size, told):
+    with pytest.raises(UsageError, match=f"tp_size={tp_size} was asked for, but .*{told}"):
+        check_plan(build(model[0], **model[1]), tp_size)
