@@ -117,19 +117,20 @@ class StoredTensor:
     def torch_dtype(self) -> torch.dtype:
         return next(dtype for dtype, name in _DTYPE_NAMES.items() if name == self.dtype)
 
-    def read(self, rows: slice | None = None) -> Tensor:
-        """The tensor, or some rows of its first dimension, on the host. It lies in the file's memory map: copy it."""
-        return self._reader.read(self._path, self._name, rows if self.shape else None)
+    def read(self, *part: slice) -> Tensor:
+        """The tensor, or some rows (and columns) of it, on the host. It lies in the file's memory map: copy it."""
+        return self._reader.read(self._path, self._name, part if self.shape else ())
 
-    def copy_rows(self, target: Tensor, first: int = 0) -> None:
-        """Copy rows, from `first` on, into `target`, which is of any device, 16 MiB at a time."""
+    def copy_part(self, target: Tensor, first: int = 0, column: int = 0) -> None:
+        """Copy what begins at a row and column into `target`, which is of any device, 16 MiB at a time."""
         if target.dim() == 0:
             target.copy_(self.read())
         if target.dim() == 0 or target.numel() == 0:
             return
         row_bytes = max(1, bytes_of(target) // max(1, len(target)))
+        columns = [slice(column, column + width) for width in target.shape[1:2] if width != self.shape[1]]
         for part in target.split(max(1, _PART_BYTES // row_bytes)):
-            part.copy_(self.read(slice(first, first + len(part))))
+            part.copy_(self.read(slice(first, first + len(part)), *columns))
             first += len(part)
 
 
@@ -141,10 +142,10 @@ class _Reader:
         self._file: safe_open | None = None
         self._left = 0
 
-    def read(self, path: Path, name: str, rows: slice | None) -> Tensor:
+    def read(self, path: Path, name: str, part: tuple[slice, ...]) -> Tensor:
         if path != self._path or self._left <= 0:
             self._path, self._file, self._left = path, safe_open(path, framework="pt"), _MAPPED_BYTES
-        tensor = self._file.get_tensor(name) if rows is None else self._file.get_slice(name)[rows]
+        tensor = self._file.get_slice(name)[part] if part else self._file.get_tensor(name)
         self._left -= bytes_of(tensor)
         return tensor
 

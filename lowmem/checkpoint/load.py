@@ -16,7 +16,7 @@ from lowmem.memory.forms import read
 from lowmem.memory.tiers import TieredOptimizer
 from lowmem.parallel.agree import failing_together, rank_and_world_size
 from lowmem.parallel.heartbeat import doing
-from lowmem.parallel.pieces import local_rows
+from lowmem.parallel.pieces import local_part
 from lowmem.step import TrainState
 from lowmem.weights import StoredTensor, dtype_name, open_shards
 
@@ -159,8 +159,8 @@ def _differences(stored: Mapping[str, StoredTensor], here: Mapping[str, Tensor],
 
 
 def _fill(tensor: Tensor, stored: StoredTensor) -> None:
-    local, first = local_rows(tensor)
-    stored.copy_rows(local, first)
+    local, row, column = local_part(tensor)
+    stored.copy_part(local, row, column)
 
 
 def _room_for(moments: Mapping[str, StoredTensor], state: TrainState) -> dict[str, Tensor]:
@@ -212,4 +212,4 @@ def _round(
 
         optimizer.round_from(parameter, _values(forms).keys() - {"step"}, values)
         if kept:
-            kept["step"].copy_rows(optimizer.state[parameter]["step"])
+            kept["step"].copy_part(optimizer.state[parameter]["step"])

@@ -37,7 +37,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
 
 
 def check_writable(name: str, tensor: Tensor) -> None:
-    """Raise UsageError for a tensor that cannot be saved: of a dtype that files do not hold, or sharded in columns."""
+    """Raise UsageError for a tensor that cannot be saved: of a dtype that files do not hold, or of other shards."""
     try:
         dtype_name(tensor.dtype)
         if isinstance(tensor, DTensor):

@@ -1,6 +1,6 @@
-"""The pieces of a sharded tensor (DTensor): which rows lie where, whole bytes for the rank that writes them.
+"""The pieces of a sharded tensor (DTensor): which part lies where, whole bytes for the rank that writes them.
 
-Rows are those of the tensor's first dimension, the only one that `fully_shard` divides.
+`fully_shard` divides a tensor's first dimension, tensor parallelism the first or the second.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,26 +17,32 @@ from lowmem.weights import host_parts
 
 
 class Piece(NamedTuple):
-    """Some rows of a tensor, and the first rank that has them."""
+    """A part of a tensor, from `start` to `stop` in one dimension and all of the others; the first rank that has it."""
 
     rank: int
-    rows: slice
+    dim: int
+    start: int
+    stop: int
+
+    def shape(self, whole: torch.Size) -> tuple[int, ...]:
+        return (*whole[: self.dim], self.stop - self.start, *whole[self.dim + 1 :])
 
 
 def pieces(tensor: DTensor) -> list[Piece]:
-    """All rows of a tensor, in order. Raises ValueError for one that is not divided by its first dimension alone."""
+    """All parts of a tensor, in order. Raises ValueError for one divided twice, or by a later dimension."""
     mesh, divided = tensor.device_mesh.mesh, _divided(tensor)
     if not divided:
-        return [Piece(int(mesh.flatten()[0]), slice(0, len(tensor)))]
-    if len(divided) > 1 or type(tensor.placements[divided[0]]) is not Shard or tensor.placements[divided[0]].dim != 0:
+        return [Piece(int(mesh.flatten()[0]), 0, 0, len(tensor))]
+    if len(divided) > 1 or type(tensor.placements[divided[0]]) is not Shard or tensor.placements[divided[0]].dim > 1:
         raise ValueError(
-            f"a tensor is sharded as {tensor.placements}, only shards of the first dimension can be saved and loaded: "
-            "shard with fully_shard alone"
+            f"a tensor is sharded as {tensor.placements}, only shards of the first or second dimension can be saved "
+            "and loaded: shard with fully_shard or tensor parallelism alone"
         )
+    dim = tensor.placements[divided[0]].dim
     ranks = mesh.movedim(divided[0], 0).flatten(1)[:, 0].tolist() if mesh.dim() > 1 else mesh.tolist()
-    height = -(-len(tensor) // len(ranks))
-    ends = [min(height * (i + 1), len(tensor)) for i in range(len(ranks))]
-    return [Piece(rank, slice(start, end)) for rank, start, end in zip(ranks, [0, *ends], ends, strict=False)]
+    size = -(-tensor.shape[dim] // len(ranks))
+    ends = [min(size * (i + 1), tensor.shape[dim]) for i in range(len(ranks))]
+    return [Piece(rank, dim, start, end) for rank, start, end in zip(ranks, [0, *ends], ends, strict=False)]
 
 
 def _divided(tensor: DTensor) -> list[int]:
@@ -44,15 +50,15 @@ def _divided(tensor: DTensor) -> list[int]:
     return [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
 
 
-def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """What this rank has of a tensor, to be read or written in place, and the row of the whole at which it begins."""
+def local_part(tensor: Tensor) -> tuple[Tensor, int, int]:
+    """What this rank has of a tensor, to be read or written in place: it, its first row and column in the whole."""
     if not isinstance(tensor, DTensor):
-        return tensor, 0
+        return tensor, 0, 0
     divided = _divided(tensor)
     if not divided:
-        return tensor.to_local(), 0
-    place = tensor.device_mesh.get_local_rank(divided[0])
-    return tensor.to_local(), pieces(tensor)[place].rows.start
+        return tensor.to_local(), 0, 0
+    piece = pieces(tensor)[tensor.device_mesh.get_local_rank(divided[0])]
+    return tensor.to_local(), *((piece.start, 0) if piece.dim == 0 else (0, piece.start))
 
 
 def local_of(tensor: Tensor) -> Tensor:
@@ -109,7 +115,7 @@ def _send(tensor: Tensor | None, owner: int) -> dist.Work | None:
     if not isinstance(tensor, DTensor):
         return None  # the owner has it
     rank = dist.get_rank()
-    mine = [piece for piece in pieces(tensor) if piece.rank == rank and piece.rows.start < piece.rows.stop]
+    mine = [piece for piece in pieces(tensor) if piece.rank == rank and piece.start < piece.stop]
     if not mine:
         return None
     data = tensor.to_local().detach().cpu().contiguous().view(-1).view(torch.uint8)
@@ -120,12 +126,22 @@ def _parts(tensor: Tensor, rank: int) -> Iterator[memoryview]:
     if not isinstance(tensor, DTensor):
         yield from host_parts(tensor)
         return
-    for piece in pieces(tensor):
-        if piece.rank == rank:
-            yield from host_parts(tensor.to_local())
-        elif piece.rows.start < piece.rows.stop:
-            shape = (piece.rows.stop - piece.rows.start, *tensor.shape[1:])
-            received = torch.empty(shape, dtype=tensor.dtype)
-            with waiting(f"waiting for a piece of a checkpoint's tensor from rank {piece.rank}"):
-                dist.recv(received.view(-1).view(torch.uint8), piece.rank, group=host_group())
-            yield from host_parts(received)
+    every = pieces(tensor)
+    if every[0].dim == 0:
+        for piece in every:
+            yield from host_parts(_received(tensor, piece, rank))
+        return
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype)  # columns of all ranks alternate in its bytes
+    for piece in every:
+        whole[:, piece.start : piece.stop] = _received(tensor, piece, rank)
+    yield from host_parts(whole)
+
+
+def _received(tensor: DTensor, piece: Piece, rank: int) -> Tensor:
+    if piece.rank == rank:
+        return tensor.to_local().detach()
+    received = torch.empty(piece.shape(tensor.shape), dtype=tensor.dtype)
+    if piece.start < piece.stop:
+        with waiting(f"waiting for a piece of a checkpoint's tensor from rank {piece.rank}"):
+            dist.recv(received.view(-1).view(torch.uint8), piece.rank, group=host_group())
+    return received
