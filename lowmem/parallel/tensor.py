@@ -142,13 +142,13 @@ class _SumGradients(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of what ranks have, in place; the gradient of the sum is that of each part."""
+    """The sum of what ranks have; its gradient is that of each part."""
 
     @staticmethod
     def forward(ctx, x, group):
-        ctx.mark_dirty(x)
-        dist.all_reduce(x, group=group)
-        return x
+        total = x.clone(memory_format=torch.contiguous_format)  # recompute_cheap keeps x, to be summed again
+        dist.all_reduce(total, group=group)
+        return total
 
     @staticmethod
     def backward(ctx, gradient):
