@@ -166,6 +166,9 @@ class TrainConfig:
     """Processes that share a copy in HYBRID_SHARD. Default: those of one machine."""
     cpu_offload: bool = False
     """Keep sharded weights and their optimizer, with its step, in host memory."""
+    tp_size: int = 1
+    """Neighbouring processes that share the layers of one model, by the plan that transformers has for it (causal
+    models). They train on the same rows, so batch sizes count such sets of processes."""
     heartbeat_timeout: int = 120
     """Seconds after which a process that gives no sign of life ends the run, by name. They do while they work."""
 
@@ -252,12 +255,12 @@ ALTERNATIVES = [
 # The micro-batch may change too as long as rows per optimizer step stay (resume.py checks that number), and so may the
 # names of files as long as their content does (the stream checks fingerprints).
 CHANGEABLE_ON_RESUME = frozenset(
-    "epochs max_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio train_file validation_file "
-    "test_file packing on_bad_row max_bad_rows prefetch_steps accept_changed_data batch_size "
-    "gradient_accumulation_steps global_batch_size nonfinite recompute offload_activations release compile loss "
-    "num_processes sharding_strategy shard_size cpu_offload heartbeat_timeout eval_on_start max_predict_samples "
-    "generation_max_new_tokens logging_steps eval_steps save_steps save_total_limit max_shard_size on_save_error "
-    "output_dir resume report_to".split()
+    "epochs max_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio train_file validation_file test_file "
+    "packing on_bad_row max_bad_rows prefetch_steps accept_changed_data batch_size gradient_accumulation_steps "
+    "global_batch_size nonfinite recompute offload_activations release compile loss num_processes sharding_strategy "
+    "shard_size cpu_offload tp_size heartbeat_timeout eval_on_start max_predict_samples generation_max_new_tokens "
+    "logging_steps eval_steps save_steps save_total_limit max_shard_size on_save_error output_dir resume "
+    "report_to".split()
 )
 
 

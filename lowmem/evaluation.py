@@ -17,7 +17,7 @@ from lowmem.data.encode import IGNORED
 from lowmem.data.rows import FileRows
 from lowmem.parallel.agree import gather_bytes, sum_over_ranks
 from lowmem.parallel.heartbeat import doing
-from lowmem.parallel.sharding import all_reduce_sum, failing, is_sharded, resharding, unwrapped
+from lowmem.parallel.sharding import all_reduce_sum, data_place, failing, is_sharded, resharding, unwrapped
 from lowmem.step import LossFunction
 
 
@@ -47,9 +47,10 @@ def evaluate(
             loss += loss_fn(model, batch.to(accelerator.device))
             num_targets += batch.num_targets
             num_rows += len(batch.row_ids)
+    place = data_place(model)
     if accelerator.num_processes > 1:
-        all_reduce_sum([loss])
-    num_targets, num_rows = sum_over_ranks(num_targets, num_rows)
+        all_reduce_sum([loss], place.group)
+    num_targets, num_rows = sum_over_ranks(*((num_targets, num_rows) if place.is_counted else (0, 0)))
     if num_targets == 0:
         raise ValueError("an evaluation was asked for, but its rows have no target token: look at its responses")
     mean = loss.item() / num_targets
@@ -98,7 +99,7 @@ def generate(
             references = [row[row != IGNORED] for row in batch.inputs["labels"]]
             texts = zip(*(_decode(tokenizer, ids) for ids in (prompts, references, written)), strict=True)
             answers += [(row_id, *text) for row_id, text in zip(batch.row_ids, texts, strict=True)]
-    gathered = gather_bytes(json.dumps(answers).encode())
+    gathered = gather_bytes(json.dumps(answers if data_place(model).is_counted else []).encode())
     return sorted(Answer(*answer) for part in gathered for answer in json.loads(part))
 
 

@@ -50,7 +50,7 @@ _ELSEWHERE = {
 }
 
 _AT_LEAST_ONE = (
-    "max_seq_len max_steps batch_size gradient_accumulation_steps global_batch_size num_processes shard_size "
+    "max_seq_len max_steps batch_size gradient_accumulation_steps global_batch_size num_processes shard_size tp_size "
     "generation_max_new_tokens logging_steps eval_steps save_steps heartbeat_timeout".split()
 )
 _NOT_NEGATIVE = (
@@ -293,4 +293,19 @@ def _sharding_conflicts(config: TrainConfig) -> list[str]:
             )
         if config.release:
             problems.append("--release has no gradient left to sum over processes: leave --sharding_strategy")
+    if config.tp_size > 1:
+        if strategy != "NO_SHARD":
+            problems.append(
+                f"--tp_size={config.tp_size} and --sharding_strategy={strategy} both divide weights: set one"
+            )
+        if config.optimizer == "adafactor":
+            problems.append("--optimizer=adafactor needs whole matrices: leave --tp_size, or take adamw")
+        if config.compile:
+            problems.append("--compile does not know divided layers: leave --tp_size or --compile")
+        if config.model_config in MODEL_SHAPES:
+            problems.append(
+                f"--tp_size={config.tp_size} divides causal models, --model_config={config.model_config} is a T5"
+            )
+        if config.num_processes is not None and config.num_processes % config.tp_size:
+            problems.append(f"--num_processes={config.num_processes} is no multiple of --tp_size={config.tp_size}")
     return problems

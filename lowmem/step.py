@@ -13,7 +13,6 @@ from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from lowmem.data.batch import Batch
@@ -24,7 +23,7 @@ from lowmem.memory.tiers import TieredOptimizer, seed_of
 from lowmem.parallel.agree import gather_bytes, raise_together, sum_over_ranks
 from lowmem.parallel.heartbeat import at_step, doing
 from lowmem.parallel.pieces import is_first_copy, local_of
-from lowmem.parallel.sharding import all_reduce_sum, failing
+from lowmem.parallel.sharding import all_reduce_sum, data_place, failing, is_sharded
 
 # autocast would keep a bf16 copy of every weight until the loss is taken; without recompute autograd keeps them anyway,
 # with it each weight is cast once in forward and once in backward
@@ -105,23 +104,23 @@ def train_step(
             f"Accelerator with mixed_precision no (this one: {accelerator.mixed_precision}), as its weights are bf16"
         )
     at_step(state.step + 1)  # as it will be counted when it is done, in metrics.jsonl and checkpoints
+    place = data_place(state.model)
     # Known before the first backward, so that every micro-batch is scaled by the same number.
-    num_tokens, preempted = _begun_by_all_ranks(batches, preempted)
+    num_tokens, preempted = _begun_by_all_ranks(batches, preempted, is_counted=place.is_counted)
     optimizer.zero_grad()  # of a step that an exception ended
     released = Released.of(optimizer)
     if released is not None:
         released.begin(len(batches), max_grad_norm, nonfinite)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    rank = accelerator.process_index
     if in_tier:
         optimizer.seed = state.seed
     losses: list[Tensor] = []
     with doing("computing gradients"), failing(state.model):
-        with optimizer.summing(len(batches), state.step, rank) if in_tier else nullcontext():
+        with optimizer.summing(len(batches), state.step, place.rank) if in_tier else nullcontext():
             for index, batch in enumerate(batches if num_tokens else ()):
                 # on all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
-                torch.manual_seed(seed_of(state.seed, state.step, rank, index))
+                torch.manual_seed(seed_of(state.seed, state.step, place.rank, index))
                 with _without_reducer(state.model):
                     with accelerator.autocast(_UNCACHED):
                         batch_loss = loss_fn(state.model, batch.to(accelerator.device)) / num_tokens
@@ -129,15 +128,13 @@ def train_step(
                 losses.append(batch_loss.detach())
         gradients = _gradients(state.model, released)
 
-    # backward has summed sharded ones over all ranks already
-    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-    gradients = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     loss = sum(losses, torch.zeros((), device=accelerator.device))
-    squares = [_sum_of_squares(sharded).to(accelerator.device)] if sharded else []
     if accelerator.num_processes > 1:
-        all_reduce_sum([loss, *squares, *gradients])
-    norms = [gradient_norm(gradient) for gradient in gradients] + (released.norms if released else [])
-    norms += [square.sqrt() for square in squares]
+        # backward has summed those of a sharded model already
+        all_reduce_sum([loss, *(() if is_sharded(state.model) else map(local_of, gradients))], place.group)
+    divided = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    norms = [gradient_norm(gradient) for gradient in gradients if not isinstance(gradient, DTensor)]
+    norms += [*(released.norms if released else []), *([_norm(divided, accelerator)] if divided else [])]
     grad_norm = torch.linalg.vector_norm(torch.stack(norms))
     finite = torch.isfinite(loss + grad_norm).item()  # the step's one sync
     reason = "" if num_tokens else "no rank has a target token"
@@ -149,7 +146,7 @@ def train_step(
     updated = not reason
     if updated:
         if max_grad_norm:
-            clip_grads_with_norm_(state.model.parameters(), max_grad_norm, grad_norm)
+            _clip(gradients, max_grad_norm, grad_norm)
         optimizer.step()
     optimizer.zero_grad()
     state.step += 1
@@ -158,11 +155,11 @@ def train_step(
     return StepResult(loss, grad_norm, torch.tensor(num_tokens), updated, reason, preempted)
 
 
-def _begun_by_all_ranks(batches: Sequence[Batch], preempted: bool) -> tuple[int, bool]:
+def _begun_by_all_ranks(batches: Sequence[Batch], preempted: bool, *, is_counted: bool) -> tuple[int, bool]:
     """Targets of all ranks, and whether one is preempted. One small collective, which also tells whether each rank
     could read its rows; if not, all raise why."""
     error = batches.error if isinstance(batches, UnreadableStep) else None
-    num_targets = 0 if error else sum(batch.num_targets for batch in batches)
+    num_targets = 0 if error or not is_counted else sum(batch.num_targets for batch in batches)
     num_targets, num_failed, num_preempted = sum_over_ranks(num_targets, error is not None, preempted)
     if num_failed:
         raise_together(error)
@@ -184,10 +181,20 @@ def _gradients(model: nn.Module, released: Released | None) -> list[Tensor]:
     return [parameter.grad for parameter in trainable]
 
 
-def _sum_of_squares(sharded: Sequence[DTensor]) -> Tensor:
-    """Of the elements that this rank has, fp32; of copies on several ranks one rank's count."""
-    squares = (gradient_norm(local_of(gradient)).square() for gradient in sharded if is_first_copy(gradient))
-    return sum(squares, torch.zeros((), device=sharded[0].device))
+def _norm(divided: Sequence[DTensor], accelerator: Accelerator) -> Tensor:
+    """Of gradients of which each rank has a part, fp32, the same on every rank. One small collective."""
+    squares = torch.zeros((), device=accelerator.device)
+    for gradient in filter(is_first_copy, divided):
+        squares += gradient_norm(local_of(gradient)).square().to(squares.device)
+    all_reduce_sum([squares])
+    return squares.sqrt()
+
+
+def _clip(gradients: Sequence[Tensor], max_grad_norm: float, grad_norm: Tensor) -> None:
+    """As torch.nn.utils.clip_grads_with_norm_, which does not take whole and divided ones together."""
+    factor = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+    parts = [local_of(gradient) for gradient in gradients]
+    torch._foreach_mul_(parts, factor.to(parts[0].device))
 
 
 def _not_finite(loss: Tensor, grad_norm: Tensor, losses: Sequence[Tensor], batches: Sequence[Batch]) -> str:

@@ -28,7 +28,7 @@ from lowmem.memory.savers import compiled, entered, offload_activations, recompu
 from lowmem.model import freeze, load_model
 from lowmem.parallel.agree import sum_over_ranks
 from lowmem.parallel.launch import join, make_deterministic
-from lowmem.parallel.sharding import parallelize
+from lowmem.parallel.sharding import data_place, parallelize
 from lowmem.parallel.signals import Signals
 from lowmem.report import Report
 from lowmem.step import TrainState, train_step
@@ -75,12 +75,12 @@ def train(
 
     # --- model and optimizer
     torch.manual_seed(config.seed)
-    is_sharded = config.sharding_strategy != "NO_SHARD"
+    is_divided = config.sharding_strategy != "NO_SHARD" or config.tp_size > 1
     model, tokenizer = load_model(
         config.model_name_or_path,
         model_config=config.model_config,
         tokenizer_name_or_path=config.tokenizer_name_or_path,
-        on_meta=is_sharded and (config.model_name_or_path is not None or rank != 0),
+        on_meta=is_divided and (config.model_name_or_path is not None or rank != 0),
     )
     freeze(model, parts=[part for part in config.freeze.split(",") if part])
     model = parallelize(
@@ -89,7 +89,9 @@ def train(
         sharding_strategy=config.sharding_strategy,
         shard_size=config.shard_size,
         cpu_offload=config.cpu_offload,
+        tp_size=config.tp_size,
     )
+    place = data_place(model)
     optimizer = make_optimizer(
         model,
         name=config.optimizer,
@@ -120,12 +122,12 @@ def train(
     quarantine = Quarantine(config.max_bad_rows, output / f"bad_rows-{rank}.jsonl") if skips else None
     batching = {
         "batch_size": config.batch_size,
-        "rank": rank,
-        "world_size": world_size,
+        "rank": place.rank,
+        "world_size": place.size,
         "collate": partial(collate, causal=not model.config.is_encoder_decoder),
         "quarantine": quarantine,
     }
-    global_batch_size = rows_per_step(settings, world_size, checkpoint)
+    global_batch_size = rows_per_step(settings, place.size, checkpoint)
     stream = open_stream(
         train_rows,
         encode,
@@ -165,10 +167,11 @@ def train(
         resumed=checkpoint is not None,
         trackers=bool(trackers),
     )
+    division = f", {config.sharding_strategy}" if config.tp_size == 1 else f", {config.tp_size} to a model"
     report.tell(
         f"{model.num_parameters():,} weights ({model.dtype}, memory={config.memory or 'off'}) on {world_size} x "
-        f"{accelerator.device.type}{f', {config.sharding_strategy}' * is_sharded}, {stream.num_rows:,} rows",
-        f"steps {state.step} to {total_steps}, each of {stream.global_batch_size} rows: {world_size} processes "
+        f"{accelerator.device.type}{division if is_divided else ''}, {stream.num_rows:,} rows",
+        f"steps {state.step} to {total_steps}, each of {stream.global_batch_size} rows: {place.size} processes "
         f"x {stream.micro_batches} micro-batches of at most {config.batch_size}",
         *([f"resumed from {checkpoint}{', with ' if changes else ''}{', '.join(changes)}"] if checkpoint else []),
         *(f"the rows are others than then: {change}" for change in stream.changes),
@@ -225,7 +228,8 @@ def train(
             report.count(result, rows=stream.global_batch_size, waited=stream.wait_seconds)
             if is_due(config.logging_steps):
                 epoch = stream.position / stream.num_rows
-                report.training(result, epoch=epoch, learning_rate=schedule(step), counts=stream.counts)
+                counts = stream.counts if place.is_counted else dict.fromkeys(stream.counts, 0)
+                report.training(result, epoch=epoch, learning_rate=schedule(step), counts=counts)
             if validation_rows and not preempted and is_due(config.eval_steps):
                 state.note_best(evaluate_on(validation_rows, "eval")["eval_loss"])
                 preempted = signalled()

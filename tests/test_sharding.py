@@ -18,7 +18,7 @@ from lowmem.memory.loss import chunked_loss
 from lowmem.memory.optim import make_optimizer
 from lowmem.memory.savers import entered, offload_activations, recompute, recompute_cheap
 from lowmem.parallel.launch import join
-from lowmem.parallel.pieces import local_of, local_rows
+from lowmem.parallel.pieces import local_of, local_part
 from lowmem.parallel.sharding import parallelize
 from lowmem.step import TrainState, train_step
 from tests.forked import fork_ranks
@@ -131,7 +131,7 @@ def train_in_exact(family):
         tensors |= {key: (x, of_optimizer[key]) for key, x in sharded.optimizer.state[mine].items() if key != "step"}
         assert tensors.keys() == {"weight", "weight_low", "exp_avg", "exp_avg_sq"}
         for x, y in tensors.values():
-            local, first = local_rows(x)
+            local, first, _ = local_part(x)
             assert torch.equal(local, y[first : first + len(local)]), name
     accelerator.end_training()
 

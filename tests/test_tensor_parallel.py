@@ -7,18 +7,27 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
+from lowmem import load_model
 from lowmem.checkpoint.load import load_checkpoint
 from lowmem.checkpoint.save import save_checkpoint
 from lowmem.config import UsageError
 from lowmem.data.batch import Batch
+from lowmem.data.encode import encode_causal
+from lowmem.data.finite import open_eval
+from lowmem.data.stream import open_stream
+from lowmem.evaluation import evaluate, generate
 from lowmem.memory.loss import chunked_loss, plain_loss
+from lowmem.memory.optim import make_optimizer
 from lowmem.memory.savers import offload_activations, recompute, recompute_cheap
 from lowmem.parallel.launch import join
+from lowmem.parallel.pieces import local_part
+from lowmem.parallel.sharding import data_place, parallelize
 from lowmem.parallel.tensor import check_plan, divide_layers
-from lowmem.step import TrainState
+from lowmem.step import TrainState, train_step
 from tests.forked import fork_ranks
-from tests.models import build
+from tests.models import build, qa_rows
 from tests.test_sharded import tensors_of
 
 # starcoder2 has biases that are added after the sum, phi3 parts that all ranks compute, qwen3 norms within heads
@@ -31,8 +40,8 @@ FAMILIES = {
 }
 
 
-def of_family(family):
-    model = build("llama", **FAMILIES[family])
+def of_family(family, **changes):
+    model = build("llama", **FAMILIES[family] | changes)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # zeros would hide one that is added twice
             torch.nn.init.normal_(parameter, std=0.1)
@@ -265,3 +274,103 @@ def test_saved_in_one_layout_it_loads_in_another(tmp_path, saving, loading):
 def test_models_that_cannot_be_divided_are_refused_in_words(model, tp_size, told):
     with pytest.raises(UsageError, match=f"tp_size={tp_size} was asked for, but .*{told}"):
         check_plan(build(model[0], **model[1]), tp_size)
+
+
+# of which lean rounds what is divided, and blocks of its moments lie whole on a rank
+LARGE = {"hidden_size": 16, "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 512}
+
+
+def train_in_two_dimensions(folder):
+    """Two data ranks of two tensor ranks each, beside four data ranks."""
+    accelerator = join()
+    for memory in ("off", "exact", "lean"):
+        curves = []
+        for tp_size in (1, 2):
+            model = parallelize(of_family("qwen3", **LARGE), accelerator, tp_size=tp_size)
+            place = data_place(model)
+            optimizer = make_optimizer(model, memory=memory, weight_decay=0.1)
+            stream = open_stream(
+                qa_rows(40),
+                encode_causal(ByT5Tokenizer(), max_seq_len=64),
+                batch_size=2,
+                global_batch_size=16,
+                rank=place.rank,
+                world_size=place.size,
+            )
+            state, told = TrainState(model, optimizer, stream), []
+            for _, micro_batches in zip(range(4), stream, strict=False):
+                options = {"learning_rate": 1e-2, "max_grad_norm": 1.0}
+                result = train_step(state, micro_batches, chunked_loss, accelerator, **options)
+                told.append([result.loss.item(), result.grad_norm.item(), result.num_tokens.item()])
+            stream.close()
+            rows = open_eval(
+                qa_rows(5),
+                encode_causal(ByT5Tokenizer(), max_seq_len=64),
+                batch_size=2,
+                rank=place.rank,
+                world_size=place.size,
+            )
+            metrics = evaluate(model, rows, chunked_loss, accelerator)
+            told.append([metrics["eval_loss"], metrics["eval_rows"]])
+            answers = generate(model, ByT5Tokenizer(), rows, accelerator, max_new_tokens=4)
+            assert [answer.row_id for answer in answers] == [0, 1, 2, 3, 4]
+            curves.append(told)
+            for parameter in model.parameters():
+                if isinstance(parameter, DTensor):
+                    assert_same_on_ranks(parameter.to_local(), parameter.device_mesh.get_group(0))
+                else:
+                    assert_same_on_ranks(parameter.detach())
+        of_copies, of_parts = curves
+        size = 1e-6 if memory == "off" else 2e-3  # bf16 adds up otherwise
+        assert [told[2] for told in of_parts[:-1]] == [told[2] for told in of_copies[:-1]]
+        for mine, expected in zip(of_parts, of_copies, strict=True):
+            assert mine == pytest.approx(expected, rel=10 * size if expected is not of_copies[-1] else size)
+            assert mine[0] == pytest.approx(expected[0], rel=size)
+        if memory == "exact":  # goes on as whole copies
+            save_checkpoint(state, folder, accelerator)
+            model = parallelize(of_family("qwen3", **LARGE), accelerator)
+            again = TrainState(model, make_optimizer(model, memory=memory, weight_decay=0.1))
+            load_checkpoint(again, folder / "step-00000004", accelerator)
+            for parameter, copy in zip(state.model.parameters(), model.parameters(), strict=True):
+                local, row, column = local_part(parameter.data)
+                part = copy[row : row + local.shape[0]]
+                part = part[:, column : column + local.shape[1]] if local.dim() > 1 else part
+                assert torch.equal(local, part)
+    accelerator.end_training()
+
+
+def test_a_run_in_two_dimensions_is_that_of_whole_copies(tmp_path):
+    assert fork_ranks(4, train_in_two_dimensions, tmp_path, timeout=120) == [0] * 4
+
+
+def fill_parts(folder):
+    accelerator = join()
+    for name in ("qwen2", "llama"):
+        model, _ = load_model(folder / name, on_meta=True)
+        assert all(parameter.is_meta for parameter in model.parameters())
+        model = parallelize(model, accelerator, tp_size=2)
+        expected = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
+        assert len([*model.parameters()]) == len([*expected.parameters()])
+        for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(whole(mine), theirs)
+    with pytest.raises(ValueError, match="a rank has 48 of model.layers.0.self_attn.o_proj.weight's"):
+        make_optimizer(
+            parallelize(
+                build("llama", hidden_size=96, num_attention_heads=4, intermediate_size=512), accelerator, tp_size=2
+            ),
+            memory="lean",
+        )
+    for options, told in (
+        ({"tp_size": 3}, "2 processes are no multiple"),
+        ({"tp_size": 2, "sharding_strategy": "FULL_SHARD"}, "use one of them"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            parallelize(of_family("llama"), accelerator, **options)
+    accelerator.end_training()
+
+
+def test_parts_are_read_from_files_and_what_does_not_fit_is_told(tmp_path):
+    for family in ("qwen2", "llama"):
+        of_family(family).save_pretrained(tmp_path / family)
+        ByT5Tokenizer().save_pretrained(tmp_path / family)
+    assert fork_ranks(2, fill_parts, tmp_path) == [0, 0]

@@ -16,7 +16,7 @@ from lowmem.memory.forms import read
 from lowmem.memory.tiers import TieredOptimizer
 from lowmem.parallel.agree import failing_together, rank_and_world_size
 from lowmem.parallel.heartbeat import doing
-from lowmem.parallel.pieces import local_part
+from lowmem.parallel.pieces import is_in_columns, local_part
 from lowmem.step import TrainState
 from lowmem.weights import StoredTensor, dtype_name, open_shards
 
@@ -73,6 +73,10 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
         of_model = [name.removeprefix("model/") for name in files if name.startswith("model/")]
         weights, moments = open_shards(path / "model", "model", of_model), open_shards(path, "optimizer", files)
         is_rounded = _is_rounded(path, saved, state.optimizer)
+        if is_rounded and any(map(is_in_columns, state.model.parameters())):
+            raise UsageError(
+                f"{path} is of a tier that keeps more, which rounds into whole rows: load it with tp_size=1"
+            )
         _check_fit(path, weights, moments, state, saved.get("parameters"), is_rounded)
         if state.stream is not None:
             if saved["stream"] is None:

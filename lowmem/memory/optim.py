@@ -6,13 +6,15 @@ import re
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lowmem.config import TIERED_OPTIMIZERS
 from lowmem.memory.adafactor import TieredAdafactor
-from lowmem.memory.tiers import TieredAdamW
-from lowmem.parallel.pieces import hold, local_of
+from lowmem.memory.forms import BLOCK
+from lowmem.memory.tiers import TieredAdamW, is_large
+from lowmem.parallel.pieces import hold, is_in_columns, local_of
 from lowmem.parallel.sharding import is_sharded
 
 _NORM_ELEMENTS = 2**20  # of a bf16 gradient, brought to fp32 at a time
@@ -53,8 +55,9 @@ def make_optimizer(
     must hold the same fp32 weights, and use an Accelerator without mixed precision. `memory="off"` leaves the weights
     as they are, for an optimizer of torch.optim. The learning rate is set at each step, from `learning_rate_at`;
     `betas` and `eps` go to Adam's family. Raises ValueError for an unknown name or tier,
-    for a model without a trainable parameter, with adafactor for one that is sharded, and in a tier for one that DDP
-    has wrapped already: its reducer would still have the old dtypes.
+    for a model without a trainable parameter, with adafactor for one that is divided over ranks, in lean for one
+    divided within blocks of its moments, and in a tier for one that DDP has wrapped already: its reducer would still
+    have the old dtypes.
     """
     if memory not in ("exact", "lean", "off"):
         raise ValueError(f"memory={memory!r} was asked for, there are exact, lean and off: choose one")
@@ -63,18 +66,25 @@ def make_optimizer(
         raise ValueError(f"optimizer {name!r} was asked for, with memory={memory} there are {', '.join(names)}")
     if memory != "off" and isinstance(model, DistributedDataParallel):
         raise ValueError(f"memory={memory} changes dtypes, but DDP has wrapped the model: make the optimizer before")
-    if name == "adafactor" and is_sharded(model):
-        raise ValueError("adafactor needs whole matrices, this model is sharded: use adamw, or NO_SHARD")
     trainable = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("an optimizer was asked for, but every parameter is frozen: leave a part trainable")
-    decayed = [pair for pair in trainable if not _is_bias_or_norm(pair[0], model)]
-    others = [pair for pair in trainable if _is_bias_or_norm(pair[0], model)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    is_divided = any(isinstance(parameter, DTensor) for _, parameter in trainable)
+    if name == "adafactor" and is_divided:
+        raise ValueError("adafactor needs whole matrices, this model's are divided over ranks: use adamw, or NO_SHARD")
+    decays = {True: weight_decay, False: 0.0}
+    groups = [
+        {"params": [pair for pair in trainable if _kind(*pair, model) == (is_decayed, is_whole)], "weight_decay": decay}
+        for is_decayed, decay in decays.items()
+        for is_whole in (False, True)  # torch's kernels do not take DTensors and others at once
+    ]
     groups = [group for group in groups if group["params"]]
     if memory == "off":
-        return _of_torch(
-            _OPTIMIZERS[name], groups, betas, eps, is_fused=not is_sharded(model) or name in _FUSED_SHARDED
+        return _of_torch(_OPTIMIZERS[name], groups, betas, eps, is_fused=not is_divided or name in _FUSED_SHARDED)
+    if memory == "lean" and (uneven := _uneven_blocks(trainable)):
+        raise ValueError(
+            f"memory=lean keeps moments in blocks of {BLOCK} columns, but a rank has {uneven[1]} of {uneven[0]}'s: use "
+            "exact, or another tp_size"
         )
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -86,6 +96,17 @@ def make_optimizer(
     if is_sharded(model):
         model.to(model.device)  # moves nothing: fully_shard takes note of the new tensors, and lets the old ones go
     return optimizer
+
+
+def _kind(path: str, parameter: nn.Parameter, model: nn.Module) -> tuple[bool, bool]:
+    """Whether it decays, and whether this rank has all of it."""
+    return not _is_bias_or_norm(path, model), not isinstance(parameter, DTensor)
+
+
+def _uneven_blocks(trainable: list[tuple[str, nn.Parameter]]) -> tuple[str, int] | None:
+    """A parameter divided by its columns, but not between two blocks of moments, and how many a rank has."""
+    columns = {name: local_of(x).shape[1] for name, x in trainable if is_large(x) and is_in_columns(x)}
+    return next(((name, number) for name, number in columns.items() if number % BLOCK), None)
 
 
 def _of_torch(

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from lowmem.memory.forms import by_rows, keep, random_halves, read, rows_and_columns, shuffled, write, zeros
-from lowmem.parallel.pieces import hold, local_of, local_rows, sharded_like
+from lowmem.parallel.pieces import hold, local_of, local_part, sharded_like
 
 _SMALL = 4096  # vectors, and parameters of up to this many elements, are kept in fp32: their bytes do not count
 _CACHED_ELEMENTS = 2**19  # of a slice on CPU: its temporaries stay in the cache
@@ -110,7 +110,7 @@ class TieredOptimizer(Optimizer):
 
         `values(name, rows)` are those of some rows of the whole parameter, (rows, columns), on any device.
         """
-        tensors, (_, first) = _local_tensors(parameter, self.state[parameter]), local_rows(parameter.data)
+        tensors, (_, first, _) = _local_tensors(parameter, self.state[parameter]), local_part(parameter.data)
         draw = self._random(parameter, "round_from")
         for rows in self._slices(parameter):
             for name in sorted(names):
@@ -149,14 +149,14 @@ class TieredOptimizer(Optimizer):
         return (slice(first, min(first + height, rows)) for first in range(0, rows, height))
 
     def _random(self, parameter: nn.Parameter, *key: int | str) -> Random:
-        """A source of random bits, 16 for each element of a slice, the same on every rank that has these rows."""
+        """A source of random bits, 16 for each element of a slice, the same on every rank that has this part."""
         generator = None  # made when it is needed: exact never draws
-        _, first = local_rows(parameter.data)
+        _, *corner = local_part(parameter.data)
 
         def draw(values: Tensor) -> Tensor:
             nonlocal generator
             if generator is None:
-                seed = seed_of(self.seed, *key, self._names[parameter], *([first] if first else []))
+                seed = seed_of(self.seed, *key, self._names[parameter], *(corner if any(corner) else []))
                 generator = torch.Generator(parameter.device).manual_seed(seed)
             return random_halves(values.shape, generator)
 

@@ -1,4 +1,4 @@
-"""Sharded weights get their values: each rank its own rows, from the model's files or from rank 0."""
+"""Divided weights get their values: each rank its own part, from the model's files or from rank 0."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,21 +7,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lowmem.config import UsageError
 from lowmem.parallel.agree import failing_together, gather_bytes, host_group, rank_and_world_size, waiting
-from lowmem.parallel.pieces import local_rows
+from lowmem.parallel.pieces import local_part
 from lowmem.weights import StoredTensor, bytes_of, open_shards
 
 _PART_BYTES = 2**24  # of rank 0's weights that travel at a time
 
 
 @contextmanager
-def filled_shards(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator[None]:
-    """Within it the model is sharded; at its end its parameters, on `device` or the host, have their values.
+def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator[None]:
+    """Within it the model is divided; at its end its parameters, on `device` or the host, have their values.
 
     A model without data on all ranks (on meta) gets it from the files of `model.name_or_path`, of which each rank reads
-    its own rows; else from rank 0, which then needs to have it. So no other rank ever has a whole copy. Raises
+    its own part; else from rank 0, which then needs to have it. So no other rank ever has a whole copy. Raises
     UsageError, on all ranks, where neither has all weights.
     """
     has_data = not any(parameter.is_meta for parameter in model.parameters())
@@ -31,6 +32,8 @@ def filled_shards(model: nn.Module, device: torch.device, *, on_host: bool) -> I
     yield
     if not has_data:
         model.to_empty(device="cpu" if on_host else device)
+        if isinstance(model, PreTrainedModel):
+            model.tie_weights()  # each of tied weights that are not sharded has become one of its own
     for name, buffer in model.named_buffers():
         buffer.data = buffers[name].to(device)  # to_empty has emptied these too
     rank_0_has_data, *_ = gather_bytes(b"1" if has_data else b"")
@@ -38,16 +41,16 @@ def filled_shards(model: nn.Module, device: torch.device, *, on_host: bool) -> I
         _spread(model, whole)
     else:
         with failing_together():
-            _read_own_rows(model, Path(model.name_or_path))
+            _read_own_parts(model, Path(model.name_or_path))
 
 
-def _read_own_rows(model: nn.Module, folder: Path) -> None:
+def _read_own_parts(model: nn.Module, folder: Path) -> None:
     stored = stored_weights(model, folder)
     if stored is None:
         raise UsageError(f"the files in {folder} do not hold all weights of this model: load it with its data")
     for name, parameter in model.named_parameters():
-        local, first = local_rows(parameter.data)
-        stored[name].copy_rows(local, first)
+        local, row, column = local_part(parameter.data)
+        stored[name].copy_part(local, row, column)
 
 
 def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor] | None:
@@ -70,9 +73,9 @@ def _spread(model: nn.Module, whole: dict[str, Tensor]) -> None:
     with waiting("spreading the weights of rank 0"), torch.no_grad():
         for name, parameter in model.named_parameters():
             source = whole.pop(name, None)
-            local, first = local_rows(parameter.data)
+            local, first, column = local_part(parameter.data)
             shape = (1, *parameter.shape) if parameter.dim() == 0 else parameter.shape
-            local = local.view(-1, *shape[1:])
+            local = local.view(-1, *local.shape[1:])
             height = max(1, _PART_BYTES * shape[0] // max(1, bytes_of(parameter)))
             for start in range(0, shape[0], height):
                 rows = slice(start, min(start + height, shape[0]))
@@ -84,4 +87,6 @@ def _spread(model: nn.Module, whole: dict[str, Tensor]) -> None:
                     dist.broadcast(part, src=0, group=host_group())
                 mine = slice(max(rows.start, first), min(rows.stop, first + len(local)))
                 if mine.start < mine.stop:
-                    local[mine.start - first : mine.stop - first] = part[mine.start - start : mine.stop - start]
+                    columns = [slice(column, column + width) for width in local.shape[1:2]]
+                    own = part[mine.start - start : mine.stop - start, *columns]
+                    local[mine.start - first : mine.stop - first] = own

@@ -72,13 +72,25 @@ def is_first_copy(tensor: DTensor) -> bool:
     return all(tensor.device_mesh.get_local_rank(i) == 0 for i in copied)
 
 
+def is_in_columns(tensor: Tensor) -> bool:
+    """Whether ranks have columns of it, the parts of its second dimension."""
+    return isinstance(tensor, DTensor) and any(placement.is_shard(1) for placement in tensor.placements)
+
+
 def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
-    """`local`, made of what this rank has of `parameter`, row by row, as this rank's rows of a tensor sharded alike."""
+    """`local`, made of what this rank has of `parameter`, as this rank's part of a tensor divided alike.
+
+    It is as large in each dimension, or (blocks of columns) all ranks' parts are as large as this one.
+    """
     if not isinstance(parameter, DTensor):
         return local
-    shape = (*parameter.shape[:1], *local.shape[1:])
+    mesh, placements, part = parameter.device_mesh, parameter.placements, local_of(parameter)
+    shape = list(local.shape)
+    for i in _divided(parameter):
+        dim = placements[i].dim
+        is_alike = local.shape[dim] == part.shape[dim]
+        shape[dim] = parameter.shape[dim] if is_alike else local.shape[dim] * mesh.size(i)
     stride = torch.empty(shape, device="meta").stride()
-    mesh, placements = parameter.device_mesh, parameter.placements
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 

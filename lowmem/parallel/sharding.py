@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.config import CHOICES, UsageError
-from lowmem.parallel.agree import failing_alone, failing_together, waiting
-from lowmem.parallel.fill import filled_shards
+from lowmem.parallel.agree import failing_alone, failing_together, rank_and_world_size, waiting
+from lowmem.parallel.fill import filled
+from lowmem.parallel.pieces import local_of
+from lowmem.parallel.tensor import divide_layers, make_tensor_mesh, tensor_mesh
 
 _BUCKET_BYTES = 32 * 2**20
 
@@ -40,6 +43,7 @@ def parallelize(
     sharding_strategy: str = "NO_SHARD",
     shard_size: int | None = None,
     cpu_offload: bool = False,
+    tp_size: int = 1,
 ) -> nn.Module:
     """Put the model on this rank's device with rank 0's weights and buffers. State keys stay the model's own.
 
@@ -50,14 +54,24 @@ def parallelize(
     of this machine), with a copy for each such set. `cpu_offload` keeps what is sharded in host memory, where its
     optimizer steps.
 
-    A model that will be sharded may come without data (`load_model(..., on_meta=True)`): see `filled_shards`. Raises
-    UsageError for a strategy that does not fit the processes.
+    `tp_size` neighbouring ranks share a model's layers by tensor parallelism, see `divide_layers`: they must be given
+    the same rows, those of `data_place`.
+
+    A model that will be divided may come without data (`load_model(..., on_meta=True)`): see `filled`. Raises
+    UsageError for what does not fit the processes or the model.
     """
     if sharding_strategy not in (strategies := CHOICES["sharding_strategy"]):
         raise UsageError(f"sharding_strategy={sharding_strategy} was asked for: take one of {', '.join(strategies)}")
+    if tp_size > 1:
+        if sharding_strategy != "NO_SHARD":
+            raise UsageError(f"tp_size={tp_size} was asked for with {sharding_strategy}: use one of them")
+        mesh = make_tensor_mesh(accelerator.device.type, accelerator.num_processes, tp_size)
+        with filled(model, accelerator.device, on_host=False):
+            divide_layers(model, mesh)
+        return model
     if sharding_strategy != "NO_SHARD":
         mesh = _mesh(accelerator, sharding_strategy, shard_size)
-        with filled_shards(model, accelerator.device, on_host=cpu_offload):
+        with filled(model, accelerator.device, on_host=cpu_offload):
             _shard(model, mesh, reshard_after_forward=sharding_strategy != "SHARD_GRAD_OP", cpu_offload=cpu_offload)
         return model
     if cpu_offload:
@@ -126,14 +140,34 @@ def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
     yield model, True
 
 
+class DataPlace(NamedTuple):
+    """Where a rank stands among those whose rows differ: ranks that share a model (tp_size) share a place."""
+
+    rank: int
+    size: int
+    is_counted: bool
+    """Of the ranks at a place one is, in sums over all ranks."""
+    group: dist.ProcessGroup | None
+    """This rank and those at other places whose gradients belong to the same weights; None: all ranks."""
+
+
+def data_place(model: nn.Module) -> DataPlace:
+    """This rank's, whose `rank` and `size` are what `open_stream` and `open_eval` want to know."""
+    mesh = tensor_mesh(model)
+    if mesh is None:
+        return DataPlace(*rank_and_world_size(), is_counted=True, group=None)
+    return DataPlace(mesh.get_local_rank(0), mesh.size(0), mesh.get_local_rank(1) == 0, mesh.get_group(0))
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Whether its weights are divided over ranks, so that each forward and backward talks to the other ranks."""
+    """Whether `fully_shard` divides its weights, so that each backward sums gradients over ranks."""
     return isinstance(unwrapped(model), FSDPModule)
 
 
 def failing(model: nn.Module) -> AbstractContextManager[None]:
-    """How an error within forward or backward is told: the collectives of a sharded one would meet an agreement's."""
-    return failing_alone() if is_sharded(model) else failing_together()
+    """How an error within forward or backward is told: the collectives of a divided one would meet an agreement's."""
+    talks = is_sharded(model) or tensor_mesh(model) is not None
+    return failing_alone() if talks else failing_together()
 
 
 @contextmanager
@@ -163,26 +197,26 @@ def gathered_weights(model: nn.Module) -> Iterator[Tensor]:
         yield from (parameter for parameter in group.parameters() if not isinstance(parameter, DTensor))
         group.reshard()
     if not groups:
-        yield from model.parameters()
+        yield from map(local_of, model.parameters())
 
 
-def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
-    """Sum each tensor over all ranks, in place. Small ones travel together in buckets of about 32 MiB.
+def all_reduce_sum(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Sum each tensor over the ranks of `group` (None: all), in place.
 
-    What is narrower than fp32 is summed in fp32 and rounded once. Every rank passes tensors of the same shapes in the
-    same order; the sums have the same bits on every rank.
+    Small ones travel together in buckets of about 32 MiB. What is narrower than fp32 is summed in fp32 and rounded
+    once. Every rank passes tensors of the same shapes in the same order; the sums have the same bits on every rank.
     """
     bucket: list[Tensor] = []
     room = _BUCKET_BYTES
     for piece in (piece for tensor in tensors for piece in _pieces(tensor)):
         num_bytes = piece.numel() * max(4, piece.dtype.itemsize)
         if bucket and (num_bytes > room or piece.dtype != bucket[0].dtype):
-            _reduce_bucket(bucket)
+            _reduce_bucket(bucket, group)
             bucket, room = [], _BUCKET_BYTES
         bucket.append(piece)
         room -= num_bytes
     if bucket:
-        _reduce_bucket(bucket)
+        _reduce_bucket(bucket, group)
 
 
 def _pieces(tensor: Tensor) -> Iterable[Tensor]:
@@ -192,17 +226,17 @@ def _pieces(tensor: Tensor) -> Iterable[Tensor]:
     return tensor.view(-1).split(_BUCKET_BYTES // 4)
 
 
-def _reduce_bucket(bucket: list[Tensor]) -> None:
+def _reduce_bucket(bucket: list[Tensor], group: dist.ProcessGroup | None) -> None:
     sum_dtype = torch.promote_types(bucket[0].dtype, torch.float32)
     if len(bucket) == 1 and bucket[0].is_contiguous() and bucket[0].dtype == sum_dtype:
-        _reduce(bucket[0])  # large enough to travel alone, without a copy
+        _reduce(bucket[0], group)  # large enough to travel alone, without a copy
         return
     flat = torch.cat([tensor.reshape(-1).to(sum_dtype) for tensor in bucket])
-    _reduce(flat)
+    _reduce(flat, group)
     for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
-def _reduce(tensor: Tensor) -> None:
+def _reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
     with waiting("summing tensors"):
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=group)

@@ -16,12 +16,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lowmem.config import UsageError
+
+_DIMENSIONS = ("data", "tensor")
+
+
+def make_tensor_mesh(kind: str, world_size: int, tp_size: int) -> DeviceMesh:
+    """All ranks on devices of a kind, neighbours sharing a model: (data ranks, `tp_size`).
+
+    Raises UsageError if there is no whole number of models.
+    """
+    if world_size % tp_size:
+        raise UsageError(
+            f"tp_size={tp_size} was asked for, {world_size} processes are no multiple of it: start another number"
+        )
+    return init_device_mesh(kind, (world_size // tp_size, tp_size), mesh_dim_names=_DIMENSIONS)
+
+
+def tensor_mesh(model: nn.Module) -> DeviceMesh | None:
+    """The mesh over which `divide_layers` divided the model; None if it did not."""
+    meshes = (parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor))
+    return next((mesh for mesh in meshes if mesh.mesh_dim_names == _DIMENSIONS), None)
 
 
 def divide_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
