@@ -9,6 +9,10 @@ class UsageError(ValueError):
     """A mistake in flags, files or environment; the command line tells it in one line and exits 2."""
 
 
+class StartError(UsageError):
+    """A process cannot join the others, for a reason that may be its own: unlike other mistakes, each one tells it."""
+
+
 class RankError(RuntimeError):
     """Another rank failed; the message names it and says with what."""
 

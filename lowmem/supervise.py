@@ -1,6 +1,7 @@
 """A training run seen from outside: its folder is locked, signals are caught, and however it ends is told."""
 
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from lowmem.config import RankError, SaveError, UsageError
+from lowmem.config import RankError, SaveError, StartError, UsageError
 from lowmem.data.rows import RowError
 from lowmem.exit_file import CODES, remove_exit, write_exit
 from lowmem.parallel import heartbeat
@@ -75,10 +76,12 @@ def record_preempted(output: Path) -> None:
 
 def tell_failure(error: Exception) -> int:
     """Tell of `error` here, to a person, and to the other ranks. Returns the exit code."""
-    rank = os.environ.get("LOCAL_RANK", "0")
-    where = "" if rank == "0" else f" on local rank {rank}"
-    # Before the processes are one group, all see the same mistake and one tells it; later a rank may be alone.
-    if rank == "0" or not isinstance(error, UsageError) or is_in_a_group():
+    rank = os.environ.get("RANK", "0")
+    tells_where = rank == "0" or isinstance(error, StartError)
+    where = "" if tells_where else f" on rank {rank}, host {socket.gethostname()}"
+    # Before the processes are one group, all on a host see the same mistake and one tells it; later one may be alone.
+    is_seen_by_all = isinstance(error, UsageError) and not isinstance(error, StartError) and not is_in_a_group()
+    if os.environ.get("LOCAL_RANK", "0") == "0" or not is_seen_by_all:
         if isinstance(error, _TOLD_IN_A_LINE):
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
         else:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem.config import UsageError
-from lowmem.parallel.elastic import is_restarted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -130,55 +129,46 @@ def join(
     """Join the process group that the environment describes. Returns its Accelerator.
 
     Without a GPU it runs on the CPU over gloo, also where accelerate would start independent runs. `mixed_precision`
-    None is what `accelerate launch` was told. Several processes watch one another: one that gives no sign of life for
-    `heartbeat_timeout` seconds, or that fails alone, ends all of them with a line on stderr that names it and is given
-    to `last_words`. From then on the ranks can agree on when to end, so `signals` do nothing at once any more. Raises
-    UsageError if the group is not of the launched size, and for what `check_launch` refuses.
+    None is what `accelerate launch` was told. Several processes find one another within `heartbeat_timeout` seconds, or
+    end with a line that tells why (see `start_group`). From then on they watch one another: one that gives no sign of
+    life for that long, or that fails alone, ends all of them with a line on stderr that names it and is given to
+    `last_words`; and as the ranks can agree on when to end, `signals` do nothing at once any more. Raises UsageError
+    if the group is not of the launched size, and for what `check_launch` and `start_group` refuse.
     """
     check_launch(None)
     import torch
     from accelerate import Accelerator
+    from torch import distributed
 
     from lowmem.parallel.agree import watch_one_another
+    from lowmem.parallel.rendezvous import first_sum, start_group
 
     for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         os.environ.pop(variable, None)  # `launched_settings` tells of them; the Accelerator would shard by itself
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
-    if is_restarted():
-        _start_group_of_a_restart("cpu" if on_cpu else torch.accelerator.current_accelerator().type)
+    launched = launched_processes() or 1
+    if launched > 1:
+        start_group(
+            "gloo" if on_cpu else distributed.get_default_backend_for_device(torch.accelerator.current_accelerator()),
+            limit_seconds=heartbeat_timeout,
+        )
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=mixed_precision,
         log_with=list(report_to) or None,
         project_dir=output_dir,
     )
-    launched = launched_processes() or 1
     if accelerator.num_processes != launched:
         raise UsageError(
             f"the launcher started {launched} processes, accelerate sees {accelerator.num_processes} "
             f"({accelerator.distributed_type.value}): each would train alone, so none does; check the launcher's flags"
         )
+    if launched > 1:
+        first_sum(accelerator.device, limit_seconds=heartbeat_timeout, last_words=last_words)
     watch_one_another(heartbeat_timeout, last_words)
     if signals is not None:
         signals.at_once = None
     return accelerator
-
-
-def _start_group_of_a_restart(device_type: str) -> None:
-    """Start the process group of processes that were started again, which accelerate then takes as it is.
-
-    The launcher's store still holds what their predecessors wrote for one another, such as addresses: who reads one of
-    these first waits for the dead. So the group gets a part of the store of its own.
-    """
-    from torch import distributed
-
-    store, rank, world_size = next(distributed.rendezvous("env://"))
-    distributed.init_process_group(
-        distributed.get_default_backend_for_device(device_type),
-        store=distributed.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store),
-        rank=rank,
-        world_size=world_size,
-    )
 
 
 def make_deterministic(wanted: bool) -> None:
