@@ -267,6 +267,11 @@ CHANGEABLE_ON_RESUME = frozenset(
     "report_to".split()
 )
 
+# Ranks may name these differently, on hosts with paths of their own; what is at the paths is compared instead.
+MAY_DIFFER_BETWEEN_RANKS = frozenset(
+    "num_processes model_name_or_path tokenizer_name_or_path train_file validation_file test_file output_dir".split()
+)
+
 
 def parse_bytes(size: int | str) -> int:
     """Bytes in `size`: a number, or text such as "500MB" (10**6), "5GB" (10**9), "2GiB" (2**30)."""

@@ -14,6 +14,7 @@ from lowmem.evaluation import measure
 from lowmem.memory.loss import LOSSES
 from lowmem.model import load_model
 from lowmem.parallel.launch import join
+from lowmem.parallel.same import check_same, code, model_digest, rows_digest, tokenizer_digest
 from lowmem.parallel.sharding import parallelize
 from lowmem.report import tell, tell_answers
 
@@ -25,6 +26,11 @@ def evaluate_model(config: TrainConfig, test_rows: Rows) -> None:
         config.model_name_or_path,
         tokenizer_name_or_path=config.tokenizer_name_or_path,
         dtype=torch.bfloat16 if config.has_bf16_weights else torch.float32,
+    )
+    check_same(
+        code()
+        | {"the model": model_digest(model, weights=True), "the tokenizer": tokenizer_digest(tokenizer)}
+        | {"test rows": rows_digest(test_rows)}
     )
     model = parallelize(model, accelerator)
     open_batches = partial(

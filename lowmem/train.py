@@ -13,7 +13,7 @@ import torch
 from lowmem.checkpoint.load import load_checkpoint
 from lowmem.checkpoint.resume import check_same_run, checkpoint_to_resume, rows_per_step
 from lowmem.checkpoint.save import check_space, save_checkpoint, save_model
-from lowmem.config import SaveError, TrainConfig
+from lowmem.config import MAY_DIFFER_BETWEEN_RANKS, SaveError, TrainConfig
 from lowmem.data.batch import collate
 from lowmem.data.encode import make_encoder
 from lowmem.data.finite import open_eval
@@ -28,6 +28,7 @@ from lowmem.memory.savers import compiled, entered, offload_activations, recompu
 from lowmem.model import freeze, load_model
 from lowmem.parallel.agree import sum_over_ranks
 from lowmem.parallel.launch import join, make_deterministic
+from lowmem.parallel.same import check_same, code, model_digest, rows_digest, seen_by_all, tokenizer_digest
 from lowmem.parallel.sharding import data_place, parallelize
 from lowmem.parallel.signals import Signals
 from lowmem.report import Report
@@ -69,6 +70,11 @@ def train(
         signals=signals,
     )
     rank, world_size = accelerator.process_index, accelerator.num_processes
+    if world_size > 1:
+        flags = {f"--{name}": value for name, value in settings.items() if name not in MAY_DIFFER_BETWEEN_RANKS}
+        all_rows = {"training rows": train_rows, "validation rows": validation_rows, "test rows": test_rows}
+        digests = {name: rows_digest(rows) for name, rows in all_rows.items() if rows is not None}
+        check_same(code() | flags | digests | seen_by_all(output))
     checkpoint = checkpoint_to_resume(config.resume, output)
     changes = check_same_run(checkpoint, settings) if checkpoint is not None else []
     make_deterministic(config.deterministic)
@@ -83,6 +89,10 @@ def train(
         on_meta=is_divided and (config.model_name_or_path is not None or rank != 0),
     )
     freeze(model, parts=[part for part in config.freeze.split(",") if part])
+    if world_size > 1:
+        # one built from scratch is drawn by each rank as its CPU does, and then gets the weights of rank 0
+        digest = model_digest(model, weights=config.model_name_or_path is not None)
+        check_same({"the model": digest, "the tokenizer": tokenizer_digest(tokenizer)})
     model = parallelize(
         model,
         accelerator,
