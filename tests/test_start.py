@@ -113,8 +113,11 @@ def wait_longer_than_the_limit():
     if dist.get_rank() == 1:
         time.sleep(LIMIT + 0.5)
     assert sum_over_ranks(1) == [2]
+    store = dist.distributed_c10d._get_default_store()  # in which NCCL's ranks tell one another what to connect to
     if dist.get_rank() == 0:
         time.sleep(LIMIT + 0.5)
+        store.set("late", "but here")
+    assert store.get("late") == b"but here"
     dist.all_reduce(torch.ones(1), group=dist.new_group())
 
 
