@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lowmem.config import UsageError
-from lowmem.disk import write_file
+from lowmem.disk import make_folders, write_file
 from lowmem.parallel.agree import gather_bytes, on_main_rank
 from lowmem.parallel.fill import stored_weights
 
@@ -76,6 +76,7 @@ def seen_by_all(folder: Path) -> dict[str, str]:
 
 
 def _write_token(folder: Path) -> Path:
+    make_folders(folder)
     for left in folder.glob(".seen-*"):  # by a run that was killed
         left.unlink()
     token = folder / f".seen-{uuid4().hex}"  # a new name: no file system remembers that it was not there
