@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from tests.models import T5, qa_rows
+from lowmem.parallel.launch import launched_settings
+from tests.models import LLAMA, T5, qa_rows
 from tests.processes import ROOT, free_port, module_command, run, train
 
 LAUNCHERS = {
@@ -23,6 +24,36 @@ LAUNCHERS = {
         "--main_process_port=PORT",
     ),
 }
+
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+SHARDS = {
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, {}),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"mixed_precision": "bf16"}),
+        (FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "true"}, {"sharding_strategy": "FULL_SHARD"}),
+        (FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, {"sharding_strategy": "SHARD_GRAD_OP"}),
+        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, {"sharding_strategy": "FULL_SHARD", "cpu_offload": True}),
+        (
+            FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true", "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true"},
+            {"sharding_strategy": "FULL_SHARD", "recompute": "full", "offload_activations": True},
+        ),
+        (FSDP2 | SHARDS, {"sharding_strategy": "HYBRID_SHARD", "shard_size": 2}),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "4"}, {"tp_size": 4}),
+    ],
+)
+def test_what_accelerate_was_told_is_ours(environment, settings, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launched_settings() == settings
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +107,23 @@ def test_the_large_preset_is_one_training_of_two_processes(tmp_path):
     ("environment", "flag", "told"),
     [
         ({"WORLD_SIZE": "3", "RANK": "0"}, "--num_processes=2", "the launcher started 3"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "--seed=0", "FSDP, which is not built yet"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
+            "--seed=0",
+            "another way than lowmem does: set fsdp_version: 2",
+        ),
+        (FSDP2 | {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, "--seed=0", "set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
+        (
+            FSDP2,
+            "--sharding_strategy=NO_SHARD",
+            "sharding_strategy=NO_SHARD was set, but accelerate was told FULL_SHARD",
+        ),
+        (
+            {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"},
+            "--seed=0",
+            "divide sequences",
+        ),
+        (SHARDS, "--seed=0", "2 shards in 2 copies: set distributed_type: FSDP"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "--seed=0", "DeepSpeed, which is not built yet"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "--seed=0", "accumulate over 4 steps"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "--mixed_precision=no", "accelerate was told bf16"),
@@ -104,6 +151,45 @@ def test_a_failing_rank_ends_the_run_with_its_exit_code(files, tmp_path):
     assert "needs a causal model" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["cpu", "single_gpu", "multi_gpu"])
-def test_every_accelerate_config_says_when_to_use_it(name):
-    assert (ROOT / "accelerate_configs" / f"{name}.yaml").read_text().startswith("# ")
+# processes to ask for (None: as many as the file says), and what the run tells of them
+CONFIGS = {
+    "cpu": (None, "on 2 x cpu, 40 rows"),
+    "single_gpu": (None, "on 1 x cpu, 40 rows"),
+    "multi_gpu": (2, "on 2 x cpu, 40 rows"),
+    "fsdp2": (2, "on 2 x cpu, FULL_SHARD, 40 rows"),
+    "fsdp2_offload": (2, "on 2 x cpu, FULL_SHARD, 40 rows"),
+    "hsdp": (None, "on 4 x cpu, HYBRID_SHARD, 40 rows"),
+    "tensor_parallel": (None, "on 2 x cpu, 2 to a model, 40 rows"),
+}
+
+
+@pytest.fixture(scope="module")
+def causal(files, tmp_path_factory):
+    """Flags of a Llama's run, and its losses in one process."""
+    folder = tmp_path_factory.mktemp("causal")
+    (folder / "llama.json").write_text(json.dumps(LLAMA))
+    flags = ["--max_steps=3", "--logging_steps=1", "--global_batch_size=8", "--learning_rate=1e-2", "--batch_size=2"]
+    flags += [files[0], f"--model_config={folder}/llama.json"]
+    result = train("train", *flags, f"--output_dir={folder}/out")
+    assert result.returncode == 0, result.stderr
+    return flags, losses(folder / "out")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_accelerate_config_is_the_run_of_one_process(name, causal, tmp_path):
+    path = ROOT / "accelerate_configs" / f"{name}.yaml"
+    assert path.read_text().startswith("# ")  # when to use it
+    flags, expected = causal
+    processes, told = CONFIGS[name]
+    command = module_command(
+        "accelerate.commands.launch",
+        f"--config_file={path}",
+        "--mixed_precision=no",
+        f"--main_process_port={free_port()}",
+    )
+    command += [f"--num_processes={processes}"] if processes else []
+    result = run(*command, "train_low_mem.py", "train", *flags, f"--output_dir={tmp_path}/out")
+    assert result.returncode == 0, result.stderr
+    assert told in result.stdout, result.stdout
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["cpu_offload"] == (name == "fsdp2_offload")
+    assert losses(tmp_path / "out") == pytest.approx(expected, rel=1e-6)

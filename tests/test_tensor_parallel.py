@@ -209,16 +209,17 @@ def start_from_other_weights():
     first = build("llama", seed=0)
     model = build("llama", seed=accelerator.process_index)
     model.model.layers[0].mlp.requires_grad_(False)
-    divide_layers(model, init_device_mesh("cpu", (2, 2)))
-    divided = {name: x for name, x in model.named_parameters() if isinstance(x, DTensor)}
-    assert len(divided) == 14
-    for name, parameter in divided.items():
-        assert torch.equal(parameter.full_tensor(), first.get_parameter(name))
+    if accelerator.process_index == 3:
+        model.to("meta")  # without data
+    parallelize(model, accelerator, tp_size=2)
+    assert sum(isinstance(parameter, DTensor) for parameter in model.parameters()) == 14
+    for name, parameter in model.named_parameters():
+        assert torch.equal(whole(parameter), first.get_parameter(name))
         assert parameter.requires_grad == ("layers.0.mlp" not in name)
     accelerator.end_training()
 
 
-def test_divided_layers_are_those_of_rank_0_and_stay_frozen():
+def test_every_rank_gets_the_weights_of_rank_0_and_what_is_frozen_stays_so():
     assert fork_ranks(4, start_from_other_weights) == [0] * 4
 
 

@@ -30,7 +30,9 @@ def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator
     whole = {name: parameter.data for name, parameter in model.named_parameters()} if is_source else {}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     yield
-    if not has_data:
+    if has_data and not on_host:
+        model.to(device)
+    elif not has_data:
         model.to_empty(device="cpu" if on_host else device)
         if isinstance(model, PreTrainedModel):
             model.tie_weights()  # each of tied weights that are not sharded has become one of its own

@@ -47,9 +47,9 @@ def tensor_mesh(model: nn.Module) -> DeviceMesh | None:
 def divide_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Divide, in place, what the model's plan names over the second dimension of `mesh`, and copy it along the first.
 
-    (data ranks, ranks that share a model): parameters become DTensors of placements (Replicate, Shard), with rank 0's
-    weights, each moved to the mesh's kind of device alone. What is not divided is left where and as it is. Raises
-    UsageError as `check_plan` does.
+    (data ranks, ranks that share a model): parameters become DTensors of placements (Replicate, Shard), made of this
+    rank's own weights, data or none. What is not divided is left where and as it is. Raises UsageError as `check_plan`
+    does.
     """
     check_plan(model, mesh.size(1))
     group = mesh.get_group(1)
@@ -127,7 +127,8 @@ def _divide(linear: nn.Linear, style: "_Style", mesh: DeviceMesh) -> None:
     group = mesh.get_group(1)
     # of a bias each rank has its rows; divided by columns it stays whole
     for name, whole in [(name, x) for name, x in linear.named_parameters() if x.dim() > style.dim]:
-        shard = distribute_tensor(whole.detach(), mesh, [Replicate(), Shard(style.dim)])
+        # None: no rank sends, as some may have no data
+        shard = distribute_tensor(whole.detach(), mesh, [Replicate(), Shard(style.dim)], src_data_rank=None)
         setattr(linear, name, nn.Parameter(shard, requires_grad=whole.requires_grad))
 
     def forward(x: Tensor) -> Tensor:
