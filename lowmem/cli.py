@@ -109,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     that ended something else. `train` and `evaluate` catch signals for the rest of the process.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and re.match("--local[_-]rank=", arguments[0]):  # old launchers put it before the command
+        del arguments[0]
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(_help())
         return 0

@@ -72,8 +72,9 @@ def die_with_launcher() -> None:
     So a launcher that is killed, or ended by a second signal, leaves nothing behind that trains on, and what can be
     saved is.
     """
-    # the second is of `accelerate launch`, which starts a single process without an elastic launcher
-    is_launched = not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
+    # the second is of `accelerate launch`, which starts a single process without an elastic launcher; the third of
+    # `deepspeed`, which has none
+    is_launched = not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "CROSS_SIZE"))
     if not is_launched or sys.platform != "linux":
         return
     launcher = os.getppid()
