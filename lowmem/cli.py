@@ -23,7 +23,8 @@ from lowmem.data.rows import open_rows, split_rows
 from lowmem.exit_file import final_exit
 from lowmem.flags import resolve
 from lowmem.parallel.elastic import die_with_launcher, is_restarted, start_processes
-from lowmem.parallel.launch import check_launch, launched_settings, processes_to_start
+from lowmem.parallel.launch import check_launch, processes_to_start
+from lowmem.parallel.launched import launched_processes, launched_settings
 from lowmem.parallel.signals import PREEMPTED, Signals, end_as_signalled
 from lowmem.run_folder import check_output
 from lowmem.supervise import end_at_once, record_preempted, supervise, tell_failure
@@ -62,6 +63,8 @@ def _train(**flags: str) -> Job:
 def _evaluate(**flags: str) -> Job:
     if unused := sorted(flags.keys() - _EVALUATE_FLAGS - {"local_rank"}):
         raise UsageError(f"{', '.join('--' + name for name in unused)}: `evaluate` has no such flag; see --help")
+    if "deepspeed" in launched_settings():
+        raise UsageError("accelerate was told to use DeepSpeed, but `evaluate` trains nothing: launch with --multi_gpu")
     if missing := [name for name in ("model_name_or_path", "test_file") if not flags.get(name)]:
         raise UsageError(f"`evaluate` needs {' and '.join('--' + name for name in missing)}")
     trained_with = Path(flags["model_name_or_path"]) / "lowmem.json"
@@ -192,7 +195,8 @@ def _run(job: Job, arguments: Sequence[str]) -> int:
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     processes = processes_to_start(config.num_processes)
-    if processes > 1:
+    # DeepSpeed wants a process group even of one
+    if processes > 1 or (config.deepspeed and launched_processes() is None):
         code = start_processes(processes, [sys.argv[0], *arguments], signals)
         if job.command == "evaluate":
             return code if code >= 0 else 128 - code

@@ -173,6 +173,9 @@ class TrainConfig:
     tp_size: int = 1
     """Neighbouring processes that share the layers of one model, by the plan that transformers has for it (causal
     models). They train on the same rows, so batch sizes count such sets of processes."""
+    deepspeed: str | None = None
+    """A DeepSpeed config, a JSON file (or its text), for ZeRO stage 1, 2 or 3. `accelerate launch` with one means the
+    same. No checkpoints are saved then: a run that ends early is begun anew."""
     heartbeat_timeout: int = 120
     """Seconds after which a process that gives no sign of life ends the run, by name. They do while they work."""
 
@@ -213,6 +216,12 @@ class TrainConfig:
     def autocast(self) -> str:
         """The precision that the Accelerator brings along."""
         return "no" if self.has_bf16_weights else self.mixed_precision
+
+    @property
+    def zero(self) -> dict[str, object]:
+        """What DeepSpeed needs to know beside its own config."""
+        is_bf16 = self.mixed_precision == "bf16"
+        return {"batch_size": self.batch_size, "max_grad_norm": self.max_grad_norm, "bf16": is_bf16}
 
     @property
     def encoding(self) -> dict[str, object]:

@@ -21,6 +21,7 @@ from lowmem.config import (
     UsageError,
     parse_bytes,
 )
+from lowmem.zero_config import zero_problems
 
 # What stands for the last field of a pair when neither side is set.
 _FALLBACKS = {
@@ -97,6 +98,7 @@ def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None =
             merged[name] = value
     if merged.get("memory") is None and merged.get("mixed_precision") == "bf16":
         has_tier = merged.get("optimizer", FIELDS["optimizer"].default) in TIERED_OPTIMIZERS
+        has_tier = has_tier and merged.get("deepspeed") is None
         merged["memory"] = "exact" if has_tier else "off"
     config = TrainConfig(**merged)
     problems += _conflicts(config, presets)
@@ -238,7 +240,7 @@ def _conflicts(config: TrainConfig, presets: list[str]) -> list[str]:
         problems.append(f"--max_bad_rows={config.max_bad_rows} does nothing unless --on_bad_row=skip")
     if config.accept_changed_data and config.resume == "never":
         problems.append("--accept_changed_data=True does nothing unless a run is resumed: set --resume too")
-    problems += _memory_conflicts(config) + _sharding_conflicts(config)
+    problems += _memory_conflicts(config) + _sharding_conflicts(config) + zero_problems(config)
     betas_used = config.optimizer in ("adamw", "adamw_bf16", "adam", "nadam", "radam", "adamax")
     if not betas_used and (config.adam_beta1, config.adam_beta2, config.adam_epsilon) != (0.9, 0.999, 1e-8):
         problems.append(f"--adam_beta1, --adam_beta2 and --adam_epsilon do nothing for --optimizer={config.optimizer}")
@@ -280,6 +282,8 @@ def _memory_conflicts(config: TrainConfig) -> list[str]:
 def _sharding_conflicts(config: TrainConfig) -> list[str]:
     problems = []
     strategy = config.sharding_strategy
+    if config.deepspeed and (strategy != "NO_SHARD" or config.tp_size > 1):
+        problems.append("--deepspeed divides by itself: leave --sharding_strategy and --tp_size, or leave --deepspeed")
     if config.cpu_offload and strategy == "NO_SHARD":
         problems.append("--cpu_offload keeps sharded weights in host memory: set --sharding_strategy=FULL_SHARD too")
     if config.shard_size is not None and strategy != "HYBRID_SHARD":

@@ -20,7 +20,8 @@ from lowmem.data.stream import Stream, UnreadableStep
 from lowmem.memory.optim import gradient_norm
 from lowmem.memory.savers import Released
 from lowmem.memory.tiers import TieredOptimizer, seed_of
-from lowmem.parallel.agree import gather_bytes, raise_together, sum_over_ranks
+from lowmem.parallel import deepspeed
+from lowmem.parallel.agree import failing_alone, gather_bytes, raise_together, sum_over_ranks
 from lowmem.parallel.heartbeat import at_step, doing
 from lowmem.parallel.pieces import is_first_copy, local_of
 from lowmem.parallel.sharding import all_reduce_sum, data_place, failing, is_sharded
@@ -107,12 +108,19 @@ def train_step(
     place = data_place(state.model)
     # Known before the first backward, so that every micro-batch is scaled by the same number.
     num_tokens, preempted = _begun_by_all_ranks(batches, preempted, is_counted=place.is_counted)
-    optimizer.zero_grad()  # of a step that an exception ended
+    is_engine = deepspeed.is_engine(state.model)
+    if not is_engine:  # which keeps buffers there
+        optimizer.zero_grad()  # of a step that an exception ended
     released = Released.of(optimizer)
     if released is not None:
         released.begin(len(batches), max_grad_norm, nonfinite)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+    if is_engine:
+        loss, grad_norm, reason = _by_engine(state, batches, loss_fn, accelerator, num_tokens)
+        if reason and num_tokens and nonfinite == "stop":
+            raise FloatingPointError(f"step {state.step + 1}: {reason}. {_advice(None)}")
+        return _done(state, StepResult(loss, grad_norm, torch.tensor(num_tokens), not reason, reason, preempted))
     if in_tier:
         optimizer.seed = state.seed
     losses: list[Tensor] = []
@@ -149,10 +157,39 @@ def train_step(
             _clip(gradients, max_grad_norm, grad_norm)
         optimizer.step()
     optimizer.zero_grad()
+    return _done(state, StepResult(loss, grad_norm, torch.tensor(num_tokens), updated, reason, preempted))
+
+
+def _done(state: TrainState, result: StepResult) -> StepResult:
     state.step += 1
     if state.stream is not None:
         state.stream.advance()
-    return StepResult(loss, grad_norm, torch.tensor(num_tokens), updated, reason, preempted)
+    return result
+
+
+def _by_engine(
+    state: TrainState, batches: Sequence[Batch], loss_fn: LossFunction, accelerator: Accelerator, num_tokens: int
+) -> tuple[Tensor, Tensor, str]:
+    """The loss of a step that DeepSpeed's engine reduces, clips and applies, its gradient norm, and why it did not."""
+    engine, world_size = state.model, accelerator.num_processes
+    losses: list[Tensor] = []
+    loss, grad_norm = torch.zeros(2, device=accelerator.device).unbind()
+    if not num_tokens:
+        return loss, grad_norm, "no rank has a target token"
+    with doing("computing gradients"), failing_alone():
+        for index, batch in enumerate(batches):
+            torch.manual_seed(seed_of(state.seed, state.step, accelerator.process_index, index))
+            batch_loss = loss_fn(engine, batch.to(accelerator.device)) / num_tokens
+            losses.append(batch_loss.detach())
+            is_last = index == len(batches) - 1
+            if is_last:
+                loss = sum(losses)
+                all_reduce_sum([loss] if world_size > 1 else [])
+                # the engine leaves out an update whose gradient is not finite, so a loss that is not must reach it
+                batch_loss = batch_loss * torch.where(loss.isfinite(), 1.0, math.nan)
+            deepspeed.backward(engine, batch_loss, world_size=world_size, is_last=is_last)
+        grad_norm, updated = deepspeed.update(engine)
+    return loss, grad_norm, "" if updated else _not_finite(loss, grad_norm, losses, batches)
 
 
 def _begun_by_all_ranks(batches: Sequence[Batch], preempted: bool, *, is_counted: bool) -> tuple[int, bool]:

@@ -27,12 +27,14 @@ from lowmem.memory.optim import learning_rate_at, make_optimizer
 from lowmem.memory.savers import compiled, entered, offload_activations, recompute, recompute_cheap, release
 from lowmem.model import freeze, load_model
 from lowmem.parallel.agree import sum_over_ranks
+from lowmem.parallel.deepspeed import wrap
 from lowmem.parallel.launch import join, make_deterministic
 from lowmem.parallel.same import check_same, code, model_digest, rows_digest, seen_by_all, tokenizer_digest
 from lowmem.parallel.sharding import data_place, parallelize
 from lowmem.parallel.signals import Signals
 from lowmem.report import Report
 from lowmem.step import TrainState, train_step
+from lowmem.zero_config import completed
 
 
 class Ending(NamedTuple):
@@ -40,7 +42,7 @@ class Ending(NamedTuple):
 
     step: int
     preempted: bool
-    """True: a signal ended it before its last step was done and reported; all steps so far are saved."""
+    """True: a signal ended it before its last step was done and reported; steps up to `step` are saved."""
 
 
 def train(
@@ -63,6 +65,7 @@ def train(
     trackers = [name for name in config.report_to.split(",") if name]
     accelerator = join(
         mixed_precision=config.autocast,
+        deepspeed=completed(config.deepspeed, **config.zero) if config.deepspeed else None,
         report_to=trackers,
         output_dir=output,
         heartbeat_timeout=config.heartbeat_timeout,
@@ -152,7 +155,9 @@ def train(
     open_batches = partial(open_eval, encode=encode, **batching)
 
     # --- where to start, how far to go
-    state = TrainState(model, optimizer, stream, seed=config.seed)
+    weights = f"{model.num_parameters():,} weights"  # before they are divided
+    trained = wrap(model, optimizer, accelerator) if config.deepspeed else model
+    state = TrainState(trained, optimizer, stream, seed=config.seed)
     if checkpoint is not None:
         load_checkpoint(state, checkpoint, accelerator, verify=False)  # checkpoint_to_resume has
     total_steps = config.max_steps or math.ceil(config.epochs * stream.num_rows / stream.global_batch_size)
@@ -166,7 +171,7 @@ def train(
     )
     saving = {"tokenizer": tokenizer, "config": settings, "max_shard_size": config.max_shard_size}
     keep = config.save_total_limit or None
-    saves = math.ceil((total_steps - state.step) / config.save_steps)
+    saves = 0 if config.deepspeed else math.ceil((total_steps - state.step) / config.save_steps)
     check_space(state, output / "checkpoints", saves=saves, keep=keep)
     report = Report(
         output,
@@ -179,10 +184,11 @@ def train(
     )
     division = f", {config.sharding_strategy}" if config.tp_size == 1 else f", {config.tp_size} to a model"
     report.tell(
-        f"{model.num_parameters():,} weights ({model.dtype}, memory={config.memory or 'off'}) on {world_size} x "
+        f"{weights} ({model.dtype}, memory={config.memory or 'off'}) on {world_size} x "
         f"{accelerator.device.type}{division if is_divided else ''}, {stream.num_rows:,} rows",
         f"steps {state.step} to {total_steps}, each of {stream.global_batch_size} rows: {place.size} processes "
         f"x {stream.micro_batches} micro-batches of at most {config.batch_size}",
+        *(["no checkpoints under DeepSpeed: a run that ends early is begun anew"] if config.deepspeed else []),
         *([f"resumed from {checkpoint}{', with ' if changes else ''}{', '.join(changes)}"] if checkpoint else []),
         *(f"the rows are others than then: {change}" for change in stream.changes),
     )
@@ -196,7 +202,7 @@ def train(
 
     def evaluate_on(rows: Rows, prefix: str) -> dict[str, float]:
         metrics, answers = measure(
-            model,
+            trained,
             tokenizer,
             rows,
             lambda rows: report.bar(open_batches(rows), prefix),
@@ -243,7 +249,7 @@ def train(
             if validation_rows and not preempted and is_due(config.eval_steps):
                 state.note_best(evaluate_on(validation_rows, "eval")["eval_loss"])
                 preempted = signalled()
-            if preempted or is_due(config.save_steps):
+            if not config.deepspeed and (preempted or is_due(config.save_steps)):
                 try:
                     save_checkpoint(state, output / "checkpoints", accelerator, keep=keep, **saving)
                 except SaveError as error:
@@ -259,12 +265,13 @@ def train(
     if preempted:
         signals.ignore()  # a launcher ends the others as soon as one of us has ended
         report.close()
-        report.tell(f"preempted after step {state.step} of {total_steps}: --resume=auto goes on from there")
+        what_now = "nothing of it is saved, begin anew" if config.deepspeed else "--resume=auto goes on from there"
+        report.tell(f"preempted after step {state.step} of {total_steps}: {what_now}")
     else:  # what is left behind
         if test_rows:
             evaluate_on(test_rows, "test")
-        save_model(model, output / "model", **saving)
+        save_model(trained, output / "model", **saving)
         report.close(best=state.best)
         report.tell(f"done: {output / 'model'} holds the model, {output / 'metrics.jsonl'} its curve")
     accelerator.end_training()
-    return Ending(state.step, preempted)
+    return Ending(0 if preempted and config.deepspeed else state.step, preempted)

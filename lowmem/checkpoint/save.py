@@ -119,7 +119,7 @@ def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int 
     for name, tensor in tensors.items():
         check_writable(name, tensor)
     weights = num_bytes(tensors)
-    checkpoint = weights + optimizer_bytes(state.model, state.optimizer)
+    checkpoint = weights + optimizer_bytes(state.model, state.optimizer) if saves else 0
 
     def check() -> None:
         clear_leftovers(folder / f"step-{state.step:08d}")

@@ -6,20 +6,29 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lowmem.config import UsageError
+from lowmem.parallel.deepspeed import Divided, as_whole, is_engine
 from lowmem.parallel.pieces import pieces
 from lowmem.parallel.sharding import unwrapped
 from lowmem.weights import bytes_of, dtype_name
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, a tied one once, under its first name. Sharded ones are DTensors."""
+def model_tensors(model: nn.Module) -> dict[str, Tensor | Divided]:
+    """Parameters and persistent buffers, a tied one once, under its first name. Sharded: DTensors or Divided."""
     seen: set[int] = set()
     tensors = unwrapped(model).state_dict(keep_vars=True).items()
-    return {name: x for name, x in tensors if id(x) not in seen and not seen.add(id(x))}
+    return {name: as_whole(x) for name, x in tensors if id(x) not in seen and not seen.add(id(x))}
 
 
 def named_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters of `optimizer` by their names in `model`, in the optimizer's order."""
+    """The parameters of `optimizer` by their names in `model`, in the optimizer's order.
+
+    Raises UsageError for a model in DeepSpeed's engine, whose optimizer knows no parameters.
+    """
+    if is_engine(model):
+        raise UsageError(
+            "a checkpoint was asked for, but ZeRO lays all weights end to end and no checkpoint holds its optimizer's "
+            "state: save the weights alone, with save_model, or train without DeepSpeed"
+        )
     names = {id(tensor): name for name, tensor in model_tensors(model).items()}
     return {names[id(x)]: x for group in optimizer.param_groups for x in group["params"]}
 

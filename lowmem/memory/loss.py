@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from lowmem.config import UsageError
 from lowmem.data.batch import Batch
 from lowmem.data.encode import IGNORED
+from lowmem.parallel.deepspeed import divides_weights
 from lowmem.parallel.sharding import resharding, unwrapped
 
 # Logits held at a time, 4 bytes each and 2 in bf16: on a CPU they stay in its cache, elsewhere fewer kernels start.
@@ -53,6 +54,11 @@ def chunked_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
             f"chunked_loss needs a linear output head, {type(base).__name__} has {type(head).__name__}: "
             "use plain_loss (--loss=plain)"
         )
+    loss_of = partial(
+        _loss_of, head=head, targets=targets, num_targets=batch.num_targets, label_smoothing=label_smoothing
+    )
+    if divides_weights(model):
+        return _loss_within_head(model, head, inputs, loss_of)
     try:
         with _passing_through(head) as seen:
             logits = model(**inputs).logits
@@ -62,16 +68,40 @@ def chunked_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
         raise
     if logits is not seen.hidden:
         raise _changes_its_logits(base)
-    if seen.hidden.shape[:-1] != targets.shape:
+    return loss_of(seen.hidden)
+
+
+def _loss_within_head(
+    model: nn.Module, head: nn.Linear, inputs: dict[str, object], loss_of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`loss_of` taken within the head's forward, where DeepSpeed makes its weight whole, for backward too."""
+    seen = SimpleNamespace(loss=None)
+
+    def forward(hidden: Tensor) -> Tensor:
+        seen.loss = loss_of(hidden)
+        return seen.loss
+
+    head.forward = forward
+    try:
+        loss = model(**inputs).logits
+    finally:
+        del head.forward
+    if loss.data_ptr() != seen.loss.data_ptr():  # another tensor of the same memory, as DeepSpeed's hooks go around it
+        raise _changes_its_logits(unwrapped(model))
+    return loss
+
+
+def _loss_of(hidden: Tensor, *, head: nn.Linear, targets: Tensor, num_targets: int, label_smoothing: float) -> Tensor:
+    if hidden.shape[:-1] != targets.shape:
         raise ValueError(
-            f"hidden states of shape {tuple(seen.hidden.shape[:-1])} met labels of {tuple(targets.shape)}: "
+            f"hidden states of shape {tuple(hidden.shape[:-1])} met labels of {tuple(targets.shape)}: "
             "every position needs a label, -100 where nothing is to be learned"
         )
     counts, targets = (targets != IGNORED).flatten(), targets.flatten()
     # both without a sync: the positions that count, as many as the host knows them to be
-    torch._assert_async(counts.sum() == batch.num_targets, "batch.num_targets must be the labels that are not -100")
-    counting = counts.to(torch.uint8).argsort(descending=True, stable=True)[: batch.num_targets]
-    hidden, targets = seen.hidden.flatten(0, 1).index_select(0, counting), targets[counting]
+    torch._assert_async(counts.sum() == num_targets, "batch.num_targets must be the labels that are not -100")
+    counting = counts.to(torch.uint8).argsort(descending=True, stable=True)[:num_targets]
+    hidden, targets = hidden.flatten(0, 1).index_select(0, counting), targets[counting]
     weight, bias = head.weight, head.bias  # of a sharded model still gathered from its forward, whole
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from lowmem.parallel.agree import host_group, waiting
+from lowmem.parallel.deepspeed import Divided
 from lowmem.weights import host_parts
 
 
@@ -107,7 +108,7 @@ def hold(parameter: nn.Parameter, local: Tensor) -> None:
         before.resize_(0)  # fully_shard has it until it takes note of the new one: all weights would be there twice
 
 
-def whole_parts(queues: Sequence[Sequence[Tensor]], rank: int) -> Iterator[memoryview]:
+def whole_parts(queues: Sequence[Sequence[Tensor | Divided]], rank: int) -> Iterator[memoryview]:
     """The bytes of the tensors in this rank's queue, one tensor after the other, as `host_parts` gives them.
 
     `queues` are the same on all ranks, one for each of them. Every rank must take all that this gives, as it sends its
@@ -115,6 +116,12 @@ def whole_parts(queues: Sequence[Sequence[Tensor]], rank: int) -> Iterator[memor
     as many bytes as the largest has.
     """
     for turn in zip_longest(*queues):
+        for owner, tensor in enumerate(turn):
+            if isinstance(tensor, Divided):
+                whole = tensor.whole()
+                if owner == rank:
+                    yield from host_parts(whole)
+        turn = [None if isinstance(tensor, Divided) else tensor for tensor in turn]
         sent = [_send(tensor, owner) for owner, tensor in enumerate(turn) if owner != rank]
         if turn[rank] is not None:
             yield from _parts(turn[rank], rank)

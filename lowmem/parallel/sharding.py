@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.config import CHOICES, UsageError
 from lowmem.parallel.agree import failing_alone, failing_together, rank_and_world_size, waiting
+from lowmem.parallel.deepspeed import divides_weights, is_engine
 from lowmem.parallel.fill import filled
 from lowmem.parallel.pieces import local_of
 from lowmem.parallel.tensor import divide_layers, make_tensor_mesh, tensor_mesh
@@ -32,8 +33,9 @@ _BUCKET_BYTES = 32 * 2**20
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own model inside a DistributedDataParallel wrapper, or the model itself."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    """The user's own model inside a wrapper of DistributedDataParallel or DeepSpeed, or the model itself."""
+    is_wrapped = isinstance(model, nn.parallel.DistributedDataParallel) or is_engine(model)
+    return model.module if is_wrapped else model
 
 
 def parallelize(
@@ -62,6 +64,8 @@ def parallelize(
     """
     if sharding_strategy not in (strategies := CHOICES["sharding_strategy"]):
         raise UsageError(f"sharding_strategy={sharding_strategy} was asked for: take one of {', '.join(strategies)}")
+    if accelerator.deepspeed_plugin is not None:
+        return model  # its engine puts it where it belongs; at stage 3 a device never holds the whole
     if tp_size > 1:
         if sharding_strategy != "NO_SHARD":
             raise UsageError(f"tp_size={tp_size} was asked for with {sharding_strategy}: use one of them")
@@ -160,8 +164,8 @@ def data_place(model: nn.Module) -> DataPlace:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` divides its weights, so that each backward sums gradients over ranks."""
-    return isinstance(unwrapped(model), FSDPModule)
+    """Whether `fully_shard`, or DeepSpeed's stage 3, divides its weights, so that each backward sums over ranks."""
+    return isinstance(unwrapped(model), FSDPModule) or divides_weights(model)
 
 
 def failing(model: nn.Module) -> AbstractContextManager[None]:
