@@ -1,0 +1,305 @@
+"""DeepSpeed's ZeRO gives the training of one plain process, in less memory a rank, whoever configures it."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import ByT5Tokenizer
+
+from lowmem.checkpoint.save import save_checkpoint, save_model
+from lowmem.config import UsageError
+from lowmem.data.batch import collate
+from lowmem.data.encode import encode_causal, encode_seq2seq
+from lowmem.data.finite import open_eval
+from lowmem.data.rows import as_rows
+from lowmem.data.stream import open_stream
+from lowmem.evaluation import evaluate, generate
+from lowmem.memory.loss import LOSSES, chunked_loss, plain_loss
+from lowmem.memory.optim import make_optimizer
+from lowmem.parallel.deepspeed import make_accelerator, wrap
+from lowmem.step import TrainState, train_step
+from lowmem.zero_config import completed
+from tests import runs
+from tests.forked import fork_ranks
+from tests.models import build, qa_rows
+from tests.processes import ROOT, free_port, module_command, run, train
+
+pytest.importorskip("deepspeed")
+
+CPU = {"device": "cpu"}
+# or it would leave a model as small as these whole
+STAGE_3 = {"stage": 3} | dict.fromkeys(
+    (
+        "stage3_param_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_prefetch_bucket_size",
+    ),
+    0,
+)
+STRATEGIES = {
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero2_offload": {"stage": 2, "offload_optimizer": CPU},
+    "zero3": STAGE_3,
+    "zero3_offload": STAGE_3 | {"offload_optimizer": CPU, "offload_param": CPU},
+}
+ENCODERS = {"t5": encode_seq2seq, "llama": encode_causal}
+
+
+def batches_of(family, opened=open_stream, **options):
+    encode = ENCODERS[family](ByT5Tokenizer(), max_seq_len=64)
+    return opened(as_rows(qa_rows(29)), encode, batch_size=2, **options)
+
+
+def new_state(family, accelerator):
+    model = build(family)
+    optimizer = make_optimizer(model, memory="off", weight_decay=0.1)
+    # of 7 rows: two ranks have micro-batches of 2 and 2, and of 2 and 1
+    places = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    stream = batches_of(family, global_batch_size=7, collate=collate_of(family), **places)
+    if accelerator.deepspeed_plugin is not None:
+        model = wrap(model, optimizer, accelerator)
+    return TrainState(model, optimizer, stream)
+
+
+def collate_of(family):
+    return lambda rows: collate(rows, causal=family == "llama")
+
+
+def zero_accelerator(zero, *, bf16=False):
+    AcceleratorState._reset_state()  # or it would keep the strategy before
+    config = completed(json.dumps({"zero_optimization": zero}), batch_size=2, max_grad_norm=1.0, bf16=bf16)
+    return make_accelerator(config, on_cpu=True)
+
+
+def curve_of(state, loss, accelerator, steps=3, **options):
+    curve = []
+    options = {"learning_rate": 1e-2, "max_grad_norm": 1.0} | options
+    for _, batches in zip(range(steps), state.stream, strict=False):
+        result = train_step(state, batches, loss, accelerator, **options)
+        curve.append((result.loss.item(), result.grad_norm.item(), int(result.num_tokens)))
+    return curve
+
+
+def bytes_of_state(optimizer):
+    return sum(x.numel() * x.itemsize for kept in optimizer.state.values() for x in kept.values())
+
+
+def told_of(state, family, loss, folder, accelerator):
+    """All that is compared: the curve, an evaluation and answers, bytes; the weights are saved."""
+    told = {"curve": curve_of(state, LOSSES[loss], accelerator)}
+    places = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    # a third batch of 4 rows: the second rank has none
+    held_out = as_rows(qa_rows(9))
+    encode = ENCODERS[family](ByT5Tokenizer(), max_seq_len=64)
+    batches = open_eval(held_out, encode, batch_size=2, collate=collate_of(family), **places)
+    told["evaluation"] = evaluate(state.model, batches, LOSSES[loss], accelerator)
+    told["answers"] = generate(state.model, ByT5Tokenizer(), batches, accelerator, max_new_tokens=6)
+    told["bytes"] = bytes_of_state(state.optimizer)
+    told["weights"] = sum(x.numel() for x in state.model.parameters())
+    save_model(state.model, folder / f"{family} {loss}")
+    return told
+
+
+CASES = [("t5", "chunked"), ("llama", "plain")]  # the first has a tied head, whose weight it needs twice
+
+
+def train_with_every_strategy(folder):
+    for name, zero in STRATEGIES.items():
+        accelerator = zero_accelerator(zero)
+        for family, loss in CASES:
+            told = told_of(new_state(family, accelerator), family, loss, folder / name, accelerator)
+            if accelerator.is_main_process:
+                (folder / name / f"{family} {loss}.json").write_text(json.dumps(told))
+        accelerator = zero_accelerator(zero, bf16=True)
+        state = new_state("llama", accelerator)
+        assert {x.dtype for x in state.model.parameters()} == {torch.bfloat16}
+        curve = curve_of(state, chunked_loss, accelerator, steps=6, learning_rate=1e-4)
+        if accelerator.is_main_process:
+            (folder / name / "bf16.json").write_text(json.dumps(curve))
+    accelerator.end_training()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zero")
+    assert fork_ranks(2, train_with_every_strategy, folder, timeout=300) == [0, 0]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    accelerator = Accelerator(cpu=True)
+    told = {}
+    for family, loss in CASES:
+        told[family, loss] = told_of(new_state(family, accelerator), family, loss, folder, accelerator)
+    return folder, told
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("family", "loss"), CASES)
+def test_two_ranks_are_one_process(strategy, family, loss, trained, alone):
+    folder, expected = alone[0], alone[1][family, loss]
+    told = json.loads((trained / strategy / f"{family} {loss}.json").read_text())
+    for (loss_, norm, tokens), (loss_then, norm_then, tokens_then) in zip(
+        told["curve"], expected["curve"], strict=True
+    ):
+        assert tokens == tokens_then
+        assert loss_ == pytest.approx(loss_then, rel=1e-6)
+        assert norm == pytest.approx(norm_then, rel=1e-5)
+    assert told["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-5)
+    assert told["answers"] == [list(answer) for answer in expected["answers"]]
+    mine, theirs = (load_file(path / f"{family} {loss}" / "model.safetensors") for path in (trained / strategy, folder))
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        # Adam divides a gradient near 0 by its own size, which is rounding's
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_rank_holds_its_part_of_the_state(strategy, trained, alone):
+    told = json.loads((trained / strategy / "llama plain.json").read_text())
+    expected = alone[1]["llama", "plain"]
+    assert told["bytes"] < 0.55 * expected["bytes"]
+    assert (told["weights"] == 0) == strategy.startswith("zero3")
+
+
+def leave_out_what_is_not_finite(folder):
+    for name, zero in STRATEGIES.items():
+        accelerator = zero_accelerator(zero, bf16=name == "zero1")
+        state, rank = new_state("llama", accelerator), accelerator.process_index
+        before, _ = curve_of(state, plain_loss, accelerator, steps=1), save_model(state.model, folder / "before")
+        bad = state.step
+
+        def loss_of(model, batch):
+            is_bad = state.step == bad and rank == 1 and len(batch.row_ids) == 2  # noqa: B023
+            return plain_loss(model, batch) + (math.inf if is_bad else 0.0)  # whose gradient is finite
+
+        with pytest.raises(FloatingPointError, match=r"the loss was not finite on rank 1 with rows"):
+            curve_of(state, loss_of, accelerator, steps=1)
+        assert state.step == bad
+        batches = next(iter(state.stream))
+        result = train_step(state, batches, loss_of, accelerator, learning_rate=1e-2, nonfinite="skip")
+        assert not result.updated and "not finite on rank 1" in result.reason
+        save_model(state.model, folder / "after")
+        then, now = (load_file(folder / path / "model.safetensors") for path in ("before", "after"))
+        assert all(torch.equal(then[key], now[key]) for key in then)
+        assert curve_of(state, loss_of, accelerator, steps=1)[0][0] < before[0][0] * 1.05  # nothing bad was kept
+        with pytest.raises(UsageError, match="save the weights alone, with save_model"):
+            save_checkpoint(state, folder, accelerator)
+    accelerator.end_training()
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_updates_no_rank(tmp_path):
+    assert fork_ranks(2, leave_out_what_is_not_finite, tmp_path, timeout=300) == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def in_fp32():
+    accelerator = Accelerator(cpu=True)
+    return curve_of(new_state("llama", accelerator), chunked_loss, accelerator, steps=6, learning_rate=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bf16_has_an_fp32_master(strategy, trained, in_fp32):
+    """At this learning rate most updates are too small for bf16 weights."""
+    told = json.loads((trained / strategy / "bf16.json").read_text())
+    for (loss, norm, _), (loss_then, norm_then, _) in zip(told, in_fp32, strict=True):
+        assert loss == pytest.approx(loss_then, rel=5e-4)
+        assert norm == pytest.approx(norm_then, rel=5e-3)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    work = runs.write_files(tmp_path_factory.mktemp("work"), num_rows=40)
+    (work / "zero2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"}))
+    result = train("train", *flags(work, "alone", batch_size=8))
+    assert result.returncode == 0, result.stderr
+    return work
+
+
+def flags(work, name, **changes):
+    return runs.flags(work, name, max_steps=3, global_batch_size=8, **({"batch_size": 2} | changes))
+
+
+LAUNCHERS = {
+    "--deepspeed": [sys.executable, "train_low_mem.py", "train", "--num_processes=2", "--deepspeed=WORK/zero2.json"],
+    "accelerate": module_command(
+        "accelerate.commands.launch",
+        "--config_file=accelerate_configs/deepspeed_zero3_offload.yaml",
+        "--main_process_port=PORT",
+        "train_low_mem.py",
+        "train",
+    ),
+    # its launcher alone: plain data parallel
+    "deepspeed": module_command(
+        "deepspeed.launcher.runner", "--num_gpus=2", "--master_port=PORT", "train_low_mem.py", "train"
+    ),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_whoever_asks_for_it_gets_the_run_of_one_process(launcher, work):
+    command = [word.replace("PORT", str(free_port())).replace("WORK", str(work)) for word in LAUNCHERS[launcher]]
+    result = run(*command, *flags(work, launcher), DS_ACCELERATOR="cpu")
+    assert result.returncode == 0, result.stderr
+    assert "2 processes x 2 micro-batches of at most 2" in result.stdout
+    assert runs.losses(work, launcher) == pytest.approx(runs.losses(work, "alone"), rel=1e-6)
+    assert runs.weights(work, launcher).keys() == runs.weights(work, "alone").keys()
+    says_so = "no checkpoints under DeepSpeed" in result.stdout
+    assert says_so == (launcher != "deepspeed") == (not (work / launcher / "checkpoints").exists())
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "told"),
+    [
+        ({"zero_optimization": {"stage": 0}}, {}, "a stage of 1, 2 or 3 (found: 0)"),
+        ({"gradient_clipping": 0.5}, {}, "gradient_clipping=0.5, but --max_grad_norm=1.0"),
+        ({"train_micro_batch_size_per_gpu": 4}, {}, "train_micro_batch_size_per_gpu=4, but --batch_size=2"),
+        ({"bf16": {"enabled": True}}, {}, "bf16.enabled=true, but --mixed_precision=no"),
+        ({"fp16": {"enabled": True}}, {}, "fp16, which is not built"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, {}, "every step tells it"),
+        ({"optimizer": {"type": "Adam"}}, {}, "set --optimizer and its like here"),
+        ({"zero_force_ds_cpu_optimizer": True}, {}, "set it to false"),
+        ({}, {"memory": "exact", "mixed_precision": "bf16"}, "--memory=exact keeps the optimizer's state itself"),
+        ({}, {"optimizer": "adafactor"}, "--optimizer=adafactor needs whole matrices"),
+        ({}, {"resume": "auto"}, "runs under DeepSpeed have no checkpoints"),
+        ("{", {}, "is not JSON"),
+        (None, {}, "cannot be read: No such file"),
+    ],
+)
+def test_what_contradicts_is_told_before_anything_is_written(config, changes, told, work, tmp_path):
+    path = tmp_path / "zero.json"
+    if config is not None:
+        values = {"zero_optimization": {"stage": 2}} | config if isinstance(config, dict) else None
+        path.write_text(config if values is None else json.dumps(values))
+    result = train("train", *flags(work, "refused", deepspeed=path, **changes))
+    assert result.returncode == 2 and told in result.stderr, result.stderr
+    assert not (work / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "told"),
+    [
+        ("train", "--deepspeed=other.json", 'accelerate was told {"zero_optimization":{"stage":2}}'),
+        ("evaluate", "--model_name_or_path=m", "`evaluate` trains nothing"),
+    ],
+)
+def test_what_accelerate_was_told_is_not_passed_over(command, flag, told, work, tmp_path):
+    (tmp_path / "other.json").write_text('{"zero_optimization": {"stage": 3}}')
+    flag = flag.replace("other", f"{tmp_path}/other")
+    told_by = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+    result = train(command, flag, **told_by)
+    assert result.returncode == 2 and told in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero2_offload", "zero3", "zero3_offload"])
+def test_every_accelerate_config_says_when_to_use_it(name):
+    assert (ROOT / "accelerate_configs" / f"deepspeed_{name}.yaml").read_text().startswith("# ")
