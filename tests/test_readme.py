@@ -47,7 +47,7 @@ def test_every_flag_and_file_that_is_named_exists():
     of_others = (
         "multi_gpu nproc_per_node config_file help dtype signal requeue open nnodes rdzv_backend rdzv_id rdzv_endpoint "
         "max_restarts signals_to_handle shutdown_timeout node_rank master_addr master_port num_machines machine_rank "
-        "main_process_ip main_process_port ntasks debug rdzv_conf"
+        "main_process_ip main_process_port ntasks debug rdzv_conf num_gpus"
     )
     flags = set(re.findall(r"--(\w+)", README)) - set(of_others.split())
     assert flags <= FIELDS.keys() | PRESETS.keys() | {"config"}
