@@ -1,0 +1,253 @@
+"""Every launcher and every way to divide a model, beside one process: the same run's losses, bytes, speed and start.
+
+    python benchmarks/launchers.py --train_file=rows.parquet --output=benchmarks/results/launchers.jsonl
+
+Each training is `train_low_mem.py train`, started by the launcher's own command. Writes JSON lines, and a table beside
+them. See README.md.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import wraps
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+from compare import MIB, Record, append
+from systems import machine
+
+ROOT = Path(__file__).parent.parent
+SECONDS_A_RUN = 300
+COMMON = {"eos_token_id": 1, "pad_token_id": 0, "vocab_size": 384}
+MODELS = {
+    "t5": {"model_type": "t5", "d_model": 256, "d_kv": 64, "num_heads": 4, "d_ff": 1024, "num_layers": 4}
+    | {"dropout_rate": 0.0, "decoder_start_token_id": 0, "tie_word_embeddings": True},
+    "llama": {"model_type": "llama", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
+    | {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False},
+}
+
+
+def launcher(name: str, processes: int) -> list[str]:
+    """The command that goes before the script's name."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    folder = Path(sys.executable).parent
+    return {
+        "python": [sys.executable],
+        "torchrun": [folder / "torchrun", f"--nproc_per_node={processes}", f"--master_port={port}"],
+        "torch.distributed.launch": [sys.executable, "-m", "torch.distributed.launch"]
+        + ["--use_env", f"--nproc_per_node={processes}", f"--master_port={port}"],
+        "accelerate": [folder / "accelerate", "launch", "--multi_gpu", f"--num_processes={processes}"]
+        + [f"--main_process_port={port}"],
+        "deepspeed": [sys.executable, folder / "deepspeed", f"--num_gpus={processes}", f"--master_port={port}"],
+    }[name]
+
+
+LAUNCHERS = ("python", "torchrun", "torch.distributed.launch", "accelerate", "deepspeed")
+STRATEGIES = {
+    "NO_SHARD": [],
+    "SHARD_GRAD_OP": ["--sharding_strategy=SHARD_GRAD_OP"],
+    "FULL_SHARD": ["--sharding_strategy=FULL_SHARD"],
+    "HYBRID_SHARD": ["--sharding_strategy=HYBRID_SHARD", "--shard_size=2"],
+    "ZeRO-2": ["--deepspeed=zero2.json"],
+    "ZeRO-3": ["--deepspeed=zero3.json"],
+    "TP-2": ["--tp_size=2"],
+}
+
+
+def applies(model: str, strategy: str, processes: int) -> bool:
+    """transformers has no plan for T5, and two copies of two shards need four processes."""
+    return not (strategy == "TP-2" and model == "t5") and not (strategy == "HYBRID_SHARD" and processes < 4)
+
+
+def parse_flags() -> argparse.Namespace:
+    def names(known: object) -> Callable[[str], list[str]]:
+        return lambda text: [name for name in text.split(",") if name in known or parser.error(f"{name} of {[*known]}")]
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--train_file", required=True, help="rows with prompt and response")
+    parser.add_argument("--models", type=names(MODELS), default=[*MODELS])
+    parser.add_argument("--launchers", type=names(LAUNCHERS), default=[*LAUNCHERS])
+    parser.add_argument("--strategies", type=names(STRATEGIES), default=[*STRATEGIES])
+    parser.add_argument("--processes", default="2,4", help="comma-separated")
+    parser.add_argument("--max_seq_len", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
+    return parser.parse_args()
+
+
+# --- in each process of a training
+def run_rank() -> None:
+    """The command line, with the seconds at which parts of `train` have ended, and the bytes of its state."""
+    marks, record_folder = {"the interpreter": time.time()}, Path(os.environ["LOWMEM_RECORDS"])
+    sys.path.insert(0, str(ROOT))
+    from lowmem import cli
+
+    is_rank = "RANK" in os.environ or "--num_processes=1" in sys.argv
+    if is_rank:
+        import lowmem.train as loop
+        from lowmem.parallel.pieces import local_of
+
+        marks["imports"] = time.time()
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+        def marked(phase: str, function: Callable) -> Callable:
+            @wraps(function)
+            def call(*arguments, **options):
+                result = function(*arguments, **options)
+                marks.setdefault(phase, time.time())
+                if phase == "first step":
+                    write(arguments[0])
+                return result
+
+            return call
+
+        def write(state) -> None:
+            weights = sum(map(local_bytes, state.model.parameters()))
+            kept = [x for values in state.optimizer.state.values() for x in values.values() if hasattr(x, "nbytes")]
+            peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+            record = {"marks": marks, "state_bytes": weights + sum(map(local_bytes, kept))}
+            record["peak_rss_above_import_bytes"] = peak - resident
+            (record_folder / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(record))
+
+        def local_bytes(tensor) -> int:
+            # DeepSpeed's stage 3 leaves an empty tensor and keeps its own part beside it
+            return getattr(tensor, "ds_tensor", local_of(tensor)).nbytes
+
+        phases = {"join": "process group", "check_loss": "model", "open_stream": "rows", "train_step": "first step"}
+        for name, phase in phases.items():
+            setattr(loop, name, marked(phase, getattr(loop, name)))
+    sys.exit(cli.main())
+
+
+# --- in the process that starts them
+def start(flags: argparse.Namespace, folder: Path, model: str, name: str, strategy: str, processes: int) -> Record:
+    """One training, as a line of the results; "failed" tells its last line if it did not end well."""
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        words = [f"--train_file={Path(flags.train_file).resolve()}", f"--model_config={folder / model}.json"]
+        words += [f"--max_steps={flags.steps}", f"--max_seq_len={flags.max_seq_len}", f"--output_dir={output}/out"]
+        words += [
+            "--global_batch_size=8",
+            "--batch_size=2",
+            "--learning_rate=1e-3",
+            "--logging_steps=1",
+            *STRATEGIES[strategy],
+        ]
+        words += [f"--num_processes={processes}"] if name == "python" else []
+        started = time.time()
+        process = subprocess.Popen(
+            [*map(str, launcher(name, processes)), str(Path(__file__).resolve()), "train", *words],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "LOWMEM_RECORDS": output, "DS_ACCELERATOR": "cpu"},
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            told, _ = process.communicate(timeout=SECONDS_A_RUN)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            told, _ = process.communicate()
+        record = {"model": model, "launcher": name, "strategy": strategy, "processes": processes}
+        if process.returncode:
+            reasons = (
+                [line for line in told.splitlines() if "error" in line.lower()] or told.splitlines() or ["nothing"]
+            )
+            return record | {"failed": reasons[0][:300]}
+        steps = [json.loads(line) for line in Path(output, "out", "metrics.jsonl").read_text().splitlines()]
+        steps = [step for step in steps if "loss" in step]
+        ranks = [json.loads(path.read_text()) for path in Path(output).glob("*.json")]
+        assert len(ranks) == processes and len(steps) == flags.steps
+        slowest = max(ranks, key=lambda rank: rank["marks"]["first step"])
+        return record | {
+            "loss": [step["loss"] for step in steps],
+            "tokens_per_second": median(step["tokens_per_second"] for step in steps[2:]),
+            "state_bytes": max(rank["state_bytes"] for rank in ranks),
+            "peak_rss_above_import_bytes": max(rank["peak_rss_above_import_bytes"] for rank in ranks),
+            "seconds": {phase: mark - started for phase, mark in slowest["marks"].items()},
+        }
+
+
+def trainings(flags: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
+    for model in flags.models:
+        yield model, "python", "NO_SHARD", 1
+        for processes in map(int, flags.processes.split(",")):
+            for strategy in flags.strategies:
+                if applies(model, strategy, processes):
+                    yield from ((model, name, strategy, processes) for name in flags.launchers)
+
+
+def table(records: list[Record]) -> str:
+    """Markdown for the records of one command."""
+    first = records[0]
+    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    told = [f"    {first['command']}", ""]
+    told += [f"{first['date']}; {first['machine']['cpu']}, {first['machine']['cores']} cores; {versions}.", ""]
+    told += [
+        "| model | processes | strategy | launcher | loss beside one process | state, MiB a rank | peak RSS above "
+        "imports, MiB a rank | tokens/s | first step, s | launcher and interpreter | imports | group | model | rows |",
+        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    alone = {record["model"]: record for record in records if record["processes"] == 1}
+    for record in records:
+        line = [record["model"], record["processes"], record["strategy"], record["launcher"]]
+        if "failed" in record:
+            told.append(f"| {' | '.join(map(str, line))} | failed: {record['failed']} | | | | | | | | | |")
+            continue
+        pairs = zip(record["loss"], alone[record["model"]]["loss"], strict=True)
+        ends = record["seconds"]
+        line += [f"{max(abs(mine / its - 1) for mine, its in pairs):.1e}"]
+        line += [f"{record[name] / MIB:.1f}" for name in ("state_bytes", "peak_rss_above_import_bytes")]
+        line += [f"{record['tokens_per_second']:,.0f}", f"{ends['first step']:.1f}"]
+        phases = ["the interpreter", "imports", "process group", "model", "rows"]
+        line += [
+            f"{ends[phase] - before:.1f}" for phase, before in zip(phases, [0, *map(ends.get, phases)], strict=False)
+        ]
+        told.append(f"| {' | '.join(map(str, line))} |")
+    return "\n".join([*told, ""])
+
+
+def main() -> None:
+    if "LOWMEM_RECORDS" in os.environ:
+        run_rank()
+    flags = parse_flags()
+    shown = [word.replace(flags.train_file, f"rows{Path(flags.train_file).suffix}") for word in sys.argv]
+    about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(["python", *shown])}
+    packages = ("torch", "transformers", "accelerate", "deepspeed")
+    about |= {"machine": machine(), "versions": {name: version(name) for name in packages}}
+    records = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for model, fields in MODELS.items():
+            (folder / f"{model}.json").write_text(json.dumps(COMMON | fields))
+        for stage in (2, 3):
+            # 0: weights so small would all be kept whole
+            kept = {
+                "stage3_param_persistence_threshold": 0,
+                "stage3_max_live_parameters": 0,
+                "stage3_max_reuse_distance": 0,
+            }
+            zero = {"stage": stage} | (kept | {"stage3_prefetch_bucket_size": 0} if stage == 3 else {})
+            (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
+        for training in trainings(flags):
+            records.append(about | start(flags, folder, *training))
+            print(*training, records[-1].get("failed", "done"), flush=True)
+    print(table(records))
+    if flags.output:
+        append(flags.output, records, table, "launchers.py")
+
+
+if __name__ == "__main__":
+    main()
