@@ -8,6 +8,7 @@ _HOMES = {
     "SaveError": "config",
     "resolve": "flags",
     "parallelize": "parallel.sharding",
+    "data_place": "parallel.sharding",
     "join": "parallel.launch",
     "catching_signals": "parallel.signals",
     "open_rows": "data.rows",

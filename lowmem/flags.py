@@ -209,7 +209,7 @@ def _conflicts(config: TrainConfig, presets: list[str]) -> list[str]:
     for name, allowed in CHOICES.items():
         value = getattr(config, name)
         if name == "mixed_precision" and value == "fp16":
-            problems.append("--mixed_precision=fp16 needs loss scaling, which is not built yet: use bf16 or no")
+            problems.append("--mixed_precision=fp16 needs loss scaling, which lowmem does not do: use bf16 or no")
         elif value is not None and value not in allowed:
             problems.append(f"--{name}={value} must be one of {', '.join(allowed)}")
     if config.model_config and config.model_config not in MODEL_SHAPES and not Path(config.model_config).is_file():

@@ -96,7 +96,7 @@ def train_step(
     tier, and for an optimizer that accelerate has wrapped.
     """
     if accelerator.mixed_precision == "fp16":
-        raise ValueError("this Accelerator is in fp16, which needs loss scaling, not built yet: use bf16 or no")
+        raise ValueError("this Accelerator is in fp16, which needs loss scaling, not done here: use bf16 or no")
     optimizer = state.optimizer
     in_tier = isinstance(optimizer, TieredOptimizer)
     if isinstance(optimizer, AcceleratedOptimizer) or (in_tier and accelerator.mixed_precision != "no"):
