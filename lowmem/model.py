@@ -136,7 +136,7 @@ def _pretrained_on_meta(name: str, dtype: torch.dtype) -> PreTrainedModel | None
     model = _from_config(config, dtype, on_meta=True)
     try:
         if stored_weights(model, folder) is None:
-            raise ValueError("they go by other names there")
+            raise ValueError("they go by other names there, or tied ones differ")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         print(f"each process loads all weights of {name}, as its own cannot be picked: {_first_line(error)}")
         return None

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, ByT5Tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, ByT5Tokenizer
 
 from lowmem import load_model
 from lowmem.checkpoint.load import load_checkpoint
@@ -229,15 +230,51 @@ def test_a_model_without_data_is_filled_from_files_or_rank_0(family, tmp_path):
     assert fork_ranks(3, fill, family, tmp_path) == [0] * 3
 
 
+def fill_what_is_no_parameter(folder):
+    accelerator = join()
+    for name in ("bart", "untied"):
+        expected, _ = load_model(folder / name)
+        model, _ = load_model(folder / name, on_meta=True)
+        model = parallelize(model, accelerator, sharding_strategy="FULL_SHARD")
+        mine, theirs = model.state_dict(), expected.state_dict()
+        assert mine.keys() == theirs.keys()
+        for key, tensor in mine.items():
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            assert torch.equal(whole, theirs[key]), key
+    model = build("llama", seed=accelerator.process_index)
+    model.register_buffer("one_of_rank", torch.tensor(accelerator.process_index + 5))
+    model = parallelize(model if accelerator.is_main_process else model.to("meta"), accelerator, tp_size=2)
+    assert model.one_of_rank == 5 and torch.equal(
+        model.model.rotary_emb.inv_freq, build("llama").model.rotary_emb.inv_freq
+    )
+    accelerator.end_training()
+
+
+def test_buffers_are_filled_too_and_what_its_files_untie_is_not_tied(tmp_path):
+    model = AutoModelForSeq2SeqLM.from_config(
+        AutoConfig.for_model("bart", vocab_size=384, d_model=16, encoder_layers=1, decoder_layers=1)
+    )
+    model.final_logits_bias.normal_()
+    model.save_pretrained(tmp_path / "bart")
+    model = build("qwen2")
+    model.save_pretrained(tmp_path / "untied")
+    file = tmp_path / "untied" / "model.safetensors"
+    save_file(load_file(file) | {"lm_head.weight": torch.randn(384, 32)}, file, metadata={"format": "pt"})
+    for folder in tmp_path.iterdir():
+        ByT5Tokenizer().save_pretrained(folder)
+    assert fork_ranks(2, fill_what_is_no_parameter, tmp_path) == [0, 0]
+
+
 def answer(family, folder):
     accelerator = join()
     told = []
     for strategy in ("NO_SHARD", "FULL_SHARD", "SHARD_GRAD_OP"):
         model = parallelize(built(family), accelerator, sharding_strategy=strategy)
-        train(accelerator, model, family, steps=2)
         rows = open_eval(  # the second rank has none in its last batch
             qa_rows(5), encoder(family), batch_size=2, rank=accelerator.process_index, world_size=2
         )
+        generate(model, ByT5Tokenizer(), rows, accelerator, max_new_tokens=2)  # first of all, an encoder by itself
+        train(accelerator, model, family, steps=2)
         metrics = evaluate(model, rows, chunked_loss, accelerator)
         answers = generate(model, ByT5Tokenizer(), rows, accelerator, max_new_tokens=6)
         assert all(strategy == "NO_SHARD" or hasattr(x, "full_tensor") for x in model.parameters())  # given back
