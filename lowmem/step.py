@@ -125,7 +125,9 @@ def train_step(
         optimizer.seed = state.seed
     losses: list[Tensor] = []
     with doing("computing gradients"), failing(state.model):
-        with optimizer.summing(len(batches), state.step, place.rank) if in_tier else nullcontext():
+        # copies of a sharded model add up the same sums, so they must round them alike; other ranks have their own
+        key = (state.step,) if is_sharded(state.model) else (state.step, place.rank)
+        with optimizer.summing(len(batches), *key) if in_tier else nullcontext():
             for index, batch in enumerate(batches if num_tokens else ()):
                 # on all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
                 torch.manual_seed(seed_of(state.seed, state.step, place.rank, index))

@@ -195,6 +195,39 @@ def test_savers_keep_the_bits_of_a_sharded_run(family):
     assert fork_ranks(2, train_with_savers, family) == [0, 0]
 
 
+def train_in_copies():
+    accelerator = join()
+    model = parallelize(built("llama", hidden_size=128), accelerator, sharding_strategy="HYBRID_SHARD", shard_size=2)
+    train(accelerator, model, "llama", memory="lean", steps=1)
+    for name, parameter in model.named_parameters():
+        copies = parameter.device_mesh.get_group(0)
+        everyone = [torch.empty_like(parameter.to_local()) for _ in range(copies.size())]
+        torch.distributed.all_gather(everyone, parameter.to_local().detach(), group=copies)
+        assert torch.equal(*everyone), name
+    accelerator.end_training()
+
+
+def test_copies_of_a_sharded_model_round_their_sums_alike():
+    assert fork_ranks(4, train_in_copies) == [0] * 4
+
+
+def train_head_alone():
+    accelerator = join()
+    curves = []
+    for strategy in ("NO_SHARD", "FULL_SHARD"):
+        model = built("llama")
+        model.base_model.requires_grad_(False)
+        model = parallelize(model, accelerator, sharding_strategy=strategy)
+        _, told, _ = train(accelerator, model, "llama")
+        curves.append([number for pair in told for number in pair])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    accelerator.end_training()
+
+
+def test_a_head_over_frozen_layers_gets_the_gradient_of_all_micro_batches_and_ranks():
+    assert fork_ranks(2, train_head_alone) == [0, 0]
+
+
 def fill(family, folder):
     accelerator = join()
     expected = AutoModel(family).from_pretrained(folder, dtype=torch.float32)

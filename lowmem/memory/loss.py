@@ -173,6 +173,9 @@ def _passing_through(head: nn.Module) -> Iterator[SimpleNamespace]:
     def forward(hidden: Tensor) -> Tensor:
         # accelerate's autocast wrapper turns outputs into fp32; in fp32 already, the very tensor comes back
         seen.hidden = hidden.float() if torch.is_autocast_enabled(hidden.device.type) else hidden
+        if torch.is_grad_enabled() and not seen.hidden.requires_grad:
+            # all before the head is frozen: fully_shard reduces only if backward goes through what a module returned
+            seen.hidden = seen.hidden.detach().requires_grad_()
         return seen.hidden
 
     head.forward = forward
