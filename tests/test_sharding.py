@@ -337,6 +337,10 @@ def refuse():
     model = parallelize(build("llama"), accelerator, sharding_strategy="FULL_SHARD")
     with pytest.raises(ValueError, match="adafactor needs whole matrices"):
         make_optimizer(model, name="adafactor", memory="lean")
+    rows = open_eval(qa_rows(3), encoder("llama"), batch_size=1, rank=accelerator.process_index, world_size=3)
+    evaluate(model, rows, chunked_loss, accelerator)
+    with pytest.raises(ValueError, match="has computed already"):
+        make_optimizer(model)
     accelerator.end_training()
 
 

@@ -19,7 +19,7 @@ from lowmem.config import UsageError
 from lowmem.data.batch import Batch
 from lowmem.data.encode import IGNORED
 from lowmem.parallel.deepspeed import divides_weights
-from lowmem.parallel.sharding import resharding, unwrapped
+from lowmem.parallel.sharding import device_of, resharding, unwrapped
 
 # Logits held at a time, 4 bytes each and 2 in bf16: on a CPU they stay in its cache, elsewhere fewer kernels start.
 _SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
@@ -116,7 +116,7 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
 
     And for one that is trained to predict the next token while it sees it, such as BERT.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
     inputs = {
         "input_ids": tokens,

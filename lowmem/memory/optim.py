@@ -15,7 +15,7 @@ from lowmem.memory.adafactor import TieredAdafactor
 from lowmem.memory.forms import BLOCK
 from lowmem.memory.tiers import TieredAdamW, is_large
 from lowmem.parallel.pieces import hold, is_in_columns, local_of
-from lowmem.parallel.sharding import is_sharded
+from lowmem.parallel.sharding import has_gathered, is_sharded
 
 _NORM_ELEMENTS = 2**20  # of a bf16 gradient, brought to fp32 at a time
 
@@ -56,8 +56,8 @@ def make_optimizer(
     as they are, for an optimizer of torch.optim. The learning rate is set at each step, from `learning_rate_at`;
     `betas` and `eps` go to Adam's family. Raises ValueError for an unknown name or tier,
     for a model without a trainable parameter, with adafactor for one that is divided over ranks, in lean for one
-    divided within blocks of its moments, and in a tier for one that DDP has wrapped already: its reducer would still
-    have the old dtypes.
+    divided within blocks of its moments, and in a tier for one that DDP has wrapped, or that has computed sharded,
+    already: they would still have the old dtypes.
     """
     if memory not in ("exact", "lean", "off"):
         raise ValueError(f"memory={memory!r} was asked for, there are exact, lean and off: choose one")
@@ -66,6 +66,10 @@ def make_optimizer(
         raise ValueError(f"optimizer {name!r} was asked for, with memory={memory} there are {', '.join(names)}")
     if memory != "off" and isinstance(model, DistributedDataParallel):
         raise ValueError(f"memory={memory} changes dtypes, but DDP has wrapped the model: make the optimizer before")
+    if memory != "off" and has_gathered(model):
+        raise ValueError(
+            f"memory={memory} changes dtypes, but the sharded model has computed already: make the optimizer before"
+        )
     trainable = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("an optimizer was asked for, but every parameter is frozen: leave a part trainable")
@@ -94,7 +98,9 @@ def make_optimizer(
     moments = "bf16" if name == "adamw_bf16" else "tier"
     optimizer = TieredAdamW(groups, memory=memory, betas=betas, eps=eps, moments=moments)
     if is_sharded(model):
-        model.to(model.device)  # moves nothing: fully_shard takes note of the new tensors, and lets the old ones go
+        # fully_shard takes note of the new tensors, and lets the old ones go. (`to` would take buffers to the host, if
+        # weights are offloaded to it.)
+        model._apply(lambda tensor: tensor)
     return optimizer
 
 

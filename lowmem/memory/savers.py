@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lowmem.config import UsageError
 from lowmem.memory.offload import Offload
 from lowmem.memory.optim import gradient_norm
-from lowmem.parallel.sharding import gathered_weights, unwrapped
+from lowmem.parallel.sharding import device_of, gathered_weights, unwrapped
 
 # what recompute_cheap keeps: products of matrices, and attention
 _COSTLY = {
@@ -151,7 +151,7 @@ def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[N
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise UsageError(f"compile was asked for, but {type(unwrapped(model)).__name__} has no layers that it knows")
-    on_cuda = next(model.parameters()).is_cuda
+    on_cuda = device_of(model).type == "cuda"
     if not (find_spec("triton") if on_cuda else shutil.which("g++") or shutil.which("clang++")):
         raise UsageError(f"compile needs {'triton' if on_cuda else 'g++ or clang++'}, which is not installed: leave it")
     for layer in layers:

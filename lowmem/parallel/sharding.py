@@ -168,6 +168,17 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(unwrapped(model), FSDPModule) or divides_weights(model)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes, also while its sharded weights lie in host memory."""
+    parameter = next(model.parameters())
+    return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
+
+
+def has_gathered(model: nn.Module) -> bool:
+    """Whether `fully_shard` has gathered weights for a forward: from then on it expects them in the same dtypes."""
+    return isinstance(model, FSDPModule) and model._get_fsdp_state()._is_root is not None
+
+
 def failing(model: nn.Module) -> AbstractContextManager[None]:
     """How an error within forward or backward is told: the collectives of a divided one would meet an agreement's."""
     talks = is_sharded(model) or tensor_mesh(model) is not None
@@ -182,6 +193,7 @@ def resharding(model: nn.Module) -> Iterator[None]:
     """
     groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if groups:
+        model._get_fsdp_state()._lazy_init()  # or the first layer called, an encoder's, would take itself for the root
         model.unshard()
     try:
         yield
