@@ -63,8 +63,11 @@ def _train(**flags: str) -> Job:
 def _evaluate(**flags: str) -> Job:
     if unused := sorted(flags.keys() - _EVALUATE_FLAGS - {"local_rank"}):
         raise UsageError(f"{', '.join('--' + name for name in unused)}: `evaluate` has no such flag; see --help")
-    if "deepspeed" in launched_settings():
-        raise UsageError("accelerate was told to use DeepSpeed, but `evaluate` trains nothing: launch with --multi_gpu")
+    if divided := {"deepspeed", "sharding_strategy", "tp_size"} & launched_settings().keys():
+        raise UsageError(
+            f"accelerate was told to divide the model ({', '.join(sorted(divided))}), but `evaluate` has a whole one "
+            "in each process: launch with --multi_gpu"
+        )
     if missing := [name for name in ("model_name_or_path", "test_file") if not flags.get(name)]:
         raise UsageError(f"`evaluate` needs {' and '.join('--' + name for name in missing)}")
     trained_with = Path(flags["model_name_or_path"]) / "lowmem.json"

@@ -289,7 +289,7 @@ def test_what_contradicts_is_told_before_anything_is_written(config, changes, to
     ("command", "flag", "told"),
     [
         ("train", "--deepspeed=other.json", 'accelerate was told {"zero_optimization":{"stage":2}}'),
-        ("evaluate", "--model_name_or_path=m", "`evaluate` trains nothing"),
+        ("evaluate", "--model_name_or_path=m", "told to divide the model (deepspeed), but `evaluate` has a whole one"),
     ],
 )
 def test_what_accelerate_was_told_is_not_passed_over(command, flag, told, work, tmp_path):

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from lowmem.parallel.launched import launched_settings
+from lowmem.config import UsageError
+from lowmem.parallel.launched import launched_processes, launched_settings
 from tests.models import LLAMA, T5, qa_rows
 from tests.processes import ROOT, free_port, module_command, run, train
 
@@ -39,6 +40,7 @@ SHARDS = {
     [
         ({"ACCELERATE_MIXED_PRECISION": "no"}, {}),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"mixed_precision": "bf16"}),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {"compile": True}),
         (FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "true"}, {"sharding_strategy": "FULL_SHARD"}),
         (FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, {"sharding_strategy": "SHARD_GRAD_OP"}),
         (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, {"sharding_strategy": "FULL_SHARD", "cpu_offload": True}),
@@ -47,6 +49,7 @@ SHARDS = {
             {"sharding_strategy": "FULL_SHARD", "recompute": "full", "offload_activations": True},
         ),
         (FSDP2 | SHARDS, {"sharding_strategy": "HYBRID_SHARD", "shard_size": 2}),
+        (FSDP2 | SHARDS | {"WORLD_SIZE": "4"}, {"sharding_strategy": "HYBRID_SHARD", "shard_size": 2}),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "4"}, {"tp_size": 4}),
     ],
 )
@@ -54,6 +57,44 @@ def test_what_accelerate_was_told_is_ours(environment, settings, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert launched_settings() == settings
+
+
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        (FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "hybrid_shard"}, "set fsdp_reshard_after_forward: true or false"),
+        (FSDP2 | {"FSDP_IGNORED_MODULES": "head"}, "set no fsdp_ignored_modules"),
+        (FSDP2 | SHARDS | {"WORLD_SIZE": "8"}, "2 copies of 2 shards, tp_size 1, but started 8 processes"),
+        (SHARDS | {"WORLD_SIZE": "4"}, "2 shards in 2 copies: set distributed_type: FSDP"),
+        (FSDP2 | SHARDS | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, "set distributed_type: FSDP with"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM, which lowmem does not"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "CUDAGRAPHS"}, "dynamo_backend cudagraphs, lowmem compiles by inductor"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, "offload_param_device: nvme, but does not"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' was set"),
+    ],
+)
+def test_what_accelerate_was_told_and_we_do_not_have_is_refused(environment, told, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError) as refused:
+        launched_settings()
+        launched_processes()
+    assert told in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "field"),
+    [
+        (FSDP2, "sharding_strategy"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, "tp_size"),
+    ],
+)
+def test_evaluate_does_not_pass_over_that_the_model_is_to_be_divided(environment, field):
+    result = train("evaluate", "--model_name_or_path=m", "--test_file=rows.jsonl", **environment)
+    assert result.returncode == 2 and f"to divide the model ({field})" in result.stderr, result.stderr
 
 
 @pytest.fixture(scope="module")
