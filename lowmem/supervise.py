@@ -19,7 +19,7 @@ from lowmem.run_folder import holds_anything, owned
 
 # Their messages say all: a traceback would hide it.
 _TOLD_IN_A_LINE = (UsageError, RowError, RankError, SaveError, FloatingPointError)
-_NOTHING_TO_SAVE = "nothing was to be saved"
+_NOTHING_SAVED = "nothing is saved"
 
 
 def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Signals) -> int:
@@ -49,21 +49,21 @@ def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Sig
             raise
         cause = "preempted" if preempted else "done"
         if rank == 0:
-            saved = f"step {step} is saved" if step else _NOTHING_TO_SAVE
+            saved = f"step {step} is saved" if step else _NOTHING_SAVED
             record(cause, saved if preempted else "", step=step)
     return CODES[cause]
 
 
 def end_at_once(signal: str, record: Callable[..., None] | None = None) -> NoReturn:
     """What a signal does to a run until its processes are one group, in which they can agree on when to end."""
-    # an elastic launcher sends SIGTERM to all also when one of them failed, be it to start them again
-    is_a_launchers = signal == "SIGTERM" and "TORCHELASTIC_RUN_ID" in os.environ
+    # a launcher sends SIGTERM to all also when one of them failed, be it to start them again
+    is_a_launchers = signal == "SIGTERM" and not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "CROSS_SIZE"))
     if is_a_launchers and os.environ.get("LOCAL_RANK") != "0":
         os._exit(PREEMPTED)  # the one that failed tells why, or the first one that it was signalled
 
     def tell() -> None:
         if record is not None and not is_a_launchers:
-            record("preempted", _NOTHING_TO_SAVE, step=None)
+            record("preempted", _NOTHING_SAVED, step=None)
 
     say_and_exit(f"{signal} came, ends at once: there is nothing to save yet", PREEMPTED, tell)
 
@@ -71,7 +71,7 @@ def end_at_once(signal: str, record: Callable[..., None] | None = None) -> NoRet
 def record_preempted(output: Path) -> None:
     """Done by who started processes, once a signal has ended them: exit.json tells it if none of them could."""
     with suppress(UsageError), owned(output):  # another run's folder is left alone
-        write_exit(output, "preempted", _NOTHING_TO_SAVE, step=None, rank=0)
+        write_exit(output, "preempted", _NOTHING_SAVED, step=None, rank=0)
 
 
 def tell_failure(error: Exception) -> int:

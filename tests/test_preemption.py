@@ -136,7 +136,7 @@ def test_a_signal_before_training_saves_nothing_and_evaluates_nothing(work, unin
     assert_resumed_to_the_same_end(work, "again", uninterrupted)
 
 
-@pytest.mark.parametrize(("step", "message"), [(0, "nothing was to be saved"), (3, "step 3 is saved")])
+@pytest.mark.parametrize(("step", "message"), [(0, "nothing is saved"), (3, "step 3 is saved")])
 def test_exit_json_tells_what_a_preempted_run_saved(step, message, tmp_path):
     assert supervise(lambda **_: (step, True), tmp_path, Signals()) == 75
     told = json.loads((tmp_path / "exit.json").read_text())

@@ -122,6 +122,17 @@ def test_a_signal_while_starting_ends_it_at_once(work):
     assert exit_of(work, "starting")["cause"] == "preempted"
 
 
+def test_a_launchers_sigterm_while_starting_is_no_preemption(work):
+    """DeepSpeed's sends it to all when one of them failed, as torchrun does."""
+    told = {"CROSS_SIZE": "1", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    with started(*PYTHON, "train", *flags(work, "ended"), **told) as process:
+        wait_until(partial(is_importing_torch, process), process)
+        process.terminate()
+        result = finish(process, timeout=10)
+    assert result.returncode == 75, result.stderr
+    assert not (work / "ended" / "exit.json").exists()
+
+
 @pytest.mark.parametrize("to_all", [True, False])
 def test_a_signal_while_processes_start_is_told_by_who_started_them(to_all, work):
     """SIGTERM to the launcher, which its processes take for the launcher's own; or SIGUSR1 to a rank that is not 0."""
@@ -136,7 +147,7 @@ def test_a_signal_while_processes_start_is_told_by_who_started_them(to_all, work
         result = finish(process, timeout=30)
     assert result.returncode == 75, result.stderr
     told = exit_of(work, name)
-    assert (told["cause"], told["message"]) == ("preempted", "nothing was to be saved")
+    assert (told["cause"], told["message"]) == ("preempted", "nothing is saved")
     assert told["rank"] == (0 if to_all else 1)
 
 
@@ -150,7 +161,7 @@ time.sleep(60)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")
-@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"])
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "CROSS_SIZE"])
 def test_a_launched_process_ends_with_its_launcher(launcher):
     launch = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
     with started(sys.executable, "-c", launch, LAUNCHED, **{launcher: "no"}) as process:
@@ -159,4 +170,17 @@ def test_a_launched_process_ends_with_its_launcher(launcher):
         process.kill()
         gone, alive = psutil.wait_procs(left, timeout=10)
         assert len(gone) == 1 and not alive
+        finish(process)
+
+
+def test_processes_of_deepspeeds_launcher_end_with_the_command_that_started_it():
+    """A SIGTERM ends `deepspeed`, which tells its launcher nothing."""
+    launch = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[2:]])"
+    words = ["-c", launch, "deepspeed", "-c", launch, "its launcher", "-c", LAUNCHED]
+    with started(sys.executable, *words, CROSS_SIZE="1") as process:
+        assert process.stdout.readline() == "runs\n"
+        left = children(process)
+        process.terminate()
+        gone, alive = psutil.wait_procs(left, timeout=10)
+        assert len(gone) == 2 and not alive
         finish(process)

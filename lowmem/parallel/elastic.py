@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
+from threading import Thread
 
 import psutil
 
@@ -19,6 +21,7 @@ from lowmem.parallel.signals import Signals
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _SECONDS_TO_START = 10.0
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def start_processes(num_processes: int, arguments: Sequence[str], signals: Signals) -> int:
@@ -81,6 +84,26 @@ def die_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != launcher:  # it died in between
         os.kill(os.getpid(), signal.SIGTERM)
+    if _is_started_by_deepspeed(launcher):
+        Thread(target=_die_with_deepspeed, args=(launcher,), daemon=True, name="lowmem-launcher").start()
+
+
+def _is_started_by_deepspeed(launcher: int) -> bool:
+    """Whether `deepspeed` has started the launcher, and not a shell, which may end as it likes."""
+    with suppress(psutil.Error):
+        if "CROSS_SIZE" in os.environ and (command := psutil.Process(launcher).parent()):
+            program, *words = command.cmdline()
+            return "python" in Path(program).name and any("deepspeed" in word for word in words[:3])
+    return False
+
+
+def _die_with_deepspeed(launcher: int) -> None:
+    """As `die_with_launcher`: what ends `deepspeed`, SIGTERM included, leaves the launcher that it has started."""
+    with suppress(psutil.Error):
+        command = psutil.Process(launcher).ppid()
+        while psutil.Process(launcher).ppid() == command:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def this_launch() -> dict[str, object]:
