@@ -9,6 +9,13 @@ from lowmem.config import TrainConfig, UsageError
 
 # Those whose update of an element looks at that element alone: ZeRO cuts all weights laid end to end into equal parts.
 _ELEMENTWISE = "adamw adam nadam radam adamax adadelta rmsprop sgd".split()
+# Sections of a DeepSpeed config that say what our flags say.
+_OURS = {
+    "optimizer": "--optimizer",
+    "scheduler": "--lr_scheduler_type",
+    "torch_autocast": "--mixed_precision",
+    "tensor_parallel": "--tp_size",
+}
 
 
 def read_zero_config(told: str) -> dict[str, object]:
@@ -60,9 +67,18 @@ def zero_problems(config: TrainConfig) -> list[str]:
         problems.append(
             "the DeepSpeed config sets fp16, which is not built: take bf16 (--mixed_precision=bf16) or fp32"
         )
-    for section, flag in {"optimizer": "--optimizer", "scheduler": "--lr_scheduler_type"}.items():
+    for section, flag in _OURS.items():
         if section in values:
             problems.append(f"the DeepSpeed config sets {section}: take it out there and set {flag} and its like here")
+    for section in ("bf16", "data_types"):
+        if not isinstance(values.get(section, {}), dict):
+            problems.append(f"the DeepSpeed config sets {section}={json.dumps(values[section])}: write {{...}} there")
+    for part in ("offload_optimizer", "offload_param"):
+        offload = _value(values, f"zero_optimization.{part}.device")
+        if offload == "nvme" and not _value(values, f"zero_optimization.{part}.nvme_path"):
+            problems.append(f"the DeepSpeed config sets {part} to nvme: set its nvme_path too")
+        if part == "offload_param" and offload not in (None, "none") and values["zero_optimization"]["stage"] != 3:
+            problems.append("the DeepSpeed config sets offload_param, which does nothing below stage 3: take it out")
     if values.get("zero_force_ds_cpu_optimizer"):
         problems.append(
             "the DeepSpeed config sets zero_force_ds_cpu_optimizer, whose Adam would not get --adam_beta1, "

@@ -4,6 +4,7 @@ The engine divides optimizer state (stage 1), gradients (2) and weights (3) over
 the host. DeepSpeed is imported only where an engine is made.
 """
 
+import copy
 import math
 import os
 import sys
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowmem.config import UsageError
 from lowmem.parallel.agree import waiting
 
 if TYPE_CHECKING:
@@ -56,13 +58,21 @@ def as_whole(tensor: Tensor) -> Tensor | Divided:
 
 
 def make_accelerator(config: Mapping[str, object], *, on_cpu: bool, **options: object) -> "Accelerator":
-    """An Accelerator that drives DeepSpeed as `config` says, a whole one, precision included."""
+    """An Accelerator that drives DeepSpeed as `config` says, a whole one, precision included.
+
+    Raises UsageError for a config that DeepSpeed refuses.
+    """
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     from accelerate import Accelerator, DeepSpeedPlugin, PartialState
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from transformers.integrations import unset_hf_deepspeed_config
 
+    try:
+        DeepSpeedConfig(copy.deepcopy(config))
+    except (DeepSpeedConfigError, ValueError) as error:
+        raise UsageError(f"DeepSpeed refuses its config: {' '.join(str(error).split())}") from error
     if on_cpu:
         # it would compile collectives over shared memory, for a minute and with a compiler; gloo has them
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
