@@ -1,3 +1,4 @@
+import os
 from datetime import timedelta
 
 import pytest
@@ -5,7 +6,7 @@ import torch.distributed as dist
 
 from lowmem.config import RankError, SaveError, UsageError
 from lowmem.parallel import heartbeat
-from lowmem.parallel.agree import failing_together, on_main_rank, sum_over_ranks, waiting
+from lowmem.parallel.agree import failing_alone, failing_together, on_main_rank, sum_over_ranks, waiting
 from lowmem.parallel.launch import join
 from tests.forked import fork_ranks
 
@@ -55,3 +56,16 @@ def be_late():
 
 def test_a_collective_that_times_out_tells_where_each_rank_is():
     assert fork_ranks(2, be_late) == [0, 0]
+
+
+def lose_a_rank():
+    accelerator = join(heartbeat_timeout=20)
+    if accelerator.process_index == 1:
+        os._exit(0)
+    with pytest.raises(RankError) as told, failing_alone():
+        sum_over_ranks(1)
+    assert str(told.value).count("rank 1 has been silent") == 1
+
+
+def test_who_fell_silent_is_told_once():
+    assert fork_ranks(2, lose_a_rank) == [0, 0]

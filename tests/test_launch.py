@@ -128,6 +128,7 @@ def test_two_processes_are_one_training(launcher, files, alone, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("each of 8 rows: 2 processes x 2 micro-batches of at most 2") == 1
     assert ("starting 2 processes on this machine" in result.stdout) == (launcher == "python")
+    assert launcher != "python" or result.stderr == ""
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-6)
 
 

@@ -146,11 +146,11 @@ def test_a_launchers_store_may_hold_what_the_dead_wrote_and_restarts_counted_in_
     assert fork_ranks(2, join_as_told, tmp_path, changes) == [0, 0]
 
 
-def train_as_told(folder, commands):
+def train_as_told(folder, commands, command="train"):
     rank = int(os.environ["RANK"])
     with open(Path(folder, str(rank)), "w") as told:
         os.dup2(told.fileno(), 2)
-    sys.exit(main(["train", *commands[rank]]))
+    sys.exit(main([command, *commands[rank]]))
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +217,20 @@ def test_other_weights_or_another_tokenizer_on_a_rank_are_told_on_all(work, tmp_
     assert codes == [2, 2]
     for each in told:
         assert re.search(r"has the model (\w+) \(rank 0: (?!\1)\w+\); the tokenizer (\w+) \(rank 0: (?!\2)\w+\)", each)
+
+
+def test_evaluate_too_compares_the_rows_of_its_ranks(work, tmp_path):
+    from lowmem.model import load_model
+
+    for part in load_model(model_config=T5):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text((work / "rows.jsonl").read_text().partition("\n")[2])
+    commands = [
+        [f"--model_name_or_path={tmp_path}/model", f"--test_file={folder}/rows.jsonl"] for folder in (work, tmp_path)
+    ]
+    assert fork_ranks(2, train_as_told, tmp_path, commands, "evaluate") == [2, 2]
+    for rank in (0, 1):
+        assert re.search(r"has test rows 39 rows, .*\(rank 0: 40 rows, ", told_by(tmp_path, rank)[0])
 
 
 def ranks_on_hosts(stack, commands):

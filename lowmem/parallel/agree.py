@@ -106,6 +106,8 @@ def failing_alone() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, RankError):  # which tells of the others already
+            raise
         # torch's RuntimeError of a collective that broke looks like any other, so it is others that we look at
         if isinstance(error, RuntimeError) and (told := heartbeat.suspects()):
             raise _broken(told, error) from error

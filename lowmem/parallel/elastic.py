@@ -14,6 +14,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
+from uuid import uuid4
 
 import psutil
 
@@ -52,6 +53,7 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
     print(f"starting {num_processes} processes on this machine", flush=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     config = LaunchConfig(
+        run_id=uuid4().hex,  # or torch warns that it has made one
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_processes,
