@@ -27,7 +27,7 @@ from lowmem.zero_config import completed
 from tests import runs
 from tests.forked import fork_ranks
 from tests.models import build, qa_rows
-from tests.processes import ROOT, free_port, module_command, run, train
+from tests.processes import ROOT, finish, free_port, module_command, run, started, train, wait_until
 
 pytest.importorskip("deepspeed")
 
@@ -226,7 +226,7 @@ def work(tmp_path_factory):
 
 
 def flags(work, name, **changes):
-    return runs.flags(work, name, max_steps=3, global_batch_size=8, **({"batch_size": 2} | changes))
+    return runs.flags(work, name, **({"max_steps": 3, "global_batch_size": 8, "batch_size": 2} | changes))
 
 
 LAUNCHERS = {
@@ -255,6 +255,18 @@ def test_whoever_asks_for_it_gets_the_run_of_one_process(launcher, work):
     assert runs.weights(work, launcher).keys() == runs.weights(work, "alone").keys()
     says_so = "no checkpoints under DeepSpeed" in result.stdout
     assert says_so == (launcher != "deepspeed") == (not (work / launcher / "checkpoints").exists())
+
+
+def test_a_run_of_one_process_that_is_preempted_tells_that_nothing_is_saved(work):
+    words = flags(work, "one", max_steps=10_000, deepspeed=work / "zero2.json", num_processes=1)
+    with started(sys.executable, "train_low_mem.py", "train", *words) as process:
+        wait_until(lambda: (work / "one" / "metrics.jsonl").exists() and runs.steps(work, "one"), process)
+        process.terminate()
+        result = finish(process, timeout=60)
+    assert result.returncode == 75, result.stderr
+    told = runs.exit_of(work, "one")
+    assert (told["cause"], told["step"], told["message"]) == ("preempted", 0, "nothing is saved")
+    assert "nothing of it is saved, begin anew" in result.stdout and not (work / "one" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(
