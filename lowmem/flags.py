@@ -297,7 +297,11 @@ def _sharding_conflicts(config: TrainConfig) -> list[str]:
             )
         if config.release:
             problems.append("--release has no gradient left to sum over processes: leave --sharding_strategy")
+    if None not in (config.shard_size, config.num_processes) and config.num_processes % config.shard_size:
+        problems.append(f"--num_processes={config.num_processes} is no multiple of --shard_size={config.shard_size}")
     if config.tp_size > 1:
+        if config.release:
+            problems.append("--release has no gradient left to sum over processes: leave --tp_size")
         if strategy != "NO_SHARD":
             problems.append(
                 f"--tp_size={config.tp_size} and --sharding_strategy={strategy} both divide weights: set one"

@@ -151,6 +151,9 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({**RELEASE, "global_batch_size": "64"}, "set --global_batch_size to at most --batch_size=8"),
         ({**RELEASE, "nonfinite": "skip"}, "set --nonfinite=stop"),
         ({**RELEASE, "num_processes": "2"}, "set --num_processes=1"),
+        ({**RELEASE, "sharding_strategy": "FULL_SHARD"}, "leave --sharding_strategy"),
+        ({**RELEASE, "model_config": None, "model_name_or_path": "gpt2", "tp_size": "2"}, "leave --tp_size"),
+        ({"sharding_strategy": "HYBRID_SHARD", "shard_size": "2", "num_processes": "3"}, "multiple of --shard_size=2"),
     ],
 )
 def test_mistakes_are_told_in_words(flags, told):
