@@ -9,9 +9,9 @@ from tests.processes import ROOT, run
 
 # A module imports only modules above it.
 ORDER = (
-    "config zero_config flags disk weights parallel.signals parallel.heartbeat parallel.elastic parallel.agree "
-    "parallel.rendezvous parallel.launched parallel.deepspeed parallel.launch parallel.pieces parallel.fill "
-    "parallel.same parallel.tensor parallel.sharding data.order data.bundled data.source data.derived "
+    "config zero_config conflicts flags disk weights parallel.signals parallel.heartbeat parallel.elastic "
+    "parallel.agree parallel.rendezvous parallel.launched parallel.deepspeed parallel.launch parallel.pieces "
+    "parallel.fill parallel.same parallel.tensor parallel.sharding data.order data.bundled data.source data.derived "
     "data.line_index data.lines data.batches data.tables data.rows data.chat data.encode data.batch data.packing "
     "data.quarantine data.steps data.stream data.finite model memory.meter memory.loss memory.forms memory.tiers "
     "memory.adafactor memory.optim memory.offload memory.savers step evaluation checkpoint.commit checkpoint.verify "
