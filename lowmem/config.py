@@ -163,9 +163,8 @@ class TrainConfig:
     num_processes: int | None = None
     """Processes to train with. Default: what the launcher started; plain python: one per visible GPU, or one."""
     sharding_strategy: str = "NO_SHARD"
-    """NO_SHARD: a whole copy on each process. FULL_SHARD: weights, gradients and optimizer state divided over them, a
-    layer's weights gathered for its forward and again for its backward. SHARD_GRAD_OP: gathered once for both.
-    HYBRID_SHARD: FULL_SHARD among shard_size processes, each such group with a copy."""
+    """NO_SHARD: all of the model on each process. FULL_SHARD: divided over them, a layer gathered while it computes.
+    SHARD_GRAD_OP: gathered until backward is done. HYBRID_SHARD: divided among shard_size of them."""
     shard_size: int | None = None
     """Processes that share a copy in HYBRID_SHARD. Default: those of one machine."""
     cpu_offload: bool = False
@@ -218,7 +217,7 @@ class TrainConfig:
         return "no" if self.has_bf16_weights else self.mixed_precision
 
     @property
-    def zero(self) -> dict[str, object]:
+    def zero_settings(self) -> dict[str, object]:
         """What DeepSpeed needs to know beside its own config."""
         is_bf16 = self.mixed_precision == "bf16"
         return {"batch_size": self.batch_size, "max_grad_norm": self.max_grad_norm, "bf16": is_bf16}

@@ -26,23 +26,24 @@ from lowmem.memory.loss import LOSSES, check_loss
 from lowmem.memory.optim import learning_rate_at, make_optimizer
 from lowmem.memory.savers import compiled, entered, offload_activations, recompute, recompute_cheap, release
 from lowmem.model import freeze, load_model
+from lowmem.parallel import deepspeed
 from lowmem.parallel.agree import sum_over_ranks
-from lowmem.parallel.deepspeed import wrap
 from lowmem.parallel.launch import join, make_deterministic
 from lowmem.parallel.same import check_same, code, model_digest, rows_digest, seen_by_all, tokenizer_digest
 from lowmem.parallel.sharding import data_place, parallelize
 from lowmem.parallel.signals import Signals
 from lowmem.report import Report
 from lowmem.step import TrainState, train_step
-from lowmem.zero_config import completed
+from lowmem.zero_config import complete_zero_config
 
 
 class Ending(NamedTuple):
     """How a run ended that did not fail."""
 
     step: int
+    """Optimizer steps done; of a preempted run those that are saved."""
     preempted: bool
-    """True: a signal ended it before its last step was done and reported; steps up to `step` are saved."""
+    """True: a signal ended it before its last step was done and reported."""
 
 
 def train(
@@ -65,7 +66,7 @@ def train(
     trackers = [name for name in config.report_to.split(",") if name]
     accelerator = join(
         mixed_precision=config.autocast,
-        deepspeed=completed(config.deepspeed, **config.zero) if config.deepspeed else None,
+        deepspeed=complete_zero_config(config.deepspeed, **config.zero_settings) if config.deepspeed else None,
         report_to=trackers,
         output_dir=output,
         heartbeat_timeout=config.heartbeat_timeout,
@@ -156,7 +157,8 @@ def train(
 
     # --- where to start, how far to go
     weights = f"{model.num_parameters():,} weights"  # before they are divided
-    trained = wrap(model, optimizer, accelerator) if config.deepspeed else model
+    trained = deepspeed.wrap(model, optimizer, accelerator) if config.deepspeed else model
+    saves_checkpoints = not config.deepspeed  # ZeRO lays out its optimizer's state as no other run could read it
     state = TrainState(trained, optimizer, stream, seed=config.seed)
     if checkpoint is not None:
         load_checkpoint(state, checkpoint, accelerator, verify=False)  # checkpoint_to_resume has
@@ -171,7 +173,7 @@ def train(
     )
     saving = {"tokenizer": tokenizer, "config": settings, "max_shard_size": config.max_shard_size}
     keep = config.save_total_limit or None
-    saves = 0 if config.deepspeed else math.ceil((total_steps - state.step) / config.save_steps)
+    saves = math.ceil((total_steps - state.step) / config.save_steps) if saves_checkpoints else 0
     check_space(state, output / "checkpoints", saves=saves, keep=keep)
     report = Report(
         output,
@@ -182,13 +184,14 @@ def train(
         resumed=checkpoint is not None,
         trackers=bool(trackers),
     )
+    processes = f"{place.size} processes" if config.tp_size == 1 else f"{place.size} models"
     division = f", {config.sharding_strategy}" if config.tp_size == 1 else f", {config.tp_size} to a model"
     report.tell(
         f"{weights} ({model.dtype}, memory={config.memory or 'off'}) on {world_size} x "
         f"{accelerator.device.type}{division if is_divided else ''}, {stream.num_rows:,} rows",
-        f"steps {state.step} to {total_steps}, each of {stream.global_batch_size} rows: {place.size} processes "
-        f"x {stream.micro_batches} micro-batches of at most {config.batch_size}",
-        *(["no checkpoints under DeepSpeed: a run that ends early is begun anew"] if config.deepspeed else []),
+        f"steps {state.step} to {total_steps}, each of {stream.global_batch_size} rows: {processes} x "
+        f"{stream.micro_batches} micro-batches of at most {config.batch_size}",
+        *([] if saves_checkpoints else ["no checkpoints under DeepSpeed: a run that ends early is begun anew"]),
         *([f"resumed from {checkpoint}{', with ' if changes else ''}{', '.join(changes)}"] if checkpoint else []),
         *(f"the rows are others than then: {change}" for change in stream.changes),
     )
@@ -249,7 +252,7 @@ def train(
             if validation_rows and not preempted and is_due(config.eval_steps):
                 state.note_best(evaluate_on(validation_rows, "eval")["eval_loss"])
                 preempted = signalled()
-            if not config.deepspeed and (preempted or is_due(config.save_steps)):
+            if saves_checkpoints and (preempted or is_due(config.save_steps)):
                 try:
                     save_checkpoint(state, output / "checkpoints", accelerator, keep=keep, **saving)
                 except SaveError as error:
@@ -265,7 +268,7 @@ def train(
     if preempted:
         signals.ignore()  # a launcher ends the others as soon as one of us has ended
         report.close()
-        what_now = "nothing of it is saved, begin anew" if config.deepspeed else "--resume=auto goes on from there"
+        what_now = "--resume=auto goes on from there" if saves_checkpoints else "nothing of it is saved, begin anew"
         report.tell(f"preempted after step {state.step} of {total_steps}: {what_now}")
     else:  # what is left behind
         if test_rows:
@@ -274,4 +277,4 @@ def train(
         report.close(best=state.best)
         report.tell(f"done: {output / 'model'} holds the model, {output / 'metrics.jsonl'} its curve")
     accelerator.end_training()
-    return Ending(0 if preempted and config.deepspeed else state.step, preempted)
+    return Ending(state.step if saves_checkpoints or not preempted else 0, preempted)

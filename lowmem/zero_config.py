@@ -101,7 +101,7 @@ def zero_problems(config: TrainConfig) -> list[str]:
     return problems
 
 
-def completed(told: str, *, batch_size: int, max_grad_norm: float, bf16: bool) -> dict[str, object]:
+def complete_zero_config(told: str, *, batch_size: int, max_grad_norm: float, bf16: bool) -> dict[str, object]:
     """The DeepSpeed config `told` with what our flags say, and defaults that keep sums in fp32."""
     values = copy.deepcopy(read_zero_config(told))
     values |= {
