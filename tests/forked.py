@@ -10,7 +10,7 @@ import torch
 from tests.processes import free_port
 
 
-def fork_ranks(world_size: int, function: Callable[..., None], *arguments: object, timeout: float = 60) -> list[int]:
+def fork_ranks(world_size: int, function: Callable[..., None], *arguments: object, timeout: float = 120) -> list[int]:
     """Call `function` in `world_size` processes of one group. Returns their exit codes, below 0 for signals.
 
     What they say is on this process's own output.

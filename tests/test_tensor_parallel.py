@@ -341,7 +341,7 @@ def train_in_two_dimensions(folder):
 
 
 def test_a_run_in_two_dimensions_is_that_of_whole_copies(tmp_path):
-    assert fork_ranks(4, train_in_two_dimensions, tmp_path, timeout=120) == [0] * 4
+    assert fork_ranks(4, train_in_two_dimensions, tmp_path) == [0] * 4
 
 
 def fill_parts(folder):
