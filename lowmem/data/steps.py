@@ -43,6 +43,19 @@ class Steps:
     def groups(self) -> Groups:
         return getattr(self.rows, "groups", None) or Groups.of([len(self.rows)])
 
+    @property
+    def batch_size(self) -> int:
+        """Rows of the largest micro-batch."""
+        return -(-self.global_batch_size // (self.micro_batches * self.world_size))
+
+    def halved(self) -> "Steps | None":
+        """The same steps cut into as few micro-batches as have half as many rows; None if some would have none."""
+        batch_size = -(-self.batch_size // 2)
+        micro_batches = -(-self.global_batch_size // (batch_size * self.world_size))
+        if batch_size == self.batch_size or micro_batches * self.world_size > self.global_batch_size:
+            return None
+        return replace(self, micro_batches=micro_batches)
+
     def at(self, position: int) -> Step:
         """Positions [position, position + global batch) are cut into equal pieces; each rank takes its own.
 

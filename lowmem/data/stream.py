@@ -46,7 +46,6 @@ class Stream:
     def __init__(self, steps: Steps, *, prefetch: int, quarantine: Quarantine | None, accept_changed_data: bool):
         self.num_rows = len(steps.rows)
         self.global_batch_size = steps.global_batch_size
-        self.micro_batches = steps.micro_batches
         self.position = 0
         self.wait_seconds = 0.0
         """What `next` has waited for rows, in all."""
@@ -59,6 +58,7 @@ class Stream:
         # Name and fingerprint of each file: now, so that one that cannot be read ends no run that has begun.
         self._files: list[tuple[str, str]] = getattr(steps.rows, "fingerprints", list)()
         self._cursor = 0
+        self._given: dict[str, int] = {}  # what the step that was given last added to `counts`
         self._ahead: deque[Future[Step]] = deque()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lowmem-stream")
 
@@ -79,13 +79,39 @@ class Stream:
         finally:
             self._cursor += self.global_batch_size
             self.wait_seconds += time.perf_counter() - started
+        self._given = step.counts
         for name, count in step.counts.items():
             self.counts[name] += count
         return step.batches
 
+    @property
+    def micro_batches(self) -> int:
+        """Of a step on each rank."""
+        return self._steps.micro_batches
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the largest micro-batch."""
+        return self._steps.batch_size
+
     def advance(self) -> None:
         """Count one optimizer step's rows as trained on."""
         self.position += self.global_batch_size
+
+    def halve(self) -> bool:
+        """Give the step at `position` again, and all later ones, in micro-batches of half as many rows.
+
+        The rows of a step, their order and the position stay. False, with nothing changed, if some would be empty.
+        """
+        halved = self._steps.halved()
+        if halved is None:
+            return False
+        if self._cursor != self.position:  # that step is counted once, when it is given again
+            for name, count in self._given.items():
+                self.counts[name] -= count
+        self._steps = halved
+        self._restart()
+        return True
 
     def state_dict(self) -> dict[str, object]:
         """What a checkpoint keeps: the position, and what decides which rows stand there, for `load_state_dict`."""
