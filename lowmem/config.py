@@ -21,6 +21,18 @@ class SaveError(RuntimeError):
     """A checkpoint could not be written; those that stood before stand."""
 
 
+class OutOfMemory(RuntimeError):
+    """Memory did not hold what `rank` was doing in a step; the message tells what filled it and what takes less."""
+
+    def __init__(self, message: str, rank: int):
+        super().__init__(message)
+        self.rank = rank
+
+
+class StepTooLarge(OutOfMemory):
+    """Forward or backward ran out of memory on some rank, all ranks raise it alike, and nothing was updated."""
+
+
 # Shapes for models trained from scratch, as the fields of transformers' config classes.
 _T5 = {"model_type": "t5", "decoder_start_token_id": 0, "tie_word_embeddings": True}
 MODEL_SHAPES: dict[str, dict[str, object]] = {

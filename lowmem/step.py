@@ -15,8 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lowmem.config import OutOfMemory, StepTooLarge
 from lowmem.data.batch import Batch
 from lowmem.data.stream import Stream, UnreadableStep
+from lowmem.memory.full import telling_if_full
 from lowmem.memory.optim import gradient_norm
 from lowmem.memory.savers import Released
 from lowmem.memory.tiers import TieredOptimizer, seed_of
@@ -24,7 +26,7 @@ from lowmem.parallel import deepspeed
 from lowmem.parallel.agree import failing_alone, gather_bytes, raise_together, sum_over_ranks
 from lowmem.parallel.heartbeat import at_step, doing
 from lowmem.parallel.pieces import is_first_copy, local_of
-from lowmem.parallel.sharding import all_reduce_sum, data_place, failing, is_sharded
+from lowmem.parallel.sharding import all_reduce_sum, data_place, failing, is_divided, is_sharded
 
 # autocast would keep a bf16 copy of every weight until the loss is taken; without recompute autograd keeps them anyway,
 # with it each weight is cast once in forward and once in backward
@@ -90,10 +92,12 @@ def train_step(
     parameter that no loss reached has a gradient of zero. If loss or gradient norm is not finite, all ranks see it
     alike before the update: with `nonfinite="stop"` they raise FloatingPointError, with "skip" they leave the update
     out. A step without any target updates nothing either. One host sync of our own a step, for that check. If a rank
-    could not read its rows, or failed in forward or backward, all ranks raise what it tells and none updates. Whether
-    `preempted` is true on some rank all ranks learn by the result; the step itself is done as ever. Raises
-    ValueError for an Accelerator in fp16, which needs loss scaling, or in any precision of its own beside a memory
-    tier, and for an optimizer that accelerate has wrapped.
+    could not read its rows, or failed in forward or backward, all ranks raise what it tells and none updates: a
+    StepTooLarge if it ran out of memory (`fitting_step` then tries smaller pieces).
+    OutOfMemory is raised where that cannot be agreed on or taken back: of a model that is divided over ranks, within
+    `release`, and in the update itself. Whether `preempted` is true on some rank all ranks learn by the result; the
+    step itself is done as ever. Raises ValueError for an Accelerator in fp16, which needs loss scaling, or in any
+    precision of its own beside a memory tier, and for an optimizer that accelerate has wrapped.
     """
     if accelerator.mixed_precision == "fp16":
         raise ValueError("this Accelerator is in fp16, which needs loss scaling, not done here: use bf16 or no")
@@ -123,20 +127,18 @@ def train_step(
         return _done(state, StepResult(loss, grad_norm, torch.tensor(num_tokens), not reason, reason, preempted))
     if in_tier:
         optimizer.seed = state.seed
-    losses: list[Tensor] = []
-    with doing("computing gradients"), failing(state.model):
-        # copies of a sharded model add up the same sums, so they must round them alike; other ranks have their own
-        key = (state.step,) if is_sharded(state.model) else (state.step, place.rank)
-        with optimizer.summing(len(batches), *key) if in_tier else nullcontext():
-            for index, batch in enumerate(batches if num_tokens else ()):
-                # on all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
-                torch.manual_seed(seed_of(state.seed, state.step, place.rank, index))
-                with _without_reducer(state.model):
-                    with accelerator.autocast(_UNCACHED):
-                        batch_loss = loss_fn(state.model, batch.to(accelerator.device)) / num_tokens
-                    batch_loss.backward()
-                losses.append(batch_loss.detach())
-        gradients = _gradients(state.model, released)
+    # copies of a sharded model add up the same sums, so they must round them alike; other ranks have their own
+    key = (state.step,) if is_sharded(state.model) else (state.step, place.rank)
+    is_final = released is not None or is_divided(state.model)
+    too_large = telling_if_full(OutOfMemory if is_final else StepTooLarge, state.model, optimizer)
+    try:
+        with doing("computing gradients"), failing(state.model), too_large:
+            with optimizer.summing(len(batches), *key) if in_tier else nullcontext():
+                losses = _add_gradients(state, batches if num_tokens else (), loss_fn, accelerator, num_tokens)
+            gradients = _gradients(state.model, released)
+    except OutOfMemory:
+        optimizer.zero_grad()
+        raise
 
     loss = sum(losses, torch.zeros((), device=accelerator.device))
     if accelerator.num_processes > 1:
@@ -155,11 +157,29 @@ def train_step(
             raise FloatingPointError(f"step {state.step + 1}: {reason}. {_advice(released)}")
     updated = not reason
     if updated:
-        if max_grad_norm:
-            _clip(gradients, max_grad_norm, grad_norm)
-        optimizer.step()
+        with doing("updating weights"), failing_alone(), telling_if_full(OutOfMemory, state.model, optimizer):
+            if max_grad_norm:
+                _clip(gradients, max_grad_norm, grad_norm)
+            optimizer.step()
     optimizer.zero_grad()
     return _done(state, StepResult(loss, grad_norm, torch.tensor(num_tokens), updated, reason, preempted))
+
+
+def _add_gradients(
+    state: TrainState, batches: Sequence[Batch], loss_fn: LossFunction, accelerator: Accelerator, num_tokens: int
+) -> list[Tensor]:
+    """Each micro-batch's part of the mean loss, whose gradients are added up where the parameters have them."""
+    losses: list[Tensor] = []
+    rank = data_place(state.model).rank
+    for index, batch in enumerate(batches):
+        # on all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
+        torch.manual_seed(seed_of(state.seed, state.step, rank, index))
+        with _without_reducer(state.model):
+            with accelerator.autocast(_UNCACHED):
+                batch_loss = loss_fn(state.model, batch.to(accelerator.device)) / num_tokens
+            batch_loss.backward()
+        losses.append(batch_loss.detach())
+    return losses
 
 
 def _done(state: TrainState, result: StepResult) -> StepResult:
@@ -178,7 +198,8 @@ def _by_engine(
     loss, grad_norm = torch.zeros(2, device=accelerator.device).unbind()
     if not num_tokens:
         return loss, grad_norm, "no rank has a target token"
-    with doing("computing gradients"), failing_alone():
+    told = telling_if_full(OutOfMemory, engine, state.optimizer)
+    with doing("computing gradients"), failing_alone(), told:
         for index, batch in enumerate(batches):
             torch.manual_seed(seed_of(state.seed, state.step, accelerator.process_index, index))
             batch_loss = loss_fn(engine, batch.to(accelerator.device)) / num_tokens

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from lowmem.config import RankError, SaveError, StartError, UsageError
+from lowmem.config import OutOfMemory, RankError, SaveError, StartError, UsageError
 from lowmem.data.rows import RowError
 from lowmem.exit_file import CODES, remove_exit, write_exit
 from lowmem.parallel import heartbeat
@@ -18,7 +18,7 @@ from lowmem.parallel.signals import PREEMPTED, Signals, say_and_exit
 from lowmem.run_folder import holds_anything, owned
 
 # Their messages say all: a traceback would hide it.
-_TOLD_IN_A_LINE = (UsageError, RowError, RankError, SaveError, FloatingPointError)
+_TOLD_IN_A_LINE = (UsageError, RowError, RankError, SaveError, OutOfMemory, FloatingPointError)
 _NOTHING_SAVED = "nothing is saved"
 
 

@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from lowmem.config import RankError, SaveError, UsageError
+from lowmem.config import OutOfMemory, RankError, SaveError, StepTooLarge, UsageError
 from lowmem.parallel import heartbeat
 
 Result = TypeVar("Result")
@@ -109,7 +109,8 @@ def failing_alone() -> Iterator[None]:
         if isinstance(error, RankError):  # which tells of the others already
             raise
         # torch's RuntimeError of a collective that broke looks like any other, so it is others that we look at
-        if isinstance(error, RuntimeError) and (told := heartbeat.suspects()):
+        may_be_broken = isinstance(error, RuntimeError) and not isinstance(error, OutOfMemory)
+        if may_be_broken and (told := heartbeat.suspects()):
             raise _broken(told, error) from error
         heartbeat.failed(_named(error))
         raise
@@ -117,7 +118,8 @@ def failing_alone() -> Iterator[None]:
 
 def raise_together(error: Exception | None) -> NoReturn:
     """Called by every rank once all know that one of them failed: raise `error`, or, on a rank that had none, what
-    the first failing one tells, as a UsageError or SaveError if it is one, else as a RankError."""
+    the first failing one tells, as a UsageError or SaveError if it is one, else as a RankError. If each one that failed
+    did so with StepTooLarge, all raise the first one's; beside another error it does not count."""
     _raise_any(error)
     raise AssertionError("raise_together was called, but no rank has an error")
 
@@ -153,15 +155,20 @@ def watch_one_another(limit_seconds: float, last_words: Callable[[str], None] | 
 
 def _raise_any(error: Exception | None) -> None:
     told = None
-    if error is not None:
+    if isinstance(error, StepTooLarge):
+        told = [StepTooLarge.__name__, str(error)]
+    elif error is not None:
         told = [next((name for name, kind in _RAISED_ALIKE.items() if isinstance(error, kind)), None), _named(error)]
-    told = [json.loads(message) for message in gather_bytes(json.dumps(told).encode())]
-    if error is not None:
+    gathered = map(json.loads, gather_bytes(json.dumps(told).encode()))
+    failed = {rank: told for rank, told in enumerate(gathered) if told is not None}
+    final = {rank: told for rank, told in failed.items() if told[0] != StepTooLarge.__name__}
+    if failed and not final:
+        rank, (_, message) = next(iter(failed.items()))
+        raise StepTooLarge(message, rank)
+    if error is not None and not isinstance(error, StepTooLarge):
         raise error
-    for rank, failed in enumerate(told):
-        if failed is not None:
-            kind, message = failed
-            raise _RAISED_ALIKE.get(kind, RankError)(f"rank {rank} failed with {message}")
+    for rank, (kind, message) in final.items():
+        raise _RAISED_ALIKE.get(kind, RankError)(f"rank {rank} failed with {message}")
 
 
 def _broken(told: str, error: RuntimeError) -> RankError:

@@ -179,10 +179,14 @@ def has_gathered(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule) and model._get_fsdp_state()._is_root is not None
 
 
+def is_divided(model: nn.Module) -> bool:
+    """Whether ranks share its layers or its weights, so that they talk to one another within forward and backward."""
+    return is_sharded(model) or tensor_mesh(model) is not None
+
+
 def failing(model: nn.Module) -> AbstractContextManager[None]:
     """How an error within forward or backward is told: the collectives of a divided one would meet an agreement's."""
-    talks = is_sharded(model) or tensor_mesh(model) is not None
-    return failing_alone() if talks else failing_together()
+    return failing_alone() if is_divided(model) else failing_together()
 
 
 @contextmanager
