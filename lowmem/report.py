@@ -18,6 +18,7 @@ from lowmem.config import UsageError
 from lowmem.data.batch import Batch
 from lowmem.evaluation import Answer
 from lowmem.parallel.agree import gather_bytes, on_main_rank, sum_over_ranks
+from lowmem.recover import Halving
 from lowmem.step import StepResult
 
 _NOT_SHOWN = ("num_tokens", "samples_per_second", "data_wait_seconds", "peak_device_bytes", "peak_host_bytes")
@@ -107,7 +108,7 @@ def _belongs(line: bytes, step: int) -> bool:
     except ValueError:  # the half line of a killed run
         return False
     # a run that was resumed after its last step tests and ends once more
-    is_of_the_end = "event" in record or any(name.startswith("test_") for name in record)
+    is_of_the_end = record.get("event") == "end" or any(name.startswith("test_") for name in record)
     return not is_of_the_end and record["step"] <= step
 
 
@@ -180,6 +181,13 @@ class Report:
         if not result.updated:
             self._skipped += 1
             self.tell(f"step {self._step}: no update, {result.reason}")
+
+    def halving(self, halving: Halving) -> None:
+        """A step ran out of memory and is done again in smaller micro-batches."""
+        if self._log:
+            found = {"rank": halving.rank, "batch_size": halving.batch_size}
+            self._log.write({"event": "out_of_memory", "step": halving.step, **found})
+            tell(str(halving))
 
     def training(self, result: StepResult, *, epoch: float, learning_rate: float, counts: Mapping[str, int]) -> None:
         """Record the last step; speeds are those since the last such record, over all ranks, of target tokens.

@@ -32,8 +32,9 @@ from lowmem.parallel.launch import join, make_deterministic
 from lowmem.parallel.same import check_same, code, model_digest, rows_digest, seen_by_all, tokenizer_digest
 from lowmem.parallel.sharding import data_place, parallelize
 from lowmem.parallel.signals import Signals
+from lowmem.recover import fitting_step
 from lowmem.report import Report
-from lowmem.step import TrainState, train_step
+from lowmem.step import TrainState
 from lowmem.zero_config import complete_zero_config
 
 
@@ -233,11 +234,12 @@ def train(
     report.training_goes_on()
     with entered(savers, model, optimizer), closing(stream):
         for step, batches in zip(range(state.step, end), stream, strict=False):
-            result = train_step(
+            result = fitting_step(
                 state,
                 batches,
                 loss_fn,
                 accelerator,
+                tell=report.halving,
                 learning_rate=schedule(step),
                 max_grad_norm=config.max_grad_norm,
                 nonfinite=config.nonfinite,

@@ -14,7 +14,8 @@ ORDER = (
     "parallel.fill parallel.same parallel.tensor parallel.sharding data.order data.bundled data.source data.derived "
     "data.line_index data.lines data.batches data.tables data.rows data.chat data.encode data.batch data.packing "
     "data.quarantine data.steps data.stream data.finite model memory.meter memory.loss memory.forms memory.tiers "
-    "memory.adafactor memory.optim memory.offload memory.savers step evaluation checkpoint.commit checkpoint.verify "
+    "memory.adafactor memory.optim memory.full memory.offload memory.savers step recover "
+    "evaluation checkpoint.commit checkpoint.verify "
     "checkpoint.export checkpoint.tensors checkpoint.together checkpoint.save checkpoint.load checkpoint.resume "
     "report train evaluate_command run_folder exit_file supervise cli"
 ).split()

@@ -1,0 +1,276 @@
+"""A step that runs out of memory is done again in smaller pieces, by all ranks alike; or all end and tell why."""
+
+import json
+import os
+import re
+import resource
+import signal
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import ByT5Tokenizer
+
+from lowmem import join, load_checkpoint, parallelize, save_checkpoint
+from lowmem.config import OutOfMemory, RankError, StepTooLarge
+from lowmem.data.encode import encode_causal, encode_seq2seq
+from lowmem.data.order import Groups, rows_at
+from lowmem.data.rows import open_rows
+from lowmem.data.stream import open_stream
+from lowmem.flags import resolve
+from lowmem.memory.full import is_out_of_memory
+from lowmem.memory.loss import chunked_loss
+from lowmem.memory.optim import make_optimizer
+from lowmem.memory.savers import release
+from lowmem.parallel.agree import failing_together
+from lowmem.parallel.heartbeat import current_step
+from lowmem.parallel.signals import Signals
+from lowmem.recover import fitting_step
+from lowmem.step import TrainState, train_step
+from lowmem.train import train
+from tests import runs
+from tests.forked import fork_ranks
+from tests.models import LLAMA, build, qa_rows
+
+STEPS, FULL_AT = 10, 7
+
+
+def stream_of(family, **options):
+    encode = (encode_seq2seq if family == "t5" else encode_causal)(ByT5Tokenizer(), max_seq_len=64)
+    settings = {"batch_size": 4, "gradient_accumulation_steps": 3, "seed": 2} | options
+    return open_stream(qa_rows(50), encode, **settings)
+
+
+def state_of(family, accelerator, *, memory="off", sharding_strategy="NO_SHARD", **options):
+    model = parallelize(build(family), accelerator, sharding_strategy=sharding_strategy)
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    return TrainState(model, make_optimizer(model, memory=memory), stream_of(family, **ranks, **options))
+
+
+class RunsOut:
+    """A loss that finds no memory in the midst of a backward: of micro-batch 3 of step 7, while it has 4 rows.
+
+    `left` counts the forwards of that attempt whose graphs, with all activations, lived on when the next one began.
+    """
+
+    def __init__(self, model, *, step=FULL_AT, micro_batch=3, rows=4, is_here=True):
+        self._place, self._is_here = (step, micro_batch, rows), is_here
+        self._at, self._batch, self._number = None, None, 0
+        self._graphs = []
+        self.left = None
+        for embeddings in (module for module in model.modules() if isinstance(module, torch.nn.Embedding)):
+            embeddings.register_forward_hook(self._hook_output)
+
+    def __call__(self, model, batch):
+        at = (current_step(), len(batch.row_ids))
+        if at != self._at:
+            if self._at == (self._place[0], self._place[2]) and at[0] == self._at[0]:
+                self.left = sum(graph() is not None for graph in self._graphs)
+            self._at, self._number, self._graphs = at, 0, []
+        self._number += 1
+        return chunked_loss(model, batch)
+
+    def _hook_output(self, module, inputs, output):
+        def run_out(gradient):
+            step, rows = self._at or (None, None)
+            if self._is_here and (step, self._number, rows) == self._place:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a lot to tell")
+
+        self._graphs.append(weakref.ref(run_out))  # which lives as long as the graph that it hooks
+        output.register_hook(run_out)
+
+
+def losses(state, accelerator, loss_fn, *, until=STEPS, tell=pytest.fail):
+    found = []
+    for step, batches in zip(range(state.step, until), state.stream, strict=False):
+        options = {"learning_rate": 1e-2 * (1 - step / STEPS), "max_grad_norm": 1.0}
+        found.append(fitting_step(state, batches, loss_fn, accelerator, tell=tell, **options).loss.item())
+    return found
+
+
+@pytest.mark.parametrize(("family", "memory"), [("t5", "off"), ("llama", "off"), ("llama", "exact")])
+def test_a_run_that_ran_out_on_one_rank_has_the_losses_of_one_that_did_not(family, memory, tmp_path):
+    assert fork_ranks(2, run_out_on_rank_1, family, memory, tmp_path) == [0, 0]
+
+
+def run_out_on_rank_1(family, memory, folder):
+    accelerator = join()
+    expected = losses(state_of(family, accelerator, memory=memory), accelerator, chunked_loss)
+    state = state_of(family, accelerator, memory=memory)
+    loss_fn = RunsOut(state.model, is_here=accelerator.process_index == 1)
+    found = losses(state, accelerator, loss_fn, until=FULL_AT - 1)
+    before = [parameter.detach().clone() for parameter in state.model.parameters()]
+    told = []
+
+    def tell(halving):
+        told.append(halving)
+        assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
+        assert all(parameter.grad is None for parameter in state.model.parameters())
+        assert (state.step, state.stream.position) == (FULL_AT - 1, 24 * (FULL_AT - 1))
+
+    found += losses(state, accelerator, loss_fn, until=8, tell=tell)
+    save_checkpoint(state, folder, accelerator)
+    found += losses(state, accelerator, loss_fn)
+    tolerance = 1e-6 if memory == "off" else 1e-2  # bf16 gradients of other micro-batches round otherwise
+    assert found == pytest.approx(expected, rel=tolerance) and found[-1] < 0.9 * found[0]
+    (halving,) = told
+    assert (halving.step, halving.rank, halving.batch_size, halving.smaller) == (FULL_AT, 1, 4, 2)
+    assert (state.stream.micro_batches, loss_fn.left) == (6, 0)
+    assert "step 7: rank 1 ran out of memory with micro-batches of 4 rows" in str(halving) and "mask" not in str(
+        halving
+    )
+
+    resumed = state_of(family, accelerator, memory=memory)  # in micro-batches of 4 rows
+    load_checkpoint(resumed, folder / "step-00000008", accelerator)
+    assert losses(resumed, accelerator, chunked_loss) == pytest.approx(found[8:], rel=tolerance)
+    accelerator.end_training()
+
+
+def test_a_host_without_memory_halves_a_step_and_a_killed_run_goes_on_after_it(tmp_path):
+    rows = qa_rows(40)
+    for row_id in rows_at(4 * (FULL_AT - 1), 4 * FULL_AT, Groups.of([40]), seed=0):
+        rows[row_id]["response"] = "long " * 100
+    (tmp_path / "llama.json").write_text(json.dumps(LLAMA | {"vocab_size": 16384, "max_position_embeddings": 1024}))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert fork_ranks(1, train_within, tmp_path, "whole", None) == [0]
+    assert fork_ranks(1, train_within, tmp_path, "full", 300) == [-signal.SIGKILL]
+    assert runs.steps(tmp_path, "full")[-1] == STEPS
+    assert fork_ranks(1, train_within, tmp_path, "full", None) == [0]
+    assert runs.losses(tmp_path, "full") == pytest.approx(runs.losses(tmp_path, "whole"), rel=1e-5)
+    events = [record for record in runs.records(tmp_path, "full") if record.get("event") == "out_of_memory"]
+    assert events == [{"event": "out_of_memory", "step": FULL_AT, "rank": 0, "batch_size": 4}]
+
+
+def train_within(work, name, mib):
+    """Train with so much memory beside what is there now; such a run is killed when it saves its last step."""
+    settings = {"train_file": work / "rows.jsonl", "model_config": work / "llama.json", "loss": "plain"}
+    settings |= {"batch_size": 4, "max_steps": STEPS, "save_steps": 8, "logging_steps": 1, "output_dir": work / name}
+    config = resolve(settings | {"resume": "auto"})
+    if mib is not None:
+        held = int(re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (held + mib * 2**20, resource.RLIM_INFINITY))
+        sys.addaudithook(kill_at_the_last_save)
+    train(config, open_rows(str(work / "rows.jsonl")), None, None, signals=Signals())
+
+
+def kill_at_the_last_save(event, arguments):
+    if event == "lowmem.disk" and f"{STEPS:08}" in str(arguments):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_micro_batches_of_one_row_end_all_ranks_with_what_filled_memory():
+    assert fork_ranks(2, run_out_with_one_row) == [0, 0]
+
+
+def run_out_with_one_row():
+    accelerator = join()
+    state = state_of("t5", accelerator, memory="exact", batch_size=2, gradient_accumulation_steps=2)
+    before = [parameter.detach().clone() for parameter in state.model.parameters()]
+    told = []
+    model, is_here = state.model, accelerator.process_index == 1
+    out_with_two, out_with_one = (RunsOut(model, step=1, micro_batch=2, rows=rows, is_here=is_here) for rows in (2, 1))
+
+    def loss_fn(model, batch):
+        return (out_with_two if len(batch.row_ids) == 2 else out_with_one)(model, batch)
+
+    with pytest.raises(OutOfMemory) as raised:
+        losses(state, accelerator, loss_fn, tell=told.append)
+    assert [halving.smaller for halving in told] == [1]
+    message = str(raised.value)
+    assert message.startswith("rank 1 ran out of memory at step 1, computing gradients (tried to allocate 2.00 GiB). ")
+    weights = sum(parameter.nbytes for parameter in state.model.parameters()) / 2**20
+    assert f"It holds weights {weights:.1f} MiB, optimizer state {5 * weights:.1f} MiB, gradients" in message
+    assert "--recompute=full, --loss=chunked" in message and "--memory=lean" in message
+    assert message.endswith("Micro-batches of 1 rows cannot be made smaller")
+    assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
+    assert (state.step, state.stream.position) == (0, 0)
+    accelerator.end_training()
+
+
+def test_a_sharded_model_that_runs_out_ends_both_ranks_with_what_filled_memory(capfd):
+    assert fork_ranks(2, run_out_sharded) == [1, 1]
+    output = capfd.readouterr().err
+    told = "rank 1 ran out of memory at step 1, computing gradients (tried to allocate 2.00 GiB). It holds weights "
+    assert f"config.OutOfMemory: {told}" in output, output
+    assert f"rank 1 failed with OutOfMemory: {told}" in output, output
+
+
+def run_out_sharded():
+    accelerator = join(heartbeat_timeout=3)
+    state = state_of("llama", accelerator, sharding_strategy="FULL_SHARD")
+    loss_fn = RunsOut(state.model, step=1, is_here=accelerator.process_index == 1)
+    losses(state, accelerator, loss_fn)
+
+
+def test_an_update_that_runs_out_ends_both_ranks_with_it():
+    assert fork_ranks(2, run_out_in_the_update) == [0, 0]
+
+
+def run_out_in_the_update():
+    accelerator = join(heartbeat_timeout=10)
+    state = state_of("t5", accelerator)
+    told = r"rank 1 ran out of memory at step 2, updating weights \(MemoryError: \)\. It holds weights"
+
+    def run_out(*_):
+        if accelerator.process_index == 1 and state.step == 1:
+            raise MemoryError
+
+    state.optimizer.register_step_pre_hook(run_out)
+    with pytest.raises(OutOfMemory if accelerator.process_index == 1 else RankError, match=told) as raised:
+        losses(state, accelerator, chunked_loss)
+    assert not isinstance(raised.value, StepTooLarge)
+
+
+def test_released_gradients_are_not_taken_back():
+    accelerator = Accelerator(cpu=True)
+    state = state_of("t5", accelerator, gradient_accumulation_steps=1)
+    loss_fn = RunsOut(state.model, step=1, micro_batch=1)
+    with release(state.model, state.optimizer), pytest.raises(OutOfMemory, match="rank 0 ran out of memory") as raised:
+        train_step(state, next(state.stream), loss_fn, accelerator, learning_rate=0.1)
+    assert not isinstance(raised.value, StepTooLarge)
+
+
+def test_another_error_comes_before_one_that_all_could_recover_from():
+    assert fork_ranks(2, fail_in_two_ways) == [0, 0]
+
+
+def fail_in_two_ways():
+    accelerator = join()
+    is_main = accelerator.is_main_process
+    with pytest.raises(RankError if is_main else KeyError, match="what was wrong"), failing_together():
+        raise StepTooLarge("full", 0) if is_main else KeyError("what was wrong")
+    with pytest.raises(StepTooLarge, match="^full 0$") as raised, failing_together():
+        raise StepTooLarge(f"full {accelerator.process_index}", accelerator.process_index)
+    assert raised.value.rank == 0
+    accelerator.end_training()
+
+
+def test_what_the_allocator_raises_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**50)
+    assert is_out_of_memory(raised.value) and is_out_of_memory(OSError(12, os.strerror(12)))
+    assert not is_out_of_memory(RuntimeError("size of tensor a")) and not is_out_of_memory(OSError(28, "No space"))
+    assert not is_out_of_memory(KeyError("out of memory"))
+
+
+@pytest.mark.parametrize(("family", "packed_seq_len"), [("t5", None), ("llama", None), ("llama", 64)])
+def test_a_halved_stream_gives_the_same_rows_in_twice_as_many_pieces(family, packed_seq_len):
+    options = {"batch_size": 5, "global_batch_size": 20, "gradient_accumulation_steps": 1, "world_size": 2, "rank": 1}
+    stream = stream_of(family, packed_seq_len=packed_seq_len, **options)
+    first = next(stream)
+    stream.advance()
+    whole = next(stream)
+    rows = [sorted(row_id for batch in batches for row_id in batch.row_ids) for batches in (first, whole)]
+    sizes, counts = [], dict(stream.counts)
+    while stream.halve():
+        again = next(stream)
+        sizes.append([len(batch.row_ids) for batch in again])
+        assert sorted(row_id for batch in again for row_id in batch.row_ids) == rows[1] != rows[0]
+        assert sum(batch.num_targets for batch in again) == sum(batch.num_targets for batch in whole)
+        assert stream.counts == counts and stream.state_dict() == {**stream.state_dict(), "position": 20}
+    assert [len(step) for step in sizes] == [4, 5, 10] and sizes[-1] == [1] * 10
+    assert packed_seq_len or sizes[0] == [2, 3, 2, 3]
+    assert stream.batch_size == 1 and stream.micro_batches == 10
