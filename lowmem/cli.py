@@ -26,6 +26,7 @@ from lowmem.parallel.elastic import die_with_launcher, is_restarted, start_proce
 from lowmem.parallel.launch import check_launch, processes_to_start
 from lowmem.parallel.launched import launched_processes, launched_settings
 from lowmem.parallel.signals import PREEMPTED, Signals, end_as_signalled
+from lowmem.plot import plot
 from lowmem.run_folder import check_output
 from lowmem.supervise import end_at_once, record_preempted, supervise, tell_failure
 
@@ -51,7 +52,7 @@ class FileJob:
     """The same of a command that works on saved files alone."""
 
     command: str
-    arguments: Mapping[str, str]
+    arguments: Mapping[str, str | Sequence[str]]
 
 
 @SetParseFn(str)  # every value stays the text that was typed; resolve knows the types
@@ -98,7 +99,12 @@ def _export(
     return _file_job("export", unknown, path=path, out=out, dtype=dtype, max_shard_size=max_shard_size)
 
 
-def _file_job(command: str, unknown: Mapping[str, str], **arguments: str | None) -> FileJob:
+@SetParseFn(str)
+def _plot(*out: str, **unknown: str) -> FileJob:
+    return _file_job("plot", unknown, out=out)
+
+
+def _file_job(command: str, unknown: Mapping[str, str], **arguments: str | Sequence[str] | None) -> FileJob:
     if unknown:
         raise UsageError(f"{', '.join('--' + name for name in unknown)}: `{command}` has no such flag; see --help")
     if missing := [name.upper() for name, value in arguments.items() if not value]:
@@ -106,7 +112,14 @@ def _file_job(command: str, unknown: Mapping[str, str], **arguments: str | None)
     return FileJob(command, arguments)
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "test": _evaluate, "verify": _verify, "export": _export}
+_COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "test": _evaluate,
+    "verify": _verify,
+    "export": _export,
+    "plot": _plot,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,6 +172,9 @@ def _run_on_files(job: FileJob) -> int:
     if job.command == "verify":
         for line in verify(**job.arguments):
             print(line, flush=True)
+        return 0
+    if job.command == "plot":
+        print(plot(**job.arguments))
         return 0
     import torch
 
@@ -235,7 +251,7 @@ def _hide_bars() -> None:
 def _help() -> str:
     """All commands, presets and fields, from the comments and explanations in config.py."""
     lines = [
-        "usage: train_low_mem.py train|evaluate|test|verify|export [--flag=value ...]",
+        "usage: train_low_mem.py train|evaluate|test|verify|export|plot [--flag=value ...]",
         "  train                                      a tiny T5 learns bundled rows: no file, no network",
         "  train --train_file=rows.parquet --model_name_or_path=FOLDER --output_dir=out",
         "  train --use_large_config=True --train_file=rows.parquet --resume=auto",
@@ -244,6 +260,7 @@ def _help() -> str:
         "  export PATH OUT --dtype=bfloat16 --max_shard_size=5GB",
         "      writes the model of a checkpoint, or any model's folder, as a new folder for from_pretrained; dtype:",
         "      float32 (of a checkpoint in memory=exact the fp32 master), float16, bfloat16, None (default: as saved)",
+        "  plot OUT [OUT2 ...]                        curves of runs: OUT/plot.png, or text without matplotlib",
         "",
         "presets, below --config=FILE.yaml and flags:",
     ]

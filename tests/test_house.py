@@ -17,7 +17,7 @@ ORDER = (
     "memory.adafactor memory.optim memory.full memory.offload memory.savers step recover "
     "evaluation checkpoint.commit checkpoint.verify "
     "checkpoint.export checkpoint.tensors checkpoint.together checkpoint.save checkpoint.load checkpoint.resume "
-    "report train evaluate_command run_folder exit_file supervise cli"
+    "report train evaluate_command run_folder exit_file supervise plot cli"
 ).split()
 
 

@@ -1,0 +1,149 @@
+"""What the command `plot` does: the curves in metrics.jsonl of one or several runs, as a picture or as text."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from lowmem.config import UsageError
+
+_SERIES = {
+    "loss": "loss",
+    "evaluation loss": "eval_loss",
+    "learning rate": "learning_rate",
+    "gradient norm": "grad_norm",
+    "target tokens/s": "tokens_per_second",
+    "peak GPU memory, MiB": "peak_device_bytes",
+    "peak host memory, MiB": "peak_host_bytes",
+}
+_UNITS = {"peak_device_bytes": 2**20, "peak_host_bytes": 2**20}
+
+_WIDTH, _LABELS, _ROWS = 80, 10, 4  # of a chart in the terminal: columns in all, those of its labels, and its lines
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+Points = list[tuple[int, float]]
+"""(step, value), by step; where a value was not finite there is none."""
+Curves = dict[str, Points]
+"""By title; a quantity without a point is left out."""
+
+
+def plot(out: Sequence[str]) -> str:
+    """Draw the runs in the folders `out`, or of files metrics.jsonl, together; returns what to tell.
+
+    With matplotlib as plot.png in the first one's folder, without as text. Raises UsageError for one that has no
+    metrics.jsonl, nothing in it, or a line that is damaged.
+    """
+    files = [Path(path) if path.endswith(".jsonl") else Path(path) / "metrics.jsonl" for path in out]
+    curves = [read_curves(file) for file in files]
+    names = [file.absolute().parent.name for file in files]
+    if len(set(names)) < len(names):
+        names = [str(file.parent) for file in files]
+    # a run that is named twice is one
+    runs = dict(zip(names, curves, strict=True))
+    picture = files[0].parent / "plot.png"
+    try:
+        draw(runs, picture)
+    except ModuleNotFoundError:
+        lines = [*text_charts(runs), "matplotlib is not installed: pip install 'lowmem[plot]' makes a picture of it"]
+        return "\n".join(lines)
+    except OSError as error:
+        raise UsageError(f"{picture} cannot be written: {error.strerror}") from error
+    return f"{picture} shows {', '.join(runs)}"
+
+
+def read_curves(file: Path) -> Curves:
+    """The curves of one metrics.jsonl. A last line without an end is one that a run is writing, and is left out."""
+    try:
+        *lines, _ = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UsageError(
+            f"{file} cannot be read: {error.strerror}; name the output_dir of a run that has begun"
+        ) from error
+    curves: Curves = {title: [] for title in _SERIES}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            for title, name in _SERIES.items():
+                if record.get(name) is not None:
+                    curves[title].append((record["step"], record[name] / _UNITS.get(name, 1)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"{file}, line {number} is no record of a run ({error}): take the line out, or resume the run"
+            ) from error
+    if any(value for _, value in curves["peak GPU memory, MiB"]):
+        del curves["peak host memory, MiB"]  # not what limits such a run
+    else:
+        del curves["peak GPU memory, MiB"]
+    curves = {title: points for title, points in curves.items() if points}
+    if "loss" not in curves:
+        raise UsageError(f"{file} holds no training step yet: wait for --logging_steps of them")
+    return curves
+
+
+def draw(runs: Mapping[str, Curves], picture: Path) -> None:
+    """A PNG with a panel for each quantity and a line for each run. Raises ModuleNotFoundError without matplotlib."""
+    from matplotlib.figure import Figure  # not pyplot: it would look for a screen
+
+    titles = _titles(runs)
+    columns = min(3, len(titles))
+    figure = Figure(figsize=(4.5 * columns, 3.2 * -(-len(titles) // columns)), dpi=120, layout="constrained")
+    panels = figure.subplots(-(-len(titles) // columns), columns, squeeze=False).flatten()
+    for panel in panels[len(titles) :]:
+        panel.remove()
+    for title, panel in zip(titles, panels, strict=False):
+        for index, (name, curves) in enumerate(runs.items()):
+            if points := curves.get(title):
+                marker = "." if len(points) < 30 else None
+                panel.plot(*zip(*points, strict=True), label=name, color=f"C{index % 10}", marker=marker)
+        panel.set_title(title, fontsize=11)
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+        if title.startswith("peak"):
+            panel.set_ylim(bottom=0)
+    if len(runs) > 1:
+        panels[0].legend(fontsize=9)  # every run has a loss
+    unfinished = picture.with_name(f".{picture.name}.{os.getpid()}")
+    try:
+        figure.savefig(unfinished, format="png")
+        os.replace(unfinished, picture)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def text_charts(runs: Mapping[str, Curves]) -> Iterator[str]:
+    """The lines of a small chart for each quantity and run, in one scale for all runs of a quantity."""
+    for title in _titles(runs):
+        shown = {name: curves[title] for name, curves in runs.items() if title in curves}
+        together = [point for points in shown.values() for point in points]
+        steps, values = zip(*together, strict=True)
+        for name, points in shown.items():
+            of_run = f", {name}" if len(runs) > 1 else ""
+            (first, then), (last, now) = points[0], points[-1]
+            yield f"{title}{of_run}: {then:,.4g} at step {first}, {now:,.4g} at {last}"[:_WIDTH]
+            bars = _bars(_columns(points, min(steps), max(steps)), min(values), max(values))
+            labels = [f"{max(values):,.4g}", *[""] * (_ROWS - 2), f"{min(values):,.4g}"]
+            yield from (f"{label:>{_LABELS - 1}} {bar}".rstrip() for label, bar in zip(labels, bars, strict=True))
+        yield ""
+
+
+def _titles(runs: Mapping[str, Curves]) -> list[str]:
+    return [title for title in _SERIES if any(title in curves for curves in runs.values())]
+
+
+def _columns(points: Points, first: int, last: int) -> list[float | None]:
+    """A value for each column between two steps: the mean of those in it, else the one before, None before all."""
+    count = _WIDTH - _LABELS
+    inside: list[list[float]] = [[] for _ in range(count)]
+    for step, value in points:
+        inside[(step - first) * (count - 1) // max(1, last - first)].append(value)
+    columns: list[float | None] = []
+    for values in inside:
+        columns.append(sum(values) / len(values) if values else columns[-1] if columns else None)
+    return columns
+
+
+def _bars(columns: Sequence[float | None], low: float, high: float) -> list[str]:
+    """Lines of block characters, the top one first; the lowest value has one eighth of a line."""
+    most = 8 * _ROWS
+    heights = [0 if x is None else 1 + round((x - low) / ((high - low) or 1) * (most - 1)) for x in columns]
+    return ["".join(_BLOCKS[min(8, max(0, height - 8 * row))] for height in heights) for row in reversed(range(_ROWS))]

@@ -1,0 +1,135 @@
+"""`plot` draws what metrics.jsonl holds, as a picture or in the terminal, or tells why it cannot."""
+
+import json
+import struct
+import sys
+import zlib
+
+import pytest
+
+from lowmem.cli import main
+from lowmem.plot import read_curves, text_charts
+from tests import runs
+from tests.processes import run, train
+
+WITHOUT_MATPLOTLIB = """
+import sys
+sys.modules["matplotlib"] = None  # as if it were not installed
+from lowmem.cli import main
+code = main(["plot", *sys.argv[1:]])
+assert "torch" not in sys.modules
+sys.exit(code)
+"""
+
+
+def record(step, **values):
+    common = {"learning_rate": 1e-3, "grad_norm": 2.0, "tokens_per_second": 1000.0}
+    return {"step": step, **common, "peak_device_bytes": 0, "peak_host_bytes": 3 * 2**20, **values}
+
+
+def write(folder, records):
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+@pytest.fixture
+def falling(tmp_path):
+    """Its loss falls from 7 to 0 in eight steps, one of them not finite."""
+    records = [record(step, loss=None if step == 4 else float(8 - step)) for step in range(1, 9)]
+    return write(tmp_path / "falling", [*records, {"step": 8, "eval_loss": 0.5}, {"event": "end", "steps": 8}])
+
+
+def test_a_known_curve_in_the_terminal(falling):
+    curves = read_curves(falling / "metrics.jsonl")
+    assert curves["loss"] == [(1, 7.0), (2, 6.0), (3, 5.0), (5, 3.0), (6, 2.0), (7, 1.0), (8, 0.0)]
+    assert curves["evaluation loss"] == [(8, 0.5)] and curves["peak host memory, MiB"][0] == (1, 3.0)
+    lines = list(text_charts({"falling": curves}))
+    assert lines[0] == "loss: 7 at step 1, 0 at 8"
+    assert max(map(len, lines)) <= 80 and len(lines) == 6 * 6  # quantities x lines
+    # eight equal steps over 70 columns; step 4 has no value, so step 3's goes on; a loss of x is 1 + 31 x / 7 eighths
+    steps = [lines[row][10:] for row in range(1, 5)]
+    assert lines[1].startswith("        7 ") and lines[4].startswith("        0 ")
+    assert [[line.ljust(70)[column] for line in steps] for column in (0, 9, 19, 29, 40, 50, 60, 69)] == [
+        list("████"),
+        list("▄███"),
+        list(" ▇██"),
+        list(" ▇██"),
+        list("  ▆█"),
+        list("  ▂█"),
+        list("   ▅"),
+        list("   ▁"),
+    ]
+
+
+def test_without_matplotlib_several_runs_are_shown_in_one_scale(falling, tmp_path):
+    other = write(tmp_path / "other", [record(1, loss=14.0), record(16, loss=7.0)])
+    result = run(sys.executable, "-c", WITHOUT_MATPLOTLIB, falling, other)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "loss, falling: 7 at step 1, 0 at 8" and lines[5] == "loss, other: 14 at step 1, 7 at 16"
+    assert lines[1].split() == ["14"] and lines[6].startswith("       14 ████")
+    assert lines[-1] == "matplotlib is not installed: pip install 'lowmem[plot]' makes a picture of it"
+    assert not (falling / "plot.png").exists()
+
+
+def pixels(png):
+    """Width and height of a picture that is whole: each part's checksum, and as many bytes as they say."""
+    data = png.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    place, image = 8, b""
+    while place < len(data):
+        (size,), kind = struct.unpack(">I", data[place : place + 4]), data[place + 4 : place + 8]
+        body, checksum = data[place + 8 : place + 8 + size], data[place + 8 + size : place + 12 + size]
+        assert zlib.crc32(kind + body) == int.from_bytes(checksum, "big")
+        if kind == b"IHDR":
+            width, height, depth, colour = struct.unpack(">IIBB", body[:10])
+        image += body if kind == b"IDAT" else b""
+        place += 12 + size
+    assert kind == b"IEND" and (depth, colour) == (8, 6)
+    assert len(zlib.decompress(image)) == height * (1 + 4 * width)
+    return width, height
+
+
+def test_a_picture_of_several_runs(falling, tmp_path, capsys):
+    other = write(tmp_path / "other", [record(step, loss=3.0) for step in range(1, 100)])
+    assert main(["plot", str(falling)]) == 0
+    alone = (falling / "plot.png").read_bytes()
+    assert main(["plot", str(falling), str(other / "metrics.jsonl")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told == [f"{falling / 'plot.png'} shows falling", f"{falling / 'plot.png'} shows falling, other"]
+    assert pixels(falling / "plot.png") == (1620, 768)
+    assert (falling / "plot.png").read_bytes() != alone and not list(falling.glob(".plot*"))
+
+
+def test_what_a_run_has_logged_is_drawn(tmp_path):
+    runs.write_files(tmp_path, num_rows=12)
+    result = train("train", *runs.flags(tmp_path, "out", max_steps=2))
+    assert result.returncode == 0, result.stderr
+    titles = ["loss", "learning rate", "gradient norm", "target tokens/s", "peak host memory, MiB"]
+    curves = read_curves(tmp_path / "out" / "metrics.jsonl")
+    assert list(curves) == titles and all([step for step, _ in points] == [1, 2] for points in curves.values())
+
+
+def test_what_cannot_be_drawn_is_told(falling, tmp_path, capsys):
+    def told_of(*words):
+        assert main(["plot", *map(str, words)]) == 2
+        return capsys.readouterr().err
+
+    assert "`plot` needs OUT" in told_of()
+    assert "--dpi: `plot` has no such flag" in told_of(falling, "--dpi=3")
+    missing = tmp_path / "none" / "metrics.jsonl"
+    assert f"{missing} cannot be read: No such file or directory; name the output_dir" in told_of(falling, missing)
+    empty = write(tmp_path / "empty", [{"step": 0, "eval_loss": 2.0}])
+    assert "empty/metrics.jsonl holds no training step yet" in told_of(empty)
+    path = falling / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"step": 9, "lo')  # a run is writing it
+    assert main(["plot", str(falling)]) == 0
+    for damage in (b'{"step": 9, "lo\n', b"[1]\n", b'{"loss": 1.0}\n', b'{"step": 9, "loss": "a"}\n', b"\xff\n"):
+        path.write_bytes(whole + damage)
+        assert f"{path}, line 11 is no record of a run (" in told_of(falling)
+    path.write_bytes(whole)
+    (falling / "plot.png").unlink()
+    (falling / "plot.png").mkdir()
+    assert "plot.png cannot be written: Is a directory" in told_of(falling)
