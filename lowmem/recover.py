@@ -59,7 +59,7 @@ def fitting_step(
             raise OutOfMemory(f"{too_large}. There is no stream (TrainState.stream) to cut its rows anew", rank)
         batch_size = stream.batch_size
         if not stream.halve():
-            raise OutOfMemory(f"{too_large}. Micro-batches of {batch_size} rows cannot be made smaller", rank)
+            raise OutOfMemory(f"{too_large}. At batch_size={batch_size} micro-batches cannot be made smaller", rank)
         give_back()
         has_dropout = _has_dropout(unwrapped(state.model))
         tell(Halving(state.step + 1, rank, batch_size, stream.batch_size, stream.micro_batches, has_dropout))

@@ -21,7 +21,7 @@ from lowmem.data.order import Groups, rows_at
 from lowmem.data.rows import open_rows
 from lowmem.data.stream import open_stream
 from lowmem.flags import resolve
-from lowmem.memory.full import is_out_of_memory
+from lowmem.memory.full import give_back, is_out_of_memory
 from lowmem.memory.loss import chunked_loss
 from lowmem.memory.optim import make_optimizer
 from lowmem.memory.savers import release
@@ -38,8 +38,8 @@ from tests.models import LLAMA, build, qa_rows
 STEPS, FULL_AT = 10, 7
 
 
-def stream_of(family, **options):
-    encode = (encode_seq2seq if family == "t5" else encode_causal)(ByT5Tokenizer(), max_seq_len=64)
+def stream_of(family, *, max_seq_len=64, **options):
+    encode = (encode_seq2seq if family == "t5" else encode_causal)(ByT5Tokenizer(), max_seq_len=max_seq_len)
     settings = {"batch_size": 4, "gradient_accumulation_steps": 3, "seed": 2} | options
     return open_stream(qa_rows(50), encode, **settings)
 
@@ -68,19 +68,31 @@ class RunsOut:
         at = (current_step(), len(batch.row_ids))
         if at != self._at:
             if self._at == (self._place[0], self._place[2]) and at[0] == self._at[0]:
-                self.left = sum(graph() is not None for graph in self._graphs)
+                self.left = self.alive()
             self._at, self._number, self._graphs = at, 0, []
         self._number += 1
         return chunked_loss(model, batch)
 
-    def _hook_output(self, module, inputs, output):
-        def run_out(gradient):
-            step, rows = self._at or (None, None)
-            if self._is_here and (step, self._number, rows) == self._place:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a lot to tell")
+    def alive(self):
+        return sum(graph() is not None for graph in self._graphs)
 
-        self._graphs.append(weakref.ref(run_out))  # which lives as long as the graph that it hooks
-        output.register_hook(run_out)
+    def _hook_output(self, module, inputs, output):
+        hook = Hook(self._is_full)  # which lives as long as the graph that it hooks
+        self._graphs.append(weakref.ref(hook))
+        output.register_hook(hook)
+
+    def _is_full(self):
+        step, rows = self._at or (None, None)
+        return self._is_here and (step, self._number, rows) == self._place
+
+
+class Hook:
+    def __init__(self, is_full):
+        self._is_full = is_full
+
+    def __call__(self, gradient):
+        if self._is_full():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a lot to tell")
 
 
 def losses(state, accelerator, loss_fn, *, until=STEPS, tell=pytest.fail):
@@ -184,7 +196,7 @@ def run_out_with_one_row():
     weights = sum(parameter.nbytes for parameter in state.model.parameters()) / 2**20
     assert f"It holds weights {weights:.1f} MiB, optimizer state {5 * weights:.1f} MiB, gradients" in message
     assert "--recompute=full, --loss=chunked" in message and "--memory=lean" in message
-    assert message.endswith("Micro-batches of 1 rows cannot be made smaller")
+    assert message.endswith(". At batch_size=1 micro-batches cannot be made smaller")
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
     assert (state.step, state.stream.position) == (0, 0)
     accelerator.end_training()
@@ -224,6 +236,17 @@ def run_out_in_the_update():
     assert not isinstance(raised.value, StepTooLarge)
 
 
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_an_error_that_is_kept_keeps_no_activations(family):
+    accelerator = Accelerator(cpu=True)
+    state = state_of(family, accelerator)
+    loss_fn = RunsOut(state.model, step=1)
+    with pytest.raises(StepTooLarge) as raised:
+        train_step(state, next(state.stream), loss_fn, accelerator, learning_rate=0.1)
+    give_back()
+    assert loss_fn.alive() == 0 and raised.value.rank == 0
+
+
 def test_released_gradients_are_not_taken_back():
     accelerator = Accelerator(cpu=True)
     state = state_of("t5", accelerator, gradient_accumulation_steps=1)
@@ -259,7 +282,7 @@ def test_what_the_allocator_raises_is_told_from_other_errors():
 @pytest.mark.parametrize(("family", "packed_seq_len"), [("t5", None), ("llama", None), ("llama", 64)])
 def test_a_halved_stream_gives_the_same_rows_in_twice_as_many_pieces(family, packed_seq_len):
     options = {"batch_size": 5, "global_batch_size": 20, "gradient_accumulation_steps": 1, "world_size": 2, "rank": 1}
-    stream = stream_of(family, packed_seq_len=packed_seq_len, **options)
+    stream = stream_of(family, packed_seq_len=packed_seq_len, max_seq_len=24, **options)
     first = next(stream)
     stream.advance()
     whole = next(stream)
@@ -270,7 +293,15 @@ def test_a_halved_stream_gives_the_same_rows_in_twice_as_many_pieces(family, pac
         sizes.append([len(batch.row_ids) for batch in again])
         assert sorted(row_id for batch in again for row_id in batch.row_ids) == rows[1] != rows[0]
         assert sum(batch.num_targets for batch in again) == sum(batch.num_targets for batch in whole)
-        assert stream.counts == counts and stream.state_dict() == {**stream.state_dict(), "position": 20}
+        assert stream.counts == counts and counts["cut_rows"] > 0
+        assert stream.state_dict() == {**stream.state_dict(), "position": 20}
     assert [len(step) for step in sizes] == [4, 5, 10] and sizes[-1] == [1] * 10
     assert packed_seq_len or sizes[0] == [2, 3, 2, 3]
     assert stream.batch_size == 1 and stream.micro_batches == 10
+
+
+def test_a_stream_is_not_halved_where_a_process_would_have_an_empty_piece():
+    uneven = stream_of("t5", batch_size=2, gradient_accumulation_steps=1, global_batch_size=3, world_size=2)
+    before = next(uneven)
+    assert not uneven.halve() and (uneven.batch_size, uneven.micro_batches) == (2, 1)
+    assert next(uneven)[0].row_ids != before[0].row_ids  # it goes on
