@@ -131,15 +131,16 @@ def _titles(runs: Mapping[str, Curves]) -> list[str]:
 
 
 def _columns(points: Points, first: int, last: int) -> list[float | None]:
-    """A value for each column between two steps: the mean of those in it, else the one before, None before all."""
+    """A value for each column between two steps: the mean of those in it, else the one before; None outside of all."""
     count = _WIDTH - _LABELS
     inside: list[list[float]] = [[] for _ in range(count)]
     for step, value in points:
-        inside[(step - first) * (count - 1) // max(1, last - first)].append(value)
+        place = (step - first) * (count - 1) // max(1, last - first)
+        inside[place].append(value)
     columns: list[float | None] = []
-    for values in inside:
+    for values in inside[: place + 1]:
         columns.append(sum(values) / len(values) if values else columns[-1] if columns else None)
-    return columns
+    return columns + [None] * (count - len(columns))
 
 
 def _bars(columns: Sequence[float | None], low: float, high: float) -> list[str]:

@@ -35,21 +35,21 @@ def write(folder, records):
 
 @pytest.fixture
 def falling(tmp_path):
-    """Its loss falls from 7 to 0 in eight steps, one of them not finite."""
-    records = [record(step, loss=None if step == 4 else float(8 - step)) for step in range(1, 9)]
+    """Its loss falls from 17 to 10 in eight steps, one of them not finite."""
+    records = [record(step, loss=None if step == 4 else float(18 - step)) for step in range(1, 9)]
     return write(tmp_path / "falling", [*records, {"step": 8, "eval_loss": 0.5}, {"event": "end", "steps": 8}])
 
 
 def test_a_known_curve_in_the_terminal(falling):
     curves = read_curves(falling / "metrics.jsonl")
-    assert curves["loss"] == [(1, 7.0), (2, 6.0), (3, 5.0), (5, 3.0), (6, 2.0), (7, 1.0), (8, 0.0)]
+    assert curves["loss"] == [(1, 17.0), (2, 16.0), (3, 15.0), (5, 13.0), (6, 12.0), (7, 11.0), (8, 10.0)]
     assert curves["evaluation loss"] == [(8, 0.5)] and curves["peak host memory, MiB"][0] == (1, 3.0)
     lines = list(text_charts({"falling": curves}))
-    assert lines[0] == "loss: 7 at step 1, 0 at 8"
+    assert lines[0] == "loss: 17 at step 1, 10 at 8"
     assert max(map(len, lines)) <= 80 and len(lines) == 6 * 6  # quantities x lines
-    # eight equal steps over 70 columns; step 4 has no value, so step 3's goes on; a loss of x is 1 + 31 x / 7 eighths
+    # eight equal steps over 70 columns; step 4 has no value, so step 3's goes on; a loss of 10 + x is 1 + 31 x / 7 eighths
     steps = [lines[row][10:] for row in range(1, 5)]
-    assert lines[1].startswith("        7 ") and lines[4].startswith("        0 ")
+    assert lines[1].startswith("       17 ") and lines[4].startswith("       10 ")
     assert [[line.ljust(70)[column] for line in steps] for column in (0, 9, 19, 29, 40, 50, 60, 69)] == [
         list("████"),
         list("▄███"),
@@ -63,12 +63,13 @@ def test_a_known_curve_in_the_terminal(falling):
 
 
 def test_without_matplotlib_several_runs_are_shown_in_one_scale(falling, tmp_path):
-    other = write(tmp_path / "other", [record(1, loss=14.0), record(16, loss=7.0)])
+    other = write(tmp_path / "other", [record(1, loss=24.0), record(16, loss=17.0)])
     result = run(sys.executable, "-c", WITHOUT_MATPLOTLIB, falling, other)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0] == "loss, falling: 7 at step 1, 0 at 8" and lines[5] == "loss, other: 14 at step 1, 7 at 16"
-    assert lines[1].split() == ["14"] and lines[6].startswith("       14 ████")
+    assert lines[0] == "loss, falling: 17 at step 1, 10 at 8" and lines[5] == "loss, other: 24 at step 1, 17 at 16"
+    assert lines[1].split() == ["24"] and lines[6].startswith("       24 ████")
+    assert len(lines[4]) == 10 + 1 + 7 * 69 // 15 and len(lines[9]) == 80  # steps 8 and 16
     assert lines[-1] == "matplotlib is not installed: pip install 'lowmem[plot]' makes a picture of it"
     assert not (falling / "plot.png").exists()
 
