@@ -47,7 +47,7 @@ def test_a_known_curve_in_the_terminal(falling):
     lines = list(text_charts({"falling": curves}))
     assert lines[0] == "loss: 17 at step 1, 10 at 8"
     assert max(map(len, lines)) <= 80 and len(lines) == 6 * 6  # quantities x lines
-    # eight equal steps over 70 columns; step 4 has no value, so step 3's goes on; a loss of 10 + x is 1 + 31 x / 7 eighths
+    # eight steps over 70 columns; step 4 has no value, so step 3's goes on; a loss of 10 + x is 1 + 31 x / 7 eighths
     steps = [lines[row][10:] for row in range(1, 5)]
     assert lines[1].startswith("       17 ") and lines[4].startswith("       10 ")
     assert [[line.ljust(70)[column] for line in steps] for column in (0, 9, 19, 29, 40, 50, 60, 69)] == [

@@ -211,7 +211,7 @@ def test_a_sharded_model_that_runs_out_ends_both_ranks_with_what_filled_memory(c
 
 
 def run_out_sharded():
-    accelerator = join(heartbeat_timeout=3)
+    accelerator = join(heartbeat_timeout=10)
     state = state_of("llama", accelerator, sharding_strategy="FULL_SHARD")
     loss_fn = RunsOut(state.model, step=1, is_here=accelerator.process_index == 1)
     losses(state, accelerator, loss_fn)
