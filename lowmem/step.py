@@ -134,7 +134,8 @@ def train_step(
     try:
         with doing("computing gradients"), failing(state.model), too_large:
             with optimizer.summing(len(batches), *key) if in_tier else nullcontext():
-                losses = _add_gradients(state, batches if num_tokens else (), loss_fn, accelerator, num_tokens)
+                pieces = batches if num_tokens else ()
+                losses = _add_gradients(state, pieces, loss_fn, accelerator, num_tokens, place.rank)
             gradients = _gradients(state.model, released)
     except OutOfMemory:
         optimizer.zero_grad()
@@ -166,11 +167,15 @@ def train_step(
 
 
 def _add_gradients(
-    state: TrainState, batches: Sequence[Batch], loss_fn: LossFunction, accelerator: Accelerator, num_tokens: int
+    state: TrainState,
+    batches: Sequence[Batch],
+    loss_fn: LossFunction,
+    accelerator: Accelerator,
+    num_tokens: int,
+    rank: int,
 ) -> list[Tensor]:
     """Each micro-batch's part of the mean loss, whose gradients are added up where the parameters have them."""
     losses: list[Tensor] = []
-    rank = data_place(state.model).rank
     for index, batch in enumerate(batches):
         # on all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
         torch.manual_seed(seed_of(state.seed, state.step, rank, index))
