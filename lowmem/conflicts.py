@@ -133,7 +133,7 @@ def _sharding_conflicts(config: TrainConfig) -> list[str]:
         problems.append("--cpu_offload keeps sharded weights in host memory: set --sharding_strategy=FULL_SHARD too")
     if config.shard_size is not None and strategy != "HYBRID_SHARD":
         problems.append(
-            f"--shard_size is of --sharding_strategy=HYBRID_SHARD, this is {strategy}: set one or the other"
+            f"--shard_size does nothing with --sharding_strategy={strategy}: set HYBRID_SHARD, or leave --shard_size"
         )
     if strategy != "NO_SHARD":
         if config.optimizer == "adafactor":
@@ -143,7 +143,9 @@ def _sharding_conflicts(config: TrainConfig) -> list[str]:
         if config.release:
             problems.append("--release has no gradient left to sum over processes: leave --sharding_strategy")
     if None not in (config.shard_size, config.num_processes) and config.num_processes % config.shard_size:
-        problems.append(f"--num_processes={config.num_processes} is no multiple of --shard_size={config.shard_size}")
+        problems.append(
+            f"--num_processes={config.num_processes} is no multiple of --shard_size={config.shard_size}: start one"
+        )
     if config.tp_size > 1:
         if config.release:
             problems.append("--release has no gradient left to sum over processes: leave --tp_size")
@@ -157,8 +159,11 @@ def _sharding_conflicts(config: TrainConfig) -> list[str]:
             problems.append("--compile does not know divided layers: leave --tp_size or --compile")
         if config.model_config in MODEL_SHAPES:
             problems.append(
-                f"--tp_size={config.tp_size} divides causal models, --model_config={config.model_config} is a T5"
+                f"--tp_size={config.tp_size} divides causal models, --model_config={config.model_config} is a T5: take "
+                "another model, or --sharding_strategy=FULL_SHARD"
             )
         if config.num_processes is not None and config.num_processes % config.tp_size:
-            problems.append(f"--num_processes={config.num_processes} is no multiple of --tp_size={config.tp_size}")
+            problems.append(
+                f"--num_processes={config.num_processes} is no multiple of --tp_size={config.tp_size}: start one"
+            )
     return problems

@@ -185,8 +185,8 @@ def train(
         resumed=checkpoint is not None,
         trackers=bool(trackers),
     )
-    processes = f"{place.size} processes" if config.tp_size == 1 else f"{place.size} models"
-    division = f", {config.sharding_strategy}" if config.tp_size == 1 else f", {config.tp_size} to a model"
+    processes = f"{place.size} process{'es' * (place.size > 1)}"
+    division = f", {config.sharding_strategy}" if config.tp_size == 1 else f", {config.tp_size} with the same rows"
     report.tell(
         f"{weights} ({model.dtype}, memory={config.memory or 'off'}) on {world_size} x "
         f"{accelerator.device.type}{division if is_divided else ''}, {stream.num_rows:,} rows",

@@ -200,7 +200,7 @@ CONFIGS = {
     "fsdp2": (2, "on 2 x cpu, FULL_SHARD, 40 rows"),
     "fsdp2_offload": (2, "on 2 x cpu, FULL_SHARD, 40 rows"),
     "hsdp": (None, "on 4 x cpu, HYBRID_SHARD, 40 rows"),
-    "tensor_parallel": (None, "on 2 x cpu, 2 to a model, 40 rows"),
+    "tensor_parallel": (None, "on 2 x cpu, 2 with the same rows, 40 rows"),
 }
 
 

@@ -34,6 +34,7 @@ from lowmem.train import train
 from tests import runs
 from tests.forked import fork_ranks
 from tests.models import LLAMA, build, qa_rows
+from tests.processes import started_ranks
 
 STEPS, FULL_AT = 10, 7
 
@@ -202,12 +203,13 @@ def run_out_with_one_row():
     accelerator.end_training()
 
 
-def test_a_sharded_model_that_runs_out_ends_both_ranks_with_what_filled_memory(capfd):
-    assert fork_ranks(2, run_out_sharded) == [1, 1]
-    output = capfd.readouterr().err
+def test_a_sharded_model_that_runs_out_ends_both_ranks_with_what_filled_memory():
+    with started_ranks(2, "tests.test_recover:run_out_sharded") as ranks:
+        outputs = [process.communicate(timeout=120)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 1]
     told = "rank 1 ran out of memory at step 1, computing gradients (tried to allocate 2.00 GiB). It holds weights "
-    assert f"config.OutOfMemory: {told}" in output, output
-    assert f"rank 1 failed with OutOfMemory: {told}" in output, output
+    assert f"config.OutOfMemory: {told}" in outputs[1], outputs[1]
+    assert f"rank 1 failed with OutOfMemory: {told}" in outputs[0], outputs[0]
 
 
 def run_out_sharded():

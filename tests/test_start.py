@@ -177,9 +177,7 @@ def test_other_rows_on_a_rank_are_told_on_all(work, tmp_path):
     codes, told = start(tmp_path, work, train_file=tmp_path / "rows.jsonl")
     assert codes == [2, 2]
     for each in told:
-        difference = (
-            r"rank 1 on \S+ has training rows 40 rows, fingerprint (\w+) \(rank 0: 40 rows, fingerprint (\w+)\)"
-        )
+        difference = r"rank 1 on \S+ has training rows 40, fingerprint (\w+) \(rank 0: 40, fingerprint (\w+)\)"
         mine, theirs = re.search(difference, each).groups()
         assert mine != theirs
     assert not list((tmp_path / "out").glob(".seen-*"))

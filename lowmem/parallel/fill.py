@@ -45,6 +45,11 @@ def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator
         _spread(model, whole)
     else:
         with failing_together():
+            if not model.name_or_path:
+                raise UsageError(
+                    "the model has no data on any rank, and was built, not loaded: leave on_meta on rank 0, from which "
+                    "the others then get it"
+                )
             stored = _read_own_parts(model, Path(model.name_or_path))
             if empty := sorted(name for name, built in buffers.items() if built.is_meta and name not in stored):
                 raise UsageError(

@@ -120,8 +120,8 @@ def _open_store(place: Place, deadline: float, limit_seconds: float) -> dist.Sto
 
     where = f"{place.address}:{place.port} (MASTER_ADDR, MASTER_PORT)"
     silent = (
-        f"{place} reached something at {where} that is not this run's store: set MASTER_PORT to one that is free on "
-        "the host of rank 0, the same for all"
+        f"{place} reached something at {where} that is not this run's store: set MASTER_ADDR to the host of rank 0 "
+        "and MASTER_PORT to one that is free there, the same for all"
     )
     with _ending_after(limit_seconds + 1.0, silent):  # torch waits for a first answer for ever
         try:
@@ -177,7 +177,7 @@ def _meet(store: dist.Store, place: Place, deadline: float, limit_seconds: float
             answers = _answers(store, others, asked)
             if all(answers):
                 store.set("lowmem/met", " ".join([asked, *answers]))
-                store.delete_key("lowmem/asked")
+                store.set("lowmem/asked", "")  # not deleted: who has just seen it there would wait for it in reading
                 return mine
         elif asked and asked != answered:
             store.set(f"lowmem/{place.rank}", f"{asked} {mine}")

@@ -96,7 +96,7 @@ def _appears(path: Path) -> bool:
 def rows_digest(rows: Sized) -> str:
     """How many they are, and a hash of the fingerprints of their files, if they come from files."""
     fingerprints = [fingerprint for _, fingerprint in getattr(rows, "fingerprints", list)()]
-    return f"{len(rows):,} rows, fingerprint {_digest(fingerprints)}"
+    return f"{len(rows):,}, fingerprint {_digest(fingerprints)}"
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
