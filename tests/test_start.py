@@ -228,7 +228,7 @@ def test_evaluate_too_compares_the_rows_of_its_ranks(work, tmp_path):
     ]
     assert fork_ranks(2, train_as_told, tmp_path, commands, "evaluate") == [2, 2]
     for rank in (0, 1):
-        assert re.search(r"has test rows 39 rows, .*\(rank 0: 40 rows, ", told_by(tmp_path, rank)[0])
+        assert re.search(r"has test rows 39, .*\(rank 0: 40, ", told_by(tmp_path, rank)[0])
 
 
 def ranks_on_hosts(stack, commands):
