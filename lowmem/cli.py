@@ -21,7 +21,7 @@ from lowmem.config import PRESETS, TrainConfig, UsageError, parse_bytes
 from lowmem.data.bundled import BundledRows
 from lowmem.data.rows import open_rows, split_rows
 from lowmem.exit_file import final_exit
-from lowmem.flags import resolve
+from lowmem.flags import named_fields, resolve
 from lowmem.parallel.elastic import die_with_launcher, is_restarted, start_processes
 from lowmem.parallel.launch import check_launch, processes_to_start
 from lowmem.parallel.launched import launched_processes, launched_settings
@@ -36,6 +36,7 @@ _EVALUATE_FLAGS = frozenset(
     "max_seq_len batch_size loss mixed_precision num_processes max_predict_samples generation_max_new_tokens".split()
 )
 _EXPORT_DTYPES = ("float32", "bfloat16", "float16", "None")
+_PLANNED = "LOWMEM_PLANNED"
 _FROM_MODEL_FOLDER = ("prompt_column", "response_column", "text_column", "messages_column", "max_seq_len", "loss")
 
 
@@ -45,6 +46,8 @@ class Job:
 
     command: str
     config: TrainConfig
+    fixed: frozenset[str] = frozenset()
+    """Fields that flags set one by one, which a plan leaves as they are."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,15 @@ class FileJob:
 
 @SetParseFn(str)  # every value stays the text that was typed; resolve knows the types
 def _train(**flags: str) -> Job:
-    return Job("train", _resolve(flags))
+    return Job("train", _resolve(flags), named_fields(flags))
+
+
+@SetParseFn(str)
+def _plan(**flags: str) -> Job:
+    config = _resolve(flags)
+    if config.deepspeed:
+        raise UsageError("DeepSpeed lays out memory by itself: `plan` predicts what runs without it")
+    return Job("plan", config, named_fields(flags))
 
 
 @SetParseFn(str)
@@ -114,6 +125,7 @@ def _file_job(command: str, unknown: Mapping[str, str], **arguments: str | Seque
 
 _COMMANDS = {
     "train": _train,
+    "plan": _plan,
     "evaluate": _evaluate,
     "test": _evaluate,
     "verify": _verify,
@@ -188,6 +200,11 @@ def _run_on_files(job: FileJob) -> int:
 
 def _run(job: Job, arguments: Sequence[str]) -> int:
     """Look at files and folders while nothing is loaded, then train or evaluate, in as many processes as asked for."""
+    if job.command == "plan":
+        from lowmem.plan_command import plan
+
+        plan(job.config, job.fixed)
+        return 0
     config, output = job.config, Path(job.config.output_dir)
     signals = Signals(at_once=end_at_once if job.command == "train" else end_as_signalled)
     signals.catch()  # for good: the echo of a signal may come when all is done
@@ -213,6 +230,12 @@ def _run(job: Job, arguments: Sequence[str]) -> int:
     # Before torch allocates on a GPU: memory that batches of changing lengths leave in pieces can be joined again.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if job.command == "train" and (config.device_memory or config.host_memory) and _PLANNED not in os.environ:
+        from lowmem.plan_command import fitted
+
+        fitting = fitted(config, job.fixed)
+        arguments = [*arguments, *(f"--{name}={value}" for name, value in _changes(config, fitting).items())]
+        os.environ[_PLANNED], config = "1", fitting  # the processes that this one starts find it done
     processes = processes_to_start(config.num_processes)
     # DeepSpeed wants a process group even of one
     if processes > 1 or (config.deepspeed and launched_processes() is None):
@@ -241,6 +264,10 @@ def _run(job: Job, arguments: Sequence[str]) -> int:
     return supervise(load_and_train, output, signals)
 
 
+def _changes(before: TrainConfig, after: TrainConfig) -> dict[str, object]:
+    return {name: value for name, value in vars(after).items() if value != getattr(before, name)}
+
+
 def _hide_bars() -> None:
     """Those of transformers, for loading and writing weights, would stand between our lines. Imports torch."""
     from transformers.utils.logging import disable_progress_bar
@@ -251,10 +278,12 @@ def _hide_bars() -> None:
 def _help() -> str:
     """All commands, presets and fields, from the comments and explanations in config.py."""
     lines = [
-        "usage: train_low_mem.py train|evaluate|test|verify|export|plot [--flag=value ...]",
+        "usage: train_low_mem.py train|plan|evaluate|test|verify|export|plot [--flag=value ...]",
         "  train                                      a tiny T5 learns bundled rows: no file, no network",
         "  train --train_file=rows.parquet --model_name_or_path=FOLDER --output_dir=out",
         "  train --use_large_config=True --train_file=rows.parquet --resume=auto",
+        "  plan ...flags of train...                  predicts memory and disk, and runs nothing",
+        "      with --device_memory=20GB --host_memory=12GB it chooses the fastest settings that fit; so does `train`",
         "  evaluate --model_name_or_path=out/model --test_file=rows.parquet",
         "  verify PATH                                is a checkpoint, or each one of a run, as it was saved",
         "  export PATH OUT --dtype=bfloat16 --max_shard_size=5GB",

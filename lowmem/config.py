@@ -170,6 +170,11 @@ class TrainConfig:
     max_grad_norm=0; a gradient that is not finite ends the run."""
     compile: bool = False
     """Run each layer as kernels made by torch.compile: faster after minutes of compiling; rounds otherwise."""
+    device_memory: str | None = None
+    """What a process may take of its GPU, such as 20GB: the fastest settings that fit are chosen, and told. What a flag
+    sets stays; rows of an optimizer step, tier and optimizer stay in any case. If nothing fits no run begins."""
+    host_memory: str | None = None
+    """The same of the host, for all processes of a machine together."""
 
     # --- processes
     num_processes: int | None = None
@@ -282,9 +287,9 @@ CHANGEABLE_ON_RESUME = frozenset(
     "epochs max_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio train_file validation_file test_file "
     "packing on_bad_row max_bad_rows prefetch_steps accept_changed_data batch_size gradient_accumulation_steps "
     "global_batch_size nonfinite recompute offload_activations release compile loss num_processes sharding_strategy "
-    "shard_size cpu_offload tp_size heartbeat_timeout eval_on_start max_predict_samples generation_max_new_tokens "
-    "logging_steps eval_steps save_steps save_total_limit max_shard_size on_save_error output_dir resume "
-    "report_to".split()
+    "shard_size cpu_offload tp_size device_memory host_memory heartbeat_timeout eval_on_start max_predict_samples "
+    "generation_max_new_tokens logging_steps eval_steps save_steps save_total_limit max_shard_size on_save_error "
+    "output_dir resume report_to".split()
 )
 
 # Ranks may name these differently, on hosts with paths of their own; what is at the paths is compared instead.

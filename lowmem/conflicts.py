@@ -89,11 +89,15 @@ def conflicts(config: TrainConfig, presets: list[str]) -> list[str]:
     betas_used = config.optimizer in ("adamw", "adamw_bf16", "adam", "nadam", "radam", "adamax")
     if not betas_used and (config.adam_beta1, config.adam_beta2, config.adam_epsilon) != (0.9, 0.999, 1e-8):
         problems.append(f"--adam_beta1, --adam_beta2 and --adam_epsilon do nothing for --optimizer={config.optimizer}")
-    try:
-        if parse_bytes(config.max_shard_size) < 1:
-            problems.append("--max_shard_size=0 leaves no room for a tensor")
-    except UsageError as error:
-        problems.append(f"--max_shard_size: {error}")
+    for name in ("max_shard_size", "device_memory", "host_memory"):
+        size = getattr(config, name)
+        try:
+            if size is not None and parse_bytes(size) < 1:
+                problems.append(f"--{name}={size} leaves no room for a tensor")
+        except UsageError as error:
+            problems.append(f"--{name}: {error}")
+    if config.deepspeed and (config.device_memory or config.host_memory):
+        problems.append("--deepspeed lays out memory by itself: leave --device_memory and --host_memory")
     return problems
 
 

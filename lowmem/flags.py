@@ -82,6 +82,11 @@ def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None =
     return config
 
 
+def named_fields(flags: Mapping[str, object]) -> frozenset[str]:
+    """The fields that flags and their config file set one by one, not by a preset."""
+    return frozenset(FIELDS.keys() & {*flags, *_read_config_file(flags.get("config"), [])})
+
+
 def _read_config_file(path: object, problems: list[str]) -> dict[str, object]:
     if path is None:
         return {}

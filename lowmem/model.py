@@ -167,6 +167,22 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def config_of(model: str) -> PretrainedConfig:
+    """The config of a model's folder or hub name, of a config.json, or of a name of MODEL_SHAPES. Raises UsageError."""
+    if model in MODEL_SHAPES or Path(model).is_file():
+        return _config_from(model)
+    _check_place(model, "config.json")
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the model {model} cannot be loaded: {_first_line(error)}") from error
+
+
+def build_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
+    """A model with random weights in fp32, in training mode, with an attention that transformers knows by name."""
+    return _auto_class(config).from_config(config, dtype=torch.float32, attn_implementation=attention).train()
+
+
 def _config_from(model_config: PretrainedConfig | Mapping[str, object] | str | Path) -> PretrainedConfig:
     if isinstance(model_config, PretrainedConfig):
         return copy.deepcopy(model_config)

@@ -11,6 +11,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lowmem.memory.parts import COMMUNICATION
+
 CUDA_BLOCK_BYTES = 512  # what CUDA's caching allocator rounds up to
 
 
@@ -19,8 +21,9 @@ class MemoryMeter(TorchDispatchMode):
 
     A storage counts once, however many tensors view it, for as long as anything holds it (autograd too); views and
     in-place operations make none. What was there before is left out, unless `count` takes it in; so is a file mapped
-    into memory, which the system may drop. A storage that was resized has its new size from the next operation on it.
+    into memory, which the system may drop. A resized storage counts at its new size.
     Sizes are rounded up to `block_bytes`: 1 counts what was asked for, CUDA_BLOCK_BYTES what a GPU hands out.
+    Set `kind` to name what is made from then on: `peak_by_kind` tells what the peak consisted of.
 
     It sees operations, not kernels: what a kernel takes and frees inside itself is not counted, nor are fragmentation,
     libraries' workspaces and a device's context. Operations of other threads are not seen, except autograd's.
@@ -32,17 +35,50 @@ class MemoryMeter(TorchDispatchMode):
         """Bytes of the counted storages that are alive."""
         self.peak_bytes = 0
         """The largest `live_bytes` since the start or `reset_peak`."""
+        self.kind = ""
+        """What storages are made for from here on."""
+        self.peak_by_kind: dict[str, int] = {}
+        """The bytes of `peak_bytes`, by kind."""
         self._block_bytes = block_bytes
-        self._storages: dict[int, tuple[ref, int]] = {}  # by address, which no other has while it lives
+        self._live_by_kind: dict[str, int] = {}
+        self._storages: dict[int, tuple[ref, int, str]] = {}  # by address, which no other has while it lives
 
-    def count(self, tensors: Iterable[Tensor]) -> None:
-        """Count also the storages of `tensors`, which were made before: a model's parameters, an optimizer's state."""
+    def count(self, tensors: Iterable[Tensor], kind: str | None = None) -> None:
+        """Count also the storages of `tensors`, which were made before: a model's parameters, an optimizer's state.
+
+        From here on they are of `kind`; None leaves it to those that were counted already.
+        """
         for tensor in tensors:
-            self._update(tensor.untyped_storage())
+            self._update(tensor.untyped_storage(), kind)
+
+    def rename(self, kind: str, new_kind: str) -> None:
+        """What is alive and of one kind is of another from here on."""
+        for address, (reference, num_bytes, its_kind) in self._storages.items():
+            if its_kind == kind:
+                self._storages[address] = reference, num_bytes, new_kind
+        moved = self._live_by_kind.pop(kind, 0)
+        self._live_by_kind[new_kind] = self._live_by_kind.get(new_kind, 0) + moved
 
     def reset_peak(self) -> None:
         """From here on `peak_bytes` is the largest of what follows, beginning with what is alive."""
-        self.peak_bytes = self.live_bytes
+        self.peak_bytes, self.peak_by_kind = self.live_bytes, dict(self._live_by_kind)
+
+    def __enter__(self):
+        # fully_shard lets go of gathered weights by a resize, which is no operation
+        self._resize = resize = torch.UntypedStorage.resize_
+
+        def resize_and_count(storage: torch.UntypedStorage, num_bytes: int) -> torch.UntypedStorage:
+            resize(storage, num_bytes)
+            if storage._cdata in self._storages:
+                self._update(storage, COMMUNICATION)
+            return storage
+
+        torch.UntypedStorage.resize_ = resize_and_count
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.UntypedStorage.resize_ = self._resize
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -50,26 +86,38 @@ class MemoryMeter(TorchDispatchMode):
         given = () if func is torch.ops.aten.lift_fresh.default else _storages_of((args, kwargs))
         not_ours = {storage._cdata for storage in given if storage._cdata not in self._storages}
         result = func(*args, **kwargs)
-        for storage in (*given, *_storages_of(result)):
+        for storage in given:
             if storage._cdata not in not_ours:
                 self._update(storage)
+        made_for = COMMUNICATION if func.namespace in ("c10d", "fsdp") else None
+        for storage in _storages_of(result):
+            if storage._cdata not in not_ours:
+                self._update(storage, None if storage._cdata in self._storages else made_for)
         return result
 
-    def _update(self, storage: torch.UntypedStorage) -> None:
+    def _update(self, storage: torch.UntypedStorage, kind: str | None = None) -> None:
         address = storage._cdata
         if address in self._storages:
-            reference, known_bytes = self._storages[address]
+            reference, known_bytes, known_kind = self._storages[address]
         elif storage.filename is None:
-            reference, known_bytes = ref(storage, partial(self._forget, address)), 0
+            reference, known_bytes, known_kind = ref(storage, partial(self._forget, address)), 0, kind or self.kind
         else:
             return
         num_bytes = -(-storage.nbytes() // self._block_bytes) * self._block_bytes
-        self._storages[address] = reference, num_bytes
-        self.live_bytes += num_bytes - known_bytes
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        kind = kind or known_kind
+        self._storages[address] = reference, num_bytes, kind
+        self._add(known_kind, -known_bytes)
+        self._add(kind, num_bytes)
+        if self.live_bytes > self.peak_bytes:
+            self.reset_peak()
+
+    def _add(self, kind: str, num_bytes: int) -> None:
+        self.live_bytes += num_bytes
+        self._live_by_kind[kind] = self._live_by_kind.get(kind, 0) + num_bytes
 
     def _forget(self, address: int, _reference: ref) -> None:
-        self.live_bytes -= self._storages.pop(address)[1]
+        _, num_bytes, kind = self._storages.pop(address)
+        self._add(kind, -num_bytes)
 
 
 @contextmanager
@@ -78,7 +126,8 @@ def fake_tensors() -> Iterator[None]:
 
     `.item()` answers True or 1, so that a check for finite numbers passes. Enter a MemoryMeter inside of it.
     """
-    with FakeTensorMode(), _OptimisticItems():
+    # others are those of process groups and meshes, made before
+    with FakeTensorMode(allow_non_fake_inputs=True), _OptimisticItems():
         yield
 
 
@@ -92,4 +141,6 @@ class _OptimisticItems(TorchDispatchMode):
 
 
 def _storages_of(tree: object) -> list[torch.UntypedStorage]:
+    if isinstance(tree, Tensor):  # most results, and tree_leaves is slow
+        return [tree.untyped_storage()]
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -104,7 +104,7 @@ def hold(parameter: nn.Parameter, local: Tensor) -> None:
     before = local_of(parameter).untyped_storage()
     # a DTensor's data cannot be set: its local tensor would stay
     torch.utils.swap_tensors(parameter, nn.Parameter(sharded_like(parameter, local), parameter.requires_grad))
-    if before.data_ptr() != local.untyped_storage().data_ptr() and before.resizable():
+    if before._cdata != local.untyped_storage()._cdata and before.resizable():
         before.resize_(0)  # fully_shard has it until it takes note of the new one: all weights would be there twice
 
 

@@ -74,9 +74,9 @@ def parallelize(
             divide_layers(model, mesh)
         return model
     if sharding_strategy != "NO_SHARD":
-        mesh = _mesh(accelerator, sharding_strategy, shard_size)
+        mesh = make_mesh(accelerator, sharding_strategy, shard_size)
         with filled(model, accelerator.device, on_host=cpu_offload):
-            _shard(model, mesh, reshard_after_forward=sharding_strategy != "SHARD_GRAD_OP", cpu_offload=cpu_offload)
+            shard(model, mesh, reshard_after_forward=sharding_strategy != "SHARD_GRAD_OP", cpu_offload=cpu_offload)
         return model
     if cpu_offload:
         raise UsageError("cpu_offload was asked for with sharding_strategy=NO_SHARD: use FULL_SHARD, or leave it")
@@ -88,7 +88,7 @@ def parallelize(
     return model
 
 
-def _mesh(accelerator: Accelerator, sharding_strategy: str, shard_size: int | None) -> DeviceMesh:
+def make_mesh(accelerator: Accelerator, sharding_strategy: str, shard_size: int | None) -> DeviceMesh:
     """All ranks in a row, or, of HYBRID_SHARD, as rows of `shard_size`: (copies, shards of one copy)."""
     world_size, kind = accelerator.num_processes, accelerator.device.type
     if not dist.is_initialized():  # a single process, which shards to keep weights in host memory
@@ -113,7 +113,8 @@ def _mesh(accelerator: Accelerator, sharding_strategy: str, shard_size: int | No
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
-def _shard(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool, cpu_offload: bool) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool, cpu_offload: bool) -> None:
+    """Divide the model over `mesh` in place, data or none, a layer in a group. `parallelize` does it, and fills it."""
     options = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
