@@ -69,17 +69,15 @@ def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: b
 
     from lowmem import join
     from lowmem.memory.meter import CUDA_BLOCK_BYTES, MemoryMeter, fake_tensors
+    from lowmem.memory.pretend import stand_ins
 
     as_on_gpu = torch.cuda.is_available() or not for_this_machine
-    if not real:
-        do_without_a_device(as_on_gpu)
     train = {"lowmem": train_lowmem, "trainer": train_trainer}[system.loop]
     accelerator = join(mixed_precision="bf16" if system.memory == "off" else "no")
     on_gpu = accelerator.device.type == "cuda"
     started = time.perf_counter()
-    with nullcontext() if real else fake_tensors():
-        attention = attention_without_mask(memory_efficient=as_on_gpu and not real)
-        model = build(spec.shape, accelerator.device, attention)
+    with nullcontext() if real else stand_ins(on_gpu=as_on_gpu), nullcontext() if real else fake_tensors():
+        model = build(spec.shape, accelerator.device, as_on_gpu)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         with MemoryMeter(block_bytes=CUDA_BLOCK_BYTES if as_on_gpu else 1) as meter:
             meter.count([*model.parameters(), *model.buffers()])
@@ -111,73 +109,18 @@ def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: b
     }
 
 
-def do_without_a_device(as_on_gpu: bool) -> None:
-    """Put something in place of what lowmem asks of the device: of the CPU, which is all that is there."""
-    import torch
-
-    from lowmem.memory import loss, offload, tiers
-
-    class OnTheHost:
-        """An activation that has left the device."""
-
-        def __init__(self, tensor):
-            self._layout, self._dtype = (tensor.shape, tensor.stride()), tensor.dtype
-
-        def to(self, device, non_blocking):
-            return torch.empty_strided(*self._layout, dtype=self._dtype, device=device)
-
-    offload._in_a_file = OnTheHost  # tensors without data go to no file
-    if as_on_gpu:
-        # slices of an update and of the logits are as large as on a GPU; on a CPU they should stay in its cache
-        loss._SLICE_ELEMENTS["cpu"] = loss._SLICE_ELEMENTS["cuda"]
-        slice_elements = tiers._slice_elements
-        tiers._slice_elements = lambda parameters: slice_elements([parameter.to("meta") for parameter in parameters])
-
-
-def build(shape: dict[str, object], device, attention: str):
+def build(shape: dict[str, object], device, on_gpu: bool):
     """The model in fp32 and in training mode, as Trainer and lowmem's tiers take it."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoConfig
+
+    from lowmem.memory.pretend import attention_for
+    from lowmem.model import build_model
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(**shape)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with device:
-        return auto.from_config(config, attn_implementation=attention, dtype=torch.float32).train()
-
-
-def attention_without_mask(*, memory_efficient: bool) -> str:
-    """The name of transformers' sdpa attention as it goes once it has seen that no row is padded.
-
-    It looks at the positions for that, and where they hold no data it makes a mask that no such training has; for an
-    attention by another name it makes none. `memory_efficient`: an attention with a bias (T5's) takes the kernel of
-    that name, as on a GPU; on a CPU, where a bias is learned, it takes one that holds all scores.
-    """
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-    from torch.overrides import TorchFunctionMode
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    class MemoryEfficient(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            options = dict(kwargs or {})
-            if func is not scaled_dot_product_attention or options["attn_mask"] is None:
-                return func(*args, **options)
-            tensors = (*args, options.pop("attn_mask"))
-            if torch.is_autocast_enabled("cpu"):  # it does not know this kernel by its own name
-                tensors = [tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors]
-            query, key, value, bias = tensors
-            bias = bias.expand(*query.shape[:3], key.shape[2])
-            kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-            return kernel(query, key, value, bias, compute_log_sumexp=True, **options)[0]
-
-    def attention(*args, **kwargs):
-        with MemoryEfficient() if memory_efficient else nullcontext():
-            return sdpa_attention_forward(*args, **kwargs)
-
-    AttentionInterface.register("sdpa_without_mask", attention)
-    return "sdpa_without_mask"
+        return build_model(config, attention_for(config, on_gpu=on_gpu, is_padded=False))
 
 
 def train_lowmem(model, spec: Model, system: System, work: Work, accelerator, begin: Callable[[], None]) -> object:

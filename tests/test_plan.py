@@ -1,0 +1,244 @@
+"""What a plan predicts beside what real tensors take, and what it chooses to fit."""
+
+import dataclasses
+import json
+import os
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+
+from lowmem.config import UsageError
+from lowmem.data.batch import Batch
+from lowmem.flags import named_fields, resolve
+from lowmem.memory import savers
+from lowmem.memory.loss import chunked_loss
+from lowmem.memory.meter import MemoryMeter
+from lowmem.memory.optim import make_optimizer
+from lowmem.memory.parts import Counted, Settings
+from lowmem.model import build_model, config_of
+from lowmem.parallel.launch import join
+from lowmem.parallel.pieces import local_of
+from lowmem.parallel.sharding import parallelize
+from lowmem.plan import Place, Prediction, choose, ladder, prediction, settings_of
+from lowmem.rehearsal import count, rehearse
+from lowmem.step import TrainState, train_step
+from tests.forked import fork_ranks
+from tests.models import FAMILIES
+from tests.processes import run, train
+
+CPU = Place(world_size=1, local_world_size=1, on_gpu=False)
+GPUS = Place(world_size=2, local_world_size=2, on_gpu=True)
+TIERS = {"fp32": {}, "exact": {"mixed_precision": "bf16"}, "lean": {"mixed_precision": "bf16", "memory": "lean"}}
+
+
+def write_model(folder, family, **changes):
+    (folder / f"{family}.json").write_text(json.dumps(FAMILIES[family] | changes))
+    return folder / f"{family}.json"
+
+
+def config_for(folder, family, tier="exact", **flags):
+    sizes = {"max_seq_len": 32, "batch_size": 4, "gradient_accumulation_steps": 2}
+    return resolve({"model_config": write_model(folder, family), **sizes, **TIERS[tier], **flags})
+
+
+def peak_of_two_steps(config, accelerator):
+    """Bytes of real tensors at most in the second optimizer step, on this rank, by the functions that train."""
+    model = build_model(config_of(config.model_config), "eager" if "t5" in config.model_config else "sdpa")
+    strategies = {"sharding_strategy": config.sharding_strategy, "tp_size": config.tp_size}
+    model = parallelize(model, accelerator, shard_size=config.shard_size, **strategies)
+    optimizer = make_optimizer(model, memory=config.memory or "off")
+    tokens = torch.randint(3, 300, (config.batch_size, config.max_seq_len))
+    is_causal = not model.config.is_encoder_decoder
+    inputs = {"input_ids": tokens, "labels": F.pad(tokens[:, 1:], (1, 0), value=-100) if is_causal else tokens}
+    if not is_causal:
+        inputs["attention_mask"] = torch.ones_like(tokens).index_fill(1, torch.tensor([31]), 0)
+    batch = Batch(inputs, num_targets=tokens.numel() - len(tokens) * is_causal, row_ids=[])
+    wanted = [savers.recompute] if config.recompute == "full" else []
+    with MemoryMeter() as meter, savers.entered(wanted, model, optimizer):
+        kept = [tensor for tensors in optimizer.state.values() for tensor in tensors.values()]
+        meter.count(map(local_of, [*model.parameters(), *kept, *inputs.values()]))
+        state = TrainState(model, optimizer)
+        for _ in range(2):
+            meter.reset_peak()
+            train_step(state, [batch] * 2, chunked_loss, accelerator, learning_rate=1e-4, max_grad_norm=1.0)
+    return meter.peak_bytes
+
+
+@pytest.fixture
+def own_environment(monkeypatch):
+    """`rehearse` changes it, as it is called in processes of its own."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+
+
+def predicted_bytes(config, place=CPU):
+    return prediction(config, place, rehearse(settings_of(config, place))).device_bytes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prediction_is_within_a_tenth_of_real_tensors(family, tmp_path, own_environment):
+    for tier in TIERS:
+        for recompute in ("off", "full"):
+            config = config_for(tmp_path, family, tier, recompute=recompute)
+            real = peak_of_two_steps(config, Accelerator(cpu=True))
+            assert abs(predicted_bytes(config) / real - 1) < 0.1, (tier, recompute, real)
+
+
+STRATEGIES = [{"sharding_strategy": name} for name in ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD")] + [{"tp_size": 2}]
+
+
+def write_peaks(folder, configs):
+    accelerator = join()
+    peaks = [peak_of_two_steps(config, accelerator) for config in configs]
+    (folder / f"peaks-{accelerator.process_index}").write_text(json.dumps(peaks))
+
+
+def test_so_it_is_on_two_processes(tmp_path, own_environment):
+    configs = [
+        config_for(tmp_path, "llama", tier, recompute="full", **options)
+        for options in STRATEGIES
+        for tier in ("exact", "lean")
+        if (tier, "tp_size" in options) != ("lean", True)  # which has too few columns here
+    ]
+    assert fork_ranks(2, write_peaks, tmp_path, configs) == [0, 0]
+    peaks = json.loads((tmp_path / "peaks-0").read_text())
+    for config, real in zip(configs, peaks, strict=True):
+        found = predicted_bytes(config, Place(2, 2, on_gpu=False))
+        assert abs(found / real - 1) < 0.1, (config.sharding_strategy, config.tp_size, config.memory, found, real)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_deep_stacks_follow_from_shallow_ones(family, tmp_path, own_environment):
+    depth = {"num_layers": 6, "dropout_rate": 0.1} if family == "t5" else {"num_hidden_layers": 6}
+    path = str(write_model(tmp_path, family, **depth))
+    settings = Settings(model=path, memory="exact", batch_size=2, seq_len=64, micro_batches=2)
+    whole, followed = count(config_of(path), settings), rehearse(settings)
+    assert followed.num_parameters == whole.num_parameters
+    assert (followed.model_bytes, followed.checkpoint_bytes) == (whole.model_bytes, whole.checkpoint_bytes)
+    peaks = [max(sum(parts.values()) for parts in counted.moments.values()) for counted in (followed, whole)]
+    assert abs(peaks[0] / peaks[1] - 1) < 0.02
+
+
+def test_parts_are_what_the_tier_keeps(tmp_path, own_environment):
+    counted = rehearse(settings_of(config_for(tmp_path, "llama"), CPU))
+    parts = counted.moments["update"]
+    weights = counted.num_parameters
+    assert (parts["weights"], parts["low halves"]) == (pytest.approx(2 * weights, rel=0.01), 2 * weights)
+    assert parts["moments"] == pytest.approx(8 * weights, rel=0.01)
+    assert parts["gradients"] == pytest.approx(4 * weights, rel=0.01)
+
+
+def names(rungs):
+    return [rung.name for rung in rungs if not rung.refused]
+
+
+def test_the_ladder_keeps_rows_tier_and_what_a_flag_sets(tmp_path):
+    config = config_for(tmp_path, "llama")
+    rungs = list(ladder(config, GPUS, fixed=()))
+    assert names(rungs) == [
+        "as asked",
+        "recompute=cheap",
+        "recompute=full",
+        "batch_size=2 x accumulation 4",
+        "batch_size=1 x accumulation 8",
+        "offload_activations",
+        "sharding_strategy=SHARD_GRAD_OP",
+        "sharding_strategy=FULL_SHARD",
+        "cpu_offload",
+    ]
+    for rung in rungs:
+        changed = dataclasses.replace(config, **rung.changes)
+        rows = [each.batch_size * each.gradient_accumulation_steps for each in (config, changed)]
+        assert rows[0] == rows[1]
+        assert (changed.memory, changed.optimizer) == (config.memory, config.optimizer)
+    fixed = named_fields({"batch_size": 4, "recompute": "off", "use_large_config": True})
+    assert fixed == {"batch_size", "recompute"}
+    refused = {rung.name: rung.refused for rung in ladder(config, GPUS, fixed) if rung.refused}
+    assert refused["recompute=full"] == "--recompute is set"
+    assert refused["batch_size=2 x accumulation 4"] == "--batch_size is set"
+    whole = dataclasses.replace(config, gradient_accumulation_steps=None, global_batch_size=16)
+    changes = [rung.changes for rung in ladder(whole, GPUS, fixed=())]
+    assert all("gradient_accumulation_steps" not in each and "global_batch_size" not in each for each in changes)
+    alone = ladder(config_for(tmp_path, "llama", release=True, gradient_accumulation_steps=1, max_grad_norm=0), CPU, ())
+    assert names(alone) == ["as asked", "recompute=cheap", "recompute=full", "offload_activations"]
+
+
+def predictions(sizes):
+    """A plan's counting with sizes that are known: 1,000 bytes less for each rung."""
+
+    def predict(configs):
+        return [Prediction({"all": sizes[config.recompute, config.batch_size]}, {"all": 5}, {}) for config in configs]
+
+    return predict
+
+
+def test_the_first_rung_that_fits_is_chosen_and_each_is_told(tmp_path):
+    config = config_for(tmp_path, "llama", device_memory="3GB")
+    sizes = {("off", 4): 9 * 10**9, ("cheap", 4): 4 * 10**9, ("full", 4): 3 * 10**9, ("full", 2): 2 * 10**9}
+    sizes |= {("full", 1): 1 * 10**9, ("off", 2): 8 * 10**9, ("off", 1): 7 * 10**9}
+    told = []
+    chosen, predicted = choose(config, CPU, (), predictions(sizes), told.append)
+    assert (chosen.recompute, chosen.batch_size, predicted.device_bytes) == ("full", 4, 3 * 10**9)
+    assert told[0] == "  as asked: device 9.00 GB, host 0.00 MB; 6.00 GB more than --device_memory=3GB"
+    assert told[-1].endswith("recompute=full: device 3.00 GB, host 0.00 MB; fits")
+    tight = dataclasses.replace(config, device_memory="500MB")
+    with pytest.raises(UsageError, match="nothing fits: with batch_size=1 x accumulation 8.*0.50 GB more than"):
+        choose(tight, CPU, (), predictions(sizes), told.append)
+    with pytest.raises(UsageError, match="--memory=lean .*; recompute=cheap, recompute=full may not be tried"):
+        choose(tight, CPU, {"recompute"}, predictions(sizes), told.append)
+
+
+def test_host_memory_counts_all_processes_and_cpu_offload_moves_the_state(tmp_path):
+    moments = {"update": {"weights": 10, "moments": 40, "activations": 7, "offloaded": 3}}
+    counted = Counted(moments, model_bytes=20, checkpoint_bytes=100, num_parameters=0)
+    config = config_for(tmp_path, "llama", sharding_strategy="FULL_SHARD", cpu_offload=True, save_total_limit=2)
+    predicted = prediction(config, GPUS, counted)
+    assert sum(size for kind, size in predicted.device.items() if kind != "context, fragments") == 7
+    assert sum(size for kind, size in predicted.host.items() if kind.endswith("processes")) == 2 * (10 + 40 + 3)
+    assert predicted.disk == {"3 checkpoints": 300, "model": 20}
+
+
+def test_wrong_sizes_are_told_before_torch_is_loaded():
+    code = (
+        "import sys, lowmem.cli as cli\n"
+        "assert cli.main(['plan', '--device_memory=much', '--batch_size=0']) == 2\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
+    )
+    result = run(sys.executable, "-c", code)
+    assert result.returncode == 0, result.stderr
+    assert "--device_memory: size 'much' is not understood" in result.stderr and "--batch_size=0" in result.stderr
+
+
+def test_plan_tells_and_draws_and_writes_nothing_else(tmp_path):
+    model = write_model(tmp_path, "llama")
+    flags = [f"--model_config={model}", "--text_column=text", "--max_seq_len=64", "--mixed_precision=bf16"]
+    result = run(sys.executable, os.path.abspath("train_low_mem.py"), "plan", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for told in ("device, of each process", "low halves", "3 checkpoints", "memory=lean", "recompute=full"):
+        assert told in result.stdout
+    drawn = {"plan.png"} if "plan.png is a picture" in result.stdout else set()
+    assert drawn or "matplotlib is not installed" in result.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"llama.json"} | drawn
+
+
+def test_train_takes_what_fits_and_keeps_it_in_its_config(tmp_path):
+    (tmp_path / "rows.txt").write_text("".join(f"line {i} of a text\n" for i in range(60)))
+    flags = [
+        f"--model_config={write_model(tmp_path, 'llama')}",
+        f"--train_file={tmp_path}/rows.txt",
+        "--text_column=text",
+    ]
+    flags += ["--max_steps=1", "--max_seq_len=256", "--batch_size=16", f"--output_dir={tmp_path}/out"]
+    refused = train("train", *flags, "--device_memory=600MB")
+    assert refused.returncode == 2 and not (tmp_path / "out").exists()
+    assert "error: nothing fits: with" in refused.stderr and "more than --device_memory=600MB" in refused.stderr
+    result = train("train", *flags, "--device_memory=648MB")
+    assert result.returncode == 0, result.stderr
+    assert "as asked: device" in result.stdout and "; fits" in result.stdout, result.stdout
+    kept = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert kept["recompute"] != "off" and f"chosen: --recompute={kept['recompute']}" in result.stdout
+    assert kept["batch_size"] == 16
