@@ -134,10 +134,15 @@ def table(records: list[dict[str, object]]) -> str:
     return "\n".join([*lines, ""])
 
 
+def _write(path: Path, records: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.with_suffix(".md").write_text(table(records))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, help="NAME.jsonl; NAME.md is written beside it")
-    parser.add_argument("--measure", action="store_true", help="run them, and add the peaks to the predictions there")
+    parser.add_argument("--measure", action="store_true", help="run those without a peak yet, and add it")
     parser.add_argument("--cuda", action="store_true", help="predict for, and measure on, a GPU; one process only")
     flags = parser.parse_args()
     combinations = [each for each in COMBINATIONS if not flags.cuda or each[3] == 1]
@@ -146,8 +151,11 @@ def main() -> None:
         if flags.measure:
             records = [json.loads(line) for line in flags.output.read_text().splitlines()]
             for record, config in zip(records, configs, strict=True):
+                if "measured_bytes" in record:
+                    continue
                 record["measured_bytes"] = measured(config, record["processes"], flags.cuda)
                 print(table([record]).splitlines()[-1], flush=True)
+                _write(flags.output, records)
         else:
             records = []
             for each, config in zip(combinations, configs, strict=True):
@@ -159,8 +167,7 @@ def main() -> None:
                 size = {"batch_size": settings_of(config, place).batch_size, "seq_len": config.max_seq_len}
                 told = {"predicted_bytes": sum(parts.values()), "parts": parts, "on_gpu": flags.cuda}
                 records.append(names | {"strategy": config.sharding_strategy} | size | told)
-    flags.output.write_text("".join(json.dumps(record) + "\n" for record in records))
-    flags.output.with_suffix(".md").write_text(table(records))
+    _write(flags.output, records)
     print(table(records))
 
 

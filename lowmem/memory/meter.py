@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowmem.memory.parts import COMMUNICATION
+from lowmem.parallel.pieces import local_of
 
 CUDA_BLOCK_BYTES = 512  # what CUDA's caching allocator rounds up to
 
@@ -49,7 +50,7 @@ class MemoryMeter(TorchDispatchMode):
         From here on they are of `kind`; None leaves it to those that were counted already.
         """
         for tensor in tensors:
-            self._update(tensor.untyped_storage(), kind)
+            self._update(local_of(tensor).untyped_storage(), kind)
 
     def rename(self, kind: str, new_kind: str) -> None:
         """What is alive and of one kind is of another from here on."""
@@ -141,6 +142,6 @@ class _OptimisticItems(TorchDispatchMode):
 
 
 def _storages_of(tree: object) -> list[torch.UntypedStorage]:
-    if isinstance(tree, Tensor):  # most results, and tree_leaves is slow
-        return [tree.untyped_storage()]
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    leaves = [tree] if isinstance(tree, Tensor) else tree_leaves(tree)  # which is slow, and most results are one tensor
+    # a DTensor's own storage has the size of the whole, and nobody has it
+    return [local_of(leaf).untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)]
