@@ -171,8 +171,8 @@ class TrainConfig:
     compile: bool = False
     """Run each layer as kernels made by torch.compile: faster after minutes of compiling; rounds otherwise."""
     device_memory: str | None = None
-    """What a process may take of its GPU, such as 20GB: the fastest settings that fit are chosen, and told. What a flag
-    sets stays; rows of an optimizer step, tier and optimizer stay in any case. If nothing fits no run begins."""
+    """What a process may take of its GPU, such as 20GB: the fastest settings that fit are chosen and told, but what a
+    flag sets stays, and rows of a step, tier and optimizer. If nothing fits no run begins."""
     host_memory: str | None = None
     """The same of the host, for all processes of a machine together."""
 

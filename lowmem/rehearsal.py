@@ -108,10 +108,12 @@ def count(config: PretrainedConfig, settings: Settings) -> Counted:
             savers.offload_activations: settings.offload_activations,
             savers.release: settings.release,
         }
-        stack.enter_context(savers.entered([saver for saver, on in wanted.items() if on], model, optimizer))
         meter = MemoryMeter(block_bytes=CUDA_BLOCK_BYTES if settings.on_gpu else 1)
         timeline = _Timeline(meter, host)
         timeline.watch(model, optimizer)
+        # beneath the meter, which then sees weights that a saver gathers to know them
+        stack.enter_context(meter)
+        stack.enter_context(savers.entered([saver for saver, on in wanted.items() if on], model, optimizer))
         _step(model, optimizer, accelerator, settings, timeline)
         weights, state = num_bytes(model_tensors(model)), num_bytes(optimizer_tensors(model, optimizer))
         return Counted(timeline.peaks, weights, weights + state, model.num_parameters())
@@ -130,29 +132,28 @@ def _step(
         timeline.ends("loss", then=BACKWARD)
         return loss
 
-    with meter:
-        meter.count(map(local_of, (*model.parameters(), *model.buffers())), WEIGHTS)
-        for tensors in optimizer.state.values():
-            for name, tensor in tensors.items():
-                if isinstance(tensor, Tensor):
-                    meter.count([local_of(tensor)], LOW_HALVES if name == "weight_low" else MOMENTS)
-        meter.kind = ACTIVATIONS
-        shape = (settings.batch_size, settings.seq_len)
-        tokens = torch.ones(shape, dtype=torch.int64)
-        inputs = {"input_ids": tokens, "labels": F.pad(tokens[:, 1:], (1, 0), value=-100) if is_causal else tokens}
-        if settings.is_padded and not is_causal:
-            inputs["attention_mask"] = torch.ones_like(tokens)
-        batch = Batch(inputs, num_targets=shape[0] * (shape[1] - is_causal), row_ids=[])
-        meter.reset_peak()
-        train_step(
-            TrainState(model, optimizer),
-            [batch] * min(2, settings.micro_batches),  # more take no more than two
-            watched_loss,
-            accelerator,
-            learning_rate=1e-4,
-            max_grad_norm=settings.max_grad_norm or None,
-        )
-        timeline.ends("after", then="")
+    meter.count(map(local_of, (*model.parameters(), *model.buffers())), WEIGHTS)
+    for tensors in optimizer.state.values():
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Tensor):
+                meter.count([local_of(tensor)], LOW_HALVES if name == "weight_low" else MOMENTS)
+    meter.kind = ACTIVATIONS
+    shape = (settings.batch_size, settings.seq_len)
+    tokens = torch.ones(shape, dtype=torch.int64)
+    inputs = {"input_ids": tokens, "labels": F.pad(tokens[:, 1:], (1, 0), value=-100) if is_causal else tokens}
+    if settings.is_padded and not is_causal:
+        inputs["attention_mask"] = torch.ones_like(tokens)
+    batch = Batch(inputs, num_targets=shape[0] * (shape[1] - is_causal), row_ids=[])
+    meter.reset_peak()
+    train_step(
+        TrainState(model, optimizer),
+        [batch] * min(2, settings.micro_batches),  # more take no more than two
+        watched_loss,
+        accelerator,
+        learning_rate=1e-4,
+        max_grad_norm=settings.max_grad_norm or None,
+    )
+    timeline.ends("after", then="")
 
 
 class _Timeline:

@@ -57,6 +57,7 @@ def peak_of_two_steps(config, accelerator):
         inputs["attention_mask"] = torch.ones_like(tokens).index_fill(1, torch.tensor([31]), 0)
     batch = Batch(inputs, num_targets=tokens.numel() - len(tokens) * is_causal, row_ids=[])
     wanted = [savers.recompute] if config.recompute == "full" else []
+    wanted += [savers.offload_activations] if config.offload_activations else []
     with MemoryMeter() as meter, savers.entered(wanted, model, optimizer):
         kept = [tensor for tensors in optimizer.state.values() for tensor in tensors.values()]
         meter.count(map(local_of, [*model.parameters(), *kept, *inputs.values()]))
@@ -105,6 +106,7 @@ def test_so_it_is_on_two_processes(tmp_path, own_environment):
         for tier in ("exact", "lean")
         if (tier, "tp_size" in options) != ("lean", True)  # which has too few columns here
     ]
+    configs.append(dataclasses.replace(configs[2], offload_activations=True))
     assert fork_ranks(2, write_peaks, tmp_path, configs) == [0, 0]
     peaks = json.loads((tmp_path / "peaks-0").read_text())
     for config, real in zip(configs, peaks, strict=True):
