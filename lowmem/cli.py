@@ -231,10 +231,10 @@ def _run(job: Job, arguments: Sequence[str]) -> int:
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if job.command == "train" and (config.device_memory or config.host_memory) and _PLANNED not in os.environ:
-        from lowmem.plan_command import fitted
+        from lowmem.plan_command import fitted, flags_between
 
         fitting = fitted(config, job.fixed)
-        arguments = [*arguments, *(f"--{name}={value}" for name, value in _changes(config, fitting).items())]
+        arguments = [*arguments, *flags_between(config, fitting)]
         os.environ[_PLANNED], config = "1", fitting  # the processes that this one starts find it done
     processes = processes_to_start(config.num_processes)
     # DeepSpeed wants a process group even of one
@@ -262,10 +262,6 @@ def _run(job: Job, arguments: Sequence[str]) -> int:
         return train(config, train_rows, validation_rows, test_rows, **supervision)
 
     return supervise(load_and_train, output, signals)
-
-
-def _changes(before: TrainConfig, after: TrainConfig) -> dict[str, object]:
-    return {name: value for name, value in vars(after).items() if value != getattr(before, name)}
 
 
 def _hide_bars() -> None:

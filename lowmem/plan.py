@@ -13,9 +13,8 @@ from lowmem.config import TrainConfig, UsageError, parse_bytes
 from lowmem.memory.parts import GRADIENTS, LOW_HALVES, MOMENTS, OFFLOADED, UPDATE, WEIGHTS, Bytes, Counted, Settings
 
 _ON_HOST = (WEIGHTS, LOW_HALVES, MOMENTS, GRADIENTS, UPDATE)  # with cpu_offload
-_PROGRAM_BYTES = (
-    600 * 2**20
-)  # interpreter, torch, transformers and rows read ahead, in each process; CUDA's as much more
+# interpreter, torch, transformers and rows read ahead, in each process; CUDA's as much more. All three are estimates.
+_PROGRAM_BYTES = 600 * 2**20
 _CONTEXT_BYTES = 600 * 2**20  # of CUDA and its libraries, on the device
 _FRAGMENTS = 0.05  # of what tensors take
 

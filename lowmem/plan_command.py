@@ -19,7 +19,7 @@ def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
         if config.device_memory or config.host_memory:
             before = config
             config, asked = choose(config, place, fixed, predict, print)
-            print(f"chosen: {_changes(before, config)}")
+            print(f"chosen: {', '.join(flags_between(before, config)) or 'as asked'}")
         else:
             (asked,) = predict([config])
         print("\n".join(["", *table_of_parts(asked)]), flush=True)
@@ -43,7 +43,7 @@ def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
     tell(_told(config, place))
     with predicting(place) as predict:
         fitting, _ = choose(config, place, fixed, predict, tell)
-    tell(f"chosen: {_changes(config, fitting)}")
+    tell(f"chosen: {', '.join(flags_between(config, fitting)) or 'as asked'}")
     return fitting
 
 
@@ -65,9 +65,9 @@ def _told(config: TrainConfig, place: Place) -> str:
     return f"predicted for {place.world_size} x {where}: {model}, micro-batches of {rows} x {config.max_seq_len} tokens"
 
 
-def _changes(before: TrainConfig, after: TrainConfig) -> str:
-    changes = {name: value for name, value in vars(after).items() if value != getattr(before, name)}
-    return ", ".join(f"--{name}={value}" for name, value in changes.items()) or "as asked"
+def flags_between(before: TrainConfig, after: TrainConfig) -> list[str]:
+    """The flags that make one config of the other."""
+    return [f"--{name}={value}" for name, value in vars(after).items() if value != getattr(before, name)]
 
 
 def table_of_parts(prediction: Prediction) -> list[str]:
