@@ -49,6 +49,8 @@ def started(*command: object, cwd: Path = ROOT, **changes: str) -> Iterator[subp
         for child in left:
             with suppress(psutil.NoSuchProcess):
                 child.kill()
+        process.stdout.close()
+        process.stderr.close()
 
 
 def finish(process: subprocess.Popen, timeout: float = 120) -> subprocess.CompletedProcess:

@@ -23,7 +23,7 @@ from lowmem.memory.loss import LOSSES, chunked_loss, plain_loss
 from lowmem.memory.optim import make_optimizer
 from lowmem.parallel.deepspeed import make_accelerator, wrap
 from lowmem.step import TrainState, train_step
-from lowmem.zero_config import completed
+from lowmem.zero_config import complete_zero_config
 from tests import runs
 from tests.forked import fork_ranks
 from tests.models import build, qa_rows
@@ -74,7 +74,7 @@ def collate_of(family):
 
 def zero_accelerator(zero, *, bf16=False):
     AcceleratorState._reset_state()  # or it would keep the strategy before
-    config = completed(json.dumps({"zero_optimization": zero}), batch_size=2, max_grad_norm=1.0, bf16=bf16)
+    config = complete_zero_config(json.dumps({"zero_optimization": zero}), batch_size=2, max_grad_norm=1.0, bf16=bf16)
     return make_accelerator(config, on_cpu=True)
 
 

@@ -379,11 +379,11 @@ def test_gradients_left_by_an_exception_do_not_reach_the_next_step():
 
         def broken(model, batch, batches=batches):
             if batch.row_ids == batches[1].row_ids:
-                raise MemoryError("of a test")
+                raise KeyError("of a test")
             return chunked_loss(model, batch)
 
         if fails:
-            with pytest.raises(MemoryError):
+            with pytest.raises(KeyError):
                 train_step(state, batches, broken, accelerator, learning_rate=1e-2)
         results.append(train_step(state, batches, chunked_loss, accelerator, learning_rate=1e-2).grad_norm)
     assert torch.equal(*results)

@@ -86,23 +86,23 @@ def die_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != launcher:  # it died in between
         os.kill(os.getpid(), signal.SIGTERM)
-    if _is_started_by_deepspeed(launcher):
-        Thread(target=_die_with_deepspeed, args=(launcher,), daemon=True, name="lowmem-launcher").start()
+    if (command := _deepspeed_above(launcher)) is not None:
+        Thread(target=_die_with_deepspeed, args=(launcher, command), daemon=True, name="lowmem-launcher").start()
 
 
-def _is_started_by_deepspeed(launcher: int) -> bool:
-    """Whether `deepspeed` has started the launcher, and not a shell, which may end as it likes."""
+def _deepspeed_above(launcher: int) -> int | None:
+    """The process id of `deepspeed` if it has started the launcher, and not a shell, which may end as it likes."""
     with suppress(psutil.Error):
         if "CROSS_SIZE" in os.environ and (command := psutil.Process(launcher).parent()):
             program, *words = command.cmdline()
-            return "python" in Path(program).name and any("deepspeed" in word for word in words[:3])
-    return False
+            if "python" in Path(program).name and any("deepspeed" in word for word in words[:3]):
+                return command.pid
+    return None
 
 
-def _die_with_deepspeed(launcher: int) -> None:
+def _die_with_deepspeed(launcher: int, command: int) -> None:
     """As `die_with_launcher`: what ends `deepspeed`, SIGTERM included, leaves the launcher that it has started."""
     with suppress(psutil.Error):
-        command = psutil.Process(launcher).ppid()
         while psutil.Process(launcher).ppid() == command:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
     os.kill(os.getpid(), signal.SIGTERM)
