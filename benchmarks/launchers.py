@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import wraps
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -54,7 +55,7 @@ def launcher(name: str, processes: int) -> list[str]:
     }[name]
 
 
-LAUNCHERS = ("python", "torchrun", "torch.distributed.launch", "accelerate", "deepspeed")
+LAUNCHERS = ("torchrun", "python", "accelerate", "deepspeed", "torch.distributed.launch")
 STRATEGIES = {
     "NO_SHARD": [],
     "SHARD_GRAD_OP": ["--sharding_strategy=SHARD_GRAD_OP"],
@@ -181,12 +182,12 @@ def start(flags: argparse.Namespace, folder: Path, model: str, name: str, strate
 
 
 def trainings(flags: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
-    for model in flags.models:
-        yield model, "python", "NO_SHARD", 1
-        for processes in map(int, flags.processes.split(",")):
-            for strategy in flags.strategies:
-                if applies(model, strategy, processes):
-                    yield from ((model, name, strategy, processes) for name in flags.launchers)
+    yield from ((model, "python", "NO_SHARD", 1) for model in flags.models)
+    for processes, name, model, strategy in product(
+        map(int, flags.processes.split(",")), flags.launchers, flags.models, flags.strategies
+    ):
+        if applies(model, strategy, processes):
+            yield model, name, strategy, processes
 
 
 def table(records: list[Record]) -> str:
@@ -244,9 +245,9 @@ def main() -> None:
         for training in trainings(flags):
             records.append(about | start(flags, folder, *training))
             print(*training, records[-1].get("failed", "done"), flush=True)
+            if flags.output:
+                append(flags.output, records[-1:], table, "launchers.py")
     print(table(records))
-    if flags.output:
-        append(flags.output, records, table, "launchers.py")
 
 
 if __name__ == "__main__":
