@@ -43,7 +43,7 @@ def timed(*flags):
         (["train", "stray"], "flags --name=value"),
         (["train", "config"], "words without --"),
         (["train", "-", "config"], "words without --"),
-        (["trian"], "unknown command: trian; commands are train, evaluate, test"),
+        (["trian"], "unknown command: trian; commands are train, plan, evaluate, test"),
         (["evaluate", "--test_file=", "--model_name_or_path=x"], "needs --test_file"),
         (["evaluate", "--learning_rate=1"], "`evaluate` has no such flag"),
         (["evaluate", "--test_file=a.jsonl"], "needs --model_name_or_path"),
