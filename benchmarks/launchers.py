@@ -164,7 +164,9 @@ def start(flags: argparse.Namespace, folder: Path, model: str, name: str, strate
         record = {"model": model, "launcher": name, "strategy": strategy, "processes": processes}
         if process.returncode:
             reasons = (
-                [line for line in told.splitlines() if "error" in line.lower()] or told.splitlines() or ["nothing"]
+                [line for line in told.splitlines() if "Error: " in line or line.startswith("error")]
+                or told.splitlines()
+                or ["nothing"]
             )
             return record | {"failed": reasons[0][:300]}
         steps = [json.loads(line) for line in Path(output, "out", "metrics.jsonl").read_text().splitlines()]
