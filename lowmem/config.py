@@ -234,6 +234,11 @@ class TrainConfig:
         return "no" if self.has_bf16_weights else self.mixed_precision
 
     @property
+    def is_divided(self) -> bool:
+        """Whether processes share a model, by our own means."""
+        return self.sharding_strategy != "NO_SHARD" or self.tp_size > 1
+
+    @property
     def zero_settings(self) -> dict[str, object]:
         """What DeepSpeed needs to know beside its own config."""
         is_bf16 = self.mixed_precision == "bf16"

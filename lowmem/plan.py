@@ -107,8 +107,8 @@ def prediction(config: TrainConfig, place: Place, counted: Counted) -> Predictio
     host = max((on_host for _, on_host in moments), key=lambda parts: sum(parts.values()))
     host = {f"{kind}, of all processes": size * place.local_world_size for kind, size in host.items()}
     loaded = 4 * counted.num_parameters
-    is_divided = config.sharding_strategy != "NO_SHARD" or config.tp_size > 1
-    loading = 0 if is_divided and config.model_name_or_path else loaded * (1 if is_divided else place.local_world_size)
+    copies = 1 if config.is_divided else place.local_world_size
+    loading = 0 if config.is_divided and config.model_name_or_path else loaded * copies
     if place.on_gpu:
         device["context, fragments"] = _CONTEXT_BYTES + int(_FRAGMENTS * sum(device.values()))
         training = sum(host.values())

@@ -86,12 +86,11 @@ def train(
 
     # --- model and optimizer
     torch.manual_seed(config.seed)
-    is_divided = config.sharding_strategy != "NO_SHARD" or config.tp_size > 1
     model, tokenizer = load_model(
         config.model_name_or_path,
         model_config=config.model_config,
         tokenizer_name_or_path=config.tokenizer_name_or_path,
-        on_meta=is_divided and (config.model_name_or_path is not None or rank != 0),
+        on_meta=config.is_divided and (config.model_name_or_path is not None or rank != 0),
     )
     freeze(model, parts=[part for part in config.freeze.split(",") if part])
     if world_size > 1:
@@ -189,7 +188,7 @@ def train(
     division = f", {config.sharding_strategy}" if config.tp_size == 1 else f", {config.tp_size} with the same rows"
     report.tell(
         f"{weights} ({model.dtype}, memory={config.memory or 'off'}) on {world_size} x "
-        f"{accelerator.device.type}{division if is_divided else ''}, {stream.num_rows:,} rows",
+        f"{accelerator.device.type}{division if config.is_divided else ''}, {stream.num_rows:,} rows",
         f"steps {state.step} to {total_steps}, each of {stream.global_batch_size} rows: {processes} x "
         f"{stream.micro_batches} micro-batches of at most {config.batch_size}",
         *([] if saves_checkpoints else ["no checkpoints under DeepSpeed: a run that ends early is begun anew"]),

@@ -190,13 +190,18 @@ def failing(model: nn.Module) -> AbstractContextManager[None]:
     return failing_alone() if is_divided(model) else failing_together()
 
 
+def _gathering(model: nn.Module) -> list[FSDPModule]:
+    """The modules that `fully_shard` gathers weights for, each for its own; none in a model that it does not divide."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 @contextmanager
 def resharding(model: nn.Module) -> Iterator[None]:
     """For forwards without a backward, which would do it: weights that were gathered within are let go at its end.
 
     The root's own are gathered all the while, as an encoder may be called without the model around it.
     """
-    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = _gathering(model)
     if groups:
         model._get_fsdp_state()._lazy_init()  # or the first layer called, an encoder's, would take itself for the root
         model.unshard()
@@ -212,7 +217,7 @@ def gathered_weights(model: nn.Module) -> Iterator[Tensor]:
 
     Its storage stays the same object all through a run.
     """
-    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = _gathering(model)
     for group in groups:
         group.unshard()
         yield from (parameter for parameter in group.parameters() if not isinstance(parameter, DTensor))
