@@ -1,4 +1,4 @@
-"""What `plan` predicts for small models, beside what real tensors take: twelve trainings, on one process and on two.
+"""What `plan` predicts for small models, beside what torch's allocator handed out while `train` trained them.
 
     python benchmarks/plan.py --output=benchmarks/results/plan.jsonl              # predictions, before anything is run
     python benchmarks/plan.py --output=benchmarks/results/plan.jsonl --measure    # the same file, with measured peaks
@@ -15,85 +15,85 @@ import tempfile
 from pathlib import Path
 
 from lowmem import resolve
-from lowmem.plan import Place, predicting, settings_of
+from lowmem.plan import Place, predicting
 
 SHAPES = {
-    "t5": {"model_type": "t5", "vocab_size": 4096, "d_model": 256, "d_kv": 32, "num_heads": 8, "d_ff": 512}
-    | {"num_layers": 6, "decoder_start_token_id": 0, "tie_word_embeddings": True, "dropout_rate": 0.1},
-    "llama": {"model_type": "llama", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512}
-    | {"num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False},
-    "qwen2": {"model_type": "qwen2", "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 512}
+    "t5": {"model_type": "t5", "vocab_size": 6000, "d_model": 192, "d_kv": 32, "num_heads": 6, "d_ff": 768}
+    | {"num_layers": 5, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, "tie_word_embeddings": True},
+    "llama": {"model_type": "llama", "vocab_size": 5000, "hidden_size": 320, "intermediate_size": 896}
+    | {"num_hidden_layers": 7, "num_attention_heads": 10, "num_key_value_heads": 5, "tie_word_embeddings": False},
+    "qwen2": {"model_type": "qwen2", "vocab_size": 9000, "hidden_size": 256, "intermediate_size": 704}
     | {"num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True},
 }
 TIERS = {"fp32": {}, "exact": {"mixed_precision": "bf16"}, "lean": {"mixed_precision": "bf16", "memory": "lean"}}
-DIVIDED = {1: "NO_SHARD", 2: "FULL_SHARD"}
-# shape, tier, recompute, processes
+SIZES = {"max_seq_len": 160, "batch_size": 4, "gradient_accumulation_steps": 2}
+FULL, OFFLOAD = {"recompute": "full"}, {"offload_activations": True}
+RELEASE = {"release": True, "gradient_accumulation_steps": 1, "max_grad_norm": 0}
+# shape, tier, processes, what else is set
 COMBINATIONS = [
-    ("t5", "fp32", "off", 1),
-    ("t5", "exact", "full", 2),
-    ("t5", "lean", "off", 2),
-    ("t5", "lean", "full", 1),
-    ("llama", "fp32", "full", 2),
-    ("llama", "exact", "off", 1),
-    ("llama", "exact", "full", 2),
-    ("llama", "lean", "off", 1),
-    ("qwen2", "fp32", "off", 2),
-    ("qwen2", "fp32", "full", 1),
-    ("qwen2", "exact", "full", 1),
-    ("qwen2", "lean", "full", 2),
+    ("t5", "fp32", 1, {}),
+    ("t5", "exact", 1, FULL | {"global_batch_size": 10}),  # micro-batches of 4, 3 and 3 rows
+    ("t5", "exact", 2, FULL | {"sharding_strategy": "FULL_SHARD"}),
+    ("t5", "lean", 2, {}),
+    ("llama", "fp32", 2, FULL | {"sharding_strategy": "SHARD_GRAD_OP"}),
+    ("llama", "exact", 1, OFFLOAD),
+    ("llama", "exact", 2, {"recompute": "cheap", "sharding_strategy": "FULL_SHARD"}),
+    ("llama", "lean", 1, FULL | RELEASE),
+    ("qwen2", "fp32", 2, {}),
+    ("qwen2", "exact", 1, FULL | {"batch_size": 3, "global_batch_size": 7}),  # 3, 2 and 2
+    ("qwen2", "lean", 1, {}),
+    ("qwen2", "lean", 2, FULL | OFFLOAD | {"sharding_strategy": "FULL_SHARD"}),
+    ("llama", "exact", 4, FULL | {"sharding_strategy": "HYBRID_SHARD", "shard_size": 2}),
 ]
 
 
-def config_for(shape: str, tier: str, recompute: str, processes: int, folder: Path):
+def config_for(shape: str, tier: str, flags: dict[str, object], folder: Path):
     path = folder / f"{shape}.json"
     path.write_text(json.dumps(SHAPES[shape]))
-    strategy = {"sharding_strategy": DIVIDED[processes]}
-    sizes = {"max_seq_len": 128, "batch_size": 4, "gradient_accumulation_steps": 2, "recompute": recompute}
-    return resolve({"model_config": path, **sizes, **TIERS[tier], **strategy})
+    text = {} if shape == "t5" else {"text_column": "text"}
+    sizes = {name: size for name, size in SIZES.items() if name not in flags}
+    if "global_batch_size" in flags:
+        del sizes["gradient_accumulation_steps"]
+    run = {"max_steps": 2, "validation_rows": 0, "output_dir": folder / "out"}
+    return resolve({"model_config": path, **text, **sizes, **TIERS[tier], **flags, **run})
+
+
+def rows_for(config) -> list[dict[str, str]]:
+    """Rows of `max_seq_len` bytes and less, by up to four: full as the plan has them, and unequal, so that T5's need a
+    mask."""
+    lengths = [config.max_seq_len - 1 - number % 5 for number in range(64)]  # the tokenizer adds an end
+    columns = [config.text_column] if config.text_column else [config.prompt_column, config.response_column]
+    return [{column: "x" * length for column in columns} for length in lengths]
 
 
 def measure(rank: int, processes: int, port: int, config, on_gpu: bool, results) -> None:
-    """Two optimizer steps by the functions that `train` calls; the most that tensors took, on this rank."""
+    """Train two steps; the most bytes that this rank's allocator had handed out within the second."""
     os.environ |= {"OMP_NUM_THREADS": "1"} | ({} if on_gpu else {"ACCELERATE_USE_CPU": "true"})
     if processes > 1:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         os.environ |= {name: str(value) for name, value in places.items()}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
 
-    from lowmem import Batch, TrainState, chunked_loss, join, load_model, make_optimizer, parallelize, train_step
-    from lowmem.memory.meter import MemoryMeter
-    from lowmem.memory.savers import entered, recompute
-    from lowmem.parallel.pieces import local_of
+    from lowmem.parallel.signals import Signals
+    from lowmem.train import train
 
     torch.set_num_threads(1)
-    accelerator = join(mixed_precision=config.autocast)
-    torch.manual_seed(0)
-    model, _ = load_model(model_config=config.model_config)
-    model = parallelize(model, accelerator, sharding_strategy=config.sharding_strategy)
-    state = TrainState(model, make_optimizer(model, memory=config.memory or "off"))
-    is_causal = not model.config.is_encoder_decoder
-    tokens = torch.randint(3, 300, (config.batch_size, config.max_seq_len), device=accelerator.device)
-    labels = tokens.clone()
-    inputs = {"input_ids": tokens, "labels": labels}
-    if is_causal:
-        labels[:, 0] = -100
-    else:
-        mask = torch.ones_like(tokens)
-        mask[0, -1] = 0  # one row is shorter
-        inputs["attention_mask"] = mask
-    batch = Batch(inputs, num_targets=int((labels != -100).sum()), row_ids=[])
-    savers = [recompute] if config.recompute == "full" else []
-    with MemoryMeter() as meter, entered(savers, model, state.optimizer):
-        kept = [tensor for tensors in state.optimizer.state.values() for tensor in tensors.values()]
-        meter.count(map(local_of, [*model.parameters(), *kept, *inputs.values()]))
-        for _ in range(2):
-            meter.reset_peak()
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            train_step(state, [batch] * 2, chunked_loss, accelerator, learning_rate=1e-4, max_grad_norm=1.0)
-    results.put((rank, torch.cuda.max_memory_allocated() if on_gpu else meter.peak_bytes))
-    accelerator.end_training()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, profile_memory=True) as profiler:  # from before the model is built
+        train(config, rows_for(config), None, None, signals=Signals())
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    # a step begins and ends with it
+    cleared = [event for event in events if event.name().startswith("Optimizer.zero_grad")]
+    begin, end = cleared[2].start_ns(), cleared[3].end_ns()
+    device, live, peak = DeviceType.CUDA if on_gpu else DeviceType.CPU, 0, 0
+    for event in events:
+        if event.name() == "[memory]" and event.device_type() == device and event.start_ns() <= end:
+            live += event.nbytes()  # below 0 where they are given back
+            peak = max(peak, live) if event.start_ns() >= begin else live
+    results.put((rank, peak))
 
 
 def measured(config, processes: int, on_gpu: bool) -> int:
@@ -118,25 +118,29 @@ def table(records: list[dict[str, object]]) -> str:
     lines = [
         "# plan",
         "",
-        "Generated by benchmarks/plan.py from plan.jsonl: peak bytes of a process's tensors, MiB.",
+        "Generated by benchmarks/plan.py from plan.jsonl: peak bytes of a process's tensors, MiB, as predicted, and as "
+        "torch's allocator had handed them out in the second step of `train`.",
         "",
-    ]
-    lines += [
-        "| shape | tier | recompute | processes | predicted | measured | error |",
-        "|---|---|---|---|---:|---:|---:|",
+        "| shape | tier | processes | settings | predicted | measured | error |",
+        "|---|---|---:|---|---:|---:|---:|",
     ]
     for record in records:
         predicted, real = record["predicted_bytes"], record.get("measured_bytes")
         cells = [f"{predicted / 2**20:.2f}", f"{real / 2**20:.2f}" if real else ""]
         cells.append(f"{predicted / real - 1:+.1%}" if real else "")
-        words = [record["shape"], record["tier"], record["recompute"], f"{record['processes']}, {record['strategy']}"]
+        settings = ", ".join(f"{name}={value}" for name, value in record["settings"].items())
+        words = [record["shape"], record["tier"], str(record["processes"]), settings]
         lines.append("| " + " | ".join([*words, *cells]) + " |")
     return "\n".join([*lines, ""])
 
 
-def _write(path: Path, records: list[dict[str, object]]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    path.with_suffix(".md").write_text(table(records))
+def predicted(combination, config, on_gpu: bool) -> dict[str, object]:
+    shape, tier, processes, settings = combination
+    with predicting(Place(processes, processes, on_gpu), processes=1) as predict:
+        (prediction,) = predict([config])
+    parts = {name: size for name, size in prediction.device.items() if name != "context, fragments"}
+    asked = {"shape": shape, "tier": tier, "processes": processes, "settings": settings, "on_gpu": on_gpu}
+    return asked | {"predicted_bytes": sum(parts.values()), "parts": parts}
 
 
 def main() -> None:
@@ -145,30 +149,19 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="run those without a peak yet, and add it")
     parser.add_argument("--cuda", action="store_true", help="predict for, and measure on, a GPU; one process only")
     flags = parser.parse_args()
-    combinations = [each for each in COMBINATIONS if not flags.cuda or each[3] == 1]
-    with tempfile.TemporaryDirectory() as folder:
-        configs = [config_for(*each, Path(folder)) for each in combinations]
-        if flags.measure:
-            records = [json.loads(line) for line in flags.output.read_text().splitlines()]
-            for record, config in zip(records, configs, strict=True):
-                if "measured_bytes" in record:
-                    continue
-                record["measured_bytes"] = measured(config, record["processes"], flags.cuda)
-                print(table([record]).splitlines()[-1], flush=True)
-                _write(flags.output, records)
-        else:
-            records = []
-            for each, config in zip(combinations, configs, strict=True):
-                place = Place(each[3], each[3], flags.cuda)
-                with predicting(place, processes=1) as predict:
-                    (prediction,) = predict([config])
-                names = dict(zip(("shape", "tier", "recompute", "processes"), each, strict=True))
-                parts = {name: size for name, size in prediction.device.items() if name != "context, fragments"}
-                size = {"batch_size": settings_of(config, place).batch_size, "seq_len": config.max_seq_len}
-                told = {"predicted_bytes": sum(parts.values()), "parts": parts, "on_gpu": flags.cuda}
-                records.append(names | {"strategy": config.sharding_strategy} | size | told)
-    _write(flags.output, records)
-    print(table(records))
+    combinations = [each for each in COMBINATIONS if not flags.cuda or each[2] == 1]
+    records = [json.loads(line) for line in flags.output.read_text().splitlines()] if flags.measure else []
+    for number, combination in enumerate(combinations):
+        with tempfile.TemporaryDirectory() as folder:
+            shape, tier, processes, settings = combination
+            config = config_for(shape, tier, settings, Path(folder))
+            if not flags.measure:
+                records.append(predicted(combination, config, flags.cuda))
+            elif "measured_bytes" not in records[number]:
+                records[number]["measured_bytes"] = measured(config, processes, flags.cuda)
+            print(table(records[number : number + 1]).splitlines()[-1], flush=True)
+        flags.output.write_text("".join(json.dumps(record) + "\n" for record in records))
+        flags.output.with_suffix(".md").write_text(table(records))
 
 
 if __name__ == "__main__":
