@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lowmem.memory.parts import COMMUNICATION
 from lowmem.parallel.pieces import local_of
@@ -84,14 +83,16 @@ class MemoryMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         # torch.tensor makes its storage out of sight and shows it as this operation's input
-        given = () if func is torch.ops.aten.lift_fresh.default else _storages_of((args, kwargs))
+        given = (
+            () if func is torch.ops.aten.lift_fresh.default else [*_storages_of(args), *_storages_of(kwargs.values())]
+        )
         not_ours = {storage._cdata for storage in given if storage._cdata not in self._storages}
         result = func(*args, **kwargs)
         for storage in given:
             if storage._cdata not in not_ours:
                 self._update(storage)
         made_for = COMMUNICATION if func.namespace in ("c10d", "fsdp") else None
-        for storage in _storages_of(result):
+        for storage in _storages_of([result]):
             if storage._cdata not in not_ours:
                 self._update(storage, None if storage._cdata in self._storages else made_for)
         return result
@@ -128,20 +129,24 @@ def fake_tensors() -> Iterator[None]:
     `.item()` answers True or 1, so that a check for finite numbers passes. Enter a MemoryMeter inside of it.
     """
     # others are those of process groups and meshes, made before
-    with FakeTensorMode(allow_non_fake_inputs=True), _OptimisticItems():
+    with _OptimisticFakes(allow_non_fake_inputs=True):
         yield
 
 
-class _OptimisticItems(TorchDispatchMode):
+class _OptimisticFakes(FakeTensorMode):
     """Fake tensors have no values to read: every one read is True or 1."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return True if args[0].dtype == torch.bool else 1
-        return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def _storages_of(tree: object) -> list[torch.UntypedStorage]:
-    leaves = [tree] if isinstance(tree, Tensor) else tree_leaves(tree)  # which is slow, and most results are one tensor
-    # a DTensor's own storage has the size of the whole, and nobody has it
-    return [local_of(leaf).untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)]
+def _storages_of(values: Iterable[object]) -> Iterator[torch.UntypedStorage]:
+    """Of the tensors among `values`, in lists of them too. (torch's walk of trees takes longer than an operation.)"""
+    for value in values:
+        if isinstance(value, Tensor):
+            # a DTensor's own storage has the size of the whole, and nobody has it
+            yield local_of(value).untyped_storage()
+        elif isinstance(value, list | tuple):
+            yield from _storages_of(value)
