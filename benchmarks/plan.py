@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from lowmem import resolve
-from lowmem.plan import Place, predicting
+from lowmem.plan import Place, planners, predicting
 
 SHAPES = {
     "t5": {"model_type": "t5", "vocab_size": 6000, "d_model": 192, "d_kv": 32, "num_heads": 6, "d_ff": 768}
@@ -147,8 +147,8 @@ def table(records: list[dict[str, object]]) -> str:
 
 def predicted(combination, config, on_gpu: bool) -> dict[str, object]:
     shape, tier, processes, settings = combination
-    with predicting(Place(processes, processes, on_gpu), processes=1) as predict:
-        (prediction,) = predict([config])
+    with planners() as pool:
+        (prediction,) = predicting(pool, Place(processes, processes, on_gpu))([config])
     parts = {name: size for name, size in prediction.device.items() if name != "context, fragments"}
     asked = {"shape": shape, "tier": tier, "processes": processes, "settings": settings, "on_gpu": on_gpu}
     return asked | {"predicted_bytes": sum(parts.values()), "parts": parts}

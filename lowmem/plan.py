@@ -1,13 +1,14 @@
-"""What a run will take, before it runs; and the fastest settings that fit. Counting is done in processes of its own."""
+"""What a run will take, before it runs. Counting is done in processes of its own."""
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from lowmem.config import TrainConfig, UsageError, parse_bytes
 from lowmem.memory.parts import GRADIENTS, LOW_HALVES, MOMENTS, OFFLOADED, UPDATE, WEIGHTS, Bytes, Counted, Settings
@@ -17,6 +18,11 @@ _ON_HOST = (WEIGHTS, LOW_HALVES, MOMENTS, GRADIENTS, UPDATE)  # with cpu_offload
 _PROGRAM_BYTES = 600 * 2**20
 _CONTEXT_BYTES = 600 * 2**20  # of CUDA and its libraries, on the device
 _FRAGMENTS = 0.05  # of what tensors take
+_PLANNER_BYTES = 500 * 2**20  # of a process that counts
+_WAITING_BYTES = 250 * 2**20  # of a rank meanwhile
+
+
+Result = TypeVar("Result")
 
 
 class Place(NamedTuple):
@@ -44,15 +50,7 @@ class Prediction:
         return sum(self.host.values())
 
 
-class Rung(NamedTuple):
-    """A step of the ladder: what it is called, what it changes (all before it included), why it is not taken."""
-
-    name: str
-    changes: dict[str, object]
-    refused: str = ""
-
-
-Predict = Callable[[Iterable[TrainConfig]], list[Prediction]]
+Predict = Callable[[Iterable[TrainConfig]], Iterator[Prediction]]
 
 
 def settings_of(config: TrainConfig, place: Place) -> Settings:
@@ -77,17 +75,56 @@ def settings_of(config: TrainConfig, place: Place) -> Settings:
 
 
 @contextmanager
-def predicting(place: Place, processes: int | None = None) -> Iterator[Predict]:
-    """Within it the function that predicts configs, as many at a time as there are cores."""
-    processes = processes or min(4, len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+def planners(host_memory: str | None = None) -> Iterator[Executor]:
+    """Processes that count, so that this one needs no torch: one a core, up to four, as far as `host_memory` holds."""
+    most = min(4, len(os.sched_getaffinity(0)))
+    if host_memory is not None:  # on which a launcher's ranks wait meanwhile
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * _WAITING_BYTES
+        most = max(1, min(most, (parse_bytes(host_memory) - beside) // _PLANNER_BYTES))
+    pool = ProcessPoolExecutor(most, mp_context=get_context("spawn"))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-        def predict(configs: Iterable[TrainConfig]) -> list[Prediction]:
-            configs = list(configs)
-            counted = pool.map(_count, [settings_of(config, place) for config in configs])
-            return [prediction(config, place, each) for config, each in zip(configs, counted, strict=True)]
 
-        yield predict
+def visible_gpus(pool: Executor) -> int:
+    """GPUs that processes of this machine see."""
+    return _result(pool.submit(_num_gpus))
+
+
+def predicting(pool: Executor, place: Place) -> Predict:
+    """The function that predicts configs at `place`; what it has counted once it does not count again."""
+    counted: dict[Settings, Future[Counted]] = {}
+
+    def predict(configs: Iterable[TrainConfig]) -> Iterator[Prediction]:
+        configs = list(configs)
+        wanted = [settings_of(config, place) for config in configs]
+        for settings in wanted:
+            if settings not in counted:
+                counted[settings] = pool.submit(_count, settings)
+        return (
+            prediction(config, place, _result(counted[settings]))
+            for config, settings in zip(configs, wanted, strict=True)
+        )
+
+    return predict
+
+
+def _result(found: Future[Result]) -> Result:
+    try:
+        return found.result()
+    except BrokenProcessPool as error:
+        raise UsageError(
+            f"a process that was to predict has ended: each takes {gigabytes(_PLANNER_BYTES)} of host memory, look "
+            "whether that is there (with --host_memory no more of them run than it holds)"
+        ) from error
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _count(settings: Settings) -> Counted:
@@ -116,130 +153,17 @@ def prediction(config: TrainConfig, place: Place, counted: Counted) -> Predictio
         host = {"tensors, of all processes": sum(device.values()) * place.local_world_size}
         training = sum(host.values())
     host["loading, beyond training"] = max(0, loading - training)
-    host["programs"] = _PROGRAM_BYTES * (1 + place.on_gpu) * place.local_world_size
+    host["programs"] = programs_bytes(place)
     keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # before one goes its successor stands
     name = f"{keeps} checkpoints" if config.save_total_limit else "each checkpoint"
     return Prediction(device, host, {name: keeps * counted.checkpoint_bytes, "model": counted.model_bytes})
 
 
-def ladder(config: TrainConfig, place: Place, fixed: Iterable[str]) -> Iterator[Rung]:
-    """From what was asked to what takes least, cheapest first: each rung keeps the changes of those before it.
-
-    Fields in `fixed` stay. So do the rows of an optimizer step, the tier and the optimizer: the loss curve is the same.
-    """
-    fixed, changes = set(fixed), {}
-    yield Rung("as asked", {})
-
-    def rung(name: str, **more: object) -> Rung:
-        kept = sorted(fixed & more.keys())
-        if kept:
-            return Rung(name, {}, f"{', '.join('--' + field for field in kept)} is set")
-        changes.update(more)
-        return Rung(name, dict(changes))
-
-    if config.recompute == "off":
-        yield rung("recompute=cheap", recompute="cheap")
-    if config.recompute != "full":
-        yield rung("recompute=full", recompute="full")
-    rows, micro_batches = config.batch_size, config.gradient_accumulation_steps
-    while rows > 1 and not config.release:
-        if config.global_batch_size is not None:
-            rows = -(-rows // 2)
-            yield rung(f"batch_size={rows}", batch_size=rows)
-        elif rows % 2 == 0:
-            rows, micro_batches = rows // 2, micro_batches * 2
-            name = f"batch_size={rows} x accumulation {micro_batches}"
-            yield rung(name, batch_size=rows, gradient_accumulation_steps=micro_batches)
-        else:
-            break
-        if {"batch_size", "gradient_accumulation_steps"} & fixed:
-            break  # smaller ones would be refused alike
-    if not config.offload_activations:
-        yield rung("offload_activations", offload_activations=True)
-    may_divide = config.optimizer != "adafactor" and config.tp_size == 1 and not config.release
-    if may_divide and place.world_size > 1 and config.sharding_strategy == "NO_SHARD":
-        yield rung("sharding_strategy=SHARD_GRAD_OP", sharding_strategy="SHARD_GRAD_OP")
-    if may_divide and place.world_size > 1 and config.sharding_strategy in ("NO_SHARD", "SHARD_GRAD_OP"):
-        yield rung("sharding_strategy=FULL_SHARD", sharding_strategy="FULL_SHARD")
-    if may_divide and place.on_gpu and not config.cpu_offload:
-        strategy = "FULL_SHARD" if config.sharding_strategy == "NO_SHARD" else config.sharding_strategy
-        yield rung("cpu_offload", sharding_strategy=strategy, cpu_offload=True)
-
-
-def choose(
-    config: TrainConfig, place: Place, fixed: Iterable[str], predict: Predict, tell: Callable[[str], None]
-) -> tuple[TrainConfig, Prediction]:
-    """The first rung that fits `device_memory` and `host_memory`; each one is told. Raises UsageError if none does."""
-    rungs = list(ladder(config, place, fixed))
-    for rung in (rung for rung in rungs if rung.refused):
-        tell(f"  {rung.name}: not tried, {rung.refused}")
-    tried = [rung for rung in rungs if not rung.refused]
-    nearest: tuple[int, Rung, str] | None = None
-    width = min(4, len(os.sched_getaffinity(0)))
-    for start in range(0, len(tried), width):
-        some = tried[start : start + width]
-        configs = [dataclasses.replace(config, **rung.changes) for rung in some]
-        for rung, changed, predicted in zip(some, configs, predict(configs), strict=True):
-            missing, told = _missing(config, predicted)
-            tell(f"  {rung.name}: {_told(predicted)}{'; fits' if not missing else f'; {told}'}")
-            if not missing:
-                return changed, predicted
-            if nearest is None or missing < nearest[0]:
-                nearest = missing, rung, told
-    _, rung, told = nearest
-    advice = "more processes, fewer tokens (--max_seq_len)"
-    if config.memory != "lean" and config.optimizer != "sgd":
-        advice += ", or the tier --mixed_precision=bf16 --memory=lean (another curve, inside the spread of seeds)"
-    if refused := [rung.name for rung in rungs if rung.refused]:
-        advice += f"; {', '.join(refused)} may not be tried, as their flags are set"
-    raise UsageError(f"nothing fits: with {rung.name}, which comes nearest, {told}. Take {advice}")
-
-
-def _missing(config: TrainConfig, predicted: Prediction) -> tuple[int, str]:
-    """By how many bytes it does not fit, and a line that tells where."""
-    limits = {"device_memory": predicted.device_bytes, "host_memory": predicted.host_bytes}
-    over = {
-        name: taken - parse_bytes(getattr(config, name))
-        for name, taken in limits.items()
-        if getattr(config, name) is not None and taken > parse_bytes(getattr(config, name))
-    }
-    told = [f"{gigabytes(size)} more than --{name}={getattr(config, name)}" for name, size in over.items()]
-    return sum(over.values()), ", ".join(told)
-
-
-def _told(predicted: Prediction) -> str:
-    return f"device {gigabytes(predicted.device_bytes)}, host {gigabytes(predicted.host_bytes)}"
+def programs_bytes(place: Place) -> int:
+    """Of the host, whatever is trained."""
+    return _PROGRAM_BYTES * (1 + place.on_gpu) * place.local_world_size
 
 
 def gigabytes(num_bytes: int) -> str:
     """As --device_memory takes it."""
     return f"{num_bytes / 10**9:.2f} GB" if num_bytes >= 10**8 else f"{num_bytes / 10**6:.2f} MB"
-
-
-def variants(config: TrainConfig, place: Place) -> Sequence[tuple[str, str, TrainConfig]]:
-    """Each tier, saver and strategy in place of what was asked, what it costs, and the config; what goes with it."""
-    bf16 = {"mixed_precision": "bf16"}
-    tiers = [
-        ("memory=off", "nothing", {"memory": "off", "optimizer": config.optimizer.removesuffix("_bf16")}),
-        ("memory=exact", "nothing: AdamW's curve over fp32 weights", bf16 | {"memory": "exact"}),
-        ("memory=lean", "rounding: inside the spread of seeds", bf16 | {"memory": "lean"}),
-    ]
-    if config.optimizer not in ("adamw", "adamw_bf16", "adafactor"):
-        tiers = []
-    savers = [
-        ("recompute=off", "nothing", {"recompute": "off"}),
-        ("recompute=cheap", "a tenth of the time", {"recompute": "cheap"}),
-        ("recompute=full", "a fifth to a third of the time", {"recompute": "full"}),
-        ("offload_activations", "traffic to the host", {"offload_activations": True}),
-    ]
-    strategies = []
-    if place.world_size > 1 and config.tp_size == 1 and config.optimizer != "adafactor" and not config.release:
-        strategies = [(f"sharding_strategy={name}", costs, {"sharding_strategy": name}) for name, costs in _STRATEGIES]
-    made = [(name, costs, dataclasses.replace(config, **more)) for name, costs, more in tiers + savers + strategies]
-    return [each for each in made if each[2] != config]
-
-
-_STRATEGIES = [
-    ("SHARD_GRAD_OP", "weights and gradients over the wire, each micro-batch"),
-    ("FULL_SHARD", "the same, and weights twice"),
-]

@@ -1,62 +1,77 @@
 """What `plan` prints and draws, and what `train` does about --device_memory and --host_memory."""
 
+import dataclasses
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from lowmem.choice import choose, variants
 from lowmem.config import TrainConfig
-from lowmem.parallel.launch import check_launch, processes_to_start
+from lowmem.parallel.launch import check_launch
 from lowmem.parallel.launched import launched_processes
-from lowmem.plan import Place, Prediction, choose, gigabytes, predicting, variants
+from lowmem.plan import Place, Prediction, gigabytes, planners, predicting, visible_gpus
+
+_PLANNING_SECONDS = 900.0  # that others wait for the one that plans, many times what a large model takes
 
 
 def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
     """Print what `config`, or what is chosen to fit, takes; each tier, saver and strategy beside it; draw plan.png."""
-    place = _place(config)
-    print(_told(config, place), flush=True)
-    with predicting(place) as predict:
+    asked = config
+    with planners(config.host_memory) as pool:
+        place = _place(config, pool)
+        print(_told(config, place), flush=True)
+        predict = predicting(pool, place)
         if config.device_memory or config.host_memory:
-            before = config
-            config, asked = choose(config, place, fixed, predict, print)
-            print(f"chosen: {', '.join(flags_between(before, config)) or 'as asked'}")
-        else:
-            (asked,) = predict([config])
-        print("\n".join(["", *table_of_parts(asked)]), flush=True)
-        others = variants(config, place)
-        predicted = predict(config for _, _, config in others)
-    rows = [("as above", "", asked), *((name, costs, p) for (name, costs, _), p in zip(others, predicted, strict=True))]
-    print("\n".join(["", *table_of_variants(rows)]))
-    print(_draw([(name, prediction) for name, _, prediction in rows], Path(config.output_dir)))
+            config, _ = choose(config, place, fixed, predict, partial(print, flush=True))
+            print(f"chosen: {', '.join(flags_between(asked, config)) or 'as asked'}")
+        names, costs, configs = zip(("as above", "", config), *variants(config, place), strict=True)
+        predictions = predict(configs)
+        first = next(predictions)
+        print("\n".join(["", *table_of_parts(first)]), flush=True)
+        predictions = [first, *predictions]
+    print("\n".join(["", *table_of_variants(list(zip(names, costs, predictions, strict=True)))]))
+    print(_draw(list(zip(names, predictions, strict=True)), Path(config.output_dir)))
 
 
 def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
-    """The config of the fastest settings that fit, told by the first process. Raises UsageError if none does."""
-    is_first = os.environ.get("RANK", "0") == "0"
+    """The config of the fastest settings that fit. Raises UsageError if none does.
 
-    def tell(line: str) -> None:
-        if is_first:
-            print(line, flush=True)
-
+    Of processes that a launcher started the first one plans, for all, and tells: each is called, before they join.
+    """
     check_launch(config.num_processes)
-    place = _place(config)
-    tell(_told(config, place))
-    with predicting(place) as predict:
-        fitting, _ = choose(config, place, fixed, predict, tell)
-    tell(f"chosen: {', '.join(flags_between(config, fitting)) or 'as asked'}")
-    return fitting
+
+    def find() -> dict[str, object]:
+        return _changes_that_fit(config, fixed)
+
+    if (launched_processes() or 1) == 1:
+        return dataclasses.replace(config, **find())
+    from lowmem.parallel.ahead import found_by_first
+
+    waits = {"limit_seconds": _PLANNING_SECONDS, "start_seconds": config.heartbeat_timeout}
+    return dataclasses.replace(config, **found_by_first(find, **waits))
 
 
-def _place(config: TrainConfig) -> Place:
+def _changes_that_fit(config: TrainConfig, fixed: Iterable[str]) -> dict[str, object]:
+    with planners(config.host_memory) as pool:
+        place = _place(config, pool)
+        print(_told(config, place), flush=True)
+        fitting, _ = choose(config, place, fixed, predicting(pool, place), partial(print, flush=True))
+    changes = _changes_between(config, fitting)
+    print(f"chosen: {', '.join(flags_between(config, fitting)) or 'as asked'}", flush=True)
+    return changes
+
+
+def _place(config: TrainConfig, pool: Executor) -> Place:
     """Under a launcher its processes, else those that `train` would start. A limit of device memory means a GPU."""
     launched = launched_processes()
-    world_size = launched or config.num_processes or processes_to_start(None)
+    world_size = launched or config.num_processes
+    gpus = visible_gpus(pool) if config.device_memory is None or world_size is None else 0
+    world_size = world_size or max(1, gpus)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if launched else world_size
-    if config.device_memory is None:
-        import torch
-
-        return Place(world_size, local, torch.cuda.is_available())
-    return Place(world_size, local, True)
+    return Place(world_size, local, on_gpu=config.device_memory is not None or gpus > 0)
 
 
 def _told(config: TrainConfig, place: Place) -> str:
@@ -67,7 +82,11 @@ def _told(config: TrainConfig, place: Place) -> str:
 
 def flags_between(before: TrainConfig, after: TrainConfig) -> list[str]:
     """The flags that make one config of the other."""
-    return [f"--{name}={value}" for name, value in vars(after).items() if value != getattr(before, name)]
+    return [f"--{name}={value}" for name, value in _changes_between(before, after).items()]
+
+
+def _changes_between(before: TrainConfig, after: TrainConfig) -> dict[str, object]:
+    return {name: value for name, value in vars(after).items() if value != getattr(before, name)}
 
 
 def table_of_parts(prediction: Prediction) -> list[str]:

@@ -10,13 +10,13 @@ from tests.processes import ROOT, run
 # A module imports only modules above it.
 ORDER = (
     "config zero_config conflicts flags disk weights parallel.signals parallel.heartbeat parallel.elastic "
-    "parallel.agree parallel.rendezvous parallel.launched parallel.deepspeed parallel.launch parallel.pieces "
-    "parallel.fill parallel.same parallel.tensor parallel.sharding data.order data.bundled data.source data.derived "
-    "data.line_index data.lines data.batches data.tables data.rows data.chat data.encode data.batch data.packing "
-    "data.quarantine data.steps data.stream data.finite model memory.parts memory.meter memory.loss memory.forms "
-    "memory.tiers memory.adafactor memory.optim memory.full memory.offload memory.pretend memory.savers step recover "
-    "evaluation checkpoint.commit checkpoint.verify checkpoint.export checkpoint.tensors rehearsal "
-    "checkpoint.together checkpoint.save checkpoint.load checkpoint.resume report train plan plan_command "
+    "parallel.agree parallel.rendezvous parallel.ahead parallel.launched parallel.deepspeed parallel.launch "
+    "parallel.pieces parallel.fill parallel.same parallel.tensor parallel.sharding data.order data.bundled data.source "
+    "data.derived data.line_index data.lines data.batches data.tables data.rows data.chat data.encode data.batch "
+    "data.packing data.quarantine data.steps data.stream data.finite model memory.parts memory.meter memory.loss "
+    "memory.forms memory.tiers memory.adafactor memory.optim memory.full memory.offload memory.pretend memory.savers "
+    "step recover evaluation checkpoint.commit checkpoint.verify checkpoint.export checkpoint.tensors rehearsal "
+    "checkpoint.together checkpoint.save checkpoint.load checkpoint.resume report train plan choice plan_command "
     "evaluate_command run_folder exit_file supervise plot cli"
 ).split()
 

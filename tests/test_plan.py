@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
+from lowmem.choice import choose, ladder
 from lowmem.config import UsageError
 from lowmem.data.batch import Batch
 from lowmem.flags import named_fields, resolve
@@ -22,7 +23,7 @@ from lowmem.model import build_model, config_of
 from lowmem.parallel.launch import join
 from lowmem.parallel.pieces import local_of
 from lowmem.parallel.sharding import parallelize
-from lowmem.plan import Place, Prediction, choose, ladder, prediction, settings_of
+from lowmem.plan import Place, Prediction, prediction, settings_of
 from lowmem.rehearsal import count, rehearse
 from lowmem.step import TrainState, train_step
 from tests.forked import fork_ranks
@@ -174,7 +175,7 @@ def predictions(sizes):
     """A plan's counting with sizes that are known: 1,000 bytes less for each rung."""
 
     def predict(configs):
-        return [Prediction({"all": sizes[config.recompute, config.batch_size]}, {"all": 5}, {}) for config in configs]
+        return (Prediction({"all": sizes[config.recompute, config.batch_size]}, {"all": 5}, {}) for config in configs)
 
     return predict
 

@@ -43,11 +43,11 @@ def start_group(backend: str, *, limit_seconds: float) -> None:
     Raises StartError where these are wrong, and RankError if a rank does not come, both within about `limit_seconds`;
     what no exception can end is ended with a line on stderr, exit code 1.
     """
-    place, deadline = _place(), time.monotonic() + limit_seconds
+    place, deadline = place_of_this_rank(), time.monotonic() + limit_seconds
     _check_collectives_in_debug_mode(place)
-    store = _open_store(place, deadline, limit_seconds)
+    store = open_store(place, deadline, limit_seconds)
     try:
-        meeting = _meet(store, place, deadline, limit_seconds)
+        meeting = meet(store, place, deadline, limit_seconds)
     except dist.DistNetworkError as error:
         raise RankError(
             f"{place} lost the store at {place.address}:{place.port} before all had come ({_first_line(error)}): rank "
@@ -82,7 +82,8 @@ def first_sum(device: torch.device, *, limit_seconds: float, last_words: Callabl
         raise StartError(f"rank {rank} summed 1 over {world_size} ranks and got {sums}: {_network()}")
 
 
-def _place() -> Place:
+def place_of_this_rank() -> Place:
+    """As RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT tell it. Raises StartError where these are wrong."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     told = {name: os.environ.get(name, "") for name in names}
     wrong = [name for name in names if not (told[name] if name == "MASTER_ADDR" else told[name].isdecimal())]
@@ -108,7 +109,7 @@ def _check_collectives_in_debug_mode(place: Place) -> None:
         print("debug mode: torch compares every collective over the ranks before it runs, which takes time", flush=True)
 
 
-def _open_store(place: Place, deadline: float, limit_seconds: float) -> dist.Store:
+def open_store(place: Place, deadline: float, limit_seconds: float) -> dist.Store:
     """A connection to the store, which rank 0 keeps, unless a launcher does."""
     patience = timedelta(seconds=limit_seconds)
     is_keeper = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -158,7 +159,7 @@ def _reach(place: Place, where: str, deadline: float) -> None:
             ) from error
 
 
-def _meet(store: dist.Store, place: Place, deadline: float, limit_seconds: float) -> str:
+def meet(store: dist.Store, place: Place, deadline: float, limit_seconds: float) -> str:
     """Return a name for this meeting, the same on every rank and never used before in this store.
 
     A launcher's store still holds what the predecessors of restarted processes wrote, and those on several hosts do not

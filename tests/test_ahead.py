@@ -1,0 +1,109 @@
+"""Before the ranks are one group, rank 0 finds out for all; each hears it, or why not, within a limit."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from lowmem.config import UsageError
+from lowmem.flags import resolve
+from lowmem.parallel.agree import sum_over_ranks
+from lowmem.parallel.ahead import found_by_first
+from lowmem.parallel.launch import join
+from lowmem.plan_command import fitted
+from lowmem.supervise import tell_failure
+from tests.forked import fork_ranks
+from tests.models import LLAMA
+from tests.processes import started_ranks
+
+
+def as_rank(folder, work):
+    """What a rank tells is in a file, what its `work` returns in another; its exit code is that of the command line."""
+    rank = os.environ["RANK"]
+    with open(folder / f"told-{rank}", "w") as told:
+        os.dup2(told.fileno(), 2)
+    try:
+        (folder / f"found-{rank}").write_text(json.dumps(work()))
+    except Exception as error:
+        sys.exit(tell_failure(error))
+
+
+def find(folder, how):
+    with open(folder / "calls", "a") as calls:
+        calls.write(os.environ["RANK"])
+    if how == "refuses":
+        raise UsageError("nothing fits")
+    if how == "fails":
+        raise OSError("no such device")
+    if how == "dies":
+        time.sleep(2)  # so that the others have reached it
+        os._exit(9)
+    if how == "hangs":
+        time.sleep(6)
+    return {"batch_size": 2, "recompute": "full"}
+
+
+def find_and_join(folder, how, rounds=1):
+    def work():
+        found = [found_by_first(lambda: find(folder, how), limit_seconds=4, start_seconds=4) for _ in range(rounds)]
+        join(heartbeat_timeout=10)
+        count = sum_over_ranks(1)
+        dist.destroy_process_group()
+        return [*found, count]
+
+    as_rank(folder, work)
+
+
+def test_rank_0_finds_out_for_all_and_then_they_join(tmp_path):
+    assert fork_ranks(3, find_and_join, tmp_path, "well", 2) == [0, 0, 0]
+    found = {"batch_size": 2, "recompute": "full"}
+    assert [json.loads((tmp_path / f"found-{rank}").read_text()) for rank in range(3)] == [[found, found, [3]]] * 3
+    assert (tmp_path / "calls").read_text() == "00"
+
+
+@pytest.mark.parametrize(
+    ("how", "codes", "told"),
+    [
+        ("refuses", [2, 2, 2], "nothing fits"),
+        ("fails", [1, 1, 1], "rank 0 failed with OSError: no such device"),
+        ("hangs", [1, 1, 1], "for rank 0 of 3, in vain for 4 s"),
+        ("dies", [9, 1, 1], "what rank 0 was to find out: rank 0, or the launcher that keeps the store, has ended"),
+    ],
+)
+def test_what_rank_0_does_not_find_out_ends_all(how, codes, told, tmp_path):
+    began = time.monotonic()
+    assert fork_ranks(3, find_and_join, tmp_path, how) == codes
+    assert time.monotonic() - began < 15
+    if how != "refuses":  # which all know alike, so that one on a host tells it
+        for rank in (1, 2):
+            assert told in (tmp_path / f"told-{rank}").read_text(), (tmp_path / f"told-{rank}").read_text()
+    else:
+        assert [(tmp_path / f"told-{rank}").read_text() for rank in range(3)] == [f"error: {told}\n", "", ""]
+
+
+def plan_and_join(folder, flags):
+    try:
+        config = fitted(resolve(json.loads(flags)), fixed=())
+        join(heartbeat_timeout=10)
+        dist.destroy_process_group()
+        Path(folder, os.environ["RANK"]).write_text(json.dumps([config.batch_size, config.recompute]))
+    except Exception as error:
+        sys.exit(tell_failure(error))
+
+
+def test_one_rank_plans_and_all_take_its_choice_or_its_refusal(tmp_path):
+    (tmp_path / "llama.json").write_text(json.dumps(LLAMA))
+    flags = {"model_config": str(tmp_path / "llama.json"), "text_column": "text", "max_seq_len": 256, "batch_size": 16}
+    for limit, codes, told in (("648MB", [0, 0], "chosen: --recompute="), ("630MB", [2, 2], "error: nothing fits")):
+        limited = json.dumps(flags | {"device_memory": limit})
+        with started_ranks(2, "tests.test_ahead:plan_and_join", tmp_path, limited) as ranks:
+            said = [process.communicate(timeout=120)[0] for process in ranks]
+            assert [process.returncode for process in ranks] == codes, said
+        assert "predicted for 2 x a GPU each" in said[0] and told in said[0]
+        assert said[1] == ""
+    first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
+    assert first == second != [16, "off"]
