@@ -141,7 +141,7 @@ def start(flags: argparse.Namespace, folder: Path, model: str, name: str, strate
         words += [
             "--global_batch_size=8",
             "--batch_size=2",
-            "--learning_rate=1e-3",
+            "--learning_rate=3e-4",
             "--logging_steps=1",
             *STRATEGIES[strategy],
         ]
@@ -176,6 +176,7 @@ def start(flags: argparse.Namespace, folder: Path, model: str, name: str, strate
         slowest = max(ranks, key=lambda rank: rank["marks"]["first step"])
         return record | {
             "loss": [step["loss"] for step in steps],
+            "grad_norm": steps[0]["grad_norm"],
             "tokens_per_second": median(step["tokens_per_second"] for step in steps[2:]),
             "state_bytes": max(rank["state_bytes"] for rank in ranks),
             "peak_rss_above_import_bytes": max(rank["peak_rss_above_import_bytes"] for rank in ranks),
@@ -199,19 +200,21 @@ def table(records: list[Record]) -> str:
     told = [f"    {first['command']}", ""]
     told += [f"{first['date']}; {first['machine']['cpu']}, {first['machine']['cores']} cores; {versions}.", ""]
     told += [
-        "| model | processes | strategy | launcher | loss beside one process | state, MiB a rank | peak RSS above "
-        "imports, MiB a rank | tokens/s | first step, s | launcher and interpreter | imports | group | model | rows |",
-        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| model | processes | strategy | launcher | loss beside one process | first gradient's norm beside its | state, "
+        "MiB a rank | peak RSS above imports, MiB a rank | tokens/s | first step, s | launcher and interpreter | imports "
+        "| group | model | rows |",
+        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     alone = {record["model"]: record for record in records if record["processes"] == 1}
     for record in records:
         line = [record["model"], record["processes"], record["strategy"], record["launcher"]]
         if "failed" in record:
-            told.append(f"| {' | '.join(map(str, line))} | failed: {record['failed']} | | | | | | | | | |")
+            told.append(f"| {' | '.join(map(str, line))} | failed: {record['failed']} |{' |' * 10}")
             continue
-        pairs = zip(record["loss"], alone[record["model"]]["loss"], strict=True)
-        ends = record["seconds"]
+        reference, ends = alone[record["model"]], record["seconds"]
+        pairs = zip(record["loss"], reference["loss"], strict=True)
         line += [f"{max(abs(mine / its - 1) for mine, its in pairs):.1e}"]
+        line += [f"{abs(record['grad_norm'] / reference['grad_norm'] - 1):.1e}"]
         line += [f"{record[name] / MIB:.1f}" for name in ("state_bytes", "peak_rss_above_import_bytes")]
         line += [f"{record['tokens_per_second']:,.0f}", f"{ends['first step']:.1f}"]
         phases = ["the interpreter", "imports", "process group", "model", "rows"]
