@@ -25,8 +25,8 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lowmem, installed or not
 
 from checkpoint_systems import SYSTEMS
-from compare import MIB, Record, append
 from metrics import disk_bytes
+from records import MIB, Record, append
 
 from lowmem.config import MODEL_SHAPES
 

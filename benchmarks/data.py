@@ -33,10 +33,10 @@ from baseline_reading import (
     streaming_resume,
     whole_draw,
 )
-from compare import MIB, Record, append
 from corpus import KINDS, generate, train_tokenizer
 from lowmem_reading import lowmem_draw, lowmem_once, lowmem_resume, lowmem_rows, lowmem_wait
 from metrics import BATCH_SIZE, PLACES, quality
+from records import MIB, Record, append
 from systems import machine
 
 VERSIONS = ("torch", "transformers", "tokenizers", "pyarrow", "datasets")

@@ -17,8 +17,9 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
-from compare import LLAMA_56M, MIB, Record, append
+from compare import LLAMA_56M
 from footprint import Model, System, Work, run
+from records import MIB, Record, append
 
 from lowmem.config import MODEL_SHAPES
 
