@@ -229,14 +229,15 @@ def launchers(records: Sequence[Record]) -> list[str]:
         states = [max((turn["state_bytes"] for turn in of.get(place, [])), default=None) for place in places]
         pairs = [(run, alone[run["date"], run["model"]]) for run in ran]
         losses = [abs(a / b - 1) for run, one in pairs for a, b in zip(run["loss"], one["loss"], strict=True)]
+        norms = [abs(run["grad_norm"] / one["grad_norm"] - 1) for run, one in pairs if "grad_norm" in run]
         return [
             *(strategy, *("-" if state is None else f"{state / MIB:.1f}" for state in states)),
-            f"{max(losses):.1e}" if losses else "-",
+            *(f"{max(each):.1e}" if each else "-" for each in (losses, norms)),
             f"{len(mine)}" + (f", {len(mine) - len(ran)} failed" if len(ran) < len(mine) else ""),
         ]
 
     head = ["MiB of weights and optimizer a process:", *(f"{model} on {processes}" for model, processes in places)]
-    head += ["a step's loss beside one process's, largest relative difference", "trainings"]
+    head += ["a step's loss beside one process's, relative, at most", "first gradient's norm, the same", "trainings"]
     whole = {model: f"{model} {record['state_bytes'] / MIB:.1f} MiB" for (_, model), record in alone.items()}
     names = ", ".join(dict.fromkeys(record["launcher"] for record in divided))
     how = f"fp32, each training once; one process has {', '.join(whole.values())}; launchers: {names}"
