@@ -208,10 +208,10 @@ def plan(records: Sequence[Record]) -> list[str]:
     line += f"less than 0.05%, at most by {named(furthest, 'measured_bytes')}; below zero is less than it took."
     if again := [record for record in real if "first_measured_bytes" in record]:
         at_first = ", ".join(named(record, "first_measured_bytes") for record in again)
-        line += f" {len(again)} were measured anew: at first they were off by {at_first}, as the meter had counted the "
-        line += "whole of a divided tensor for one process."
+        line += f" When first measured, {len(again)} were off by {at_first}, as the meter had counted the whole of a "
+        line += "divided tensor for one process."
     sources = [of for record in records for of in (record, record.get("measurement", {})) if "command" in of]
-    missing = "Machine, versions and day were not recorded; `python benchmarks/plan.py`, with `--measure`."
+    missing = "Machine, versions and day were not recorded (`python benchmarks/plan.py --measure` does)."
     return [line, "", source(sources, "Each once") if sources else missing]
 
 
