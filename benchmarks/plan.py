@@ -10,9 +10,15 @@ import argparse
 import json
 import multiprocessing
 import os
+import shlex
 import socket
+import sys
 import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
+
+from systems import machine
 
 from lowmem import resolve
 from lowmem.plan import Place, predicting, settings_of
@@ -131,7 +137,20 @@ def table(records: list[dict[str, object]]) -> str:
         cells.append(f"{predicted / real - 1:+.1%}" if real else "")
         words = [record["shape"], record["tier"], record["recompute"], f"{record['processes']}, {record['strategy']}"]
         lines.append("| " + " | ".join([*words, *cells]) + " |")
+    if mended := [record for record in records if "first_measured_bytes" in record]:
+        lines += ["", "Measured anew, as the meter had counted the whole of a divided tensor for one process:", ""]
+        for record in mended:
+            predicted, real = record["predicted_bytes"], record["first_measured_bytes"]
+            words = f"{record['shape']}, {record['tier']}, {record['recompute']}, {record['processes']}"
+            lines.append(f"- {words}: {real / 2**20:.2f} at first, error {predicted / real - 1:+.1%}")
     return "\n".join([*lines, ""])
+
+
+def about() -> dict[str, object]:
+    """When, by which command, where and with what something was found."""
+    versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    told = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(["python", *sys.argv])}
+    return told | {"machine": machine(), "versions": versions}
 
 
 def _write(path: Path, records: list[dict[str, object]]) -> None:
@@ -145,6 +164,7 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="run those without a peak yet, and add it")
     parser.add_argument("--cuda", action="store_true", help="predict for, and measure on, a GPU; one process only")
     flags = parser.parse_args()
+    now = about()
     combinations = [each for each in COMBINATIONS if not flags.cuda or each[3] == 1]
     with tempfile.TemporaryDirectory() as folder:
         configs = [config_for(*each, Path(folder)) for each in combinations]
@@ -154,6 +174,7 @@ def main() -> None:
                 if "measured_bytes" in record:
                     continue
                 record["measured_bytes"] = measured(config, record["processes"], flags.cuda)
+                record["measurement"] = now
                 print(table([record]).splitlines()[-1], flush=True)
                 _write(flags.output, records)
         else:
@@ -165,7 +186,7 @@ def main() -> None:
                 names = dict(zip(("shape", "tier", "recompute", "processes"), each, strict=True))
                 parts = {name: size for name, size in prediction.device.items() if name != "context, fragments"}
                 size = {"batch_size": settings_of(config, place).batch_size, "seq_len": config.max_seq_len}
-                told = {"predicted_bytes": sum(parts.values()), "parts": parts, "on_gpu": flags.cuda}
+                told = {"predicted_bytes": sum(parts.values()), "parts": parts, "on_gpu": flags.cuda} | now
                 records.append(names | {"strategy": config.sharding_strategy} | size | told)
     _write(flags.output, records)
     print(table(records))
