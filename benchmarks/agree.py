@@ -23,7 +23,8 @@ from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
-from compare import Record, append, shapes
+from compare import shapes
+from records import Record, append
 from systems import OPTIMIZER, WARM_UP_STEPS, machine, open_steps, open_work
 
 WORLD_SIZE = 2

@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from compare import Record
 from corpus import SEED, number_of
 from metrics import BATCH_SIZE, PLACES, Watch, disk_bytes, drawn, import_all
+from records import Record
 
 BUFFER_SIZE = 10_000  # of datasets' shuffle
 

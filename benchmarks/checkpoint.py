@@ -25,8 +25,8 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lowmem, installed or not
 
 from checkpoint_systems import SYSTEMS
-from compare import MIB, Record, append
 from metrics import disk_bytes
+from records import MIB, Record, append
 
 from lowmem.config import MODEL_SHAPES
 
@@ -158,36 +158,45 @@ def _holds_pickle(path: Path) -> bool:
 
 
 # --- what is told
+def seconds(records: list[Record], action: str, *names: str) -> str:
+    """The median over the repeats of one system."""
+    return f"{median(sum(record[action][name] for name in names) for record in records):.2f}"
+
+
+def mib(records: list[Record], action: str, name: str) -> str:
+    """Memory above the run, the median; less the state that a load makes, which belongs to the run."""
+    return f"{median(record[action][name] - record[action].get('made_bytes', 0) for record in records) / MIB:,.0f}"
+
+
+def flipped_bit(records: list[Record]) -> str:
+    """What became of the one load after a bit had been flipped."""
+    return next((record["flipped_bit"].partition(":")[0] for record in records if "flipped_bit" in record), "-")
+
+
+def known(system: str) -> tuple[str, str]:
+    return KNOWN[system.partition(" ")[0].partition("-")[0]]
+
+
 def table(records: list[Record]) -> str:
     """Markdown for the records of one command: medians over its repeats."""
     of: dict[str, list[Record]] = {}
     for record in records:
         of.setdefault(record["system"], []).append(record)
 
-    def seconds(system: str, action: str, *names: str) -> str:
-        return f"{median(sum(record[action][name] for name in names) for record in of[system]):.2f}"
-
-    def mib(system: str, action: str, name: str) -> str:
-        """Memory above the run; less the state that a load makes, which belongs to the run."""
-        found = (record[action][name] - record[action].get("made_bytes", 0) for record in of[system])
-        return f"{median(found) / MIB:,.0f}"
-
     def numbers(system: str) -> list[str]:
         return [
             f"{of[system][0]['disk_bytes'] / 1e6:,.0f}",
-            seconds(system, "save", "seconds"),
-            seconds(system, "save", "seconds", "sync_seconds"),
-            mib(system, "save", "peak_bytes"),
-            seconds(system, "load", "seconds"),
-            mib(system, "load", "peak_bytes"),
-            mib(system, "load", "anonymous_bytes"),
+            seconds(of[system], "save", "seconds"),
+            seconds(of[system], "save", "seconds", "sync_seconds"),
+            mib(of[system], "save", "peak_bytes"),
+            seconds(of[system], "load", "seconds"),
+            mib(of[system], "load", "peak_bytes"),
+            mib(of[system], "load", "anonymous_bytes"),
         ]
 
     def promises(system: str) -> list[str]:
-        atomic, elastic = KNOWN[system.partition(" ")[0].partition("-")[0]]
-        pickled = of[system][0]["pickles"]
-        flipped = next((record["flipped_bit"] for record in of[system] if "flipped_bit" in record), "-")
-        return [system, atomic, flipped.partition(":")[0], ", ".join(pickled) or "none", elastic]
+        atomic, elastic = known(system)
+        return [system, atomic, flipped_bit(of[system]), ", ".join(of[system][0]["pickles"]) or "none", elastic]
 
     first = records[0]
     save = first["save"]

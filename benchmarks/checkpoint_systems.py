@@ -18,8 +18,8 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lowmem, installed or not
 
-from compare import Record
 from metrics import Watch
+from records import Record
 from systems import OPTIMIZER, machine
 
 SAMPLED_SECONDS = 0.002

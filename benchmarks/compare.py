@@ -1,8 +1,8 @@
-"""lowmem's memory tiers beside transformers' Trainer: the same weights, rows, objective and schedule, a process each.
+"""lowmem beside what people use today: the same weights, rows, objective and schedule, each in processes of its own.
 
     python benchmarks/compare.py --model=t5-small --systems=lowmem-exact,lowmem-lean,trainer --steps=6 --repeats=3
 
-Writes a JSON line for each system and repeat, and a table of medians beside it. See README.md.
+Writes a JSON line for each system and repeat, and tables and a figure of medians beside it. See README.md.
 """
 
 import argparse
@@ -13,16 +13,17 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 
-from systems import SYSTEMS, WARM_UP_STEPS
+from comparison import draw, table
+from launching import launch_command
+from records import Record, append
+from systems import SYSTEMS, WARM_UP_STEPS, System, encoded_rows
 
-Record = dict[str, object]
-
-MIB = 2**20
+SECONDS_A_TRAINING = 3600
 
 LLAMA_56M = {
     "model_type": "llama",
@@ -72,7 +73,9 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--recompute", choices=["full", "off"], default="full", help="gradient checkpointing, for all")
     parser.add_argument("--max_grad_norm", type=norm, default=1.0, help="0: no clipping")
-    parser.add_argument("--threads", type=positive, default=os.cpu_count())
+    parser.add_argument("--processes", type=positive, default=1, help="each takes batch_size rows of a micro-batch")
+    parser.add_argument("--threads", type=positive, help="of each process; default: the cores, shared by them")
+    parser.add_argument("--llamafactory_python", default=sys.executable, help="the interpreter that has LLaMA-Factory")
     parser.add_argument("--systems", default="lowmem-exact,trainer", help=f"comma list of {', '.join(SYSTEMS)}")
     parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
     flags = parser.parse_args(arguments)
@@ -90,6 +93,9 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
                 f"{name} releases gradients before all of them are there, so it neither accumulates nor clips: "
                 "set --gradient_accumulation_steps=1 --max_grad_norm=0, or leave it out"
             )
+        if "release" in system.savers and flags.processes > 1:
+            parser.error(f"{name} takes one process: set --processes=1, or leave it out")
+    flags.threads = flags.threads or max(1, os.cpu_count() // flags.processes)
     if flags.steps <= WARM_UP_STEPS:
         parser.error(f"--steps={flags.steps} leaves no step to time: set more than {WARM_UP_STEPS}")
     if flags.train_file and not Path(flags.train_file).is_file():
@@ -99,129 +105,120 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     return flags
 
 
-def start(system: str, flags: argparse.Namespace, folder: str) -> None:
-    """Run one system to its end in a fresh process, which leaves its record in `folder`."""
+def start(system: str, flags: argparse.Namespace, folder: Path, **more: object) -> list[Record]:
+    """Run one system to its end in fresh processes; what each of them measured. Raises CalledProcessError."""
     settings = {name: value for name, value in vars(flags).items() if name not in ("systems", "output")}
-    settings |= {"system": system, "folder": folder, "shape": shapes()[flags.model]}
-    settings["num_rows"] = flags.steps * flags.gradient_accumulation_steps * flags.batch_size
-    # One GPU: on more, Trainer would wrap the model in DataParallel.
-    one_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    settings |= {"system": system, "folder": str(folder), "shape": shapes()[flags.model], "started": time.time()}
+    settings |= {"rows_a_step": rows_a_step(flags), "num_rows": flags.steps * rows_a_step(flags)} | more
+    # no more GPUs than processes: Trainer would wrap the model in DataParallel
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(flags.processes)))).split(",")
+    environment = {"OMP_NUM_THREADS": str(flags.threads), "CUDA_VISIBLE_DEVICES": ",".join(gpus[: flags.processes])}
+    if not Path("/dev/nvidiactl").exists():
+        environment["DS_ACCELERATOR"] = "cpu"
+    for left in folder.glob("record-*.json"):
+        left.unlink()
     subprocess.run(
-        [sys.executable, Path(__file__).with_name("systems.py"), json.dumps(settings)],
-        env=os.environ | {"OMP_NUM_THREADS": str(flags.threads), "CUDA_VISIBLE_DEVICES": one_gpu},
+        [*launcher(system, flags), Path(__file__).with_name("run_system.py"), json.dumps(settings)],
+        env=os.environ | environment,
         stdout=sys.stderr,
         check=True,
+        timeout=SECONDS_A_TRAINING,
     )
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("record-*.json"))]
 
 
-def compare(flags: argparse.Namespace, command: str) -> list[Record]:
+def rows_a_step(flags: argparse.Namespace) -> int:
+    return flags.batch_size * flags.gradient_accumulation_steps * flags.processes
+
+
+def launcher(name: str, flags: argparse.Namespace) -> list[str]:
+    """The command line that starts a system's processes."""
+    system = SYSTEMS.get(name)
+    interpreter = flags.llamafactory_python if system and system.loop == "llamafactory" else sys.executable
+    if system is None or (flags.processes == 1 and system.launcher == "torchrun"):
+        return [interpreter]
+    options = []
+    if system.zero_stage:
+        options = ["--use_deepspeed", f"--zero_stage={system.zero_stage}", f"--mixed_precision={flags.mixed_precision}"]
+        options += [f"--gradient_accumulation_steps={flags.gradient_accumulation_steps}"]
+        options += [f"--gradient_clipping={flags.max_grad_norm}"]
+    elif system.launcher == "accelerate" and flags.processes > 1:
+        options = ["--multi_gpu"]
+    return launch_command(system.launcher, flags.processes, *options, interpreter=interpreter)
+
+
+def left_out(system: System, flags: argparse.Namespace) -> str:
+    """Why there is nothing to run, or nothing."""
+    if system.package:
+        interpreter = flags.llamafactory_python if system.loop == "llamafactory" else sys.executable
+        found = f"import sys, importlib.util as i; sys.exit(i.find_spec({system.package!r}) is None)"
+        if subprocess.run([interpreter, "-c", found], check=False).returncode:
+            return f"{system.package} is not installed"
+    return system.cannot(is_causal=not flags.model.startswith("t5"), processes=flags.processes)
+
+
+def compare(flags: argparse.Namespace, command: str) -> Iterator[Record]:
     """A record for each repeat and system, in the order they ran.
 
-    This process imports no torch and stays small: Linux starts a child's ru_maxrss at its parent's size.
+    One that cannot be had is told once, as `left_out`; one that ended with an error has `failed`.
     """
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command}
     shared |= {"model": flags.model, "batch": flags.batch_size, "accumulation": flags.gradient_accumulation_steps}
-    shared |= {"seq_len": flags.seq_len, "steps": flags.steps, "rows": "train_file" if flags.train_file else "random"}
+    shared |= {"processes": flags.processes, "seq_len": flags.seq_len, "steps": flags.steps}
+    shared |= {"rows": "train_file" if flags.train_file else "random", "recompute": flags.recompute}
     shared |= {"mixed_precision": flags.mixed_precision, "max_grad_norm": flags.max_grad_norm}
-    shared |= {"recompute": flags.recompute}
-    records = []
-    with tempfile.TemporaryDirectory() as folder:
+    why = {name: left_out(SYSTEMS[name], flags) for name in flags.systems}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         start("build", flags, folder)
+        tokens = tokens_of_steps(flags, folder)
         for repeat in range(flags.repeats):
             for system in flags.systems:
-                start(system, flags, folder)
-                record = json.loads(Path(folder, "record.json").read_text())
-                records.append({"system": system, "repeat": repeat, **shared, **record})
-                print(f"{system}, repeat {repeat}: {record['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
-    return records
+                about = {"system": system, "repeat": repeat, **shared}
+                if why[system]:
+                    if repeat == 0:
+                        yield about | {"left_out": why[system]}
+                    continue
+                try:
+                    ranks = start(system, flags, folder, tokens=tokens)
+                except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                    told = "took too long" if isinstance(error, subprocess.TimeoutExpired) else "ended with an error"
+                    yield about | {"failed": told}
+                    continue
+                yield about | of_all(ranks)
 
 
-def largest_difference(ours: list[Record], theirs: list[Record]) -> float:
-    """Over all repeats and steps, how far two systems' losses lie apart."""
-    pairs = (zip(a["loss"], b["loss"], strict=True) for a, b in zip(ours, theirs, strict=True))
-    return max(abs(a - b) for pair in pairs for a, b in pair)
+def tokens_of_steps(flags: argparse.Namespace, folder: Path) -> list[int]:
+    """Non-padding tokens of each optimizer step: the inputs, and T5's targets too (a causal model's are its inputs)."""
+    counts = [len(row["input_ids"]) for row in encoded_rows(str(folder))]
+    if flags.model.startswith("t5"):
+        counts = [a + len(row["labels"]) for a, row in zip(counts, encoded_rows(str(folder)), strict=True)]
+    size = rows_a_step(flags)
+    return [sum(counts[start : start + size]) for start in range(0, len(counts), size)]
 
 
-def table(records: list[Record]) -> str:
-    """Markdown for the records of one command: medians over its repeats, of values and of ratios to Trainer's."""
-    of = {}
-    for record in records:
-        of.setdefault(record["system"], []).append(record)
-
-    def middle(system: str, name: str) -> float:
-        return median(record[name] for record in of[system])
-
-    def ratio(system: str, name: str) -> str:
-        if "trainer" not in of:
-            return "-"
-        # turn by turn: a machine that slows down during a run slows both down
-        return f"{median(a[name] / b[name] for a, b in zip(of[system], of['trainer'], strict=True)):.2f}"
-
-    def row(system: str) -> str:
-        on_device = records[0]["peak_device_bytes"] is not None
-        cells = [
-            system,
-            f"{middle(system, 'tokens_per_second'):,.0f}",
-            ratio(system, "tokens_per_second"),
-            f"{middle(system, 'seconds_per_step'):.3f}",
-            f"{middle(system, 'peak_rss_above_import_bytes') / MIB:,.0f}",
-            ratio(system, "peak_rss_above_import_bytes"),
-            f"{middle(system, 'peak_rss_bytes') / MIB:,.0f}",
-            f"{middle(system, 'peak_device_bytes') / MIB:,.0f}" if on_device else "-",
-            f"{min(record['cores_busy'] for record in of[system]):.2f}",
-            f"{of[system][0]['loss'][-1]:.6f}",
-            f"{largest_difference(of[system], of['trainer']):.1e}" if "trainer" in of else "-",
-        ]
-        return "| " + " | ".join(cells) + " |"
-
-    first = records[0]
-    machine, versions = first["machine"], first["versions"]
-    tokens = f"{first['seq_len']} + {first['seq_len']}" if first["model"].startswith("t5") else first["seq_len"]
-    return "\n".join(
-        [
-            f"## {first['model']}, {first['batch']} x ({tokens}) tokens x accumulation {first['accumulation']}, "
-            f"mixed_precision {first['mixed_precision']}, recompute {first['recompute']}, "
-            # the oldest runs were all clipped, without a flag for it
-            f"{f'clipped to {clipping}' if (clipping := first.get('max_grad_norm', 1.0)) else 'not clipped'}",
-            "",
-            f"    {first['command']}",
-            "",
-            f"{first['date']}; {machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores, "
-            f"device {machine['device']}; {', '.join(f'{name} {number}' for name, number in versions.items())}; "
-            f"{first['rows']} rows; medians of {len(of[first['system']])} repeats of {first['steps']} steps, "
-            f"the first {WARM_UP_STEPS} not timed.",
-            "",
-            "| system | tokens/s | x trainer | s/step | RSS above imports, MiB | x trainer | RSS, MiB | device, MiB "
-            "| fewest cores busy | last loss | largest loss difference |",
-            "|---" + "|---:" * 10 + "|",
-            *map(row, of),
-            "",
-        ]
-    )
-
-
-def append(output: Path, records: list[Record], table: Callable[[list[Record]], str], program: str) -> None:
-    """Add `records` to the JSON lines of `output`, and write the tables of all commands there beside it."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    commands: dict[str, list[Record]] = {}
-    for line in output.read_text().splitlines():
-        record = json.loads(line)
-        commands.setdefault(record["date"], []).append(record)
-    title = f"# {output.stem}\n\nGenerated by benchmarks/{program} from {output.name}.\n"
-    output.with_suffix(".md").write_text("\n".join([title, *map(table, commands.values())]))
+def of_all(ranks: list[Record]) -> Record:
+    """The record of a training: the first process's, with the memory and the cores of all."""
+    together = {"peak_rss_bytes": sum, "peak_rss_above_import_bytes": sum, "cores_busy": sum}
+    if ranks[0]["peak_device_bytes"] is not None:
+        together["peak_device_bytes"] = max
+    return ranks[0] | {name: of(rank[name] for rank in ranks) for name, of in together.items()}
 
 
 def main() -> None:
     flags = parse_flags(sys.argv[1:])
-    shown = list(sys.argv)
+    shown = [argument for argument in sys.argv if not argument.startswith("--llamafactory_python=")]
     if flags.train_file:  # where the rows are is nobody's business
         shown = [argument.replace(flags.train_file, f"rows{Path(flags.train_file).suffix}") for argument in shown]
-    records = compare(flags, command=shlex.join(["python", *shown]))
+    records = []
+    for record in compare(flags, command=shlex.join(["python", *shown])):
+        records.append(record)
+        told = record.get("left_out") or record.get("failed") or f"{record['tokens_per_second']:.0f} tokens/s"
+        print(f"{record['system']}, repeat {record['repeat']}: {told}", file=sys.stderr)
+        if flags.output:  # each at once: others may run for an hour
+            figure = f"\n\n![ratios]({flags.output.stem}.png)"
+            draw(append(flags.output, [record], table, "compare.py", figure), flags.output.with_suffix(".png"))
     print(table(records))
-    if flags.output:
-        append(flags.output, records, table, "compare.py")
 
 
 if __name__ == "__main__":

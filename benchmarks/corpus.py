@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from compare import Record
+from records import Record
 
 SEED = 0
 

@@ -33,10 +33,10 @@ from baseline_reading import (
     streaming_resume,
     whole_draw,
 )
-from compare import MIB, Record, append
 from corpus import KINDS, generate, train_tokenizer
 from lowmem_reading import lowmem_draw, lowmem_once, lowmem_resume, lowmem_rows, lowmem_wait
 from metrics import BATCH_SIZE, PLACES, quality
+from records import MIB, Record, append
 from systems import machine
 
 VERSIONS = ("torch", "transformers", "tokenizers", "pyarrow", "datasets")
@@ -190,13 +190,15 @@ SYSTEMS = {
 
 
 # --- what is told
-def markdown(title: str, head: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a table whose columns of text (its head ends in ":") are on the left; none if it has no rows."""
-    if not rows:
-        return []
+def grid(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a table whose columns of text (its head ends in ":") are on the left."""
     marks = ["---" if name.endswith(":") else "---:" for name in head]
-    lines = [[name.removesuffix(":") for name in head], marks, *rows]
-    return [f"### {title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""]
+    return [f"| {' | '.join(line)} |" for line in ([name.removesuffix(":") for name in head], marks, *rows)]
+
+
+def markdown(title: str, head: list[str], rows: list[list[str]]) -> list[str]:
+    """A table below its title; nothing if it has no rows."""
+    return [f"### {title}", "", *grid(head, rows), ""] if rows else []
 
 
 def told(record: Record | None, name: str, form: str = ",.0f", unit: float = 1) -> str:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import gettempdir
 
-from systems import checkpointing_arguments, resident_bytes
+from systems import resident_bytes
 
 STEPS = 2  # the first makes Trainer's moments, the second is as all that follow
 
@@ -147,6 +147,7 @@ def train_lowmem(model, spec: Model, system: System, work: Work, accelerator, be
 def train_trainer(model, spec: Model, system: System, work: Work, accelerator, begin: Callable[[], None]) -> object:
     """transformers' Trainer as it is, with its defaults where the work says nothing else."""
     import torch
+    from loops.trainer import checkpointing_arguments
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     arguments = TrainingArguments(

@@ -9,9 +9,9 @@ them. See README.md.
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,7 +24,8 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
-from compare import MIB, Record, append
+from launching import launch_command
+from records import MIB, Record, append
 from systems import machine
 
 ROOT = Path(__file__).parent.parent
@@ -36,23 +37,6 @@ MODELS = {
     "llama": {"model_type": "llama", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
     | {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False},
 }
-
-
-def launcher(name: str, processes: int) -> list[str]:
-    """The command that goes before the script's name."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
-    folder = Path(sys.executable).parent
-    return {
-        "python": [sys.executable],
-        "torchrun": [folder / "torchrun", f"--nproc_per_node={processes}", f"--master_port={port}"],
-        "torch.distributed.launch": [sys.executable, "-m", "torch.distributed.launch"]
-        + ["--use_env", f"--nproc_per_node={processes}", f"--master_port={port}"],
-        "accelerate": [folder / "accelerate", "launch", "--multi_gpu", f"--num_processes={processes}"]
-        + [f"--main_process_port={port}"],
-        "deepspeed": [sys.executable, folder / "deepspeed", f"--num_gpus={processes}", f"--master_port={port}"],
-    }[name]
 
 
 LAUNCHERS = ("torchrun", "python", "accelerate", "deepspeed", "torch.distributed.launch")
@@ -141,14 +125,15 @@ def start(flags: argparse.Namespace, folder: Path, model: str, name: str, strate
         words += [
             "--global_batch_size=8",
             "--batch_size=2",
-            "--learning_rate=1e-3",
+            "--learning_rate=3e-4",
             "--logging_steps=1",
             *STRATEGIES[strategy],
         ]
         words += [f"--num_processes={processes}"] if name == "python" else []
+        command = launch_command(name, processes, *(["--multi_gpu"] if name == "accelerate" else []))
         started = time.time()
         process = subprocess.Popen(
-            [*map(str, launcher(name, processes)), str(Path(__file__).resolve()), "train", *words],
+            [*command, str(Path(__file__).resolve()), "train", *words],
             env=os.environ | {"OMP_NUM_THREADS": "1", "LOWMEM_RECORDS": output, "DS_ACCELERATOR": "cpu"},
             cwd=folder,
             stdout=subprocess.PIPE,
@@ -163,12 +148,9 @@ def start(flags: argparse.Namespace, folder: Path, model: str, name: str, strate
             told, _ = process.communicate()
         record = {"model": model, "launcher": name, "strategy": strategy, "processes": processes}
         if process.returncode:
-            reasons = (
-                [line for line in told.splitlines() if "Error: " in line or line.startswith("error")]
-                or told.splitlines()
-                or ["nothing"]
-            )
-            return record | {"failed": reasons[0][:300]}
+            print(told, file=sys.stderr)
+            reasons = [line for line in told.splitlines() if re.search(r"Error: .|^error", line)]
+            return record | {"failed": (reasons or [f"exit code {process.returncode}"])[0][:300]}
         steps = [json.loads(line) for line in Path(output, "out", "metrics.jsonl").read_text().splitlines()]
         steps = [step for step in steps if "loss" in step]
         ranks = [json.loads(path.read_text()) for path in Path(output).glob("*.json")]
@@ -176,6 +158,7 @@ def start(flags: argparse.Namespace, folder: Path, model: str, name: str, strate
         slowest = max(ranks, key=lambda rank: rank["marks"]["first step"])
         return record | {
             "loss": [step["loss"] for step in steps],
+            "grad_norm": steps[0]["grad_norm"],
             "tokens_per_second": median(step["tokens_per_second"] for step in steps[2:]),
             "state_bytes": max(rank["state_bytes"] for rank in ranks),
             "peak_rss_above_import_bytes": max(rank["peak_rss_above_import_bytes"] for rank in ranks),
@@ -199,19 +182,21 @@ def table(records: list[Record]) -> str:
     told = [f"    {first['command']}", ""]
     told += [f"{first['date']}; {first['machine']['cpu']}, {first['machine']['cores']} cores; {versions}.", ""]
     told += [
-        "| model | processes | strategy | launcher | loss beside one process | state, MiB a rank | peak RSS above "
-        "imports, MiB a rank | tokens/s | first step, s | launcher and interpreter | imports | group | model | rows |",
-        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| model | processes | strategy | launcher | loss beside one process | first gradient's norm beside its "
+        "| state, MiB a rank | peak RSS above imports, MiB a rank | tokens/s | first step, s "
+        "| launcher and interpreter | imports | group | model | rows |",
+        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     alone = {record["model"]: record for record in records if record["processes"] == 1}
     for record in records:
         line = [record["model"], record["processes"], record["strategy"], record["launcher"]]
         if "failed" in record:
-            told.append(f"| {' | '.join(map(str, line))} | failed: {record['failed']} | | | | | | | | | |")
+            told.append(f"| {' | '.join(map(str, line))} | failed: {record['failed']} |{' |' * 10}")
             continue
-        pairs = zip(record["loss"], alone[record["model"]]["loss"], strict=True)
-        ends = record["seconds"]
+        reference, ends = alone[record["model"]], record["seconds"]
+        pairs = zip(record["loss"], reference["loss"], strict=True)
         line += [f"{max(abs(mine / its - 1) for mine, its in pairs):.1e}"]
+        line += [f"{abs(record['grad_norm'] / reference['grad_norm'] - 1):.1e}"]
         line += [f"{record[name] / MIB:.1f}" for name in ("state_bytes", "peak_rss_above_import_bytes")]
         line += [f"{record['tokens_per_second']:,.0f}", f"{ends['first step']:.1f}"]
         phases = ["the interpreter", "imports", "process group", "model", "rows"]

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-from compare import Record
 from corpus import SEED, number_of
 from metrics import BATCH_SIZE, PLACES, Watch, disk_bytes, drawn, import_all
+from records import Record
 
 
 def make_encode(encoder: str, folder: str) -> Callable:

@@ -17,8 +17,9 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
-from compare import LLAMA_56M, MIB, Record, append
+from compare import LLAMA_56M
 from footprint import Model, System, Work, run
+from records import MIB, Record, append
 
 from lowmem.config import MODEL_SHAPES
 
@@ -107,12 +108,17 @@ def table(records: list[Record]) -> str:
     )
 
 
+def peaks_of(records: list[Record]) -> dict[tuple[str, str, str], int]:
+    """Bytes by system, model and work; of several predictions of one training, the last."""
+    return {(record["system"], record["model"], record["work"]): record["peak_bytes"] for record in records}
+
+
 def table_of_predicted(records: list[Record]) -> Iterator[str]:
     """Predicted peaks on a GPU, GiB, and in parentheses x Trainer's with checkpointing.
 
     A row for each system, columns for each model and work.
     """
-    peaks = {(record["system"], record["model"], record["work"]): record["peak_bytes"] for record in records}
+    peaks = peaks_of(records)
     systems, models, works = (list(dict.fromkeys(names)) for names in zip(*peaks, strict=True))
     places = list(product(models, works))
 

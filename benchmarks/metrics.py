@@ -7,8 +7,8 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from compare import Record
 from corpus import SEED, number_of
+from records import Record
 
 BATCH_SIZE = 32
 PLACES = (0.1, 0.5, 0.99)  # of an epoch, where runs are resumed

@@ -21,9 +21,9 @@ from statistics import median
 
 import torch
 from accelerate import Accelerator
-from compare import Record, append
 from corpus import fast_tokenizer
 from data import VERSIONS, markdown
+from records import Record, append
 from systems import machine
 from torch import nn
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase

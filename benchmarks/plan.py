@@ -11,9 +11,15 @@ import ctypes
 import json
 import multiprocessing
 import os
+import shlex
 import socket
+import sys
 import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
+
+from systems import machine
 
 from lowmem import resolve
 from lowmem.plan import Place, planners, predicting
@@ -145,6 +151,13 @@ def table(records: list[dict[str, object]]) -> str:
     return "\n".join([*lines, ""])
 
 
+def about() -> dict[str, object]:
+    """When, by which command, where and with what something was found."""
+    versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    told = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(["python", *sys.argv])}
+    return told | {"machine": machine(), "versions": versions}
+
+
 def predicted(combination, config, on_gpu: bool) -> dict[str, object]:
     shape, tier, processes, settings = combination
     with planners() as pool:
@@ -160,6 +173,7 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="run those without a peak yet, and add it")
     parser.add_argument("--cuda", action="store_true", help="predict for, and measure on, a GPU; one process only")
     flags = parser.parse_args()
+    now = about()
     combinations = [each for each in COMBINATIONS if not flags.cuda or each[2] == 1]
     records = [json.loads(line) for line in flags.output.read_text().splitlines()] if flags.measure else []
     for number, combination in enumerate(combinations):
@@ -167,9 +181,10 @@ def main() -> None:
             shape, tier, processes, settings = combination
             config = config_for(shape, tier, settings, Path(folder))
             if not flags.measure:
-                records.append(predicted(combination, config, flags.cuda))
+                records.append(predicted(combination, config, flags.cuda) | now)
             elif "measured_bytes" not in records[number]:
-                records[number]["measured_bytes"] = measured(config, processes, flags.cuda)
+                peak = measured(config, processes, flags.cuda)
+                records[number] |= {"measured_bytes": peak, "measurement": now}
             print(table(records[number : number + 1]).splitlines()[-1], flush=True)
         flags.output.write_text("".join(json.dumps(record) + "\n" for record in records))
         flags.output.with_suffix(".md").write_text(table(records))

@@ -77,8 +77,10 @@ def test_frozen_weights_are_left_out():
         make_optimizer(build("t5"), memory="tiny")
 
 
-def test_the_norm_of_a_bf16_gradient_is_fp32_over_all_of_it():
-    gradient = torch.randn(1500, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(4096, 2048), (131072, 64), (3, 1000, 500), (5000,), (), (0, 8)])
+def test_the_norm_of_a_gradient_is_fp32_over_all_of_it(shape, dtype):
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     norm = gradient_norm(gradient)
-    assert norm.dtype == torch.float32
-    torch.testing.assert_close(norm.double(), gradient.double().norm(), rtol=1e-4, atol=0)
+    assert norm.dtype == torch.float32 and norm.shape == ()
+    torch.testing.assert_close(norm.double(), gradient.double().norm(), rtol=1e-6, atol=0)

@@ -1,0 +1,89 @@
+"""A process of one training: it trains one system, and writes what was measured in it.
+
+`compare.py` starts `run_system.py SETTINGS` (JSON), by a launcher or without, and reads what each process leaves.
+"""
+
+import ast
+import io
+import json
+import os
+import sys
+import tokenize
+from dataclasses import asdict
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+from systems import SYSTEMS, WARM_UP_STEPS, Run, build, machine, resident_bytes
+
+PACKAGES = {"lowmem": (), "plain": (), "trainer": ("accelerate",), "llamafactory": ("accelerate", "llamafactory")}
+
+
+def measured(run: Run, settings: SimpleNamespace) -> dict[str, object]:
+    """What this process did; times and tokens are those of the steps after the first WARM_UP_STEPS."""
+    import torch
+
+    assert len(run.losses) == len(run.marks) == settings.steps, "a system has run another number of steps"
+    marks = run.marks[WARM_UP_STEPS - 1 :]
+    first, last = marks[0], marks[-1]
+    wall = last.wall - first.wall
+    samples = (settings.steps - WARM_UP_STEPS) * settings.rows_a_step
+    joules = None if last.joules is None else (last.joules - first.joules) / samples
+    peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    on_cuda = torch.cuda.is_available()
+    system = SYSTEMS[settings.system]
+    packages = ["torch", "transformers", *PACKAGES[system.loop], *(["deepspeed"] if system.zero_stage else [])]
+    return {
+        "loss": run.losses,
+        "tokens_per_second": sum(settings.tokens[WARM_UP_STEPS:]) / wall,
+        "samples_per_second": samples / wall,
+        "seconds_per_step": median(b.wall - a.wall for a, b in zip(marks, marks[1:], strict=False)),
+        "first_step_seconds": run.first_step_at - settings.started,
+        "cores_busy": (last.cpu - first.cpu) / wall,
+        "joules_per_sample": joules,
+        "peak_rss_bytes": peak,
+        "peak_rss_above_import_bytes": peak - run.imported_bytes,
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if on_cuda else None,
+        "code_lines": code_lines(Path(__file__).with_name("loops") / f"{system.loop}.py"),
+        "machine": {
+            **machine(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if on_cuda else "cpu",
+        },
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def code_lines(path: Path) -> int:
+    """Lines of a program, without blank ones, comments and docstrings."""
+    source = path.read_text()
+    no_code = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.string.strip()]
+    lines = {n for token in tokens if token.type not in no_code for n in range(token.start[0], token.end[0] + 1)}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines -= {*range(node.lineno, node.end_lineno + 1)}
+    return len(lines)
+
+
+def main() -> None:
+    settings = SimpleNamespace(**json.loads(sys.argv[1]))
+    import torch
+
+    torch.set_num_threads(settings.threads)
+    if settings.system == "build":
+        build(settings)
+        return
+    system = SYSTEMS[settings.system]
+    settings.recompute = system.recompute or settings.recompute
+    loop = import_module(f"loops.{system.loop}")
+    run = Run(imported_bytes=resident_bytes())
+    loop.train(settings, system, run)
+    record = {"settings": asdict(system), **measured(run, settings)}
+    Path(settings.folder, f"record-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
