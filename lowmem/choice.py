@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from itertools import pairwise
 from typing import NamedTuple
 
 from lowmem.config import TrainConfig, UsageError, parse_bytes
@@ -10,11 +11,13 @@ from lowmem.plan import Place, Predict, Prediction, gigabytes, programs_bytes
 
 
 class Rung(NamedTuple):
-    """A step of the ladder: what it is called, what it changes (all before it included), why it is not taken."""
+    """A step of the ladder: what it is called, what it changes (all before it included), and which fields itself."""
 
     name: str
     changes: dict[str, object]
+    own: Set[str] = frozenset()
     refused: str = ""
+    """Why it is not taken."""
 
 
 def ladder(config: TrainConfig, place: Place, fixed: Iterable[str]) -> Iterator[Rung]:
@@ -28,9 +31,9 @@ def ladder(config: TrainConfig, place: Place, fixed: Iterable[str]) -> Iterator[
     def rung(name: str, **more: object) -> Rung:
         kept = sorted(fixed & more.keys())
         if kept:
-            return Rung(name, {}, f"{', '.join('--' + field for field in kept)} is set")
+            return Rung(name, {}, refused=f"{', '.join('--' + field for field in kept)} is set")
         changes.update(more)
-        return Rung(name, dict(changes))
+        return Rung(name, dict(changes), more.keys())
 
     if config.recompute == "off":
         yield rung("recompute=cheap", recompute="cheap")
@@ -61,39 +64,73 @@ def ladder(config: TrainConfig, place: Place, fixed: Iterable[str]) -> Iterator[
         yield rung("cpu_offload", sharding_strategy=strategy, cpu_offload=True)
 
 
+class _Tried(NamedTuple):
+    rung: Rung
+    config: TrainConfig
+    predicted: Prediction
+    missing_bytes: int
+    missing: str
+
+
 def choose(
     config: TrainConfig, place: Place, fixed: Iterable[str], predict: Predict, tell: Callable[[str], None]
 ) -> tuple[TrainConfig, Prediction]:
-    """The first rung that fits `device_memory` and `host_memory`; each one is told. Raises UsageError if none does."""
+    """The first rung that fits `device_memory` and `host_memory`, without those before it that it can do without.
+
+    What is tried is told. Raises UsageError if no rung fits.
+    """
     programs = programs_bytes(place)
     if config.host_memory is not None and (over := programs - parse_bytes(config.host_memory)) > 0:
         raise UsageError(
             f"nothing fits: the programs of {place.local_world_size} processes alone take {gigabytes(programs)} of the "
             f"host, {gigabytes(over)} more than --host_memory={config.host_memory}"
         )
+
+    def tried(rungs: Sequence[Rung]) -> Iterator[_Tried]:
+        configs = [dataclasses.replace(config, **rung.changes) for rung in rungs]
+        for rung, changed, predicted in zip(rungs, configs, predict(configs), strict=True):
+            each = _Tried(rung, changed, predicted, *_missing(config, predicted))
+            tell(f"  {rung.name}: {_told(predicted)}; {each.missing or 'fits'}")
+            yield each
+
     rungs = list(ladder(config, place, fixed))
-    for rung in (rung for rung in rungs if rung.refused):
+    refused = [rung for rung in rungs if rung.refused]
+    for rung in refused:
         tell(f"  {rung.name}: not tried, {rung.refused}")
-    tried = [rung for rung in rungs if not rung.refused]
-    nearest: tuple[int, Rung, str] | None = None
-    width = min(4, len(os.sched_getaffinity(0)))
-    for start in range(0, len(tried), width):
-        some = tried[start : start + width]
-        configs = [dataclasses.replace(config, **rung.changes) for rung in some]
-        for rung, changed, predicted in zip(some, configs, predict(configs), strict=True):
-            missing, told = _missing(config, predicted)
-            tell(f"  {rung.name}: {_told(predicted)}{'; fits' if not missing else f'; {told}'}")
-            if not missing:
-                return changed, predicted
-            if nearest is None or missing < nearest[0]:
-                nearest = missing, rung, told
-    _, rung, told = nearest
+    rungs = [rung for rung in rungs if not rung.refused]
+    failed: list[_Tried] = []
+    width = max(1, min(4, len(os.sched_getaffinity(0))) // 2)  # each is counted in two processes
+    for start in range(0, len(rungs), width):
+        for best in tried(rungs[start : start + width]):
+            if not best.missing_bytes:
+                return _without_needless(best, rungs[: len(failed) + 1], tried)
+            failed.append(best)
+    nearest = min(failed, key=lambda each: each.missing_bytes)
     advice = "more processes, fewer tokens (--max_seq_len)"
     if config.memory != "lean" and config.optimizer != "sgd":
         advice += ", or the tier --mixed_precision=bf16 --memory=lean (another curve, inside the spread of seeds)"
-    if refused := [rung.name for rung in rungs if rung.refused]:
-        advice += f"; {', '.join(refused)} may not be tried, as their flags are set"
-    raise UsageError(f"nothing fits: with {rung.name}, which comes nearest, {told}. Take {advice}")
+    if refused:
+        names = ", ".join(rung.name for rung in refused)
+        advice += f"; {names} may not be tried, as their flags are set"
+    raise UsageError(f"nothing fits: with {nearest.rung.name}, which comes nearest, {nearest.missing}. Take {advice}")
+
+
+def _without_needless(
+    best: _Tried, rungs: Sequence[Rung], tried: Callable[[Sequence[Rung]], Iterator[_Tried]]
+) -> tuple[TrainConfig, Prediction]:
+    """`best`, of the last of `rungs`, with each change before that taken back that it fits without, costliest first."""
+    needed = set(best.rung.own)
+    for before, rung in reversed(list(pairwise(rungs[:-1]))):
+        if needed & rung.own:
+            continue  # a later change of the same field is needed, and an earlier one takes more
+        kept = {name: value for name, value in best.rung.changes.items() if name not in rung.own}
+        kept |= {name: value for name, value in before.changes.items() if name in rung.own}
+        (less,) = tried([Rung(f"without {rung.name}", kept)])
+        if less.missing_bytes:
+            needed |= rung.own
+        else:
+            best = less
+    return best.config, best.predicted
 
 
 def _missing(config: TrainConfig, predicted: Prediction) -> tuple[int, str]:

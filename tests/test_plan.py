@@ -196,6 +196,54 @@ def test_the_first_rung_that_fits_is_chosen_and_each_is_told(tmp_path):
         choose(tight, CPU, {"recompute"}, predictions(sizes), told.append)
 
 
+def predict_two_parts(configs):
+    """Activations and state in GB, of sizes that are known."""
+    for config in configs:
+        activations = {"off": 4, "cheap": 2, "full": 1}[config.recompute] * config.batch_size
+        activations *= 0.5 if config.offload_activations else 1
+        state = {"NO_SHARD": 12, "SHARD_GRAD_OP": 6, "FULL_SHARD": 3}[config.sharding_strategy]
+        state *= 0 if config.cpu_offload else 1
+        yield Prediction({"all": int((activations + state) * 10**9)}, {"all": 5}, {})
+
+
+def test_what_a_later_rung_makes_needless_is_taken_back_costliest_first(tmp_path):
+    config, told = config_for(tmp_path, "llama", device_memory="10GB"), []
+    chosen, predicted = choose(config, GPUS, (), predict_two_parts, told.append)
+    assert [line.partition(":")[0].strip() for line in told[6:]] == [
+        "sharding_strategy=SHARD_GRAD_OP",  # 6.5 GB
+        "without offload_activations",  # 7
+        "without batch_size=1 x accumulation 8",  # 8
+        "without batch_size=2 x accumulation 4",  # 10
+        "without recompute=full",  # 14: it stays, and recompute=off is not tried
+    ]
+    assert chosen == dataclasses.replace(config, recompute="full", sharding_strategy="SHARD_GRAD_OP")
+    assert predicted.device_bytes == 10 * 10**9 and told[-2].endswith("device 10.00 GB, host 0.00 MB; fits")
+    assert told[-1].endswith("4.00 GB more than --device_memory=10GB")
+
+
+@pytest.mark.parametrize(
+    ("limit", "fixed", "asked", "chosen"),
+    [
+        ("30GB", (), {}, {}),
+        ("20GB", (), {}, {"recompute": "cheap"}),
+        ("11GB", (), {"batch_size": 1}, {"sharding_strategy": "SHARD_GRAD_OP"}),
+        ("9GB", {"recompute"}, {"batch_size": 1, "recompute": "cheap"}, {"sharding_strategy": "SHARD_GRAD_OP"}),
+        (
+            "2GB",
+            (),
+            {},
+            # cpu_offload needs the division that was a rung of its own
+            {"recompute": "full", "batch_size": 2, "gradient_accumulation_steps": 4}
+            | {"sharding_strategy": "FULL_SHARD", "cpu_offload": True},
+        ),
+    ],
+)
+def test_what_is_chosen_has_no_change_that_it_fits_without(limit, fixed, asked, chosen, tmp_path):
+    config = config_for(tmp_path, "llama", device_memory=limit, **asked)
+    found, _ = choose(config, GPUS, fixed, predict_two_parts, lambda line: None)
+    assert found == dataclasses.replace(config, **chosen)
+
+
 def test_host_memory_counts_all_processes_and_cpu_offload_moves_the_state(tmp_path):
     moments = {"update": {"weights": 10, "moments": 40, "activations": 7, "offloaded": 3}}
     counted = Counted(moments, model_bytes=20, checkpoint_bytes=100, num_parameters=0)
