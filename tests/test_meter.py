@@ -67,6 +67,21 @@ def test_what_was_there_before_counts_once_it_is_taken_in(tensors):
 
 
 @either
+def test_tensors_in_lists_and_by_name_count_as_others(tensors):
+    with tensors():
+        before, named = [torch.zeros(10), torch.zeros(20)], torch.zeros(30)
+        with MemoryMeter() as meter:
+            made = torch._foreach_add(before, 1)
+            assert meter.live_bytes == 30 * FLOAT
+            torch._foreach_mul_(before, made)
+            torch.cat(made, out=named)
+            parts = torch.cat(made).split(10)
+            assert meter.live_bytes == 60 * FLOAT
+            del parts
+            assert meter.peak_bytes == 60 * FLOAT and meter.live_bytes == 30 * FLOAT
+
+
+@either
 def test_a_literal_counts(tensors):
     with tensors(), MemoryMeter() as meter:
         literal = torch.tensor([1.0, 2.0])
@@ -79,6 +94,12 @@ def test_a_resized_storage_counts_at_its_new_size(tensors):
         out = torch.empty(0)
         torch.add(torch.ones(50), 1, out=out)
         assert meter.live_bytes == 50 * FLOAT
+
+
+def test_what_tensors_without_data_are_asked_for_is_true_or_one():
+    with fake_tensors():
+        zeros = torch.zeros(3)
+        assert zeros.sum().item() == 1 and zeros.isfinite().all().item() is True
 
 
 def test_a_storage_resized_by_hand_counts_at_its_new_size_from_the_next_operation():
