@@ -11,7 +11,23 @@ from multiprocessing import get_context
 from typing import NamedTuple, TypeVar
 
 from lowmem.config import TrainConfig, UsageError, parse_bytes
-from lowmem.memory.parts import GRADIENTS, LOW_HALVES, MOMENTS, OFFLOADED, UPDATE, WEIGHTS, Bytes, Counted, Settings
+from lowmem.memory.parts import (
+    GRADIENTS,
+    KINDS,
+    LOW_HALVES,
+    MOMENTS,
+    OFFLOADED,
+    ON_DEVICE,
+    UPDATE,
+    WEIGHTS,
+    Bytes,
+    Counted,
+    Settings,
+    followed,
+)
+
+CONTEXT = "context, fragments"
+DEVICE_PARTS = (*ON_DEVICE, CONTEXT)
 
 _ON_HOST = (WEIGHTS, LOW_HALVES, MOMENTS, GRADIENTS, UPDATE)  # with cpu_offload
 # interpreter, torch, transformers and rows read ahead, in each process; CUDA's as much more. All three are estimates.
@@ -95,16 +111,16 @@ def visible_gpus(pool: Executor) -> int:
 
 def predicting(pool: Executor, place: Place) -> Predict:
     """The function that predicts configs at `place`; what it has counted once it does not count again."""
-    counted: dict[Settings, Future[Counted]] = {}
+    counted: dict[Settings, tuple[Future[Counted], Future[list[tuple[int, Counted]]]]] = {}
 
     def predict(configs: Iterable[TrainConfig]) -> Iterator[Prediction]:
         configs = list(configs)
         wanted = [settings_of(config, place) for config in configs]
         for settings in wanted:
             if settings not in counted:
-                counted[settings] = pool.submit(_count, settings)
+                counted[settings] = pool.submit(_count_shallow, settings), pool.submit(_count_deeper, settings)
         return (
-            prediction(config, place, _result(counted[settings]))
+            prediction(config, place, followed(*map(_result, counted[settings])))
             for config, settings in zip(configs, wanted, strict=True)
         )
 
@@ -127,27 +143,31 @@ def _num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _count(settings: Settings) -> Counted:
-    from lowmem.rehearsal import rehearse  # torch is in this process alone
+def _count_shallow(settings: Settings) -> Counted:
+    from lowmem.rehearsal import count_shallow  # torch is in this process alone
 
-    return rehearse(settings)
+    return count_shallow(settings)
+
+
+def _count_deeper(settings: Settings) -> list[tuple[int, Counted]]:
+    from lowmem.rehearsal import count_deeper
+
+    return count_deeper(settings)
 
 
 def prediction(config: TrainConfig, place: Place, counted: Counted) -> Prediction:
     """The whole of it: what was counted, and what stands beside it."""
     away = {OFFLOADED, *(_ON_HOST if config.cpu_offload else ())} if place.on_gpu else {OFFLOADED}
-    moments = [
-        tuple({kind: size for kind, size in parts.items() if (kind in away) == on_host} for on_host in (False, True))
-        for parts in counted.moments.values()
-    ]
-    device = dict(max((on_device for on_device, _ in moments), key=lambda parts: sum(parts.values())))
-    host = max((on_host for _, on_host in moments), key=lambda parts: sum(parts.values()))
+    moments = [dict(sorted(parts.items(), key=lambda part: KINDS.index(part[0]))) for parts in counted.moments.values()]
+    on_device = [{kind: size for kind, size in parts.items() if kind not in away} for parts in moments]
+    on_host = [{kind: size for kind, size in parts.items() if kind in away} for parts in moments]
+    device, host = (max(each, key=lambda parts: sum(parts.values())) for each in (on_device, on_host))
     host = {f"{kind}, of all processes": size * place.local_world_size for kind, size in host.items()}
     loaded = 4 * counted.num_parameters
     copies = 1 if config.is_divided else place.local_world_size
     loading = 0 if config.is_divided and config.model_name_or_path else loaded * copies
     if place.on_gpu:
-        device["context, fragments"] = _CONTEXT_BYTES + int(_FRAGMENTS * sum(device.values()))
+        device[CONTEXT] = _CONTEXT_BYTES + int(_FRAGMENTS * sum(device.values()))
         training = sum(host.values())
     else:  # the device is the host
         host = {"tensors, of all processes": sum(device.values()) * place.local_world_size}

@@ -9,10 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lowmem.choice import choose, variants
-from lowmem.config import TrainConfig
+from lowmem.config import TrainConfig, parse_bytes
 from lowmem.parallel.launch import check_launch
 from lowmem.parallel.launched import launched_processes
-from lowmem.plan import Place, Prediction, gigabytes, planners, predicting, visible_gpus
+from lowmem.plan import DEVICE_PARTS, Place, Prediction, gigabytes, planners, predicting, visible_gpus
 
 _PLANNING_SECONDS = 900.0  # that others wait for the one that plans, many times what a large model takes
 
@@ -33,7 +33,7 @@ def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
         print("\n".join(["", *table_of_parts(first)]), flush=True)
         predictions = [first, *predictions]
     print("\n".join(["", *table_of_variants(list(zip(names, costs, predictions, strict=True)))]))
-    print(_draw(list(zip(names, predictions, strict=True)), Path(config.output_dir)))
+    print(_draw(list(zip(names, predictions, strict=True)), asked.device_memory, Path(config.output_dir)))
 
 
 def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
@@ -110,8 +110,11 @@ def table_of_variants(rows: Sequence[tuple[str, str, Prediction]]) -> list[str]:
     return lines
 
 
-def _draw(bars: Sequence[tuple[str, Prediction]], output: Path) -> str:
-    """Draw the devices' parts into the output folder, or this one if there is none yet. Returns a line that tells."""
+def _draw(bars: Sequence[tuple[str, Prediction]], device_memory: str | None, output: Path) -> str:
+    """Draw the devices' parts, and their limit, into the output folder, or this one if there is none yet.
+
+    Returns a line that tells where, or why not.
+    """
     if find_spec("matplotlib") is None:
         return "no picture: matplotlib is not installed (pip install 'lowmem[plot]')"
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -120,12 +123,15 @@ def _draw(bars: Sequence[tuple[str, Prediction]], output: Path) -> str:
     figure = Figure(figsize=(9, 1.5 + 0.4 * len(bars)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    names = list(dict.fromkeys(part for _, prediction in bars for part in prediction.device))
     left = [0.0] * len(bars)
-    for name in names:
-        widths = [prediction.device.get(name, 0) / 10**9 for _, prediction in bars]
-        axes.barh(range(len(bars)), widths, left=left, label=name)
+    for color, part in enumerate(DEVICE_PARTS):
+        widths = [prediction.device.get(part, 0) / 10**9 for _, prediction in bars]
+        if any(widths):
+            axes.barh(range(len(bars)), widths, left=left, label=part, color=f"C{color}")
         left = [start + width for start, width in zip(left, widths, strict=True)]
+    if device_memory is not None:
+        limit = f"--device_memory={device_memory}"
+        axes.axvline(parse_bytes(device_memory) / 10**9, color="black", linestyle="--", label=limit)
     axes.set_yticks(range(len(bars)), [name for name, _ in bars])
     axes.invert_yaxis()
     axes.set_xlabel("GB on the device of each process, at its peak")

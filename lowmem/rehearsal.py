@@ -1,10 +1,12 @@
 """An optimizer step on tensors without data: what it would hold at most, by what that is and when.
 
 Model, optimizer, savers and step are the ones that train; a process group of torch's kind "fake" stands for the other
-ranks. A stack of alike layers is counted at two depths and the rest of it follows, as each moment is linear in depth.
+ranks. A stack of alike layers is counted at two depths, and the rest of it follows (`memory.parts.followed`).
+
+All of it changes the environment of its process and the Accelerator's state: call it in a process of its own. It raises
+UsageError for what the model or the number of processes does not allow.
 """
 
-import copy
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -51,34 +53,31 @@ _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_lay
 _FEW = 2  # layers that a deeper stack is counted at, and one more
 
 
-def rehearse(settings: Settings) -> Counted:
-    """Count a step of `settings`. Raises UsageError for what the model or the number of processes does not allow.
+def count_shallow(settings: Settings) -> Counted:
+    """Count a step with few layers in each deep stack of alike ones, and all of the others."""
+    shallow, _ = _few_layers(settings.model)
+    return count(shallow, settings)
 
-    It changes the environment of its process and the Accelerator's state: call it in a process of its own.
-    """
-    config = config_of(settings.model)
+
+def count_deeper(settings: Settings) -> list[tuple[int, Counted]]:
+    """The same with one layer more in those of a depth, for each depth; and how many more there really are."""
+    shallow, deep = _few_layers(settings.model)
+    one_more = [(depth - _FEW, _at_depth(shallow, dict.fromkeys(names, _FEW + 1))) for depth, names in deep.items()]
+    return [(times, count(config, settings)) for times, config in one_more]
+
+
+def _few_layers(model: str) -> tuple[PretrainedConfig, dict[int, list[str]]]:
+    """The config with few layers, and which fields told of more: by depth, as stacks of one may be alike."""
+    config = config_of(model)
     groups: dict[int, list[str]] = {}
     for name in _DEPTHS:
         if (depth := getattr(config, name, None)) is not None:
             groups.setdefault(depth, []).append(name)
     deep = {depth: names for depth, names in groups.items() if depth > _FEW + 2}
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not deep or len(kinds) > 1:  # layers that differ do not follow from one another
-        return count(config, settings)
-    shallow = _at_depth(config, {name: _FEW for names in deep.values() for name in names})
-    base = count(shallow, settings)
-    total = copy.deepcopy(base)
-    for depth, names in deep.items():
-        deeper = count(_at_depth(shallow, dict.fromkeys(names, _FEW + 1)), settings)
-        for name in ("model_bytes", "checkpoint_bytes", "num_parameters"):
-            each = getattr(deeper, name) - getattr(base, name)
-            setattr(total, name, getattr(total, name) + (depth - _FEW) * each)
-        for moment, parts in total.moments.items():
-            first, second = base.moments[moment], deeper.moments[moment]
-            for kind in {*first, *second}:
-                each = second.get(kind, 0) - first.get(kind, 0)
-                parts[kind] = parts.get(kind, 0) + (depth - _FEW) * each
-    return total
+    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+        deep = {}  # layers that differ do not follow from one another
+    few = {name: _FEW for names in deep.values() for name in names}
+    return (_at_depth(config, few) if few else config), deep
 
 
 def _at_depth(config: PretrainedConfig, depths: dict[str, int]) -> PretrainedConfig:

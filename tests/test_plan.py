@@ -18,13 +18,13 @@ from lowmem.memory import savers
 from lowmem.memory.loss import chunked_loss
 from lowmem.memory.meter import MemoryMeter
 from lowmem.memory.optim import make_optimizer
-from lowmem.memory.parts import Counted, Settings
+from lowmem.memory.parts import Counted, Settings, followed
 from lowmem.model import build_model, config_of
 from lowmem.parallel.launch import join
 from lowmem.parallel.pieces import local_of
 from lowmem.parallel.sharding import parallelize
-from lowmem.plan import Place, Prediction, prediction, settings_of
-from lowmem.rehearsal import count, rehearse
+from lowmem.plan import CONTEXT, Place, Prediction, prediction, settings_of
+from lowmem.rehearsal import count, count_deeper, count_shallow
 from lowmem.step import TrainState, train_step
 from tests.forked import fork_ranks
 from tests.models import FAMILIES
@@ -71,10 +71,14 @@ def peak_of_two_steps(config, accelerator):
 
 @pytest.fixture
 def own_environment(monkeypatch):
-    """`rehearse` changes it, as it is called in processes of its own."""
+    """Counting changes it, as it is called in processes of its own."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
+
+
+def rehearse(settings):
+    return followed(count_shallow(settings), count_deeper(settings))
 
 
 def predicted_bytes(config, place=CPU):
@@ -115,15 +119,27 @@ def test_so_it_is_on_two_processes(tmp_path, own_environment):
         assert abs(found / real - 1) < 0.1, (config.sharding_strategy, config.tp_size, config.memory, found, real)
 
 
-@pytest.mark.parametrize("family", ["t5", "llama"])
-def test_deep_stacks_follow_from_shallow_ones(family, tmp_path, own_environment):
-    depth = {"num_layers": 6, "dropout_rate": 0.1} if family == "t5" else {"num_hidden_layers": 6}
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_so_it_is_with_two_copies_of_two_shards(tmp_path, own_environment):
+    division = {"sharding_strategy": "HYBRID_SHARD", "shard_size": 2}
+    configs = [config_for(tmp_path, family, recompute="full", **division) for family in ("t5", "llama")]
+    assert fork_ranks(4, write_peaks, tmp_path, configs) == [0] * 4
+    peaks = json.loads((tmp_path / "peaks-0").read_text())
+    for config, real in zip(configs, peaks, strict=True):
+        assert abs(predicted_bytes(config, Place(4, 4, on_gpu=False)) / real - 1) < 0.1, (config.model_config, real)
+
+
+DEEP = [("t5", {"num_layers": 6, "dropout_rate": 0.1}), ("t5", {"num_layers": 5, "num_decoder_layers": 7})]
+
+
+@pytest.mark.parametrize(("family", "depth"), [*DEEP, ("llama", {"num_hidden_layers": 6})])
+def test_deep_stacks_follow_from_shallow_ones(family, depth, tmp_path, own_environment):
     path = str(write_model(tmp_path, family, **depth))
     settings = Settings(model=path, memory="exact", batch_size=2, seq_len=64, micro_batches=2)
-    whole, followed = count(config_of(path), settings), rehearse(settings)
-    assert followed.num_parameters == whole.num_parameters
-    assert (followed.model_bytes, followed.checkpoint_bytes) == (whole.model_bytes, whole.checkpoint_bytes)
-    peaks = [max(sum(parts.values()) for parts in counted.moments.values()) for counted in (followed, whole)]
+    whole, found = count(config_of(path), settings), rehearse(settings)
+    assert found.num_parameters == whole.num_parameters
+    assert (found.model_bytes, found.checkpoint_bytes) == (whole.model_bytes, whole.checkpoint_bytes)
+    peaks = [max(sum(parts.values()) for parts in counted.moments.values()) for counted in (found, whole)]
     assert abs(peaks[0] / peaks[1] - 1) < 0.02
 
 
@@ -245,13 +261,15 @@ def test_what_is_chosen_has_no_change_that_it_fits_without(limit, fixed, asked, 
 
 
 def test_host_memory_counts_all_processes_and_cpu_offload_moves_the_state(tmp_path):
-    moments = {"update": {"weights": 10, "moments": 40, "activations": 7, "offloaded": 3}}
+    moments = {"update": {"offloaded": 3, "moments": 40, "activations": 7, "weights": 10}}
     counted = Counted(moments, model_bytes=20, checkpoint_bytes=100, num_parameters=0)
     config = config_for(tmp_path, "llama", sharding_strategy="FULL_SHARD", cpu_offload=True, save_total_limit=2)
     predicted = prediction(config, GPUS, counted)
-    assert sum(size for kind, size in predicted.device.items() if kind != "context, fragments") == 7
+    assert sum(size for kind, size in predicted.device.items() if kind != CONTEXT) == 7
     assert sum(size for kind, size in predicted.host.items() if kind.endswith("processes")) == 2 * (10 + 40 + 3)
     assert predicted.disk == {"3 checkpoints": 300, "model": 20}
+    kept = prediction(dataclasses.replace(config, cpu_offload=False), GPUS, counted)
+    assert list(kept.device) == ["weights", "moments", "activations", CONTEXT]  # what stays first
 
 
 def test_wrong_sizes_are_told_before_torch_is_loaded():

@@ -1,5 +1,7 @@
 """What a prediction of memory is about: the settings that it depends on, and bytes by what they are. No torch."""
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 WEIGHTS, LOW_HALVES, MOMENTS, GRADIENTS = "weights", "low halves", "moments", "gradients"
@@ -7,6 +9,10 @@ ACTIVATIONS, LOSS, BACKWARD, UPDATE, OFFLOADED = "activations", "loss", "backwar
 
 COMMUNICATION = "communication"
 """What collectives make, and weights gathered for a layer."""
+
+ON_DEVICE = (WEIGHTS, LOW_HALVES, MOMENTS, GRADIENTS, ACTIVATIONS, LOSS, BACKWARD, UPDATE, COMMUNICATION)
+KINDS = (*ON_DEVICE, OFFLOADED)
+"""In the order in which they are told: what stays first."""
 
 Bytes = dict[str, int]
 
@@ -52,3 +58,17 @@ class Counted:
     """Of the model's files, and (`checkpoint_bytes`) of a checkpoint, whose tensors are whole."""
     checkpoint_bytes: int = 0
     num_parameters: int = 0
+
+
+def followed(base: Counted, deeper: Iterable[tuple[int, Counted]]) -> Counted:
+    """`base`, and what each of `deeper` takes beyond it, so many times: each moment is linear in a stack's depth."""
+    total = copy.deepcopy(base)
+    for times, deep in deeper:
+        for name in ("model_bytes", "checkpoint_bytes", "num_parameters"):
+            each = getattr(deep, name) - getattr(base, name)
+            setattr(total, name, getattr(total, name) + times * each)
+        for moment, parts in total.moments.items():
+            first, second = base.moments[moment], deep.moments[moment]
+            for kind in {*first, *second}:
+                parts[kind] = parts.get(kind, 0) + times * (second.get(kind, 0) - first.get(kind, 0))
+    return total

@@ -183,7 +183,7 @@ def _named(error: Exception) -> str:
 def _is_distributed() -> bool:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return False
-    return dist.get_backend() != "fake"  # torch's group of one process, in which `rehearse` counts a step of several
+    return dist.get_backend() != "fake"  # torch's group of one process, in which `rehearsal` counts a step of several
 
 
 def host_group() -> dist.ProcessGroup:
