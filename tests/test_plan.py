@@ -48,8 +48,8 @@ def config_for(folder, family, tier="exact", **flags):
 def peak_of_two_steps(config, accelerator):
     """Bytes of real tensors at most in the second optimizer step, on this rank, by the functions that train."""
     model = build_model(config_of(config.model_config), "eager" if "t5" in config.model_config else "sdpa")
-    strategies = {"sharding_strategy": config.sharding_strategy, "tp_size": config.tp_size}
-    model = parallelize(model, accelerator, shard_size=config.shard_size, **strategies)
+    names = ("sharding_strategy", "shard_size", "cpu_offload", "tp_size")
+    model = parallelize(model, accelerator, **{name: getattr(config, name) for name in names})
     optimizer = make_optimizer(model, memory=config.memory or "off")
     tokens = torch.randint(3, 300, (config.batch_size, config.max_seq_len))
     is_causal = not model.config.is_encoder_decoder
@@ -57,15 +57,19 @@ def peak_of_two_steps(config, accelerator):
     if not is_causal:
         inputs["attention_mask"] = torch.ones_like(tokens).index_fill(1, torch.tensor([31]), 0)
     batch = Batch(inputs, num_targets=tokens.numel() - len(tokens) * is_causal, row_ids=[])
+    batches = [batch] * config.gradient_accumulation_steps
     wanted = [savers.recompute] if config.recompute == "full" else []
+    wanted += [savers.recompute_cheap] if config.recompute == "cheap" else []
     wanted += [savers.offload_activations] if config.offload_activations else []
+    wanted += [savers.release] if config.release else []
     with MemoryMeter() as meter, savers.entered(wanted, model, optimizer):
         kept = [tensor for tensors in optimizer.state.values() for tensor in tensors.values()]
         meter.count(map(local_of, [*model.parameters(), *kept, *inputs.values()]))
         state = TrainState(model, optimizer)
         for _ in range(2):
             meter.reset_peak()
-            train_step(state, [batch] * 2, chunked_loss, accelerator, learning_rate=1e-4, max_grad_norm=1.0)
+            clipping = {"max_grad_norm": config.max_grad_norm or None}
+            train_step(state, batches, chunked_loss, accelerator, learning_rate=1e-4, **clipping)
     return meter.peak_bytes
 
 
@@ -88,12 +92,13 @@ def predicted_bytes(config, place=CPU):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prediction_is_within_a_tenth_of_real_tensors(family, tmp_path, own_environment):
     for tier in TIERS:
-        for recompute in ("off", "full"):
-            config = config_for(tmp_path, family, tier, recompute=recompute)
+        for options in ({}, {"recompute": "full"}, {"recompute": "cheap"}, RELEASE, RELEASE | {"recompute": "full"}):
+            config = config_for(tmp_path, family, tier, **options)
             real = peak_of_two_steps(config, Accelerator(cpu=True))
-            assert abs(predicted_bytes(config) / real - 1) < 0.1, (tier, recompute, real)
+            assert abs(predicted_bytes(config) / real - 1) < 0.1, (tier, options, real)
 
 
+RELEASE = {"release": True, "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
 STRATEGIES = [{"sharding_strategy": name} for name in ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD")] + [{"tp_size": 2}]
 
 
@@ -112,6 +117,7 @@ def test_so_it_is_on_two_processes(tmp_path, own_environment):
         if (tier, "tp_size" in options) != ("lean", True)  # which has too few columns here
     ]
     configs.append(dataclasses.replace(configs[2], offload_activations=True))
+    configs.append(dataclasses.replace(configs[4], cpu_offload=True))
     assert fork_ranks(2, write_peaks, tmp_path, configs) == [0, 0]
     peaks = json.loads((tmp_path / "peaks-0").read_text())
     for config, real in zip(configs, peaks, strict=True):
