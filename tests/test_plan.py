@@ -158,6 +158,13 @@ def test_parts_are_what_the_tier_keeps(tmp_path, own_environment):
     assert parts["gradients"] == pytest.approx(4 * weights, rel=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_gathered_weights_are_communication_from_the_first_forward(tmp_path, own_environment):
+    division = {"sharding_strategy": "SHARD_GRAD_OP", "gradient_accumulation_steps": 1}
+    counted = rehearse(settings_of(config_for(tmp_path, "llama", **division), Place(2, 2, on_gpu=False)))
+    assert counted.moments["loss"]["communication"] == 2 * counted.num_parameters
+
+
 def names(rungs):
     return [rung.name for rung in rungs if not rung.refused]
 
@@ -189,8 +196,8 @@ def test_the_ladder_keeps_rows_tier_and_what_a_flag_sets(tmp_path):
     whole = dataclasses.replace(config, gradient_accumulation_steps=None, global_batch_size=16)
     changes = [rung.changes for rung in ladder(whole, GPUS, fixed=())]
     assert all("gradient_accumulation_steps" not in each and "global_batch_size" not in each for each in changes)
-    alone = ladder(config_for(tmp_path, "llama", release=True, gradient_accumulation_steps=1, max_grad_norm=0), CPU, ())
-    assert names(alone) == ["as asked", "recompute=cheap", "recompute=full", "offload_activations"]
+    released = config_for(tmp_path, "llama", release=True, gradient_accumulation_steps=1, max_grad_norm=0)
+    assert names(ladder(released, GPUS, ())) == ["as asked", "recompute=cheap", "recompute=full", "offload_activations"]
 
 
 def predictions(sizes):
@@ -264,6 +271,19 @@ def test_what_is_chosen_has_no_change_that_it_fits_without(limit, fixed, asked, 
     config = config_for(tmp_path, "llama", device_memory=limit, **asked)
     found, _ = choose(config, GPUS, fixed, predict_two_parts, lambda line: None)
     assert found == dataclasses.replace(config, **chosen)
+
+
+def test_the_host_is_a_limit_too(tmp_path):
+    config = config_for(tmp_path, "llama", host_memory="2.6GB")
+
+    def predict(configs):
+        return (Prediction({"all": 1}, {"all": 3 * 10**9}, {}) for _ in configs)
+
+    with pytest.raises(UsageError, match="as asked, which comes nearest, 0.40 GB more than --host_memory=2.6GB"):
+        choose(config, GPUS, (), predict, lambda line: None)
+    small = dataclasses.replace(config, host_memory="2GB")
+    with pytest.raises(UsageError, match="programs of 2 processes alone take 2.52 GB of the host, 0.52 GB more than"):
+        choose(small, GPUS, (), predict, lambda line: None)
 
 
 def test_host_memory_counts_all_processes_and_cpu_offload_moves_the_state(tmp_path):

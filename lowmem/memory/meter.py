@@ -95,6 +95,10 @@ class MemoryMeter(TorchDispatchMode):
         for storage in _storages_of([result]):
             if storage._cdata not in not_ours:
                 self._update(storage, None if storage._cdata in self._storages else made_for)
+        if func.namespace == "fsdp":  # it gathers a layer's weights into what torch.empty has made for them
+            for storage in _storages_of([kwargs.get("out")]):
+                if storage._cdata not in not_ours:
+                    self._update(storage, COMMUNICATION)
         return result
 
     def _update(self, storage: torch.UntypedStorage, kind: str | None = None) -> None:
