@@ -1,0 +1,59 @@
+"""What `plan` tells and draws of some runs, kept in `results/plan-NAME.txt` and `.png`.
+
+    python benchmarks/shown_plans.py
+    python benchmarks/shown_plans.py t5-base
+
+See README.md.
+"""
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+LLAMA_8B = ["--model_config=benchmarks/shapes/llama-3.1-8b.json", "--text_column=text", "--max_seq_len=4096"]
+LLAMA_8B += ["--batch_size=1", "--mixed_precision=bf16"]
+PLANS = {
+    "t5-base": ["--use_large_config=True", "--num_processes=3", "--device_memory=20GB", "--host_memory=12GB"],
+    "llama-8b": [*LLAMA_8B, "--num_processes=4", "--device_memory=80GB"],
+    "llama-8b-24gb": [*LLAMA_8B, "--num_processes=4", "--device_memory=24GB"],
+}
+
+
+def plan(name: str) -> str:
+    """The text, the command first; it and the picture are in `results/` then. Raises SystemExit if `plan` fails."""
+    command = ["train_low_mem.py", "plan", *PLANS[name]]
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, *command, f"--output_dir={folder}"]
+        result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        if result.returncode:
+            raise SystemExit(f"{shlex.join(command)} ended with {result.returncode}: {result.stderr}")
+        shutil.move(Path(folder, "plan.png"), RESULTS / f"plan-{name}.png")
+    told = result.stdout.splitlines()[:-1]  # the last line tells where the picture is
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "accelerate"))
+    head = [f"$ {shlex.join(['python', *command])}", f"# {datetime.now(UTC):%Y-%m-%d}; {versions}"]
+    text = "\n".join([*head, *told, ""])
+    (RESULTS / f"plan-{name}.txt").write_text(text)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PLANS)}; default: all")
+    names = parser.parse_args().names
+    if unknown := sorted(set(names) - set(PLANS)):
+        parser.error(f"no plan is called {', '.join(unknown)}: there are {', '.join(PLANS)}")
+    for name in names or PLANS:
+        print(plan(name), flush=True)
+
+
+if __name__ == "__main__":
+    main()
