@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from comparison import draw, table
-from launching import launch_command
+from launching import launch_command, run_to_its_end
 from records import Record, append
 from systems import SYSTEMS, WARM_UP_STEPS, System, encoded_rows
 
@@ -79,6 +80,11 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--systems", default="lowmem-exact,trainer", help=f"comma list of {', '.join(SYSTEMS)}")
     parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
     flags = parser.parse_args(arguments)
+    # where the rows, the results and another interpreter are is nobody's business
+    shown = vars(flags) | {"train_file": flags.train_file and f"rows{Path(flags.train_file).suffix}"}
+    shown |= {"output": flags.output and flags.output.name, "llamafactory_python": None}
+    asked = [f"--{name}={value}" for name, value in shown.items() if value not in (None, parser.get_default(name))]
+    flags.command = shlex.join(["python", "benchmarks/compare.py", *asked])
     flags.systems = flags.systems.split(",")
     if unknown := [system for system in flags.systems if system not in SYSTEMS]:
         parser.error(f"--systems has {', '.join(unknown)}: choose among {', '.join(SYSTEMS)}")
@@ -95,6 +101,8 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
             )
         if "release" in system.savers and flags.processes > 1:
             parser.error(f"{name} takes one process: set --processes=1, or leave it out")
+    if not shutil.which(flags.llamafactory_python):
+        parser.error(f"--llamafactory_python={flags.llamafactory_python} is no program")
     flags.threads = flags.threads or max(1, os.cpu_count() // flags.processes)
     if flags.steps <= WARM_UP_STEPS:
         parser.error(f"--steps={flags.steps} leaves no step to time: set more than {WARM_UP_STEPS}")
@@ -106,8 +114,8 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 
 def start(system: str, flags: argparse.Namespace, folder: Path, **more: object) -> list[Record]:
-    """Run one system to its end in fresh processes; what each of them measured. Raises CalledProcessError."""
-    settings = {name: value for name, value in vars(flags).items() if name not in ("systems", "output")}
+    """Run one system to its end in fresh processes; what each of them measured. Raises RuntimeError."""
+    settings = {name: value for name, value in vars(flags).items() if name not in ("systems", "output", "command")}
     settings |= {"system": system, "folder": str(folder), "shape": shapes()[flags.model], "started": time.time()}
     settings |= {"rows_a_step": rows_a_step(flags), "num_rows": flags.steps * rows_a_step(flags)} | more
     # no more GPUs than processes: Trainer would wrap the model in DataParallel
@@ -115,16 +123,13 @@ def start(system: str, flags: argparse.Namespace, folder: Path, **more: object) 
     environment = {"OMP_NUM_THREADS": str(flags.threads), "CUDA_VISIBLE_DEVICES": ",".join(gpus[: flags.processes])}
     if not Path("/dev/nvidiactl").exists():
         environment["DS_ACCELERATOR"] = "cpu"
-    for left in folder.glob("record-*.json"):
-        left.unlink()
-    subprocess.run(
-        [*launcher(system, flags), Path(__file__).with_name("run_system.py"), json.dumps(settings)],
-        env=os.environ | environment,
-        stdout=sys.stderr,
-        check=True,
-        timeout=SECONDS_A_TRAINING,
-    )
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("record-*.json"))]
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        settings["output"] = output
+        command = [*launcher(system, flags), Path(__file__).with_name("run_system.py"), json.dumps(settings)]
+        run_to_its_end(command, seconds=SECONDS_A_TRAINING, env=os.environ | environment)
+        ranks = [json.loads(path.read_text()) for path in sorted(Path(output).glob("record-*.json"))]
+    assert len(ranks) == (flags.processes if system in SYSTEMS else 0), "processes trained by themselves"
+    return ranks
 
 
 def rows_a_step(flags: argparse.Namespace) -> int:
@@ -157,12 +162,12 @@ def left_out(system: System, flags: argparse.Namespace) -> str:
     return system.cannot(is_causal=not flags.model.startswith("t5"), processes=flags.processes)
 
 
-def compare(flags: argparse.Namespace, command: str) -> Iterator[Record]:
+def compare(flags: argparse.Namespace) -> Iterator[Record]:
     """A record for each repeat and system, in the order they ran.
 
     One that cannot be had is told once, as `left_out`; one that ended with an error has `failed`.
     """
-    shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command}
+    shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": flags.command}
     shared |= {"model": flags.model, "batch": flags.batch_size, "accumulation": flags.gradient_accumulation_steps}
     shared |= {"processes": flags.processes, "seq_len": flags.seq_len, "steps": flags.steps}
     shared |= {"rows": "train_file" if flags.train_file else "random", "recompute": flags.recompute}
@@ -181,9 +186,8 @@ def compare(flags: argparse.Namespace, command: str) -> Iterator[Record]:
                     continue
                 try:
                     ranks = start(system, flags, folder, tokens=tokens)
-                except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-                    told = "took too long" if isinstance(error, subprocess.TimeoutExpired) else "ended with an error"
-                    yield about | {"failed": told}
+                except RuntimeError as error:
+                    yield about | {"failed": str(error)}
                     continue
                 yield about | of_all(ranks)
 
@@ -207,17 +211,13 @@ def of_all(ranks: list[Record]) -> Record:
 
 def main() -> None:
     flags = parse_flags(sys.argv[1:])
-    shown = [argument for argument in sys.argv if not argument.startswith("--llamafactory_python=")]
-    if flags.train_file:  # where the rows are is nobody's business
-        shown = [argument.replace(flags.train_file, f"rows{Path(flags.train_file).suffix}") for argument in shown]
     records = []
-    for record in compare(flags, command=shlex.join(["python", *shown])):
+    for record in compare(flags):
         records.append(record)
         told = record.get("left_out") or record.get("failed") or f"{record['tokens_per_second']:.0f} tokens/s"
         print(f"{record['system']}, repeat {record['repeat']}: {told}", file=sys.stderr)
         if flags.output:  # each at once: others may run for an hour
-            figure = f"\n\n![ratios]({flags.output.stem}.png)"
-            draw(append(flags.output, [record], table, "compare.py", figure), flags.output.with_suffix(".png"))
+            draw(append(flags.output, [record], table, "compare.py"), flags.output.with_suffix(".png"))
     print(table(records))
 
 

@@ -32,6 +32,22 @@ def ratios(turns: dict[str, list[Record]], system: str, name: str) -> list[float
     return [mine[name] / theirs[name] for mine, theirs in pairs(turns, system)]
 
 
+def memory_field(record: Record) -> str:
+    """Which bytes are compared: a GPU's, or those of processes on a CPU."""
+    return "peak_rss_above_import_bytes" if record["peak_device_bytes"] is None else "peak_device_bytes"
+
+
+def versions(turns: dict[str, list[Record]]) -> dict[str, str]:
+    """Of the packages; with a system's own package, those that it has in other versions than the first system."""
+    told: dict[str, str] = {}
+    for of in turns.values():
+        own = of[0]["versions"]
+        others = [f"{name} {number}" for name, number in own.items() if told.get(name, number) != number]
+        new = {name: number for name, number in own.items() if name not in told}
+        told |= {name: f"{number} (with {', '.join(others)})" if others else number for name, number in new.items()}
+    return told
+
+
 def spread(values: Sequence[float]) -> str:
     """The median, and from where to where they go."""
     if not values:
@@ -69,11 +85,10 @@ def _about(first: Record, turns: dict[str, list[Record]]) -> list[str]:
     )
     if not turns:
         return [title, "", f"    {first['command']}"]
-    machine = first["machine"]
-    versions = {name: number for of in turns.values() for name, number in of[0]["versions"].items()}
+    machine, packages = first["machine"], ", ".join(f"{name} {number}" for name, number in versions(turns).items())
     ran = (
         f"{first['date']}; {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads a process, device "
-        f"{machine['device']}; {', '.join(f'{name} {number}' for name, number in versions.items())}; {first['rows']} "
+        f"{machine['device']}; {packages}; {first['rows']} "
         f"rows; medians (and spread) of {max(map(len, turns.values()))} turns of {first['steps']} steps, of which the "
         f"first {WARM_UP_STEPS} are not timed."
     )
@@ -89,6 +104,7 @@ _COLUMNS = (
     "x trainer",
     "RSS, MiB",
     "device, MiB",
+    "x trainer",
     "fewest cores busy",
     "last loss",
     "largest loss difference",
@@ -118,6 +134,7 @@ def _row(turns: dict[str, list[Record]], system: str) -> str:
         spread(ratios(turns, system, "peak_rss_above_import_bytes")),
         middle("peak_rss_bytes", mebibytes),
         middle("peak_device_bytes", mebibytes),
+        spread([] if mine[0]["peak_device_bytes"] is None else ratios(turns, system, "peak_device_bytes")),
         f"{min(record['cores_busy'] for record in mine):.2f}",
         f"{mine[0]['loss'][-1]:.6f}",
         largest_difference(turns, system),
@@ -141,9 +158,8 @@ def draw(commands: Sequence[Sequence[Record]], picture: Path) -> None:
     figure = Figure(figsize=(11, sum(heights)), dpi=120, layout="constrained")
     panels = figure.subplots(len(compared), 2, squeeze=False, height_ratios=heights, sharey="row")
     for (first, turns), row in zip(compared, panels, strict=True):
-        on_cpu = turns[REFERENCE][0]["peak_device_bytes"] is None
-        memory = "peak_rss_above_import_bytes" if on_cpu else "peak_device_bytes"
-        shown = {"tokens_per_second": "tokens/s", memory: "peak memory" if on_cpu else "peak device memory"}
+        memory = memory_field(turns[REFERENCE][0])
+        shown = {"tokens_per_second": "tokens/s", memory: "peak device memory" if "device" in memory else "peak memory"}
         for (name, title), panel in zip(shown.items(), row, strict=True):
             values = [ratios(turns, system, name) or [math.nan] for system in turns]
             middles = [median(each) for each in values]

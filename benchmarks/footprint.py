@@ -147,7 +147,7 @@ def train_lowmem(model, spec: Model, system: System, work: Work, accelerator, be
 def train_trainer(model, spec: Model, system: System, work: Work, accelerator, begin: Callable[[], None]) -> object:
     """transformers' Trainer as it is, with its defaults where the work says nothing else."""
     import torch
-    from loops.trainer import checkpointing_arguments
+    from loops.around import checkpointing_arguments
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     arguments = TrainingArguments(

@@ -9,10 +9,7 @@ them. See README.md.
 import argparse
 import json
 import os
-import re
 import shlex
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +21,7 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
-from launching import launch_command
+from launching import launch_command, run_to_its_end
 from records import MIB, Record, append
 from systems import machine
 
@@ -118,7 +115,7 @@ def run_rank() -> None:
 
 # --- in the process that starts them
 def start(flags: argparse.Namespace, folder: Path, model: str, name: str, strategy: str, processes: int) -> Record:
-    """One training, as a line of the results; "failed" tells its last line if it did not end well."""
+    """One training, as a line of the results; "failed" tells why it did not end well."""
     with tempfile.TemporaryDirectory(dir=folder) as output:
         words = [f"--train_file={Path(flags.train_file).resolve()}", f"--model_config={folder / model}.json"]
         words += [f"--max_steps={flags.steps}", f"--max_seq_len={flags.max_seq_len}", f"--output_dir={output}/out"]
@@ -131,26 +128,14 @@ def start(flags: argparse.Namespace, folder: Path, model: str, name: str, strate
         ]
         words += [f"--num_processes={processes}"] if name == "python" else []
         command = launch_command(name, processes, *(["--multi_gpu"] if name == "accelerate" else []))
-        started = time.time()
-        process = subprocess.Popen(
-            [*command, str(Path(__file__).resolve()), "train", *words],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "LOWMEM_RECORDS": output, "DS_ACCELERATOR": "cpu"},
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            told, _ = process.communicate(timeout=SECONDS_A_RUN)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            told, _ = process.communicate()
         record = {"model": model, "launcher": name, "strategy": strategy, "processes": processes}
-        if process.returncode:
-            print(told, file=sys.stderr)
-            reasons = [line for line in told.splitlines() if re.search(r"Error: .|^error", line)]
-            return record | {"failed": (reasons or [f"exit code {process.returncode}"])[0][:300]}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "LOWMEM_RECORDS": output, "DS_ACCELERATOR": "cpu"}
+        command += [Path(__file__).resolve(), "train", *words]
+        started = time.time()
+        try:
+            run_to_its_end(command, seconds=SECONDS_A_RUN, env=environment, cwd=folder)
+        except RuntimeError as error:
+            return record | {"failed": str(error)}
         steps = [json.loads(line) for line in Path(output, "out", "metrics.jsonl").read_text().splitlines()]
         steps = [step for step in steps if "loss" in step]
         ranks = [json.loads(path.read_text()) for path in Path(output).glob("*.json")]

@@ -1,8 +1,14 @@
-"""The command line of each launcher."""
+"""The command line of each launcher, and a run of it to the end of all that it started."""
 
+import re
 import socket
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 
 def launch_command(launcher: str, processes: int, *options: str, interpreter: str = sys.executable) -> list[str]:
@@ -25,3 +31,30 @@ def launch_command(launcher: str, processes: int, *options: str, interpreter: st
         "deepspeed": [interpreter, f"{programs}/deepspeed", f"--num_gpus={processes}"]
         + [f"--master_port={port}", *options],
     }[launcher]
+
+
+def run_to_its_end(command: Sequence[object], *, seconds: float, env: Mapping[str, str], **options: object) -> str:
+    """Run a launcher's command and return what it and its processes wrote.
+
+    Raises RuntimeError with the reason if it does not end well within `seconds`; nothing that it started is left then.
+    """
+    words = [str(word) for word in command]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(words, env=env, start_new_session=True, **output, **options) as process:
+        try:
+            told, _ = process.communicate(timeout=seconds)
+        except BaseException as error:
+            # a launcher's workers are in sessions of their own
+            left = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            for child in left:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise RuntimeError(f"did not end within {seconds:g} s") from error
+            raise
+    if process.returncode:
+        print(told, file=sys.stderr)
+        reasons = [line.strip() for line in told.splitlines() if re.search(r"Error: .|^error", line)]
+        raise RuntimeError((reasons or [f"exit code {process.returncode}"])[0][:300])
+    return told

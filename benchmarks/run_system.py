@@ -18,8 +18,6 @@ from types import SimpleNamespace
 
 from systems import SYSTEMS, WARM_UP_STEPS, Run, build, machine, resident_bytes
 
-PACKAGES = {"lowmem": (), "plain": (), "trainer": ("accelerate",), "llamafactory": ("accelerate", "llamafactory")}
-
 
 def measured(run: Run, settings: SimpleNamespace) -> dict[str, object]:
     """What this process did; times and tokens are those of the steps after the first WARM_UP_STEPS."""
@@ -31,10 +29,8 @@ def measured(run: Run, settings: SimpleNamespace) -> dict[str, object]:
     wall = last.wall - first.wall
     samples = (settings.steps - WARM_UP_STEPS) * settings.rows_a_step
     joules = None if last.joules is None else (last.joules - first.joules) / samples
-    peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
-    on_cuda = torch.cuda.is_available()
     system = SYSTEMS[settings.system]
-    packages = ["torch", "transformers", *PACKAGES[system.loop], *(["deepspeed"] if system.zero_stage else [])]
+    packages = ["torch", "transformers", "accelerate", *filter(None, [system.package])]
     return {
         "loss": run.losses,
         "tokens_per_second": sum(settings.tokens[WARM_UP_STEPS:]) / wall,
@@ -43,14 +39,14 @@ def measured(run: Run, settings: SimpleNamespace) -> dict[str, object]:
         "first_step_seconds": run.first_step_at - settings.started,
         "cores_busy": (last.cpu - first.cpu) / wall,
         "joules_per_sample": joules,
-        "peak_rss_bytes": peak,
-        "peak_rss_above_import_bytes": peak - run.imported_bytes,
-        "peak_device_bytes": torch.cuda.max_memory_allocated() if on_cuda else None,
+        "peak_rss_bytes": run.peak_rss_bytes,
+        "peak_rss_above_import_bytes": run.peak_rss_bytes - run.imported_bytes,
+        "peak_device_bytes": run.peak_device_bytes,
         "code_lines": code_lines(Path(__file__).with_name("loops") / f"{system.loop}.py"),
         "machine": {
             **machine(),
             "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if on_cuda else "cpu",
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         },
         "versions": {name: version(name) for name in packages},
     }
@@ -79,10 +75,12 @@ def main() -> None:
     system = SYSTEMS[settings.system]
     settings.recompute = system.recompute or settings.recompute
     loop = import_module(f"loops.{system.loop}")
+    for package in filter(None, [system.package, "pyarrow.parquet" if settings.train_file else None]):
+        import_module(package)  # which it would import by itself while it trains
     run = Run(imported_bytes=resident_bytes())
     loop.train(settings, system, run)
     record = {"settings": asdict(system), **measured(run, settings)}
-    Path(settings.folder, f"record-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(record))
+    Path(settings.output, f"record-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from itertools import product
 from statistics import median
 
 from checkpoint import flipped_bit, known, mib, seconds
-from comparison import ROWS_EXTRAPOLATED, by_system, ratios, spread
+from comparison import ROWS_EXTRAPOLATED, by_system, memory_field, ratios, spread, versions
 from data import PLACES, grid, told
 from launchers import STRATEGIES
 from memory import BASELINE, GIB, peaks_of
@@ -161,7 +161,7 @@ def soak(text: str) -> list[str]:
 
 def comparison(records: Sequence[Record]) -> list[str]:
     """Speed and memory, medians, and the ratios to Trainer's of the same turn: median, least and most."""
-    lines = []
+    lines, about = [], []
     for run in by(records, "date").values():
         turns = by_system(run)
         first = run[0]
@@ -169,28 +169,30 @@ def comparison(records: Sequence[Record]) -> list[str]:
         work = f"{first['model']}, {first['processes']} x {first['batch']} x {tokens} tokens x accumulation "
         work += f"{first['accumulation']}, {first['mixed_precision']}, {first['rows']} rows"
         for system in dict.fromkeys(record["system"] for record in run):
-            if mine := turns.get(system):
-                lines.append([work, system, *_compared(mine, turns, system)])
-            else:
-                (why,) = {record.get("left_out") or record["failed"] for record in run if record["system"] == system}
-                lines.append([work, system, why, *[""] * 6])
+            mine = turns.get(system, [])
+            lacking = [record for record in run if record["system"] == system and record not in mine]
+            why = dict.fromkeys(record.get("left_out") or f"failed: {record['failed']}" for record in lacking)
+            lines.append([work, system, "; ".join([*([str(len(mine))] if mine else []), *why])])
+            lines[-1] += _compared(mine, turns, system) if mine else [""] * 7
             work = ""  # said once
-    head = ["work:", "system", "tokens/s", "x `Trainer`", "peak memory above imports, MiB", "x `Trainer`"]
+        about.append(next(iter(turns.values()))[0] | {"versions": versions(turns)})
+    memory = "peak device memory" if records[0].get("peak_device_bytes") else "peak memory above imports"
+    head = ["work:", "system", "turns", "tokens/s", "x `Trainer`", f"{memory}, MiB", "x `Trainer`"]
     head += ["first step after, s", "lines of its loop", f"hours for {ROWS_EXTRAPOLATED // 10**6} M rows, extrapolated"]
-    measured = [record for record in records if "machine" in record]
     how = "Systems in turns; medians of the turns, and of the ratios within a turn (least to most)"
-    return [*grid(head, lines), "", source(measured, how)]
+    return [*grid(head, lines), "", source(about, how)]
 
 
 def _compared(mine: Sequence[Record], turns: dict[str, list[Record]], system: str) -> list[str]:
     def middle(name: str) -> float:
         return median(record[name] for record in mine)
 
+    memory = memory_field(mine[0])
     return [
         f"{middle('tokens_per_second'):,.0f}",
         spread(ratios(turns, system, "tokens_per_second")),
-        f"{middle('peak_rss_above_import_bytes') / MIB:,.0f}",
-        spread(ratios(turns, system, "peak_rss_above_import_bytes")),
+        f"{middle(memory) / MIB:,.0f}",
+        spread(ratios(turns, system, memory)),
         f"{middle('first_step_seconds'):.1f}",
         f"{mine[0]['code_lines']}",
         f"{ROWS_EXTRAPOLATED / middle('samples_per_second') / 3600:,.0f}",

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -116,14 +115,21 @@ class Run:
     """At the end of each optimizer step."""
     first_step_at: float = 0.0
     """When the first of them was, in seconds since the epoch."""
+    peak_rss_bytes: int = 0
+    """The most that was resident until the end of the last step."""
+    peak_device_bytes: int | None = None
+    """The most that tensors held on a GPU until then."""
 
     def mark(self) -> None:
         import torch
 
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+            self.peak_device_bytes = torch.cuda.max_memory_allocated()
         if not self.marks:
             self.first_step_at = time.time()
+        # not ru_maxrss: Linux starts a child's at its parent's size
+        self.peak_rss_bytes = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
         self.marks.append(Mark(time.perf_counter(), time.process_time(), joules()))
 
 
@@ -147,11 +153,17 @@ def open_work(settings: SimpleNamespace, tokenizer, config) -> tuple[object, Cal
 
 
 def open_steps(settings: SimpleNamespace, rows, encode: Callable, **options):
-    """lowmem's stream for every system, so that all train on the same rows in one order: those of a step by length."""
+    """lowmem's stream for every system, so that all train on the same micro-batches: rows of a step by length."""
     from lowmem import open_stream
 
-    steps = {"gradient_accumulation_steps": settings.gradient_accumulation_steps, "seed": SEED} | options
-    return open_stream(rows, encode, batch_size=settings.batch_size, **steps)
+    return open_stream(
+        rows,
+        encode,
+        batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        seed=SEED,
+        **options,
+    )
 
 
 def build(settings: SimpleNamespace) -> None:
@@ -166,12 +178,17 @@ def build(settings: SimpleNamespace) -> None:
     model.save_pretrained(settings.folder)
     tokenizer.save_pretrained(settings.folder)
     rows, encode = open_work(settings, tokenizer, model.config)
-    # the rows of a step are the same, sorted by length, however many processes share them
-    micro_batches = settings.gradient_accumulation_steps * settings.processes
-    steps = islice(open_steps(settings, rows, encode, gradient_accumulation_steps=micro_batches), settings.steps)
-    row_ids = (row_id for batches in steps for batch in batches for row_id in batch.row_ids)
+    # as a sampler deals them out that takes each row once: micro-batch after micro-batch, of one rank after another
+    ranks = [
+        open_steps(settings, rows, encode, rank=rank, world_size=settings.processes)
+        for rank in range(settings.processes)
+    ]
     with open(Path(settings.folder, _ENCODED_ROWS), "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(encode(rows[row_id])) + "\n" for row_id in row_ids)
+        for _ in range(settings.steps):
+            steps = [next(rank) for rank in ranks]
+            for micro_batches in zip(*steps, strict=True):
+                row_ids = (row_id for batch in micro_batches for row_id in batch.row_ids)
+                file.writelines(json.dumps(encode(rows[row_id])) + "\n" for row_id in row_ids)
 
 
 def encoded_rows(folder: str) -> list[dict[str, list[int]]]:
@@ -201,7 +218,8 @@ def joules() -> float | None:
         except ModuleNotFoundError:
             return None  # without the GPUs it would be a fraction of the whole
         pynvml.nvmlInit()
-        visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
-        gpus = [pynvml.nvmlDeviceGetHandleByIndex(int(index)) for index in visible]
-        counted += [pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3 for gpu in gpus]
+        for name in os.environ["CUDA_VISIBLE_DEVICES"].split(","):
+            by_name = pynvml.nvmlDeviceGetHandleByUUID
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else by_name(name)
+            counted.append(pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3)
     return sum(counted) if counted else None

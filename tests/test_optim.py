@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import Trainer, get_scheduler
 
+from lowmem.memory.meter import MemoryMeter
 from lowmem.memory.optim import _OPTIMIZERS, gradient_norm, learning_rate_at, make_optimizer
 from tests.models import build
 
@@ -78,9 +79,16 @@ def test_frozen_weights_are_left_out():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(4096, 2048), (131072, 64), (3, 1000, 500), (5000,), (), (0, 8)])
+@pytest.mark.parametrize("shape", [(4096, 2048), (131072, 64), (3, 2000, 1000), (5000,), (), (0, 8)])
 def test_the_norm_of_a_gradient_is_fp32_over_all_of_it(shape, dtype):
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     norm = gradient_norm(gradient)
     assert norm.dtype == torch.float32 and norm.shape == ()
     torch.testing.assert_close(norm.double(), gradient.double().norm(), rtol=1e-6, atol=0)
+
+
+def test_the_norm_of_a_large_bf16_gradient_takes_little_memory():
+    gradient = torch.ones(4, 2048, 1024, dtype=torch.bfloat16)
+    with MemoryMeter() as meter:
+        gradient_norm(gradient)
+    assert meter.peak_bytes < 5 * 2**20

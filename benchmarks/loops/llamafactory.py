@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import torch
 from datasets import Dataset, DatasetDict
 from llamafactory.train.tuner import run_exp
-from loops.recorder import Recorder
+from loops.around import Recorder
 from systems import OPTIMIZER, SCHEDULE, Run, System, encoded_rows
 
 
 def train(settings: SimpleNamespace, system: System, run: Run) -> None:
     rows = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in encoded_rows(settings.folder)]
     media = {"images": None, "videos": None, "audios": None}
-    encoded = f"{settings.folder}/llamafactory-rows-{os.environ.get('RANK', '0')}"
+    encoded = f"{settings.output}/rows-{os.environ.get('RANK', '0')}"
     DatasetDict({"train": Dataset.from_list([row | media for row in rows])}).save_to_disk(encoded)
     arguments = {
         "stage": "sft",
@@ -26,7 +26,7 @@ def train(settings: SimpleNamespace, system: System, run: Run) -> None:
         "cutoff_len": settings.seq_len,
         "disable_shuffling": True,
         "disable_gradient_checkpointing": settings.recompute == "off",
-        "output_dir": f"{settings.folder}/llamafactory",
+        "output_dir": f"{settings.output}/llamafactory",
         "use_cpu": not torch.cuda.is_available(),
         "bf16": settings.mixed_precision == "bf16",
         "max_steps": settings.steps,

@@ -1,9 +1,9 @@
-"""A plain loop in the manner of torchtune's recipes: bf16 weights, fused AdamW, a step's sum over its targets."""
+"""A plain loop in the manner of torchtune's recipes: bf16 weights, fused AdamW, logits brought to fp32 in chunks."""
 
 from types import SimpleNamespace
 
 import torch
-from loops.pretrained import load
+from loops.around import load
 from systems import OPTIMIZER, SCHEDULE, Run, System, encoded_rows
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
@@ -17,10 +17,11 @@ def train(settings: SimpleNamespace, system: System, run: Run) -> None:
     model = load(settings.folder, dtype=dtype).to(device).train()
     if settings.recompute == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    parameters = list(model.parameters())
-    groups = [{"params": [x for x in parameters if x.ndim > 1], "weight_decay": OPTIMIZER["weight_decay"]}]
-    groups += [{"params": [x for x in parameters if x.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=OPTIMIZER["betas"], eps=OPTIMIZER["eps"], fused=True)
+    parameters = dict(model.named_parameters())
+    kept = [name for name in parameters if "bias" in name or "norm" in name]
+    groups = [{"params": [parameters[name] for name in kept], "weight_decay": 0.0}]
+    groups += [{"params": [parameters[name] for name in parameters.keys() - {*kept}]}]
+    optimizer = torch.optim.AdamW(groups, fused=True, **OPTIMIZER)
     is_causal = not model.config.is_encoder_decoder
     rows, size = encoded_rows(settings.folder), settings.batch_size
     micro_batches = (rows[start : start + size] for start in range(0, len(rows), size))
@@ -34,16 +35,17 @@ def train(settings: SimpleNamespace, system: System, run: Run) -> None:
                 labels = F.pad(labels[:, 1:], (0, 1), value=-100)
             else:
                 inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
-            logits = model(**inputs, use_cache=False).logits
-            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+            logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+            pieces = zip(logits.chunk(8), labels.flatten().chunk(8), strict=True)
+            loss = sum(F.cross_entropy(piece.float(), targets, reduction="sum") for piece, targets in pieces)
             del logits
             loss.backward()
             total += loss.detach()
             num_targets += batch.num_targets
-        for parameter in parameters:
+        for parameter in parameters.values():
             parameter.grad /= num_targets
         if settings.max_grad_norm:
-            clip_grad_norm_(parameters, settings.max_grad_norm)
+            clip_grad_norm_(parameters.values(), settings.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, total_steps=settings.steps, **SCHEDULE)
         optimizer.step()

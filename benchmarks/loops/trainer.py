@@ -3,9 +3,7 @@
 from types import SimpleNamespace
 
 import torch
-from accelerate import PartialState
-from loops.pretrained import load
-from loops.recorder import Recorder
+from loops.around import Recorder, checkpointing_arguments, device_arguments, load
 from systems import OPTIMIZER, SCHEDULE, Run, System, encoded_rows
 from transformers import Trainer, TrainingArguments
 
@@ -25,16 +23,8 @@ class SameObjective(Trainer):
 
 
 def train(settings: SimpleNamespace, system: System, run: Run) -> None:
-    on_cuda = torch.cuda.is_available()
-    zero_on_cpu = system.zero_stage > 0 and not on_cuda
-    if zero_on_cpu:
-        # accelerate, told to use DeepSpeed and not the CPU, sees one process; told the CPU too it leaves DeepSpeed out
-        PartialState(cpu=True)
     arguments = TrainingArguments(
-        output_dir=f"{settings.folder}/trainer",
-        use_cpu=not on_cuda and not zero_on_cpu,
-        accelerator_config={"use_configured_state": zero_on_cpu},
-        bf16=settings.mixed_precision == "bf16" and not zero_on_cpu,
+        output_dir=f"{settings.output}/trainer",
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
@@ -53,8 +43,9 @@ def train(settings: SimpleNamespace, system: System, run: Run) -> None:
         report_to="none",
         disable_tqdm=True,
         **checkpointing_arguments(settings.recompute == "full"),
+        **device_arguments(system, settings.mixed_precision),
     )
-    arguments.bf16 = settings.mixed_precision == "bf16"  # it takes bf16 only if it finds a GPU or is asked for the CPU
+    arguments.bf16 = settings.mixed_precision == "bf16"
     model = load(settings.folder, dtype=getattr(torch, system.weights), attention=system.attention)
     is_causal = not model.config.is_encoder_decoder
     SameObjective(
@@ -64,12 +55,3 @@ def train(settings: SimpleNamespace, system: System, run: Run) -> None:
         data_collator=lambda rows: collate(rows, causal=is_causal).inputs,
         callbacks=[Recorder(run)],
     ).train()
-
-
-def checkpointing_arguments(is_wanted: bool) -> dict[str, object]:
-    """What TrainingArguments takes to recompute every layer, or none."""
-    # transformers 5.17 has only the older name, which later ones deprecate
-    name = "activation_checkpointing"
-    if not hasattr(TrainingArguments, name):
-        name = "gradient_checkpointing"
-    return {name: is_wanted, f"{name}_kwargs": {"use_reentrant": False}}

@@ -137,13 +137,15 @@ def _is_bias_or_norm(path: str, model: nn.Module) -> bool:
 def gradient_norm(gradient: Tensor) -> Tensor:
     """L2 norm of one gradient in fp32 (or wider), a scalar, without a copy of a large bf16 one.
 
-    Row by row, and their norms in fp64: a CPU adds up in fp32 one after the other, and 16 million squares lose 1e-3.
+    On a CPU row by row, and their norms in fp64: its kernel adds up one after the other, and the squares of a matrix of
+    16 million in one fp32 sum lose 1e-3. A row of its own, or a vector, is one sum.
     """
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    pieces = [gradient if gradient.dim() else gradient[None]]
-    if gradient.dtype != wide and gradient.device.type == "cpu":  # elsewhere kernels widen what they read
-        pieces = pieces[0].split(max(1, _NORM_ELEMENTS // max(1, math.prod(gradient.shape[1:]))))
-    of_rows = [torch.linalg.vector_norm(piece, dim=-1, dtype=wide).flatten() for piece in pieces]
+    if gradient.device.type != "cpu":  # whose kernels add up in trees, and widen what they read
+        return torch.linalg.vector_norm(gradient, dtype=wide)
+    rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient.reshape(1, -1)
+    pieces = [rows] if rows.dtype == wide else rows.split(max(1, _NORM_ELEMENTS // max(1, rows.shape[1])))
+    of_rows = [torch.linalg.vector_norm(piece, dim=1, dtype=wide) for piece in pieces]
     return torch.linalg.vector_norm(torch.cat(of_rows), dtype=torch.float64).to(wide)
 
 
