@@ -158,7 +158,7 @@ def left_out(system: System, flags: argparse.Namespace) -> str:
         interpreter = flags.llamafactory_python if system.loop == "llamafactory" else sys.executable
         found = f"import sys, importlib.util as i; sys.exit(i.find_spec({system.package!r}) is None)"
         if subprocess.run([interpreter, "-c", found], check=False).returncode:
-            return f"{system.package} is not installed"
+            return f"{system.package} is not installed: benchmarks/README.md tells how"
     return system.cannot(is_causal=not flags.model.startswith("t5"), processes=flags.processes)
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from lowmem.config import TrainConfig, UsageError, parse_bytes
-from lowmem.plan import Place, Predict, Prediction, gigabytes, programs_bytes
+from lowmem.plan import Place, Predict, Prediction, context_bytes, gigabytes, programs_bytes
 
 
 class Rung(NamedTuple):
@@ -79,12 +79,7 @@ def choose(
 
     What is tried is told. Raises UsageError if no rung fits.
     """
-    programs = programs_bytes(place)
-    if config.host_memory is not None and (over := programs - parse_bytes(config.host_memory)) > 0:
-        raise UsageError(
-            f"nothing fits: the programs of {place.local_world_size} processes alone take {gigabytes(programs)} of the "
-            f"host, {gigabytes(over)} more than --host_memory={config.host_memory}"
-        )
+    _check_programs(config, place)
 
     def tried(rungs: Sequence[Rung]) -> Iterator[_Tried]:
         configs = [dataclasses.replace(config, **rung.changes) for rung in rungs]
@@ -113,6 +108,21 @@ def choose(
         names = ", ".join(rung.name for rung in refused)
         advice += f"; {names} may not be tried, as their flags are set"
     raise UsageError(f"nothing fits: with {nearest.rung.name}, which comes nearest, {nearest.missing}. Take {advice}")
+
+
+def _check_programs(config: TrainConfig, place: Place) -> None:
+    """Refuse limits that no setting meets, before anything is counted."""
+    without = {
+        "host_memory": (programs_bytes(place), f"the programs of {place.local_world_size} processes"),
+        "device_memory": (context_bytes(place), "CUDA and its libraries"),
+    }
+    for name, (taken, what) in without.items():
+        limit = getattr(config, name)
+        if limit is not None and (over := taken - parse_bytes(limit)) > 0:
+            raise UsageError(
+                f"nothing fits: {what} alone take {gigabytes(taken)}, {gigabytes(over)} more than --{name}={limit} "
+                f"({parse_bytes(limit):,} bytes)"
+            )
 
 
 def _without_needless(
@@ -151,11 +161,13 @@ def _told(predicted: Prediction) -> str:
 
 def variants(config: TrainConfig, place: Place) -> Sequence[tuple[str, str, TrainConfig]]:
     """Each tier, saver and strategy in place of what was asked, what it costs, and the config; what goes with it."""
-    bf16 = {"mixed_precision": "bf16"}
+    bf16, in_fp32 = {"mixed_precision": "bf16"}, config.mixed_precision != "bf16"
+    prefix, forward = ("mixed_precision=bf16, ", "a forward in bf16; ") if in_fp32 else ("", "")
+    exact = f"{forward}AdamW's curve over fp32 weights"
     tiers = [
         ("memory=off", "nothing", {"memory": "off", "optimizer": config.optimizer.removesuffix("_bf16")}),
-        ("memory=exact", "nothing: AdamW's curve over fp32 weights", bf16 | {"memory": "exact"}),
-        ("memory=lean", "rounding: inside the spread of seeds", bf16 | {"memory": "lean"}),
+        (f"{prefix}memory=exact", exact if in_fp32 else f"nothing: {exact}", bf16 | {"memory": "exact"}),
+        (f"{prefix}memory=lean", f"{forward}rounding: inside the spread of seeds", bf16 | {"memory": "lean"}),
     ]
     if config.optimizer not in ("adamw", "adamw_bf16", "adafactor"):
         tiers = []
@@ -169,7 +181,8 @@ def variants(config: TrainConfig, place: Place) -> Sequence[tuple[str, str, Trai
     if place.world_size > 1 and config.tp_size == 1 and config.optimizer != "adafactor" and not config.release:
         strategies = [(f"sharding_strategy={name}", costs, {"sharding_strategy": name}) for name, costs in _STRATEGIES]
     made = [(name, costs, dataclasses.replace(config, **more)) for name, costs, more in tiers + savers + strategies]
-    return [each for each in made if each[2] != config]
+    asked = dataclasses.replace(config, memory=config.memory or "off")
+    return [each for each in made if dataclasses.replace(each[2], memory=each[2].memory or "off") != asked]
 
 
 _STRATEGIES = [

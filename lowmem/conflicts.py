@@ -148,7 +148,7 @@ def _sharding_conflicts(config: TrainConfig) -> list[str]:
             problems.append("--release has no gradient left to sum over processes: leave --sharding_strategy")
     if None not in (config.shard_size, config.num_processes) and config.num_processes % config.shard_size:
         problems.append(
-            f"--num_processes={config.num_processes} is no multiple of --shard_size={config.shard_size}: start one"
+            f"--num_processes={config.num_processes} is no multiple of --shard_size={config.shard_size}: change one"
         )
     if config.tp_size > 1:
         if config.release:
@@ -168,6 +168,6 @@ def _sharding_conflicts(config: TrainConfig) -> list[str]:
             )
         if config.num_processes is not None and config.num_processes % config.tp_size:
             problems.append(
-                f"--num_processes={config.num_processes} is no multiple of --tp_size={config.tp_size}: start one"
+                f"--num_processes={config.num_processes} is no multiple of --tp_size={config.tp_size}: change one"
             )
     return problems

@@ -184,6 +184,11 @@ def programs_bytes(place: Place) -> int:
     return _PROGRAM_BYTES * (1 + place.on_gpu) * place.local_world_size
 
 
+def context_bytes(place: Place) -> int:
+    """What a device has given away before there is a tensor."""
+    return _CONTEXT_BYTES if place.on_gpu else 0
+
+
 def gigabytes(num_bytes: int) -> str:
     """As --device_memory takes it."""
     return f"{num_bytes / 10**9:.2f} GB" if num_bytes >= 10**8 else f"{num_bytes / 10**6:.2f} MB"

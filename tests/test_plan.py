@@ -286,6 +286,15 @@ def test_the_host_is_a_limit_too(tmp_path):
         choose(small, GPUS, (), predict, lambda line: None)
 
 
+def test_a_limit_that_no_setting_meets_is_refused_before_anything_is_counted(tmp_path):
+    config = config_for(tmp_path, "llama", device_memory=20)
+    with pytest.raises(UsageError, match=r"CUDA and its libraries alone take .* --device_memory=20 \(20 bytes"):
+        choose(config, GPUS, (), None, None)
+    config = config_for(tmp_path, "llama", host_memory="1GB")
+    with pytest.raises(UsageError, match=r"the programs of 2 processes alone take .* more than --host_memory=1GB"):
+        choose(config, GPUS, (), None, None)
+
+
 def test_host_memory_counts_all_processes_and_cpu_offload_moves_the_state(tmp_path):
     moments = {"update": {"offloaded": 3, "moments": 40, "activations": 7, "weights": 10}}
     counted = Counted(moments, model_bytes=20, checkpoint_bytes=100, num_parameters=0)
@@ -329,9 +338,9 @@ def test_train_takes_what_fits_and_keeps_it_in_its_config(tmp_path):
         "--text_column=text",
     ]
     flags += ["--max_steps=1", "--max_seq_len=256", "--batch_size=16", f"--output_dir={tmp_path}/out"]
-    refused = train("train", *flags, "--device_memory=600MB")
+    refused = train("train", *flags, "--device_memory=630MB")
     assert refused.returncode == 2 and not (tmp_path / "out").exists()
-    assert "error: nothing fits: with" in refused.stderr and "more than --device_memory=600MB" in refused.stderr
+    assert "error: nothing fits: with" in refused.stderr and "more than --device_memory=630MB" in refused.stderr
     result = train("train", *flags, "--device_memory=648MB")
     assert result.returncode == 0, result.stderr
     assert "as asked: device" in result.stdout and "; fits" in result.stdout, result.stdout
