@@ -120,7 +120,8 @@ def _check_programs(config: TrainConfig, place: Place) -> None:
         limit = getattr(config, name)
         if limit is not None and (over := taken - parse_bytes(limit)) > 0:
             raise UsageError(
-                f"nothing fits: {what} alone take {gigabytes(taken)}, {gigabytes(over)} more than --{name}={limit} "
+                f"nothing fits: {what} alone take {gigabytes(taken)} of the {name.partition('_')[0]}, "
+                f"{gigabytes(over)} more than --{name}={limit} "
                 f"({parse_bytes(limit):,} bytes)"
             )
 
