@@ -194,9 +194,8 @@ def compare(flags: argparse.Namespace) -> Iterator[Record]:
 
 def tokens_of_steps(flags: argparse.Namespace, folder: Path) -> list[int]:
     """Non-padding tokens of each optimizer step: the inputs, and T5's targets too (a causal model's are its inputs)."""
-    counts = [len(row["input_ids"]) for row in encoded_rows(str(folder))]
-    if flags.model.startswith("t5"):
-        counts = [a + len(row["labels"]) for a, row in zip(counts, encoded_rows(str(folder)), strict=True)]
+    kinds = ("input_ids", "labels") if flags.model.startswith("t5") else ("input_ids",)
+    counts = [sum(len(row[kind]) for kind in kinds) for row in encoded_rows(str(folder))]
     size = rows_a_step(flags)
     return [sum(counts[start : start + size]) for start in range(0, len(counts), size)]
 

@@ -21,6 +21,14 @@ def by_system(records: Sequence[Record]) -> dict[str, list[Record]]:
     return turns
 
 
+def reasons(records: Sequence[Record], system: str) -> list[str]:
+    """Why a system has fewer turns than others, each reason once."""
+    mine = [record for record in records if record["system"] == system]
+    told = [record["left_out"] for record in mine if "left_out" in record]
+    told += [f"failed: {record['failed']}" for record in mine if "failed" in record]
+    return list(dict.fromkeys(told))
+
+
 def pairs(turns: dict[str, list[Record]], system: str) -> list[tuple[Record, Record]]:
     """A system's record and the reference's of the same turn: a machine that slows down slows both down."""
     reference = {record["repeat"]: record for record in turns.get(REFERENCE, [])}
@@ -66,11 +74,9 @@ def table(records: list[Record]) -> str:
     turns = by_system(records)
     rows = []
     for system in dict.fromkeys(record["system"] for record in records):
-        others = [record for record in records if record["system"] == system and record not in turns.get(system, [])]
-        why = [record.get("left_out") or f"failed: {record['failed']}" for record in others]
         if system in turns:
             rows.append(_row(turns, system))
-        rows += [f"| {system} | {told} |{' |' * (len(_COLUMNS) - 1)}" for told in dict.fromkeys(why)]
+        rows += [f"| {system} | {told} |{' |' * (len(_COLUMNS) - 1)}" for told in reasons(records, system)]
     first = next(iter(turns.values()), records)[0]
     return "\n".join([*_about(first, turns), "", _HEAD, *rows, ""])
 

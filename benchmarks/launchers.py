@@ -23,7 +23,7 @@ from statistics import median
 
 from launching import launch_command, run_to_its_end
 from records import MIB, Record, append
-from systems import machine
+from systems import machine, peak_resident_bytes, resident_bytes
 
 ROOT = Path(__file__).parent.parent
 SECONDS_A_RUN = 300
@@ -82,7 +82,7 @@ def run_rank() -> None:
         from lowmem.parallel.pieces import local_of
 
         marks["imports"] = time.time()
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        resident = resident_bytes()
 
         def marked(phase: str, function: Callable) -> Callable:
             @wraps(function)
@@ -98,9 +98,8 @@ def run_rank() -> None:
         def write(state) -> None:
             weights = sum(map(local_bytes, state.model.parameters()))
             kept = [x for values in state.optimizer.state.values() for x in values.values() if hasattr(x, "nbytes")]
-            peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
             record = {"marks": marks, "state_bytes": weights + sum(map(local_bytes, kept))}
-            record["peak_rss_above_import_bytes"] = peak - resident
+            record["peak_rss_above_import_bytes"] = peak_resident_bytes() - resident
             (record_folder / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(record))
 
         def local_bytes(tensor) -> int:

@@ -75,7 +75,8 @@ def main() -> None:
     system = SYSTEMS[settings.system]
     settings.recompute = system.recompute or settings.recompute
     loop = import_module(f"loops.{system.loop}")
-    for package in filter(None, [system.package, "pyarrow.parquet" if settings.train_file else None]):
+    reader = "pyarrow.parquet" if system.loop == "lowmem" and settings.train_file else None
+    for package in filter(None, [system.package, reader]):
         import_module(package)  # which it would import by itself while it trains
     run = Run(imported_bytes=resident_bytes())
     loop.train(settings, system, run)

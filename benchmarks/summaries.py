@@ -9,7 +9,7 @@ from itertools import product
 from statistics import median
 
 from checkpoint import flipped_bit, known, mib, seconds
-from comparison import ROWS_EXTRAPOLATED, by_system, memory_field, ratios, spread, versions
+from comparison import ROWS_EXTRAPOLATED, by_system, memory_field, ratios, reasons, spread, versions
 from data import PLACES, grid, told
 from launchers import STRATEGIES
 from memory import BASELINE, GIB, peaks_of
@@ -170,9 +170,8 @@ def comparison(records: Sequence[Record]) -> list[str]:
         work += f"{first['accumulation']}, {first['mixed_precision']}, {first['rows']} rows"
         for system in dict.fromkeys(record["system"] for record in run):
             mine = turns.get(system, [])
-            lacking = [record for record in run if record["system"] == system and record not in mine]
-            why = dict.fromkeys(record.get("left_out") or f"failed: {record['failed']}" for record in lacking)
-            lines.append([work, system, "; ".join([*([str(len(mine))] if mine else []), *why])])
+            number = [str(len(mine))] if mine else []
+            lines.append([work, system, "; ".join([*number, *reasons(run, system)])])
             lines[-1] += _compared(mine, turns, system) if mine else [""] * 7
             work = ""  # said once
         about.append(next(iter(turns.values()))[0] | {"versions": versions(turns)})

@@ -128,8 +128,7 @@ class Run:
             self.peak_device_bytes = torch.cuda.max_memory_allocated()
         if not self.marks:
             self.first_step_at = time.time()
-        # not ru_maxrss: Linux starts a child's at its parent's size
-        self.peak_rss_bytes = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+        self.peak_rss_bytes = peak_resident_bytes()
         self.marks.append(Mark(time.perf_counter(), time.process_time(), joules()))
 
 
@@ -200,6 +199,11 @@ def encoded_rows(folder: str) -> list[dict[str, list[int]]]:
 # --- the machine
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident_bytes() -> int:
+    # not ru_maxrss: Linux starts a child's at its parent's size
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def machine() -> dict[str, object]:

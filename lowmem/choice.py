@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -112,18 +112,15 @@ def choose(
 
 def _check_programs(config: TrainConfig, place: Place) -> None:
     """Refuse limits that no setting meets, before anything is counted."""
-    without = {
-        "host_memory": (programs_bytes(place), f"the programs of {place.local_world_size} processes"),
-        "device_memory": (context_bytes(place), "CUDA and its libraries"),
-    }
-    for name, (taken, what) in without.items():
+    programs = f"the programs of {place.local_world_size} processes"
+    what = {"host_memory": programs, "device_memory": "CUDA and its libraries"}
+    taken = {"host_memory": programs_bytes(place), "device_memory": context_bytes(place)}
+    for name, over in _beyond_limits(config, taken).items():
         limit = getattr(config, name)
-        if limit is not None and (over := taken - parse_bytes(limit)) > 0:
-            raise UsageError(
-                f"nothing fits: {what} alone take {gigabytes(taken)} of the {name.partition('_')[0]}, "
-                f"{gigabytes(over)} more than --{name}={limit} "
-                f"({parse_bytes(limit):,} bytes)"
-            )
+        raise UsageError(
+            f"nothing fits: {what[name]} alone take {gigabytes(taken[name])} of the {name.partition('_')[0]}, "
+            f"{gigabytes(over)} more than --{name}={limit} ({parse_bytes(limit):,} bytes)"
+        )
 
 
 def _without_needless(
@@ -146,14 +143,17 @@ def _without_needless(
 
 def _missing(config: TrainConfig, predicted: Prediction) -> tuple[int, str]:
     """By how many bytes it does not fit, and a line that tells where."""
-    limits = {"device_memory": predicted.device_bytes, "host_memory": predicted.host_bytes}
-    over = {
-        name: taken - parse_bytes(getattr(config, name))
-        for name, taken in limits.items()
-        if getattr(config, name) is not None and taken > parse_bytes(getattr(config, name))
-    }
+    taken = {"device_memory": predicted.device_bytes, "host_memory": predicted.host_bytes}
+    over = _beyond_limits(config, taken)
     told = [f"{gigabytes(size)} more than --{name}={getattr(config, name)}" for name, size in over.items()]
     return sum(over.values()), ", ".join(told)
+
+
+def _beyond_limits(config: TrainConfig, taken: Mapping[str, int]) -> dict[str, int]:
+    """By the limit's name the bytes that are more than it."""
+    limits = {name: getattr(config, name) for name in taken}
+    over = {name: taken[name] - parse_bytes(limit) for name, limit in limits.items() if limit is not None}
+    return {name: size for name, size in over.items() if size > 0}
 
 
 def _told(predicted: Prediction) -> str:
