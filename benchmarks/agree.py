@@ -70,8 +70,8 @@ def new_step(flags: argparse.Namespace) -> tuple[Callable[[], None], int]:
 
 def measure(flags: argparse.Namespace) -> Record:
     """Seconds of each step with the heartbeat and without, of its two agreements, and of a watching process's CPU."""
-    from lowmem.parallel import heartbeat
-    from lowmem.parallel.agree import sum_over_ranks, watch_one_another
+    from lowmem.distributed import heartbeat
+    from lowmem.distributed.collectives import sum_over_ranks, watch_one_another
 
     step, num_weights = new_step(flags)
     seconds: dict[str, list[list[float]]] = {"with": [], "without": []}

@@ -44,7 +44,7 @@ from lowmem import (
     parallelize,
     train_step,
 )
-from lowmem.memory.tiers import seed_of
+from lowmem.distributed.seeds import seed_of
 
 Record = dict[str, object]
 TakeStep = Callable[[int, Sequence[Batch], float], Tensor]

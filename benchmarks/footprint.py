@@ -68,8 +68,8 @@ def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: b
     import torch
 
     from lowmem import join
-    from lowmem.memory.meter import CUDA_BLOCK_BYTES, MemoryMeter, fake_tensors
-    from lowmem.memory.pretend import stand_ins
+    from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter, fake_tensors
+    from lowmem.plan.stand_ins import stand_ins
 
     as_on_gpu = torch.cuda.is_available() or not for_this_machine
     train = {"lowmem": train_lowmem, "trainer": train_trainer}[system.loop]
@@ -114,8 +114,8 @@ def build(shape: dict[str, object], device, on_gpu: bool):
     import torch
     from transformers import AutoConfig
 
-    from lowmem.memory.pretend import attention_for
     from lowmem.model import build_model
+    from lowmem.plan.stand_ins import attention_for
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(**shape)

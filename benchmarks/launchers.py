@@ -79,7 +79,7 @@ def run_rank() -> None:
     is_rank = "RANK" in os.environ or "--num_processes=1" in sys.argv
     if is_rank:
         import lowmem.train as loop
-        from lowmem.parallel.pieces import local_of
+        from lowmem.distributed.dtensor import local_of
 
         marks["imports"] = time.time()
         resident = resident_bytes()

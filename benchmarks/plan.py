@@ -22,7 +22,7 @@ from pathlib import Path
 from systems import machine
 
 from lowmem import resolve
-from lowmem.plan import CONTEXT, Place, planners, predicting
+from lowmem.plan.predict import CONTEXT, Place, planners, predicting
 
 SHAPES = {
     "t5": {"model_type": "t5", "vocab_size": 6000, "d_model": 192, "d_kv": 32, "num_heads": 6, "d_ff": 768}
@@ -83,7 +83,7 @@ def measure(rank: int, processes: int, port: int, config, on_gpu: bool, results)
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from lowmem.parallel.signals import Signals
+    from lowmem.distributed.signals import Signals
     from lowmem.train import train
 
     # the allocator then keeps its sum over all threads: gloo's give back what was handed out to ours

@@ -27,8 +27,8 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lowmem, installed or not
 
 from benchmarks.systems import machine
-from lowmem.checkpoint.commit import checkpoints, step_of, verify_checkpoint
-from lowmem.config import MODEL_SHAPES
+from lowmem.checkpoint.manifest import checkpoints, step_of, verify_checkpoint
+from lowmem.config.train_config import MODEL_SHAPES
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train_low_mem.py"
 SAVE_STEPS = 5

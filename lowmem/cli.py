@@ -17,18 +17,20 @@ from fire.core import FireExit
 from fire.decorators import SetParseFn
 
 from lowmem.checkpoint.verify import verify
-from lowmem.config import PRESETS, TrainConfig, UsageError, parse_bytes
+from lowmem.config.parse import named_fields, resolve
+from lowmem.config.sizes import parse_bytes
+from lowmem.config.train_config import PRESETS, TrainConfig
 from lowmem.data.bundled import BundledRows
 from lowmem.data.rows import open_rows, split_rows
-from lowmem.exit_file import final_exit
-from lowmem.flags import named_fields, resolve
-from lowmem.parallel.elastic import die_with_launcher, is_restarted, start_processes
-from lowmem.parallel.launch import check_launch, processes_to_start
-from lowmem.parallel.launched import launched_processes, launched_settings
-from lowmem.parallel.signals import PREEMPTED, Signals, end_as_signalled
+from lowmem.distributed.launcher import launched_processes, launched_settings
+from lowmem.distributed.setup import check_launch, processes_to_start
+from lowmem.distributed.signals import PREEMPTED, Signals, end_as_signalled
+from lowmem.errors import UsageError
+from lowmem.job.exit_file import final_exit
+from lowmem.job.folder import check_output
+from lowmem.job.processes import die_with_launcher, is_restarted, start_processes
+from lowmem.job.supervise import end_at_once, record_preempted, supervise, tell_failure
 from lowmem.plot import plot
-from lowmem.run_folder import check_output
-from lowmem.supervise import end_at_once, record_preempted, supervise, tell_failure
 
 # What `evaluate` understands; the others would do nothing there.
 _EVALUATE_FLAGS = frozenset(
@@ -201,7 +203,7 @@ def _run_on_files(job: FileJob) -> int:
 def _run(job: Job, arguments: Sequence[str]) -> int:
     """Look at files and folders while nothing is loaded, then train or evaluate, in as many processes as asked for."""
     if job.command == "plan":
-        from lowmem.plan_command import plan
+        from lowmem.plan.command import plan
 
         plan(job.config, job.fixed)
         return 0
@@ -231,7 +233,7 @@ def _run(job: Job, arguments: Sequence[str]) -> int:
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if job.command == "train" and (config.device_memory or config.host_memory) and _PLANNED not in os.environ:
-        from lowmem.plan_command import fitted, flags_between
+        from lowmem.plan.command import fitted, flags_between
 
         fitting = fitted(config, job.fixed)
         arguments = [*arguments, *flags_between(config, fitting)]
@@ -248,7 +250,7 @@ def _run(job: Job, arguments: Sequence[str]) -> int:
         return code
     if job.command == "evaluate":
         _hide_bars()
-        from lowmem.evaluate_command import evaluate_model
+        from lowmem.job.evaluate_command import evaluate_model
 
         evaluate_model(config, test_rows)
         return 0

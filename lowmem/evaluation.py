@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lowmem.data.batch import Batch
-from lowmem.data.encode import IGNORED
+from lowmem.data.batch import IGNORED, Batch
 from lowmem.data.rows import FileRows
-from lowmem.parallel.agree import gather_bytes, sum_over_ranks
-from lowmem.parallel.heartbeat import doing
-from lowmem.parallel.sharding import all_reduce_sum, data_place, failing, is_sharded, resharding, unwrapped
+from lowmem.distributed.collectives import gather_bytes, sum_over_ranks
+from lowmem.distributed.heartbeat import doing
+from lowmem.distributed.placement import data_place, failing, is_sharded, resharding, unwrapped
+from lowmem.distributed.reduce import all_reduce_sum
 from lowmem.step import LossFunction
 
 

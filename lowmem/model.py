@@ -26,8 +26,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lowmem.config import MODEL_SHAPES, UsageError
-from lowmem.parallel.fill import stored_weights
+from lowmem.config.train_config import MODEL_SHAPES
+from lowmem.distributed.fill import stored_weights
+from lowmem.errors import UsageError
 
 
 def load_model(

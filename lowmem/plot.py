@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lowmem.config import UsageError
+from lowmem.errors import UsageError
 
 _SERIES = {
     "loss": "loss",

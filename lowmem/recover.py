@@ -6,10 +6,10 @@ from typing import NamedTuple
 from accelerate import Accelerator
 from torch import nn
 
-from lowmem.config import OutOfMemory, StepTooLarge
 from lowmem.data.batch import Batch
-from lowmem.memory.full import give_back
-from lowmem.parallel.sharding import unwrapped
+from lowmem.distributed.placement import unwrapped
+from lowmem.errors import OutOfMemory, StepTooLarge
+from lowmem.memory.out_of_memory import give_back
 from lowmem.step import LossFunction, StepResult, TrainState, train_step
 
 

@@ -14,10 +14,10 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from lowmem.config import UsageError
 from lowmem.data.batch import Batch
+from lowmem.distributed.collectives import gather_bytes, on_main_rank, sum_over_ranks
+from lowmem.errors import UsageError
 from lowmem.evaluation import Answer
-from lowmem.parallel.agree import gather_bytes, on_main_rank, sum_over_ranks
 from lowmem.recover import Halving
 from lowmem.step import StepResult
 

@@ -15,18 +15,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lowmem.config import OutOfMemory, StepTooLarge
-from lowmem.data.batch import Batch
-from lowmem.data.stream import Stream, UnreadableStep
-from lowmem.memory.full import telling_if_full
-from lowmem.memory.optim import gradient_norm
-from lowmem.memory.savers import Released
-from lowmem.memory.tiers import TieredOptimizer, seed_of
-from lowmem.parallel import deepspeed
-from lowmem.parallel.agree import failing_alone, gather_bytes, raise_together, sum_over_ranks
-from lowmem.parallel.heartbeat import at_step, doing
-from lowmem.parallel.pieces import is_first_copy, local_of
-from lowmem.parallel.sharding import all_reduce_sum, data_place, failing, is_divided, is_sharded
+from lowmem.data.batch import Batch, UnreadableStep
+from lowmem.data.stream import Stream
+from lowmem.distributed import zero
+from lowmem.distributed.collectives import failing_alone, gather_bytes, raise_together, sum_over_ranks
+from lowmem.distributed.dtensor import is_first_copy, local_of
+from lowmem.distributed.heartbeat import at_step, doing
+from lowmem.distributed.placement import data_place, failing, is_divided, is_sharded
+from lowmem.distributed.reduce import all_reduce_sum, gradient_norm
+from lowmem.distributed.seeds import seed_of
+from lowmem.errors import OutOfMemory, StepTooLarge
+from lowmem.memory.out_of_memory import telling_if_full
+from lowmem.memory.release import Released
+from lowmem.optim.tiers import TieredOptimizer
 
 # autocast would keep a bf16 copy of every weight until the loss is taken; without recompute autograd keeps them anyway,
 # with it each weight is cast once in forward and once in backward
@@ -112,7 +113,7 @@ def train_step(
     place = data_place(state.model)
     # Known before the first backward, so that every micro-batch is scaled by the same number.
     num_tokens, preempted = _begun_by_all_ranks(batches, preempted, is_counted=place.is_counted)
-    is_engine = deepspeed.is_engine(state.model)
+    is_engine = zero.is_engine(state.model)
     if not is_engine:  # which keeps buffers there
         optimizer.zero_grad()  # of a step that an exception ended
     released = Released.of(optimizer)
@@ -215,8 +216,8 @@ def _by_engine(
                 all_reduce_sum([loss] if world_size > 1 else [])
                 # the engine leaves out an update whose gradient is not finite, so a loss that is not must reach it
                 batch_loss = batch_loss * torch.where(loss.isfinite(), 1.0, math.nan)
-            deepspeed.backward(engine, batch_loss, world_size=world_size, is_last=is_last)
-        grad_norm, updated = deepspeed.update(engine)
+            zero.backward(engine, batch_loss, world_size=world_size, is_last=is_last)
+        grad_norm, updated = zero.update(engine)
     return loss, grad_norm, "" if updated else _not_finite(loss, grad_norm, losses, batches)
 
 

@@ -13,29 +13,32 @@ import torch
 from lowmem.checkpoint.load import load_checkpoint
 from lowmem.checkpoint.resume import check_same_run, checkpoint_to_resume, rows_per_step
 from lowmem.checkpoint.save import check_space, save_checkpoint, save_model
-from lowmem.config import MAY_DIFFER_BETWEEN_RANKS, SaveError, TrainConfig
+from lowmem.config.train_config import MAY_DIFFER_BETWEEN_RANKS, TrainConfig
+from lowmem.config.zero import complete_zero_config
 from lowmem.data.batch import collate
 from lowmem.data.encode import make_encoder
-from lowmem.data.finite import open_eval
+from lowmem.data.eval_batches import open_eval
 from lowmem.data.packing import check_packing
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import Rows
 from lowmem.data.stream import open_stream
+from lowmem.distributed import zero
+from lowmem.distributed.collectives import sum_over_ranks
+from lowmem.distributed.consistency import check_same, code, model_digest, rows_digest, seen_by_all, tokenizer_digest
+from lowmem.distributed.placement import data_place
+from lowmem.distributed.setup import join, make_deterministic
+from lowmem.distributed.sharding import parallelize
+from lowmem.distributed.signals import Signals
+from lowmem.errors import SaveError
 from lowmem.evaluation import measure
-from lowmem.memory.loss import LOSSES, check_loss
-from lowmem.memory.optim import learning_rate_at, make_optimizer
+from lowmem.loss import LOSSES, check_loss
 from lowmem.memory.savers import compiled, entered, offload_activations, recompute, recompute_cheap, release
 from lowmem.model import freeze, load_model
-from lowmem.parallel import deepspeed
-from lowmem.parallel.agree import sum_over_ranks
-from lowmem.parallel.launch import join, make_deterministic
-from lowmem.parallel.same import check_same, code, model_digest, rows_digest, seen_by_all, tokenizer_digest
-from lowmem.parallel.sharding import data_place, parallelize
-from lowmem.parallel.signals import Signals
+from lowmem.optim.make import make_optimizer
+from lowmem.optim.schedule import learning_rate_at
 from lowmem.recover import fitting_step
 from lowmem.report import Report
 from lowmem.step import TrainState
-from lowmem.zero_config import complete_zero_config
 
 
 class Ending(NamedTuple):
@@ -157,7 +160,7 @@ def train(
 
     # --- where to start, how far to go
     weights = f"{model.num_parameters():,} weights"  # before they are divided
-    trained = deepspeed.wrap(model, optimizer, accelerator) if config.deepspeed else model
+    trained = zero.wrap(model, optimizer, accelerator) if config.deepspeed else model
     saves_checkpoints = not config.deepspeed  # ZeRO lays out its optimizer's state as no other run could read it
     state = TrainState(trained, optimizer, stream, seed=config.seed)
     if checkpoint is not None:

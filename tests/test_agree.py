@@ -4,10 +4,10 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from lowmem.config import RankError, SaveError, UsageError
-from lowmem.parallel import heartbeat
-from lowmem.parallel.agree import failing_alone, failing_together, on_main_rank, sum_over_ranks, waiting
-from lowmem.parallel.launch import join
+from lowmem.distributed import heartbeat
+from lowmem.distributed.collectives import failing_alone, failing_together, on_main_rank, sum_over_ranks, waiting
+from lowmem.distributed.setup import join
+from lowmem.errors import RankError, SaveError, UsageError
 from tests.forked import fork_ranks
 
 

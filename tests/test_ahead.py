@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from lowmem.config import UsageError
-from lowmem.flags import resolve
-from lowmem.parallel.agree import sum_over_ranks
-from lowmem.parallel.ahead import found_by_first
-from lowmem.parallel.launch import join
-from lowmem.plan_command import fitted
-from lowmem.supervise import tell_failure
+from lowmem.config.parse import resolve
+from lowmem.distributed.before_init import found_by_first
+from lowmem.distributed.collectives import sum_over_ranks
+from lowmem.distributed.setup import join
+from lowmem.errors import UsageError
+from lowmem.job.supervise import tell_failure
+from lowmem.plan.command import fitted
 from tests.forked import fork_ranks
 from tests.models import LLAMA
 from tests.processes import started_ranks

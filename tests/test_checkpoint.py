@@ -18,20 +18,21 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lowmem import weights
-from lowmem.checkpoint.commit import checkpoints, step_of, verify_checkpoint
 from lowmem.checkpoint.load import latest_checkpoint, load_checkpoint
+from lowmem.checkpoint.manifest import checkpoints, step_of, verify_checkpoint
 from lowmem.checkpoint.save import check_space, save_checkpoint, save_model
 from lowmem.checkpoint.tensors import named_parameters, optimizer_tensors
-from lowmem.config import TIERED_OPTIMIZERS, SaveError, UsageError
+from lowmem.config.train_config import TIERED_OPTIMIZERS
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.stream import open_stream
-from lowmem.disk import record_file
-from lowmem.memory.forms import read
-from lowmem.memory.loss import chunked_loss
-from lowmem.memory.optim import _OPTIMIZERS, make_optimizer
+from lowmem.errors import SaveError, UsageError
+from lowmem.loss import chunked_loss
 from lowmem.model import load_model
+from lowmem.optim.formats import read
+from lowmem.optim.make import _OPTIMIZERS, make_optimizer
 from lowmem.step import TrainState, train_step
+from lowmem.storage import tensor_files
+from lowmem.storage.files import record_file
 from tests.models import build, qa_rows
 
 ACCELERATOR = Accelerator(cpu=True)
@@ -163,14 +164,14 @@ def test_written_tensors_are_what_safetensors_reads(tmp_path):
         "flags": torch.tensor([True, False]),
         "long": torch.arange(3),
     }
-    record = weights.write_shards(tensors, tmp_path, "x", 10**9)["x.safetensors"]
+    record = tensor_files.write_shards(tensors, tmp_path, "x", 10**9)["x.safetensors"]
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype, name
     assert record == record_file(tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="tensor z is torch.complex64"):
-        weights.write_shards({"z": torch.zeros(1, dtype=torch.complex64)}, tmp_path, "y", 10**9)
+        tensor_files.write_shards({"z": torch.zeros(1, dtype=torch.complex64)}, tmp_path, "y", 10**9)
 
 
 def test_files_that_are_no_part_of_a_checkpoint_are_ignored(tmp_path):
@@ -283,7 +284,7 @@ def test_another_model_is_refused_with_the_differences(tmp_path):
 
 
 def test_a_newer_format_asks_for_an_upgrade(tmp_path, monkeypatch):
-    monkeypatch.setattr("lowmem.checkpoint.commit._FORMAT", 2)
+    monkeypatch.setattr("lowmem.storage.atomic_folder._FORMAT", 2)
     path = save_checkpoint(train(new_state(), 1), tmp_path, ACCELERATOR)
     monkeypatch.undo()
     with pytest.raises(UsageError, match="upgrade lowmem"):
@@ -463,7 +464,7 @@ def test_state_keeps_its_dtype_over_weights_in_bf16(tmp_path):
 def test_an_index_that_was_not_saved_is_ignored(tmp_path):
     state = train(new_state(), 1)
     path = save_checkpoint(state, tmp_path, ACCELERATOR)
-    weights.write_shards({"shared.weight": torch.zeros(384, 32)}, path / "model", "evil", 10**9)
+    tensor_files.write_shards({"shared.weight": torch.zeros(384, 32)}, path / "model", "evil", 10**9)
     index = {"weight_map": {"shared.weight": "evil.safetensors"}}
     (path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     loaded = new_state(seed=5)

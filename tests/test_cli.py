@@ -12,7 +12,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 from transformers import ByT5Tokenizer
 
-from lowmem.config import FIELDS
+from lowmem.config.train_config import FIELDS
 from tests.models import LLAMA, build, qa_rows
 from tests.processes import run, train
 

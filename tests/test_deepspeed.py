@@ -12,18 +12,18 @@ from safetensors.torch import load_file
 from transformers import ByT5Tokenizer
 
 from lowmem.checkpoint.save import save_checkpoint, save_model
-from lowmem.config import UsageError
+from lowmem.config.zero import complete_zero_config
 from lowmem.data.batch import collate
 from lowmem.data.encode import encode_causal, encode_seq2seq
-from lowmem.data.finite import open_eval
+from lowmem.data.eval_batches import open_eval
 from lowmem.data.rows import as_rows
 from lowmem.data.stream import open_stream
+from lowmem.distributed.zero import make_accelerator, wrap
+from lowmem.errors import UsageError
 from lowmem.evaluation import evaluate, generate
-from lowmem.memory.loss import LOSSES, chunked_loss, plain_loss
-from lowmem.memory.optim import make_optimizer
-from lowmem.parallel.deepspeed import make_accelerator, wrap
+from lowmem.loss import LOSSES, chunked_loss, plain_loss
+from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
-from lowmem.zero_config import complete_zero_config
 from tests import runs
 from tests.forked import fork_ranks
 from tests.models import build, qa_rows

@@ -11,9 +11,9 @@ import fsspec
 import numpy as np
 import pytest
 
-from lowmem.config import UsageError
-from lowmem.data.derived import derive
-from lowmem.data.source import Source
+from lowmem.data.files.cache import derive
+from lowmem.data.files.source import Source
+from lowmem.errors import UsageError
 from tests.processes import ROOT, environment, run
 
 # A builder for processes of our own: it copies the file in upper case, and notes how long it took in a file beside it.
@@ -21,8 +21,8 @@ BUILDER = """
 import os, sys, time
 import numpy as np
 from lowmem.config import UsageError
-from lowmem.data.derived import derive
-from lowmem.data.source import Source
+from lowmem.data.files.cache import derive
+from lowmem.data.files.source import Source
 
 def note(word):
     with open(sys.argv[1] + ".notes", "a") as notes:

@@ -19,8 +19,8 @@ from torch import nn
 from lowmem.checkpoint.load import latest_checkpoint, load_checkpoint
 from lowmem.checkpoint.save import save_checkpoint, save_model
 from lowmem.checkpoint.tensors import model_tensors, optimizer_tensors
-from lowmem.config import RankError, SaveError
-from lowmem.memory.optim import make_optimizer
+from lowmem.errors import RankError, SaveError
+from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState
 from tests.forked import fork_ranks
 

@@ -5,9 +5,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from lowmem.config import UsageError
-from lowmem.data.batch import collate
-from lowmem.data.encode import IGNORED, encode_causal, encode_chat, encode_seq2seq, encode_text, make_encoder
+from lowmem.data.batch import IGNORED, collate
+from lowmem.data.encode import encode_causal, encode_chat, encode_seq2seq, encode_text, make_encoder
+from lowmem.errors import UsageError
 
 TOKENIZER = ByT5Tokenizer()
 END = TOKENIZER.eos_token_id

@@ -10,10 +10,10 @@ from transformers import ByT5Tokenizer
 from lowmem import join
 from lowmem.data.batch import collate
 from lowmem.data.encode import encode_causal, encode_seq2seq
-from lowmem.data.finite import open_eval
+from lowmem.data.eval_batches import open_eval
 from lowmem.data.rows import open_rows
 from lowmem.evaluation import Answer, evaluate, generate, measure, text_metrics
-from lowmem.memory.loss import chunked_loss, plain_loss
+from lowmem.loss import chunked_loss, plain_loss
 from tests.models import build, qa_rows
 from tests.processes import run_ranks
 

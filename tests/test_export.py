@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from lowmem import TrainState, load_model, make_optimizer, save_checkpoint
 from lowmem.checkpoint.export import export
 from lowmem.cli import main
-from lowmem.config import SaveError, UsageError
+from lowmem.errors import SaveError, UsageError
 from tests.models import build
 from tests.processes import run, train
 

@@ -3,17 +3,10 @@ import json
 
 import pytest
 
-from lowmem.config import (
-    ALTERNATIVES,
-    CHANGEABLE_ON_RESUME,
-    CHOICES,
-    FIELDS,
-    PRESETS,
-    TrainConfig,
-    UsageError,
-    parse_bytes,
-)
-from lowmem.flags import resolve
+from lowmem.config.parse import resolve
+from lowmem.config.sizes import parse_bytes
+from lowmem.config.train_config import ALTERNATIVES, CHANGEABLE_ON_RESUME, CHOICES, FIELDS, PRESETS, TrainConfig
+from lowmem.errors import UsageError
 
 
 def problems_of(**flags):

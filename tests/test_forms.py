@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lowmem.memory.forms import (
+from lowmem.optim.formats import (
     BLOCK,
     join,
     keep,

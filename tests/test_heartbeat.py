@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from lowmem.parallel import heartbeat
-from lowmem.parallel.agree import on_main_rank, sum_over_ranks, watch_one_another
+from lowmem.distributed import heartbeat
+from lowmem.distributed.collectives import on_main_rank, sum_over_ranks, watch_one_another
 from tests.processes import run, run_ranks, started_ranks, wait_until
 
 LIMIT = 3.0
@@ -106,5 +106,5 @@ def test_who_was_stopped_does_not_blame_the_others_for_that_time(tmp_path):
 
 
 def test_importing_it_imports_no_torch():
-    result = run(sys.executable, "-c", "import lowmem.parallel.heartbeat, sys; assert 'torch' not in sys.modules")
+    result = run(sys.executable, "-c", "import lowmem.distributed.heartbeat, sys; assert 'torch' not in sys.modules")
     assert result.returncode == 0, result.stderr

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from lowmem.config import UsageError
-from lowmem.parallel.launched import launched_processes, launched_settings
+from lowmem.distributed.launcher import launched_processes, launched_settings
+from lowmem.errors import UsageError
 from tests.models import LLAMA, T5, qa_rows
 from tests.processes import ROOT, free_port, module_command, run, train
 

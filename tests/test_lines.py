@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lowmem.config import UsageError
-from lowmem.data.line_index import LONGEST_LINE, index_lines
-from lowmem.data.lines import JsonLinesFile, TextFile
-from lowmem.data.source import Source
+from lowmem.data.files.line_index import LONGEST_LINE, index_lines
+from lowmem.data.files.lines import JsonLinesFile, TextFile
+from lowmem.data.files.source import Source
+from lowmem.errors import UsageError
 from tests.processes import run
 
 
@@ -67,7 +67,7 @@ def random_lines(seed, num_lines, longest=300):
 
 @pytest.mark.parametrize("piece", [1, 7, 1000, 2**20])
 def test_rows_and_places_are_those_of_a_plain_reading_whatever_the_pieces(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr("lowmem.data.line_index._PIECE", piece)
+    monkeypatch.setattr("lowmem.data.files.line_index._PIECE", piece)
     lines = random_lines(1, 20 if piece == 1 else 3000)
     lines[-1] = lines[-1].rstrip() + b"the end"
     expected, places, byte = [], [], 0
@@ -87,7 +87,7 @@ def test_groups_depend_on_the_content_alone(tmp_path, monkeypatch):
     path.write_bytes(b"".join(lines) + b" \n" * 2**20 + b"the end")
     indexes = []
     for piece in (2**12, 2**20, 2**23):
-        monkeypatch.setattr("lowmem.data.line_index._PIECE", piece)
+        monkeypatch.setattr("lowmem.data.files.line_index._PIECE", piece)
         indexes.append(index_lines(Source(str(path)), None, lambda num_bytes: None))
     for index in indexes[1:]:
         assert all(np.array_equal(index[name], indexes[0][name]) for name in index)
@@ -162,8 +162,8 @@ def test_a_line_of_100_megabytes_is_a_bad_row_that_is_never_held(tmp_path):
         out.write(b'"}\n{"a": 3}\n')
     code = (
         "import sys\n"
-        "from lowmem.data.lines import JsonLinesFile\n"
-        "from lowmem.data.source import Source\n"
+        "from lowmem.data.files.lines import JsonLinesFile\n"
+        "from lowmem.data.files.source import Source\n"
         "def peak(): return int(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])\n"
         "before = peak()\n"
         "file = JsonLinesFile(Source(sys.argv[1]), None)\n"
@@ -184,7 +184,7 @@ def test_a_line_of_100_megabytes_is_a_bad_row_that_is_never_held(tmp_path):
 
 @pytest.mark.parametrize("piece", [2**20, 2**25])
 def test_a_line_may_have_the_greatest_length_but_no_byte_more(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr("lowmem.data.line_index._PIECE", piece)
+    monkeypatch.setattr("lowmem.data.files.line_index._PIECE", piece)
     lines = [b"y" * (LONGEST_LINE - 1), b"z" * LONGEST_LINE, b" " * (LONGEST_LINE - 1), b" " * LONGEST_LINE, b"end"]
     file = open_lines(tmp_path / "rows.txt", b"\n".join(lines))
     assert file.group_rows.tolist() == [1, 1, 1, 1]

@@ -5,11 +5,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from lowmem.config import UsageError
+from lowmem import loss as loss_module
 from lowmem.data.batch import collate
-from lowmem.memory import loss as loss_module
-from lowmem.memory.loss import check_loss, chunked_loss, plain_loss
-from lowmem.memory.meter import MemoryMeter
+from lowmem.errors import UsageError
+from lowmem.loss import check_loss, chunked_loss, plain_loss
+from lowmem.plan.meter import MemoryMeter
 from tests.models import LLAMA, build
 
 

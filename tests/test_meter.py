@@ -13,10 +13,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lowmem.data.batch import Batch
-from lowmem.memory.loss import chunked_loss, plain_loss
-from lowmem.memory.meter import CUDA_BLOCK_BYTES, MemoryMeter, fake_tensors
-from lowmem.memory.optim import make_optimizer
+from lowmem.loss import chunked_loss, plain_loss
 from lowmem.memory.savers import entered, recompute, release
+from lowmem.optim.make import make_optimizer
+from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter, fake_tensors
 from lowmem.step import TrainState, train_step
 from tests.models import build
 from tests.processes import run

@@ -12,10 +12,10 @@ from transformers import ByT5Tokenizer
 from lowmem.checkpoint.load import load_checkpoint
 from lowmem.checkpoint.resume import checkpoint_to_resume
 from lowmem.checkpoint.save import save_checkpoint, save_model
-from lowmem.config import UsageError
+from lowmem.distributed.collectives import on_main_rank
+from lowmem.distributed.setup import join
+from lowmem.errors import UsageError
 from lowmem.model import load_model
-from lowmem.parallel.agree import on_main_rank
-from lowmem.parallel.launch import join
 from tests.forked import fork_ranks
 from tests.models import build
 from tests.test_sharded import DDP, FSDP, new_state, train

@@ -2,8 +2,10 @@ import pytest
 import torch
 from transformers import Trainer, get_scheduler
 
-from lowmem.memory.meter import MemoryMeter
-from lowmem.memory.optim import _OPTIMIZERS, gradient_norm, learning_rate_at, make_optimizer
+from lowmem.distributed.reduce import gradient_norm
+from lowmem.optim.make import _OPTIMIZERS, make_optimizer
+from lowmem.optim.schedule import learning_rate_at
+from lowmem.plan.meter import MemoryMeter
 from tests.models import build
 
 

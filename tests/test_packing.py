@@ -5,11 +5,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowmem.config import UsageError
-from lowmem.data.batch import collate
-from lowmem.data.encode import IGNORED
+from lowmem.data.batch import IGNORED, collate
 from lowmem.data.packing import check_packing, pack
-from lowmem.memory.loss import chunked_loss, plain_loss
+from lowmem.errors import UsageError
+from lowmem.loss import chunked_loss, plain_loss
 from tests.models import build
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 384, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}

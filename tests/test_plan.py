@@ -10,21 +10,21 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
-from lowmem.choice import choose, ladder
-from lowmem.config import UsageError
+from lowmem.config.parse import named_fields, resolve
 from lowmem.data.batch import Batch
-from lowmem.flags import named_fields, resolve
+from lowmem.distributed.dtensor import local_of
+from lowmem.distributed.setup import join
+from lowmem.distributed.sharding import parallelize
+from lowmem.errors import UsageError
+from lowmem.loss import chunked_loss
 from lowmem.memory import savers
-from lowmem.memory.loss import chunked_loss
-from lowmem.memory.meter import MemoryMeter
-from lowmem.memory.optim import make_optimizer
-from lowmem.memory.parts import Counted, Settings, followed
 from lowmem.model import build_model, config_of
-from lowmem.parallel.launch import join
-from lowmem.parallel.pieces import local_of
-from lowmem.parallel.sharding import parallelize
-from lowmem.plan import CONTEXT, Place, Prediction, prediction, settings_of
-from lowmem.rehearsal import count, count_deeper, count_shallow
+from lowmem.optim.make import make_optimizer
+from lowmem.plan.choose import choose, ladder
+from lowmem.plan.meter import MemoryMeter
+from lowmem.plan.parts import Counted, Settings, followed
+from lowmem.plan.predict import CONTEXT, Place, Prediction, prediction, settings_of
+from lowmem.plan.rehearsal import count, count_deeper, count_shallow
 from lowmem.step import TrainState, train_step
 from tests.forked import fork_ranks
 from tests.models import FAMILIES
@@ -108,7 +108,7 @@ def write_peaks(folder, configs):
     (folder / f"peaks-{accelerator.process_index}").write_text(json.dumps(peaks))
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # as lowmem.parallel.sharding says
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # as lowmem.distributed.sharding says
 def test_so_it_is_on_two_processes(tmp_path, own_environment):
     configs = [
         config_for(tmp_path, "llama", tier, recompute="full", **options)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.config import SaveError
-from lowmem.flags import resolve
-from lowmem.parallel.signals import Signals, catching_signals
-from lowmem.supervise import supervise
+from lowmem.config.parse import resolve
+from lowmem.distributed.signals import Signals, catching_signals
+from lowmem.errors import SaveError
+from lowmem.job.supervise import supervise
 from lowmem.train import train as train_here
 from tests.forked import fork_ranks
 from tests.models import qa_rows

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 from transformers import ByT5Tokenizer
 
-from lowmem.config import RankError
-from lowmem.data.batch import collate
-from lowmem.data.encode import IGNORED, encode_causal, encode_seq2seq
-from lowmem.data.finite import open_eval
-from lowmem.data.quarantine import BadRow, Quarantine
-from lowmem.data.rows import ReadError, RowError, open_rows
+from lowmem.data.batch import IGNORED, collate
+from lowmem.data.encode import BadRow, encode_causal, encode_seq2seq
+from lowmem.data.eval_batches import open_eval
+from lowmem.data.quarantine import Quarantine
+from lowmem.data.rows import open_rows
 from lowmem.data.stream import open_stream
+from lowmem.distributed.setup import join
+from lowmem.errors import RankError, ReadError, RowError
 from lowmem.evaluation import evaluate, generate
-from lowmem.memory.loss import plain_loss
-from lowmem.memory.optim import make_optimizer
-from lowmem.parallel.launch import join
+from lowmem.loss import plain_loss
+from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
 from tests.models import build, qa_rows
 from tests.processes import run_ranks

@@ -15,19 +15,19 @@ from accelerate import Accelerator
 from transformers import ByT5Tokenizer
 
 from lowmem import join, load_checkpoint, parallelize, save_checkpoint
-from lowmem.config import OutOfMemory, RankError, StepTooLarge
+from lowmem.config.parse import resolve
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.order import Groups, rows_at
 from lowmem.data.rows import open_rows
 from lowmem.data.stream import open_stream
-from lowmem.flags import resolve
-from lowmem.memory.full import give_back, is_out_of_memory
-from lowmem.memory.loss import chunked_loss
-from lowmem.memory.optim import make_optimizer
+from lowmem.distributed.collectives import failing_together
+from lowmem.distributed.heartbeat import current_step
+from lowmem.distributed.signals import Signals
+from lowmem.errors import OutOfMemory, RankError, StepTooLarge
+from lowmem.loss import chunked_loss
+from lowmem.memory.out_of_memory import give_back, is_out_of_memory
 from lowmem.memory.savers import release
-from lowmem.parallel.agree import failing_together
-from lowmem.parallel.heartbeat import current_step
-from lowmem.parallel.signals import Signals
+from lowmem.optim.make import make_optimizer
 from lowmem.recover import fitting_step
 from lowmem.step import TrainState, train_step
 from lowmem.train import train

@@ -153,7 +153,7 @@ def test_a_signal_while_processes_start_is_told_by_who_started_them(to_all, work
 
 LAUNCHED = """
 import time
-from lowmem.parallel.elastic import die_with_launcher
+from lowmem.job.processes import die_with_launcher
 die_with_launcher()
 print("runs", flush=True)
 time.sleep(60)

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from lowmem.config import UsageError
 from lowmem.data.bundled import NUM_BUNDLED_ROWS, BundledRows
-from lowmem.data.rows import ReadError, RowError, as_rows, open_rows, split_rows
+from lowmem.data.rows import as_rows, open_rows, split_rows
+from lowmem.errors import ReadError, RowError, UsageError
 from tests.models import qa_rows
 
 ROWS = qa_rows(205)

@@ -8,13 +8,13 @@ import torch
 from accelerate import Accelerator
 from transformers import ByT5Tokenizer, PretrainedConfig, PreTrainedModel
 
-from lowmem.config import UsageError
 from lowmem.data.batch import collate
 from lowmem.data.encode import encode_causal, encode_seq2seq
-from lowmem.memory.loss import chunked_loss
-from lowmem.memory.meter import MemoryMeter
-from lowmem.memory.optim import make_optimizer
+from lowmem.errors import UsageError
+from lowmem.loss import chunked_loss
 from lowmem.memory.savers import compiled, entered, offload_activations, recompute, recompute_cheap, release
+from lowmem.optim.make import make_optimizer
+from lowmem.plan.meter import MemoryMeter
 from lowmem.step import TrainState, train_step
 from tests.models import build, qa_rows
 from tests.processes import run_ranks

@@ -9,20 +9,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import ByT5Tokenizer
 
-from lowmem.checkpoint.commit import verify_checkpoint
 from lowmem.checkpoint.load import load_checkpoint, verify_together
+from lowmem.checkpoint.manifest import verify_checkpoint
+from lowmem.checkpoint.parallel_write import TensorFiles, _shares
 from lowmem.checkpoint.save import save_checkpoint, save_model
-from lowmem.checkpoint.together import TensorFiles, _shares
-from lowmem.config import SaveError, UsageError
 from lowmem.data.encode import encode_seq2seq
 from lowmem.data.stream import open_stream
-from lowmem.memory.loss import plain_loss
-from lowmem.memory.optim import make_optimizer
-from lowmem.parallel.agree import gather_bytes, on_main_rank
-from lowmem.parallel.launch import join
-from lowmem.parallel.sharding import parallelize
+from lowmem.distributed.collectives import gather_bytes, on_main_rank
+from lowmem.distributed.setup import join
+from lowmem.distributed.sharding import parallelize
+from lowmem.errors import SaveError, UsageError
+from lowmem.loss import plain_loss
+from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
-from lowmem.weights import split_shards
+from lowmem.storage.tensor_files import split_shards
 from tests.forked import fork_ranks
 from tests.models import build, qa_rows
 from tests.test_disk import fail_at

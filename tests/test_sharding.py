@@ -10,17 +10,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from lowmem import load_model
 from lowmem.checkpoint.load import load_checkpoint
 from lowmem.checkpoint.save import save_checkpoint, save_model
-from lowmem.config import UsageError
 from lowmem.data.encode import encode_causal, encode_seq2seq
-from lowmem.data.finite import open_eval
+from lowmem.data.eval_batches import open_eval
 from lowmem.data.stream import open_stream
+from lowmem.distributed.dtensor import local_of, local_part
+from lowmem.distributed.setup import join
+from lowmem.distributed.sharding import parallelize
+from lowmem.errors import UsageError
 from lowmem.evaluation import evaluate, generate
-from lowmem.memory.loss import chunked_loss
-from lowmem.memory.optim import make_optimizer
+from lowmem.loss import chunked_loss
 from lowmem.memory.savers import entered, offload_activations, recompute, recompute_cheap
-from lowmem.parallel.launch import join
-from lowmem.parallel.pieces import local_of, local_part
-from lowmem.parallel.sharding import parallelize
+from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
 from tests.forked import fork_ranks
 from tests.models import build, qa_rows

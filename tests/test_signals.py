@@ -8,13 +8,13 @@ import time
 
 import pytest
 
-from lowmem.parallel.signals import catching_signals
+from lowmem.distributed.signals import catching_signals
 from tests.processes import finish, run, started
 
 # The main thread waits for a lock that it holds itself: in C, like in a collective whose peer is gone.
 STUCK = """
 import ctypes, sys, threading
-from lowmem.parallel.signals import catching_signals
+from lowmem.distributed.signals import catching_signals
 with catching_signals() as signals:
     def tell():
         while not signals.came:
@@ -97,7 +97,7 @@ def test_what_saves_nothing_ends_of_a_ctrl_c_without_a_traceback(command, code, 
     for _ in range(5):
         with started(sys.executable, "-v", "train_low_mem.py", command, tmp_path) as process:
             for line in process.stderr:
-                if line.startswith("import 'lowmem.parallel.signals'"):  # far from the last one
+                if line.startswith("import 'lowmem.distributed.signals'"):  # far from the last one
                     break
             process.send_signal(signal.SIGINT)
             result = finish(process, timeout=20)

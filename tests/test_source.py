@@ -9,8 +9,8 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from lowmem.config import UsageError
-from lowmem.data.source import Source, expand, is_damage, reading
+from lowmem.data.files.source import Source, expand, is_damage, reading
+from lowmem.errors import UsageError
 from tests.processes import run
 
 
@@ -134,7 +134,7 @@ def test_the_hub_out_of_reach_is_a_mistake_at_the_start_and_a_lost_connection_la
     code = """
 import sys
 from lowmem.config import UsageError
-from lowmem.data.source import Source, expand
+from lowmem.data.files.source import Source, expand
 url = "hf://datasets/some/rows/rows.jsonl"
 try: expand(url)
 except UsageError as error: print(error)

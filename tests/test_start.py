@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from lowmem.cli import main
-from lowmem.parallel.agree import sum_over_ranks
-from lowmem.parallel.launch import join
-from lowmem.supervise import tell_failure
+from lowmem.distributed.collectives import sum_over_ranks
+from lowmem.distributed.setup import join
+from lowmem.job.supervise import tell_failure
 from tests.forked import fork_ranks
 from tests.models import T5, qa_rows
 from tests.processes import ROOT, finish, free_port, module_command, started

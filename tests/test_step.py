@@ -12,13 +12,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import ByT5Tokenizer
 
 from lowmem import join, parallelize
-from lowmem.config import RankError, UsageError
-from lowmem.data.batch import collate
+from lowmem.data.batch import UnreadableStep, collate
 from lowmem.data.encode import encode_causal, encode_seq2seq
-from lowmem.data.rows import RowError
-from lowmem.data.stream import UnreadableStep, open_stream
-from lowmem.memory.loss import chunked_loss, plain_loss
-from lowmem.memory.optim import make_optimizer
+from lowmem.data.stream import open_stream
+from lowmem.errors import RankError, RowError, UsageError
+from lowmem.loss import chunked_loss, plain_loss
+from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
 from tests.forked import fork_ranks
 from tests.models import build, qa_rows

@@ -9,15 +9,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from lowmem.config import UsageError
-from lowmem.data.batch import Batch, collate
+from lowmem.data.batch import IGNORED, Batch, collate
 from lowmem.data.bundled import BundledRows
-from lowmem.data.encode import IGNORED, encode_causal, encode_seq2seq
-from lowmem.data.finite import open_eval
+from lowmem.data.encode import encode_causal, encode_seq2seq
+from lowmem.data.eval_batches import open_eval
 from lowmem.data.order import WINDOW_BYTES, Groups, rows_at
-from lowmem.data.rows import RowError
 from lowmem.data.stream import open_stream
-from lowmem.memory.loss import chunked_loss, plain_loss
+from lowmem.errors import RowError, UsageError
+from lowmem.loss import chunked_loss, plain_loss
 from tests.models import build, qa_rows
 
 ROWS = qa_rows(50)

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from lowmem.config import UsageError
-from lowmem.data import batches, tables
-from lowmem.data.source import ChangedError, Source, dataset_files
-from lowmem.data.tables import ArrowFile, ParquetFile
+from lowmem.data.files import record_batches, tables
+from lowmem.data.files.source import Source, dataset_files
+from lowmem.data.files.tables import ArrowFile, ParquetFile
+from lowmem.errors import ChangedError, UsageError
 from tests.processes import run
 
 WANTED = {"prompt": "text", "response": "text"}
@@ -76,7 +76,7 @@ def copied(monkeypatch):
     """Every row group and every record batch is too large."""
     monkeypatch.setattr(tables, "_LARGEST_ROW_GROUP_BYTES", 0)
     monkeypatch.setattr(tables, "_LARGEST_BATCH_BYTES", 0)
-    monkeypatch.setattr(batches, "_PIECE_ROWS", 40)
+    monkeypatch.setattr(record_batches, "_PIECE_ROWS", 40)
 
 
 @pytest.mark.parametrize("size", [1, 20, 1000])
@@ -133,7 +133,7 @@ def test_an_arrow_stream_whose_dictionary_is_replaced_is_copied(tmp_path):
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 @pytest.mark.parametrize("wanted", [WANTED, CHATS, None])
 def test_large_groups_are_copied_in_order_in_small_pieces_once(tmp_path, copied, monkeypatch, capsys, suffix, wanted):
-    monkeypatch.setattr(batches, "_PIECE_BYTES", 2000)
+    monkeypatch.setattr(record_batches, "_PIECE_BYTES", 2000)
     path = tmp_path / f"rows.{suffix}"
     source = write_parquet(path, row_group_size=100) if suffix == "parquet" else write_arrow(path, max_rows=100)
     open_file = ParquetFile if suffix == "parquet" else ArrowFile
@@ -423,8 +423,8 @@ def test_reading_needs_little_memory_whatever_the_size_of_row_groups_and_batches
         import sys
         from collections import deque
         import pyarrow.parquet, safetensors.numpy, tqdm
-        from lowmem.data.tables import ArrowFile, ParquetFile
-        from lowmem.data.source import Source
+        from lowmem.data.files.tables import ArrowFile, ParquetFile
+        from lowmem.data.files.source import Source
 
         def peak():
             return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
@@ -481,7 +481,7 @@ def test_a_copy_of_any_type_takes_no_more_than_its_rows(tmp_path, monkeypatch, k
         return value.replace(b"%d", b"%d" % i) if isinstance(value, bytes) else value.replace("%d", str(i))
 
     rows = [fill(shape, i) for i in range(4000)]
-    plain = pa.array(rows, batches._plain(kind))
+    plain = pa.array(rows, record_batches._plain(kind))
     source = write_arrow(tmp_path / "rows.arrow", pa.table({"x": plain.cast(kind) if kind != plain.type else plain}))
     file = ArrowFile(source, None)
     assert [row["x"] for row in all_rows(file)] == rows
@@ -598,8 +598,8 @@ def test_copying_long_rows_takes_pieces_of_them_only(tmp_path, suffix, most):
     code = """
         import sys
         import pyarrow.parquet, safetensors.numpy, tqdm
-        from lowmem.data.tables import ArrowFile, ParquetFile
-        from lowmem.data.source import Source
+        from lowmem.data.files.tables import ArrowFile, ParquetFile
+        from lowmem.data.files.source import Source
 
         def peak():
             return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024

@@ -12,19 +12,20 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer
 from lowmem import load_model
 from lowmem.checkpoint.load import load_checkpoint
 from lowmem.checkpoint.save import save_checkpoint
-from lowmem.config import UsageError
 from lowmem.data.batch import Batch
 from lowmem.data.encode import encode_causal
-from lowmem.data.finite import open_eval
+from lowmem.data.eval_batches import open_eval
 from lowmem.data.stream import open_stream
+from lowmem.distributed.dtensor import local_part
+from lowmem.distributed.placement import data_place
+from lowmem.distributed.setup import join
+from lowmem.distributed.sharding import parallelize
+from lowmem.distributed.tensor_parallel import check_plan, divide_layers
+from lowmem.errors import UsageError
 from lowmem.evaluation import evaluate, generate
-from lowmem.memory.loss import chunked_loss, plain_loss
-from lowmem.memory.optim import make_optimizer
+from lowmem.loss import chunked_loss, plain_loss
 from lowmem.memory.savers import offload_activations, recompute, recompute_cheap
-from lowmem.parallel.launch import join
-from lowmem.parallel.pieces import local_part
-from lowmem.parallel.sharding import data_place, parallelize
-from lowmem.parallel.tensor import check_plan, divide_layers
+from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
 from tests.forked import fork_ranks
 from tests.models import build, qa_rows

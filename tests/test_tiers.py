@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lowmem import join, parallelize
-from lowmem.memory import tiers
-from lowmem.memory.forms import join as join_halves
-from lowmem.memory.loss import chunked_loss
-from lowmem.memory.optim import make_optimizer
-from lowmem.parallel.sharding import all_reduce_sum
+from lowmem.distributed.reduce import all_reduce_sum
+from lowmem.loss import chunked_loss
+from lowmem.optim import tiers
+from lowmem.optim.formats import join as join_halves
+from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
 from tests.models import build
 from tests.processes import run_ranks

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer, get_scheduler
 
+from lowmem.config.parse import resolve
 from lowmem.data.order import Groups, rows_at
-from lowmem.flags import resolve
-from lowmem.parallel.signals import Signals
+from lowmem.distributed.signals import Signals
 from lowmem.train import train as train_here
 from tests.models import T5, build, qa_rows
 from tests.processes import train

@@ -9,11 +9,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lowmem.checkpoint.commit import checkpoints, read_manifest, verify_checkpoint, whole_or_absent
-from lowmem.config import SaveError, UsageError
-from lowmem.disk import free_bytes, to_json, write_file
-from lowmem.memory.forms import join
-from lowmem.weights import StoredTensor, host_parts, open_shards, split_shards, write_index
+from lowmem.checkpoint.manifest import checkpoints, read_manifest, verify_checkpoint
+from lowmem.errors import SaveError, UsageError
+from lowmem.optim.formats import join
+from lowmem.storage.atomic_folder import whole_or_absent
+from lowmem.storage.files import free_bytes, to_json, write_file
+from lowmem.storage.tensor_files import StoredTensor, host_parts, open_shards, split_shards, write_index
 
 _ROW_ELEMENTS = 2**22  # converted at a time
 # Weights in other formats: they would be another model than the exported one, and some are pickles.

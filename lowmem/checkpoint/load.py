@@ -9,16 +9,16 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowmem.checkpoint.commit import check_hashes, check_sizes, checkpoints, read_manifest, verify_checkpoint
+from lowmem.checkpoint.manifest import check_hashes, check_sizes, checkpoints, read_manifest, verify_checkpoint
 from lowmem.checkpoint.tensors import model_tensors, named_parameters, optimizer_tensors
-from lowmem.config import UsageError
-from lowmem.memory.forms import read
-from lowmem.memory.tiers import TieredOptimizer
-from lowmem.parallel.agree import failing_together, rank_and_world_size
-from lowmem.parallel.heartbeat import doing
-from lowmem.parallel.pieces import is_in_columns, local_part
+from lowmem.distributed.collectives import failing_together, rank_and_world_size
+from lowmem.distributed.dtensor import is_in_columns, local_part
+from lowmem.distributed.heartbeat import doing
+from lowmem.errors import UsageError
+from lowmem.optim.formats import read
+from lowmem.optim.tiers import TieredOptimizer
 from lowmem.step import TrainState
-from lowmem.weights import StoredTensor, dtype_name, open_shards
+from lowmem.storage.tensor_files import StoredTensor, dtype_name, open_shards
 
 _MOST_DIFFERENCES = 10
 TIERS = ("off", "exact", "lean")

@@ -4,10 +4,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from lowmem.checkpoint.commit import checkpoints
 from lowmem.checkpoint.load import TIERS, first_accepted, saved_settings, verify_together
-from lowmem.config import CHANGEABLE_ON_RESUME, UsageError
-from lowmem.parallel.agree import gather_bytes, on_main_rank, rank_and_world_size
+from lowmem.checkpoint.manifest import checkpoints
+from lowmem.config.train_config import CHANGEABLE_ON_RESUME
+from lowmem.distributed.collectives import gather_bytes, on_main_rank, rank_and_world_size
+from lowmem.errors import UsageError
 
 
 def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:

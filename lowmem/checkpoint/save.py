@@ -20,7 +20,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lowmem.checkpoint.commit import checkpoints, clear_leftovers, remove, step_of, write_manifest
+from lowmem.checkpoint.manifest import checkpoints, is_damaged, step_of, write_manifest
+from lowmem.checkpoint.parallel_write import TensorFiles, within, write_together
 from lowmem.checkpoint.tensors import (
     check_writable,
     model_tensors,
@@ -29,14 +30,15 @@ from lowmem.checkpoint.tensors import (
     optimizer_bytes,
     optimizer_tensors,
 )
-from lowmem.checkpoint.together import TensorFiles, within, write_together
-from lowmem.config import UsageError, parse_bytes
-from lowmem.disk import FileRecord, free_bytes, record_file, sync, to_json, write_file
-from lowmem.parallel.agree import on_main_rank, rank_and_world_size
-from lowmem.parallel.heartbeat import doing
-from lowmem.parallel.sharding import unwrapped
+from lowmem.config.sizes import parse_bytes
+from lowmem.distributed.collectives import on_main_rank, rank_and_world_size
+from lowmem.distributed.heartbeat import doing
+from lowmem.distributed.placement import unwrapped
+from lowmem.errors import UsageError
 from lowmem.step import TrainState
-from lowmem.weights import split_shards
+from lowmem.storage.atomic_folder import clear_leftovers, remove
+from lowmem.storage.files import FileRecord, free_bytes, record_file, sync, to_json, write_file
+from lowmem.storage.tensor_files import split_shards
 
 
 @doing("saving a checkpoint")
@@ -79,7 +81,7 @@ def save_checkpoint(
         records["state.json"] = write_file(unfinished / "state.json", [to_json(training_state)])
         write_manifest(unfinished, state.step, records)
 
-    write_together(path, tensors, write_rest)
+    write_together(path, tensors, write_rest, may_replace=is_damaged)
     if keep:
         on_main_rank(lambda: _prune(path, keep, state.best))
     return path
@@ -104,7 +106,7 @@ def save_model(
     def write_rest(unfinished: Path, records: dict[str, FileRecord]) -> None:
         _write_model_files(unfinished, model, tokenizer, config)
 
-    write_together(path, [tensors], write_rest, replace=True)
+    write_together(path, [tensors], write_rest, may_replace=lambda path: True)
     return Path(folder)
 
 

@@ -5,11 +5,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lowmem.config import UsageError
-from lowmem.parallel.deepspeed import Divided, as_whole, is_engine
-from lowmem.parallel.pieces import pieces
-from lowmem.parallel.sharding import unwrapped
-from lowmem.weights import bytes_of, dtype_name
+from lowmem.distributed.dtensor import pieces
+from lowmem.distributed.placement import is_engine, unwrapped
+from lowmem.distributed.zero import Divided, as_whole
+from lowmem.errors import UsageError
+from lowmem.storage.tensor_files import bytes_of, dtype_name
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor | Divided]:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from lowmem.checkpoint.commit import checkpoints, read_manifest, verify_checkpoint
-from lowmem.config import UsageError
+from lowmem.checkpoint.manifest import checkpoints, read_manifest, verify_checkpoint
+from lowmem.errors import UsageError
 
 
 def verify(path: str | Path) -> Iterator[str]:

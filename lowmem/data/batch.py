@@ -2,13 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
-from lowmem.data.encode import IGNORED, EncodedRow
-
+IGNORED = -100
 _PAD_TO_MULTIPLE_OF = 8  # tensor cores want it
+
+
+class EncodedRow(TypedDict):
+    """What our models are given of a row. Encoders for a `collate` of one's own may bring other keys."""
+
+    input_ids: list[int]
+    labels: list[int]
+    num_cut: NotRequired[int]  # tokens left out of all its sequences together; absent if none were
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,23 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """The same in page-locked memory, from which a GPU copies while the host goes on."""
         return replace(self, inputs={name: x.pin_memory() for name, x in self.inputs.items()})
+
+
+class UnreadableStep(Sequence[Batch]):
+    """Stands in for the batches of a step whose rows could not be had: it raises the error when it is looked into.
+
+    So a rank that cannot read can still tell the others in the step's first collective, instead of leaving them to
+    wait: `train_step` raises the same error on all of them.
+    """
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def __len__(self) -> int:
+        raise self.error
+
+    def __getitem__(self, index: int) -> Batch:
+        raise self.error
 
 
 Collate = Callable[[Sequence[EncodedRow]], Batch]

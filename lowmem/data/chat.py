@@ -10,7 +10,7 @@ from itertools import chain, pairwise
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from lowmem.config import UsageError
+from lowmem.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

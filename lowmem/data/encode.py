@@ -7,28 +7,28 @@ be IGNORED: nothing predicts a first token. A row that was cut says how much it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from threading import Lock
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, NamedTuple
 
-from lowmem.config import UsageError
+from lowmem.data.batch import IGNORED, EncodedRow
 from lowmem.data.chat import Messages, chat_tokenizer
+from lowmem.data.rows import Row, Rows
+from lowmem.errors import ReadError, RowError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
-
 # Tokenizers for translation switch themselves to the target's language and back, and two threads use them at a time.
 _TOKENIZER_IN_USE = Lock()
+_ROWS_TRIED = 500  # until it is clear that none is good
 
 
-class EncodedRow(TypedDict):
-    """What our models are given of a row. Encoders for a `collate` of one's own may bring other keys."""
+class BadRow(NamedTuple):
+    """A row that was left out: its content if it could be read, and the error that names its place."""
 
-    input_ids: list[int]
-    labels: list[int]
-    num_cut: NotRequired[int]  # tokens left out of all its sequences together; absent if none were
+    content: Row | None
+    error: RowError
 
 
 Encode = Callable[[Mapping[str, object]], EncodedRow]
@@ -147,6 +147,57 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, message
         return _encoded(ids[:max_seq_len], labels[:max_seq_len], num_cut=max(0, len(ids) - max_seq_len))
 
     return encode
+
+
+def encode_rows(
+    rows: Rows, row_ids: Iterable[int], encode: Encode, *, may_skip: bool
+) -> tuple[list[tuple[int, EncodedRow]], list[BadRow]]:
+    """(number, encoded row) of all `row_ids`, and the rows that had to be left out, which only `may_skip` allows.
+
+    Raises RowError for a bad row otherwise, and ReadError for a file that cannot be read any more in any case.
+    """
+    encoded, bad = [], []
+    for row_id in row_ids:
+        row = None
+        try:
+            row = rows[row_id]  # tells by itself what cannot be read, and where
+            encoded.append((row_id, _encode_one(rows, row_id, row, encode)))
+        except ReadError:
+            raise
+        except RowError as error:
+            if not may_skip:
+                raise
+            bad.append(BadRow(row, error))
+    return encoded, bad
+
+
+def blank_row(rows: Rows, encode: Encode, *, near: int) -> EncodedRow:
+    """A row that counts for nothing: one that can be encoded, the first from `near` on, with all labels ignored.
+
+    Raises RowError if there is none among some hundreds, or if this encoder's rows have no labels.
+    """
+    first_error = None
+    for row_id in range(near, near + min(len(rows), _ROWS_TRIED)):
+        encoded, bad = encode_rows(rows, [row_id % len(rows)], encode, may_skip=True)
+        if bad:
+            first_error = first_error or bad[0].error
+            continue
+        _, row = encoded[0]
+        if "labels" not in row:
+            raise RowError(
+                f"the micro-batch of row {near} has no row left that can be encoded, and what stands in for one "
+                f"needs `labels` to ignore, these have {', '.join(row)}: take bad rows out of the files"
+            )
+        return {**row, "labels": [IGNORED] * len(row["labels"])}
+    raise RowError(f"{first_error}; and so are those after it: mend the rows, or the encoder") from first_error
+
+
+def _encode_one(rows: Rows, row_id: int, row: Row, encode: Encode) -> EncodedRow:
+    try:
+        return encode(row)
+    except Exception as error:
+        where = rows.where(row_id) if hasattr(rows, "where") else f"row {row_id}"
+        raise RowError(f"{where} cannot be encoded: {error}") from error
 
 
 def _causal_row(ids: list[int], *, num_masked: int, num_tokens: int) -> EncodedRow:

@@ -12,8 +12,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from lowmem.config import UsageError
-from lowmem.data.encode import IGNORED, EncodedRow
+from lowmem.data.batch import IGNORED, EncodedRow
+from lowmem.errors import UsageError
 
 
 class PackedRow(TypedDict):
@@ -59,7 +59,7 @@ def check_packing(model: nn.Module) -> None:
     rounding, which is told from seeing by what it changes that documents are read as one. So it finds whatever does
     not heed where positions restart: state-space models, biases for distance (ALiBi), an attention implementation.
     """
-    from lowmem.parallel.sharding import unwrapped  # here, because it imports accelerate, which streams do without
+    from lowmem.distributed.placement import unwrapped
 
     base = unwrapped(model)
     what = f"packing needs a causal model that takes position_ids, {type(base).__name__}"

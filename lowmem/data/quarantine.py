@@ -1,22 +1,11 @@
 """Rows -> encoded rows. One that cannot be read or encoded ends the run, or is left out, counted and written down."""
 
 import json
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
-from lowmem.data.encode import IGNORED, Encode, EncodedRow
-from lowmem.data.rows import ReadError, Row, RowError, Rows
-
-_ROWS_TRIED = 500  # until it is clear that none is good
-
-
-class BadRow(NamedTuple):
-    """A row that was left out: its content if it could be read, and the error that names its place."""
-
-    content: Row | None
-    error: RowError
+from lowmem.data.encode import BadRow
+from lowmem.errors import RowError
 
 
 class Quarantine:
@@ -60,54 +49,3 @@ class Quarantine:
             if half:  # of a run that was killed while it wrote
                 file.truncate(file.tell() - len(half))
         return {json.loads(line)["error"] for line in lines}
-
-
-def encode_rows(
-    rows: Rows, row_ids: Iterable[int], encode: Encode, *, may_skip: bool
-) -> tuple[list[tuple[int, EncodedRow]], list[BadRow]]:
-    """(number, encoded row) of all `row_ids`, and the rows that had to be left out, which only `may_skip` allows.
-
-    Raises RowError for a bad row otherwise, and ReadError for a file that cannot be read any more in any case.
-    """
-    encoded, bad = [], []
-    for row_id in row_ids:
-        row = None
-        try:
-            row = rows[row_id]  # tells by itself what cannot be read, and where
-            encoded.append((row_id, _encode_one(rows, row_id, row, encode)))
-        except ReadError:
-            raise
-        except RowError as error:
-            if not may_skip:
-                raise
-            bad.append(BadRow(row, error))
-    return encoded, bad
-
-
-def blank_row(rows: Rows, encode: Encode, *, near: int) -> EncodedRow:
-    """A row that counts for nothing: one that can be encoded, the first from `near` on, with all labels ignored.
-
-    Raises RowError if there is none among some hundreds, or if this encoder's rows have no labels.
-    """
-    first_error = None
-    for row_id in range(near, near + min(len(rows), _ROWS_TRIED)):
-        encoded, bad = encode_rows(rows, [row_id % len(rows)], encode, may_skip=True)
-        if bad:
-            first_error = first_error or bad[0].error
-            continue
-        _, row = encoded[0]
-        if "labels" not in row:
-            raise RowError(
-                f"the micro-batch of row {near} has no row left that can be encoded, and what stands in for one "
-                f"needs `labels` to ignore, these have {', '.join(row)}: take bad rows out of the files"
-            )
-        return {**row, "labels": [IGNORED] * len(row["labels"])}
-    raise RowError(f"{first_error}; and so are those after it: mend the rows, or the encoder") from first_error
-
-
-def _encode_one(rows: Rows, row_id: int, row: Row, encode: Encode) -> EncodedRow:
-    try:
-        return encode(row)
-    except Exception as error:
-        where = rows.where(row_id) if hasattr(rows, "where") else f"row {row_id}"
-        raise RowError(f"{where} cannot be encoded: {error}") from error

@@ -9,22 +9,14 @@ from typing import Protocol
 
 import numpy as np
 
-from lowmem.config import UsageError
-from lowmem.data.line_index import codec_of
-from lowmem.data.lines import JsonLinesFile, TextFile
+from lowmem.data.files.line_index import codec_of
+from lowmem.data.files.lines import JsonLinesFile, TextFile
+from lowmem.data.files.source import Row, Source, expand, is_damage
+from lowmem.data.files.tables import ArrowFile, ParquetFile
 from lowmem.data.order import WINDOW_BYTES, Groups
-from lowmem.data.source import ChangedError, Row, Source, expand, is_damage
-from lowmem.data.tables import ArrowFile, ParquetFile
+from lowmem.errors import ChangedError, ReadError, RowError, UsageError
 
 _SECONDS_BETWEEN_TRIES = (0.2, 1.0, 3.0)
-
-
-class RowError(ValueError):
-    """A row that cannot be read or encoded; the message tells which, and why."""
-
-
-class ReadError(RowError):
-    """A file that was there and cannot be read any more: no row of it is to blame."""
 
 
 class Rows(Protocol):

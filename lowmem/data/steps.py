@@ -7,11 +7,11 @@ from functools import cached_property
 from itertools import chain, islice, pairwise
 from typing import NamedTuple
 
-from lowmem.data.batch import Batch, Collate
-from lowmem.data.encode import Encode, EncodedRow
+from lowmem.data.batch import Batch, Collate, EncodedRow
+from lowmem.data.encode import BadRow, Encode, blank_row, encode_rows
 from lowmem.data.order import Groups, rows_at
 from lowmem.data.packing import Document, pack
-from lowmem.data.quarantine import BadRow, Rows, blank_row, encode_rows
+from lowmem.data.rows import Rows
 
 
 class Step(NamedTuple):

@@ -8,31 +8,14 @@ from pathlib import Path
 
 import torch
 
-from lowmem.config import UsageError
-from lowmem.data.batch import Batch, Collate, collate
+from lowmem.data.batch import Batch, Collate, UnreadableStep, collate
 from lowmem.data.encode import Encode
-from lowmem.data.quarantine import Quarantine, Rows
-from lowmem.data.rows import as_rows
+from lowmem.data.quarantine import Quarantine
+from lowmem.data.rows import Rows, as_rows
 from lowmem.data.steps import Step, Steps
+from lowmem.errors import UsageError
 
 _MOST_FILES_TOLD = 5
-
-
-class UnreadableStep(Sequence[Batch]):
-    """Stands in for the batches of a step whose rows could not be had: it raises the error when it is looked into.
-
-    So a rank that cannot read can still tell the others in the step's first collective, instead of leaving them to
-    wait: `train_step` raises the same error on all of them.
-    """
-
-    def __init__(self, error: Exception):
-        self.error = error
-
-    def __len__(self) -> int:
-        raise self.error
-
-    def __getitem__(self, index: int) -> Batch:
-        raise self.error
 
 
 class Stream:

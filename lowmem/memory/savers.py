@@ -7,17 +7,16 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lowmem.config import UsageError
+from lowmem.distributed.placement import device_of, gathered_weights, unwrapped
+from lowmem.errors import UsageError
 from lowmem.memory.offload import Offload
-from lowmem.memory.optim import gradient_norm
-from lowmem.parallel.sharding import device_of, gathered_weights, unwrapped
+from lowmem.memory.release import release
 
 # what recompute_cheap keeps: products of matrices, and attention
 _COSTLY = {
@@ -82,66 +81,6 @@ def offload_activations(model: nn.Module, optimizer: Optimizer | None = None) ->
 
 
 @contextmanager
-def release(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Update each parameter inside backward, as soon as its gradient is there, and free the gradient (Lv et al., 2023).
-
-    So no two gradients exist at a time. Raises UsageError for several processes; `Released.begin` refuses what else
-    needs all gradients at once.
-    """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise UsageError(
-            f"release leaves no gradient to sum over {dist.get_world_size()} processes: start one, or leave release"
-        )
-    released = Released(optimizer)
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(released.update)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    ]
-    optimizer.released = released
-    try:
-        yield
-    finally:
-        del optimizer.released
-        for hook in hooks:
-            hook.remove()
-
-
-class Released:
-    """What is known of the gradients of one step that are gone already."""
-
-    def __init__(self, optimizer: Optimizer):
-        self._optimizer = optimizer
-        self.parameters: set[nn.Parameter] = set()
-        self.norms: list[Tensor] = []
-        """L2 norm of each gradient, fp32."""
-
-    @staticmethod
-    def of(optimizer: Optimizer) -> "Released | None":
-        """Within `release`, what it knows; None elsewhere."""
-        return getattr(optimizer, "released", None)
-
-    def begin(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
-        """Start a step. Raises UsageError if it needs all gradients at once, before anything is computed."""
-        problems = {
-            f"{micro_batches} micro-batches a step (set gradient_accumulation_steps to 1)": micro_batches > 1,
-            f"clipping at {max_grad_norm} (set max_grad_norm to 0)": bool(max_grad_norm),
-            "leaving out updates that are not finite (set nonfinite to stop)": nonfinite != "stop",
-        }
-        if told := [problem for problem, is_there in problems.items() if is_there]:
-            raise UsageError(f"release updates within backward, one gradient at a time: it excludes {', '.join(told)}")
-        self.parameters.clear()
-        self.norms.clear()
-
-    @torch.no_grad()
-    def update(self, parameter: nn.Parameter) -> None:
-        self.norms.append(gradient_norm(parameter.grad))
-        self.parameters.add(parameter)
-        self._optimizer.step()  # it passes over parameters without a gradient: over all others
-        parameter.grad = None
-
-
-@contextmanager
 def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
     """Train each layer with kernels that torch.compile makes of it; the first steps wait for the compiler.
 
@@ -198,3 +137,12 @@ def _keep_costly(context: object, operation: torch._ops.OpOverload, *arguments, 
 def _dropout_of(operation: torch._ops.OpOverload, arguments: tuple, options: dict[str, object]) -> float:
     names = [argument.name for argument in operation._schema.arguments]
     return dict(zip(names, arguments, strict=False)).get("dropout_p", options.get("dropout_p", 0.0))
+
+
+SAVERS: dict[str, Saver] = {
+    "recompute": recompute,
+    "recompute_cheap": recompute_cheap,
+    "offload_activations": offload_activations,
+    "release": release,
+    "compiled": compiled,
+}

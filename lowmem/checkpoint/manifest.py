@@ -1,0 +1,88 @@
+"""A checkpoint's list of its own files, with sizes and hashes; and the checkpoints in a folder. Imports no torch."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import xxhash
+
+from lowmem.errors import UsageError
+from lowmem.storage.atomic_folder import STEP_FOLDER
+from lowmem.storage.files import FileRecord, record_file, to_json, write_file
+
+_FORMAT = 1
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, whole or damaged, oldest first."""
+    named = (path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir())
+    return sorted(named, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def write_manifest(folder: Path, step: int, records: Mapping[str, FileRecord]) -> None:
+    """The last file of a checkpoint: what the others are, sealed with a hash of its own."""
+    manifest = {"format": _FORMAT, "step": step, "files": dict(records)}
+    write_file(folder / "manifest.json", [to_json({"manifest": manifest, "xxh3_128": _hash_of(manifest)})])
+
+
+def verify_checkpoint(path: str | Path) -> None:
+    """Check that every file is there, of its size and with its hash. Raises UsageError naming the first that is not."""
+    records = read_manifest(path)["files"]
+    check_sizes(Path(path), records)
+    check_hashes(Path(path), records)
+
+
+def check_sizes(path: Path, records: Mapping[str, FileRecord]) -> None:
+    """Raise UsageError naming the first file of `records` that is not in the checkpoint, or not of its size."""
+    for name, record in records.items():
+        size = (path / name).stat().st_size if (path / name).is_file() else None
+        if size != record["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise UsageError(f"{path / name} {found}, {record['bytes']} were saved: take another checkpoint")
+
+
+def check_hashes(path: Path, records: Mapping[str, FileRecord]) -> None:
+    """Raise UsageError naming the first file of `records` whose content is not what was saved, or cannot be read."""
+    for name, record in records.items():
+        try:
+            found = record_file(path / name)
+        except OSError as error:
+            raise UsageError(f"{path / name} cannot be read ({error.strerror}): take another checkpoint") from error
+        if found != record:
+            raise UsageError(f"{path / name} changed since it was saved (its hash differs): take another checkpoint")
+
+
+def read_manifest(path: str | Path) -> dict:
+    """{"format", "step", "files": {name: record}} of a checkpoint. Raises UsageError if it is not as it was sealed."""
+    path = Path(path)
+    try:
+        sealed = json.loads((path / "manifest.json").read_text())
+        manifest, seal = sealed["manifest"], sealed["xxh3_128"]
+    except (FileNotFoundError, NotADirectoryError):
+        found = "has no manifest.json, so it is no whole checkpoint" if path.exists() else "does not exist"
+        raise UsageError(f"{path} {found}: take another one") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path / 'manifest.json'} is damaged ({error}): take another checkpoint") from error
+    if seal != _hash_of(manifest):
+        raise UsageError(f"{path / 'manifest.json'} changed since it was saved: take another checkpoint")
+    if manifest["format"] > _FORMAT:
+        raise UsageError(f"{path} is of format {manifest['format']}, this lowmem reads up to {_FORMAT}: upgrade lowmem")
+    return manifest
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether `path` is not, or not any more, a whole checkpoint."""
+    try:
+        verify_checkpoint(path)
+    except UsageError:
+        return True
+    return False
+
+
+def _hash_of(manifest: dict) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())

@@ -1,0 +1,165 @@
+"""From flags to a TrainConfig: presets, a config file, types, and every mistake told at once. Imports no torch."""
+
+import difflib
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import get_args
+
+from lowmem.config.rules import conflicts
+from lowmem.config.train_config import ALTERNATIVES, FIELDS, PRESETS, TIERED_OPTIMIZERS, TrainConfig
+from lowmem.errors import UsageError
+
+# What stands for the last field of a pair when neither side is set.
+_FALLBACKS = {
+    "validation_rows": 0,
+    "prompt_column": "prompt",
+    "response_column": "response",
+    "epochs": 3.0,
+    "gradient_accumulation_steps": 1,
+    "warmup_steps": 0,
+}
+
+BUNDLED_VALIDATION_ROWS = 240
+
+# what other trainers call it
+_ELSEWHERE = {
+    "lr": "learning_rate",
+    "fp16": "mixed_precision",
+    "bf16": "mixed_precision=bf16",
+    "fsdp": "sharding_strategy",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_checkpointing": "recompute=full",
+    "max_length": "max_seq_len",
+    "optim": "optimizer",
+    "torch_compile": "compile",
+    "resume_from_checkpoint": "resume",
+}
+
+
+def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None = None) -> TrainConfig:
+    """Merge defaults < preset < `given` < `config` file < flags into a checked TrainConfig.
+
+    `flags` maps field names, preset names, `config` (path of a YAML or JSON file) and `is_keep_training` to values of
+    any type: what came from a command line as text is turned into the field's type. `given` are fields that a launcher
+    or a model's folder sets. Raises UsageError with every problem in one message.
+    """
+    problems: list[str] = []
+    flags = dict(flags)
+    from_file = _read_config_file(flags.pop("config", None), problems)
+    file_switches, file_values = _take_presets(from_file, problems)
+    flag_switches, flag_values = _take_presets(flags, problems)
+    presets = sorted(name for name, on in (file_switches | flag_switches).items() if on)
+    if len(presets) > 1:
+        problems.append(f"{' and '.join('--' + name for name in presets)} were both asked for: choose one preset")
+    layers = [dict(given or {}), _coerce_all(file_values, problems), _coerce_all(flag_values, problems)]
+    names_model = any(layer.get("model_name_or_path") or layer.get("model_config") for layer in layers)
+    preset = PRESETS[presets[0]] if presets else {} if names_model else PRESETS["tiny"]
+
+    merged: dict[str, object] = {}
+    for layer in [preset, *layers]:
+        for a, b in ALTERNATIVES:
+            if layer.get(a) is not None and layer.get(b) is not None:
+                problems.append(f"--{a} and --{b} were both set: they say the same thing in two ways, set one")
+            for one, other in ((a, b), (b, a)):
+                if layer.get(one) is not None:
+                    merged.pop(other, None)
+        merged |= layer
+    if merged.get("train_file") is None and merged.get("validation_file") is None:
+        merged.setdefault("validation_rows", BUNDLED_VALIDATION_ROWS)
+    for name, value in _FALLBACKS.items():
+        alternatives = {other for pair in ALTERNATIVES if name in pair for other in pair}
+        if all(merged.get(other) is None for other in alternatives):
+            merged[name] = value
+    if merged.get("memory") is None and merged.get("mixed_precision") == "bf16":
+        has_tier = merged.get("optimizer", FIELDS["optimizer"].default) in TIERED_OPTIMIZERS
+        has_tier = has_tier and merged.get("deepspeed") is None
+        merged["memory"] = "exact" if has_tier else "off"
+    config = TrainConfig(**merged)
+    problems += conflicts(config, presets)
+    if problems:
+        raise UsageError("; ".join(dict.fromkeys(problems)))
+    return config
+
+
+def named_fields(flags: Mapping[str, object]) -> frozenset[str]:
+    """The fields that flags and their config file set one by one, not by a preset."""
+    return frozenset(FIELDS.keys() & {*flags, *_read_config_file(flags.get("config"), [])})
+
+
+def _read_config_file(path: object, problems: list[str]) -> dict[str, object]:
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(str(path)).read_text(encoding="utf-8"))
+    except OSError as error:
+        problems.append(f"--config={path} cannot be read: {error.strerror}")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problems.append(f"--config={path} is not YAML: {' '.join(str(error).split())}")
+    else:
+        if isinstance(values, dict) and all(isinstance(key, str) for key in values):
+            return values
+        problems.append(f"--config={path} holds no field: value pairs")
+    return {}
+
+
+def _take_presets(values: Mapping[str, object], problems: list[str]) -> tuple[dict[str, bool], dict[str, object]]:
+    """Split `values` into the presets it switches on or off and the fields it sets."""
+    rest = dict(values)
+    switches = (PRESETS.keys() - {"tiny"} | {"is_keep_training"}) & rest.keys()
+    presets = {name: _coerce(name, bool, rest.pop(name), problems) is True for name in switches}
+    if presets.pop("is_keep_training", False):
+        if rest.setdefault("resume", "auto") != "auto":
+            problems.append(f"--is_keep_training means --resume=auto, but --resume={rest['resume']} was set: drop one")
+    return presets, rest
+
+
+def _coerce_all(values: Mapping[str, object], problems: list[str]) -> dict[str, object]:
+    coerced = {}
+    for name, value in values.items():
+        if name not in FIELDS:
+            if name in _ELSEWHERE:
+                problems.append(f"unknown flag --{name}: it is --{_ELSEWHERE[name]} here")
+                continue
+            known = [*FIELDS, *PRESETS.keys() - {"tiny"}, "config", "is_keep_training"]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean --{near[0]}?" if near else "`--help` lists all flags"
+            problems.append(f"unknown flag --{name}: {hint}")
+        else:
+            coerced[name] = _coerce(name, FIELDS[name].type, value, problems)
+    return coerced
+
+
+def _coerce(name: str, kind: object, value: object, problems: list[str]) -> object:
+    """`value` as the type `kind`, or a problem. Text comes from a command line, anything else from YAML or Python."""
+    if isinstance(kind, types.UnionType):
+        if value is None or str(value).lower() in ("none", "null"):
+            return None
+        kind = next(member for member in get_args(kind) if member is not types.NoneType)
+    text = str(value).strip()
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if isinstance(value, bool) and kind is not str:
+            raise ValueError
+        if kind is int:
+            number = float(text)  # 1e3 is an integer in every language but Python
+            if not number.is_integer():
+                raise ValueError
+            return int(text) if text.lstrip("+-").isdigit() else int(number)
+        if kind is float:
+            return float(text)
+    except (KeyError, ValueError, OverflowError):
+        problems.append(f"--{name}={value} is not {'an' if kind is int else 'a'} {kind.__name__}")
+        return None
+    if name == "resume":
+        return {"true": "auto", "false": "never"}.get(text.lower(), text)
+    if name == "mixed_precision" and value is False:
+        return "no"  # YAML reads a bare `no` as false
+    if text in ("True", "False"):  # what Fire makes of a flag without a value
+        problems.append(f"--{name} needs a value: --{name}=...")
+    parts = value if isinstance(value, list | tuple) else text.split(",")
+    return ",".join(str(part).strip() for part in parts)

@@ -1,0 +1,136 @@
+"""What must be alike on all ranks, or they would train different models without a word: told before the first step."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping, Sized
+from importlib.metadata import version
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lowmem.distributed.collectives import gather_bytes, on_main_rank
+from lowmem.distributed.fill import stored_weights
+from lowmem.errors import UsageError
+from lowmem.storage.files import make_folders, write_file
+
+_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")  # those that decide on numbers or on tokens
+_SAMPLES = 16
+_SAMPLE_BYTES = 4096
+_SECONDS_TO_APPEAR = 5.0  # of a file, on a network's file system
+_MOST_CHARACTERS_TOLD = 200
+
+
+def check_same(what: Mapping[str, object]) -> None:
+    """Compare what every rank has under the same names, as text. One small collective.
+
+    Raises UsageError on every rank if a rank has something else than rank 0: all that differs, with both values.
+    """
+    mine = {"host": socket.gethostname(), "what": {name: str(value) for name, value in what.items()}}
+    first, *others = [json.loads(told) for told in gather_bytes(json.dumps(mine).encode())]
+    differing: dict[str, list[str]] = {}
+    for rank, other in enumerate(others, 1):
+        names = [name for name in first["what"] | other["what"] if first["what"].get(name) != other["what"].get(name)]
+        told = "; ".join(f"{name} {_value(other, name)} (rank 0: {_value(first, name)})" for name in names)
+        if told:
+            differing.setdefault(told, []).append(f"{rank} on {other['host']}")
+    if differing:
+        clauses = [f"rank {', '.join(ranks)} has {told}" for told, ranks in differing.items()]
+        raise UsageError(
+            f"all ranks of a run must have the same, but {'. But '.join(clauses)}. Rank 0 is on {first['host']}: give "
+            "every process the same flags, files and code"
+        )
+
+
+def _value(told: Mapping[str, Mapping[str, str]], name: str) -> str:
+    value = told["what"].get(name, "nothing")
+    return value if len(value) <= _MOST_CHARACTERS_TOLD else f"{value[:_MOST_CHARACTERS_TOLD]}..."
+
+
+def code() -> dict[str, str]:
+    """A hash of this package's own files, and versions of those under it, for `check_same`."""
+    root, digest = Path(__file__).parent.parent, xxhash.xxh3_64()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return {"lowmem's code": digest.hexdigest()} | {package: version(package) for package in _PACKAGES}
+
+
+def seen_by_all(folder: Path) -> dict[str, str]:
+    """For `check_same`: rank 0's `folder`, on each rank in whose `folder` a file of rank 0 appears, else its own.
+
+    A few small collectives; the file is gone when the last one ends.
+    """
+    token = on_main_rank(lambda: _write_token(folder))
+    (told, *_) = gather_bytes(str(token).encode())
+    token_of_first = Path(told.decode())
+    is_seen = _appears(folder / token_of_first.name)
+    gather_bytes(b"")  # now all have looked
+    if token is not None:
+        token.unlink(missing_ok=True)
+    return {"output_dir": str(token_of_first.parent) if is_seen else f"another one, at {folder}"}
+
+
+def _write_token(folder: Path) -> Path:
+    make_folders(folder)
+    for left in folder.glob(".seen-*"):  # by a run that was killed
+        left.unlink()
+    token = folder / f".seen-{uuid4().hex}"  # a new name: no file system remembers that it was not there
+    write_file(token, [])
+    return token
+
+
+def _appears(path: Path) -> bool:
+    limit = time.monotonic() + _SECONDS_TO_APPEAR
+    while not os.path.exists(path):  # False too where it may not be looked at
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def rows_digest(rows: Sized) -> str:
+    """How many they are, and a hash of the fingerprints of their files, if they come from files."""
+    fingerprints = [fingerprint for _, fingerprint in getattr(rows, "fingerprints", list)()]
+    return f"{len(rows):,}, fingerprint {_digest(fingerprints)}"
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that turns text into tokens; of one that is written in Python, of its kind, size and template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    kind = backend.to_str() if backend is not None else type(tokenizer).__name__
+    return _digest([kind, len(tokenizer), tokenizer.special_tokens_map, tokenizer.chat_template])
+
+
+def _digest(value: object) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(value, default=str).encode())
+
+
+def model_digest(model: nn.Module, *, weights: bool) -> str:
+    """A hash of names, shapes and dtypes and, with `weights`, of 16 pieces of 4 KiB of each tensor, spread evenly.
+
+    Tensors up to 64 KiB are hashed whole. They must be on the host, or on meta: then it is of their files, three rows
+    of each.
+    """
+    digest = xxhash.xxh3_64()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if weights and not tensor.is_meta and tensor.numel():
+            data = _bytes(tensor)
+            last = max(0, len(data) - _SAMPLE_BYTES)
+            for sample in range(_SAMPLES):
+                start = last * sample // (_SAMPLES - 1)
+                digest.update(data[start : start + _SAMPLE_BYTES])
+    if weights and any(parameter.is_meta for parameter in model.parameters()):
+        for stored in stored_weights(model, Path(model.name_or_path)).values():
+            for row in sorted({0, stored.shape[0] // 2, stored.shape[0] - 1}) if stored.shape else ():
+                digest.update(_bytes(stored.read(slice(row, row + 1))))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())

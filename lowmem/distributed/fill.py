@@ -1,0 +1,114 @@
+"""Divided weights get their values: each rank its own part, from the model's files or from rank 0."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowmem.distributed.collectives import failing_together, gather_bytes, host_group, rank_and_world_size, waiting
+from lowmem.distributed.dtensor import local_part
+from lowmem.errors import UsageError
+from lowmem.storage.tensor_files import StoredTensor, bytes_of, open_shards
+
+_PART_BYTES = 2**24  # of rank 0's weights that travel at a time
+_PART_ROWS = 2**10  # of two tensors in files that are compared at a time
+
+
+@contextmanager
+def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator[None]:
+    """Within it the model is divided; at its end its parameters (on `device` or the host) and buffers have values.
+
+    A model without data on all ranks (on meta) gets it from the files of `model.name_or_path`, of which each rank reads
+    its own part; else from rank 0, which then needs to have it. So no other rank ever has a whole copy. Buffers that no
+    file holds are those that the model was built with. Raises UsageError, on all ranks, where neither has all weights.
+    """
+    has_data = not any(parameter.is_meta for parameter in model.parameters())
+    is_source = has_data and rank_and_world_size()[0] == 0
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    whole = {name: parameter.data for name, parameter in model.named_parameters()} | buffers if is_source else {}
+    yield
+    if has_data and not on_host:
+        model.to(device)
+    elif not has_data:
+        model.to_empty(device="cpu" if on_host else device)
+        if isinstance(model, PreTrainedModel):
+            model.tie_weights()  # each of tied weights that are not sharded has become one of its own
+    for name, buffer in model.named_buffers():
+        built = buffers[name]  # to_empty has emptied these too
+        buffer.data = torch.empty_like(built, device=device) if built.is_meta else built.to(device)
+    rank_0_has_data, *_ = gather_bytes(b"1" if has_data else b"")
+    if rank_0_has_data:
+        _spread(model, whole)
+    else:
+        with failing_together():
+            if not model.name_or_path:
+                raise UsageError(
+                    "the model has no data on any rank, and was built, not loaded: leave on_meta on rank 0, from which "
+                    "the others then get it"
+                )
+            stored = _read_own_parts(model, Path(model.name_or_path))
+            if empty := sorted(name for name, built in buffers.items() if built.is_meta and name not in stored):
+                raise UsageError(
+                    f"buffers have no data, and no file holds them ({', '.join(empty)}): build them with it"
+                )
+
+
+def _read_own_parts(model: nn.Module, folder: Path) -> dict[str, StoredTensor]:
+    stored = stored_weights(model, folder)
+    if stored is None:
+        raise UsageError(f"the files in {folder} do not hold all weights of this model: load it with its data")
+    tensors = model.state_dict(keep_vars=True)
+    for name, source in stored.items():
+        local, row, column = local_part(tensors[name].data)
+        source.copy_part(local, row, column)
+    return stored
+
+
+def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor] | None:
+    """Each parameter and persistent buffer, by its (first) name, as the files in `folder` hold it.
+
+    None if they do not hold all by these names, or different values for tied ones: transformers would untie those.
+    """
+    files = open_shards(folder, "model")
+    aliases: dict[Tensor, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        aliases.setdefault(tensor, []).append(name)
+    found = {}
+    for tensor, names in aliases.items():
+        stored = [files[name] for name in names if name in files and files[name].shape == [*tensor.shape]]
+        if not stored or not all(_are_equal(stored[0], other) for other in stored[1:]):
+            return None
+        found[names[0]] = stored[0]
+    return found
+
+
+def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
+    parts = [slice(first, first + _PART_ROWS) for first in range(0, one.shape[0], _PART_ROWS)] if one.shape else [()]
+    return all(torch.equal(one.read(rows), other.read(rows)) for rows in parts)
+
+
+def _spread(model: nn.Module, whole: dict[str, Tensor]) -> None:
+    """Put rank 0's `whole` tensors, none elsewhere, into every rank's parameters and buffers, 16 MiB at a time."""
+    with waiting("spreading the weights of rank 0"), torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            source = whole.pop(name, None)
+            local, first, column = local_part(tensor.data)
+            shape, local = (tensor.shape, local) if tensor.dim() else ((1,), local.view(1))
+            height = max(1, _PART_BYTES * shape[0] // max(1, bytes_of(tensor)))
+            for start in range(0, shape[0], height):
+                rows = slice(start, min(start + height, shape[0]))
+                if source is not None:
+                    part = source.view(shape)[rows].to("cpu", tensor.dtype).contiguous()
+                else:
+                    part = torch.empty(rows.stop - start, *shape[1:], dtype=tensor.dtype)
+                if dist.get_world_size() > 1:
+                    dist.broadcast(part, src=0, group=host_group())
+                mine = slice(max(rows.start, first), min(rows.stop, first + len(local)))
+                if mine.start < mine.stop:
+                    columns = [slice(column, column + width) for width in local.shape[1:2]]
+                    own = part[mine.start - start : mine.stop - start, *columns]
+                    local[mine.start - first : mine.stop - first] = own

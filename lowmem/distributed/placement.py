@@ -1,0 +1,122 @@
+"""How a model lies over the ranks: what wraps it, who shares it, and whose rows count."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from lowmem.distributed.collectives import failing_alone, failing_together, rank_and_world_size
+from lowmem.distributed.dtensor import local_of
+
+TENSOR_PARALLEL_MESH = ("data", "tensor")
+"""Names of the mesh's dimensions under tensor parallelism."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own model inside a wrapper of DistributedDataParallel or DeepSpeed, or the model itself."""
+    is_wrapped = isinstance(model, nn.parallel.DistributedDataParallel) or is_engine(model)
+    return model.module if is_wrapped else model
+
+
+def is_engine(model: nn.Module) -> bool:
+    """Whether `model` is wrapped by DeepSpeed."""
+    return "deepspeed" in sys.modules and isinstance(model, sys.modules["deepspeed"].DeepSpeedEngine)
+
+
+def divides_weights(model: nn.Module) -> bool:
+    """Whether `model` is wrapped by DeepSpeed at stage 3, so that each forward talks to the other ranks."""
+    return is_engine(model) and model.zero_optimization_partition_weights()
+
+
+class DataPlace(NamedTuple):
+    """Where a rank stands among those whose rows differ: ranks that share a model (tp_size) share a place."""
+
+    rank: int
+    size: int
+    is_counted: bool
+    """Of the ranks at a place one is, in sums over all ranks."""
+    group: dist.ProcessGroup | None
+    """This rank and those at other places whose gradients belong to the same weights; None: all ranks."""
+
+
+def data_place(model: nn.Module) -> DataPlace:
+    """This rank's, whose `rank` and `size` are what `open_stream` and `open_eval` want to know."""
+    mesh = tensor_mesh(model)
+    if mesh is None:
+        return DataPlace(*rank_and_world_size(), is_counted=True, group=None)
+    return DataPlace(mesh.get_local_rank(0), mesh.size(0), mesh.get_local_rank(1) == 0, mesh.get_group(0))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard`, or DeepSpeed's stage 3, divides its weights, so that each backward sums over ranks."""
+    return isinstance(unwrapped(model), FSDPModule) or divides_weights(model)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes, also while its sharded weights lie in host memory."""
+    parameter = next(model.parameters())
+    return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
+
+
+def has_gathered(model: nn.Module) -> bool:
+    """Whether `fully_shard` has gathered weights for a forward: from then on it expects them in the same dtypes."""
+    return isinstance(model, FSDPModule) and model._get_fsdp_state()._is_root is not None
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Whether ranks share its layers or its weights, so that they talk to one another within forward and backward."""
+    return is_sharded(model) or tensor_mesh(model) is not None
+
+
+def failing(model: nn.Module) -> AbstractContextManager[None]:
+    """How an error within forward or backward is told: the collectives of a divided one would meet an agreement's."""
+    return failing_alone() if is_divided(model) else failing_together()
+
+
+def _gathering(model: nn.Module) -> list[FSDPModule]:
+    """The modules that `fully_shard` gathers weights for, each for its own; none in a model that it does not divide."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@contextmanager
+def resharding(model: nn.Module) -> Iterator[None]:
+    """For forwards without a backward, which would do it: weights that were gathered within are let go at its end.
+
+    The root's own are gathered all the while, as an encoder may be called without the model around it.
+    """
+    groups = _gathering(model)
+    if groups:
+        model._get_fsdp_state()._lazy_init()  # or the first layer called, an encoder's, would take itself for the root
+        model.unshard()
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.reshard()
+
+
+def gathered_weights(model: nn.Module) -> Iterator[Tensor]:
+    """Every parameter as the model computes with it: of a sharded one the whole, which is there while it is looked at.
+
+    Its storage stays the same object all through a run.
+    """
+    groups = _gathering(model)
+    for group in groups:
+        group.unshard()
+        yield from (parameter for parameter in group.parameters() if not isinstance(parameter, DTensor))
+        group.reshard()
+    if not groups:
+        yield from map(local_of, model.parameters())
+
+
+def tensor_mesh(model: nn.Module) -> DeviceMesh | None:
+    """The mesh over which `divide_layers` divided the model; None if it did not."""
+    meshes = (parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor))
+    return next((mesh for mesh in meshes if mesh.mesh_dim_names == TENSOR_PARALLEL_MESH), None)

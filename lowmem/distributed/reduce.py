@@ -1,0 +1,69 @@
+"""Sums over ranks in fp32, and norms of gradients that are whole, sharded or both."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowmem.distributed.collectives import waiting
+
+_BUCKET_BYTES = 32 * 2**20
+_NORM_ELEMENTS = 2**20  # of a bf16 gradient, brought to fp32 at a time
+
+
+def all_reduce_sum(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Sum each tensor over the ranks of `group` (None: all), in place.
+
+    Small ones travel together in buckets of about 32 MiB. What is narrower than fp32 is summed in fp32 and rounded
+    once. Every rank passes tensors of the same shapes in the same order; the sums have the same bits on every rank.
+    """
+    bucket: list[Tensor] = []
+    room = _BUCKET_BYTES
+    for piece in (piece for tensor in tensors for piece in _pieces(tensor)):
+        num_bytes = piece.numel() * max(4, piece.dtype.itemsize)
+        if bucket and (num_bytes > room or piece.dtype != bucket[0].dtype):
+            _reduce_bucket(bucket, group)
+            bucket, room = [], _BUCKET_BYTES
+        bucket.append(piece)
+        room -= num_bytes
+    if bucket:
+        _reduce_bucket(bucket, group)
+
+
+def _pieces(tensor: Tensor) -> Iterable[Tensor]:
+    """The tensor itself where it can be reduced in place, else parts of it whose copies in fp32 fill a bucket."""
+    if tensor.dtype.itemsize >= 4 or not tensor.is_contiguous():
+        return (tensor,)
+    return tensor.view(-1).split(_BUCKET_BYTES // 4)
+
+
+def _reduce_bucket(bucket: list[Tensor], group: dist.ProcessGroup | None) -> None:
+    sum_dtype = torch.promote_types(bucket[0].dtype, torch.float32)
+    if len(bucket) == 1 and bucket[0].is_contiguous() and bucket[0].dtype == sum_dtype:
+        _reduce(bucket[0], group)  # large enough to travel alone, without a copy
+        return
+    flat = torch.cat([tensor.reshape(-1).to(sum_dtype) for tensor in bucket])
+    _reduce(flat, group)
+    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def _reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
+    with waiting("summing tensors"):
+        dist.all_reduce(tensor, group=group)
+
+
+def gradient_norm(gradient: Tensor) -> Tensor:
+    """L2 norm of one gradient in fp32 (or wider), a scalar, without a copy of a large bf16 one.
+
+    On a CPU row by row, and their norms in fp64: its kernel adds up one after the other, and the squares of a matrix of
+    16 million in one fp32 sum lose 1e-3. A row of its own, or a vector, is one sum.
+    """
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    if gradient.device.type != "cpu":  # whose kernels add up in trees, and widen what they read
+        return torch.linalg.vector_norm(gradient, dtype=wide)
+    rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient.reshape(1, -1)
+    pieces = [rows] if rows.dtype == wide else rows.split(max(1, _NORM_ELEMENTS // max(1, rows.shape[1])))
+    of_rows = [torch.linalg.vector_norm(piece, dim=1, dtype=wide) for piece in pieces]
+    return torch.linalg.vector_norm(torch.cat(of_rows), dtype=torch.float64).to(wide)

@@ -1,0 +1,113 @@
+"""Whoever started us (python, torchrun, accelerate launch), be one process group of the size that was asked for."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowmem.distributed.launcher import launched_processes, launched_settings
+from lowmem.errors import UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from lowmem.distributed.signals import Signals
+
+
+def check_launch(num_processes: int | None) -> None:
+    """Raise UsageError where the environment contradicts `num_processes`, or asks for what is not built."""
+    launched = launched_processes()
+    if None not in (launched, num_processes) and launched != num_processes:
+        raise UsageError(
+            f"--num_processes={num_processes} was asked for, but the launcher started {launched}: "
+            "set the number in one place, the launcher's"
+        )
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise UsageError(
+            f"accelerate was told to accumulate over {accumulation} steps, which would divide gradients twice: "
+            "leave it at 1 and set --gradient_accumulation_steps of this program"
+        )
+
+
+def processes_to_start(num_processes: int | None) -> int:
+    """Under plain python: `num_processes`, or one for each visible GPU, or one. Under a launcher: 1, no more."""
+    if launched_processes() is not None or num_processes == 1:
+        return 1
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    if num_processes is None:
+        return max(1, num_gpus)
+    if 0 < num_gpus < num_processes:
+        raise UsageError(f"--num_processes={num_processes} was asked for, {num_gpus} GPUs are visible: ask for no more")
+    return num_processes
+
+
+def join(
+    *,
+    mixed_precision: str | None = None,
+    deepspeed: Mapping[str, object] | None = None,
+    report_to: Sequence[str] = (),
+    output_dir: Path | None = None,
+    heartbeat_timeout: float = 120.0,
+    last_words: Callable[[str], None] | None = None,
+    signals: "Signals | None" = None,
+) -> "Accelerator":
+    """Join the process group that the environment describes. Returns its Accelerator.
+
+    Without a GPU it runs on the CPU over gloo, also where accelerate would start independent runs.
+    `mixed_precision` None is what `accelerate launch` was told. With `deepspeed`, a whole DeepSpeed config, the
+    Accelerator is one that `parallel.deepspeed.wrap` takes, and its precision is the config's. Several processes
+    find one another within `heartbeat_timeout` seconds, or end with a line that tells why (see `start_group`). From
+    then on they watch one another: one that gives no sign of life for that long, or that fails alone, ends all of
+    them with a line on stderr that names it and is given to `last_words`; and as the ranks can agree on when to
+    end, `signals` do nothing at once any more. Raises UsageError if the group is not of the launched size, and for
+    what `check_launch` and `start_group` refuse.
+    """
+    check_launch(None)
+    if deepspeed is None and "deepspeed" in launched_settings():
+        raise UsageError("accelerate was told to use DeepSpeed, but what runs here does not: launch with --multi_gpu")
+    import torch
+    from accelerate import Accelerator
+    from torch import distributed
+
+    from lowmem.distributed.collectives import watch_one_another
+    from lowmem.distributed.rendezvous import first_sum, start_group
+
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        os.environ.pop(variable, None)  # `launched_settings` tells of them; the Accelerator would shard by itself
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
+    launched = launched_processes() or 1
+    if launched > 1:
+        start_group(
+            "gloo" if on_cpu else distributed.get_default_backend_for_device(torch.accelerator.current_accelerator()),
+            limit_seconds=heartbeat_timeout,
+        )
+    options = {"log_with": list(report_to) or None, "project_dir": output_dir}
+    if deepspeed is None:
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed_precision, **options)
+    else:
+        from lowmem.distributed.zero import make_accelerator
+
+        accelerator = make_accelerator(deepspeed, on_cpu=on_cpu, **options)
+    if accelerator.num_processes != launched:
+        raise UsageError(
+            f"the launcher started {launched} processes, accelerate sees {accelerator.num_processes} "
+            f"({accelerator.distributed_type.value}): each would train alone, so none does; check the launcher's flags"
+        )
+    if launched > 1:
+        first_sum(accelerator.device, limit_seconds=heartbeat_timeout, last_words=last_words)
+    watch_one_another(heartbeat_timeout, last_words)
+    if signals is not None:
+        signals.at_once = None
+    return accelerator
+
+
+def make_deterministic(wanted: bool) -> None:
+    """Let torch use only operations that repeat bit for bit. Call it before the first work on a GPU."""
+    import torch
+
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with fixed workspaces
+    torch.use_deterministic_algorithms(wanted)

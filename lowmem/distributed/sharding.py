@@ -1,0 +1,132 @@
+"""Where a model's weights live, and the one reduction of its gradients a step."""
+
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lowmem.config.train_config import CHOICES
+from lowmem.distributed.collectives import waiting
+from lowmem.distributed.fill import filled
+from lowmem.distributed.tensor_parallel import divide_layers, make_tensor_mesh
+from lowmem.errors import UsageError
+
+
+def parallelize(
+    model: nn.Module,
+    accelerator: Accelerator,
+    *,
+    sharding_strategy: str = "NO_SHARD",
+    shard_size: int | None = None,
+    cpu_offload: bool = False,
+    tp_size: int = 1,
+) -> nn.Module:
+    """Put the model on this rank's device with rank 0's weights and buffers. State keys stay the model's own.
+
+    NO_SHARD keeps a whole copy on every rank and wraps nothing. The others are torch's `fully_shard`, in groups of a
+    layer each: parameters become DTensors, of which a rank has some rows, and every backward adds to sharded sums over
+    ranks, reduced in fp32. FULL_SHARD gathers a layer's weights for its forward and again for its backward,
+    SHARD_GRAD_OP keeps them in between, HYBRID_SHARD is FULL_SHARD among `shard_size` neighbouring ranks (None: those
+    of this machine), with a copy for each such set. `cpu_offload` keeps what is sharded in host memory, where its
+    optimizer steps.
+
+    `tp_size` neighbouring ranks share a model's layers by tensor parallelism, see `divide_layers`: they must be given
+    the same rows, those of `data_place`.
+
+    A model that will be divided may come without data (`load_model(..., on_meta=True)`): see `filled`. Raises
+    UsageError for what does not fit the processes or the model.
+    """
+    if sharding_strategy not in (strategies := CHOICES["sharding_strategy"]):
+        raise UsageError(f"sharding_strategy={sharding_strategy} was asked for: take one of {', '.join(strategies)}")
+    if accelerator.deepspeed_plugin is not None:
+        return model  # its engine puts it where it belongs; at stage 3 a device never holds the whole
+    if tp_size > 1:
+        if sharding_strategy != "NO_SHARD":
+            raise UsageError(f"tp_size={tp_size} was asked for with {sharding_strategy}: use one of them")
+        mesh = make_tensor_mesh(accelerator.device.type, accelerator.num_processes, tp_size)
+        with filled(model, accelerator.device, on_host=False):
+            divide_layers(model, mesh)
+        return model
+    if sharding_strategy != "NO_SHARD":
+        mesh = make_mesh(accelerator, sharding_strategy, shard_size)
+        with filled(model, accelerator.device, on_host=cpu_offload):
+            shard(model, mesh, reshard_after_forward=sharding_strategy != "SHARD_GRAD_OP", cpu_offload=cpu_offload)
+        return model
+    if cpu_offload:
+        raise UsageError("cpu_offload was asked for with sharding_strategy=NO_SHARD: use FULL_SHARD, or leave it")
+    model.to(accelerator.device)
+    if accelerator.num_processes > 1:
+        with waiting("spreading the weights of rank 0"):
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.data, src=0)
+    return model
+
+
+def make_mesh(accelerator: Accelerator, sharding_strategy: str, shard_size: int | None) -> DeviceMesh:
+    """All ranks in a row, or, of HYBRID_SHARD, as rows of `shard_size`: (copies, shards of one copy)."""
+    world_size, kind = accelerator.num_processes, accelerator.device.type
+    if not dist.is_initialized():  # a single process, which shards to keep weights in host memory
+        dist.init_process_group(dist.get_default_backend_for_device(kind), store=dist.HashStore(), rank=0, world_size=1)
+    if sharding_strategy != "HYBRID_SHARD":
+        if shard_size not in (None, world_size):
+            raise UsageError(
+                f"shard_size={shard_size} was asked for, {sharding_strategy} divides one copy over all {world_size} "
+                "processes: set sharding_strategy=HYBRID_SHARD, or leave it"
+            )
+        return init_device_mesh(kind, (world_size,))
+    shard_size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if shard_size >= world_size or world_size % shard_size:
+        raise UsageError(
+            f"HYBRID_SHARD was asked for with {shard_size} processes to a copy, there are {world_size} in all: set "
+            "shard_size to a smaller divisor of that, or use FULL_SHARD"
+        )
+    return init_device_mesh(kind, (world_size // shard_size, shard_size), mesh_dim_names=("copies", "shards"))
+
+
+# It warns of every layer that returns a view, as T5's do, because of what could be done to that in place: nothing is.
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool, cpu_offload: bool) -> None:
+    """Divide the model over `mesh` in place, data or none, a layer in a group. `parallelize` does it, and fills it."""
+    options = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy(),
+    }
+    for module, is_kept in _groups(model):
+        fully_shard(module, reshard_after_forward=reshard_after_forward and not is_kept, **options)
+        # Sums, where its default is means: the step divides by the targets of all ranks.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that multiplies by a factor
+
+
+def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
+    """The modules whose weights are gathered together, inner ones first; True: gathered once for the whole step.
+
+    That is so of the output head, which the chunked loss takes after the model's forward, and of all that is in no
+    other group: norms, and embeddings that share their weights with the head.
+    """
+    yield from ((module, False) for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    embeddings, head = (
+        (model.get_input_embeddings(), model.get_output_embeddings())
+        if isinstance(model, PreTrainedModel)
+        else (None, None)
+    )
+    if isinstance(head, nn.Linear) and embeddings is not None and embeddings.weight is not head.weight:
+        yield embeddings, False
+        yield head, True
+    yield model, True

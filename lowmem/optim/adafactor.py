@@ -1,0 +1,72 @@
+"""Adafactor in the memory tiers: a second moment of rows and columns, over bf16 weights."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.optim.formats import by_rows, read, write, zeros
+from lowmem.optim.tiers import Random, Tensors, TieredOptimizer
+
+
+class TieredAdafactor(TieredOptimizer):
+    """Adafactor (Shazeer and Stern, 2018) as `torch.optim.Adafactor`, without its two host syncs a parameter.
+
+    The second moment of a matrix is the product of a row and a column; a vector's is whole. No first moment. A
+    parameter of more dimensions is taken as a matrix of its first one and all others.
+    """
+
+    _LEAST_VARIANCE = torch.finfo(torch.float32).eps
+    _LEAST_RMS = 1e-3
+
+    def __init__(self, groups, *, memory: str):
+        super().__init__(groups, {"weight_decay": 0.0}, memory=memory)
+
+    def _new_moments(self, parameter: nn.Parameter, local: Tensor) -> Tensors:
+        matrix = by_rows(local)
+        if parameter.dim() < 2:
+            return zeros("variance", matrix, "fp32")
+        return zeros("row_var", matrix[:, :1], "fp32") | zeros("col_var", matrix[:1], "fp32")
+
+    def _update(
+        self, group: dict[str, object], parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, draw: Random
+    ) -> None:
+        step, lr = int(tensors["step"]), group["lr"]
+        count = parameter.numel()
+        self._add_to_variance(parameter, gradient, tensors, step**-0.8)
+        direction = self._direction(gradient, tensors)
+        weight_squares, update_squares = (torch.zeros((), device=parameter.device) for _ in range(2))
+        for rows in self._slices(parameter):
+            weight_squares += read(tensors, "weight", rows).square().sum()
+            update_squares += direction(rows).square_().sum()
+        rms = (weight_squares / count).sqrt()
+        size = rms.clamp(min=self._LEAST_RMS) * min(lr, step**-0.5) / (update_squares / count).sqrt().clamp(min=1.0)
+        for rows in self._slices(parameter):
+            weight = read(tensors, "weight", rows).mul_(1 - lr * group["weight_decay"])
+            weight -= size * direction(rows)
+            write(tensors, "weight", rows, weight, draw(weight) if "weight_low" not in tensors else None)
+
+    def _add_to_variance(self, parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, part: float) -> None:
+        if "variance" in tensors:
+            tensors["variance"].lerp_(gradient.float().square(), part)
+            return
+        rows_mean, columns_sum = torch.empty_like(tensors["row_var"]), torch.zeros_like(tensors["col_var"])
+        for rows in self._slices(parameter):
+            squares = gradient[rows].float().square()
+            rows_mean[rows] = squares.mean(1, keepdim=True)
+            columns_sum += squares.sum(0, keepdim=True)
+        tensors["row_var"].lerp_(rows_mean, part)
+        tensors["col_var"].lerp_(columns_sum / len(gradient), part)
+
+    def _direction(self, gradient: Tensor, tensors: Tensors) -> Callable[[slice], Tensor]:
+        """The gradient over the root of its second moment, as a function of the rows that are wanted."""
+        mean = tensors["row_var"].mean().clamp(min=self._LEAST_VARIANCE) if "row_var" in tensors else None
+
+        def direction(rows: slice) -> Tensor:
+            if mean is None:
+                variance = tensors["variance"][rows].clone()
+            else:
+                variance = (tensors["row_var"][rows] / mean) @ tensors["col_var"]
+            return variance.clamp_(min=self._LEAST_VARIANCE**2).rsqrt_().mul_(gradient[rows])
+
+        return direction

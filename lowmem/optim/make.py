@@ -1,0 +1,131 @@
+"""Optimizers by name and memory tier, a gradient's norm, and the learning rate as a function of the step."""
+
+import inspect
+import re
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lowmem.config.train_config import TIERED_OPTIMIZERS
+from lowmem.distributed.dtensor import hold, is_in_columns, local_of
+from lowmem.distributed.placement import has_gathered, is_sharded
+from lowmem.optim.adafactor import TieredAdafactor
+from lowmem.optim.formats import BLOCK
+from lowmem.optim.tiers import TieredAdamW, is_large
+
+# with memory "off": those that step without a closure, on dense gradients and parameters of any shape
+_OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "adamax": torch.optim.Adamax,
+    "adafactor": torch.optim.Adafactor,
+    "adagrad": torch.optim.Adagrad,
+    "adadelta": torch.optim.Adadelta,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
+
+_FUSED_SHARDED = ("adamw", "adam")  # whose fused kernels take DTensors
+
+# names of biases and norms, which transformers' Trainer leaves without decay
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
+
+
+def make_optimizer(
+    model: nn.Module,
+    *,
+    name: str = "adamw",
+    memory: str = "exact",
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> Optimizer:
+    """An optimizer over the parameters of `model` that require a gradient; biases and norms get no decay.
+
+    In the tiers "exact" and "lean" it is adamw, adamw_bf16 (moments in bf16) or adafactor, and it turns all weights of
+    the model into bf16, in place, trained ones in the tier's form (see `memory/tiers.py`): parallelize first, as ranks
+    must hold the same fp32 weights, and use an Accelerator without mixed precision. `memory="off"` leaves the weights
+    as they are, for an optimizer of torch.optim. The learning rate is set at each step, from `learning_rate_at`;
+    `betas` and `eps` go to Adam's family. Raises ValueError for an unknown name or tier,
+    for a model without a trainable parameter, with adafactor for one that is divided over ranks, in lean for one
+    divided within blocks of its moments, and in a tier for one that DDP has wrapped, or that has computed sharded,
+    already: they would still have the old dtypes.
+    """
+    if memory not in ("exact", "lean", "off"):
+        raise ValueError(f"memory={memory!r} was asked for, there are exact, lean and off: choose one")
+    names = list(_OPTIMIZERS) if memory == "off" else TIERED_OPTIMIZERS
+    if name not in names:
+        raise ValueError(f"optimizer {name!r} was asked for, with memory={memory} there are {', '.join(names)}")
+    if memory != "off" and isinstance(model, DistributedDataParallel):
+        raise ValueError(f"memory={memory} changes dtypes, but DDP has wrapped the model: make the optimizer before")
+    if memory != "off" and has_gathered(model):
+        raise ValueError(
+            f"memory={memory} changes dtypes, but the sharded model has computed already: make the optimizer before"
+        )
+    trainable = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError("an optimizer was asked for, but every parameter is frozen: leave a part trainable")
+    is_divided = any(isinstance(parameter, DTensor) for _, parameter in trainable)
+    if name == "adafactor" and is_divided:
+        raise ValueError("adafactor needs whole matrices, this model's are divided over ranks: use adamw, or NO_SHARD")
+    decays = {True: weight_decay, False: 0.0}
+    groups = [
+        {"params": [pair for pair in trainable if _kind(*pair, model) == (is_decayed, is_whole)], "weight_decay": decay}
+        for is_decayed, decay in decays.items()
+        for is_whole in (False, True)  # torch's kernels do not take DTensors and others at once
+    ]
+    groups = [group for group in groups if group["params"]]
+    if memory == "off":
+        return _of_torch(_OPTIMIZERS[name], groups, betas, eps, is_fused=not is_divided or name in _FUSED_SHARDED)
+    if memory == "lean" and (uneven := _uneven_blocks(trainable)):
+        raise ValueError(
+            f"memory=lean keeps moments in blocks of {BLOCK} columns, but a rank has {uneven[1]} of {uneven[0]}'s: use "
+            "exact, or another tp_size"
+        )
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            hold(parameter, local_of(parameter.data).to(torch.bfloat16))
+    if name == "adafactor":
+        return TieredAdafactor(groups, memory=memory)
+    moments = "bf16" if name == "adamw_bf16" else "tier"
+    optimizer = TieredAdamW(groups, memory=memory, betas=betas, eps=eps, moments=moments)
+    if is_sharded(model):
+        # fully_shard takes note of the new tensors, and lets the old ones go. (`to` would take buffers to the host, if
+        # weights are offloaded to it.)
+        model._apply(lambda tensor: tensor)
+    return optimizer
+
+
+def _kind(path: str, parameter: nn.Parameter, model: nn.Module) -> tuple[bool, bool]:
+    """Whether it decays, and whether this rank has all of it."""
+    return not _is_bias_or_norm(path, model), not isinstance(parameter, DTensor)
+
+
+def _uneven_blocks(trainable: list[tuple[str, nn.Parameter]]) -> tuple[str, int] | None:
+    """A parameter divided by its columns, but not between two blocks of moments, and how many a rank has."""
+    columns = {name: local_of(x).shape[1] for name, x in trainable if is_large(x) and is_in_columns(x)}
+    return next(((name, number) for name, number in columns.items() if number % BLOCK), None)
+
+
+def _of_torch(
+    kind: type, groups: list[dict[str, object]], betas: tuple[float, float], eps: float, *, is_fused: bool
+) -> Optimizer:
+    accepted = inspect.signature(kind).parameters
+    options: dict[str, object] = {"lr": 0.0}
+    if "betas" in accepted:
+        options |= {"betas": betas, "eps": eps}
+    if "fused" in accepted and is_fused:
+        options["fused"] = True  # one pass over each parameter, and no temporaries of the model's size
+    else:
+        options["foreach"] = False
+    return kind([group | {"params": [parameter for _, parameter in group["params"]]} for group in groups], **options)
+
+
+def _is_bias_or_norm(path: str, model: nn.Module) -> bool:
+    owner = model.get_submodule(path.rpartition(".")[0])
+    return isinstance(owner, nn.LayerNorm) or _NO_DECAY.search(path) is not None

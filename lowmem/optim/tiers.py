@@ -1,0 +1,228 @@
+"""Optimizers of the memory tiers, over bf16 weights with their state in the forms of `forms.py`; AdamW among them.
+
+exact   the weight split into bf16 and an int16 low half: fp32 bit for bit; fp32 moments
+lean    the weight in bf16 alone, rounded stochastically; 8-bit moments. Small parameters are kept as in exact.
+
+A parameter is rebuilt in fp32, updated and put away again a slice of rows at a time, so that no temporary is as large
+as the embedding.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from lowmem.distributed.dtensor import hold, local_of, local_part, sharded_like
+from lowmem.distributed.seeds import seed_of
+from lowmem.optim.formats import by_rows, keep, random_halves, read, rows_and_columns, shuffled, write, zeros
+
+_SMALL = 4096  # vectors, and parameters of up to this many elements, are kept in fp32: their bytes do not count
+_CACHED_ELEMENTS = 2**19  # of a slice on CPU: its temporaries stay in the cache
+_VECTOR = 16  # fp32 values that a CPU computes at once
+_LAUNCHED_ELEMENTS = (2**22, 2**24)  # elsewhere, at least and at most: fewer launches, temporaries of a few percent
+
+Tensors = dict[str, Tensor]
+Random = Callable[[Tensor], Tensor]
+
+
+class TieredOptimizer(Optimizer):
+    """What the tiers' optimizers share: forms, slices, random bits, and sums of gradients.
+
+    Making one turns the trainable weights into the tier's form, in place. fp32 weights lose no bit that the tier
+    keeps; bf16 weights get a low half of zeros. All state is there from then on: "step" (on the host) and the tensors
+    of each form. Groups hold pairs (name, parameter). Random bits are a function of (`seed`, update, name).
+    """
+
+    def __init__(self, groups: list[dict[str, object]], defaults: dict[str, object], *, memory: str):
+        names = {parameter: name for group in groups for name, parameter in group["params"]}
+        groups = [group | {"params": [parameter for _, parameter in group["params"]]} for group in groups]
+        super().__init__(groups, {"lr": 0.0} | defaults)
+        self.memory, self._names = memory, names
+        self.seed = 0
+        """Seeds stochastic rounding, with update and parameter; `train_step` sets the state's."""
+        self._slice_elements = _slice_elements(list(names))
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                form = "bf16" if self._is_rounded(parameter) else "split"
+                local = local_of(parameter.detach())
+                kept = keep("weight", local.float().contiguous(), form) | self._new_moments(parameter, local)
+                hold(parameter, kept.pop("weight"))
+                sharded = {name: sharded_like(parameter, tensor) for name, tensor in kept.items()}
+                self.state[parameter] = {"step": torch.zeros(()), **sharded}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient, of bf16 or fp32."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                state["step"] += 1
+                tensors = _local_tensors(parameter, state)
+                gradient = by_rows(local_of(parameter.grad).contiguous())
+                self._update(group, parameter, gradient, tensors, self._random(parameter, int(state["step"])))
+
+    @contextmanager
+    def summing(self, micro_batches: int, *key: int) -> Iterator[None]:
+        """Within it, gradients of several backward passes add up in fp32, or as bf16 with stochastic rounding.
+
+        The latter for lean's large parameters, with random bits of `key`. A single pass leaves them in bf16.
+        """
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        sums: dict[nn.Parameter, Tensors] = {}
+        count = dict.fromkeys(parameters, 0)
+
+        @torch.no_grad()
+        def add(parameter: nn.Parameter) -> None:
+            gradient, parameter.grad = local_of(parameter.grad).contiguous(), None
+            is_rounded = self._is_rounded(parameter)
+            if parameter not in sums:
+                sums[parameter] = {"sum": gradient if is_rounded else gradient.float()}
+                return
+            count[parameter] += 1
+            draw = self._random(parameter, count[parameter], *key)
+            for rows in self._slices(parameter):
+                values = read(sums[parameter], "sum", rows).add_(by_rows(gradient)[rows])
+                write(sums[parameter], "sum", rows, values, draw(values) if is_rounded else None)
+
+        for parameter in parameters:
+            parameter.grad_dtype = parameter.dtype
+        hooks = [x.register_post_accumulate_grad_hook(add) for x in parameters] if micro_batches > 1 else []
+        try:
+            yield
+            for parameter in parameters if hooks else ():
+                # of all of them, as a rank that did not reach one makes zeros where others bring a sum
+                parameter.grad_dtype = torch.bfloat16 if self._is_rounded(parameter) else torch.float32
+            for parameter, total in sums.items():
+                parameter.grad = sharded_like(parameter, total["sum"])
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def round_from(self, parameter: nn.Parameter, names: Iterable[str], values: Callable[[str, slice], Tensor]) -> None:
+        """Put fp32 values into what `names` of `parameter`, "weight" and any of its state, in this tier's forms.
+
+        `values(name, rows)` are those of some rows of the whole parameter, (rows, columns), on any device.
+        """
+        tensors, (_, first, _) = _local_tensors(parameter, self.state[parameter]), local_part(parameter.data)
+        draw = self._random(parameter, "round_from")
+        for rows in self._slices(parameter):
+            for name in sorted(names):
+                new = values(name, slice(first + rows.start, first + rows.stop)).to(parameter.device)
+                if tensors[name].dtype == torch.float32:
+                    by_rows(tensors[name])[rows] = new
+                else:
+                    write(tensors, name, rows, new, None if f"{name}_low" in tensors else draw(new))
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Fill the state with a saved one, as it is. (torch's own would turn every tensor into the weight's dtype.)"""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, tensors in state_dict["state"].items():
+            for key, tensor in tensors.items():
+                self.state[parameters[index]][key].copy_(tensor)
+
+    def _new_moments(self, parameter: nn.Parameter, local: Tensor) -> Tensors:
+        """Zeros for what this rank has of `parameter`: its `local` tensor."""
+        raise NotImplementedError
+
+    def _update(
+        self, group: dict[str, object], parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, draw: Random
+    ) -> None:
+        """Update all that `tensors` holds, the weight and its state, a slice of rows at a time."""
+        raise NotImplementedError
+
+    def _is_rounded(self, parameter: nn.Parameter) -> bool:
+        return self.memory == "lean" and is_large(parameter)
+
+    def _slices(self, parameter: nn.Parameter) -> Iterator[slice]:
+        rows, columns = rows_and_columns(local_of(parameter))
+        height = max(1, self._slice_elements // max(1, columns))
+        # whole vectors, where that is possible: the fused kernel may round otherwise at the end of its memory
+        whole = _VECTOR // math.gcd(_VECTOR, columns)
+        height = height // whole * whole or height
+        return (slice(first, min(first + height, rows)) for first in range(0, rows, height))
+
+    def _random(self, parameter: nn.Parameter, *key: int | str) -> Random:
+        """A source of random bits, 16 for each element of a slice, the same on every rank that has this part."""
+        generator = None  # made when it is needed: exact never draws
+        _, *corner = local_part(parameter.data)
+
+        def draw(values: Tensor) -> Tensor:
+            nonlocal generator
+            if generator is None:
+                seed = seed_of(self.seed, *key, self._names[parameter], *(corner if any(corner) else []))
+                generator = torch.Generator(parameter.device).manual_seed(seed)
+            return random_halves(values.shape, generator)
+
+        return draw
+
+
+class TieredAdamW(TieredOptimizer):
+    """AdamW (Loshchilov and Hutter, 2019) by torch's fused kernel; exact has the bits of `torch.optim.AdamW` in fp32.
+
+    `moments` "tier": fp32 in exact, 8 bits in lean; "bf16": rounded stochastically in either.
+    """
+
+    def __init__(self, groups, *, memory: str, betas: tuple[float, float], eps: float, moments: str):
+        self._moments = moments
+        super().__init__(groups, {"weight_decay": 0.0, "betas": betas, "eps": eps}, memory=memory)
+
+    def _new_moments(self, parameter: nn.Parameter, local: Tensor) -> Tensors:
+        forms = ("fp32", "fp32")
+        if is_large(parameter):
+            of_tier = ("int8", "uint8") if self.memory == "lean" else forms
+            forms = of_tier if self._moments == "tier" else ("bf16", "bf16")
+        return zeros("exp_avg", local, forms[0]) | zeros("exp_avg_sq", local, forms[1])
+
+    def _update(
+        self, group: dict[str, object], parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, draw: Random
+    ) -> None:
+        names = ("weight", "exp_avg", "exp_avg_sq")
+        is_rounded = any(tensors[name].dtype != torch.float32 and f"{name}_low" not in tensors for name in names)
+        beta1, beta2 = group["betas"]
+        for rows in self._slices(parameter):
+            weight, exp_avg, exp_avg_sq = (read(tensors, name, rows) for name in names)
+            adamw(
+                [weight],
+                [gradient[rows].float()],
+                [exp_avg],
+                [exp_avg_sq],
+                [],
+                [torch.full((), int(tensors["step"]) - 1, dtype=torch.float32, device=weight.device)],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            random = draw(weight) if is_rounded else None
+            write(tensors, "weight", rows, weight, random)
+            write(tensors, "exp_avg_sq", rows, exp_avg_sq, random)
+            # other bits for the first moment, as it will be divided by the second
+            write(tensors, "exp_avg", rows, exp_avg, shuffled(random) if is_rounded else None)
+
+
+def _local_tensors(parameter: nn.Parameter, state: Tensors) -> Tensors:
+    """The weight and its state as this rank has them, to be updated in place."""
+    return {name: local_of(tensor) for name, tensor in {"weight": parameter.data, **state}.items()}
+
+
+def _slice_elements(parameters: list[nn.Parameter]) -> int:
+    if parameters[0].device.type == "cpu":
+        return _CACHED_ELEMENTS
+    least, most = _LAUNCHED_ELEMENTS
+    return min(most, max(least, max(parameter.numel() for parameter in parameters) // 32))
+
+
+def is_large(parameter: Tensor) -> bool:
+    """Whether the bytes of its state count, so that lean rounds it."""
+    return parameter.dim() > 1 and parameter.numel() > _SMALL

@@ -1,0 +1,142 @@
+"""What `plan` prints and draws, and what `train` does about --device_memory and --host_memory."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from lowmem.config.sizes import parse_bytes
+from lowmem.config.train_config import TrainConfig
+from lowmem.distributed.launcher import launched_processes
+from lowmem.distributed.setup import check_launch
+from lowmem.plan.choose import choose, variants
+from lowmem.plan.predict import DEVICE_PARTS, Place, Prediction, gigabytes, planners, predicting, visible_gpus
+
+_PLANNING_SECONDS = 900.0  # that others wait for the one that plans, many times what a large model takes
+
+
+def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
+    """Print what `config`, or what is chosen to fit, takes; each tier, saver and strategy beside it; draw plan.png."""
+    asked = config
+    with planners(config.host_memory) as pool:
+        place = _place(config, pool)
+        print(_told(config, place), flush=True)
+        predict = predicting(pool, place)
+        if config.device_memory or config.host_memory:
+            config, _ = choose(config, place, fixed, predict, partial(print, flush=True))
+            print(f"chosen: {', '.join(flags_between(asked, config)) or 'as asked'}")
+        names, costs, configs = zip(("as above", "", config), *variants(config, place), strict=True)
+        predictions = predict(configs)
+        first = next(predictions)
+        print("\n".join(["", *table_of_parts(first)]), flush=True)
+        predictions = [first, *predictions]
+    print("\n".join(["", *table_of_variants(list(zip(names, costs, predictions, strict=True)))]))
+    print(_draw(list(zip(names, predictions, strict=True)), asked.device_memory, Path(config.output_dir)))
+
+
+def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
+    """The config of the fastest settings that fit. Raises UsageError if none does.
+
+    Of processes that a launcher started the first one plans, for all, and tells: each is called, before they join.
+    """
+    check_launch(config.num_processes)
+
+    def find() -> dict[str, object]:
+        return _changes_that_fit(config, fixed)
+
+    if (launched_processes() or 1) == 1:
+        return dataclasses.replace(config, **find())
+    from lowmem.distributed.before_init import found_by_first
+
+    waits = {"limit_seconds": _PLANNING_SECONDS, "start_seconds": config.heartbeat_timeout}
+    return dataclasses.replace(config, **found_by_first(find, **waits))
+
+
+def _changes_that_fit(config: TrainConfig, fixed: Iterable[str]) -> dict[str, object]:
+    with planners(config.host_memory) as pool:
+        place = _place(config, pool)
+        print(_told(config, place), flush=True)
+        fitting, _ = choose(config, place, fixed, predicting(pool, place), partial(print, flush=True))
+    changes = _changes_between(config, fitting)
+    print(f"chosen: {', '.join(flags_between(config, fitting)) or 'as asked'}", flush=True)
+    return changes
+
+
+def _place(config: TrainConfig, pool: Executor) -> Place:
+    """Under a launcher its processes, else those that `train` would start. A limit of device memory means a GPU."""
+    launched = launched_processes()
+    world_size = launched or config.num_processes
+    gpus = visible_gpus(pool) if config.device_memory is None or world_size is None else 0
+    world_size = world_size or max(1, gpus)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if launched else world_size
+    return Place(world_size, local, on_gpu=config.device_memory is not None or gpus > 0)
+
+
+def _told(config: TrainConfig, place: Place) -> str:
+    where = "a GPU each" if place.on_gpu else "this CPU (for a GPU, set --device_memory)"
+    model, rows = config.model_name_or_path or config.model_config, config.batch_size
+    return f"predicted for {place.world_size} x {where}: {model}, micro-batches of {rows} x {config.max_seq_len} tokens"
+
+
+def flags_between(before: TrainConfig, after: TrainConfig) -> list[str]:
+    """The flags that make one config of the other."""
+    return [f"--{name}={value}" for name, value in _changes_between(before, after).items()]
+
+
+def _changes_between(before: TrainConfig, after: TrainConfig) -> dict[str, object]:
+    return {name: value for name, value in vars(after).items() if value != getattr(before, name)}
+
+
+def table_of_parts(prediction: Prediction) -> list[str]:
+    """Where bytes go: on a device, on the host and on disk."""
+    lines = []
+    places = {"device, of each process, at its peak": prediction.device, "host, of this machine": prediction.host}
+    for place, parts in (places | {"disk": prediction.disk}).items():
+        lines.append(f"{place}: {gigabytes(sum(parts.values()))}")
+        lines += [f"  {name:<28}{gigabytes(size):>12}" for name, size in parts.items() if size]
+    return lines
+
+
+def table_of_variants(rows: Sequence[tuple[str, str, Prediction]]) -> list[str]:
+    """What each setting buys: bytes, and x those of the first row; and what it costs."""
+    first = rows[0][2].device_bytes
+    lines = [f"{'':<34}{'device':>12}{'x':>7}{'host':>12}{'disk':>12}  costs"]
+    for name, costs, prediction in rows:
+        sizes = [prediction.device_bytes, prediction.host_bytes, sum(prediction.disk.values())]
+        device, host, disk = map(gigabytes, sizes)
+        lines.append(f"{name:<34}{device:>12}{sizes[0] / first:>7.2f}{host:>12}{disk:>12}  {costs}".rstrip())
+    return lines
+
+
+def _draw(bars: Sequence[tuple[str, Prediction]], device_memory: str | None, output: Path) -> str:
+    """Draw the devices' parts, and their limit, into the output folder, or this one if there is none yet.
+
+    Returns a line that tells where, or why not.
+    """
+    if find_spec("matplotlib") is None:
+        return "no picture: matplotlib is not installed (pip install 'lowmem[plot]')"
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.5 + 0.4 * len(bars)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    left = [0.0] * len(bars)
+    for color, part in enumerate(DEVICE_PARTS):
+        widths = [prediction.device.get(part, 0) / 10**9 for _, prediction in bars]
+        if any(widths):
+            axes.barh(range(len(bars)), widths, left=left, label=part, color=f"C{color}")
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    if device_memory is not None:
+        limit = f"--device_memory={device_memory}"
+        axes.axvline(parse_bytes(device_memory) / 10**9, color="black", linestyle="--", label=limit)
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+    axes.invert_yaxis()
+    axes.set_xlabel("GB on the device of each process, at its peak")
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    path = (output if output.is_dir() else Path()) / "plan.png"
+    figure.savefig(path, dpi=120)
+    return f"{path} is a picture of it"

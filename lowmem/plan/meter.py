@@ -1,0 +1,156 @@
+"""Count the bytes that tensors hold, now and at most: on any device, and for tensors without data alike."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem.distributed.dtensor import local_of
+from lowmem.plan.parts import COMMUNICATION
+
+CUDA_BLOCK_BYTES = 512  # what CUDA's caching allocator rounds up to
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Within it every storage that a torch operation makes is counted until it is freed, backward included.
+
+    A storage counts once, however many tensors view it, for as long as anything holds it (autograd too); views and
+    in-place operations make none. What was there before is left out, unless `count` takes it in; so is a file mapped
+    into memory, which the system may drop. A resized storage counts at its new size.
+    Sizes are rounded up to `block_bytes`: 1 counts what was asked for, CUDA_BLOCK_BYTES what a GPU hands out.
+    Set `kind` to name what is made from then on: `peak_by_kind` tells what the peak consisted of.
+
+    It sees operations, not kernels: what a kernel takes and frees inside itself is not counted, nor are fragmentation,
+    libraries' workspaces and a device's context. Operations of other threads are not seen, except autograd's.
+    """
+
+    def __init__(self, *, block_bytes: int = 1):
+        super().__init__()
+        self.live_bytes = 0
+        """Bytes of the counted storages that are alive."""
+        self.peak_bytes = 0
+        """The largest `live_bytes` since the start or `reset_peak`."""
+        self.kind = ""
+        """What storages are made for from here on."""
+        self.peak_by_kind: dict[str, int] = {}
+        """The bytes of `peak_bytes`, by kind."""
+        self._block_bytes = block_bytes
+        self._live_by_kind: dict[str, int] = {}
+        self._storages: dict[int, tuple[ref, int, str]] = {}  # by address, which no other has while it lives
+
+    def count(self, tensors: Iterable[Tensor], kind: str | None = None) -> None:
+        """Count also the storages of `tensors`, which were made before: a model's parameters, an optimizer's state.
+
+        From here on they are of `kind`; None leaves it to those that were counted already.
+        """
+        for tensor in tensors:
+            self._update(local_of(tensor).untyped_storage(), kind)
+
+    def rename(self, kind: str, new_kind: str) -> None:
+        """What is alive and of one kind is of another from here on."""
+        for address, (reference, num_bytes, its_kind) in self._storages.items():
+            if its_kind == kind:
+                self._storages[address] = reference, num_bytes, new_kind
+        moved = self._live_by_kind.pop(kind, 0)
+        self._live_by_kind[new_kind] = self._live_by_kind.get(new_kind, 0) + moved
+
+    def reset_peak(self) -> None:
+        """From here on `peak_bytes` is the largest of what follows, beginning with what is alive."""
+        self.peak_bytes, self.peak_by_kind = self.live_bytes, dict(self._live_by_kind)
+
+    def __enter__(self):
+        # fully_shard lets go of gathered weights by a resize, which is no operation
+        self._resize = resize = torch.UntypedStorage.resize_
+
+        def resize_and_count(storage: torch.UntypedStorage, num_bytes: int) -> torch.UntypedStorage:
+            resize(storage, num_bytes)
+            if storage._cdata in self._storages:
+                self._update(storage, COMMUNICATION)
+            return storage
+
+        torch.UntypedStorage.resize_ = resize_and_count
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.UntypedStorage.resize_ = self._resize
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        # torch.tensor makes its storage out of sight and shows it as this operation's input
+        given = (
+            () if func is torch.ops.aten.lift_fresh.default else [*_storages_of(args), *_storages_of(kwargs.values())]
+        )
+        not_ours = {storage._cdata for storage in given if storage._cdata not in self._storages}
+        result = func(*args, **kwargs)
+        for storage in given:
+            if storage._cdata not in not_ours:
+                self._update(storage)
+        made_for = COMMUNICATION if func.namespace in ("c10d", "fsdp") else None
+        for storage in _storages_of([result]):
+            if storage._cdata not in not_ours:
+                self._update(storage, None if storage._cdata in self._storages else made_for)
+        if func.namespace == "fsdp":  # it gathers a layer's weights into what torch.empty has made for them
+            for storage in _storages_of([kwargs.get("out")]):
+                if storage._cdata not in not_ours:
+                    self._update(storage, COMMUNICATION)
+        return result
+
+    def _update(self, storage: torch.UntypedStorage, kind: str | None = None) -> None:
+        address = storage._cdata
+        if address in self._storages:
+            reference, known_bytes, known_kind = self._storages[address]
+        elif storage.filename is None:
+            reference, known_bytes, known_kind = ref(storage, partial(self._forget, address)), 0, kind or self.kind
+        else:
+            return
+        num_bytes = -(-storage.nbytes() // self._block_bytes) * self._block_bytes
+        kind = kind or known_kind
+        self._storages[address] = reference, num_bytes, kind
+        self._add(known_kind, -known_bytes)
+        self._add(kind, num_bytes)
+        if self.live_bytes > self.peak_bytes:
+            self.reset_peak()
+
+    def _add(self, kind: str, num_bytes: int) -> None:
+        self.live_bytes += num_bytes
+        self._live_by_kind[kind] = self._live_by_kind.get(kind, 0) + num_bytes
+
+    def _forget(self, address: int, _reference: ref) -> None:
+        _, num_bytes, kind = self._storages.pop(address)
+        self._add(kind, -num_bytes)
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Within it tensors have shapes, dtypes and storages, but no data: a model of any size is built and trained.
+
+    `.item()` answers True or 1, so that a check for finite numbers passes. Enter a MemoryMeter inside of it.
+    """
+    # others are those of process groups and meshes, made before
+    with _OptimisticFakes(allow_non_fake_inputs=True):
+        yield
+
+
+class _OptimisticFakes(FakeTensorMode):
+    """Fake tensors have no values to read: every one read is True or 1."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return True if args[0].dtype == torch.bool else 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _storages_of(values: Iterable[object]) -> Iterator[torch.UntypedStorage]:
+    """Of the tensors among `values`, in lists of them too. (torch's walk of trees takes longer than an operation.)"""
+    for value in values:
+        if isinstance(value, Tensor):
+            # a DTensor's own storage has the size of the whole, and nobody has it
+            yield local_of(value).untyped_storage()
+        elif isinstance(value, list | tuple):
+            yield from _storages_of(value)
