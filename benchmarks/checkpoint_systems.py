@@ -122,14 +122,14 @@ def digest(model, optimizer) -> str:
 def run_lowmem(settings: SimpleNamespace, gauge: Gauge, memory: str):
     from lowmem import (
         TrainState,
-        join,
+        init_distributed,
         load_checkpoint,
         make_optimizer,
         parallelize,
         save_checkpoint,
     )
 
-    accelerator = join()
+    accelerator = init_distributed()
     model = parallelize(build(settings), accelerator)
     state = TrainState(model, make_optimizer(model, memory=memory, **OPTIMIZER))
     if settings.is_load:

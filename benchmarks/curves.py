@@ -34,7 +34,7 @@ from lowmem import (
     TrainState,
     chunked_loss,
     collate,
-    join,
+    init_distributed,
     learning_rate_at,
     load_model,
     make_encoder,
@@ -198,7 +198,7 @@ def train(name: str, model_name: str, seed: int, flags: argparse.Namespace) -> R
     """Train one arm from the weights and on the order of rows that `seed` draws, alike for every arm."""
     arm = ARMS[name]
     AcceleratorState._reset_state(reset_partial_state=True)  # one process, one precision, if not for this
-    accelerator = join(mixed_precision=arm.mixed_precision)
+    accelerator = init_distributed(mixed_precision=arm.mixed_precision)
     torch.manual_seed(seed)
     model, tokenizer = load_model(model_config=MODELS[model_name])
     model = parallelize(model, accelerator)

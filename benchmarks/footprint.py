@@ -67,13 +67,13 @@ def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: b
         os.environ["ACCELERATE_USE_CPU"] = "true"  # wherever tensors without data are to be, they are the CPU's
     import torch
 
-    from lowmem import join
+    from lowmem import init_distributed
     from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter, fake_tensors
     from lowmem.plan.stand_ins import stand_ins
 
     as_on_gpu = torch.cuda.is_available() or not for_this_machine
     train = {"lowmem": train_lowmem, "trainer": train_trainer}[system.loop]
-    accelerator = join(mixed_precision="bf16" if system.memory == "off" else "no")
+    accelerator = init_distributed(mixed_precision="bf16" if system.memory == "off" else "no")
     on_gpu = accelerator.device.type == "cuda"
     started = time.perf_counter()
     with nullcontext() if real else stand_ins(on_gpu=as_on_gpu), nullcontext() if real else fake_tensors():

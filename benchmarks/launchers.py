@@ -106,7 +106,12 @@ def run_rank() -> None:
             # DeepSpeed's stage 3 leaves an empty tensor and keeps its own part beside it
             return getattr(tensor, "ds_tensor", local_of(tensor)).nbytes
 
-        phases = {"join": "process group", "check_loss": "model", "open_stream": "rows", "fitting_step": "first step"}
+        phases = {
+            "init_distributed": "process group",
+            "check_loss": "model",
+            "open_stream": "rows",
+            "fitting_step": "first step",
+        }
         for name, phase in phases.items():
             setattr(loop, name, marked(phase, getattr(loop, name)))
     sys.exit(cli.main())

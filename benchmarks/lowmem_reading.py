@@ -117,9 +117,18 @@ def lowmem_wait(file: str, prefetch: int, num_steps: int) -> Record:
     import_all()
     import torch
 
-    from lowmem import TrainState, join, load_model, make_encoder, make_optimizer, parallelize, plain_loss, train_step
+    from lowmem import (
+        TrainState,
+        init_distributed,
+        load_model,
+        make_encoder,
+        make_optimizer,
+        parallelize,
+        plain_loss,
+        train_step,
+    )
 
-    accelerator = join()
+    accelerator = init_distributed()
     torch.manual_seed(SEED)
     model, tokenizer = load_model(model_config="t5-tiny")
     model = parallelize(model, accelerator)

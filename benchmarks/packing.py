@@ -35,7 +35,7 @@ from lowmem import (
     check_packing,
     chunked_loss,
     collate,
-    join,
+    init_distributed,
     load_model,
     make_encoder,
     make_optimizer,
@@ -315,7 +315,7 @@ def records_of(flags: argparse.Namespace) -> Iterator[Record]:
     tokenizers = {"bpe": tokenizer, "byt5": ByT5Tokenizer()}
     for each in tokenizers.values():
         each.chat_template = CHATML
-    accelerator = join()
+    accelerator = init_distributed()
     about = {"rows": num_rows, "threads": flags.threads}
     for records in (
         check_counts(rows, tokenizers),

@@ -11,6 +11,7 @@ _HOMES = {
     "resolve": "config.parse",
     "parallelize": "distributed.sharding",
     "data_place": "distributed.placement",
+    "init_distributed": "distributed.setup",
     "join": "distributed.setup",
     "catching_signals": "distributed.signals",
     "open_rows": "data.rows",

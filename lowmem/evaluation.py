@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lowmem.data.batch import IGNORED, Batch
 from lowmem.data.rows import FileRows
 from lowmem.distributed.collectives import gather_bytes, sum_over_ranks
-from lowmem.distributed.heartbeat import doing
+from lowmem.distributed.heartbeat import phase
 from lowmem.distributed.placement import data_place, failing, is_sharded, resharding, unwrapped
 from lowmem.distributed.reduce import all_reduce_sum
 from lowmem.step import LossFunction
@@ -30,7 +30,7 @@ class Answer(NamedTuple):
     prediction: str
 
 
-@doing("evaluating")
+@phase("evaluating")
 @torch.no_grad()
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], loss_fn: LossFunction, accelerator: Accelerator, *, prefix: str = "eval"
@@ -61,7 +61,7 @@ def evaluate(
     }
 
 
-@doing("answering prompts")
+@phase("answering prompts")
 @torch.no_grad()
 def generate(
     model: nn.Module,

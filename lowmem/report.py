@@ -157,7 +157,7 @@ class Report:
         self._rows = self._tokens = self._skipped = 0
         self._counts: dict[str, int] = {}
         self._seconds = self._waited = self._waited_before = 0.0
-        self.training_goes_on()
+        self.restart_timer()
 
     def tell(self, *lines: str) -> None:
         if self._log:
@@ -167,7 +167,7 @@ class Report:
         """The same batches, with a bar for a terminal."""
         return tqdm(batches, desc=name, leave=False, disable=None if self._log else True)
 
-    def training_goes_on(self) -> None:
+    def restart_timer(self) -> None:
         """Start the clock of training speed: what lay before (evaluating, saving) does not count."""
         self._clock = time.perf_counter()
 

@@ -18,14 +18,14 @@ from torch.optim import Optimizer
 from lowmem.data.batch import Batch, UnreadableStep
 from lowmem.data.stream import Stream
 from lowmem.distributed import zero
-from lowmem.distributed.collectives import failing_alone, gather_bytes, raise_together, sum_over_ranks
+from lowmem.distributed.collectives import gather_bytes, raise_error_of_any_rank, report_failure, sum_over_ranks
 from lowmem.distributed.dtensor import is_first_copy, local_of
-from lowmem.distributed.heartbeat import at_step, doing
+from lowmem.distributed.heartbeat import at_step, phase
 from lowmem.distributed.placement import data_place, failing, is_divided, is_sharded
 from lowmem.distributed.reduce import all_reduce_sum, gradient_norm
 from lowmem.distributed.seeds import seed_of
 from lowmem.errors import OutOfMemory, StepTooLarge
-from lowmem.memory.out_of_memory import telling_if_full
+from lowmem.memory.out_of_memory import explain_out_of_memory
 from lowmem.memory.release import Released
 from lowmem.optim.tiers import TieredOptimizer
 
@@ -131,9 +131,9 @@ def train_step(
     # copies of a sharded model add up the same sums, so they must round them alike; other ranks have their own
     key = (state.step,) if is_sharded(state.model) else (state.step, place.rank)
     is_final = released is not None or is_divided(state.model)
-    too_large = telling_if_full(OutOfMemory if is_final else StepTooLarge, state.model, optimizer)
+    too_large = explain_out_of_memory(OutOfMemory if is_final else StepTooLarge, state.model, optimizer)
     try:
-        with doing("computing gradients"), failing(state.model), too_large:
+        with phase("computing gradients"), failing(state.model), too_large:
             with optimizer.summing(len(batches), *key) if in_tier else nullcontext():
                 pieces = batches if num_tokens else ()
                 losses = _add_gradients(state, pieces, loss_fn, accelerator, num_tokens, place.rank)
@@ -159,7 +159,7 @@ def train_step(
             raise FloatingPointError(f"step {state.step + 1}: {reason}. {_advice(released)}")
     updated = not reason
     if updated:
-        with doing("updating weights"), failing_alone(), telling_if_full(OutOfMemory, state.model, optimizer):
+        with phase("updating weights"), report_failure(), explain_out_of_memory(OutOfMemory, state.model, optimizer):
             if max_grad_norm:
                 _clip(gradients, max_grad_norm, grad_norm)
             optimizer.step()
@@ -204,8 +204,8 @@ def _by_engine(
     loss, grad_norm = torch.zeros(2, device=accelerator.device).unbind()
     if not num_tokens:
         return loss, grad_norm, "no rank has a target token"
-    told = telling_if_full(OutOfMemory, engine, state.optimizer)
-    with doing("computing gradients"), failing_alone(), told:
+    told = explain_out_of_memory(OutOfMemory, engine, state.optimizer)
+    with phase("computing gradients"), report_failure(), told:
         for index, batch in enumerate(batches):
             torch.manual_seed(seed_of(state.seed, state.step, accelerator.process_index, index))
             batch_loss = loss_fn(engine, batch.to(accelerator.device)) / num_tokens
@@ -228,7 +228,7 @@ def _begun_by_all_ranks(batches: Sequence[Batch], preempted: bool, *, is_counted
     num_targets = 0 if error or not is_counted else sum(batch.num_targets for batch in batches)
     num_targets, num_failed, num_preempted = sum_over_ranks(num_targets, error is not None, preempted)
     if num_failed:
-        raise_together(error)
+        raise_error_of_any_rank(error)
     return num_targets, num_preempted > 0
 
 

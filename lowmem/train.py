@@ -26,7 +26,7 @@ from lowmem.distributed import zero
 from lowmem.distributed.collectives import sum_over_ranks
 from lowmem.distributed.consistency import check_same, code, model_digest, rows_digest, seen_by_all, tokenizer_digest
 from lowmem.distributed.placement import data_place
-from lowmem.distributed.setup import join, make_deterministic
+from lowmem.distributed.setup import init_distributed, make_deterministic
 from lowmem.distributed.sharding import parallelize
 from lowmem.distributed.signals import Signals
 from lowmem.errors import SaveError
@@ -41,7 +41,7 @@ from lowmem.report import Report
 from lowmem.step import TrainState
 
 
-class Ending(NamedTuple):
+class Outcome(NamedTuple):
     """How a run ended that did not fail."""
 
     step: int
@@ -57,24 +57,24 @@ def train(
     test_rows: Rows | None,
     *,
     signals: Signals,
-    last_words: Callable[[str], None] | None = None,
-) -> Ending:
+    on_abort: Callable[[str], None] | None = None,
+) -> Outcome:
     """Train as `config` says, from the start or from a checkpoint, and leave the model in `output_dir`/model.
 
     A signal that a rank has caught ends the run on all of them: after the step or evaluation that is going on, once it
-    is saved; before the first step, as soon as all is loaded. `last_words` is called with a message before a silent or
+    is saved; before the first step, as soon as all is loaded. `on_abort` is called with a message before a silent or
     failed rank makes this one exit.
     """
     # --- processes
     output, settings = Path(config.output_dir), dataclasses.asdict(config)
     trackers = [name for name in config.report_to.split(",") if name]
-    accelerator = join(
+    accelerator = init_distributed(
         mixed_precision=config.autocast,
         deepspeed=complete_zero_config(config.deepspeed, **config.zero_settings) if config.deepspeed else None,
         report_to=trackers,
         output_dir=output,
         heartbeat_timeout=config.heartbeat_timeout,
-        last_words=last_words,
+        on_abort=on_abort,
         signals=signals,
     )
     rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -233,7 +233,7 @@ def train(
             state.note_best(evaluated["eval_loss"])
         preempted = signalled()
     end = state.step if preempted else total_steps
-    report.training_goes_on()
+    report.restart_timer()
     with entered(savers, model, optimizer), closing(stream):
         for step, batches in zip(range(state.step, end), stream, strict=False):
             result = fitting_step(
@@ -267,7 +267,7 @@ def train(
                     preempted = preempted or signalled()
             if preempted:
                 break
-            report.training_goes_on()
+            report.restart_timer()
 
     if preempted:
         signals.ignore()  # a launcher ends the others as soon as one of us has ended
@@ -281,4 +281,4 @@ def train(
         report.close(best=state.best)
         report.tell(f"done: {output / 'model'} holds the model, {output / 'metrics.jsonl'} its curve")
     accelerator.end_training()
-    return Ending(state.step if saves_checkpoints or not preempted else 0, preempted)
+    return Outcome(state.step if saves_checkpoints or not preempted else 0, preempted)

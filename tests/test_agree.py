@@ -5,14 +5,14 @@ import pytest
 import torch.distributed as dist
 
 from lowmem.distributed import heartbeat
-from lowmem.distributed.collectives import failing_alone, failing_together, on_main_rank, sum_over_ranks, waiting
-from lowmem.distributed.setup import join
+from lowmem.distributed.collectives import collective, on_main_rank, raise_on_all_ranks, report_failure, sum_over_ranks
+from lowmem.distributed.setup import init_distributed
 from lowmem.errors import RankError, SaveError, UsageError
 from tests.forked import fork_ranks
 
 
 def fail_somewhere() -> None:
-    accelerator = join()
+    accelerator = init_distributed()
     rank = accelerator.process_index
     for failing, kind, elsewhere in [
         (1, KeyError, RankError),
@@ -20,10 +20,10 @@ def fail_somewhere() -> None:
         (0, SaveError, SaveError),
     ]:
         told = "what was wrong" if rank == failing else rf"rank {failing} failed with {kind.__name__}: .*what was wrong"
-        with pytest.raises(kind if rank == failing else elsewhere, match=told), failing_together():
+        with pytest.raises(kind if rank == failing else elsewhere, match=told), raise_on_all_ranks():
             if rank == failing:
                 raise kind("what was wrong")
-    with failing_together():
+    with raise_on_all_ranks():
         pass  # nobody failed
     with pytest.raises(ZeroDivisionError if rank == 0 else RankError, match="rank 0 failed|division"):
         on_main_rank(lambda: 1 / 0)
@@ -35,20 +35,20 @@ def test_one_rank_fails_and_all_raise_what_it_tells():
 
 
 def test_alone_an_error_is_itself():
-    with pytest.raises(KeyError), failing_together():
+    with pytest.raises(KeyError), raise_on_all_ranks():
         raise KeyError("alone")
 
 
 def be_late():
-    accelerator = join(heartbeat_timeout=3)
+    accelerator = init_distributed(heartbeat_timeout=3)
     heartbeat.at_step(7)
     group = dist.new_group(timeout=timedelta(seconds=2))
     if accelerator.process_index == 0:
-        with heartbeat.doing("writing"):
+        with heartbeat.phase("writing"):
             sum_over_ranks(1)  # in another group: it lives and is stuck
     else:
         told = "^step 7, summing gradients: no rank is silent: rank 0 is at step 7, writing, agreeing; rank 1 is at"
-        with pytest.raises(RankError, match=told), waiting("summing gradients"):
+        with pytest.raises(RankError, match=told), collective("summing gradients"):
             dist.barrier(group)
         sum_over_ranks(1)
     accelerator.end_training()
@@ -59,10 +59,10 @@ def test_a_collective_that_times_out_tells_where_each_rank_is():
 
 
 def lose_a_rank():
-    accelerator = join(heartbeat_timeout=20)
+    accelerator = init_distributed(heartbeat_timeout=20)
     if accelerator.process_index == 1:
         os._exit(0)
-    with pytest.raises(RankError) as told, failing_alone():
+    with pytest.raises(RankError) as told, report_failure():
         sum_over_ranks(1)
     assert str(told.value).count("rank 1 has been silent") == 1
 

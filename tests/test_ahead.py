@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lowmem.config.parse import resolve
 from lowmem.distributed.before_init import found_by_first
 from lowmem.distributed.collectives import sum_over_ranks
-from lowmem.distributed.setup import join
+from lowmem.distributed.setup import init_distributed
 from lowmem.errors import UsageError
 from lowmem.job.supervise import tell_failure
 from lowmem.plan.command import fitted
@@ -50,7 +50,7 @@ def find(folder, how):
 def find_and_join(folder, how, rounds=1):
     def work():
         found = [found_by_first(lambda: find(folder, how), limit_seconds=4, start_seconds=4) for _ in range(rounds)]
-        join(heartbeat_timeout=10)
+        init_distributed(heartbeat_timeout=10)
         count = sum_over_ranks(1)
         dist.destroy_process_group()
         return [*found, count]
@@ -88,7 +88,7 @@ def test_what_rank_0_does_not_find_out_ends_all(how, codes, told, tmp_path):
 def plan_and_join(folder, flags):
     try:
         config = fitted(resolve(json.loads(flags)), fixed=())
-        join(heartbeat_timeout=10)
+        init_distributed(heartbeat_timeout=10)
         dist.destroy_process_group()
         Path(folder, os.environ["RANK"]).write_text(json.dumps([config.batch_size, config.recompute]))
     except Exception as error:

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from transformers import ByT5Tokenizer
 
-from lowmem import join
+from lowmem import init_distributed
 from lowmem.data.batch import collate
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.eval_batches import open_eval
@@ -96,7 +96,7 @@ def measure_rows(family, folder, accelerator):
 
 
 def measure_on_a_rank(family, folder):
-    accelerator = join()
+    accelerator = init_distributed()
     measured = measure_rows(family, folder, accelerator)
     with open(f"{folder}/{accelerator.process_index}.json", "w") as file:
         json.dump(measured, file)

@@ -17,18 +17,18 @@ from tests.processes import run, run_ranks, started_ranks, wait_until
 LIMIT = 3.0
 
 
-def join_and_watch(limit=LIMIT, last_words=None):
+def join_and_watch(limit=LIMIT, on_abort=None):
     dist.init_process_group("gloo")
-    watch_one_another(limit, last_words)
+    watch_one_another(limit, on_abort)
     return dist.get_rank()
 
 
 def end_a_rank(victim, number, folder):
-    rank = join_and_watch(last_words=lambda message: Path(folder, str(dist.get_rank())).write_text(message))
+    rank = join_and_watch(on_abort=lambda message: Path(folder, str(dist.get_rank())).write_text(message))
     heartbeat.at_step(4)
     sum_over_ranks(1)
     if rank == int(victim):
-        with heartbeat.doing("computing gradients"):
+        with heartbeat.phase("computing gradients"):
             time.sleep(1)  # until the others have heard of it
             os.kill(os.getpid(), int(number))
     sum_over_ranks(2)
@@ -53,7 +53,7 @@ def test_a_rank_that_is_killed_or_stopped_is_named_by_all_others(victim, how, tm
 
 def fail_alone():
     rank = join_and_watch()
-    with heartbeat.doing("computing gradients"):
+    with heartbeat.phase("computing gradients"):
         if rank == 1:
             raise KeyError("no such row")
         time.sleep(60)  # as in a collective of a GPU, where no exception would come

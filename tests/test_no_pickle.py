@@ -13,7 +13,7 @@ from lowmem.checkpoint.load import load_checkpoint
 from lowmem.checkpoint.resume import checkpoint_to_resume
 from lowmem.checkpoint.save import save_checkpoint, save_model
 from lowmem.distributed.collectives import on_main_rank
-from lowmem.distributed.setup import join
+from lowmem.distributed.setup import init_distributed
 from lowmem.errors import UsageError
 from lowmem.model import load_model
 from tests.forked import fork_ranks
@@ -32,7 +32,7 @@ def save_and_load_unpickled(folder, sharding_strategy):
     def forbidden(*arguments, **options):
         raise AssertionError("pickle was used")
 
-    accelerator = join()
+    accelerator = init_distributed()
     state = new_state(accelerator, sharding_strategy)
     train(state, 1, accelerator)
     for module, name in [(pickle, "dumps"), (pickle, "dump"), (pickle, "loads"), (pickle, "load"), (torch, "load")]:

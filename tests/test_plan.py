@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lowmem.config.parse import named_fields, resolve
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import local_of
-from lowmem.distributed.setup import join
+from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
 from lowmem.errors import UsageError
 from lowmem.loss import chunked_loss
@@ -103,7 +103,7 @@ STRATEGIES = [{"sharding_strategy": name} for name in ("NO_SHARD", "SHARD_GRAD_O
 
 
 def write_peaks(folder, configs):
-    accelerator = join()
+    accelerator = init_distributed()
     peaks = [peak_of_two_steps(config, accelerator) for config in configs]
     (folder / f"peaks-{accelerator.process_index}").write_text(json.dumps(peaks))
 

@@ -14,7 +14,7 @@ from lowmem.data.eval_batches import open_eval
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import open_rows
 from lowmem.data.stream import open_stream
-from lowmem.distributed.setup import join
+from lowmem.distributed.setup import init_distributed
 from lowmem.errors import RankError, ReadError, RowError
 from lowmem.evaluation import evaluate, generate
 from lowmem.loss import plain_loss
@@ -77,7 +77,7 @@ def test_a_micro_batch_without_a_good_row_counts_for_nothing_but_can_be_run(tmp_
     assert [(batch.row_ids, batch.num_targets) for batch in batches] == [([], 0), ([], 0)]
     assert all((batch.inputs["labels"] == IGNORED).all() for batch in batches)
     assert plain_loss(build("llama"), batches[0]) == 0
-    accelerator, model = join(), build("llama")
+    accelerator, model = init_distributed(), build("llama")
     before = model.lm_head.weight.clone()
     state = TrainState(model, make_optimizer(model, memory="off"), stream)
     assert not train_step(state, batches, plain_loss, accelerator, learning_rate=0.1).updated
@@ -157,7 +157,7 @@ def test_evaluation_leaves_bad_rows_out_too(tmp_path):
 
 def fail_on_rank_1(path: str) -> None:
     """The rows of rank 1 hold a bad one: every rank raises the same, in training and in evaluation."""
-    accelerator = join()
+    accelerator = init_distributed()
     rank = accelerator.process_index
     model = build("t5")
     state = TrainState(model, make_optimizer(model, memory="off"))
@@ -184,7 +184,7 @@ def test_a_bad_row_on_one_rank_is_the_same_named_error_on_all(tmp_path):
 
 
 def lose_the_file_on_rank_1(path: str) -> None:
-    accelerator = join()
+    accelerator = init_distributed()
     rank = accelerator.process_index
     model = build("t5")
     state = TrainState(model, make_optimizer(model, memory="off"))

@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 from transformers import ByT5Tokenizer
 
-from lowmem import join, load_checkpoint, parallelize, save_checkpoint
+from lowmem import init_distributed, load_checkpoint, parallelize, save_checkpoint
 from lowmem.config.parse import resolve
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.order import Groups, rows_at
 from lowmem.data.rows import open_rows
 from lowmem.data.stream import open_stream
-from lowmem.distributed.collectives import failing_together
+from lowmem.distributed.collectives import raise_on_all_ranks
 from lowmem.distributed.heartbeat import current_step
 from lowmem.distributed.signals import Signals
 from lowmem.errors import OutOfMemory, RankError, StepTooLarge
@@ -110,7 +110,7 @@ def test_a_run_that_ran_out_on_one_rank_has_the_losses_of_one_that_did_not(famil
 
 
 def run_out_on_rank_1(family, memory, folder):
-    accelerator = join()
+    accelerator = init_distributed()
     expected = losses(state_of(family, accelerator, memory=memory), accelerator, chunked_loss)
     state = state_of(family, accelerator, memory=memory)
     loss_fn = RunsOut(state.model, is_here=accelerator.process_index == 1)
@@ -179,7 +179,7 @@ def test_micro_batches_of_one_row_end_all_ranks_with_what_filled_memory():
 
 
 def run_out_with_one_row():
-    accelerator = join()
+    accelerator = init_distributed()
     state = state_of("t5", accelerator, memory="exact", batch_size=2, gradient_accumulation_steps=2)
     before = [parameter.detach().clone() for parameter in state.model.parameters()]
     told = []
@@ -213,7 +213,7 @@ def test_a_sharded_model_that_runs_out_ends_both_ranks_with_what_filled_memory()
 
 
 def run_out_sharded():
-    accelerator = join(heartbeat_timeout=10)
+    accelerator = init_distributed(heartbeat_timeout=10)
     state = state_of("llama", accelerator, sharding_strategy="FULL_SHARD")
     loss_fn = RunsOut(state.model, step=1, is_here=accelerator.process_index == 1)
     losses(state, accelerator, loss_fn)
@@ -224,7 +224,7 @@ def test_an_update_that_runs_out_ends_both_ranks_with_it():
 
 
 def run_out_in_the_update():
-    accelerator = join(heartbeat_timeout=10)
+    accelerator = init_distributed(heartbeat_timeout=10)
     state = state_of("t5", accelerator)
     told = r"rank 1 ran out of memory at step 2, updating weights \(MemoryError: \)\. It holds weights"
 
@@ -263,11 +263,11 @@ def test_another_error_comes_before_one_that_all_could_recover_from():
 
 
 def fail_in_two_ways():
-    accelerator = join()
+    accelerator = init_distributed()
     is_main = accelerator.is_main_process
-    with pytest.raises(RankError if is_main else KeyError, match="what was wrong"), failing_together():
+    with pytest.raises(RankError if is_main else KeyError, match="what was wrong"), raise_on_all_ranks():
         raise StepTooLarge("full", 0) if is_main else KeyError("what was wrong")
-    with pytest.raises(StepTooLarge, match="^full 0$") as raised, failing_together():
+    with pytest.raises(StepTooLarge, match="^full 0$") as raised, raise_on_all_ranks():
         raise StepTooLarge(f"full {accelerator.process_index}", accelerator.process_index)
     assert raised.value.rank == 0
     accelerator.end_training()

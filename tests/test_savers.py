@@ -192,9 +192,9 @@ def test_release_refuses_several_processes(tmp_path):
 
 
 def release_on_a_rank(folder):
-    from lowmem import join
+    from lowmem import init_distributed
 
-    accelerator = join()
+    accelerator = init_distributed()
     model = build("t5")
     with pytest.raises(UsageError, match="2 processes: start one"), release(model, make_optimizer(model)):
         pass

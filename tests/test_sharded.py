@@ -16,7 +16,7 @@ from lowmem.checkpoint.save import save_checkpoint, save_model
 from lowmem.data.encode import encode_seq2seq
 from lowmem.data.stream import open_stream
 from lowmem.distributed.collectives import gather_bytes, on_main_rank
-from lowmem.distributed.setup import join
+from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
 from lowmem.errors import SaveError, UsageError
 from lowmem.loss import plain_loss
@@ -57,7 +57,7 @@ def train(state, steps, accelerator):
 
 def train_and_save(sharding_strategy, folder):
     """Train two steps, save, train two more and tell what they were."""
-    accelerator = join()
+    accelerator = init_distributed()
     state = new_state(accelerator, sharding_strategy)
     train(state, 2, accelerator)
     save_checkpoint(state, folder / "saved", accelerator, max_shard_size="40KB")
@@ -69,7 +69,7 @@ def train_and_save(sharding_strategy, folder):
 
 def load_and_save(sharding_strategy, folder, name):
     """Load, save again, and train two more steps."""
-    accelerator = join()
+    accelerator = init_distributed()
     state = new_state(accelerator, sharding_strategy, seed=5)
     load_checkpoint(state, folder / "saved" / "step-00000002", accelerator)
     save_checkpoint(state, folder / name, accelerator)
@@ -107,7 +107,7 @@ def test_saved_on_three_ranks_it_loads_on_any_number(saved, world_size, sharding
 
 def shard_in_two_dimensions(folder):
     """Four ranks, two copies of two halves each (HSDP)."""
-    accelerator = join()
+    accelerator = init_distributed()
     model = build("t5", d_ff=50)
     whole = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "halves")))
@@ -127,7 +127,7 @@ def test_copies_of_shards_are_saved_once_and_loaded_everywhere(tmp_path):
 
 
 def find_every_damage(path):
-    accelerator = join()
+    accelerator = init_distributed()
     for file in sorted(file for file in path.rglob("*") if file.is_file() and file.name != "manifest.json"):
         data = file.read_bytes()
         on_main_rank(lambda file=file, data=data: file.write_bytes(data[:-1] + bytes([data[-1] ^ 1])))
@@ -144,7 +144,7 @@ def test_all_ranks_learn_of_a_damage_that_one_finds(saved):
 
 def fail_on_one_disk(folder):
     """Rank 1 has no space for its share: both tell so, and go on together to the next save."""
-    accelerator = join()
+    accelerator = init_distributed()
     state = new_state(accelerator, FSDP)
     train(state, 1, accelerator)
     met = fail_at(3, "no space") if accelerator.process_index == 1 else []

@@ -14,7 +14,7 @@ from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.eval_batches import open_eval
 from lowmem.data.stream import open_stream
 from lowmem.distributed.dtensor import local_of, local_part
-from lowmem.distributed.setup import join
+from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
 from lowmem.errors import UsageError
 from lowmem.evaluation import evaluate, generate
@@ -78,7 +78,7 @@ ONE_GRADIENT = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": None, "ste
 
 
 def train_alone(family, folder):
-    accelerator = join()
+    accelerator = init_distributed()
     _, told, num_bytes = train(accelerator, built(family), family)
     state, *_ = train(accelerator, built(family), family, **ONE_GRADIENT)
     save_model(state.model, folder / "model")
@@ -86,7 +86,7 @@ def train_alone(family, folder):
 
 
 def train_sharded(family, folder, strategies):
-    accelerator = join()
+    accelerator = init_distributed()
     expected, bytes_alone = json.loads((folder / "alone.json").read_text())
     whole = dict(AutoModel(family).from_pretrained(folder / "model").named_parameters())
     for options in strategies.values():
@@ -115,7 +115,7 @@ def test_every_strategy_is_the_run_of_one_process_in_a_part_of_its_bytes(family,
 
 
 def train_in_exact(family):
-    accelerator = join()
+    accelerator = init_distributed()
     runs = []
     for strategy in ("NO_SHARD", "FULL_SHARD"):
         # one micro-batch and no clipping: nothing is added in another order, as of two ranks each sum has one
@@ -144,7 +144,7 @@ def test_exact_has_the_same_bits_sharded_and_whole(family):
 
 
 def sum_on_four_ranks():
-    accelerator = join()
+    accelerator = init_distributed()
     moments = []
     for strategy in ("NO_SHARD", "FULL_SHARD"):
         model = parallelize(built("llama"), accelerator, sharding_strategy=strategy)
@@ -165,7 +165,7 @@ def test_gradients_in_bf16_are_summed_over_ranks_in_fp32():
 
 
 def train_and_save_lean(folder):
-    accelerator = join()
+    accelerator = init_distributed()
     model = parallelize(built("llama", hidden_size=80), accelerator, sharding_strategy="FULL_SHARD")
     state, told, _ = train(accelerator, model, "llama", memory="lean", steps=4)
     assert told[-1][0] < told[0][0]
@@ -178,7 +178,7 @@ def train_and_save_lean(folder):
 
 
 def load_lean(folder, strategy):
-    accelerator = join()
+    accelerator = init_distributed()
     model = parallelize(built("llama", hidden_size=80), accelerator, sharding_strategy=strategy)
     state = TrainState(model, make_optimizer(model, memory="lean"))
     load_checkpoint(state, folder / "step-00000004", accelerator)
@@ -198,7 +198,7 @@ def test_lean_shards_and_comes_back_on_other_ranks(tmp_path):
 
 
 def train_with_savers(family):
-    accelerator = join()
+    accelerator = init_distributed()
     dropout = {"dropout_rate": 0.1} if family == "t5" else {"attention_dropout": 0.1}
     curves = []
     for savers in ((), (recompute,), (recompute_cheap,), (offload_activations,), (recompute, offload_activations)):
@@ -217,7 +217,7 @@ def test_savers_keep_the_bits_of_a_sharded_run(family):
 
 
 def train_in_copies():
-    accelerator = join()
+    accelerator = init_distributed()
     model = parallelize(built("llama", hidden_size=128), accelerator, sharding_strategy="HYBRID_SHARD", shard_size=2)
     train(accelerator, model, "llama", memory="lean", steps=1)
     for name, parameter in model.named_parameters():
@@ -233,7 +233,7 @@ def test_copies_of_a_sharded_model_round_their_sums_alike():
 
 
 def train_head_alone():
-    accelerator = join()
+    accelerator = init_distributed()
     curves = []
     for strategy in ("NO_SHARD", "FULL_SHARD"):
         model = built("llama")
@@ -250,7 +250,7 @@ def test_a_head_over_frozen_layers_gets_the_gradient_of_all_micro_batches_and_ra
 
 
 def fill(family, folder):
-    accelerator = join()
+    accelerator = init_distributed()
     expected = AutoModel(family).from_pretrained(folder, dtype=torch.float32)
     rank = accelerator.process_index
     config = {"model_config": folder / "config.json"}
@@ -285,7 +285,7 @@ def test_a_model_without_data_is_filled_from_files_or_rank_0(family, tmp_path):
 
 
 def fill_what_is_no_parameter(folder):
-    accelerator = join()
+    accelerator = init_distributed()
     for name in ("bart", "untied"):
         expected, _ = load_model(folder / name)
         model, _ = load_model(folder / name, on_meta=True)
@@ -320,7 +320,7 @@ def test_buffers_are_filled_too_and_what_its_files_untie_is_not_tied(tmp_path):
 
 
 def answer(family, folder):
-    accelerator = join()
+    accelerator = init_distributed()
     told = []
     for strategy in ("NO_SHARD", "FULL_SHARD", "SHARD_GRAD_OP"):
         model = parallelize(built(family), accelerator, sharding_strategy=strategy)
@@ -345,7 +345,7 @@ def test_a_sharded_model_is_evaluated_and_answers_as_a_whole_one(family, tmp_pat
 
 
 def refuse():
-    accelerator = join()
+    accelerator = init_distributed()
     for options, told in (
         ({"sharding_strategy": "ZERO_3"}, "take one of NO_SHARD, SHARD_GRAD_OP"),
         ({"cpu_offload": True}, "cpu_offload was asked for with sharding_strategy=NO_SHARD"),
@@ -374,7 +374,7 @@ def test_one_process_offloads_alone():
 
 
 def train_offloaded():
-    accelerator = join()
+    accelerator = init_distributed()
     model = parallelize(built("llama"), accelerator, sharding_strategy="FULL_SHARD", cpu_offload=True)
     _, told, _ = train(accelerator, model, "llama", memory="exact", max_grad_norm=None)
     whole = parallelize(built("llama"), accelerator)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from lowmem.cli import main
 from lowmem.distributed.collectives import sum_over_ranks
-from lowmem.distributed.setup import join
+from lowmem.distributed.setup import init_distributed
 from lowmem.job.supervise import tell_failure
 from tests.forked import fork_ranks
 from tests.models import T5, qa_rows
@@ -36,7 +36,7 @@ def join_as_told(folder, changes, work=lambda: None):
         os.environ.pop(name, None)
         os.environ |= {name: value} if value else {}
     try:
-        join(heartbeat_timeout=LIMIT)
+        init_distributed(heartbeat_timeout=LIMIT)
         work()
         dist.destroy_process_group()
     except Exception as error:

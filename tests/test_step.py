@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import ByT5Tokenizer
 
-from lowmem import join, parallelize
+from lowmem import init_distributed, parallelize
 from lowmem.data.batch import UnreadableStep, collate
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.stream import open_stream
@@ -92,7 +92,7 @@ def test_two_processes_with_unequal_target_counts_equal_one(family, wrapping, tm
 
 
 def step_on_a_rank(family, wrapping, folder):
-    accelerator = join()
+    accelerator = init_distributed()
     # other weights on each rank: the wrapping must make them rank 0's
     model = build(family, seed=0 if accelerator.is_main_process else 1)
     model = parallelize(model, accelerator) if wrapping == "parallelize" else accelerator.prepare(model)
@@ -136,7 +136,7 @@ def test_dropout_differs_between_micro_batches_and_between_ranks(tmp_path):
 
 
 def losses_of_the_same_rows(folder):
-    accelerator = join()
+    accelerator = init_distributed()
     losses = []
 
     def recording(model, batch):
@@ -196,7 +196,7 @@ def test_one_ranks_nan_is_told_by_both_before_the_update():
 
 
 def step_with_nan_on_one_rank():
-    accelerator = join()
+    accelerator = init_distributed()
     rank = accelerator.process_index
     model = parallelize(build("t5"), accelerator)
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -228,7 +228,7 @@ def test_an_error_on_one_rank_is_raised_by_both_and_the_next_step_goes_on():
 
 
 def fail_on_one_rank():
-    accelerator = join()
+    accelerator = init_distributed()
     rank = accelerator.process_index
     model = parallelize(build("t5"), accelerator)
     state = state_of(model)
@@ -279,7 +279,7 @@ def test_an_error_within_a_sharded_forward_ends_both_ranks_with_it():
 
 
 def fail_in_a_sharded_forward():
-    accelerator = join(heartbeat_timeout=3)
+    accelerator = init_distributed(heartbeat_timeout=3)
     model = parallelize(build("t5"), accelerator, sharding_strategy="FULL_SHARD")
 
     def failing(model, batch):
@@ -310,7 +310,7 @@ def test_autocast_keeps_no_copies_of_the_weights(tmp_path):
 
 
 def step_in_bf16(folder):
-    accelerator = join(mixed_precision="bf16")
+    accelerator = init_distributed(mixed_precision="bf16")
 
     def looking(model, batch):
         with open(f"{folder}/seen.json", "w") as file:

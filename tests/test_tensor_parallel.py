@@ -18,7 +18,7 @@ from lowmem.data.eval_batches import open_eval
 from lowmem.data.stream import open_stream
 from lowmem.distributed.dtensor import local_part
 from lowmem.distributed.placement import data_place
-from lowmem.distributed.setup import join
+from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
 from lowmem.distributed.tensor_parallel import check_plan, divide_layers
 from lowmem.errors import UsageError
@@ -91,7 +91,7 @@ def assert_close_to(reference, model, size=1e-6):
 
 
 def compare_with_one_process(family):
-    accelerator = join()
+    accelerator = init_distributed()
     mesh = init_device_mesh("cpu", (1, 2))
     for loss_fn in (plain_loss, chunked_loss):
         reference, model = of_family(family), of_family(family)
@@ -120,7 +120,7 @@ def test_two_ranks_have_the_gradients_of_one_process(family):
 
 
 def compare_in_two_dimensions():
-    accelerator = join()
+    accelerator = init_distributed()
     mesh = init_device_mesh("cpu", (2, 2))
     place, copies = mesh.get_local_rank(0), mesh.get_group(0)
     reference, model = of_family("qwen3"), of_family("qwen3")
@@ -140,7 +140,7 @@ def test_beside_data_parallelism_gradients_are_summed_over_its_ranks_alone():
 
 
 def compare_savers():
-    accelerator = join()
+    accelerator = init_distributed()
     mesh = init_device_mesh("cpu", (1, 2))
     found = {}
     for saver in (None, recompute, recompute_cheap, offload_activations):
@@ -164,7 +164,7 @@ def test_recompute_and_offloading_change_no_bit():
 
 
 def write_alike():
-    accelerator = join()
+    accelerator = init_distributed()
     # large weights: with small ones a token's own embedding decides what comes next
     reference, model = (build("qwen2", initializer_range=0.5).eval() for _ in range(2))
     divide_layers(model, init_device_mesh("cpu", (1, 2)))
@@ -182,7 +182,7 @@ def test_all_ranks_write_what_one_process_writes():
 
 def compute_in_bf16():
     """Weights that become bf16 where they are, as those of memory tiers."""
-    accelerator = join()
+    accelerator = init_distributed()
     exact, reference, model = (of_family("starcoder2") for _ in range(3))
     divide_layers(model, init_device_mesh("cpu", (1, 2)))
     expected = losses_of(exact, chunked_loss, batches(2))
@@ -206,7 +206,7 @@ def test_weights_may_become_bf16_afterwards():
 
 
 def start_from_other_weights():
-    accelerator = join()
+    accelerator = init_distributed()
     first = build("llama", seed=0)
     model = build("llama", seed=accelerator.process_index)
     model.model.layers[0].mlp.requires_grad_(False)
@@ -226,7 +226,7 @@ def test_every_rank_gets_the_weights_of_rank_0_and_what_is_frozen_stays_so():
 
 def train_and_save(folder, seed):
     """Two steps by torch's own AdamW, over micro-batches that all data ranks take; all is saved, or loaded first."""
-    accelerator = join()
+    accelerator = init_distributed()
     model = build("llama", seed=seed, intermediate_size=36)
     if accelerator.num_processes > 1:
         divide_layers(model, init_device_mesh("cpu", (2, 2)))
@@ -284,7 +284,7 @@ LARGE = {"hidden_size": 16, "num_attention_heads": 32, "num_key_value_heads": 4,
 
 def train_in_two_dimensions(folder):
     """Two data ranks of two tensor ranks each, beside four data ranks."""
-    accelerator = join()
+    accelerator = init_distributed()
     for memory in ("off", "exact", "lean"):
         curves = []
         for tp_size in (1, 2):
@@ -346,7 +346,7 @@ def test_a_run_in_two_dimensions_is_that_of_whole_copies(tmp_path):
 
 
 def fill_parts(folder):
-    accelerator = join()
+    accelerator = init_distributed()
     for name in ("qwen2", "llama"):
         model, _ = load_model(folder / name, on_meta=True)
         assert all(parameter.is_meta for parameter in model.parameters())

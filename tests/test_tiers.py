@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lowmem import join, parallelize
+from lowmem import init_distributed, parallelize
 from lowmem.distributed.reduce import all_reduce_sum
 from lowmem.loss import chunked_loss
 from lowmem.optim import tiers
-from lowmem.optim.formats import join as join_halves
+from lowmem.optim.formats import merge_halves
 from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
 from tests.models import build
@@ -35,7 +35,7 @@ class Matrices(nn.Module):
 def master(optimizer, parameter):
     """The fp32 weight that a tier keeps."""
     low = optimizer.state[parameter].get("weight_low")
-    return parameter.detach().float() if low is None else join_halves(parameter.detach(), low)
+    return parameter.detach().float() if low is None else merge_halves(parameter.detach(), low)
 
 
 def set_gradients(step, dtype, *models):
@@ -224,7 +224,7 @@ def test_two_processes_hold_equal_bits_at_every_step(memory, tmp_path):
 
 
 def steps_of_a_rank(memory, folder):
-    accelerator = join()
+    accelerator = init_distributed()
     rank = accelerator.process_index
     model = parallelize(build("t5", seed=rank, dropout_rate=0.1), accelerator)
     optimizer = make_optimizer(model, memory=memory)
@@ -251,7 +251,7 @@ def test_a_model_wrapped_by_ddp_is_refused_and_one_wrapped_afterwards_trains(tmp
 
 
 def wrap_before_and_after(folder):
-    accelerator = join()
+    accelerator = init_distributed()
     rank = accelerator.process_index
     early = accelerator.prepare(build("t5"))
     with pytest.raises(ValueError, match="DDP has wrapped the model: make the optimizer before"):
@@ -327,7 +327,7 @@ def test_a_parameter_that_one_rank_did_not_reach_is_reduced_like_all_others(memo
 
 
 def step_with_an_idle_parameter(memory, folder):
-    accelerator = join()
+    accelerator = init_distributed()
     rank = accelerator.process_index
     model = build("t5")
     model.register_parameter("idle", nn.Parameter(torch.ones(64, 100)))
@@ -354,7 +354,7 @@ def test_narrow_tensors_are_summed_over_ranks_in_fp32(tmp_path):
 
 
 def sum_of_a_rank(folder):
-    accelerator = join()
+    accelerator = init_distributed()
     narrow = torch.full((9_000_000,), 256.0 if accelerator.process_index == 0 else 1.0, dtype=torch.bfloat16)
     wide = torch.ones(5)
     all_reduce_sum([narrow, wide])

@@ -9,7 +9,7 @@ from lowmem import (
     TrainState,
     chunked_loss,
     collate,
-    join,
+    init_distributed,
     learning_rate_at,
     load_model,
     make_optimizer,
@@ -20,7 +20,7 @@ from lowmem.memory import savers
 
 
 def train(settings: SimpleNamespace, system: System, run: Run) -> None:
-    accelerator = join(mixed_precision="no" if system.has_bf16_weights else settings.mixed_precision)
+    accelerator = init_distributed(mixed_precision="no" if system.has_bf16_weights else settings.mixed_precision)
     model, tokenizer = load_model(settings.folder)
     model = parallelize(model, accelerator, sharding_strategy=system.sharding_strategy)
     optimizer = make_optimizer(model, name=system.optimizer, memory=system.memory, **OPTIMIZER)

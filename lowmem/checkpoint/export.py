@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowmem.checkpoint.manifest import checkpoints, read_manifest, verify_checkpoint
 from lowmem.errors import SaveError, UsageError
-from lowmem.optim.formats import join
+from lowmem.optim.formats import merge_halves
 from lowmem.storage.atomic_folder import whole_or_absent
 from lowmem.storage.files import free_bytes, to_json, write_file
 from lowmem.storage.tensor_files import StoredTensor, host_parts, open_shards, split_shards, write_index
@@ -57,7 +57,7 @@ class _Source:
     def _converted(self, rows: slice | None) -> Tensor:
         values = self._stored.read(rows)
         if self._low is not None:
-            values = join(values, self._low.read(rows))
+            values = merge_halves(values, self._low.read(rows))
         converted = values.to(self.dtype)
         if converted.is_floating_point() and (converted.isinf() & ~values.isinf()).any():
             largest = values[~values.isinf()].abs().max().item()

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from lowmem.checkpoint.manifest import check_hashes, check_sizes, checkpoints, read_manifest, verify_checkpoint
 from lowmem.checkpoint.tensors import model_tensors, named_parameters, optimizer_tensors
-from lowmem.distributed.collectives import failing_together, rank_and_world_size
+from lowmem.distributed.collectives import raise_on_all_ranks, rank_and_world_size
 from lowmem.distributed.dtensor import is_in_columns, local_part
-from lowmem.distributed.heartbeat import doing
+from lowmem.distributed.heartbeat import phase
 from lowmem.errors import UsageError
 from lowmem.optim.formats import read
 from lowmem.optim.tiers import TieredOptimizer
@@ -46,14 +46,14 @@ def first_accepted(paths: Iterable[Path], verify: Callable[[Path], None], *, sil
 def verify_together(path: str | Path) -> None:
     """`verify_checkpoint`, called by every rank: each takes the hashes of a share of the files, all raise alike."""
     path, (rank, world_size) = Path(path), rank_and_world_size()
-    with failing_together():
+    with raise_on_all_ranks():
         records = read_manifest(path)["files"]
         check_sizes(path, records)
         by_size = sorted(records, key=lambda name: -records[name]["bytes"])
         check_hashes(path, {name: records[name] for name in by_size[rank::world_size]})
 
 
-@doing("loading a checkpoint")
+@phase("loading a checkpoint")
 def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerator, *, verify: bool = True) -> None:
     """Put what `path` holds into `state`, in place, on every rank.
 
@@ -67,7 +67,7 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
     path = Path(path)
     if verify:
         verify_together(path)
-    with failing_together():
+    with raise_on_all_ranks():
         saved, _ = saved_settings(path)
         files = read_manifest(path)["files"]
         of_model = [name.removeprefix("model/") for name in files if name.startswith("model/")]
@@ -85,7 +85,7 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
                 )
             state.stream.load_state_dict(saved["stream"])
     parameters = named_parameters(state.model, state.optimizer)
-    with failing_together(), torch.no_grad():
+    with raise_on_all_ranks(), torch.no_grad():
         for name, tensor in model_tensors(state.model).items():
             if not (is_rounded and name in parameters):
                 _fill(tensor, weights[name])

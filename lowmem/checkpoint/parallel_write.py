@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lowmem.distributed.collectives import (
-    failing_together,
+    collective,
     gather_bytes,
     host_group,
     on_main_rank,
+    raise_on_all_ranks,
     rank_and_world_size,
-    waiting,
 )
 from lowmem.distributed.dtensor import Piece, pieces
 from lowmem.distributed.zero import Divided
@@ -66,7 +66,7 @@ def write_together(
 
     try:
         on_main_rank(start)
-        with failing_together(), _as_save_error(path, needed):
+        with raise_on_all_ranks(), _as_save_error(path, needed):
             written = _write_share(_shares(tensors, world_size), unfinished, rank)
         everyone = [json.loads(records) for records in gather_bytes(json.dumps(written).encode())]
         on_main_rank(lambda: end({name: record for records in everyone for name, record in records.items()}))
@@ -119,7 +119,7 @@ def whole_parts(queues: Sequence[Sequence[Tensor | Divided]], rank: int) -> Iter
         sent = [_send(tensor, owner) for owner, tensor in enumerate(turn) if owner != rank]
         if turn[rank] is not None:
             yield from _parts(turn[rank], rank)
-        with waiting("sending pieces of a checkpoint's tensors"):
+        with collective("sending pieces of a checkpoint's tensors"):
             for work in filter(None, sent):
                 work.wait()
 
@@ -155,7 +155,7 @@ def _received(tensor: DTensor, piece: Piece, rank: int) -> Tensor:
         return tensor.to_local().detach()
     received = torch.empty(piece.shape(tensor.shape), dtype=tensor.dtype)
     if piece.start < piece.stop:
-        with waiting(f"waiting for a piece of a checkpoint's tensor from rank {piece.rank}"):
+        with collective(f"waiting for a piece of a checkpoint's tensor from rank {piece.rank}"):
             dist.recv(received.view(-1).view(torch.uint8), piece.rank, group=host_group())
     return received
 

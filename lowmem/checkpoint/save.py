@@ -32,7 +32,7 @@ from lowmem.checkpoint.tensors import (
 )
 from lowmem.config.sizes import parse_bytes
 from lowmem.distributed.collectives import on_main_rank, rank_and_world_size
-from lowmem.distributed.heartbeat import doing
+from lowmem.distributed.heartbeat import phase
 from lowmem.distributed.placement import unwrapped
 from lowmem.errors import UsageError
 from lowmem.step import TrainState
@@ -41,7 +41,7 @@ from lowmem.storage.files import FileRecord, free_bytes, record_file, sync, to_j
 from lowmem.storage.tensor_files import split_shards
 
 
-@doing("saving a checkpoint")
+@phase("saving a checkpoint")
 def save_checkpoint(
     state: TrainState,
     folder: str | Path,
@@ -87,7 +87,7 @@ def save_checkpoint(
     return path
 
 
-@doing("saving the model")
+@phase("saving the model")
 def save_model(
     model: nn.Module,
     folder: str | Path,

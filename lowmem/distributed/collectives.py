@@ -22,12 +22,12 @@ _RAISED_ALIKE = {kind.__name__: kind for kind in (UsageError, SaveError)}
 
 
 @contextmanager
-def waiting(phase: str) -> Iterator[None]:
-    """Around a collective: this rank waits for the others at `phase`, "summing gradients".
+def collective(name: str) -> Iterator[None]:
+    """Around a collective: this rank waits for the others at the phase `name`, "summing gradients".
 
     Raises RankError if the collective breaks, with step and phase, and the ranks that are silent or have failed.
     """
-    with heartbeat.doing(phase):
+    with heartbeat.phase(name):
         try:
             yield
         except RuntimeError as error:  # torch's, of a connection that was closed or timed out
@@ -44,7 +44,7 @@ def sum_over_ranks(*counts: int) -> list[int]:
     if not _is_distributed():
         return list(counts)
     totals = torch.tensor(counts, dtype=torch.int64)
-    with waiting("agreeing"):
+    with collective("agreeing"):
         dist.all_reduce(totals, group=host_group())
     return totals.tolist()
 
@@ -54,7 +54,7 @@ def gather_bytes(payload: bytes) -> list[bytes]:
     if not _is_distributed():
         return [payload]
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    with waiting("hearing the other ranks"):
+    with collective("hearing the other ranks"):
         dist.all_gather(sizes, torch.tensor([len(payload)]), group=host_group())
         longest = max(int(size) for size in sizes)
         mine = torch.zeros(longest, dtype=torch.uint8)
@@ -67,11 +67,11 @@ def gather_bytes(payload: bytes) -> list[bytes]:
 def on_main_rank(function: Callable[[], Result]) -> Result | None:
     """Run `function` on rank 0 while the others wait for it; its result on rank 0, None elsewhere.
 
-    If it raises there, every rank raises: see `raise_together`.
+    If it raises there, every rank raises: see `raise_error_of_any_rank`.
     """
     result, error = None, None
     is_main = not _is_distributed() or dist.get_rank() == 0
-    with heartbeat.doing("working for all ranks" if is_main else "waiting for rank 0"):
+    with heartbeat.phase("working for all ranks" if is_main else "waiting for rank 0"):
         if is_main:
             try:
                 result = function()
@@ -82,8 +82,8 @@ def on_main_rank(function: Callable[[], Result]) -> Result | None:
 
 
 @contextmanager
-def failing_together() -> Iterator[None]:
-    """Every rank enters it, and if one leaves it with an error, all do: see `raise_together`.
+def raise_on_all_ranks() -> Iterator[None]:
+    """Every rank enters it, and if one leaves it with an error, all do: see `raise_error_of_any_rank`.
 
     One small collective at its end, so within it there must be none that a failing rank would miss.
     """
@@ -94,11 +94,11 @@ def failing_together() -> Iterator[None]:
         error = caught
     (num_failed,) = sum_over_ranks(error is not None)
     if num_failed:
-        raise_together(error)
+        raise_error_of_any_rank(error)
 
 
 @contextmanager
-def failing_alone() -> Iterator[None]:
+def report_failure() -> Iterator[None]:
     """For what has collectives within, as a sharded model's forward: a rank that fails there can agree with nobody.
 
     Its heartbeat tells the others, which end a few seconds later with its error in their message.
@@ -116,15 +116,15 @@ def failing_alone() -> Iterator[None]:
         raise
 
 
-def raise_together(error: Exception | None) -> NoReturn:
+def raise_error_of_any_rank(error: Exception | None) -> NoReturn:
     """Called by every rank once all know that one of them failed: raise `error`, or, on a rank that had none, what
     the first failing one tells, as a UsageError or SaveError if it is one, else as a RankError. If each one that failed
     did so with StepTooLarge, all raise the first one's; beside another error it does not count."""
     _raise_any(error)
-    raise AssertionError("raise_together was called, but no rank has an error")
+    raise AssertionError("raise_error_of_any_rank was called, but no rank has an error")
 
 
-def watch_one_another(limit_seconds: float, last_words: Callable[[str], None] | None = None) -> None:
+def watch_one_another(limit_seconds: float, on_abort: Callable[[str], None] | None = None) -> None:
     """Start a heartbeat, if there are several ranks: within `limit_seconds` a silent one ends all of them, by name.
 
     Called by every rank. When this rank is ended, its last words are given the message, which stderr has too.
@@ -136,7 +136,7 @@ def watch_one_another(limit_seconds: float, last_words: Callable[[str], None] | 
     # A store of our own: the group's goes when rank 0 leaves the group, and may keep what an earlier group wrote.
     store = on_main_rank(lambda: dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=patience))
     port = int(gather_bytes(str(store.port if is_server else 0).encode())[0])
-    with failing_together():
+    with raise_on_all_ranks():
         if is_server:
             for other in range(dist.get_world_size()):
                 store.set(str(other), heartbeat.FIRST)  # or reading it would wait
@@ -149,7 +149,7 @@ def watch_one_another(limit_seconds: float, last_words: Callable[[str], None] | 
         world_size=dist.get_world_size(),
         limit_seconds=limit_seconds,
         is_over=lambda: not dist.is_initialized(),
-        last_words=last_words,
+        on_abort=on_abort,
     )
 
 

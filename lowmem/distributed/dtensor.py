@@ -89,7 +89,7 @@ def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def hold(parameter: nn.Parameter, local: Tensor) -> None:
+def set_local_(parameter: nn.Parameter, local: Tensor) -> None:
     """Let `parameter` have `local`, of any dtype, as what this rank has of it. It stays the same object."""
     if not isinstance(parameter, DTensor):
         parameter.data = local

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowmem.distributed.collectives import failing_together, gather_bytes, host_group, rank_and_world_size, waiting
+from lowmem.distributed.collectives import collective, gather_bytes, host_group, raise_on_all_ranks, rank_and_world_size
 from lowmem.distributed.dtensor import local_part
 from lowmem.errors import UsageError
 from lowmem.storage.tensor_files import StoredTensor, bytes_of, open_shards
@@ -44,7 +44,7 @@ def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator
     if rank_0_has_data:
         _spread(model, whole)
     else:
-        with failing_together():
+        with raise_on_all_ranks():
             if not model.name_or_path:
                 raise UsageError(
                     "the model has no data on any rank, and was built, not loaded: leave on_meta on rank 0, from which "
@@ -93,7 +93,7 @@ def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
 
 def _spread(model: nn.Module, whole: dict[str, Tensor]) -> None:
     """Put rank 0's `whole` tensors, none elsewhere, into every rank's parameters and buffers, 16 MiB at a time."""
-    with waiting("spreading the weights of rank 0"), torch.no_grad():
+    with collective("spreading the weights of rank 0"), torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             source = whole.pop(name, None)
             local, first, column = local_part(tensor.data)

@@ -40,11 +40,11 @@ def current_step() -> int | None:
 
 
 @contextmanager
-def doing(phase: str) -> Iterator[None]:
-    """Within it this rank is at `phase`, which its beats tell: "evaluating", "summing gradients"."""
+def phase(name: str) -> Iterator[None]:
+    """Within it this rank is at the phase `name`, which its beats tell: "evaluating", "summing gradients"."""
     global _phases
     outer = _phases
-    _phases = (*outer, phase)
+    _phases = (*outer, name)
     try:
         yield
     finally:
@@ -104,11 +104,11 @@ class Heartbeat:
         world_size: int,
         limit_seconds: float,
         is_over: Callable[[], bool],
-        last_words: Callable[[str], None] | None,
+        on_abort: Callable[[str], None] | None,
     ):
         self._address, self._rank, self._limit = address, rank, limit_seconds
         self._interval = min(1.0, limit_seconds / 10)
-        self._is_over, self._last_words = is_over, last_words
+        self._is_over, self._last_words = is_over, on_abort
         self._beats = [Beat()] * world_size
         # Seconds in which we listened, not seconds of a clock: if this process was stopped, nobody else was silent.
         self._silence = [0.0] * world_size

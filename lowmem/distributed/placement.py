@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lowmem.distributed.collectives import failing_alone, failing_together, rank_and_world_size
+from lowmem.distributed.collectives import raise_on_all_ranks, rank_and_world_size, report_failure
 from lowmem.distributed.dtensor import local_of
 
 TENSOR_PARALLEL_MESH = ("data", "tensor")
@@ -35,7 +35,7 @@ def divides_weights(model: nn.Module) -> bool:
     return is_engine(model) and model.zero_optimization_partition_weights()
 
 
-class DataPlace(NamedTuple):
+class DataParallelRank(NamedTuple):
     """Where a rank stands among those whose rows differ: ranks that share a model (tp_size) share a place."""
 
     rank: int
@@ -46,12 +46,12 @@ class DataPlace(NamedTuple):
     """This rank and those at other places whose gradients belong to the same weights; None: all ranks."""
 
 
-def data_place(model: nn.Module) -> DataPlace:
+def data_place(model: nn.Module) -> DataParallelRank:
     """This rank's, whose `rank` and `size` are what `open_stream` and `open_eval` want to know."""
     mesh = tensor_mesh(model)
     if mesh is None:
-        return DataPlace(*rank_and_world_size(), is_counted=True, group=None)
-    return DataPlace(mesh.get_local_rank(0), mesh.size(0), mesh.get_local_rank(1) == 0, mesh.get_group(0))
+        return DataParallelRank(*rank_and_world_size(), is_counted=True, group=None)
+    return DataParallelRank(mesh.get_local_rank(0), mesh.size(0), mesh.get_local_rank(1) == 0, mesh.get_group(0))
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -77,7 +77,7 @@ def is_divided(model: nn.Module) -> bool:
 
 def failing(model: nn.Module) -> AbstractContextManager[None]:
     """How an error within forward or backward is told: the collectives of a divided one would meet an agreement's."""
-    return failing_alone() if is_divided(model) else failing_together()
+    return report_failure() if is_divided(model) else raise_on_all_ranks()
 
 
 def _gathering(model: nn.Module) -> list[FSDPModule]:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowmem.distributed.collectives import waiting
+from lowmem.distributed.collectives import collective
 
 _BUCKET_BYTES = 32 * 2**20
 _NORM_ELEMENTS = 2**20  # of a bf16 gradient, brought to fp32 at a time
@@ -50,7 +50,7 @@ def _reduce_bucket(bucket: list[Tensor], group: dist.ProcessGroup | None) -> Non
 
 
 def _reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
-    with waiting("summing tensors"):
+    with collective("summing tensors"):
         dist.all_reduce(tensor, group=group)
 
 

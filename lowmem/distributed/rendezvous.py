@@ -64,15 +64,15 @@ def start_group(backend: str, *, limit_seconds: float) -> None:
     store.set_timeout(_TORCHS_PATIENCE)  # from here on a rank may wait for another one that works
 
 
-def first_sum(device: torch.device, *, limit_seconds: float, last_words: Callable[[str], None] | None = None) -> None:
+def first_sum(device: torch.device, *, limit_seconds: float, on_abort: Callable[[str], None] | None = None) -> None:
     """One all-reduce on the host and one on `device`: afterwards each rank is known to hear all others.
 
     Backends connect only then, and NCCL knows no limit in doing so: after `limit_seconds` the process ends with a line
-    on stderr that tells what to set, given to `last_words` too.
+    on stderr that tells what to set, given to `on_abort` too.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     what = f"rank {rank} on {socket.gethostname()} got no answer to its first sum over {world_size} ranks"
-    with _ending_after(limit_seconds, f"{what}: {_network()}", last_words):
+    with _ending_after(limit_seconds, f"{what}: {_network()}", on_abort):
         sums = sum_over_ranks(1)
         if device.type != "cpu":
             ones = torch.ones(1, device=device)
@@ -218,16 +218,14 @@ def _answers(store: dist.Store, ranks: range, asked: str) -> list[str]:
 
 
 @contextmanager
-def _ending_after(
-    limit_seconds: float, message: str, last_words: Callable[[str], None] | None = None
-) -> Iterator[None]:
+def _ending_after(limit_seconds: float, message: str, on_abort: Callable[[str], None] | None = None) -> Iterator[None]:
     """End the process with `message` if what is within takes longer: it may be in C++, where no exception comes."""
     is_done = Event()
 
     def watch() -> None:
         if not is_done.wait(limit_seconds):
             told = f"error: given up after {limit_seconds:g} s: {message}"
-            say_and_exit(told, 1, (lambda: last_words(told)) if last_words else lambda: None)
+            say_and_exit(told, 1, (lambda: on_abort(told)) if on_abort else lambda: None)
 
     Thread(target=watch, daemon=True, name="lowmem-start").start()
     try:

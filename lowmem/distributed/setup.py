@@ -44,14 +44,14 @@ def processes_to_start(num_processes: int | None) -> int:
     return num_processes
 
 
-def join(
+def init_distributed(
     *,
     mixed_precision: str | None = None,
     deepspeed: Mapping[str, object] | None = None,
     report_to: Sequence[str] = (),
     output_dir: Path | None = None,
     heartbeat_timeout: float = 120.0,
-    last_words: Callable[[str], None] | None = None,
+    on_abort: Callable[[str], None] | None = None,
     signals: "Signals | None" = None,
 ) -> "Accelerator":
     """Join the process group that the environment describes. Returns its Accelerator.
@@ -61,7 +61,7 @@ def join(
     Accelerator is one that `parallel.deepspeed.wrap` takes, and its precision is the config's. Several processes
     find one another within `heartbeat_timeout` seconds, or end with a line that tells why (see `start_group`). From
     then on they watch one another: one that gives no sign of life for that long, or that fails alone, ends all of
-    them with a line on stderr that names it and is given to `last_words`; and as the ranks can agree on when to
+    them with a line on stderr that names it and is given to `on_abort`; and as the ranks can agree on when to
     end, `signals` do nothing at once any more. Raises UsageError if the group is not of the launched size, and for
     what `check_launch` and `start_group` refuse.
     """
@@ -97,11 +97,16 @@ def join(
             f"({accelerator.distributed_type.value}): each would train alone, so none does; check the launcher's flags"
         )
     if launched > 1:
-        first_sum(accelerator.device, limit_seconds=heartbeat_timeout, last_words=last_words)
-    watch_one_another(heartbeat_timeout, last_words)
+        first_sum(accelerator.device, limit_seconds=heartbeat_timeout, on_abort=on_abort)
+    watch_one_another(heartbeat_timeout, on_abort)
     if signals is not None:
         signals.at_once = None
     return accelerator
+
+
+def join(*, last_words: Callable[[str], None] | None = None, **options: object) -> "Accelerator":
+    """The former name of `init_distributed`, whose `on_abort` was `last_words`."""
+    return init_distributed(on_abort=last_words, **options)
 
 
 def make_deterministic(wanted: bool) -> None:

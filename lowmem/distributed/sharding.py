@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.config.train_config import CHOICES
-from lowmem.distributed.collectives import waiting
+from lowmem.distributed.collectives import collective
 from lowmem.distributed.fill import filled
 from lowmem.distributed.tensor_parallel import divide_layers, make_tensor_mesh
 from lowmem.errors import UsageError
@@ -69,7 +69,7 @@ def parallelize(
         raise UsageError("cpu_offload was asked for with sharding_strategy=NO_SHARD: use FULL_SHARD, or leave it")
     model.to(accelerator.device)
     if accelerator.num_processes > 1:
-        with waiting("spreading the weights of rank 0"):
+        with collective("spreading the weights of rank 0"):
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.data, src=0)
     return model

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowmem.distributed.collectives import waiting
+from lowmem.distributed.collectives import collective
 from lowmem.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Divided:
         """A copy on the host. A collective: every rank calls it."""
         import deepspeed
 
-        with waiting("gathering a weight"), deepspeed.zero.GatheredParameters([self._parameter]):
+        with collective("gathering a weight"), deepspeed.zero.GatheredParameters([self._parameter]):
             return self._parameter.detach().to("cpu", copy=True)
 
 

@@ -11,7 +11,7 @@ from lowmem.data.encode import make_encoder
 from lowmem.data.eval_batches import open_eval
 from lowmem.data.rows import Rows
 from lowmem.distributed.consistency import check_same, code, model_digest, rows_digest, tokenizer_digest
-from lowmem.distributed.setup import join
+from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
 from lowmem.evaluation import measure
 from lowmem.loss import LOSSES
@@ -21,7 +21,7 @@ from lowmem.report import tell, tell_answers
 
 def evaluate_model(config: TrainConfig, test_rows: Rows) -> None:
     """Evaluate the model at `model_name_or_path` and print what was measured as one line of JSON."""
-    accelerator = join(mixed_precision=config.autocast)
+    accelerator = init_distributed(mixed_precision=config.autocast)
     model, tokenizer = load_model(
         config.model_name_or_path,
         tokenizer_name_or_path=config.tokenizer_name_or_path,

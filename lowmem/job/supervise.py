@@ -22,7 +22,7 @@ _NOTHING_SAVED = "nothing is saved"
 
 
 def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Signals) -> int:
-    """Call `train(signals=..., last_words=...)`, which returns (step, preempted), and return the exit code.
+    """Call `train(signals=..., on_abort=...)`, which returns (step, preempted), and return the exit code.
 
     How it ended is in `output`/exit.json, unless it was a mistake and nothing else is in there. What `train` raises is
     raised. The main rank holds the folder's lock meanwhile.
@@ -37,7 +37,7 @@ def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Sig
             signals.at_once = partial(end_at_once, record=record)  # not before: the folder may be another run's
         try:
             step, preempted = train(
-                signals=signals, last_words=lambda message: record("failed", message, step=heartbeat.current_step())
+                signals=signals, on_abort=lambda message: record("failed", message, step=heartbeat.current_step())
             )
         except Exception as error:
             cause = cause_of(error)

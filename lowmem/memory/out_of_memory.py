@@ -31,7 +31,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def telling_if_full(kind: type[OutOfMemory], model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+def explain_out_of_memory(kind: type[OutOfMemory], model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     """Within it, running out of memory raises `kind`: where, what filled memory as far as known, and what takes less.
 
     What the calls that failed held is let go, so that whoever catches it has that memory again; gradients stay.

@@ -58,7 +58,7 @@ def read(tensors: dict[str, Tensor], name: str, rows: slice) -> Tensor:
         return kept
     if kept.dtype == torch.bfloat16:
         low = tensors.get(f"{name}_low")
-        return kept.float() if low is None else join(kept, by_rows(low)[rows])
+        return kept.float() if low is None else merge_halves(kept, by_rows(low)[rows])
     return _from_8_bits(kept, tensors[f"{name}_scale"][rows])
 
 
@@ -96,7 +96,7 @@ def split(values: Tensor) -> tuple[Tensor, Tensor]:
     return high.view(torch.bfloat16), bits.to(torch.int16)  # the lower 16 bits, as they are
 
 
-def join(high: Tensor, low: Tensor) -> Tensor:
+def merge_halves(high: Tensor, low: Tensor) -> Tensor:
     """The fp32 values that `split` took apart."""
     bits = high.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
     return bits.add_(low).view(torch.float32)

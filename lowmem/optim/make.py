@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lowmem.config.train_config import TIERED_OPTIMIZERS
-from lowmem.distributed.dtensor import hold, is_in_columns, local_of
+from lowmem.distributed.dtensor import is_in_columns, local_of, set_local_
 from lowmem.distributed.placement import has_gathered, is_sharded
 from lowmem.optim.adafactor import TieredAdafactor
 from lowmem.optim.formats import BLOCK
@@ -89,7 +89,7 @@ def make_optimizer(
         )
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            hold(parameter, local_of(parameter.data).to(torch.bfloat16))
+            set_local_(parameter, local_of(parameter.data).to(torch.bfloat16))
     if name == "adafactor":
         return TieredAdafactor(groups, memory=memory)
     moments = "bf16" if name == "adamw_bf16" else "tier"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from lowmem.distributed.dtensor import hold, local_of, local_part, sharded_like
+from lowmem.distributed.dtensor import local_of, local_part, set_local_, sharded_like
 from lowmem.distributed.seeds import seed_of
 from lowmem.optim.formats import by_rows, keep, random_halves, read, rows_and_columns, shuffled, write, zeros
 
@@ -50,7 +50,7 @@ class TieredOptimizer(Optimizer):
                 form = "bf16" if self._is_rounded(parameter) else "split"
                 local = local_of(parameter.detach())
                 kept = keep("weight", local.float().contiguous(), form) | self._new_moments(parameter, local)
-                hold(parameter, kept.pop("weight"))
+                set_local_(parameter, kept.pop("weight"))
                 sharded = {name: sharded_like(parameter, tensor) for name, tensor in kept.items()}
                 self.state[parameter] = {"step": torch.zeros(()), **sharded}
 

@@ -7,8 +7,8 @@ import torch
 
 from lowmem.optim.formats import (
     BLOCK,
-    join,
     keep,
+    merge_halves,
     random_halves,
     read,
     round_stochastically,
@@ -31,7 +31,7 @@ def test_split_keeps_every_bit():
     values = torch.cat([bits.view(torch.float32), special])
     high, low = split(values)
     assert high.dtype == torch.bfloat16 and low.dtype == torch.int16
-    assert torch.equal(join(high, low).view(torch.int32), values.view(torch.int32))
+    assert torch.equal(merge_halves(high, low).view(torch.int32), values.view(torch.int32))
 
 
 def test_the_upper_half_is_the_nearest_bf16():
