@@ -21,7 +21,7 @@ from lowmem.distributed import zero
 from lowmem.distributed.collectives import gather_bytes, raise_error_of_any_rank, report_failure, sum_over_ranks
 from lowmem.distributed.dtensor import is_first_copy, local_of
 from lowmem.distributed.heartbeat import at_step, phase
-from lowmem.distributed.placement import data_place, failing, is_divided, is_sharded
+from lowmem.distributed.placement import data_place, failing, is_divided, is_engine, is_sharded
 from lowmem.distributed.reduce import all_reduce_sum, gradient_norm
 from lowmem.distributed.seeds import seed_of
 from lowmem.errors import OutOfMemory, StepTooLarge
@@ -113,15 +113,15 @@ def train_step(
     place = data_place(state.model)
     # Known before the first backward, so that every micro-batch is scaled by the same number.
     num_tokens, preempted = _begun_by_all_ranks(batches, preempted, is_counted=place.is_counted)
-    is_engine = zero.is_engine(state.model)
-    if not is_engine:  # which keeps buffers there
+    by_engine = is_engine(state.model)
+    if not by_engine:  # which keeps buffers there
         optimizer.zero_grad()  # of a step that an exception ended
     released = Released.of(optimizer)
     if released is not None:
         released.begin(len(batches), max_grad_norm, nonfinite)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    if is_engine:
+    if by_engine:
         loss, grad_norm, reason = _by_engine(state, batches, loss_fn, accelerator, num_tokens)
         if reason and num_tokens and nonfinite == "stop":
             raise FloatingPointError(f"step {state.step + 1}: {reason}. {_advice(None)}")
