@@ -83,6 +83,7 @@ def measure(rank: int, processes: int, port: int, config, on_gpu: bool, results)
     import torch
     from torch.profiler import ProfilerActivity, profile
 
+    from lowmem.data.rows import RowSets
     from lowmem.distributed.signals import Signals
     from lowmem.train import train
 
@@ -92,7 +93,7 @@ def measure(rank: int, processes: int, port: int, config, on_gpu: bool, results)
     torch.set_num_threads(1)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, profile_memory=True) as profiler:  # from before the model is built
-        train(config, rows_for(config), None, None, signals=Signals())
+        train(config, RowSets(rows_for(config)), signals=Signals())
     kind = "cuda" if on_gpu else "cpu"
     sums, cleared = [], []
     events = list(profiler.profiler.kineto_results.experimental_event_tree())

@@ -21,7 +21,7 @@ from lowmem.config.parse import named_fields, resolve
 from lowmem.config.sizes import parse_bytes
 from lowmem.config.train_config import PRESETS, TrainConfig
 from lowmem.data.bundled import BundledRows
-from lowmem.data.rows import open_rows, split_rows
+from lowmem.data.rows import RowSets, open_rows, split_rows
 from lowmem.distributed.launcher import launched_processes, launched_settings
 from lowmem.distributed.setup import check_launch, processes_to_start
 from lowmem.distributed.signals import PREEMPTED, Signals, end_as_signalled
@@ -261,7 +261,7 @@ def _run(job: Job, arguments: Sequence[str]) -> int:
         _hide_bars()
         from lowmem.train import train
 
-        return train(config, train_rows, validation_rows, test_rows, **supervision)
+        return train(config, RowSets(train_rows, validation_rows, test_rows), **supervision)
 
     return supervise(load_and_train, output, signals)
 

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -12,13 +13,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lowmem.data.batch import IGNORED, Batch
+from lowmem.data.batch import IGNORED, Batch, collate
+from lowmem.data.encode import Encode
+from lowmem.data.eval_batches import EvalBatches, open_eval
+from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import FileRows
 from lowmem.distributed.collectives import gather_bytes, sum_over_ranks
 from lowmem.distributed.heartbeat import phase
 from lowmem.distributed.placement import data_place, failing, is_sharded, resharding, unwrapped
 from lowmem.distributed.reduce import all_reduce_sum
-from lowmem.step import LossFunction
+from lowmem.memory.gradients import LossFunction
 
 
 class Answer(NamedTuple):
@@ -28,6 +32,9 @@ class Answer(NamedTuple):
     prompt: str
     reference: str
     prediction: str
+
+
+Measure = Callable[..., tuple[dict[str, float], list[Answer]]]
 
 
 @phase("evaluating")
@@ -121,28 +128,37 @@ def text_metrics(answers: Sequence[Answer], *, prefix: str = "eval") -> dict[str
     return metrics
 
 
-def measure(
+def make_evaluation(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    rows: FileRows,
-    open_batches: Callable[[FileRows], Iterable[Batch]],
+    encode: Encode,
     loss_fn: LossFunction,
     accelerator: Accelerator,
+    quarantine: Quarantine | None = None,
+    bar: Callable[[EvalBatches, str], Iterable[Batch]] = lambda batches, name: batches,
     *,
+    batch_size: int,
     num_answers: int,
     max_new_tokens: int,
-    prefix: str = "eval",
-) -> tuple[dict[str, float], list[Answer]]:
-    """Loss over all `rows`, and answers to the first `num_answers` of them (0: none) with their metrics.
+) -> Measure:
+    """Return `measure(rows, prefix="eval") -> (metrics, answers)`, which every rank calls.
 
-    `open_batches` is `open_eval` with all but its rows filled in.
+    It takes the loss over all `rows` and answers the first `num_answers` of them (0: none), with their metrics. `bar`
+    wraps the batches, to show how far it is.
     """
-    metrics = evaluate(model, open_batches(rows), loss_fn, accelerator, prefix=prefix)
-    answers = []
-    if num_answers:
-        asked = open_batches(rows.slice(0, min(len(rows), num_answers)))
+    collate_rows = partial(collate, causal=not unwrapped(model).config.is_encoder_decoder)
+    batching = {"batch_size": batch_size, "collate": collate_rows, "quarantine": quarantine}
+    open_batches = partial(open_eval, encode=encode, **data_place(model).coordinates, **batching)
+
+    def measure(rows: FileRows, prefix: str = "eval") -> tuple[dict[str, float], list[Answer]]:
+        metrics = evaluate(model, bar(open_batches(rows), prefix), loss_fn, accelerator, prefix=prefix)
+        if not num_answers:
+            return metrics, []
+        asked = bar(open_batches(rows.slice(0, min(len(rows), num_answers))), prefix)
         answers = generate(model, tokenizer, asked, accelerator, max_new_tokens=max_new_tokens)
-    return metrics | text_metrics(answers, prefix=prefix), answers
+        return metrics | text_metrics(answers, prefix=prefix), answers
+
+    return measure
 
 
 @contextmanager

@@ -7,16 +7,19 @@ import resource
 import select
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from tqdm import tqdm
 
 from lowmem.data.batch import Batch
+from lowmem.data.stream import Stream
 from lowmem.distributed.collectives import gather_bytes, on_main_rank, sum_over_ranks
-from lowmem.errors import UsageError
+from lowmem.distributed.placement import DataParallelRank
+from lowmem.errors import SaveError, UsageError
 from lowmem.evaluation import Answer
 from lowmem.recover import Halving
 from lowmem.step import StepResult
@@ -46,9 +49,9 @@ def _outlive_readers() -> None:
         os.close(nowhere)
 
 
-def tell_answers(answers: Iterable[Answer]) -> None:
-    """Print what the model wrote, to look at."""
-    tell(*(f"  {answer.prompt!r} -> {answer.prediction!r} (expected {answer.reference!r})" for answer in answers))
+def tell_answers(answers: Sequence[Answer]) -> None:
+    """Print the first three, to look at."""
+    tell(*(f"  {answer.prompt!r} -> {answer.prediction!r} (expected {answer.reference!r})" for answer in answers[:3]))
 
 
 def peak_memory_bytes() -> dict[str, int]:
@@ -127,11 +130,10 @@ class Report:
         folder: Path,
         settings: Mapping[str, object],
         accelerator: Accelerator,
-        *,
         step: int,
         total_steps: int,
+        *,
         resumed: bool,
-        trackers: bool = False,
     ):
         def open_folder() -> MetricsLog:
             try:
@@ -148,8 +150,8 @@ class Report:
         (resumed_at, *_) = gather_bytes(json.dumps(self._log.resumed_at if self._log else {}).encode())
         self.resumed_at: dict[str, float | None] = json.loads(resumed_at)
         """What metrics.jsonl holds of the step that is resumed at, on every rank."""
-        self._accelerator, self._trackers = accelerator, trackers
-        if trackers:
+        self._folder, self._accelerator, self._has_trackers = folder, accelerator, bool(settings["report_to"])
+        if self._has_trackers:
             accelerator.init_trackers("lowmem", config=dict(settings))
         self._first_step, self._step, self._total_steps = step, step, total_steps
         # a bar for a terminal (None: tqdm looks whether it is one), on the main rank
@@ -171,11 +173,34 @@ class Report:
         """Start the clock of training speed: what lay before (evaluating, saving) does not count."""
         self._clock = time.perf_counter()
 
-    def count(self, result: StepResult, *, rows: int, waited: float) -> None:
-        """One optimizer step is done, over `rows` rows; `waited` seconds were spent waiting for data so far."""
+    def opening(
+        self, model: nn.Module, num_weights: int, stream: Stream, rank: DataParallelRank, *, tier: str, division: str
+    ) -> None:
+        """Print what trains, on what, over which rows; `division` says how processes share the model, if they do."""
+        processes = f"{rank.size} process{'es' * (rank.size > 1)}"
+        self.tell(
+            f"{num_weights:,} weights ({model.dtype}, memory={tier}) on {self._accelerator.num_processes} x "
+            f"{self._accelerator.device.type}{division and f', {division}'}, {stream.num_rows:,} rows",
+            f"steps {self._step} to {self._total_steps}, each of {stream.global_batch_size} rows: {processes} x "
+            f"{stream.micro_batches} micro-batches of at most {stream.batch_size}",
+        )
+
+    def resuming(
+        self, checkpoint: Path | None, changes: Sequence[str], row_changes: Sequence[str], can_save: bool
+    ) -> None:
+        """Print what this run resumes, what changed since (flags and rows), and whether it can be resumed itself."""
+        if not can_save:
+            self.tell("no checkpoints under DeepSpeed: a run that ends early is begun anew")
+        if checkpoint:
+            self.tell(f"resumed from {checkpoint}{', with ' if changes else ''}{', '.join(changes)}")
+        self.tell(*(f"the rows are others than then: {change}" for change in row_changes))
+
+    def count(self, result: StepResult, stream: Stream) -> None:
+        """Count one optimizer step."""
         now = time.perf_counter()
         self._seconds, self._clock = self._seconds + now - self._clock, now
-        self._rows, self._tokens, self._waited = self._rows + rows, self._tokens + int(result.num_tokens), waited
+        self._rows, self._tokens = self._rows + stream.global_batch_size, self._tokens + int(result.num_tokens)
+        self._waited = stream.wait_seconds
         self._step += 1
         self._bar.update()
         if not result.updated:
@@ -189,15 +214,16 @@ class Report:
             self._log.write({"event": "out_of_memory", "step": halving.step, **found})
             tell(str(halving))
 
-    def training(self, result: StepResult, *, epoch: float, learning_rate: float, counts: Mapping[str, int]) -> None:
+    def training(self, result: StepResult, stream: Stream, rank: DataParallelRank, learning_rate: float) -> None:
         """Record the last step; speeds are those since the last such record, over all ranks, of target tokens.
 
-        `counts` are this rank's, since the run was started or resumed; their sums over all ranks are recorded.
+        The stream's counts are this rank's, since the run was started or resumed; their sums over ranks are recorded.
         """
-        self._counts = dict(zip(counts, sum_over_ranks(*counts.values()), strict=True))
+        counts = sum_over_ranks(*(count if rank.is_counted else 0 for count in stream.counts.values()))
+        self._counts = dict(zip(stream.counts, counts, strict=True))
         self.record(
             {
-                "epoch": epoch,
+                "epoch": stream.position / stream.num_rows,
                 "loss": result.loss.item(),
                 "grad_norm": result.grad_norm.item(),
                 "learning_rate": learning_rate,
@@ -211,15 +237,16 @@ class Report:
         )
         self._rows, self._tokens, self._seconds, self._waited_before = 0, 0, 0.0, self._waited
 
-    def evaluation(self, metrics: Mapping[str, float], answers: Iterable[Answer]) -> None:
-        """Record what was measured on held-out rows, and show some answers."""
+    def evaluation(self, metrics: Mapping[str, float], answers: Sequence[Answer]) -> Mapping[str, float]:
+        """Record what was measured on held-out rows, show three answers, and return the metrics."""
         self.record(metrics)
         if self._log:
             tell_answers(answers)
+        return metrics
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """One record of this step for metrics.jsonl, the trackers and the terminal."""
-        if self._trackers:
+        if self._has_trackers:
             self._accelerator.log(dict(metrics), step=self._step)
         if self._log:
             self._log.write({"step": self._step, **metrics})
@@ -231,16 +258,29 @@ class Report:
             )
             tell(f"step {self._step}/{self._total_steps}: {', '.join(shown)}")
 
-    def close(self, **end: object) -> None:
-        """Nothing more is recorded. `end`: how the run ended, for the last event; without it a resumed run goes on.
+    def unsaved(self, error: SaveError) -> None:
+        """A checkpoint could not be written, and the run goes on without it."""
+        self.tell(f"step {self._step} is not saved, training goes on: {error}")
 
-        The event's counts, also of skipped updates, are since the run was started or resumed.
-        """
+    def preempted(self, can_save: bool) -> None:
+        """The run ends early; metrics.jsonl has no last event, as a resumed run continues it."""
+        self._close()
+        what_now = "--resume=auto goes on from there" if can_save else "nothing of it is saved, begin anew"
+        self.tell(f"preempted after step {self._step} of {self._total_steps}: {what_now}")
+
+    def done(self, best: Mapping[str, float] | None) -> None:
+        """Record how the run ended. Counts, also of skipped updates, are since it was started or resumed."""
+        counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self._counts.items() if count)
+        if counts:
+            self.tell(f"of the rows of steps {self._first_step + 1} to {self._step}: {counts}")
+        if self._log:
+            ending = {"event": "end", "steps": self._step, "skipped": self._skipped, **self._counts, "best": best}
+            self._log.write(ending)
+        self._close()
+        model, metrics = self._folder / "model", self._folder / "metrics.jsonl"
+        self.tell(f"done: {model} holds the model, {metrics} its curve")
+
+    def _close(self) -> None:
         self._bar.close()
-        if self._log and end:
-            told = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self._counts.items() if count)
-            if told:
-                tell(f"of the rows of steps {self._first_step + 1} to {self._step}: {told}")
-            self._log.write({"event": "end", "steps": self._step, "skipped": self._skipped, **self._counts, **end})
         if self._log:
             self._log.close()

@@ -1,9 +1,8 @@
 """The worked loop: every part of the library in the order in which a run needs it. Copy it, change what you like."""
 
 import dataclasses
-import math
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,32 +12,30 @@ import torch
 from lowmem.checkpoint.load import load_checkpoint
 from lowmem.checkpoint.resume import check_same_run, checkpoint_to_resume, rows_per_step
 from lowmem.checkpoint.save import check_space, save_checkpoint, save_model
-from lowmem.config.train_config import MAY_DIFFER_BETWEEN_RANKS, TrainConfig
-from lowmem.config.zero import complete_zero_config
+from lowmem.config.train_config import TrainConfig
 from lowmem.data.batch import collate
 from lowmem.data.encode import make_encoder
-from lowmem.data.eval_batches import open_eval
 from lowmem.data.packing import check_packing
 from lowmem.data.quarantine import Quarantine
-from lowmem.data.rows import Rows
+from lowmem.data.rows import Rows, RowSets
 from lowmem.data.stream import open_stream
-from lowmem.distributed import zero
-from lowmem.distributed.collectives import sum_over_ranks
-from lowmem.distributed.consistency import check_same, code, model_digest, rows_digest, seen_by_all, tokenizer_digest
+from lowmem.distributed.collectives import any_rank
+from lowmem.distributed.consistency import check_same_inputs, check_same_model
 from lowmem.distributed.placement import data_place
 from lowmem.distributed.setup import init_distributed, make_deterministic
 from lowmem.distributed.sharding import parallelize
 from lowmem.distributed.signals import Signals
-from lowmem.errors import SaveError
-from lowmem.evaluation import measure
+from lowmem.distributed.zero import wrap
+from lowmem.evaluation import Measure, make_evaluation
 from lowmem.loss import LOSSES, check_loss
-from lowmem.memory.savers import compiled, entered, offload_activations, recompute, recompute_cheap, release
+from lowmem.memory.savers import SAVERS, entered
 from lowmem.model import freeze, load_model
 from lowmem.optim.make import make_optimizer
-from lowmem.optim.schedule import learning_rate_at
+from lowmem.optim.schedule import Schedule
 from lowmem.recover import fitting_step
 from lowmem.report import Report
 from lowmem.step import TrainState
+from lowmem.zero_step import zero_step
 
 
 class Outcome(NamedTuple):
@@ -51,234 +48,127 @@ class Outcome(NamedTuple):
 
 
 def train(
-    config: TrainConfig,
-    train_rows: Rows,
-    validation_rows: Rows | None,
-    test_rows: Rows | None,
-    *,
-    signals: Signals,
-    on_abort: Callable[[str], None] | None = None,
+    config: TrainConfig, rows: RowSets, *, signals: Signals, on_abort: Callable[[str], None] | None = None
 ) -> Outcome:
     """Train as `config` says, from the start or from a checkpoint, and leave the model in `output_dir`/model.
 
-    A signal that a rank has caught ends the run on all of them: after the step or evaluation that is going on, once it
-    is saved; before the first step, as soon as all is loaded. `on_abort` is called with a message before a silent or
-    failed rank makes this one exit.
+    A signal on any rank ends the run on all of them, after the current step or evaluation, once it is saved. `on_abort`
+    is called with a message before a silent or failed rank makes this one exit.
     """
     # --- processes
     output, settings = Path(config.output_dir), dataclasses.asdict(config)
-    trackers = [name for name in config.report_to.split(",") if name]
-    accelerator = init_distributed(
-        mixed_precision=config.autocast,
-        deepspeed=complete_zero_config(config.deepspeed, **config.zero_settings) if config.deepspeed else None,
-        report_to=trackers,
-        output_dir=output,
-        heartbeat_timeout=config.heartbeat_timeout,
-        on_abort=on_abort,
-        signals=signals,
-    )
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    if world_size > 1:
-        flags = {f"--{name}": value for name, value in settings.items() if name not in MAY_DIFFER_BETWEEN_RANKS}
-        all_rows = {"training rows": train_rows, "validation rows": validation_rows, "test rows": test_rows}
-        digests = {name: rows_digest(rows) for name, rows in all_rows.items() if rows is not None}
-        check_same(code() | flags | digests | seen_by_all(output))
+    accelerator = init_distributed(**config.distributed, output_dir=output, on_abort=on_abort, signals=signals)
+    check_same_inputs(config.shared_flags, rows._asdict(), output)
     checkpoint = checkpoint_to_resume(config.resume, output)
-    changes = check_same_run(checkpoint, settings) if checkpoint is not None else []
+    changes = check_same_run(checkpoint, settings) if checkpoint else []
     make_deterministic(config.deterministic)
 
     # --- model and optimizer
     torch.manual_seed(config.seed)
-    model, tokenizer = load_model(
-        config.model_name_or_path,
-        model_config=config.model_config,
-        tokenizer_name_or_path=config.tokenizer_name_or_path,
-        on_meta=config.is_divided and (config.model_name_or_path is not None or rank != 0),
-    )
-    freeze(model, parts=[part for part in config.freeze.split(",") if part])
-    if world_size > 1:
-        # one built from scratch is drawn by each rank as its CPU does, and then gets the weights of rank 0
-        digest = model_digest(model, weights=config.model_name_or_path is not None)
-        check_same({"the model": digest, "the tokenizer": tokenizer_digest(tokenizer)})
-    model = parallelize(
-        model,
-        accelerator,
-        sharding_strategy=config.sharding_strategy,
-        shard_size=config.shard_size,
-        cpu_offload=config.cpu_offload,
-        tp_size=config.tp_size,
-    )
-    place = data_place(model)
-    optimizer = make_optimizer(
-        model,
-        name=config.optimizer,
-        memory=config.memory or "off",
-        weight_decay=config.weight_decay,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-    )
-    eval_loss_fn = LOSSES[config.loss]
-    loss_fn = partial(eval_loss_fn, label_smoothing=config.label_smoothing)
-    savers = {
-        recompute: config.recompute == "full",
-        recompute_cheap: config.recompute == "cheap",
-        offload_activations: config.offload_activations,
-        release: config.release,
-        compiled: config.compile,
-    }
-    savers = [saver for saver, is_wanted in savers.items() if is_wanted]
-    with entered(savers, model, optimizer):
-        pass  # what any of them refuses is refused here, before a run has begun
+    # of a new model that will be sharded only rank 0 holds the weights; of a saved one each rank reads its part
+    on_meta = config.is_divided and (config.model_name_or_path is not None or not accelerator.is_main_process)
+    model, tokenizer = load_model(**config.model_source, on_meta=on_meta)
+    freeze(model, parts=config.frozen_parts)
+    check_same_model(model, tokenizer, weights=config.model_name_or_path is not None)
+    model = parallelize(model, accelerator, **config.sharding)
+    optimizer = make_optimizer(model, **config.optimizer_options)
+    loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)
     check_loss(loss_fn, model)
     if config.packing:
         check_packing(model)
+    num_weights = model.num_parameters()  # before DeepSpeed shards them
+    trained = wrap(model, optimizer, accelerator) if config.deepspeed else model
 
-    # --- rows
-    encode = make_encoder(tokenizer, is_encoder_decoder=model.config.is_encoder_decoder, **config.encoding)
-    skips = config.on_bad_row == "skip"
-    quarantine = Quarantine(config.max_bad_rows, output / f"bad_rows-{rank}.jsonl") if skips else None
-    batching = {
-        "batch_size": config.batch_size,
-        "rank": place.rank,
-        "world_size": place.size,
-        "collate": partial(collate, causal=not model.config.is_encoder_decoder),
-        "quarantine": quarantine,
-    }
-    global_batch_size = rows_per_step(settings, place.size, checkpoint)
-    stream = open_stream(
-        train_rows,
-        encode,
-        global_batch_size=global_batch_size,
-        seed=config.seed,
-        packed_seq_len=config.max_seq_len if config.packing else None,
-        prefetch=config.prefetch_steps,
-        accept_changed_data=config.accept_changed_data,
-        pin_memory=accelerator.device.type == "cuda",
-        **batching,
-    )
-    open_batches = partial(open_eval, encode=encode, **batching)
-
-    # --- where to start, how far to go
-    weights = f"{model.num_parameters():,} weights"  # before they are divided
-    trained = zero.wrap(model, optimizer, accelerator) if config.deepspeed else model
-    saves_checkpoints = not config.deepspeed  # ZeRO lays out its optimizer's state as no other run could read it
-    state = TrainState(trained, optimizer, stream, seed=config.seed)
-    if checkpoint is not None:
-        load_checkpoint(state, checkpoint, accelerator, verify=False)  # checkpoint_to_resume has
-    total_steps = config.max_steps or math.ceil(config.epochs * stream.num_rows / stream.global_batch_size)
-    warmup_steps = math.ceil(total_steps * config.warmup_ratio) if config.warmup_ratio else config.warmup_steps or 0
-    schedule = partial(
-        learning_rate_at,
-        total_steps=total_steps,
-        peak=config.learning_rate,
-        warmup_steps=warmup_steps,
-        schedule=config.lr_scheduler_type,
-    )
-    saving = {"tokenizer": tokenizer, "config": settings, "max_shard_size": config.max_shard_size}
-    keep = config.save_total_limit or None
-    saves = math.ceil((total_steps - state.step) / config.save_steps) if saves_checkpoints else 0
-    check_space(state, output / "checkpoints", saves=saves, keep=keep)
-    report = Report(
-        output,
-        settings,
-        accelerator,
-        step=state.step,
-        total_steps=total_steps,
-        resumed=checkpoint is not None,
-        trackers=bool(trackers),
-    )
-    processes = f"{place.size} process{'es' * (place.size > 1)}"
-    division = f", {config.sharding_strategy}" if config.tp_size == 1 else f", {config.tp_size} with the same rows"
-    report.tell(
-        f"{weights} ({model.dtype}, memory={config.memory or 'off'}) on {world_size} x "
-        f"{accelerator.device.type}{division if config.is_divided else ''}, {stream.num_rows:,} rows",
-        f"steps {state.step} to {total_steps}, each of {stream.global_batch_size} rows: {processes} x "
-        f"{stream.micro_batches} micro-batches of at most {config.batch_size}",
-        *([] if saves_checkpoints else ["no checkpoints under DeepSpeed: a run that ends early is begun anew"]),
-        *([f"resumed from {checkpoint}{', with ' if changes else ''}{', '.join(changes)}"] if checkpoint else []),
-        *(f"the rows are others than then: {change}" for change in stream.changes),
-    )
-
-    def is_due(every: int) -> bool:
-        return state.step == total_steps or state.step % every == 0
-
-    def signalled() -> bool:
-        """Whether any rank caught a signal, as all see it. One small collective."""
-        return sum_over_ranks(signals.came is not None) != [0]
-
-    def evaluate_on(rows: Rows, prefix: str) -> dict[str, float]:
-        metrics, answers = measure(
-            trained,
-            tokenizer,
-            rows,
-            lambda rows: report.bar(open_batches(rows), prefix),
-            eval_loss_fn,
-            accelerator,
-            num_answers=config.max_predict_samples if config.prompt_column else 0,
-            max_new_tokens=config.generation_max_new_tokens,
-            prefix=prefix,
+    with ExitStack() as stack:
+        stack.enter_context(entered([SAVERS[name] for name in config.savers], model, optimizer))
+        # --- rows
+        rank, is_causal = data_place(model), not model.config.is_encoder_decoder
+        encode = make_encoder(tokenizer, is_encoder_decoder=not is_causal, **config.encoding)
+        bad_rows = output / f"bad_rows-{accelerator.process_index}.jsonl"
+        quarantine = Quarantine(config.max_bad_rows, bad_rows) if config.on_bad_row == "skip" else None
+        stream = open_stream(
+            rows.training,
+            encode,
+            global_batch_size=rows_per_step(settings, rank.size, checkpoint),
+            collate=partial(collate, causal=is_causal),
+            quarantine=quarantine,
+            pin_memory=accelerator.device.type == "cuda",
+            **rank.coordinates,
+            **config.batching,
         )
-        report.evaluation(metrics, answers[:3])
-        return metrics
+        stack.enter_context(closing(stream))
 
-    # --- the loop
-    # `preempted` is alike on all ranks: agreed on here, in each step's first collective, and after what takes long
-    preempted = signalled()
-    if validation_rows and not preempted:
-        if state.step == 0 and config.eval_on_start:
-            evaluate_on(validation_rows, "eval")
-        if state.step and is_due(config.eval_steps):
-            # a run that was preempted at this step saved it first, and left its evaluation to us
-            evaluated = report.resumed_at if "eval_loss" in report.resumed_at else evaluate_on(validation_rows, "eval")
-            state.note_best(evaluated["eval_loss"])
-        preempted = signalled()
-    end = state.step if preempted else total_steps
-    report.restart_timer()
-    with entered(savers, model, optimizer), closing(stream):
+        # --- state: where to start, how far to go
+        state = TrainState(trained, optimizer, stream, seed=config.seed)
+        if checkpoint:
+            load_checkpoint(state, checkpoint, accelerator, verify=False)  # checkpoint_to_resume has verified it
+        schedule = Schedule.of_run(stream.num_rows, stream.global_batch_size, **config.schedule)
+        checkpoints, keep, can_save = output / "checkpoints", config.save_total_limit or None, not config.deepspeed
+        check_space(state, checkpoints, saves=can_save and schedule.num_due(state.step, config.save_steps), keep=keep)
+        report = Report(output, settings, accelerator, state.step, schedule.total_steps, resumed=checkpoint is not None)
+        report.opening(model, num_weights, stream, rank, tier=config.memory or "off", division=config.division)
+        report.resuming(checkpoint, changes, stream.changes, can_save)
+        measure = make_evaluation(
+            trained, tokenizer, encode, LOSSES[config.loss], accelerator, quarantine, report.bar, **config.evaluation
+        )
+        saving = {"tokenizer": tokenizer, "config": settings, "max_shard_size": config.max_shard_size}
+        take_step = zero_step if config.deepspeed else partial(fitting_step, tell=report.halving)
+
+        # --- the loop: `preempted` is the same on all ranks, agreed on in each step and after what takes long
+        preempted = any_rank(signals.came)
+        if rows.validation and not preempted:
+            evaluate_first(state, rows.validation, measure, report, schedule, config)
+            preempted = any_rank(signals.came)
+        end = state.step if preempted else schedule.total_steps
         for step, batches in zip(range(state.step, end), stream, strict=False):
-            result = fitting_step(
+            result = take_step(
                 state,
                 batches,
                 loss_fn,
                 accelerator,
-                tell=report.halving,
                 learning_rate=schedule(step),
                 max_grad_norm=config.max_grad_norm,
                 nonfinite=config.nonfinite,
                 preempted=signals.came is not None,
             )
             preempted = result.preempted
-            report.count(result, rows=stream.global_batch_size, waited=stream.wait_seconds)
-            if is_due(config.logging_steps):
-                epoch = stream.position / stream.num_rows
-                counts = stream.counts if place.is_counted else dict.fromkeys(stream.counts, 0)
-                report.training(result, epoch=epoch, learning_rate=schedule(step), counts=counts)
-            if validation_rows and not preempted and is_due(config.eval_steps):
-                state.note_best(evaluate_on(validation_rows, "eval")["eval_loss"])
-                preempted = signalled()
-            if saves_checkpoints and (preempted or is_due(config.save_steps)):
-                try:
-                    save_checkpoint(state, output / "checkpoints", accelerator, keep=keep, **saving)
-                except SaveError as error:
-                    if preempted or config.on_save_error == "stop":
-                        raise
-                    report.tell(f"step {state.step} is not saved, training goes on: {error}")
-                else:
-                    preempted = preempted or signalled()
+            report.count(result, stream)
+            if schedule.is_due(state.step, config.logging_steps):
+                report.training(result, stream, rank, schedule(step))
+            if rows.validation and not preempted and schedule.is_due(state.step, config.eval_steps):
+                state.note_best(report.evaluation(*measure(rows.validation))["eval_loss"])
+                preempted = any_rank(signals.came)
+            if can_save and (preempted or schedule.is_due(state.step, config.save_steps)):
+                on_error = report.unsaved if config.on_save_error == "continue" and not preempted else None
+                saved = save_checkpoint(state, checkpoints, accelerator, keep=keep, on_error=on_error, **saving)
+                preempted = preempted or (saved is not None and any_rank(signals.came))
             if preempted:
                 break
             report.restart_timer()
 
+    # --- the end
     if preempted:
-        signals.ignore()  # a launcher ends the others as soon as one of us has ended
-        report.close()
-        what_now = "--resume=auto goes on from there" if saves_checkpoints else "nothing of it is saved, begin anew"
-        report.tell(f"preempted after step {state.step} of {total_steps}: {what_now}")
-    else:  # what is left behind
-        if test_rows:
-            evaluate_on(test_rows, "test")
+        signals.ignore()  # a launcher ends the other processes as soon as one of them has ended
+        report.preempted(can_save)
+    else:
+        if rows.test:
+            report.evaluation(*measure(rows.test, "test"))
         save_model(trained, output / "model", **saving)
-        report.close(best=state.best)
-        report.tell(f"done: {output / 'model'} holds the model, {output / 'metrics.jsonl'} its curve")
+        report.done(state.best)
     accelerator.end_training()
-    return Outcome(state.step if saves_checkpoints or not preempted else 0, preempted)
+    return Outcome(state.step if can_save or not preempted else 0, preempted)
+
+
+def evaluate_first(
+    state: TrainState, rows: Rows, measure: Measure, report: Report, schedule: Schedule, config: TrainConfig
+) -> None:
+    """Evaluate before the first step if `eval_on_start`; on resume, if the checkpoint's own step was due for it.
+
+    A run that is preempted at such a step saves first, and leaves its evaluation to the run that resumes it.
+    """
+    if state.step == 0 and config.eval_on_start:
+        report.evaluation(*measure(rows))
+    elif state.step and schedule.is_due(state.step, config.eval_steps):
+        known = "eval_loss" in report.resumed_at
+        state.note_best((report.resumed_at if known else report.evaluation(*measure(rows)))["eval_loss"])
+    report.restart_timer()

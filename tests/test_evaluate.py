@@ -12,7 +12,7 @@ from lowmem.data.batch import collate
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.eval_batches import open_eval
 from lowmem.data.rows import open_rows
-from lowmem.evaluation import Answer, evaluate, generate, measure, text_metrics
+from lowmem.evaluation import Answer, evaluate, generate, make_evaluation, text_metrics
 from lowmem.loss import chunked_loss, plain_loss
 from tests.models import build, qa_rows
 from tests.processes import run_ranks
@@ -89,10 +89,9 @@ def test_two_ranks_measure_what_one_measures(family, tmp_path):
 
 
 def measure_rows(family, folder, accelerator):
-    model, ranks = build(family), {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    rows = open_rows(f"{folder}/rows.jsonl")
-    open_batches = partial(open_eval, encode=encoder(family), batch_size=4, **ranks)
-    return measure(model, TOKENIZER, rows, open_batches, chunked_loss, accelerator, num_answers=11, max_new_tokens=5)
+    options = {"batch_size": 4, "num_answers": 11, "max_new_tokens": 5}
+    measure = make_evaluation(build(family), TOKENIZER, encoder(family), chunked_loss, accelerator, **options)
+    return measure(open_rows(f"{folder}/rows.jsonl"))
 
 
 def measure_on_a_rank(family, folder):

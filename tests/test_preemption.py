@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.config.parse import resolve
+from lowmem.data.rows import RowSets
 from lowmem.distributed.signals import Signals, catching_signals
 from lowmem.errors import SaveError
 from lowmem.job.supervise import supervise
@@ -58,7 +59,7 @@ def run_here(work, name, rows=ROWS, held_out=None, signals=None, **changes):
     """In this process: 6 steps of 4 rows, read when they are needed; evaluated, and saved, every second step."""
     config = {"batch_size": 4, "max_steps": STEPS, "save_steps": 2, "eval_steps": 2, "prefetch_steps": 0}
     config |= {"max_predict_samples": 0, "resume": "auto"} | changes
-    return train_here(resolve(settings(work, name, **config)), rows, held_out, None, signals=signals or Signals())
+    return train_here(resolve(settings(work, name, **config)), RowSets(rows, held_out), signals=signals or Signals())
 
 
 @pytest.fixture(scope="module")

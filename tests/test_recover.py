@@ -18,7 +18,7 @@ from lowmem import init_distributed, load_checkpoint, parallelize, save_checkpoi
 from lowmem.config.parse import resolve
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.order import Groups, rows_at
-from lowmem.data.rows import open_rows
+from lowmem.data.rows import RowSets, open_rows
 from lowmem.data.stream import open_stream
 from lowmem.distributed.collectives import raise_on_all_ranks
 from lowmem.distributed.heartbeat import current_step
@@ -166,7 +166,7 @@ def train_within(work, name, mib):
         held = int(re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
         resource.setrlimit(resource.RLIMIT_DATA, (held + mib * 2**20, resource.RLIM_INFINITY))
         sys.addaudithook(kill_at_the_last_save)
-    train(config, open_rows(str(work / "rows.jsonl")), None, None, signals=Signals())
+    train(config, RowSets(open_rows(str(work / "rows.jsonl"))), signals=Signals())
 
 
 def kill_at_the_last_save(event, arguments):

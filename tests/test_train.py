@@ -9,6 +9,7 @@ from transformers import ByT5Tokenizer, get_scheduler
 
 from lowmem.config.parse import resolve
 from lowmem.data.order import Groups, rows_at
+from lowmem.data.rows import RowSets
 from lowmem.distributed.signals import Signals
 from lowmem.train import train as train_here
 from tests.models import T5, build, qa_rows
@@ -89,7 +90,7 @@ def test_recompute_reaches_the_run(files, tmp_path):
         settings = {"max_steps": 1, "recompute": recompute, "output_dir": tmp_path / recompute}
         config = resolve(values | settings)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            train_here(config, ROWS, None, None, signals=Signals())
+            train_here(config, RowSets(ROWS), signals=Signals())
         return kept
 
     assert kept_bytes("full") < 0.6 * kept_bytes("off")

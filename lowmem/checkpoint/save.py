@@ -12,7 +12,7 @@ Every rank writes a share of the files, all at the same time; a tensor is whole 
 import copy
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from lowmem.config.sizes import parse_bytes
 from lowmem.distributed.collectives import on_main_rank, rank_and_world_size
 from lowmem.distributed.heartbeat import phase
 from lowmem.distributed.placement import unwrapped
-from lowmem.errors import UsageError
+from lowmem.errors import SaveError, UsageError
 from lowmem.step import TrainState
 from lowmem.storage.atomic_folder import clear_leftovers, remove
 from lowmem.storage.files import FileRecord, free_bytes, record_file, sync, to_json, write_file
@@ -51,12 +51,14 @@ def save_checkpoint(
     config: Mapping[str, object] | None = None,
     keep: int | None = None,
     max_shard_size: int | str = "5GB",
-) -> Path:
+    on_error: Callable[[SaveError], object] | None = None,
+) -> Path | None:
     """Write `folder`/step-XXXXXXXX and return it; then remove older ones, so that `keep` are left (None: all stay).
 
     The one of `state.best` stays among them. Called by every rank: each writes a share of the bytes, at most one tensor
     at a time in host memory. `config` is kept as model/lowmem.json. If the disk has no room or fails, every rank raises
-    SaveError: older checkpoints are as they were, and nothing is left of the new one.
+    SaveError: older checkpoints are as they were, and nothing is left of the new one. With `on_error` it is called
+    with that error instead, and None returned.
     """
     path = Path(folder) / f"step-{state.step:08d}"
     weights, moments = model_tensors(state.model), optimizer_tensors(state.model, state.optimizer)
@@ -81,7 +83,13 @@ def save_checkpoint(
         records["state.json"] = write_file(unfinished / "state.json", [to_json(training_state)])
         write_manifest(unfinished, state.step, records)
 
-    write_together(path, tensors, write_rest, may_replace=is_damaged)
+    try:
+        write_together(path, tensors, write_rest, may_replace=is_damaged)
+    except SaveError as error:
+        if on_error is None:
+            raise
+        on_error(error)
+        return None
     if keep:
         on_main_rank(lambda: _prune(path, keep, state.best))
     return path

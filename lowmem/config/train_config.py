@@ -209,6 +209,85 @@ class TrainConfig:
         return self.sharding_strategy != "NO_SHARD" or self.tp_size > 1
 
     @property
+    def division(self) -> str:
+        """How processes share a model, in words; empty if each has its own."""
+        if self.tp_size > 1:
+            return f"{self.tp_size} with the same rows"
+        return self.sharding_strategy if self.is_divided else ""
+
+    @property
+    def distributed(self) -> dict[str, object]:
+        """What `init_distributed` takes."""
+        from lowmem.config.zero import complete_zero_config  # which takes a TrainConfig
+
+        zero = complete_zero_config(self.deepspeed, **self.zero_settings) if self.deepspeed else None
+        told = {"report_to": self.trackers, "heartbeat_timeout": self.heartbeat_timeout}
+        return {"mixed_precision": self.autocast, "deepspeed": zero} | told
+
+    @property
+    def shared_flags(self) -> dict[str, object]:
+        """The flags that must be the same on every rank."""
+        return {f"--{name}": value for name, value in vars(self).items() if name not in MAY_DIFFER_BETWEEN_RANKS}
+
+    @property
+    def model_source(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in ("model_name_or_path", "model_config", "tokenizer_name_or_path")}
+
+    @property
+    def sharding(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in ("sharding_strategy", "shard_size", "cpu_offload", "tp_size")}
+
+    @property
+    def optimizer_options(self) -> dict[str, object]:
+        betas = self.adam_beta1, self.adam_beta2
+        adam = {"betas": betas, "eps": self.adam_epsilon, "weight_decay": self.weight_decay}
+        return {"name": self.optimizer, "memory": self.memory or "off"} | adam
+
+    @property
+    def savers(self) -> list[str]:
+        """Names of SAVERS."""
+        savers = {
+            "recompute": self.recompute == "full",
+            "recompute_cheap": self.recompute == "cheap",
+            "offload_activations": self.offload_activations,
+            "release": self.release,
+            "compiled": self.compile,
+        }
+        return [name for name, is_wanted in savers.items() if is_wanted]
+
+    @property
+    def batching(self) -> dict[str, object]:
+        return {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "packed_seq_len": self.max_seq_len if self.packing else None,
+            "prefetch": self.prefetch_steps,
+            "accept_changed_data": self.accept_changed_data,
+        }
+
+    @property
+    def schedule(self) -> dict[str, object]:
+        names = ("epochs", "max_steps", "warmup_steps", "warmup_ratio")
+        shape = {"peak": self.learning_rate, "schedule": self.lr_scheduler_type}
+        return {name: getattr(self, name) for name in names} | shape
+
+    @property
+    def evaluation(self) -> dict[str, object]:
+        return {
+            "batch_size": self.batch_size,
+            "num_answers": self.max_predict_samples if self.prompt_column else 0,
+            "max_new_tokens": self.generation_max_new_tokens,
+        }
+
+    @property
+    def trackers(self) -> list[str]:
+        return [name for name in self.report_to.split(",") if name]
+
+    @property
+    def frozen_parts(self) -> list[str]:
+        return [part for part in self.freeze.split(",") if part]
+
+    @property
     def zero_settings(self) -> dict[str, object]:
         """What DeepSpeed needs to know beside its own config."""
         is_bf16 = self.mixed_precision == "bf16"

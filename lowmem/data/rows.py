@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,6 +25,14 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Row: ...
+
+
+class RowSets(NamedTuple):
+    """The rows of a run; None: it has no such rows."""
+
+    training: Rows
+    validation: Rows | None = None
+    test: Rows | None = None
 
 
 class DataFile(Protocol):

@@ -49,6 +49,11 @@ def sum_over_ranks(*counts: int) -> list[int]:
     return totals.tolist()
 
 
+def any_rank(condition: object) -> bool:
+    """Whether `condition` is true on any rank, on every rank. One small collective on the host."""
+    return sum_over_ranks(bool(condition)) != [0]
+
+
 def gather_bytes(payload: bytes) -> list[bytes]:
     """Every rank's payload, in the order of ranks, on every rank."""
     if not _is_distributed():

@@ -14,7 +14,7 @@ import xxhash
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lowmem.distributed.collectives import gather_bytes, on_main_rank
+from lowmem.distributed.collectives import gather_bytes, on_main_rank, rank_and_world_size
 from lowmem.distributed.fill import stored_weights
 from lowmem.errors import UsageError
 from lowmem.storage.files import make_folders, write_file
@@ -45,6 +45,24 @@ def check_same(what: Mapping[str, object]) -> None:
             f"all ranks of a run must have the same, but {'. But '.join(clauses)}. Rank 0 is on {first['host']}: give "
             "every process the same flags, files and code"
         )
+
+
+def check_same_inputs(
+    flags: Mapping[str, object], rows: Mapping[str, Sized | None], output_dir: Path | None = None
+) -> None:
+    """`check_same` of code, versions, `flags`, all `rows` that are not None and, if given, the output folder."""
+    if rank_and_world_size()[1] > 1:
+        digests = {f"{name} rows": rows_digest(each) for name, each in rows.items() if each is not None}
+        check_same(code() | flags | digests | (seen_by_all(output_dir) if output_dir else {}))
+
+
+def check_same_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, weights: bool) -> None:
+    """`check_same` of the model, with or without samples of its `weights`, and of the tokenizer.
+
+    Without them for a new model: each rank draws its weights as its CPU does, and `parallelize` makes them rank 0's.
+    """
+    if rank_and_world_size()[1] > 1:
+        check_same({"the model": model_digest(model, weights=weights), "the tokenizer": tokenizer_digest(tokenizer)})
 
 
 def _value(told: Mapping[str, Mapping[str, str]], name: str) -> str:

@@ -45,6 +45,11 @@ class DataParallelRank(NamedTuple):
     group: dist.ProcessGroup | None
     """This rank and those at other places whose gradients belong to the same weights; None: all ranks."""
 
+    @property
+    def coordinates(self) -> dict[str, int]:
+        """`rank` and `world_size` as `open_stream` and `open_eval` take them."""
+        return {"rank": self.rank, "world_size": self.size}
+
 
 def data_place(model: nn.Module) -> DataParallelRank:
     """This rank's, whose `rank` and `size` are what `open_stream` and `open_eval` want to know."""

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowmem.distributed import heartbeat
-from lowmem.distributed.collectives import rank_and_world_size
+from lowmem.distributed.collectives import raise_on_all_ranks, rank_and_world_size, report_failure
 from lowmem.distributed.dtensor import local_of
+from lowmem.distributed.heartbeat import phase
 from lowmem.distributed.placement import is_divided
-from lowmem.errors import OutOfMemory
+from lowmem.errors import OutOfMemory, StepTooLarge
 from lowmem.optim.tiers import TieredOptimizer
 
 # What torch, its libraries and the system call it, beside torch.OutOfMemoryError and MemoryError.
@@ -31,26 +32,43 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def explain_out_of_memory(kind: type[OutOfMemory], model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+def guarded(name: str, model: nn.Module, optimizer: Optimizer, *, together: bool) -> Iterator[None]:
+    """Run a phase of a step: if it fails on one rank no rank goes on, and if memory ran out gradients are cleared.
+
+    `together`: nothing is updated and no collective is met within it, so all ranks agree at its end, raise the same
+    error, and could do the step again: StepTooLarge if a rank ran out of memory. Otherwise a rank that fails can agree
+    with nobody: its heartbeat reports the error, and running out of memory is OutOfMemory.
+    """
+    errors = raise_on_all_ranks() if together else report_failure()
+    try:
+        with phase(name), errors, _explained(StepTooLarge if together else OutOfMemory, model, optimizer):
+            yield
+    except OutOfMemory:
+        optimizer.zero_grad()
+        raise
+
+
+@contextmanager
+def _explained(kind: type[OutOfMemory], model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     """Within it, running out of memory raises `kind`: where, what filled memory as far as known, and what takes less.
 
-    What the calls that failed held is let go, so that whoever catches it has that memory again; gradients stay.
+    What the failed calls held is freed first, so that whoever catches it has that memory again.
     """
-    told, outer = "", sys.exception()
+    explanation, outer = "", sys.exception()
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        told = _told(error)
+        explanation = _reason(error)
         while error is not None and error is not outer:  # frames hold activations, also those of errors behind it
             traceback.clear_frames(error.__traceback__)
             error.__traceback__ = None
             error = error.__cause__ or error.__context__
-    if told:
+    if explanation:
         rank, _ = rank_and_world_size()
-        told = f"rank {rank} ran out of memory at {heartbeat.place()} ({told}). {_filled(model, optimizer)}"
-        raise kind(told, rank) from None
+        at = f"rank {rank} ran out of memory at {heartbeat.place()} ({explanation})"
+        raise kind(f"{at}. {_filled(model, optimizer)}", rank) from None
 
 
 def give_back() -> None:
@@ -63,8 +81,8 @@ def give_back() -> None:
         torch.cuda.empty_cache()
 
 
-def _told(error: Exception) -> str:
-    """Its own words, without the page of advice behind them."""
+def _reason(error: Exception) -> str:
+    """What it says itself, without the page of advice behind it."""
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
     return f"tried to allocate {asked[1]}" if asked else f"{type(error).__name__}: {str(error)[:200]}"
 

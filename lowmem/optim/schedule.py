@@ -1,6 +1,47 @@
-"""The learning rate as a function of the step."""
+"""The length of a run, and the learning rate as a function of the step."""
 
 import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long a run is, what its learning rate is at each step, and which steps are due for something."""
+
+    total_steps: int
+    peak: float
+    warmup_steps: int
+    schedule: str
+    """cosine, linear or constant: see `learning_rate_at`."""
+
+    @classmethod
+    def of_run(
+        cls,
+        num_rows: int,
+        rows_per_step: int,
+        *,
+        epochs: float | None,
+        max_steps: int | None,
+        warmup_ratio: float | None,
+        warmup_steps: int | None,
+        **shape: object,
+    ) -> "Schedule":
+        """Of a run of `epochs` passes or `max_steps` steps, whose warm-up is a ratio or a number of them."""
+        total_steps = max_steps or math.ceil(epochs * num_rows / rows_per_step)
+        warmup_steps = math.ceil(total_steps * warmup_ratio) if warmup_ratio else warmup_steps or 0
+        return cls(total_steps=total_steps, warmup_steps=warmup_steps, **shape)
+
+    def __call__(self, step: int) -> float:
+        """The learning rate of the update after `step` finished ones."""
+        return learning_rate_at(step, **vars(self))
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether what happens `every` so many steps, and at the last one, happens after `step` of them."""
+        return step == self.total_steps or step % every == 0
+
+    def num_due(self, step: int, every: int) -> int:
+        """How often that is so after `step`, up to the last one."""
+        return math.ceil((self.total_steps - step) / every)
 
 
 def learning_rate_at(

@@ -1,0 +1,139 @@
+"""The gradients of one optimizer step: summed over micro-batches, reduced over ranks, measured, clipped, applied.
+
+`train_step` knows only this seam. Where gradients are meanwhile differs: in `.grad`, in fp32 or stochastically rounded
+sums (memory tiers), in shards (fully_shard), or used up already (release).
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import AutocastKwargs
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lowmem.data.batch import Batch
+from lowmem.distributed.dtensor import is_first_copy, local_of
+from lowmem.distributed.placement import data_place, is_divided, is_sharded
+from lowmem.distributed.reduce import all_reduce_sum, gradient_norm
+from lowmem.distributed.seeds import seed_of
+from lowmem.memory.release import Released
+from lowmem.optim.tiers import TieredOptimizer
+
+# autocast would keep a bf16 copy of every weight until the loss is taken; without recompute autograd keeps them anyway,
+# with it each weight is cast once in forward and once in backward
+_UNCACHED = AutocastKwargs(cache_enabled=False)
+
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+"""`(model, batch) -> sum of the token losses`, an fp32 scalar: the only seam between loop and task."""
+
+
+class Gradients:
+    """The gradients of one step over `num_tokens` targets; those that a failed step left behind are cleared.
+
+    Raises ValueError for an Accelerator in fp16, which needs loss scaling, for one with any precision of its own next
+    to a memory tier, and for an optimizer that accelerate has wrapped.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, *, num_tokens: int, seed: int, step: int
+    ):
+        _check_precision(optimizer, accelerator.mixed_precision)
+        self._model, self._optimizer, self._accelerator = model, optimizer, accelerator
+        self._num_tokens, self._seed, self._step = num_tokens, seed, step
+        self._rank, self._is_sharded = data_place(model), is_sharded(model)
+        self.released = Released.of(optimizer)
+        self.can_be_dropped = self.released is None and not is_divided(model)
+        """Whether nothing is updated and no collective is met within `accumulate`, so that ranks can drop a step."""
+        self._all: list[Tensor] = []
+        self.clear()
+
+    def check(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
+        """Raise UsageError, before anything is computed, for what gradient release excludes."""
+        if self.released:
+            self.released.begin(micro_batches, max_grad_norm, nonfinite)
+
+    def accumulate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> list[Tensor]:
+        """Run forward and backward of each micro-batch; return their parts of the mean loss, fp32 scalars.
+
+        Afterwards every trainable parameter has a gradient: zeros if no loss reached it, as another rank's may have.
+        If no rank has a target nothing runs.
+        """
+        losses: list[Tensor] = []
+        with self._sums(len(batches)):
+            for index, batch in enumerate(batches if self._num_tokens else ()):
+                # on all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
+                torch.manual_seed(seed_of(self._seed, self._step, self._rank.rank, index))
+                with self._without_reducer():
+                    with self._accelerator.autocast(_UNCACHED):
+                        loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._num_tokens
+                    loss.backward()
+                losses.append(loss.detach())
+        used_up = self.released.parameters if self.released else ()
+        for parameter in self._model.parameters():
+            if parameter.requires_grad and parameter not in used_up:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+                self._all.append(parameter.grad)
+        return losses
+
+    def all_reduce(self, losses: Sequence[Tensor]) -> Tensor:
+        """Sum `losses` and, unless backward has (sharded weights), all gradients over the ranks; return the loss."""
+        loss = sum(losses, torch.zeros((), device=self._accelerator.device))
+        if self._accelerator.num_processes > 1:
+            all_reduce_sum([loss, *([] if self._is_sharded else map(local_of, self._all))], self._rank.group)
+        return loss
+
+    def norm(self) -> Tensor:
+        """The whole gradient's L2 norm, an fp32 scalar, the same on every rank. One small collective if sharded."""
+        norms = [gradient_norm(gradient) for gradient in self._all if not isinstance(gradient, DTensor)]
+        if sharded := [gradient for gradient in self._all if isinstance(gradient, DTensor)]:
+            squares = torch.zeros((), device=self._accelerator.device)
+            for gradient in filter(is_first_copy, sharded):
+                squares += gradient_norm(local_of(gradient)).square().to(squares.device)
+            all_reduce_sum([squares])
+            norms.append(squares.sqrt())
+        return torch.linalg.vector_norm(torch.stack([*norms, *(self.released.norms if self.released else ())]))
+
+    def clip(self, max_grad_norm: float, grad_norm: Tensor) -> None:
+        """Like torch.nn.utils.clip_grads_with_norm_, which does not take whole and sharded gradients together."""
+        factor = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+        local = [local_of(gradient) for gradient in self._all]
+        torch._foreach_mul_(local, factor.to(local[0].device))
+
+    def update(self) -> None:
+        """Let the optimizer apply them. (Released ones are applied already.)"""
+        self._optimizer.step()
+
+    def clear(self) -> None:
+        """Free them all."""
+        self._all.clear()
+        self._optimizer.zero_grad()
+
+    def _sums(self, micro_batches: int) -> AbstractContextManager[None]:
+        """Within it a memory tier adds up gradients in its own precision."""
+        if not isinstance(self._optimizer, TieredOptimizer):
+            return nullcontext()
+        self._optimizer.seed = self._seed
+        # replicas of a sharded model add up the same sums, so they round with the same bits; other ranks have their own
+        key = (self._step,) if self._is_sharded else (self._step, self._rank.rank)
+        return self._optimizer.summing(micro_batches, *key)
+
+    def _without_reducer(self) -> AbstractContextManager[None]:
+        """For a backward whose gradients no DDP wrapper sums over ranks."""
+        return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext()
+
+
+def _check_precision(optimizer: Optimizer, mixed_precision: str) -> None:
+    if mixed_precision == "fp16":
+        raise ValueError("this Accelerator is in fp16, which needs loss scaling, not done here: use bf16 or no")
+    in_tier = isinstance(optimizer, TieredOptimizer)
+    if isinstance(optimizer, AcceleratedOptimizer) or (in_tier and mixed_precision != "no"):
+        raise ValueError(
+            "pass the optimizer as make_optimizer made it (accelerator.prepare hides its tier), and with a tier an "
+            f"Accelerator with mixed_precision no (this one: {mixed_precision}), as its weights are bf16"
+        )

@@ -1,0 +1,55 @@
+"""`train_step` for a model in DeepSpeed's engine, which reduces, clips and applies the gradients itself."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+
+from lowmem.data.batch import Batch
+from lowmem.distributed.reduce import all_reduce_sum
+from lowmem.distributed.seeds import seed_of
+from lowmem.distributed.zero import backward, update
+from lowmem.memory.gradients import LossFunction
+from lowmem.memory.out_of_memory import guarded
+from lowmem.step import StepResult, TrainState, agree_to_start, finish, not_finite, why_no_update
+
+
+def zero_step(
+    state: TrainState,
+    batches: Sequence[Batch],
+    loss_fn: LossFunction,
+    accelerator: Accelerator,
+    *,
+    learning_rate: float,
+    max_grad_norm: float | None = None,
+    nonfinite: str = "stop",
+    preempted: bool = False,
+) -> StepResult:
+    """Update `state` in place as `train_step` does, `state.model` being what `distributed.zero.wrap` returned.
+
+    `max_grad_norm` is the engine's own, fixed in its config. It raises OutOfMemory where `train_step` raises
+    StepTooLarge, as the engine cannot take a step back.
+    """
+    num_tokens, preempted = agree_to_start(state, batches, preempted, learning_rate)
+    losses: list[torch.Tensor] = []
+    loss, grad_norm = torch.zeros(2, device=accelerator.device).unbind()
+    reason = "" if num_tokens else "no rank has a target token"
+    with guarded("computing gradients", state.model, state.optimizer, together=False):
+        for index, batch in enumerate(batches if num_tokens else ()):
+            torch.manual_seed(seed_of(state.seed, state.step, accelerator.process_index, index))
+            batch_loss = loss_fn(state.model, batch.to(accelerator.device)) / num_tokens
+            losses.append(batch_loss.detach())
+            is_last = index == len(batches) - 1
+            if is_last:
+                loss = sum(losses)
+                all_reduce_sum([loss] if accelerator.num_processes > 1 else [])
+                # the engine skips an update whose gradient is not finite, so a loss that is not must reach it
+                batch_loss = batch_loss * torch.where(loss.isfinite(), 1.0, math.nan)
+            backward(state.model, batch_loss, world_size=accelerator.num_processes, is_last=is_last)
+        if num_tokens:
+            grad_norm, updated = update(state.model)
+            reason = "" if updated else why_no_update(loss, grad_norm, losses, batches, num_tokens)
+    if reason and num_tokens and nonfinite == "stop":
+        raise not_finite(state, reason)
+    return finish(state, StepResult(loss, grad_norm, torch.tensor(num_tokens), not reason, reason, preempted))
