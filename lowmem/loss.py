@@ -19,8 +19,8 @@ from lowmem.data.batch import IGNORED, Batch
 from lowmem.distributed.placement import device_of, divides_weights, resharding, unwrapped
 from lowmem.errors import UsageError
 
-# Logits held at a time, 4 bytes each and 2 in bf16: on a CPU they stay in its cache, elsewhere fewer kernels start.
-_SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
+SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
+"""Logits held at a time, 4 bytes each and 2 in bf16: a CPU keeps them in its cache, a GPU starts fewer kernels."""
 
 
 def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
@@ -36,9 +36,12 @@ def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) 
     )
 
 
-def chunked_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
+def chunked_loss(
+    model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0, slice_elements: int | None = None
+) -> Tensor:
     """The sum of `plain_loss` with the logits of a slice of the vocabulary at a time, taken again in backward.
 
+    `slice_elements` logits are held at a time (default: SLICE_ELEMENTS of the device).
     The model is called as a whole (so that its wrapper's hooks run) with its output head passing hidden states
     through; the head is applied here, to the `batch.num_targets` positions whose label counts. Raises UsageError for a
     head that is not linear, and for a model that changes its logits after the head (soft-capping, scaling, a bias),
@@ -52,9 +55,8 @@ def chunked_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0
             f"chunked_loss needs a linear output head, {type(base).__name__} has {type(head).__name__}: "
             "use plain_loss (--loss=plain)"
         )
-    loss_of = partial(
-        _loss_of, head=head, targets=targets, num_targets=batch.num_targets, label_smoothing=label_smoothing
-    )
+    options = {"label_smoothing": label_smoothing, "slice_elements": slice_elements}
+    loss_of = partial(_loss_of, head=head, targets=targets, num_targets=batch.num_targets, **options)
     if divides_weights(model):
         return _loss_within_head(model, head, inputs, loss_of)
     try:
@@ -89,7 +91,7 @@ def _loss_within_head(
     return loss
 
 
-def _loss_of(hidden: Tensor, *, head: nn.Linear, targets: Tensor, num_targets: int, label_smoothing: float) -> Tensor:
+def _loss_of(hidden: Tensor, *, head: nn.Linear, targets: Tensor, num_targets: int, **options: object) -> Tensor:
     if hidden.shape[:-1] != targets.shape:
         raise ValueError(
             f"hidden states of shape {tuple(hidden.shape[:-1])} met labels of {tuple(targets.shape)}: "
@@ -106,7 +108,7 @@ def _loss_of(hidden: Tensor, *, head: nn.Linear, targets: Tensor, num_targets: i
         bias = bias if bias is None else bias.detach()
     kind = hidden.device.type
     compute_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing, compute_dtype)
+    return chunked_cross_entropy(hidden, weight, bias, targets, compute_dtype=compute_dtype, **options)
 
 
 def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) -> None:
@@ -183,23 +185,46 @@ def _passing_through(head: nn.Module) -> Iterator[SimpleNamespace]:
         del head.forward
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum over rows of cross-entropy(hidden @ weight.T + bias, target), softmax and sums in fp32 (or wider).
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
+    slice_elements: int | None = None,
+) -> Tensor:
+    """Sum over rows of cross-entropy(hidden @ weight.T + bias, target), softmax and sums in fp32 (or wider), a scalar.
 
-    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) int64. Forward and backward go over slices of the
-    vocabulary, each (N, slice): forward keeps the logarithm of each row's sum, backward takes the logits again. So
-    every element of the head's gradient is one product over all N rows, rounded once, and no gradient of the head's
-    size is ever read back to be added to. (Slices of rows would sum it in N / slice roundings or in fp32.)
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) int64; products are in `compute_dtype` (default: that
+    of hidden). Forward and backward go over slices of the vocabulary, each (N, slice) of about `slice_elements`:
+    forward keeps the logarithm of each row's sum, backward takes the logits again. So every element of the head's
+    gradient is one product over all N rows, rounded once, and no gradient of the head's size is ever read back to be
+    added to. (Slices of rows would sum it in N / slice roundings or in fp32.)
     """
+    elements = slice_elements or SLICE_ELEMENTS.get(hidden.device.type, SLICE_ELEMENTS["cuda"])
+    slices = vocabulary_slices(len(hidden), len(weight), elements)
+    dtype = compute_dtype or hidden.dtype
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing, dtype, slices)
 
+
+def vocabulary_slices(num_rows: int, vocabulary: int, elements: int) -> list[slice]:
+    """Slices of the vocabulary that have about `elements` logits over `num_rows` rows, at least one column each."""
+    width = max(1, elements // max(1, num_rows))
+    width = width // 64 * 64 or width  # rows of a product start aligned
+    return [slice(first, min(first + width, vocabulary)) for first in range(0, vocabulary, width)]
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, label_smoothing, compute_dtype):
+    def forward(ctx, hidden, weight, bias, targets, label_smoothing, compute_dtype, slices):
         sum_dtype = torch.promote_types(compute_dtype, torch.float32)
         sums = partial(torch.zeros, len(hidden), 1, dtype=sum_dtype, device=hidden.device)
         log_sum, at_target, total = sums().fill_(-math.inf), sums(), sums()
         with torch.autocast(hidden.device.type, enabled=False):
             states = hidden.to(compute_dtype)
-            for part in _vocabulary_slices(hidden, weight.shape[0]):
+            for part in slices:
                 logits = _logits(states, weight, bias, part).to(sum_dtype)
                 place, inside = _place_in(part, targets)
                 at_target += logits.gather(1, place).where(inside, 0)
@@ -210,7 +235,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 log_sum = torch.logaddexp(log_sum, largest + part_sum.log())
             losses = log_sum - (1 - label_smoothing) * at_target - label_smoothing / weight.shape[0] * total
         ctx.save_for_backward(hidden, weight, bias, targets, log_sum)
-        ctx.label_smoothing, ctx.compute_dtype = label_smoothing, compute_dtype
+        ctx.label_smoothing, ctx.compute_dtype, ctx.slices = label_smoothing, compute_dtype, slices
         return losses.sum()
 
     @staticmethod
@@ -224,7 +249,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         vocabulary = weight.shape[0]
         with torch.autocast(hidden.device.type, enabled=False):
             states = hidden.to(ctx.compute_dtype)
-            for part in _vocabulary_slices(hidden, vocabulary):
+            for part in ctx.slices:
                 # d loss / d logits, in the place of the logits: softmax - (smoothed) one-hot target
                 grad = _logits(states, weight, bias, part).to(log_sum.dtype)
                 grad = grad.sub_(log_sum).exp_()
@@ -240,14 +265,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_hidden += grad @ weight[part].to(ctx.compute_dtype)
                 if wants_weight:
                     torch.mm(grad.T, states, out=grad_weight[part])
-        return grad_hidden, grad_weight, grad_bias, None, None, None
-
-
-def _vocabulary_slices(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
-    elements = _SLICE_ELEMENTS.get(hidden.device.type, _SLICE_ELEMENTS["cuda"])
-    width = max(1, elements // max(1, len(hidden)))
-    width = width // 64 * 64 or width  # rows of a product start aligned
-    return (slice(first, min(first + width, vocabulary)) for first in range(0, vocabulary, width))
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:

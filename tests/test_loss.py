@@ -1,14 +1,14 @@
 import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from lowmem import loss as loss_module
 from lowmem.data.batch import collate
 from lowmem.errors import UsageError
-from lowmem.loss import check_loss, chunked_loss, plain_loss
+from lowmem.loss import check_loss, chunked_cross_entropy, chunked_loss, plain_loss, vocabulary_slices
 from lowmem.plan.meter import MemoryMeter
 from tests.models import LLAMA, build
 
@@ -40,11 +40,10 @@ def gradients(model):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("elements", [1, 1000, 10**7])  # a token of the vocabulary a slice; some 30; all
 @pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])  # tied and scaled, untied, tied
-def test_chunked_loss_equals_plain_loss(family, elements, label_smoothing, monkeypatch):
-    monkeypatch.setitem(loss_module._SLICE_ELEMENTS, "cpu", elements)
+def test_chunked_loss_equals_plain_loss(family, elements, label_smoothing):
     model, batch = build(family), batch_of(family)
     results = []
-    for loss_fn in (plain_loss, chunked_loss):
+    for loss_fn in (plain_loss, partial(chunked_loss, slice_elements=elements)):
         model.zero_grad()
         loss = loss_fn(model, batch, label_smoothing=label_smoothing)
         (loss / batch.num_targets).backward()
@@ -63,8 +62,7 @@ def test_plain_loss_is_the_sum_of_the_models_own_mean(family):
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_a_head_with_bias_has_torchs_gradients(label_smoothing, monkeypatch):
-    monkeypatch.setitem(loss_module._SLICE_ELEMENTS, "cpu", 2 * 9)
+def test_a_head_with_bias_has_torchs_gradients(label_smoothing):
     targets = torch.tensor([0, 8, 4, 3, 3, 1])
     results = []
     for chunked in (True, False):
@@ -72,7 +70,7 @@ def test_a_head_with_bias_has_torchs_gradients(label_smoothing, monkeypatch):
         shapes = [(6, 4), (9, 4), (9,)]
         inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
         if chunked:
-            loss = loss_module._ChunkedCrossEntropy.apply(*inputs, targets, label_smoothing, torch.float64)
+            loss = chunked_cross_entropy(*inputs, targets, label_smoothing=label_smoothing, slice_elements=2 * 9)
         else:
             logits = torch.nn.functional.linear(*inputs)
             loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
@@ -84,14 +82,13 @@ def test_a_head_with_bias_has_torchs_gradients(label_smoothing, monkeypatch):
 VOCABULARY = 151_936  # Qwen2.5's
 
 
-def head_gradients(states, weight, targets, label_smoothing, loss):
+def head_gradients(states, weight, targets, label_smoothing, loss, slice_elements=None):
     """Of a mean over the targets that count, in the states' dtype."""
     states, weight = states.clone().requires_grad_(), weight.clone().requires_grad_()
     counting = targets != -100
     if loss == "chunked":
-        total = loss_module._ChunkedCrossEntropy.apply(
-            states[counting], weight, None, targets[counting], label_smoothing, states.dtype
-        )
+        options = {"label_smoothing": label_smoothing, "slice_elements": slice_elements}
+        total = chunked_cross_entropy(states[counting], weight, None, targets[counting], **options)
     else:
         logits = torch.nn.functional.linear(states, weight)
         total = torch.nn.functional.cross_entropy(
@@ -117,14 +114,13 @@ def head(rows=48, width=16):
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunks", [1, 16, 256])
-def test_gradients_of_a_large_vocabulary_in_fp32_and_bf16(chunks, label_smoothing, monkeypatch):
+def test_gradients_of_a_large_vocabulary_in_fp32_and_bf16(chunks, label_smoothing):
     states, weight, targets = head()
     num_targets = int((targets != -100).sum())
-    monkeypatch.setitem(loss_module._SLICE_ELEMENTS, "cpu", -(-VOCABULARY // chunks) * num_targets)
-    slices = list(loss_module._vocabulary_slices(states[targets != -100], VOCABULARY))
-    assert chunks <= len(slices) <= 1.1 * chunks
+    elements = -(-VOCABULARY // chunks) * num_targets
+    assert chunks <= len(vocabulary_slices(num_targets, VOCABULARY, elements)) <= 1.1 * chunks
     exact = head_gradients(states.double(), weight.double(), targets, label_smoothing, "plain")
-    in_fp32 = head_gradients(states, weight, targets, label_smoothing, "chunked")
+    in_fp32 = head_gradients(states, weight, targets, label_smoothing, "chunked", elements)
     torch.testing.assert_close(in_fp32[0].double(), exact[0], rtol=1e-6, atol=0)
     for gradient, expected in zip(in_fp32[1:], exact[1:], strict=True):
         assert (gradient.double() - expected).norm() <= 1e-6 * expected.norm()
@@ -132,27 +128,28 @@ def test_gradients_of_a_large_vocabulary_in_fp32_and_bf16(chunks, label_smoothin
     # bf16 states and weights are exact numbers too: what counts is the arithmetic
     states, weight = states.bfloat16(), weight.bfloat16()
     exact = head_gradients(states.double(), weight.double(), targets, label_smoothing, "plain")
-    plain, chunked = (head_gradients(states, weight, targets, label_smoothing, loss) for loss in ("plain", "chunked"))
+    plain, chunked = (
+        head_gradients(states, weight, targets, label_smoothing, loss, elements) for loss in ("plain", "chunked")
+    )
     assert chunked[0].dtype == torch.float32 and chunked[2].dtype == torch.bfloat16
     for of_plain, of_chunked, expected in zip(plain, chunked, exact, strict=True):
         assert (of_chunked.double() - expected).norm() <= 1.5 * (of_plain.double() - expected).norm()
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_bf16_autocast_gives_an_fp32_loss_and_gradients_as_good_as_plain(family, monkeypatch):
-    monkeypatch.setitem(loss_module._SLICE_ELEMENTS, "cpu", 384)
+def test_bf16_autocast_gives_an_fp32_loss_and_gradients_as_good_as_plain(family):
     exact, model, batch = build(family).double(), build(family), batch_of(family, rows=40)
     plain_loss(exact, batch).backward()
     weight = model.get_output_embeddings().weight
-    errors = {}
-    for loss_fn in (plain_loss, chunked_loss):
+    errors = []
+    for loss_fn in (plain_loss, partial(chunked_loss, slice_elements=384)):
         model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = loss_fn(model, batch)
         assert loss.dtype == torch.float32
         loss.backward()
-        errors[loss_fn] = (weight.grad - exact.get_output_embeddings().weight.grad).norm()
-    assert errors[chunked_loss] <= 1.5 * errors[plain_loss]
+        errors.append((weight.grad - exact.get_output_embeddings().weight.grad).norm())
+    assert errors[1] <= 1.5 * errors[0]
 
 
 def test_logits_that_backward_takes_again_are_never_all_there():
@@ -160,7 +157,7 @@ def test_logits_that_backward_takes_again_are_never_all_there():
     for gradients in (False, True):
         with MemoryMeter() as meter, torch.set_grad_enabled(gradients):
             head_gradients(states, weight, targets, 0.1, "chunked") if gradients else (
-                loss_module._ChunkedCrossEntropy.apply(states, weight, None, targets.clamp(min=0), 0.1, torch.float32)
+                chunked_cross_entropy(states, weight, None, targets.clamp(min=0), label_smoothing=0.1)
             )
         # a slice of 2**22 logits and a copy or two, beside the head's own gradient and its clone here
         assert meter.peak_bytes < 3 * 2**22 * 4 + gradients * 2.2 * weight.nbytes < 480 * VOCABULARY * 4

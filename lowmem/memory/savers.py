@@ -7,7 +7,7 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.distributed.placement import device_of, gathered_weights, unwrapped
 from lowmem.errors import UsageError
-from lowmem.memory.offload import Offload
+from lowmem.memory.offload import Offload, in_a_file
 from lowmem.memory.release import release
 
 # what recompute_cheap keeps: products of matrices, and attention
@@ -69,13 +69,15 @@ def recompute_cheap(model: nn.Module, optimizer: Optimizer | None = None) -> Ite
 
 
 @contextmanager
-def offload_activations(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+def offload_activations(
+    model: nn.Module, optimizer: Optimizer | None = None, *, to_file: Callable[[Tensor], Tensor] = in_a_file
+) -> Iterator[None]:
     """Keep what backward needs in host memory: pinned, beside the computation, on CUDA; in mapped files on CPU.
 
     With `recompute` it is the layers' inputs that leave, a fraction of the traffic; the one layer that is being
     computed again keeps its own. What `recompute_cheap` keeps does not leave.
     """
-    offload = Offload(gathered_weights(model))
+    offload = Offload(gathered_weights(model), to_file)
     with saved_tensors_hooks(offload.pack, offload.unpack):
         yield
 

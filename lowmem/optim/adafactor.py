@@ -19,8 +19,8 @@ class TieredAdafactor(TieredOptimizer):
     _LEAST_VARIANCE = torch.finfo(torch.float32).eps
     _LEAST_RMS = 1e-3
 
-    def __init__(self, groups, *, memory: str):
-        super().__init__(groups, {"weight_decay": 0.0}, memory=memory)
+    def __init__(self, groups, **options):
+        super().__init__(groups, {"weight_decay": 0.0}, **options)
 
     def _new_moments(self, parameter: nn.Parameter, local: Tensor) -> Tensors:
         matrix = by_rows(local)

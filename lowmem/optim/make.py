@@ -44,6 +44,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    slice_elements: int | None = None,
 ) -> Optimizer:
     """An optimizer over the parameters of `model` that require a gradient; biases and norms get no decay.
 
@@ -51,7 +52,8 @@ def make_optimizer(
     the model into bf16, in place, trained ones in the tier's form (see `memory/tiers.py`): parallelize first, as ranks
     must hold the same fp32 weights, and use an Accelerator without mixed precision. `memory="off"` leaves the weights
     as they are, for an optimizer of torch.optim. The learning rate is set at each step, from `learning_rate_at`;
-    `betas` and `eps` go to Adam's family. Raises ValueError for an unknown name or tier,
+    `betas` and `eps` go to Adam's family; a tier updates `slice_elements` at a time (default: by device), which changes
+    temporaries and speed alone. Raises ValueError for an unknown name or tier,
     for a model without a trainable parameter, with adafactor for one that is divided over ranks, in lean for one
     divided within blocks of its moments, and in a tier for one that DDP has wrapped, or that has computed sharded,
     already: they would still have the old dtypes.
@@ -90,10 +92,11 @@ def make_optimizer(
     for parameter in model.parameters():
         if not parameter.requires_grad:
             set_local_(parameter, local_of(parameter.data).to(torch.bfloat16))
+    tier = {"memory": memory, "slice_elements": slice_elements}
     if name == "adafactor":
-        return TieredAdafactor(groups, memory=memory)
+        return TieredAdafactor(groups, **tier)
     moments = "bf16" if name == "adamw_bf16" else "tier"
-    optimizer = TieredAdamW(groups, memory=memory, betas=betas, eps=eps, moments=moments)
+    optimizer = TieredAdamW(groups, betas=betas, eps=eps, moments=moments, **tier)
     if is_sharded(model):
         # fully_shard takes note of the new tensors, and lets the old ones go. (`to` would take buffers to the host, if
         # weights are offloaded to it.)

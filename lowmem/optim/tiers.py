@@ -37,14 +37,21 @@ class TieredOptimizer(Optimizer):
     of each form. Groups hold pairs (name, parameter). Random bits are a function of (`seed`, update, name).
     """
 
-    def __init__(self, groups: list[dict[str, object]], defaults: dict[str, object], *, memory: str):
+    def __init__(
+        self,
+        groups: list[dict[str, object]],
+        defaults: dict[str, object],
+        *,
+        memory: str,
+        slice_elements: int | None = None,
+    ):
         names = {parameter: name for group in groups for name, parameter in group["params"]}
         groups = [group | {"params": [parameter for _, parameter in group["params"]]} for group in groups]
         super().__init__(groups, {"lr": 0.0} | defaults)
         self.memory, self._names = memory, names
         self.seed = 0
         """Seeds stochastic rounding, with update and parameter; `train_step` sets the state's."""
-        self._slice_elements = _slice_elements(list(names))
+        self._slice_elements = slice_elements or slice_elements_for(list(names), next(iter(names)).device.type)
         for group in self.param_groups:
             for parameter in group["params"]:
                 form = "bf16" if self._is_rounded(parameter) else "split"
@@ -169,9 +176,9 @@ class TieredAdamW(TieredOptimizer):
     `moments` "tier": fp32 in exact, 8 bits in lean; "bf16": rounded stochastically in either.
     """
 
-    def __init__(self, groups, *, memory: str, betas: tuple[float, float], eps: float, moments: str):
+    def __init__(self, groups, *, betas: tuple[float, float], eps: float, moments: str, **options):
         self._moments = moments
-        super().__init__(groups, {"weight_decay": 0.0, "betas": betas, "eps": eps}, memory=memory)
+        super().__init__(groups, {"weight_decay": 0.0, "betas": betas, "eps": eps}, **options)
 
     def _new_moments(self, parameter: nn.Parameter, local: Tensor) -> Tensors:
         forms = ("fp32", "fp32")
@@ -216,8 +223,9 @@ def _local_tensors(parameter: nn.Parameter, state: Tensors) -> Tensors:
     return {name: local_of(tensor) for name, tensor in {"weight": parameter.data, **state}.items()}
 
 
-def _slice_elements(parameters: list[nn.Parameter]) -> int:
-    if parameters[0].device.type == "cpu":
+def slice_elements_for(parameters: list[nn.Parameter], device_type: str) -> int:
+    """Elements of a parameter that are updated at a time on a device of this type."""
+    if device_type == "cpu":
         return _CACHED_ELEMENTS
     least, most = _LAUNCHED_ELEMENTS
     return min(most, max(least, max(parameter.numel() for parameter in parameters) // 32))
