@@ -19,8 +19,9 @@ from lowmem.data.eval_batches import EvalBatches, open_eval
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import FileRows
 from lowmem.distributed.collectives import gather_bytes, sum_over_ranks
+from lowmem.distributed.fully_sharded import resharding
 from lowmem.distributed.heartbeat import phase
-from lowmem.distributed.placement import data_place, failing, is_sharded, resharding, unwrapped
+from lowmem.distributed.placement import data_place, failing, is_sharded, unwrapped
 from lowmem.distributed.reduce import all_reduce_sum
 from lowmem.memory.gradients import LossFunction
 

@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowmem.data.batch import IGNORED, Batch
-from lowmem.distributed.placement import device_of, divides_weights, resharding, unwrapped
+from lowmem.distributed.fully_sharded import resharding
+from lowmem.distributed.placement import device_of, divides_weights, unwrapped
 from lowmem.errors import UsageError
 
 SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}

@@ -1,19 +1,17 @@
 """How a model lies over the ranks: what wraps it, who shares it, and whose rows count."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lowmem.distributed.collectives import raise_on_all_ranks, rank_and_world_size, report_failure
-from lowmem.distributed.dtensor import local_of
 
 TENSOR_PARALLEL_MESH = ("data", "tensor")
 """Names of the mesh's dimensions under tensor parallelism."""
@@ -70,11 +68,6 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
 
 
-def has_gathered(model: nn.Module) -> bool:
-    """Whether `fully_shard` has gathered weights for a forward: from then on it expects them in the same dtypes."""
-    return isinstance(model, FSDPModule) and model._get_fsdp_state()._is_root is not None
-
-
 def is_divided(model: nn.Module) -> bool:
     """Whether ranks share its layers or its weights, so that they talk to one another within forward and backward."""
     return is_sharded(model) or tensor_mesh(model) is not None
@@ -83,42 +76,6 @@ def is_divided(model: nn.Module) -> bool:
 def failing(model: nn.Module) -> AbstractContextManager[None]:
     """How an error within forward or backward is told: the collectives of a divided one would meet an agreement's."""
     return report_failure() if is_divided(model) else raise_on_all_ranks()
-
-
-def _gathering(model: nn.Module) -> list[FSDPModule]:
-    """The modules that `fully_shard` gathers weights for, each for its own; none in a model that it does not divide."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-@contextmanager
-def resharding(model: nn.Module) -> Iterator[None]:
-    """For forwards without a backward, which would do it: weights that were gathered within are let go at its end.
-
-    The root's own are gathered all the while, as an encoder may be called without the model around it.
-    """
-    groups = _gathering(model)
-    if groups:
-        model._get_fsdp_state()._lazy_init()  # or the first layer called, an encoder's, would take itself for the root
-        model.unshard()
-    try:
-        yield
-    finally:
-        for group in groups:
-            group.reshard()
-
-
-def gathered_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Every parameter as the model computes with it: of a sharded one the whole, which is there while it is looked at.
-
-    Its storage stays the same object all through a run.
-    """
-    groups = _gathering(model)
-    for group in groups:
-        group.unshard()
-        yield from (parameter for parameter in group.parameters() if not isinstance(parameter, DTensor))
-        group.reshard()
-    if not groups:
-        yield from map(local_of, model.parameters())
 
 
 def tensor_mesh(model: nn.Module) -> DeviceMesh | None:

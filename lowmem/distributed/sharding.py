@@ -1,26 +1,16 @@
-"""Where a model's weights live, and the one reduction of its gradients a step."""
+"""Place a model on the ranks: a whole copy on each, sharded, or its layers split by tensor parallelism."""
 
 import os
-import warnings
-from collections.abc import Iterator
 
-import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.config.train_config import CHOICES
 from lowmem.distributed.collectives import collective
 from lowmem.distributed.fill import filled
+from lowmem.distributed.fully_sharded import shard
 from lowmem.distributed.tensor_parallel import divide_layers, make_tensor_mesh
 from lowmem.errors import UsageError
 
@@ -94,39 +84,3 @@ def make_mesh(accelerator: Accelerator, sharding_strategy: str, shard_size: int 
             "shard_size to a smaller divisor of that, or use FULL_SHARD"
         )
     return init_device_mesh(kind, (world_size // shard_size, shard_size), mesh_dim_names=("copies", "shards"))
-
-
-# It warns of every layer that returns a view, as T5's do, because of what could be done to that in place: nothing is.
-warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-
-
-def shard(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool, cpu_offload: bool) -> None:
-    """Divide the model over `mesh` in place, data or none, a layer in a group. `parallelize` does it, and fills it."""
-    options = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy(),
-    }
-    for module, is_kept in _groups(model):
-        fully_shard(module, reshard_after_forward=reshard_after_forward and not is_kept, **options)
-        # Sums, where its default is means: the step divides by the targets of all ranks.
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that multiplies by a factor
-
-
-def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
-    """The modules whose weights are gathered together, inner ones first; True: gathered once for the whole step.
-
-    That is so of the output head, which the chunked loss takes after the model's forward, and of all that is in no
-    other group: norms, and embeddings that share their weights with the head.
-    """
-    yield from ((module, False) for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
-    embeddings, head = (
-        (model.get_input_embeddings(), model.get_output_embeddings())
-        if isinstance(model, PreTrainedModel)
-        else (None, None)
-    )
-    if isinstance(head, nn.Linear) and embeddings is not None and embeddings.weight is not head.weight:
-        yield embeddings, False
-        yield head, True
-    yield model, True

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lowmem.distributed.placement import device_of, gathered_weights, unwrapped
+from lowmem.distributed.fully_sharded import gathered_weights
+from lowmem.distributed.placement import device_of, unwrapped
 from lowmem.errors import UsageError
 from lowmem.memory.offload import Offload, in_a_file
 from lowmem.memory.release import release

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from lowmem.config.train_config import TIERED_OPTIMIZERS
 from lowmem.distributed.dtensor import is_in_columns, local_of, set_local_
-from lowmem.distributed.placement import has_gathered, is_sharded
+from lowmem.distributed.fully_sharded import has_gathered, notice_new_parameters
+from lowmem.distributed.placement import is_sharded
 from lowmem.optim.adafactor import TieredAdafactor
 from lowmem.optim.formats import BLOCK
 from lowmem.optim.tiers import TieredAdamW, is_large
@@ -98,9 +99,7 @@ def make_optimizer(
     moments = "bf16" if name == "adamw_bf16" else "tier"
     optimizer = TieredAdamW(groups, betas=betas, eps=eps, moments=moments, **tier)
     if is_sharded(model):
-        # fully_shard takes note of the new tensors, and lets the old ones go. (`to` would take buffers to the host, if
-        # weights are offloaded to it.)
-        model._apply(lambda tensor: tensor)
+        notice_new_parameters(model)
     return optimizer
 
 

@@ -25,7 +25,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lowmem.checkpoint.tensors import model_tensors, num_bytes, optimizer_tensors
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import local_of
-from lowmem.distributed.sharding import make_mesh, shard
+from lowmem.distributed.fully_sharded import shard
+from lowmem.distributed.sharding import make_mesh
 from lowmem.distributed.tensor_parallel import divide_layers, make_tensor_mesh
 from lowmem.loss import LOSSES
 from lowmem.memory import savers
