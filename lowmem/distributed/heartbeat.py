@@ -108,7 +108,7 @@ class Heartbeat:
     ):
         self._address, self._rank, self._limit = address, rank, limit_seconds
         self._interval = min(1.0, limit_seconds / 10)
-        self._is_over, self._last_words = is_over, on_abort
+        self._is_over, self._on_abort = is_over, on_abort
         self._beats = [Beat()] * world_size
         # Seconds in which we listened, not seconds of a clock: if this process was stopped, nobody else was silent.
         self._silence = [0.0] * world_size
@@ -215,8 +215,8 @@ class Heartbeat:
     def _end_process(self, message: str) -> None:
         def tell_others() -> None:
             self.end(message)
-            if self._last_words is not None:
-                self._last_words(message)
+            if self._on_abort is not None:
+                self._on_abort(message)
 
         say_and_exit(message, 1, tell_others)
 
