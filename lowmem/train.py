@@ -13,7 +13,7 @@ import torch
 from lowmem.checkpoint.load import load_checkpoint
 from lowmem.checkpoint.resume import check_same_run, checkpoint_to_resume, rows_per_step
 from lowmem.checkpoint.save import check_space, save_checkpoint, save_model
-from lowmem.config.train_config import MAY_DIFFER_BETWEEN_RANKS, TrainConfig
+from lowmem.config.train_config import TrainConfig
 from lowmem.config.zero import complete_zero_config
 from lowmem.data.batch import collate
 from lowmem.data.encode import make_encoder
@@ -79,10 +79,9 @@ def train(
     )
     rank, world_size = accelerator.process_index, accelerator.num_processes
     if world_size > 1:
-        flags = {f"--{name}": value for name, value in settings.items() if name not in MAY_DIFFER_BETWEEN_RANKS}
         all_rows = {"training rows": train_rows, "validation rows": validation_rows, "test rows": test_rows}
         digests = {name: rows_digest(rows) for name, rows in all_rows.items() if rows is not None}
-        check_same(code() | flags | digests | seen_by_all(output))
+        check_same(code() | config.shared_flags | digests | seen_by_all(output))
     checkpoint = checkpoint_to_resume(config.resume, output)
     changes = check_same_run(checkpoint, settings) if checkpoint is not None else []
     make_deterministic(config.deterministic)

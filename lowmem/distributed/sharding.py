@@ -18,7 +18,7 @@ from torch.distributed.fsdp import (
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lowmem.config.train_config import CHOICES
+from lowmem.config.train_config import choices
 from lowmem.distributed.collectives import collective
 from lowmem.distributed.fill import filled
 from lowmem.distributed.tensor_parallel import divide_layers, make_tensor_mesh
@@ -49,7 +49,7 @@ def parallelize(
     A model that will be divided may come without data (`load_model(..., on_meta=True)`): see `filled`. Raises
     UsageError for what does not fit the processes or the model.
     """
-    if sharding_strategy not in (strategies := CHOICES["sharding_strategy"]):
+    if sharding_strategy not in (strategies := choices("sharding_strategy")):
         raise UsageError(f"sharding_strategy={sharding_strategy} was asked for: take one of {', '.join(strategies)}")
     if accelerator.deepspeed_plugin is not None:
         return model  # its engine puts it where it belongs; at stage 3 a device never holds the whole
