@@ -14,7 +14,6 @@ from lowmem.checkpoint.load import load_checkpoint
 from lowmem.checkpoint.resume import check_same_run, checkpoint_to_resume, rows_per_step
 from lowmem.checkpoint.save import check_space, save_checkpoint, save_model
 from lowmem.config.train_config import TrainConfig
-from lowmem.config.zero import complete_zero_config
 from lowmem.data.batch import collate
 from lowmem.data.encode import make_encoder
 from lowmem.data.eval_batches import open_eval
@@ -67,16 +66,7 @@ def train(
     """
     # --- processes
     output, settings = Path(config.output_dir), dataclasses.asdict(config)
-    trackers = [name for name in config.report_to.split(",") if name]
-    accelerator = init_distributed(
-        mixed_precision=config.autocast,
-        deepspeed=complete_zero_config(config.deepspeed, **config.zero_settings) if config.deepspeed else None,
-        report_to=trackers,
-        output_dir=output,
-        heartbeat_timeout=config.heartbeat_timeout,
-        on_abort=on_abort,
-        signals=signals,
-    )
+    accelerator = init_distributed(**config.distributed, output_dir=output, on_abort=on_abort, signals=signals)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     if world_size > 1:
         all_rows = {"training rows": train_rows, "validation rows": validation_rows, "test rows": test_rows}
@@ -184,7 +174,7 @@ def train(
         step=state.step,
         total_steps=total_steps,
         resumed=checkpoint is not None,
-        trackers=bool(trackers),
+        trackers=bool(config.trackers),
     )
     processes = f"{place.size} process{'es' * (place.size > 1)}"
     division = f", {config.sharding_strategy}" if config.tp_size == 1 else f", {config.tp_size} with the same rows"

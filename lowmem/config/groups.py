@@ -17,7 +17,8 @@ class Groups:
     @property
     def distributed(self) -> dict[str, object]:
         """The options of `init_distributed`."""
-        deepspeed = complete_zero_config(self.deepspeed, **self.zero_settings) if self.deepspeed else None
+        zero = self._some("batch_size", "max_grad_norm") | {"bf16": self.mixed_precision == "bf16"}
+        deepspeed = complete_zero_config(self.deepspeed, **zero) if self.deepspeed else None
         reports = {"report_to": self.trackers, "heartbeat_timeout": self.heartbeat_timeout}
         return {"mixed_precision": self.autocast, "deepspeed": deepspeed} | reports
 
@@ -105,11 +106,6 @@ class Groups:
     def trackers(self) -> list[str]:
         """The trackers in `report_to`."""
         return [name for name in self.report_to.split(",") if name]
-
-    @property
-    def zero_settings(self) -> dict[str, object]:
-        """The settings that complete a DeepSpeed config."""
-        return self._some("batch_size", "max_grad_norm") | {"bf16": self.mixed_precision == "bf16"}
 
     def _some(self, *names: str) -> dict[str, object]:
         return {name: getattr(self, name) for name in names}
