@@ -28,7 +28,7 @@ from checkpoint_systems import SYSTEMS
 from metrics import disk_bytes
 from records import MIB, Record, append
 
-from lowmem.config.train_config import MODEL_SHAPES
+from lowmem.config.presets import MODEL_SHAPES
 
 LIMIT_SECONDS = 600
 

@@ -42,7 +42,7 @@ LLAMA_TINY = LLAMA_56M | {"vocab_size": 384, "hidden_size": 64, "intermediate_si
 
 def shapes() -> dict[str, dict[str, object]]:
     """Names of models, and their config's fields."""
-    from lowmem.config.train_config import MODEL_SHAPES
+    from lowmem.config.presets import MODEL_SHAPES
 
     # the systems would draw different dropout masks, so losses could not be compared
     t5_shapes = {name: shape | {"dropout_rate": 0.0} for name, shape in MODEL_SHAPES.items()}

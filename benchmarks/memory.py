@@ -21,7 +21,7 @@ from compare import LLAMA_56M
 from footprint import Model, System, Work, run
 from records import MIB, Record, append
 
-from lowmem.config.train_config import MODEL_SHAPES
+from lowmem.config.presets import MODEL_SHAPES
 
 GIB = 2**30
 # Dropout is 0 everywhere: its masks would count alike for all.

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from benchmarks.systems import machine
 from lowmem.checkpoint.manifest import checkpoints, step_of, verify_checkpoint
-from lowmem.config.train_config import MODEL_SHAPES
+from lowmem.config.presets import MODEL_SHAPES
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train_low_mem.py"
 SAVE_STEPS = 5

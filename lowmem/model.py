@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lowmem.config.train_config import MODEL_SHAPES
+from lowmem.config.presets import MODEL_SHAPES
 from lowmem.distributed.fill import stored_weights
 from lowmem.errors import UsageError
 

@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer
 
 from lowmem.config.train_config import FIELDS
 from tests.models import LLAMA, build, qa_rows
-from tests.processes import run, train
+from tests.processes import ROOT, run, started, train
 
 SHORT = ["--max_steps=2", "--eval_on_start=False", "--max_predict_samples=2", "--batch_size=4", "--logging_steps=1"]
 
@@ -100,6 +100,16 @@ def test_help_explains_every_flag():
     for name in FIELDS:
         assert f"  --{name} (" in result.stdout
     assert max(map(len, result.stdout.splitlines())) < 250
+
+
+@pytest.mark.parametrize("words", [["--help"], ["plan", "--model_config=llama.json", "--max_seq_len=16"]])
+def test_a_command_whose_reader_has_gone_ends_quietly(words, tmp_path):
+    """As of `| head -1`."""
+    (tmp_path / "llama.json").write_text(json.dumps(LLAMA))
+    with started(sys.executable, ROOT / "train_low_mem.py", *words, cwd=tmp_path) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 0
 
 
 def test_a_run_leaves_what_is_promised_and_refuses_to_run_over_it(tmp_path):

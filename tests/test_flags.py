@@ -4,8 +4,10 @@ import json
 import pytest
 
 from lowmem.config.parse import resolve
+from lowmem.config.presets import PRESETS
+from lowmem.config.rules import NEEDS
 from lowmem.config.sizes import parse_bytes
-from lowmem.config.train_config import ALTERNATIVES, CHANGEABLE_ON_RESUME, CHOICES, FIELDS, PRESETS, TrainConfig
+from lowmem.config.train_config import ALTERNATIVES, FIELDS, TrainConfig
 from lowmem.errors import UsageError
 
 
@@ -144,8 +146,8 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({**RELEASE, "global_batch_size": "64"}, "set --global_batch_size to at most --batch_size=8"),
         ({**RELEASE, "nonfinite": "skip"}, "set --nonfinite=stop"),
         ({**RELEASE, "num_processes": "2"}, "set --num_processes=1"),
-        ({**RELEASE, "sharding_strategy": "FULL_SHARD"}, "leave --sharding_strategy"),
-        ({**RELEASE, "model_config": None, "model_name_or_path": "gpt2", "tp_size": "2"}, "leave --tp_size"),
+        ({**RELEASE, "sharding_strategy": "FULL_SHARD"}, "set --sharding_strategy=NO_SHARD"),
+        ({**RELEASE, "model_config": None, "model_name_or_path": "gpt2", "tp_size": "2"}, "set --tp_size=1"),
         ({"sharding_strategy": "HYBRID_SHARD", "shard_size": "2", "num_processes": "3"}, "multiple of --shard_size=2"),
     ],
 )
@@ -189,7 +191,8 @@ def test_sizes_are_read_as_people_write_them():
 
 
 def test_every_rule_names_real_fields():
-    named = {name for pair in ALTERNATIVES for name in pair} | CHOICES.keys() | CHANGEABLE_ON_RESUME
+    named = {name for pair in ALTERNATIVES for name in pair}
+    named |= {name for flag, _, needed, *_ in NEEDS for name in (flag, needed)}
     named |= {name for preset in PRESETS.values() for name in preset}
     assert named <= FIELDS.keys()
     assert TrainConfig.__dataclass_params__.frozen

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, ByT5Tokenizer
 
-from lowmem.config.train_config import MODEL_SHAPES
+from lowmem.config.presets import MODEL_SHAPES
 from lowmem.errors import UsageError
 from lowmem.model import freeze, load_model
 from tests.models import FAMILIES, LLAMA, T5, build

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from lowmem.config.train_config import FIELDS, PRESETS
+from lowmem.config.presets import PRESETS
+from lowmem.config.train_config import FIELDS
 from tests.models import qa_rows
 from tests.processes import ROOT, module_command, run
 

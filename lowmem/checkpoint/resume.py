@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lowmem.checkpoint.load import TIERS, first_accepted, saved_settings, verify_together
 from lowmem.checkpoint.manifest import checkpoints
-from lowmem.config.train_config import CHANGEABLE_ON_RESUME
+from lowmem.config.train_config import fields_where
 from lowmem.distributed.collectives import gather_bytes, on_main_rank, rank_and_world_size
 from lowmem.errors import UsageError
 
@@ -39,8 +39,8 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object]) -> list[str
         for name in settings
         if name in saved and name not in ("resume", "output_dir", "num_processes") and saved[name] != settings[name]
     }
-    changeable = CHANGEABLE_ON_RESUME | ({"memory"} if _keeps_less(saved, settings) else set())
-    if refused := [change for name, change in changes.items() if name not in changeable]:
+    fixed = fields_where(on_resume="fixed") - ({"memory"} if _keeps_less(saved, settings) else set())
+    if refused := [change for name, change in changes.items() if name in fixed]:
         raise UsageError(f"{checkpoint} is of another run: {'; '.join(refused)}. Set them back, or start anew")
     return list(changes.values())
 

@@ -1,4 +1,4 @@
-"""From flags to a TrainConfig: presets, a config file, types, and every mistake told at once. Imports no torch."""
+"""Make a TrainConfig from flags: presets, a config file, types, and all problems in one error. Imports no torch."""
 
 import difflib
 import types
@@ -6,21 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
+from lowmem.config.presets import PRESETS
 from lowmem.config.rules import conflicts
-from lowmem.config.train_config import ALTERNATIVES, FIELDS, PRESETS, TIERED_OPTIMIZERS, TrainConfig
+from lowmem.config.train_config import ALTERNATIVES, FIELDS, TIERED_OPTIMIZERS, TrainConfig
 from lowmem.errors import UsageError
 
-# What stands for the last field of a pair when neither side is set.
-_FALLBACKS = {
-    "validation_rows": 0,
-    "prompt_column": "prompt",
-    "response_column": "response",
-    "epochs": 3.0,
-    "gradient_accumulation_steps": 1,
-    "warmup_steps": 0,
-}
-
-BUNDLED_VALIDATION_ROWS = 240
+_BUNDLED_VALIDATION_ROWS = 240
+_SWITCHES = [*PRESETS.keys() - {"tiny"}, "is_keep_training"]
 
 # what other trainers call it
 _ELSEWHERE = {
@@ -42,18 +34,16 @@ def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None =
     """Merge defaults < preset < `given` < `config` file < flags into a checked TrainConfig.
 
     `flags` maps field names, preset names, `config` (path of a YAML or JSON file) and `is_keep_training` to values of
-    any type: what came from a command line as text is turned into the field's type. `given` are fields that a launcher
-    or a model's folder sets. Raises UsageError with every problem in one message.
+    any type; text from a command line becomes the field's type. `given` are fields that a launcher or a model's folder
+    sets. Raises UsageError with every problem in one message.
     """
     problems: list[str] = []
-    flags = dict(flags)
-    from_file = _read_config_file(flags.pop("config", None), problems)
-    file_switches, file_values = _take_presets(from_file, problems)
-    flag_switches, flag_values = _take_presets(flags, problems)
-    presets = sorted(name for name, on in (file_switches | flag_switches).items() if on)
+    file_switches, file_fields = _read(_read_config_file(flags.get("config"), problems), problems)
+    switches, fields = _read({name: value for name, value in flags.items() if name != "config"}, problems)
+    presets = sorted(name for name, is_on in (file_switches | switches).items() if is_on)
     if len(presets) > 1:
-        problems.append(f"{' and '.join('--' + name for name in presets)} were both asked for: choose one preset")
-    layers = [dict(given or {}), _coerce_all(file_values, problems), _coerce_all(flag_values, problems)]
+        problems.append(f"{' and '.join('--' + name for name in presets)} were both set: choose one preset")
+    layers = [dict(given or {}), file_fields, fields]
     names_model = any(layer.get("model_name_or_path") or layer.get("model_config") for layer in layers)
     preset = PRESETS[presets[0]] if presets else {} if names_model else PRESETS["tiny"]
 
@@ -67,15 +57,15 @@ def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None =
                     merged.pop(other, None)
         merged |= layer
     if merged.get("train_file") is None and merged.get("validation_file") is None:
-        merged.setdefault("validation_rows", BUNDLED_VALIDATION_ROWS)
-    for name, value in _FALLBACKS.items():
+        merged.setdefault("validation_rows", _BUNDLED_VALIDATION_ROWS)
+    for name, field in FIELDS.items():
+        fallback = field.metadata.get("fallback")
         alternatives = {other for pair in ALTERNATIVES if name in pair for other in pair}
-        if all(merged.get(other) is None for other in alternatives):
-            merged[name] = value
+        if fallback is not None and all(merged.get(other) is None for other in alternatives):
+            merged[name] = fallback
     if merged.get("memory") is None and merged.get("mixed_precision") == "bf16":
         has_tier = merged.get("optimizer", FIELDS["optimizer"].default) in TIERED_OPTIMIZERS
-        has_tier = has_tier and merged.get("deepspeed") is None
-        merged["memory"] = "exact" if has_tier else "off"
+        merged["memory"] = "exact" if has_tier and merged.get("deepspeed") is None else "off"
     config = TrainConfig(**merged)
     problems += conflicts(config, presets)
     if problems:
@@ -106,31 +96,23 @@ def _read_config_file(path: object, problems: list[str]) -> dict[str, object]:
     return {}
 
 
-def _take_presets(values: Mapping[str, object], problems: list[str]) -> tuple[dict[str, bool], dict[str, object]]:
-    """Split `values` into the presets it switches on or off and the fields it sets."""
-    rest = dict(values)
-    switches = (PRESETS.keys() - {"tiny"} | {"is_keep_training"}) & rest.keys()
-    presets = {name: _coerce(name, bool, rest.pop(name), problems) is True for name in switches}
-    if presets.pop("is_keep_training", False):
-        if rest.setdefault("resume", "auto") != "auto":
-            problems.append(f"--is_keep_training means --resume=auto, but --resume={rest['resume']} was set: drop one")
-    return presets, rest
-
-
-def _coerce_all(values: Mapping[str, object], problems: list[str]) -> dict[str, object]:
-    coerced = {}
+def _read(values: Mapping[str, object], problems: list[str]) -> tuple[dict[str, bool], dict[str, object]]:
+    """Split `values` into the presets that it switches on or off and the fields that it sets, each as its type."""
+    switches, fields = {}, {}
     for name, value in values.items():
-        if name not in FIELDS:
-            if name in _ELSEWHERE:
-                problems.append(f"unknown flag --{name}: it is --{_ELSEWHERE[name]} here")
-                continue
-            known = [*FIELDS, *PRESETS.keys() - {"tiny"}, "config", "is_keep_training"]
-            near = difflib.get_close_matches(name, known, n=1)
+        if name in FIELDS:
+            fields[name] = _coerce(name, FIELDS[name].type, value, problems)
+        elif name in _SWITCHES:
+            switches[name] = _coerce(name, bool, value, problems) is True
+        elif name in _ELSEWHERE:
+            problems.append(f"unknown flag --{name}: it is --{_ELSEWHERE[name]} here")
+        else:
+            near = difflib.get_close_matches(name, [*FIELDS, *_SWITCHES, "config"], n=1)
             hint = f"did you mean --{near[0]}?" if near else "`--help` lists all flags"
             problems.append(f"unknown flag --{name}: {hint}")
-        else:
-            coerced[name] = _coerce(name, FIELDS[name].type, value, problems)
-    return coerced
+    if switches.pop("is_keep_training", False) and fields.setdefault("resume", "auto") != "auto":
+        problems.append(f"--is_keep_training means --resume=auto, but --resume={fields['resume']} was set: drop one")
+    return switches, fields
 
 
 def _coerce(name: str, kind: object, value: object, problems: list[str]) -> object:
@@ -138,7 +120,7 @@ def _coerce(name: str, kind: object, value: object, problems: list[str]) -> obje
     if isinstance(kind, types.UnionType):
         if value is None or str(value).lower() in ("none", "null"):
             return None
-        kind = next(member for member in get_args(kind) if member is not types.NoneType)
+        kind = get_args(kind)[0]
     text = str(value).strip()
     try:
         if kind is bool:

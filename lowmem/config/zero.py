@@ -1,16 +1,20 @@
-"""A DeepSpeed config: read, held against our flags, completed by them. Imports no torch."""
+"""Read a DeepSpeed config, check it against our flags, and complete it from them. Imports no torch."""
 
-import copy
 import json
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from lowmem.config.train_config import TrainConfig
 from lowmem.errors import UsageError
 
-# Those whose update of an element looks at that element alone: ZeRO cuts all weights laid end to end into equal parts.
-_ELEMENTWISE = "adamw adam nadam radam adamax adadelta rmsprop sgd".split()
-# Sections of a DeepSpeed config that say what our flags say.
+# Fields of a DeepSpeed config that must agree with our flags, and sections that our flags replace.
+_SAME = {
+    "train_micro_batch_size_per_gpu": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "train_batch_size": "global_batch_size",
+    "gradient_clipping": "max_grad_norm",
+    "bf16.enabled": "mixed_precision",
+}
 _OURS = {
     "optimizer": "--optimizer",
     "scheduler": "--lr_scheduler_type",
@@ -20,7 +24,7 @@ _OURS = {
 
 
 def read_zero_config(told: str) -> dict[str, object]:
-    """The DeepSpeed config that `told` is, as JSON text, or that the file of this name holds. Raises UsageError."""
+    """Return the DeepSpeed config that `told` is: JSON text, or the name of a file of it. Raises UsageError."""
     is_text = told.lstrip().startswith("{")
     name = "the DeepSpeed config" if is_text else f"--deepspeed={told}"
     try:
@@ -29,82 +33,54 @@ def read_zero_config(told: str) -> dict[str, object]:
         raise UsageError(f"{name} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(f"{name} is not JSON: {error}") from error
-    zero = values.get("zero_optimization") if isinstance(values, dict) else None
-    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
-        found = zero.get("stage") if isinstance(zero, dict) else None
+    if (stage := _value(values, "zero_optimization.stage")) not in (1, 2, 3):
         raise UsageError(
-            f"{name} needs zero_optimization with a stage of 1, 2 or 3 (found: {found}); without ZeRO leave DeepSpeed "
-            "out, as all processes hold the whole model then"
+            f"{name} needs zero_optimization with a stage of 1, 2 or 3 (found: {stage}); without ZeRO each process "
+            "holds the whole model: remove --deepspeed"
         )
     return values
 
 
-def zero_problems(config: TrainConfig) -> list[str]:
-    """What the DeepSpeed config of `config` and its other fields say against each other, and what is not built."""
-    if config.deepspeed is None:
+def zero_problems(flags: Mapping[str, object]) -> list[str]:
+    """List what the DeepSpeed config and our flags set differently, and what lowmem does not do with DeepSpeed."""
+    if flags["deepspeed"] is None:
         return []
     if not find_spec("deepspeed"):
         return ["--deepspeed needs DeepSpeed, which is not installed: pip install 'lowmem[deepspeed]'"]
     try:
-        values = read_zero_config(config.deepspeed)
+        values = read_zero_config(str(flags["deepspeed"]))
     except UsageError as error:
         return [str(error)]
     problems = []
-    same = {
-        "train_micro_batch_size_per_gpu": ("batch_size", config.batch_size),
-        "gradient_accumulation_steps": ("gradient_accumulation_steps", config.gradient_accumulation_steps),
-        "train_batch_size": ("global_batch_size", config.global_batch_size),
-        "gradient_clipping": ("max_grad_norm", config.max_grad_norm),
-        "bf16.enabled": ("mixed_precision", config.mixed_precision == "bf16"),
-    }
-    for key, (flag, ours) in same.items():
-        theirs = _value(values, key)
-        if theirs not in (None, "auto", ours):
-            problems.append(
-                f"the DeepSpeed config sets {key}={json.dumps(theirs)}, but --{flag}={getattr(config, flag)}: "
-                'write "auto" there'
-            )
-    if _value(values, "fp16.enabled") not in (None, "auto", False):
-        problems.append(
-            "the DeepSpeed config sets fp16, which is not built: take bf16 (--mixed_precision=bf16) or fp32"
-        )
+    for key, flag in _SAME.items():
+        ours = flags[flag] == "bf16" if flag == "mixed_precision" else flags[flag]
+        if (theirs := _value(values, key)) not in (None, "auto", ours):
+            problems.append(f'{key}={json.dumps(theirs)}, but --{flag}={flags[flag]}: write "auto" there')
     for section, flag in _OURS.items():
         if section in values:
-            problems.append(f"the DeepSpeed config sets {section}: take it out there and set {flag} and its like here")
+            problems.append(f"{section}: remove it there and set {flag} and its like here")
     for section in ("bf16", "data_types"):
         if not isinstance(values.get(section, {}), dict):
-            problems.append(f"the DeepSpeed config sets {section}={json.dumps(values[section])}: write {{...}} there")
+            problems.append(f"{section}={json.dumps(values[section])}: write {{...}} there")
+    if _value(values, "fp16.enabled") not in (None, "auto", False):
+        problems.append("fp16, which is not built: set --mixed_precision=bf16, or no for fp32")
+    zero = values["zero_optimization"]
     for part in ("offload_optimizer", "offload_param"):
-        offload = _value(values, f"zero_optimization.{part}.device")
-        if offload == "nvme" and not _value(values, f"zero_optimization.{part}.nvme_path"):
-            problems.append(f"the DeepSpeed config sets {part} to nvme: set its nvme_path too")
-        if part == "offload_param" and offload not in (None, "none") and values["zero_optimization"]["stage"] != 3:
-            problems.append("the DeepSpeed config sets offload_param, which does nothing below stage 3: take it out")
+        device = _value(zero, f"{part}.device")
+        if device == "nvme" and not _value(zero, f"{part}.nvme_path"):
+            problems.append(f"{part} to nvme: set its nvme_path too")
+        if part == "offload_param" and device not in (None, "none") and zero["stage"] != 3:
+            problems.append(f"{part}, which does nothing below stage 3: remove it")
+    if zero.get("compute_grad_norm") is False:
+        problems.append("compute_grad_norm to false, but every step tells it: remove it")
     if values.get("zero_force_ds_cpu_optimizer"):
-        problems.append(
-            "the DeepSpeed config sets zero_force_ds_cpu_optimizer, whose Adam would not get --adam_beta1, "
-            "--adam_beta2 and --adam_epsilon: set it to false"
-        )
-    if _value(values, "zero_optimization.compute_grad_norm") is False:
-        problems.append("the DeepSpeed config sets compute_grad_norm to false, but every step tells it: leave it out")
-    if config.has_bf16_weights:
-        problems.append(f"--memory={config.memory} keeps the optimizer's state itself, as ZeRO does: set --memory=off")
-    if config.optimizer not in _ELEMENTWISE:
-        told = ", ".join(_ELEMENTWISE)
-        problems.append(f"--optimizer={config.optimizer} needs whole matrices, ZeRO cuts them up: use one of {told}")
-    for name in ("release", "compile"):
-        if getattr(config, name):
-            problems.append(f"--{name} works on gradients or layers that DeepSpeed manages: leave one of the two out")
-    if config.resume != "never":
-        problems.append(
-            f"--resume={config.resume} was asked for, but runs under DeepSpeed have no checkpoints: leave it out"
-        )
-    return problems
+        problems.append("zero_force_ds_cpu_optimizer, whose Adam ignores the --adam_ flags: set it to false")
+    return [f"the DeepSpeed config sets {problem}" for problem in problems]
 
 
 def complete_zero_config(told: str, *, batch_size: int, max_grad_norm: float, bf16: bool) -> dict[str, object]:
-    """The DeepSpeed config `told` with what our flags say, and defaults that keep sums in fp32."""
-    values = copy.deepcopy(read_zero_config(told))
+    """Return the DeepSpeed config `told` with what our flags say, and with sums in fp32 by default."""
+    values = read_zero_config(told)
     values |= {
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": 1,  # the step tells which micro-batch is its last
@@ -120,7 +96,7 @@ def complete_zero_config(told: str, *, batch_size: int, max_grad_norm: float, bf
     return values
 
 
-def _value(values: dict[str, object], key: str) -> object:
+def _value(values: object, key: str) -> object:
     for name in key.split("."):
         values = values.get(name) if isinstance(values, dict) else None
     return values

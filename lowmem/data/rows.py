@@ -30,7 +30,7 @@ class Rows(Protocol):
 class RowSets(NamedTuple):
     """The rows of a run; None: it has no such rows."""
 
-    training: Rows
+    training: Rows | None
     validation: Rows | None = None
     test: Rows | None = None
 

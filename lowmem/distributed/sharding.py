@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lowmem.config.train_config import CHOICES
+from lowmem.config.train_config import choices
 from lowmem.distributed.collectives import collective
 from lowmem.distributed.fill import filled
 from lowmem.distributed.fully_sharded import shard
@@ -39,7 +39,7 @@ def parallelize(
     A model that will be divided may come without data (`load_model(..., on_meta=True)`): see `filled`. Raises
     UsageError for what does not fit the processes or the model.
     """
-    if sharding_strategy not in (strategies := CHOICES["sharding_strategy"]):
+    if sharding_strategy not in (strategies := choices("sharding_strategy")):
         raise UsageError(f"sharding_strategy={sharding_strategy} was asked for: take one of {', '.join(strategies)}")
     if accelerator.deepspeed_plugin is not None:
         return model  # its engine puts it where it belongs; at stage 3 a device never holds the whole

@@ -1,0 +1,111 @@
+"""The settings of a run in groups, each as one function takes it. Imports no torch."""
+
+import dataclasses
+
+from lowmem.config.zero import complete_zero_config
+
+
+class Groups:
+    """What TrainConfig adds to its fields, for `train` to unpack."""
+
+    @property
+    def shared_flags(self) -> dict[str, object]:
+        """The flags that must be the same on every rank."""
+        fields = [field for field in dataclasses.fields(self) if not field.metadata.get("per_rank")]
+        return {f"--{field.name}": getattr(self, field.name) for field in fields}
+
+    @property
+    def distributed(self) -> dict[str, object]:
+        """The options of `init_distributed`."""
+        zero = self._some("batch_size", "max_grad_norm") | {"bf16": self.mixed_precision == "bf16"}
+        deepspeed = complete_zero_config(self.deepspeed, **zero) if self.deepspeed else None
+        reports = {"report_to": self.trackers, "heartbeat_timeout": self.heartbeat_timeout}
+        return {"mixed_precision": self.autocast, "deepspeed": deepspeed} | reports
+
+    @property
+    def model_source(self) -> dict[str, object]:
+        """Where the model and its tokenizer come from."""
+        return self._some("model_name_or_path", "model_config", "tokenizer_name_or_path")
+
+    @property
+    def frozen_parts(self) -> list[str]:
+        """The parts in `freeze`."""
+        return [part for part in self.freeze.split(",") if part]
+
+    @property
+    def sharding(self) -> dict[str, object]:
+        """The options of `parallelize`."""
+        return self._some("sharding_strategy", "shard_size", "cpu_offload", "tp_size")
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether lowmem itself, not DeepSpeed, shards the model over processes."""
+        return self.sharding_strategy != "NO_SHARD" or self.tp_size > 1
+
+    @property
+    def division(self) -> str:
+        """How processes share a model, in words; empty if each has its own."""
+        if self.tp_size > 1:
+            return f"{self.tp_size} with the same rows"
+        return self.sharding_strategy if self.is_divided else ""
+
+    @property
+    def optimizer_options(self) -> dict[str, object]:
+        """The options of `make_optimizer`."""
+        adam = {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
+        return {"name": self.optimizer, "memory": self.memory or "off", "weight_decay": self.weight_decay} | adam
+
+    @property
+    def schedule(self) -> dict[str, object]:
+        """The options of `Schedule.of_run`."""
+        shape = {"peak": self.learning_rate, "schedule": self.lr_scheduler_type}
+        return self._some("epochs", "max_steps", "warmup_steps", "warmup_ratio") | shape
+
+    @property
+    def savers(self) -> list[str]:
+        """Names of the memory savers to enter, in this order."""
+        wanted = {
+            "recompute": self.recompute == "full",
+            "recompute_cheap": self.recompute == "cheap",
+            "offload_activations": self.offload_activations,
+            "release": self.release,
+            "compiled": self.compile,
+        }
+        return [name for name, is_wanted in wanted.items() if is_wanted]
+
+    @property
+    def has_bf16_weights(self) -> bool:
+        """Whether the weights themselves are in bf16, so that autocast has nothing to cast."""
+        return self.memory in ("exact", "lean")
+
+    @property
+    def autocast(self) -> str:
+        """The Accelerator's mixed precision."""
+        return "no" if self.has_bf16_weights else self.mixed_precision
+
+    @property
+    def encoding(self) -> dict[str, object]:
+        """The options of an encoder: the columns, and the longest sequence."""
+        return self._some("max_seq_len", "prompt_column", "response_column", "text_column", "messages_column")
+
+    @property
+    def batching(self) -> dict[str, object]:
+        """The options of `open_stream`."""
+        packed_seq_len = self.max_seq_len if self.packing else None
+        ahead = {"packed_seq_len": packed_seq_len, "prefetch": self.prefetch_steps}
+        return self._some("batch_size", "seed", "accept_changed_data") | ahead
+
+    @property
+    def evaluation(self) -> dict[str, object]:
+        """The options of `make_evaluation`."""
+        num_answers = self.max_predict_samples if self.prompt_column else 0
+        answers = {"num_answers": num_answers, "max_new_tokens": self.generation_max_new_tokens}
+        return {"batch_size": self.batch_size} | answers
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers in `report_to`."""
+        return [name for name in self.report_to.split(",") if name]
+
+    def _some(self, *names: str) -> dict[str, object]:
+        return {name: getattr(self, name) for name in names}

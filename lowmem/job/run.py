@@ -1,0 +1,101 @@
+"""Train or evaluate as a config says: in this process, or in processes that it starts."""
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from lowmem.config.train_config import TrainConfig
+from lowmem.data.bundled import BundledRows
+from lowmem.data.rows import RowSets, open_rows, split_rows
+from lowmem.distributed.launcher import launched_processes
+from lowmem.distributed.setup import check_launch, processes_to_start
+from lowmem.distributed.signals import PREEMPTED, Signals, end_as_signalled
+from lowmem.job.exit_file import final_exit
+from lowmem.job.folder import check_output
+from lowmem.job.processes import die_with_launcher, is_restarted, start_processes
+from lowmem.job.supervise import end_at_once, record_preempted, supervise
+
+_PLANNED = "LOWMEM_PLANNED"
+
+
+def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: frozenset[str] = frozenset()) -> int:
+    """Run `command` (train or evaluate) and return the exit code.
+
+    Files and folders are checked before torch is loaded. Started processes get the command line `arguments`. Fields in
+    `fixed` stay as they are if settings are chosen to fit memory. Signals are caught for the rest of the process.
+    """
+    trains, output = command == "train", Path(config.output_dir)
+    signals = Signals(at_once=end_at_once if trains else end_as_signalled)
+    signals.catch()  # for good: the echo of a signal may come when all is done
+    die_with_launcher()
+    if trains and is_restarted() and (ended := final_exit(output)):
+        if os.environ["LOCAL_RANK"] == "0":
+            print(f"not started again, this launch has ended: {ended['cause']}, {ended['message']}", file=sys.stderr)
+        return ended["code"]
+    check_launch(config.num_processes)
+    if trains:
+        check_output(output, config.resume)
+    rows = _open_all_rows(config, trains)
+    _set_environment()
+    if trains and (config.device_memory or config.host_memory) and _PLANNED not in os.environ:
+        from lowmem.plan.command import fitted, flags_between
+
+        asked, config = config, fitted(config, fixed)
+        arguments = [*arguments, *flags_between(asked, config)]
+        os.environ[_PLANNED] = "1"  # the processes that this one starts do not plan again
+
+    processes = processes_to_start(config.num_processes)
+    # DeepSpeed needs a process group even for one process
+    if processes > 1 or (config.deepspeed and launched_processes() is None):
+        code = start_processes(processes, [sys.argv[0], *arguments], signals)
+        if trains and (code == PREEMPTED or code < 0):
+            record_preempted(output)
+            return PREEMPTED
+        return code if code >= 0 else 128 - code
+    if trains:
+        return supervise(partial(_train, config, rows), output, signals)
+    _hide_bars()
+    from lowmem.job.evaluate_command import evaluate_model
+
+    evaluate_model(config, rows.test)
+    return 0
+
+
+def _open_all_rows(config: TrainConfig, trains: bool) -> RowSets:
+    columns = [name for name in (config.prompt_column, config.response_column, config.text_column) if name]
+    opened = partial(open_rows, columns=columns, messages_column=config.messages_column)
+    test_rows = opened(config.test_file) if config.test_file else None
+    if not trains:
+        return RowSets(None, None, test_rows)
+    train_rows = opened(config.train_file) if config.train_file else BundledRows()
+    if config.validation_file:
+        return RowSets(train_rows, opened(config.validation_file), test_rows)
+    return RowSets(*split_rows(train_rows, config.validation_rows), test_rows)
+
+
+def _set_environment() -> None:
+    """Set what torch reads when it is loaded, unless it is set."""
+    # Let OpenMP's waiting threads sleep. It costs a tiny model a sixth of its speed on idle cores, but spinning ones
+    # slow each other down, five times and more, as soon as anything else runs there.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Let the CUDA allocator join memory again that batches of changing lengths leave in pieces.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def _train(config: TrainConfig, rows: RowSets, **supervision) -> tuple[int, bool]:
+    if config.train_file is None and os.environ.get("RANK", "0") == "0":
+        print(f"no --train_file: training on the {len(rows.training):,} bundled rows")
+    _hide_bars()
+    from lowmem.train import train
+
+    return train(config, rows, **supervision)
+
+
+def _hide_bars() -> None:
+    """Hide the progress bars of transformers for loading and writing weights. Imports torch."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
