@@ -2,7 +2,7 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Protocol
@@ -11,7 +11,7 @@ import numpy as np
 
 from lowmem.data.files.line_index import codec_of
 from lowmem.data.files.lines import JsonLinesFile, TextFile
-from lowmem.data.files.source import Row, Source, expand, is_damage
+from lowmem.data.files.source import Row, expand, is_damage
 from lowmem.data.files.tables import ArrowFile, ParquetFile
 from lowmem.data.order import WINDOW_BYTES, Groups
 from lowmem.errors import ChangedError, ReadError, RowError, UsageError
@@ -25,29 +25,10 @@ class Rows(Protocol):
     def __getitem__(self, index: int) -> Row: ...
 
 
-class DataFile(Protocol):
-    """One file of rows, read a group at a time."""
-
-    source: Source
-    group_rows: np.ndarray
-    """Rows of each group, int64, shape (groups,)."""
-    group_bytes: np.ndarray
-    """About what each group takes in memory, int64, shape (groups,): a function of the content."""
-
-    def fingerprint(self) -> str:
-        """Equal for equal content, whatever the file's name and time."""
-
-    def read_group(self, group: int) -> object:
-        """A group, for `row`. Raises OSError or ValueError."""
-
-    def row(self, data: object, index: int) -> Row:
-        """Row `index` of a group that was read. Raises ValueError."""
-
-    def location(self, group: int, index: int) -> str:
-        """Where that row is in the file, for messages."""
-
-
-_FORMATS: dict[str, Callable[[Source, Mapping[str, str] | None], DataFile]] = {
+# Files are read a group at a time. `group_rows` and `group_bytes` are int64, shape (groups,), and functions of the
+# content; the bytes are about what a group takes in memory. `row` and `location` take a row's number in its group.
+DataFile = ParquetFile | ArrowFile | JsonLinesFile | TextFile
+_FORMATS: dict[str, type[DataFile]] = {
     ".parquet": ParquetFile,
     ".pq": ParquetFile,
     ".arrow": ArrowFile,
@@ -184,8 +165,8 @@ def as_rows(files: str | Path | Sequence[str | Path] | Rows) -> Rows:
     rows = open_rows(files) if names_files or isinstance(files, str | Path) else files
     if not hasattr(rows, "__len__"):
         raise UsageError(
-            f"{type(rows).__name__} can only be read from its start, but a run needs random access: write it to "
-            "parquet, or name its files (hf://datasets/...)"
+            f"{type(rows).__name__} can only be read from its start, a run needs random access: write it to parquet, "
+            "or name its files (hf://datasets/...)"
         )
     if len(rows) == 0:
         raise UsageError("a stream over no rows was asked for: give at least one row")

@@ -125,7 +125,7 @@ class Stream:
         elif files:
             raise UsageError(
                 f"the rows are not those that were saved ({files[0]}): restore the files, or set "
-                "--accept_changed_data=True to continue over the rows as they are"
+                "--accept_changed_data=True to continue over them as they are"
             )
         elif changes:
             raise UsageError(

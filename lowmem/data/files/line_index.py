@@ -145,6 +145,5 @@ def _read(file: BinaryIO, num_bytes: int, source: Source, codec: str | None) -> 
     except OSError as error:
         if codec is None or not is_damage(error):
             raise
-        raise UsageError(
-            f"{source} cannot be unpacked as {codec} ({error}): it is damaged or cut, get it again"
-        ) from error
+        what = f"{source} cannot be unpacked as {codec} ({error})"
+        raise UsageError(f"{what}: it is damaged or cut, get it again") from error

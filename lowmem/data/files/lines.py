@@ -71,19 +71,15 @@ class _LineFile:
             text = file.read(size)
         if xxhash.xxh3_64_intdigest(text) != int(self._index["hash"][group]):
             remedy = "write it again" if self._path == self.source.path else "remove it"
-            raise ValueError(
-                f"bytes {first:,} to {first + size:,} of {self._path} are not those that were indexed: it changed or "
-                f"is damaged, {remedy} and start anew"
-            )
+            where = f"bytes {first:,} to {first + size:,} of {self._path}"
+            raise ValueError(f"{where} are not those that were indexed: changed or damaged, {remedy} and start anew")
         starts, _, rows = find_lines(text)
         return _Lines(text, starts[rows], first, size)
 
     def row(self, data: _Lines, index: int) -> Row:
         """Row `index` of a group. Raises ValueError with the reason for a bad one."""
         if data.text is None:
-            raise ValueError(
-                f"the line has {data.num_bytes:,} bytes, at most {LONGEST_LINE:,} are read: split it or remove it"
-            )
+            raise ValueError(f"the line has {data.num_bytes:,} bytes, at most {LONGEST_LINE:,} are read: split it")
         start = int(data.starts[index])
         end = data.text.find(b"\n", start)
         line = data.text[start : end if end >= 0 else len(data.text)]
@@ -151,9 +147,8 @@ class JsonLinesFile(_LineFile):
                 json.dumps(row, ensure_ascii=False).encode()  # pairs have become one character, halves fail
         except json.JSONDecodeError as error:
             byte = offset + len(text[: error.pos].encode())
-            raise ValueError(
-                f"{error.msg.removesuffix(' at')} at byte {byte:,}: fix or remove the row, and write one object a line"
-            ) from error
+            what = f"{error.msg.removesuffix(' at')} at byte {byte:,}"
+            raise ValueError(f"{what}: fix or remove the row, and write one object a line") from error
         except UnicodeEncodeError as error:
             half = f"\\u{ord(error.object[error.start]):04x}"
             raise ValueError(f"{half} is half a character, its other half is missing: fix or remove the row") from error

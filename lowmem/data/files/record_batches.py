@@ -24,15 +24,11 @@ _END_MARK = b"\xff\xff\xff\xff\0\0\0\0"
 class TableLimits:
     """A file that exceeds one of the first three limits is copied once, in pieces within the last two."""
 
-    row_group_bytes: int = 9 * 2**20
-    """Of a parquet row group, decoded. Decoding a column needs several times its bytes."""
-    batch_bytes: int = 2**24
-    """Of a record batch, which needs no decoding."""
-    footer_bytes: int = 2**21
-    """Of a parquet footer, unless row groups are larger: reading a group reads the whole footer first."""
+    row_group_bytes: int = 9 * 2**20  # decoded; decoding a column needs several times its bytes
+    batch_bytes: int = 2**24  # a record batch needs no decoding
+    footer_bytes: int = 2**21  # unless row groups are larger: reading one reads the whole parquet footer first
     piece_rows: int = 1024
-    piece_bytes: int = 2**20
-    """Of a piece of several rows."""
+    piece_bytes: int = 2**20  # unless one row takes more
 
     def rows_per_piece(self, num_rows: int, num_bytes: int) -> int:
         """Rows of a piece, if all `num_rows` rows (`num_bytes` together) are of about the same size."""

@@ -176,6 +176,4 @@ def _remote(name: str):
     try:
         return url_to_fs(name)
     except (ImportError, ValueError) as error:  # the protocol's package is missing, or the protocol is unknown
-        raise UsageError(
-            f"{name} cannot be opened ({error}): pip install 'lowmem[hub]', or name a local file"
-        ) from error
+        raise UsageError(f"{name} cannot be opened ({error}): install lowmem[hub], or name a local file") from error

@@ -96,6 +96,7 @@ class ParquetFile(_TableFile):
     footer that describes columns may end the process inside of pyarrow, where no error can be caught.)
     """
 
+    # The parsed footer of one file only: parsing takes milliseconds, the result 1 KiB for each column chunk.
     _last_parsed: "ClassVar[tuple[ParquetFile | None, parquet.FileMetaData | None]]" = (None, None)
 
     def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, limits: TableLimits = TABLE_LIMITS):
@@ -123,30 +124,21 @@ class ParquetFile(_TableFile):
         if self._batches:
             return super().read_group(group)
         import pyarrow as pa
+        from pyarrow import parquet
 
         # Open the file for each group: ten thousand files must not need ten thousand handles.
         with reading(), self.source.open() as file:
             if xxhash.xxh3_64_intdigest(_footer(file, self._footer_bytes)) != self._footer_hash:
-                raise ChangedError(
-                    f"{self.source} is not the file that was opened: start again, and do not change it during a run"
-                )
+                raise ChangedError(f"{self.source} is not the file that was opened: start again, do not change it")
             try:
-                metadata = self._metadata(file)
+                of, metadata = ParquetFile._last_parsed
+                if of is not self:
+                    metadata = parquet.read_metadata(file)
+                    ParquetFile._last_parsed = (self, metadata)
                 return {name: self._decode(file, metadata, group, name) for name in self._names}
             except (pa.ArrowException, LookupError) as error:
-                raise ValueError(
-                    f"row group {group} of {self.source} cannot be decoded ({error}): write the file again"
-                ) from error
-
-    def _metadata(self, file: BinaryIO) -> "parquet.FileMetaData":
-        """The parsed footer, cached for one file only: parsing takes milliseconds, and 1 KiB for each column chunk."""
-        from pyarrow import parquet
-
-        of, metadata = ParquetFile._last_parsed
-        if of is not self:
-            metadata = parquet.read_metadata(file)
-            ParquetFile._last_parsed = (self, metadata)
-        return metadata
+                what = f"row group {group} of {self.source} cannot be decoded"
+                raise ValueError(f"{what} ({error}): write the file again") from error
 
     def _decode(self, file: BinaryIO, metadata: "parquet.FileMetaData", group: int, name: str) -> "pa.ChunkedArray":
         """One column of a group: decoding one at a time needs half the memory of all at once."""
@@ -183,9 +175,7 @@ class ArrowFile(_TableFile):
     def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, limits: TableLimits = TABLE_LIMITS):
         self.source = source
         if source.path is None:
-            raise UsageError(
-                f"{source} is an Arrow file, which is read on this machine: fetch it, or name parquet files"
-            )
+            raise UsageError(f"{source} is an Arrow file, which is read on this machine: fetch it, or use parquet")
         with _opening(source, "Arrow"):
             batches, alone = find_batches(source)
             check_schema(source, batches.schema, wanted)
