@@ -23,11 +23,11 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-def open_lines(path, content=None, wanted=None):
+def open_lines(path, content=None, wanted=None, **limits):
     if content is not None:
         path.write_bytes(content)
     kind = JsonLinesFile if any(suffix.startswith(".json") for suffix in path.suffixes) else TextFile
-    return kind(Source(str(path)), wanted)
+    return kind(Source(str(path)), wanted, **limits)
 
 
 def all_rows(file):
@@ -35,8 +35,8 @@ def all_rows(file):
     return [file.row(data, index) for group, data in groups for index in range(file.group_rows[group])]
 
 
-def all_places(file):
-    return [file.place(g, i) for g in range(len(file.group_rows)) for i in range(file.group_rows[g])]
+def all_locations(file):
+    return [file.location(g, i) for g in range(len(file.group_rows)) for i in range(file.group_rows[g])]
 
 
 def reason(path, content, index=1):
@@ -44,7 +44,7 @@ def reason(path, content, index=1):
     file = open_lines(path, content)
     with pytest.raises(ValueError) as caught:
         file.row(file.read_group(0), index)
-    return f"{file.place(0, index)}: {caught.value}"
+    return f"{file.location(0, index)}: {caught.value}"
 
 
 def zstd(content):
@@ -66,29 +66,27 @@ def random_lines(seed, num_lines, longest=300):
 
 
 @pytest.mark.parametrize("piece", [1, 7, 1000, 2**20])
-def test_rows_and_places_are_those_of_a_plain_reading_whatever_the_pieces(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr("lowmem.data.files.line_index._PIECE", piece)
+def test_rows_and_locations_are_those_of_a_plain_reading_whatever_the_pieces(tmp_path, piece):
     lines = random_lines(1, 20 if piece == 1 else 3000)
     lines[-1] = lines[-1].rstrip() + b"the end"
-    expected, places, byte = [], [], 0
+    expected, locations, byte = [], [], 0
     for number, line in enumerate(lines, start=1):
         if line.strip():
             expected.append({"text": line.decode().removesuffix("\n").removesuffix("\r")})
-            places.append(f"line {number:,} (byte {byte:,})")
+            locations.append(f"line {number:,} (byte {byte:,})")
         byte += len(line)
-    file = open_lines(tmp_path / "rows.txt", b"".join(lines))
+    file = open_lines(tmp_path / "rows.txt", b"".join(lines), piece_bytes=piece)
     assert all_rows(file) == expected
-    assert all_places(file) == places
+    assert all_locations(file) == locations
 
 
-def test_groups_depend_on_the_content_alone(tmp_path, monkeypatch):
+def test_groups_depend_on_the_content_alone(tmp_path):
     path = tmp_path / "rows.txt"
     lines = random_lines(2, 3000) + [b"l" * size + b"\n" for size in (2**20, 2**19 - 1, 2**19 - 1, 2**20 - 1, 3, 2**21)]
     path.write_bytes(b"".join(lines) + b" \n" * 2**20 + b"the end")
     indexes = []
     for piece in (2**12, 2**20, 2**23):
-        monkeypatch.setattr("lowmem.data.files.line_index._PIECE", piece)
-        indexes.append(index_lines(Source(str(path)), None, lambda num_bytes: None))
+        indexes.append(index_lines(Source(str(path)), None, lambda num_bytes: None, piece_bytes=piece))
     for index in indexes[1:]:
         assert all(np.array_equal(index[name], indexes[0][name]) for name in index)
     sizes, rows = indexes[0]["end_byte"] - indexes[0]["first_byte"], indexes[0]["rows"]
@@ -111,7 +109,7 @@ def test_an_empty_file_has_no_groups(tmp_path):
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
     file = open_lines(tmp_path / "rows.jsonl", b'\xef\xbb\xbf{"a": 1}\n{"a": 2}')
     assert all_rows(file) == [{"a": 1}, {"a": 2}]
-    assert all_places(file) == ["line 1 (byte 3)", "line 2 (byte 12)"]
+    assert all_locations(file) == ["line 1 (byte 3)", "line 2 (byte 12)"]
 
 
 @pytest.mark.parametrize(
@@ -168,9 +166,9 @@ def test_a_line_of_100_megabytes_is_a_bad_row_that_is_never_held(tmp_path):
         "before = peak()\n"
         "file = JsonLinesFile(Source(sys.argv[1]), None)\n"
         "print(file.group_rows.tolist(), file.group_bytes.max())\n"
-        "for group in (0, 2): print(file.row(file.read_group(group), 0), file.place(group, 0))\n"
+        "for group in (0, 2): print(file.row(file.read_group(group), 0), file.location(group, 0))\n"
         "try: file.row(file.read_group(1), 0)\n"
-        "except ValueError as error: print(file.place(1, 0), error)\n"
+        "except ValueError as error: print(file.location(1, 0), error)\n"
         "print((peak() - before) // 1024)"
     )
     result = run(sys.executable, "-c", code, path, LOWMEM_CACHE=str(tmp_path))
@@ -183,16 +181,15 @@ def test_a_line_of_100_megabytes_is_a_bad_row_that_is_never_held(tmp_path):
 
 
 @pytest.mark.parametrize("piece", [2**20, 2**25])
-def test_a_line_may_have_the_greatest_length_but_no_byte_more(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr("lowmem.data.files.line_index._PIECE", piece)
+def test_a_line_may_have_the_greatest_length_but_no_byte_more(tmp_path, piece):
     lines = [b"y" * (LONGEST_LINE - 1), b"z" * LONGEST_LINE, b" " * (LONGEST_LINE - 1), b" " * LONGEST_LINE, b"end"]
-    file = open_lines(tmp_path / "rows.txt", b"\n".join(lines))
+    file = open_lines(tmp_path / "rows.txt", b"\n".join(lines), piece_bytes=piece)
     assert file.group_rows.tolist() == [1, 1, 1, 1]
     assert len(file.row(file.read_group(0), 0)["text"]) == LONGEST_LINE - 1
     for group in (1, 2):
         with pytest.raises(ValueError, match="16,777,217 bytes"):
             file.row(file.read_group(group), 0)
-    assert file.row(file.read_group(3), 0) == {"text": "end"} and file.place(3, 0).startswith("line 5 ")
+    assert file.row(file.read_group(3), 0) == {"text": "end"} and file.location(3, 0).startswith("line 5 ")
 
 
 @pytest.mark.parametrize(
@@ -276,7 +273,7 @@ def test_packed_files_have_the_rows_and_the_fingerprint_of_bare_ones(tmp_path, s
     bare = open_lines(tmp_path / "bare.jsonl", PLAIN)
     assert all_rows(packed) == all_rows(bare) == ROWS
     assert packed.fingerprint() == bare.fingerprint()
-    assert packed.place(1, 0) == bare.place(1, 0).replace("byte", "unpacked byte")
+    assert packed.location(1, 0) == bare.location(1, 0).replace("byte", "unpacked byte")
 
 
 @pytest.mark.parametrize(
@@ -309,8 +306,8 @@ def test_the_fingerprint_is_of_the_content_not_of_the_file(tmp_path):
 def test_a_file_that_changes_or_goes_while_it_is_read_is_told(tmp_path):
     path = tmp_path / "rows.jsonl"
     file = open_lines(path, PLAIN)
-    place = file.place(1, 3)
-    assert place.startswith("line 260 (byte ")
+    where = file.location(1, 3)
+    assert where.startswith("line 260 (byte ")
     path.write_bytes(PLAIN.replace(b"row 700", b"row 7OO"))
     assert file.row(file.read_group(0), 0) == ROWS[0]
     with pytest.raises(ValueError, match=rf"bytes [\d,]+ to [\d,]+ of {path} are not those .*, write it again"):
@@ -321,7 +318,7 @@ def test_a_file_that_changes_or_goes_while_it_is_read_is_told(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError):
         file.read_group(0)
-    assert file.place(1, 3).startswith("row 3 from line 257 (byte ")
+    assert file.location(1, 3).startswith("row 3 from line 257 (byte ")
 
 
 def test_a_damaged_copy_is_told_and_made_again_once_it_is_removed(tmp_path):

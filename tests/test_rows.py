@@ -10,7 +10,10 @@ import pytest
 from pyarrow import parquet
 
 from lowmem.data.bundled import NUM_BUNDLED_ROWS, BundledRows
-from lowmem.data.rows import as_rows, open_rows, split_rows
+from lowmem.data.files.lines import JsonLinesFile
+from lowmem.data.files.source import Source
+from lowmem.data.files.tables import ParquetFile
+from lowmem.data.rows import FileRows, as_rows, open_rows, split_rows
 from lowmem.errors import ReadError, RowError, UsageError
 from tests.models import qa_rows
 
@@ -25,6 +28,10 @@ def write(path, rows=ROWS):
     else:
         path.write_text("".join(row["prompt"] + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def open_file(path):
+    return (ParquetFile if path.suffix == ".parquet" else JsonLinesFile)(Source(str(path)), None)
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
@@ -57,15 +64,14 @@ def test_a_comma_list_and_a_glob_give_files_in_order(tmp_path):
     assert rows.where(60) == f"{tmp_path}/b1.parquet, row 10"
 
 
-def test_groups_are_given_back_so_that_no_more_than_a_window_is_held(tmp_path, monkeypatch):
-    path = write(tmp_path / "rows.parquet")
-    two_groups = int(np.sort(open_rows(path).groups.bytes)[-2:].sum())
-    monkeypatch.setattr("lowmem.data.rows.WINDOW_BYTES", two_groups)
-    rows = open_rows(path)
+def test_groups_are_given_back_so_that_no_more_than_a_window_is_held(tmp_path):
+    file = open_file(write(tmp_path / "rows.parquet"))
+    two_groups = int(np.sort(file.group_bytes)[-2:].sum())
+    rows = FileRows([file], window_bytes=two_groups)
     for index in range(len(rows)):
         assert rows[index] == ROWS[index]
-        assert len(rows._held) <= 3 and rows._bytes_held <= two_groups
-        assert rows._bytes_held == rows.groups.bytes[list(rows._held)].sum()
+        assert len(rows.loaded) <= 3 and rows.loaded_bytes <= two_groups
+        assert rows.loaded_bytes == file.group_bytes[list(rows.loaded)].sum()
 
 
 def test_a_group_that_is_held_is_read_once(tmp_path):
@@ -78,11 +84,10 @@ def test_a_group_that_is_held_is_read_once(tmp_path):
         rows[20]
 
 
-def test_the_group_that_was_not_used_for_longest_is_given_back(tmp_path, monkeypatch):
+def test_the_group_that_was_not_used_for_longest_is_given_back(tmp_path):
     path = write(tmp_path / "rows.parquet")
-    sizes = open_rows(path).groups.bytes
-    monkeypatch.setattr("lowmem.data.rows.WINDOW_BYTES", int(np.sort(sizes)[-3:].sum()))
-    rows = open_rows(path)
+    file = open_file(path)
+    rows = FileRows([file], window_bytes=int(np.sort(file.group_bytes)[-3:].sum()))
     for group in (0, 1, 2, 0, 3):
         assert rows[20 * group] == ROWS[20 * group]
     path.unlink()
@@ -91,10 +96,9 @@ def test_the_group_that_was_not_used_for_longest_is_given_back(tmp_path, monkeyp
         rows[20]
 
 
-def test_two_threads_may_read_the_same_rows(tmp_path, monkeypatch):
-    path = write(tmp_path / "rows.parquet", ROWS * 4)
-    monkeypatch.setattr("lowmem.data.rows.WINDOW_BYTES", int(open_rows(path).groups.bytes.max()))
-    rows, wrong = open_rows(path), []
+def test_two_threads_may_read_the_same_rows(tmp_path):
+    file = open_file(write(tmp_path / "rows.parquet", ROWS * 4))
+    rows, wrong = FileRows([file], window_bytes=int(file.group_bytes.max())), []
 
     def read(seed):
         for index in np.random.default_rng(seed).integers(0, len(rows), 300).tolist():
@@ -112,13 +116,12 @@ def test_two_threads_may_read_the_same_rows(tmp_path, monkeypatch):
         thread.join()
     sys.setswitchinterval(interval)
     assert not wrong
-    assert rows._bytes_held == rows.groups.bytes[list(rows._held)].sum()
+    assert rows.loaded_bytes == file.group_bytes[list(rows.loaded)].sum()
 
 
-def test_a_kept_error_keeps_no_frames(tmp_path, monkeypatch):
-    monkeypatch.setattr("lowmem.data.rows._SECONDS_BETWEEN_TRIES", (0.01,))
+def test_a_kept_error_keeps_no_frames(tmp_path):
     path = write(tmp_path / "rows.parquet")
-    rows = open_rows(path)
+    rows = FileRows([open_file(path)], retry_seconds=(0.01,))
     path.unlink()
     lengths = []
     for _ in range(3):
@@ -150,10 +153,9 @@ def test_a_file_that_is_back_in_a_moment_is_read(tmp_path):
     thread.join()
 
 
-def test_a_disk_that_stays_away_is_told_with_the_file_after_so_many_tries(tmp_path, monkeypatch):
-    monkeypatch.setattr("lowmem.data.rows._SECONDS_BETWEEN_TRIES", (0.01, 0.02))
+def test_a_disk_that_stays_away_is_told_with_the_file_after_so_many_tries(tmp_path):
     path = write(tmp_path / "rows.jsonl")
-    rows = open_rows(path)
+    rows = FileRows([open_file(path)], retry_seconds=(0.01, 0.02))
     path.unlink()
     path.symlink_to("/proc/self/mem")
     for _ in range(2):  # the error is kept: the next row of the group does not wait again
@@ -161,8 +163,7 @@ def test_a_disk_that_stays_away_is_told_with_the_file_after_so_many_tries(tmp_pa
             rows[0]
 
 
-def test_damage_is_a_bad_row_and_no_read_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("lowmem.data.rows._SECONDS_BETWEEN_TRIES", (0.01,))
+def test_damage_is_a_bad_row_and_no_read_error(tmp_path):
     path = tmp_path / "rows.parquet"
     parquet.write_table(
         pa.Table.from_pylist(ROWS), path, write_page_checksum=True, use_dictionary=False, compression="none"
@@ -171,7 +172,7 @@ def test_damage_is_a_bad_row_and_no_read_error(tmp_path, monkeypatch):
     data[data.index("问题 7 ".encode())] ^= 1
     path.write_bytes(data)
     with pytest.raises(RowError, match="rows.parquet, row 9 cannot be read: .*CRC") as caught:
-        open_rows(path)[9]
+        FileRows([open_file(path)], retry_seconds=(0.01,))[9]
     assert not isinstance(caught.value, ReadError)
 
 

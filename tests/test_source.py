@@ -133,7 +133,7 @@ def test_the_hub_out_of_reach_is_a_mistake_at_the_start_and_a_lost_connection_la
     pytest.importorskip("huggingface_hub")
     code = """
 import sys
-from lowmem.config import UsageError
+from lowmem.errors import UsageError
 from lowmem.data.files.source import Source, expand
 url = "hf://datasets/some/rows/rows.jsonl"
 try: expand(url)

@@ -1,5 +1,6 @@
 import itertools
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -272,19 +273,21 @@ def test_an_error_of_any_kind_waits_until_the_step_is_looked_into():
 
 
 def test_a_closed_stream_encodes_no_further_steps():
-    begun, may_go_on = [], threading.Event()
+    begun, has_begun, may_go_on = [], threading.Event(), threading.Event()
 
     def encode(row):
-        begun.append(row)
+        begun.append(threading.current_thread())
+        has_begun.set()
         may_go_on.wait(30)
         return ENCODE(row)
 
     stream = open_stream(ROWS, encode, batch_size=4, prefetch=3)
     iter(stream)
+    assert has_begun.wait(30)
     stream.close()
     may_go_on.set()
-    stream._thread.shutdown(wait=True)
-    assert len(begun) <= 4
+    begun[0].join(30)
+    assert not begun[0].is_alive() and len(begun) == 4
 
 
 def test_rows_drawn_but_not_trained_on_come_again():
@@ -328,8 +331,10 @@ def test_rows_are_encoded_in_one_background_thread_so_many_steps_ahead(prefetch)
 
     stream = open_stream(ROWS, encode, batch_size=4, prefetch=prefetch)
     next(stream)
-    for future in stream._ahead:
-        future.result()
+    deadline = time.monotonic() + 30
+    while len(encoded) < 4 * (1 + prefetch) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)  # for rows that it must not encode
     assert len(encoded) == 4 * (1 + prefetch)
     assert len(threads) == 1 and threading.main_thread() not in threads
 

@@ -3,13 +3,15 @@
 import json
 import sys
 import textwrap
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from lowmem.data.files import record_batches, tables
+from lowmem.data.files.record_batches import TableLimits
 from lowmem.data.files.source import Source, dataset_files
 from lowmem.data.files.tables import ArrowFile, ParquetFile
 from lowmem.errors import ChangedError, UsageError
@@ -71,12 +73,9 @@ def flip(path, place, bit=1):
     path.write_bytes(data)
 
 
-@pytest.fixture
-def copied(monkeypatch):
-    """Every row group and every record batch is too large."""
-    monkeypatch.setattr(tables, "_LARGEST_ROW_GROUP_BYTES", 0)
-    monkeypatch.setattr(tables, "_LARGEST_BATCH_BYTES", 0)
-    monkeypatch.setattr(record_batches, "_PIECE_ROWS", 40)
+# Every row group and every record batch is too large; in PIECES the copy's pieces are small, too.
+COPIED = TableLimits(row_group_bytes=0, batch_bytes=0)
+PIECES = replace(COPIED, piece_rows=40)
 
 
 @pytest.mark.parametrize("size", [1, 20, 1000])
@@ -92,15 +91,14 @@ def test_a_parquet_file_gives_the_rows_that_were_written(tmp_path, size, wanted,
 
 @pytest.mark.parametrize("text", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
 @pytest.mark.parametrize("wanted", [WANTED, CHATS])
-@pytest.mark.parametrize("is_copied", [False, True])
-def test_texts_of_any_arrow_type_are_read(tmp_path, text, wanted, is_copied, request):
-    if is_copied:
-        request.getfixturevalue("copied")
+@pytest.mark.parametrize("limits", [TableLimits(), PIECES], ids=["as it is", "copied"])
+def test_texts_of_any_arrow_type_are_read(tmp_path, text, wanted, limits):
     rows = table(text=text)
-    assert all_rows(ArrowFile(write_arrow(tmp_path / "rows.arrow", rows, max_rows=1000), wanted)) == only(wanted)
+    source = write_arrow(tmp_path / "rows.arrow", rows, max_rows=1000)
+    assert all_rows(ArrowFile(source, wanted, limits=limits)) == only(wanted)
     if text != pa.string_view() or wanted != CHATS:  # pyarrow writes no views within lists to parquet
         parquet.write_table(rows.select(list(wanted)), tmp_path / "rows.parquet", row_group_size=50)
-        assert all_rows(ParquetFile(Source(str(tmp_path / "rows.parquet")), wanted)) == only(wanted)
+        assert all_rows(ParquetFile(Source(str(tmp_path / "rows.parquet")), wanted, limits=limits)) == only(wanted)
 
 
 @pytest.mark.parametrize("make", [pa.ipc.new_stream, pa.ipc.new_file])
@@ -132,11 +130,10 @@ def test_an_arrow_stream_whose_dictionary_is_replaced_is_copied(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 @pytest.mark.parametrize("wanted", [WANTED, CHATS, None])
-def test_large_groups_are_copied_in_order_in_small_pieces_once(tmp_path, copied, monkeypatch, capsys, suffix, wanted):
-    monkeypatch.setattr(record_batches, "_PIECE_BYTES", 2000)
+def test_large_groups_are_copied_in_order_in_small_pieces_once(tmp_path, capsys, suffix, wanted):
     path = tmp_path / f"rows.{suffix}"
     source = write_parquet(path, row_group_size=100) if suffix == "parquet" else write_arrow(path, max_rows=100)
-    open_file = ParquetFile if suffix == "parquet" else ArrowFile
+    open_file = partial(ParquetFile if suffix == "parquet" else ArrowFile, limits=replace(PIECES, piece_bytes=2000))
     file = open_file(source, wanted)
     assert all_rows(file) == only(wanted or ROWS[0])
     assert file.group_rows.max() <= 40 and file.group_bytes.max() < 4000
@@ -147,35 +144,35 @@ def test_large_groups_are_copied_in_order_in_small_pieces_once(tmp_path, copied,
     assert (again.group_rows == file.group_rows).all() and (again.group_bytes == file.group_bytes).all()
 
 
-def test_runs_that_want_other_columns_have_copies_of_their_own(tmp_path, copied):
+def test_runs_that_want_other_columns_have_copies_of_their_own(tmp_path):
     source = write_parquet(tmp_path / "rows.parquet")
-    prompts, chats = ParquetFile(source, WANTED), ParquetFile(source, CHATS)
+    prompts, chats = ParquetFile(source, WANTED, limits=PIECES), ParquetFile(source, CHATS, limits=PIECES)
     assert all_rows(prompts) == only(WANTED) and all_rows(chats) == only(CHATS)
 
 
-def test_a_copy_is_made_anew_when_its_file_changed(tmp_path, copied):
+def test_a_copy_is_made_again_when_its_file_changed(tmp_path):
     source = write_parquet(tmp_path / "rows.parquet")
-    assert all_rows(ParquetFile(source, WANTED)) == only(WANTED)
+    assert all_rows(ParquetFile(source, WANTED, limits=PIECES)) == only(WANTED)
     write_parquet(source.path, ROWS[50:])
-    assert all_rows(ParquetFile(source, WANTED)) == only(WANTED, ROWS[50:])
+    assert all_rows(ParquetFile(source, WANTED, limits=PIECES)) == only(WANTED, ROWS[50:])
 
 
-def test_empty_row_groups_are_fine(tmp_path, monkeypatch):
+def test_empty_row_groups_are_fine(tmp_path):
     source = Source(str(tmp_path / "rows.parquet"))
     with parquet.ParquetWriter(source.name, table().schema) as writer:
         for rows in ([], ROWS[:3], [], ROWS[3:5], []):
             writer.write_table(table(rows))
     file = ParquetFile(source, WANTED)
     assert file.group_rows.tolist() == [0, 3, 0, 2, 0] and all_rows(file) == only(WANTED, ROWS[:5])
-    assert file.place(3, 1) == "row 4"
-    monkeypatch.setattr(tables, "_LARGEST_ROW_GROUP_BYTES", 0)
-    copy = ParquetFile(source, WANTED)
+    assert file.location(3, 1) == "row 4"
+    copy = ParquetFile(source, WANTED, limits=COPIED)
     assert copy.group_rows.tolist() == [5] and all_rows(copy) == only(WANTED, ROWS[:5])
 
 
-def test_files_without_rows_have_no_groups_to_read(tmp_path, copied):
-    assert ParquetFile(write_parquet(tmp_path / "rows.parquet", []), WANTED).group_rows.sum() == 0
-    assert ArrowFile(write_arrow(tmp_path / "rows.arrow", table([])), WANTED).group_rows.sum() == 0
+def test_files_without_rows_have_no_groups_to_read(tmp_path):
+    empty = write_parquet(tmp_path / "rows.parquet", []), write_arrow(tmp_path / "rows.arrow", table([]))
+    for source, open_file in zip(empty, (ParquetFile, ArrowFile), strict=True):
+        assert open_file(source, WANTED, limits=PIECES).group_rows.sum() == 0
 
 
 LONG = ["".join(map(chr, np.random.default_rng(i).integers(97, 123, 2000))) for i in range(10)]
@@ -256,13 +253,12 @@ def test_another_kind_of_file_is_refused(tmp_path, content):
             open_file(Source(str(tmp_path / "rows")), None)
 
 
-def test_a_flipped_bit_in_a_page_is_found_where_the_file_has_checksums(tmp_path, copied, request):
+def test_a_flipped_bit_in_a_page_is_found_where_the_file_has_checksums(tmp_path):
     settings = {"write_page_checksum": True, "use_dictionary": False, "compression": "none"}
     source = write_parquet(tmp_path / "rows.parquet", **settings)
     flip(source.path, source.path.read_bytes().index("问题 7 ".encode()))
     with pytest.raises(UsageError, match="rows.parquet cannot be read as parquet .*CRC"):  # while it is copied
-        ParquetFile(source, WANTED)
-    tables._LARGEST_ROW_GROUP_BYTES = 2**20
+        ParquetFile(source, WANTED, limits=PIECES)
     with pytest.raises(OSError, match="CRC"):
         ParquetFile(source, WANTED).read_group(0)
 
@@ -286,8 +282,8 @@ def test_a_file_cut_deleted_or_written_anew_after_it_was_opened_is_told(tmp_path
         file.read_group(0)
 
 
-def test_any_flipped_bit_in_a_copy_is_told(tmp_path, copied):
-    file = ParquetFile(write_parquet(tmp_path / "rows.parquet"), WANTED)
+def test_any_flipped_bit_in_a_copy_is_told(tmp_path):
+    file = ParquetFile(write_parquet(tmp_path / "rows.parquet"), WANTED, limits=PIECES)
     (copy,) = tmp_path.glob(".*copy*.rows")
     for place in np.random.default_rng(0).integers(0, copy.stat().st_size, 100).tolist():
         flip(copy, place)
@@ -378,8 +374,7 @@ def test_remote_parquet_is_read_and_copied_and_remote_arrow_refused(tmp_path, mo
     with fsspec.open(url, "wb") as file:
         file.write(write_parquet(local.path).path.read_bytes())
     assert ParquetFile(Source(url), WANTED).fingerprint() == first
-    monkeypatch.setattr(tables, "_LARGEST_ROW_GROUP_BYTES", 0)
-    assert all_rows(ParquetFile(Source(url), WANTED)) == only(WANTED)
+    assert all_rows(ParquetFile(Source(url), WANTED, limits=COPIED)) == only(WANTED)
     assert len(list((tmp_path / "cache").glob("*.rows"))) == 1
     with pytest.raises(UsageError, match="rows.arrow is an Arrow file, which is read on this machine: fetch it"):
         ArrowFile(Source(f"memory://{tmp_path.name}/rows.arrow"), WANTED)
@@ -449,26 +444,23 @@ def test_reading_needs_little_memory_whatever_the_size_of_row_groups_and_batches
     ("suffix", "write", "open_file"), [("parquet", "write_parquet", ParquetFile), ("arrow", "write_arrow", ArrowFile)]
 )
 def test_a_copy_holds_the_columns_as_they_are_wanted_whatever_their_order_in_the_file(
-    tmp_path, monkeypatch, suffix, write, open_file
+    tmp_path, suffix, write, open_file
 ):
-    monkeypatch.setattr(tables, "_LARGEST_ROW_GROUP_BYTES", 0)
-    monkeypatch.setattr(tables, "_LARGEST_BATCH_BYTES", 0)
     source = globals()[write](tmp_path / f"rows.{suffix}")
     for wanted in (WANTED, dict(reversed(WANTED.items())), {"response": "text"}):
-        assert all_rows(open_file(source, wanted)) == only(wanted)
+        assert all_rows(open_file(source, wanted, limits=COPIED)) == only(wanted)
 
 
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "copied"),
     [
-        pa.binary_view(),
-        pa.list_(pa.dictionary(pa.int32(), pa.string()), 2),
-        pa.map_(pa.string(), pa.dictionary(pa.int32(), pa.string())),
+        (pa.binary_view(), pa.large_binary()),
+        (pa.list_(pa.dictionary(pa.int32(), pa.string()), 2), pa.list_(pa.string(), 2)),
+        (pa.map_(pa.string(), pa.dictionary(pa.int32(), pa.string())), pa.map_(pa.string(), pa.string())),
     ],
     ids=str,
 )
-def test_a_copy_of_any_type_takes_no_more_than_its_rows(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(tables, "_LARGEST_BATCH_BYTES", 0)
+def test_a_copy_of_any_type_takes_no_more_than_its_rows(tmp_path, kind, copied):
     values = {
         "binary_view": b"%d",
         "map<string, dictionary<values=string, indices=int32, ordered=0>>": [("k", "%d")],
@@ -481,15 +473,15 @@ def test_a_copy_of_any_type_takes_no_more_than_its_rows(tmp_path, monkeypatch, k
         return value.replace(b"%d", b"%d" % i) if isinstance(value, bytes) else value.replace("%d", str(i))
 
     rows = [fill(shape, i) for i in range(4000)]
-    plain = pa.array(rows, record_batches._plain(kind))
-    source = write_arrow(tmp_path / "rows.arrow", pa.table({"x": plain.cast(kind) if kind != plain.type else plain}))
-    file = ArrowFile(source, None)
+    plain = pa.array(rows, copied)
+    source = write_arrow(tmp_path / "rows.arrow", pa.table({"x": plain.cast(kind)}))
+    file = ArrowFile(source, None, limits=COPIED)
+    assert file.read_group(0)["x"].type == copied
     assert [row["x"] for row in all_rows(file)] == rows
     assert sum(path.stat().st_size for path in tmp_path.glob(".*.rows")) < 10 * plain.nbytes
 
 
-def test_a_text_that_is_none_is_told_of_the_file_and_not_of_its_copy(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "_LARGEST_ROW_GROUP_BYTES", 0)
+def test_a_text_that_is_none_is_told_of_the_file_and_not_of_its_copy(tmp_path):
     source = write_parquet(
         tmp_path / "rows.parquet",
         [{"prompt": "aXb", "response": "x", "chat": [], "number": 1}],
@@ -499,7 +491,7 @@ def test_a_text_that_is_none_is_told_of_the_file_and_not_of_its_copy(tmp_path, m
     data = source.path.read_bytes()
     source.path.write_bytes(data.replace(b"aXb", b"a\xffb"))
     with pytest.raises(UsageError, match=f"{source} cannot be read as parquet .*[Uu][Tt][Ff]"):
-        ParquetFile(source, WANTED)
+        ParquetFile(source, WANTED, limits=COPIED)
     assert not list(tmp_path.glob(".*.rows"))
 
 
@@ -515,9 +507,9 @@ def test_a_footer_is_parsed_once_for_the_groups_that_follow_each_other(tmp_path)
         file.read_group(0)
 
 
-def test_a_file_of_very_many_groups_is_copied(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "_LARGEST_FOOTER_BYTES", 10_000)
-    file = ParquetFile(write_parquet(tmp_path / "rows.parquet", ROWS * 10, row_group_size=2), WANTED)
+def test_a_file_of_very_many_groups_is_copied(tmp_path):
+    source = write_parquet(tmp_path / "rows.parquet", ROWS * 10, row_group_size=2)
+    file = ParquetFile(source, WANTED, limits=TableLimits(footer_bytes=10_000))
     assert len(file.group_rows) < 100 and all_rows(file) == only(WANTED) * 10
 
 
@@ -528,22 +520,17 @@ def test_a_column_of_dictionary_type_is_read_where_its_values_do_not_repeat(tmp_
     column = texts.dictionary_encode()
     if nested:
         column = pa.StructArray.from_arrays([column, texts], names=["role", "content"])
-    parquet.write_table(pa.table({"x": column}), tmp_path / "rows.parquet")
-    found = [row["x"]["role"] if nested else row["x"] for row in all_rows(source_file(tmp_path))]
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table({"x": column}), path)
+    found = [row["x"]["role"] if nested else row["x"] for row in all_rows(ParquetFile(Source(str(path)), None))]
     assert found == texts.to_pylist()
 
 
-def source_file(folder):
-    return ParquetFile(Source(str(folder / "rows.parquet")), None)
-
-
-def test_a_large_footer_before_groups_that_are_larger_is_no_reason_for_a_copy(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "_LARGEST_FOOTER_BYTES", 1000)
-    parquet.write_table(
-        pa.table({"x": LONG * 100}), tmp_path / "rows.parquet", row_group_size=100, use_dictionary=False
-    )
-    file = source_file(tmp_path)
-    assert file._footer_bytes > 1000 and len(file.group_rows) == 10
+def test_a_large_footer_before_groups_that_are_larger_is_no_reason_for_a_copy(tmp_path):
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table({"x": LONG * 100}), path, row_group_size=100, use_dictionary=False)
+    file = ParquetFile(Source(str(path)), None, limits=TableLimits(footer_bytes=1000))
+    assert parquet.read_metadata(path).serialized_size > 1000 and len(file.group_rows) == 10
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -557,13 +544,12 @@ def test_a_column_that_stands_twice_is_refused(tmp_path, suffix, wanted):
         (ParquetFile if suffix == "parquet" else ArrowFile)(Source(str(path)), wanted)
 
 
-def test_lists_in_views_are_refused_where_they_would_be_copied(tmp_path, monkeypatch):
+def test_lists_in_views_are_refused_where_they_would_be_copied(tmp_path):
     rows = pa.table({"x": pa.array([["a"], ["b"]], pa.list_view(pa.string()))})
     source = write_arrow(tmp_path / "rows.arrow", rows)
     assert all_rows(ArrowFile(source, None)) == [{"x": ["a"]}, {"x": ["b"]}]
-    monkeypatch.setattr(tables, "_LARGEST_BATCH_BYTES", 0)
     with pytest.raises(UsageError, match="rows.arrow cannot be read as Arrow .*list_view.* use lists"):
-        ArrowFile(source, None)
+        ArrowFile(source, None, limits=COPIED)
 
 
 def test_a_time_that_python_has_no_date_for_is_a_bad_row(tmp_path):
@@ -575,10 +561,10 @@ def test_a_time_that_python_has_no_date_for_is_a_bad_row(tmp_path):
         file.row(data, 1)
 
 
-def test_runs_whose_first_column_is_the_same_have_copies_of_their_own(tmp_path, copied):
+def test_runs_whose_first_column_is_the_same_have_copies_of_their_own(tmp_path):
     source = write_parquet(tmp_path / "rows.parquet")
     for wanted in ({"prompt": "text"}, WANTED, {"prompt": "text"}):
-        assert all_rows(ParquetFile(source, wanted)) == only(wanted)
+        assert all_rows(ParquetFile(source, wanted, limits=PIECES)) == only(wanted)
 
 
 def test_group_bytes_of_a_column_are_not_those_of_another_whose_name_begins_alike(tmp_path):

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-_PAD_TO_MULTIPLE_OF = 8  # tensor cores want it
+_PAD_TO_MULTIPLE_OF = 8  # for tensor cores
 
 
 class EncodedRow(TypedDict):
-    """What our models are given of a row. Encoders for a `collate` of one's own may bring other keys."""
+    """What our models take of a row. Encoders for another `collate` may return other keys."""
 
     input_ids: list[int]
     labels: list[int]
-    num_cut: NotRequired[int]  # tokens left out of all its sequences together; absent if none were
+    num_cut: NotRequired[int]  # tokens cut off all its sequences together; absent if none were
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: `inputs` as the model takes them (`labels` too), how many of its labels count, and its rows."""
+    """One micro-batch: the model's inputs with `labels`, how many of the labels are targets, and the rows' numbers."""
 
     inputs: dict[str, Tensor]
     num_targets: int
@@ -31,15 +31,15 @@ class Batch:
         return replace(self, inputs={name: x.to(device, non_blocking=True) for name, x in self.inputs.items()})
 
     def pin_memory(self) -> "Batch":
-        """The same in page-locked memory, from which a GPU copies while the host goes on."""
+        """The same in page-locked memory, which a GPU copies without blocking the host."""
         return replace(self, inputs={name: x.pin_memory() for name, x in self.inputs.items()})
 
 
 class UnreadableStep(Sequence[Batch]):
-    """Stands in for the batches of a step whose rows could not be had: it raises the error when it is looked into.
+    """The batches of a step whose rows could not be read: any access raises the error.
 
-    So a rank that cannot read can still tell the others in the step's first collective, instead of leaving them to
-    wait: `train_step` raises the same error on all of them.
+    So a rank that cannot read still takes part in the step's first collective, and `train_step` raises the error on
+    all ranks, instead of letting the others wait.
     """
 
     def __init__(self, error: Exception):
@@ -56,33 +56,31 @@ Collate = Callable[[Sequence[EncodedRow]], Batch]
 
 
 def collate(rows: Sequence[EncodedRow], *, causal: bool = False) -> Batch:
-    """Pad encoded rows on the right to the longest, with a mask only where padding would be seen; count their labels.
+    """Pad encoded rows on the right to the longest, with a mask only if padding would be seen; count their targets.
 
-    Returns int64 `input_ids` of shape (rows, input length), `labels` (rows, label length) and perhaps `attention_mask`,
-    shaped as `input_ids`. Rows of one input length stay as they are; otherwise widths are rounded up to a multiple of
-    8. With `causal` the model must be one whose tokens see nothing after them: padding there needs no mask. Packed
-    rows bring `position_ids`, which restart for padding as for a document of its own.
+    Returns int64 `input_ids` of shape (rows, input length), `labels` (rows, label length) and, if needed, an
+    `attention_mask` shaped as `input_ids`. Rows of one input length are not padded; otherwise widths are rounded up to
+    a multiple of 8. `causal` promises that the model's tokens see nothing after them: padding then needs no mask.
+    Packed rows have `position_ids`, which restart for padding as for another document.
     """
     lengths = [len(row["input_ids"]) for row in rows]
-    # one rule for both, because labels of a causal row stand under its tokens
+    # one rule for inputs and labels, because a causal row needs a label for each token
     multiple = 1 if min(lengths) == max(lengths) else _PAD_TO_MULTIPLE_OF
-    # Nothing that counts sees what stands in padded places, so any token serves; every vocabulary has a token 0.
+    # No target sees the padding, so any token will do; every vocabulary has a token 0.
     inputs = {
         "input_ids": _pad([row["input_ids"] for row in rows], 0, multiple),
         "labels": _pad([row["labels"] for row in rows], IGNORED, multiple),
     }
     width = inputs["input_ids"].shape[1]
-    counts = inputs["labels"] != IGNORED
-    if "position_ids" in rows[0]:  # a mask beside them would hide where documents begin
+    is_target = inputs["labels"] != IGNORED
+    if "position_ids" in rows[0]:  # with a mask, models would not look where documents begin
         positions = [[*row["position_ids"], *range(width - len(row["position_ids"]))] for row in rows]
         inputs["position_ids"] = torch.tensor(positions, dtype=torch.int64)
-        return Batch(inputs, num_targets=int(counts.sum()), row_ids=[])
-    # A mask costs the attention kernels that know only "causal", and T5 a bias for each row in each layer. Beside
-    # attention, `generate` looks for the end of prompts: at the first target, or, in a row without any, in the mask.
-    is_seen = not causal or not counts.any(1).all()
-    if is_seen and min(lengths) < width:
+    # A mask rules out attention kernels that know only "causal", and costs T5 a bias for each row in each layer.
+    # `generate` needs it, too: it finds the end of a prompt at the first target, or else in the mask.
+    elif min(lengths) < width and not (causal and is_target.any(1).all()):
         inputs["attention_mask"] = _pad([[1] * length for length in lengths], 0, multiple)
-    return Batch(inputs, num_targets=int(counts.sum()), row_ids=[])
+    return Batch(inputs, num_targets=int(is_target.sum()), row_ids=[])
 
 
 def _pad(sequences: Sequence[Sequence[int]], value: int, multiple: int) -> Tensor:

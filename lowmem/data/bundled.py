@@ -1,19 +1,16 @@
-"""Rows that need no file: three kinds of small questions, generated from their index, no two alike."""
+"""Rows that need no file: three kinds of small questions, generated from their index, no two the same."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from string import ascii_lowercase
 
 from lowmem.data.order import permute
 
 NUM_BUNDLED_ROWS = 12_000
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def _spelled_backwards(number: int) -> tuple[str, str]:
-    word = ""
-    for _ in range(4):
-        number, letter = divmod(number, 26)
-        word += _LETTERS[letter]
+    word = "".join(ascii_lowercase[number // 26**i % 26] for i in range(4))
     return f"spell {word} backwards", word[::-1]
 
 
@@ -26,7 +23,7 @@ def _next_number(number: int) -> tuple[str, str]:
     return f"what comes after {1000 + number}?", str(1001 + number)
 
 
-# Each kind of question, and how many different ones there are.
+# Each kind of question, and how many of them there are.
 _KINDS: list[tuple[Callable[[int], tuple[str, str]], int]] = [
     (_spelled_backwards, 26**4),
     (_larger_of_two, 90 * 90),
@@ -36,7 +33,7 @@ _KINDS: list[tuple[Callable[[int], tuple[str, str]], int]] = [
 
 @dataclass(frozen=True)
 class BundledRows:
-    """Rows `{"prompt": str, "response": str}` number `first` to `stop` - 1 of the bundled ones."""
+    """The bundled rows [first, stop), each `{"prompt": str, "response": str}`."""
 
     first: int = 0
     stop: int = NUM_BUNDLED_ROWS
@@ -49,7 +46,7 @@ class BundledRows:
             raise IndexError(f"row {index} of {len(self)} bundled rows was asked for")
         number, kind = divmod(self.first + index, len(_KINDS))
         question, variety = _KINDS[kind]
-        # A permutation never repeats itself, so held-out questions are new ones by construction.
+        # A permutation repeats nothing, so held-out questions are new by construction.
         prompt, response = question(int(permute([number], variety, (kind,))[0]))
         return {"prompt": prompt, "response": response}
 
@@ -58,5 +55,5 @@ class BundledRows:
         return BundledRows(self.first + first, self.first + stop)
 
     def where(self, index: int) -> str:
-        """Where a row stands, for messages."""
+        """The location of a row, for messages."""
         return f"bundled row {self.first + index}"

@@ -1,4 +1,4 @@
-"""A conversation -> token ids, by the tokenizer's own chat template, and which of them the assistant says."""
+"""A conversation -> token ids by the tokenizer's own chat template, and which of them the assistant says."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[Mapping[str, object]]
-Spans = list[tuple[int, int]]  # of characters, from and up to, in order
+Spans = list[tuple[int, int]]  # [start, stop) of characters, in order
 
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _HOW_TO_TAG = "put {% generation %} and {% endgeneration %} around the assistant's text in the chat template"
 
-# transformers compiles a template once and notes what stands between its tags inside of it, for one thread at a time.
-# So ours is a copy (a comment and its line's end render as nothing) that nobody else renders, under a lock.
+# transformers caches compiled templates, and a compiled template records its tags' spans for one thread at a time. So
+# we render a copy that nobody else uses (a comment and its newline render as nothing), under a lock.
 _COPY = "{#- lowmem's own copy #}\n"
 _COPY_IN_USE = Lock()
 
 
 def chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Messages], tuple[list[int], list[bool]]]:
-    """A function `messages -> (ids, is_said)`: the tokens of `tokenizer.apply_chat_template(messages)`, and for each
-    whether the assistant says it. Several threads may call it at a time.
+    """A thread-safe function `messages -> (ids, is_said)`: the tokens of `tokenizer.apply_chat_template(messages)`, and
+    for each whether the assistant says it.
 
-    The assistant says what the template's {% generation %} tags enclose. Where it has none: what each assistant turn
-    adds to the text before it and a generation prompt; that is its content and what ends the turn. A token belongs
-    to where its last character stands. Tokenizers without offsets (slow ones) take the text in pieces, so that no
-    token of theirs crosses the bounds of a turn.
+    The assistant says what the template's {% generation %} tags enclose. Without tags, it says what each assistant
+    turn adds to the text before it and a generation prompt: the content and the end of the turn. A token belongs to
+    the turn of its last character. Tokenizers without offsets (slow ones) encode the text in pieces, so that no token
+    crosses the bounds of a turn.
 
     Raises UsageError for a tokenizer without a chat template. The function raises ValueError for a conversation that
-    the template refuses, in which the assistant says nothing, or (without tags) whose beginning the template changes
-    as turns are added.
+    the template refuses, in which the assistant says nothing, or (without tags) whose beginning changes as turns are
+    added.
     """
     from jinja2 import TemplateError
 
@@ -53,7 +53,7 @@ def chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Messages], t
     in_tokens = _whole if tokenizer.is_fast else _in_pieces
 
     def tokenize(messages: Messages) -> tuple[list[int], list[bool]]:
-        # Parquet fills fields that a message lacks with None, which a template would take for something to write.
+        # Parquet fills fields that a message lacks with None, which a template would render.
         messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
         turns = f"a conversation of turns {', '.join(str(message['role']) for message in messages)}"
         try:
@@ -68,7 +68,7 @@ def chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Messages], t
 
 
 def _by_tags(tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages) -> tuple[str, Spans]:
-    """The conversation's text, and the [start, stop) of what the template's tags enclose."""
+    """The conversation's text, and the spans that the template's tags enclose."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with _COPY_IN_USE:
@@ -82,7 +82,7 @@ def _by_tags(tokenizer: PreTrainedTokenizerBase, template: str, messages: Messag
 
 
 def _by_prefixes(tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages) -> tuple[str, Spans]:
-    """The conversation's text, and the [start, stop) of each assistant turn, by rendering what leads up to it."""
+    """The conversation's text, and the span of each assistant turn, found by rendering the turns before it."""
     render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
     text, spans = render(messages), []
     for turn in (turn for turn, message in enumerate(messages) if message["role"] == "assistant"):
@@ -92,17 +92,17 @@ def _by_prefixes(tokenizer: PreTrainedTokenizerBase, template: str, messages: Me
         through = render(messages[: turn + 1])
         if not (through.startswith(before) and text.startswith(through)):
             raise ValueError(
-                f"the chat template must keep a text as turns are added to it, it changes what stands up to turn "
-                f"{turn} (the assistant's): {_HOW_TO_TAG}"
+                f"the chat template must keep its text as turns are added, it changes what stands up to turn {turn} "
+                f"(the assistant's): {_HOW_TO_TAG}"
             )
         spans.append((len(before), len(through)))
     return text, spans
 
 
 def _whole(tokenizer: PreTrainedTokenizerBase, text: str, spans: Spans) -> tuple[list[int], list[bool]]:
-    # Never with truncation or padding: told of them a fast tokenizer changes itself, and two threads use it at a time.
+    # Never with truncation or padding: they change a fast tokenizer's state, and two threads use it at a time.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ends = [stop for _, stop in encoded["offset_mapping"]]  # starts say less: some tokenizers leave out spaces there
+    ends = [stop for _, stop in encoded["offset_mapping"]]  # not starts: some tokenizers skip spaces there
     is_said = [False] * len(ends)
     for start, stop in spans:
         first, last = bisect_right(ends, start), bisect_right(ends, stop)

@@ -1,8 +1,8 @@
 """One row -> token ids. An encoder is any function `row -> {"input_ids": list[int], "labels": list[int]}`.
 
-Labels are token ids, or IGNORED where nothing is to be learned. For an encoder-decoder model they are a sequence of
-their own. For a causal model they stand under their input tokens, the loss shifts them by one, and the first one must
-be IGNORED: nothing predicts a first token. A row that was cut says how much it lost: `num_cut`.
+Labels are token ids, or IGNORED where there is nothing to learn. For an encoder-decoder model they are a sequence of
+their own. For a causal model each label is its own input token, the loss shifts them by one, and the first must be
+IGNORED: nothing predicts a first token. `num_cut` counts the tokens that were cut off a row.
 """
 
 from __future__ import annotations
@@ -19,19 +19,11 @@ from lowmem.errors import ReadError, RowError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Tokenizers for translation switch themselves to the target's language and back, and two threads use them at a time.
-_TOKENIZER_IN_USE = Lock()
-_ROWS_TRIED = 500  # until it is clear that none is good
-
-
-class BadRow(NamedTuple):
-    """A row that was left out: its content if it could be read, and the error that names its place."""
-
-    content: Row | None
-    error: RowError
-
-
 Encode = Callable[[Mapping[str, object]], EncodedRow]
+
+# Translation tokenizers switch to the target language and back while they encode, and two threads use them at a time.
+_TOKENIZER_IN_USE = Lock()
+_MOST_ROWS_TRIED = 500
 
 
 def make_encoder(
@@ -44,27 +36,27 @@ def make_encoder(
     text_column: str | None = None,
     messages_column: str | None = None,
 ) -> Encode:
-    """The encoder for a kind of model and the columns at hand: of text or of messages, else of prompts and responses.
+    """The encoder for a kind of model and the given columns: text, messages, or else prompts and responses.
 
-    Raises UsageError for text and messages at once, for either to a T5-like model, for messages to a tokenizer
-    without a chat template. All encoders raise ValueError for a row whose column holds something else.
+    Raises UsageError for both text and messages, for either with an encoder-decoder model, and for messages with a
+    tokenizer without a chat template. All encoders raise ValueError for a row whose column holds something else.
     """
-    if text_column is None and messages_column is None:
-        encode = encode_seq2seq if is_encoder_decoder else encode_causal
-        return encode(tokenizer, max_seq_len=max_seq_len, prompt_column=prompt_column, response_column=response_column)
     if text_column is not None and messages_column is not None:
         raise UsageError(
             f"text_column={text_column} and messages_column={messages_column} both say what is to be learned: set one"
         )
-    if is_encoder_decoder:
-        name, column = ("text", text_column) if messages_column is None else ("messages", messages_column)
-        raise UsageError(
-            f"{name}_column={column} needs a causal model, this one writes responses to prompts: "
-            "set prompt_column and response_column"
-        )
+    for name, column in (("text_column", text_column), ("messages_column", messages_column)):
+        if column is not None and is_encoder_decoder:
+            raise UsageError(
+                f"{name}={column} needs a causal model, this one writes responses to prompts: "
+                "set prompt_column and response_column"
+            )
+    if text_column is not None:
+        return encode_text(tokenizer, max_seq_len=max_seq_len, text_column=text_column)
     if messages_column is not None:
         return encode_chat(tokenizer, max_seq_len=max_seq_len, messages_column=messages_column)
-    return encode_text(tokenizer, max_seq_len=max_seq_len, text_column=text_column)
+    encode = encode_seq2seq if is_encoder_decoder else encode_causal
+    return encode(tokenizer, max_seq_len=max_seq_len, prompt_column=prompt_column, response_column=response_column)
 
 
 def encode_seq2seq(
@@ -76,18 +68,18 @@ def encode_seq2seq(
 ) -> Encode:
     """Prompt -> response for encoder-decoder models, each cut to `max_seq_len` tokens with its end token kept."""
 
-    def encode(row: Mapping[str, object]) -> EncodedRow:
-        # Cut by hand: a fast tokenizer told to truncate changes itself, and two threads use it at a time.
-        def cut(ids: list[int]) -> list[int]:
-            end = [token for token in ids[-1:] if token == tokenizer.eos_token_id]
-            return ids if len(ids) <= max_seq_len else ids[: max_seq_len - len(end)] + end
+    def cut(ids: list[int]) -> list[int]:  # a fast tokenizer that truncates changes its state, and two threads use it
+        end = ids[-1:] if ids[-1:] == [tokenizer.eos_token_id] else []
+        return ids if len(ids) <= max_seq_len else ids[: max_seq_len - len(end)] + end
 
-        asked, answered = _text(row, prompt_column), _text(row, response_column)
+    def encode(row: Mapping[str, object]) -> EncodedRow:
+        prompt_text, response_text = _text(row, prompt_column), _text(row, response_column)
         with _TOKENIZER_IN_USE:
-            prompt = tokenizer(asked, verbose=False).input_ids
-            response = tokenizer(text_target=answered, verbose=False).input_ids
-        num_cut = max(0, len(prompt) - max_seq_len) + max(0, len(response) - max_seq_len)
-        return _encoded(cut(prompt), cut(response), num_cut=num_cut)
+            prompt = tokenizer(prompt_text, verbose=False).input_ids
+            response = tokenizer(text_target=response_text, verbose=False).input_ids
+        return _encoded(
+            cut(prompt), cut(response), num_cut=sum(max(0, len(x) - max_seq_len) for x in (prompt, response))
+        )
 
     return encode
 
@@ -99,9 +91,9 @@ def encode_causal(
     prompt_column: str = "prompt",
     response_column: str = "response",
 ) -> Encode:
-    """Prompt, response and end token in one sequence, the prompt masked out of the loss; nothing stands between them.
+    """Prompt, response and end token in one sequence, nothing between them, with the prompt masked out of the loss.
 
-    Of a sequence longer than `max_seq_len` the end of the response is cut first, but not below half of
+    In a sequence longer than `max_seq_len` the end of the response is cut first, but not below half of
     `max_seq_len`, then the end of the prompt: a row always keeps targets.
     """
 
@@ -134,9 +126,9 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, text_co
 def encode_chat(tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, messages_column: str = "messages") -> Encode:
     """Conversations for causal models: lists of {"role", "content"}, rendered by the tokenizer's chat template.
 
-    Only what the assistant says is in the loss (see `chat_tokenizer`). Cut at the end to `max_seq_len` tokens; where
-    all that the assistant says was cut, the row stays and counts for nothing. Raises UsageError for a tokenizer
-    without a chat template; the encoder raises ValueError for a conversation in which the assistant says nothing.
+    Only what the assistant says is in the loss (see `chat_tokenizer`). Cut at the end to `max_seq_len` tokens; a row
+    in which this leaves nothing of the assistant stays, without targets. Raises UsageError for a tokenizer without a
+    chat template; the encoder raises ValueError for a conversation in which the assistant says nothing.
     """
     tokenize = chat_tokenizer(tokenizer)
 
@@ -147,57 +139,6 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int, message
         return _encoded(ids[:max_seq_len], labels[:max_seq_len], num_cut=max(0, len(ids) - max_seq_len))
 
     return encode
-
-
-def encode_rows(
-    rows: Rows, row_ids: Iterable[int], encode: Encode, *, may_skip: bool
-) -> tuple[list[tuple[int, EncodedRow]], list[BadRow]]:
-    """(number, encoded row) of all `row_ids`, and the rows that had to be left out, which only `may_skip` allows.
-
-    Raises RowError for a bad row otherwise, and ReadError for a file that cannot be read any more in any case.
-    """
-    encoded, bad = [], []
-    for row_id in row_ids:
-        row = None
-        try:
-            row = rows[row_id]  # tells by itself what cannot be read, and where
-            encoded.append((row_id, _encode_one(rows, row_id, row, encode)))
-        except ReadError:
-            raise
-        except RowError as error:
-            if not may_skip:
-                raise
-            bad.append(BadRow(row, error))
-    return encoded, bad
-
-
-def blank_row(rows: Rows, encode: Encode, *, near: int) -> EncodedRow:
-    """A row that counts for nothing: one that can be encoded, the first from `near` on, with all labels ignored.
-
-    Raises RowError if there is none among some hundreds, or if this encoder's rows have no labels.
-    """
-    first_error = None
-    for row_id in range(near, near + min(len(rows), _ROWS_TRIED)):
-        encoded, bad = encode_rows(rows, [row_id % len(rows)], encode, may_skip=True)
-        if bad:
-            first_error = first_error or bad[0].error
-            continue
-        _, row = encoded[0]
-        if "labels" not in row:
-            raise RowError(
-                f"the micro-batch of row {near} has no row left that can be encoded, and what stands in for one "
-                f"needs `labels` to ignore, these have {', '.join(row)}: take bad rows out of the files"
-            )
-        return {**row, "labels": [IGNORED] * len(row["labels"])}
-    raise RowError(f"{first_error}; and so are those after it: mend the rows, or the encoder") from first_error
-
-
-def _encode_one(rows: Rows, row_id: int, row: Row, encode: Encode) -> EncodedRow:
-    try:
-        return encode(row)
-    except Exception as error:
-        where = rows.where(row_id) if hasattr(rows, "where") else f"row {row_id}"
-        raise RowError(f"{where} cannot be encoded: {error}") from error
 
 
 def _causal_row(ids: list[int], *, num_masked: int, num_tokens: int) -> EncodedRow:
@@ -228,12 +169,12 @@ def _messages(row: Mapping[str, object], column: str) -> Messages:
             f"column {column!r} must hold messages, [{{'role': ..., 'content': ...}}, ...], found {_found(row, column)}"
         )
     for turn, message in enumerate(value):
-        for name in ("role", "content"):
-            if not isinstance(message, Mapping) or not isinstance(message.get(name), str):
-                raise ValueError(
-                    f"column {column!r} must hold messages whose role and content are text, turn {turn} is "
-                    f"{message!r:.80}: mend the row or name another column"
-                )
+        is_message = isinstance(message, Mapping) and all(isinstance(message.get(x), str) for x in ("role", "content"))
+        if not is_message:
+            raise ValueError(
+                f"column {column!r} must hold messages whose role and content are text, turn {turn} is "
+                f"{message!r:.80}: mend the row or name another column"
+            )
     return value
 
 
@@ -241,3 +182,59 @@ def _found(row: Mapping[str, object], column: str) -> str:
     value = row.get(column)
     found = f"{type(value).__name__} {value!r:.80}" if column in row else f"only {', '.join(map(repr, row))}"
     return f"{found}: mend the row or name another column"
+
+
+class BadRow(NamedTuple):
+    """A row that was skipped: its content if it could be read, and the error that names its location."""
+
+    content: Row | None
+    error: RowError
+
+
+def encode_rows(
+    rows: Rows, row_ids: Iterable[int], encode: Encode, *, may_skip: bool
+) -> tuple[list[tuple[int, EncodedRow]], list[BadRow]]:
+    """Encode rows: (number, encoded row) of the good ones, and the bad ones, which only `may_skip` allows.
+
+    Raises RowError for a bad row otherwise, and always ReadError for a file that can no longer be read.
+    """
+    encoded, bad = [], []
+    for row_id in row_ids:
+        row = None
+        try:
+            row = rows[row_id]  # raises RowError itself
+            encoded.append((row_id, _encode_one(rows, row_id, row, encode)))
+        except RowError as error:
+            if not may_skip or isinstance(error, ReadError):
+                raise
+            bad.append(BadRow(row, error))
+    return encoded, bad
+
+
+def _encode_one(rows: Rows, row_id: int, row: Row, encode: Encode) -> EncodedRow:
+    try:
+        return encode(row)
+    except Exception as error:
+        where = rows.where(row_id) if hasattr(rows, "where") else f"row {row_id}"
+        raise RowError(f"{where} cannot be encoded: {error}") from error
+
+
+def blank_row(rows: Rows, encode: Encode, *, near: int) -> EncodedRow:
+    """A row without targets: the first from `near` on that can be encoded, with all labels ignored.
+
+    Raises RowError if some hundreds of rows cannot be encoded, or if this encoder's rows have no labels.
+    """
+    first_error = None
+    for row_id in range(near, near + min(len(rows), _MOST_ROWS_TRIED)):
+        encoded, bad = encode_rows(rows, [row_id % len(rows)], encode, may_skip=True)
+        if bad:
+            first_error = first_error or bad[0].error
+            continue
+        _, row = encoded[0]
+        if "labels" not in row:
+            raise RowError(
+                f"no row is left in the micro-batch of row {near}, and a blank row in its place needs `labels` to "
+                f"ignore, these have {', '.join(row)}: remove bad rows from the files"
+            )
+        return {**row, "labels": [IGNORED] * len(row["labels"])}
+    raise RowError(f"{first_error}; and so are those after it: fix the rows, or the encoder") from first_error

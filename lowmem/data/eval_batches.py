@@ -1,6 +1,7 @@
 """Rows -> micro-batches, once and in order: for evaluation."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem.data.batch import Batch, Collate, collate
@@ -10,36 +11,31 @@ from lowmem.data.rows import Rows, as_rows
 from lowmem.data.steps import batch_of
 
 
+@dataclass(frozen=True, eq=False)
 class EvalBatches:
     """A finite, repeatable pass over rows in order: each row once over all ranks, equally many batches on each."""
 
-    def __init__(
-        self,
-        rows: Rows,
-        encode: Encode,
-        *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        collate: Collate,
-        quarantine: Quarantine | None,
-    ):
-        self._rows, self._encode, self._collate, self._quarantine = rows, encode, collate, quarantine
-        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+    rows: Rows
+    encode: Encode
+    batch_size: int
+    rank: int
+    world_size: int
+    collate: Collate
+    quarantine: Quarantine | None
 
     def __len__(self) -> int:
-        return -(-len(self._rows) // (self._batch_size * self._world_size))
+        return -(-len(self.rows) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[Batch]:
-        for turn in range(len(self)):
-            first = (turn * self._world_size + self._rank) * self._batch_size
-            row_ids = range(first, min(first + self._batch_size, len(self._rows)))
-            rows, bad_rows = encode_rows(self._rows, row_ids, self._encode, may_skip=self._quarantine is not None)
+        for index in range(len(self)):
+            first = (index * self.world_size + self.rank) * self.batch_size
+            row_ids = range(first, min(first + self.batch_size, len(self.rows)))
+            rows, bad_rows = encode_rows(self.rows, row_ids, self.encode, may_skip=self.quarantine is not None)
             for bad in bad_rows:
-                self._quarantine.add(bad)
-            if not rows:  # one that counts for nothing keeps the number of forwards equal on all ranks
-                rows = [(None, blank_row(self._rows, self._encode, near=first % len(self._rows)))]
-            yield batch_of(*zip(*rows, strict=True), self._collate)
+                self.quarantine.add(bad)
+            if not rows:  # a row without targets keeps the number of forwards equal on all ranks
+                rows = [(None, blank_row(self.rows, self.encode, near=first % len(self.rows)))]
+            yield batch_of(*zip(*rows, strict=True), self.collate)
 
 
 def open_eval(
@@ -54,14 +50,6 @@ def open_eval(
 ) -> EvalBatches:
     """Open files or rows for evaluation. A rank that runs short gets batches with `num_targets` 0.
 
-    With a `quarantine`, rows that cannot be read or encoded are left out.
+    With a `quarantine`, rows that cannot be read or encoded are skipped.
     """
-    return EvalBatches(
-        as_rows(files),
-        encode,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        collate=collate,
-        quarantine=quarantine,
-    )
+    return EvalBatches(as_rows(files), encode, batch_size, rank, world_size, collate, quarantine)

@@ -1,7 +1,7 @@
-"""Packing: several short documents in one row for causal models, so that next to nothing is padding.
+"""Packing: several short documents in one row for causal models, so that there is almost no padding.
 
-Every document keeps to itself: positions start at 0 in each, and transformers lets tokens see only their own document
-where positions restart (with no attention mask beside them).
+Documents do not see each other: positions start at 0 in each, and without an attention mask transformers lets tokens
+attend only within the document that the positions delimit.
 """
 
 from bisect import bisect_left, insort
@@ -17,7 +17,7 @@ from lowmem.errors import UsageError
 
 
 class PackedRow(TypedDict):
-    """Documents one after another: their tokens, labels, and positions, which start at 0 in each; and their rows."""
+    """Documents one after another: their tokens, labels, positions (from 0 in each) and row numbers."""
 
     input_ids: list[int]
     labels: list[int]
@@ -25,16 +25,16 @@ class PackedRow(TypedDict):
     row_ids: list[int | None]
 
 
-Document = tuple[int | None, EncodedRow]  # a row's number (None: it stands in for another), and the row
+Document = tuple[int | None, EncodedRow]  # a row's number (None: a blank row), and the row
 
 
 def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> list[list[PackedRow]]:
     """Pack the encoded rows of one optimizer step on one rank into exactly `micro_batches` non-empty micro-batches.
 
-    Packed rows hold at most `max_seq_len` tokens, every row stands in one of them as a whole. Micro-batches differ by
-    at most one packed row; the one of most tokens (padding included) comes first. A function of its arguments alone,
-    it needs at least as many rows as micro-batches. Raises ValueError for a row that is longer than `max_seq_len`,
-    whose labels do not stand under its tokens, or that brings what packing cannot place.
+    Packed rows hold at most `max_seq_len` tokens and whole rows only. Micro-batches differ by at most one packed row;
+    the one of most tokens (padding included) comes first. A pure function, it needs at least as many rows as
+    micro-batches. Raises ValueError for a row that is longer than `max_seq_len`, that has not one label for each token,
+    or that has other keys.
     """
     for document in rows:
         _check(*document, max_seq_len)
@@ -44,20 +44,20 @@ def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> l
         assert len(fullest) > 1, f"{len(rows)} rows cannot fill {micro_batches} micro-batches"
         bins.append(fullest[1::2])
         del fullest[1::2]
-    # Longest first, so that bins of like length share a micro-batch; what does not divide goes to the last, shorter.
+    # Longest first, so that bins of similar length share a micro-batch; the remainder goes to the last, shortest ones.
     bins.sort(key=_num_tokens, reverse=True)
     rest, (size, num_larger) = iter(bins), divmod(len(bins), micro_batches)
-    dealt = [list(islice(rest, size + (place >= micro_batches - num_larger))) for place in range(micro_batches)]
+    dealt = [list(islice(rest, size + (index >= micro_batches - num_larger))) for index in range(micro_batches)]
     dealt.sort(key=lambda bins: len(bins) * _num_tokens(bins[0]), reverse=True)
     return [[_packed(documents) for documents in bins] for bins in dealt]
 
 
 def check_packing(model: nn.Module) -> None:
-    """Raise UsageError, before a run has begun, for a model whose packed documents would see each other.
+    """Raise UsageError for a model whose packed documents would see each other.
 
-    Takes the logits of four random documents of 5 and 7 tokens, two to a row and apart. They must agree but for
-    rounding, which is told from seeing by what it changes that documents are read as one. So it finds whatever does
-    not heed where positions restart: state-space models, biases for distance (ALiBi), an attention implementation.
+    Compares the logits of four random documents of 5 and 7 tokens, packed two to a row and separate. They must agree up
+    to rounding, measured against the change if each row is one document. This finds whatever ignores that positions
+    restart: state-space models, distance biases (ALiBi), an attention implementation.
     """
     from lowmem.distributed.placement import unwrapped
 
@@ -88,8 +88,9 @@ def check_packing(model: nn.Module) -> None:
     finally:
         base.train(was_training)
     seen, seen_as_one, size = ((x.square().mean().sqrt()) for x in (packed - apart, as_one - apart, apart))
-    # In every model tried seeing, even by a part of it, made up 28 % and more of what reading as one changes; rounding
-    # on a CPU is 1e-6 of it, which leaves room for bf16. The other term is for models that read nothing else as yet.
+    # In every model tried, documents that see each other, even in a part of it, changed at least 28 % of what one
+    # document changes; rounding on a CPU is 1e-6 of that, which leaves room for bf16. The other term is for models
+    # whose tokens attend to nothing yet.
     if not seen <= 0.1 * seen_as_one + 1e-6 * size:
         raise UsageError(
             f"packed documents must not see each other, those of {type(base).__name__} with "
@@ -99,9 +100,9 @@ def check_packing(model: nn.Module) -> None:
 
 
 def _even_bins(rows: Sequence[Document], capacity: int, micro_batches: int) -> list[list[Document]]:
-    """As few bins as give every micro-batch equally many, and as short ones as that number allows.
+    """The fewest bins that give every micro-batch equally many, each as short as that number allows.
 
-    Bins filled to the brim would leave a rest, which is padded to their length and makes one micro-batch the largest.
+    Full bins would leave a short last one, which is padded to their length and makes one micro-batch the largest.
     """
     number = -(-len(_bins(rows, capacity)) // micro_batches) * micro_batches
     shortest = max(max(map(_length, rows)), -(-_num_tokens(rows) // number))
@@ -111,16 +112,16 @@ def _even_bins(rows: Sequence[Document], capacity: int, micro_batches: int) -> l
 
 
 def _bins(rows: Sequence[Document], capacity: int) -> list[list[Document]]:
-    """Best-fit decreasing: the longest row that is left goes where it leaves the least room, else to a bin of its own.
+    """Best-fit decreasing: the longest remaining row goes where it leaves the least room, else to a new bin.
 
-    Like first-fit decreasing it takes at most 11/9 of the fewest possible bins (Johnson 1974), in n log n steps.
+    Like first-fit decreasing it uses at most 11/9 of the fewest possible bins (Johnson 1974), in n log n steps.
     """
     bins: list[list[Document]] = []
     rooms: list[tuple[int, int]] = []  # (room left, bin), ascending
     for document in sorted(rows, key=lambda document: -_length(document)):
-        place = bisect_left(rooms, (_length(document), 0))
-        if place < len(rooms):
-            room, number = rooms.pop(place)
+        best = bisect_left(rooms, (_length(document), 0))
+        if best < len(rooms):
+            room, number = rooms.pop(best)
         else:
             room, number = capacity, len(bins)
             bins.append([])
@@ -134,7 +135,7 @@ def _packed(documents: Sequence[Document]) -> PackedRow:
     return PackedRow(
         input_ids=list(chain.from_iterable(row["input_ids"] for row in encoded)),
         # nothing in its own document predicts a first token
-        labels=[label if place else IGNORED for row in encoded for place, label in enumerate(row["labels"])],
+        labels=[label if index else IGNORED for row in encoded for index, label in enumerate(row["labels"])],
         position_ids=list(chain.from_iterable(range(len(row["input_ids"])) for row in encoded)),
         row_ids=[row_id for row_id, _ in documents],
     )
@@ -149,18 +150,17 @@ def _num_tokens(documents: Sequence[Document]) -> int:
 
 
 def _check(row_id: int | None, row: EncodedRow, max_seq_len: int) -> None:
-    if others := row.keys() - EncodedRow.__annotations__.keys():
+    num_tokens, num_labels = len(row["input_ids"]), len(row["labels"])
+    if others := ", ".join(sorted(row.keys() - EncodedRow.__annotations__.keys())):
         raise ValueError(
-            f"packing places input_ids and labels alone, row {row_id} also brings {', '.join(sorted(others))}: leave "
-            "that out in the encoder, or train without packing"
+            f"packing takes only input_ids and labels, row {row_id} also brings {others}: leave that out in the "
+            "encoder, or train without packing"
         )
-    if len(row["labels"]) != len(row["input_ids"]):
+    if num_labels != num_tokens:
         raise ValueError(
-            f"packing needs a label under every token, row {row_id} has {len(row['labels'])} labels and "
-            f"{len(row['input_ids'])} tokens: give it {IGNORED} where nothing is to be learned"
+            f"packing needs a label under every token, row {row_id} has {num_labels} labels and {num_tokens} tokens: "
+            f"give it {IGNORED} where there is nothing to learn"
         )
-    if len(row["input_ids"]) > max_seq_len:
-        raise ValueError(
-            f"packing takes rows of at most {max_seq_len} tokens (max_seq_len), row {row_id} has "
-            f"{len(row['input_ids'])}: cut it in the encoder"
-        )
+    if num_tokens > max_seq_len:
+        limit = f"packing takes rows of at most {max_seq_len} tokens (max_seq_len)"
+        raise ValueError(f"{limit}, row {row_id} has {num_tokens}: cut it in the encoder")

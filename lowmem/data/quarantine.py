@@ -1,4 +1,4 @@
-"""Rows -> encoded rows. One that cannot be read or encoded ends the run, or is left out, counted and written down."""
+"""Skip rows that cannot be read or encoded: count them, write them down, and stop at a limit."""
 
 import json
 from functools import cached_property
@@ -9,10 +9,10 @@ from lowmem.errors import RowError
 
 
 class Quarantine:
-    """Takes rows that are left out, each once over all epochs and resumed runs; too many of them are an error.
+    """The rows that a run skips, each counted once over all epochs and resumed runs; too many are an error.
 
-    `path` gets them as JSON lines {"error", "row"}, to mend them or to look what they have in common; None keeps none.
-    What it holds when the first row is added counts as taken. Every process has its own.
+    They are written to `path` (if any) as JSON lines {"error", "row"}. Rows that the file has from earlier runs count.
+    Every process has its own.
     """
 
     def __init__(self, limit: int, path: str | Path | None = None):
@@ -22,30 +22,28 @@ class Quarantine:
         return len(self._taken)
 
     def add(self, bad: BadRow) -> None:
-        """Take one. Raises RowError if it is one too many, OSError if it cannot be written."""
-        told = str(bad.error)
-        if told in self._taken:
+        """Skip a row. Raises RowError if it is one too many, OSError if it cannot be written."""
+        error = str(bad.error)
+        if error in self._taken:
             return
         if len(self._taken) >= self.limit:
             where = f", the others are in {self.path}" if self.path and self.limit else ""
             raise RowError(
-                f"{told}. Bad rows may be left out, but this is more than {self.limit} of them{where}: mend them, or "
-                "set --max_bad_rows higher"
+                f"{error}. Bad rows, more than {self.limit} of them{where}: fix them, or set --max_bad_rows higher"
             ) from bad.error
-        self._taken.add(told)
+        self._taken.add(error)
         if self.path is not None:
             with open(self.path, "a") as file:
-                file.write(json.dumps({"error": told, "row": bad.content}, default=repr) + "\n")
+                file.write(json.dumps({"error": error, "row": bad.content}, default=repr) + "\n")
 
     @cached_property
     def _taken(self) -> set[str]:
-        """The errors of all rows so far, which tell their places."""
+        """The errors of all rows so far; each names its row."""
         if self.path is None:
             return set()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b") as file:
             file.seek(0)
-            *lines, half = file.read().split(b"\n")
-            if half:  # of a run that was killed while it wrote
-                file.truncate(file.tell() - len(half))
+            *lines, rest = file.read().split(b"\n")
+            file.truncate(file.tell() - len(rest))  # half a line, if a run was killed while it wrote
         return {json.loads(line)["error"] for line in lines}

@@ -1,7 +1,7 @@
-"""Rows -> the micro-batches of one optimizer step, for ever. The whole state of a stream is one integer."""
+"""Rows -> the micro-batches of one optimizer step, endlessly. The whole state of a stream is one integer."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,61 +15,37 @@ from lowmem.data.rows import Rows, as_rows
 from lowmem.data.steps import Step, Steps
 from lowmem.errors import UsageError
 
-_MOST_FILES_TOLD = 5
-
 
 class Stream:
     """Endless iterator of `list[Batch]`: the micro-batches of one optimizer step on this rank.
 
-    `position` counts the rows that all ranks together have trained on. Only `advance`, called by the optimizer step,
-    moves it; the rows that one background thread encodes up to `prefetch` steps ahead do not. `iter(stream)` starts at
-    `position`.
+    `position` counts the rows that all ranks together have trained on. Only `advance`, which the optimizer step calls,
+    moves it; `iter(stream)` starts there. One background thread encodes up to `prefetch` steps ahead, which leaves the
+    position alone.
     """
 
     def __init__(self, steps: Steps, *, prefetch: int, quarantine: Quarantine | None, accept_changed_data: bool):
+        self.position = 0
         self.num_rows = len(steps.rows)
         self.global_batch_size = steps.global_batch_size
-        self.position = 0
         self.wait_seconds = 0.0
-        """What `next` has waited for rows, in all."""
-        self.counts = {"cut_rows": 0, "cut_tokens": 0, "bad_rows": 0}
-        """Of the rows that this rank was given: those cut, the tokens left out of them, and those left out."""
+        """Total time that `next` has waited for rows."""
+        self.counts = Counter(cut_rows=0, cut_tokens=0, bad_rows=0)
+        """Among the rows that this rank was given: those truncated, the tokens cut off, the rows skipped."""
         self.changes: list[str] = []
-        """What `load_state_dict` accepted that was not as it had been saved."""
-        self._quarantine, self._accept_changed_data = quarantine, accept_changed_data
+        """Differences from the saved stream that `load_state_dict` accepted."""
         self._steps, self._prefetch = steps, prefetch
-        # Name and fingerprint of each file: now, so that one that cannot be read ends no run that has begun.
+        self._quarantine, self._accept_changed_data = quarantine, accept_changed_data
+        # Name and fingerprint of each file: read now, so that an unreadable file does not end a run at its first save.
         self._files: list[tuple[str, str]] = getattr(steps.rows, "fingerprints", list)()
-        self._cursor = 0
-        self._given: dict[str, int] = {}  # what the step that was given last added to `counts`
-        self._ahead: deque[Future[Step]] = deque()
+        self._cursor = 0  # the position of the step that `next` gives next
+        self._ahead: deque[Future[Step]] = deque()  # the steps from the cursor on
+        self._last_counts: dict[str, int] = {}  # what the last step added to `counts`
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lowmem-stream")
-
-    def __iter__(self) -> Iterator[Sequence[Batch]]:
-        if self._cursor != self.position:
-            self._restart()
-        self._read_ahead()
-        return self
-
-    def __next__(self) -> Sequence[Batch]:
-        started = time.perf_counter()
-        try:
-            step = self._next_step()
-            for bad in step.bad_rows:
-                self._quarantine.add(bad)
-        except Exception as error:  # of any kind: the other ranks must not wait for this one
-            return UnreadableStep(error)
-        finally:
-            self._cursor += self.global_batch_size
-            self.wait_seconds += time.perf_counter() - started
-        self._given = step.counts
-        for name, count in step.counts.items():
-            self.counts[name] += count
-        return step.batches
 
     @property
     def micro_batches(self) -> int:
-        """Of a step on each rank."""
+        """Micro-batches of a step on each rank."""
         return self._steps.micro_batches
 
     @property
@@ -77,27 +53,52 @@ class Stream:
         """Rows of the largest micro-batch."""
         return self._steps.batch_size
 
+    def __iter__(self) -> Iterator[Sequence[Batch]]:
+        if self._cursor != self.position:
+            self._restart()
+        self._read_ahead(self._prefetch)
+        return self
+
+    def __next__(self) -> Sequence[Batch]:
+        started = time.perf_counter()
+        try:
+            if self._prefetch:
+                self._read_ahead(1 + self._prefetch)
+                step = self._ahead.popleft().result()
+            else:
+                step = self._steps.at(self._cursor)
+            for bad in step.bad_rows:
+                self._quarantine.add(bad)
+        except Exception as error:  # of any kind: the other ranks must not wait for this one
+            return UnreadableStep(error)
+        finally:
+            self._cursor += self.global_batch_size
+            self.wait_seconds += time.perf_counter() - started
+        self._last_counts = step.counts
+        self.counts.update(step.counts)
+        return step.batches
+
     def advance(self) -> None:
         """Count one optimizer step's rows as trained on."""
         self.position += self.global_batch_size
 
     def halve(self) -> bool:
-        """Give the step at `position` again, and all later ones, in micro-batches of half as many rows.
+        """Give the step at `position` again, and all later steps, in micro-batches of half as many rows.
 
-        The rows of a step, their order and the position stay. False, with nothing changed, if some would be empty.
+        The rows of a step, their order and the position stay. Returns False and changes nothing if a micro-batch would
+        be empty.
         """
         halved = self._steps.halved()
         if halved is None:
             return False
-        if self._cursor != self.position:  # that step is counted once, when it is given again
-            for name, count in self._given.items():
-                self.counts[name] -= count
+        if self._cursor != self.position:  # the step will be given, and counted, again
+            self.counts.subtract(self._last_counts)
         self._steps = halved
         self._restart()
         return True
 
     def state_dict(self) -> dict[str, object]:
-        """What a checkpoint keeps: the position, and what decides which rows stand there, for `load_state_dict`."""
+        """What a checkpoint keeps: the position, and what decides which rows it refers to, for `load_state_dict`."""
         return {
             "position": self.position,
             "num_rows": self.num_rows,
@@ -109,55 +110,47 @@ class Stream:
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Go on from a saved position. Raises UsageError if rows, their order or rows per step are others than then.
+        """Continue from a saved position. Raises UsageError if the rows, their order or rows per step have changed.
 
-        With `accept_changed_data` only the last of these counts: the position goes on over the rows as they are now,
-        so that those of the epoch that it lies in may come again or not at all.
+        With `accept_changed_data` only the last is an error: the position applies to the rows as they are now, so rows
+        of the current epoch may come again or not at all.
         """
-        here = self.state_dict()
-        differing = {name for name in here if name != "position" and state.get(name) != here[name]}
-        other_files = self._changed(state.get("files", [])) if "files" in differing else ""
-        told = [other_files] if other_files else []
-        told += [f"{name} was {state.get(name)} and is {here[name]}" for name in sorted(differing - {"files"})]
-        if self._accept_changed_data and "global_batch_size" not in differing:
-            self.changes = told
-        elif other_files:
+        here, files = self.state_dict(), []
+        if state.get("files") != here["files"]:
+            files = [self._changed_files(state.get("files", []))]
+        others = sorted(name for name in here.keys() - {"position", "files"} if state.get(name) != here[name])
+        changes = files + [f"{name} was {state.get(name)} and is {here[name]}" for name in others]
+        if self._accept_changed_data and "global_batch_size" not in others:
+            self.changes = changes
+        elif files:
             raise UsageError(
-                f"the rows are not those that were saved ({other_files}): put the files back, or set "
-                "--accept_changed_data=True to go on over them as they are"
+                f"the rows are not those that were saved ({files[0]}): restore the files, or set "
+                "--accept_changed_data=True to continue over them as they are"
             )
-        elif told:
+        elif changes:
             raise UsageError(
-                f"this stream is not the one that was saved ({', '.join(told)}): open it over the same rows"
+                f"this stream is not the one that was saved ({', '.join(changes)}): open it over the same rows"
             )
         self.position = state["position"]
         self._restart()
 
-    def _changed(self, saved: Sequence[str]) -> str:
+    def close(self) -> None:
+        """Encode no further steps; without it, a process ends only when the steps ahead are encoded."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _changed_files(self, saved: Sequence[str]) -> str:
         if len(saved) != len(self._files):
             return f"{len(saved)} files then, {len(self._files)} now"
         changed = [name for (name, now), then in zip(self._files, saved, strict=True) if now != then]
-        return f"{len(changed)} changed: {', '.join(changed[:_MOST_FILES_TOLD])}"
-
-    def close(self) -> None:
-        """Encode no further steps; without it, a process ends only when those ahead are encoded."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        return f"{len(changed)} changed: {', '.join(changed[:5])}"
 
     def _restart(self) -> None:
         self._cursor = self.position
         while self._ahead:
             self._ahead.popleft().cancel()
 
-    def _next_step(self) -> Step:
-        if not self._prefetch:
-            return self._steps.at(self._cursor)
-        self._read_ahead()
-        step = self._ahead.popleft()
-        self._ahead.append(self._thread.submit(self._steps.at, self._cursor + self._prefetch * self.global_batch_size))
-        return step.result()
-
-    def _read_ahead(self) -> None:
-        while len(self._ahead) < self._prefetch:
+    def _read_ahead(self, num_steps: int) -> None:
+        while len(self._ahead) < num_steps:
             position = self._cursor + len(self._ahead) * self.global_batch_size
             self._ahead.append(self._thread.submit(self._steps.at, position))
 
@@ -183,12 +176,12 @@ def open_stream(
     """Open a Stream over files (as `open_rows` takes them) or over rows that are open already.
 
     An optimizer step takes `batch_size * gradient_accumulation_steps * world_size` rows; with `global_batch_size` it
-    takes that many, in as few equally large micro-batches of at most `batch_size` rows as do. `rank` and `world_size`
-    are data-parallel coordinates. `packed_seq_len` packs causal rows, each at most that long, into sequences of at most
-    that many tokens (`check_packing` tells whether a model keeps them apart). `prefetch` steps are encoded ahead of the
-    one that is asked for (0: each when it is asked for). With a `quarantine`, rows that cannot be read or encoded are
-    left out. `accept_changed_data` lets `load_state_dict` go on over other rows than were saved. `pin_memory` (default:
-    where there is a GPU) gives batches in page-locked memory. Raises UsageError if a micro-batch would be empty.
+    takes that many, in the fewest equal micro-batches of at most `batch_size` rows. `rank` and `world_size` are
+    data-parallel coordinates. `packed_seq_len` packs causal rows, each at most that long, into sequences of at most
+    that many tokens (`check_packing` checks that a model keeps them apart). `prefetch` steps are encoded ahead in a
+    background thread (0: each in the call that asks for it). With a `quarantine`, rows that cannot be read or encoded
+    are skipped. `accept_changed_data` lets `load_state_dict` continue over other rows than were saved. `pin_memory`
+    (default: if there is a GPU) puts batches in page-locked memory. Raises UsageError if a micro-batch would be empty.
     """
     rows = as_rows(files)
     if global_batch_size is None:

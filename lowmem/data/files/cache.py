@@ -1,9 +1,9 @@
-"""What is made once from a data file to reach its rows anywhere: an index of them, and perhaps a copy in another form.
+"""Derive, once, what makes the rows of a data file randomly accessible: an index, and a copy in another form if needed.
 
-Both stand in the folder that LOWMEM_CACHE names; if it is not set, beside the file under hidden names, or in
-~/.cache/lowmem where the file is remote or its folder cannot be written. They are written under other names first, the
-index last, so they are whole or absent; an index knows the size and time of its file and its own checksum, and is made
-anew when one of them does not fit.
+Both are in the folder that LOWMEM_CACHE names; without it next to the file, under hidden names, or in ~/.cache/lowmem
+if the file is remote or its folder cannot be written. Files are written under temporary names and renamed, the index
+last, so they are whole or absent. An index records its file's size and time and its own checksum, and is made again if
+any of them does not match.
 """
 
 import errno
@@ -31,174 +31,171 @@ from lowmem.errors import UsageError
 from lowmem.storage.files import stands_at
 
 _FORMAT = "1"
-# A smaller file is indexed at each start, in a moment, and nothing is left beside it.
-_BYTES_WORTH_AN_INDEX = 2**22
+_SMALLEST_INDEXED_BYTES = 2**22  # smaller files are scanned at each start, in a moment, and leave nothing on disk
 _LONGEST_NAME_BYTES = 255
-_SECONDS_UNTOUCHED = 24 * 3600  # of a file that nobody will finish
+_ABANDONED_SECONDS = 24 * 3600  # a temporary file that was not written to for so long
 
-# Writes the copy (None: there is none), tells bytes as they are done, and returns the index: arrays by name.
+# Writes the copy (None: there is none), reports progress in bytes, and returns the index: arrays by name.
 Build = Callable[[BinaryIO | None, Callable[[int], None]], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Derived:
-    """An index, arrays by name, and the file that its offsets are places in: a copy, or the data file itself (None)."""
+    """An index, arrays by name, and the copy that its offsets refer to; None if that is the data file itself."""
 
     index: dict[str, np.ndarray]
     copy: Path | None
 
 
 def derive(source: Source, build: Build, *, kind: str, copies: bool, num_bytes: int | None = None) -> Derived:
-    """The index (and with `copies` the copy) of `source`, read if they were made before, else made by `build`.
+    """Read the index (and with `copies` the copy) of `source`, or make it with `build` if there is none yet.
 
-    `kind` tells forms of one file apart; `num_bytes` is what `build` will have told when it is done (default: the
-    file's size). Of several processes one builds while the others wait. Raises OSError, and UsageError if there is no
-    place or no room for them, or if the file changes meanwhile.
+    `kind` distinguishes derivations of one file; `num_bytes` is the sum of what `build` reports (default: the file's
+    size). Of several processes one builds and the others wait. Raises OSError, and UsageError if no folder can be
+    written, the disk is full or the file changes.
     """
-    size, changed = source.stamp()
-    stamp = {"format": _FORMAT, "source_bytes": str(size), "source_changed": changed}
+    stamp = _stamp(source)
+    size = int(stamp["source_bytes"])
     bar = partial(
         tqdm, total=num_bytes or size, unit="B", unit_scale=True, desc=f"reading {source}", delay=1, leave=False
     )
-    if not copies and size < _BYTES_WORTH_AN_INDEX:
+    if not copies and size < _SMALLEST_INDEXED_BYTES:
         with bar() as progress:
             return Derived(build(None, progress.update), None)
-    places = _places(source, kind)
-    for place in places:
-        if (found := _load(place, stamp, copies)) is not None:
+    stems = _stems(source, kind)
+    for stem in stems:
+        if found := _load(stem, stamp, copies):
             return found
     what = f"{'a copy' if copies else 'an index'} of its rows"
-    place = next((place for place in places if _can_write(place.parent)), None)
-    if place is None:
-        told = " or ".join(str(place.parent) for place in places) or "a home, as none is known"
-        raise UsageError(f"{source} needs {what}, which cannot be written in {told}: set LOWMEM_CACHE to a folder")
-    with _alone(place, f"{source}: waiting for another process that makes {what}"):
-        _remove_remains(place)
-        if (found := _load(place, stamp, copies)) is not None:
+    stem = next((stem for stem in stems if _can_write(stem.parent)), None)
+    if stem is None:
+        folders = " or ".join(str(stem.parent) for stem in stems) or "a home, as none is known"
+        raise UsageError(f"{source} needs {what}, which cannot be written in {folders}: set LOWMEM_CACHE to a folder")
+    with _locked(stem, f"{source}: waiting for another process that makes {what}"):
+        _remove_abandoned(stem)
+        if found := _load(stem, stamp, copies):
             return found
-        print(f"{source}: making {what} once, in {place.parent}", flush=True)
+        print(f"{source}: making {what} once, in {stem.parent}", flush=True)
         with bar() as progress:
-            return _make(source, place, stamp, build, progress.update, copies=copies)
+            return _make(source, stem, stamp, build, progress.update, copies=copies)
 
 
-def _places(source: Source, kind: str) -> list[Path]:
-    """Where an index may stand, without its suffix; the first that can be written is taken."""
-    named, places = os.environ.get("LOWMEM_CACHE"), []
+def _stamp(source: Source) -> dict[str, str]:
+    size, changed = source.stamp()
+    return {"format": _FORMAT, "source_bytes": str(size), "source_changed": changed}
+
+
+def _stems(source: Source, kind: str) -> list[Path]:
+    """Where the files may be, without their suffixes; the first whose folder can be written is used."""
+    named, stems = os.environ.get("LOWMEM_CACHE"), []
     path = None if source.path is None else source.path.resolve()
     if path is not None and not named:
-        places.append(path.with_name(f".{path.name}.lowmem-{kind}"))
-    with suppress(RuntimeError):  # no home is known
+        stems.append(path.with_name(f".{path.name}.lowmem-{kind}"))
+    with suppress(RuntimeError):  # there is no home
         cache = Path(named or "~/.cache/lowmem").expanduser().absolute()
         name = source.file_name if path is None else path.name
         end_of_name = os.fsencode(name)[-80:].decode(errors="ignore")
-        places.append(cache / f"{xxhash.xxh3_64_hexdigest(os.fsencode(source.identity))}-{end_of_name}.{kind}")
-    return [place for place in places if len(os.fsencode(_unfinished(place).name)) <= _LONGEST_NAME_BYTES]
+        stems.append(cache / f"{xxhash.xxh3_64_hexdigest(os.fsencode(source.identity))}-{end_of_name}.{kind}")
+    return [stem for stem in stems if len(os.fsencode(_temporary(stem).name)) <= _LONGEST_NAME_BYTES]
+
+
+def _temporary(stem: Path) -> Path:
+    # Named after the machine: on some shared disks one machine does not see the other's lock.
+    return Path(f"{stem}.{os.uname().nodename}.unfinished")
 
 
 def _can_write(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):  # to ask for permissions is no proof on a shared disk
+        with TemporaryFile(dir=folder):  # on a shared disk, permissions prove nothing
             return True
     except OSError:
         return False
 
 
-def _named(place: Path, suffix: str) -> Path:
-    return place.with_name(place.name + suffix)
+def _remove_abandoned(stem: Path) -> None:
+    """Remove temporary files of builders that were killed on other machines; a live one writes all the time."""
+    for path in stem.parent.glob(f"{escape(stem.name)}.*.unfinished"):
+        with suppress(OSError):  # another process removed it, or it is another user's
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink()
 
 
-def _unfinished(place: Path) -> Path:
-    # The name tells machines apart, too: on some shared disks one does not see the other's lock.
-    return _named(place, f".{os.uname().nodename}.unfinished")
-
-
-def _remove_remains(place: Path) -> None:
-    """Remove what builders that were killed on other machines left: what lives is written to all the time."""
-    for remains in place.parent.glob(f"{escape(place.name)}.*.unfinished"):
-        with suppress(OSError):  # another has removed it, or only another may
-            if time.time() - remains.stat().st_mtime > _SECONDS_UNTOUCHED:
-                remains.unlink()
-
-
-def _load(place: Path, stamp: dict[str, str], copies: bool) -> Derived | None:
-    """What stands at `place`; None if nothing does, or it is damaged, or of the file as it was before."""
+def _load(stem: Path, stamp: dict[str, str], copies: bool) -> Derived | None:
+    """What an earlier run made; None if there is nothing, it is damaged, or its file has changed."""
+    copy = Path(f"{stem}.rows") if copies else None
     try:
-        with safe_open(_named(place, ".index"), framework="numpy") as file:
-            facts = file.metadata() or {}
+        with safe_open(f"{stem}.index", framework="numpy") as file:
             index = {name: file.get_tensor(name) for name in file.keys()}
-        copy = _named(place, ".rows") if copies else None
-        copied = str(os.stat(copy).st_size) if copies else ""
+            return Derived(index, copy) if file.metadata() == stamp | _facts(index, copy) else None
     except (OSError, SafetensorError):
         return None
-    expected = stamp | {"copied_bytes": copied, "checksum": _checksum(index)}
-    return Derived(index, copy) if facts == expected else None
 
 
 def _make(
-    source: Source, place: Path, stamp: dict[str, str], build: Build, update: Callable, *, copies: bool
+    source: Source, stem: Path, stamp: dict[str, str], build: Build, update: Callable, *, copies: bool
 ) -> Derived:
-    copy, whole, unfinished = _named(place, ".rows"), _named(place, ".index"), _unfinished(place)
+    copy, whole, temporary = Path(f"{stem}.rows"), Path(f"{stem}.index"), _temporary(stem)
     try:
-        whole.unlink(missing_ok=True)  # it does not fit, least of all beside a new copy
+        whole.unlink(missing_ok=True)  # it is outdated, and must not be found with a new copy
         if copies:
-            with open(unfinished, "wb") as file:
+            with open(temporary, "wb") as file:
                 index = build(file, update)
-                _to_disk(file)
-            os.replace(unfinished, copy)
+                _sync(file)
+            os.replace(temporary, copy)
         else:
             index = build(None, update)
-        size, changed = source.stamp()
-        if (stamp["source_bytes"], stamp["source_changed"]) != (str(size), changed):
+        if _stamp(source) != stamp:
             raise UsageError(f"{source} changed while it was read: start again when it is whole")
-        copied = str(os.stat(copy).st_size) if copies else ""
-        with open(unfinished, "wb") as file:
-            file.write(save(index, metadata=stamp | {"copied_bytes": copied, "checksum": _checksum(index)}))
-            _to_disk(file)
-        os.replace(unfinished, whole)
+        made = Derived(index, copy if copies else None)
+        with open(temporary, "wb") as file:
+            file.write(save(index, metadata=stamp | _facts(index, made.copy)))
+            _sync(file)
+        os.replace(temporary, whole)
+        return made
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UsageError(
-            f"{place.parent} has no room for {place.name} ({error.strerror}; {shutil.disk_usage(place.parent).free:,} "
+            f"{stem.parent} has no room for {stem.name} ({error.strerror}; {shutil.disk_usage(stem.parent).free:,} "
             "bytes are free): make room, or set LOWMEM_CACHE to another folder"
         ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if not whole.exists():
             copy.unlink(missing_ok=True)
-    return Derived(index, copy if copies else None)
 
 
-def _to_disk(file: BinaryIO) -> None:
+def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
-def _checksum(index: dict[str, np.ndarray]) -> str:
+def _facts(index: dict[str, np.ndarray], copy: Path | None) -> dict[str, str]:
+    """What an index records of its copy and of itself."""
     digest = xxhash.xxh3_128()
     for name in sorted(index):
         digest.update(f"{name} {index[name].dtype} {index[name].shape} ".encode() + index[name].tobytes())
-    return digest.hexdigest()
+    return {"copied_bytes": str(os.stat(copy).st_size) if copy else "", "checksum": digest.hexdigest()}
 
 
 @contextmanager
-def _alone(place: Path, told: str) -> Iterator[None]:
-    """Be the only process of this machine within it; `told` is printed before it waits for another.
+def _locked(stem: Path, message: str) -> Iterator[None]:
+    """Be the only process of this machine; print `message` before waiting for another. A dead process's lock is free.
 
-    The lock of a process that dies is free again.
+    The file that is locked is removed by whoever held the lock.
     """
-    lock = _named(place, ".lock")
+    lock = Path(f"{stem}.lock")
     while True:
         with open(lock, "wb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if told:
-                    print(told, flush=True)
-                told = ""  # once, though several may hold it in turn
+                if message:
+                    print(message, flush=True)
+                message = ""  # once, though several processes may hold the lock one after another
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not stands_at(lock, file.fileno()):  # the one waited for has removed it: others lock a new one
+            if not stands_at(lock, file.fileno()):  # the process we waited for removed it: others lock a new one
                 continue
             try:
                 yield

@@ -1,6 +1,6 @@
-"""One pass over a file of lines: which of them are rows, in groups that any reader reaches with one read.
+"""Index a file of lines in one pass: which lines are rows, in groups that can each be read with one read.
 
-A file that has no cheap random access (packed, remote) is copied, unpacked, in the same pass.
+The same pass writes a decompressed copy of a file without cheap random access (compressed, remote).
 """
 
 import codecs
@@ -15,31 +15,34 @@ from lowmem.data.files.source import Source, is_damage, reading
 from lowmem.errors import UsageError
 
 LONGEST_LINE = 2**24
-"""Bytes; a longer line is a group of its own, which no reader should take into memory."""
+"""Bytes; a longer line is a group of its own, which readers must not load."""
+PIECE_BYTES = 2**20
+"""Bytes that are scanned at a time, few enough for the processor's cache. The index does not depend on it."""
 
-# A group is a run of so many rows at most, and ends before the row that would carry it over so many bytes.
+# A group ends after so many rows, or before the row that would carry it over so many bytes.
 _ROWS_PER_GROUP = 256
 _BYTES_PER_GROUP = 2**20
-_PIECE = 2**20  # bytes that are looked through at a time: few enough for the processor's cache
 _COLUMNS = ("first_byte", "end_byte", "rows", "first_line", "hash")
 _CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 
 def codec_of(source: Source) -> str | None:
-    """What a file is packed with, by its last suffix; None if it is not."""
+    """The compression of a file, by its last suffix; None if it has none."""
     return _CODECS.get("".join(source.suffixes[-1:]))
 
 
-def index_lines(source: Source, copy: BinaryIO | None, tell: Callable[[int], None]) -> dict[str, np.ndarray]:
+def index_lines(
+    source: Source, copy: BinaryIO | None, report: Callable[[int], None], *, piece_bytes: int = PIECE_BYTES
+) -> dict[str, np.ndarray]:
     """The groups of a file: first_byte, end_byte, rows and first_line (from 1) as int64, hash (xxh3_64) as uint64.
 
-    Each has shape (groups,) and depends on the content alone. Bytes and lines are those of the unpacked file; it is
-    written to `copy`, and the bytes read of the packed one are told. Raises OSError, and UsageError for a file that is
-    damaged, cut, or written to meanwhile.
+    Each has shape (groups,) and depends only on the content. Bytes and lines are those of the decompressed file, which
+    is written to `copy`; `report` gets the numbers of compressed bytes read. Raises OSError, and UsageError for a file
+    that is damaged, truncated, or being written to.
     """
     found = array("Q")
     pending, byte, line = bytearray(), 0, 1  # what is in no group yet, and the byte and the line where it begins
-    pieces = _pieces(source, copy, tell)
+    pieces = _pieces(source, copy, report, piece_bytes)
     for piece in pieces:
         pending += piece
         if byte == 0 and pending.startswith(codecs.BOM_UTF8):
@@ -60,7 +63,7 @@ def index_lines(source: Source, copy: BinaryIO | None, tell: Callable[[int], Non
         del pending[:done]
         byte, line = byte + done, line + done_lines
         if len(pending) > LONGEST_LINE:
-            size, digest, pending = _pass_over(pending, pieces)
+            size, digest, pending = _skip_line(pending, pieces)
             found.extend((byte, byte + size, 1, line, digest))
             byte, line = byte + size, line + 1
     columns = np.array(found, np.uint64).reshape(-1, len(_COLUMNS)).T
@@ -71,9 +74,9 @@ def index_lines(source: Source, copy: BinaryIO | None, tell: Callable[[int], Non
 
 
 def find_lines(text: bytes | bytearray, *, is_whole: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where lines begin, where they end (behind the newline), and which of them are rows: not blank, or very long.
+    """Where lines begin, where they end (after the newline), and which of them are rows: not blank, or too long.
 
-    A last line without its newline counts if the text `is_whole`.
+    A last line without a newline counts if the text `is_whole`.
     """
     data = np.frombuffer(text, np.uint8)
     ends = np.flatnonzero(data == ord("\n"))
@@ -83,13 +86,13 @@ def find_lines(text: bytes | bytearray, *, is_whole: bool = True) -> tuple[np.nd
     if not len(ends):
         return ends, ends, ends
     starts = np.concatenate([[0], ends[:-1]])
-    # Whitespace (and the control signs 14 to 31) is bytes 9 to 32; less 9, all else is above 23, NUL too: it wraps.
+    # Whitespace (and control characters 14 to 31) is bytes 9 to 32. Minus 9, all others are above 23: NUL wraps around.
     is_blank = np.maximum.reduceat(data[: ends[-1]] - np.uint8(9), starts) <= 23
     return starts, ends, np.flatnonzero(~is_blank | (ends - starts > LONGEST_LINE))
 
 
 def _groups(starts: np.ndarray, ends: np.ndarray, more_from: int | None) -> Iterator[tuple[int, int]]:
-    """The rows [first, stop) of each group that is complete, though more bytes may follow from `more_from` on."""
+    """The rows [first, stop) of each group that is complete even if more bytes follow from `more_from` on."""
     first = 0
     while first < len(starts):
         limit = starts[first] + _BYTES_PER_GROUP
@@ -101,27 +104,29 @@ def _groups(starts: np.ndarray, ends: np.ndarray, more_from: int | None) -> Iter
         first = stop
 
 
-def _pass_over(begun: bytearray, pieces: Iterator[bytes]) -> tuple[int, int, bytearray]:
-    """Read a line on to its end, holding none of it: (its bytes, its hash, what was read behind it)."""
-    digest, size, behind = xxhash.xxh3_64(begun), len(begun), b""
+def _skip_line(begun: bytearray, pieces: Iterator[bytes]) -> tuple[int, int, bytearray]:
+    """Read to the end of a line without keeping it: (its bytes, its hash, what was read after it)."""
+    digest, size, rest = xxhash.xxh3_64(begun), len(begun), b""
     for piece in pieces:
-        line, newline, behind = piece.partition(b"\n")
+        line, newline, rest = piece.partition(b"\n")
         digest.update(line + newline)
         size += len(line) + len(newline)
         if newline:
             break
-    return size, digest.intdigest(), bytearray(behind)
+    return size, digest.intdigest(), bytearray(rest)
 
 
-def _pieces(source: Source, copy: BinaryIO | None, tell: Callable[[int], None]) -> Iterator[bytes]:
-    """The bytes of a file, unpacked, and b"" at the end."""
+def _pieces(source: Source, copy: BinaryIO | None, report: Callable[[int], None], piece_bytes: int) -> Iterator[bytes]:
+    """The decompressed bytes of a file, and b"" at the end."""
     size, done, codec = source.stamp()[0], 0, codec_of(source)
+    if codec:
+        from pyarrow import CompressedInputStream, PythonFile
     with source.open() as file:
-        unpacked = _unpack(file, codec) if codec else file
-        while piece := _read(unpacked, source, codec):
+        unpacked = CompressedInputStream(PythonFile(file, mode="r"), codec) if codec else file
+        while piece := _read(unpacked, piece_bytes, source, codec):
             if copy is not None:
                 copy.write(piece)
-            tell(file.tell() - done)
+            report(file.tell() - done)
             done = file.tell()
             yield piece
         done = file.tell()
@@ -133,19 +138,12 @@ def _pieces(source: Source, copy: BinaryIO | None, tell: Callable[[int], None]) 
     yield b""
 
 
-def _unpack(file: BinaryIO, codec: str):
-    from pyarrow import CompressedInputStream, PythonFile
-
-    return CompressedInputStream(PythonFile(file, mode="r"), codec)
-
-
-def _read(file: BinaryIO, source: Source, codec: str | None) -> bytes:
+def _read(file: BinaryIO, num_bytes: int, source: Source, codec: str | None) -> bytes:
     try:
         with reading():
-            return file.read(_PIECE)
+            return file.read(num_bytes)
     except OSError as error:
         if codec is None or not is_damage(error):
             raise
-        raise UsageError(
-            f"{source} cannot be unpacked as {codec} ({error}): it is damaged or cut, get it anew"
-        ) from error
+        what = f"{source} cannot be unpacked as {codec} ({error})"
+        raise UsageError(f"{what}: it is damaged or cut, get it again") from error

@@ -1,4 +1,4 @@
-"""Files of a row a line, JSON objects or plain text: bare, packed (.gz, .zst) or remote."""
+"""Files with one row per line, JSON objects or plain text: plain, compressed (.gz, .zst) or remote."""
 
 import json
 import re
@@ -10,14 +10,15 @@ import numpy as np
 import xxhash
 
 from lowmem.data.files.cache import derive
-from lowmem.data.files.line_index import LONGEST_LINE, codec_of, find_lines, index_lines
-from lowmem.data.files.source import Row, Source, check_columns
+from lowmem.data.files.columns import check_row
+from lowmem.data.files.line_index import LONGEST_LINE, PIECE_BYTES, codec_of, find_lines, index_lines
+from lowmem.data.files.source import Row, Source
 from lowmem.errors import UsageError
 
 
 @dataclass(frozen=True)
 class _Lines:
-    """A group that was read: its bytes, and where in them its rows begin. A line that is too long has no text here."""
+    """A group that was read: its bytes (None if it is a line that is too long) and the offsets of its rows in them."""
 
     text: bytes | None
     starts: np.ndarray
@@ -26,23 +27,22 @@ class _Lines:
 
 
 class _LineFile:
-    """The rows of one file, a group at a time. Blank lines are no rows, but count where lines are told.
+    """The rows of one file, a group at a time. Blank lines are no rows, but count in line numbers.
 
-    `wanted` maps columns to "text" or "messages" (None: any columns); one of the first rows must have them, the others
-    are looked at when they are encoded. Raises UsageError, naming the file, if it cannot be read or indexed.
+    `wanted` maps columns to "text" or "messages" (None: any columns); one row of the first group must have them, the
+    others are checked when they are encoded. Raises UsageError, naming the file, if it cannot be read or indexed.
     """
 
-    def __init__(self, source: Source, wanted: Mapping[str, str] | None):
+    def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, piece_bytes: int = PIECE_BYTES):
         self.source = source
         self._is_packed = codec_of(source) is not None
         try:
-            found = derive(
-                source, partial(index_lines, source), kind="lines", copies=self._is_packed or source.path is None
-            )
+            copies = self._is_packed or source.path is None
+            found = derive(source, partial(index_lines, source, piece_bytes=piece_bytes), kind="lines", copies=copies)
             self._path, self._index = found.copy or source.path, found.index
             self.group_rows = self._index["rows"]
             self._num_bytes = self._index["end_byte"] - self._index["first_byte"]
-            # With each row stands its start, with each group some objects: where lines are short, that shows.
+            # Each row also has its offset in memory, each group some objects: this matters where lines are short.
             held = np.where(self._num_bytes > LONGEST_LINE, 0, self._num_bytes)
             self.group_bytes = held + 8 * self.group_rows + 512
             if len(self.group_rows):
@@ -50,15 +50,15 @@ class _LineFile:
         except UsageError:
             raise
         except (OSError, ValueError) as error:
-            raise UsageError(f"{source} cannot be read ({error}): make it readable, or leave it out") from error
+            raise UsageError(f"{source} cannot be read ({error}): make it readable, or name another file") from error
 
     @staticmethod
-    def _parse(line: bytes, place: int) -> Row:
-        """The row in a line that begins at byte `place` of the file. Raises ValueError, telling the reason."""
+    def _parse(line: bytes, offset: int) -> Row:
+        """The row in a line that begins at byte `offset` of the file. Raises ValueError with the reason."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Of the rows' bytes, whatever the file is called, packed or not."""
+        """Of the rows' bytes, whatever the file's name and compression."""
         return xxhash.xxh3_64_hexdigest(self._index["hash"].tobytes())
 
     def read_group(self, group: int) -> _Lines:
@@ -71,26 +71,22 @@ class _LineFile:
             text = file.read(size)
         if xxhash.xxh3_64_intdigest(text) != int(self._index["hash"][group]):
             remedy = "write it again" if self._path == self.source.path else "remove it"
-            raise ValueError(
-                f"bytes {first:,} to {first + size:,} of {self._path} are not those that were indexed: it changed or "
-                f"is damaged, {remedy} and start anew"
-            )
+            where = f"bytes {first:,} to {first + size:,} of {self._path}"
+            raise ValueError(f"{where} are not those that were indexed: changed or damaged, {remedy} and start anew")
         starts, _, rows = find_lines(text)
         return _Lines(text, starts[rows], first, size)
 
     def row(self, data: _Lines, index: int) -> Row:
-        """Row `index` of a group. Raises ValueError, telling the reason, for a bad one."""
+        """Row `index` of a group. Raises ValueError with the reason for a bad one."""
         if data.text is None:
-            raise ValueError(
-                f"the line has {data.num_bytes:,} bytes, at most {LONGEST_LINE:,} are read: split it or leave it out"
-            )
+            raise ValueError(f"the line has {data.num_bytes:,} bytes, at most {LONGEST_LINE:,} are read: split it")
         start = int(data.starts[index])
         end = data.text.find(b"\n", start)
         line = data.text[start : end if end >= 0 else len(data.text)]
         return self._parse(line, data.first_byte + start)
 
-    def place(self, group: int, index: int) -> str:
-        """Line (from 1) and byte (from 0) of a row; of its group, where the file can no longer be read."""
+    def location(self, group: int, index: int) -> str:
+        """Line (from 1) and byte (from 0) of a row; of its group if the file can no longer be read."""
         line, byte = int(self._index["first_line"][group]), int(self._index["first_byte"][group])
         unit = "unpacked byte" if self._is_packed else "byte"
         try:
@@ -102,82 +98,70 @@ class _LineFile:
         return f"line {line:,} ({unit} {byte + start:,})"
 
     def _check_columns(self, wanted: Mapping[str, str]) -> None:
-        """Raise what is wrong with the first row, unless another one of its group is as wanted: a row may be bad.
+        """Raise what is wrong with the first row, unless another row of its group is good: one row may be bad.
 
-        The first group is taken that is no line which is too long, if there is one.
+        Skips groups that are one too long line, unless there are no others.
         """
         problem, group = None, int(np.argmax(self._num_bytes <= LONGEST_LINE))
         data = self.read_group(group)
         for index in range(int(self.group_rows[group])):
             try:
-                self._check_row(self.row(data, index), wanted)
+                check_row(self.source, self.row(data, index), wanted)
                 return
             except UsageError as error:  # names the file by itself
                 problem = problem or str(error)
             except ValueError as error:
-                problem = problem or f"{self.source}, {self.place(group, index)}: {error}"
+                problem = problem or f"{self.source}, {self.location(group, index)}: {error}"
         raise UsageError(problem)
-
-    def _check_row(self, row: Row, wanted: Mapping[str, str]) -> None:
-        check_columns(self.source, wanted, list(row))
-        for column, kind in wanted.items():
-            if not _holds(row[column], kind):
-                what = "text" if kind == "text" else 'messages, [{"role": "user", "content": "..."}, ...]'
-                raise ValueError(
-                    f"column {column!r} must hold {what}, found {type(row[column]).__name__} {row[column]!r:.80}: name "
-                    "another column or mend the file"
-                )
 
 
 class TextFile(_LineFile):
     """Plain text: each line is a row {"text": line}."""
 
     @staticmethod
-    def _parse(line: bytes, place: int) -> Row:
+    def _parse(line: bytes, offset: int) -> Row:
         if (nul := line.find(b"\0")) >= 0:
-            raise ValueError(f"text was expected, byte {place + nul:,} is NUL: the file is damaged or of another kind")
-        return {"text": _decode(line.removesuffix(b"\r"), place)}
+            raise ValueError(f"text was expected, byte {offset + nul:,} is NUL: the file is damaged or of another kind")
+        return {"text": _decode(line.removesuffix(b"\r"), offset)}
 
 
 class JsonLinesFile(_LineFile):
-    """JSON objects, one a line, and strictly: no key twice, no NaN, no half characters."""
+    """One JSON object per line, parsed strictly: no duplicate keys, no NaN, no half characters."""
 
     def _check_columns(self, wanted: Mapping[str, str]) -> None:
         with open(self._path, "rb") as file:
             file.seek(int(self._index["first_byte"][0]))
             line = file.readline(2**16).strip()
         if line.startswith(b"[") and not line.endswith(b"]"):  # an array of one line may be a bad row among others
-            raise UsageError(f"{self.source} holds a JSON array, which can only be read as a whole: {_ONE_A_LINE}")
+            raise UsageError(f"{self.source} holds a JSON array, which can only be read as a whole: {_ONE_PER_LINE}")
         super()._check_columns(wanted)
 
     @staticmethod
-    def _parse(line: bytes, place: int) -> Row:
-        text = _decode(line, place)
+    def _parse(line: bytes, offset: int) -> Row:
+        text = _decode(line, offset)
         if not text.lstrip().startswith("{"):
-            raise ValueError(f"a JSON object was expected, found {text.strip()[:40]!r}: {_ONE_A_LINE}")
+            raise ValueError(f"a JSON object was expected, found {text.strip()[:40]!r}: {_ONE_PER_LINE}")
         try:
             row = _JSON.decode(text)
             if _ESCAPED_SURROGATE.search(text):
-                json.dumps(row, ensure_ascii=False).encode()  # halves that belong together are one character by now
+                json.dumps(row, ensure_ascii=False).encode()  # pairs have become one character, halves fail
         except json.JSONDecodeError as error:
-            remedy = "mend or remove the row, and write one object a line"
-            byte = place + len(text[: error.pos].encode())
-            raise ValueError(f"{error.msg.removesuffix(' at')} at byte {byte:,}: {remedy}") from error
+            byte = offset + len(text[: error.pos].encode())
+            what = f"{error.msg.removesuffix(' at')} at byte {byte:,}"
+            raise ValueError(f"{what}: fix or remove the row, and write one object a line") from error
         except UnicodeEncodeError as error:
             half = f"\\u{ord(error.object[error.start]):04x}"
-            raise ValueError(
-                f"{half} is half a character, its other half is missing: mend or remove the row"
-            ) from error
+            raise ValueError(f"{half} is half a character, its other half is missing: fix or remove the row") from error
         except RecursionError as error:
-            raise ValueError("its brackets are nested too deeply to be read: mend or remove the row") from error
+            raise ValueError("its brackets are nested too deeply: fix or remove the row") from error
         return row
 
 
-def _decode(line: bytes, place: int) -> str:
+def _decode(line: bytes, offset: int) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        found = f"byte {place + error.start:,} (0x{line[error.start]:02x}), {error.reason}"
+        found = f"byte {offset + error.start:,} (0x{line[error.start]:02x}), {error.reason}"
         raise ValueError(f"UTF-8 was expected, found {found}: write the file in UTF-8") from error
 
 
@@ -194,15 +178,6 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON value: write a number or null")
 
 
-_ONE_A_LINE = "write one object a line (jq -c '.[]' turns an array into that)"
+_ONE_PER_LINE = "write one object a line (jq -c '.[]' turns an array into that)"
 _JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-def _holds(value: object, kind: str) -> bool:
-    if kind == "text":
-        return isinstance(value, str)
-    return isinstance(value, list) and all(
-        isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
-        for message in value
-    )

@@ -1,7 +1,7 @@
-"""Arrow record batches on disk by number, each read alone: those of an Arrow file, or of a copy in small pieces.
+"""Arrow record batches on disk, read one at a time by number: those of an Arrow file, or of a copy in small pieces.
 
-A file is never mapped to read from it during a run: a mapped file that is cut kills the process (SIGBUS), and the pages
-of it that were looked at count as its memory.
+No file stays mapped during a run: truncating a mapped file kills the process (SIGBUS), and its pages count as resident
+memory once they are touched.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,15 +17,32 @@ from lowmem.data.files.source import Source
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_PIECE_ROWS, _PIECE_BYTES = 1024, 2**20
 _END_MARK = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @dataclass(frozen=True)
-class RecordBatches:
-    """Record batches, each an encapsulated IPC message of `sizes` bytes at `starts`, holding `rows` rows.
+class TableLimits:
+    """A file that exceeds one of the first three limits is copied once, in pieces within the last two."""
 
-    Of each message the first `hashed` bytes have the XXH3 hash `hashes`. All are arrays of shape (batches,).
+    row_group_bytes: int = 9 * 2**20  # decoded; decoding a column needs several times its bytes
+    batch_bytes: int = 2**24  # a record batch needs no decoding
+    footer_bytes: int = 2**21  # unless row groups are larger: reading one reads the whole parquet footer first
+    piece_rows: int = 1024
+    piece_bytes: int = 2**20  # unless one row takes more
+
+    def rows_per_piece(self, num_rows: int, num_bytes: int) -> int:
+        """Rows of a piece, if all `num_rows` rows (`num_bytes` together) are of about the same size."""
+        return max(1, min(self.piece_rows, self.piece_bytes * num_rows // max(1, num_bytes)))
+
+
+TABLE_LIMITS = TableLimits()
+
+
+@dataclass(frozen=True)
+class RecordBatches:
+    """Record batches, each an encapsulated IPC message of `sizes` bytes at `starts` that holds `rows` rows.
+
+    `hashes` are the XXH3 hashes of the first `hashed` bytes of each message. All arrays have shape (batches,).
     """
 
     source: Source
@@ -38,7 +55,7 @@ class RecordBatches:
     remedy: str = "write it again"
 
     def read(self, number: int) -> "pa.RecordBatch":
-        """One batch, in memory of its own. Raises OSError, and ValueError if it is damaged or not the one indexed."""
+        """Read one batch. Raises OSError, and ValueError if it is damaged or not the batch that was indexed."""
         import pyarrow as pa
 
         start, size, hashed = int(self.starts[number]), int(self.sizes[number]), int(self.hashed[number])
@@ -49,24 +66,24 @@ class RecordBatches:
             if len(message) < size or xxhash.xxh3_64_intdigest(message[:hashed]) != int(self.hashes[number]):
                 raise ValueError("they are not those that were indexed, the file changed or is damaged")
             batch = pa.ipc.read_record_batch(message, self.schema)
-            batch.validate(full=True)  # an offset that leaves its buffer would be followed
-        except (OSError, ValueError) as error:  # pyarrow tells damage as either
-            told = f"bytes {start:,} to {start + size:,} of {self.source} cannot be read ({error}): {self.remedy}"
-            raise ValueError(told) from error
+            batch.validate(full=True)  # pyarrow follows an offset that points outside its buffer
+        except (OSError, ValueError) as error:  # pyarrow reports damage as either
+            where = f"bytes {start:,} to {start + size:,} of {self.source}"
+            raise ValueError(f"{where} cannot be read ({error}): {self.remedy}") from error
         return batch
 
 
 def find_batches(source: Source) -> tuple[RecordBatches, bool]:
-    """The batches of a local file in Arrow's stream or file format, and whether each can be read alone: it is not
-    compressed and needs no dictionary.
+    """Find the batches of a local file in Arrow's stream or file format, and whether each can be read by itself: none
+    is compressed or needs a dictionary.
 
-    The hashes are of the messages' heads: they tell another file, not a flipped bit in a text. Raises OSError, and
-    ValueError if the file is cut or no Arrow file.
+    Only the messages' headers are hashed, which detects another file but not a flipped bit in a text. Raises OSError,
+    and ValueError if the file is truncated or no Arrow file.
     """
     import pyarrow as pa
 
     found, alone = [], True
-    with pa.memory_map(str(source.path)) as file:  # so that bodies are found, but not read
+    with pa.memory_map(str(source.path)) as file:  # finds bodies without reading them
         file.seek(stream_start(file))
         schema = pa.ipc.read_schema(pa.ipc.read_message(file))
         while True:
@@ -78,18 +95,18 @@ def find_batches(source: Source) -> tuple[RecordBatches, bool]:
             size = file.tell() - start
             if message.type == "record batch" and alone:
                 batch = pa.ipc.read_record_batch(message, schema)
-                alone = batch.nbytes <= message.body.size  # or it was unpacked
+                alone = batch.nbytes <= message.body.size  # larger: it was decompressed
                 head_bytes = size - message.body.size
                 head = file.read_at(head_bytes, start)
                 found.append((start, size, batch.num_rows, head_bytes, xxhash.xxh3_64_intdigest(head)))
             alone &= message.type != "dictionary"
         if file.read_at(8, start) != _END_MARK:
-            raise ValueError(f"its end mark is missing at byte {start:,}, so it was cut")
+            raise ValueError(f"its end mark is missing at byte {start:,}, so it was truncated")
     return RecordBatches(source, schema, *_columns(found)), alone
 
 
 def stream_start(file: BinaryIO) -> int:
-    """Where the messages begin: the file format is the stream format behind eight bytes, with a footer."""
+    """Byte where the messages begin: the file format is eight bytes, the stream format and a footer."""
     file.seek(0)
     return 8 if file.read(6) == b"ARROW1" else 0
 
@@ -98,14 +115,15 @@ def copy_in_pieces(
     source: Source,
     kind: str,
     schema: "pa.Schema",
-    batches: Callable[[], Iterable["pa.RecordBatch"]],
+    batches: Iterable["pa.RecordBatch"],
     *,
     num_bytes: int,
+    limits: TableLimits,
 ) -> RecordBatches:
-    """The rows of `batches()`, in order, as batches of at most 1,024 rows and, if they have several, about 1 MiB.
+    """Copy the rows of `batches` once for each `kind`, in order, into batches within `limits`.
 
-    Made once for each `kind`; `num_bytes` is about what all batches take. Dictionaries are replaced by their values.
-    Raises what `derive` and `batches` raise.
+    `batches` is consumed only if there is no copy yet; it yields at most `limits.piece_rows` rows at a time, about
+    `num_bytes` in all. Dictionaries are replaced by their values. Raises what `derive` and `batches` raise.
     """
     import pyarrow as pa
 
@@ -113,9 +131,9 @@ def copy_in_pieces(
 
     def build(copy: BinaryIO | None, update: Callable[[int], None]) -> dict[str, np.ndarray]:
         found, start = [], 0
-        pieces = (piece for batch in batches() for piece in _pieces(batch.select(schema.names), schema))
-        for piece in _merged(pieces):
-            piece.validate(full=True)  # or the copy would be blamed for it
+        wanted = (batch.select(schema.names).cast(schema) for batch in batches)
+        for piece in _merged((half for batch in wanted for half in _halves(batch, limits)), limits):
+            piece.validate(full=True)  # otherwise the copy would be blamed
             message = piece.serialize()
             found.append((start, len(message), piece.num_rows, len(message), xxhash.xxh3_64_intdigest(message)))
             start += copy.write(message)
@@ -124,65 +142,55 @@ def copy_in_pieces(
         return dict(zip(("starts", "sizes", "rows", "hashed", "hashes"), _columns(found), strict=True))
 
     made = derive(source, build, kind=kind, copies=True, num_bytes=num_bytes)
-    remedy = "delete it, and it is made anew at the next start"
+    remedy = "delete it, the next start makes a new one"
     return RecordBatches(Source(str(made.copy)), schema, **made.index, remedy=remedy)
 
 
 def _columns(found: list[tuple[int, ...]]) -> list[np.ndarray]:
-    """The five arrays of RecordBatches out of their rows: int64, the hashes uint64."""
+    """The five arrays of RecordBatches from their rows: int64, the hashes uint64."""
     columns = list(zip(*found, strict=True)) or [()] * 5
     return [np.array(column, np.int64) for column in columns[:4]] + [np.array(columns[4], np.uint64)]
 
 
-def _pieces(batch: "pa.RecordBatch", schema: "pa.Schema") -> Iterator["pa.RecordBatch"]:
-    for first in range(0, batch.num_rows, _PIECE_ROWS):
-        yield from _halves(batch.slice(first, _PIECE_ROWS).cast(schema))
+def _halves(batch: "pa.RecordBatch", limits: TableLimits) -> Iterator["pa.RecordBatch"]:
+    if batch.nbytes <= limits.piece_bytes or batch.num_rows == 1:
+        yield batch
+    else:
+        half = batch.num_rows // 2
+        yield from _halves(batch.slice(0, half), limits)
+        yield from _halves(batch.slice(half), limits)
 
 
-def _merged(pieces: Iterable["pa.RecordBatch"]) -> Iterator["pa.RecordBatch"]:
-    """The same rows in as few pieces as may be: very small row groups would be very small pieces."""
+def _merged(pieces: Iterable["pa.RecordBatch"], limits: TableLimits) -> Iterator["pa.RecordBatch"]:
+    """The same rows in fewer pieces: very small row groups would make very small ones."""
     import pyarrow as pa
 
     held: list[pa.RecordBatch] = []
     rows = num_bytes = 0
 
-    def joined() -> pa.RecordBatch:
+    def merged() -> pa.RecordBatch:
         return held[0] if len(held) == 1 else pa.Table.from_batches(held).combine_chunks().to_batches()[0]
 
     for piece in pieces:
         rows, num_bytes = rows + piece.num_rows, num_bytes + piece.nbytes
-        if held and (rows > _PIECE_ROWS or num_bytes > _PIECE_BYTES):
-            yield joined()
+        if held and (rows > limits.piece_rows or num_bytes > limits.piece_bytes):
+            yield merged()
             held.clear()
             rows, num_bytes = piece.num_rows, piece.nbytes
         held.append(piece)
     if held:
-        yield joined()
-
-
-def _halves(batch: "pa.RecordBatch") -> Iterator["pa.RecordBatch"]:
-    if batch.nbytes <= _PIECE_BYTES or batch.num_rows == 1:
-        yield batch
-    else:
-        half = batch.num_rows // 2
-        yield from _halves(batch.slice(0, half))
-        yield from _halves(batch.slice(half))
-
-
-def rows_in_a_piece(num_rows: int, num_bytes: int) -> int:
-    """How many of `num_rows` rows that take `num_bytes` together a piece takes, if they are about equal."""
-    return max(1, min(_PIECE_ROWS, _PIECE_BYTES * num_rows // max(1, num_bytes)))
+        yield merged()
 
 
 def plain(schema: "pa.Schema") -> "pa.Schema":
-    """The schema without dictionaries and views. Raises ValueError for a type that pyarrow cannot make so."""
+    """The schema without dictionaries and views. Raises ValueError for a type that pyarrow cannot convert."""
     import pyarrow as pa
 
     return pa.schema([(field.name, _plain(field.type)) for field in schema])
 
 
 def _plain(kind: "pa.DataType") -> "pa.DataType":
-    """The type without dictionaries and views: a piece of those would hold all that the whole refers to."""
+    """The type without dictionaries and views: a slice of those would keep everything that the whole refers to."""
     from pyarrow import large_binary, large_list, large_string, list_, map_, struct, types
 
     if types.is_dictionary(kind):
@@ -197,9 +205,8 @@ def _plain(kind: "pa.DataType") -> "pa.DataType":
         return map_(_plain(kind.key_type), _plain(kind.item_type))
     if types.is_list_view(kind) or types.is_large_list_view(kind):  # pyarrow 26 casts them to broken lists
         raise ValueError(f"{kind} cannot be copied in small pieces, use lists instead of views")
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        item = kind.value_field.with_type(_plain(kind.value_type))
-        if types.is_fixed_size_list(kind):
-            return list_(item, kind.list_size)
-        return large_list(item) if types.is_large_list(kind) else list_(item)
+    if types.is_large_list(kind):
+        return large_list(kind.value_field.with_type(_plain(kind.value_type)))
+    if types.is_list(kind) or types.is_fixed_size_list(kind):
+        return list_(kind.value_field.with_type(_plain(kind.value_type)), getattr(kind, "list_size", -1))
     return kind

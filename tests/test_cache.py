@@ -20,7 +20,7 @@ from tests.processes import ROOT, environment, run
 BUILDER = """
 import os, sys, time
 import numpy as np
-from lowmem.config import UsageError
+from lowmem.errors import UsageError
 from lowmem.data.files.cache import derive
 from lowmem.data.files.source import Source
 
