@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.distributed.placement import device_of, gathered_weights, unwrapped
 from lowmem.errors import UsageError
-from lowmem.memory.offload import Offload
+from lowmem.memory.offload import Offload, ToHost, mapped_file
 from lowmem.memory.release import release
 
 # what recompute_cheap keeps: products of matrices, and attention
@@ -69,13 +69,15 @@ def recompute_cheap(model: nn.Module, optimizer: Optimizer | None = None) -> Ite
 
 
 @contextmanager
-def offload_activations(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+def offload_activations(
+    model: nn.Module, optimizer: Optimizer | None = None, *, to_host: ToHost = mapped_file
+) -> Iterator[None]:
     """Keep what backward needs in host memory: pinned, beside the computation, on CUDA; in mapped files on CPU.
 
     With `recompute` it is the layers' inputs that leave, a fraction of the traffic; the one layer that is being
-    computed again keeps its own. What `recompute_cheap` keeps does not leave.
+    computed again keeps its own. What `recompute_cheap` keeps does not leave. `to_host` makes the copy on a CPU.
     """
-    offload = Offload(gathered_weights(model))
+    offload = Offload(gathered_weights(model), to_host)
     with saved_tensors_hooks(offload.pack, offload.unpack):
         yield
 
