@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import gettempdir
@@ -39,7 +40,7 @@ class System:
     optimizer: str = "adamw"
     """As lowmem's make_optimizer names it; Trainer's is torch's fused AdamW."""
     savers: tuple[str, ...] = ()
-    """Of lowmem.memory.savers, less release, which the work decides. Trainer knows recompute (checkpointing) alone."""
+    """Of lowmem's SAVERS, less release, which the work decides. Trainer knows recompute (checkpointing) alone."""
 
     @property
     def name(self) -> str:
@@ -68,15 +69,15 @@ def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: b
     import torch
 
     from lowmem import init_distributed
-    from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter, fake_tensors
-    from lowmem.plan.stand_ins import stand_ins
+    from lowmem.plan.fakes import fake_tensors, few_slices
+    from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter
 
     as_on_gpu = torch.cuda.is_available() or not for_this_machine
-    train = {"lowmem": train_lowmem, "trainer": train_trainer}[system.loop]
+    train = {"lowmem": partial(train_lowmem, real=real), "trainer": train_trainer}[system.loop]
     accelerator = init_distributed(mixed_precision="bf16" if system.memory == "off" else "no")
     on_gpu = accelerator.device.type == "cuda"
     started = time.perf_counter()
-    with nullcontext() if real else stand_ins(on_gpu=as_on_gpu), nullcontext() if real else fake_tensors():
+    with nullcontext() if real else few_slices(on_gpu=as_on_gpu), nullcontext() if real else fake_tensors():
         model = build(spec.shape, accelerator.device, as_on_gpu)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         with MemoryMeter(block_bytes=CUDA_BLOCK_BYTES if as_on_gpu else 1) as meter:
@@ -115,7 +116,7 @@ def build(shape: dict[str, object], device, on_gpu: bool):
     from transformers import AutoConfig
 
     from lowmem.model import build_model
-    from lowmem.plan.stand_ins import attention_for
+    from lowmem.plan.fakes import attention_for
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(**shape)
@@ -123,13 +124,17 @@ def build(shape: dict[str, object], device, on_gpu: bool):
         return build_model(config, attention_for(config, on_gpu=on_gpu, is_padded=False))
 
 
-def train_lowmem(model, spec: Model, system: System, work: Work, accelerator, begin: Callable[[], None]) -> object:
+def train_lowmem(
+    model, spec: Model, system: System, work: Work, accelerator, begin: Callable[[], None], *, real: bool
+) -> object:
     from lowmem import Batch, TrainState, chunked_loss, make_optimizer, train_step
-    from lowmem.memory import savers
+    from lowmem.memory.savers import SAVERS, entered
+    from lowmem.plan.fakes import HostCopies
 
+    savers = SAVERS if real else HostCopies().savers
     state = TrainState(model, make_optimizer(model, name=system.optimizer, memory=system.memory))
     num_targets = spec.batch_size * (spec.seq_len - (not model.config.is_encoder_decoder))
-    with savers.entered([getattr(savers, name) for name in system.savers + work.savers], model, state.optimizer):
+    with entered([savers[name] for name in system.savers + work.savers], model, state.optimizer):
         begin()
         for _ in range(STEPS):
             inputs = [draw_tokens(model.config, spec.batch_size, spec.seq_len) for _ in range(work.micro_batches)]

@@ -22,7 +22,8 @@ from pathlib import Path
 from systems import machine
 
 from lowmem import resolve
-from lowmem.plan.predict import CONTEXT, Place, planners, predicting
+from lowmem.plan.parts import Cluster
+from lowmem.plan.predict import CONTEXT, planners, predicting
 
 SHAPES = {
     "t5": {"model_type": "t5", "vocab_size": 6000, "d_model": 192, "d_kv": 32, "num_heads": 6, "d_ff": 768}
@@ -162,7 +163,7 @@ def about() -> dict[str, object]:
 def predicted(combination, config, on_gpu: bool) -> dict[str, object]:
     shape, tier, processes, settings = combination
     with planners() as pool:
-        (prediction,) = predicting(pool, Place(processes, processes, on_gpu))([config])
+        (prediction,) = predicting(pool, Cluster(processes, processes, on_gpu))([config])
     parts = {name: size for name, size in prediction.device.items() if name != CONTEXT}
     asked = {"shape": shape, "tier": tier, "processes": processes, "settings": settings, "on_gpu": on_gpu}
     return asked | {"predicted_bytes": sum(parts.values()), "parts": parts}

@@ -16,7 +16,8 @@ from lowmem.data.batch import Batch
 from lowmem.loss import chunked_loss, plain_loss
 from lowmem.memory.savers import entered, recompute, release
 from lowmem.optim.make import make_optimizer
-from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter, fake_tensors
+from lowmem.plan.fakes import fake_tensors
+from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter
 from lowmem.step import TrainState, train_step
 from tests.models import build
 from tests.processes import run

@@ -22,16 +22,16 @@ from lowmem.model import build_model, config_of
 from lowmem.optim.make import make_optimizer
 from lowmem.plan.choose import choose, ladder
 from lowmem.plan.meter import MemoryMeter
-from lowmem.plan.parts import Counted, Settings, followed
-from lowmem.plan.predict import CONTEXT, Place, Prediction, prediction, settings_of
+from lowmem.plan.parts import Cluster, Counted, extrapolate
+from lowmem.plan.predict import CONTEXT, Prediction, prediction
 from lowmem.plan.rehearsal import count, count_deeper, count_shallow
 from lowmem.step import TrainState, train_step
 from tests.forked import fork_ranks
 from tests.models import FAMILIES
 from tests.processes import run, train
 
-CPU = Place(world_size=1, local_world_size=1, on_gpu=False)
-GPUS = Place(world_size=2, local_world_size=2, on_gpu=True)
+CPU = Cluster(world_size=1, local_world_size=1, on_gpu=False)
+GPUS = Cluster(world_size=2, local_world_size=2, on_gpu=True)
 TIERS = {"fp32": {}, "exact": {"mixed_precision": "bf16"}, "lean": {"mixed_precision": "bf16", "memory": "lean"}}
 
 
@@ -81,12 +81,12 @@ def own_environment(monkeypatch):
         monkeypatch.delenv(name)
 
 
-def rehearse(settings):
-    return followed(count_shallow(settings), count_deeper(settings))
+def rehearse(config, cluster=CPU):
+    return extrapolate(count_shallow(config, cluster), count_deeper(config, cluster))
 
 
-def predicted_bytes(config, place=CPU):
-    return prediction(config, place, rehearse(settings_of(config, place))).device_bytes
+def predicted_bytes(config, cluster=CPU):
+    return prediction(config, cluster, rehearse(config, cluster)).device_bytes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -121,7 +121,7 @@ def test_so_it_is_on_two_processes(tmp_path, own_environment):
     assert fork_ranks(2, write_peaks, tmp_path, configs) == [0, 0]
     peaks = json.loads((tmp_path / "peaks-0").read_text())
     for config, real in zip(configs, peaks, strict=True):
-        found = predicted_bytes(config, Place(2, 2, on_gpu=False))
+        found = predicted_bytes(config, Cluster(2, 2, on_gpu=False))
         assert abs(found / real - 1) < 0.1, (config.sharding_strategy, config.tp_size, config.memory, found, real)
 
 
@@ -132,7 +132,7 @@ def test_so_it_is_with_two_copies_of_two_shards(tmp_path, own_environment):
     assert fork_ranks(4, write_peaks, tmp_path, configs) == [0] * 4
     peaks = json.loads((tmp_path / "peaks-0").read_text())
     for config, real in zip(configs, peaks, strict=True):
-        assert abs(predicted_bytes(config, Place(4, 4, on_gpu=False)) / real - 1) < 0.1, (config.model_config, real)
+        assert abs(predicted_bytes(config, Cluster(4, 4, on_gpu=False)) / real - 1) < 0.1, (config.model_config, real)
 
 
 DEEP = [("t5", {"num_layers": 6, "dropout_rate": 0.1}), ("t5", {"num_layers": 5, "num_decoder_layers": 7})]
@@ -140,9 +140,9 @@ DEEP = [("t5", {"num_layers": 6, "dropout_rate": 0.1}), ("t5", {"num_layers": 5,
 
 @pytest.mark.parametrize(("family", "depth"), [*DEEP, ("llama", {"num_hidden_layers": 6})])
 def test_deep_stacks_follow_from_shallow_ones(family, depth, tmp_path, own_environment):
-    path = str(write_model(tmp_path, family, **depth))
-    settings = Settings(model=path, memory="exact", batch_size=2, seq_len=64, micro_batches=2)
-    whole, found = count(config_of(path), settings), rehearse(settings)
+    gpu, config = Cluster(1, 1, on_gpu=True), config_for(tmp_path, family, max_seq_len=64, batch_size=2)
+    path = write_model(tmp_path, family, **depth)
+    whole, found = count(config, gpu, config_of(str(path))), rehearse(config, gpu)
     assert found.num_parameters == whole.num_parameters
     assert (found.model_bytes, found.checkpoint_bytes) == (whole.model_bytes, whole.checkpoint_bytes)
     peaks = [max(sum(parts.values()) for parts in counted.moments.values()) for counted in (found, whole)]
@@ -150,7 +150,7 @@ def test_deep_stacks_follow_from_shallow_ones(family, depth, tmp_path, own_envir
 
 
 def test_parts_are_what_the_tier_keeps(tmp_path, own_environment):
-    counted = rehearse(settings_of(config_for(tmp_path, "llama"), CPU))
+    counted = rehearse(config_for(tmp_path, "llama"))
     parts = counted.moments["update"]
     weights = counted.num_parameters
     assert (parts["weights"], parts["low halves"]) == (pytest.approx(2 * weights, rel=0.01), 2 * weights)
@@ -161,7 +161,7 @@ def test_parts_are_what_the_tier_keeps(tmp_path, own_environment):
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 def test_gathered_weights_are_communication_from_the_first_forward(tmp_path, own_environment):
     division = {"sharding_strategy": "SHARD_GRAD_OP", "gradient_accumulation_steps": 1}
-    counted = rehearse(settings_of(config_for(tmp_path, "llama", **division), Place(2, 2, on_gpu=False)))
+    counted = rehearse(config_for(tmp_path, "llama", **division), Cluster(2, 2, on_gpu=False))
     assert counted.moments["loss"]["communication"] == 2 * counted.num_parameters
 
 

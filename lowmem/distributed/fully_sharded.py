@@ -22,7 +22,7 @@ from lowmem.distributed.dtensor import local_of
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool, cpu_offload: bool) -> None:
+def shard_layers(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool, cpu_offload: bool) -> None:
     """Divide the model over `mesh` in place, data or none, a layer in a group. `parallelize` does it, and fills it."""
     options = {
         "mesh": mesh,

@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lowmem.config.train_config import choices
 from lowmem.distributed.collectives import collective
 from lowmem.distributed.fill import filled
-from lowmem.distributed.fully_sharded import shard
+from lowmem.distributed.fully_sharded import shard_layers
+from lowmem.distributed.placement import TENSOR_PARALLEL_MESH
 from lowmem.distributed.tensor_parallel import divide_layers, make_tensor_mesh
 from lowmem.errors import UsageError
 
@@ -43,17 +44,12 @@ def parallelize(
         raise UsageError(f"sharding_strategy={sharding_strategy} was asked for: take one of {', '.join(strategies)}")
     if accelerator.deepspeed_plugin is not None:
         return model  # its engine puts it where it belongs; at stage 3 a device never holds the whole
-    if tp_size > 1:
-        if sharding_strategy != "NO_SHARD":
-            raise UsageError(f"tp_size={tp_size} was asked for with {sharding_strategy}: use one of them")
-        mesh = make_tensor_mesh(accelerator.device.type, accelerator.num_processes, tp_size)
-        with filled(model, accelerator.device, on_host=False):
-            divide_layers(model, mesh)
-        return model
-    if sharding_strategy != "NO_SHARD":
-        mesh = make_mesh(accelerator, sharding_strategy, shard_size)
-        with filled(model, accelerator.device, on_host=cpu_offload):
-            shard(model, mesh, reshard_after_forward=sharding_strategy != "SHARD_GRAD_OP", cpu_offload=cpu_offload)
+    if tp_size > 1 and sharding_strategy != "NO_SHARD":
+        raise UsageError(f"tp_size={tp_size} was asked for with {sharding_strategy}: use one of them")
+    if tp_size > 1 or sharding_strategy != "NO_SHARD":
+        mesh = make_mesh(accelerator, sharding_strategy, shard_size, tp_size)
+        with filled(model, accelerator.device, on_host=cpu_offload and tp_size == 1):
+            shard(model, mesh, sharding_strategy=sharding_strategy, cpu_offload=cpu_offload)
         return model
     if cpu_offload:
         raise UsageError("cpu_offload was asked for with sharding_strategy=NO_SHARD: use FULL_SHARD, or leave it")
@@ -65,9 +61,11 @@ def parallelize(
     return model
 
 
-def make_mesh(accelerator: Accelerator, sharding_strategy: str, shard_size: int | None) -> DeviceMesh:
-    """All ranks in a row, or, of HYBRID_SHARD, as rows of `shard_size`: (copies, shards of one copy)."""
+def make_mesh(accelerator: Accelerator, sharding_strategy: str, shard_size: int | None, tp_size: int) -> DeviceMesh:
+    """All ranks in a row; HYBRID_SHARD: (copies, shards of one copy); tensor parallel: (data ranks, `tp_size`)."""
     world_size, kind = accelerator.num_processes, accelerator.device.type
+    if tp_size > 1:
+        return make_tensor_mesh(kind, world_size, tp_size)
     if not dist.is_initialized():  # a single process, which shards to keep weights in host memory
         dist.init_process_group(dist.get_default_backend_for_device(kind), store=dist.HashStore(), rank=0, world_size=1)
     if sharding_strategy != "HYBRID_SHARD":
@@ -84,3 +82,12 @@ def make_mesh(accelerator: Accelerator, sharding_strategy: str, shard_size: int 
             "shard_size to a smaller divisor of that, or use FULL_SHARD"
         )
     return init_device_mesh(kind, (world_size // shard_size, shard_size), mesh_dim_names=("copies", "shards"))
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, *, sharding_strategy: str, cpu_offload: bool) -> None:
+    """Shard the model over `mesh` in place, with or without data. `parallelize` calls it, and gives weights values."""
+    if mesh.mesh_dim_names == TENSOR_PARALLEL_MESH:
+        divide_layers(model, mesh)
+    else:
+        reshards = sharding_strategy != "SHARD_GRAD_OP"
+        shard_layers(model, mesh, reshard_after_forward=reshards, cpu_offload=cpu_offload)

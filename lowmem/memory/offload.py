@@ -13,18 +13,21 @@ from torch.multiprocessing.reductions import StorageWeakRef
 _LEAST_BYTES = 4096  # smaller ones stay: they are not worth a copy
 _AHEAD = 2  # activations on their way back before they are asked for
 
+ToHost = Callable[[Tensor], Tensor]
+"""Copies an activation that is on a CPU already: into a file, or for `plan` nowhere."""
+
 
 class Offload:
     """The two hooks of `torch.autograd.graph.saved_tensors_hooks`, and the copies that wait between them.
 
     From a CUDA device an activation goes to pinned host memory, on a stream of its own beside the computation, and
     comes back before backward asks for it, as backward asks in the opposite order. On CPU, where host memory is what
-    the model computes in, `to_file` copies it to a mapped temporary file, whose pages the system can write out. `kept`
-    (weights) stay where they are.
+    the model computes in, `to_host` copies it into a mapped temporary file, whose pages the system can write out.
+    `kept` (weights) stay where they are.
     """
 
-    def __init__(self, kept: Iterable[Tensor], to_file: Callable[[Tensor], Tensor]):
-        self._to_file = to_file
+    def __init__(self, kept: Iterable[Tensor], to_host: ToHost):
+        self._to_host = to_host
         self._kept = {StorageWeakRef(tensor.untyped_storage()) for tensor in kept}
         self._by_source: weakref.WeakValueDictionary[tuple, _Copy] = weakref.WeakValueDictionary()
         self._by_number: weakref.WeakValueDictionary[int, _Copy] = weakref.WeakValueDictionary()
@@ -42,7 +45,7 @@ class Offload:
         key = (reference.cdata, tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         copy = self._by_source.get(key)
         if copy is None:
-            copy = _Copy(tensor, reference, self._count, self._stream, self._to_file)
+            copy = _Copy(tensor, reference, self._count, self._stream, self._to_host)
             self._by_source[key] = self._by_number[self._count] = copy
             self._count += 1
         return copy
@@ -62,19 +65,14 @@ class _Copy:
     """One tensor's bits and layout outside of the memory it came from."""
 
     def __init__(
-        self,
-        tensor: Tensor,
-        source: StorageWeakRef,
-        number: int,
-        stream: torch.cuda.Stream | None,
-        to_file: Callable[[Tensor], Tensor],
+        self, tensor: Tensor, source: StorageWeakRef, number: int, stream: torch.cuda.Stream | None, to_host: ToHost
     ):
         self.number = number
         self._source, self._device, self._stream = source, tensor.device, stream
         self._fetched: Tensor | None = None
         self._taken: weakref.ref[Tensor] | None = None
         if stream is None:
-            self._host = to_file(tensor)
+            self._host = to_host(tensor)
         else:
             stream.wait_stream(torch.cuda.current_stream(tensor.device))
             with torch.cuda.stream(stream):
@@ -104,8 +102,8 @@ class _Copy:
         return tensor
 
 
-def in_a_file(tensor: Tensor) -> Tensor:
-    """A copy in a mapped temporary file. Raises OSError if the disk has no room for it."""
+def mapped_file(tensor: Tensor) -> Tensor:
+    """Copy `tensor` into a temporary file that is mapped into memory. Raises OSError if the disk is full."""
     with tempfile.NamedTemporaryFile(prefix="lowmem-activation-") as file:  # the mapping outlives its name
         try:
             os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # or a full disk would end the process later (SIGBUS)

@@ -7,7 +7,7 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lowmem.distributed.fully_sharded import gathered_weights
 from lowmem.distributed.placement import device_of, unwrapped
 from lowmem.errors import UsageError
-from lowmem.memory.offload import Offload, in_a_file
+from lowmem.memory.offload import Offload, ToHost, mapped_file
 from lowmem.memory.release import release
 
 # what recompute_cheap keeps: products of matrices, and attention
@@ -71,14 +71,14 @@ def recompute_cheap(model: nn.Module, optimizer: Optimizer | None = None) -> Ite
 
 @contextmanager
 def offload_activations(
-    model: nn.Module, optimizer: Optimizer | None = None, *, to_file: Callable[[Tensor], Tensor] = in_a_file
+    model: nn.Module, optimizer: Optimizer | None = None, *, to_host: ToHost = mapped_file
 ) -> Iterator[None]:
     """Keep what backward needs in host memory: pinned, beside the computation, on CUDA; in mapped files on CPU.
 
     With `recompute` it is the layers' inputs that leave, a fraction of the traffic; the one layer that is being
-    computed again keeps its own. What `recompute_cheap` keeps does not leave.
+    computed again keeps its own. What `recompute_cheap` keeps does not leave. `to_host` makes the copy on a CPU.
     """
-    offload = Offload(gathered_weights(model), to_file)
+    offload = Offload(gathered_weights(model), to_host)
     with saved_tensors_hooks(offload.pack, offload.unpack):
         yield
 

@@ -36,12 +36,12 @@ class TieredAdafactor(TieredOptimizer):
         self._add_to_variance(parameter, gradient, tensors, step**-0.8)
         direction = self._direction(gradient, tensors)
         weight_squares, update_squares = (torch.zeros((), device=parameter.device) for _ in range(2))
-        for rows in self._slices(parameter):
+        for rows in self.slices(parameter):
             weight_squares += read(tensors, "weight", rows).square().sum()
             update_squares += direction(rows).square_().sum()
         rms = (weight_squares / count).sqrt()
         size = rms.clamp(min=self._LEAST_RMS) * min(lr, step**-0.5) / (update_squares / count).sqrt().clamp(min=1.0)
-        for rows in self._slices(parameter):
+        for rows in self.slices(parameter):
             weight = read(tensors, "weight", rows).mul_(1 - lr * group["weight_decay"])
             weight -= size * direction(rows)
             write(tensors, "weight", rows, weight, draw(weight) if "weight_low" not in tensors else None)
@@ -51,7 +51,7 @@ class TieredAdafactor(TieredOptimizer):
             tensors["variance"].lerp_(gradient.float().square(), part)
             return
         rows_mean, columns_sum = torch.empty_like(tensors["row_var"]), torch.zeros_like(tensors["col_var"])
-        for rows in self._slices(parameter):
+        for rows in self.slices(parameter):
             squares = gradient[rows].float().square()
             rows_mean[rows] = squares.mean(1, keepdim=True)
             columns_sum += squares.sum(0, keepdim=True)

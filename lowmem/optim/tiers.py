@@ -93,7 +93,7 @@ class TieredOptimizer(Optimizer):
                 return
             count[parameter] += 1
             draw = self._random(parameter, count[parameter], *key)
-            for rows in self._slices(parameter):
+            for rows in self.slices(parameter):
                 values = read(sums[parameter], "sum", rows).add_(by_rows(gradient)[rows])
                 write(sums[parameter], "sum", rows, values, draw(values) if is_rounded else None)
 
@@ -119,7 +119,7 @@ class TieredOptimizer(Optimizer):
         """
         tensors, (_, first, _) = _local_tensors(parameter, self.state[parameter]), local_part(parameter.data)
         draw = self._random(parameter, "round_from")
-        for rows in self._slices(parameter):
+        for rows in self.slices(parameter):
             for name in sorted(names):
                 new = values(name, slice(first + rows.start, first + rows.stop)).to(parameter.device)
                 if tensors[name].dtype == torch.float32:
@@ -147,7 +147,8 @@ class TieredOptimizer(Optimizer):
     def _is_rounded(self, parameter: nn.Parameter) -> bool:
         return self.memory == "lean" and is_large(parameter)
 
-    def _slices(self, parameter: nn.Parameter) -> Iterator[slice]:
+    def slices(self, parameter: nn.Parameter) -> Iterator[slice]:
+        """Rows of this rank's part of a parameter that are updated at a time."""
         rows, columns = rows_and_columns(local_of(parameter))
         height = max(1, self._slice_elements // max(1, columns))
         # whole vectors, where that is possible: the fused kernel may round otherwise at the end of its memory
@@ -193,7 +194,7 @@ class TieredAdamW(TieredOptimizer):
         names = ("weight", "exp_avg", "exp_avg_sq")
         is_rounded = any(tensors[name].dtype != torch.float32 and f"{name}_low" not in tensors for name in names)
         beta1, beta2 = group["betas"]
-        for rows in self._slices(parameter):
+        for rows in self.slices(parameter):
             weight, exp_avg, exp_avg_sq = (read(tensors, name, rows) for name in names)
             adamw(
                 [weight],

@@ -1,4 +1,4 @@
-"""What `plan` prints and draws, and what `train` does about --device_memory and --host_memory."""
+"""What `plan` prints and draws, and how `train` obeys --device_memory and --host_memory."""
 
 import dataclasses
 import os
@@ -13,22 +13,21 @@ from lowmem.config.train_config import TrainConfig
 from lowmem.distributed.launcher import launched_processes
 from lowmem.distributed.setup import check_launch
 from lowmem.plan.choose import choose, variants
-from lowmem.plan.predict import DEVICE_PARTS, Place, Prediction, gigabytes, planners, predicting, visible_gpus
+from lowmem.plan.parts import Cluster, Kind
+from lowmem.plan.predict import CONTEXT, Predict, Prediction, gigabytes, planners, predicting, visible_gpus
 
-_PLANNING_SECONDS = 900.0  # that others wait for the one that plans, many times what a large model takes
+_PLANNING_SECONDS = 900.0  # that other ranks wait for the one that plans: many times what a large model takes
 
 
 def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
-    """Print what `config`, or what is chosen to fit, takes; each tier, saver and strategy beside it; draw plan.png."""
+    """Print what `config`, or what is chosen to fit, takes, and so for each tier, saver and strategy; draw plan.png."""
     asked = config
     with planners(config.host_memory) as pool:
-        place = _place(config, pool)
-        print(_told(config, place), flush=True)
-        predict = predicting(pool, place)
+        cluster = _cluster(config, pool)
+        predict = predicting(pool, cluster)
         if config.device_memory or config.host_memory:
-            config, _ = choose(config, place, fixed, predict, partial(print, flush=True))
-            print(f"chosen: {', '.join(flags_between(asked, config)) or 'as asked'}")
-        names, costs, configs = zip(("as above", "", config), *variants(config, place), strict=True)
+            config = _chosen(config, cluster, fixed, predict)
+        names, costs, configs = zip(("as above", "", config), *variants(config, cluster), strict=True)
         predictions = predict(configs)
         first = next(predictions)
         print("\n".join(["", *table_of_parts(first)]), flush=True)
@@ -38,14 +37,17 @@ def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
 
 
 def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
-    """The config of the fastest settings that fit. Raises UsageError if none does.
+    """Return `config` with the fastest settings that fit. Raises UsageError if none does.
 
-    Of processes that a launcher started the first one plans, for all, and tells: each is called, before they join.
+    Of the processes that a launcher started the first plans, and sends the others its choice: call it in each of them,
+    before `init_distributed`.
     """
     check_launch(config.num_processes)
 
     def find() -> dict[str, object]:
-        return _changes_that_fit(config, fixed)
+        with planners(config.host_memory) as pool:
+            cluster = _cluster(config, pool)
+            return _changes(config, _chosen(config, cluster, fixed, predicting(pool, cluster)))
 
     if (launched_processes() or 1) == 1:
         return dataclasses.replace(config, **find())
@@ -55,38 +57,37 @@ def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
     return dataclasses.replace(config, **found_by_first(find, **waits))
 
 
-def _changes_that_fit(config: TrainConfig, fixed: Iterable[str]) -> dict[str, object]:
-    with planners(config.host_memory) as pool:
-        place = _place(config, pool)
-        print(_told(config, place), flush=True)
-        fitting, _ = choose(config, place, fixed, predicting(pool, place), partial(print, flush=True))
-    changes = _changes_between(config, fitting)
-    print(f"chosen: {', '.join(flags_between(config, fitting)) or 'as asked'}", flush=True)
-    return changes
+def _cluster(config: TrainConfig, pool: Executor) -> Cluster:
+    """The launcher's processes, else those that `train` would start, and a line about them.
 
-
-def _place(config: TrainConfig, pool: Executor) -> Place:
-    """Under a launcher its processes, else those that `train` would start. A limit of device memory means a GPU."""
+    A limit of device memory means a GPU.
+    """
     launched = launched_processes()
     world_size = launched or config.num_processes
     gpus = visible_gpus(pool) if config.device_memory is None or world_size is None else 0
     world_size = world_size or max(1, gpus)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if launched else world_size
-    return Place(world_size, local, on_gpu=config.device_memory is not None or gpus > 0)
-
-
-def _told(config: TrainConfig, place: Place) -> str:
-    where = "a GPU each" if place.on_gpu else "this CPU (for a GPU, set --device_memory)"
+    on_gpu = config.device_memory is not None or gpus > 0
+    where = "a GPU each" if on_gpu else "this CPU (for a GPU, set --device_memory)"
     model, rows = config.model_name_or_path or config.model_config, config.batch_size
-    return f"predicted for {place.world_size} x {where}: {model}, micro-batches of {rows} x {config.max_seq_len} tokens"
+    about = f"predicted for {world_size} x {where}: {model}, micro-batches of {rows} x {config.max_seq_len} tokens"
+    print(about, flush=True)
+    return Cluster(world_size, local, on_gpu)
+
+
+def _chosen(config: TrainConfig, cluster: Cluster, fixed: Iterable[str], predict: Predict) -> TrainConfig:
+    """What `choose` finds to fit; prints what it tries, and its choice."""
+    fitting, _ = choose(config, cluster, fixed, predict, partial(print, flush=True))
+    print(f"chosen: {', '.join(flags_between(config, fitting)) or 'as asked'}", flush=True)
+    return fitting
 
 
 def flags_between(before: TrainConfig, after: TrainConfig) -> list[str]:
-    """The flags that make one config of the other."""
-    return [f"--{name}={value}" for name, value in _changes_between(before, after).items()]
+    """The flags that turn one config into the other."""
+    return [f"--{name}={value}" for name, value in _changes(before, after).items()]
 
 
-def _changes_between(before: TrainConfig, after: TrainConfig) -> dict[str, object]:
+def _changes(before: TrainConfig, after: TrainConfig) -> dict[str, object]:
     return {name: value for name, value in vars(after).items() if value != getattr(before, name)}
 
 
@@ -101,7 +102,7 @@ def table_of_parts(prediction: Prediction) -> list[str]:
 
 
 def table_of_variants(rows: Sequence[tuple[str, str, Prediction]]) -> list[str]:
-    """What each setting buys: bytes, and x those of the first row; and what it costs."""
+    """What each setting takes (x: relative to the first row) and costs."""
     first = rows[0][2].device_bytes
     lines = [f"{'':<34}{'device':>12}{'x':>7}{'host':>12}{'disk':>12}  costs"]
     for name, costs, prediction in rows:
@@ -112,20 +113,18 @@ def table_of_variants(rows: Sequence[tuple[str, str, Prediction]]) -> list[str]:
 
 
 def _draw(bars: Sequence[tuple[str, Prediction]], device_memory: str | None, output: Path) -> str:
-    """Draw the devices' parts, and their limit, into the output folder, or this one if there is none yet.
+    """Draw each prediction's device, and the limit, as plan.png into `output`, or into the current folder without it.
 
-    Returns a line that tells where, or why not.
+    Returns a line that says where it is, or why there is none.
     """
     if find_spec("matplotlib") is None:
         return "no picture: matplotlib is not installed (pip install 'lowmem[plot]')"
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.5 + 0.4 * len(bars)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     left = [0.0] * len(bars)
-    for color, part in enumerate(DEVICE_PARTS):
+    for color, part in enumerate([kind for kind in Kind if kind != Kind.OFFLOADED] + [CONTEXT]):
         widths = [prediction.device.get(part, 0) / 10**9 for _, prediction in bars]
         if any(widths):
             axes.barh(range(len(bars)), widths, left=left, label=part, color=f"C{color}")

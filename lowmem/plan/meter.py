@@ -1,32 +1,34 @@
-"""Count the bytes that tensors hold, now and at most: on any device, and for tensors without data alike."""
+"""Count the bytes that tensors hold, now and at their peak, on any device and for fake tensors too.
+
+Tried with torch 2.11 and 2.13. It depends on what torch does not promise: it replaces `UntypedStorage.resize_`, and
+reads `_cdata`, a storage's address.
+"""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from weakref import ref
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem.distributed.dtensor import local_of
-from lowmem.plan.parts import COMMUNICATION
+from lowmem.plan.parts import Kind
 
 CUDA_BLOCK_BYTES = 512  # what CUDA's caching allocator rounds up to
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Within it every storage that a torch operation makes is counted until it is freed, backward included.
+    """Count every storage that a torch operation makes inside this context, backward included, until it is freed.
 
     A storage counts once, however many tensors view it, for as long as anything holds it (autograd too); views and
-    in-place operations make none. What was there before is left out, unless `count` takes it in; so is a file mapped
-    into memory, which the system may drop. A resized storage counts at its new size.
-    Sizes are rounded up to `block_bytes`: 1 counts what was asked for, CUDA_BLOCK_BYTES what a GPU hands out.
-    Set `kind` to name what is made from then on: `peak_by_kind` tells what the peak consisted of.
+    in-place operations make none. What was there before counts only if `count` adds it. A file mapped into memory never
+    counts, as the system may drop its pages. A resized storage counts at its new size.
+    Sizes are rounded up to `block_bytes`: 1 counts what was requested, CUDA_BLOCK_BYTES what a GPU hands out.
+    Set `kind` to name what is made from then on: `peak_by_kind` holds the peak's bytes by these names.
 
-    It sees operations, not kernels: what a kernel takes and frees inside itself is not counted, nor are fragmentation,
-    libraries' workspaces and a device's context. Operations of other threads are not seen, except autograd's.
+    It sees operations, not kernels: what a kernel allocates and frees inside itself is not counted, nor are
+    fragmentation, libraries' workspaces and a device's context. Of other threads only autograd's are seen.
     """
 
     def __init__(self, *, block_bytes: int = 1):
@@ -44,15 +46,15 @@ class MemoryMeter(TorchDispatchMode):
         self._storages: dict[int, tuple[ref, int, str]] = {}  # by address, which no other has while it lives
 
     def count(self, tensors: Iterable[Tensor], kind: str | None = None) -> None:
-        """Count also the storages of `tensors`, which were made before: a model's parameters, an optimizer's state.
+        """Count the storages of `tensors` that were made before: a model's parameters, an optimizer's state.
 
-        From here on they are of `kind`; None leaves it to those that were counted already.
+        From here on they are of `kind`; None keeps the kind of those that were counted already.
         """
         for tensor in tensors:
             self._update(local_of(tensor).untyped_storage(), kind)
 
     def rename(self, kind: str, new_kind: str) -> None:
-        """What is alive and of one kind is of another from here on."""
+        """Give all live bytes of one kind a new kind."""
         for address, (reference, num_bytes, its_kind) in self._storages.items():
             if its_kind == kind:
                 self._storages[address] = reference, num_bytes, new_kind
@@ -60,17 +62,17 @@ class MemoryMeter(TorchDispatchMode):
         self._live_by_kind[new_kind] = self._live_by_kind.get(new_kind, 0) + moved
 
     def reset_peak(self) -> None:
-        """From here on `peak_bytes` is the largest of what follows, beginning with what is alive."""
+        """Start a new peak at the bytes that are alive."""
         self.peak_bytes, self.peak_by_kind = self.live_bytes, dict(self._live_by_kind)
 
     def __enter__(self):
-        # fully_shard lets go of gathered weights by a resize, which is no operation
+        # fully_shard frees all-gathered weights by a resize, which is no operation
         self._resize = resize = torch.UntypedStorage.resize_
 
         def resize_and_count(storage: torch.UntypedStorage, num_bytes: int) -> torch.UntypedStorage:
             resize(storage, num_bytes)
             if storage._cdata in self._storages:
-                self._update(storage, COMMUNICATION)
+                self._update(storage, Kind.COMMUNICATION)
             return storage
 
         torch.UntypedStorage.resize_ = resize_and_count
@@ -82,23 +84,19 @@ class MemoryMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # torch.tensor makes its storage out of sight and shows it as this operation's input
-        given = (
-            () if func is torch.ops.aten.lift_fresh.default else [*_storages_of(args), *_storages_of(kwargs.values())]
-        )
-        not_ours = {storage._cdata for storage in given if storage._cdata not in self._storages}
+        # torch.tensor makes its storage out of sight and passes it to this operation
+        is_literal = func is torch.ops.aten.lift_fresh.default
+        given = [] if is_literal else [*_storages_of(args), *_storages_of(kwargs.values())]
+        not_ours = {storage._cdata for storage in given} - self._storages.keys()
         result = func(*args, **kwargs)
-        for storage in given:
-            if storage._cdata not in not_ours:
-                self._update(storage)
-        made_for = COMMUNICATION if func.namespace in ("c10d", "fsdp") else None
-        for storage in _storages_of([result]):
+        made_for = Kind.COMMUNICATION if func.namespace in ("c10d", "fsdp") else None
+        for storage in [*given, *_storages_of([result])]:
             if storage._cdata not in not_ours:
                 self._update(storage, None if storage._cdata in self._storages else made_for)
-        if func.namespace == "fsdp":  # it gathers a layer's weights into what torch.empty has made for them
+        if func.namespace == "fsdp":  # it all-gathers a layer's weights into what torch.empty has made for them
             for storage in _storages_of([kwargs.get("out")]):
                 if storage._cdata not in not_ours:
-                    self._update(storage, COMMUNICATION)
+                    self._update(storage, Kind.COMMUNICATION)
         return result
 
     def _update(self, storage: torch.UntypedStorage, kind: str | None = None) -> None:
@@ -126,31 +124,10 @@ class MemoryMeter(TorchDispatchMode):
         self._add(kind, -num_bytes)
 
 
-@contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Within it tensors have shapes, dtypes and storages, but no data: a model of any size is built and trained.
-
-    `.item()` answers True or 1, so that a check for finite numbers passes. Enter a MemoryMeter inside of it.
-    """
-    # others are those of process groups and meshes, made before
-    with _OptimisticFakes(allow_non_fake_inputs=True):
-        yield
-
-
-class _OptimisticFakes(FakeTensorMode):
-    """Fake tensors have no values to read: every one read is True or 1."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return True if args[0].dtype == torch.bool else 1
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
 def _storages_of(values: Iterable[object]) -> Iterator[torch.UntypedStorage]:
-    """Of the tensors among `values`, in lists of them too. (torch's walk of trees takes longer than an operation.)"""
+    """The storages of the tensors in `values` and its lists. (torch's own walk takes longer than an operation.)"""
     for value in values:
         if isinstance(value, Tensor):
-            # a DTensor's own storage has the size of the whole, and nobody has it
-            yield local_of(value).untyped_storage()
+            yield local_of(value).untyped_storage()  # a DTensor's own storage has the size of the whole tensor
         elif isinstance(value, list | tuple):
             yield from _storages_of(value)

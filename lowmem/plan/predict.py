@@ -1,6 +1,5 @@
-"""What a run will take, before it runs. Counting is done in processes of its own."""
+"""Predict what a run will take, before it runs. Steps are counted in processes of their own."""
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -8,55 +7,34 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from lowmem.config.sizes import parse_bytes
 from lowmem.config.train_config import TrainConfig
 from lowmem.errors import UsageError
-from lowmem.plan.parts import (
-    GRADIENTS,
-    KINDS,
-    LOW_HALVES,
-    MOMENTS,
-    OFFLOADED,
-    ON_DEVICE,
-    UPDATE,
-    WEIGHTS,
-    Bytes,
-    Counted,
-    Settings,
-    followed,
-)
+from lowmem.plan.parts import Bytes, Cluster, Counted, Kind, extrapolate
 
 CONTEXT = "context, fragments"
-DEVICE_PARTS = (*ON_DEVICE, CONTEXT)
 
-_ON_HOST = (WEIGHTS, LOW_HALVES, MOMENTS, GRADIENTS, UPDATE)  # with cpu_offload
-# interpreter, torch, transformers and rows read ahead, in each process; CUDA's as much more. All three are estimates.
+_WITH_CPU_OFFLOAD = {Kind.WEIGHTS, Kind.LOW_HALVES, Kind.MOMENTS, Kind.GRADIENTS, Kind.UPDATE}
+# Estimates: of each process interpreter, torch, transformers and prefetched rows, and on a GPU as much more for CUDA.
 _PROGRAM_BYTES = 600 * 2**20
 _CONTEXT_BYTES = 600 * 2**20  # of CUDA and its libraries, on the device
 _FRAGMENTS = 0.05  # of what tensors take
 _PLANNER_BYTES = 500 * 2**20  # of a process that counts
-_WAITING_BYTES = 250 * 2**20  # of a rank meanwhile
-
+_WAITING_BYTES = 250 * 2**20  # of a rank that waits for it
 
 Result = TypeVar("Result")
 
 
-class Place(NamedTuple):
-    """Where a run is planned for."""
-
-    world_size: int
-    local_world_size: int
-    on_gpu: bool
-
-
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes by what they are: of a process on its device, of a machine's processes on its host, of the run on disk."""
+    """Peak bytes by what they are for."""
 
     device: Bytes
+    """Of one process, on its device."""
     host: Bytes
+    """Of all processes of a machine, on its host."""
     disk: Bytes
 
     @property
@@ -71,34 +49,13 @@ class Prediction:
 Predict = Callable[[Iterable[TrainConfig]], Iterator[Prediction]]
 
 
-def settings_of(config: TrainConfig, place: Place) -> Settings:
-    """What is counted for a run: micro-batches full of rows of `max_seq_len` tokens, all of them targets."""
-    given = vars(config)
-    same = {field.name: given[field.name] for field in dataclasses.fields(Settings) if field.name in given}
-    data_ranks = place.world_size // config.tp_size
-    micro_batches, rows = config.gradient_accumulation_steps, config.batch_size
-    if config.global_batch_size is not None:
-        micro_batches = -(-config.global_batch_size // (config.batch_size * data_ranks))
-        rows = min(rows, -(-config.global_batch_size // (micro_batches * data_ranks)))
-    return Settings(
-        **same | {"memory": config.memory or "off", "batch_size": rows},
-        model=config.model_name_or_path or config.model_config,
-        autocast=config.autocast,
-        seq_len=config.max_seq_len,
-        micro_batches=micro_batches,
-        world_size=place.world_size,
-        local_world_size=place.local_world_size,
-        on_gpu=place.on_gpu,
-    )
-
-
 @contextmanager
 def planners(host_memory: str | None = None) -> Iterator[Executor]:
     """Processes that count, so that this one needs no torch: one a core, up to four, as far as `host_memory` holds."""
     most = min(4, len(os.sched_getaffinity(0)))
-    if host_memory is not None:  # on which a launcher's ranks wait meanwhile
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * _WAITING_BYTES
-        most = max(1, min(most, (parse_bytes(host_memory) - beside) // _PLANNER_BYTES))
+    if host_memory is not None:  # in which a launcher's ranks wait
+        waiting = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * _WAITING_BYTES
+        most = max(1, min(most, (parse_bytes(host_memory) - waiting) // _PLANNER_BYTES))
     pool = ProcessPoolExecutor(most, mp_context=get_context("spawn"))
     try:
         yield pool
@@ -111,20 +68,17 @@ def visible_gpus(pool: Executor) -> int:
     return _result(pool.submit(_num_gpus))
 
 
-def predicting(pool: Executor, place: Place) -> Predict:
-    """The function that predicts configs at `place`; what it has counted once it does not count again."""
-    counted: dict[Settings, tuple[Future[Counted], Future[list[tuple[int, Counted]]]]] = {}
+def predicting(pool: Executor, cluster: Cluster) -> Predict:
+    """Return a function that predicts configs on `cluster`, and counts each of them once."""
+    counted: dict[TrainConfig, tuple[Future[Counted], Future[list[tuple[int, Counted]]]]] = {}
 
     def predict(configs: Iterable[TrainConfig]) -> Iterator[Prediction]:
         configs = list(configs)
-        wanted = [settings_of(config, place) for config in configs]
-        for settings in wanted:
-            if settings not in counted:
-                counted[settings] = pool.submit(_count_shallow, settings), pool.submit(_count_deeper, settings)
-        return (
-            prediction(config, place, followed(*map(_result, counted[settings])))
-            for config, settings in zip(configs, wanted, strict=True)
-        )
+        for config in configs:
+            if config not in counted:
+                tasks = (_count_shallow, _count_deeper)
+                counted[config] = tuple(pool.submit(task, config, cluster) for task in tasks)
+        return (prediction(config, cluster, extrapolate(*map(_result, counted[config]))) for config in configs)
 
     return predict
 
@@ -145,50 +99,53 @@ def _num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _count_shallow(settings: Settings) -> Counted:
+def _count_shallow(config: TrainConfig, cluster: Cluster) -> Counted:
     from lowmem.plan.rehearsal import count_shallow
 
-    return count_shallow(settings)
+    return count_shallow(config, cluster)
 
 
-def _count_deeper(settings: Settings) -> list[tuple[int, Counted]]:
+def _count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Counted]]:
     from lowmem.plan.rehearsal import count_deeper
 
-    return count_deeper(settings)
+    return count_deeper(config, cluster)
 
 
-def prediction(config: TrainConfig, place: Place, counted: Counted) -> Prediction:
-    """The whole of it: what was counted, and what stands beside it."""
-    away = {OFFLOADED, *(_ON_HOST if config.cpu_offload else ())} if place.on_gpu else {OFFLOADED}
-    moments = [dict(sorted(parts.items(), key=lambda part: KINDS.index(part[0]))) for parts in counted.moments.values()]
-    on_device = [{kind: size for kind, size in parts.items() if kind not in away} for parts in moments]
-    on_host = [{kind: size for kind, size in parts.items() if kind in away} for parts in moments]
-    device, host = (max(each, key=lambda parts: sum(parts.values())) for each in (on_device, on_host))
-    host = {f"{kind}, of all processes": size * place.local_world_size for kind, size in host.items()}
-    loaded = 4 * counted.num_parameters
-    copies = 1 if config.is_divided else place.local_world_size
-    loading = 0 if config.is_divided and config.model_name_or_path else loaded * copies
-    if place.on_gpu:
-        device[CONTEXT] = _CONTEXT_BYTES + int(_FRAGMENTS * sum(device.values()))
-        training = sum(host.values())
-    else:  # the device is the host
-        host = {"tensors, of all processes": sum(device.values()) * place.local_world_size}
-        training = sum(host.values())
-    host["loading, beyond training"] = max(0, loading - training)
-    host["programs"] = programs_bytes(place)
-    keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # before one goes its successor stands
+def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Prediction:
+    """Add to what was counted all that surrounds a step: programs, loading, checkpoints."""
+    on_host = {Kind.OFFLOADED} | (_WITH_CPU_OFFLOAD if config.cpu_offload and cluster.on_gpu else set())
+    moments = [{kind: parts[kind] for kind in Kind if kind in parts} for parts in counted.moments.values()]
+    device, host = (
+        max(({kind: parts[kind] for kind in parts if (kind in on_host) == is_host} for parts in moments), key=_total)
+        for is_host in (False, True)
+    )
+    processes = cluster.local_world_size
+    if cluster.on_gpu:
+        device[CONTEXT] = _CONTEXT_BYTES + int(_FRAGMENTS * _total(device))
+        host = {f"{kind}, of all processes": size * processes for kind, size in host.items()}
+    else:  # the device is the host, and what is offloaded is in files
+        host = {"tensors, of all processes": _total(device) * processes}
+    in_parts = config.is_divided and config.model_name_or_path
+    loading = 0 if in_parts else 4 * counted.num_parameters * (1 if config.is_divided else processes)
+    host["loading, beyond training"] = max(0, loading - _total(host))
+    host["programs"] = programs_bytes(cluster)
+    keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # a new one is whole before an old one goes
     name = f"{keeps} checkpoints" if config.save_total_limit else "each checkpoint"
     return Prediction(device, host, {name: keeps * counted.checkpoint_bytes, "model": counted.model_bytes})
 
 
-def programs_bytes(place: Place) -> int:
-    """Of the host, whatever is trained."""
-    return _PROGRAM_BYTES * (1 + place.on_gpu) * place.local_world_size
+def _total(parts: Bytes) -> int:
+    return sum(parts.values())
 
 
-def context_bytes(place: Place) -> int:
-    """What a device has given away before there is a tensor."""
-    return _CONTEXT_BYTES if place.on_gpu else 0
+def programs_bytes(cluster: Cluster) -> int:
+    """What the programs of a machine's processes take of its host, whatever they train."""
+    return _PROGRAM_BYTES * (1 + cluster.on_gpu) * cluster.local_world_size
+
+
+def context_bytes(cluster: Cluster) -> int:
+    """What CUDA takes of a device before there is a tensor."""
+    return _CONTEXT_BYTES if cluster.on_gpu else 0
 
 
 def gigabytes(num_bytes: int) -> str:

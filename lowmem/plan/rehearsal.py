@@ -1,217 +1,109 @@
-"""An optimizer step on tensors without data: what it would hold at most, by what that is and when.
+"""Count the bytes of one optimizer step on fake tensors: the peak of each of its phases, by what the bytes are for.
 
-Model, optimizer, savers and step are the ones that train; a process group of torch's kind "fake" stands for the other
-ranks. A stack of alike layers is counted at two depths, and the rest of it follows (`memory.parts.followed`).
+The functions that train build the model, optimizer and savers and take the step, in the order of `train.py`. Of a deep
+stack of equal layers a few are counted, at two depths (see `extrapolate`).
 
-All of it changes the environment of its process and the Accelerator's state: call it in a process of its own. It raises
-UsageError for what the model or the number of processes does not allow.
+Each of these functions changes its process's environment and accelerate's state: call it in a process of its own. They
+raise UsageError for what the model or the number of processes does not allow.
 """
 
-import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from functools import partial
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.checkpoint.tensors import model_tensors, num_bytes, optimizer_tensors
+from lowmem.config.train_config import TrainConfig
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import local_of
-from lowmem.distributed.fully_sharded import shard
-from lowmem.distributed.sharding import make_mesh
-from lowmem.distributed.tensor_parallel import divide_layers, make_tensor_mesh
-from lowmem.loss import LOSSES
-from lowmem.memory import savers
+from lowmem.distributed.sharding import make_mesh, shard
+from lowmem.loss import LOSSES, SLICE_ELEMENTS
+from lowmem.memory.savers import entered
 from lowmem.model import build_model, config_of, freeze
 from lowmem.optim.make import make_optimizer
-from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter, fake_tensors
-from lowmem.plan.parts import (
-    ACTIVATIONS,
-    BACKWARD,
-    GRADIENTS,
-    LOSS,
-    LOW_HALVES,
-    MOMENTS,
-    OFFLOADED,
-    UPDATE,
-    WEIGHTS,
-    Bytes,
-    Counted,
-    Settings,
-)
-from lowmem.plan.stand_ins import HostCopies, attention_for, stand_ins
-from lowmem.step import TrainState, train_step
+from lowmem.optim.tiers import slice_elements_for
+from lowmem.plan.fakes import HostCopies, attention_for, fake_ranks, fake_tensors, few_slices
+from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter
+from lowmem.plan.parts import Bytes, Cluster, Counted, Kind
+from lowmem.step import LossFunction, TrainState, train_step
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
-_FEW = 2  # layers that a deeper stack is counted at, and one more
+_FEW = 2  # layers at which a deeper stack is counted, and one more
 
 
-def count_shallow(settings: Settings) -> Counted:
-    """Count a step with few layers in each deep stack of alike ones, and all of the others."""
-    shallow, _ = _few_layers(settings.model)
-    return count(shallow, settings)
+def count_shallow(config: TrainConfig, cluster: Cluster) -> Counted:
+    """Count a step with few layers in each deep stack of equal ones, and all layers of the others."""
+    shallow, _ = _few_layers(config)
+    return count(config, cluster, shallow)
 
 
-def count_deeper(settings: Settings) -> list[tuple[int, Counted]]:
-    """The same with one layer more in those of a depth, for each depth; and how many more there really are."""
-    shallow, deep = _few_layers(settings.model)
+def count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Counted]]:
+    """Count it with one layer more, for each depth, in all stacks of that depth; and by how many the model has more."""
+    shallow, deep = _few_layers(config)
     one_more = [(depth - _FEW, _at_depth(shallow, dict.fromkeys(names, _FEW + 1))) for depth, names in deep.items()]
-    return [(times, count(config, settings)) for times, config in one_more]
+    return [(times, count(config, cluster, shape)) for times, shape in one_more]
 
 
-def _few_layers(model: str) -> tuple[PretrainedConfig, dict[int, list[str]]]:
-    """The config with few layers, and which fields told of more: by depth, as stacks of one may be alike."""
-    config = config_of(model)
+def _few_layers(config: TrainConfig) -> tuple[PretrainedConfig, dict[int, list[str]]]:
+    """The model's config with few layers, and the fields of deep stacks by depth: two fields may mean one stack."""
+    shape = config_of(config.model_name_or_path or config.model_config)
     groups: dict[int, list[str]] = {}
     for name in _DEPTHS:
-        if (depth := getattr(config, name, None)) is not None:
+        if (depth := getattr(shape, name, None)) is not None:
             groups.setdefault(depth, []).append(name)
     deep = {depth: names for depth, names in groups.items() if depth > _FEW + 2}
-    if len(set(getattr(config, "layer_types", None) or ())) > 1:
-        deep = {}  # layers that differ do not follow from one another
+    if len(set(getattr(shape, "layer_types", None) or ())) > 1:
+        deep = {}  # one kind of layer says nothing about another
     few = {name: _FEW for names in deep.values() for name in names}
-    return (_at_depth(config, few) if few else config), deep
+    return (_at_depth(shape, few) if few else shape), deep
 
 
-def _at_depth(config: PretrainedConfig, depths: dict[str, int]) -> PretrainedConfig:
-    fields = config.to_dict() | depths
+def _at_depth(shape: PretrainedConfig, depths: dict[str, int]) -> PretrainedConfig:
+    fields = shape.to_dict() | depths
     fields.pop("layer_types", None)
-    return type(config).from_dict(fields)
+    return type(shape).from_dict(fields)
 
 
-def count(config: PretrainedConfig, settings: Settings) -> Counted:
-    """Count a step of the whole model."""
+def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Counted:
+    """Count a step of all layers of a model of this `shape`."""
     with ExitStack() as stack:
-        accelerator, mesh = stack.enter_context(_first_rank(settings))
-        host = stack.enter_context(stand_ins(on_gpu=settings.on_gpu))
+        ranks = fake_ranks(cluster, mixed_precision=config.autocast, shards=config.is_divided)
+        accelerator = stack.enter_context(ranks)
+        if config.is_divided:  # a mesh is no fake
+            mesh = make_mesh(accelerator, config.sharding_strategy, config.shard_size, config.tp_size)
+        stack.enter_context(few_slices())
         stack.enter_context(fake_tensors())
-        model = build_model(config, attention_for(config, on_gpu=settings.on_gpu, is_padded=settings.is_padded))
-        freeze(model, parts=[part for part in settings.freeze.split(",") if part])
-        if settings.tp_size > 1:
-            divide_layers(model, mesh)
-        elif settings.sharding_strategy != "NO_SHARD":
-            reshards = settings.sharding_strategy != "SHARD_GRAD_OP"
-            shard(model, mesh, reshard_after_forward=reshards, cpu_offload=False)  # all is on one device here
-        optimizer = make_optimizer(model, name=settings.optimizer, memory=settings.memory)
+        model = build_model(shape, attention_for(shape, on_gpu=cluster.on_gpu, is_padded=True))
+        freeze(model, parts=config.frozen_parts)
+        if config.is_divided:
+            shard(model, mesh, sharding_strategy=config.sharding_strategy, cpu_offload=False)  # the CPU is the device
+        device, trained = "cuda" if cluster.on_gpu else "cpu", [x for x in model.parameters() if x.requires_grad]
+        slice_elements = slice_elements_for(trained, device)
+        optimizer = make_optimizer(model, **config.optimizer_options, slice_elements=slice_elements)
         _make_state(optimizer)
-        wanted = {
-            savers.recompute: settings.recompute == "full",
-            savers.recompute_cheap: settings.recompute == "cheap",
-            savers.offload_activations: settings.offload_activations,
-            savers.release: settings.release,
-        }
-        meter = MemoryMeter(block_bytes=CUDA_BLOCK_BYTES if settings.on_gpu else 1)
-        timeline = _Timeline(meter, host)
+        loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)
+        if config.loss == "chunked":
+            loss_fn = partial(loss_fn, slice_elements=SLICE_ELEMENTS[device])
+        timeline = _Timeline(MemoryMeter(block_bytes=CUDA_BLOCK_BYTES if cluster.on_gpu else 1))
         timeline.watch(model, optimizer)
-        # beneath the meter, which then sees weights that a saver gathers to know them
-        stack.enter_context(meter)
-        stack.enter_context(savers.entered([saver for saver, on in wanted.items() if on], model, optimizer))
-        _step(model, optimizer, accelerator, settings, timeline)
+        # outside of the savers, of which one all-gathers the weights
+        stack.enter_context(timeline.meter)
+        savers = [timeline.host.savers[name] for name in config.savers if name != "compiled"]  # no kernels to compile
+        stack.enter_context(entered(savers, model, optimizer))
+        batches = _batches(config, cluster, is_causal=not shape.is_encoder_decoder)
+        timeline.step(TrainState(model, optimizer), batches, loss_fn, accelerator, config.max_grad_norm)
         weights, state = num_bytes(model_tensors(model)), num_bytes(optimizer_tensors(model, optimizer))
         return Counted(timeline.peaks, weights, weights + state, model.num_parameters())
 
 
-def _step(
-    model: PreTrainedModel, optimizer: Optimizer, accelerator: Accelerator, settings: Settings, timeline: "_Timeline"
-) -> None:
-    meter, is_causal = timeline.meter, not model.config.is_encoder_decoder
-    loss_fn = LOSSES[settings.loss]
-
-    def watched_loss(model: nn.Module, batch: Batch) -> Tensor:
-        timeline.ends("before", then=ACTIVATIONS)
-        meter.rename(BACKWARD, GRADIENTS)  # what an earlier backward has left
-        loss = loss_fn(model, batch)
-        timeline.ends("loss", then=BACKWARD)
-        return loss
-
-    meter.count(map(local_of, (*model.parameters(), *model.buffers())), WEIGHTS)
-    for tensors in optimizer.state.values():
-        for name, tensor in tensors.items():
-            if isinstance(tensor, Tensor):
-                meter.count([local_of(tensor)], LOW_HALVES if name == "weight_low" else MOMENTS)
-    meter.kind = ACTIVATIONS
-    shape = (settings.batch_size, settings.seq_len)
-    tokens = torch.ones(shape, dtype=torch.int64)
-    inputs = {"input_ids": tokens, "labels": F.pad(tokens[:, 1:], (1, 0), value=-100) if is_causal else tokens}
-    if settings.is_padded and not is_causal:
-        inputs["attention_mask"] = torch.ones_like(tokens)
-    batch = Batch(inputs, num_targets=shape[0] * (shape[1] - is_causal), row_ids=[])
-    meter.reset_peak()
-    train_step(
-        TrainState(model, optimizer),
-        [batch] * min(2, settings.micro_batches),  # more take no more than two
-        watched_loss,
-        accelerator,
-        learning_rate=1e-4,
-        max_grad_norm=settings.max_grad_norm or None,
-    )
-    timeline.ends("after", then="")
-
-
-class _Timeline:
-    """Cuts a step where hooks say so, and keeps the peak of each part of it."""
-
-    def __init__(self, meter: MemoryMeter, host: HostCopies):
-        self.meter, self._host = meter, host
-        self.peaks: dict[str, Bytes] = {}
-
-    def ends(self, moment: str, *, then: str) -> None:
-        """The moment is over; what is made after it is for `then`."""
-        peak = {kind: size for kind, size in self.meter.peak_by_kind.items() if size}
-        known = self.peaks.get(moment, {})
-        on_host = max(known.get(OFFLOADED, 0), self._host.peak_bytes)
-        if sum(peak.values()) > sum(size for kind, size in known.items() if kind != OFFLOADED):
-            self.peaks[moment] = known = peak
-        if on_host:
-            known[OFFLOADED] = on_host
-        self.meter.kind = then
-        self.meter.reset_peak()
-        self._host.reset_peak()
-
-    def watch(self, model: PreTrainedModel, optimizer: Optimizer) -> None:
-        """Cut it into forward (of encoder and decoder), loss, backward of the stacks' first and last layers, update."""
-        model.get_output_embeddings().register_forward_pre_hook(
-            lambda *_: self.ends("forward", then=LOSS if self.meter.kind == ACTIVATIONS else self.meter.kind)
-        )
-        if model.config.is_encoder_decoder:
-            model.get_decoder().register_forward_pre_hook(lambda *_: self.ends("encoder", then=ACTIVATIONS))
-        last_of: dict[nn.Parameter, str] = {}
-        stacks = [x for x in model.modules() if isinstance(x, nn.ModuleList) and len(x)]
-        stacks = [x for x in stacks if all(isinstance(layer, GradientCheckpointingLayer) for layer in x)]
-        for number, stack in enumerate(stacks):
-            for place, layer in enumerate(stack):
-                matrices = [x for x in layer.parameters() if x.requires_grad and x.dim() > 1]
-                where = {len(stack) - 1: "last", 0: "first"}.get(place, "middle")
-                last_of |= {parameter: f"backward {number} {where}" for parameter in matrices[:1]}
-
-        def has_gradient(parameter: nn.Parameter) -> None:
-            self.meter.count([local_of(parameter.grad)], GRADIENTS)
-            if parameter in last_of:
-                self.ends(last_of[parameter], then=BACKWARD)
-
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(has_gradient)
-
-        def before_update(*_) -> None:
-            if self.meter.kind != UPDATE:
-                self.ends("reduction", then=UPDATE)
-                self.meter.rename(BACKWARD, GRADIENTS)
-
-        optimizer.register_step_pre_hook(before_update)
-        optimizer.register_step_post_hook(lambda *_: self.ends("update", then=BACKWARD))
-
-
 def _make_state(optimizer: Optimizer) -> None:
-    """torch's optimizers make theirs in their first step."""
+    """Take a first step, in which torch's optimizers make their state."""
     if optimizer.state:
         return
     for group in optimizer.param_groups:
@@ -221,32 +113,97 @@ def _make_state(optimizer: Optimizer) -> None:
     optimizer.zero_grad()
 
 
-@contextmanager
-def _first_rank(settings: Settings) -> Iterator[tuple[Accelerator, object]]:
-    """An Accelerator on the CPU that takes itself for the first of so many, and the mesh that divides a model."""
-    places = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": settings.world_size}
-    places |= {"LOCAL_WORLD_SIZE": settings.local_world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_") or name in places]:
-        del os.environ[name]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or accelerate warns
-    if settings.world_size > 1:
-        os.environ.update({name: str(value) for name, value in places.items()})
-    is_divided = settings.sharding_strategy != "NO_SHARD" or settings.tp_size > 1
-    if settings.world_size > 1 or is_divided:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=settings.world_size)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        PartialState(cpu=True).device = torch.device(
-            "cpu"
-        )  # it says cpu:0, which tensors without data take for another
-        accelerator = Accelerator(cpu=True, mixed_precision=settings.autocast)
-        mesh = None
-        if settings.tp_size > 1:
-            mesh = make_tensor_mesh("cpu", settings.world_size, settings.tp_size)
-        elif is_divided:
-            mesh = make_mesh(accelerator, settings.sharding_strategy, settings.shard_size)
-        yield accelerator, mesh
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[Batch]:
+    """Full micro-batches of a step, of which more than two take no more than two. All tokens are targets."""
+    data_ranks = cluster.world_size // config.tp_size
+    rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps * data_ranks
+    micro_batches = -(-rows // (config.batch_size * data_ranks))
+    tokens = torch.ones((-(-rows // (micro_batches * data_ranks)), config.max_seq_len), dtype=torch.int64)
+    if is_causal:
+        inputs = {"input_ids": tokens, "labels": F.pad(tokens[:, 1:], (1, 0), value=-100)}
+    else:
+        inputs = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
+    return [Batch(inputs, num_targets=len(tokens) * (config.max_seq_len - is_causal), row_ids=[])] * min(
+        2, micro_batches
+    )
+
+
+class _Timeline:
+    """Divides a step into phases at its hooks, and keeps the peak of each phase."""
+
+    def __init__(self, meter: MemoryMeter):
+        self.meter, self.host = meter, HostCopies()
+        self.meter.kind = Kind.ACTIVATIONS
+        self.peaks: dict[str, Bytes] = {}
+
+    def ends(self, phase: str, *, then: Kind) -> None:
+        """Note the peak of the phase that ends here. What is made after it is of kind `then`."""
+        peak = {kind: size for kind, size in self.meter.peak_by_kind.items() if size}
+        known = self.peaks.get(phase, {})
+        on_host = max(known.get(Kind.OFFLOADED, 0), self.host.peak_bytes)
+        if sum(peak.values()) > sum(size for kind, size in known.items() if kind != Kind.OFFLOADED):
+            self.peaks[phase] = known = peak
+        if on_host:
+            known[Kind.OFFLOADED] = on_host
+        self.meter.kind = then
+        self.meter.reset_peak()
+        self.host.reset_peak()
+
+    def watch(self, model: PreTrainedModel, optimizer: Optimizer) -> None:
+        """Hook in: the phases are forward (encoder, decoder), loss, backward of each stack's layers, update."""
+        model.get_output_embeddings().register_forward_pre_hook(
+            lambda *_: self.ends("forward", then=Kind.LOSS if self.meter.kind == Kind.ACTIVATIONS else self.meter.kind)
+        )
+        if model.config.is_encoder_decoder:
+            model.get_decoder().register_forward_pre_hook(lambda *_: self.ends("encoder", then=Kind.ACTIVATIONS))
+        last_of: dict[nn.Parameter, str] = {}
+        stacks = [x for x in model.modules() if isinstance(x, nn.ModuleList) and len(x)]
+        stacks = [x for x in stacks if all(isinstance(layer, GradientCheckpointingLayer) for layer in x)]
+        for number, stack in enumerate(stacks):
+            for index, layer in enumerate(stack):
+                matrices = [x for x in layer.parameters() if x.requires_grad and x.dim() > 1]
+                where = {len(stack) - 1: "last", 0: "first"}.get(index, "middle")
+                last_of |= {parameter: f"backward {number} {where}" for parameter in matrices[:1]}
+
+        def has_gradient(parameter: nn.Parameter) -> None:
+            self.meter.count([local_of(parameter.grad)], Kind.GRADIENTS)
+            if parameter in last_of:
+                self.ends(last_of[parameter], then=Kind.BACKWARD)
+
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(has_gradient)
+
+        def before_update(*_) -> None:
+            if self.meter.kind != Kind.UPDATE:
+                self.ends("reduction", then=Kind.UPDATE)
+                self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)
+
+        optimizer.register_step_pre_hook(before_update)
+        optimizer.register_step_post_hook(lambda *_: self.ends("update", then=Kind.BACKWARD))
+
+    def step(
+        self,
+        state: TrainState,
+        batches: list[Batch],
+        loss_fn: LossFunction,
+        accelerator: Accelerator,
+        max_grad_norm: float,
+    ) -> None:
+        """Take a step."""
+
+        def watched_loss(model: nn.Module, batch: Batch) -> Tensor:
+            self.ends("before", then=Kind.ACTIVATIONS)
+            self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)  # what an earlier backward has left
+            loss = loss_fn(model, batch)
+            self.ends("loss", then=Kind.BACKWARD)
+            return loss
+
+        self.meter.count(map(local_of, (*state.model.parameters(), *state.model.buffers())), Kind.WEIGHTS)
+        for tensors in state.optimizer.state.values():
+            for name, tensor in tensors.items():
+                if isinstance(tensor, Tensor):
+                    self.meter.count([local_of(tensor)], Kind.LOW_HALVES if name == "weight_low" else Kind.MOMENTS)
+        self.meter.reset_peak()
+        train_step(state, batches, watched_loss, accelerator, learning_rate=1e-4, max_grad_norm=max_grad_norm)
+        self.ends("after", then=Kind.ACTIVATIONS)

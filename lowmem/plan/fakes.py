@@ -1,0 +1,164 @@
+"""Stand-ins for data, other ranks, a GPU and host memory, so that a step of any size can be counted on a CPU.
+
+Tried with torch 2.11 and 2.13. It depends on what torch and accelerate do not promise: `torch._subclasses`,
+`torch.testing._internal`, the operator of memory-efficient attention, `AcceleratorState._reset_state`.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import islice
+from weakref import finalize
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lowmem import loss
+from lowmem.memory.savers import SAVERS, Saver
+from lowmem.optim.tiers import TieredOptimizer
+from lowmem.plan.parts import Cluster
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Make tensors with shapes, dtypes and storages, but no data: a model of any size can be built and trained.
+
+    `.item()` returns True or 1, so that a check for finite numbers passes. Enter a MemoryMeter inside of it.
+    """
+    with _FakesOfOnes(allow_non_fake_inputs=True):  # those of process groups and meshes, made before
+        yield
+
+
+class _FakesOfOnes(FakeTensorMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return True if args[0].dtype == torch.bool else 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@contextmanager
+def fake_ranks(cluster: Cluster, *, mixed_precision: str, shards: bool) -> Iterator[Accelerator]:
+    """An Accelerator on the CPU of rank 0. Other ranks do not exist: collectives do nothing.
+
+    It changes the environment and accelerate's state: call it in a process of its own. `shards` makes a process group
+    for a single process too.
+    """
+    launch = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": cluster.world_size}
+    launch |= {"LOCAL_WORLD_SIZE": cluster.local_world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_") or name in launch]:
+        del os.environ[name]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or accelerate warns
+    if cluster.world_size > 1:
+        os.environ.update({name: str(value) for name, value in launch.items()})
+    if cluster.world_size > 1 or shards:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=cluster.world_size)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        # it would say cpu:0, which fake tensors take for another device
+        PartialState(cpu=True).device = torch.device("cpu")
+        yield Accelerator(cpu=True, mixed_precision=mixed_precision)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class HostCopies:
+    """Bytes of the activations that `offload_activations` has taken off the device, now and at their peak."""
+
+    def __init__(self):
+        self.live_bytes = self.peak_bytes = 0
+
+    def reset_peak(self) -> None:
+        self.peak_bytes = self.live_bytes
+
+    @property
+    def savers(self) -> dict[str, Saver]:
+        """SAVERS, of which `offload_activations` copies to here."""
+        return SAVERS | {"offload_activations": partial(SAVERS["offload_activations"], to_host=self._take)}
+
+    def _take(self, tensor: Tensor) -> "_Copy":
+        copy = _Copy(tensor)
+        self._add(tensor.nbytes)
+        finalize(copy, self._add, -tensor.nbytes)  # it counts until it is freed
+        return copy
+
+    def _add(self, num_bytes: int) -> None:
+        self.live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+
+class _Copy:
+    def __init__(self, tensor: Tensor):
+        self._layout, self._dtype = (tensor.shape, tensor.stride()), tensor.dtype
+
+    def to(self, device: torch.device, non_blocking: bool) -> Tensor:
+        return torch.empty_strided(*self._layout, dtype=self._dtype, device=device)
+
+
+@contextmanager
+def few_slices() -> Iterator[None]:
+    """Compute only the first two slices of a weight's update and of the logits.
+
+    That saves up to two thirds of a count's time and leaves the peak as it is: the second slice meets what the first
+    has left, as all others would.
+    """
+    slices, vocabulary_slices = TieredOptimizer.slices, loss.vocabulary_slices
+    TieredOptimizer.slices = lambda *given: islice(slices(*given), 2)
+    loss.vocabulary_slices = lambda *given: vocabulary_slices(*given)[:2]
+    try:
+        yield
+    finally:
+        TieredOptimizer.slices, loss.vocabulary_slices = slices, vocabulary_slices
+
+
+def attention_for(config: PretrainedConfig, *, on_gpu: bool, is_padded: bool) -> str:
+    """The name, for transformers, of an attention that takes as many bytes as its own and looks at no data.
+
+    transformers looks at positions and masks to see whether it needs a mask, and without data makes one that no
+    training has. Here a causal model gets none, and an encoder-decoder's hides padding if `is_padded`. On a GPU a
+    learned bias (T5's) takes the memory-efficient kernel; on a CPU, which has no kernel for it, attention is eager.
+    """
+    if not on_gpu and hasattr(config, "relative_attention_num_buckets"):
+        return "eager"
+    name = "lowmem_padded" if is_padded and config.is_encoder_decoder else "lowmem_without_mask"
+
+    def attention(*args, **kwargs):
+        with _MemoryEfficient() if on_gpu else nullcontext():
+            return sdpa_attention_forward(*args, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    if name == "lowmem_padded":
+        AttentionMaskInterface.register(name, _never_skipped)
+    return name
+
+
+def _never_skipped(*args, **kwargs) -> Tensor:
+    return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+
+class _MemoryEfficient(TorchFunctionMode):
+    """Compute attention that has a bias by the memory-efficient kernel, which a CPU would not choose."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        options = dict(kwargs or {})
+        if func is not scaled_dot_product_attention or options.get("attn_mask") is None:
+            return func(*args, **options)
+        tensors = (*args, options.pop("attn_mask"))
+        if torch.is_autocast_enabled("cpu"):  # it does not know this kernel by its own name
+            tensors = [tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors]
+        query, key, value, bias = tensors
+        bias = bias.to(query.dtype).expand(*query.shape[:3], key.shape[2])
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        return kernel(query, key, value, bias, compute_log_sumexp=True, **options)[0]
