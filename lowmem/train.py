@@ -13,7 +13,7 @@ import torch
 from lowmem.checkpoint.load import load_checkpoint
 from lowmem.checkpoint.resume import check_same_run, checkpoint_to_resume, rows_per_step
 from lowmem.checkpoint.save import check_space, save_checkpoint, save_model
-from lowmem.config.train_config import MAY_DIFFER_BETWEEN_RANKS, TrainConfig
+from lowmem.config.train_config import CHANGEABLE_ON_RESUME, MAY_DIFFER_BETWEEN_RANKS, TrainConfig
 from lowmem.config.zero import complete_zero_config
 from lowmem.data.batch import collate
 from lowmem.data.encode import make_encoder
@@ -84,7 +84,7 @@ def train(
         digests = {name: rows_digest(rows) for name, rows in all_rows.items() if rows is not None}
         check_same(code() | flags | digests | seen_by_all(output))
     checkpoint = checkpoint_to_resume(config.resume, output)
-    changes = check_same_run(checkpoint, settings) if checkpoint is not None else []
+    changes = check_same_run(checkpoint, settings, may_change=CHANGEABLE_ON_RESUME) if checkpoint is not None else []
     make_deterministic(config.deterministic)
 
     # --- model and optimizer
@@ -144,7 +144,13 @@ def train(
         "collate": partial(collate, causal=not model.config.is_encoder_decoder),
         "quarantine": quarantine,
     }
-    global_batch_size = rows_per_step(settings, place.size, checkpoint)
+    global_batch_size = rows_per_step(
+        checkpoint,
+        place.size,
+        batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        global_batch_size=config.global_batch_size,
+    )
     stream = open_stream(
         train_rows,
         encode,

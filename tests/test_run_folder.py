@@ -17,7 +17,7 @@ from lowmem.job.processes import this_launch
 from tests.processes import finish, run, started, train
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from lowmem.run_folder import owned\nwith owned(Path(sys.argv[1])): "
+    "import sys, time; from pathlib import Path; from lowmem.job.folder import owned\nwith owned(Path(sys.argv[1])): "
 )
 
 
@@ -135,7 +135,7 @@ def can_unshare():
 
 @pytest.mark.skipif(not can_unshare(), reason="needs a process namespace, as containers have")
 def test_the_first_process_of_a_container_tells_its_end(tmp_path):
-    code = "import sys; from pathlib import Path; from lowmem.exit_file import write_exit; "
+    code = "import sys; from pathlib import Path; from lowmem.job.exit_file import write_exit; "
     code += "write_exit(Path(sys.argv[1]), 'done', step=3, rank=0)"
     result = run(*UNSHARE, sys.executable, "-c", code, tmp_path)
     assert result.returncode == 0, result.stderr

@@ -48,7 +48,7 @@ def test_a_process_stuck_in_c_notes_a_signal_and_its_echo_and_ends_at_a_second_o
 # stderr is a pipe that is full, or that nobody reads any more.
 UNHEARD = """
 import os, signal, sys, time
-from lowmem.parallel import signals
+from lowmem.distributed import signals
 signals._SECONDS_TO_SAY = 0.5
 reading, writing = os.pipe()
 os.dup2(writing, 2)

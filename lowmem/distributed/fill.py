@@ -63,9 +63,14 @@ def _read_own_parts(model: nn.Module, folder: Path) -> dict[str, StoredTensor]:
         raise UsageError(f"the files in {folder} do not hold all weights of this model: load it with its data")
     tensors = model.state_dict(keep_vars=True)
     for name, source in stored.items():
-        local, row, column = local_part(tensors[name].data)
-        source.copy_part(local, row, column)
+        read_local(tensors[name].data, source)
     return stored
+
+
+def read_local(tensor: Tensor, stored: StoredTensor) -> None:
+    """Read what this rank has of `tensor`, in place."""
+    local, row, column = local_part(tensor)
+    stored.copy_part(local, row, column)
 
 
 def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor] | None:

@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lowmem.checkpoint.tensors import model_tensors, num_bytes, optimizer_tensors
+from lowmem.checkpoint.tensors import model_tensors, named_parameters, num_bytes
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.sharding import make_mesh, shard
@@ -31,6 +31,7 @@ from lowmem.loss import LOSSES
 from lowmem.memory import savers
 from lowmem.model import build_model, config_of, freeze
 from lowmem.optim.make import make_optimizer
+from lowmem.optim.state import optimizer_tensors
 from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter, fake_tensors
 from lowmem.plan.parts import (
     ACTIVATIONS,
@@ -114,7 +115,8 @@ def count(config: PretrainedConfig, settings: Settings) -> Counted:
         stack.enter_context(meter)
         stack.enter_context(savers.entered([saver for saver, on in wanted.items() if on], model, optimizer))
         _step(model, optimizer, accelerator, settings, timeline)
-        weights, state = num_bytes(model_tensors(model)), num_bytes(optimizer_tensors(model, optimizer))
+        weights = num_bytes(model_tensors(model))
+        state = num_bytes(optimizer_tensors(named_parameters(model, optimizer), optimizer))
         return Counted(timeline.peaks, weights, weights + state, model.num_parameters())
 
 
