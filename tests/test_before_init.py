@@ -70,7 +70,7 @@ def test_rank_0_finds_out_for_all_and_then_they_join(tmp_path):
     [
         ("refuses", [2, 2, 2], "nothing fits"),
         ("fails", [1, 1, 1], "rank 0 failed with OSError: no such device"),
-        ("hangs", [1, 1, 1], "for rank 0 of 3, in vain for 4 s"),
+        ("hangs", [1, 1, 1], "timed out after 4 s waiting for rank 0 of 3"),
         ("dies", [9, 1, 1], "what rank 0 was to find out: rank 0, or the launcher that keeps the store, has ended"),
     ],
 )

@@ -11,9 +11,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from lowmem.job.exit_file import final_exit, remove_exit, write_exit
+from lowmem.job.exit_file import final_exit, remove_exit, this_launch, write_exit
 from lowmem.job.folder import owned
-from lowmem.job.processes import this_launch
 from tests.processes import finish, run, started, train
 
 HOLD = (
@@ -144,6 +143,6 @@ def test_the_first_process_of_a_container_tells_its_end(tmp_path):
 
 
 def test_the_process_that_started_us_is_the_launch(tmp_path):
-    code = "from lowmem.job.processes import this_launch; print(this_launch())"
+    code = "from lowmem.job.exit_file import this_launch; print(this_launch())"
     assert f"'launcher': {os.getpid()}," in run(sys.executable, "-c", code).stdout
     assert this_launch()["launcher"] == os.getppid()
