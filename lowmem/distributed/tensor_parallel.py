@@ -24,6 +24,8 @@ from transformers import PreTrainedModel
 from lowmem.distributed.placement import TENSOR_PARALLEL_MESH
 from lowmem.errors import UsageError
 
+Exchange = Callable[[Tensor, ProcessGroup], Tensor]
+
 
 def make_tensor_mesh(kind: str, world_size: int, tp_size: int) -> DeviceMesh:
     """A mesh of (data ranks, `tp_size`), in which neighbouring ranks share a model."""
@@ -121,11 +123,14 @@ def _divide(linear: nn.Linear, style: "_Style", mesh: DeviceMesh) -> None:
         setattr(linear, name, nn.Parameter(shard, requires_grad=whole.requires_grad))
 
     def forward(x: Tensor) -> Tensor:
-        weight, bias = linear.weight.to_local(), linear.bias
-        if style.dim == 1:
-            result = style.after(F.linear(style.before(x, group), weight), group)
-            return result if bias is None else result + bias  # once, not by every rank
-        return style.after(F.linear(style.before(x, group), weight, bias if bias is None else bias.to_local()), group)
+        bias = linear.bias
+        if style.before:
+            x = _Exchange.apply(x, group, *style.before)
+        local_bias = None if bias is None or style.dim == 1 else bias.to_local()
+        result = F.linear(x, linear.weight.to_local(), local_bias)
+        if style.after:
+            result = _Exchange.apply(result, group, *style.after)
+        return result + bias if bias is not None and style.dim == 1 else result  # once, not by every rank
 
     linear.forward = forward
 
@@ -136,59 +141,27 @@ def _summed(gradient: Tensor, *, group: ProcessGroup) -> Tensor:
     return total.to(gradient.dtype)
 
 
-class _SumGradients(torch.autograd.Function):
-    """Identity on a tensor that is whole on every rank; its gradient is the sum over ranks."""
+class _Exchange(torch.autograd.Function):
+    """One function of (tensor, group) for what passes forward, and one for its gradient."""
 
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over ranks; its gradient is that of each part."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        total = x.clone(memory_format=torch.contiguous_format)  # recompute_cheap keeps x and sums it again
-        dist.all_reduce(total, group=group)
-        return total
+    def forward(ctx, x, group, function, of_gradient):
+        ctx.group, ctx.of_gradient = group, of_gradient
+        return function(x, group)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient, None
+        return ctx.of_gradient(gradient, ctx.group), None, None, None
 
 
-class _GatherColumns(torch.autograd.Function):
-    """The columns of all ranks, all-gathered, where all go on to compute the same."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _all_gather_columns(x, group)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _own_columns(gradient, ctx.group), None
+def _same(x: Tensor, group: ProcessGroup) -> Tensor:
+    return x.view_as(x)
 
 
-class _OwnColumns(torch.autograd.Function):
-    """This rank's columns of a tensor that is the same on every rank."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _own_columns(x, group)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _all_gather_columns(gradient, ctx.group), None
+def _sum(x: Tensor, group: ProcessGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)  # recompute_cheap keeps x and sums it again
+    dist.all_reduce(total, group=group)
+    return total
 
 
 def _all_gather_columns(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -201,23 +174,22 @@ def _own_columns(x: Tensor, group: ProcessGroup) -> Tensor:
     return x.chunk(group.size(), dim=-1)[group.rank()].contiguous()
 
 
-def _as_it_is(x: Tensor, group: ProcessGroup) -> Tensor:
-    return x
-
-
 class _Style(NamedTuple):
-    """How a linear layer is sharded: `dim` of its weight, and what is done to its input and its output."""
+    """How a linear layer is sharded: `dim` of its weight, and what is done to its input and its output.
+
+    That is a pair of functions of (tensor, group), for values and for gradients, or None.
+    """
 
     dim: int
-    before: Callable[[Tensor, ProcessGroup], Tensor]
-    after: Callable[[Tensor, ProcessGroup], Tensor]
+    before: tuple[Exchange, Exchange] | None
+    after: tuple[Exchange, Exchange] | None
 
 
 # under transformers' names
 _STYLES = {
-    "colwise": _Style(0, _SumGradients.apply, _as_it_is),
-    "colwise_gather_output": _Style(0, _SumGradients.apply, _GatherColumns.apply),
-    "rowwise": _Style(1, _as_it_is, _Sum.apply),
-    "rowwise_split_input": _Style(1, _OwnColumns.apply, _Sum.apply),
+    "colwise": _Style(0, (_same, _sum), None),
+    "colwise_gather_output": _Style(0, (_same, _sum), (_all_gather_columns, _own_columns)),
+    "rowwise": _Style(1, None, (_sum, _same)),
+    "rowwise_split_input": _Style(1, (_own_columns, _all_gather_columns), (_sum, _same)),
 }
 _WHOLE = "replicated_with_grad_allreduce"  # norms of heads: each rank's gradient is of its own heads alone

@@ -82,26 +82,22 @@ def die_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != launcher:  # it died in between
         os.kill(os.getpid(), signal.SIGTERM)
-    if (command := _deepspeed_above(launcher)) is not None:
-        Thread(target=_die_with_deepspeed, args=(launcher, command), daemon=True, name="lowmem-launcher").start()
+    if "CROSS_SIZE" in os.environ:
+        Thread(target=_die_with_deepspeed, args=(launcher,), daemon=True, name="lowmem-launcher").start()
 
 
-def _deepspeed_above(launcher: int) -> int | None:
-    """The process id of `deepspeed` if that started the launcher. (A shell may have, and may end before it.)"""
-    with suppress(psutil.Error):
-        if "CROSS_SIZE" in os.environ and (command := psutil.Process(launcher).parent()):
-            program, *words = command.cmdline()
-            if "python" in Path(program).name and any("deepspeed" in word for word in words[:3]):
-                return command.pid
-    return None
-
-
-def _die_with_deepspeed(launcher: int, command: int) -> None:
+def _die_with_deepspeed(launcher: int) -> None:
     """As `die_with_launcher`: whatever ends `deepspeed`, even SIGTERM, does not end the launcher that it started."""
+    command = None
     with suppress(psutil.Error):
-        while psutil.Process(launcher).ppid() == command:
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-    os.kill(os.getpid(), signal.SIGTERM)
+        if parent := psutil.Process(launcher).parent():
+            program, *words = parent.cmdline()
+            if "python" in Path(program).name and any("deepspeed" in word for word in words[:3]):  # not a shell
+                command = parent.pid
+                while psutil.Process(launcher).ppid() == command:
+                    time.sleep(_SECONDS_BETWEEN_LOOKS)
+    if command is not None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def is_restarted() -> bool:
