@@ -12,7 +12,7 @@ import torch
 from lowmem.checkpoint.load import load_checkpoint
 from lowmem.checkpoint.resume import check_same_run, checkpoint_to_resume, rows_per_step
 from lowmem.checkpoint.save import check_space, save_checkpoint, save_model
-from lowmem.config.train_config import TrainConfig
+from lowmem.config.train_config import TrainConfig, fields_where
 from lowmem.data.batch import collate
 from lowmem.data.encode import make_encoder
 from lowmem.data.packing import check_packing
@@ -60,7 +60,8 @@ def train(
     accelerator = init_distributed(**config.distributed, output_dir=output, on_abort=on_abort, signals=signals)
     check_same_inputs(config.shared_flags, rows._asdict(), output)
     checkpoint = checkpoint_to_resume(config.resume, output)
-    changes = check_same_run(checkpoint, settings) if checkpoint else []
+    fixed = fields_where(on_resume="fixed")
+    changes = check_same_run(checkpoint, settings, fixed=fixed) if checkpoint else []
     make_deterministic(config.deterministic)
 
     # --- model and optimizer
@@ -89,7 +90,7 @@ def train(
         stream = open_stream(
             rows.training,
             encode,
-            global_batch_size=rows_per_step(settings, rank.size, checkpoint),
+            global_batch_size=rows_per_step(checkpoint, rank.size, **config.step_size),
             collate=partial(collate, causal=is_causal),
             quarantine=quarantine,
             pin_memory=accelerator.device.type == "cuda",

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import xxhash
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -21,7 +22,7 @@ from transformers import (
 from lowmem.checkpoint.load import latest_checkpoint, load_checkpoint
 from lowmem.checkpoint.manifest import checkpoints, step_of, verify_checkpoint
 from lowmem.checkpoint.save import check_space, save_checkpoint, save_model
-from lowmem.checkpoint.tensors import named_parameters, optimizer_tensors
+from lowmem.checkpoint.tensors import named_parameters
 from lowmem.config.train_config import TIERED_OPTIMIZERS
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.stream import open_stream
@@ -30,9 +31,10 @@ from lowmem.loss import chunked_loss
 from lowmem.model import load_model
 from lowmem.optim.formats import read
 from lowmem.optim.make import _OPTIMIZERS, make_optimizer
+from lowmem.optim.state import optimizer_tensors
 from lowmem.step import TrainState, train_step
-from lowmem.storage import tensor_files
-from lowmem.storage.files import record_file
+from lowmem.storage.files import record_file, write_file
+from lowmem.storage.tensor_files import host_parts, split_shards
 from tests.models import build, qa_rows
 
 ACCELERATOR = Accelerator(cpu=True)
@@ -81,7 +83,9 @@ def test_every_optimizer_goes_on_bit_for_bit(optimizer, memory, tmp_path):
     loaded = new_state(seed=5, optimizer=optimizer, memory=memory)
     load_checkpoint(loaded, path, ACCELERATOR)
     assert_same_weights(train(state, 2).model, train(loaded, 2).model)
-    mine, theirs = (optimizer_tensors(each.model, each.optimizer) for each in (state, loaded))
+    mine, theirs = (
+        optimizer_tensors(named_parameters(each.model, each.optimizer), each.optimizer) for each in (state, loaded)
+    )
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
@@ -153,6 +157,12 @@ def test_from_pretrained_loads_the_model_folder_as_it_stands(family, max_shard_s
     assert max(file.stat().st_size for file in path.rglob("*.safetensors")) < (60_000 if sharded else 10**7)
 
 
+def write_tensors(tensors, path):
+    (shard,) = split_shards(tensors, path.stem, 10**9)
+    parts = (part for tensor in shard.tensors.values() for part in host_parts(tensor))
+    return write_file(path, [shard.header, *parts])
+
+
 def test_written_tensors_are_what_safetensors_reads(tmp_path):
     tensors = {
         "half": torch.randn(3, 5).bfloat16(),
@@ -164,14 +174,14 @@ def test_written_tensors_are_what_safetensors_reads(tmp_path):
         "flags": torch.tensor([True, False]),
         "long": torch.arange(3),
     }
-    record = tensor_files.write_shards(tensors, tmp_path, "x", 10**9)["x.safetensors"]
+    record = write_tensors(tensors, tmp_path / "x.safetensors")
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype, name
     assert record == record_file(tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="tensor z is torch.complex64"):
-        tensor_files.write_shards({"z": torch.zeros(1, dtype=torch.complex64)}, tmp_path, "y", 10**9)
+    with pytest.raises(ValueError, match="tensor z cannot be saved .*torch.complex64"):
+        write_tensors({"z": torch.zeros(1, dtype=torch.complex64)}, tmp_path / "y.safetensors")
 
 
 def test_files_that_are_no_part_of_a_checkpoint_are_ignored(tmp_path):
@@ -283,10 +293,11 @@ def test_another_model_is_refused_with_the_differences(tmp_path):
         load_checkpoint(new_state(optimizer="sgd"), path, ACCELERATOR)
 
 
-def test_a_newer_format_asks_for_an_upgrade(tmp_path, monkeypatch):
-    monkeypatch.setattr("lowmem.storage.atomic_folder._FORMAT", 2)
+def test_a_newer_format_asks_for_an_upgrade(tmp_path):
     path = save_checkpoint(train(new_state(), 1), tmp_path, ACCELERATOR)
-    monkeypatch.undo()
+    manifest = json.loads((path / "manifest.json").read_text())["manifest"] | {"format": 2}
+    seal = xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+    (path / "manifest.json").write_text(json.dumps({"manifest": manifest, "xxh3_128": seal}))
     with pytest.raises(UsageError, match="upgrade lowmem"):
         verify_checkpoint(path)
 
@@ -456,7 +467,9 @@ def test_state_keeps_its_dtype_over_weights_in_bf16(tmp_path):
         parameter.grad = torch.ones_like(parameter)
     state.optimizer.step()
     load_checkpoint(loaded, save_checkpoint(state, tmp_path, ACCELERATOR), ACCELERATOR)
-    mine, theirs = (optimizer_tensors(each.model, each.optimizer) for each in (state, loaded))
+    mine, theirs = (
+        optimizer_tensors(named_parameters(each.model, each.optimizer), each.optimizer) for each in (state, loaded)
+    )
     assert {x.dtype for x in mine.values()} == {torch.bfloat16, torch.float32}
     assert all(torch.equal(mine[name], theirs[name]) and mine[name].dtype == theirs[name].dtype for name in mine)
 
@@ -464,7 +477,7 @@ def test_state_keeps_its_dtype_over_weights_in_bf16(tmp_path):
 def test_an_index_that_was_not_saved_is_ignored(tmp_path):
     state = train(new_state(), 1)
     path = save_checkpoint(state, tmp_path, ACCELERATOR)
-    tensor_files.write_shards({"shared.weight": torch.zeros(384, 32)}, path / "model", "evil", 10**9)
+    write_tensors({"shared.weight": torch.zeros(384, 32)}, path / "model" / "evil.safetensors")
     index = {"weight_map": {"shared.weight": "evil.safetensors"}}
     (path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     loaded = new_state(seed=5)

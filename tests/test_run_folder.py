@@ -11,13 +11,12 @@ from datetime import UTC, datetime
 
 import pytest
 
-from lowmem.job.exit_file import final_exit, remove_exit, write_exit
+from lowmem.job.exit_file import final_exit, remove_exit, this_launch, write_exit
 from lowmem.job.folder import owned
-from lowmem.job.processes import this_launch
 from tests.processes import finish, run, started, train
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from lowmem.run_folder import owned\nwith owned(Path(sys.argv[1])): "
+    "import sys, time; from pathlib import Path; from lowmem.job.folder import owned\nwith owned(Path(sys.argv[1])): "
 )
 
 
@@ -135,7 +134,7 @@ def can_unshare():
 
 @pytest.mark.skipif(not can_unshare(), reason="needs a process namespace, as containers have")
 def test_the_first_process_of_a_container_tells_its_end(tmp_path):
-    code = "import sys; from pathlib import Path; from lowmem.exit_file import write_exit; "
+    code = "import sys; from pathlib import Path; from lowmem.job.exit_file import write_exit; "
     code += "write_exit(Path(sys.argv[1]), 'done', step=3, rank=0)"
     result = run(*UNSHARE, sys.executable, "-c", code, tmp_path)
     assert result.returncode == 0, result.stderr
@@ -144,6 +143,6 @@ def test_the_first_process_of_a_container_tells_its_end(tmp_path):
 
 
 def test_the_process_that_started_us_is_the_launch(tmp_path):
-    code = "from lowmem.job.processes import this_launch; print(this_launch())"
+    code = "from lowmem.job.exit_file import this_launch; print(this_launch())"
     assert f"'launcher': {os.getpid()}," in run(sys.executable, "-c", code).stdout
     assert this_launch()["launcher"] == os.getppid()

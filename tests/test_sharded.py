@@ -11,7 +11,7 @@ from transformers import ByT5Tokenizer
 
 from lowmem.checkpoint.load import load_checkpoint, verify_together
 from lowmem.checkpoint.manifest import verify_checkpoint
-from lowmem.checkpoint.parallel_write import TensorFiles, _shares
+from lowmem.checkpoint.parallel_write import assign_shards
 from lowmem.checkpoint.save import save_checkpoint, save_model
 from lowmem.data.encode import encode_seq2seq
 from lowmem.data.stream import open_stream
@@ -25,7 +25,7 @@ from lowmem.step import TrainState, train_step
 from lowmem.storage.tensor_files import split_shards
 from tests.forked import fork_ranks
 from tests.models import build, qa_rows
-from tests.test_disk import fail_at
+from tests.test_files import fail_at
 
 DDP, FSDP = "NO_SHARD", "FULL_SHARD"
 
@@ -165,10 +165,7 @@ def test_a_full_disk_of_one_rank_holds_up_nobody(tmp_path):
 def test_ranks_write_as_many_bytes_each(world_size):
     model = {f"w{i}": torch.empty(1000 + 37 * i, dtype=torch.bfloat16) for i in range(40)}
     moments = {f"{name}.exp_avg": torch.empty(tensor.shape) for name, tensor in model.items()}
-    groups = [
-        TensorFiles("model", "model", split_shards(model, "model", 10_000)),
-        TensorFiles("", "optimizer", split_shards(moments, "optimizer", 10_000)),
-    ]
-    loads = [sum(shard.num_bytes for _, shard in share) for share in _shares(groups, world_size)]
+    shards = [*split_shards(model, "model", 10_000), *split_shards(moments, "optimizer", 10_000)]
+    loads = [sum(shard.num_bytes for shard in share) for share in assign_shards(shards, world_size)]
     assert len(loads) == world_size and sum(loads) == 6 * sum(tensor.numel() for tensor in model.values())
     assert max(loads) - min(loads) <= 10_000

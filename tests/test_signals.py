@@ -48,8 +48,7 @@ def test_a_process_stuck_in_c_notes_a_signal_and_its_echo_and_ends_at_a_second_o
 # stderr is a pipe that is full, or that nobody reads any more.
 UNHEARD = """
 import os, signal, sys, time
-from lowmem.parallel import signals
-signals._SECONDS_TO_SAY = 0.5
+from lowmem.distributed import signals
 reading, writing = os.pipe()
 os.dup2(writing, 2)
 os.close(writing)
@@ -62,7 +61,7 @@ if sys.argv[1] == "full":
         os.set_blocking(2, True)
 else:
     os.close(reading)
-signals.say_and_exit("ends", 7, lambda: os.write(1, b"done"))
+signals.say_and_exit("ends", 7, lambda: os.write(1, b"done"), limit_seconds=0.5)
 """
 
 

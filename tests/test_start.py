@@ -59,7 +59,7 @@ def test_a_wrong_address_is_told_by_who_has_it_and_a_missing_rank_by_the_other(t
     assert f"rank 1 on {socket.gethostname()} reaches nobody at 127.0.0.2:{port} (MASTER_ADDR, MASTER_PORT)" in told
     assert "Connection refused" in told and "Interfaces here: " in told and "lo 127.0.0.1" in told
     (told,) = told_by(tmp_path, 0)
-    assert re.search(r"rank 0 on \S+ waits at localhost:\d+ for rank 1 of 2, in vain for 2 s", told)
+    assert re.search(r"rank 0 on \S+ timed out after 2 s waiting for rank 1 of 2 at localhost:\d+", told)
 
 
 def test_a_name_that_nobody_knows_is_told_on_every_rank(tmp_path):
@@ -81,7 +81,7 @@ def test_a_taken_port_is_told_at_once_and_a_silent_stranger_within_the_limit(tmp
 def test_a_rank_that_never_comes_is_named(tmp_path):
     changes = {rank: {"WORLD_SIZE": "4"} for rank in "01"}
     assert fork_ranks(2, join_as_told, tmp_path, changes) == [1, 1]
-    assert "for rank 2, 3 of 4, in vain for 2 s" in told_by(tmp_path, 0)[0]
+    assert "timed out after 2 s waiting for rank 2, 3 of 4" in told_by(tmp_path, 0)[0]
     assert re.search("for rank 2, 3 of 4|lost the store", told_by(tmp_path, 1)[0])
 
 

@@ -1,9 +1,11 @@
-"""What the command `export` does: a checkpoint's model, or any, as a folder for `from_pretrained` in another dtype."""
+"""The command `export`: write the model of a checkpoint, or any model, in another dtype for `from_pretrained`."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -21,49 +23,30 @@ _ROW_ELEMENTS = 2**22  # converted at a time
 _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf"}
 
 
-class _Source:
-    """A tensor as it will be exported: read, joined with its low half, converted, a slice of rows at a time."""
+class _Source(NamedTuple):
+    """A tensor to be exported: read, merged with its low half and converted, a slice of rows at a time."""
 
-    def __init__(self, name: str, stored: StoredTensor, low: StoredTensor | None, dtype: torch.dtype | None):
-        try:
-            saved_as = stored.torch_dtype
-        except StopIteration:
-            raise UsageError(
-                f"tensor {name} is {stored.dtype}, which is not exported: take a model without it"
-            ) from None
-        self.name, self._stored = name, stored
-        self.dtype = dtype if dtype is not None and saved_as.is_floating_point else saved_as
-        # The bf16 half by itself is the master rounded to bf16.
-        self._low = None if self.dtype == torch.bfloat16 else low
-
-    @property
-    def is_master(self) -> bool:
-        return self._low is not None
-
-    def outline(self) -> Tensor:
-        """Shape and dtype, without data."""
-        return torch.empty(self._stored.shape, dtype=self.dtype, device="meta")
+    stored: StoredTensor
+    low: StoredTensor | None
+    dtype: torch.dtype
 
     def parts(self) -> Iterator[memoryview]:
         """Its bytes. Raises UsageError if a number is too large for the dtype."""
-        if not self._stored.shape:
-            yield from host_parts(self._converted(None))
-            return
-        num_rows, *rest = self._stored.shape
-        height = max(1, _ROW_ELEMENTS // max(1, torch.Size(rest).numel()))
+        num_rows, *rest = self.stored.shape or [1]
+        height = max(1, _ROW_ELEMENTS // max(1, math.prod(rest)))
         for first in range(0, num_rows, height):
             yield from host_parts(self._converted(slice(first, first + height)))
 
-    def _converted(self, rows: slice | None) -> Tensor:
-        values = self._stored.read(rows)
-        if self._low is not None:
-            values = merge_halves(values, self._low.read(rows))
+    def _converted(self, rows: slice) -> Tensor:
+        values = self.stored.read(rows)
+        if self.low is not None:
+            values = merge_halves(values, self.low.read(rows))
         converted = values.to(self.dtype)
         if converted.is_floating_point() and (converted.isinf() & ~values.isinf()).any():
             largest = values[~values.isinf()].abs().max().item()
-            told = str(self.dtype).removeprefix("torch.")
             raise UsageError(
-                f"tensor {self.name} holds {largest:g}, too large for {told}: export in bfloat16 or float32"
+                f"tensor {self.stored.name} holds {largest:g}, too large for {_name(self.dtype)}: "
+                "export in bfloat16 or float32"
             )
         return converted
 
@@ -88,11 +71,12 @@ def export(path: str | Path, out: str | Path, *, dtype: torch.dtype | None, max_
         verify_checkpoint(path)
         names = read_manifest(path)["files"]
         folder, lows = path / "model", open_shards(path, "optimizer", names)
-        files = [path / name for name in names if name.startswith("model/")]
+        files = [name.removeprefix("model/") for name in names if name.startswith("model/")]
     config = _read_config(folder, dtype)
-    stored = _open_model(folder, files and [file.relative_to(folder).as_posix() for file in files])
-    sources = {name: _Source(name, x, lows.get(f"{name}.weight_low"), dtype) for name, x in stored.items()}
-    shards = split_shards({name: source.outline() for name, source in sources.items()}, "model", max_shard_bytes)
+    stored = _open_model(folder, files)
+    sources = {name: _source(tensor, lows.get(f"{name}.weight_low"), dtype) for name, tensor in stored.items()}
+    outlines = {name: torch.empty(x.stored.shape, dtype=x.dtype, device="meta") for name, x in sources.items()}
+    shards = split_shards(outlines, "model", max_shard_bytes)
     needed = sum(shard.num_bytes for shard in shards)
     try:
         if needed > (free := free_bytes(out)):
@@ -106,7 +90,23 @@ def export(path: str | Path, out: str | Path, *, dtype: torch.dtype | None, max_
             _copy_others(folder, files, unfinished)
     except OSError as error:
         raise SaveError(f"{out} could not be written ({error.strerror}): nothing is left of it, try again") from error
-    return _told(out, sources, needed, len(shards))
+    masters = sum(source.low is not None for source in sources.values())
+    origin = f", {masters} of them from the fp32 master" if masters else ""
+    dtypes = ", ".join(sorted({_name(source.dtype) for source in sources.values()}))
+    in_files = f"{len(shards)} files" if len(shards) > 1 else "one file"
+    return f"{out}: {len(sources)} tensors in {dtypes}{origin}; {needed:,} bytes in {in_files}"
+
+
+def _source(stored: StoredTensor, low: StoredTensor | None, dtype: torch.dtype | None) -> _Source:
+    saved_as = stored.torch_dtype
+    if saved_as is None:
+        raise UsageError(f"tensor {stored.name} is {stored.dtype}, which is not exported: use a model without it")
+    to = dtype if dtype is not None and saved_as.is_floating_point else saved_as
+    return _Source(stored, None if to == torch.bfloat16 else low, to)  # the bf16 half is the master rounded to bf16
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _read_config(folder: Path, dtype: torch.dtype | None) -> dict[str, object]:
@@ -117,9 +117,9 @@ def _read_config(folder: Path, dtype: torch.dtype | None) -> dict[str, object]:
     if dtype is None:
         return config
     if "quantization_config" in config:
-        raise UsageError(f"{folder} holds quantised weights, which are not converted: set --dtype=None, or take others")
+        raise UsageError(f"{folder} holds quantised weights, which are not converted: set --dtype=None")
     config.pop("torch_dtype", None)  # its older name
-    return config | {"dtype": str(dtype).removeprefix("torch.")}
+    return config | {"dtype": _name(dtype)}
 
 
 def _open_model(folder: Path, files: list[str] | None) -> Mapping[str, StoredTensor]:
@@ -127,30 +127,23 @@ def _open_model(folder: Path, files: list[str] | None) -> Mapping[str, StoredTen
         return open_shards(folder, "model", files)
     except FileNotFoundError as error:
         raise UsageError(
-            f"{folder} lacks weights in safetensors ({error}); .bin files are pickles, which are never opened: convert "
-            "them where you trust them"
+            f"{folder} has no weights in safetensors ({error}); .bin files are pickles, which are never opened: "
+            "convert them where you trust them"
         ) from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UsageError(f"the weights in {folder} cannot be read ({error}): take another folder") from error
+        raise UsageError(f"the weights in {folder} cannot be read ({error}): use another folder") from error
 
 
-def _copy_others(folder: Path, files: list[Path] | None, target: Path) -> None:
-    """Tokenizer, generation config, chat templates, lowmem.json: `files`, or what lies in the model's folder."""
+def _copy_others(folder: Path, files: list[str] | None, target: Path) -> None:
+    """Copy tokenizer, generation config, chat templates, lowmem.json: `files`, or what is in the model's folder."""
     if files is None:
-        templates = folder / "additional_chat_templates"
-        files = [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]
-    for path in files:
+        paths = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    else:
+        paths = [folder / name for name in files]
+    for path in paths:
         is_weights = path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json")
         copy = target / path.relative_to(folder)
         if not path.is_file() or path.name.startswith(".") or is_weights or copy.exists():
             continue
         copy.parent.mkdir(exist_ok=True)
         write_file(copy, [path.read_bytes()])
-
-
-def _told(out: Path, sources: Mapping[str, _Source], num_bytes: int, num_files: int) -> str:
-    masters = sum(source.is_master for source in sources.values())
-    dtypes = ", ".join(sorted({str(source.dtype).removeprefix("torch.") for source in sources.values()}))
-    origin = f", {masters} of them from the fp32 master" if masters else ""
-    files = f"{num_files} files" if num_files > 1 else "one file"
-    return f"{out}: {len(sources)} tensors in {dtypes}{origin}; {num_bytes:,} bytes in {files}"

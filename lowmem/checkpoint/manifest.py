@@ -1,4 +1,4 @@
-"""A checkpoint's list of its own files, with sizes and hashes; and the checkpoints in a folder. Imports no torch."""
+"""The manifest of a checkpoint, with size and hash of every file; the checkpoints in a folder. Imports no torch."""
 
 import json
 from collections.abc import Mapping
@@ -25,20 +25,20 @@ def step_of(path: Path) -> int:
 
 
 def write_manifest(folder: Path, step: int, records: Mapping[str, FileRecord]) -> None:
-    """The last file of a checkpoint: what the others are, sealed with a hash of its own."""
+    """Write the last file of a checkpoint: the records of all others, sealed with a hash of its own."""
     manifest = {"format": _FORMAT, "step": step, "files": dict(records)}
     write_file(folder / "manifest.json", [to_json({"manifest": manifest, "xxh3_128": _hash_of(manifest)})])
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Check that every file is there, of its size and with its hash. Raises UsageError naming the first that is not."""
+    """Check that every file exists and has its size and hash. Raises UsageError naming the first that does not."""
     records = read_manifest(path)["files"]
     check_sizes(Path(path), records)
     check_hashes(Path(path), records)
 
 
 def check_sizes(path: Path, records: Mapping[str, FileRecord]) -> None:
-    """Raise UsageError naming the first file of `records` that is not in the checkpoint, or not of its size."""
+    """Raise UsageError naming the first file of `records` that is missing or has another size."""
     for name, record in records.items():
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != record["bytes"]:
@@ -47,7 +47,7 @@ def check_sizes(path: Path, records: Mapping[str, FileRecord]) -> None:
 
 
 def check_hashes(path: Path, records: Mapping[str, FileRecord]) -> None:
-    """Raise UsageError naming the first file of `records` whose content is not what was saved, or cannot be read."""
+    """Raise UsageError naming the first file of `records` that changed since it was saved, or cannot be read."""
     for name, record in records.items():
         try:
             found = record_file(path / name)
@@ -58,13 +58,13 @@ def check_hashes(path: Path, records: Mapping[str, FileRecord]) -> None:
 
 
 def read_manifest(path: str | Path) -> dict:
-    """{"format", "step", "files": {name: record}} of a checkpoint. Raises UsageError if it is not as it was sealed."""
+    """{"format", "step", "files": {name: record}} of a checkpoint. Raises UsageError if it is missing or changed."""
     path = Path(path)
     try:
         sealed = json.loads((path / "manifest.json").read_text())
         manifest, seal = sealed["manifest"], sealed["xxh3_128"]
     except (FileNotFoundError, NotADirectoryError):
-        found = "has no manifest.json, so it is no whole checkpoint" if path.exists() else "does not exist"
+        found = "has no manifest.json, so it is not a whole checkpoint" if path.exists() else "does not exist"
         raise UsageError(f"{path} {found}: take another one") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path / 'manifest.json'} is damaged ({error}): take another checkpoint") from error
@@ -76,7 +76,7 @@ def read_manifest(path: str | Path) -> dict:
 
 
 def is_damaged(path: Path) -> bool:
-    """Whether `path` is not, or not any more, a whole checkpoint."""
+    """Whether `path` is not a whole checkpoint."""
     try:
         verify_checkpoint(path)
     except UsageError:

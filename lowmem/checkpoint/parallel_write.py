@@ -1,13 +1,12 @@
-"""One folder written by all ranks at the same time, each its share of the bytes, whole or absent for all of them."""
+"""Write one folder from all ranks at once, each its share of the bytes; it is whole or absent for all of them."""
 
 import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain, zip_longest
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,111 +24,100 @@ from lowmem.distributed.collectives import (
 from lowmem.distributed.dtensor import Piece, pieces
 from lowmem.distributed.zero import Divided
 from lowmem.errors import SaveError
-from lowmem.storage.atomic_folder import abandon, begin, finish, unfinished_folder
+from lowmem.storage.atomic_folder import unfinished_folder, whole_or_absent
 from lowmem.storage.files import FileRecord, free_bytes, make_folder, write_file
 from lowmem.storage.tensor_files import Shard, host_parts, write_index
 
 
-class TensorFiles(NamedTuple):
-    """Those that become STEM.safetensors, or shards of it with an index, in one folder of what is saved."""
-
-    folder: str
-    stem: str
-    shards: list[Shard]
-
-
 def write_together(
     path: Path,
-    tensors: Sequence[TensorFiles],
+    groups: Mapping[str, list[Shard]],
     write_rest: Callable[[Path, dict[str, FileRecord]], None],
     *,
     may_replace: Callable[[Path], bool],
 ) -> None:
-    """Every rank writes its share of the shards, rank 0 the rest (told what was written), and `path` is whole."""
-    needed = sum(shard.num_bytes for group in tensors for shard in group.shards)
+    """Write the shards of `groups` ({stem: shards}, names relative to `path`), each rank its share of them.
+
+    Rank 0 then calls `write_rest(folder, records)` with the temporary folder and the records of what was written.
+    Called by every rank. Raises SaveError, on every rank, if the disk is full or fails.
+    """
+    shards = [shard for group in groups.values() for shard in group]
+    needed = sum(shard.num_bytes for shard in shards)
     unfinished, (rank, world_size) = unfinished_folder(path), rank_and_world_size()
+    with ExitStack() as stack:  # of rank 0
 
-    def start() -> None:
-        with _as_save_error(path, needed):
-            begin(path, may_replace=may_replace)
-            if needed > free_bytes(path):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            for folder in {group.folder for group in tensors if group.folder}:
-                make_folder(unfinished / folder)
+        def start() -> None:
+            with _as_save_error(path, needed):
+                stack.enter_context(whole_or_absent(path, may_replace=may_replace))
+                if needed > free_bytes(path):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                for folder in {*map(os.path.dirname, groups)} - {""}:
+                    make_folder(unfinished / folder)
 
-    def end(records: dict[str, FileRecord]) -> None:
-        with _as_save_error(path, needed):
-            for group in tensors:
-                records |= within(group.folder, write_index(group.shards, unfinished / group.folder, group.stem))
-            write_rest(unfinished, records)
-            finish(path)
+        def end(records: dict[str, FileRecord]) -> None:
+            with _as_save_error(path, needed):
+                for stem, group in groups.items():
+                    records |= write_index(group, unfinished, stem)
+                write_rest(unfinished, records)
+                stack.close()  # here, so that every rank learns of an error
 
-    try:
         on_main_rank(start)
         with raise_on_all_ranks(), _as_save_error(path, needed):
-            written = _write_share(_shares(tensors, world_size), unfinished, rank)
+            written = _write_share(assign_shards(shards, world_size), unfinished, rank)
         everyone = [json.loads(records) for records in gather_bytes(json.dumps(written).encode())]
         on_main_rank(lambda: end({name: record for records in everyone for name, record in records.items()}))
-    except BaseException:
-        if rank == 0:
-            abandon(path)
-        raise
 
 
-def _shares(tensors: Sequence[TensorFiles], world_size: int) -> list[list[tuple[str, Shard]]]:
-    """What each rank writes, (folder, shard): the largest files first, each to the rank that has the fewest bytes."""
-    shares: list[list[tuple[str, Shard]]] = [[] for _ in range(world_size)]
+def assign_shards(shards: Sequence[Shard], world_size: int) -> list[list[Shard]]:
+    """Those that each rank writes: the largest files first, each to the rank that has the fewest bytes."""
+    shares: list[list[Shard]] = [[] for _ in range(world_size)]
     load = [0] * world_size
-    every = [(group.folder, shard) for group in tensors for shard in group.shards]
-    for folder, shard in sorted(every, key=lambda item: -item[1].num_bytes):
+    for shard in sorted(shards, key=lambda shard: -shard.num_bytes):
         rank = load.index(min(load))
-        shares[rank].append((folder, shard))
+        shares[rank].append(shard)
         load[rank] += shard.num_bytes
     return shares
 
 
-def _write_share(shares: list[list[tuple[str, Shard]]], unfinished: Path, rank: int) -> dict[str, FileRecord]:
-    records = {}
-    queues = [[tensor for _, shard in share for tensor in shard.tensors.values()] for share in shares]
-    parts = whole_parts(queues, rank)
+def _write_share(shares: list[list[Shard]], unfinished: Path, rank: int) -> dict[str, FileRecord]:
+    parts = _whole_parts([[x for shard in share for x in shard.tensors.values()] for share in shares], rank)
     try:
-        for folder, shard in shares[rank]:
-            written = write_file(unfinished / folder / shard.name, chain([shard.header], _take(parts, shard.num_bytes)))
-            records |= within(folder, {shard.name: written})
+        return {
+            shard.name: write_file(unfinished / shard.name, chain([shard.header], _take(parts, shard.num_bytes)))
+            for shard in shares[rank]
+        }
     finally:
-        for _ in parts:  # others count on this rank's pieces of their tensors, even if its own disk failed
+        for _ in parts:  # other ranks need this rank's pieces of their tensors, even if its own disk failed
             pass
-    return records
 
 
-def whole_parts(queues: Sequence[Sequence[Tensor | Divided]], rank: int) -> Iterator[memoryview]:
+def _whole_parts(queues: Sequence[Sequence[Tensor | Divided]], rank: int) -> Iterator[memoryview]:
     """The bytes of the tensors in this rank's queue, one tensor after the other, as `host_parts` gives them.
 
-    `queues` are the same on all ranks, one for each of them. Every rank must take all that this gives, as it sends its
-    pieces of the others' tensors in between. One tensor of each queue is under way at a time, in host memory at most
-    as many bytes as the largest has.
+    `queues`, one for each rank, are the same on all ranks. Every rank must consume all of it, as it sends its pieces of
+    the others' tensors in between. It takes one tensor of each queue at a time: in host memory there are at most as
+    many bytes as the largest has.
     """
-    for turn in zip_longest(*queues):
-        for owner, tensor in enumerate(turn):
+    for tensors in zip_longest(*queues):
+        for owner, tensor in enumerate(tensors):
             if isinstance(tensor, Divided):
                 whole = tensor.whole()
                 if owner == rank:
                     yield from host_parts(whole)
-        turn = [None if isinstance(tensor, Divided) else tensor for tensor in turn]
-        sent = [_send(tensor, owner) for owner, tensor in enumerate(turn) if owner != rank]
-        if turn[rank] is not None:
-            yield from _parts(turn[rank], rank)
+        sent = [_send(tensor, owner) for owner, tensor in enumerate(tensors) if owner != rank]
+        if isinstance(tensors[rank], Tensor):
+            yield from _parts(tensors[rank], rank)
         with collective("sending pieces of a checkpoint's tensors"):
             for work in filter(None, sent):
                 work.wait()
 
 
-def _send(tensor: Tensor | None, owner: int) -> dist.Work | None:
+def _send(tensor: Tensor | Divided | None, owner: int) -> dist.Work | None:
+    """Send this rank's piece of a sharded tensor; of another one the owner has all."""
     if not isinstance(tensor, DTensor):
-        return None  # the owner has it
+        return None
     rank = dist.get_rank()
-    mine = [piece for piece in pieces(tensor) if piece.rank == rank and piece.start < piece.stop]
-    if not mine:
+    if not any(piece.rank == rank and piece.start < piece.stop for piece in pieces(tensor)):
         return None
     data = tensor.to_local().detach().cpu().contiguous().view(-1).view(torch.uint8)
     return dist.isend(data, owner, group=host_group())
@@ -167,11 +155,6 @@ def _take(parts: Iterator[memoryview], num_bytes: int) -> Iterator[memoryview]:
         yield part
 
 
-def within(folder: str, records: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
-    """Records of files in `folder`, by their names from where that folder is."""
-    return {(PurePosixPath(folder) / name).as_posix(): record for name, record in records.items()}
-
-
 @contextmanager
 def _as_save_error(path: Path, needed: int) -> Iterator[None]:
     try:
@@ -179,12 +162,12 @@ def _as_save_error(path: Path, needed: int) -> Iterator[None]:
     except FileExistsError:
         raise
     except OSError as error:
-        place = f" at {error.filename}" if error.filename else ""
+        where = f" at {error.filename}" if error.filename else ""
         try:
             free = f"{free_bytes(path):,}"
-        except OSError:  # nor can the disk be asked
+        except OSError:  # the disk does not answer
             free = "an unknown number"
         raise SaveError(
-            f"{path} could not be saved: {error.strerror or error}{place}; it takes {needed:,} bytes, {free} are free. "
-            "The checkpoints before it stand: make room or mend the disk, and go on from there"
+            f"{path} could not be saved: {error.strerror or error}{where}; it takes {needed:,} bytes, {free} are free. "
+            "Earlier checkpoints are intact: make room or repair the disk, and resume from there"
         ) from error

@@ -1,21 +1,21 @@
-"""Which checkpoint a run goes on from, and whether it is still the same run."""
+"""Find the checkpoint that a run resumes from, and check that it is still the same run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from lowmem.checkpoint.load import TIERS, first_accepted, saved_settings, verify_together
+from lowmem.checkpoint.load import first_accepted, saved_settings, verify_together
 from lowmem.checkpoint.manifest import checkpoints
-from lowmem.config.train_config import fields_where
 from lowmem.distributed.collectives import gather_bytes, on_main_rank, rank_and_world_size
 from lowmem.errors import UsageError
+from lowmem.optim.state import TIERS
 
 
 def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
     """The checkpoint that `resume` means (never, auto or a path), whole and the same on every rank.
 
     All ranks read it, each its share. auto is the newest whole one of `output_dir`, or None, a fresh start; a line
-    tells why another was passed over. Raises UsageError for a path that holds no whole checkpoint.
+    says why another was skipped. Raises UsageError for a path that holds no whole checkpoint.
     """
     if resume == "never":
         return None
@@ -23,15 +23,16 @@ def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
         verify_together(resume)
         return Path(resume)
     found = on_main_rank(lambda: [str(path) for path in reversed(checkpoints(output_dir / "checkpoints"))])
-    (told, *_) = gather_bytes(json.dumps(found).encode())
+    (of_main_rank, *_) = gather_bytes(json.dumps(found).encode())
     rank, _ = rank_and_world_size()
-    return first_accepted(map(Path, json.loads(told)), verify_together, silent=rank != 0)
+    return first_accepted(map(Path, json.loads(of_main_rank)), verify_together, silent=rank != 0)
 
 
-def check_same_run(checkpoint: Path, settings: Mapping[str, object]) -> list[str]:
+def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: Collection[str]) -> list[str]:
     """Compare settings with those of `checkpoint`. Returns a line for each change that a run may make on resume.
 
-    Raises UsageError, naming them, if others differ: it would be another run.
+    Raises UsageError, naming them, if any in `fixed` differ, as it would be another run; `memory` may, though, if
+    adamw's state is rounded into a tier that keeps less.
     """
     _, saved = saved_settings(checkpoint)
     changes = {
@@ -39,35 +40,40 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object]) -> list[str
         for name in settings
         if name in saved and name not in ("resume", "output_dir", "num_processes") and saved[name] != settings[name]
     }
-    fixed = fields_where(on_resume="fixed") - ({"memory"} if _keeps_less(saved, settings) else set())
+    then, now = (TIERS.index(each.get("memory") or "off") for each in (saved, settings))
+    if settings.get("optimizer") == "adamw" and then < now:
+        fixed = {*fixed} - {"memory"}
     if refused := [change for name, change in changes.items() if name in fixed]:
-        raise UsageError(f"{checkpoint} is of another run: {'; '.join(refused)}. Set them back, or start anew")
+        raise UsageError(f"{checkpoint} is of another run: {'; '.join(refused)}. Set them back, or start over")
     return list(changes.values())
 
 
-def _keeps_less(saved: Mapping[str, object], settings: Mapping[str, object]) -> bool:
-    """Whether the run goes on in a tier that rounds what the checkpoint holds, as `load_checkpoint` can."""
-    then, now = (each.get("memory") or "off" for each in (saved, settings))
-    return settings.get("optimizer") == "adamw" and TIERS.index(then) < TIERS.index(now)
-
-
-def rows_per_step(settings: Mapping[str, object], world_size: int, checkpoint: Path | None) -> int:
+def rows_per_step(
+    checkpoint: Path | None,
+    world_size: int,
+    *,
+    batch_size: int,
+    gradient_accumulation_steps: int | None,
+    global_batch_size: int | None,
+) -> int:
     """Rows of an optimizer step over all processes. A resumed run keeps its number, on any number of processes.
 
-    Raises UsageError if the settings changed so that they ask for another number.
+    Raises UsageError if the three sizes are others than those of `checkpoint` and give another number.
     """
-    asked = settings["global_batch_size"]
-    if asked is None:
-        asked = settings["batch_size"] * settings["gradient_accumulation_steps"] * world_size
+    wanted = global_batch_size or batch_size * gradient_accumulation_steps * world_size
     if checkpoint is None:
-        return asked
+        return wanted
     state, saved = saved_settings(checkpoint)
     if state["stream"] is None:
-        raise UsageError(f"{checkpoint} was saved without a stream, so no position to go on from is known: start anew")
+        raise UsageError(f"{checkpoint} was saved without a stream, so it has no position to resume from: start over")
     kept = state["stream"]["global_batch_size"]
-    names = ("batch_size", "gradient_accumulation_steps", "global_batch_size")
-    if asked != kept and any(settings[name] != saved.get(name, settings[name]) for name in names):
+    sizes = {
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "global_batch_size": global_batch_size,
+    }
+    if wanted != kept and any(size != saved.get(name, size) for name, size in sizes.items()):
         raise UsageError(
-            f"{checkpoint} trained on {kept} rows a step, these flags ask for {asked}: set --global_batch_size={kept}"
+            f"{checkpoint} trained on {kept} rows a step, these flags ask for {wanted}: set --global_batch_size={kept}"
         )
     return kept

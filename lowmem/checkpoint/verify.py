@@ -1,4 +1,4 @@
-"""What the command `verify` does: read every byte of a checkpoint, or of all of a run. Imports no torch."""
+"""The command `verify`: read every byte of a checkpoint, or of all of a run. Imports no torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,10 +8,9 @@ from lowmem.errors import UsageError
 
 
 def verify(path: str | Path) -> Iterator[str]:
-    """A line for each checkpoint that is whole: `path` itself, or those of the run's folder `path`, newest first.
+    """Yield a line for each whole checkpoint: `path` itself, or those of the run in `path`, newest first.
 
-    Raises UsageError for one that is damaged, naming the file (of a run: at the end, all of them), and for a folder
-    without any.
+    Raises UsageError, naming the file, for a damaged one (of a run: at the end, for all of them), and if there is none.
     """
     path = Path(path)
     found = checkpoints(path / "checkpoints") or checkpoints(path)

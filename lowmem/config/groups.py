@@ -96,6 +96,11 @@ class Groups:
         return self._some("batch_size", "seed", "accept_changed_data") | ahead
 
     @property
+    def step_size(self) -> dict[str, object]:
+        """The options of `rows_per_step`."""
+        return self._some("batch_size", "gradient_accumulation_steps", "global_batch_size")
+
+    @property
     def evaluation(self) -> dict[str, object]:
         """The options of `make_evaluation`."""
         num_answers = self.max_predict_samples if self.prompt_column else 0

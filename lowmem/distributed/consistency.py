@@ -1,4 +1,4 @@
-"""What must be alike on all ranks, or they would train different models without a word: told before the first step."""
+"""Check before the first step that code, flags, data and weights are the same on all ranks."""
 
 import json
 import os
@@ -23,26 +23,29 @@ _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")  # those that 
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
 _SECONDS_TO_APPEAR = 5.0  # of a file, on a network's file system
-_MOST_CHARACTERS_TOLD = 200
+_MOST_CHARACTERS = 200  # of a value in a message
 
 
 def check_same(what: Mapping[str, object]) -> None:
     """Compare what every rank has under the same names, as text. One small collective.
 
-    Raises UsageError on every rank if a rank has something else than rank 0: all that differs, with both values.
+    Raises UsageError on every rank if a rank differs from rank 0, with all that differs and both values.
     """
-    mine = {"host": socket.gethostname(), "what": {name: str(value) for name, value in what.items()}}
-    first, *others = [json.loads(told) for told in gather_bytes(json.dumps(mine).encode())]
-    differing: dict[str, list[str]] = {}
-    for rank, other in enumerate(others, 1):
-        names = [name for name in first["what"] | other["what"] if first["what"].get(name) != other["what"].get(name)]
-        told = "; ".join(f"{name} {_value(other, name)} (rank 0: {_value(first, name)})" for name in names)
-        if told:
-            differing.setdefault(told, []).append(f"{rank} on {other['host']}")
-    if differing:
-        clauses = [f"rank {', '.join(ranks)} has {told}" for told, ranks in differing.items()]
+    mine = [socket.gethostname(), {name: str(value) for name, value in what.items()}]
+    (first_host, first), *others = [json.loads(found) for found in gather_bytes(json.dumps(mine).encode())]
+    ranks_by_difference: dict[str, list[str]] = {}
+    for rank, (host, other) in enumerate(others, 1):
+        differences = [
+            f"{name} {_shortened(other.get(name, 'nothing'))} (rank 0: {_shortened(first.get(name, 'nothing'))})"
+            for name in first | other
+            if first.get(name) != other.get(name)
+        ]
+        if differences:
+            ranks_by_difference.setdefault("; ".join(differences), []).append(f"{rank} on {host}")
+    if ranks_by_difference:
+        clauses = [f"rank {', '.join(ranks)} has {difference}" for difference, ranks in ranks_by_difference.items()]
         raise UsageError(
-            f"all ranks of a run must have the same, but {'. But '.join(clauses)}. Rank 0 is on {first['host']}: give "
+            f"all ranks of a run must have the same, but {'. But '.join(clauses)}. Rank 0 is on {first_host}: give "
             "every process the same flags, files and code"
         )
 
@@ -65,13 +68,12 @@ def check_same_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, we
         check_same({"the model": model_digest(model, weights=weights), "the tokenizer": tokenizer_digest(tokenizer)})
 
 
-def _value(told: Mapping[str, Mapping[str, str]], name: str) -> str:
-    value = told["what"].get(name, "nothing")
-    return value if len(value) <= _MOST_CHARACTERS_TOLD else f"{value[:_MOST_CHARACTERS_TOLD]}..."
+def _shortened(value: str) -> str:
+    return value if len(value) <= _MOST_CHARACTERS else f"{value[:_MOST_CHARACTERS]}..."
 
 
 def code() -> dict[str, str]:
-    """A hash of this package's own files, and versions of those under it, for `check_same`."""
+    """For `check_same`: a hash of this package's files, and versions of the packages that decide on numbers."""
     root, digest = Path(__file__).parent.parent, xxhash.xxh3_64()
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -79,46 +81,38 @@ def code() -> dict[str, str]:
 
 
 def seen_by_all(folder: Path) -> dict[str, str]:
-    """For `check_same`: rank 0's `folder`, on each rank in whose `folder` a file of rank 0 appears, else its own.
+    """For `check_same`: rank 0's `folder` on each rank that sees a file of rank 0 in its own `folder`, else its own.
 
-    A few small collectives; the file is gone when the last one ends.
+    A few small collectives; the file is removed after the last one.
     """
-    token = on_main_rank(lambda: _write_token(folder))
-    (told, *_) = gather_bytes(str(token).encode())
-    token_of_first = Path(told.decode())
-    is_seen = _appears(folder / token_of_first.name)
+
+    def write_token() -> str:
+        make_folders(folder)
+        for leftover in folder.glob(".seen-*"):  # of a run that was killed
+            leftover.unlink()
+        token = folder / f".seen-{uuid4().hex}"  # a new name, so that no file system has cached that it is missing
+        write_file(token, [])
+        return str(token)
+
+    token = on_main_rank(write_token)
+    token_of_first = Path(gather_bytes(str(token).encode())[0].decode())
+    seen, limit = folder / token_of_first.name, time.monotonic() + _SECONDS_TO_APPEAR
+    while not (is_seen := os.path.exists(seen)) and time.monotonic() < limit:  # False without the right to look, too
+        time.sleep(0.1)
     gather_bytes(b"")  # now all have looked
     if token is not None:
-        token.unlink(missing_ok=True)
+        token_of_first.unlink(missing_ok=True)
     return {"output_dir": str(token_of_first.parent) if is_seen else f"another one, at {folder}"}
 
 
-def _write_token(folder: Path) -> Path:
-    make_folders(folder)
-    for left in folder.glob(".seen-*"):  # by a run that was killed
-        left.unlink()
-    token = folder / f".seen-{uuid4().hex}"  # a new name: no file system remembers that it was not there
-    write_file(token, [])
-    return token
-
-
-def _appears(path: Path) -> bool:
-    limit = time.monotonic() + _SECONDS_TO_APPEAR
-    while not os.path.exists(path):  # False too where it may not be looked at
-        if time.monotonic() > limit:
-            return False
-        time.sleep(0.1)
-    return True
-
-
 def rows_digest(rows: Sized) -> str:
-    """How many they are, and a hash of the fingerprints of their files, if they come from files."""
+    """The number of rows, and a hash of the fingerprints of their files, if they come from files."""
     fingerprints = [fingerprint for _, fingerprint in getattr(rows, "fingerprints", list)()]
     return f"{len(rows):,}, fingerprint {_digest(fingerprints)}"
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that turns text into tokens; of one that is written in Python, of its kind, size and template."""
+    """A hash of all that turns text into tokens; for a tokenizer written in Python of its class, size and template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     kind = backend.to_str() if backend is not None else type(tokenizer).__name__
     return _digest([kind, len(tokenizer), tokenizer.special_tokens_map, tokenizer.chat_template])
@@ -129,10 +123,9 @@ def _digest(value: object) -> str:
 
 
 def model_digest(model: nn.Module, *, weights: bool) -> str:
-    """A hash of names, shapes and dtypes and, with `weights`, of 16 pieces of 4 KiB of each tensor, spread evenly.
+    """A hash of names, shapes and dtypes and, with `weights`, of 16 evenly spread samples of 4 KiB of each tensor.
 
-    Tensors up to 64 KiB are hashed whole. They must be on the host, or on meta: then it is of their files, three rows
-    of each.
+    Tensors must be on the host, or on meta: then it is of three rows of each in the model's files.
     """
     digest = xxhash.xxh3_64()
     for name, tensor in model.state_dict().items():

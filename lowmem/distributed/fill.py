@@ -1,4 +1,4 @@
-"""Divided weights get their values: each rank its own part, from the model's files or from rank 0."""
+"""Load or broadcast weights into a sharded model: each rank gets its own part, from files or from rank 0."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +14,17 @@ from lowmem.distributed.dtensor import local_part
 from lowmem.errors import UsageError
 from lowmem.storage.tensor_files import StoredTensor, bytes_of, open_shards
 
-_PART_BYTES = 2**24  # of rank 0's weights that travel at a time
+_PART_BYTES = 2**24  # of rank 0's weights that are broadcast at a time
 _PART_ROWS = 2**10  # of two tensors in files that are compared at a time
 
 
 @contextmanager
 def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator[None]:
-    """Within it the model is divided; at its end its parameters (on `device` or the host) and buffers have values.
+    """Shard the model within this block; at its end parameters (on `device` or the host) and buffers get their values.
 
-    A model without data on all ranks (on meta) gets it from the files of `model.name_or_path`, of which each rank reads
-    its own part; else from rank 0, which then needs to have it. So no other rank ever has a whole copy. Buffers that no
-    file holds are those that the model was built with. Raises UsageError, on all ranks, where neither has all weights.
+    If all ranks have the model on meta, each reads its own part from the files of `model.name_or_path`; otherwise they
+    get it from rank 0, which must have data. So no other rank ever has a whole copy. Buffers that no file holds keep
+    the values that the model was built with. Raises UsageError, on all ranks, if neither source has all weights.
     """
     has_data = not any(parameter.is_meta for parameter in model.parameters())
     is_source = has_data and rank_and_world_size()[0] == 0
@@ -36,25 +36,23 @@ def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator
     elif not has_data:
         model.to_empty(device="cpu" if on_host else device)
         if isinstance(model, PreTrainedModel):
-            model.tie_weights()  # each of tied weights that are not sharded has become one of its own
+            model.tie_weights()  # to_empty has untied those that are not sharded
     for name, buffer in model.named_buffers():
         built = buffers[name]  # to_empty has emptied these too
         buffer.data = torch.empty_like(built, device=device) if built.is_meta else built.to(device)
     rank_0_has_data, *_ = gather_bytes(b"1" if has_data else b"")
     if rank_0_has_data:
-        _spread(model, whole)
+        _broadcast(model, whole)
     else:
         with raise_on_all_ranks():
             if not model.name_or_path:
                 raise UsageError(
-                    "the model has no data on any rank, and was built, not loaded: leave on_meta on rank 0, from which "
-                    "the others then get it"
+                    "the model has no data on any rank and no files: build it with data (on_meta=False) on rank 0, "
+                    "from which the others then get it"
                 )
             stored = _read_own_parts(model, Path(model.name_or_path))
             if empty := sorted(name for name, built in buffers.items() if built.is_meta and name not in stored):
-                raise UsageError(
-                    f"buffers have no data, and no file holds them ({', '.join(empty)}): build them with it"
-                )
+                raise UsageError(f"no rank and no file has the buffers {', '.join(empty)}: build them with data")
 
 
 def _read_own_parts(model: nn.Module, folder: Path) -> dict[str, StoredTensor]:
@@ -63,15 +61,20 @@ def _read_own_parts(model: nn.Module, folder: Path) -> dict[str, StoredTensor]:
         raise UsageError(f"the files in {folder} do not hold all weights of this model: load it with its data")
     tensors = model.state_dict(keep_vars=True)
     for name, source in stored.items():
-        local, row, column = local_part(tensors[name].data)
-        source.copy_part(local, row, column)
+        read_local(tensors[name].data, source)
     return stored
+
+
+def read_local(tensor: Tensor, stored: StoredTensor) -> None:
+    """Read what this rank has of `tensor`, in place."""
+    local, row, column = local_part(tensor)
+    stored.copy_part(local, row, column)
 
 
 def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor] | None:
     """Each parameter and persistent buffer, by its (first) name, as the files in `folder` hold it.
 
-    None if they do not hold all by these names, or different values for tied ones: transformers would untie those.
+    None if one is missing, or if tied ones differ in the files: transformers would untie those.
     """
     files = open_shards(folder, "model")
     aliases: dict[Tensor, list[str]] = {}
@@ -91,9 +94,9 @@ def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
     return all(torch.equal(one.read(rows), other.read(rows)) for rows in parts)
 
 
-def _spread(model: nn.Module, whole: dict[str, Tensor]) -> None:
-    """Put rank 0's `whole` tensors, none elsewhere, into every rank's parameters and buffers, 16 MiB at a time."""
-    with collective("spreading the weights of rank 0"), torch.no_grad():
+def _broadcast(model: nn.Module, whole: dict[str, Tensor]) -> None:
+    """Fill every rank's parameters and buffers from `whole`, which is empty but on rank 0, 16 MiB at a time."""
+    with collective("broadcasting the weights of rank 0"), torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             source = whole.pop(name, None)
             local, first, column = local_part(tensor.data)

@@ -1,4 +1,4 @@
-"""The processes of a run find one another, or each tells within a limit whom it asked, from where, and what to set."""
+"""Rendezvous: the processes of a run find one another and start their group, or report within a limit what is wrong."""
 
 import os
 import socket
@@ -18,15 +18,15 @@ from lowmem.distributed.collectives import sum_over_ranks
 from lowmem.distributed.signals import say_and_exit
 from lowmem.errors import RankError, StartError
 
-_TORCHS_PATIENCE = timedelta(minutes=30)  # of its stores, once all is well
+_STORE_TIMEOUT = timedelta(minutes=30)  # torch's own, once the group has started
 _SECONDS_BETWEEN_TRIES = 0.1
 _SECONDS_BETWEEN_LOOKS = 0.02
-_SECONDS_UNTIL_TOLD = 10.0
+_SECONDS_UNTIL_REPORT = 10.0
 _LOOPBACK = ("127.", "::1", "fe80:")
 
 
-class Place(NamedTuple):
-    """What a launcher tells a process: who it is, and where rank 0 keeps the store in which all meet."""
+class Launch(NamedTuple):
+    """What a launcher tells a process: its rank, and the address of the store, which rank 0 or the launcher keeps."""
 
     rank: int
     world_size: int
@@ -37,38 +37,53 @@ class Place(NamedTuple):
         return f"rank {self.rank} on {socket.gethostname()}"
 
 
-def start_group(backend: str, *, limit_seconds: float) -> None:
-    """Start the process group of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which accelerate then takes as it is.
+def launch_from_environment() -> Launch:
+    """Read RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Raises StartError where these are wrong."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    rank, world_size, address, port = found = [os.environ.get(name, "") for name in names]
+    if not (address and rank.isdecimal() and world_size.isdecimal() and port.isdecimal()) or not (
+        int(rank) < int(world_size) and 0 < int(port) < 2**16
+    ):
+        values = ", ".join(f"{name}={value!r}" for name, value in zip(names, found, strict=True))
+        raise StartError(
+            f"the environment has {values}: set them as launchers do, ranks from 0 to WORLD_SIZE - 1, ports from 1 to "
+            "65535"
+        )
+    return Launch(int(rank), int(world_size), address, int(port))
 
-    Raises StartError where these are wrong, and RankError if a rank does not come, both within about `limit_seconds`;
-    what no exception can end is ended with a line on stderr, exit code 1.
+
+def start_group(backend: str, *, limit_seconds: float) -> None:
+    """Start the process group that the environment describes, which accelerate then uses.
+
+    Raises StartError where the environment is wrong, and RankError if a rank is missing; each wait takes at most about
+    `limit_seconds`. One that no exception can end is ended with a line on stderr and exit code 1.
     """
-    place, deadline = place_of_this_rank(), time.monotonic() + limit_seconds
-    _check_collectives_in_debug_mode(place)
-    store = open_store(place, deadline, limit_seconds)
+    launch = launch_from_environment()
+    _check_collectives_in_debug_mode(launch)
+    store = open_store(launch, limit_seconds)
     try:
-        meeting = meet(store, place, deadline, limit_seconds)
+        meeting = meet(store, launch, limit_seconds)
     except dist.DistNetworkError as error:
         raise RankError(
-            f"{place} lost the store at {place.address}:{place.port} before all had come ({_first_line(error)}): rank "
-            "0, or the launcher that keeps it, has ended; look at its log"
+            f"{launch} lost the store at {launch.address}:{launch.port} before all ranks came ({_first_line(error)}): "
+            "look at the log of rank 0, or of the launcher that keeps the store"
         ) from error
-    unconnected = f"{place} met all others, but {backend} does not connect them"
+    unconnected = f"{launch} found all other ranks, but {backend} does not connect them"
     with _ending_after(limit_seconds, f"{unconnected}: {_network()}"):
         try:
             dist.init_process_group(
-                backend, store=dist.PrefixStore(meeting, store), rank=place.rank, world_size=place.world_size
+                backend, store=dist.PrefixStore(meeting, store), rank=launch.rank, world_size=launch.world_size
             )
         except RuntimeError as error:
             raise StartError(f"{unconnected} ({_first_line(error)}): {_network()}") from error
-    store.set_timeout(_TORCHS_PATIENCE)  # from here on a rank may wait for another one that works
+    store.set_timeout(_STORE_TIMEOUT)  # from here on a rank may wait for another one that works
 
 
 def first_sum(device: torch.device, *, limit_seconds: float, on_abort: Callable[[str], None] | None = None) -> None:
-    """One all-reduce on the host and one on `device`: afterwards each rank is known to hear all others.
+    """One all-reduce on the host and one on `device`, after which all ranks are known to be connected.
 
-    Backends connect only then, and NCCL knows no limit in doing so: after `limit_seconds` the process ends with a line
-    on stderr that tells what to set, given to `on_abort` too.
+    Backends connect only then, and NCCL without a limit: after `limit_seconds` the process ends with a line on stderr,
+    which `on_abort` gets too.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     what = f"rank {rank} on {socket.gethostname()} got no answer to its first sum over {world_size} ranks"
@@ -82,126 +97,111 @@ def first_sum(device: torch.device, *, limit_seconds: float, on_abort: Callable[
         raise StartError(f"rank {rank} summed 1 over {world_size} ranks and got {sums}: {_network()}")
 
 
-def place_of_this_rank() -> Place:
-    """As RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT tell it. Raises StartError where these are wrong."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    told = {name: os.environ.get(name, "") for name in names}
-    wrong = [name for name in names if not (told[name] if name == "MASTER_ADDR" else told[name].isdecimal())]
-    if wrong:
-        found = ", ".join(f"{name}={told[name]!r}" for name in wrong)
-        raise StartError(f"several processes were started with {found}: launchers set {', '.join(names)}, so must you")
-    rank, world_size, port = (int(told[name]) for name in names if name != "MASTER_ADDR")
-    if rank >= world_size or not 0 < port < 2**16:
-        raise StartError(
-            f"RANK={rank}, WORLD_SIZE={world_size} and MASTER_PORT={port} were set: ranks count from 0 to WORLD_SIZE - "
-            "1, ports from 1 to 65535"
-        )
-    return Place(rank, world_size, told["MASTER_ADDR"], port)
-
-
-def _check_collectives_in_debug_mode(place: Place) -> None:
-    """`accelerate launch --debug` means that collectives are checked: accelerate's own by it, so ours by torch."""
+def _check_collectives_in_debug_mode(launch: Launch) -> None:
+    """With `accelerate launch --debug` accelerate checks its own collectives; let torch check ours."""
     if os.environ.get("ACCELERATE_DEBUG_MODE", "false").lower() != "true":
         return
     os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
     dist.set_debug_level_from_env()
-    if place.rank == 0:
+    if launch.rank == 0:
         print("debug mode: torch compares every collective over the ranks before it runs, which takes time", flush=True)
 
 
-def open_store(place: Place, deadline: float, limit_seconds: float) -> dist.Store:
-    """A connection to the store, which rank 0 keeps, unless a launcher does."""
-    patience = timedelta(seconds=limit_seconds)
-    is_keeper = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+def open_store(launch: Launch, limit_seconds: float) -> dist.Store:
+    """Connect to the store, which rank 0 keeps unless a launcher does. Raises StartError after `limit_seconds`."""
+    timeout = timedelta(seconds=limit_seconds)
+    is_keeper = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    where = f"{launch.address}:{launch.port} (MASTER_ADDR, MASTER_PORT)"
+    stranger = (
+        f"{launch} reached something at {where} that is not this run's store: set both, the same for all ranks, to the "
+        "host of rank 0 and a port that is free there"
+    )
 
     def open_at(address: str, is_keeper: bool) -> dist.TCPStore:
         return dist.TCPStore(
-            address, place.port, is_master=is_keeper, timeout=patience, wait_for_workers=False, multi_tenant=True
+            address, launch.port, is_master=is_keeper, timeout=timeout, wait_for_workers=False, multi_tenant=True
         )
 
-    where = f"{place.address}:{place.port} (MASTER_ADDR, MASTER_PORT)"
-    silent = (
-        f"{place} reached something at {where} that is not this run's store: set MASTER_ADDR to the host of rank 0 "
-        "and MASTER_PORT to one that is free there, the same for all"
-    )
-    with _ending_after(limit_seconds + 1.0, silent):  # torch waits for a first answer for ever
+    with _ending_after(limit_seconds + 1.0, stranger):  # torch waits for a first answer without a limit
         try:
-            # under its own name, whatever MASTER_ADDR is, so that a wrong one shows when we ask there
+            # at localhost, whatever MASTER_ADDR is, so that a wrong one shows when we connect to it
             kept = open_at("localhost", True) if is_keeper else None
-            _reach(place, where, deadline)
-            store = open_at(place.address, is_keeper)  # the same: in one process a port has one store
+            _reach(launch, where, limit_seconds)
+            store = open_at(launch.address, is_keeper)  # the same: a port has one store in a process
             del kept
         except dist.DistNetworkError as error:
-            if "EADDRINUSE" in str(error):
-                raise StartError(
-                    f"{place} was to keep the store at {where}, but that port is taken on this host: set MASTER_PORT "
-                    "to a free one, the same for all (torchrun: --master_port, accelerate: --main_process_port)"
-                ) from error
-            raise StartError(f"{silent} ({_first_line(error)})") from error
+            if "EADDRINUSE" not in str(error):
+                raise StartError(f"{stranger} ({_first_line(error)})") from error
+            raise StartError(
+                f"{launch} was to keep the store at {where}, but that port is taken: set MASTER_PORT to a free one, "
+                "the same for all ranks (torchrun: --master_port, accelerate: --main_process_port)"
+            ) from error
     return store
 
 
-def _reach(place: Place, where: str, deadline: float) -> None:
-    """Return as soon as someone listens where the store is. (torch would log stacks, and pause for seconds.)"""
+def _reach(launch: Launch, where: str, limit_seconds: float) -> None:
+    """Wait until something listens at the store's address. (torch would log stacks, and pause for seconds.)"""
+    deadline = time.monotonic() + limit_seconds
     while True:
         left = deadline - time.monotonic()
         try:
-            socket.create_connection((place.address, place.port), timeout=max(1.0, left)).close()
+            socket.create_connection((launch.address, launch.port), timeout=max(1.0, left)).close()
             return
         except OSError as error:
-            keeper_is_up = place.rank == 0  # on this host, so who refuses is another one
-            if left > _SECONDS_BETWEEN_TRIES and not (keeper_is_up and isinstance(error, ConnectionRefusedError)):
-                time.sleep(_SECONDS_BETWEEN_TRIES)
-                continue
-            raise StartError(
-                f"{place} reaches nobody at {where}: {error.strerror or error}. Set both to the host of rank 0 and a "
-                f"port that is free there and open to this host. {_interfaces()}"
-            ) from error
+            # the keeper is up before rank 0 gets here, so a host that refuses rank 0 is another one
+            is_final = launch.rank == 0 and isinstance(error, ConnectionRefusedError)
+            if is_final or left <= _SECONDS_BETWEEN_TRIES:
+                raise StartError(
+                    f"{launch} reaches nobody at {where}: {error.strerror or error}. Set both to the host of rank 0 "
+                    f"and a port that is free there and open to this host. {_interfaces()}"
+                ) from error
+            time.sleep(_SECONDS_BETWEEN_TRIES)
 
 
-def meet(store: dist.Store, place: Place, deadline: float, limit_seconds: float) -> str:
-    """Return a name for this meeting, the same on every rank and never used before in this store.
+def meet(store: dist.Store, launch: Launch, limit_seconds: float) -> str:
+    """Wait until all ranks are here. Returns a name for this meeting, the same on every rank and new in this store.
 
-    A launcher's store still holds what the predecessors of restarted processes wrote, and those on several hosts do not
-    count restarts alike. So rank 0 asks with a new word, each other rank answers with it and a word of its own, and who
-    finds that in rank 0's list is in: no word of a dead process can stand in for one that lives.
+    A launcher's store still holds what restarted processes wrote before, and hosts may count restarts differently. So
+    rank 0 asks with a new word, each other rank answers with it and a word of its own, and a rank that finds its word
+    in rank 0's list has met: no word of a dead process can pass for that of a live one.
     """
-    mine, others = uuid4().hex, range(1, place.world_size)
-    answered, told_at = "", time.monotonic() + _SECONDS_UNTIL_TOLD
-    if place.rank == 0:
+    mine, others, start = uuid4().hex, range(1, launch.world_size), time.monotonic()
+    answered, has_reported = "", False
+    if launch.rank == 0:
         store.set("lowmem/asked", mine)
     while True:
         asked = _read(store, "lowmem/asked")
-        if place.rank == 0:
+        if launch.rank == 0:
             if asked != mine:
-                raise StartError(f"{place} is not the only rank 0 of this run: give each process a RANK of its own")
+                raise StartError(f"{launch} is not the only rank 0 of this run: give each process its own RANK")
             answers = _answers(store, others, asked)
             if all(answers):
                 store.set("lowmem/met", " ".join([asked, *answers]))
-                store.set("lowmem/asked", "")  # not deleted: who has just seen it there would wait for it in reading
+                store.set("lowmem/asked", "")  # not deleted: a rank that has just seen it would wait for it in reading
                 return mine
         elif asked and asked != answered:
-            store.set(f"lowmem/{place.rank}", f"{asked} {mine}")
+            store.set(f"lowmem/{launch.rank}", f"{asked} {mine}")
             answered = asked
         elif answered and (met := _read(store, "lowmem/met").split()) and met[0] == answered:
             if mine in met:
                 return answered
             raise StartError(
-                f"{place} of {place.world_size} is none of the {len(met)} that rank 0 met: give each process a RANK of "
-                "its own, and all one WORLD_SIZE (torchrun: --node_rank, --nnodes)"
+                f"{launch} of {launch.world_size} is none of the {len(met)} that rank 0 met: give each process its own "
+                "RANK, and all the same WORLD_SIZE (torchrun: --node_rank, --nnodes)"
             )
-        now = time.monotonic()
-        if now > deadline or (now > told_at and place.rank == 0):
+        waited = time.monotonic() - start
+        is_late = waited > limit_seconds
+        if is_late or (waited > _SECONDS_UNTIL_REPORT and launch.rank == 0 and not has_reported):
             came = _answers(store, others, asked)
             missing = [str(rank) for rank, has_come in enumerate(came, 1) if not has_come] if asked else ["0"]
-            told = f"{place} waits at {place.address}:{place.port} for rank {', '.join(missing)} of {place.world_size}"
-            if now > deadline:
+            awaited = f"for rank {', '.join(missing)} of {launch.world_size} at {launch.address}:{launch.port}"
+            if is_late:
                 raise RankError(
-                    f"{told}, in vain for {limit_seconds:g} s: look whether it runs, with the same MASTER_ADDR, "
-                    "MASTER_PORT and WORLD_SIZE, and a RANK of its own"
+                    f"{launch} timed out after {limit_seconds:g} s waiting {awaited}: check that it runs, with the "
+                    "same MASTER_ADDR, MASTER_PORT and WORLD_SIZE, and its own RANK"
                 )
-            print(told, flush=True)
-            told_at = deadline
+            print(f"{launch} waits {awaited}", flush=True)
+            has_reported = True
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
@@ -211,21 +211,19 @@ def _read(store: dist.Store, key: str) -> str:
 
 def _answers(store: dist.Store, ranks: range, asked: str) -> list[str]:
     """The word of each rank that has answered `asked`, "" for the others."""
-    keys = [f"lowmem/{rank}" for rank in ranks]
-    are_all_there = store.check(keys)
-    answers = [(store.get(key).decode() if are_all_there else _read(store, key)).split() for key in keys]
+    answers = [_read(store, f"lowmem/{rank}").split() for rank in ranks]
     return [answer[1] if answer and answer[0] == asked else "" for answer in answers]
 
 
 @contextmanager
 def _ending_after(limit_seconds: float, message: str, on_abort: Callable[[str], None] | None = None) -> Iterator[None]:
-    """End the process with `message` if what is within takes longer: it may be in C++, where no exception comes."""
+    """End the process with `message` if the block takes longer: it may hang in C++, where no exception arrives."""
     is_done = Event()
 
     def watch() -> None:
         if not is_done.wait(limit_seconds):
-            told = f"error: given up after {limit_seconds:g} s: {message}"
-            say_and_exit(told, 1, (lambda: on_abort(told)) if on_abort else lambda: None)
+            error = f"error: timed out after {limit_seconds:g} s: {message}"
+            say_and_exit(error, 1, (lambda: on_abort(error)) if on_abort else lambda: None)
 
     Thread(target=watch, daemon=True, name="lowmem-start").start()
     try:
@@ -235,26 +233,23 @@ def _ending_after(limit_seconds: float, message: str, on_abort: Callable[[str], 
 
 
 def _network() -> str:
-    """What decides over which network backends connect, as it is set here."""
+    """The settings of this process that decide which network backends use, and what to set."""
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE")
-    told = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in names)
+    found = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in names)
     return (
-        f"{told}. {_interfaces()}; set the first two to one that all hosts reach on any port, NCCL_IB_DISABLE=1 "
+        f"{found}. {_interfaces()}; set the first two to one that all hosts reach on any port, NCCL_IB_DISABLE=1 "
         "without InfiniBand, NCCL_DEBUG=INFO to see more"
     )
 
 
 def _interfaces() -> str:
+    """The network interfaces of this host, those that lead out of it first."""
     families = (socket.AF_INET, socket.AF_INET6)
-    found = {
-        name: [address.address for address in addresses if address.family in families]
-        for name, addresses in psutil.net_if_addrs().items()
-    }
-    # those that lead out of this host first
-    told = sorted(
-        ((all(each.startswith(_LOOPBACK) for each in every), name, every[0]) for name, every in found.items() if every)
-    )
-    return f"Interfaces here: {', '.join(f'{name} {address}' for _, name, address in told)}"
+    found = []
+    for name, addresses in psutil.net_if_addrs().items():
+        if own := [address.address for address in addresses if address.family in families]:
+            found.append((all(each.startswith(_LOOPBACK) for each in own), name, own[0]))
+    return f"Interfaces here: {', '.join(f'{name} {address}' for _, name, address in sorted(found))}"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Whoever started us (python, torchrun, accelerate launch), be one process group of the size that was asked for."""
+"""Initialize the process group under any launcher: plain python, torchrun, accelerate launch, deepspeed."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 
 
 def check_launch(num_processes: int | None) -> None:
-    """Raise UsageError where the environment contradicts `num_processes`, or asks for what is not built."""
+    """Raise UsageError if the environment contradicts `num_processes`, or sets what lowmem does not have."""
     launched = launched_processes()
     if None not in (launched, num_processes) and launched != num_processes:
         raise UsageError(
-            f"--num_processes={num_processes} was asked for, but the launcher started {launched}: "
-            "set the number in one place, the launcher's"
+            f"--num_processes={num_processes} was set, but the launcher started {launched}: set the number in the "
+            "launcher alone"
         )
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
         raise UsageError(
-            f"accelerate was told to accumulate over {accumulation} steps, which would divide gradients twice: "
-            "leave it at 1 and set --gradient_accumulation_steps of this program"
+            f"accelerate was told to accumulate over {accumulation} steps, which would divide gradients twice: set it "
+            "to 1, and --gradient_accumulation_steps of this program"
         )
 
 
 def processes_to_start(num_processes: int | None) -> int:
-    """Under plain python: `num_processes`, or one for each visible GPU, or one. Under a launcher: 1, no more."""
+    """Under plain python: `num_processes`, or one for each visible GPU, at least one. Under a launcher: 1."""
     if launched_processes() is not None or num_processes == 1:
         return 1
     import torch
@@ -40,7 +40,7 @@ def processes_to_start(num_processes: int | None) -> int:
     if num_processes is None:
         return max(1, num_gpus)
     if 0 < num_gpus < num_processes:
-        raise UsageError(f"--num_processes={num_processes} was asked for, {num_gpus} GPUs are visible: ask for no more")
+        raise UsageError(f"--num_processes={num_processes} was set, but {num_gpus} GPUs are visible: set at most that")
     return num_processes
 
 
@@ -57,17 +57,16 @@ def init_distributed(
     """Join the process group that the environment describes. Returns its Accelerator.
 
     Without a GPU it runs on the CPU over gloo, also where accelerate would start independent runs.
-    `mixed_precision` None is what `accelerate launch` was told. With `deepspeed`, a whole DeepSpeed config, the
-    Accelerator is one that `parallel.deepspeed.wrap` takes, and its precision is the config's. Several processes
-    find one another within `heartbeat_timeout` seconds, or end with a line that tells why (see `start_group`). From
-    then on they watch one another: one that gives no sign of life for that long, or that fails alone, ends all of
-    them with a line on stderr that names it and is given to `on_abort`; and as the ranks can agree on when to
-    end, `signals` do nothing at once any more. Raises UsageError if the group is not of the launched size, and for
-    what `check_launch` and `start_group` refuse.
+    `mixed_precision` None is what `accelerate launch` sets. With `deepspeed`, a whole DeepSpeed config, the Accelerator
+    is one that `zero.wrap` takes, and its precision is the config's. Processes that do not find one another within
+    `heartbeat_timeout` seconds end with a line that says why (see `start_group`). From then on they watch one another:
+    one that sends no heartbeat for that long, or fails alone, ends all of them with a line on stderr that names it,
+    which `on_abort` gets too. `signals.at_once` is unset, as the ranks can now agree on when to end. Raises UsageError
+    if the group has another size than the launcher started, and as `check_launch` and `start_group` do.
     """
     check_launch(None)
     if deepspeed is None and "deepspeed" in launched_settings():
-        raise UsageError("accelerate was told to use DeepSpeed, but what runs here does not: launch with --multi_gpu")
+        raise UsageError("accelerate was told to use DeepSpeed, which this command does not: launch with --multi_gpu")
     import torch
     from accelerate import Accelerator
     from torch import distributed
@@ -76,7 +75,7 @@ def init_distributed(
     from lowmem.distributed.rendezvous import first_sum, start_group
 
     for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        os.environ.pop(variable, None)  # `launched_settings` tells of them; the Accelerator would shard by itself
+        os.environ.pop(variable, None)  # `launched_settings` has read them; the Accelerator would shard by itself
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
     launched = launched_processes() or 1
     if launched > 1:
@@ -94,7 +93,7 @@ def init_distributed(
     if accelerator.num_processes != launched:
         raise UsageError(
             f"the launcher started {launched} processes, accelerate sees {accelerator.num_processes} "
-            f"({accelerator.distributed_type.value}): each would train alone, so none does; check the launcher's flags"
+            f"({accelerator.distributed_type.value}), so each would train alone: check the launcher's flags"
         )
     if launched > 1:
         first_sum(accelerator.device, limit_seconds=heartbeat_timeout, on_abort=on_abort)
@@ -110,9 +109,9 @@ def join(*, last_words: Callable[[str], None] | None = None, **options: object) 
 
 
 def make_deterministic(wanted: bool) -> None:
-    """Let torch use only operations that repeat bit for bit. Call it before the first work on a GPU."""
+    """Let torch use only deterministic operations. Call it before the first work on a GPU."""
     import torch
 
     if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with fixed workspaces
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only in fixed workspaces
     torch.use_deterministic_algorithms(wanted)

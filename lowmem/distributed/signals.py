@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 ask a run to end. They are noted also while the main thread is in a collective."""
+"""Catch SIGTERM, SIGINT and SIGUSR1, which ask a run to end, even while the main thread is in a collective."""
 
 import os
 import signal
@@ -6,44 +6,46 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NoReturn
 
 PREEMPTED = 75
 """Exit code of a run that a signal ended and that may be started again: EX_TEMPFAIL of sysexits.h."""
 
 _CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_ECHO_SECONDS = 5.0  # launchers pass on what they got, beside what reached us directly
-_SECONDS_TO_SAY = 10.0
+_ECHO_SECONDS = 5.0  # launchers pass a signal on that has reached us directly as well
 
 
-def say_and_exit(message: str, code: int, beside: Callable[[], None] = lambda: None) -> NoReturn:
-    """Write `message` to stderr, call `beside` meanwhile, and end the process with `code` when both are done.
+def say_and_exit(
+    message: str, code: int, act: Callable[[], None] = lambda: None, *, limit_seconds: float = 10.0
+) -> NoReturn:
+    """Write `message` to stderr and call `act` at the same time, then end the process with `code`.
 
-    From any thread, and for certain: whatever hangs for 10 seconds or fails, be it a disk or a terminal.
+    From any thread, and for certain: even if writing or `act` fails, or hangs for `limit_seconds`.
     """
     try:
-        writes = threading.Thread(target=os.write, args=(2, f"{message}\n".encode()), daemon=True)
-        acts = threading.Thread(target=beside, daemon=True)
-        deadline = time.monotonic() + _SECONDS_TO_SAY
-        for thread in (writes, acts):
+        write = partial(os.write, 2, f"{message}\n".encode())
+        threads = [threading.Thread(target=target, daemon=True) for target in (write, act)]
+        deadline = time.monotonic() + limit_seconds
+        for thread in threads:
             thread.start()
-        for thread in (writes, acts):
+        for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
     finally:
         os._exit(code)
 
 
 def end_as_signalled(name: str) -> NoReturn:
-    """What shells expect of a command that nobody starts again: exit code 128 and the signal's number (130: SIGINT)."""
+    """End with the exit code that shells expect, 128 plus the signal's number (130 for SIGINT)."""
     os._exit(128 + signal.Signals[name])
 
 
 class Signals:
-    """Notes the first signal in `came`, from `catch` until `release`; a second one, if it comes more than 5 seconds
-    after the first and so is no echo of it, ends the process at once with exit code 1.
+    """Keeps the name of the first signal in `came`, from `catch` until `release`. A second one, more than 5 seconds
+    later and so no echo of it, ends the process at once with exit code 1.
 
-    `at_once`, while it is set, is called with the first signal's name, in a thread of its own: for times in which the
-    ranks cannot agree on when to end.
+    `at_once`, while it is set, is called with the first signal's name in another thread: for times in which the ranks
+    cannot agree on when to end.
     """
 
     came: str | None = None
@@ -54,22 +56,22 @@ class Signals:
         self._are_ignored = False
 
     def ignore(self) -> None:
-        """From here on signals do nothing: the process ends by itself, and with the right exit code."""
+        """Ignore signals from here on: the process is about to end, with the right exit code."""
         self._are_ignored = True
 
     def catch(self) -> None:
-        """Take over the three signals. Call it in the main thread."""
+        """Start to catch the three signals. Call it in the main thread."""
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
-        # Python's own handlers wait until the main thread leaves C code, which may never be; a thread that reads the
-        # numbers from here need not.
+        # Python's own handlers wait until the main thread leaves C code, which may be never; the thread that reads
+        # signal numbers from this pipe does not.
         self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._handlers_before = {number: signal.signal(number, lambda *_: None) for number in _CAUGHT}
         _catching.append(self)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
     def release(self) -> None:
-        """Give the signals back to who had them before."""
+        """Restore the handlers from before `catch`."""
         _catching.remove(self)
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
@@ -91,8 +93,8 @@ class Signals:
                     say_and_exit(f"{name} came after {self.came}: ends at once, not saved", 1)
 
 
-# A fork has the handlers and the pipe, but no thread that reads it: who signals the fork would signal us instead. So it
-# releases them, and until it has its signals wait.
+# A fork inherits the handlers and the pipe, but not the thread that reads it: a signal to the fork would reach us
+# instead. So the fork releases them, and signals are blocked until it has.
 _catching: list[Signals] = []
 _forking = threading.local()
 
@@ -116,10 +118,9 @@ os.register_at_fork(before=_let_signals_wait, after_in_parent=_let_signals_throu
 
 @contextmanager
 def catching_signals() -> Iterator[Signals]:
-    """Within it the first SIGTERM, SIGINT or SIGUSR1 is noted in `.came` of what it gives, and does nothing else.
+    """Catch signals within this block: see `Signals`, which it yields. Enter it in the main thread.
 
-    A second one more than 5 seconds after it ends the process at once, with exit code 1. Processes that are forked
-    within it have the signals as they were before. Enter it in the main thread.
+    Processes that are forked within it have the handlers from before.
     """
     signals = Signals()
     signals.catch()

@@ -1,10 +1,10 @@
-"""Tensor parallelism: linear layers divided over ranks, by the plan that transformers has for a model.
+"""Tensor parallelism: linear layers sharded over ranks, by the plan that transformers has for a model.
 
-Each rank keeps rows or columns of a weight and computes with them alone; the results meet in sums over the ranks
-(Shoeybi et al., 2019). The weights are DTensors, so that a checkpoint knows the whole, but what is computed with are
-plain tensors: savers, autocast and attention meet no DTensor. All else is whole on every rank, the embedding and the
-output head too, which a chunked loss takes by itself. Ranks that share a model must be given the same batches and draw
-the same dropout masks: then the gradient of what is whole is complete, and the same on each of them, without a sum.
+Each rank keeps rows or columns of a weight and computes with them alone; results are summed over the ranks (Shoeybi et
+al., 2019). The weights are DTensors, so that checkpoints hold whole tensors, but computation uses their plain local
+tensors: savers, autocast and attention see no DTensor. All else is whole on every rank, also the embedding and the
+output head, which the chunked loss uses directly. Ranks that share a model must get the same batches and draw the same
+dropout masks: then the gradient of what is whole is complete and identical on each of them, without a sum.
 """
 
 import re
@@ -24,25 +24,23 @@ from transformers import PreTrainedModel
 from lowmem.distributed.placement import TENSOR_PARALLEL_MESH
 from lowmem.errors import UsageError
 
+Exchange = Callable[[Tensor, ProcessGroup], Tensor]
+
 
 def make_tensor_mesh(kind: str, world_size: int, tp_size: int) -> DeviceMesh:
-    """All ranks on devices of a kind, neighbours sharing a model: (data ranks, `tp_size`).
-
-    Raises UsageError if there is no whole number of models.
-    """
+    """A mesh of (data ranks, `tp_size`), in which neighbouring ranks share a model."""
     if world_size % tp_size:
         raise UsageError(
-            f"tp_size={tp_size} was asked for, {world_size} processes are no multiple of it: start another number"
+            f"tp_size={tp_size} was set, but {world_size} processes are no multiple of it: start more or less"
         )
     return init_device_mesh(kind, (world_size // tp_size, tp_size), mesh_dim_names=TENSOR_PARALLEL_MESH)
 
 
 def divide_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Divide, in place, what the model's plan names over the second dimension of `mesh`, and copy it along the first.
+    """Shard the layers in the model's plan over the second dimension of `mesh`, (data ranks, `tp_size`), in place.
 
-    (data ranks, ranks that share a model): parameters become DTensors of placements (Replicate, Shard), made of this
-    rank's own weights, data or none. What is not divided is left where and as it is. Raises UsageError as `check_plan`
-    does.
+    Their parameters become DTensors of placements (Replicate, Shard), made from this rank's own weights, with data or
+    on meta. Nothing else is changed or moved. Raises UsageError as `check_plan` does.
     """
     check_plan(model, mesh.size(1))
     group = mesh.get_group(1)
@@ -52,7 +50,7 @@ def divide_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
             continue
         for parameter in _part(model, name).parameters():
             if parameter.requires_grad:
-                # of each gradient on its own, before it is added to those of earlier micro-batches
+                # the hook sees each gradient before it is added to those of earlier micro-batches
                 parameter.register_hook(partial(_summed, group=group))
 
 
@@ -60,34 +58,34 @@ def check_plan(model: PreTrainedModel, tp_size: int) -> None:
     """Raise UsageError if the model has no plan, one that cannot be followed, or sizes that do not divide."""
     asked, kind, planned = f"tp_size={tp_size} was asked for, but", type(model).__name__, _planned(model)
     if not planned:
-        raise UsageError(f"{asked} transformers has no plan to divide {kind}: take another model, or tp_size=1")
+        raise UsageError(f"{asked} transformers has no plan to divide {kind}: use another model, or tp_size=1")
     for name, style in planned.items():
         if style not in (*_STYLES, _WHOLE):
             raise UsageError(
-                f"{asked} the plan of {kind} has {_generic(name)} as {style}, which is not built: take a dense model, "
+                f"{asked} the plan of {kind} has {_generic(name)} as {style}, which is not built: use a dense model, "
                 "or tp_size=1"
             )
         if style in _STYLES and type(_part(model, name)) is not nn.Linear:
             other = type(_part(model, name)).__name__
-            raise UsageError(f"{asked} {_generic(name)} of {kind} is a {other}, not nn.Linear: take tp_size=1")
+            raise UsageError(f"{asked} {_generic(name)} of {kind} is a {other}, not nn.Linear: set tp_size=1")
     if left_out := _left_out(model, planned):
         raise UsageError(
             f"{asked} the plan of {kind} leaves out {', '.join(left_out)}, which would get a part of its gradient: "
-            "take another model, or tp_size=1"
+            "use another model, or tp_size=1"
         )
     if uneven := _uneven(model, planned, tp_size):
         raise UsageError(f"{asked} {kind} has {', '.join(uneven)}: choose a tp_size that divides all of them")
 
 
 def _left_out(model: PreTrainedModel, planned: dict[str, str]) -> list[str]:
-    """Parameters, not in the plan, of modules within which ranks compute different things."""
+    """Parameters that are not in the plan, of modules in which ranks compute different things."""
     divided = {name.rpartition(".")[0] for name, style in planned.items() if style == "colwise"}
     inside = {f"{name}.{x}" for name in divided for x, _ in model.get_submodule(name).named_parameters()}
     return sorted({_generic(name) for name in inside if name.rpartition(".")[0] not in planned})
 
 
 def _uneven(model: PreTrainedModel, planned: dict[str, str], tp_size: int) -> list[str]:
-    """What does not divide. Of attention whole heads do, also where the rows of a weight would."""
+    """Sizes that are no multiples of `tp_size`. Attention needs whole heads, not only rows of a weight."""
     config, found = model.config.get_text_config(), {}
     for name, style in planned.items():
         if style == "colwise" and "att" in name:
@@ -99,7 +97,7 @@ def _uneven(model: PreTrainedModel, planned: dict[str, str], tp_size: int) -> li
 
 
 def _planned(model: PreTrainedModel) -> dict[str, str]:
-    """The style of every module and parameter that the plan names, but for embeddings and output head."""
+    """The style of every module and parameter that the plan names, except embeddings and output head."""
     whole = (model.get_input_embeddings(), model.get_output_embeddings())
     left_out = {name for name, module in model.named_modules() if any(module is x for x in whole)}
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters()) if name not in left_out]
@@ -112,24 +110,27 @@ def _part(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
 
 
 def _generic(name: str) -> str:
-    """As plans call it: with a star for the number of a layer."""
+    """The name in a plan, with a star for the number of a layer."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _divide(linear: nn.Linear, style: "_Style", mesh: DeviceMesh) -> None:
     group = mesh.get_group(1)
-    # of a bias each rank has its rows; divided by columns it stays whole
+    # a bias is sharded with the rows of its weight; if the weight is sharded by columns it stays whole
     for name, whole in [(name, x) for name, x in linear.named_parameters() if x.dim() > style.dim]:
-        # None: no rank sends, as some may have no data
+        # None: no rank broadcasts, as some may have no data
         shard = distribute_tensor(whole.detach(), mesh, [Replicate(), Shard(style.dim)], src_data_rank=None)
         setattr(linear, name, nn.Parameter(shard, requires_grad=whole.requires_grad))
 
     def forward(x: Tensor) -> Tensor:
-        weight, bias = linear.weight.to_local(), linear.bias
-        if style.dim == 1:
-            result = style.after(F.linear(style.before(x, group), weight), group)
-            return result if bias is None else result + bias  # once, not by every rank
-        return style.after(F.linear(style.before(x, group), weight, bias if bias is None else bias.to_local()), group)
+        bias = linear.bias
+        if style.before:
+            x = _Exchange.apply(x, group, *style.before)
+        local_bias = None if bias is None or style.dim == 1 else bias.to_local()
+        result = F.linear(x, linear.weight.to_local(), local_bias)
+        if style.after:
+            result = _Exchange.apply(result, group, *style.after)
+        return result + bias if bias is not None and style.dim == 1 else result  # once, not by every rank
 
     linear.forward = forward
 
@@ -140,88 +141,55 @@ def _summed(gradient: Tensor, *, group: ProcessGroup) -> Tensor:
     return total.to(gradient.dtype)
 
 
-class _SumGradients(torch.autograd.Function):
-    """What every rank has whole and each uses for its own part: its gradient is the sum of theirs."""
+class _Exchange(torch.autograd.Function):
+    """One function of (tensor, group) for what passes forward, and one for its gradient."""
 
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
-
-
-class _Sum(torch.autograd.Function):
-    """The sum of what ranks have; its gradient is that of each part."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        total = x.clone(memory_format=torch.contiguous_format)  # recompute_cheap keeps x, to be summed again
-        dist.all_reduce(total, group=group)
-        return total
+    def forward(ctx, x, group, function, of_gradient):
+        ctx.group, ctx.of_gradient = group, of_gradient
+        return function(x, group)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient, None
+        return ctx.of_gradient(gradient, ctx.group), None, None, None
 
 
-class _Join(torch.autograd.Function):
-    """The columns of all ranks, whole on each of them, where all go on to compute the same."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _joined(x, group)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _own(gradient, ctx.group), None
+def _same(x: Tensor, group: ProcessGroup) -> Tensor:
+    return x.view_as(x)
 
 
-class _Own(torch.autograd.Function):
-    """This rank's columns of what is the same on every rank."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _own(x, group)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _joined(gradient, ctx.group), None
+def _sum(x: Tensor, group: ProcessGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)  # recompute_cheap keeps x and sums it again
+    dist.all_reduce(total, group=group)
+    return total
 
 
-def _joined(x: Tensor, group: ProcessGroup) -> Tensor:
+def _all_gather_columns(x: Tensor, group: ProcessGroup) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts, dim=-1)
 
 
-def _own(x: Tensor, group: ProcessGroup) -> Tensor:
+def _own_columns(x: Tensor, group: ProcessGroup) -> Tensor:
     return x.chunk(group.size(), dim=-1)[group.rank()].contiguous()
 
 
-def _as_it_is(x: Tensor, group: ProcessGroup) -> Tensor:
-    return x
-
-
 class _Style(NamedTuple):
-    """How a linear layer is divided: `dim` of its weight, and what happens to its input and its output."""
+    """How a linear layer is sharded: `dim` of its weight, and what is done to its input and its output.
+
+    That is a pair of functions of (tensor, group), for values and for gradients, or None.
+    """
 
     dim: int
-    before: Callable[[Tensor, ProcessGroup], Tensor]
-    after: Callable[[Tensor, ProcessGroup], Tensor]
+    before: tuple[Exchange, Exchange] | None
+    after: tuple[Exchange, Exchange] | None
 
 
 # under transformers' names
 _STYLES = {
-    "colwise": _Style(0, _SumGradients.apply, _as_it_is),
-    "colwise_gather_output": _Style(0, _SumGradients.apply, _Join.apply),
-    "rowwise": _Style(1, _as_it_is, _Sum.apply),
-    "rowwise_split_input": _Style(1, _Own.apply, _Sum.apply),
+    "colwise": _Style(0, (_same, _sum), None),
+    "colwise_gather_output": _Style(0, (_same, _sum), (_all_gather_columns, _own_columns)),
+    "rowwise": _Style(1, None, (_sum, _same)),
+    "rowwise_split_input": _Style(1, (_own_columns, _all_gather_columns), (_sum, _same)),
 }
 _WHOLE = "replicated_with_grad_allreduce"  # norms of heads: each rank's gradient is of its own heads alone

@@ -1,25 +1,29 @@
-"""exit.json: how the run in a folder ended, for who only sees a launcher's exit code. Imports no torch."""
+"""exit.json: how the run in a folder ended, for users who see only a launcher's exit code. Imports no torch."""
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
+
 from lowmem.distributed.signals import PREEMPTED
-from lowmem.job.processes import is_of_this_launch, this_launch
 
 CODES = {"done": 0, "failed": 1, "mistake": 2, "preempted": PREEMPTED}
 """Exit code by cause."""
 _FINAL = ("mistake", "preempted")
+_START_ERROR_SECONDS = 2.0  # the system knows when a process started to about a second
 
 
 def write_exit(folder: Path, cause: str, message: str = "", *, step: int | None, rank: int) -> None:
-    """Write `folder`/exit.json whole or not at all, and only if it is not there yet: the first cause stands.
+    """Write `folder`/exit.json whole or not at all, and only if there is none: the first cause counts.
 
-    `cause` is a key of CODES, `step` the optimizer steps done, as far as known. Without a folder nothing is written; if
-    it cannot be written (the disk may be what failed) a line says so.
+    `cause` is a key of CODES, `step` the optimizer steps done, if known. Without a folder nothing is written; if it
+    cannot be written (the disk may be what failed) a line says so.
     """
     if not folder.is_dir():
         return
@@ -34,38 +38,62 @@ def write_exit(folder: Path, cause: str, message: str = "", *, step: int | None,
         "launch": launch,
         "time": datetime.now(UTC).isoformat(),
     }
-    unfinished = folder / f".exit-{launch['host']}-{os.getpid()}.json"
+    unfinished, path = folder / f".exit-{launch['host']}-{os.getpid()}.json", folder / "exit.json"
     try:
+        unfinished.write_text(json.dumps(record, indent=2) + "\n")
         try:
-            unfinished.write_text(json.dumps(record, indent=2) + "\n")
-            _name_once(unfinished, folder / "exit.json")
-        finally:
-            unfinished.unlink(missing_ok=True)
+            os.link(unfinished, path)  # not a rename, which would replace an earlier one
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                os.rename(unfinished, path)
     except OSError as error:
-        print(f"{folder / 'exit.json'} cannot be written: {error.strerror}", file=sys.stderr)
-
-
-def _name_once(unfinished: Path, path: Path) -> None:
-    """Give the file its name unless another one has it. (A rename would replace that.)"""
-    try:
-        os.link(unfinished, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without hard links
-        if not path.exists():
-            os.rename(unfinished, path)
+        print(f"{path} cannot be written: {error.strerror}", file=sys.stderr)
+    with suppress(OSError):
+        unfinished.unlink()
 
 
 def remove_exit(folder: Path) -> None:
-    """A run begins: what is told of an earlier one goes."""
+    """Remove what an earlier run wrote."""
     (folder / "exit.json").unlink(missing_ok=True)
 
 
 def final_exit(folder: Path) -> Mapping[str, object] | None:
-    """What exit.json tells if it was written in the launch that we are in, and starting again can change nothing."""
+    """The content of exit.json if it was written in this launch and another start would end the same way."""
     try:
         record = json.loads((folder / "exit.json").read_text())
-        is_final = record["cause"] in _FINAL and is_of_this_launch(record["launch"], record["time"])
-    except (OSError, ValueError, KeyError, TypeError):  # none, or one that nobody of us has written
+        is_final = record["cause"] in _FINAL and _is_of_this_launch(record["launch"], record["time"])
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is not ours
         return None
     return record if is_final else None
+
+
+def this_launch() -> dict[str, object]:
+    """{"run_id", "host", "launcher": id of the process that started this one, "since": when that was started}.
+
+    If that process cannot be seen (the first process of a container has none) `since` is this one's own start.
+    """
+    try:
+        since = psutil.Process(os.getppid()).create_time()
+    except psutil.Error:
+        since = psutil.Process().create_time()
+    return {
+        "run_id": os.environ.get("TORCHELASTIC_RUN_ID"),
+        "host": socket.gethostname(),
+        "launcher": os.getppid(),
+        "since": datetime.fromtimestamp(since, UTC).isoformat(),
+    }
+
+
+def _is_of_this_launch(launch: Mapping[str, object], time: str) -> bool:
+    """Whether a process of `launch` that wrote something at `time` (ISO 8601) was in the launch that this one is in.
+
+    A launch has a launcher on each host, and all have its run id. But process ids are used again, and so are run ids
+    ("none", or a scheduler's): what is older than our launcher is of an earlier launch.
+    """
+    ours = this_launch()
+    age = (datetime.fromisoformat(time) - datetime.fromisoformat(ours["since"])).total_seconds()
+    if (launch["host"], launch["launcher"]) == (ours["host"], ours["launcher"]):
+        return age > -_START_ERROR_SECONDS
+    return launch["run_id"] == ours["run_id"] and age > 0

@@ -1,4 +1,4 @@
-"""The folder of a run: what may be written into it, and that one run at a time does."""
+"""The folder of a run: whether a run may write into it, and a lock so that only one at a time does."""
 
 import errno
 import fcntl
@@ -13,12 +13,12 @@ from pathlib import Path
 from lowmem.errors import UsageError
 from lowmem.storage.files import stands_at
 
-_PATIENCE_SECONDS = 5.0  # a process that was killed holds its lock until its memory is freed
+_SECONDS_TO_LOCK = 5.0  # a killed process holds its lock until its memory is freed
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def check_output(output: Path, resume: str) -> None:
-    """Raise UsageError if a run would mix with another one in `output`, or starts from what is no checkpoint.
+    """Raise UsageError if a run would mix with another one in `output`, or would resume from no checkpoint.
 
     `resume` is never, auto or the path of a checkpoint.
     """
@@ -33,7 +33,7 @@ def check_output(output: Path, resume: str) -> None:
     if resume == "never" and present:
         raise UsageError(
             f"--output_dir={output} holds checkpoints already ({', '.join(present)}): "
-            "set --resume=auto to go on from the newest, or another --output_dir"
+            "set --resume=auto to resume from the newest, or another --output_dir"
         )
     if resume not in ("never", "auto"):
         path = Path(resume)
@@ -52,11 +52,11 @@ def check_output(output: Path, resume: str) -> None:
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Within it `folder` exists and is locked: the file .lock in it is held, and names this process.
+    """Make and lock `folder` within this block, with a file .lock that names this process.
 
-    The lock is the system's (flock): it goes with its process, however that ends. Where a file system has none, a line
-    tells so. What was made here and stays empty is removed at the end. Raises UsageError if another process holds the
-    lock for 5 seconds more, naming it, and if nothing can be written there.
+    The lock is the system's (flock), which ends with the process in any case; a line says if the file system has none.
+    Folders made here that stay empty are removed at the end. Raises UsageError if the folder cannot be written, or if
+    another process, which it names, keeps the lock for 5 seconds.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -68,14 +68,14 @@ def owned(folder: Path) -> Iterator[None]:
         yield
     finally:
         if stands_at(folder / ".lock", lock):
-            os.unlink(folder / ".lock")  # while we hold it: who has opened it meanwhile sees that it is gone
+            os.unlink(folder / ".lock")  # while we hold it: a process that has opened it sees that it is gone
         _remove_empty(made)
         os.close(lock)
 
 
 def _take(folder: Path) -> int:
-    """A descriptor of the lock file, held."""
-    path, deadline = folder / ".lock", time.monotonic() + _PATIENCE_SECONDS
+    """A descriptor of the locked file."""
+    path, deadline = folder / ".lock", time.monotonic() + _SECONDS_TO_LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -104,12 +104,12 @@ def _is_locked(lock: int, path: Path) -> bool:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove those of `folders`, innermost first, that are there and hold nothing."""
+    """Remove those of `folders`, given innermost first, that exist and are empty."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
 
 
 def holds_anything(folder: Path) -> bool:
-    """Whether something other than our lock is in `folder`."""
+    """Whether `folder` contains anything but our lock."""
     return folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir())

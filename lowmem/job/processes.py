@@ -1,4 +1,4 @@
-"""torch's elastic launcher from both sides: who starts processes through it, and what a process knows that it started.
+"""Start processes through torch's elastic launcher, and end with the launcher that started this one.
 
 Imports no torch until processes are started.
 """
@@ -6,12 +6,10 @@ Imports no torch until processes are started.
 import ctypes
 import os
 import signal
-import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
 from uuid import uuid4
@@ -29,15 +27,15 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
     """Run this script with `arguments` in `num_processes` processes on this machine, and return its exit code.
 
     Without restarts: when one process fails, the launcher ends the others and its code is returned. The first of
-    `signals`, which are caught already, is passed on to the processes; they may take the time they need to save. If
-    it ended one that could not catch it yet, its number is returned, below 0. Until the processes are about to be
-    started `signals.at_once`, which ends this one, is left as it is.
+    `signals`, which must be caught already, is passed on to the processes, which have all the time they need to save.
+    If it ended one that could not catch it yet, its number is returned, below 0. `signals.at_once`, which ends this
+    process, is replaced just before processes are started.
     """
     passed_on: list[int] = []
 
     def pass_on(name: str) -> None:
         passed_on.append(signal.Signals[name])
-        # none: they are about to be started, or all have ended and this process ends too
+        # without any, they are about to be started, or all have ended and this process ends too
         limit = time.monotonic() + _SECONDS_TO_START
         while not (processes := psutil.Process().children()) and time.monotonic() < limit:
             time.sleep(0.05)
@@ -60,7 +58,7 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        signals_to_handle="SIGHUP,SIGQUIT",  # 30 s after one that it handles it kills: too soon for a large model
+        signals_to_handle="SIGHUP,SIGQUIT",  # it kills 30 s after one that it handles: too soon for a large model
     )
     end_unstarted, signals.at_once = signals.at_once, pass_on
     try:
@@ -72,13 +70,11 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
 
 
 def die_with_launcher() -> None:
-    """Under a launcher, on Linux: get a SIGTERM if the launcher dies, be it of SIGKILL. Elsewhere: nothing.
+    """Under a launcher, on Linux: get a SIGTERM if the launcher dies, even of SIGKILL. Elsewhere do nothing.
 
-    So a launcher that is killed, or ended by a second signal, leaves nothing behind that trains on, and what can be
-    saved is.
+    So no process goes on training without its launcher, and each may still save.
     """
-    # the second is of `accelerate launch`, which starts a single process without an elastic launcher; the third of
-    # `deepspeed`, which has none
+    # torchrun; `accelerate launch`, which starts a single process without an elastic launcher; `deepspeed`
     is_launched = not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "CROSS_SIZE"))
     if not is_launched or sys.platform != "linux":
         return
@@ -86,59 +82,24 @@ def die_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != launcher:  # it died in between
         os.kill(os.getpid(), signal.SIGTERM)
-    if (command := _deepspeed_above(launcher)) is not None:
-        Thread(target=_die_with_deepspeed, args=(launcher, command), daemon=True, name="lowmem-launcher").start()
+    if "CROSS_SIZE" in os.environ:
+        Thread(target=_die_with_deepspeed, args=(launcher,), daemon=True, name="lowmem-launcher").start()
 
 
-def _deepspeed_above(launcher: int) -> int | None:
-    """The process id of `deepspeed` if it has started the launcher, and not a shell, which may end as it likes."""
+def _die_with_deepspeed(launcher: int) -> None:
+    """As `die_with_launcher`: whatever ends `deepspeed`, even SIGTERM, does not end the launcher that it started."""
+    command = None
     with suppress(psutil.Error):
-        if "CROSS_SIZE" in os.environ and (command := psutil.Process(launcher).parent()):
-            program, *words = command.cmdline()
-            if "python" in Path(program).name and any("deepspeed" in word for word in words[:3]):
-                return command.pid
-    return None
-
-
-def _die_with_deepspeed(launcher: int, command: int) -> None:
-    """As `die_with_launcher`: what ends `deepspeed`, SIGTERM included, leaves the launcher that it has started."""
-    with suppress(psutil.Error):
-        while psutil.Process(launcher).ppid() == command:
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def this_launch() -> dict[str, object]:
-    """{"run_id", "host", "launcher": id of the process that started this one, "since": when that was started}.
-
-    Where that one cannot be seen (the first process of a container has none) `since` is this one's own start.
-    """
-    try:
-        since = psutil.Process(os.getppid()).create_time()
-    except psutil.Error:
-        since = psutil.Process().create_time()
-    return {
-        "run_id": os.environ.get("TORCHELASTIC_RUN_ID"),
-        "host": socket.gethostname(),
-        "launcher": os.getppid(),
-        "since": datetime.fromtimestamp(since, UTC).isoformat(),
-    }
+        if parent := psutil.Process(launcher).parent():
+            program, *words = parent.cmdline()
+            if "python" in Path(program).name and any("deepspeed" in word for word in words[:3]):  # not a shell
+                command = parent.pid
+                while psutil.Process(launcher).ppid() == command:
+                    time.sleep(_SECONDS_BETWEEN_LOOKS)
+    if command is not None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def is_restarted() -> bool:
-    """Whether an elastic launcher has started this process in place of one that failed."""
+    """Whether an elastic launcher started this process to replace one that failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def is_of_this_launch(launch: Mapping[str, object], time: str) -> bool:
-    """Whether what a process of `launch` wrote down at `time` (ISO 8601) was written in the launch that we are in.
-
-    A launch has a launcher on each host, and all have its run id. But that may be "none", or one that a scheduler uses
-    again, so another launcher's word counts if it is younger than our launcher.
-    """
-    ours = this_launch()
-    since = datetime.fromisoformat(ours["since"])
-    if (launch["host"], launch["launcher"]) == (ours["host"], ours["launcher"]):
-        # a process id may be used again; the start of one process is told up to the second's rounding of boot time
-        return abs((datetime.fromisoformat(launch["since"]) - since).total_seconds()) < 2
-    return launch["run_id"] == ours["run_id"] and datetime.fromisoformat(time) > since

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lowmem.checkpoint.tensors import model_tensors, num_bytes, optimizer_tensors
+from lowmem.checkpoint.tensors import model_tensors, named_parameters, num_bytes
 from lowmem.config.train_config import TrainConfig
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import local_of
@@ -27,6 +27,7 @@ from lowmem.loss import LOSSES, SLICE_ELEMENTS
 from lowmem.memory.savers import entered
 from lowmem.model import build_model, config_of, freeze
 from lowmem.optim.make import make_optimizer
+from lowmem.optim.state import optimizer_tensors
 from lowmem.optim.tiers import slice_elements_for
 from lowmem.plan.fakes import HostCopies, attention_for, fake_ranks, fake_tensors, few_slices
 from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter
@@ -98,7 +99,8 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         stack.enter_context(entered(savers, model, optimizer))
         batches = _batches(config, cluster, is_causal=not shape.is_encoder_decoder)
         timeline.step(TrainState(model, optimizer), batches, loss_fn, accelerator, config.max_grad_norm)
-        weights, state = num_bytes(model_tensors(model)), num_bytes(optimizer_tensors(model, optimizer))
+        weights = num_bytes(model_tensors(model))
+        state = num_bytes(optimizer_tensors(named_parameters(model, optimizer), optimizer))
         return Counted(timeline.peaks, weights, weights + state, model.num_parameters())
 
 

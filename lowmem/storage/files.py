@@ -1,8 +1,7 @@
-"""What a checkpoint does to the disk, each operation announced before it happens. (Files that only transformers can
-write are announced when they are brought to disk.)
+"""File operations of a checkpoint, each announced by `sys.audit("lowmem.disk", operation, path)` before it happens.
 
-`sys.audit("lowmem.disk", operation, path)` goes ahead of every one, so that an audit hook (`sys.addaudithook`) can
-follow a save, or let any of its operations fail.
+So an audit hook (`sys.addaudithook`) can follow a save, or let any of its operations fail. Files that only transformers
+can write are announced when they are synced.
 """
 
 import json
@@ -22,10 +21,10 @@ Bytes = bytes | memoryview
 
 
 def write_file(path: Path, parts: Iterable[Bytes]) -> FileRecord:
-    """Write `parts` one after the other, hashed on the way, and bring them to disk (fsync)."""
+    """Write and hash `parts` one after the other, and sync the file to disk."""
     digest, size = xxhash.xxh3_128(), 0
     _announce("open", path)
-    with open(path, "wb", buffering=0) as file:  # unbuffered: after an error, closing must not try once more
+    with open(path, "wb", buffering=0) as file:  # unbuffered, so that closing after an error does not try again
         for part in parts:
             _announce("write", path)
             digest.update(part)
@@ -33,19 +32,19 @@ def write_file(path: Path, parts: Iterable[Bytes]) -> FileRecord:
             left = memoryview(part)
             while left:
                 left = left[file.write(left) :]
-        # Once: a failed fsync may drop what it was to write, so that a second one would succeed for nothing.
+        # Once: a failed fsync may drop what it was to write, and a second one would then succeed without it.
         _announce("fsync", path)
         os.fsync(file.fileno())
     return {"bytes": size, "xxh3_128": digest.hexdigest()}
 
 
 def to_json(value: object) -> bytes:
-    """The bytes of a JSON file that a person can read."""
+    """The bytes of a JSON file, indented for people."""
     return json.dumps(value, indent=2).encode()
 
 
 def record_file(path: Path) -> FileRecord:
-    """The record of a file that is there already."""
+    """The record of an existing file."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while part := file.read(_READ_BYTES):
@@ -54,7 +53,7 @@ def record_file(path: Path) -> FileRecord:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or a folder's entries (new names, renames), to disk."""
+    """Sync a file, or a folder's entries (new names, renames), to disk."""
     _announce("fsync", path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -64,13 +63,13 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder whose parent is there. Raises FileExistsError if it is there itself."""
+    """Make a folder whose parent exists. Raises FileExistsError if it exists itself."""
     _announce("mkdir", path)
     os.mkdir(path)
 
 
 def make_folders(path: Path) -> None:
-    """Make a folder and those above it that are missing, each one's name brought to disk."""
+    """Make a folder and the missing ones above it, and sync their names to disk."""
     if not path.exists():
         make_folders(path.parent)
         make_folder(path)
@@ -78,13 +77,13 @@ def make_folders(path: Path) -> None:
 
 
 def rename(path: Path, new: Path) -> None:
-    """Give a file or folder another name in the same folder. What has that name already must be an empty folder."""
+    """Rename a file or folder within its folder. Only an empty folder may have the new name already."""
     _announce("rename", path)
     os.rename(path, new)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder with all that is in it, or a link to one, whose target stays."""
+    """Remove a folder with all that is in it; of a link only the link."""
     if path.is_symlink() or not path.is_dir():
         _announce("remove", path)
         path.unlink()
@@ -96,7 +95,7 @@ def remove_folder(path: Path) -> None:
 
 
 def stands_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file is still the one that `path` names: whoever held a lock on it may have removed it."""
+    """Whether an open file is still the one at `path`: a process that held a lock on it may have removed it."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
@@ -104,7 +103,7 @@ def stands_at(path: Path, descriptor: int) -> bool:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that can still be written on the filesystem of `path`, or of the nearest folder above it that is there."""
+    """Free bytes on the file system of `path`, which need not exist yet."""
     while not path.exists():
         path = path.absolute().parent
     return shutil.disk_usage(path).free

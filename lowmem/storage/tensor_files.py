@@ -1,4 +1,4 @@
-"""safetensors on disk: written in parts and hashed on the way, read a few rows at a time by the safetensors library.
+"""safetensors files: written in parts, and read a few rows at a time by the safetensors library.
 
 Format: 8 bytes with the header's length (little endian), a JSON header with dtype, shape and byte range of each
 tensor, then the tensors' bytes back to back.
@@ -6,7 +6,6 @@ tensor, then the tensors' bytes back to back.
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,22 +13,24 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lowmem.errors import UsageError
 from lowmem.storage.files import FileRecord, to_json, write_file
 
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PART_BYTES = 2**24  # of a tensor that is in host memory at a time, written or read
-_MAPPED_BYTES = 2**25  # safetensors maps files, whose pages count as ours until a file is closed: after so many
+_MAPPED_BYTES = 2**25  # read before a file is opened again: pages of its memory map count as ours until it is closed
 
 
 class Shard(NamedTuple):
@@ -45,20 +46,28 @@ class Shard(NamedTuple):
 
     @property
     def header(self) -> bytes:
-        """What stands in the file before the tensors' bytes. Raises ValueError for a dtype that files do not hold."""
+        """The bytes before those of the tensors. Raises UsageError as `check_dtype` does."""
         fields, end = {"__metadata__": {"format": "pt"}}, 0
         for name, tensor in self.tensors.items():
-            if tensor.dtype not in _DTYPE_NAMES:
-                raise ValueError(f"{self.name}: tensor {name} is {tensor.dtype}, which no file holds: take another")
+            check_dtype(name, tensor)
             start, end = end, end + bytes_of(tensor)
-            fields[name] = {"dtype": dtype_name(tensor.dtype), "shape": [*tensor.shape], "data_offsets": [start, end]}
+            fields[name] = {"dtype": _NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
         encoded = json.dumps(fields, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         return len(encoded).to_bytes(8, "little") + encoded
 
 
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Raise UsageError if safetensors files do not hold the tensor's dtype."""
+    if tensor.dtype not in _NAMES:
+        raise UsageError(
+            f"tensor {name} cannot be saved (safetensors holds no {tensor.dtype}): give it another dtype, or register "
+            "it as a buffer that is not persistent"
+        )
+
+
 def split_shards(tensors: Mapping[str, Tensor], stem: str, max_shard_bytes: int) -> list[Shard]:
-    """Divide `tensors`, in the given order, over files of at most `max_shard_bytes` (or of one larger tensor).
+    """Distribute `tensors`, in order, over files of at most `max_shard_bytes` (or of one larger tensor).
 
     They have the names that transformers gives them: STEM.safetensors or STEM-00001-of-00002.safetensors.
     """
@@ -77,21 +86,11 @@ def split_shards(tensors: Mapping[str, Tensor], stem: str, max_shard_bytes: int)
     return [Shard(f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)]
 
 
-def write_shards(tensors: Mapping[str, Tensor], folder: Path, stem: str, max_shard_bytes: int) -> dict[str, FileRecord]:
-    """Write `tensors`, none of them sharded, into the files of `split_shards` and their index: the files' records."""
-    shards = split_shards(tensors, stem, max_shard_bytes)
-    records = {}
-    for shard in shards:
-        parts = chain.from_iterable(map(host_parts, shard.tensors.values()))
-        records[shard.name] = write_file(folder / shard.name, chain([shard.header], parts))
-    return records | write_index(shards, folder, stem)
-
-
 def write_index(shards: list[Shard], folder: Path, stem: str) -> dict[str, FileRecord]:
-    """Write STEM.safetensors.index.json, which tells which of several files a tensor is in; of one file nothing."""
+    """Write STEM.safetensors.index.json, which says which of several files a tensor is in; for one file nothing."""
     if len(shards) == 1:
         return {}
-    weight_map = {name: shard.name for shard in shards for name in shard.tensors}
+    weight_map = {name: Path(shard.name).name for shard in shards for name in shard.tensors}
     index = {"metadata": {"total_size": sum(shard.num_bytes for shard in shards)}, "weight_map": weight_map}
     name = f"{stem}.safetensors.index.json"
     return {name: write_file(folder / name, [to_json(index)])}
@@ -104,38 +103,8 @@ def host_parts(tensor: Tensor) -> Iterator[memoryview]:
         yield part.cpu().view(torch.uint8).numpy().data
 
 
-class StoredTensor:
-    """A tensor in a safetensors file; nothing of it is read before `read`."""
-
-    def __init__(self, reader: "_Reader", path: Path, name: str, dtype: str, shape: list[int]):
-        self._reader, self._path, self._name = reader, path, name
-        self.shape = shape
-        self.dtype = dtype
-        """As safetensors writes it: "F32", "BF16" and so on."""
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return next(dtype for dtype, name in _DTYPE_NAMES.items() if name == self.dtype)
-
-    def read(self, *part: slice) -> Tensor:
-        """The tensor, or some rows (and columns) of it, on the host. It lies in the file's memory map: copy it."""
-        return self._reader.read(self._path, self._name, part if self.shape else ())
-
-    def copy_part(self, target: Tensor, first: int = 0, column: int = 0) -> None:
-        """Copy what begins at a row and column into `target`, which is of any device, 16 MiB at a time."""
-        if target.dim() == 0:
-            target.copy_(self.read())
-        if target.dim() == 0 or target.numel() == 0:
-            return
-        row_bytes = max(1, bytes_of(target) // max(1, len(target)))
-        columns = [slice(column, column + width) for width in target.shape[1:2] if width != self.shape[1]]
-        for part in target.split(max(1, _PART_BYTES // row_bytes)):
-            part.copy_(self.read(slice(first, first + len(part)), *columns))
-            first += len(part)
-
-
 class _Reader:
-    """Has one file open at a time, and opens it again after some reading: pages of its map count as our memory."""
+    """Keeps one file open at a time, and opens it again after `_MAPPED_BYTES`."""
 
     def __init__(self):
         self._path: Path | None = None
@@ -150,13 +119,46 @@ class _Reader:
         return tensor
 
 
+class StoredTensor(NamedTuple):
+    """A tensor in a safetensors file; nothing of it is read before `read`."""
+
+    reader: _Reader
+    path: Path
+    name: str
+    dtype: str
+    """As safetensors writes it: "F32", "BF16" and so on."""
+    shape: list[int]
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """None for one that no checkpoint holds, such as 8-bit floats."""
+        return _DTYPES.get(self.dtype)
+
+    def read(self, *part: slice) -> Tensor:
+        """The tensor, or some rows (and columns) of it, on the host. It lies in the file's memory map: copy it."""
+        return self.reader.read(self.path, self.name, part if self.shape else ())
+
+    def copy_part(self, target: Tensor, first: int = 0, column: int = 0) -> None:
+        """Copy what begins at a row and column into `target`, on any device, 16 MiB at a time."""
+        if target.dim() == 0:
+            target.copy_(self.read())
+        if target.dim() == 0 or target.numel() == 0:
+            return
+        row_bytes = max(1, bytes_of(target) // max(1, len(target)))
+        columns = [slice(column, column + width) for width in target.shape[1:2] if width != self.shape[1]]
+        for part in target.split(max(1, _PART_BYTES // row_bytes)):
+            part.copy_(self.read(slice(first, first + len(part)), *columns))
+            first += len(part)
+
+
 def open_shards(folder: Path, stem: str, files: Collection[str] | None = None) -> dict[str, StoredTensor]:
-    """Every tensor that `write_shards` wrote, by name. Only `files` (None: all) count, whatever else lies there."""
-    index = folder / f"{stem}.safetensors.index.json"
-    is_sharded = index.exists() if files is None else index.name in files
-    names = set(json.loads(index.read_text())["weight_map"].values()) if is_sharded else {f"{stem}.safetensors"}
+    """Every tensor in the files of `stem`, by name; only those among `files` count (None: all in `folder`)."""
+    index = f"{stem}.safetensors.index.json"
+    is_sharded = (folder / index).exists() if files is None else index in files
+    weight_map = json.loads((folder / index).read_text())["weight_map"] if is_sharded else {}
+    names = {(folder / stem).with_name(name) for name in weight_map.values()} or {folder / f"{stem}.safetensors"}
     tensors, reader = {}, _Reader()
-    for path in (folder / name for name in sorted(names)):
+    for path in sorted(names):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 stored = file.get_slice(name)
@@ -164,11 +166,20 @@ def open_shards(folder: Path, stem: str, files: Collection[str] | None = None) -
     return tensors
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """A torch dtype as safetensors writes it."""
-    return _DTYPE_NAMES[dtype]
+def tensor_differences(
+    stored: Mapping[str, StoredTensor], tensors: Mapping[str, Tensor], *, any_dtype: bool
+) -> list[str]:
+    """What keeps `stored` from filling `tensors`, a clause for each name, sorted."""
+    differences = [f"{name} is in the checkpoint only" for name in stored.keys() - tensors.keys()]
+    for name, tensor in tensors.items():
+        then, now = stored.get(name), (_NAMES.get(tensor.dtype, tensor.dtype), [*tensor.shape])
+        if then is None:
+            differences.append(f"{name} is here only")
+        elif then.shape != now[1] or not (any_dtype or then.dtype == now[0]):
+            differences.append(f"{name} was {then.dtype}{then.shape} and is {now[0]}{now[1]}")
+    return sorted(differences)
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """Of its elements; a sharded one (DTensor) counts as the whole."""
+    """Bytes of its elements; a sharded one (DTensor) counts as the whole."""
     return tensor.numel() * tensor.dtype.itemsize

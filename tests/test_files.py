@@ -18,9 +18,10 @@ from torch import nn
 
 from lowmem.checkpoint.load import latest_checkpoint, load_checkpoint
 from lowmem.checkpoint.save import save_checkpoint, save_model
-from lowmem.checkpoint.tensors import model_tensors, optimizer_tensors
+from lowmem.checkpoint.tensors import model_tensors, named_parameters
 from lowmem.errors import RankError, SaveError
 from lowmem.optim.make import make_optimizer
+from lowmem.optim.state import optimizer_tensors
 from lowmem.step import TrainState
 from tests.forked import fork_ranks
 
@@ -40,11 +41,11 @@ def small_state(step):
 
 
 def assert_equal(state, other):
-    for mine, theirs in [
-        (model_tensors(state.model), model_tensors(other.model)),
-        (optimizer_tensors(state.model, state.optimizer), optimizer_tensors(other.model, other.optimizer)),
-    ]:
-        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    mine, theirs = (
+        model_tensors(x.model) | optimizer_tensors(named_parameters(x.model, x.optimizer), x.optimizer)
+        for x in (state, other)
+    )
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def fail_at(point, fault):

@@ -70,7 +70,7 @@ def test_rank_0_finds_out_for_all_and_then_they_join(tmp_path):
     [
         ("refuses", [2, 2, 2], "nothing fits"),
         ("fails", [1, 1, 1], "rank 0 failed with OSError: no such device"),
-        ("hangs", [1, 1, 1], "for rank 0 of 3, in vain for 4 s"),
+        ("hangs", [1, 1, 1], "timed out after 4 s waiting for rank 0 of 3"),
         ("dies", [9, 1, 1], "what rank 0 was to find out: rank 0, or the launcher that keeps the store, has ended"),
     ],
 )
@@ -100,7 +100,7 @@ def test_one_rank_plans_and_all_take_its_choice_or_its_refusal(tmp_path):
     flags = {"model_config": str(tmp_path / "llama.json"), "text_column": "text", "max_seq_len": 256, "batch_size": 16}
     for limit, codes, told in (("648MB", [0, 0], "chosen: --recompute="), ("630MB", [2, 2], "error: nothing fits")):
         limited = json.dumps(flags | {"device_memory": limit})
-        with started_ranks(2, "tests.test_ahead:plan_and_join", tmp_path, limited) as ranks:
+        with started_ranks(2, "tests.test_before_init:plan_and_join", tmp_path, limited) as ranks:
             said = [process.communicate(timeout=120)[0] for process in ranks]
             assert [process.returncode for process in ranks] == codes, said
         assert "predicted for 2 x a GPU each" in said[0] and told in said[0]

@@ -1,0 +1,148 @@
+"""An optimizer's state by name: what it holds, how many bytes it has, and how stored state fills it.
+
+Functions take the optimizer's parameters by name; its state is then named "<parameter>.<key>". State of AdamW may also
+be rounded into a memory tier that keeps less of it.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowmem.distributed.fill import read_local
+from lowmem.errors import UsageError
+from lowmem.optim.formats import read
+from lowmem.optim.tiers import TieredOptimizer
+from lowmem.storage.tensor_files import StoredTensor, bytes_of, tensor_differences
+
+TIERS = ("off", "exact", "lean")
+"""Each keeps less of AdamW's state than those before it, and can be filled from them."""
+
+Parameters = Mapping[str, nn.Parameter]
+
+
+def optimizer_tensors(parameters: Parameters, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state. Raises UsageError if any of it is not a tensor."""
+    tensors = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}.{key}"] = value
+            elif value is not None:
+                raise UsageError(f"the optimizer keeps {key}={value!r} for {name}: only tensors can be saved")
+    return tensors
+
+
+def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
+    """Bytes of the optimizer's state, also before torch's optimizers make it, in their first step."""
+    if known := sum(map(bytes_of, optimizer_tensors(parameters, optimizer).values())):
+        return known
+    assert all(parameter.grad is None for parameter in parameters.values())  # or the step below would train
+    probe = nn.Parameter(torch.zeros(2, 2))
+    probe.grad = torch.zeros_like(probe)
+    optimizer.add_param_group({"params": [probe]})
+    try:
+        optimizer.step()  # of the probe alone: nothing else has a gradient
+        kept = optimizer.state.pop(probe, {}).values()
+    finally:
+        optimizer.param_groups.pop()
+    like_weights = sum(isinstance(value, Tensor) and value.shape == probe.shape for value in kept)
+    return like_weights * sum(map(bytes_of, parameters.values()))
+
+
+def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimizer: Optimizer) -> bool:
+    """Whether the state in `path`, of an optimizer class and its memory tier, must be rounded to fill `optimizer`.
+
+    Raises UsageError if it cannot fill it. (`saved_memory` None: that of `optimizer`.)
+    """
+    kind, memory = type(optimizer).__name__, getattr(optimizer, "memory", "off")
+    saved_memory = saved_memory or memory
+    if (saved_kind, saved_memory) == (kind, memory):
+        return False
+    if {kind, saved_kind} <= {"AdamW", "TieredAdamW"} and TIERS.index(saved_memory) < TIERS.index(memory):
+        return True
+    raise UsageError(
+        f"{path} holds the state of {saved_kind} with memory={saved_memory}, the optimizer is {kind} with "
+        f"memory={memory}: make the same (adamw's state also loads into a tier that keeps less, off > exact > lean)"
+    )
+
+
+def state_differences(
+    stored: Mapping[str, StoredTensor], parameters: Parameters, optimizer: Optimizer, *, rounds: bool
+) -> list[str]:
+    """What keeps stored state from filling that of a tier, a clause for each name.
+
+    Nothing does for torch's optimizers, which make their state in the steps that reach a parameter.
+    """
+    if not isinstance(optimizer, TieredOptimizer):
+        return []
+    tensors = optimizer_tensors(parameters, optimizer)
+    if rounds:  # values of the same names and shapes in other formats, of the parameters that a loss has reached
+        reached = _by_parameter(stored)
+        tensors = {name: x for name, x in _values(tensors).items() if name.rpartition(".")[0] in reached}
+        stored = _values(stored)
+    return tensor_differences(stored, tensors, any_dtype=rounds)
+
+
+def fill_state(optimizer: Optimizer, parameters: Parameters, stored: Mapping[str, StoredTensor]) -> None:
+    """Put stored state into the optimizer. That of torch's optimizers is made here, as their steps would make it."""
+    if not isinstance(optimizer, TieredOptimizer):
+        by_parameter, names = _by_parameter(stored), {parameter: name for name, parameter in parameters.items()}
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            on_host = not (group.get("fused") or group.get("capturable"))  # else kernels read counts of steps too
+            for parameter in (parameter for parameter in group["params"] if names[parameter] in by_parameter):
+                of_parameter = by_parameter[names[parameter]].items()
+                made = {key: _empty(tensor, parameter, counts_on_host=on_host) for key, tensor in of_parameter}
+                optimizer.state[parameter] = made
+    for name, tensor in optimizer_tensors(parameters, optimizer).items():
+        read_local(tensor, stored[name])
+
+
+def round_state(
+    optimizer: TieredOptimizer,
+    parameters: Parameters,
+    weights: Mapping[str, StoredTensor],
+    stored: Mapping[str, StoredTensor],
+    *,
+    seed: int,
+) -> None:
+    """Fill weights and state from those of a tier that keeps more, rounding with random bits of `seed`."""
+    optimizer.seed = seed
+    by_parameter = _by_parameter(stored)
+    for name, parameter in parameters.items():
+        state = by_parameter.get(name, {})  # empty if no loss has reached the parameter yet
+        formats = {"weight": weights[name], **state}
+        optimizer.round_from(parameter, _values(formats).keys() - {"step"}, partial(_read_values, formats))
+        if state:
+            state["step"].copy_part(optimizer.state[parameter]["step"])
+
+
+def _read_values(formats: Mapping[str, StoredTensor], name: str, rows: slice) -> Tensor:
+    """The fp32 values of some rows, whatever format holds them."""
+    keys = (name, f"{name}_low", f"{name}_scale")
+    return read({key: formats[key].read(rows) for key in keys if key in formats}, name, slice(None))
+
+
+def _values(tensors: Mapping[str, object]) -> dict[str, object]:
+    """Those that hold values, without low halves and scales, which are parts of a format."""
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(("_low", "_scale"))}
+
+
+def _by_parameter(stored: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """{parameter: {key: tensor}} of {"<parameter>.<key>": tensor}."""
+    by_parameter: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in stored.items():
+        parameter, _, key = name.rpartition(".")
+        by_parameter.setdefault(parameter, {})[key] = tensor
+    return by_parameter
+
+
+def _empty(stored: StoredTensor, parameter: Tensor, *, counts_on_host: bool) -> Tensor:
+    if stored.shape == [*parameter.shape]:  # sharded if the parameter is
+        return torch.empty_like(parameter, dtype=stored.torch_dtype, requires_grad=False)
+    device = "cpu" if counts_on_host and not stored.shape else parameter.device
+    return torch.empty(stored.shape, dtype=stored.torch_dtype, device=device)
