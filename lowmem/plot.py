@@ -1,4 +1,4 @@
-"""What the command `plot` does: the curves in metrics.jsonl of one or several runs, as a picture or as text."""
+"""The command `plot`: draw the curves in metrics.jsonl of one or several runs, as a picture or as text."""
 
 import json
 import os
@@ -18,28 +18,27 @@ _SERIES = {
 }
 _UNITS = {"peak_device_bytes": 2**20, "peak_host_bytes": 2**20}
 
-_WIDTH, _LABELS, _ROWS = 80, 10, 4  # of a chart in the terminal: columns in all, those of its labels, and its lines
+_WIDTH, _LABELS, _ROWS = 80, 10, 4  # of a chart in the terminal: columns, the labels' share of them, and lines
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 Points = list[tuple[int, float]]
-"""(step, value), by step; where a value was not finite there is none."""
+"""(step, value), in the order of steps; none where the value was not finite."""
 Curves = dict[str, Points]
-"""By title; a quantity without a point is left out."""
+"""By title; without quantities that have no point."""
 
 
 def plot(out: Sequence[str]) -> str:
-    """Draw the runs in the folders `out`, or of files metrics.jsonl, together; returns what to tell.
+    """Draw the runs of `out`, their folders or files metrics.jsonl, together; return what to print.
 
-    With matplotlib as plot.png in the first one's folder, without as text. Raises UsageError for one that has no
-    metrics.jsonl, nothing in it, or a line that is damaged.
+    With matplotlib they go to plot.png in the first folder, without it into the text. Raises UsageError for a
+    metrics.jsonl that is missing, empty or damaged.
     """
     files = [Path(path) if path.endswith(".jsonl") else Path(path) / "metrics.jsonl" for path in out]
     curves = [read_curves(file) for file in files]
     names = [file.absolute().parent.name for file in files]
     if len(set(names)) < len(names):
         names = [str(file.parent) for file in files]
-    # a run that is named twice is one
-    runs = dict(zip(names, curves, strict=True))
+    runs = dict(zip(names, curves, strict=True))  # a run that is named twice is one
     picture = files[0].parent / "plot.png"
     try:
         draw(runs, picture)
@@ -52,13 +51,12 @@ def plot(out: Sequence[str]) -> str:
 
 
 def read_curves(file: Path) -> Curves:
-    """The curves of one metrics.jsonl. A last line without an end is one that a run is writing, and is left out."""
+    """Read the curves of one metrics.jsonl, without an unfinished last line, which a run is writing."""
     try:
         *lines, _ = file.read_bytes().split(b"\n")
     except OSError as error:
-        raise UsageError(
-            f"{file} cannot be read: {error.strerror}; name the output_dir of a run that has begun"
-        ) from error
+        problem = f"{file} cannot be read: {error.strerror}; name the output_dir of a run that has begun"
+        raise UsageError(problem) from error
     curves: Curves = {title: [] for title in _SERIES}
     for number, line in enumerate(lines, 1):
         try:
@@ -67,9 +65,8 @@ def read_curves(file: Path) -> Curves:
                 if record.get(name) is not None:
                     curves[title].append((record["step"], record[name] / _UNITS.get(name, 1)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(
-                f"{file}, line {number} is no record of a run ({error}): take the line out, or resume the run"
-            ) from error
+            problem = f"{file}, line {number} is no record of a run ({error}): take the line out, or resume the run"
+            raise UsageError(problem) from error
     if any(value for _, value in curves["peak GPU memory, MiB"]):
         del curves["peak host memory, MiB"]  # not what limits such a run
     else:
@@ -81,7 +78,7 @@ def read_curves(file: Path) -> Curves:
 
 
 def draw(runs: Mapping[str, Curves], picture: Path) -> None:
-    """A PNG with a panel for each quantity and a line for each run. Raises ModuleNotFoundError without matplotlib."""
+    """Write a PNG, a panel for each quantity, a line for each run. Raises ModuleNotFoundError without matplotlib."""
     from matplotlib.figure import Figure  # not pyplot: it would look for a screen
 
     titles = _titles(runs)
@@ -111,18 +108,25 @@ def draw(runs: Mapping[str, Curves], picture: Path) -> None:
 
 
 def text_charts(runs: Mapping[str, Curves]) -> Iterator[str]:
-    """The lines of a small chart for each quantity and run, in one scale for all runs of a quantity."""
+    """The lines of a small chart for each quantity and run; all runs of a quantity have one scale."""
     for title in _titles(runs):
         shown = {name: curves[title] for name, curves in runs.items() if title in curves}
         together = [point for points in shown.values() for point in points]
         steps, values = zip(*together, strict=True)
+        low, high = min(values), max(values)
         for name, points in shown.items():
             of_run = f", {name}" if len(runs) > 1 else ""
             (first, then), (last, now) = points[0], points[-1]
             yield f"{title}{of_run}: {then:,.4g} at step {first}, {now:,.4g} at {last}"[:_WIDTH]
-            bars = _bars(_columns(points, min(steps), max(steps)), min(values), max(values))
-            labels = [f"{max(values):,.4g}", *[""] * (_ROWS - 2), f"{min(values):,.4g}"]
-            yield from (f"{label:>{_LABELS - 1}} {bar}".rstrip() for label, bar in zip(labels, bars, strict=True))
+            columns = _columns(points, min(steps), max(steps))
+            # in eighths of a line; the lowest value has one
+            heights = [
+                0 if x is None else 1 + round((x - low) / ((high - low) or 1) * (8 * _ROWS - 1)) for x in columns
+            ]
+            labels = [f"{high:,.4g}", *[""] * (_ROWS - 2), f"{low:,.4g}"]
+            for row, label in zip(reversed(range(_ROWS)), labels, strict=True):
+                bar = "".join(_BLOCKS[min(8, max(0, height - 8 * row))] for height in heights)
+                yield f"{label:>{_LABELS - 1}} {bar}".rstrip()
         yield ""
 
 
@@ -131,7 +135,7 @@ def _titles(runs: Mapping[str, Curves]) -> list[str]:
 
 
 def _columns(points: Points, first: int, last: int) -> list[float | None]:
-    """A value for each column between two steps: the mean of those in it, else the one before; None outside of all."""
+    """For each column the mean of its points, or else the value before; None after the last."""
     count = _WIDTH - _LABELS
     inside: list[list[float]] = [[] for _ in range(count)]
     for step, value in points:
@@ -141,10 +145,3 @@ def _columns(points: Points, first: int, last: int) -> list[float | None]:
     for values in inside[: place + 1]:
         columns.append(sum(values) / len(values) if values else columns[-1] if columns else None)
     return columns + [None] * (count - len(columns))
-
-
-def _bars(columns: Sequence[float | None], low: float, high: float) -> list[str]:
-    """Lines of block characters, the top one first; the lowest value has one eighth of a line."""
-    most = 8 * _ROWS
-    heights = [0 if x is None else 1 + round((x - low) / ((high - low) or 1) * (most - 1)) for x in columns]
-    return ["".join(_BLOCKS[min(8, max(0, height - 8 * row))] for height in heights) for row in reversed(range(_ROWS))]
