@@ -347,7 +347,7 @@ def test_a_generation_config_that_transformers_refuses_to_save_is_saved(tmp_path
     assert AutoModelForCausalLM.from_pretrained(path / "model").generation_config.temperature == 0.6
 
 
-def test_a_failed_save_leaves_the_older_checkpoints(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_older_checkpoints(tmp_path):
     state = train(new_state(), 1)
     first = save_checkpoint(state, tmp_path, ACCELERATOR, keep=1)
     train(state, 1)

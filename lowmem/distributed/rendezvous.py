@@ -109,25 +109,20 @@ def _check_collectives_in_debug_mode(launch: Launch) -> None:
 
 def open_store(launch: Launch, limit_seconds: float) -> dist.Store:
     """Connect to the store, which rank 0 keeps unless a launcher does. Raises StartError after `limit_seconds`."""
-    timeout = timedelta(seconds=limit_seconds)
     is_keeper = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     where = f"{launch.address}:{launch.port} (MASTER_ADDR, MASTER_PORT)"
     stranger = (
         f"{launch} reached something at {where} that is not this run's store: set both, the same for all ranks, to the "
         "host of rank 0 and a port that is free there"
     )
-
-    def open_at(address: str, is_keeper: bool) -> dist.TCPStore:
-        return dist.TCPStore(
-            address, launch.port, is_master=is_keeper, timeout=timeout, wait_for_workers=False, multi_tenant=True
-        )
-
+    options = {"timeout": timedelta(seconds=limit_seconds), "wait_for_workers": False, "multi_tenant": True}
     with _ending_after(limit_seconds + 1.0, stranger):  # torch waits for a first answer without a limit
         try:
             # at localhost, whatever MASTER_ADDR is, so that a wrong one shows when we connect to it
-            kept = open_at("localhost", True) if is_keeper else None
+            kept = dist.TCPStore("localhost", launch.port, is_master=True, **options) if is_keeper else None
             _reach(launch, where, limit_seconds)
-            store = open_at(launch.address, is_keeper)  # the same: a port has one store in a process
+            # the same one: a port has one store in a process
+            store = dist.TCPStore(launch.address, launch.port, is_master=is_keeper, **options)
             del kept
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):

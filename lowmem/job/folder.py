@@ -28,13 +28,13 @@ def check_output(output: Path, resume: str) -> None:
     model = output / "model"
     if model.exists() and not (model / "lowmem.json").is_file():
         raise UsageError(f"{model} is not of a lowmem run, and would be replaced at the end: set another --output_dir")
-    if resume == "never" and not present and model.exists():
-        raise UsageError(f"{model} is of another run, and would be replaced at the end: set another --output_dir")
     if resume == "never" and present:
         raise UsageError(
             f"--output_dir={output} holds checkpoints already ({', '.join(present)}): "
             "set --resume=auto to resume from the newest, or another --output_dir"
         )
+    if resume == "never" and model.exists():
+        raise UsageError(f"{model} is of another run, and would be replaced at the end: set another --output_dir")
     if resume not in ("never", "auto"):
         path = Path(resume)
         if not (path / "manifest.json").is_file():
