@@ -32,9 +32,8 @@ from lowmem.recover import fitting_step
 from lowmem.step import TrainState, train_step
 from lowmem.train import train
 from tests import runs
-from tests.forked import fork_ranks
+from tests.forked import fork_ranks, started_ranks
 from tests.models import LLAMA, build, qa_rows
-from tests.processes import started_ranks
 
 STEPS, FULL_AT = 10, 7
 
@@ -204,7 +203,7 @@ def run_out_with_one_row():
 
 
 def test_a_sharded_model_that_runs_out_ends_both_ranks_with_what_filled_memory():
-    with started_ranks(2, "tests.test_recover:run_out_sharded") as ranks:
+    with started_ranks(2, run_out_sharded) as ranks:
         outputs = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1]
     told = "rank 1 ran out of memory at step 1, computing gradients (tried to allocate 2.00 GiB). It holds weights "

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -13,7 +11,7 @@ from torch import equal
 
 from tests import runs
 from tests.models import T5
-from tests.processes import ROOT, end_group, environment, module_command, run, train
+from tests.processes import module_command, run, started_train, train
 from tests.runs import assert_same_run, curve, steps, weights, write_files
 
 STEPS = 40
@@ -42,23 +40,12 @@ def test_killed_at_random_and_resumed_ends_on_the_same_bits(work):
     assert train("train", *flags(work, "whole exact", **options)).returncode == 0
     kills = 0
     for _ in range(12):
-        process = subprocess.Popen(
-            [sys.executable, "train_low_mem.py", "train", *flags(work, "killed exact", resume="auto", **options)],
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        try:
+        with started_train("train", *flags(work, "killed exact", resume="auto", **options)) as process:
             # three times: at a random micro-batch, some steps after another checkpoint stands
             if kills < 3 and wait_for_new_checkpoint(process, work / "killed exact" / "checkpoints"):
                 time.sleep(moments.uniform(0, 0.1))
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()
             _, errors = process.communicate(timeout=120)
-        finally:
-            end_group(process)
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, errors
