@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from time import monotonic
 
 from tests.forkserver import Forked
-from tests.processes import ROOT, ended, environment, free_port
+from tests.processes import ROOT, ended, environment, finish, free_port, run_program
 
 
 @contextmanager
@@ -36,3 +36,9 @@ def fork_ranks(world_size: int, function: Callable[..., object], *arguments: obj
         finally:
             for rank, process in enumerate(ranks):
                 sys.stdout.write("".join(f"rank {rank}: {line}" for line in process.stdout))
+
+
+def train_ranks(world_size: int, *flags: object, timeout: float = 120) -> list[subprocess.CompletedProcess]:
+    """`train_low_mem.py ...` on every rank, as a launcher starts it. `stdout` of each holds its stderr too."""
+    with started_ranks(world_size, run_program, *flags) as ranks:
+        return [finish(process, timeout) for process in ranks]

@@ -57,11 +57,11 @@ def started(*command: object, cwd: Path = ROOT, **changes: str) -> Iterator[subp
 @contextmanager
 def started_train(*flags: object, cwd: Path = ROOT, **changes: str) -> Iterator[Forked]:
     """`started(*PROGRAM, ...)` without its imports: forked from an interpreter that has done them."""
-    with ended(Forked(_run_program, *flags, env=environment(**changes), cwd=cwd)) as process:
+    with ended(Forked(run_program, *flags, env=environment(**changes), cwd=cwd)) as process:
         yield process
 
 
-def _run_program(*flags: object) -> None:
+def run_program(*flags: object) -> None:
     sys.argv = [str(ROOT / "train_low_mem.py"), *map(str, flags)]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
