@@ -10,8 +10,9 @@ import pytest
 from torch import equal
 
 from tests import runs
+from tests.forked import train_ranks
 from tests.models import T5
-from tests.processes import module_command, run, started_train, train
+from tests.processes import started_train, train
 from tests.runs import assert_same_run, curve, steps, weights, write_files
 
 STEPS = 40
@@ -67,9 +68,8 @@ def wait_for_new_checkpoint(process, folder):
 def test_two_processes_go_on_with_the_rows_of_one(work, uninterrupted):
     result = train("train", *flags(work, "elastic", max_steps=STEPS // 2))
     assert result.returncode == 0, result.stderr
-    launcher = module_command("torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    resumed = run(*launcher, "train_low_mem.py", "train", *flags(work, "elastic", max_steps=STEPS, resume="auto"))
-    assert resumed.returncode == 0, resumed.stderr
+    resumed, other = train_ranks(2, "train", *flags(work, "elastic", max_steps=STEPS, resume="auto"))
+    assert resumed.returncode == other.returncode == 0, (resumed.stdout, other.stdout)
     assert f"steps {STEPS // 2} to {STEPS}, each of 8 rows: 2 processes x 2 micro-batches" in resumed.stdout
     assert steps(work, "elastic") == list(range(1, STEPS + 1))
     assert f"with --max_steps={STEPS} (was {STEPS // 2})" in resumed.stdout
@@ -83,8 +83,8 @@ def test_the_losses_go_on_as_if_never_interrupted(work, processes, tmp_path):
     whole = common | {"output_dir": tmp_path / "whole"}
     assert train("train", *flags(work, "", **whole, max_steps=16)).returncode == 0
     assert train("train", *flags(work, "", **common, max_steps=9)).returncode == 0
-    last = train("train", *flags(work, "", **common, max_steps=16, resume="auto", num_processes=processes))
-    assert last.returncode == 0, last.stderr
+    for last in train_ranks(processes, "train", *flags(work, "", **common, max_steps=16, resume="auto")):
+        assert last.returncode == 0, last.stdout
     assert dict(curve(tmp_path, "out")) == pytest.approx(dict(curve(tmp_path, "whole")), rel=1e-5)
     assert steps(tmp_path, "out") == list(range(1, 17))
 
