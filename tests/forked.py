@@ -4,14 +4,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from time import monotonic
 
 from tests.forkserver import Forked
-from tests.processes import ROOT, ended, environment, finish, free_port, run_program
+from tests.processes import PROGRAM, ROOT, ended, environment, finish, free_port, run_program
 
 
 @contextmanager
-def started_ranks(world_size: int, function: Callable[..., object], *arguments: object) -> Iterator[list[Forked]]:
+def started_ranks(
+    world_size: int, function: Callable[..., object], *arguments: object, stderr: int = subprocess.STDOUT
+) -> Iterator[list[Forked]]:
     """Processes of one group that call `function(*arguments)`; those that still run at the end are killed."""
     group = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": free_port()}
     ranks = []
@@ -19,7 +22,7 @@ def started_ranks(world_size: int, function: Callable[..., object], *arguments: 
         for rank in range(world_size):
             places = {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
             env = environment(MASTER_ADDR="localhost", **places)
-            process = Forked(function, *arguments, env=env, cwd=ROOT, stderr=subprocess.STDOUT)
+            process = Forked(function, *arguments, env=env, cwd=ROOT, stderr=stderr)
             ranks.append(stack.enter_context(ended(process)))
         yield ranks
 
@@ -38,7 +41,7 @@ def fork_ranks(world_size: int, function: Callable[..., object], *arguments: obj
                 sys.stdout.write("".join(f"rank {rank}: {line}" for line in process.stdout))
 
 
-def train_ranks(world_size: int, *flags: object, timeout: float = 120) -> list[subprocess.CompletedProcess]:
-    """`train_low_mem.py ...` on every rank, as a launcher starts it. `stdout` of each holds its stderr too."""
-    with started_ranks(world_size, run_program, *flags) as ranks:
-        return [finish(process, timeout) for process in ranks]
+def train_ranks(world_size: int, *flags: object, program: Path = PROGRAM) -> list[subprocess.CompletedProcess]:
+    """`python train_low_mem.py ...` on every rank, as a launcher starts it."""
+    with started_ranks(world_size, run_program, program, *flags, stderr=subprocess.PIPE) as ranks:
+        return [finish(process) for process in ranks]

@@ -12,9 +12,7 @@ from tempfile import NamedTemporaryFile
 import torch
 
 _CONTEXT = get_context("forkserver")  # it has no threads: to fork pytest's own process is unsafe
-_CONTEXT.set_forkserver_preload(
-    ["lowmem.cli", "lowmem.train", "transformers.models.llama", "transformers.models.t5", "transformers.generation"]
-)
+_CONTEXT.set_forkserver_preload(["tests.preloaded"])
 _SERVER_DIED = 255  # what multiprocessing returns for a process whose end the server has not reported
 
 
@@ -22,7 +20,8 @@ class Forked:
     """Call `function(*arguments)` in a new process and session; has what the tests use of `subprocess.Popen`.
 
     Output goes to files, to be read when the process has ended. It ends as an interpreter does: a SystemExit becomes
-    the exit code, excepthook and atexit handlers run. Modules read `env` only if they do so after their import.
+    the exit code, excepthook and atexit handlers run. What `tests.preloaded` has imported
+    has not read `env`.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ import psutil
 from tests.forkserver import Forked
 
 ROOT = Path(__file__).parent.parent
-PROGRAM = [sys.executable, "train_low_mem.py"]
+PROGRAM = ROOT / "train_low_mem.py"
 Process = subprocess.Popen | Forked
 
 
@@ -55,14 +55,15 @@ def started(*command: object, cwd: Path = ROOT, **changes: str) -> Iterator[subp
 
 
 @contextmanager
-def started_train(*flags: object, cwd: Path = ROOT, **changes: str) -> Iterator[Forked]:
-    """`started(*PROGRAM, ...)` without its imports: forked from an interpreter that has done them."""
-    with ended(Forked(run_program, *flags, env=environment(**changes), cwd=cwd)) as process:
+def started_train(*flags: object, program: Path = PROGRAM, cwd: Path = ROOT, **changes: str) -> Iterator[Forked]:
+    """`python train_low_mem.py ...` as by `started`, but forked from an interpreter that has done its imports."""
+    with ended(Forked(run_program, program, *flags, env=environment(**changes), cwd=cwd)) as process:
         yield process
 
 
-def run_program(*flags: object) -> None:
-    sys.argv = [str(ROOT / "train_low_mem.py"), *map(str, flags)]
+def run_program(path: Path, *flags: object) -> None:
+    """Do in this process what `python path ...` does."""
+    sys.argv = [str(path), *map(str, flags)]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
@@ -109,9 +110,9 @@ def wait_until(condition: Callable[[], bool], process: Process, timeout: float =
         time.sleep(0.01)
 
 
-def train(*flags: object, timeout: float = 120, cwd: Path = ROOT, **changes: str) -> subprocess.CompletedProcess:
-    """`python train_low_mem.py ...` by `started_train`. Use `run(*PROGRAM, ...)` where imports are what is tested."""
-    with started_train(*flags, cwd=cwd, **changes) as process:
+def train(*flags: object, timeout: float = 120, **changes: object) -> subprocess.CompletedProcess:
+    """As `started_train`, until its end. Tests of what precedes the imports `run(sys.executable, PROGRAM, ...)`."""
+    with started_train(*flags, **changes) as process:
         return finish(process, timeout)
 
 

@@ -30,7 +30,7 @@ def assert_refused(result, told, output_dir, seconds):
 
 def timed(*flags):
     started = time.perf_counter()
-    result = run(*PROGRAM, *flags)
+    result = run(sys.executable, PROGRAM, *flags)
     result.seconds = time.perf_counter() - started
     return result
 

@@ -111,7 +111,7 @@ def is_importing_torch(process):
 
 
 def test_a_signal_while_starting_ends_it_at_once(work):
-    with started(*PROGRAM, "train", *flags(work, "starting", num_processes=1)) as process:
+    with started(sys.executable, PROGRAM, "train", *flags(work, "starting", num_processes=1)) as process:
         wait_until(partial(is_importing_torch, process), process)  # which it does when it has its folder
         os.kill(process.pid, signal.SIGINT)
         result = finish(process, timeout=10)
@@ -123,7 +123,7 @@ def test_a_signal_while_starting_ends_it_at_once(work):
 def test_a_launchers_sigterm_while_starting_is_no_preemption(work):
     """DeepSpeed's sends it to all when one of them failed, as torchrun does."""
     told = {"CROSS_SIZE": "1", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
-    with started(*PROGRAM, "train", *flags(work, "ended"), **told) as process:
+    with started(sys.executable, PROGRAM, "train", *flags(work, "ended"), **told) as process:
         wait_until(partial(is_importing_torch, process), process)
         process.terminate()
         result = finish(process, timeout=10)
@@ -135,7 +135,7 @@ def test_a_launchers_sigterm_while_starting_is_no_preemption(work):
 def test_a_signal_while_processes_start_is_told_by_who_started_them(to_all, work):
     """SIGTERM to the launcher, which its processes take for the launcher's own; or SIGUSR1 to a rank that is not 0."""
     name = f"starting together {to_all}"
-    with started(*PROGRAM, "train", *flags(work, name, num_processes=2)) as process:
+    with started(sys.executable, PROGRAM, "train", *flags(work, name, num_processes=2)) as process:
         wait_until((work / name / ".lock").exists, process)
         wait_until(lambda: all(map(is_importing_torch, workers(process))), process)
         if to_all:

@@ -73,7 +73,7 @@ def test_a_folder_that_cannot_be_written_is_told_at_the_start(tmp_path):
     (tmp_path / "file").touch()
     for output in (tmp_path / "file" / "out", "/proc/out"):
         started_at = time.perf_counter()
-        result = run(*PROGRAM, "train", f"--output_dir={output}")
+        result = run(sys.executable, PROGRAM, "train", f"--output_dir={output}")
         assert time.perf_counter() - started_at < 10  # no torch, no model
         assert result.returncode == 2
         assert f"error: --output_dir={output} cannot be written: No" in result.stderr, result.stderr
