@@ -1,5 +1,19 @@
 """Every test runs at one thread: its models are tiny, and bits are promised at a fixed number of threads."""
 
+import pytest
 import torch
 
+from tests.slow import SECONDS
+
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.removeprefix("tests/") in SECONDS:
+            item.add_marker("slow")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")

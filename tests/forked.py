@@ -1,43 +1,47 @@
-"""Ranks of one gloo group without the seconds that a fresh interpreter needs: forked from one that has torch loaded."""
+"""Ranks of one gloo group, forked from an interpreter that has torch loaded."""
 
-import multiprocessing
-import os
-import time
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from time import monotonic
 
-import torch
+from tests.forkserver import Forked
+from tests.processes import PROGRAM, ROOT, ended, environment, finish, free_port, run_program
 
-from tests.processes import free_port
+
+@contextmanager
+def started_ranks(
+    world_size: int, function: Callable[..., object], *arguments: object, stderr: int = subprocess.STDOUT
+) -> Iterator[list[Forked]]:
+    """Processes of one group that call `function(*arguments)`; those that still run at the end are killed."""
+    group = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": free_port()}
+    ranks = []
+    with ExitStack() as stack:
+        for rank in range(world_size):
+            places = {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            env = environment(MASTER_ADDR="localhost", **places)
+            process = Forked(function, *arguments, env=env, cwd=ROOT, stderr=stderr)
+            ranks.append(stack.enter_context(ended(process)))
+        yield ranks
 
 
-def fork_ranks(world_size: int, function: Callable[..., None], *arguments: object, timeout: float = 120) -> list[int]:
-    """Call `function` in `world_size` processes of one group. Returns their exit codes, below 0 for signals.
+def fork_ranks(world_size: int, function: Callable[..., object], *arguments: object, timeout: float = 120) -> list[int]:
+    """Call `function(*arguments)` in `world_size` processes of one group, all within `timeout` seconds.
 
-    What they say is on this process's own output.
+    Returns their exit codes, negative for signals, and prints their output.
     """
-    context = multiprocessing.get_context("forkserver")  # which has no threads: to fork from pytest's process is unsafe
-    context.set_forkserver_preload(["lowmem.train"])
-    port = free_port()
-    ranks = [
-        context.Process(target=_call_as_rank, args=(rank, world_size, port, function, arguments), daemon=True)
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    limit = time.monotonic() + timeout
-    for process in ranks:
-        process.join(max(0.0, limit - time.monotonic()))
-    hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
-    for process in ranks:
-        process.kill()
-        process.join(30)
-    assert not hung, f"ranks {hung} did not end within {timeout} s"
-    return [process.exitcode for process in ranks]
+    limit = monotonic() + timeout
+    with started_ranks(world_size, function, *arguments) as ranks:
+        try:
+            return [process.wait(max(0.0, limit - monotonic())) for process in ranks]
+        finally:
+            for rank, process in enumerate(ranks):
+                sys.stdout.write("".join(f"rank {rank}: {line}" for line in process.stdout))
 
 
-def _call_as_rank(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: Sequence) -> None:
-    torch.set_num_threads(1)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({name: str(value) for name, value in (places | {"MASTER_PORT": port}).items()})
-    os.environ["MASTER_ADDR"] = "localhost"
-    function(*arguments)
+def train_ranks(world_size: int, *flags: object, program: Path = PROGRAM) -> list[subprocess.CompletedProcess]:
+    """`python train_low_mem.py ...` on every rank, as a launcher starts it."""
+    with started_ranks(world_size, run_program, program, *flags, stderr=subprocess.PIPE) as ranks:
+        return [finish(process) for process in ranks]

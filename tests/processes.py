@@ -1,6 +1,7 @@
-"""Real processes for tests: ranks of one gloo group, command lines, free ports; every wait has a limit."""
+"""Real processes for tests: command lines and free ports; every wait has a limit."""
 
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -12,15 +13,23 @@ from pathlib import Path
 
 import psutil
 
+from tests.forkserver import Forked
+
 ROOT = Path(__file__).parent.parent
+PROGRAM = ROOT / "train_low_mem.py"
+Process = subprocess.Popen | Forked
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's environment without what a launcher would set, at one thread, with this checkout importable."""
+    """This process's environment without what a launcher would set, at one thread, with this checkout importable.
+
+    GPUs are hidden: NCCL refuses ranks that share one.
+    """
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     kept = {k: v for k, v in kept.items() if not k.startswith("ACCELERATE_")}
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": path, "HF_HUB_OFFLINE": "1"} | changes
+    kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": path, "HF_HUB_OFFLINE": "1"}
+    return kept | {"CUDA_VISIBLE_DEVICES": ""} | changes
 
 
 def free_port() -> int:
@@ -41,19 +50,41 @@ def started(*command: object, cwd: Path = ROOT, **changes: str) -> Iterator[subp
         text=True,
         start_new_session=True,
     )
+    with ended(process):
+        yield process
+
+
+@contextmanager
+def started_train(*flags: object, program: Path = PROGRAM, cwd: Path = ROOT, **changes: str) -> Iterator[Forked]:
+    """`python train_low_mem.py ...` as by `started`, but forked from an interpreter that has done its imports."""
+    with ended(Forked(run_program, program, *flags, env=environment(**changes), cwd=cwd)) as process:
+        yield process
+
+
+def run_program(path: Path, *flags: object) -> None:
+    """Do in this process what `python path ...` does."""
+    sys.argv = [str(path), *map(str, flags)]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+@contextmanager
+def ended(process: Process) -> Iterator[Process]:
+    """Kill, at the end, what is left of a process that was started in a session of its own, and of its children."""
     try:
         yield process
     finally:
         left = children(process) if process.poll() is None else []  # a launcher's are in sessions of their own
-        end_group(process)
-        for child in left:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for each in (process, *left):  # a fork may not have its session yet
             with suppress(psutil.NoSuchProcess):
-                child.kill()
+                each.kill()
+        process.wait(timeout=30)
         process.stdout.close()
         process.stderr.close()
 
 
-def finish(process: subprocess.Popen, timeout: float = 120) -> subprocess.CompletedProcess:
+def finish(process: Process, timeout: float = 120) -> subprocess.CompletedProcess:
     """Wait for its end; returns it with its output as text."""
     output, errors = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
@@ -65,12 +96,12 @@ def run(*command: object, timeout: float = 120, cwd: Path = ROOT, **changes: str
         return finish(process, timeout)
 
 
-def children(process: subprocess.Popen) -> list[psutil.Process]:
+def children(process: Process) -> list[psutil.Process]:
     """The processes that it started, and theirs."""
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen, timeout: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], process: Process, timeout: float = 60) -> None:
     """Wait for `condition` while `process` runs; fails if it ends before, or the time does."""
     limit = time.monotonic() + timeout
     while not condition():
@@ -79,59 +110,10 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen, timeout
         time.sleep(0.01)
 
 
-def train(*flags: object, timeout: float = 120, **changes: str) -> subprocess.CompletedProcess:
-    """`python train_low_mem.py ...`"""
-    return run(sys.executable, "train_low_mem.py", *flags, timeout=timeout, **changes)
-
-
-@contextmanager
-def started_ranks(world_size: int, function: str, *arguments: object) -> Iterator[list[subprocess.Popen]]:
-    """Processes of one group that call `module:function` with text arguments; those left at its end are killed."""
-    module, name = function.split(":")
-    code = f"import sys; from {module} import {name}; {name}(*sys.argv[1:])"
-    port = free_port()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            cwd=ROOT,
-            env=environment(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(world_size),
-                LOCAL_WORLD_SIZE=str(world_size),
-                MASTER_ADDR="localhost",
-                MASTER_PORT=str(port),
-            ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        yield ranks
-    finally:
-        for process in ranks:
-            end_group(process)
-            process.stdout.close()
-
-
-def run_ranks(world_size: int, function: str, *arguments: object, timeout: float = 120) -> None:
-    """Call `module:function` with text arguments in `world_size` processes of one group; all must end well."""
-    with started_ranks(world_size, function, *arguments) as ranks:
-        outputs = [process.communicate(timeout=timeout)[0] for process in ranks]
-    for rank, (process, output) in enumerate(zip(ranks, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank} exited with {process.returncode}:\n{output}"
-
-
-def end_group(process: subprocess.Popen) -> None:
-    """End what is left of a process that was started in a session of its own."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait(timeout=30)
+def train(*flags: object, timeout: float = 120, **changes: object) -> subprocess.CompletedProcess:
+    """As `started_train`, until its end. Tests of what precedes the imports `run(sys.executable, PROGRAM, ...)`."""
+    with started_train(*flags, **changes) as process:
+        return finish(process, timeout)
 
 
 def module_command(module: str, *words: object) -> Sequence[str]:

@@ -16,9 +16,8 @@ from lowmem.distributed.setup import init_distributed
 from lowmem.errors import UsageError
 from lowmem.job.supervise import tell_failure
 from lowmem.plan.command import fitted
-from tests.forked import fork_ranks
+from tests.forked import fork_ranks, started_ranks
 from tests.models import LLAMA
-from tests.processes import started_ranks
 
 
 def as_rank(folder, work):
@@ -100,7 +99,7 @@ def test_one_rank_plans_and_all_take_its_choice_or_its_refusal(tmp_path):
     flags = {"model_config": str(tmp_path / "llama.json"), "text_column": "text", "max_seq_len": 256, "batch_size": 16}
     for limit, codes, told in (("648MB", [0, 0], "chosen: --recompute="), ("630MB", [2, 2], "error: nothing fits")):
         limited = json.dumps(flags | {"device_memory": limit})
-        with started_ranks(2, "tests.test_before_init:plan_and_join", tmp_path, limited) as ranks:
+        with started_ranks(2, plan_and_join, tmp_path, limited) as ranks:
             said = [process.communicate(timeout=120)[0] for process in ranks]
             assert [process.returncode for process in ranks] == codes, said
         assert "predicted for 2 x a GPU each" in said[0] and told in said[0]

@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer
 
 from lowmem.config.train_config import FIELDS
 from tests.models import LLAMA, build, qa_rows
-from tests.processes import ROOT, run, started, train
+from tests.processes import PROGRAM, ROOT, run, started, train
 
 SHORT = ["--max_steps=2", "--eval_on_start=False", "--max_predict_samples=2", "--batch_size=4", "--logging_steps=1"]
 
@@ -30,7 +30,7 @@ def assert_refused(result, told, output_dir, seconds):
 
 def timed(*flags):
     started = time.perf_counter()
-    result = train(*flags)
+    result = run(sys.executable, PROGRAM, *flags)
     result.seconds = time.perf_counter() - started
     return result
 

@@ -28,7 +28,7 @@ from lowmem.zero_step import zero_step
 from tests import runs
 from tests.forked import fork_ranks
 from tests.models import build, qa_rows
-from tests.processes import ROOT, finish, free_port, module_command, run, started, train, wait_until
+from tests.processes import ROOT, finish, free_port, module_command, run, started_train, train, wait_until
 
 pytest.importorskip("deepspeed")
 
@@ -261,7 +261,7 @@ def test_whoever_asks_for_it_gets_the_run_of_one_process(launcher, work):
 
 def test_a_run_of_one_process_that_is_preempted_tells_that_nothing_is_saved(work):
     words = flags(work, "one", max_steps=10_000, deepspeed=work / "zero2.json", num_processes=1)
-    with started(sys.executable, "train_low_mem.py", "train", *words) as process:
+    with started_train("train", *words) as process:
         wait_until(lambda: (work / "one" / "metrics.jsonl").exists() and runs.steps(work, "one"), process)
         process.terminate()
         result = finish(process, timeout=60)

@@ -14,8 +14,8 @@ from lowmem.data.eval_batches import open_eval
 from lowmem.data.rows import open_rows
 from lowmem.evaluation import Answer, evaluate, generate, make_evaluation, text_metrics
 from lowmem.loss import chunked_loss, plain_loss
+from tests.forked import fork_ranks
 from tests.models import build, qa_rows
-from tests.processes import run_ranks
 
 ROWS, TOKENIZER = qa_rows(23), ByT5Tokenizer()
 
@@ -81,7 +81,7 @@ def test_a_causal_prompt_without_any_target_is_asked_without_its_padding():
 def test_two_ranks_measure_what_one_measures(family, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     expected = measure_rows(family, tmp_path, Accelerator(cpu=True))
-    run_ranks(2, "tests.test_evaluate:measure_on_a_rank", family, tmp_path)
+    assert fork_ranks(2, measure_on_a_rank, family, tmp_path) == [0, 0]
     for rank in range(2):
         metrics, answers = json.loads((tmp_path / f"{rank}.json").read_text())
         assert metrics == pytest.approx(expected[0], rel=1e-6)

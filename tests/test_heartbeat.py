@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from lowmem.distributed import heartbeat
 from lowmem.distributed.collectives import on_main_rank, sum_over_ranks, watch_one_another
-from tests.processes import run, run_ranks, started_ranks, wait_until
+from tests.forked import fork_ranks, started_ranks
+from tests.processes import run, wait_until
 
 LIMIT = 3.0
 
@@ -38,7 +39,7 @@ def end_a_rank(victim, number, folder):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_is_killed_or_stopped_is_named_by_all_others(victim, how, tmp_path):
     world_size = 2 + victim
-    with started_ranks(world_size, "tests.test_heartbeat:end_a_rank", victim, how.value, tmp_path) as ranks:
+    with started_ranks(world_size, end_a_rank, victim, how.value, tmp_path) as ranks:
         left = [rank for rank in range(world_size) if rank != victim]
         outputs = {rank: ranks[rank].communicate(timeout=60)[0] for rank in left}
     store = r", which keeps the store at localhost:\d+," if victim == 0 else ""
@@ -60,7 +61,7 @@ def fail_alone():
 
 
 def test_an_error_on_one_rank_alone_ends_the_others_with_its_cause():
-    with started_ranks(2, "tests.test_heartbeat:fail_alone") as ranks:
+    with started_ranks(2, fail_alone) as ranks:
         outputs = [process.communicate(timeout=40)[0] for process in ranks]
     assert "error: rank 1 failed with KeyError: 'no such row'. Rank 0, at computing gradients" in outputs[0]
     assert [process.returncode for process in ranks] == [1, 1] and "Traceback" in outputs[1]
@@ -80,7 +81,7 @@ def wait_long_and_end_one_after_the_other():
 
 
 def test_neither_a_long_wait_nor_an_early_end_is_silence():
-    run_ranks(3, "tests.test_heartbeat:wait_long_and_end_one_after_the_other")
+    assert fork_ranks(3, wait_long_and_end_one_after_the_other) == [0, 0, 0]
 
 
 def be_stopped_for_a_while(folder):
@@ -93,7 +94,7 @@ def be_stopped_for_a_while(folder):
 
 
 def test_who_was_stopped_does_not_blame_the_others_for_that_time(tmp_path):
-    with started_ranks(2, "tests.test_heartbeat:be_stopped_for_a_while", tmp_path) as ranks:
+    with started_ranks(2, be_stopped_for_a_while, tmp_path) as ranks:
         wait_until((tmp_path / "runs").exists, ranks[1])
         time.sleep(1)  # a few beats
         ranks[1].send_signal(signal.SIGSTOP)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import sys
 
 import pytest
@@ -318,7 +317,7 @@ def test_wrong_sizes_are_told_before_torch_is_loaded():
 def test_plan_tells_and_draws_and_writes_nothing_else(tmp_path):
     model = write_model(tmp_path, "llama")
     flags = [f"--model_config={model}", "--text_column=text", "--max_seq_len=64", "--mixed_precision=bf16"]
-    result = run(sys.executable, os.path.abspath("train_low_mem.py"), "plan", *flags, cwd=tmp_path)
+    result = train("plan", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for told in ("device, of each process", "low halves", "3 checkpoints", "memory=lean", "recompute=full"):
         assert told in result.stdout

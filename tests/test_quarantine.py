@@ -20,8 +20,8 @@ from lowmem.evaluation import evaluate, generate
 from lowmem.loss import plain_loss
 from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
+from tests.forked import fork_ranks
 from tests.models import build, qa_rows
-from tests.processes import run_ranks
 
 ENCODE = encode_seq2seq(ByT5Tokenizer(), max_seq_len=64)
 BAD = {3, 4, 5, 6, 7, 17, 39}
@@ -180,7 +180,7 @@ def fail_on_rank_1(path: str) -> None:
 
 def test_a_bad_row_on_one_rank_is_the_same_named_error_on_all(tmp_path):
     path = write(tmp_path / "rows.jsonl", bad={17})
-    run_ranks(2, "tests.test_quarantine:fail_on_rank_1", path)
+    assert fork_ranks(2, fail_on_rank_1, str(path)) == [0, 0]
 
 
 def lose_the_file_on_rank_1(path: str) -> None:
@@ -226,4 +226,4 @@ def test_where_no_row_is_good_the_first_is_told_without_reading_all(tmp_path):
 def test_a_file_that_goes_missing_is_no_bad_row_but_ends_the_run_on_all_ranks(tmp_path):
     """Rank 0 has read its rows' group already when the file goes, so that only rank 1 meets it."""
     path = write(tmp_path / "rows.jsonl", bad=())
-    run_ranks(2, "tests.test_quarantine:lose_the_file_on_rank_1", path)
+    assert fork_ranks(2, lose_the_file_on_rank_1, str(path)) == [0, 0]

@@ -3,14 +3,14 @@
 import json
 import re
 import shlex
-import sys
 
 import pytest
 
 from lowmem.config.presets import PRESETS
 from lowmem.config.train_config import FIELDS
+from tests.forked import train_ranks
 from tests.models import qa_rows
-from tests.processes import ROOT, module_command, run
+from tests.processes import ROOT, train
 
 README = (ROOT / "README.md").read_text()
 
@@ -28,17 +28,15 @@ def test_the_loop_in_your_own_code_runs_saves_and_resumes(processes, wrapping, t
     )
     for name, rows in {"rows.jsonl": qa_rows(40), "held_out.jsonl": qa_rows(50)[40:]}.items():
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher = module_command("torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
     printed = []
     for steps in ("10", "20"):
         (tmp_path / "loop.py").write_text(
             f"import os\nos.chdir({str(tmp_path)!r})\n" + loop.replace("20)", f"{steps})")
         )
-        result = run(*launcher, tmp_path / "loop.py")
-        assert result.returncode == 0, result.stderr
-        printed += [line.split() for line in result.stdout.splitlines()]
+        program = {"program": tmp_path / "loop.py"}
+        ranks = [train(**program)] if processes == 1 else train_ranks(processes, **program)
+        assert all(rank.returncode == 0 for rank in ranks), ranks
+        printed += [line.split() for rank in ranks for line in rank.stdout.splitlines()]
     assert [int(step) for step, _, _ in printed] == [10, 20]
     assert float(printed[1][1]) < float(printed[0][1])
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-00000010", "step-00000020"]

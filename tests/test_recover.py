@@ -32,9 +32,8 @@ from lowmem.recover import fitting_step
 from lowmem.step import TrainState, train_step
 from lowmem.train import train
 from tests import runs
-from tests.forked import fork_ranks
+from tests.forked import fork_ranks, started_ranks
 from tests.models import LLAMA, build, qa_rows
-from tests.processes import started_ranks
 
 STEPS, FULL_AT = 10, 7
 
@@ -148,30 +147,54 @@ def test_a_host_without_memory_halves_a_step_and_a_killed_run_goes_on_after_it(t
         rows[row_id]["response"] = "long " * 100
     (tmp_path / "llama.json").write_text(json.dumps(LLAMA | {"vocab_size": 16384, "max_position_embeddings": 1024}))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert fork_ranks(1, train_within, tmp_path, "whole", None) == [0]
-    assert fork_ranks(1, train_within, tmp_path, "full", 300) == [-signal.SIGKILL]
+    assert fork_ranks(1, measure_the_long_step, tmp_path) == [0]
+    assert fork_ranks(1, train_with_three_quarters_of_it, tmp_path) == [-signal.SIGKILL]
     assert runs.steps(tmp_path, "full")[-1] == STEPS
-    assert fork_ranks(1, train_within, tmp_path, "full", None) == [0]
+    assert fork_ranks(1, train_here, tmp_path, "full") == [0]
     assert runs.losses(tmp_path, "full") == pytest.approx(runs.losses(tmp_path, "whole"), rel=1e-5)
     events = [record for record in runs.records(tmp_path, "full") if record.get("event") == "out_of_memory"]
     assert events == [{"event": "out_of_memory", "step": FULL_AT, "rank": 0, "batch_size": 4}]
 
 
-def train_within(work, name, mib):
-    """Train with so much memory beside what is there now; such a run is killed when it saves its last step."""
+def train_here(work, name):
     settings = {"train_file": work / "rows.jsonl", "model_config": work / "llama.json", "loss": "plain"}
-    settings |= {"batch_size": 4, "max_steps": STEPS, "save_steps": 8, "logging_steps": 1, "output_dir": work / name}
+    settings |= {"batch_size": 4, "max_steps": STEPS, "save_steps": 2, "logging_steps": 1, "output_dir": work / name}
     config = resolve(settings | {"resume": "auto"})
-    if mib is not None:
-        held = int(re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-        resource.setrlimit(resource.RLIMIT_DATA, (held + mib * 2**20, resource.RLIM_INFINITY))
-        sys.addaudithook(kill_at_the_last_save)
     train(config, RowSets(open_rows(str(work / "rows.jsonl"))), signals=Signals())
 
 
-def kill_at_the_last_save(event, arguments):
-    if event == "lowmem.disk" and f"{STEPS:08}" in str(arguments):
-        os.kill(os.getpid(), signal.SIGKILL)
+def measure_the_long_step(work):
+    """How far it raises the peak of the process, in bytes."""
+    peaks = []
+    for step in (FULL_AT - 1, FULL_AT + 1):
+        at_save(step, lambda: peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    train_here(work, "whole")
+    (work / "bytes").write_text(str(peaks[1] - peaks[0]))
+
+
+def train_with_three_quarters_of_it(work):
+    """More than it takes with half the rows; the run is killed when it saves its last step."""
+
+    def limit():
+        held = int(re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+        room = int((work / "bytes").read_text()) * 3 // 4
+        resource.setrlimit(resource.RLIMIT_DATA, (held + room, resource.RLIM_INFINITY))
+
+    at_save(FULL_AT - 1, limit)
+    at_save(STEPS, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    train_here(work, "full")
+
+
+def at_save(step, action):
+    """Call `action` once, when the checkpoint of `step` is about to be written."""
+    met = []
+
+    def hook(event, arguments):
+        if event == "lowmem.disk" and f"{step:08}" in str(arguments) and not met:
+            met.append(event)
+            action()
+
+    sys.addaudithook(hook)
 
 
 def test_micro_batches_of_one_row_end_all_ranks_with_what_filled_memory():
@@ -204,11 +227,11 @@ def run_out_with_one_row():
 
 
 def test_a_sharded_model_that_runs_out_ends_both_ranks_with_what_filled_memory():
-    with started_ranks(2, "tests.test_recover:run_out_sharded") as ranks:
+    with started_ranks(2, run_out_sharded) as ranks:
         outputs = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1]
     told = "rank 1 ran out of memory at step 1, computing gradients (tried to allocate 2.00 GiB). It holds weights "
-    assert f"config.OutOfMemory: {told}" in outputs[1], outputs[1]
+    assert f"errors.OutOfMemory: {told}" in outputs[1], outputs[1]
     assert f"rank 1 failed with OutOfMemory: {told}" in outputs[0], outputs[0]
 
 

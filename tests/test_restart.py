@@ -10,11 +10,10 @@ import psutil
 import pytest
 
 from tests import runs
-from tests.processes import children, finish, module_command, started, train, wait_until
+from tests.processes import PROGRAM, children, finish, module_command, started, started_train, train, wait_until
 from tests.runs import assert_same_run, exit_of, steps, write_files
 
 STEPS = 60
-PYTHON = [sys.executable, "train_low_mem.py"]
 TORCHRUN = module_command("torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3")
 
 
@@ -66,9 +65,8 @@ def test_a_process_manager_that_starts_the_run_again_gets_the_run_that_nobody_in
     ways = [end_by_sigterm_and_its_echo, end_by_sigusr1_to_one_worker, end_by_sigkill]
     codes, saved = [], 0
     while not codes or codes[-1] in (75, -signal.SIGKILL):
-        with started(
-            *PYTHON, "train", *flags(work, "managed", num_processes=2, save_steps=1000, save_total_limit=1)
-        ) as process:
+        managed = flags(work, "managed", num_processes=2, save_steps=1000, save_total_limit=1)
+        with started_train("train", *managed) as process:
             if len(codes) < len(ways):
                 wait_until(partial(has_trained, work, "managed", saved + 2), process)
                 ways[len(codes)](process)
@@ -113,7 +111,7 @@ def is_importing_torch(process):
 
 
 def test_a_signal_while_starting_ends_it_at_once(work):
-    with started(*PYTHON, "train", *flags(work, "starting", num_processes=1)) as process:
+    with started(sys.executable, PROGRAM, "train", *flags(work, "starting", num_processes=1)) as process:
         wait_until(partial(is_importing_torch, process), process)  # which it does when it has its folder
         os.kill(process.pid, signal.SIGINT)
         result = finish(process, timeout=10)
@@ -125,7 +123,7 @@ def test_a_signal_while_starting_ends_it_at_once(work):
 def test_a_launchers_sigterm_while_starting_is_no_preemption(work):
     """DeepSpeed's sends it to all when one of them failed, as torchrun does."""
     told = {"CROSS_SIZE": "1", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
-    with started(*PYTHON, "train", *flags(work, "ended"), **told) as process:
+    with started(sys.executable, PROGRAM, "train", *flags(work, "ended"), **told) as process:
         wait_until(partial(is_importing_torch, process), process)
         process.terminate()
         result = finish(process, timeout=10)
@@ -137,7 +135,7 @@ def test_a_launchers_sigterm_while_starting_is_no_preemption(work):
 def test_a_signal_while_processes_start_is_told_by_who_started_them(to_all, work):
     """SIGTERM to the launcher, which its processes take for the launcher's own; or SIGUSR1 to a rank that is not 0."""
     name = f"starting together {to_all}"
-    with started(*PYTHON, "train", *flags(work, name, num_processes=2)) as process:
+    with started(sys.executable, PROGRAM, "train", *flags(work, name, num_processes=2)) as process:
         wait_until((work / name / ".lock").exists, process)
         wait_until(lambda: all(map(is_importing_torch, workers(process))), process)
         if to_all:

@@ -4,16 +4,15 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from torch import equal
 
 from tests import runs
+from tests.forked import train_ranks
 from tests.models import T5
-from tests.processes import ROOT, end_group, environment, module_command, run, train
+from tests.processes import started_train, train
 from tests.runs import assert_same_run, curve, steps, weights, write_files
 
 STEPS = 40
@@ -42,23 +41,12 @@ def test_killed_at_random_and_resumed_ends_on_the_same_bits(work):
     assert train("train", *flags(work, "whole exact", **options)).returncode == 0
     kills = 0
     for _ in range(12):
-        process = subprocess.Popen(
-            [sys.executable, "train_low_mem.py", "train", *flags(work, "killed exact", resume="auto", **options)],
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        try:
+        with started_train("train", *flags(work, "killed exact", resume="auto", **options)) as process:
             # three times: at a random micro-batch, some steps after another checkpoint stands
             if kills < 3 and wait_for_new_checkpoint(process, work / "killed exact" / "checkpoints"):
                 time.sleep(moments.uniform(0, 0.1))
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()
             _, errors = process.communicate(timeout=120)
-        finally:
-            end_group(process)
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, errors
@@ -80,9 +68,8 @@ def wait_for_new_checkpoint(process, folder):
 def test_two_processes_go_on_with_the_rows_of_one(work, uninterrupted):
     result = train("train", *flags(work, "elastic", max_steps=STEPS // 2))
     assert result.returncode == 0, result.stderr
-    launcher = module_command("torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    resumed = run(*launcher, "train_low_mem.py", "train", *flags(work, "elastic", max_steps=STEPS, resume="auto"))
-    assert resumed.returncode == 0, resumed.stderr
+    resumed, other = train_ranks(2, "train", *flags(work, "elastic", max_steps=STEPS, resume="auto"))
+    assert resumed.returncode == other.returncode == 0, (resumed.stdout, other.stdout)
     assert f"steps {STEPS // 2} to {STEPS}, each of 8 rows: 2 processes x 2 micro-batches" in resumed.stdout
     assert steps(work, "elastic") == list(range(1, STEPS + 1))
     assert f"with --max_steps={STEPS} (was {STEPS // 2})" in resumed.stdout
@@ -96,8 +83,8 @@ def test_the_losses_go_on_as_if_never_interrupted(work, processes, tmp_path):
     whole = common | {"output_dir": tmp_path / "whole"}
     assert train("train", *flags(work, "", **whole, max_steps=16)).returncode == 0
     assert train("train", *flags(work, "", **common, max_steps=9)).returncode == 0
-    last = train("train", *flags(work, "", **common, max_steps=16, resume="auto", num_processes=processes))
-    assert last.returncode == 0, last.stderr
+    for last in train_ranks(processes, "train", *flags(work, "", **common, max_steps=16, resume="auto")):
+        assert last.returncode == 0, last.stdout
     assert dict(curve(tmp_path, "out")) == pytest.approx(dict(curve(tmp_path, "whole")), rel=1e-5)
     assert steps(tmp_path, "out") == list(range(1, 17))
 

@@ -13,7 +13,7 @@ import pytest
 
 from lowmem.job.exit_file import final_exit, remove_exit, this_launch, write_exit
 from lowmem.job.folder import owned
-from tests.processes import finish, run, started, train
+from tests.processes import PROGRAM, finish, run, started, train
 
 HOLD = (
     "import sys, time; from pathlib import Path; from lowmem.job.folder import owned\nwith owned(Path(sys.argv[1])): "
@@ -72,7 +72,7 @@ def test_a_folder_that_cannot_be_written_is_told_at_the_start(tmp_path):
     (tmp_path / "file").touch()
     for output in (tmp_path / "file" / "out", "/proc/out"):
         started_at = time.perf_counter()
-        result = train("train", f"--output_dir={output}")
+        result = run(sys.executable, PROGRAM, "train", f"--output_dir={output}")
         assert time.perf_counter() - started_at < 10  # no torch, no model
         assert result.returncode == 2
         assert f"error: --output_dir={output} cannot be written: No" in result.stderr, result.stderr

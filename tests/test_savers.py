@@ -16,8 +16,8 @@ from lowmem.memory.savers import compiled, entered, offload_activations, recompu
 from lowmem.optim.make import make_optimizer
 from lowmem.plan.meter import MemoryMeter
 from lowmem.step import TrainState, train_step
+from tests.forked import fork_ranks
 from tests.models import build, qa_rows
-from tests.processes import run_ranks
 
 DROPOUT = {"t5": {"dropout_rate": 0.1}, "llama": {"attention_dropout": 0.1}}
 DEEP = {"t5": {"num_layers": 6}, "llama": {"num_hidden_layers": 6}}
@@ -187,7 +187,7 @@ def test_release_refuses_what_needs_whole_gradients_before_anything_is_computed(
 
 
 def test_release_refuses_several_processes(tmp_path):
-    run_ranks(2, "tests.test_savers:release_on_a_rank", tmp_path)
+    assert fork_ranks(2, release_on_a_rank, tmp_path) == [0, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["refused-0", "refused-1"]
 
 

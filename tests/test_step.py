@@ -19,9 +19,8 @@ from lowmem.errors import RankError, RowError, UsageError
 from lowmem.loss import chunked_loss, plain_loss
 from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
-from tests.forked import fork_ranks
+from tests.forked import fork_ranks, started_ranks
 from tests.models import build, qa_rows
-from tests.processes import run_ranks, started_ranks
 
 ROWS = qa_rows(24)
 
@@ -82,7 +81,7 @@ def test_the_step_is_the_gradient_of_the_mean_token_loss(family):
 def test_two_processes_with_unequal_target_counts_equal_one(family, wrapping, tmp_path):
     whole = next(stream_of(family, batch_size=8))
     expected, one = gradient_of_step(build(family), whole, Accelerator(cpu=True))
-    run_ranks(2, "tests.test_step:step_on_a_rank", family, wrapping, tmp_path)
+    assert fork_ranks(2, step_on_a_rank, family, wrapping, tmp_path) == [0, 0]
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert told[0]["my_targets"] != told[1]["my_targets"]
     for rank in range(2):
@@ -130,7 +129,7 @@ def test_clipping_bounds_the_applied_gradient_and_reports_the_norm_before():
 
 def test_dropout_differs_between_micro_batches_and_between_ranks(tmp_path):
     """The same rows four times: under one mask for two of them, their losses would be equal."""
-    run_ranks(2, "tests.test_step:losses_of_the_same_rows", tmp_path)
+    assert fork_ranks(2, losses_of_the_same_rows, tmp_path) == [0, 0]
     losses = [loss for rank in range(2) for loss in json.loads((tmp_path / f"{rank}.json").read_text())]
     assert len(set(losses)) == len(losses) == 4
 
@@ -271,7 +270,7 @@ def fail_on_one_rank():
 
 
 def test_an_error_within_a_sharded_forward_ends_both_ranks_with_it():
-    with started_ranks(2, "tests.test_step:fail_in_a_sharded_forward") as ranks:
+    with started_ranks(2, fail_in_a_sharded_forward) as ranks:
         outputs = [process.communicate(timeout=60)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1]
     assert "KeyError: 'what was wrong'" in outputs[1]
@@ -305,7 +304,7 @@ def test_a_step_without_any_target_changes_nothing_but_the_count():
 
 
 def test_autocast_keeps_no_copies_of_the_weights(tmp_path):
-    run_ranks(1, "tests.test_step:step_in_bf16", tmp_path)
+    assert fork_ranks(1, step_in_bf16, tmp_path) == [0]
     assert json.loads((tmp_path / "seen.json").read_text()) == {"autocast": True, "cache": False}
 
 

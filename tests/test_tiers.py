@@ -16,8 +16,8 @@ from lowmem.optim import tiers
 from lowmem.optim.formats import merge_halves
 from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
+from tests.forked import fork_ranks
 from tests.models import build
-from tests.processes import run_ranks
 from tests.test_step import stream_of
 
 
@@ -212,7 +212,7 @@ def test_one_micro_batch_leaves_bf16_gradients_and_several_after_it_fp32_ones():
 
 @pytest.mark.parametrize("memory", ["exact", "lean"])
 def test_two_processes_hold_equal_bits_at_every_step(memory, tmp_path):
-    run_ranks(2, "tests.test_tiers:steps_of_a_rank", memory, tmp_path)
+    assert fork_ranks(2, steps_of_a_rank, memory, tmp_path) == [0, 0]
     mine, theirs = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     assert mine.keys() == theirs.keys() and len({name.partition(":")[0] for name in mine}) == 4
     for name in mine:
@@ -243,7 +243,7 @@ def steps_of_a_rank(memory, folder):
 
 
 def test_a_model_wrapped_by_ddp_is_refused_and_one_wrapped_afterwards_trains(tmp_path):
-    run_ranks(2, "tests.test_tiers:wrap_before_and_after", tmp_path)
+    assert fork_ranks(2, wrap_before_and_after, tmp_path) == [0, 0]
     mine, theirs = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -318,7 +318,7 @@ def test_micro_batches_steps_and_ranks_round_sums_with_other_bits(memory):
 
 @pytest.mark.parametrize("memory", ["exact", "lean"])
 def test_a_parameter_that_one_rank_did_not_reach_is_reduced_like_all_others(memory, tmp_path):
-    run_ranks(2, "tests.test_tiers:step_with_an_idle_parameter", memory, tmp_path)
+    assert fork_ranks(2, step_with_an_idle_parameter, memory, tmp_path) == [0, 0]
     mine, theirs = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert (mine["idle"] != 1).any()
@@ -345,7 +345,7 @@ def step_with_an_idle_parameter(memory, folder):
 
 
 def test_narrow_tensors_are_summed_over_ranks_in_fp32(tmp_path):
-    run_ranks(3, "tests.test_tiers:sum_of_a_rank", tmp_path)
+    assert fork_ranks(3, sum_of_a_rank, tmp_path) == [0, 0, 0]
     for rank in range(3):
         total = load_file(tmp_path / f"{rank}.safetensors")
         assert (total["narrow"] == 258).all() and (total["wide"] == 3).all()  # bf16 would stay at 256 + 1 + 1 = 256

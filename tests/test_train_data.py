@@ -8,6 +8,7 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tests.forked import train_ranks
 from tests.models import LLAMA, qa_rows
 from tests.processes import module_command, run, train
 from tests.runs import flags, losses, records, write_files
@@ -55,7 +56,7 @@ def run_flags(work, name, **changes):
 
 
 def assert_done(result):
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.returncode == 0, (result.stdout, result.stderr)
 
 
 def test_packed_rows_train_as_padded_ones(work):
@@ -65,8 +66,9 @@ def test_packed_rows_train_as_padded_ones(work):
     assert losses(work, "packed") == pytest.approx(losses(work, "padded"), rel=1e-5)
     tokens = [[record["num_tokens"] for record in records(work, name)[:-1]] for name in ("padded", "packed")]
     assert tokens[0] == tokens[1]
-    two = run_flags(work, "packed-2", **causal | {"gradient_accumulation_steps": 1}, packing=True, num_processes=2)
-    assert_done(train(*two))
+    two = run_flags(work, "packed-2", **causal | {"gradient_accumulation_steps": 1}, packing=True)
+    for result in train_ranks(2, *two):
+        assert_done(result)
     assert losses(work, "packed-2") == pytest.approx(losses(work, "padded"), rel=1e-5)
 
 
@@ -134,19 +136,19 @@ def test_a_bad_row_ends_the_run_with_its_place_in_one_line(work):
 
 
 def test_skipped_rows_are_counted_over_all_ranks_and_written_down(work):
-    result = train(
-        *run_flags(work, "skipped", train_file=broken(work), on_bad_row="skip", num_processes=2, max_steps=5)
-    )
+    skipping = {"train_file": broken(work), "on_bad_row": "skip"}
+    result, other = train_ranks(2, *run_flags(work, "skipped", **skipping, max_steps=5))
     assert_done(result)
+    assert_done(other)
     assert records(work, "skipped")[-1]["bad_rows"] == 2
     assert "of the rows of steps 1 to 5: 2 bad rows" in result.stdout
     told = [line for path in (work / "skipped").glob("bad_rows-?.jsonl") for line in path.read_text().splitlines()]
     places = sorted(json.loads(line)["error"].partition(" (byte")[0] for line in told)
     assert places == [f"{work}/broken.jsonl, line {line}" for line in (22, 8)]
-    again = run_flags(work, "skipped", train_file=broken(work), on_bad_row="skip", num_processes=2, max_steps=10)
-    assert_done(train(*again, "--resume=auto"))
+    for again in train_ranks(2, *run_flags(work, "skipped", **skipping, max_steps=10, resume="auto")):
+        assert_done(again)
     assert records(work, "skipped")[-1]["bad_rows"] == 2  # of the second epoch: those of this start
-    too_many = train(*run_flags(work, "too-many", train_file=broken(work), on_bad_row="skip", max_bad_rows=1))
+    too_many = train(*run_flags(work, "too-many", **skipping, max_bad_rows=1))
     assert too_many.returncode == 1 and "more than 1 of them" in too_many.stderr
     mended = train(*run_flags(work, "too-many", max_steps=2))
     assert_done(mended)
