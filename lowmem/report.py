@@ -79,16 +79,14 @@ class MetricsLog:
         rewritten = path.with_suffix(".rewritten")
         rewritten.write_bytes(b"".join(kept))
         os.replace(rewritten, path)
-        self._path, self._size = path, path.stat().st_size
-        self._waiting = b""
+        self._path, self._size, self._waiting = path, path.stat().st_size, b""
 
     def write(self, record: Mapping[str, object]) -> None:
         # JSON has no NaN and no infinity: a loss that was one is null
-        plain = {name: None if _is_nonfinite(value) else value for name, value in record.items()}
-        is_the_first, self._waiting = (
-            not self._waiting,
-            self._waiting + f"{json.dumps(plain, allow_nan=False)}\n".encode(),
-        )
+        is_bad = {name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
+        plain = {name: None if name in is_bad else value for name, value in record.items()}
+        is_the_first = not self._waiting
+        self._waiting += f"{json.dumps(plain, allow_nan=False)}\n".encode()
         try:
             with open(self._path, "r+b") as file:
                 file.seek(self._size)  # over a line of which there was room for half
@@ -115,10 +113,6 @@ def _belongs(line: bytes, step: int) -> bool:
     return not is_of_the_end and record["step"] <= step
 
 
-def _is_nonfinite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
 class Report:
     """Everything that a training run tells: made on every rank, it speaks on the main one.
 
@@ -126,14 +120,7 @@ class Report:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        settings: Mapping[str, object],
-        accelerator: Accelerator,
-        step: int,
-        total_steps: int,
-        *,
-        resumed: bool,
+        self, folder: Path, settings: Mapping, accelerator: Accelerator, step: int, total_steps: int, *, resumed: bool
     ):
         def open_folder() -> MetricsLog:
             try:
@@ -166,7 +153,7 @@ class Report:
             tell(*lines)
 
     def bar(self, batches: Collection[Batch], name: str) -> Iterable[Batch]:
-        """The same batches, with a bar for a terminal."""
+        """Show a bar for `batches` on a terminal."""
         return tqdm(batches, desc=name, leave=False, disable=None if self._log else True)
 
     def restart_timer(self) -> None:
@@ -177,12 +164,12 @@ class Report:
         self, model: nn.Module, num_weights: int, stream: Stream, rank: DataParallelRank, *, tier: str, division: str
     ) -> None:
         """Print what trains, on what, over which rows; `division` says how processes share the model, if they do."""
+        devices = f"{self._accelerator.num_processes} x {self._accelerator.device.type}{division and f', {division}'}"
         processes = f"{rank.size} process{'es' * (rank.size > 1)}"
+        pieces = f"{processes} x {stream.micro_batches} micro-batches of at most {stream.batch_size}"
         self.tell(
-            f"{num_weights:,} weights ({model.dtype}, memory={tier}) on {self._accelerator.num_processes} x "
-            f"{self._accelerator.device.type}{division and f', {division}'}, {stream.num_rows:,} rows",
-            f"steps {self._step} to {self._total_steps}, each of {stream.global_batch_size} rows: {processes} x "
-            f"{stream.micro_batches} micro-batches of at most {stream.batch_size}",
+            f"{num_weights:,} weights ({model.dtype}, memory={tier}) on {devices}, {stream.num_rows:,} rows",
+            f"steps {self._step} to {self._total_steps}, each of {stream.global_batch_size} rows: {pieces}",
         )
 
     def resuming(
@@ -270,15 +257,15 @@ class Report:
 
     def done(self, best: Mapping[str, float] | None) -> None:
         """Record how the run ended. Counts, also of skipped updates, are since it was started or resumed."""
+        self._bar.close()
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self._counts.items() if count)
         if counts:
             self.tell(f"of the rows of steps {self._first_step + 1} to {self._step}: {counts}")
         if self._log:
-            ending = {"event": "end", "steps": self._step, "skipped": self._skipped, **self._counts, "best": best}
-            self._log.write(ending)
+            end = {"event": "end", "steps": self._step, "skipped": self._skipped}
+            self._log.write(end | self._counts | {"best": best})
         self._close()
-        model, metrics = self._folder / "model", self._folder / "metrics.jsonl"
-        self.tell(f"done: {model} holds the model, {metrics} its curve")
+        self.tell(f"done: {self._folder / 'model'} holds the model, {self._folder / 'metrics.jsonl'} its curve")
 
     def _close(self) -> None:
         self._bar.close()
