@@ -60,8 +60,7 @@ def train(
     accelerator = init_distributed(**config.distributed, output_dir=output, on_abort=on_abort, signals=signals)
     check_same_inputs(config.shared_flags, rows._asdict(), output)
     checkpoint = checkpoint_to_resume(config.resume, output)
-    fixed = fields_where(on_resume="fixed")
-    changes = check_same_run(checkpoint, settings, fixed=fixed) if checkpoint else []
+    changes = check_same_run(checkpoint, settings, fixed=fields_where(on_resume="fixed")) if checkpoint else []
     make_deterministic(config.deterministic)
 
     # --- model and optimizer
