@@ -108,7 +108,7 @@ def run_rank() -> None:
 
         phases = {
             "init_distributed": "process group",
-            "check_loss": "model",
+            "check_model": "model",
             "open_stream": "rows",
             "fitting_step": "first step",
         }

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowmem.data.batch import IGNORED, Batch
+from lowmem.data.packing import check_packing
 from lowmem.distributed.fully_sharded import resharding
 from lowmem.distributed.placement import device_of, divides_weights, unwrapped
 from lowmem.errors import UsageError
@@ -110,6 +111,13 @@ def _loss_of(hidden: Tensor, *, head: nn.Linear, targets: Tensor, num_targets: i
     kind = hidden.device.type
     compute_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     return chunked_cross_entropy(hidden, weight, bias, targets, compute_dtype=compute_dtype, **options)
+
+
+def check_model(model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor], *, packing: bool) -> None:
+    """Raise UsageError, before a run begins, for a model that `loss_fn` or, with `packing`, `check_packing` refuses."""
+    check_loss(loss_fn, model)
+    if packing:
+        check_packing(model)
 
 
 def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) -> None:

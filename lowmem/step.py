@@ -20,7 +20,7 @@ from lowmem.memory.out_of_memory import guarded
 
 @dataclass
 class TrainState:
-    """All that the next step depends on: if the process died and one of these were lost, the run would differ."""
+    """What a checkpoint must hold so that the run continues exactly."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -34,15 +34,15 @@ class TrainState:
     """Seeds dropout, together with step, rank and micro-batch, and the rounding of memory tiers."""
 
     def note_best(self, eval_loss: float | None) -> None:
-        """Let `best` be this step if its loss is the lowest so far. None and what is not finite never are."""
-        is_a_number = eval_loss is not None and math.isfinite(eval_loss)
-        if is_a_number and (self.best is None or eval_loss < self.best["eval_loss"]):
+        """Let `best` be this step if its loss is the lowest so far. Ignores None, NaN and infinity."""
+        is_finite = eval_loss is not None and math.isfinite(eval_loss)
+        if is_finite and (self.best is None or eval_loss < self.best["eval_loss"]):
             self.best = {"step": self.step, "eval_loss": eval_loss}
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Scalars of one step, on the device: read them with `.item()`, and only when logging."""
+    """What one step did. `loss` and `grad_norm` stay on the device: `.item()` waits for it, so call it when logging."""
 
     loss: Tensor
     """Mean over the target tokens of all micro-batches and ranks, fp32."""
@@ -51,9 +51,9 @@ class StepResult:
     num_tokens: Tensor
     """Target tokens over all micro-batches and ranks, int64, on the host."""
     updated: bool
-    """False if the update was left out: loss or gradient not finite, or no target at all."""
+    """False if the update was skipped: loss or gradient not finite, or no target at all."""
     reason: str = ""
-    """Why it was left out, the same on every rank."""
+    """Why it was skipped, the same on every rank."""
     preempted: bool = False
     """Some rank passed `preempted=True` to this step."""
 
@@ -72,14 +72,16 @@ def train_step(
     """Update `state` in place with the gradient of the mean loss over all targets of `batches` on all ranks.
 
     The mean is one sum over one count, so any split of the same rows into micro-batches and ranks gives the same
-    gradient. If loss or gradient is not finite, no rank updates: with `nonfinite="stop"` all raise FloatingPointError,
-    with "skip" the step counts without an update; so it does if no rank has a target. If a rank cannot read its rows,
-    or fails in forward or backward, all ranks raise its error: StepTooLarge if it ran out of memory (`fitting_step`
-    then tries smaller pieces), OutOfMemory where the step cannot be dropped (sharded models, `release`, the update).
-    `model` may be bare (from `parallelize`) or wrapped by DDP, whose own reduction stays unused. Raises ValueError for
-    a precision that `Gradients` refuses. Two small collectives on the host and one reduction; one sync of the device.
+    gradient. If loss or gradient is not finite, no rank updates (except with `release`): with `nonfinite="stop"` all
+    raise FloatingPointError, with "skip" the step is counted but not applied, as when no rank has any target. If a rank
+    cannot read its rows, or fails in forward or backward, all ranks raise its error: StepTooLarge if it ran out of
+    memory (`fitting_step` then tries smaller micro-batches), OutOfMemory where the step cannot be repeated (sharded
+    models, `release`, the update). `state.model` may be bare (from `parallelize`) or wrapped by DDP, whose reduction
+    stays unused. Raises ValueError for what `Gradients` refuses. Cost: two small host collectives, one gradient
+    reduction, one device sync.
     """
-    num_tokens, preempted = agree_to_start(state, batches, preempted, learning_rate)
+    num_tokens, preempted = agree_to_start(state, batches, preempted)
+    set_learning_rate(state.optimizer, learning_rate)
     gradients = Gradients(
         state.model, state.optimizer, accelerator, num_tokens=num_tokens, seed=state.seed, step=state.step
     )
@@ -101,13 +103,11 @@ def train_step(
     return finish(state, StepResult(loss, grad_norm, torch.tensor(num_tokens), not reason, reason, preempted))
 
 
-def agree_to_start(
-    state: TrainState, batches: Sequence[Batch], preempted: bool, learning_rate: float
-) -> tuple[int, bool]:
-    """Set the learning rate; return the targets of all ranks' `batches`, and whether any rank is preempted.
+def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool) -> tuple[int, bool]:
+    """Return the number of targets in all ranks' `batches`, and whether any rank is preempted.
 
-    One small collective before the first forward, so that every micro-batch is divided by the same number. It also
-    says whether each rank could read its rows; if not, all raise the error.
+    One small collective before the first forward, so that every micro-batch is divided by the same number. If a rank
+    could not read its rows, all raise its error.
     """
     at_step(state.step + 1)  # as it will be counted when it is done, in metrics.jsonl and checkpoints
     error = batches.error if isinstance(batches, UnreadableStep) else None
@@ -116,9 +116,12 @@ def agree_to_start(
     num_targets, num_failed, num_preempted = sum_over_ranks(num_targets, error is not None, preempted)
     if num_failed:
         raise_error_of_any_rank(error)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
     return num_targets, num_preempted > 0
+
+
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
 
 
 def why_no_update(
@@ -126,8 +129,8 @@ def why_no_update(
 ) -> str:
     """Why this step must not update, the same text on every rank; empty if it may.
 
-    If a number is not finite it says which, on which rank, and the rows of those micro-batches there. These collectives
-    and syncs are paid by a step that goes wrong alone.
+    If a number is not finite it says which, on which rank, and the rows of those micro-batches there. Only a failing
+    step pays for these collectives and syncs.
     """
     if torch.isfinite(loss + grad_norm).item():
         return "" if num_tokens else "no rank has a target token"

@@ -15,19 +15,19 @@ from lowmem.checkpoint.save import check_space, save_checkpoint, save_model
 from lowmem.config.train_config import TrainConfig, fields_where
 from lowmem.data.batch import collate
 from lowmem.data.encode import make_encoder
-from lowmem.data.packing import check_packing
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import Rows, RowSets
 from lowmem.data.stream import open_stream
+from lowmem.deepspeed_step import deepspeed_step
+from lowmem.distributed import zero
 from lowmem.distributed.collectives import any_rank
 from lowmem.distributed.consistency import check_same_inputs, check_same_model
 from lowmem.distributed.placement import data_place
 from lowmem.distributed.setup import init_distributed, make_deterministic
 from lowmem.distributed.sharding import parallelize
 from lowmem.distributed.signals import Signals
-from lowmem.distributed.zero import wrap
 from lowmem.evaluation import Measure, make_evaluation
-from lowmem.loss import LOSSES, check_loss
+from lowmem.loss import LOSSES, check_model
 from lowmem.memory.savers import SAVERS, entered
 from lowmem.model import freeze, load_model
 from lowmem.optim.make import make_optimizer
@@ -35,16 +35,15 @@ from lowmem.optim.schedule import Schedule
 from lowmem.recover import fitting_step
 from lowmem.report import Report
 from lowmem.step import TrainState
-from lowmem.zero_step import zero_step
 
 
 class Outcome(NamedTuple):
-    """How a run ended that did not fail."""
+    """How a run that did not fail ended."""
 
     step: int
-    """Optimizer steps done; of a preempted run those that are saved."""
+    """Optimizer steps done; if preempted, those that are saved."""
     preempted: bool
-    """True: a signal ended it before its last step was done and reported."""
+    """A signal ended it early: resume it to finish."""
 
 
 def train(
@@ -52,8 +51,9 @@ def train(
 ) -> Outcome:
     """Train as `config` says, from the start or from a checkpoint, and leave the model in `output_dir`/model.
 
-    A signal on any rank ends the run on all of them, after the current step or evaluation, once it is saved. `on_abort`
-    is called with a message before a silent or failed rank makes this one exit.
+    A signal on any rank ends the run on all of them, after the current step or evaluation and a checkpoint. `on_abort`
+    is called with a message before a silent or failed rank makes this one exit. The groups of the config, such as
+    `config.sharding`, are keyword arguments of the function that they are passed to.
     """
     # --- processes
     output, settings = Path(config.output_dir), dataclasses.asdict(config)
@@ -65,25 +65,23 @@ def train(
 
     # --- model and optimizer
     torch.manual_seed(config.seed)
-    # of a new model that will be sharded only rank 0 holds the weights; of a saved one each rank reads its part
+    # when sharding, only rank 0 initialises a new model, and each rank reads its own part of a saved one
     on_meta = config.is_divided and (config.model_name_or_path is not None or not accelerator.is_main_process)
     model, tokenizer = load_model(**config.model_source, on_meta=on_meta)
     freeze(model, parts=config.frozen_parts)
     check_same_model(model, tokenizer, weights=config.model_name_or_path is not None)
     model = parallelize(model, accelerator, **config.sharding)
     optimizer = make_optimizer(model, **config.optimizer_options)
-    loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)
-    check_loss(loss_fn, model)
-    if config.packing:
-        check_packing(model)
-    num_weights = model.num_parameters()  # before DeepSpeed shards them
-    trained = wrap(model, optimizer, accelerator) if config.deepspeed else model
+    loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)  # (model, batch) -> summed loss
+    check_model(model, loss_fn, packing=config.packing)
+    num_weights = model.num_parameters()  # of a sharded model too; but not once DeepSpeed has wrapped it
+    wrapped = zero.wrap(model, optimizer, accelerator) if config.deepspeed else model
 
     with ExitStack() as stack:
         stack.enter_context(entered([SAVERS[name] for name in config.savers], model, optimizer))
         # --- rows
         rank, is_causal = data_place(model), not model.config.is_encoder_decoder
-        encode = make_encoder(tokenizer, is_encoder_decoder=not is_causal, **config.encoding)
+        encode = make_encoder(tokenizer, is_encoder_decoder=not is_causal, **config.encoding)  # row -> token ids
         bad_rows = output / f"bad_rows-{accelerator.process_index}.jsonl"
         quarantine = Quarantine(config.max_bad_rows, bad_rows) if config.on_bad_row == "skip" else None
         stream = open_stream(
@@ -99,7 +97,7 @@ def train(
         stack.enter_context(closing(stream))
 
         # --- state: where to start, how far to go
-        state = TrainState(trained, optimizer, stream, seed=config.seed)
+        state = TrainState(wrapped, optimizer, stream, seed=config.seed)
         if checkpoint:
             load_checkpoint(state, checkpoint, accelerator, verify=False)  # checkpoint_to_resume has verified it
         schedule = Schedule.of_run(stream.num_rows, stream.global_batch_size, **config.schedule)
@@ -109,12 +107,13 @@ def train(
         report.opening(model, num_weights, stream, rank, tier=config.memory or "off", division=config.division)
         report.resuming(checkpoint, changes, stream.changes, can_save)
         measure = make_evaluation(
-            trained, tokenizer, encode, LOSSES[config.loss], accelerator, quarantine, report.bar, **config.evaluation
-        )
+            wrapped, tokenizer, encode, LOSSES[config.loss], accelerator, quarantine, report.bar, **config.evaluation
+        )  # rows -> (metrics, answers); the loss without smoothing, so that runs compare
         saving = {"tokenizer": tokenizer, "config": settings, "max_shard_size": config.max_shard_size}
-        take_step = zero_step if config.deepspeed else partial(fitting_step, tell=report.halving)
+        # fitting_step calls train_step and, if memory runs out, calls it again with smaller micro-batches
+        take_step = deepspeed_step if config.deepspeed else partial(fitting_step, tell=report.halving)
 
-        # --- the loop: `preempted` is the same on all ranks, agreed on in each step and after what takes long
+        # --- the loop: all ranks agree on `preempted` in each step and after each evaluation and save
         preempted = any_rank(signals.came)
         if rows.validation and not preempted:
             evaluate_first(state, rows.validation, measure, report, schedule, config)
@@ -153,7 +152,7 @@ def train(
     else:
         if rows.test:
             report.evaluation(*measure(rows.test, "test"))
-        save_model(trained, output / "model", **saving)
+        save_model(wrapped, output / "model", **saving)
         report.done(state.best)
     accelerator.end_training()
     return Outcome(state.step if can_save or not preempted else 0, preempted)
@@ -162,9 +161,9 @@ def train(
 def evaluate_first(
     state: TrainState, rows: Rows, measure: Measure, report: Report, schedule: Schedule, config: TrainConfig
 ) -> None:
-    """Evaluate before the first step if `eval_on_start`; on resume, if the checkpoint's own step was due for it.
+    """Evaluate before the first step if `eval_on_start`; on resume, if an evaluation was due at the checkpoint's step.
 
-    A run that is preempted at such a step saves first, and leaves its evaluation to the run that resumes it.
+    A run that is preempted at such a step saves it without evaluating. If metrics.jsonl has the evaluation, it counts.
     """
     if state.step == 0 and config.eval_on_start:
         report.evaluation(*measure(rows))

@@ -18,13 +18,13 @@ from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.eval_batches import open_eval
 from lowmem.data.rows import as_rows
 from lowmem.data.stream import open_stream
+from lowmem.deepspeed_step import deepspeed_step
 from lowmem.distributed.zero import make_accelerator, wrap
 from lowmem.errors import UsageError
 from lowmem.evaluation import evaluate, generate
 from lowmem.loss import LOSSES, chunked_loss, plain_loss
 from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
-from lowmem.zero_step import zero_step
 from tests import runs
 from tests.forked import fork_ranks
 from tests.models import build, qa_rows
@@ -83,7 +83,7 @@ def curve_of(state, loss, accelerator, steps=3, **options):
     curve = []
     options = {"learning_rate": 1e-2, "max_grad_norm": 1.0} | options
     for _, batches in zip(range(steps), state.stream, strict=False):
-        take_step = train_step if accelerator.deepspeed_plugin is None else zero_step
+        take_step = train_step if accelerator.deepspeed_plugin is None else deepspeed_step
         result = take_step(state, batches, loss, accelerator, **options)
         curve.append((result.loss.item(), result.grad_norm.item(), int(result.num_tokens)))
     return curve
@@ -188,7 +188,7 @@ def leave_out_what_is_not_finite(folder):
             curve_of(state, loss_of, accelerator, steps=1)
         assert state.step == bad
         batches = next(iter(state.stream))
-        result = zero_step(state, batches, loss_of, accelerator, learning_rate=1e-2, nonfinite="skip")
+        result = deepspeed_step(state, batches, loss_of, accelerator, learning_rate=1e-2, nonfinite="skip")
         assert not result.updated and "not finite on rank 1" in result.reason
         save_model(state.model, folder / "after")
         then, now = (load_file(folder / path / "model.safetensors") for path in ("before", "after"))

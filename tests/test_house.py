@@ -10,7 +10,7 @@ from tests.processes import ROOT, run
 
 # A module imports only from its own folder and from what stands before it here.
 ORDER = (
-    "errors config storage distributed data model optim memory loss step zero_step recover evaluation checkpoint "
+    "errors config storage distributed data model optim memory loss step deepspeed_step recover evaluation checkpoint "
     "report train plan job plot cli"
 ).split()
 MODULES = {

@@ -12,10 +12,10 @@ from lowmem.distributed.seeds import seed_of
 from lowmem.distributed.zero import backward, update
 from lowmem.memory.gradients import LossFunction
 from lowmem.memory.out_of_memory import guarded
-from lowmem.step import StepResult, TrainState, agree_to_start, finish, not_finite, why_no_update
+from lowmem.step import StepResult, TrainState, agree_to_start, finish, not_finite, set_learning_rate, why_no_update
 
 
-def zero_step(
+def deepspeed_step(
     state: TrainState,
     batches: Sequence[Batch],
     loss_fn: LossFunction,
@@ -31,9 +31,10 @@ def zero_step(
     `max_grad_norm` is the engine's own, fixed in its config. It raises OutOfMemory where `train_step` raises
     StepTooLarge, as the engine cannot take a step back.
     """
-    num_tokens, preempted = agree_to_start(state, batches, preempted, learning_rate)
-    losses: list[torch.Tensor] = []
+    num_tokens, preempted = agree_to_start(state, batches, preempted)
+    set_learning_rate(state.optimizer, learning_rate)
     loss, grad_norm = torch.zeros(2, device=accelerator.device).unbind()
+    losses: list[torch.Tensor] = []
     reason = "" if num_tokens else "no rank has a target token"
     with guarded("computing gradients", state.model, state.optimizer, together=False):
         for index, batch in enumerate(batches if num_tokens else ()):
