@@ -9,9 +9,9 @@ raise UsageError for what the model or the number of processes does not allow.
 
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -40,35 +40,33 @@ _FEW = 2  # layers at which a deeper stack is counted, and one more
 
 def count_shallow(config: TrainConfig, cluster: Cluster) -> Counted:
     """Count a step with few layers in each deep stack of equal ones, and all layers of the others."""
-    shallow, _ = _few_layers(config)
+    shallow, _ = _depths(config)
     return count(config, cluster, shallow)
 
 
 def count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Counted]]:
-    """Count it with one layer more, for each depth, in all stacks of that depth; and by how many the model has more."""
-    shallow, deep = _few_layers(config)
-    one_more = [(depth - _FEW, _at_depth(shallow, dict.fromkeys(names, _FEW + 1))) for depth, names in deep.items()]
-    return [(times, count(config, cluster, shape)) for times, shape in one_more]
+    """For each depth of deep stacks: how many layers more the model has in them, and the step with one layer more."""
+    _, deeper = _depths(config)
+    return [(times, count(config, cluster, shape)) for times, shape in deeper]
 
 
-def _few_layers(config: TrainConfig) -> tuple[PretrainedConfig, dict[int, list[str]]]:
-    """The model's config with few layers, and the fields of deep stacks by depth: two fields may mean one stack."""
+def _depths(config: TrainConfig) -> tuple[PretrainedConfig, list[tuple[int, PretrainedConfig]]]:
+    """The shapes for `count_shallow` and `count_deeper`. Stacks of one depth grow together: they may be the same."""
     shape = config_of(config.model_name_or_path or config.model_config)
-    groups: dict[int, list[str]] = {}
+    deep: dict[int, list[str]] = {}
     for name in _DEPTHS:
-        if (depth := getattr(shape, name, None)) is not None:
-            groups.setdefault(depth, []).append(name)
-    deep = {depth: names for depth, names in groups.items() if depth > _FEW + 2}
-    if len(set(getattr(shape, "layer_types", None) or ())) > 1:
-        deep = {}  # one kind of layer says nothing about another
-    few = {name: _FEW for names in deep.values() for name in names}
-    return (_at_depth(shape, few) if few else shape), deep
+        if (depth := getattr(shape, name, None) or 0) > _FEW + 2:
+            deep.setdefault(depth, []).append(name)
+    if not deep or len(set(getattr(shape, "layer_types", None) or ())) > 1:
+        return shape, []  # one kind of layer says nothing about another
 
+    def with_depth(names: list[str], depth: int) -> PretrainedConfig:
+        fields = shape.to_dict() | dict.fromkeys(chain(*deep.values()), _FEW) | dict.fromkeys(names, depth)
+        fields.pop("layer_types", None)
+        return type(shape).from_dict(fields)
 
-def _at_depth(shape: PretrainedConfig, depths: dict[str, int]) -> PretrainedConfig:
-    fields = shape.to_dict() | depths
-    fields.pop("layer_types", None)
-    return type(shape).from_dict(fields)
+    one_more = [(depth - _FEW, with_depth(names, _FEW + 1)) for depth, names in deep.items()]
+    return with_depth([], _FEW), one_more
 
 
 def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Counted:
@@ -98,7 +96,16 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         savers = [timeline.host.savers[name] for name in config.savers if name != "compiled"]  # no kernels to compile
         stack.enter_context(entered(savers, model, optimizer))
         batches = _batches(config, cluster, is_causal=not shape.is_encoder_decoder)
-        timeline.step(TrainState(model, optimizer), batches, loss_fn, accelerator, config.max_grad_norm)
+        timeline.meter.reset_peak()
+        train_step(
+            TrainState(model, optimizer),
+            batches,
+            timeline.watched(loss_fn),
+            accelerator,
+            learning_rate=1e-4,
+            max_grad_norm=config.max_grad_norm,
+        )
+        timeline.ends("after", then=Kind.ACTIVATIONS)
         weights = num_bytes(model_tensors(model))
         state = num_bytes(optimizer_tensors(named_parameters(model, optimizer), optimizer))
         return Counted(timeline.peaks, weights, weights + state, model.num_parameters())
@@ -151,8 +158,25 @@ class _Timeline:
         self.meter.reset_peak()
         self.host.reset_peak()
 
+    def watched(self, loss_fn: LossFunction) -> LossFunction:
+        """`loss_fn`, between forward and backward."""
+
+        def watched_loss(model: nn.Module, batch: Batch) -> Tensor:
+            self.ends("before", then=Kind.ACTIVATIONS)
+            self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)  # what an earlier backward has left
+            loss = loss_fn(model, batch)
+            self.ends("loss", then=Kind.BACKWARD)
+            return loss
+
+        return watched_loss
+
     def watch(self, model: PreTrainedModel, optimizer: Optimizer) -> None:
-        """Hook in: the phases are forward (encoder, decoder), loss, backward of each stack's layers, update."""
+        """Count weights and state, and hook in: phases are forward (encoder, decoder), loss, backward, update."""
+        self.meter.count(map(local_of, (*model.parameters(), *model.buffers())), Kind.WEIGHTS)
+        for tensors in optimizer.state.values():
+            for name, tensor in tensors.items():
+                if isinstance(tensor, Tensor):
+                    self.meter.count([local_of(tensor)], Kind.LOW_HALVES if name == "weight_low" else Kind.MOMENTS)
         model.get_output_embeddings().register_forward_pre_hook(
             lambda *_: self.ends("forward", then=Kind.LOSS if self.meter.kind == Kind.ACTIVATIONS else self.meter.kind)
         )
@@ -183,29 +207,3 @@ class _Timeline:
 
         optimizer.register_step_pre_hook(before_update)
         optimizer.register_step_post_hook(lambda *_: self.ends("update", then=Kind.BACKWARD))
-
-    def step(
-        self,
-        state: TrainState,
-        batches: list[Batch],
-        loss_fn: LossFunction,
-        accelerator: Accelerator,
-        max_grad_norm: float,
-    ) -> None:
-        """Take a step."""
-
-        def watched_loss(model: nn.Module, batch: Batch) -> Tensor:
-            self.ends("before", then=Kind.ACTIVATIONS)
-            self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)  # what an earlier backward has left
-            loss = loss_fn(model, batch)
-            self.ends("loss", then=Kind.BACKWARD)
-            return loss
-
-        self.meter.count(map(local_of, (*state.model.parameters(), *state.model.buffers())), Kind.WEIGHTS)
-        for tensors in state.optimizer.state.values():
-            for name, tensor in tensors.items():
-                if isinstance(tensor, Tensor):
-                    self.meter.count([local_of(tensor)], Kind.LOW_HALVES if name == "weight_low" else Kind.MOMENTS)
-        self.meter.reset_peak()
-        train_step(state, batches, watched_loss, accelerator, learning_rate=1e-4, max_grad_norm=max_grad_norm)
-        self.ends("after", then=Kind.ACTIVATIONS)
