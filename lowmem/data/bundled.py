@@ -43,7 +43,7 @@ class BundledRows:
 
     def __getitem__(self, index: int) -> dict[str, object]:
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)} bundled rows was asked for")
+            raise IndexError(f"row {index} of {len(self)} bundled rows does not exist")
         number, kind = divmod(self.first + index, len(_KINDS))
         question, variety = _KINDS[kind]
         # A permutation repeats nothing, so held-out questions are new by construction.
@@ -51,9 +51,7 @@ class BundledRows:
         return {"prompt": prompt, "response": response}
 
     def slice(self, first: int, stop: int) -> "BundledRows":
-        """The rows [first, stop) of these."""
         return BundledRows(self.first + first, self.first + stop)
 
     def where(self, index: int) -> str:
-        """The location of a row, for messages."""
         return f"bundled row {self.first + index}"

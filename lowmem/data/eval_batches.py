@@ -1,11 +1,11 @@
 """Rows -> micro-batches, once and in order: for evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from lowmem.data.batch import Batch, Collate, collate
 from lowmem.data.encode import Encode, blank_row, encode_rows
+from lowmem.data.files.source import Files
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import Rows, as_rows
 from lowmem.data.steps import batch_of
@@ -39,7 +39,7 @@ class EvalBatches:
 
 
 def open_eval(
-    files: str | Path | Sequence[str | Path] | Rows,
+    files: Files | Rows,
     encode: Encode,
     *,
     batch_size: int,

@@ -14,34 +14,33 @@ def check_row(source: Source, row: Row, wanted: Mapping[str, str]) -> None:
     """Raise UsageError if a row lacks a wanted column, ValueError if one holds something else."""
     _check_present(source, wanted, list(row))
     for column, kind in wanted.items():
-        if not (isinstance(row[column], str) if kind == "text" else _holds_messages(row[column])):
+        value = row[column]
+        if not (isinstance(value, str) if kind == "text" else _holds_messages(value)):
             what = "text" if kind == "text" else 'messages, [{"role": "user", "content": "..."}, ...]'
-            raise ValueError(
-                f"column {column!r} must hold {what}, found {type(row[column]).__name__} {row[column]!r:.80}: name "
-                "another column or fix the file"
-            )
+            found = f"{type(value).__name__} {value!r:.80}"
+            raise ValueError(f"column {column!r} must hold {what}, found {found}: name another column or fix the file")
 
 
-def check_schema(source: Source, schema: "pa.Schema", wanted: Mapping[str, str] | None) -> None:
-    """Raise UsageError if a table lacks a wanted column (None: all that it has), repeats it, or has another type."""
-    _check_present(source, wanted or (), schema.names)
-    if repeated := [column for column in wanted or schema.names if schema.names.count(column) > 1]:
+def select_columns(source: Source, schema: "pa.Schema", wanted: Mapping[str, str] | None) -> "pa.Schema":
+    """Return the wanted columns of a table (None: all). Raises UsageError if one is missing, repeated or mistyped."""
+    import pyarrow as pa
+
+    names = schema.names if wanted is None else list(wanted)
+    _check_present(source, names, schema.names)
+    if repeated := [name for name in names if schema.names.count(name) > 1]:
         raise UsageError(f"{source} has column {repeated[0]!r} twice: rename one of them and write the file again")
     for column, kind in (wanted or {}).items():
         found = schema.field(column).type
         if not (_is_text(found) if kind == "text" else _is_chat(found)):
             what = "text" if kind == "text" else "chats (lists of a struct of the texts role and content)"
             raise UsageError(f"{source}: column {column!r} must hold {what}, it holds {found}: name another column")
+    return pa.schema([schema.field(name) for name in names])
 
 
 def _check_present(source: Source, wanted: Iterable[str], present: Sequence[str]) -> None:
-    """Raise UsageError if a wanted column is missing."""
-    if missing := [repr(column) for column in wanted if column not in present]:
-        raise UsageError(
-            f"{source} has no {' and no '.join(f'column {name}' for name in missing)}, it has "
-            f"{', '.join(map(repr, present))}: set --prompt_column and --response_column, --text_column or "
-            "--messages_column"
-        )
+    if missing := [f"column {name!r}" for name in wanted if name not in present]:
+        what = f"{source} has no {' and no '.join(missing)}, it has {', '.join(map(repr, present))}"
+        raise UsageError(f"{what}: set --prompt_column and --response_column, --text_column or --messages_column")
 
 
 def _holds_messages(value: object) -> bool:
