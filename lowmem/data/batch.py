@@ -31,15 +31,11 @@ class Batch:
         return replace(self, inputs={name: x.to(device, non_blocking=True) for name, x in self.inputs.items()})
 
     def pin_memory(self) -> "Batch":
-        """The same in page-locked memory, which a GPU copies without blocking the host."""
         return replace(self, inputs={name: x.pin_memory() for name, x in self.inputs.items()})
 
 
 class UnreadableStep(Sequence[Batch]):
-    """A step whose rows could not be read: any access raises the error.
-
-    The rank still takes part in the step's first collective, in which `train_step` raises the error on all ranks.
-    """
+    """A step whose rows could not be read: any access raises the error, which `train_step` raises on all ranks."""
 
     def __init__(self, error: Exception):
         self.error = error

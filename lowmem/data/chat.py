@@ -21,15 +21,14 @@ Spans = list[tuple[int, int]]  # [start, stop) of characters, in order
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _HOW_TO_TAG = "put {% generation %} and {% endgeneration %} around the assistant's text in the chat template"
 
-# transformers caches compiled templates, and a compiled template records its tags' spans for one thread at a time. So
-# we render a copy that nobody else uses (a comment and its newline render as nothing), under a lock.
+# A compiled template, which transformers caches, records its tags' spans for one thread at a time. So we render a copy
+# that nobody else uses (a comment and its newline render as nothing), under a lock.
 _COPY = "{#- lowmem's own copy #}\n"
 _COPY_IN_USE = Lock()
 
 
 def chat_tokenizer(tokenizer: Tokenizer) -> Callable[[Messages], tuple[list[int], list[bool]]]:
-    """Make a thread-safe function `messages -> (ids, is_said)`: the tokens of `tokenizer.apply_chat_template`, and for
-    each whether the assistant says it.
+    """Make a thread-safe function `messages -> (ids, is_said)`: tokens, and for each whether the assistant says it.
 
     It says what {% generation %} tags enclose; without tags, what each assistant turn adds to the turns before it and a
     generation prompt. A token belongs to the turn of its last character. Raises UsageError without a chat template; the
@@ -41,9 +40,7 @@ def chat_tokenizer(tokenizer: Tokenizer) -> Callable[[Messages], tuple[list[int]
         template = tokenizer.get_chat_template()
     except ValueError as error:  # none, or several of which none is the default
         kind = f"{type(tokenizer).__name__} of {tokenizer.name_or_path!r}"
-        raise UsageError(
-            f"messages need a chat template, {kind} has none: take an instruct model's tokenizer"
-        ) from error
+        raise UsageError(f"messages need a chat template, {kind} has none: take an instruct model's") from error
     with_spans = _by_tags if _GENERATION_TAG.search(template) else _by_prefixes
     in_tokens = _whole if tokenizer.is_fast else _in_pieces
 
@@ -63,7 +60,6 @@ def chat_tokenizer(tokenizer: Tokenizer) -> Callable[[Messages], tuple[list[int]
 
 
 def _by_tags(tokenizer: Tokenizer, template: str, messages: Messages) -> tuple[str, Spans]:
-    """The conversation's text, and the spans that the template's tags enclose."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     options = {"chat_template": _COPY + template, "return_assistant_tokens_mask": True}
@@ -82,8 +78,7 @@ def _by_prefixes(tokenizer: Tokenizer, template: str, messages: Messages) -> tup
         before = render(messages[:turn], add_generation_prompt=True)
         through = render(messages[: turn + 1])
         if not (through.startswith(before) and text.startswith(through)):
-            what = f"changes what stands up to turn {turn} (the assistant's)"
-            raise ValueError(f"the chat template {what}: {_HOW_TO_TAG}")
+            raise ValueError(f"the template changes what stands up to turn {turn} (the assistant's): {_HOW_TO_TAG}")
         spans.append((len(before), len(through)))
     return text, spans
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lowmem.data.batch import IGNORED, EncodedRow
 from lowmem.data.chat import Messages, chat_tokenizer
+from lowmem.data.files.columns import is_message
 from lowmem.data.rows import Row, Rows
 from lowmem.errors import ReadError, RowError, UsageError
 
@@ -38,8 +39,8 @@ def make_encoder(
 ) -> Encode:
     """Make the encoder for a kind of model and the given columns: text, messages, or else prompts and responses.
 
-    Raises UsageError for both text and messages, for either with an encoder-decoder model, and for messages with a
-    tokenizer without a chat template. All encoders raise ValueError for a row whose column holds something else.
+    Raises UsageError for columns that exclude each other or do not suit the model, and for messages without a chat
+    template. All encoders raise ValueError for a row whose column holds something else.
     """
     given = {"text_column": text_column, "messages_column": messages_column}
     named = [f"{name}={column}" for name, column in given.items() if column is not None]
@@ -110,11 +111,7 @@ def encode_text(tokenizer: Tokenizer, *, max_seq_len: int, text_column: str = "t
 
 
 def encode_chat(tokenizer: Tokenizer, *, max_seq_len: int, messages_column: str = "messages") -> Encode:
-    """Conversations for causal models: lists of {"role", "content"}, rendered by the tokenizer's chat template.
-
-    Only what the assistant says is in the loss (see `chat_tokenizer`, also for what is raised). Rows are cut at the end
-    to `max_seq_len` tokens, which may leave one without targets.
-    """
+    """Chats for causal models, cut to `max_seq_len` tokens; targets are what the assistant says (`chat_tokenizer`)."""
     tokenize = chat_tokenizer(tokenizer)
 
     def encode(row: Mapping[str, object]) -> EncodedRow:
@@ -153,7 +150,7 @@ def _messages(row: Mapping[str, object], column: str) -> Messages:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{what}, [{{'role': ..., 'content': ...}}, ...], found {_found(row, column)}")
     for turn, message in enumerate(value):
-        if not (isinstance(message, Mapping) and all(isinstance(message.get(x), str) for x in ("role", "content"))):
+        if not is_message(message):
             raise ValueError(f"{what} whose role and content are text, turn {turn} is {message!r:.80}: {_REMEDY}")
     return value
 
@@ -203,12 +200,9 @@ def blank_row(rows: Rows, encode: Encode, *, near: int) -> EncodedRow:
     first_error = None
     for row_id in range(near, near + min(len(rows), _MOST_ROWS_TRIED)):
         encoded, bad = encode_rows(rows, [row_id % len(rows)], encode, may_skip=True)
-        if bad:
-            first_error = first_error or bad[0].error
-            continue
-        _, row = encoded[0]
-        if "labels" not in row:
-            what = f"a micro-batch has no good row, and a blank one for row {near} needs `labels` to ignore"
-            raise RowError(f"{what}, these have {', '.join(row)}: remove bad rows from the files")
-        return {**row, "labels": [IGNORED] * len(row["labels"])}
+        for _, row in encoded:
+            if "labels" not in row:
+                raise RowError(f"a blank row needs `labels` to ignore, these have {', '.join(row)}: remove bad rows")
+            return {**row, "labels": [IGNORED] * len(row["labels"])}
+        first_error = first_error or bad[0].error
     raise RowError(f"{first_error}; and so are those after it: fix the rows, or the encoder") from first_error

@@ -9,10 +9,7 @@ from lowmem.errors import RowError
 
 
 class Quarantine:
-    """The rows that a process skips, each counted once over all epochs and resumed runs; too many are an error.
-
-    They are written to `path` (if any) as JSON lines {"error", "row"}; those of earlier runs count.
-    """
+    """The rows that a process skips, each counted once, with those that earlier runs wrote to `path` as JSON lines."""
 
     def __init__(self, limit: int, path: str | Path | None = None):
         self.limit, self.path = limit, path if path is None else Path(path)

@@ -43,8 +43,8 @@ _FORMATS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), JsonLinesFile) | dict.
 class FileRows:
     """The rows of several files in order, by number; `first` and `stop` select some of them.
 
-    Keeps the groups that were used last in memory, `window_bytes` of them. A read that fails for the system's reasons
-    is tried again after each of `retry_seconds`: a disk or a network may be back in a moment.
+    Keeps `window_bytes` of groups in memory, those used last. Retries a read that fails, but not because of damage,
+    after each of `retry_seconds`.
     """
 
     def __init__(
@@ -131,9 +131,8 @@ def open_rows(files: Files, *, columns: Sequence[str] | None = None, messages_co
     """Open parquet, Arrow, JSONL or text files as one sequence of rows (dicts).
 
     `files` is a path, a glob, a URL, a comma-separated list of these, a list of paths, or a folder that `datasets`
-    saved. Every file must have `columns`, which hold text, and `messages_column`, which holds chats: lists of
-    {"role", "content"}. Of tables only these are read (without either: all columns, of any type).
-    Raises UsageError, naming the file, for one that is missing, empty, broken or lacks a column.
+    saved. Files must have `columns` of text and a `messages_column` of lists of {"role", "content"}; of tables no others
+    are read (None: all). Raises UsageError for a file that is missing, empty, broken or lacks a column.
     """
     wanted = {name: "text" for name in columns or ()} | ({messages_column: "messages"} if messages_column else {})
     opened = []
@@ -153,9 +152,7 @@ def as_rows(files: Files | Rows) -> Rows:
     names = files if isinstance(files, list | tuple) else [files]
     rows = open_rows(files) if names and all(isinstance(name, str | Path) for name in names) else files
     if not hasattr(rows, "__len__"):
-        raise UsageError(
-            f"{type(rows).__name__} can only be read from its start: write it to parquet, or name its files"
-        )
+        raise UsageError(f"{type(rows).__name__} can only be read from its start: write it to parquet, or name files")
     if len(rows) == 0:
         raise UsageError("a run needs rows, found none: give at least one row")
     return rows

@@ -48,11 +48,7 @@ class Steps:
         return -(-self.global_batch_size // (self.micro_batches * self.world_size))
 
     def at(self, position: int) -> Step:
-        """Split the rows at [position, position + global batch) into a piece for each micro-batch of each rank.
-
-        A rank sorts its rows by length, longest first, those of one length by position: micro-batches need little
-        padding, and those that take most memory come first.
-        """
+        """Split the rows at [position, position + global batch) into a piece for each micro-batch of each rank."""
         num_pieces = self.world_size * self.micro_batches
         pieces = range(self.rank * self.micro_batches, (self.rank + 1) * self.micro_batches + 1)
         bounds = [position + self.global_batch_size * piece // num_pieces for piece in pieces]
@@ -60,7 +56,7 @@ class Steps:
         rows, bad = encode_rows(self.rows, row_ids, self.encode, may_skip=self.may_skip)
         cuts = [row.get("num_cut", 0) for _, row in rows]
         counts = {"cut_rows": sum(cut > 0 for cut in cuts), "cut_tokens": sum(cuts), "bad_rows": len(bad)}
-        rows.sort(key=lambda row: -_num_ids(row[1]))
+        rows.sort(key=lambda row: -_num_ids(row[1]))  # little padding, and what takes most memory comes first
         while len(rows) < self.micro_batches:
             rows.append((None, blank_row(self.rows, self.encode, near=row_ids[0])))
         if self.packed_seq_len is not None:

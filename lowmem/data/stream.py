@@ -19,8 +19,8 @@ from lowmem.errors import UsageError
 class Stream:
     """Endless iterator of `list[Batch]`: the micro-batches of one optimizer step on this rank.
 
-    `position` counts the rows that all ranks together have trained on. Only `advance`, which the optimizer step calls,
-    moves it; `iter(stream)` starts there. A background thread encodes up to `prefetch` steps ahead of it.
+    `position` counts the rows that all ranks have trained on. Only `advance`, which the optimizer step calls, moves it;
+    `iter(stream)` starts there. A background thread encodes up to `prefetch` steps ahead.
     """
 
     def __init__(self, steps: Steps, *, prefetch: int, quarantine: Quarantine | None, accept_changed_data: bool):
@@ -77,10 +77,7 @@ class Stream:
         self.position += self.global_batch_size
 
     def halve(self) -> bool:
-        """Give the step at `position` again, and all later ones, with the same rows in micro-batches of half the size.
-
-        Returns False and changes nothing if a micro-batch would be empty.
-        """
+        """Give the step at `position` again, and later ones, in micro-batches of half the rows; False if impossible."""
         halved = self._steps.halved()
         if halved is None:
             return False
@@ -113,8 +110,7 @@ class Stream:
             what = f"the rows are not those that were saved ({files[0]})"
             raise UsageError(f"{what}: restore the files, or set --accept_changed_data=True to continue over these")
         elif changes:
-            what = f"this stream is not the one that was saved ({', '.join(changes)})"
-            raise UsageError(f"{what}: open it over the same rows")
+            raise UsageError(f"this stream is not the one that was saved ({', '.join(changes)}): open the same rows")
         self.position = state["position"]
         self._restart()
 
@@ -162,9 +158,8 @@ def open_stream(
     An optimizer step takes `batch_size * gradient_accumulation_steps * world_size` rows, or `global_batch_size` in the
     fewest equal micro-batches of at most `batch_size` rows. `rank` and `world_size` are data-parallel. `packed_seq_len`
     packs causal rows into sequences of at most that many tokens (see `check_packing`). `prefetch` steps are encoded
-    ahead in a thread (0: none). With a `quarantine`, rows that cannot be read or encoded are skipped.
-    `accept_changed_data` lets `load_state_dict` continue over other rows. `pin_memory` (default: if there is a GPU)
-    puts batches in page-locked memory. Raises UsageError if a micro-batch would be empty.
+    ahead in a thread (0: none). With a `quarantine`, rows that cannot be read or encoded are skipped. With
+    `accept_changed_data`, `load_state_dict` continues over other rows. `pin_memory` is for GPUs (None: if any).
     """
     rows = as_rows(files)
     if global_batch_size is None:
@@ -173,8 +168,7 @@ def open_stream(
         raise UsageError("gradient_accumulation_steps and global_batch_size say the same thing: give one")
     micro_batches = -(-global_batch_size // (batch_size * world_size))
     if global_batch_size < micro_batches * world_size:
-        what = f"global_batch_size={global_batch_size} leaves one of {micro_batches} x {world_size} micro-batches empty"
-        raise UsageError(f"{what}: set a multiple of {world_size}")
+        raise UsageError(f"{global_batch_size=} leaves a micro-batch empty: set a multiple of {world_size}")
     if pin_memory is None:
         pin_memory = torch.cuda.is_available()
     which = {"global_batch_size": global_batch_size, "seed": seed, "shuffle": shuffle}

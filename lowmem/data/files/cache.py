@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -46,11 +46,10 @@ class Derived:
 
 
 def derive(source: Source, build: Build, *, kind: str, copies: bool, num_bytes: int | None = None) -> Derived:
-    """Read the index (and with `copies` the copy) of `source`, or make it with `build` if there is none yet.
+    """Read the index (and with `copies` the copy) of `source`; make it first if there is none. Other processes wait.
 
     `kind` distinguishes derivations of one file; `num_bytes` is the sum of what `build` reports (default: the file's
-    size). Of several processes one builds and the others wait. Raises OSError, and UsageError if no folder can be
-    written, the disk is full or the file changes.
+    size). Raises OSError, and UsageError if no folder can be written, the disk is full or the file changes.
     """
     stamp = _stamp(source)
     size = int(stamp["source_bytes"])
@@ -135,11 +134,8 @@ def _make(source: Source, stem: Path, stamp: dict[str, str], build: Callable, co
     copy, whole = Path(f"{stem}.rows"), Path(f"{stem}.index")
     try:
         whole.unlink(missing_ok=True)  # it is outdated, and must not be found with a new copy
-        if copies:
-            with _replacing(copy, stem) as file:
-                index = build(file)
-        else:
-            index = build(None)
+        with _replacing(copy, stem) if copies else nullcontext() as file:
+            index = build(file)
         if _stamp(source) != stamp:
             raise UsageError(f"{source} changed while it was read: start again when it is whole")
         made = Derived(index, copy if copies else None)
@@ -149,8 +145,8 @@ def _make(source: Source, stem: Path, stamp: dict[str, str], build: Callable, co
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        reason = f"{error.strerror}; {shutil.disk_usage(stem.parent).free:,} bytes are free"
-        what = f"{stem.parent} has no room for {stem.name} ({reason})"
+        free_bytes = shutil.disk_usage(stem.parent).free
+        what = f"{stem.parent} has no room for {stem.name} ({error.strerror}; {free_bytes:,} bytes are free)"
         raise UsageError(f"{what}: make room, or set LOWMEM_CACHE to another folder") from error
     finally:
         _temporary(stem).unlink(missing_ok=True)
@@ -188,10 +184,9 @@ def _locked(stem: Path, message: str) -> Iterator[None]:
                     print(message, flush=True)
                 message = ""  # several processes may hold the lock one after another
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not stands_at(lock, file.fileno()):  # the process we waited for removed it: others lock a new one
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return
+            if stands_at(lock, file.fileno()):  # otherwise the process we waited for removed it: others lock a new one
+                try:
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
+                return

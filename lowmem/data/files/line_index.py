@@ -14,11 +14,8 @@ import xxhash
 from lowmem.data.files.source import Source, is_damage, reading
 from lowmem.errors import UsageError
 
-LONGEST_LINE = 2**24
-"""Bytes; a longer line is a group of its own, which readers must not load."""
-PIECE_BYTES = 2**20
-"""Bytes that are scanned at a time, few enough for the processor's cache. The index does not depend on it."""
-
+LONGEST_LINE = 2**24  # bytes; a longer line is a group of its own, which readers must not load
+PIECE_BYTES = 2**20  # scanned at a time, few enough for the processor's cache; the index does not depend on it
 # A group ends after so many rows, or before the row that would carry it over so many bytes.
 _ROWS_PER_GROUP = 256
 _BYTES_PER_GROUP = 2**20
@@ -134,6 +131,5 @@ def _pieces(source: Source, copy: BinaryIO | None, report: Callable[[int], None]
                 raise UsageError(f"{what}: it is damaged or cut, get it again") from error
             raise
     if size not in (None, done):
-        what = f"{source} has {size:,} bytes, but {done:,} were read"
-        raise UsageError(f"{what}: it is being written to, or the connection was lost; start again")
+        raise UsageError(f"{source} has {size:,} bytes, but {done:,} were read: start again when it is whole")
     yield b""

@@ -29,8 +29,7 @@ class _Lines:
 class _LineFile:
     """The rows of one file, a group at a time. Blank lines are no rows, but count in line numbers.
 
-    `wanted` maps columns to "text" or "messages" (None: any columns); one row of the first group must have them. Raises
-    UsageError if the file cannot be read or indexed.
+    `wanted` maps columns to "text" or "messages"; one row of the first group must have them. Raises UsageError.
     """
 
     _parse: Callable[[bytes, int], Row]  # of a line and the byte where it begins; raises ValueError with the reason
@@ -51,7 +50,6 @@ class _LineFile:
                 self._check_columns(wanted or {})
 
     def fingerprint(self) -> str:
-        """Hash the rows' bytes, whatever the file's name and compression."""
         return xxhash.xxh3_64_hexdigest(self._index["hash"].tobytes())
 
     def read_group(self, group: int) -> _Lines:
@@ -92,7 +90,7 @@ class _LineFile:
 
     def _check_columns(self, wanted: Mapping[str, str]) -> None:
         """Raise what is wrong with the first row, unless another row of its group is good: one row may be bad."""
-        # the first group that is not one line that is too long, if there is any
+        # the first group that is not one line that is too long
         problem, group = None, int(np.argmax(self._num_bytes <= LONGEST_LINE))
         data = self.read_group(group)
         for index in range(int(self.group_rows[group])):
@@ -137,12 +135,11 @@ class JsonLinesFile(_LineFile):
             if _ESCAPED_SURROGATE.search(text):
                 json.dumps(row, ensure_ascii=False).encode()  # pairs have become one character, halves fail
         except json.JSONDecodeError as error:
-            byte = offset + len(text[: error.pos].encode())
-            reason = f"{error.msg.removesuffix(' at')} at byte {byte:,}"
+            reason = f"{error.msg.removesuffix(' at')} at byte {offset + len(text[: error.pos].encode()):,}"
             raise ValueError(f"{reason}: fix or remove the row, and write one object a line") from error
         except UnicodeEncodeError as error:
-            half = f"\\u{ord(error.object[error.start]):04x}"
-            raise ValueError(f"{half} is half a character, its other half is missing: fix or remove the row") from error
+            half = ord(error.object[error.start])
+            raise ValueError(f"\\u{half:04x} is half a character: fix or remove the row") from error
         except RecursionError as error:
             raise ValueError("its brackets are nested too deeply: fix or remove the row") from error
         return row

@@ -36,9 +36,6 @@ class TableLimits:
         return max(1, min(self.piece_rows, self.piece_bytes * num_rows // max(1, num_bytes)))
 
 
-TABLE_LIMITS = TableLimits()
-
-
 @dataclass(frozen=True)
 class RecordBatches:
     """Record batches, each an encapsulated IPC message of `sizes` bytes at `starts` that holds `rows` rows.
@@ -76,16 +73,12 @@ class RecordBatches:
 
 
 def find_batches(source: Source) -> tuple[RecordBatches, bool]:
-    """Find the batches of a local Arrow file, and whether each can be read alone: uncompressed, without a dictionary.
-
-    Only the messages' headers are hashed, which detects another file but not a flipped bit in a text. Raises OSError,
-    and ValueError if the file is truncated or no Arrow file.
-    """
+    """Find the batches of a local Arrow file, and whether each can be read alone: unpacked, without a dictionary."""
     import pyarrow as pa
 
     found, alone = [], True
     with pa.memory_map(str(source.path)) as file:  # finds bodies without reading them
-        file.seek(stream_start(file))
+        file.seek(ipc_start(file))
         schema = pa.ipc.read_schema(pa.ipc.read_message(file))
         while True:
             start = file.tell()
@@ -97,6 +90,7 @@ def find_batches(source: Source) -> tuple[RecordBatches, bool]:
             if message.type == "record batch" and alone:
                 batch = pa.ipc.read_record_batch(message, schema)
                 alone = batch.nbytes <= message.body.size  # larger: it was decompressed
+                # Hashing only headers detects another file, but not a flipped bit in a text.
                 head = file.read_at(size - message.body.size, start)
                 found.append((start, size, batch.num_rows, len(head), xxhash.xxh3_64_intdigest(head)))
             alone &= message.type != "dictionary"
@@ -105,7 +99,7 @@ def find_batches(source: Source) -> tuple[RecordBatches, bool]:
     return RecordBatches(source, schema, **_columns(found)), alone
 
 
-def stream_start(file: BinaryIO) -> int:
+def ipc_start(file: BinaryIO) -> int:
     """Byte where the messages begin: the file format is eight bytes, the stream format and a footer."""
     file.seek(0)
     return 8 if file.read(6) == b"ARROW1" else 0
@@ -116,8 +110,8 @@ def copy_in_pieces(
 ) -> RecordBatches:
     """Copy the rows of `batches` once, in order, into batches within `limits` that have the columns of `schema`.
 
-    `batches` is consumed only if there is no copy of these columns yet; it yields at most `limits.piece_rows` rows at a
-    time, about `num_bytes` in all. Dictionaries become their values. Raises what `derive` and `batches` raise.
+    `batches`, about `num_bytes` in all, is consumed only if there is no copy of these columns yet, and has at most
+    `limits.piece_rows` rows at a time. Dictionaries become their values. Raises what `derive` and `batches` raise.
     """
     import pyarrow as pa
 
@@ -142,9 +136,9 @@ def copy_in_pieces(
 
 def _columns(found: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
     """The five arrays of RecordBatches, from one tuple for each batch."""
-    dtypes = {"starts": "int64", "sizes": "int64", "rows": "int64", "hashed": "int64", "hashes": "uint64"}
-    columns = zip(*found, strict=True) if found else [()] * len(dtypes)
-    return {name: np.array(column, dtypes[name]) for name, column in zip(dtypes, columns, strict=True)}
+    names = [(name, np.int64) for name in ("starts", "sizes", "rows", "hashed")] + [("hashes", np.uint64)]
+    table = np.array(found, names)
+    return {name: np.ascontiguousarray(table[name]) for name, _ in names}
 
 
 def _pieces(batches: Iterable["pa.RecordBatch"], limits: TableLimits) -> Iterator["pa.RecordBatch"]:
@@ -172,10 +166,7 @@ def _halves(batch: "pa.RecordBatch", limits: TableLimits) -> Iterator["pa.Record
 
 
 def plain(schema: "pa.Schema") -> "pa.Schema":
-    """The schema without dictionaries and views: a slice of those would keep everything that the whole refers to.
-
-    Raises ValueError for a type that pyarrow cannot convert.
-    """
+    """The schema without dictionaries and views: a slice of those would keep everything that the whole refers to."""
     import pyarrow as pa
 
     return pa.schema([(field.name, _plain(field.type)) for field in schema])

@@ -36,10 +36,8 @@ def reading() -> Iterator[None]:
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether a read failed because the content is damaged, and not because of the system or the network.
-
-    pyarrow raises OSError for damage, too; those of the system have an errno or a subclass.
-    """
+    """Whether a read failed because the content is damaged, and not because of the system or the network."""
+    # pyarrow raises OSError for damage, too; those of the system have an errno or a subclass.
     return isinstance(error, _damages()) or (type(error) is OSError and error.errno is None)
 
 
@@ -67,7 +65,6 @@ class Source:
 
     @property
     def file_name(self) -> str:
-        """The last part of the path, or of the URL without its query."""
         return PurePosixPath(self.name.partition("?")[0] if self.path is None else self.name).name
 
     @property
@@ -112,8 +109,8 @@ def is_url(name: str) -> bool:
 def expand(files: Files) -> list[Source]:
     """List the files that a path, a glob, a comma-separated list of both or a list of paths names.
 
-    Keeps the given order; the matches of a glob are sorted by name. A string is split at commas unless a file has that
-    name, the items of a list are not. Raises UsageError for a name that matches nothing and for a file named twice.
+    Keeps the given order; matches of a glob are sorted. Splits a string at commas unless a file has that name, but not
+    the items of a list. Raises UsageError for a name that matches nothing and for a file named twice.
     """
     items = [files] if isinstance(files, Path) else files
     if isinstance(files, str):

@@ -9,15 +9,7 @@ import numpy as np
 import xxhash
 
 from lowmem.data.files.columns import select_columns
-from lowmem.data.files.record_batches import (
-    TABLE_LIMITS,
-    RecordBatches,
-    TableLimits,
-    copy_in_pieces,
-    find_batches,
-    plain,
-    stream_start,
-)
+from lowmem.data.files.record_batches import RecordBatches, TableLimits, copy_in_pieces, find_batches, ipc_start, plain
 from lowmem.data.files.source import Row, Source, opening, reading
 from lowmem.errors import ChangedError, UsageError
 
@@ -59,11 +51,8 @@ class _TableFile:
         return f"row {int(self.group_rows[:group].sum()) + index}"
 
     def fingerprint(self) -> str:
-        """Hash the file's size, its footer and 64 samples of 4 KiB, evenly spaced: all of a file up to 256 KiB.
-
-        A change between the samples that keeps a parquet footer (sizes, usually minima and maxima) goes unseen. Remote
-        files are not sampled, because each sample would fetch megabytes. Raises OSError.
-        """
+        """Hash the file's size, its footer and 64 samples of 4 KiB, evenly spaced: all of a file up to 256 KiB."""
+        # A change between samples that keeps the footer goes unseen. A sample of a remote file would fetch megabytes.
         with self.source.open() as file:
             size = file.seek(0, 2)
             digest = xxhash.xxh3_128(struct.pack("<q", size) + _footer(file, self._footer_bytes))
@@ -80,17 +69,16 @@ class ParquetFile(_TableFile):
     """A parquet file, local or remote; its groups are its row groups, or the pieces of its copy if one is large.
 
     Reads only the `wanted` columns ("text" or "messages"); None means all, of any type. Raises UsageError if the file
-    cannot be read, lacks a wanted column or holds something else in it. (A flipped bit in a footer's description of
-    columns may end the process inside pyarrow.)
+    cannot be read, lacks a wanted column or holds something else in it. (Some bit flips in a footer crash pyarrow.)
     """
 
     # The parsed footer of one file only: parsing takes milliseconds, the result 1 KiB for each column chunk.
     _last_parsed: "ClassVar[tuple[ParquetFile | None, parquet.FileMetaData | None]]" = (None, None)
 
-    def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, limits: TableLimits = TABLE_LIMITS):
+    def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, limits: TableLimits | None = None):
         from pyarrow import parquet
 
-        self.source = source
+        self.source, limits = source, limits or TableLimits()
         with opening(source, " as parquet"):
             with source.open() as file:
                 metadata = parquet.read_metadata(file)
@@ -158,11 +146,11 @@ class ArrowFile(_TableFile):
     """A local Arrow file, in the stream format (`datasets.save_to_disk` writes it) or the file format.
 
     Its groups are its record batches, or the pieces of its copy if one is large, compressed or needs a dictionary.
-    Takes and raises what ParquetFile does. The format has no checksums: a flipped bit in a text may go unseen.
+    Takes and raises what ParquetFile does. Without checksums, a flipped bit in a text may go unseen.
     """
 
-    def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, limits: TableLimits = TABLE_LIMITS):
-        self.source = source
+    def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, limits: TableLimits | None = None):
+        self.source, limits = source, limits or TableLimits()
         if source.path is None:
             raise UsageError(f"{source} is an Arrow file, which is read on this machine: fetch it, or use parquet")
         with opening(source, " as Arrow"):
@@ -181,7 +169,7 @@ class ArrowFile(_TableFile):
         with self.source.open() as file:
             mapped = mmap(file.fileno(), 0, access=ACCESS_READ)
             messages = pa.BufferReader(mapped)
-            messages.seek(stream_start(file))
+            messages.seek(ipc_start(file))
             options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
             for batch in pa.ipc.open_stream(messages, options=options):
                 rows = limits.rows_per_piece(batch.num_rows, batch.nbytes)
