@@ -131,8 +131,8 @@ def open_rows(files: Files, *, columns: Sequence[str] | None = None, messages_co
     """Open parquet, Arrow, JSONL or text files as one sequence of rows (dicts).
 
     `files` is a path, a glob, a URL, a comma-separated list of these, a list of paths, or a folder that `datasets`
-    saved. Files must have `columns` of text and a `messages_column` of lists of {"role", "content"}; of tables no others
-    are read (None: all). Raises UsageError for a file that is missing, empty, broken or lacks a column.
+    saved. Files must have `columns` of text and a `messages_column` of lists of {"role", "content"}; of tables only
+    these are read (None: all). Raises UsageError for a file that is missing, empty, broken or lacks a column.
     """
     wanted = {name: "text" for name in columns or ()} | ({messages_column: "messages"} if messages_column else {})
     opened = []
