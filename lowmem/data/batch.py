@@ -31,16 +31,11 @@ class Batch:
         return replace(self, inputs={name: x.to(device, non_blocking=True) for name, x in self.inputs.items()})
 
     def pin_memory(self) -> "Batch":
-        """The same in page-locked memory, which a GPU copies without blocking the host."""
         return replace(self, inputs={name: x.pin_memory() for name, x in self.inputs.items()})
 
 
 class UnreadableStep(Sequence[Batch]):
-    """The batches of a step whose rows could not be read: any access raises the error.
-
-    So a rank that cannot read still takes part in the step's first collective, and `train_step` raises the error on
-    all ranks, instead of letting the others wait.
-    """
+    """A step whose rows could not be read: any access raises the error, which `train_step` raises on all ranks."""
 
     def __init__(self, error: Exception):
         self.error = error
@@ -58,22 +53,20 @@ Collate = Callable[[Sequence[EncodedRow]], Batch]
 def collate(rows: Sequence[EncodedRow], *, causal: bool = False) -> Batch:
     """Pad encoded rows on the right to the longest, with a mask only if padding would be seen; count their targets.
 
-    Returns int64 `input_ids` of shape (rows, input length), `labels` (rows, label length) and, if needed, an
-    `attention_mask` shaped as `input_ids`. Rows of one input length are not padded; otherwise widths are rounded up to
-    a multiple of 8. `causal` promises that the model's tokens see nothing after them: padding then needs no mask.
-    Packed rows have `position_ids`, which restart for padding as for another document.
+    Returns int64 `input_ids` (rows, input length), `labels` (rows, label length) and, if needed, `attention_mask` or
+    `position_ids` (packed rows), shaped as `input_ids`. Widths are multiples of 8 unless all inputs have one length.
+    `causal` promises that the model's tokens see nothing after them: padding then needs no mask.
     """
     lengths = [len(row["input_ids"]) for row in rows]
     # one rule for inputs and labels, because a causal row needs a label for each token
     multiple = 1 if min(lengths) == max(lengths) else _PAD_TO_MULTIPLE_OF
     # No target sees the padding, so any token will do; every vocabulary has a token 0.
-    inputs = {
-        "input_ids": _pad([row["input_ids"] for row in rows], 0, multiple),
-        "labels": _pad([row["labels"] for row in rows], IGNORED, multiple),
-    }
-    width = inputs["input_ids"].shape[1]
-    is_target = inputs["labels"] != IGNORED
-    if "position_ids" in rows[0]:  # with a mask, models would not look where documents begin
+    input_ids = _pad([row["input_ids"] for row in rows], 0, multiple)
+    labels = _pad([row["labels"] for row in rows], IGNORED, multiple)
+    inputs = {"input_ids": input_ids, "labels": labels}
+    width, is_target = input_ids.shape[1], labels != IGNORED
+    # Padding is one more document of a packed row. With a mask, models would not look where documents begin.
+    if "position_ids" in rows[0]:
         positions = [[*row["position_ids"], *range(width - len(row["position_ids"]))] for row in rows]
         inputs["position_ids"] = torch.tensor(positions, dtype=torch.int64)
     # A mask rules out attention kernels that know only "causal", and costs T5 a bias for each row in each layer.

@@ -1,34 +1,23 @@
 """Rows that need no file: three kinds of small questions, generated from their index, no two the same."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from string import ascii_lowercase
 
 from lowmem.data.order import permute
 
 NUM_BUNDLED_ROWS = 12_000
+_VARIETIES = (26**4, 90 * 90, 9_000)  # how many questions of each kind there are
 
 
-def _spelled_backwards(number: int) -> tuple[str, str]:
-    word = "".join(ascii_lowercase[number // 26**i % 26] for i in range(4))
-    return f"spell {word} backwards", word[::-1]
-
-
-def _larger_of_two(number: int) -> tuple[str, str]:
-    a, b = (10 + digit for digit in divmod(number, 90))
-    return f"which is larger, {a} or {b}?", str(max(a, b))
-
-
-def _next_number(number: int) -> tuple[str, str]:
+def _question(kind: int, number: int) -> tuple[str, str]:
+    """Ask to spell a word backwards, for the larger of two numbers, or for the next number."""
+    if kind == 0:
+        word = "".join(ascii_lowercase[number // 26**i % 26] for i in range(4))
+        return f"spell {word} backwards", word[::-1]
+    if kind == 1:
+        a, b = (10 + digit for digit in divmod(number, 90))
+        return f"which is larger, {a} or {b}?", str(max(a, b))
     return f"what comes after {1000 + number}?", str(1001 + number)
-
-
-# Each kind of question, and how many of them there are.
-_KINDS: list[tuple[Callable[[int], tuple[str, str]], int]] = [
-    (_spelled_backwards, 26**4),
-    (_larger_of_two, 90 * 90),
-    (_next_number, 9_000),
-]
 
 
 @dataclass(frozen=True)
@@ -43,17 +32,14 @@ class BundledRows:
 
     def __getitem__(self, index: int) -> dict[str, object]:
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)} bundled rows was asked for")
-        number, kind = divmod(self.first + index, len(_KINDS))
-        question, variety = _KINDS[kind]
+            raise IndexError(f"row {index} of {len(self)} bundled rows does not exist")
+        number, kind = divmod(self.first + index, len(_VARIETIES))
         # A permutation repeats nothing, so held-out questions are new by construction.
-        prompt, response = question(int(permute([number], variety, (kind,))[0]))
+        prompt, response = _question(kind, int(permute([number], _VARIETIES[kind], (kind,))[0]))
         return {"prompt": prompt, "response": response}
 
     def slice(self, first: int, stop: int) -> "BundledRows":
-        """The rows [first, stop) of these."""
         return BundledRows(self.first + first, self.first + stop)
 
     def where(self, index: int) -> str:
-        """The location of a row, for messages."""
         return f"bundled row {self.first + index}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lowmem.errors import UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Messages = Sequence[Mapping[str, object]]
 Spans = list[tuple[int, int]]  # [start, stop) of characters, in order
@@ -21,34 +21,26 @@ Spans = list[tuple[int, int]]  # [start, stop) of characters, in order
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _HOW_TO_TAG = "put {% generation %} and {% endgeneration %} around the assistant's text in the chat template"
 
-# transformers caches compiled templates, and a compiled template records its tags' spans for one thread at a time. So
-# we render a copy that nobody else uses (a comment and its newline render as nothing), under a lock.
+# A compiled template, which transformers caches, records its tags' spans for one thread at a time. So we render a copy
+# that nobody else uses (a comment and its newline render as nothing), under a lock.
 _COPY = "{#- lowmem's own copy #}\n"
 _COPY_IN_USE = Lock()
 
 
-def chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Messages], tuple[list[int], list[bool]]]:
-    """A thread-safe function `messages -> (ids, is_said)`: the tokens of `tokenizer.apply_chat_template(messages)`, and
-    for each whether the assistant says it.
+def chat_tokenizer(tokenizer: Tokenizer) -> Callable[[Messages], tuple[list[int], list[bool]]]:
+    """Make a thread-safe function `messages -> (ids, is_said)`: tokens, and for each whether the assistant says it.
 
-    The assistant says what the template's {% generation %} tags enclose. Without tags, it says what each assistant
-    turn adds to the text before it and a generation prompt: the content and the end of the turn. A token belongs to
-    the turn of its last character. Tokenizers without offsets (slow ones) encode the text in pieces, so that no token
-    crosses the bounds of a turn.
-
-    Raises UsageError for a tokenizer without a chat template. The function raises ValueError for a conversation that
-    the template refuses, in which the assistant says nothing, or (without tags) whose beginning changes as turns are
-    added.
+    It says what {% generation %} tags enclose; without tags, what each assistant turn adds to the turns before it and a
+    generation prompt. A token belongs to the turn of its last character. Raises UsageError without a chat template; the
+    function raises ValueError for a conversation that the template refuses or in which the assistant says nothing.
     """
     from jinja2 import TemplateError
 
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:  # none, or several of which none is the default
-        raise UsageError(
-            f"messages need a chat template, {type(tokenizer).__name__} of {tokenizer.name_or_path!r} has none: take "
-            "an instruction-tuned model's tokenizer, or set its chat_template and save it"
-        ) from error
+        kind = f"{type(tokenizer).__name__} of {tokenizer.name_or_path!r}"
+        raise UsageError(f"messages need a chat template, {kind} has none: take an instruct model's") from error
     with_spans = _by_tags if _GENERATION_TAG.search(template) else _by_prefixes
     in_tokens = _whole if tokenizer.is_fast else _in_pieces
 
@@ -59,29 +51,24 @@ def chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Messages], t
         try:
             text, spans = with_spans(tokenizer, template, messages)
         except TemplateError as error:
-            raise ValueError(f"the chat template refuses {turns} ({error}): mend the row") from error
+            raise ValueError(f"the chat template refuses {turns} ({error}): fix the row") from error
         if not any(start < stop for start, stop in spans):
-            raise ValueError(f"the assistant says nothing in {turns}: leave it out, or call who answers 'assistant'")
+            raise ValueError(f"the assistant says nothing in {turns}: remove the row, or fix its roles")
         return in_tokens(tokenizer, text, spans)
 
     return tokenize
 
 
-def _by_tags(tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages) -> tuple[str, Spans]:
-    """The conversation's text, and the spans that the template's tags enclose."""
+def _by_tags(tokenizer: Tokenizer, template: str, messages: Messages) -> tuple[str, Spans]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    options = {"chat_template": _COPY + template, "return_assistant_tokens_mask": True}
     with _COPY_IN_USE:
-        texts, spans = render_jinja_template(
-            [messages],
-            chat_template=_COPY + template,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
+        texts, spans = render_jinja_template([messages], **options, **tokenizer.special_tokens_map)
     return texts[0], spans[0]
 
 
-def _by_prefixes(tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages) -> tuple[str, Spans]:
+def _by_prefixes(tokenizer: Tokenizer, template: str, messages: Messages) -> tuple[str, Spans]:
     """The conversation's text, and the span of each assistant turn, found by rendering the turns before it."""
     render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
     text, spans = render(messages), []
@@ -91,15 +78,12 @@ def _by_prefixes(tokenizer: PreTrainedTokenizerBase, template: str, messages: Me
         before = render(messages[:turn], add_generation_prompt=True)
         through = render(messages[: turn + 1])
         if not (through.startswith(before) and text.startswith(through)):
-            raise ValueError(
-                f"the chat template must keep its text as turns are added, it changes what stands up to turn {turn} "
-                f"(the assistant's): {_HOW_TO_TAG}"
-            )
+            raise ValueError(f"the template changes what stands up to turn {turn} (the assistant's): {_HOW_TO_TAG}")
         spans.append((len(before), len(through)))
     return text, spans
 
 
-def _whole(tokenizer: PreTrainedTokenizerBase, text: str, spans: Spans) -> tuple[list[int], list[bool]]:
+def _whole(tokenizer: Tokenizer, text: str, spans: Spans) -> tuple[list[int], list[bool]]:
     # Never with truncation or padding: they change a fast tokenizer's state, and two threads use it at a time.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ends = [stop for _, stop in encoded["offset_mapping"]]  # not starts: some tokenizers skip spaces there
@@ -110,7 +94,8 @@ def _whole(tokenizer: PreTrainedTokenizerBase, text: str, spans: Spans) -> tuple
     return encoded["input_ids"], is_said
 
 
-def _in_pieces(tokenizer: PreTrainedTokenizerBase, text: str, spans: Spans) -> tuple[list[int], list[bool]]:
+def _in_pieces(tokenizer: Tokenizer, text: str, spans: Spans) -> tuple[list[int], list[bool]]:
+    # Without offsets, so that no token crosses the bounds of a turn.
     ids, is_said = [], []
     bounds = [0, *chain.from_iterable(spans), len(text)]
     for piece, (start, stop) in enumerate(pairwise(bounds)):

@@ -1,11 +1,11 @@
 """Rows -> micro-batches, once and in order: for evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from lowmem.data.batch import Batch, Collate, collate
 from lowmem.data.encode import Encode, blank_row, encode_rows
+from lowmem.data.files.source import Files
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import Rows, as_rows
 from lowmem.data.steps import batch_of
@@ -15,31 +15,18 @@ from lowmem.data.steps import batch_of
 class EvalBatches:
     """A finite, repeatable pass over rows in order: each row once over all ranks, equally many batches on each."""
 
-    rows: Rows
-    encode: Encode
-    batch_size: int
-    rank: int
-    world_size: int
-    collate: Collate
-    quarantine: Quarantine | None
+    batch_at: Callable[[int], Batch]
+    num_batches: int
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // (self.batch_size * self.world_size))
+        return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        for index in range(len(self)):
-            first = (index * self.world_size + self.rank) * self.batch_size
-            row_ids = range(first, min(first + self.batch_size, len(self.rows)))
-            rows, bad_rows = encode_rows(self.rows, row_ids, self.encode, may_skip=self.quarantine is not None)
-            for bad in bad_rows:
-                self.quarantine.add(bad)
-            if not rows:  # a row without targets keeps the number of forwards equal on all ranks
-                rows = [(None, blank_row(self.rows, self.encode, near=first % len(self.rows)))]
-            yield batch_of(*zip(*rows, strict=True), self.collate)
+        return map(self.batch_at, range(self.num_batches))
 
 
 def open_eval(
-    files: str | Path | Sequence[str | Path] | Rows,
+    files: Files | Rows,
     encode: Encode,
     *,
     batch_size: int,
@@ -48,8 +35,17 @@ def open_eval(
     collate: Collate = collate,
     quarantine: Quarantine | None = None,
 ) -> EvalBatches:
-    """Open files or rows for evaluation. A rank that runs short gets batches with `num_targets` 0.
+    """Open files or rows for evaluation. With a `quarantine`, rows that cannot be read or encoded are skipped."""
+    rows = as_rows(files)
 
-    With a `quarantine`, rows that cannot be read or encoded are skipped.
-    """
-    return EvalBatches(as_rows(files), encode, batch_size, rank, world_size, collate, quarantine)
+    def batch_at(index: int) -> Batch:
+        first = (index * world_size + rank) * batch_size
+        row_ids = range(first, min(first + batch_size, len(rows)))
+        encoded, bad_rows = encode_rows(rows, row_ids, encode, may_skip=quarantine is not None)
+        for bad in bad_rows:
+            quarantine.add(bad)
+        if not encoded:  # a row without targets keeps the number of forwards equal on all ranks
+            encoded = [(None, blank_row(rows, encode, near=first % len(rows)))]
+        return batch_of(*zip(*encoded, strict=True), collate)
+
+    return EvalBatches(batch_at, num_batches=-(-len(rows) // (batch_size * world_size)))

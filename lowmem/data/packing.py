@@ -1,13 +1,11 @@
-"""Packing: several short documents in one row for causal models, so that there is almost no padding.
+"""Pack several short documents into one row of a causal model, so that there is almost no padding.
 
-Documents do not see each other: positions start at 0 in each, and without an attention mask transformers lets tokens
-attend only within the document that the positions delimit.
+Positions restart in each: without a mask, transformers lets tokens attend only within the document they delimit.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from itertools import chain, islice
-from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +14,9 @@ from lowmem.data.batch import IGNORED, EncodedRow
 from lowmem.errors import UsageError
 
 
-class PackedRow(TypedDict):
+class PackedRow(EncodedRow):
     """Documents one after another: their tokens, labels, positions (from 0 in each) and row numbers."""
 
-    input_ids: list[int]
-    labels: list[int]
     position_ids: list[int]
     row_ids: list[int | None]
 
@@ -31,10 +27,8 @@ Document = tuple[int | None, EncodedRow]  # a row's number (None: a blank row), 
 def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> list[list[PackedRow]]:
     """Pack the encoded rows of one optimizer step on one rank into exactly `micro_batches` non-empty micro-batches.
 
-    Packed rows hold at most `max_seq_len` tokens and whole rows only. Micro-batches differ by at most one packed row;
-    the one of most tokens (padding included) comes first. A pure function, it needs at least as many rows as
-    micro-batches. Raises ValueError for a row that is longer than `max_seq_len`, that has not one label for each token,
-    or that has other keys.
+    Packed rows hold at most `max_seq_len` tokens, and whole rows only. Micro-batches differ by at most one packed row;
+    the largest comes first. Needs at least `micro_batches` rows. Raises ValueError for a row that cannot be packed.
     """
     for document in rows:
         _check(*document, max_seq_len)
@@ -55,9 +49,7 @@ def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> l
 def check_packing(model: nn.Module) -> None:
     """Raise UsageError for a model whose packed documents would see each other.
 
-    Compares the logits of four random documents of 5 and 7 tokens, packed two to a row and separate. They must agree up
-    to rounding, measured against the change if each row is one document. This finds whatever ignores that positions
-    restart: state-space models, distance biases (ALiBi), an attention implementation.
+    Compares the logits of random documents, packed and separate, up to rounding. State-space models and ALiBi fail.
     """
     from lowmem.distributed.placement import unwrapped
 
@@ -87,23 +79,16 @@ def check_packing(model: nn.Module) -> None:
         raise
     finally:
         base.train(was_training)
-    seen, seen_as_one, size = ((x.square().mean().sqrt()) for x in (packed - apart, as_one - apart, apart))
-    # In every model tried, documents that see each other, even in a part of it, changed at least 28 % of what one
-    # document changes; rounding on a CPU is 1e-6 of that, which leaves room for bf16. The other term is for models
-    # whose tokens attend to nothing yet.
+    seen, seen_as_one, size = (x.square().mean().sqrt() for x in (packed - apart, as_one - apart, apart))
+    # In every model tried, documents that see each other changed at least 28 % of what one document changes; rounding
+    # on a CPU is 1e-6 of that. The other term is for models whose tokens attend to nothing yet.
     if not seen <= 0.1 * seen_as_one + 1e-6 * size:
-        raise UsageError(
-            f"packed documents must not see each other, those of {type(base).__name__} with "
-            f"attn_implementation={base.config._attn_implementation} do: train it without packing, or with sdpa "
-            "attention if it heeds position_ids"
-        )
+        kind = f"{type(base).__name__} with attn_implementation={base.config._attn_implementation}"
+        raise UsageError(f"documents must not see each other, those of {kind} do: train it unpacked, or try sdpa")
 
 
 def _even_bins(rows: Sequence[Document], capacity: int, micro_batches: int) -> list[list[Document]]:
-    """The fewest bins that give every micro-batch equally many, each as short as that number allows.
-
-    Full bins would leave a short last one, which is padded to their length and makes one micro-batch the largest.
-    """
+    """The fewest bins that give every micro-batch equally many, each as short as that allows: less padding in all."""
     number = -(-len(_bins(rows, capacity)) // micro_batches) * micro_batches
     shortest = max(max(map(_length, rows)), -(-_num_tokens(rows) // number))
     capacities = range(shortest, capacity)
@@ -112,10 +97,7 @@ def _even_bins(rows: Sequence[Document], capacity: int, micro_batches: int) -> l
 
 
 def _bins(rows: Sequence[Document], capacity: int) -> list[list[Document]]:
-    """Best-fit decreasing: the longest remaining row goes where it leaves the least room, else to a new bin.
-
-    Like first-fit decreasing it uses at most 11/9 of the fewest possible bins (Johnson 1974), in n log n steps.
-    """
+    """Best-fit decreasing: at most 11/9 of the fewest possible bins (Johnson 1974), in n log n steps."""
     bins: list[list[Document]] = []
     rooms: list[tuple[int, int]] = []  # (room left, bin), ascending
     for document in sorted(rows, key=lambda document: -_length(document)):
@@ -152,15 +134,9 @@ def _num_tokens(documents: Sequence[Document]) -> int:
 def _check(row_id: int | None, row: EncodedRow, max_seq_len: int) -> None:
     num_tokens, num_labels = len(row["input_ids"]), len(row["labels"])
     if others := ", ".join(sorted(row.keys() - EncodedRow.__annotations__.keys())):
-        raise ValueError(
-            f"packing takes only input_ids and labels, row {row_id} also brings {others}: leave that out in the "
-            "encoder, or train without packing"
-        )
+        raise ValueError(f"packing takes only input_ids and labels, row {row_id} also brings {others}: leave that out")
     if num_labels != num_tokens:
-        raise ValueError(
-            f"packing needs a label under every token, row {row_id} has {num_labels} labels and {num_tokens} tokens: "
-            f"give it {IGNORED} where there is nothing to learn"
-        )
+        what = f"packing needs a label under every token, row {row_id} has {num_labels} labels and {num_tokens} tokens"
+        raise ValueError(f"{what}: give it {IGNORED} where there is nothing to learn")
     if num_tokens > max_seq_len:
-        limit = f"packing takes rows of at most {max_seq_len} tokens (max_seq_len)"
-        raise ValueError(f"{limit}, row {row_id} has {num_tokens}: cut it in the encoder")
+        raise ValueError(f"rows have at most {max_seq_len} tokens (max_seq_len), row {row_id} has {num_tokens}: cut it")

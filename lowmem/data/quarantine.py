@@ -9,11 +9,7 @@ from lowmem.errors import RowError
 
 
 class Quarantine:
-    """The rows that a run skips, each counted once over all epochs and resumed runs; too many are an error.
-
-    They are written to `path` (if any) as JSON lines {"error", "row"}. Rows that the file has from earlier runs count.
-    Every process has its own.
-    """
+    """The rows that a process skips, each counted once, with those that earlier runs wrote to `path` as JSON lines."""
 
     def __init__(self, limit: int, path: str | Path | None = None):
         self.limit, self.path = limit, path if path is None else Path(path)
@@ -28,9 +24,8 @@ class Quarantine:
             return
         if len(self._taken) >= self.limit:
             where = f", the others are in {self.path}" if self.path and self.limit else ""
-            raise RowError(
-                f"{error}. Bad rows, more than {self.limit} of them{where}: fix them, or set --max_bad_rows higher"
-            ) from bad.error
+            what = f"{error}. Bad rows, more than {self.limit} of them{where}"
+            raise RowError(f"{what}: fix them, or set --max_bad_rows higher") from bad.error
         self._taken.add(error)
         if self.path is not None:
             with open(self.path, "a") as file:

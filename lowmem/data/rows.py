@@ -11,7 +11,7 @@ import numpy as np
 
 from lowmem.data.files.line_index import codec_of
 from lowmem.data.files.lines import JsonLinesFile, TextFile
-from lowmem.data.files.source import Row, expand, is_damage
+from lowmem.data.files.source import Files, Row, expand, is_damage
 from lowmem.data.files.tables import ArrowFile, ParquetFile
 from lowmem.data.order import WINDOW_BYTES, Groups
 from lowmem.errors import ChangedError, ReadError, RowError, UsageError
@@ -36,23 +36,15 @@ class RowSets(NamedTuple):
 # Files are read a group at a time. `group_rows` and `group_bytes` are int64, shape (groups,), and functions of the
 # content; the bytes are about what a group takes in memory. `row` and `location` take a row's number in its group.
 DataFile = ParquetFile | ArrowFile | JsonLinesFile | TextFile
-_FORMATS: dict[str, type[DataFile]] = {
-    ".parquet": ParquetFile,
-    ".pq": ParquetFile,
-    ".arrow": ArrowFile,
-    ".jsonl": JsonLinesFile,
-    ".ndjson": JsonLinesFile,
-    ".json": JsonLinesFile,
-    ".txt": TextFile,
-    ".text": TextFile,
-}
+_FORMATS: dict[str, type[DataFile]] = {".parquet": ParquetFile, ".pq": ParquetFile, ".arrow": ArrowFile}
+_FORMATS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), JsonLinesFile) | dict.fromkeys((".txt", ".text"), TextFile)
 
 
 class FileRows:
     """The rows of several files in order, by number; `first` and `stop` select some of them.
 
-    Keeps the groups that were used last in memory, `window_bytes` of them. A read that fails for the system's reasons
-    is tried again after each of `retry_seconds`: a disk or a network may be back in a moment.
+    Keeps `window_bytes` of groups in memory, those used last. Retries a read that fails, but not because of damage,
+    after each of `retry_seconds`.
     """
 
     def __init__(
@@ -71,8 +63,8 @@ class FileRows:
         rows = np.diff(np.clip(np.concatenate([[0], self._ends]), self._first, self._stop))
         self._bytes = np.concatenate([file.group_bytes for file in files])
         self.groups = Groups(rows[rows > 0], self._bytes[rows > 0])
+        # Groups in memory by number, the least recently used first; or the error that reading one ended with.
         self.loaded: OrderedDict[int, object] = OrderedDict()
-        """Groups in memory by number, the least recently used first; or the error that reading one ended with."""
         self.loaded_bytes = 0
         self._lock = Lock()  # a prefetch thread and the main thread may read the same rows
 
@@ -81,7 +73,7 @@ class FileRows:
 
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)} rows was asked for")
+            raise IndexError(f"row {index} of {len(self)} does not exist")
         group, file, group_in_file, row = self._find(index)
         try:
             data = self._load(group, file, group_in_file)
@@ -95,17 +87,15 @@ class FileRows:
             raise ReadError(f"{self.where(index)} cannot be read{times}: {error}") from error
 
     def slice(self, first: int, stop: int) -> "FileRows":
-        """The rows [first, stop) of these, with groups in memory of their own."""
         limits = {"window_bytes": self._window_bytes, "retry_seconds": self._retry_seconds}
         return FileRows(self._files, self._first + first, self._first + stop, **limits)
 
     def where(self, index: int) -> str:
-        """The file of a row and its location there, for messages."""
+        """Name the file of a row and its location there, for messages."""
         _, file, group_in_file, row = self._find(index)
         return f"{file.source}, {file.location(group_in_file, row)}"
 
     def fingerprints(self) -> list[tuple[str, str]]:
-        """Name and fingerprint of each file."""
         return [(str(file.source), file.fingerprint()) for file in self._files]
 
     def _find(self, index: int) -> tuple[int, DataFile, int, int]:
@@ -137,19 +127,12 @@ class FileRows:
                 time.sleep(seconds)
 
 
-def open_rows(
-    files: str | Path | Sequence[str | Path],
-    *,
-    columns: Sequence[str] | None = None,
-    messages_column: str | None = None,
-) -> FileRows:
+def open_rows(files: Files, *, columns: Sequence[str] | None = None, messages_column: str | None = None) -> FileRows:
     """Open parquet, Arrow, JSONL or text files as one sequence of rows (dicts).
 
-    `files` is a path, a glob, a URL that fsspec knows, a comma-separated list of these, or a list of paths; a folder
-    must be one that `datasets` saved. Files keep the given order, the matches of a glob are sorted by name. Every file
-    must have `columns`, which hold text, and `messages_column`, which holds chats: lists of {"role", "content"}. Of
-    tables only these are read (without either: all columns, of any type).
-    Raises UsageError, naming the file, for one that is missing, empty, broken or lacks a column.
+    `files` is a path, a glob, a URL, a comma-separated list of these, a list of paths, or a folder that `datasets`
+    saved. Files must have `columns` of text and a `messages_column` of lists of {"role", "content"}; of tables only
+    these are read (None: all). Raises UsageError for a file that is missing, empty, broken or lacks a column.
     """
     wanted = {name: "text" for name in columns or ()} | ({messages_column: "messages"} if messages_column else {})
     opened = []
@@ -157,27 +140,21 @@ def open_rows(
         suffixes = source.suffixes[:-1] if codec_of(source) else source.suffixes
         if not suffixes or suffixes[-1] not in _FORMATS:
             raise UsageError(f"{source}: files end in {', '.join(_FORMATS)}; convert this one")
-        try:
-            file = _FORMATS[suffixes[-1]](source, wanted or None)
-        except OSError as error:
-            raise UsageError(f"{source} cannot be read: {error.strerror or error}") from error
+        file = _FORMATS[suffixes[-1]](source, wanted or None)
         if not file.group_rows.sum():
             raise UsageError(f"{source} holds no rows: remove it or write it again")
         opened.append(file)
     return FileRows(opened)
 
 
-def as_rows(files: str | Path | Sequence[str | Path] | Rows) -> Rows:
+def as_rows(files: Files | Rows) -> Rows:
     """Open files; return rows that are open already as they are. Raises UsageError if there is no row."""
-    names_files = isinstance(files, list | tuple) and files and all(isinstance(file, str | Path) for file in files)
-    rows = open_rows(files) if names_files or isinstance(files, str | Path) else files
+    names = files if isinstance(files, list | tuple) else [files]
+    rows = open_rows(files) if names and all(isinstance(name, str | Path) for name in names) else files
     if not hasattr(rows, "__len__"):
-        raise UsageError(
-            f"{type(rows).__name__} can only be read from its start, a run needs random access: write it to parquet, "
-            "or name its files (hf://datasets/...)"
-        )
+        raise UsageError(f"{type(rows).__name__} can only be read from its start: write it to parquet, or name files")
     if len(rows) == 0:
-        raise UsageError("a stream over no rows was asked for: give at least one row")
+        raise UsageError("a run needs rows, found none: give at least one row")
     return rows
 
 

@@ -22,7 +22,7 @@ class Step(NamedTuple):
     counts: dict[str, int]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Steps:
     """Which rows each optimizer step takes, and how they are split into micro-batches."""
 
@@ -45,24 +45,18 @@ class Steps:
 
     @property
     def batch_size(self) -> int:
-        """Rows of the largest micro-batch."""
         return -(-self.global_batch_size // (self.micro_batches * self.world_size))
 
     def at(self, position: int) -> Step:
-        """Split the rows at [position, position + global batch) into a piece for each micro-batch of each rank.
-
-        This rank sorts the rows of its pieces by length, longest first, those of one length by position: micro-batches
-        need little padding, and those that take most memory come first.
-        """
+        """Split the rows at [position, position + global batch) into a piece for each micro-batch of each rank."""
+        num_pieces = self.world_size * self.micro_batches
         pieces = range(self.rank * self.micro_batches, (self.rank + 1) * self.micro_batches + 1)
-        bounds = [
-            position + self.global_batch_size * piece // (self.world_size * self.micro_batches) for piece in pieces
-        ]
+        bounds = [position + self.global_batch_size * piece // num_pieces for piece in pieces]
         row_ids = rows_at(bounds[0], bounds[-1], self.groups, seed=self.seed, shuffle=self.shuffle).tolist()
         rows, bad = encode_rows(self.rows, row_ids, self.encode, may_skip=self.may_skip)
         cuts = [row.get("num_cut", 0) for _, row in rows]
         counts = {"cut_rows": sum(cut > 0 for cut in cuts), "cut_tokens": sum(cuts), "bad_rows": len(bad)}
-        rows.sort(key=lambda row: -_num_ids(row[1]))
+        rows.sort(key=lambda row: -_num_ids(row[1]))  # little padding, and what takes most memory comes first
         while len(rows) < self.micro_batches:
             rows.append((None, blank_row(self.rows, self.encode, near=row_ids[0])))
         if self.packed_seq_len is not None:
@@ -77,7 +71,7 @@ class Steps:
         return Step([batch.pin_memory() for batch in batches] if self.pin_memory else batches, bad, counts)
 
     def halved(self) -> "Steps | None":
-        """The same steps in as few micro-batches as have half as many rows; None if a micro-batch would be empty."""
+        """Split steps into as few micro-batches as have half as many rows; None if a micro-batch would be empty."""
         batch_size = -(-self.batch_size // 2)
         micro_batches = -(-self.global_batch_size // (batch_size * self.world_size))
         if batch_size == self.batch_size or micro_batches * self.world_size > self.global_batch_size:

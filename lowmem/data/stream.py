@@ -4,12 +4,12 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
 from lowmem.data.batch import Batch, Collate, UnreadableStep, collate
 from lowmem.data.encode import Encode
+from lowmem.data.files.source import Files
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import Rows, as_rows
 from lowmem.data.steps import Step, Steps
@@ -19,21 +19,17 @@ from lowmem.errors import UsageError
 class Stream:
     """Endless iterator of `list[Batch]`: the micro-batches of one optimizer step on this rank.
 
-    `position` counts the rows that all ranks together have trained on. Only `advance`, which the optimizer step calls,
-    moves it; `iter(stream)` starts there. One background thread encodes up to `prefetch` steps ahead, which leaves the
-    position alone.
+    `position` counts the rows that all ranks have trained on. Only `advance`, which the optimizer step calls, moves it;
+    `iter(stream)` starts there. A background thread encodes up to `prefetch` steps ahead.
     """
 
     def __init__(self, steps: Steps, *, prefetch: int, quarantine: Quarantine | None, accept_changed_data: bool):
         self.position = 0
         self.num_rows = len(steps.rows)
         self.global_batch_size = steps.global_batch_size
-        self.wait_seconds = 0.0
-        """Total time that `next` has waited for rows."""
-        self.counts = Counter(cut_rows=0, cut_tokens=0, bad_rows=0)
-        """Among the rows that this rank was given: those truncated, the tokens cut off, the rows skipped."""
-        self.changes: list[str] = []
-        """Differences from the saved stream that `load_state_dict` accepted."""
+        self.wait_seconds = 0.0  # that `next` has waited for rows in total
+        self.counts = Counter(cut_rows=0, cut_tokens=0, bad_rows=0)  # of this rank's rows: truncated, cut off, skipped
+        self.changes: list[str] = []  # from the saved stream, that `load_state_dict` accepted
         self._steps, self._prefetch = steps, prefetch
         self._quarantine, self._accept_changed_data = quarantine, accept_changed_data
         # Name and fingerprint of each file: read now, so that an unreadable file does not end a run at its first save.
@@ -45,12 +41,10 @@ class Stream:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a step on each rank."""
         return self._steps.micro_batches
 
     @property
     def batch_size(self) -> int:
-        """Rows of the largest micro-batch."""
         return self._steps.batch_size
 
     def __iter__(self) -> Iterator[Sequence[Batch]]:
@@ -83,11 +77,7 @@ class Stream:
         self.position += self.global_batch_size
 
     def halve(self) -> bool:
-        """Give the step at `position` again, and all later steps, in micro-batches of half as many rows.
-
-        The rows of a step, their order and the position stay. Returns False and changes nothing if a micro-batch would
-        be empty.
-        """
+        """Give the step at `position` again, and later ones, in micro-batches of half the rows; False if impossible."""
         halved = self._steps.halved()
         if halved is None:
             return False
@@ -98,22 +88,16 @@ class Stream:
         return True
 
     def state_dict(self) -> dict[str, object]:
-        """What a checkpoint keeps: the position, and what decides which rows it refers to, for `load_state_dict`."""
-        return {
-            "position": self.position,
-            "num_rows": self.num_rows,
-            "row_groups": self._steps.groups.digest,
-            "shuffle": self._steps.shuffle,
-            "seed": self._steps.seed,
-            "global_batch_size": self.global_batch_size,
-            "files": [fingerprint for _, fingerprint in self._files],
-        }
+        """Return what a checkpoint keeps: the position, and what decides which rows it refers to."""
+        steps, files = self._steps, [fingerprint for _, fingerprint in self._files]
+        rows = {"num_rows": self.num_rows, "row_groups": steps.groups.digest, "files": files}
+        order = {"shuffle": steps.shuffle, "seed": steps.seed, "global_batch_size": self.global_batch_size}
+        return {"position": self.position} | rows | order
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Continue from a saved position. Raises UsageError if the rows, their order or rows per step have changed.
 
-        With `accept_changed_data` only the last is an error: the position applies to the rows as they are now, so rows
-        of the current epoch may come again or not at all.
+        With `accept_changed_data` only the last is an error, and rows of this epoch may come again or not at all.
         """
         here, files = self.state_dict(), []
         if state.get("files") != here["files"]:
@@ -123,14 +107,10 @@ class Stream:
         if self._accept_changed_data and "global_batch_size" not in others:
             self.changes = changes
         elif files:
-            raise UsageError(
-                f"the rows are not those that were saved ({files[0]}): restore the files, or set "
-                "--accept_changed_data=True to continue over them as they are"
-            )
+            what = f"the rows are not those that were saved ({files[0]})"
+            raise UsageError(f"{what}: restore the files, or set --accept_changed_data=True to continue over these")
         elif changes:
-            raise UsageError(
-                f"this stream is not the one that was saved ({', '.join(changes)}): open it over the same rows"
-            )
+            raise UsageError(f"this stream is not the one that was saved ({', '.join(changes)}): open the same rows")
         self.position = state["position"]
         self._restart()
 
@@ -156,7 +136,7 @@ class Stream:
 
 
 def open_stream(
-    files: str | Path | Sequence[str | Path] | Rows,
+    files: Files | Rows,
     encode: Encode,
     *,
     batch_size: int,
@@ -175,13 +155,11 @@ def open_stream(
 ) -> Stream:
     """Open a Stream over files (as `open_rows` takes them) or over rows that are open already.
 
-    An optimizer step takes `batch_size * gradient_accumulation_steps * world_size` rows; with `global_batch_size` it
-    takes that many, in the fewest equal micro-batches of at most `batch_size` rows. `rank` and `world_size` are
-    data-parallel coordinates. `packed_seq_len` packs causal rows, each at most that long, into sequences of at most
-    that many tokens (`check_packing` checks that a model keeps them apart). `prefetch` steps are encoded ahead in a
-    background thread (0: each in the call that asks for it). With a `quarantine`, rows that cannot be read or encoded
-    are skipped. `accept_changed_data` lets `load_state_dict` continue over other rows than were saved. `pin_memory`
-    (default: if there is a GPU) puts batches in page-locked memory. Raises UsageError if a micro-batch would be empty.
+    An optimizer step takes `batch_size * gradient_accumulation_steps * world_size` rows, or `global_batch_size` in the
+    fewest equal micro-batches of at most `batch_size` rows. `rank` and `world_size` are data-parallel. `packed_seq_len`
+    packs causal rows into sequences of at most that many tokens (see `check_packing`). `prefetch` steps are encoded
+    ahead in a thread (0: none). With a `quarantine`, rows that cannot be read or encoded are skipped. With
+    `accept_changed_data`, `load_state_dict` continues over other rows. `pin_memory` is for GPUs (None: if any).
     """
     rows = as_rows(files)
     if global_batch_size is None:
@@ -190,22 +168,10 @@ def open_stream(
         raise UsageError("gradient_accumulation_steps and global_batch_size say the same thing: give one")
     micro_batches = -(-global_batch_size // (batch_size * world_size))
     if global_batch_size < micro_batches * world_size:
-        raise UsageError(
-            f"{global_batch_size} rows a step leave one of {micro_batches} x {world_size} micro-batches (per process x "
-            f"processes) empty: set global_batch_size to a multiple of {world_size}"
-        )
-    steps = Steps(
-        rows=rows,
-        encode=encode,
-        collate=collate,
-        global_batch_size=global_batch_size,
-        micro_batches=micro_batches,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        shuffle=shuffle,
-        packed_seq_len=packed_seq_len,
-        may_skip=quarantine is not None,
-        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-    )
+        raise UsageError(f"{global_batch_size=} leaves a micro-batch empty: set a multiple of {world_size}")
+    if pin_memory is None:
+        pin_memory = torch.cuda.is_available()
+    which = {"global_batch_size": global_batch_size, "seed": seed, "shuffle": shuffle}
+    split = {"micro_batches": micro_batches, "rank": rank, "world_size": world_size, "packed_seq_len": packed_seq_len}
+    steps = Steps(rows, encode, collate, **which, **split, may_skip=quarantine is not None, pin_memory=pin_memory)
     return Stream(steps, prefetch=prefetch, quarantine=quarantine, accept_changed_data=accept_changed_data)

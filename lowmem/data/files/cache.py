@@ -1,9 +1,8 @@
 """Derive, once, what makes the rows of a data file randomly accessible: an index, and a copy in another form if needed.
 
-Both are in the folder that LOWMEM_CACHE names; without it next to the file, under hidden names, or in ~/.cache/lowmem
-if the file is remote or its folder cannot be written. Files are written under temporary names and renamed, the index
-last, so they are whole or absent. An index records its file's size and time and its own checksum, and is made again if
-any of them does not match.
+Both are in the folder LOWMEM_CACHE; without it next to the file, under hidden names, or in ~/.cache/lowmem if the file
+is remote or its folder cannot be written. They are written under temporary names and renamed, the index last. An index
+with another checksum, or of a file with another size or time, is made again.
 """
 
 import errno
@@ -12,9 +11,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from glob import escape
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -48,20 +46,21 @@ class Derived:
 
 
 def derive(source: Source, build: Build, *, kind: str, copies: bool, num_bytes: int | None = None) -> Derived:
-    """Read the index (and with `copies` the copy) of `source`, or make it with `build` if there is none yet.
+    """Read the index (and with `copies` the copy) of `source`; make it first if there is none. Other processes wait.
 
     `kind` distinguishes derivations of one file; `num_bytes` is the sum of what `build` reports (default: the file's
-    size). Of several processes one builds and the others wait. Raises OSError, and UsageError if no folder can be
-    written, the disk is full or the file changes.
+    size). Raises OSError, and UsageError if no folder can be written, the disk is full or the file changes.
     """
     stamp = _stamp(source)
     size = int(stamp["source_bytes"])
-    bar = partial(
-        tqdm, total=num_bytes or size, unit="B", unit_scale=True, desc=f"reading {source}", delay=1, leave=False
-    )
+
+    def build_with_bar(copy: BinaryIO | None) -> dict[str, np.ndarray]:
+        options = {"desc": f"reading {source}", "unit": "B", "unit_scale": True, "delay": 1, "leave": False}
+        with tqdm(total=num_bytes or size, **options) as bar:
+            return build(copy, bar.update)
+
     if not copies and size < _SMALLEST_INDEXED_BYTES:
-        with bar() as progress:
-            return Derived(build(None, progress.update), None)
+        return Derived(build_with_bar(None), None)
     stems = _stems(source, kind)
     for stem in stems:
         if found := _load(stem, stamp, copies):
@@ -76,8 +75,7 @@ def derive(source: Source, build: Build, *, kind: str, copies: bool, num_bytes: 
         if found := _load(stem, stamp, copies):
             return found
         print(f"{source}: making {what} once, in {stem.parent}", flush=True)
-        with bar() as progress:
-            return _make(source, stem, stamp, build, progress.update, copies=copies)
+        return _make(source, stem, stamp, build_with_bar, copies)
 
 
 def _stamp(source: Source) -> dict[str, str]:
@@ -132,43 +130,37 @@ def _load(stem: Path, stamp: dict[str, str], copies: bool) -> Derived | None:
         return None
 
 
-def _make(
-    source: Source, stem: Path, stamp: dict[str, str], build: Build, update: Callable, *, copies: bool
-) -> Derived:
-    copy, whole, temporary = Path(f"{stem}.rows"), Path(f"{stem}.index"), _temporary(stem)
+def _make(source: Source, stem: Path, stamp: dict[str, str], build: Callable, copies: bool) -> Derived:
+    copy, whole = Path(f"{stem}.rows"), Path(f"{stem}.index")
     try:
         whole.unlink(missing_ok=True)  # it is outdated, and must not be found with a new copy
-        if copies:
-            with open(temporary, "wb") as file:
-                index = build(file, update)
-                _sync(file)
-            os.replace(temporary, copy)
-        else:
-            index = build(None, update)
+        with _replacing(copy, stem) if copies else nullcontext() as file:
+            index = build(file)
         if _stamp(source) != stamp:
             raise UsageError(f"{source} changed while it was read: start again when it is whole")
         made = Derived(index, copy if copies else None)
-        with open(temporary, "wb") as file:
+        with _replacing(whole, stem) as file:
             file.write(save(index, metadata=stamp | _facts(index, made.copy)))
-            _sync(file)
-        os.replace(temporary, whole)
         return made
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise UsageError(
-            f"{stem.parent} has no room for {stem.name} ({error.strerror}; {shutil.disk_usage(stem.parent).free:,} "
-            "bytes are free): make room, or set LOWMEM_CACHE to another folder"
-        ) from error
+        free_bytes = shutil.disk_usage(stem.parent).free
+        what = f"{stem.parent} has no room for {stem.name} ({error.strerror}; {free_bytes:,} bytes are free)"
+        raise UsageError(f"{what}: make room, or set LOWMEM_CACHE to another folder") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _temporary(stem).unlink(missing_ok=True)
         if not whole.exists():
             copy.unlink(missing_ok=True)
 
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+@contextmanager
+def _replacing(path: Path, stem: Path) -> Iterator[BinaryIO]:
+    with open(_temporary(stem), "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(_temporary(stem), path)
 
 
 def _facts(index: dict[str, np.ndarray], copy: Path | None) -> dict[str, str]:
@@ -181,10 +173,7 @@ def _facts(index: dict[str, np.ndarray], copy: Path | None) -> dict[str, str]:
 
 @contextmanager
 def _locked(stem: Path, message: str) -> Iterator[None]:
-    """Be the only process of this machine; print `message` before waiting for another. A dead process's lock is free.
-
-    The file that is locked is removed by whoever held the lock.
-    """
+    """Be the only process of this machine; print `message` once before waiting. A dead process's lock is free."""
     lock = Path(f"{stem}.lock")
     while True:
         with open(lock, "wb") as file:
@@ -193,12 +182,11 @@ def _locked(stem: Path, message: str) -> Iterator[None]:
             except BlockingIOError:
                 if message:
                     print(message, flush=True)
-                message = ""  # once, though several processes may hold the lock one after another
+                message = ""  # several processes may hold the lock one after another
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not stands_at(lock, file.fileno()):  # the process we waited for removed it: others lock a new one
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return
+            if stands_at(lock, file.fileno()):  # otherwise the process we waited for removed it: others lock a new one
+                try:
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
+                return

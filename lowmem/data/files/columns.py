@@ -14,53 +14,46 @@ def check_row(source: Source, row: Row, wanted: Mapping[str, str]) -> None:
     """Raise UsageError if a row lacks a wanted column, ValueError if one holds something else."""
     _check_present(source, wanted, list(row))
     for column, kind in wanted.items():
-        if not (isinstance(row[column], str) if kind == "text" else _holds_messages(row[column])):
+        value = row[column]
+        is_chat = isinstance(value, list) and all(map(is_message, value))
+        if not (isinstance(value, str) if kind == "text" else is_chat):
             what = "text" if kind == "text" else 'messages, [{"role": "user", "content": "..."}, ...]'
-            raise ValueError(
-                f"column {column!r} must hold {what}, found {type(row[column]).__name__} {row[column]!r:.80}: name "
-                "another column or fix the file"
-            )
+            found = f"{type(value).__name__} {value!r:.80}"
+            raise ValueError(f"column {column!r} must hold {what}, found {found}: name another column or fix the file")
 
 
-def check_schema(source: Source, schema: "pa.Schema", wanted: Mapping[str, str] | None) -> None:
-    """Raise UsageError if a table lacks a wanted column (None: all that it has), repeats it, or has another type."""
-    _check_present(source, wanted or (), schema.names)
-    if repeated := [column for column in wanted or schema.names if schema.names.count(column) > 1]:
+def select_columns(source: Source, schema: "pa.Schema", wanted: Mapping[str, str] | None) -> "pa.Schema":
+    """Return the wanted columns of a table (None: all). Raises UsageError if one is missing, repeated or mistyped."""
+    import pyarrow as pa
+
+    names = schema.names if wanted is None else list(wanted)
+    _check_present(source, names, schema.names)
+    if repeated := [name for name in names if schema.names.count(name) > 1]:
         raise UsageError(f"{source} has column {repeated[0]!r} twice: rename one of them and write the file again")
     for column, kind in (wanted or {}).items():
         found = schema.field(column).type
-        if not (_is_text(found) if kind == "text" else _is_chat(found)):
+        if not _holds(found, kind):
             what = "text" if kind == "text" else "chats (lists of a struct of the texts role and content)"
             raise UsageError(f"{source}: column {column!r} must hold {what}, it holds {found}: name another column")
+    return pa.schema([schema.field(name) for name in names])
 
 
 def _check_present(source: Source, wanted: Iterable[str], present: Sequence[str]) -> None:
-    """Raise UsageError if a wanted column is missing."""
-    if missing := [repr(column) for column in wanted if column not in present]:
-        raise UsageError(
-            f"{source} has no {' and no '.join(f'column {name}' for name in missing)}, it has "
-            f"{', '.join(map(repr, present))}: set --prompt_column and --response_column, --text_column or "
-            "--messages_column"
-        )
+    if missing := [f"column {name!r}" for name in wanted if name not in present]:
+        what = f"{source} has no {' and no '.join(missing)}, it has {', '.join(map(repr, present))}"
+        raise UsageError(f"{what}: set --prompt_column and --response_column, --text_column or --messages_column")
 
 
-def _holds_messages(value: object) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
-        for message in value
-    )
+def is_message(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(value.get(name), str) for name in ("role", "content"))
 
 
-def _is_text(kind: "pa.DataType") -> bool:
+def _holds(found: "pa.DataType", kind: str) -> bool:
     from pyarrow import types
 
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-
-
-def _is_chat(kind: "pa.DataType") -> bool:
-    from pyarrow import types
-
-    if not (types.is_list(kind) or types.is_large_list(kind)) or not types.is_struct(kind.value_type):
-        return False
-    return {"role", "content"} <= {field.name for field in kind.value_type if _is_text(field.type)}
+    if kind == "text":
+        found = found.value_type if types.is_dictionary(found) else found
+        return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
+    is_list = types.is_list(found) or types.is_large_list(found)
+    fields = found.value_type if is_list and types.is_struct(found.value_type) else ()
+    return {"role", "content"} <= {field.name for field in fields if _holds(field.type, "text")}

@@ -1,6 +1,6 @@
 """Index a file of lines in one pass: which lines are rows, in groups that can each be read with one read.
 
-The same pass writes a decompressed copy of a file without cheap random access (compressed, remote).
+The same pass writes a decompressed copy of a compressed or remote file.
 """
 
 import codecs
@@ -14,11 +14,8 @@ import xxhash
 from lowmem.data.files.source import Source, is_damage, reading
 from lowmem.errors import UsageError
 
-LONGEST_LINE = 2**24
-"""Bytes; a longer line is a group of its own, which readers must not load."""
-PIECE_BYTES = 2**20
-"""Bytes that are scanned at a time, few enough for the processor's cache. The index does not depend on it."""
-
+LONGEST_LINE = 2**24  # bytes; a longer line is a group of its own, which readers must not load
+PIECE_BYTES = 2**20  # scanned at a time, few enough for the processor's cache; the index does not depend on it
 # A group ends after so many rows, or before the row that would carry it over so many bytes.
 _ROWS_PER_GROUP = 256
 _BYTES_PER_GROUP = 2**20
@@ -34,11 +31,10 @@ def codec_of(source: Source) -> str | None:
 def index_lines(
     source: Source, copy: BinaryIO | None, report: Callable[[int], None], *, piece_bytes: int = PIECE_BYTES
 ) -> dict[str, np.ndarray]:
-    """The groups of a file: first_byte, end_byte, rows and first_line (from 1) as int64, hash (xxh3_64) as uint64.
+    """Index the groups of a file: first_byte, end_byte, rows, first_line (from 1) as int64, hash (xxh3_64) as uint64.
 
-    Each has shape (groups,) and depends only on the content. Bytes and lines are those of the decompressed file, which
-    is written to `copy`; `report` gets the numbers of compressed bytes read. Raises OSError, and UsageError for a file
-    that is damaged, truncated, or being written to.
+    Each has shape (groups,) and refers to the decompressed file, which is written to `copy`; `report` gets the numbers
+    of compressed bytes read. Raises OSError, and UsageError for a file that is damaged, truncated or being written to.
     """
     found = array("Q")
     pending, byte, line = bytearray(), 0, 1  # what is in no group yet, and the byte and the line where it begins
@@ -66,11 +62,8 @@ def index_lines(
             size, digest, pending = _skip_line(pending, pieces)
             found.extend((byte, byte + size, 1, line, digest))
             byte, line = byte + size, line + 1
-    columns = np.array(found, np.uint64).reshape(-1, len(_COLUMNS)).T
-    return {
-        name: column.astype(np.uint64 if name == "hash" else np.int64)
-        for name, column in zip(_COLUMNS, columns, strict=True)
-    }
+    columns = zip(_COLUMNS, np.array(found, np.uint64).reshape(-1, len(_COLUMNS)).T, strict=True)
+    return {name: column.astype(np.uint64 if name == "hash" else np.int64) for name, column in columns}
 
 
 def find_lines(text: bytes | bytearray, *, is_whole: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -123,27 +116,20 @@ def _pieces(source: Source, copy: BinaryIO | None, report: Callable[[int], None]
         from pyarrow import CompressedInputStream, PythonFile
     with source.open() as file:
         unpacked = CompressedInputStream(PythonFile(file, mode="r"), codec) if codec else file
-        while piece := _read(unpacked, piece_bytes, source, codec):
-            if copy is not None:
-                copy.write(piece)
-            report(file.tell() - done)
-            done = file.tell()
-            yield piece
-        done = file.tell()
-    if size not in (None, done):
-        raise UsageError(
-            f"{source} has {size:,} bytes, but {done:,} were read: it is being written to, or the connection was lost; "
-            "start again"
-        )
-    yield b""
-
-
-def _read(file: BinaryIO, num_bytes: int, source: Source, codec: str | None) -> bytes:
-    try:
-        with reading():
-            return file.read(num_bytes)
-    except OSError as error:
-        if codec is None or not is_damage(error):
+        try:
+            with reading():
+                while piece := unpacked.read(piece_bytes):
+                    if copy is not None:
+                        copy.write(piece)
+                    report(file.tell() - done)
+                    done = file.tell()
+                    yield piece
+                done = file.tell()
+        except OSError as error:
+            if codec and is_damage(error):
+                what = f"{source} cannot be unpacked as {codec} ({error})"
+                raise UsageError(f"{what}: it is damaged or cut, get it again") from error
             raise
-        what = f"{source} cannot be unpacked as {codec} ({error})"
-        raise UsageError(f"{what}: it is damaged or cut, get it again") from error
+    if size not in (None, done):
+        raise UsageError(f"{source} has {size:,} bytes, but {done:,} were read: start again when it is whole")
+    yield b""

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,7 @@ import xxhash
 from lowmem.data.files.cache import derive
 from lowmem.data.files.columns import check_row
 from lowmem.data.files.line_index import LONGEST_LINE, PIECE_BYTES, codec_of, find_lines, index_lines
-from lowmem.data.files.source import Row, Source
+from lowmem.data.files.source import Row, Source, opening
 from lowmem.errors import UsageError
 
 
@@ -29,14 +29,15 @@ class _Lines:
 class _LineFile:
     """The rows of one file, a group at a time. Blank lines are no rows, but count in line numbers.
 
-    `wanted` maps columns to "text" or "messages" (None: any columns); one row of the first group must have them, the
-    others are checked when they are encoded. Raises UsageError, naming the file, if it cannot be read or indexed.
+    `wanted` maps columns to "text" or "messages"; one row of the first group must have them. Raises UsageError.
     """
+
+    _parse: Callable[[bytes, int], Row]  # of a line and the byte where it begins; raises ValueError with the reason
 
     def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, piece_bytes: int = PIECE_BYTES):
         self.source = source
         self._is_packed = codec_of(source) is not None
-        try:
+        with opening(source):
             copies = self._is_packed or source.path is None
             found = derive(source, partial(index_lines, source, piece_bytes=piece_bytes), kind="lines", copies=copies)
             self._path, self._index = found.copy or source.path, found.index
@@ -47,22 +48,12 @@ class _LineFile:
             self.group_bytes = held + 8 * self.group_rows + 512
             if len(self.group_rows):
                 self._check_columns(wanted or {})
-        except UsageError:
-            raise
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{source} cannot be read ({error}): make it readable, or name another file") from error
-
-    @staticmethod
-    def _parse(line: bytes, offset: int) -> Row:
-        """The row in a line that begins at byte `offset` of the file. Raises ValueError with the reason."""
-        raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Of the rows' bytes, whatever the file's name and compression."""
         return xxhash.xxh3_64_hexdigest(self._index["hash"].tobytes())
 
     def read_group(self, group: int) -> _Lines:
-        """One group, checked. Raises OSError, and ValueError if its bytes are not those that were indexed."""
+        """Read and check a group. Raises OSError, and ValueError if its bytes are not those that were indexed."""
         first, size = int(self._index["first_byte"][group]), int(self._num_bytes[group])
         if size > LONGEST_LINE:
             return _Lines(None, np.zeros(1, np.int64), first, size)
@@ -98,10 +89,8 @@ class _LineFile:
         return f"line {line:,} ({unit} {byte + start:,})"
 
     def _check_columns(self, wanted: Mapping[str, str]) -> None:
-        """Raise what is wrong with the first row, unless another row of its group is good: one row may be bad.
-
-        Skips groups that are one too long line, unless there are no others.
-        """
+        """Raise what is wrong with the first row, unless another row of its group is good: one row may be bad."""
+        # the first group that is not one line that is too long
         problem, group = None, int(np.argmax(self._num_bytes <= LONGEST_LINE))
         data = self.read_group(group)
         for index in range(int(self.group_rows[group])):
@@ -146,12 +135,11 @@ class JsonLinesFile(_LineFile):
             if _ESCAPED_SURROGATE.search(text):
                 json.dumps(row, ensure_ascii=False).encode()  # pairs have become one character, halves fail
         except json.JSONDecodeError as error:
-            byte = offset + len(text[: error.pos].encode())
-            what = f"{error.msg.removesuffix(' at')} at byte {byte:,}"
-            raise ValueError(f"{what}: fix or remove the row, and write one object a line") from error
+            reason = f"{error.msg.removesuffix(' at')} at byte {offset + len(text[: error.pos].encode()):,}"
+            raise ValueError(f"{reason}: fix or remove the row, and write one object a line") from error
         except UnicodeEncodeError as error:
-            half = f"\\u{ord(error.object[error.start]):04x}"
-            raise ValueError(f"{half} is half a character, its other half is missing: fix or remove the row") from error
+            half = ord(error.object[error.start])
+            raise ValueError(f"\\u{half:04x} is half a character: fix or remove the row") from error
         except RecursionError as error:
             raise ValueError("its brackets are nested too deeply: fix or remove the row") from error
         return row

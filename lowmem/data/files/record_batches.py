@@ -1,11 +1,12 @@
 """Arrow record batches on disk, read one at a time by number: those of an Arrow file, or of a copy in small pieces.
 
-No file stays mapped during a run: truncating a mapped file kills the process (SIGBUS), and its pages count as resident
-memory once they are touched.
+No file stays mapped: truncating a mapped file kills the process (SIGBUS), and touched pages count as resident memory.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -35,9 +36,6 @@ class TableLimits:
         return max(1, min(self.piece_rows, self.piece_bytes * num_rows // max(1, num_bytes)))
 
 
-TABLE_LIMITS = TableLimits()
-
-
 @dataclass(frozen=True)
 class RecordBatches:
     """Record batches, each an encapsulated IPC message of `sizes` bytes at `starts` that holds `rows` rows.
@@ -58,12 +56,13 @@ class RecordBatches:
         """Read one batch. Raises OSError, and ValueError if it is damaged or not the batch that was indexed."""
         import pyarrow as pa
 
-        start, size, hashed = int(self.starts[number]), int(self.sizes[number]), int(self.hashed[number])
+        start, size = int(self.starts[number]), int(self.sizes[number])
         with self.source.open() as file:
             file.seek(start)
             message = file.read(size)
         try:
-            if len(message) < size or xxhash.xxh3_64_intdigest(message[:hashed]) != int(self.hashes[number]):
+            head = message[: int(self.hashed[number])]
+            if len(message) < size or xxhash.xxh3_64_intdigest(head) != int(self.hashes[number]):
                 raise ValueError("they are not those that were indexed, the file changed or is damaged")
             batch = pa.ipc.read_record_batch(message, self.schema)
             batch.validate(full=True)  # pyarrow follows an offset that points outside its buffer
@@ -74,17 +73,12 @@ class RecordBatches:
 
 
 def find_batches(source: Source) -> tuple[RecordBatches, bool]:
-    """Find the batches of a local file in Arrow's stream or file format, and whether each can be read by itself: none
-    is compressed or needs a dictionary.
-
-    Only the messages' headers are hashed, which detects another file but not a flipped bit in a text. Raises OSError,
-    and ValueError if the file is truncated or no Arrow file.
-    """
+    """Find the batches of a local Arrow file, and whether each can be read alone: unpacked, without a dictionary."""
     import pyarrow as pa
 
     found, alone = [], True
     with pa.memory_map(str(source.path)) as file:  # finds bodies without reading them
-        file.seek(stream_start(file))
+        file.seek(ipc_start(file))
         schema = pa.ipc.read_schema(pa.ipc.read_message(file))
         while True:
             start = file.tell()
@@ -96,34 +90,28 @@ def find_batches(source: Source) -> tuple[RecordBatches, bool]:
             if message.type == "record batch" and alone:
                 batch = pa.ipc.read_record_batch(message, schema)
                 alone = batch.nbytes <= message.body.size  # larger: it was decompressed
-                head_bytes = size - message.body.size
-                head = file.read_at(head_bytes, start)
-                found.append((start, size, batch.num_rows, head_bytes, xxhash.xxh3_64_intdigest(head)))
+                # Hashing only headers detects another file, but not a flipped bit in a text.
+                head = file.read_at(size - message.body.size, start)
+                found.append((start, size, batch.num_rows, len(head), xxhash.xxh3_64_intdigest(head)))
             alone &= message.type != "dictionary"
         if file.read_at(8, start) != _END_MARK:
             raise ValueError(f"its end mark is missing at byte {start:,}, so it was truncated")
-    return RecordBatches(source, schema, *_columns(found)), alone
+    return RecordBatches(source, schema, **_columns(found)), alone
 
 
-def stream_start(file: BinaryIO) -> int:
+def ipc_start(file: BinaryIO) -> int:
     """Byte where the messages begin: the file format is eight bytes, the stream format and a footer."""
     file.seek(0)
     return 8 if file.read(6) == b"ARROW1" else 0
 
 
 def copy_in_pieces(
-    source: Source,
-    kind: str,
-    schema: "pa.Schema",
-    batches: Iterable["pa.RecordBatch"],
-    *,
-    num_bytes: int,
-    limits: TableLimits,
+    source: Source, schema: "pa.Schema", batches: Iterable["pa.RecordBatch"], *, num_bytes: int, limits: TableLimits
 ) -> RecordBatches:
-    """Copy the rows of `batches` once for each `kind`, in order, into batches within `limits`.
+    """Copy the rows of `batches` once, in order, into batches within `limits` that have the columns of `schema`.
 
-    `batches` is consumed only if there is no copy yet; it yields at most `limits.piece_rows` rows at a time, about
-    `num_bytes` in all. Dictionaries are replaced by their values. Raises what `derive` and `batches` raise.
+    `batches`, about `num_bytes` in all, is consumed only if there is no copy of these columns yet, and has at most
+    `limits.piece_rows` rows at a time. Dictionaries become their values. Raises what `derive` and `batches` raise.
     """
     import pyarrow as pa
 
@@ -131,25 +119,41 @@ def copy_in_pieces(
 
     def build(copy: BinaryIO | None, update: Callable[[int], None]) -> dict[str, np.ndarray]:
         found, start = [], 0
-        wanted = (batch.select(schema.names).cast(schema) for batch in batches)
-        for piece in _merged((half for batch in wanted for half in _halves(batch, limits)), limits):
+        for piece in _pieces((batch.select(schema.names).cast(schema) for batch in batches), limits):
             piece.validate(full=True)  # otherwise the copy would be blamed
             message = piece.serialize()
             found.append((start, len(message), piece.num_rows, len(message), xxhash.xxh3_64_intdigest(message)))
             start += copy.write(message)
             pa.default_memory_pool().release_unused()
             update(piece.nbytes)
-        return dict(zip(("starts", "sizes", "rows", "hashed", "hashes"), _columns(found), strict=True))
+        return _columns(found)
 
+    kind = f"copy-{xxhash.xxh3_64_hexdigest(json.dumps(schema.names).encode())}"
     made = derive(source, build, kind=kind, copies=True, num_bytes=num_bytes)
     remedy = "delete it, the next start makes a new one"
     return RecordBatches(Source(str(made.copy)), schema, **made.index, remedy=remedy)
 
 
-def _columns(found: list[tuple[int, ...]]) -> list[np.ndarray]:
-    """The five arrays of RecordBatches from their rows: int64, the hashes uint64."""
-    columns = list(zip(*found, strict=True)) or [()] * 5
-    return [np.array(column, np.int64) for column in columns[:4]] + [np.array(columns[4], np.uint64)]
+def _columns(found: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The five arrays of RecordBatches, from one tuple for each batch."""
+    names = [(name, np.int64) for name in ("starts", "sizes", "rows", "hashed")] + [("hashes", np.uint64)]
+    table = np.array(found, names)
+    return {name: np.ascontiguousarray(table[name]) for name, _ in names}
+
+
+def _pieces(batches: Iterable["pa.RecordBatch"], limits: TableLimits) -> Iterator["pa.RecordBatch"]:
+    """The same rows in pieces within `limits`: large batches in halves, the small ones of small row groups merged."""
+    import pyarrow as pa
+
+    held, rows, num_bytes = [], 0, 0
+    for part in chain.from_iterable(_halves(batch, limits) for batch in batches):
+        if held and (rows + part.num_rows > limits.piece_rows or num_bytes + part.nbytes > limits.piece_bytes):
+            yield pa.Table.from_batches(held).combine_chunks().to_batches()[0]
+            held, rows, num_bytes = [], 0, 0
+        held.append(part)
+        rows, num_bytes = rows + part.num_rows, num_bytes + part.nbytes
+    if held:
+        yield pa.Table.from_batches(held).combine_chunks().to_batches()[0]
 
 
 def _halves(batch: "pa.RecordBatch", limits: TableLimits) -> Iterator["pa.RecordBatch"]:
@@ -161,36 +165,14 @@ def _halves(batch: "pa.RecordBatch", limits: TableLimits) -> Iterator["pa.Record
         yield from _halves(batch.slice(half), limits)
 
 
-def _merged(pieces: Iterable["pa.RecordBatch"], limits: TableLimits) -> Iterator["pa.RecordBatch"]:
-    """The same rows in fewer pieces: very small row groups would make very small ones."""
-    import pyarrow as pa
-
-    held: list[pa.RecordBatch] = []
-    rows = num_bytes = 0
-
-    def merged() -> pa.RecordBatch:
-        return held[0] if len(held) == 1 else pa.Table.from_batches(held).combine_chunks().to_batches()[0]
-
-    for piece in pieces:
-        rows, num_bytes = rows + piece.num_rows, num_bytes + piece.nbytes
-        if held and (rows > limits.piece_rows or num_bytes > limits.piece_bytes):
-            yield merged()
-            held.clear()
-            rows, num_bytes = piece.num_rows, piece.nbytes
-        held.append(piece)
-    if held:
-        yield merged()
-
-
 def plain(schema: "pa.Schema") -> "pa.Schema":
-    """The schema without dictionaries and views. Raises ValueError for a type that pyarrow cannot convert."""
+    """The schema without dictionaries and views: a slice of those would keep everything that the whole refers to."""
     import pyarrow as pa
 
     return pa.schema([(field.name, _plain(field.type)) for field in schema])
 
 
 def _plain(kind: "pa.DataType") -> "pa.DataType":
-    """The type without dictionaries and views: a slice of those would keep everything that the whole refers to."""
     from pyarrow import large_binary, large_list, large_string, list_, map_, struct, types
 
     if types.is_dictionary(kind):

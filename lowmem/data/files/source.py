@@ -15,6 +15,7 @@ from typing import BinaryIO
 from lowmem.errors import UsageError
 
 Row = dict[str, object]
+Files = str | Path | Sequence[str | Path]
 
 # fsspec reads the network with these; their errors are not OSErrors.
 _NETWORK_PACKAGES = {"aiohttp", "httpx", "httpx2", "botocore"}
@@ -35,13 +36,14 @@ def reading() -> Iterator[None]:
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether a read failed because the content is damaged, and not because of the system or the network.
+    """Whether a read failed because the content is damaged, and not because of the system or the network."""
+    # pyarrow raises OSError for damage, too; those of the system have an errno or a subclass.
+    return isinstance(error, _damages()) or (type(error) is OSError and error.errno is None)
 
-    pyarrow raises OSError for damage, too; those of the system have an errno or a subclass.
-    """
+
+def _damages() -> tuple[type[Exception], ...]:
     pyarrow = sys.modules.get("pyarrow")  # not loaded: raised nothing
-    kinds = (ValueError, pyarrow.ArrowException) if pyarrow else ValueError
-    return isinstance(error, kinds) or (type(error) is OSError and error.errno is None)
+    return (ValueError, pyarrow.ArrowException) if pyarrow else (ValueError,)
 
 
 @dataclass(frozen=True)
@@ -55,22 +57,18 @@ class Source:
 
     @property
     def path(self) -> Path | None:
-        """The local path; None for a URL."""
         return None if is_url(self.name) else Path(self.name)
 
     @property
     def identity(self) -> str:
-        """The same text for every local name of a file: relative, absolute or a link."""
         return self.name if self.path is None else str(self.path.resolve())
 
     @property
     def file_name(self) -> str:
-        """The last part of the path, or of the URL without its query."""
         return PurePosixPath(self.name.partition("?")[0] if self.path is None else self.name).name
 
     @property
     def suffixes(self) -> list[str]:
-        """Lower-case suffixes of the file's name, as [".jsonl", ".gz"]."""
         return [suffix.lower() for suffix in PurePosixPath(self.file_name).suffixes]
 
     @reading()
@@ -92,16 +90,27 @@ class Source:
         return info["size"], blake2b(repr(sorted(info.items())).encode(), digest_size=8).hexdigest()
 
 
+@contextmanager
+def opening(source: Source, kind: str = "") -> Iterator[None]:
+    """Turn errors of a file that cannot be read (`kind`: " as parquet") into a UsageError that names it."""
+    try:
+        with reading():
+            yield
+    except UsageError:
+        raise
+    except (OSError, EOFError, LookupError, *_damages()) as error:
+        raise UsageError(f"{source} cannot be read{kind} ({error}): write it again or name another file") from error
+
+
 def is_url(name: str) -> bool:
     return "://" in name
 
 
-def expand(files: str | Path | Sequence[str | Path]) -> list[Source]:
-    """The files that a path, a glob, a comma-separated list of both or a list of paths names.
+def expand(files: Files) -> list[Source]:
+    """List the files that a path, a glob, a comma-separated list of both or a list of paths names.
 
-    Keeps the given order; the matches of a glob are sorted by name. A string is split at commas unless it is the name
-    of a file; the items of a list are not, so a URL with a comma goes there. Raises UsageError for a name that matches
-    nothing and for a file named twice.
+    Keeps the given order; matches of a glob are sorted. Splits a string at commas unless a file has that name, but not
+    the items of a list. Raises UsageError for a name that matches nothing and for a file named twice.
     """
     items = [files] if isinstance(files, Path) else files
     if isinstance(files, str):
@@ -113,7 +122,7 @@ def expand(files: str | Path | Sequence[str | Path]) -> list[Source]:
     sources = [Source(name) for name in names]
     times = Counter(source.identity for source in sources)
     if repeated := [name for name, number in times.items() if number > 1]:
-        raise UsageError(f"{files} names {', '.join(repeated)} twice, so its rows would count twice: name it once")
+        raise UsageError(f"{files} names {', '.join(repeated)} twice: name it once")
     return sources
 
 
@@ -124,20 +133,22 @@ def _local_names(item: str) -> list[str]:
         is_folder = path.is_dir()
     except OSError as error:  # a name that is too long, a folder without permission
         raise UsageError(f"{item} cannot be looked for ({error}): fix its name or its folder's permissions") from error
-    matches = map(Path, sorted(glob.glob(str(path), recursive=True))) if is_glob else [path]
-    found = [str(match) for match in matches if match.is_file()]
     if is_folder:
-        found = [str(file) for file in dataset_files(path) or ()]
-    if not found:
-        what = "matches no file" if is_glob else "is a folder" if is_folder else "does not exist"
-        raise UsageError(f"{item} {what}: {_WHAT_TO_NAME}")
-    return found
+        found, reason = dataset_files(path) or [], "is a folder"
+    elif is_glob:
+        found, reason = map(Path, sorted(glob.glob(str(path), recursive=True))), "matches no file"
+    else:
+        found, reason = [path], "does not exist"
+    names = [str(file) for file in found if file.is_file()]
+    if not names:
+        raise UsageError(f"{item} {reason}: {_WHAT_TO_NAME}")
+    return names
 
 
 def dataset_files(folder: Path) -> list[Path] | None:
-    """The Arrow files, in order, of a folder that `datasets.save_to_disk` wrote; None if it is no such folder.
+    """List the Arrow files of a folder that `datasets.save_to_disk` wrote, in order; None if it is no such folder.
 
-    Raises UsageError for a folder of several splits, and if its list of files is broken or names a missing file.
+    Raises UsageError for several splits, and if the list of files is broken or names a missing file.
     """
     splits, state = folder / "dataset_dict.json", folder / "state.json"
     try:
@@ -150,7 +161,7 @@ def dataset_files(folder: Path) -> list[Path] | None:
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UsageError(f"{folder} cannot be read as a saved dataset ({error!r}): save it again") from error
     if missing := [str(file) for file in files if not file.is_file()]:
-        raise UsageError(f"{folder} lacks {', '.join(missing)}, which its state.json names: save the dataset again")
+        raise UsageError(f"{folder} lacks {', '.join(missing)}: save the dataset again")
     return files
 
 

@@ -1,26 +1,16 @@
 """Parquet and Arrow files by groups of rows: row groups, record batches, or the pieces of a copy."""
 
-import json
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from mmap import ACCESS_READ, MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
 import numpy as np
 import xxhash
 
-from lowmem.data.files.columns import check_schema
-from lowmem.data.files.record_batches import (
-    TABLE_LIMITS,
-    RecordBatches,
-    TableLimits,
-    copy_in_pieces,
-    find_batches,
-    plain,
-    stream_start,
-)
-from lowmem.data.files.source import Row, Source, reading
+from lowmem.data.files.columns import select_columns
+from lowmem.data.files.record_batches import RecordBatches, TableLimits, copy_in_pieces, find_batches, ipc_start, plain
+from lowmem.data.files.source import Row, Source, opening, reading
 from lowmem.errors import ChangedError, UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +22,8 @@ if TYPE_CHECKING:
 _ROWS_PER_DECODE = 2**14
 _LARGEST_DICTIONARY_BYTES = 2**20  # writers stop using a dictionary when its page gets larger
 _SAMPLES, _SAMPLE_BYTES = 64, 2**12
+# A small buffer, because without one each encoded column of a row group is read into memory whole.
+_SETTINGS = {"page_checksum_verification": True, "pre_buffer": False, "buffer_size": 2**16}
 
 
 class _TableFile:
@@ -45,7 +37,7 @@ class _TableFile:
     _footer_bytes = 0
 
     def read_group(self, group: int) -> "Columns":
-        """The columns of one group. Raises OSError and ValueError."""
+        """Read the columns of one group. Raises OSError and ValueError."""
         batch = self._batches.read(group)
         return {name: batch.column(name) for name in self._names}
 
@@ -59,12 +51,8 @@ class _TableFile:
         return f"row {int(self.group_rows[:group].sum()) + index}"
 
     def fingerprint(self) -> str:
-        """A hash of the file's size, its footer and 64 samples of 4 KiB, evenly spaced from the first byte to the last.
-
-        A parquet footer holds each column chunk's size and usually its minimum and maximum. A change that keeps those
-        and falls between the samples goes unseen; a file up to 256 KiB is hashed whole. Of a remote file only size and
-        footer are hashed, because each sample would fetch megabytes. Raises OSError.
-        """
+        """Hash the file's size, its footer and 64 samples of 4 KiB, evenly spaced: all of a file up to 256 KiB."""
+        # A change between samples that keeps the footer goes unseen. A sample of a remote file would fetch megabytes.
         with self.source.open() as file:
             size = file.seek(0, 2)
             digest = xxhash.xxh3_128(struct.pack("<q", size) + _footer(file, self._footer_bytes))
@@ -76,51 +64,38 @@ class _TableFile:
     def _use(self, batches: RecordBatches) -> None:
         self._batches, self.group_rows, self.group_bytes = batches, batches.rows, batches.sizes
 
-    def _use_copy(
-        self, rows: "Iterator[pa.RecordBatch]", schema: "pa.Schema", num_bytes: int, limits: TableLimits
-    ) -> None:
-        """Copy the wanted columns of `rows` in small pieces, unless an earlier run has."""
-        import pyarrow as pa
-
-        # Runs that want other columns of the file have copies of their own.
-        kind = f"copy-{xxhash.xxh3_64_hexdigest(json.dumps(self._names).encode())}"
-        wanted = pa.schema([schema.field(name) for name in self._names])
-        self._use(copy_in_pieces(self.source, kind, wanted, rows, num_bytes=num_bytes, limits=limits))
-
 
 class ParquetFile(_TableFile):
     """A parquet file, local or remote; its groups are its row groups, or the pieces of its copy if one is large.
 
-    Reads only the `wanted` columns ("text" or "messages"); None means all, of any type. Raises UsageError, naming the
-    file, if it cannot be read, lacks a wanted column or holds something else in it. (A flipped bit in the part of a
-    footer that describes columns may end the process inside of pyarrow, where no error can be caught.)
+    Reads only the `wanted` columns ("text" or "messages"); None means all, of any type. Raises UsageError if the file
+    cannot be read, lacks a wanted column or holds something else in it. (Some bit flips in a footer crash pyarrow.)
     """
 
     # The parsed footer of one file only: parsing takes milliseconds, the result 1 KiB for each column chunk.
     _last_parsed: "ClassVar[tuple[ParquetFile | None, parquet.FileMetaData | None]]" = (None, None)
 
-    def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, limits: TableLimits = TABLE_LIMITS):
+    def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, limits: TableLimits | None = None):
         from pyarrow import parquet
 
-        self.source = source
-        with _opening(source, "parquet"):
+        self.source, limits = source, limits or TableLimits()
+        with opening(source, " as parquet"):
             with source.open() as file:
                 metadata = parquet.read_metadata(file)
                 self._footer_bytes = metadata.serialized_size + 8
                 self._footer_hash = xxhash.xxh3_64_intdigest(_footer(file, self._footer_bytes))
-            schema = metadata.schema.to_arrow_schema()
-            check_schema(source, schema, wanted)
-            self._names = schema.names if wanted is None else list(wanted)
+            schema = select_columns(source, metadata.schema.to_arrow_schema(), wanted)
+            self._names = schema.names
             groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
             self.group_rows = np.array([group.num_rows for group in groups], np.int64)
             self.group_bytes = np.array([_decoded_bytes(group, self._names) for group in groups], np.int64)
             is_large = self.group_bytes.max(initial=0) > limits.row_group_bytes
             # every read of a group reads the footer: a large footer pays only if groups are at least as large
             if is_large or self._footer_bytes > max(limits.footer_bytes, self.group_bytes.mean()):
-                self._use_copy(self._all_rows(limits), schema, int(self.group_bytes.sum()), limits)
+                num_bytes = int(self.group_bytes.sum())
+                self._use(copy_in_pieces(source, schema, self._all_rows(limits), num_bytes=num_bytes, limits=limits))
 
     def read_group(self, group: int) -> "Columns":
-        """The columns of one group. Raises OSError and ValueError."""
         if self._batches:
             return super().read_group(group)
         import pyarrow as pa
@@ -137,16 +112,17 @@ class ParquetFile(_TableFile):
                     ParquetFile._last_parsed = (self, metadata)
                 return {name: self._decode(file, metadata, group, name) for name in self._names}
             except (pa.ArrowException, LookupError) as error:
-                what = f"row group {group} of {self.source} cannot be decoded"
-                raise ValueError(f"{what} ({error}): write the file again") from error
+                where = f"row group {group} of {self.source}"
+                raise ValueError(f"{where} cannot be decoded ({error}): write the file again") from error
 
     def _decode(self, file: BinaryIO, metadata: "parquet.FileMetaData", group: int, name: str) -> "pa.ChunkedArray":
         """One column of a group: decoding one at a time needs half the memory of all at once."""
         import pyarrow as pa
+        from pyarrow import parquet
 
         # A text that repeats is in the file once; decoded as a dictionary it is in memory once.
         repeating = [chunk.path_in_schema for chunk in _chunks(metadata.row_group(group), [name]) if _repeats(chunk)]
-        with _decoder(file, metadata=metadata, read_dictionary=repeating, buffer_size=2**16) as opened:
+        with parquet.ParquetFile(file, metadata=metadata, read_dictionary=repeating, **_SETTINGS) as opened:
             if repeating:
                 column = opened.read_row_group(group, columns=[name], use_threads=False).column(name)
             else:  # in pieces, because the buffer of a whole column grows by doubling
@@ -158,8 +134,9 @@ class ParquetFile(_TableFile):
         return column
 
     def _all_rows(self, limits: TableLimits) -> "Iterator[pa.RecordBatch]":
-        # A small buffer, because without one each encoded column of a row group is read into memory whole.
-        with self.source.open() as file, _decoder(file, buffer_size=2**16) as opened:
+        from pyarrow import parquet
+
+        with self.source.open() as file, parquet.ParquetFile(file, **_SETTINGS) as opened:
             for group in range(opened.num_row_groups):  # pyarrow cannot read texts in lists from several at a time
                 rows = limits.rows_per_piece(int(self.group_rows[group]), int(self.group_bytes[group]))
                 yield from opened.iter_batches(rows, row_groups=[group], columns=self._names, use_threads=False)
@@ -169,21 +146,21 @@ class ArrowFile(_TableFile):
     """A local Arrow file, in the stream format (`datasets.save_to_disk` writes it) or the file format.
 
     Its groups are its record batches, or the pieces of its copy if one is large, compressed or needs a dictionary.
-    Takes and raises what ParquetFile does. The format has no checksums: a flipped bit in a text may go unseen.
+    Takes and raises what ParquetFile does. Without checksums, a flipped bit in a text may go unseen.
     """
 
-    def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, limits: TableLimits = TABLE_LIMITS):
-        self.source = source
+    def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, limits: TableLimits | None = None):
+        self.source, limits = source, limits or TableLimits()
         if source.path is None:
             raise UsageError(f"{source} is an Arrow file, which is read on this machine: fetch it, or use parquet")
-        with _opening(source, "Arrow"):
+        with opening(source, " as Arrow"):
             batches, alone = find_batches(source)
-            check_schema(source, batches.schema, wanted)
-            self._names = batches.schema.names if wanted is None else list(wanted)
-            self._use(batches)
+            schema = select_columns(source, batches.schema, wanted)
+            self._names = schema.names
             if not alone or batches.sizes.max(initial=0) > limits.batch_bytes:
-                fields = [number for number, name in enumerate(batches.schema.names) if name in self._names]
-                self._use_copy(self._all_rows(fields, limits), batches.schema, source.stamp()[0], limits)
+                rows = self._all_rows([batches.schema.names.index(name) for name in self._names], limits)
+                batches = copy_in_pieces(source, schema, rows, num_bytes=source.stamp()[0], limits=limits)
+            self._use(batches)
 
     def _all_rows(self, fields: list[int], limits: TableLimits) -> "Iterator[pa.RecordBatch]":
         import pyarrow as pa
@@ -192,7 +169,7 @@ class ArrowFile(_TableFile):
         with self.source.open() as file:
             mapped = mmap(file.fileno(), 0, access=ACCESS_READ)
             messages = pa.BufferReader(mapped)
-            messages.seek(stream_start(file))
+            messages.seek(ipc_start(file))
             options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
             for batch in pa.ipc.open_stream(messages, options=options):
                 rows = limits.rows_per_piece(batch.num_rows, batch.nbytes)
@@ -201,28 +178,9 @@ class ArrowFile(_TableFile):
                     mapped.madvise(MADV_DONTNEED)
 
 
-@contextmanager
-def _opening(source: Source, kind: str) -> Iterator[None]:
-    from pyarrow import ArrowException
-
-    try:
-        with reading():
-            yield
-    except UsageError:
-        raise
-    except (ArrowException, OSError, EOFError, LookupError, ValueError) as error:
-        raise UsageError(f"{source} cannot be read as {kind} ({error}): write it again") from error
-
-
 def _footer(file: BinaryIO, num_bytes: int) -> bytes:
     file.seek(max(0, file.seek(0, 2) - num_bytes))
     return file.read()
-
-
-def _decoder(file: BinaryIO, **settings: object) -> "parquet.ParquetFile":
-    from pyarrow import parquet
-
-    return parquet.ParquetFile(file, page_checksum_verification=True, pre_buffer=False, **settings)
 
 
 def _in_own_mapping(batch: "pa.RecordBatch") -> "pa.RecordBatch":
@@ -238,16 +196,12 @@ def _in_own_mapping(batch: "pa.RecordBatch") -> "pa.RecordBatch":
 
 
 def _chunks(group: "parquet.RowGroupMetaData", names: list[str]) -> "list[parquet.ColumnChunkMetaData]":
-    """The chunks of the named columns, several of a nested one."""
     chunks = [group.column(number) for number in range(group.num_columns)]
     return [chunk for chunk in chunks if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in names)]
 
 
 def _decoded_bytes(group: "parquet.RowGroupMetaData", names: list[str]) -> int:
-    """About what the named columns take decoded; in a dictionary, each value takes four bytes that the file does not.
-
-    A chunk whose dictionary is given up half way takes more, by what repeats in its first part.
-    """
+    """About what the named columns take decoded: in a dictionary, four bytes a value more than in the file."""
     chunks = _chunks(group, names)
     return sum(chunk.total_uncompressed_size + 4 * chunk.num_values * _repeats(chunk) for chunk in chunks)
 
