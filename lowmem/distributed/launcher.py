@@ -1,4 +1,4 @@
-"""Settings that a launcher (torchrun, accelerate launch, deepspeed) left in the environment. Imports no torch."""
+"""Settings that a launcher (torchrun, accelerate launch, deepspeed) puts into the environment. Imports no torch."""
 
 import json
 import os
@@ -20,10 +20,7 @@ def launched_processes() -> int | None:
 
 
 def launched_settings() -> dict[str, object]:
-    """The settings of `accelerate launch`, from flags or a config file, by the names of our fields.
-
-    Raises UsageError for those that lowmem does not have.
-    """
+    """The settings of `accelerate launch`, by the names of our fields. Raises UsageError for what lowmem lacks."""
     if _is_set("ACCELERATE_USE_MEGATRON_LM"):
         raise UsageError("accelerate was told to use Megatron-LM, which lowmem does not: set another distributed_type")
     settings: dict[str, object] = {}
@@ -45,14 +42,12 @@ def launched_settings() -> dict[str, object]:
 
 
 def _fsdp_settings() -> dict[str, object]:
-    """Those of fsdp_config. It has others, on grouping layers and on checkpoints, which lowmem does in its own way."""
-    prefix = "FSDP_"
-    found = {k.removeprefix(prefix).lower(): x.lower() for k, x in os.environ.items() if k.startswith(prefix)}
-    reshards = found.get("reshard_after_forward", "true")
+    """Those of fsdp_config, without the ones on grouping layers and on checkpoints."""
+    found = {k.removeprefix("FSDP_").lower(): x.lower() for k, x in os.environ.items() if k.startswith("FSDP_")}
+    reshards, wraps = found.get("reshard_after_forward", "true"), "transformer_based_wrap"
     needs = {
         "fsdp_version: 2": found.get("version") == "2",
-        "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP": found.get("auto_wrap_policy", "transformer_based_wrap")
-        == "transformer_based_wrap",
+        f"fsdp_auto_wrap_policy: {wraps.upper()}": found.get("auto_wrap_policy", wraps) == wraps,
         "fsdp_reshard_after_forward: true or false": reshards in ("true", "false"),
         "no fsdp_ignored_modules": "ignored_modules" not in found,
     }
@@ -74,24 +69,20 @@ def _parallelism_settings(settings: Mapping[str, object]) -> dict[str, object]:
         for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
     )
     if context > 1 or sequence > 1:
-        raise UsageError(
-            "accelerate was told to divide sequences over processes, which lowmem does not: remove cp_size and sp_size"
-        )
+        raise UsageError("accelerate was told to divide sequences, which lowmem does not: remove cp_size and sp_size")
     tp_settings = {"tp_size": tensor} if tensor > 1 else {}
     strategy = settings.get("sharding_strategy")
     if shards == 1 and (copies == 1 or strategy is None):
         return tp_settings
     processes = launched_processes()
     if processes not in (None, copies * shards * tensor):
+        asked = f"{copies} copies of {shards} shards, tp_size {tensor}"
         raise UsageError(
-            f"accelerate was told of {copies} copies of {shards} shards, tp_size {tensor}, but started {processes} "
-            "processes: their number must be the product of the three"
+            f"accelerate was told {asked}, but started {processes} processes: start the product of the three"
         )
     if strategy is None or (copies > 1 and strategy == "SHARD_GRAD_OP"):
-        raise UsageError(
-            f"accelerate was told of {shards} shards in {copies} copies: set distributed_type: FSDP with "
-            "fsdp_reshard_after_forward: true next to its parallelism_config"
-        )
+        needed = "distributed_type: FSDP with fsdp_reshard_after_forward: true"
+        raise UsageError(f"accelerate was told {shards} shards in {copies} copies: set {needed} too")
     return tp_settings | ({"sharding_strategy": "HYBRID_SHARD", "shard_size": shards} if copies > 1 else {})
 
 
@@ -104,10 +95,8 @@ def _deepspeed_config() -> str:
     for part in ("optimizer", "param"):
         device = get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
         if device == "nvme":
-            raise UsageError(
-                f"accelerate was told offload_{part}_device: nvme, but does not pass its path on: write both into a "
-                "DeepSpeed config and name it as deepspeed_config_file"
-            )
+            asked = f"offload_{part}_device: nvme"
+            raise UsageError(f"accelerate was told {asked}, but does not pass its path on: use a deepspeed_config_file")
         if device != "none":
             zero[f"offload_{part}"] = {"device": device}
     config: dict[str, object] = {"zero_optimization": zero}

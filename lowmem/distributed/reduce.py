@@ -15,8 +15,8 @@ _NORM_ELEMENTS = 2**20  # of a bf16 gradient, brought to fp32 at a time
 def all_reduce_sum(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Sum each tensor over the ranks of `group` (None: all), in place.
 
-    Small ones travel together in buckets of about 32 MiB. What is narrower than fp32 is summed in fp32 and rounded
-    once. Every rank passes tensors of the same shapes in the same order; the sums have the same bits on every rank.
+    Small ones travel in buckets of about 32 MiB; what is narrower than fp32 is summed in fp32 and rounded once. Every
+    rank passes the same shapes in the same order, and gets the same bits.
     """
     bucket: list[Tensor] = []
     room = _BUCKET_BYTES
@@ -57,8 +57,7 @@ def _reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
 def gradient_norm(gradient: Tensor) -> Tensor:
     """L2 norm of one gradient in fp32 (or wider), a scalar, without a copy of a large bf16 one.
 
-    On a CPU row by row, and their norms in fp64: its kernel adds up one after the other, and the squares of a matrix of
-    16 million in one fp32 sum lose 1e-3. A row of its own, or a vector, is one sum.
+    On a CPU, whose kernel adds sequentially, by rows, then over rows in fp64: one fp32 sum of 16M squares loses 1e-3.
     """
     wide = torch.promote_types(gradient.dtype, torch.float32)
     if gradient.device.type != "cpu":  # whose kernels add up in trees, and widen what they read

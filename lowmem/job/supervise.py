@@ -85,7 +85,7 @@ def tell_failure(error: Exception) -> int:
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
         else:
             traceback.print_exception(error)
-    heartbeat.failed(message_of(error))
+    heartbeat.ended(message_of(error))
     return CODES[cause_of(error)]
 
 
