@@ -21,10 +21,10 @@ _PLANNED = "LOWMEM_PLANNED"
 
 
 def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: frozenset[str] = frozenset()) -> int:
-    """Run `command` (train or evaluate) and return the exit code.
+    """Run `command` (train or evaluate) and return the exit code. Catches signals for the rest of the process.
 
-    Files and folders are checked before torch is loaded. Started processes get the command line `arguments`. Fields in
-    `fixed` stay as they are if settings are chosen to fit memory. Signals are caught for the rest of the process.
+    Checks files and folders before torch is loaded. Started processes get the command line `arguments`. Fields in
+    `fixed` stay as they are if settings are chosen to fit memory.
     """
     trains, output = command == "train", Path(config.output_dir)
     signals = Signals(at_once=end_at_once if trains else end_as_signalled)
@@ -77,10 +77,10 @@ def _open_all_rows(config: TrainConfig, trains: bool) -> RowSets:
 
 def _set_environment() -> None:
     """Set what torch reads when it is loaded, unless it is set."""
-    # Let OpenMP's waiting threads sleep. It costs a tiny model a sixth of its speed on idle cores, but spinning ones
-    # slow each other down, five times and more, as soon as anything else runs there.
+    # OpenMP's waiting threads sleep: a tiny model loses a sixth of its speed on idle cores, but threads that spin slow
+    # down five times and more as soon as anything else runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Let the CUDA allocator join memory again that batches of changing lengths leave in pieces.
+    # the CUDA allocator merges memory that batches of changing lengths fragment
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
@@ -95,7 +95,7 @@ def _train(config: TrainConfig, rows: RowSets, **supervision) -> tuple[int, bool
 
 
 def _hide_bars() -> None:
-    """Hide the progress bars of transformers for loading and writing weights. Imports torch."""
+    """Hide the progress bars of transformers. Imports torch."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

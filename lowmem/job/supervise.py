@@ -1,4 +1,4 @@
-"""A training run seen from outside: its folder is locked, signals are caught, and however it ends is told."""
+"""Lock a run's folder, run the training, and record how it ended."""
 
 import os
 import socket
@@ -16,16 +16,16 @@ from lowmem.errors import OutOfMemory, RankError, RowError, SaveError, StartErro
 from lowmem.job.exit_file import CODES, remove_exit, write_exit
 from lowmem.job.folder import holds_anything, owned
 
-# Their messages say all: a traceback would hide it.
-_TOLD_IN_A_LINE = (UsageError, RowError, RankError, SaveError, OutOfMemory, FloatingPointError)
+# printed in one line, without a traceback
+_PRINTED_ALONE = (UsageError, RowError, RankError, SaveError, OutOfMemory, FloatingPointError)
 _NOTHING_SAVED = "nothing is saved"
 
 
 def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Signals) -> int:
     """Call `train(signals=..., on_abort=...)`, which returns (step, preempted), and return the exit code.
 
-    How it ended is in `output`/exit.json, unless it was a mistake and nothing else is in there. What `train` raises is
-    raised. The main rank holds the folder's lock meanwhile.
+    The main rank holds the lock of `output`. Records how it ended in exit.json, unless it was a mistake and nothing
+    else is in there.
     """
     rank = int(os.environ.get("RANK", "0"))
     record = partial(write_exit, output, rank=rank)
@@ -54,34 +54,31 @@ def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Sig
 
 
 def end_at_once(signal: str, record: Callable[..., None] | None = None) -> NoReturn:
-    """What a signal does to a run until its processes are one group, in which they can agree on when to end."""
-    # a launcher sends SIGTERM to all also when one of them failed, be it to start them again
+    """End on a signal before the ranks are one group, which can agree on when to end."""
+    # a launcher also sends SIGTERM to all when one of them failed, be it to start them again
     is_a_launchers = signal == "SIGTERM" and not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "CROSS_SIZE"))
     if is_a_launchers and os.environ.get("LOCAL_RANK") != "0":
-        os._exit(PREEMPTED)  # the one that failed tells why, or the first one that it was signalled
-
-    def tell() -> None:
-        if record is not None and not is_a_launchers:
-            record("preempted", _NOTHING_SAVED, step=None)
-
-    say_and_exit(f"{signal} came, ends at once: there is nothing to save yet", PREEMPTED, tell)
+        os._exit(PREEMPTED)  # the failed process, or the first one of the host, reports
+    records = record is not None and not is_a_launchers
+    act = partial(record, "preempted", _NOTHING_SAVED, step=None) if records else lambda: None
+    say_and_exit(f"{signal} came, ends at once: there is nothing to save yet", PREEMPTED, act)
 
 
 def record_preempted(output: Path) -> None:
-    """Done by who started processes, once a signal has ended them: exit.json tells it if none of them could."""
+    """Write exit.json after a signal ended the processes that this one started, if none of them could."""
     with suppress(UsageError), owned(output):  # another run's folder is left alone
         write_exit(output, "preempted", _NOTHING_SAVED, step=None, rank=0)
 
 
 def tell_failure(error: Exception) -> int:
-    """Tell of `error` here, to a person, and to the other ranks. Returns the exit code."""
+    """Print `error`, and report it to the other ranks. Returns the exit code."""
     rank = os.environ.get("RANK", "0")
-    tells_where = rank == "0" or isinstance(error, StartError)
-    where = "" if tells_where else f" on rank {rank}, host {socket.gethostname()}"
-    # Before the processes are one group, all on a host see the same mistake and one tells it; later one may be alone.
+    names_rank = rank == "0" or isinstance(error, StartError)
+    where = "" if names_rank else f" on rank {rank}, host {socket.gethostname()}"
+    # before the processes are one group, all on a host see the same mistake and one prints it; later one may be alone
     is_seen_by_all = isinstance(error, UsageError) and not isinstance(error, StartError) and not is_in_a_group()
     if os.environ.get("LOCAL_RANK", "0") == "0" or not is_seen_by_all:
-        if isinstance(error, _TOLD_IN_A_LINE):
+        if isinstance(error, _PRINTED_ALONE):
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
         else:
             traceback.print_exception(error)
@@ -94,7 +91,7 @@ def cause_of(error: Exception) -> str:
 
 
 def message_of(error: Exception) -> str:
-    return str(error) if isinstance(error, _TOLD_IN_A_LINE) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, _PRINTED_ALONE) else f"{type(error).__name__}: {error}"
 
 
 def is_in_a_group() -> bool:

@@ -1,7 +1,6 @@
 """File operations of a checkpoint, each announced by `sys.audit("lowmem.disk", operation, path)` before it happens.
 
-So an audit hook (`sys.addaudithook`) can follow a save, or let any of its operations fail. Files that only transformers
-can write are announced when they are synced.
+So an audit hook can follow a save, or fail any operation. Files that transformers writes are announced at their sync.
 """
 
 import json
@@ -39,12 +38,10 @@ def write_file(path: Path, parts: Iterable[Bytes]) -> FileRecord:
 
 
 def to_json(value: object) -> bytes:
-    """The bytes of a JSON file, indented for people."""
     return json.dumps(value, indent=2).encode()
 
 
 def record_file(path: Path) -> FileRecord:
-    """The record of an existing file."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while part := file.read(_READ_BYTES):
@@ -77,7 +74,6 @@ def make_folders(path: Path) -> None:
 
 
 def rename(path: Path, new: Path) -> None:
-    """Rename a file or folder within its folder. Only an empty folder may have the new name already."""
     _announce("rename", path)
     os.rename(path, new)
 
