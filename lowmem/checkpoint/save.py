@@ -130,8 +130,8 @@ def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int 
         most = saves if keep is None else min(saves, max(1, keep + 1 - len(checkpoints(folder))))
         needed, free = most * checkpoint + weights, free_bytes(folder)
         if needed > free:
-            asked = f"for {most} checkpoints more ({checkpoint:,} each) and the model, {folder} needs {needed:,}"
-            raise UsageError(f"{asked}, {free:,} are free: make room, choose another disk or lower save_total_limit")
+            asked = f"{needed:,} bytes for {most} checkpoints more ({checkpoint:,} each) and the model"
+            raise UsageError(f"{folder} needs {asked}, {free:,} are free: make room or lower save_total_limit")
 
     on_main_rank(check)
 

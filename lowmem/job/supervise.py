@@ -28,7 +28,10 @@ def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Sig
     else is in there.
     """
     rank = int(os.environ.get("RANK", "0"))
-    record = partial(write_exit, output, rank=rank)
+
+    def record(cause: str, message: str) -> None:
+        write_exit(output, cause, message, step=heartbeat.current_step(), rank=rank)
+
     if rank != 0:
         signals.at_once = partial(end_at_once, record=record)
     with owned(output) if rank == 0 else nullcontext():
@@ -36,20 +39,18 @@ def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Sig
             remove_exit(output)
             signals.at_once = partial(end_at_once, record=record)  # not before: the folder may be another run's
         try:
-            step, preempted = train(
-                signals=signals, on_abort=lambda message: record("failed", message, step=heartbeat.current_step())
-            )
+            step, preempted = train(signals=signals, on_abort=partial(record, "failed"))
         except Exception as error:
             cause = cause_of(error)
             # before the main rank has locked the folder it may be another run's
             is_ours = rank == 0 or is_in_a_group()
             if is_ours and (cause != "mistake" or holds_anything(output)):
-                record(cause, message_of(error), step=heartbeat.current_step())
+                record(cause, message_of(error))
             raise
         cause = "preempted" if preempted else "done"
         if rank == 0:
             saved = f"step {step} is saved" if step else _NOTHING_SAVED
-            record(cause, saved if preempted else "", step=step)
+            write_exit(output, cause, saved if preempted else "", step=step, rank=rank)
     return CODES[cause]
 
 
@@ -60,7 +61,7 @@ def end_at_once(signal: str, record: Callable[..., None] | None = None) -> NoRet
     if is_a_launchers and os.environ.get("LOCAL_RANK") != "0":
         os._exit(PREEMPTED)  # the failed process, or the first one of the host, reports
     records = record is not None and not is_a_launchers
-    act = partial(record, "preempted", _NOTHING_SAVED, step=None) if records else lambda: None
+    act = partial(record, "preempted", _NOTHING_SAVED) if records else lambda: None
     say_and_exit(f"{signal} came, ends at once: there is nothing to save yet", PREEMPTED, act)
 
 
