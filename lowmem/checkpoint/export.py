@@ -52,9 +52,9 @@ class _Source(NamedTuple):
 def export(path: str | Path, out: str | Path, *, dtype: torch.dtype | None, max_shard_bytes: int) -> str:
     """Write the model of `path`, a checkpoint (verified first) or a model's folder, into the new folder `out`.
 
-    `dtype` is that of all floating-point tensors, None keeps theirs. From a checkpoint in memory=exact, float32 and
-    float16 come from its fp32 master. At most 16 MiB of a tensor (or a row of it) are in memory, and `out` is whole or
-    absent. Returns a summary. Raises UsageError for what cannot be exported, SaveError if `out` cannot be written.
+    `dtype` is that of all floating-point tensors, None keeps theirs; float32 and float16 come from a fp32 master if
+    there is one. Returns a summary. Raises UsageError for what cannot be exported, SaveError if `out` cannot be
+    written.
     """
     path, out = Path(path), Path(out)
     if out.exists():

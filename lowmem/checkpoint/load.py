@@ -51,10 +51,9 @@ def verify_together(path: str | Path) -> None:
 
 @phase("loading a checkpoint")
 def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerator, *, verify: bool = True) -> None:
-    """Load the checkpoint `path` into `state`, in place, on every rank.
+    """Load the checkpoint `path` into `state`, in place, on every rank, of any number and sharding.
 
-    Saved on any number of processes, sharded or not, it loads on any other; each rank reads its own parts, 16 MiB at a
-    time. AdamW's state also loads into a smaller memory tier: off into exact (no bit lost), both into lean (rounded).
+    AdamW's state also loads into a smaller memory tier: off into exact (no bit lost), both into lean (rounded).
     Everything is checked first: sizes and hashes (`verify` False: the caller has just called `verify_together`), names,
     shapes and dtypes of weights and optimizer state (of torch's optimizers only the class). Raises UsageError, naming
     the file or up to 10 differing tensors.

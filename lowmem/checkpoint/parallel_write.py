@@ -33,10 +33,9 @@ WriteRest = Callable[[Path, dict[str, FileRecord]], None]
 def write_together(
     path: Path, groups: Mapping[str, list[Shard]], write_rest: WriteRest, *, may_replace: Callable[[Path], bool]
 ) -> None:
-    """Write the shards of `groups` ({stem: shards}, names relative to `path`), each rank its share of them.
+    """Write the shards of `groups` ({stem: shards}, names relative to `path`), each rank its share.
 
-    Rank 0 then calls `write_rest(folder, records)` with the temporary folder and the records of what was written.
-    Called by every rank. Raises SaveError, on every rank, if the disk is full or fails.
+    Rank 0 then calls `write_rest(temporary folder, records so far)`. Every rank raises SaveError if the disk fails.
     """
     shards = [shard for group in groups.values() for shard in group]
     needed = sum(shard.num_bytes for shard in shards)
@@ -89,10 +88,9 @@ def _write_share(shares: list[list[Shard]], unfinished: Path, rank: int) -> dict
 
 
 def _whole_parts(queues: Sequence[Sequence[Tensor | Divided]], rank: int) -> Iterator[memoryview]:
-    """Yield the bytes of the tensors in this rank's queue, one tensor after the other, as `host_parts` does.
+    """Yield the bytes of the tensors in this rank's queue, of equal `queues` on all ranks, as `host_parts` does.
 
-    `queues`, one for each rank, are the same on all ranks. Every rank must consume the iterator to its end, as it sends
-    its pieces of the others' tensors in between, one tensor of each queue at a time to save host memory.
+    Consume it all: in between it sends this rank's pieces of others' tensors, one tensor of each queue at a time.
     """
     for tensors in zip_longest(*queues):
         for owner, tensor in enumerate(tensors):

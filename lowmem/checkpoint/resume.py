@@ -13,8 +13,7 @@ from lowmem.optim.state import TIERS
 def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
     """The checkpoint that `resume` means (never, auto or a path), the same on every rank, verified by all together.
 
-    auto is the newest whole one of `output_dir`, or None, a fresh start; prints why others are skipped. Raises
-    UsageError for a path that holds no whole checkpoint.
+    auto is the newest whole one of `output_dir`, or None, a fresh start. Raises UsageError for a damaged path.
     """
     if resume == "never":
         return None
@@ -46,10 +45,9 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: C
 
 
 def rows_per_step(checkpoint: Path | None, world_size: int, **sizes: int | None) -> int:
-    """Rows of an optimizer step over all processes. A resumed run keeps its number, on any number of processes.
+    """Rows of an optimizer step over all processes, which a resumed run keeps on any number of processes.
 
-    `sizes` are batch_size, gradient_accumulation_steps and global_batch_size. Raises UsageError if they differ from
-    those of `checkpoint` and give another number.
+    Raises UsageError if `sizes`, the flags that set it, differ from those of `checkpoint` and give another number.
     """
     wanted = sizes["global_batch_size"] or sizes["batch_size"] * sizes["gradient_accumulation_steps"] * world_size
     if checkpoint is None:

@@ -12,8 +12,7 @@ All ranks write at once, each a share of the files, in which every tensor is who
 import copy
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -112,7 +111,7 @@ def save_model(
 def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int | None) -> None:
     """Check that `saves` checkpoints, of which `keep` are kept, and the model fit on the disk. Called by every rank.
 
-    Raises UsageError if they do not, or if a tensor has a dtype or sharding that cannot be saved.
+    Raises UsageError if they do not, or if a tensor's dtype or sharding cannot be saved.
     """
     folder = Path(folder)
     tensors = model_tensors(state.model)
@@ -147,8 +146,12 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
         model_config.dtype = base.dtype
         model_config.save_pretrained(folder)
     if tokenizer is not None:
-        with _errors_of_rust():
+        try:
             tokenizer.save_pretrained(folder)
+        except Exception as error:  # the tokenizers library, in Rust, has an OSError's number only in its message
+            if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
     records = {}
     for path in sorted(set(filter(Path.is_file, folder.rglob("*"))) - tensors):  # transformers wrote them
         sync(path)
@@ -160,18 +163,6 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
     if config is not None:
         records[folder / "lowmem.json"] = write_file(folder / "lowmem.json", [to_json(dict(config))])
     return records
-
-
-@contextmanager
-def _errors_of_rust() -> Iterator[None]:
-    """Raise OSError when a disk is full: the tokenizers library has its number only in a message."""
-    try:
-        yield
-    except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _prune(path: Path, keep: int, best: Mapping[str, float] | None) -> None:

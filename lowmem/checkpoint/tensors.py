@@ -19,10 +19,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor | Divided]:
 def named_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """The parameters of `optimizer` by their names in `model`, in its order. Raises UsageError under DeepSpeed."""
     if is_engine(model):
-        raise UsageError(
-            "DeepSpeed's optimizer state cannot be saved (ZeRO flattens all weights): save the weights alone, with "
-            "save_model, or train without DeepSpeed"
-        )
+        raise UsageError("ZeRO's optimizer state cannot be saved: save the weights alone, with save_model")
     names = {id(tensor): name for name, tensor in model_tensors(model).items()}
     return {names[id(x)]: x for group in optimizer.param_groups for x in group["params"]}
 

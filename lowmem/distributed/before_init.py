@@ -16,10 +16,10 @@ _open: list[dist.Store] = []  # until the process ends: if rank 0 keeps the stor
 
 
 def found_by_first(find: Callable[[], Found], *, limit_seconds: float, start_seconds: float) -> Found:
-    """Return on every rank what `find` returns on rank 0, passed as JSON. All ranks call it, before `start_group`.
+    """Return on every rank, before `start_group`, what `find` returns on rank 0, passed as JSON.
 
-    If `find` raises UsageError, every rank does; for another error the others raise RankError, as they do after waiting
-    `limit_seconds` for `find`, or `start_seconds` for one another.
+    If `find` raises UsageError, every rank does; else the others raise RankError, as they do after `limit_seconds` of
+    `find`, or `start_seconds` of waiting for one another.
     """
     launch = launch_from_environment()
     store = open_store(launch, start_seconds)

@@ -23,10 +23,7 @@ _RAISED_ON_ALL = {kind.__name__: kind for kind in (UsageError, SaveError)}
 
 @contextmanager
 def collective(name: str) -> Iterator[None]:
-    """Around a collective: this rank waits for the others at the phase `name`, "summing gradients".
-
-    Raises RankError if the collective breaks, with step and phase, and the ranks that are silent or have failed.
-    """
+    """Around a collective, at the phase `name`: if it breaks, raise RankError with who is silent or failed."""
     with heartbeat.phase(name):
         try:
             yield
@@ -75,24 +72,15 @@ def gather_json(value: object) -> list:
 
 
 def on_main_rank(function: Callable[[], Result]) -> Result | None:
-    """Run `function` on rank 0 while the others wait; return its result on rank 0, None elsewhere.
-
-    If it raises there, every rank raises: see `raise_error_of_any_rank`.
-    """
-    result, error, (rank, _) = None, None, rank_and_world_size()
-    with heartbeat.phase("waiting for rank 0" if rank else "working for all ranks"):
-        if rank == 0:
-            try:
-                result = function()
-            except Exception as caught:
-                error = caught
-        raise_error_of_any_rank(error)
-    return result
+    """Run `function` on rank 0 alone; return its result there, None elsewhere. If it raises, every rank does."""
+    rank, _ = rank_and_world_size()
+    with heartbeat.phase("waiting for rank 0" if rank else "working for all ranks"), raise_on_all_ranks():
+        return function() if rank == 0 else None
 
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Every rank enters it, and if one leaves it with an error, all do: see `raise_error_of_any_rank`.
+    """If any rank leaves this block with an error, every rank raises: see `raise_error_of_any_rank`.
 
     One small collective at its end, so within it there must be none that a failing rank would miss.
     """
@@ -107,10 +95,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 @contextmanager
 def report_failure() -> Iterator[None]:
-    """For code that contains collectives, such as a sharded model's forward, where a failing rank cannot synchronise.
-
-    Its heartbeat reports the error, and the other ranks end a few seconds later with it in their message.
-    """
+    """For a block with collectives, where a failing rank cannot synchronise: its heartbeat ends the others."""
     try:
         yield
     except RankError:  # it names another rank already
@@ -127,8 +112,7 @@ def report_failure() -> Iterator[None]:
 def raise_error_of_any_rank(error: Exception | None) -> None:
     """Raise on every rank if any passes an error: its own, else that of the first rank that has one.
 
-    That is a UsageError or SaveError again, any other becomes a RankError. StepTooLarge counts only if no rank has
-    another error; then all raise the first one's.
+    UsageError and SaveError keep their class, others become RankError. StepTooLarge counts only without another error.
     """
     mine = None
     if isinstance(error, StepTooLarge):
@@ -147,10 +131,7 @@ def raise_error_of_any_rank(error: Exception | None) -> None:
 
 
 def watch_one_another(limit_seconds: float, on_abort: heartbeat.OnAbort = None) -> None:
-    """Start a heartbeat on every rank, if there are several: one that is silent for `limit_seconds` ends them all.
-
-    The message, which names it, goes to stderr and to `on_abort`.
-    """
+    """Start every rank's heartbeat: one that is silent for `limit_seconds` ends all, named on stderr and `on_abort`."""
     if not _is_distributed():
         return
     rank, world_size = rank_and_world_size()

@@ -27,46 +27,35 @@ _MOST_CHARACTERS = 200  # of a value in a message
 
 
 def check_same(what: Mapping[str, object]) -> None:
-    """Compare `what` over the ranks, as text. One small collective.
-
-    Raises UsageError on every rank, with all that differs from rank 0 and both values.
-    """
+    """Compare `what` over the ranks, as text. Raises UsageError on every rank, with all that differs from rank 0."""
     mine = {name: str(value) for name, value in what.items()}
     (first_host, first), *others = gather_json([socket.gethostname(), mine])
     ranks_by_difference: dict[str, list[str]] = {}
     for rank, (host, other) in enumerate(others, 1):
-        differences = [
-            f"{name} {_shortened(other.get(name, 'nothing'))} (rank 0: {_shortened(first.get(name, 'nothing'))})"
-            for name in first | other
-            if first.get(name) != other.get(name)
-        ]
-        if differences:
+        names = [name for name in first | other if first.get(name) != other.get(name)]
+        if names:
+            differences = [f"{name} {_value(other, name)} (rank 0: {_value(first, name)})" for name in names]
             ranks_by_difference.setdefault("; ".join(differences), []).append(f"{rank} on {host}")
     if ranks_by_difference:
         clauses = [f"rank {', '.join(ranks)} has {difference}" for difference, ranks in ranks_by_difference.items()]
-        differences = ". ".join(clauses)
-        raise UsageError(f"{differences}. Rank 0 is on {first_host}: use the same flags, files and code on all ranks")
+        raise UsageError(f"{'. '.join(clauses)}. Rank 0 is on {first_host}: use the same flags, files and code")
 
 
-def check_same_inputs(
-    flags: Mapping[str, object], rows: Mapping[str, Sized | None], output_dir: Path | None = None
-) -> None:
+def check_same_inputs(flags: Mapping[str, object], rows: dict[str, Sized | None], output: Path | None = None) -> None:
     """`check_same` of code, versions, `flags`, all `rows` that are not None and, if given, the output folder."""
     if rank_and_world_size()[1] > 1:
         digests = {f"{name} rows": rows_digest(each) for name, each in rows.items() if each is not None}
-        check_same(code() | flags | digests | (seen_by_all(output_dir) if output_dir else {}))
+        check_same(code() | flags | digests | (seen_by_all(output) if output else {}))
 
 
 def check_same_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, weights: bool) -> None:
-    """`check_same` of the model, with or without samples of its `weights`, and of the tokenizer.
-
-    A new model needs `weights=False`: CPUs draw different ones, which `parallelize` replaces by rank 0's.
-    """
+    """`check_same` of the tokenizer and the model, of a new one without its `weights`, which CPUs draw differently."""
     if rank_and_world_size()[1] > 1:
         check_same({"the model": model_digest(model, weights=weights), "the tokenizer": tokenizer_digest(tokenizer)})
 
 
-def _shortened(value: str) -> str:
+def _value(values: Mapping[str, str], name: str) -> str:
+    value = values.get(name, "nothing")
     return value if len(value) <= _MOST_CHARACTERS else f"{value[:_MOST_CHARACTERS]}..."
 
 
@@ -118,10 +107,7 @@ def _digest(value: object) -> str:
 
 
 def model_digest(model: nn.Module, *, weights: bool) -> str:
-    """A hash of names, shapes and dtypes and, with `weights`, of 16 evenly spread samples of 4 KiB of each tensor.
-
-    Tensors must be on the host; of those on meta it samples three rows in the model's files.
-    """
+    """A hash of names, shapes, dtypes and, with `weights`, samples: 16 of 4 KiB a tensor, or three rows of its file."""
     digest = xxhash.xxh3_64()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

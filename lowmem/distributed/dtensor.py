@@ -27,9 +27,7 @@ def pieces(tensor: DTensor) -> list[Piece]:
     if not sharded:
         return [Piece(int(mesh.flatten()[0]), 0, 0, len(tensor))]
     if len(sharded) > 1 or type(tensor.placements[sharded[0]]) is not Shard or tensor.placements[sharded[0]].dim > 1:
-        raise UsageError(
-            f"a tensor sharded as {tensor.placements} cannot be saved or loaded: shard its first or second dimension"
-        )
+        raise UsageError(f"tensors sharded as {tensor.placements} cannot be saved: shard the first or second dimension")
     dim = tensor.placements[sharded[0]].dim
     ranks = mesh.movedim(sharded[0], 0).reshape(mesh.size(sharded[0]), -1)[:, 0].tolist()
     size = -(-tensor.shape[dim] // len(ranks))
@@ -67,10 +65,7 @@ def is_in_columns(tensor: Tensor) -> bool:
 
 
 def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
-    """A tensor sharded like `parameter`, of which this rank's part is `local`.
-
-    A dimension of `local` has the size of the parameter's local part or, for blocks of columns, one equal on all ranks.
-    """
+    """A tensor sharded like `parameter`, of which `local` is this rank's part, sized as the parameter's or equally."""
     if not isinstance(parameter, DTensor):
         return local
     mesh, placements, part = parameter.device_mesh, parameter.placements, local_of(parameter)

@@ -22,9 +22,8 @@ _PART_ROWS = 2**10  # of two tensors in files that are compared at a time
 def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator[None]:
     """Shard the model within this block; at its end parameters (on `device` or the host) and buffers get their values.
 
-    If rank 0's model is on meta, each rank reads its own part from the files of `model.name_or_path`, else rank 0
-    broadcasts it: no other rank ever has a whole copy. Buffers that no file holds keep the values that the model was
-    built with. Raises UsageError, on all ranks, if the files do not hold all weights.
+    If rank 0's model is on meta, each rank reads its own part from the files of `model.name_or_path`, else rank 0 sends
+    it; buffers in no file keep their values. Raises UsageError, on all ranks, if the files do not hold all weights.
     """
     has_data = not any(parameter.is_meta for parameter in model.parameters())
     is_source = has_data and rank_and_world_size()[0] == 0
@@ -65,7 +64,7 @@ def read_local(tensor: Tensor, stored: StoredTensor) -> None:
 def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor] | None:
     """Each parameter and persistent buffer, by its (first) name, as the files in `folder` hold it.
 
-    None if one is missing, or if tied ones differ in the files: transformers would untie those.
+    None if one is missing, or if tied ones differ in the files, so that transformers would untie them.
     """
     files = open_shards(folder, "model")
     aliases: dict[Tensor, list[str]] = {}

@@ -1,8 +1,4 @@
-"""torch's `fully_shard`, and all that we use of its private names.
-
-With torch 2.11 and 2.13: `_get_fsdp_state`, `_lazy_init`, `_is_root`, and `nn.Module._apply`, by which it notices that
-parameters were replaced.
-"""
+"""torch's `fully_shard`, and all that we use of its private names, in torch 2.11 and 2.13."""
 
 import warnings
 from collections.abc import Iterator
@@ -39,8 +35,7 @@ def shard_layers(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: b
 def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
     """The modules whose weights are all-gathered together, inner ones first; True: once for the whole step.
 
-    That is the output head, which the chunked loss uses after the model's forward, and what is in no other group:
-    norms, and embeddings that share their weights with the head.
+    That is the output head, which the chunked loss uses after the model's forward, and what is in no other group.
     """
     yield from ((module, False) for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
     if isinstance(model, PreTrainedModel):
@@ -80,10 +75,7 @@ def resharding(model: nn.Module) -> Iterator[None]:
 
 
 def gathered_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Yield every parameter as the model computes with it; a whole one of a sharded group lasts until the next.
-
-    Its storage stays the same object for a whole run.
-    """
+    """Yield every parameter as the model computes with it, sharded ones all-gathered, always in the same storage."""
     groups = _sharded_modules(model)
     for group in groups:
         group.unshard()

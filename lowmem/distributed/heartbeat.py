@@ -1,7 +1,7 @@
 """Each rank reports every second that it lives and what it does; a rank that falls silent ends the run, by name.
 
 A collective waits for peers that were killed, stopped or cut off, where no exception can reach it. So two threads keep
-watch over a store on rank 0. All of it is on the host; importing it imports no torch.
+watch over a store on rank 0. Imports no torch.
 """
 
 import atexit
@@ -91,11 +91,9 @@ FIRST = json.dumps(Beat())
 class Heartbeat:
     """This rank's two threads: one exchanges beats through the store, which may block forever, one judges them."""
 
-    def __init__(
-        self, store: "Store", address: str, rank: int, world_size: int, limit_seconds: float, on_abort: OnAbort
-    ):
-        self._address, self._rank, self._limit, self._on_abort = address, rank, limit_seconds, on_abort
-        self._interval = min(1.0, limit_seconds / 10)
+    def __init__(self, store: "Store", address: str, rank: int, world_size: int, limit: float, on_abort: OnAbort):
+        self._address, self._rank, self._limit, self._on_abort = address, rank, limit, on_abort
+        self._interval = min(1.0, limit / 10)
         self._beats = [Beat()] * world_size
         # Seconds in which we listened, not seconds of a clock: if this process was stopped, nobody else was silent.
         self._silence = [0.0] * world_size
@@ -181,10 +179,8 @@ class Heartbeat:
             if self._known_failure >= min(_SECONDS_TO_FOLLOW, self._limit):
                 found += self._failed()
             if found and self._end is None:
-                self._end_process(
-                    f"error: {'; '.join(found)}. Rank {self._rank}, at {place()}, ends too: look at the other's log, "
-                    "then resume from the last checkpoint"
-                )
+                here = f"Rank {self._rank}, at {place()}, ends too"
+                self._end_process(f"error: {'; '.join(found)}. {here}: see the other's log, then resume")
 
     def _silent(self, seconds: float) -> list[str]:
         """A clause for each rank that runs but sent no beat for so long; rank 0 alone if its store is silent."""

@@ -64,10 +64,8 @@ def _fsdp_settings() -> dict[str, object]:
 
 def _parallelism_settings(settings: Mapping[str, object]) -> dict[str, object]:
     """Those of parallelism_config, given `settings` of fsdp_config."""
-    copies, shards, tensor, context, sequence = (
-        int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1"))
-        for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
-    )
+    names = [f"PARALLELISM_CONFIG_{name}_SIZE" for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")]
+    copies, shards, tensor, context, sequence = (int(os.environ.get(name, "1")) for name in names)
     if context > 1 or sequence > 1:
         raise UsageError("accelerate was told to divide sequences, which lowmem does not: remove cp_size and sp_size")
     tp_settings = {"tp_size": tensor} if tensor > 1 else {}
@@ -77,9 +75,7 @@ def _parallelism_settings(settings: Mapping[str, object]) -> dict[str, object]:
     processes = launched_processes()
     if processes not in (None, copies * shards * tensor):
         asked = f"{copies} copies of {shards} shards, tp_size {tensor}"
-        raise UsageError(
-            f"accelerate was told {asked}, but started {processes} processes: start the product of the three"
-        )
+        raise UsageError(f"accelerate was told {asked}, but started {processes} processes: start their product")
     if strategy is None or (copies > 1 and strategy == "SHARD_GRAD_OP"):
         needed = "distributed_type: FSDP with fsdp_reshard_after_forward: true"
         raise UsageError(f"accelerate was told {shards} shards in {copies} copies: set {needed} too")

@@ -49,10 +49,9 @@ def launch_from_environment() -> Launch:
 
 
 def start_group(backend: str, *, limit_seconds: float) -> None:
-    """Start the process group that the environment describes, which accelerate then uses.
+    """Start the process group that the environment describes, in which no wait exceeds about `limit_seconds`.
 
-    Raises StartError where the environment is wrong, and RankError if a rank is missing. No wait exceeds about
-    `limit_seconds`: where no exception can arrive, the process ends with a line on stderr and exit code 1.
+    Raises StartError or, if a rank is missing, RankError; where no exception can arrive, the process exits with code 1.
     """
     launch = launch_from_environment()
     if os.environ.get("ACCELERATE_DEBUG_MODE", "false").lower() == "true":  # --debug: accelerate checks its collectives
@@ -64,25 +63,22 @@ def start_group(backend: str, *, limit_seconds: float) -> None:
     try:
         meeting = meet(store, launch, limit_seconds)
     except dist.DistNetworkError as error:
-        raise RankError(
-            f"{launch} lost the store at {launch.address}:{launch.port} before all ranks came ({_first_line(error)}): "
-            "look at the log of rank 0 or of the launcher"
-        ) from error
-    group = {"rank": launch.rank, "world_size": launch.world_size}
+        lost = f"lost the store at {launch.address}:{launch.port} before all ranks came ({_first_line(error)})"
+        raise RankError(f"{launch} {lost}: look at the log of rank 0 or of the launcher") from error
+    options = {"rank": launch.rank, "world_size": launch.world_size, "store": dist.PrefixStore(meeting, store)}
     unconnected = f"{launch} found all other ranks, but {backend} does not connect them"
     with _ending_after(limit_seconds, f"{unconnected}: {_network()}"):
         try:
-            dist.init_process_group(backend, store=dist.PrefixStore(meeting, store), **group)
+            dist.init_process_group(backend, **options)
         except RuntimeError as error:
             raise StartError(f"{unconnected} ({_first_line(error)}): {_network()}") from error
     store.set_timeout(_STORE_TIMEOUT)  # from here on a rank may wait for another one that works
 
 
 def first_sum(device: torch.device, *, limit_seconds: float, on_abort: Callable[[str], None] | None = None) -> None:
-    """All-reduce once on the host and once on `device`, which shows that all ranks are connected.
+    """All-reduce once on the host and once on `device`: only then do backends connect, and NCCL without a limit.
 
-    Backends connect only then, and NCCL without a limit: after `limit_seconds` the process ends with a message on
-    stderr, also passed to `on_abort`.
+    After `limit_seconds` the process ends with a message on stderr, also passed to `on_abort`.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     what = f"rank {rank} on {socket.gethostname()} got no answer to its first sum over {world_size} ranks"
@@ -114,10 +110,7 @@ def open_store(launch: Launch, limit_seconds: float) -> dist.Store:
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise StartError(f"{stranger} ({_first_line(error)})") from error
-            raise StartError(
-                f"{launch} was to keep the store at {where}, but that port is taken: {advice} "
-                "(torchrun: --master_port, accelerate: --main_process_port)"
-            ) from error
+            raise StartError(f"{launch} was to keep the store at {where}, but that port is taken: {advice}") from error
     return store
 
 
@@ -133,19 +126,17 @@ def _reach(launch: Launch, where: str, limit_seconds: float) -> None:
             # the keeper is up before rank 0 gets here, so a host that refuses rank 0 is another one
             is_final = launch.rank == 0 and isinstance(error, ConnectionRefusedError)
             if is_final or left <= _SECONDS_BETWEEN_TRIES:
-                raise StartError(
-                    f"{launch} reaches nobody at {where}: {error.strerror or error}. Set both to the host of rank 0 "
-                    f"and a port open to this host. {_interfaces()}"
-                ) from error
+                found = f"{launch} reaches nobody at {where}: {error.strerror or error}. {_interfaces()}"
+                raise StartError(f"{found}: set both to the host of rank 0 and a port open to this host") from error
             time.sleep(_SECONDS_BETWEEN_TRIES)
 
 
 def meet(store: dist.Store, launch: Launch, limit_seconds: float) -> str:
     """Wait until all ranks are here. Returns a name for this meeting, the same on every rank and new in this store.
 
-    A launcher's store still holds what processes wrote before a restart, and hosts may count restarts differently. So
-    rank 0 writes a new token, each other rank answers with it and its own, and a rank that finds its token in rank 0's
-    list has met: no token of a dead process can pass for that of a live one.
+    A launcher's store holds what processes wrote before a restart. So rank 0 writes a new token, each other rank
+    answers with it and its own, and has met once its own is in rank 0's list: no token of a dead process passes for a
+    live one's.
     """
     mine, others, start = uuid4().hex, range(1, launch.world_size), time.monotonic()
     answered, has_reported = "", False
@@ -167,10 +158,8 @@ def meet(store: dist.Store, launch: Launch, limit_seconds: float) -> str:
         elif answered and (met := _read(store, "lowmem/met").split()) and met[0] == answered:
             if mine in met:
                 return answered
-            raise StartError(
-                f"{launch} of {launch.world_size} is none of the {len(met)} that rank 0 met: set a RANK of its own "
-                "and the same WORLD_SIZE for all (torchrun: --node_rank, --nnodes)"
-            )
+            found = f"{launch} of {launch.world_size} is none of the {len(met)} that rank 0 met"
+            raise StartError(f"{found}: set its own RANK and the same WORLD_SIZE (torchrun: --node_rank, --nnodes)")
         waited = time.monotonic() - start
         is_late = waited > limit_seconds
         if is_late or (waited > _SECONDS_UNTIL_REPORT and launch.rank == 0 and not has_reported):
@@ -178,10 +167,8 @@ def meet(store: dist.Store, launch: Launch, limit_seconds: float) -> str:
             missing = [str(rank) for rank, has_come in enumerate(came, 1) if not has_come] if asked else ["0"]
             awaited = f"for rank {', '.join(missing)} of {launch.world_size} at {launch.address}:{launch.port}"
             if is_late:
-                raise RankError(
-                    f"{launch} timed out after {limit_seconds:g} s waiting {awaited}: check that it runs, with a RANK "
-                    "of its own and the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE"
-                )
+                found = f"{launch} timed out after {limit_seconds:g} s waiting {awaited}"
+                raise RankError(f"{found}: check that it runs, with its own RANK and the same WORLD_SIZE and address")
             print(f"{launch} waits {awaited}", flush=True)
             has_reported = True
         time.sleep(_SECONDS_BETWEEN_LOOKS)

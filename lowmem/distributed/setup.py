@@ -53,10 +53,9 @@ def init_distributed(
     """Join the process group that the environment describes (gloo without a GPU). Return its Accelerator.
 
     `mixed_precision` None is what `accelerate launch` sets; with `deepspeed`, a whole DeepSpeed config for `zero.wrap`,
-    it is the config's. Processes that do not find one another within `heartbeat_timeout` seconds end with a reason (see
-    `start_group`). Later, one that sends no heartbeat for that long, or fails alone, ends all of them with a message
-    that names it, on stderr and to `on_abort`. `signals.at_once` is unset, as the ranks can now agree on when to end.
-    Raises UsageError if the group has another size than was launched, and as `check_launch` and `start_group` do.
+    the config's. Raises UsageError or RankError if the processes do not find one another within `heartbeat_timeout`
+    seconds. Later, one that sends no heartbeat for that long, or fails alone, ends all with a message that names it, on
+    stderr and to `on_abort`. `signals.at_once` is unset, as the ranks can now agree on when to end.
     """
     check_launch(None)
     if deepspeed is None and "deepspeed" in launched_settings():

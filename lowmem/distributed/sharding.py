@@ -27,15 +27,13 @@ def parallelize(
 ) -> nn.Module:
     """Put the model on this rank's device with rank 0's weights and buffers. State keys stay the model's own.
 
-    NO_SHARD keeps a whole copy on every rank. The others are torch's `fully_shard`, a layer a group: parameters become
-    DTensors sharded by rows, gradients sharded sums over ranks, reduced in fp32. FULL_SHARD all-gathers a layer's
-    weights for its forward and again for its backward, SHARD_GRAD_OP keeps them in between, HYBRID_SHARD is FULL_SHARD
-    among `shard_size` neighbouring ranks (None: those of this machine), with a copy for each such set. `cpu_offload`
-    keeps shards in host memory, where their optimizer steps. `tp_size` neighbouring ranks share layers by tensor
-    parallelism, see `divide_layers`, and must get the same rows, those of `data_place`.
-
-    A model to be sharded may be without data (`load_model(..., on_meta=True)`): see `filled`. Raises UsageError for
-    what does not fit the processes or the model.
+    NO_SHARD keeps a whole copy on every rank. The others are torch's `fully_shard`, a layer a group, with DTensors
+    sharded by rows, and gradients that are sums over ranks, reduced in fp32. FULL_SHARD all-gathers a layer's weights
+    for forward and again for backward, SHARD_GRAD_OP keeps them in between, HYBRID_SHARD is FULL_SHARD among
+    `shard_size` neighbouring ranks (None: those of this machine), with a copy for each such set. `cpu_offload` keeps
+    shards, and optimizer steps, in host memory. `tp_size` neighbouring ranks share layers by tensor parallelism, see
+    `divide_layers`, and need the same rows, those of `data_place`. A model to be sharded may be without data
+    (`load_model(..., on_meta=True)`). Raises UsageError for what does not fit the processes or the model.
     """
     if sharding_strategy not in (strategies := choices("sharding_strategy")):
         raise UsageError(f"sharding_strategy={sharding_strategy} is not known: take one of {', '.join(strategies)}")

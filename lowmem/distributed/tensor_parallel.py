@@ -1,9 +1,8 @@
-"""Tensor parallelism: linear layers sharded over ranks, by the plan that transformers has for a model.
+"""Tensor parallelism (Shoeybi et al., 2019): linear layers sharded by the plan that transformers has for a model.
 
-Each rank keeps rows or columns of a weight, and results are summed over the ranks (Shoeybi et al., 2019). Weights are
-DTensors, for checkpoints; computation uses their plain local tensors. All else is whole on every rank, also embedding
-and output head. Ranks that share a model must get the same batches and draw the same dropout masks: then the gradient
-of what is whole is complete and identical on each of them, without a sum.
+Weights are DTensors, for checkpoints; computation uses their plain local tensors. All else is whole on every rank, also
+embedding and output head. Ranks that share a model must get the same batches and dropout masks: then the gradient of
+what is whole is complete and identical on each of them, without a sum.
 """
 
 import re
@@ -34,10 +33,7 @@ def make_tensor_mesh(kind: str, world_size: int, tp_size: int) -> DeviceMesh:
 
 
 def divide_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard the layers in the model's plan over the second dimension of `mesh`, (data ranks, `tp_size`), in place.
-
-    Their parameters, with data or on meta, become DTensors of placements (Replicate, Shard). See `check_plan`.
-    """
+    """Shard the layers in the model's plan over the second dimension of `mesh`, in place. See `check_plan`."""
     check_plan(model, mesh.size(1))
     group = mesh.get_group(1)
     for name, style in _planned(model).items():

@@ -1,7 +1,4 @@
-"""DeepSpeed's ZeRO: its engine, which shards optimizer state (stage 1), gradients (2) and weights (3), and its steps.
-
-DeepSpeed is imported only where an engine is made.
-"""
+"""DeepSpeed's ZeRO, which shards optimizer state (stage 1), gradients (2) and weights (3). Imported only when used."""
 
 import copy
 import math

@@ -22,8 +22,7 @@ _START_ERROR_SECONDS = 2.0  # the system knows when a process started to about a
 def write_exit(folder: Path, cause: str, message: str = "", *, step: int | None, rank: int) -> None:
     """Write `folder`/exit.json whole or not at all, and only if there is none: the first cause counts.
 
-    `cause` is a key of CODES, `step` the optimizer steps done, if known. Without a folder nothing is written; if the
-    disk fails, a line says so.
+    `cause` is a key of CODES, `step` the optimizer steps done, if known. Without a folder nothing is written.
     """
     if not folder.is_dir():
         return
@@ -66,19 +65,15 @@ def this_launch() -> dict[str, object]:
         since = psutil.Process(os.getppid()).create_time()
     except psutil.Error:  # the first process of a container has no parent
         since = psutil.Process().create_time()
-    return {
-        "run_id": os.environ.get("TORCHELASTIC_RUN_ID"),
-        "host": socket.gethostname(),
-        "launcher": os.getppid(),
-        "since": datetime.fromtimestamp(since, UTC).isoformat(),
-    }
+    run_id, host = os.environ.get("TORCHELASTIC_RUN_ID"), socket.gethostname()
+    started = datetime.fromtimestamp(since, UTC).isoformat()
+    return {"run_id": run_id, "host": host, "launcher": os.getppid(), "since": started}
 
 
 def _is_of_this_launch(launch: Mapping[str, object], time: str) -> bool:
     """Whether a process of `launch` that wrote something at `time` (ISO 8601) was in this process's launch.
 
-    Launchers on all hosts share a run id. But process ids and run ids recur: what is older than our launcher is of an
-    earlier launch.
+    All hosts share a run id, but process and run ids recur: what is older than our launcher is of an earlier launch.
     """
     ours = this_launch()
     age = (datetime.fromisoformat(time) - datetime.fromisoformat(ours["since"])).total_seconds()

@@ -18,10 +18,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def check_output(output: Path, resume: str) -> None:
-    """Raise UsageError if a run would mix with another one in `output`, or would resume from no checkpoint.
-
-    `resume` is never, auto or the path of a checkpoint.
-    """
+    """Raise UsageError if a run, with `resume` never, auto or a path, would mix with another one in `output`."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output_dir={output} is a file: name a folder")
     present = sorted(path.name for path in output.glob("checkpoints/step-*"))
@@ -46,11 +43,10 @@ def check_output(output: Path, resume: str) -> None:
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Make and lock `folder` within this block, with a file .lock that names this process.
+    """Make and lock `folder` within this block, by a file .lock that names this process; remove it if it stays empty.
 
-    The lock (flock) ends with the process; a line says if the file system has none. Folders made here that stay empty
-    are removed. Raises UsageError if `folder` cannot be written, or if another process, which it names, keeps the lock
-    for 5 seconds.
+    The lock (flock) ends with the process. Raises UsageError if `folder` cannot be written, or if another process keeps
+    the lock for 5 seconds, which it names.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:

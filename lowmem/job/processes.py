@@ -24,8 +24,7 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
     """Run this script with `arguments` in `num_processes` processes on this machine, and return its exit code.
 
     When one fails, the launcher ends the others, and its code is returned. The first of `signals`, caught already, is
-    passed on to the processes, which may take any time to save; if it ended one that did not catch it yet, its negative
-    number is returned. `signals.at_once`, which ends this process, is replaced just before processes are started.
+    passed on; if it ended a process that did not catch it yet, its negative number is returned.
     """
     passed_on: list[int] = []
 

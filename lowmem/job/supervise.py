@@ -24,8 +24,7 @@ _NOTHING_SAVED = "nothing is saved"
 def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Signals) -> int:
     """Call `train(signals=..., on_abort=...)`, which returns (step, preempted), and return the exit code.
 
-    The main rank holds the lock of `output`. Records how it ended in exit.json, unless it was a mistake and nothing
-    else is in there.
+    Rank 0 locks `output`. exit.json says how it ended, unless it was a mistake and nothing else is in there.
     """
     rank = int(os.environ.get("RANK", "0"))
 

@@ -18,9 +18,8 @@ STEP_FOLDER = re.compile(r"step-\d{8,}")
 def whole_or_absent(path: Path, *, may_replace: Callable[[Path], bool] = lambda path: False) -> Iterator[Path]:
     """Yield a temporary folder next to `path`, and rename it to `path` when the block ends without an error.
 
-    An existing folder is replaced only if `may_replace(path)`, else FileExistsError is raised before anything is
-    written. After an error the temporary folder is removed and `path` is as it was. One process enters this; others
-    may write into `unfinished_folder(path)`.
+    An existing folder is replaced only if `may_replace(path)`, else FileExistsError comes before anything is written.
+    After an error `path` is as it was. One process enters this; others may write into `unfinished_folder(path)`.
     """
     unfinished = _begin(path, may_replace)
     try:

@@ -1,7 +1,4 @@
-"""File operations of a checkpoint, each announced by `sys.audit("lowmem.disk", operation, path)` before it happens.
-
-So an audit hook can follow a save, or fail any operation. Files that transformers writes are announced at their sync.
-"""
+"""File operations of a checkpoint, each announced by `sys.audit("lowmem.disk", operation, path)` before it happens."""
 
 import json
 import os

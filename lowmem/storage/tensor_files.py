@@ -1,7 +1,4 @@
-"""safetensors files: written in parts, and read a few rows at a time by the safetensors library.
-
-Format: the header's length in 8 bytes (little endian), a JSON header (dtype, shape, byte range of each tensor), bytes.
-"""
+"""safetensors files: written in parts, and read a few rows at a time by the safetensors library."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -45,7 +42,7 @@ class Shard(NamedTuple):
 
     @property
     def header(self) -> bytes:
-        """The bytes before those of the tensors. Raises UsageError as `check_dtype` does."""
+        """The bytes before those of the tensors: 8 of length (little endian) and JSON. See `check_dtype`."""
         fields, end = {"__metadata__": {"format": "pt"}}, 0
         for name, tensor in self.tensors.items():
             check_dtype(name, tensor)
@@ -64,10 +61,7 @@ def check_dtype(name: str, tensor: Tensor) -> None:
 
 
 def split_shards(tensors: Mapping[str, Tensor], stem: str, max_shard_bytes: int) -> list[Shard]:
-    """Distribute `tensors`, in order, over files of at most `max_shard_bytes` (or of one larger tensor).
-
-    Files are named as by transformers: STEM.safetensors or STEM-00001-of-00002.safetensors.
-    """
+    """Distribute `tensors`, in order, over files of at most `max_shard_bytes`, or one larger tensor each."""
     groups: list[dict[str, Tensor]] = [{}]
     room = max_shard_bytes
     for name, tensor in tensors.items():
