@@ -52,9 +52,8 @@ class _Source(NamedTuple):
 def export(path: str | Path, out: str | Path, *, dtype: torch.dtype | None, max_shard_bytes: int) -> str:
     """Write the model of `path`, a checkpoint (verified first) or a model's folder, into the new folder `out`.
 
-    `dtype` is that of all floating-point tensors, None keeps theirs; float32 and float16 come from a fp32 master if
-    there is one. Returns a summary. Raises UsageError for what cannot be exported, SaveError if `out` cannot be
-    written.
+    `dtype` is that of all floating-point tensors, None keeps theirs; float32 and float16 come from any fp32 master.
+    Returns a summary. Raises UsageError for what cannot be exported, SaveError if `out` cannot be written.
     """
     path, out = Path(path), Path(out)
     if out.exists():
@@ -135,7 +134,6 @@ def _copy_others(folder: Path, files: list[str] | None, target: Path) -> None:
     for path in in_folder if files is None else [folder / name for name in files]:
         is_weights = path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json")
         copy = target / path.relative_to(folder)
-        if not path.is_file() or path.name.startswith(".") or is_weights or copy.exists():
-            continue
-        copy.parent.mkdir(exist_ok=True)
-        write_file(copy, [path.read_bytes()])
+        if path.is_file() and not (path.name.startswith(".") or is_weights or copy.exists()):
+            copy.parent.mkdir(exist_ok=True)
+            write_file(copy, [path.read_bytes()])

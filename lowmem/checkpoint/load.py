@@ -79,7 +79,8 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
         if differences:
             more, found = len(differences) - _MOST_DIFFERENCES, "; ".join(differences[:_MOST_DIFFERENCES])
             found += f" and {more} more" * (more > 0)
-            raise UsageError(f"{path} does not fit: {found}. Build the saved model, its optimizer in the same memory")
+            advice = "Build the model that was saved, and its optimizer in the same memory"
+            raise UsageError(f"{path} does not fit: {found}. {advice}")
         if state.stream is not None:
             if saved["stream"] is None:
                 raise UsageError(f"{path} was saved without a stream, so it has no position to resume from: start over")

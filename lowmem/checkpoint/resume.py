@@ -57,6 +57,6 @@ def rows_per_step(checkpoint: Path | None, world_size: int, **sizes: int | None)
         raise UsageError(f"{checkpoint} was saved without a stream, so it has no position to resume from: start over")
     kept = state["stream"]["global_batch_size"]
     if wanted != kept and any(size != saved.get(name, size) for name, size in sizes.items()):
-        found = f"{checkpoint} trained on {kept} rows a step, not {wanted}"
+        found = f"{checkpoint} trained on {kept} rows a step, these flags ask for {wanted}"
         raise UsageError(f"{found}: set --global_batch_size={kept}")
     return kept

@@ -90,12 +90,7 @@ def save_checkpoint(
 
 @phase("saving the model")
 def save_model(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    tokenizer=None,
-    config: Config = None,
-    max_shard_size: int | str = "5GB",
+    model: nn.Module, folder: str | Path, *, tokenizer=None, config: Config = None, max_shard_size: int | str = "5GB"
 ) -> Path:
     """Write what `from_pretrained` loads, replacing `folder` once that is on disk. See `save_checkpoint`."""
     path = Path(folder).resolve()  # the target of a link is replaced where it is

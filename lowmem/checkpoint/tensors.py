@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowmem.distributed.placement import is_engine, unwrapped
-from lowmem.distributed.zero import Divided, as_whole
+from lowmem.distributed.zero import Divided
 from lowmem.errors import UsageError
 from lowmem.storage.tensor_files import bytes_of
 
@@ -13,7 +13,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor | Divided]:
     """Parameters and persistent buffers, a tied one under its first name. Sharded ones are DTensors or Divided."""
     seen: set[int] = set()
     tensors = unwrapped(model).state_dict(keep_vars=True).items()
-    return {name: as_whole(x) for name, x in tensors if id(x) not in seen and not seen.add(id(x))}
+    once = {name: x for name, x in tensors if id(x) not in seen and not seen.add(id(x))}
+    return {name: Divided(x) if hasattr(x, "ds_shape") else x for name, x in once.items()}
 
 
 def named_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:

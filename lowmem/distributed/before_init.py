@@ -34,10 +34,8 @@ def found_by_first(find: Callable[[], Found], *, limit_seconds: float, start_sec
         answer = json.loads(keys.get(f"{meeting}/found"))
         keys.set(f"{meeting}/heard by {launch.rank}", "")
     except dist.DistError as error:
-        raise RankError(
-            f"{launch} did not get at {launch.address}:{launch.port} what rank 0 was to find out: rank 0, or the "
-            "launcher that keeps the store, has ended; look at its log"
-        ) from error
+        missed = f"{launch} did not get at {launch.address}:{launch.port} what rank 0 was to find out"
+        raise RankError(f"{missed}: rank 0, or the launcher that keeps the store, has ended; see its log") from error
     if "refused" in answer:
         raise UsageError(answer["refused"])
     if "failed" in answer:

@@ -97,8 +97,7 @@ class Heartbeat:
         self._beats = [Beat()] * world_size
         # Seconds in which we listened, not seconds of a clock: if this process was stopped, nobody else was silent.
         self._silence = [0.0] * world_size
-        self._unanswered = 0.0
-        self._known_failure = 0.0
+        self._unanswered = self._known_failure = 0.0
         self._end: str | None = None
         self._wake = Event()
         self._process = os.getpid()
@@ -147,19 +146,16 @@ class Heartbeat:
                     return
                 beats = [Beat(*json.loads(beat)) for beat in store.multi_get(keys)]
                 now = time.monotonic()
-                self._receive(beats, min(now - last, 2 * self._interval))
-                last = now
+                seconds, last = min(now - last, 2 * self._interval), now
+                for rank, (before, beat) in enumerate(zip(self._beats, beats, strict=True)):
+                    self._silence[rank] = self._silence[rank] + seconds if beat.number == before.number else 0.0
+                self._beats, self._unanswered = beats, 0.0
                 if self._rank == 0 and mine.end is not None and self._store_may_go():
                     return
                 self._wake.wait(self._interval if mine.end is None else self._interval / 10)
                 self._wake.clear()
         except RuntimeError:
             return  # the connection is lost; _watch sees that no beat is received any more
-
-    def _receive(self, beats: list[Beat], seconds: float) -> None:
-        for rank, (before, beat) in enumerate(zip(self._beats, beats, strict=True)):
-            self._silence[rank] = self._silence[rank] + seconds if beat.number == before.number else 0.0
-        self._beats, self._unanswered = beats, 0.0
 
     def _store_may_go(self) -> bool:
         silent = _BEATS_MISSED * self._interval

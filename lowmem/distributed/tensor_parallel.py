@@ -37,11 +37,10 @@ def divide_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     check_plan(model, mesh.size(1))
     group = mesh.get_group(1)
     for name, style in _planned(model).items():
-        if style != _WHOLE:
+        if style in _STYLES:
             _divide(_part(model, name), _STYLES[style], mesh)
-            continue
-        for parameter in _part(model, name).parameters():
-            if parameter.requires_grad:
+        else:
+            for parameter in (x for x in _part(model, name).parameters() if x.requires_grad):
                 # the hook sees each gradient before it is added to those of earlier micro-batches
                 parameter.register_hook(partial(_summed, group=group))
 

@@ -37,11 +37,6 @@ class Divided:
             return self._parameter.detach().to("cpu", copy=True)
 
 
-def as_whole(tensor: Tensor) -> Tensor | Divided:
-    """The tensor itself, or Divided if stage 3 has sharded it."""
-    return Divided(tensor) if hasattr(tensor, "ds_shape") else tensor
-
-
 def make_accelerator(config: Mapping[str, object], *, on_cpu: bool, **options: object) -> "Accelerator":
     """An Accelerator that uses DeepSpeed with a whole `config`, precision included. Raises UsageError if it refuses."""
     if on_cpu:

@@ -84,8 +84,3 @@ def _die_with_deepspeed(launcher: int) -> None:
                     time.sleep(_SECONDS_BETWEEN_LOOKS)
     if command is not None:
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-def is_restarted() -> bool:
-    """Whether an elastic launcher started this process to replace one that failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

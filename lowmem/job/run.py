@@ -14,7 +14,7 @@ from lowmem.distributed.setup import check_launch, processes_to_start
 from lowmem.distributed.signals import PREEMPTED, Signals, end_as_signalled
 from lowmem.job.exit_file import final_exit
 from lowmem.job.folder import check_output
-from lowmem.job.processes import die_with_launcher, is_restarted, start_processes
+from lowmem.job.processes import die_with_launcher, start_processes
 from lowmem.job.supervise import end_at_once, record_preempted, supervise
 
 _PLANNED = "LOWMEM_PLANNED"
@@ -29,7 +29,8 @@ def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: f
     signals = Signals(at_once=end_at_once if trains else end_as_signalled)
     signals.catch()  # for good: the echo of a signal may come when all is done
     die_with_launcher()
-    if trains and is_restarted() and (ended := final_exit(output)):
+    is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # in place of a process that failed
+    if trains and is_restarted and (ended := final_exit(output)):
         if os.environ["LOCAL_RANK"] == "0":
             print(f"not started again, this launch has ended: {ended['cause']}, {ended['message']}", file=sys.stderr)
         return ended["code"]

@@ -73,8 +73,7 @@ def record_preempted(output: Path) -> None:
 def tell_failure(error: Exception) -> int:
     """Print `error`, and report it to the other ranks. Returns the exit code."""
     rank = os.environ.get("RANK", "0")
-    names_rank = rank == "0" or isinstance(error, StartError)
-    where = "" if names_rank else f" on rank {rank}, host {socket.gethostname()}"
+    where = "" if rank == "0" or isinstance(error, StartError) else f" on rank {rank}, host {socket.gethostname()}"
     # before the processes are one group, all on a host see the same mistake and one prints it; later one may be alone
     is_seen_by_all = isinstance(error, UsageError) and not isinstance(error, StartError) and not is_in_a_group()
     if os.environ.get("LOCAL_RANK", "0") == "0" or not is_seen_by_all:

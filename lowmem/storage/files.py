@@ -77,14 +77,11 @@ def rename(path: Path, new: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder with all that is in it; of a link only the link."""
-    if path.is_symlink() or not path.is_dir():
-        _announce("remove", path)
-        path.unlink()
-        return
-    for entry in path.iterdir():
+    is_folder = path.is_dir() and not path.is_symlink()
+    for entry in path.iterdir() if is_folder else ():
         remove_folder(entry)
     _announce("remove", path)
-    path.rmdir()
+    (os.rmdir if is_folder else os.unlink)(path)
 
 
 def stands_at(path: Path, descriptor: int) -> bool:
