@@ -35,8 +35,7 @@ def pieces(tensor: DTensor) -> list[Piece]:
     return [Piece(rank, dim, start, end) for rank, start, end in zip(ranks, [0, *ends], ends, strict=False)]
 
 
-def _sharded_dims(tensor: DTensor) -> list[int]:
-    """Dimensions of its mesh over which the tensor is not replicated."""
+def _sharded_dims(tensor: DTensor) -> list[int]:  # of its mesh
     return [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
 
 

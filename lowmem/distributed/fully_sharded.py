@@ -20,11 +20,8 @@ warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tenso
 
 def shard_layers(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool, cpu_offload: bool) -> None:
     """Shard the model over `mesh` in place, with or without data, each layer a group."""
-    options = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy(),
-    }
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
+    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32), "offload_policy": offload}
     for module, is_kept in _groups(model):
         fully_shard(module, reshard_after_forward=reshard_after_forward and not is_kept, **options)
         # sums instead of means: the step divides by the targets of all ranks
