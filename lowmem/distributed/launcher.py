@@ -22,14 +22,14 @@ def launched_processes() -> int | None:
 def launched_settings() -> dict[str, object]:
     """The settings of `accelerate launch`, by the names of our fields. Raises UsageError for what lowmem lacks."""
     if _is_set("ACCELERATE_USE_MEGATRON_LM"):
-        raise UsageError("accelerate was told to use Megatron-LM, which lowmem does not: set another distributed_type")
+        raise UsageError("accelerate is set to use Megatron-LM, which lowmem does not: set another distributed_type")
     settings: dict[str, object] = {}
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision != "no":  # accelerate always sets it, so "no" may be its default
         settings["mixed_precision"] = precision
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if compiler not in ("no", "inductor"):
-        raise UsageError(f"accelerate was told dynamo_backend {compiler}, lowmem compiles by inductor: set that, or no")
+        raise UsageError(f"accelerate has dynamo_backend {compiler}, lowmem compiles by inductor: set that, or no")
     if compiler == "inductor":
         settings["compile"] = True
     if _is_set("ACCELERATE_USE_FSDP"):
@@ -52,7 +52,7 @@ def _fsdp_settings() -> dict[str, object]:
         "no fsdp_ignored_modules": "ignored_modules" not in found,
     }
     if missing := [setting for setting, is_met in needs.items() if not is_met]:
-        raise UsageError(f"accelerate was told to use FSDP in another way than lowmem does: set {', '.join(missing)}")
+        raise UsageError(f"accelerate is set to use FSDP in another way than lowmem does: set {', '.join(missing)}")
     settings = {
         "cpu_offload": (found.get("offload_params"), True),
         "recompute": (found.get("activation_checkpointing"), "full"),
@@ -67,7 +67,7 @@ def _parallelism_settings(settings: Mapping[str, object]) -> dict[str, object]:
     names = [f"PARALLELISM_CONFIG_{name}_SIZE" for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")]
     copies, shards, tensor, context, sequence = (int(os.environ.get(name, "1")) for name in names)
     if context > 1 or sequence > 1:
-        raise UsageError("accelerate was told to divide sequences, which lowmem does not: remove cp_size and sp_size")
+        raise UsageError("accelerate is set to divide sequences, which lowmem does not: remove cp_size and sp_size")
     tp_settings = {"tp_size": tensor} if tensor > 1 else {}
     strategy = settings.get("sharding_strategy")
     if shards == 1 and (copies == 1 or strategy is None):
@@ -75,10 +75,10 @@ def _parallelism_settings(settings: Mapping[str, object]) -> dict[str, object]:
     processes = launched_processes()
     if processes not in (None, copies * shards * tensor):
         asked = f"{copies} copies of {shards} shards, tp_size {tensor}"
-        raise UsageError(f"accelerate was told {asked}, but started {processes} processes: start their product")
+        raise UsageError(f"accelerate has {asked}, but started {processes} processes: start their product")
     if strategy is None or (copies > 1 and strategy == "SHARD_GRAD_OP"):
         needed = "distributed_type: FSDP with fsdp_reshard_after_forward: true"
-        raise UsageError(f"accelerate was told {shards} shards in {copies} copies: set {needed} too")
+        raise UsageError(f"accelerate has {shards} shards in {copies} copies: set {needed} too")
     return tp_settings | ({"sharding_strategy": "HYBRID_SHARD", "shard_size": shards} if copies > 1 else {})
 
 
@@ -92,7 +92,7 @@ def _deepspeed_config() -> str:
         device = get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
         if device == "nvme":
             asked = f"offload_{part}_device: nvme"
-            raise UsageError(f"accelerate was told {asked}, but does not pass its path on: use a deepspeed_config_file")
+            raise UsageError(f"accelerate has {asked}, but does not pass its path on: use a deepspeed_config_file")
         if device != "none":
             zero[f"offload_{part}"] = {"device": device}
     config: dict[str, object] = {"zero_optimization": zero}

@@ -22,7 +22,7 @@ def check_launch(num_processes: int | None) -> None:
         raise UsageError(f"{asked}, but the launcher started {launched}: set the number in the launcher alone")
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
-        asked = f"accelerate was told to accumulate over {accumulation} steps"
+        asked = f"accelerate is set to accumulate over {accumulation} steps"
         raise UsageError(f"{asked}, which would divide gradients twice: set --gradient_accumulation_steps instead")
 
 
@@ -59,7 +59,7 @@ def init_distributed(
     """
     check_launch(None)
     if deepspeed is None and "deepspeed" in launched_settings():
-        raise UsageError("accelerate was told to use DeepSpeed, which this command does not: launch with --multi_gpu")
+        raise UsageError("accelerate is set to use DeepSpeed, which this command does not: launch with --multi_gpu")
     import torch
     from accelerate import Accelerator
     from torch import distributed
