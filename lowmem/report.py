@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lowmem.data.batch import Batch
 from lowmem.data.stream import Stream
-from lowmem.distributed.collectives import gather_bytes, on_main_rank, sum_over_ranks
+from lowmem.distributed.collectives import gather_json, on_main_rank, sum_over_ranks
 from lowmem.distributed.placement import DataParallelRank
 from lowmem.errors import SaveError, UsageError
 from lowmem.evaluation import Answer
@@ -134,8 +134,7 @@ class Report:
                 raise UsageError(f"output_dir {folder} cannot be written: {error.strerror}") from error
 
         self._log = on_main_rank(open_folder)
-        (resumed_at, *_) = gather_bytes(json.dumps(self._log.resumed_at if self._log else {}).encode())
-        self.resumed_at: dict[str, float | None] = json.loads(resumed_at)
+        self.resumed_at: dict[str, float | None] = gather_json(self._log and self._log.resumed_at)[0]
         """What metrics.jsonl holds of the step that is resumed at, on every rank."""
         self._folder, self._accelerator, self._has_trackers = folder, accelerator, bool(settings["report_to"])
         if self._has_trackers:

@@ -1,4 +1,4 @@
-"""The command `export`: write the model of a checkpoint, or any model, in another dtype for `from_pretrained`."""
+"""The command `export`: write the model of a checkpoint, or any model, in another dtype."""
 
 import json
 import math
@@ -24,14 +24,14 @@ _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5",
 
 
 class _Source(NamedTuple):
-    """A tensor to be exported: read, merged with its low half and converted, a slice of rows at a time."""
+    """A tensor to be exported: read, merged with its low half and converted, some rows at a time."""
 
     stored: StoredTensor
     low: StoredTensor | None
     dtype: torch.dtype
 
     def parts(self) -> Iterator[memoryview]:
-        """Its bytes. Raises UsageError if a number is too large for the dtype."""
+        """Yield its bytes. Raises UsageError if a number is too large for the dtype."""
         num_rows, *rest = self.stored.shape or [1]
         height = max(1, _ROW_ELEMENTS // max(1, math.prod(rest)))
         for first in range(0, num_rows, height):
@@ -44,20 +44,16 @@ class _Source(NamedTuple):
         converted = values.to(self.dtype)
         if converted.is_floating_point() and (converted.isinf() & ~values.isinf()).any():
             largest = values[~values.isinf()].abs().max().item()
-            raise UsageError(
-                f"tensor {self.stored.name} holds {largest:g}, too large for {_name(self.dtype)}: "
-                "export in bfloat16 or float32"
-            )
+            found = f"tensor {self.stored.name} holds {largest:g}, too large for {_name(self.dtype)}"
+            raise UsageError(f"{found}: export in bfloat16 or float32")
         return converted
 
 
 def export(path: str | Path, out: str | Path, *, dtype: torch.dtype | None, max_shard_bytes: int) -> str:
     """Write the model of `path`, a checkpoint (verified first) or a model's folder, into the new folder `out`.
 
-    `dtype` is that of all floating-point tensors, None leaves them as they are. From a checkpoint in memory=exact,
-    float32 and float16 come from its fp32 master. At most 16 MiB of a tensor (or a row of it) are in memory at a time,
-    and `out` is whole or absent. Returns a line that says what was done. Raises UsageError for what cannot be exported
-    and SaveError if `out` cannot be written.
+    `dtype` is that of all floating-point tensors, None keeps theirs; float32 and float16 come from any fp32 master.
+    Returns a summary. Raises UsageError for what cannot be exported, SaveError if `out` cannot be written.
     """
     path, out = Path(path), Path(out)
     if out.exists():
@@ -126,24 +122,18 @@ def _open_model(folder: Path, files: list[str] | None) -> Mapping[str, StoredTen
     try:
         return open_shards(folder, "model", files)
     except FileNotFoundError as error:
-        raise UsageError(
-            f"{folder} has no weights in safetensors ({error}); .bin files are pickles, which are never opened: "
-            "convert them where you trust them"
-        ) from error
+        found = f"no weights in safetensors ({error}), and .bin files are pickles, which are never opened"
+        raise UsageError(f"{folder} has {found}: convert them where you trust them") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UsageError(f"the weights in {folder} cannot be read ({error}): use another folder") from error
 
 
 def _copy_others(folder: Path, files: list[str] | None, target: Path) -> None:
     """Copy tokenizer, generation config, chat templates, lowmem.json: `files`, or what is in the model's folder."""
-    if files is None:
-        paths = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
-    else:
-        paths = [folder / name for name in files]
-    for path in paths:
+    in_folder = chain(folder.iterdir(), folder.glob("additional_chat_templates/*"))
+    for path in in_folder if files is None else [folder / name for name in files]:
         is_weights = path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json")
         copy = target / path.relative_to(folder)
-        if not path.is_file() or path.name.startswith(".") or is_weights or copy.exists():
-            continue
-        copy.parent.mkdir(exist_ok=True)
-        write_file(copy, [path.read_bytes()])
+        if path.is_file() and not (path.name.startswith(".") or is_weights or copy.exists()):
+            copy.parent.mkdir(exist_ok=True)
+            write_file(copy, [path.read_bytes()])

@@ -22,7 +22,7 @@ _MOST_DIFFERENCES = 10
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint under `folder` that `verify_checkpoint` accepts; prints why it skips another one."""
+    """The newest checkpoint under `folder` that `verify_checkpoint` accepts; prints why it skips others."""
     return first_accepted(reversed(checkpoints(Path(folder))), verify_checkpoint)
 
 
@@ -51,14 +51,12 @@ def verify_together(path: str | Path) -> None:
 
 @phase("loading a checkpoint")
 def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerator, *, verify: bool = True) -> None:
-    """Load the checkpoint `path` into `state`, in place, on every rank.
+    """Load the checkpoint `path` into `state`, in place, on every rank, of any number and sharding.
 
-    Saved on any number of processes, sharded or not, it loads on any other; each rank reads its own part of a tensor,
-    16 MiB at a time. AdamW's state also loads into a memory tier that keeps less: off into exact (no bit lost), both
-    into lean (rounded). Nothing is changed before everything is checked: sizes and hashes (`verify` False: the caller
-    has just called `verify_together`), names, shapes and dtypes of weights and optimizer state (of torch's optimizers,
-    which make theirs in the first step, only the class). Raises UsageError, naming the file or up to 10 differing
-    tensors.
+    AdamW's state also loads into a smaller memory tier: off into exact (no bit lost), both into lean (rounded).
+    Everything is checked first: sizes and hashes (`verify` False: the caller has just called `verify_together`), names,
+    shapes and dtypes of weights and optimizer state (of torch's optimizers only the class). Raises UsageError, naming
+    the file or up to 10 differing tensors.
     """
     path = Path(path)
     if verify:
@@ -79,11 +77,10 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
             *state_differences(optimizer_state, parameters, state.optimizer, rounds=rounds),
         ]
         if differences:
-            more = len(differences) - _MOST_DIFFERENCES
-            raise UsageError(
-                f"{path} does not fit: {'; '.join(differences[:_MOST_DIFFERENCES])}{f' and {more} more' * (more > 0)}. "
-                "Build the model that was saved, and its optimizer in the same memory"
-            )
+            more, found = len(differences) - _MOST_DIFFERENCES, "; ".join(differences[:_MOST_DIFFERENCES])
+            found += f" and {more} more" * (more > 0)
+            advice = "Build the model that was saved, and its optimizer in the same memory"
+            raise UsageError(f"{path} does not fit: {found}. {advice}")
         if state.stream is not None:
             if saved["stream"] is None:
                 raise UsageError(f"{path} was saved without a stream, so it has no position to resume from: start over")

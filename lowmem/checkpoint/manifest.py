@@ -20,12 +20,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint folder."""
     return int(path.name.removeprefix("step-"))
 
 
 def write_manifest(folder: Path, step: int, records: Mapping[str, FileRecord]) -> None:
-    """Write the last file of a checkpoint: the records of all others, sealed with a hash of its own."""
+    """Write the last file of a checkpoint: the records of all others, with a hash of its own."""
     manifest = {"format": _FORMAT, "step": step, "files": dict(records)}
     write_file(folder / "manifest.json", [to_json({"manifest": manifest, "xxh3_128": _hash_of(manifest)})])
 
@@ -76,7 +75,6 @@ def read_manifest(path: str | Path) -> dict:
 
 
 def is_damaged(path: Path) -> bool:
-    """Whether `path` is not a whole checkpoint."""
     try:
         verify_checkpoint(path)
     except UsageError:

@@ -1,7 +1,6 @@
 """Write one folder from all ranks at once, each its share of the bytes; it is whole or absent for all of them."""
 
 import errno
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lowmem.distributed.collectives import (
     collective,
-    gather_bytes,
+    gather_json,
     host_group,
     on_main_rank,
     raise_on_all_ranks,
@@ -28,18 +27,15 @@ from lowmem.storage.atomic_folder import unfinished_folder, whole_or_absent
 from lowmem.storage.files import FileRecord, free_bytes, make_folder, write_file
 from lowmem.storage.tensor_files import Shard, host_parts, write_index
 
+WriteRest = Callable[[Path, dict[str, FileRecord]], None]
+
 
 def write_together(
-    path: Path,
-    groups: Mapping[str, list[Shard]],
-    write_rest: Callable[[Path, dict[str, FileRecord]], None],
-    *,
-    may_replace: Callable[[Path], bool],
+    path: Path, groups: Mapping[str, list[Shard]], write_rest: WriteRest, *, may_replace: Callable[[Path], bool]
 ) -> None:
-    """Write the shards of `groups` ({stem: shards}, names relative to `path`), each rank its share of them.
+    """Write the shards of `groups` ({stem: shards}, names relative to `path`), each rank its share.
 
-    Rank 0 then calls `write_rest(folder, records)` with the temporary folder and the records of what was written.
-    Called by every rank. Raises SaveError, on every rank, if the disk is full or fails.
+    Rank 0 then calls `write_rest(temporary folder, records so far)`. Every rank raises SaveError if the disk fails.
     """
     shards = [shard for group in groups.values() for shard in group]
     needed = sum(shard.num_bytes for shard in shards)
@@ -64,12 +60,12 @@ def write_together(
         on_main_rank(start)
         with raise_on_all_ranks(), _as_save_error(path, needed):
             written = _write_share(assign_shards(shards, world_size), unfinished, rank)
-        everyone = [json.loads(records) for records in gather_bytes(json.dumps(written).encode())]
-        on_main_rank(lambda: end({name: record for records in everyone for name, record in records.items()}))
+        records = {name: record for of_rank in gather_json(written) for name, record in of_rank.items()}
+        on_main_rank(lambda: end(records))
 
 
 def assign_shards(shards: Sequence[Shard], world_size: int) -> list[list[Shard]]:
-    """Those that each rank writes: the largest files first, each to the rank that has the fewest bytes."""
+    """The shards that each rank writes: the largest first, each to the rank that has the fewest bytes."""
     shares: list[list[Shard]] = [[] for _ in range(world_size)]
     load = [0] * world_size
     for shard in sorted(shards, key=lambda shard: -shard.num_bytes):
@@ -92,11 +88,9 @@ def _write_share(shares: list[list[Shard]], unfinished: Path, rank: int) -> dict
 
 
 def _whole_parts(queues: Sequence[Sequence[Tensor | Divided]], rank: int) -> Iterator[memoryview]:
-    """The bytes of the tensors in this rank's queue, one tensor after the other, as `host_parts` gives them.
+    """Yield the bytes of the tensors in this rank's queue, of equal `queues` on all ranks, as `host_parts` does.
 
-    `queues`, one for each rank, are the same on all ranks. Every rank must consume all of it, as it sends its pieces of
-    the others' tensors in between. It takes one tensor of each queue at a time: in host memory there are at most as
-    many bytes as the largest has.
+    Consume it all: in between it sends this rank's pieces of others' tensors, one tensor of each queue at a time.
     """
     for tensors in zip_longest(*queues):
         for owner, tensor in enumerate(tensors):
@@ -113,7 +107,7 @@ def _whole_parts(queues: Sequence[Sequence[Tensor | Divided]], rank: int) -> Ite
 
 
 def _send(tensor: Tensor | Divided | None, owner: int) -> dist.Work | None:
-    """Send this rank's piece of a sharded tensor; of another one the owner has all."""
+    """Send this rank's piece of a sharded tensor."""
     if not isinstance(tensor, DTensor):
         return None
     rank = dist.get_rank()
@@ -126,16 +120,14 @@ def _send(tensor: Tensor | Divided | None, owner: int) -> dist.Work | None:
 def _parts(tensor: Tensor, rank: int) -> Iterator[memoryview]:
     if not isinstance(tensor, DTensor):
         yield from host_parts(tensor)
-        return
-    every = pieces(tensor)
-    if every[0].dim == 0:
+    elif (every := pieces(tensor))[0].dim == 0:
         for piece in every:
             yield from host_parts(_received(tensor, piece, rank))
-        return
-    whole = torch.empty(tensor.shape, dtype=tensor.dtype)  # columns of all ranks alternate in its bytes
-    for piece in every:
-        whole[:, piece.start : piece.stop] = _received(tensor, piece, rank)
-    yield from host_parts(whole)
+    else:
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype)  # columns of all ranks alternate in its bytes
+        for piece in every:
+            whole[:, piece.start : piece.stop] = _received(tensor, piece, rank)
+        yield from host_parts(whole)
 
 
 def _received(tensor: DTensor, piece: Piece, rank: int) -> Tensor:
@@ -167,7 +159,5 @@ def _as_save_error(path: Path, needed: int) -> Iterator[None]:
             free = f"{free_bytes(path):,}"
         except OSError:  # the disk does not answer
             free = "an unknown number"
-        raise SaveError(
-            f"{path} could not be saved: {error.strerror or error}{where}; it takes {needed:,} bytes, {free} are free. "
-            "Earlier checkpoints are intact: make room or repair the disk, and resume from there"
-        ) from error
+        found = f"{error.strerror or error}{where}; it takes {needed:,} bytes, {free} are free"
+        raise SaveError(f"{path} could not be saved: {found}. Earlier checkpoints are intact: make room") from error

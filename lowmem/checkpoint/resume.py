@@ -1,21 +1,19 @@
 """Find the checkpoint that a run resumes from, and check that it is still the same run."""
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lowmem.checkpoint.load import first_accepted, saved_settings, verify_together
 from lowmem.checkpoint.manifest import checkpoints
-from lowmem.distributed.collectives import gather_bytes, on_main_rank, rank_and_world_size
+from lowmem.distributed.collectives import gather_json, on_main_rank, rank_and_world_size
 from lowmem.errors import UsageError
 from lowmem.optim.state import TIERS
 
 
 def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
-    """The checkpoint that `resume` means (never, auto or a path), whole and the same on every rank.
+    """The checkpoint that `resume` means (never, auto or a path), the same on every rank, verified by all together.
 
-    All ranks read it, each its share. auto is the newest whole one of `output_dir`, or None, a fresh start; a line
-    says why another was skipped. Raises UsageError for a path that holds no whole checkpoint.
+    auto is the newest whole one of `output_dir`, or None, a fresh start. Raises UsageError for a damaged path.
     """
     if resume == "never":
         return None
@@ -23,16 +21,14 @@ def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
         verify_together(resume)
         return Path(resume)
     found = on_main_rank(lambda: [str(path) for path in reversed(checkpoints(output_dir / "checkpoints"))])
-    (of_main_rank, *_) = gather_bytes(json.dumps(found).encode())
     rank, _ = rank_and_world_size()
-    return first_accepted(map(Path, json.loads(of_main_rank)), verify_together, silent=rank != 0)
+    return first_accepted(map(Path, gather_json(found)[0]), verify_together, silent=rank != 0)
 
 
 def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: Collection[str]) -> list[str]:
     """Compare settings with those of `checkpoint`. Returns a line for each change that a run may make on resume.
 
-    Raises UsageError, naming them, if any in `fixed` differ, as it would be another run; `memory` may, though, if
-    adamw's state is rounded into a tier that keeps less.
+    Raises UsageError if any in `fixed` differ, but `memory` may change to a tier that keeps less of adamw's state.
     """
     _, saved = saved_settings(checkpoint)
     changes = {
@@ -48,32 +44,19 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: C
     return list(changes.values())
 
 
-def rows_per_step(
-    checkpoint: Path | None,
-    world_size: int,
-    *,
-    batch_size: int,
-    gradient_accumulation_steps: int | None,
-    global_batch_size: int | None,
-) -> int:
-    """Rows of an optimizer step over all processes. A resumed run keeps its number, on any number of processes.
+def rows_per_step(checkpoint: Path | None, world_size: int, **sizes: int | None) -> int:
+    """Rows of an optimizer step over all processes, which a resumed run keeps on any number of processes.
 
-    Raises UsageError if the three sizes are others than those of `checkpoint` and give another number.
+    Raises UsageError if `sizes`, the flags that set it, differ from those of `checkpoint` and give another number.
     """
-    wanted = global_batch_size or batch_size * gradient_accumulation_steps * world_size
+    wanted = sizes["global_batch_size"] or sizes["batch_size"] * sizes["gradient_accumulation_steps"] * world_size
     if checkpoint is None:
         return wanted
     state, saved = saved_settings(checkpoint)
     if state["stream"] is None:
         raise UsageError(f"{checkpoint} was saved without a stream, so it has no position to resume from: start over")
     kept = state["stream"]["global_batch_size"]
-    sizes = {
-        "batch_size": batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "global_batch_size": global_batch_size,
-    }
     if wanted != kept and any(size != saved.get(name, size) for name, size in sizes.items()):
-        raise UsageError(
-            f"{checkpoint} trained on {kept} rows a step, these flags ask for {wanted}: set --global_batch_size={kept}"
-        )
+        found = f"{checkpoint} trained on {kept} rows a step, these flags ask for {wanted}"
+        raise UsageError(f"{found}: set --global_batch_size={kept}")
     return kept

@@ -6,14 +6,13 @@ step-00000500/
   state.json        step, best, seed, position of the stream, class and tier of the optimizer
   manifest.json     size and xxh3_128 of every other file; written last
 
-All ranks write at once, each a share of the files. Every tensor in a file is whole, whether it is sharded here or not.
+All ranks write at once, each a share of the files, in which every tensor is whole.
 """
 
 import copy
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -36,6 +35,8 @@ from lowmem.storage.atomic_folder import clear_leftovers, remove
 from lowmem.storage.files import FileRecord, free_bytes, record_file, sync, to_json, write_file
 from lowmem.storage.tensor_files import check_dtype, split_shards
 
+Config = Mapping[str, object] | None
+
 
 @phase("saving a checkpoint")
 def save_checkpoint(
@@ -44,7 +45,7 @@ def save_checkpoint(
     accelerator: Accelerator,
     *,
     tokenizer=None,
-    config: Mapping[str, object] | None = None,
+    config: Config = None,
     keep: int | None = None,
     max_shard_size: int | str = "5GB",
     on_error: Callable[[SaveError], object] | None = None,
@@ -52,9 +53,8 @@ def save_checkpoint(
     """Write `folder`/step-XXXXXXXX and return it; then remove older ones, so that `keep` are left (None: all).
 
     That of `state.best` is always kept. Called by every rank: each writes a share of the bytes, with at most one tensor
-    at a time in host memory. `config` is saved as model/lowmem.json. If the disk is full or fails, every rank raises
-    SaveError: older checkpoints are intact, and nothing is left of the new one. `on_error` is called with that error
-    instead, and None returned.
+    in host memory. `config` is saved as model/lowmem.json. If the disk is full or fails, every rank raises SaveError,
+    or passes it to `on_error` and returns None: older checkpoints are intact, and the new one is removed.
     """
     path = Path(folder) / f"step-{state.step:08d}"
     parameters = named_parameters(state.model, state.optimizer)
@@ -67,18 +67,13 @@ def save_checkpoint(
     }
 
     def write_rest(unfinished: Path, records: dict[str, FileRecord]) -> None:
-        training_state = {
-            "step": state.step,
-            "best": state.best,
-            "seed": state.seed,
-            "stream": state.stream and state.stream.state_dict(),
-            "optimizer": type(state.optimizer).__name__,
-            "memory": getattr(state.optimizer, "memory", "off"),
-            "parameters": [*parameters],
-        }
+        stream = state.stream and state.stream.state_dict()
+        training = {"step": state.step, "best": state.best, "seed": state.seed, "stream": stream}
+        kind, memory = type(state.optimizer).__name__, getattr(state.optimizer, "memory", "off")
+        training |= {"optimizer": kind, "memory": memory, "parameters": [*parameters]}
         for file, record in _write_model_files(unfinished / "model", state.model, tokenizer, config).items():
             records[file.relative_to(unfinished).as_posix()] = record
-        records["state.json"] = write_file(unfinished / "state.json", [to_json(training_state)])
+        records["state.json"] = write_file(unfinished / "state.json", [to_json(training)])
         write_manifest(unfinished, state.step, records)
 
     try:
@@ -95,17 +90,9 @@ def save_checkpoint(
 
 @phase("saving the model")
 def save_model(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    tokenizer=None,
-    config: Mapping[str, object] | None = None,
-    max_shard_size: int | str = "5GB",
+    model: nn.Module, folder: str | Path, *, tokenizer=None, config: Config = None, max_shard_size: int | str = "5GB"
 ) -> Path:
-    """Write only what `from_pretrained` loads, replacing `folder` once that is on disk. Called by every rank.
-
-    Raises SaveError as `save_checkpoint` does.
-    """
+    """Write what `from_pretrained` loads, replacing `folder` once that is on disk. See `save_checkpoint`."""
     path = Path(folder).resolve()  # the target of a link is replaced where it is
     groups = {"model": split_shards(model_tensors(model), "model", parse_bytes(max_shard_size))}
 
@@ -117,10 +104,9 @@ def save_model(
 
 
 def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int | None) -> None:
-    """Check that `saves` checkpoints and the model will fit on the disk of `folder`. Called by every rank before a run.
+    """Check that `saves` checkpoints, of which `keep` are kept, and the model fit on the disk. Called by every rank.
 
-    `keep` is that of `save_checkpoint`. Raises UsageError if there is not enough room, or if a tensor has a dtype or
-    sharding that cannot be saved.
+    Raises UsageError if they do not, or if a tensor's dtype or sharding cannot be saved.
     """
     folder = Path(folder)
     tensors = model_tensors(state.model)
@@ -138,29 +124,29 @@ def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int 
         most = saves if keep is None else min(saves, max(1, keep + 1 - len(checkpoints(folder))))
         needed, free = most * checkpoint + weights, free_bytes(folder)
         if needed > free:
-            raise UsageError(
-                f"{folder} needs {needed:,} bytes for {most} checkpoints more ({checkpoint:,} each) and the model, "
-                f"{free:,} are free: make room, choose another disk or lower save_total_limit"
-            )
+            asked = f"{needed:,} bytes for {most} checkpoints more ({checkpoint:,} each) and the model"
+            raise UsageError(f"{folder} needs {asked}, {free:,} are free: make room or lower save_total_limit")
 
     on_main_rank(check)
 
 
-def _write_model_files(
-    folder: Path, model: nn.Module, tokenizer, config: Mapping[str, object] | None
-) -> dict[Path, FileRecord]:
-    """Write all of a model but its tensors, which are in `folder` already."""
+def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config) -> dict[Path, FileRecord]:
+    """Write all of a model except its tensors, which are in `folder` already."""
     base, tensors = unwrapped(model), set(folder.iterdir())
     if hasattr(base, "config"):
         model_config = copy.deepcopy(base.config)
-        # of the class that was written for the model, before which fully_shard puts one of its own
+        # fully_shard puts its own class in front of the model's
         written = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
         model_config.architectures = [written.__name__]
         model_config.dtype = base.dtype
         model_config.save_pretrained(folder)
     if tokenizer is not None:
-        with _errors_of_rust():
+        try:
             tokenizer.save_pretrained(folder)
+        except Exception as error:  # the tokenizers library, in Rust, has an OSError's number only in its message
+            if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
     records = {}
     for path in sorted(set(filter(Path.is_file, folder.rglob("*"))) - tensors):  # transformers wrote them
         sync(path)
@@ -170,26 +156,12 @@ def _write_model_files(
         path = folder / "generation_config.json"
         records[path] = write_file(path, [base.generation_config.to_json_string().encode()])
     if config is not None:
-        path = folder / "lowmem.json"
-        records[path] = write_file(path, [to_json(dict(config))])
+        records[folder / "lowmem.json"] = write_file(folder / "lowmem.json", [to_json(dict(config))])
     return records
 
 
-@contextmanager
-def _errors_of_rust() -> Iterator[None]:
-    """Raise OSError when a disk is full, as the tokenizers library does not; its message has the number."""
-    try:
-        yield
-    except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-
-
 def _prune(path: Path, keep: int, best: Mapping[str, float] | None) -> None:
-    """Leave `keep` checkpoints: `path`, the best one, and the newest before it."""
-    # Later ones are damaged or of another branch: they neither count nor are removed.
+    """Leave `keep` checkpoints: `path`, the best one, and the newest before it. Later ones are of another branch."""
     older = [old for old in checkpoints(path.parent) if step_of(old) < step_of(path)]
     kept = [old for old in older if best and step_of(old) == best["step"]]
     others = [old for old in older if old not in kept]

@@ -4,32 +4,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowmem.distributed.placement import is_engine, unwrapped
-from lowmem.distributed.zero import Divided, as_whole
+from lowmem.distributed.zero import Divided
 from lowmem.errors import UsageError
 from lowmem.storage.tensor_files import bytes_of
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor | Divided]:
-    """Parameters and persistent buffers, a tied one once, under its first name. Sharded: DTensors or Divided."""
+    """Parameters and persistent buffers, a tied one under its first name. Sharded ones are DTensors or Divided."""
     seen: set[int] = set()
     tensors = unwrapped(model).state_dict(keep_vars=True).items()
-    return {name: as_whole(x) for name, x in tensors if id(x) not in seen and not seen.add(id(x))}
+    once = {name: x for name, x in tensors if id(x) not in seen and not seen.add(id(x))}
+    return {name: Divided(x) if hasattr(x, "ds_shape") else x for name, x in once.items()}
 
 
 def named_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters of `optimizer` by their names in `model`, in the optimizer's order.
-
-    Raises UsageError for a model in DeepSpeed's engine, whose optimizer knows no parameters.
-    """
+    """The parameters of `optimizer` by their names in `model`, in its order. Raises UsageError under DeepSpeed."""
     if is_engine(model):
-        raise UsageError(
-            "a checkpoint was asked for, but ZeRO flattens all weights and no checkpoint holds its optimizer state: "
-            "save the weights alone, with save_model, or train without DeepSpeed"
-        )
+        raise UsageError("ZeRO's optimizer state cannot be saved: save the weights alone, with save_model")
     names = {id(tensor): name for name, tensor in model_tensors(model).items()}
     return {names[id(x)]: x for group in optimizer.param_groups for x in group["params"]}
 
 
 def num_bytes(tensors: dict[str, Tensor]) -> int:
-    """Bytes of all tensors, sharded ones counted as a whole."""
     return sum(map(bytes_of, tensors.values()))

@@ -8,10 +8,7 @@ from lowmem.errors import UsageError
 
 
 def verify(path: str | Path) -> Iterator[str]:
-    """Yield a line for each whole checkpoint: `path` itself, or those of the run in `path`, newest first.
-
-    Raises UsageError, naming the file, for a damaged one (of a run: at the end, for all of them), and if there is none.
-    """
+    """Yield a line for the checkpoint `path`, or each one of that run, newest first. UsageError names damaged files."""
     path = Path(path)
     found = checkpoints(path / "checkpoints") or checkpoints(path)
     if not found:

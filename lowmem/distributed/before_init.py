@@ -16,28 +16,26 @@ _open: list[dist.Store] = []  # until the process ends: if rank 0 keeps the stor
 
 
 def found_by_first(find: Callable[[], Found], *, limit_seconds: float, start_seconds: float) -> Found:
-    """What `find` returns on rank 0, as JSON has it, on every rank. Called by all of them, before `start_group`.
+    """Return on every rank, before `start_group`, what `find` returns on rank 0, passed as JSON.
 
-    If `find` raises UsageError, every rank does; for another error the others raise RankError. They wait for `find` at
-    most `limit_seconds`, and for one another `start_seconds`; after that they raise RankError.
+    If `find` raises UsageError, every rank does; else the others raise RankError, as they do after `limit_seconds` of
+    `find`, or `start_seconds` of waiting for one another.
     """
     launch = launch_from_environment()
     store = open_store(launch, start_seconds)
     _open.append(store)
     # keys of its own: a rank that is slow to leave this meeting takes no part in the group's
-    keys, timeout = dist.PrefixStore("ahead", store), timedelta(seconds=start_seconds)
+    keys = dist.PrefixStore("ahead", store)
     if launch.rank == 0:
         return _find_and_send(find, keys, launch, start_seconds)
     try:
         meeting = meet(keys, launch, limit_seconds)
-        keys.wait([f"{meeting}/found"], timeout)
+        keys.wait([f"{meeting}/found"], timedelta(seconds=start_seconds))
         answer = json.loads(keys.get(f"{meeting}/found"))
         keys.set(f"{meeting}/heard by {launch.rank}", "")
     except dist.DistError as error:
-        raise RankError(
-            f"{launch} did not hear at {launch.address}:{launch.port} what rank 0 was to find out: rank 0, or the "
-            "launcher that keeps the store, has ended; look at its log"
-        ) from error
+        missed = f"{launch} did not get at {launch.address}:{launch.port} what rank 0 was to find out"
+        raise RankError(f"{missed}: rank 0, or the launcher that keeps the store, has ended; see its log") from error
     if "refused" in answer:
         raise UsageError(answer["refused"])
     if "failed" in answer:

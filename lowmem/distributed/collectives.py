@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,16 +17,13 @@ from lowmem.errors import OutOfMemory, RankError, SaveError, StepTooLarge, Usage
 
 Result = TypeVar("Result")
 
-# What every rank raises as it is; of any other error the ranks that did not have it raise a RankError.
-_RAISED_ALIKE = {kind.__name__: kind for kind in (UsageError, SaveError)}
+# Every rank raises these as they are; for any other error the ranks that did not have it raise a RankError.
+_RAISED_ON_ALL = {kind.__name__: kind for kind in (UsageError, SaveError)}
 
 
 @contextmanager
 def collective(name: str) -> Iterator[None]:
-    """Around a collective: this rank waits for the others at the phase `name`, "summing gradients".
-
-    Raises RankError if the collective breaks, with step and phase, and the ranks that are silent or have failed.
-    """
+    """Around a collective, at the phase `name`: if it breaks, raise RankError with who is silent or failed."""
     with heartbeat.phase(name):
         try:
             yield
@@ -35,7 +32,7 @@ def collective(name: str) -> Iterator[None]:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's place among all; (0, 1) without a process group."""
+    """This process's rank and their number; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
 
 
@@ -59,7 +56,7 @@ def gather_bytes(payload: bytes) -> list[bytes]:
     if not _is_distributed():
         return [payload]
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    with collective("hearing the other ranks"):
+    with collective("exchanging messages"):
         dist.all_gather(sizes, torch.tensor([len(payload)]), group=host_group())
         longest = max(int(size) for size in sizes)
         mine = torch.zeros(longest, dtype=torch.uint8)
@@ -69,26 +66,21 @@ def gather_bytes(payload: bytes) -> list[bytes]:
     return [bytes(data[: int(size)].numpy()) for data, size in zip(everyone, sizes, strict=True)]
 
 
-def on_main_rank(function: Callable[[], Result]) -> Result | None:
-    """Run `function` on rank 0 while the others wait for it; its result on rank 0, None elsewhere.
+def gather_json(value: object) -> list:
+    """Every rank's `value`, passed as JSON, in the order of ranks, on every rank."""
+    return [json.loads(payload) for payload in gather_bytes(json.dumps(value).encode())]
 
-    If it raises there, every rank raises: see `raise_error_of_any_rank`.
-    """
-    result, error = None, None
-    is_main = not _is_distributed() or dist.get_rank() == 0
-    with heartbeat.phase("working for all ranks" if is_main else "waiting for rank 0"):
-        if is_main:
-            try:
-                result = function()
-            except Exception as caught:
-                error = caught
-        _raise_any(error)
-    return result
+
+def on_main_rank(function: Callable[[], Result]) -> Result | None:
+    """Run `function` on rank 0 alone; return its result there, None elsewhere. If it raises, every rank does."""
+    rank, _ = rank_and_world_size()
+    with heartbeat.phase("waiting for rank 0" if rank else "working for all ranks"), raise_on_all_ranks():
+        return function() if rank == 0 else None
 
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Every rank enters it, and if one leaves it with an error, all do: see `raise_error_of_any_rank`.
+    """If any rank leaves this block with an error, every rank raises: see `raise_error_of_any_rank`.
 
     One small collective at its end, so within it there must be none that a failing rank would miss.
     """
@@ -97,88 +89,69 @@ def raise_on_all_ranks() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    (num_failed,) = sum_over_ranks(error is not None)
-    if num_failed:
+    if any_rank(error is not None):
         raise_error_of_any_rank(error)
 
 
 @contextmanager
 def report_failure() -> Iterator[None]:
-    """For what has collectives within, as a sharded model's forward: a rank that fails there can agree with nobody.
-
-    Its heartbeat tells the others, which end a few seconds later with its error in their message.
-    """
+    """For a block with collectives, where a failing rank cannot synchronise: its heartbeat ends the others."""
     try:
         yield
+    except RankError:  # it names another rank already
+        raise
     except Exception as error:
-        if isinstance(error, RankError):  # which tells of the others already
-            raise
-        # torch's RuntimeError of a collective that broke looks like any other, so it is others that we look at
+        # torch's RuntimeError of a broken collective looks like any other, so look at the other ranks
         may_be_broken = isinstance(error, RuntimeError) and not isinstance(error, OutOfMemory)
-        if may_be_broken and (told := heartbeat.suspects()):
-            raise _broken(told, error) from error
-        heartbeat.failed(_named(error))
+        if may_be_broken and (suspects := heartbeat.suspects()):
+            raise _broken(suspects, error) from error
+        heartbeat.ended(_named(error))
         raise
 
 
-def raise_error_of_any_rank(error: Exception | None) -> NoReturn:
-    """Called by every rank once all know that one of them failed: raise `error`, or, on a rank that had none, what
-    the first failing one tells, as a UsageError or SaveError if it is one, else as a RankError. If each one that failed
-    did so with StepTooLarge, all raise the first one's; beside another error it does not count."""
-    _raise_any(error)
-    raise AssertionError("raise_error_of_any_rank was called, but no rank has an error")
+def raise_error_of_any_rank(error: Exception | None) -> None:
+    """Raise on every rank if any passes an error: its own, else that of the first rank that has one.
 
-
-def watch_one_another(limit_seconds: float, on_abort: Callable[[str], None] | None = None) -> None:
-    """Start a heartbeat, if there are several ranks: within `limit_seconds` a silent one ends all of them, by name.
-
-    Called by every rank. When this rank is ended, its last words are given the message, which stderr has too.
+    UsageError and SaveError keep their class, others become RankError. StepTooLarge counts only without another error.
     """
-    if not _is_distributed():
-        return
-    address, patience = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=max(60.0, limit_seconds))
-    rank, is_server = dist.get_rank(), dist.get_rank() == 0
-    # A store of our own: the group's goes when rank 0 leaves the group, and may keep what an earlier group wrote.
-    store = on_main_rank(lambda: dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=patience))
-    port = int(gather_bytes(str(store.port if is_server else 0).encode())[0])
-    with raise_on_all_ranks():
-        if is_server:
-            for other in range(dist.get_world_size()):
-                store.set(str(other), heartbeat.FIRST)  # or reading it would wait
-        else:
-            store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
-    heartbeat.start(
-        store,
-        address=f"{address}:{port}",
-        rank=rank,
-        world_size=dist.get_world_size(),
-        limit_seconds=limit_seconds,
-        is_over=lambda: not dist.is_initialized(),
-        on_abort=on_abort,
-    )
-
-
-def _raise_any(error: Exception | None) -> None:
-    told = None
+    mine = None
     if isinstance(error, StepTooLarge):
-        told = [StepTooLarge.__name__, str(error)]
+        mine = [StepTooLarge.__name__, str(error)]
     elif error is not None:
-        told = [next((name for name, kind in _RAISED_ALIKE.items() if isinstance(error, kind)), None), _named(error)]
-    gathered = map(json.loads, gather_bytes(json.dumps(told).encode()))
-    failed = {rank: told for rank, told in enumerate(gathered) if told is not None}
-    final = {rank: told for rank, told in failed.items() if told[0] != StepTooLarge.__name__}
+        mine = [next((name for name, kind in _RAISED_ON_ALL.items() if isinstance(error, kind)), None), _named(error)]
+    failed = {rank: found for rank, found in enumerate(gather_json(mine)) if found is not None}
+    final = {rank: found for rank, found in failed.items() if found[0] != StepTooLarge.__name__}
     if failed and not final:
         rank, (_, message) = next(iter(failed.items()))
         raise StepTooLarge(message, rank)
     if error is not None and not isinstance(error, StepTooLarge):
         raise error
     for rank, (kind, message) in final.items():
-        raise _RAISED_ALIKE.get(kind, RankError)(f"rank {rank} failed with {message}")
+        raise _RAISED_ON_ALL.get(kind, RankError)(f"rank {rank} failed with {message}")
 
 
-def _broken(told: str, error: RuntimeError) -> RankError:
+def watch_one_another(limit_seconds: float, on_abort: heartbeat.OnAbort = None) -> None:
+    """Start every rank's heartbeat: one that is silent for `limit_seconds` ends all, named on stderr and `on_abort`."""
+    if not _is_distributed():
+        return
+    rank, world_size = rank_and_world_size()
+    address, patience = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=max(60.0, limit_seconds))
+    # A store of our own: the group's goes when rank 0 leaves the group, and may keep what an earlier group wrote.
+    store = on_main_rank(lambda: dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=patience))
+    port, *_ = gather_json(store.port if rank == 0 else None)
+    with raise_on_all_ranks():
+        if rank == 0:
+            for other in range(world_size):
+                store.set(str(other), heartbeat.FIRST)  # or reading it would wait
+        else:
+            store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
+    where = f"{address}:{port}"
+    heartbeat.start(store, where, rank, world_size, limit_seconds=limit_seconds, on_abort=on_abort)
+
+
+def _broken(suspects: str, error: RuntimeError) -> RankError:
     reason = re.split(r"\n|\. ", str(error))[0]
-    return RankError(f"{heartbeat.place()}: {told or 'some rank has ended'} ({reason})")
+    return RankError(f"{heartbeat.place()}: {suspects or 'some rank has ended'} ({reason})")
 
 
 def _named(error: Exception) -> str:
@@ -186,16 +159,15 @@ def _named(error: Exception) -> str:
 
 
 def _is_distributed() -> bool:
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return False
-    return dist.get_backend() != "fake"  # torch's group of one process, in which `rehearsal` counts a step of several
+    # "fake" is torch's group of one process, in which `rehearsal` counts a step of several
+    return dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake"
 
 
 def host_group() -> dist.ProcessGroup:
-    """The default group if it can reach host tensors, else one on gloo beside it."""
-    return dist.group.WORLD if dist.get_backend() == "gloo" else _gloo_beside(dist.group.WORLD)
+    """The default group if it can reach host tensors, else another one, on gloo."""
+    return dist.group.WORLD if dist.get_backend() == "gloo" else _gloo_group(dist.group.WORLD)
 
 
 @cache
-def _gloo_beside(_default_group: dist.ProcessGroup) -> dist.ProcessGroup:
+def _gloo_group(_default_group: dist.ProcessGroup) -> dist.ProcessGroup:
     return dist.new_group(backend="gloo")  # a new one for each default group

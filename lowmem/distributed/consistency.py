@@ -14,7 +14,7 @@ import xxhash
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lowmem.distributed.collectives import gather_bytes, on_main_rank, rank_and_world_size
+from lowmem.distributed.collectives import gather_json, on_main_rank, rank_and_world_size
 from lowmem.distributed.fill import stored_weights
 from lowmem.errors import UsageError
 from lowmem.storage.files import make_folders, write_file
@@ -27,48 +27,35 @@ _MOST_CHARACTERS = 200  # of a value in a message
 
 
 def check_same(what: Mapping[str, object]) -> None:
-    """Compare what every rank has under the same names, as text. One small collective.
-
-    Raises UsageError on every rank if a rank differs from rank 0, with all that differs and both values.
-    """
-    mine = [socket.gethostname(), {name: str(value) for name, value in what.items()}]
-    (first_host, first), *others = [json.loads(found) for found in gather_bytes(json.dumps(mine).encode())]
+    """Compare `what` over the ranks, as text. Raises UsageError on every rank, with all that differs from rank 0."""
+    mine = {name: str(value) for name, value in what.items()}
+    (first_host, first), *others = gather_json([socket.gethostname(), mine])
     ranks_by_difference: dict[str, list[str]] = {}
     for rank, (host, other) in enumerate(others, 1):
-        differences = [
-            f"{name} {_shortened(other.get(name, 'nothing'))} (rank 0: {_shortened(first.get(name, 'nothing'))})"
-            for name in first | other
-            if first.get(name) != other.get(name)
-        ]
-        if differences:
+        names = [name for name in first | other if first.get(name) != other.get(name)]
+        if names:
+            differences = [f"{name} {_value(other, name)} (rank 0: {_value(first, name)})" for name in names]
             ranks_by_difference.setdefault("; ".join(differences), []).append(f"{rank} on {host}")
     if ranks_by_difference:
         clauses = [f"rank {', '.join(ranks)} has {difference}" for difference, ranks in ranks_by_difference.items()]
-        raise UsageError(
-            f"all ranks of a run must have the same, but {'. But '.join(clauses)}. Rank 0 is on {first_host}: give "
-            "every process the same flags, files and code"
-        )
+        raise UsageError(f"{'. '.join(clauses)}. Rank 0 is on {first_host}: use the same flags, files and code")
 
 
-def check_same_inputs(
-    flags: Mapping[str, object], rows: Mapping[str, Sized | None], output_dir: Path | None = None
-) -> None:
+def check_same_inputs(flags: Mapping[str, object], rows: dict[str, Sized | None], output: Path | None = None) -> None:
     """`check_same` of code, versions, `flags`, all `rows` that are not None and, if given, the output folder."""
     if rank_and_world_size()[1] > 1:
         digests = {f"{name} rows": rows_digest(each) for name, each in rows.items() if each is not None}
-        check_same(code() | flags | digests | (seen_by_all(output_dir) if output_dir else {}))
+        check_same(code() | flags | digests | (seen_by_all(output) if output else {}))
 
 
 def check_same_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, weights: bool) -> None:
-    """`check_same` of the model, with or without samples of its `weights`, and of the tokenizer.
-
-    Without them for a new model: each rank draws its weights as its CPU does, and `parallelize` makes them rank 0's.
-    """
+    """`check_same` of the tokenizer and the model, of a new one without its `weights`, which CPUs draw differently."""
     if rank_and_world_size()[1] > 1:
         check_same({"the model": model_digest(model, weights=weights), "the tokenizer": tokenizer_digest(tokenizer)})
 
 
-def _shortened(value: str) -> str:
+def _value(values: Mapping[str, str], name: str) -> str:
+    value = values.get(name, "nothing")
     return value if len(value) <= _MOST_CHARACTERS else f"{value[:_MOST_CHARACTERS]}..."
 
 
@@ -81,10 +68,7 @@ def code() -> dict[str, str]:
 
 
 def seen_by_all(folder: Path) -> dict[str, str]:
-    """For `check_same`: rank 0's `folder` on each rank that sees a file of rank 0 in its own `folder`, else its own.
-
-    A few small collectives; the file is removed after the last one.
-    """
+    """For `check_same`: rank 0's `folder` on each rank that sees rank 0's file in its own `folder`, else its own."""
 
     def write_token() -> str:
         make_folders(folder)
@@ -95,11 +79,11 @@ def seen_by_all(folder: Path) -> dict[str, str]:
         return str(token)
 
     token = on_main_rank(write_token)
-    token_of_first = Path(gather_bytes(str(token).encode())[0].decode())
+    token_of_first = Path(gather_json(token)[0])
     seen, limit = folder / token_of_first.name, time.monotonic() + _SECONDS_TO_APPEAR
     while not (is_seen := os.path.exists(seen)) and time.monotonic() < limit:  # False without the right to look, too
         time.sleep(0.1)
-    gather_bytes(b"")  # now all have looked
+    gather_json(None)  # now all have looked
     if token is not None:
         token_of_first.unlink(missing_ok=True)
     return {"output_dir": str(token_of_first.parent) if is_seen else f"another one, at {folder}"}
@@ -112,7 +96,7 @@ def rows_digest(rows: Sized) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that turns text into tokens; for a tokenizer written in Python of its class, size and template."""
+    """A hash of all that turns text into tokens; of a tokenizer written in Python, its class, size and template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     kind = backend.to_str() if backend is not None else type(tokenizer).__name__
     return _digest([kind, len(tokenizer), tokenizer.special_tokens_map, tokenizer.chat_template])
@@ -123,10 +107,7 @@ def _digest(value: object) -> str:
 
 
 def model_digest(model: nn.Module, *, weights: bool) -> str:
-    """A hash of names, shapes and dtypes and, with `weights`, of 16 evenly spread samples of 4 KiB of each tensor.
-
-    Tensors must be on the host, or on meta: then it is of three rows of each in the model's files.
-    """
+    """A hash of names, shapes, dtypes and, with `weights`, samples: 16 of 4 KiB a tensor, or three rows of its file."""
     digest = xxhash.xxh3_64()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

@@ -1,7 +1,4 @@
-"""What a rank has of a sharded tensor (DTensor), and which rank has which part.
-
-`fully_shard` shards a tensor's first dimension, tensor parallelism the first or the second.
-"""
+"""The local part of a sharded tensor (DTensor), and which rank has which part."""
 
 from typing import NamedTuple
 
@@ -30,10 +27,7 @@ def pieces(tensor: DTensor) -> list[Piece]:
     if not sharded:
         return [Piece(int(mesh.flatten()[0]), 0, 0, len(tensor))]
     if len(sharded) > 1 or type(tensor.placements[sharded[0]]) is not Shard or tensor.placements[sharded[0]].dim > 1:
-        raise UsageError(
-            f"a tensor is sharded as {tensor.placements}, only shards of the first or second dimension can be saved "
-            "and loaded: shard with fully_shard or tensor parallelism alone"
-        )
+        raise UsageError(f"tensors sharded as {tensor.placements} cannot be saved: shard the first or second dimension")
     dim = tensor.placements[sharded[0]].dim
     ranks = mesh.movedim(sharded[0], 0).reshape(mesh.size(sharded[0]), -1)[:, 0].tolist()
     size = -(-tensor.shape[dim] // len(ranks))
@@ -41,13 +35,12 @@ def pieces(tensor: DTensor) -> list[Piece]:
     return [Piece(rank, dim, start, end) for rank, start, end in zip(ranks, [0, *ends], ends, strict=False)]
 
 
-def _sharded_dims(tensor: DTensor) -> list[int]:
-    """Dimensions of its mesh over which the tensor is not replicated."""
+def _sharded_dims(tensor: DTensor) -> list[int]:  # of its mesh
     return [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, int, int]:
-    """What this rank has of a tensor, in the same memory, and its first row and column in the whole."""
+    """The local part of a tensor, in the same memory, and its first row and column in the whole."""
     if not isinstance(tensor, DTensor) or not (sharded := _sharded_dims(tensor)):
         return local_of(tensor), 0, 0
     piece = pieces(tensor)[tensor.device_mesh.get_local_rank(sharded[0])]
@@ -55,12 +48,12 @@ def local_part(tensor: Tensor) -> tuple[Tensor, int, int]:
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor, in the same memory; the tensor itself if it is no DTensor."""
+    """The local part of a tensor, in the same memory; the tensor itself if it is no DTensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def is_first_copy(tensor: DTensor) -> bool:
-    """Whether this rank counts in a sum over all ranks: of those that have equal copies only the first does."""
+    """Whether this rank is the first of those that have equal copies, so that a sum over ranks counts it."""
     mesh = tensor.device_mesh
     return all(mesh.get_local_rank(i) == 0 for i, placement in enumerate(tensor.placements) if placement.is_replicate())
 
@@ -71,10 +64,7 @@ def is_in_columns(tensor: Tensor) -> bool:
 
 
 def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
-    """`local`, made from what this rank has of `parameter`, as its part of a tensor that is sharded the same way.
-
-    It has the size of that part in each dimension, or (blocks of columns) all ranks' parts have the size of this one.
-    """
+    """A tensor sharded like `parameter`, of which `local` is this rank's part, sized as the parameter's or equally."""
     if not isinstance(parameter, DTensor):
         return local
     mesh, placements, part = parameter.device_mesh, parameter.placements, local_of(parameter)
@@ -89,7 +79,7 @@ def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
 
 @torch.no_grad()
 def set_local_(parameter: nn.Parameter, local: Tensor) -> None:
-    """Make `local`, of any dtype, what this rank has of `parameter`, which stays the same object."""
+    """Make `local`, of any dtype, the local part of `parameter`, which stays the same object."""
     if not isinstance(parameter, DTensor):
         parameter.data = local
         return

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowmem.distributed.collectives import collective, gather_bytes, host_group, raise_on_all_ranks, rank_and_world_size
+from lowmem.distributed.collectives import collective, gather_json, host_group, raise_on_all_ranks, rank_and_world_size
 from lowmem.distributed.dtensor import local_part
 from lowmem.errors import UsageError
 from lowmem.storage.tensor_files import StoredTensor, bytes_of, open_shards
@@ -22,9 +22,8 @@ _PART_ROWS = 2**10  # of two tensors in files that are compared at a time
 def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator[None]:
     """Shard the model within this block; at its end parameters (on `device` or the host) and buffers get their values.
 
-    If all ranks have the model on meta, each reads its own part from the files of `model.name_or_path`; otherwise they
-    get it from rank 0, which must have data. So no other rank ever has a whole copy. Buffers that no file holds keep
-    the values that the model was built with. Raises UsageError, on all ranks, if neither source has all weights.
+    If rank 0's model is on meta, each rank reads its own part from the files of `model.name_or_path`, else rank 0 sends
+    it; buffers in no file keep their values. Raises UsageError, on all ranks, if the files do not hold all weights.
     """
     has_data = not any(parameter.is_meta for parameter in model.parameters())
     is_source = has_data and rank_and_world_size()[0] == 0
@@ -40,33 +39,24 @@ def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator
     for name, buffer in model.named_buffers():
         built = buffers[name]  # to_empty has emptied these too
         buffer.data = torch.empty_like(built, device=device) if built.is_meta else built.to(device)
-    rank_0_has_data, *_ = gather_bytes(b"1" if has_data else b"")
-    if rank_0_has_data:
+    if gather_json(has_data)[0]:
         _broadcast(model, whole)
     else:
         with raise_on_all_ranks():
             if not model.name_or_path:
-                raise UsageError(
-                    "the model has no data on any rank and no files: build it with data (on_meta=False) on rank 0, "
-                    "from which the others then get it"
-                )
-            stored = _read_own_parts(model, Path(model.name_or_path))
+                raise UsageError("the model has neither data nor files: build it with data (on_meta=False) on rank 0")
+            folder = Path(model.name_or_path)
+            if (stored := stored_weights(model, folder)) is None:
+                raise UsageError(f"{folder} does not hold all weights of this model: set on_meta=False")
+            tensors = model.state_dict(keep_vars=True)
+            for name, source in stored.items():
+                read_local(tensors[name].data, source)
             if empty := sorted(name for name, built in buffers.items() if built.is_meta and name not in stored):
                 raise UsageError(f"no rank and no file has the buffers {', '.join(empty)}: build them with data")
 
 
-def _read_own_parts(model: nn.Module, folder: Path) -> dict[str, StoredTensor]:
-    stored = stored_weights(model, folder)
-    if stored is None:
-        raise UsageError(f"the files in {folder} do not hold all weights of this model: load it with its data")
-    tensors = model.state_dict(keep_vars=True)
-    for name, source in stored.items():
-        read_local(tensors[name].data, source)
-    return stored
-
-
 def read_local(tensor: Tensor, stored: StoredTensor) -> None:
-    """Read what this rank has of `tensor`, in place."""
+    """Read the local part of `tensor`, in place."""
     local, row, column = local_part(tensor)
     stored.copy_part(local, row, column)
 
@@ -74,7 +64,7 @@ def read_local(tensor: Tensor, stored: StoredTensor) -> None:
 def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor] | None:
     """Each parameter and persistent buffer, by its (first) name, as the files in `folder` hold it.
 
-    None if one is missing, or if tied ones differ in the files: transformers would untie those.
+    None if one is missing, or if tied ones differ in the files, so that transformers would untie them.
     """
     files = open_shards(folder, "model")
     aliases: dict[Tensor, list[str]] = {}
@@ -95,7 +85,7 @@ def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _broadcast(model: nn.Module, whole: dict[str, Tensor]) -> None:
-    """Fill every rank's parameters and buffers from `whole`, which is empty but on rank 0, 16 MiB at a time."""
+    """Fill every rank's parameters and buffers from `whole` on rank 0 (elsewhere empty), 16 MiB at a time."""
     with collective("broadcasting the weights of rank 0"), torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             source = whole.pop(name, None)

@@ -1,7 +1,7 @@
-"""Each rank tells the others every second that it lives and what it does; one that falls silent ends the run by name.
+"""Each rank reports every second that it lives and what it does; a rank that falls silent ends the run, by name.
 
-In a collective a rank waits for peers that were killed, stopped or cut off, where no exception can reach it. So threads
-beside it keep watch, over a store on rank 0. All of it is on the host, and imports no torch.
+A collective waits for peers that were killed, stopped or cut off, where no exception can reach it. So two threads keep
+watch over a store on rank 0. Imports no torch.
 """
 
 import atexit
@@ -19,7 +19,9 @@ from lowmem.distributed.signals import say_and_exit
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-_SECONDS_TO_TELL = 5.0  # the others how this rank ended
+OnAbort = Callable[[str], None] | None
+
+_SECONDS_TO_REPORT = 5.0  # to the others how this rank ended
 _SECONDS_TO_FOLLOW = 5.0  # that a rank has to end by itself once it knows that another one failed
 _BEATS_MISSED = 3  # that make a rank suspect once a collective broke
 
@@ -29,7 +31,7 @@ _heartbeat: "Heartbeat | None" = None
 
 
 def at_step(step: int) -> None:
-    """What this rank does from now on belongs to this optimizer step."""
+    """Set the optimizer step that this rank reports from now on."""
     global _step
     _step = step
 
@@ -41,7 +43,7 @@ def current_step() -> int | None:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Within it this rank is at the phase `name`, which its beats tell: "evaluating", "summing gradients"."""
+    """Within this block the rank reports that it is at `name`: "evaluating", "summing gradients"."""
     global _phases
     outer = _phases
     _phases = (*outer, name)
@@ -56,16 +58,10 @@ def place() -> str:
     return ", ".join([*([] if _step is None else [f"step {_step}"]), *_phases]) or "the start"
 
 
-def ended() -> None:
-    """This rank has ended well: the others wait for it no more."""
+def ended(error: str = "") -> None:
+    """Report that this rank ends, well or with `error`. Takes seconds if another rank does not answer."""
     if _heartbeat is not None:
-        _heartbeat.end()
-
-
-def failed(message: str) -> None:
-    """This rank ends, as `message` tells: let the others know. Takes seconds if one of them does not answer."""
-    if _heartbeat is not None:
-        _heartbeat.end(message)
+        _heartbeat.end(error)
 
 
 def suspects() -> str:
@@ -79,41 +75,29 @@ def places() -> str:
 
 
 class Beat(NamedTuple):
-    """What a rank tells of itself, as JSON in the store."""
+    """What a rank reports, as JSON in the store."""
 
     number: int = 0
     place: str = "the start"
     end: str | None = None
     """None while it runs, "" once it ended well, else what it failed with."""
     knows_end: bool = False
-    """It has heard that rank 0 ended, and needs its store no more."""
+    """It knows that rank 0 ended, and needs its store no more."""
 
 
 FIRST = json.dumps(Beat())
 
 
 class Heartbeat:
-    """This rank's two threads: one exchanges beats through the store, which may block for ever, one judges them."""
+    """This rank's two threads: one exchanges beats through the store, which may block forever, one judges them."""
 
-    def __init__(
-        self,
-        store: "Store",
-        *,
-        address: str,
-        rank: int,
-        world_size: int,
-        limit_seconds: float,
-        is_over: Callable[[], bool],
-        on_abort: Callable[[str], None] | None,
-    ):
-        self._address, self._rank, self._limit = address, rank, limit_seconds
-        self._interval = min(1.0, limit_seconds / 10)
-        self._is_over, self._on_abort = is_over, on_abort
+    def __init__(self, store: "Store", address: str, rank: int, world_size: int, limit: float, on_abort: OnAbort):
+        self._address, self._rank, self._limit, self._on_abort = address, rank, limit, on_abort
+        self._interval = min(1.0, limit / 10)
         self._beats = [Beat()] * world_size
         # Seconds in which we listened, not seconds of a clock: if this process was stopped, nobody else was silent.
         self._silence = [0.0] * world_size
-        self._unanswered = 0.0
-        self._known_failure = 0.0
+        self._unanswered = self._known_failure = 0.0
         self._end: str | None = None
         self._wake = Event()
         self._process = os.getpid()
@@ -121,37 +105,39 @@ class Heartbeat:
         self._exchange.start()
         Thread(target=self._watch, daemon=True, name="lowmem-watch").start()
 
-    def end(self, cause: str = "") -> None:
-        """Tell the others that this rank has ended: well, or with a cause. What was told first stands."""
+    def end(self, error: str) -> None:
+        """See `ended`. The first call counts."""
         if os.getpid() != self._process:
-            return  # a fork has the connection but no right to speak
+            return  # a fork, which shares the connection but is no rank
         if self._end is None:
-            self._end = cause
+            self._end = error
         self._wake.set()
-        self._exchange.join(_SECONDS_TO_TELL)
+        self._exchange.join(_SECONDS_TO_REPORT)
 
     def suspects(self) -> str:
         rounds = 10 * (_BEATS_MISSED + 2)
-        while not (told := self._silent(_BEATS_MISSED * self._interval) + self._failed()) and rounds:
+        while not (found := self._silent(_BEATS_MISSED * self._interval) + self._failed()) and rounds:
             time.sleep(self._interval / 10)
             rounds -= 1
-        return "; ".join(told)
+        return "; ".join(found)
 
     def places(self) -> str:
         at: dict[str, list[str]] = {}
         for rank, beat in enumerate(self._beats):
             where = place() if rank == self._rank else beat.place if beat.end is None else "its end"
             at.setdefault(where, []).append(str(rank))
-        told = (f"rank {', '.join(ranks)} is at {where}" for where, ranks in at.items())
-        return f"no rank is silent: {'; '.join(told)}"
+        clauses = (f"rank {', '.join(ranks)} is at {where}" for where, ranks in at.items())
+        return f"no rank is silent: {'; '.join(clauses)}"
 
     def _exchange_beats(self, store: "Store") -> None:
-        """Tell and hear, until this rank, or rank 0 with the store, has ended and those who listen know it."""
+        """Send and receive beats until this rank, or rank 0 with the store, has ended and the others know it."""
+        from torch import distributed
+
         keys = [str(rank) for rank in range(len(self._beats))]
         number, last = 0, time.monotonic()
         try:
             while True:
-                if self._end is None and self._is_over():
+                if self._end is None and not distributed.is_initialized():
                     self._end = ""
                 number += 1
                 mine = Beat(number, place(), self._end, self._beats[0].end is not None)
@@ -160,19 +146,16 @@ class Heartbeat:
                     return
                 beats = [Beat(*json.loads(beat)) for beat in store.multi_get(keys)]
                 now = time.monotonic()
-                self._hear(beats, min(now - last, 2 * self._interval))
-                last = now
+                seconds, last = min(now - last, 2 * self._interval), now
+                for rank, (before, beat) in enumerate(zip(self._beats, beats, strict=True)):
+                    self._silence[rank] = self._silence[rank] + seconds if beat.number == before.number else 0.0
+                self._beats, self._unanswered = beats, 0.0
                 if self._rank == 0 and mine.end is not None and self._store_may_go():
                     return
                 self._wake.wait(self._interval if mine.end is None else self._interval / 10)
                 self._wake.clear()
         except RuntimeError:
-            return  # the connection is lost, so nothing will be heard: _watch draws the conclusion
-
-    def _hear(self, beats: list[Beat], seconds: float) -> None:
-        for rank, (before, beat) in enumerate(zip(self._beats, beats, strict=True)):
-            self._silence[rank] = self._silence[rank] + seconds if beat.number == before.number else 0.0
-        self._beats, self._unanswered = beats, 0.0
+            return  # the connection is lost; _watch sees that no beat is received any more
 
     def _store_may_go(self) -> bool:
         silent = _BEATS_MISSED * self._interval
@@ -188,17 +171,15 @@ class Heartbeat:
             seconds, last = min(now - last, 2 * self._interval), now
             self._unanswered += seconds
             self._known_failure += seconds if self._failed() else 0.0
-            told = self._silent(self._limit)
+            found = self._silent(self._limit)
             if self._known_failure >= min(_SECONDS_TO_FOLLOW, self._limit):
-                told += self._failed()
-            if told and self._end is None:
-                self._end_process(
-                    f"error: {'; '.join(told)}. Rank {self._rank}, at {place()}, ends with it: look at the other's log "
-                    "and machine, then go on from the last checkpoint"
-                )
+                found += self._failed()
+            if found and self._end is None:
+                here = f"Rank {self._rank}, at {place()}, ends too"
+                self._end_process(f"error: {'; '.join(found)}. {here}: see the other's log, then resume")
 
     def _silent(self, seconds: float) -> list[str]:
-        """A clause for each rank that runs but was not heard of for so long; rank 0 alone if its store is silent."""
+        """A clause for each rank that runs but sent no beat for so long; rank 0 alone if its store is silent."""
         silence, name = dict(enumerate(self._silence)), "rank {}"
         if self._unanswered >= seconds:
             silence, name = {0: self._unanswered}, f"rank {{}}, which keeps the store at {self._address},"
@@ -213,29 +194,29 @@ class Heartbeat:
         return [f"rank {rank} failed with {end}" for rank, end in ends if end and rank != self._rank]
 
     def _end_process(self, message: str) -> None:
-        def tell_others() -> None:
+        def report() -> None:
             self.end(message)
             if self._on_abort is not None:
                 self._on_abort(message)
 
-        say_and_exit(message, 1, tell_others)
+        say_and_exit(message, 1, report)
 
 
-def start(store: "Store", **options) -> None:
-    """Begin to beat, in place of an earlier group's heartbeat. `options` are those of Heartbeat."""
+def start(store: "Store", address: str, rank: int, world_size: int, *, limit_seconds: float, on_abort: OnAbort) -> None:
+    """Start this rank's heartbeat, in place of that of an earlier process group."""
     global _heartbeat
     if _heartbeat is None:
-        _tell_how_the_process_ends()
+        _report_how_the_process_ends()
     ended()
-    _heartbeat = Heartbeat(store, **options)
+    _heartbeat = Heartbeat(store, address, rank, world_size, limit_seconds, on_abort)
 
 
-def _tell_how_the_process_ends() -> None:
+def _report_how_the_process_ends() -> None:
     show = sys.excepthook
 
-    def show_and_tell(kind, error, traceback) -> None:
+    def show_and_report(kind, error, traceback) -> None:
         show(kind, error, traceback)
-        failed(f"{kind.__name__}: {error}")
+        ended(f"{kind.__name__}: {error}")
 
-    sys.excepthook = show_and_tell
+    sys.excepthook = show_and_report
     atexit.register(ended)

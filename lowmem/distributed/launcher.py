@@ -1,4 +1,4 @@
-"""Settings that a launcher (torchrun, accelerate launch, deepspeed) left in the environment. Imports no torch."""
+"""Settings that a launcher (torchrun, accelerate launch, deepspeed) puts into the environment. Imports no torch."""
 
 import json
 import os
@@ -20,19 +20,16 @@ def launched_processes() -> int | None:
 
 
 def launched_settings() -> dict[str, object]:
-    """The settings of `accelerate launch`, from flags or a config file, by the names of our fields.
-
-    Raises UsageError for those that lowmem does not have.
-    """
+    """The settings of `accelerate launch`, by the names of our fields. Raises UsageError for what lowmem lacks."""
     if _is_set("ACCELERATE_USE_MEGATRON_LM"):
-        raise UsageError("accelerate was told to use Megatron-LM, which lowmem does not: set another distributed_type")
+        raise UsageError("accelerate is set to use Megatron-LM, which lowmem does not: set another distributed_type")
     settings: dict[str, object] = {}
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision != "no":  # accelerate always sets it, so "no" may be its default
         settings["mixed_precision"] = precision
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if compiler not in ("no", "inductor"):
-        raise UsageError(f"accelerate was told dynamo_backend {compiler}, lowmem compiles by inductor: set that, or no")
+        raise UsageError(f"accelerate has dynamo_backend {compiler}, lowmem compiles by inductor: set that, or no")
     if compiler == "inductor":
         settings["compile"] = True
     if _is_set("ACCELERATE_USE_FSDP"):
@@ -45,19 +42,17 @@ def launched_settings() -> dict[str, object]:
 
 
 def _fsdp_settings() -> dict[str, object]:
-    """Those of fsdp_config. It has others, on grouping layers and on checkpoints, which lowmem does in its own way."""
-    prefix = "FSDP_"
-    found = {k.removeprefix(prefix).lower(): x.lower() for k, x in os.environ.items() if k.startswith(prefix)}
-    reshards = found.get("reshard_after_forward", "true")
+    """Those of fsdp_config, without the ones on grouping layers and on checkpoints."""
+    found = {k.removeprefix("FSDP_").lower(): x.lower() for k, x in os.environ.items() if k.startswith("FSDP_")}
+    reshards, wraps = found.get("reshard_after_forward", "true"), "transformer_based_wrap"
     needs = {
         "fsdp_version: 2": found.get("version") == "2",
-        "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP": found.get("auto_wrap_policy", "transformer_based_wrap")
-        == "transformer_based_wrap",
+        f"fsdp_auto_wrap_policy: {wraps.upper()}": found.get("auto_wrap_policy", wraps) == wraps,
         "fsdp_reshard_after_forward: true or false": reshards in ("true", "false"),
         "no fsdp_ignored_modules": "ignored_modules" not in found,
     }
     if missing := [setting for setting, is_met in needs.items() if not is_met]:
-        raise UsageError(f"accelerate was told to use FSDP in another way than lowmem does: set {', '.join(missing)}")
+        raise UsageError(f"accelerate is set to use FSDP in another way than lowmem does: set {', '.join(missing)}")
     settings = {
         "cpu_offload": (found.get("offload_params"), True),
         "recompute": (found.get("activation_checkpointing"), "full"),
@@ -69,29 +64,21 @@ def _fsdp_settings() -> dict[str, object]:
 
 def _parallelism_settings(settings: Mapping[str, object]) -> dict[str, object]:
     """Those of parallelism_config, given `settings` of fsdp_config."""
-    copies, shards, tensor, context, sequence = (
-        int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1"))
-        for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
-    )
+    names = [f"PARALLELISM_CONFIG_{name}_SIZE" for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")]
+    copies, shards, tensor, context, sequence = (int(os.environ.get(name, "1")) for name in names)
     if context > 1 or sequence > 1:
-        raise UsageError(
-            "accelerate was told to divide sequences over processes, which lowmem does not: remove cp_size and sp_size"
-        )
+        raise UsageError("accelerate is set to divide sequences, which lowmem does not: remove cp_size and sp_size")
     tp_settings = {"tp_size": tensor} if tensor > 1 else {}
     strategy = settings.get("sharding_strategy")
     if shards == 1 and (copies == 1 or strategy is None):
         return tp_settings
     processes = launched_processes()
     if processes not in (None, copies * shards * tensor):
-        raise UsageError(
-            f"accelerate was told of {copies} copies of {shards} shards, tp_size {tensor}, but started {processes} "
-            "processes: their number must be the product of the three"
-        )
+        asked = f"{copies} copies of {shards} shards, tp_size {tensor}"
+        raise UsageError(f"accelerate has {asked}, but started {processes} processes: start their product")
     if strategy is None or (copies > 1 and strategy == "SHARD_GRAD_OP"):
-        raise UsageError(
-            f"accelerate was told of {shards} shards in {copies} copies: set distributed_type: FSDP with "
-            "fsdp_reshard_after_forward: true next to its parallelism_config"
-        )
+        needed = "distributed_type: FSDP with fsdp_reshard_after_forward: true"
+        raise UsageError(f"accelerate has {shards} shards in {copies} copies: set {needed} too")
     return tp_settings | ({"sharding_strategy": "HYBRID_SHARD", "shard_size": shards} if copies > 1 else {})
 
 
@@ -104,10 +91,8 @@ def _deepspeed_config() -> str:
     for part in ("optimizer", "param"):
         device = get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
         if device == "nvme":
-            raise UsageError(
-                f"accelerate was told offload_{part}_device: nvme, but does not pass its path on: write both into a "
-                "DeepSpeed config and name it as deepspeed_config_file"
-            )
+            asked = f"offload_{part}_device: nvme"
+            raise UsageError(f"accelerate has {asked}, but does not pass its path on: use a deepspeed_config_file")
         if device != "none":
             zero[f"offload_{part}"] = {"device": device}
     config: dict[str, object] = {"zero_optimization": zero}

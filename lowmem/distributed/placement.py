@@ -1,4 +1,4 @@
-"""How a model lies over the ranks: what wraps it, who shares it, and whose rows count."""
+"""How a model is placed on the ranks: what wraps it, which ranks share it, and whose rows count."""
 
 import sys
 from contextlib import AbstractContextManager
@@ -29,19 +29,19 @@ def is_engine(model: nn.Module) -> bool:
 
 
 def divides_weights(model: nn.Module) -> bool:
-    """Whether `model` is wrapped by DeepSpeed at stage 3, so that each forward talks to the other ranks."""
+    """Whether `model` is wrapped by DeepSpeed at stage 3, so that each forward has collectives."""
     return is_engine(model) and model.zero_optimization_partition_weights()
 
 
 class DataParallelRank(NamedTuple):
-    """Where a rank stands among those whose rows differ: ranks that share a model (tp_size) share a place."""
+    """A rank's number among those whose rows differ: ranks that share a model (tp_size) share it."""
 
     rank: int
     size: int
     is_counted: bool
-    """Of the ranks at a place one is, in sums over all ranks."""
+    """Whether sums over all ranks count this one, of the ranks that share a number."""
     group: dist.ProcessGroup | None
-    """This rank and those at other places whose gradients belong to the same weights; None: all ranks."""
+    """The ranks whose gradients belong to the same weights as this one's; None: all."""
 
     @property
     def coordinates(self) -> dict[str, int]:
@@ -50,7 +50,7 @@ class DataParallelRank(NamedTuple):
 
 
 def data_place(model: nn.Module) -> DataParallelRank:
-    """This rank's, whose `rank` and `size` are what `open_stream` and `open_eval` want to know."""
+    """This rank's DataParallelRank: its `coordinates` are what `open_stream` and `open_eval` take."""
     mesh = tensor_mesh(model)
     if mesh is None:
         return DataParallelRank(*rank_and_world_size(), is_counted=True, group=None)
@@ -58,27 +58,27 @@ def data_place(model: nn.Module) -> DataParallelRank:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard`, or DeepSpeed's stage 3, divides its weights, so that each backward sums over ranks."""
+    """Whether `fully_shard`, or DeepSpeed's stage 3, shards its weights, so that each backward sums over ranks."""
     return isinstance(unwrapped(model), FSDPModule) or divides_weights(model)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model computes, also while its sharded weights lie in host memory."""
+    """Where the model computes, also while its sharded weights are in host memory."""
     parameter = next(model.parameters())
     return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
 
 
 def is_divided(model: nn.Module) -> bool:
-    """Whether ranks share its layers or its weights, so that they talk to one another within forward and backward."""
+    """Whether ranks share its layers or its weights, so that forward and backward have collectives."""
     return is_sharded(model) or tensor_mesh(model) is not None
 
 
 def failing(model: nn.Module) -> AbstractContextManager[None]:
-    """How an error within forward or backward is told: the collectives of a divided one would meet an agreement's."""
+    """How to pass on an error in forward or backward, where a divided model has collectives of its own."""
     return report_failure() if is_divided(model) else raise_on_all_ranks()
 
 
 def tensor_mesh(model: nn.Module) -> DeviceMesh | None:
-    """The mesh over which `divide_layers` divided the model; None if it did not."""
+    """The mesh that `divide_layers` sharded the model over; None if it did not."""
     meshes = (parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor))
     return next((mesh for mesh in meshes if mesh.mesh_dim_names == TENSOR_PARALLEL_MESH), None)

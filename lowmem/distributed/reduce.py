@@ -13,10 +13,9 @@ _NORM_ELEMENTS = 2**20  # of a bf16 gradient, brought to fp32 at a time
 
 
 def all_reduce_sum(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Sum each tensor over the ranks of `group` (None: all), in place.
+    """Sum each tensor over the ranks of `group` (None: all), in place, in fp32 if it is narrower, in 32 MiB buckets.
 
-    Small ones travel together in buckets of about 32 MiB. What is narrower than fp32 is summed in fp32 and rounded
-    once. Every rank passes tensors of the same shapes in the same order; the sums have the same bits on every rank.
+    Every rank passes the same shapes in the same order, and gets the same bits.
     """
     bucket: list[Tensor] = []
     room = _BUCKET_BYTES
@@ -55,14 +54,11 @@ def _reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
 
 
 def gradient_norm(gradient: Tensor) -> Tensor:
-    """L2 norm of one gradient in fp32 (or wider), a scalar, without a copy of a large bf16 one.
-
-    On a CPU row by row, and their norms in fp64: its kernel adds up one after the other, and the squares of a matrix of
-    16 million in one fp32 sum lose 1e-3. A row of its own, or a vector, is one sum.
-    """
+    """L2 norm of one gradient in fp32 (or wider), a scalar, without a copy of a large bf16 one."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     if gradient.device.type != "cpu":  # whose kernels add up in trees, and widen what they read
         return torch.linalg.vector_norm(gradient, dtype=wide)
+    # by rows, then over rows in fp64: the CPU's kernel adds sequentially, and 16M squares in one fp32 sum lose 1e-3
     rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient.reshape(1, -1)
     pieces = [rows] if rows.dtype == wide else rows.split(max(1, _NORM_ELEMENTS // max(1, rows.shape[1])))
     of_rows = [torch.linalg.vector_norm(piece, dim=1, dtype=wide) for piece in pieces]

@@ -1,4 +1,4 @@
-"""Rendezvous: the processes of a run find one another and start their group, or report within a limit what is wrong."""
+"""Rendezvous: the processes of a run find one another and start their group, or report in time what is wrong."""
 
 import os
 import socket
@@ -26,7 +26,7 @@ _LOOPBACK = ("127.", "::1", "fe80:")
 
 
 class Launch(NamedTuple):
-    """What a launcher tells a process: its rank, and the address of the store, which rank 0 or the launcher keeps."""
+    """What a launcher sets: this process's rank, and the address of the store, which rank 0 or the launcher keeps."""
 
     rank: int
     world_size: int
@@ -39,51 +39,46 @@ class Launch(NamedTuple):
 
 def launch_from_environment() -> Launch:
     """Read RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Raises StartError where these are wrong."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    rank, world_size, address, port = found = [os.environ.get(name, "") for name in names]
-    if not (address and rank.isdecimal() and world_size.isdecimal() and port.isdecimal()) or not (
-        int(rank) < int(world_size) and 0 < int(port) < 2**16
-    ):
-        values = ", ".join(f"{name}={value!r}" for name, value in zip(names, found, strict=True))
-        raise StartError(
-            f"the environment has {values}: set them as launchers do, ranks from 0 to WORLD_SIZE - 1, ports from 1 to "
-            "65535"
-        )
-    return Launch(int(rank), int(world_size), address, int(port))
+    found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    rank, world_size, address, port = found.values()
+    if address and rank.isdecimal() and world_size.isdecimal() and port.isdecimal():
+        if int(rank) < int(world_size) and 0 < int(port) < 2**16:
+            return Launch(int(rank), int(world_size), address, int(port))
+    values = ", ".join(f"{name}={value!r}" for name, value in found.items())
+    raise StartError(f"the environment has {values}: set ranks from 0 to WORLD_SIZE - 1, and a port below 65536")
 
 
 def start_group(backend: str, *, limit_seconds: float) -> None:
-    """Start the process group that the environment describes, which accelerate then uses.
+    """Start the process group that the environment describes, in which no wait exceeds about `limit_seconds`.
 
-    Raises StartError where the environment is wrong, and RankError if a rank is missing; each wait takes at most about
-    `limit_seconds`. One that no exception can end is ended with a line on stderr and exit code 1.
+    Raises StartError or, if a rank is missing, RankError; where no exception can arrive, the process exits with code 1.
     """
     launch = launch_from_environment()
-    _check_collectives_in_debug_mode(launch)
+    if os.environ.get("ACCELERATE_DEBUG_MODE", "false").lower() == "true":  # --debug: accelerate checks its collectives
+        os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
+        dist.set_debug_level_from_env()
+        if launch.rank == 0:
+            print("debug mode: torch compares every collective over the ranks, which takes time", flush=True)
     store = open_store(launch, limit_seconds)
     try:
         meeting = meet(store, launch, limit_seconds)
     except dist.DistNetworkError as error:
-        raise RankError(
-            f"{launch} lost the store at {launch.address}:{launch.port} before all ranks came ({_first_line(error)}): "
-            "look at the log of rank 0, or of the launcher that keeps the store"
-        ) from error
+        lost = f"lost the store at {launch.address}:{launch.port} before all ranks came ({_first_line(error)})"
+        raise RankError(f"{launch} {lost}: look at the log of rank 0 or of the launcher") from error
+    options = {"rank": launch.rank, "world_size": launch.world_size, "store": dist.PrefixStore(meeting, store)}
     unconnected = f"{launch} found all other ranks, but {backend} does not connect them"
     with _ending_after(limit_seconds, f"{unconnected}: {_network()}"):
         try:
-            dist.init_process_group(
-                backend, store=dist.PrefixStore(meeting, store), rank=launch.rank, world_size=launch.world_size
-            )
+            dist.init_process_group(backend, **options)
         except RuntimeError as error:
             raise StartError(f"{unconnected} ({_first_line(error)}): {_network()}") from error
     store.set_timeout(_STORE_TIMEOUT)  # from here on a rank may wait for another one that works
 
 
 def first_sum(device: torch.device, *, limit_seconds: float, on_abort: Callable[[str], None] | None = None) -> None:
-    """One all-reduce on the host and one on `device`, after which all ranks are known to be connected.
+    """All-reduce once on the host and once on `device`: only then do backends connect, and NCCL without a limit.
 
-    Backends connect only then, and NCCL without a limit: after `limit_seconds` the process ends with a line on stderr,
-    which `on_abort` gets too.
+    After `limit_seconds` the process ends with a message on stderr, also passed to `on_abort`.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     what = f"rank {rank} on {socket.gethostname()} got no answer to its first sum over {world_size} ranks"
@@ -97,24 +92,12 @@ def first_sum(device: torch.device, *, limit_seconds: float, on_abort: Callable[
         raise StartError(f"rank {rank} summed 1 over {world_size} ranks and got {sums}: {_network()}")
 
 
-def _check_collectives_in_debug_mode(launch: Launch) -> None:
-    """With `accelerate launch --debug` accelerate checks its own collectives; let torch check ours."""
-    if os.environ.get("ACCELERATE_DEBUG_MODE", "false").lower() != "true":
-        return
-    os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
-    dist.set_debug_level_from_env()
-    if launch.rank == 0:
-        print("debug mode: torch compares every collective over the ranks before it runs, which takes time", flush=True)
-
-
 def open_store(launch: Launch, limit_seconds: float) -> dist.Store:
     """Connect to the store, which rank 0 keeps unless a launcher does. Raises StartError after `limit_seconds`."""
     is_keeper = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     where = f"{launch.address}:{launch.port} (MASTER_ADDR, MASTER_PORT)"
-    stranger = (
-        f"{launch} reached something at {where} that is not this run's store: set both, the same for all ranks, to the "
-        "host of rank 0 and a port that is free there"
-    )
+    advice = "on all ranks set both to the host of rank 0 and a port that is free there"
+    stranger = f"{launch} reached something at {where} that is not this run's store: {advice}"
     options = {"timeout": timedelta(seconds=limit_seconds), "wait_for_workers": False, "multi_tenant": True}
     with _ending_after(limit_seconds + 1.0, stranger):  # torch waits for a first answer without a limit
         try:
@@ -127,10 +110,7 @@ def open_store(launch: Launch, limit_seconds: float) -> dist.Store:
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise StartError(f"{stranger} ({_first_line(error)})") from error
-            raise StartError(
-                f"{launch} was to keep the store at {where}, but that port is taken: set MASTER_PORT to a free one, "
-                "the same for all ranks (torchrun: --master_port, accelerate: --main_process_port)"
-            ) from error
+            raise StartError(f"{launch} was to keep the store at {where}, but that port is taken: {advice}") from error
     return store
 
 
@@ -146,19 +126,17 @@ def _reach(launch: Launch, where: str, limit_seconds: float) -> None:
             # the keeper is up before rank 0 gets here, so a host that refuses rank 0 is another one
             is_final = launch.rank == 0 and isinstance(error, ConnectionRefusedError)
             if is_final or left <= _SECONDS_BETWEEN_TRIES:
-                raise StartError(
-                    f"{launch} reaches nobody at {where}: {error.strerror or error}. Set both to the host of rank 0 "
-                    f"and a port that is free there and open to this host. {_interfaces()}"
-                ) from error
+                found = f"{launch} reaches nobody at {where}: {error.strerror or error}. {_interfaces()}"
+                raise StartError(f"{found}: set both to the host of rank 0 and a port open to this host") from error
             time.sleep(_SECONDS_BETWEEN_TRIES)
 
 
 def meet(store: dist.Store, launch: Launch, limit_seconds: float) -> str:
     """Wait until all ranks are here. Returns a name for this meeting, the same on every rank and new in this store.
 
-    A launcher's store still holds what restarted processes wrote before, and hosts may count restarts differently. So
-    rank 0 asks with a new word, each other rank answers with it and a word of its own, and a rank that finds its word
-    in rank 0's list has met: no word of a dead process can pass for that of a live one.
+    A launcher's store holds what processes wrote before a restart. So rank 0 writes a new token, each other rank
+    answers with it and its own, and has met once its own is in rank 0's list: no token of a dead process passes for a
+    live one's.
     """
     mine, others, start = uuid4().hex, range(1, launch.world_size), time.monotonic()
     answered, has_reported = "", False
@@ -172,7 +150,7 @@ def meet(store: dist.Store, launch: Launch, limit_seconds: float) -> str:
             answers = _answers(store, others, asked)
             if all(answers):
                 store.set("lowmem/met", " ".join([asked, *answers]))
-                store.set("lowmem/asked", "")  # not deleted: a rank that has just seen it would wait for it in reading
+                store.set("lowmem/asked", "")  # not deleted: a rank that has just seen it would wait to read it
                 return mine
         elif asked and asked != answered:
             store.set(f"lowmem/{launch.rank}", f"{asked} {mine}")
@@ -180,10 +158,8 @@ def meet(store: dist.Store, launch: Launch, limit_seconds: float) -> str:
         elif answered and (met := _read(store, "lowmem/met").split()) and met[0] == answered:
             if mine in met:
                 return answered
-            raise StartError(
-                f"{launch} of {launch.world_size} is none of the {len(met)} that rank 0 met: give each process its own "
-                "RANK, and all the same WORLD_SIZE (torchrun: --node_rank, --nnodes)"
-            )
+            found = f"{launch} of {launch.world_size} is none of the {len(met)} that rank 0 met"
+            raise StartError(f"{found}: set its own RANK and the same WORLD_SIZE (torchrun: --node_rank, --nnodes)")
         waited = time.monotonic() - start
         is_late = waited > limit_seconds
         if is_late or (waited > _SECONDS_UNTIL_REPORT and launch.rank == 0 and not has_reported):
@@ -191,10 +167,8 @@ def meet(store: dist.Store, launch: Launch, limit_seconds: float) -> str:
             missing = [str(rank) for rank, has_come in enumerate(came, 1) if not has_come] if asked else ["0"]
             awaited = f"for rank {', '.join(missing)} of {launch.world_size} at {launch.address}:{launch.port}"
             if is_late:
-                raise RankError(
-                    f"{launch} timed out after {limit_seconds:g} s waiting {awaited}: check that it runs, with the "
-                    "same MASTER_ADDR, MASTER_PORT and WORLD_SIZE, and its own RANK"
-                )
+                found = f"{launch} timed out after {limit_seconds:g} s waiting {awaited}"
+                raise RankError(f"{found}: check that it runs, with its own RANK and the same WORLD_SIZE and address")
             print(f"{launch} waits {awaited}", flush=True)
             has_reported = True
         time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -205,20 +179,20 @@ def _read(store: dist.Store, key: str) -> str:
 
 
 def _answers(store: dist.Store, ranks: range, asked: str) -> list[str]:
-    """The word of each rank that has answered `asked`, "" for the others."""
+    """The token of each rank that has answered `asked`, "" for the others."""
     answers = [_read(store, f"lowmem/{rank}").split() for rank in ranks]
     return [answer[1] if answer and answer[0] == asked else "" for answer in answers]
 
 
 @contextmanager
 def _ending_after(limit_seconds: float, message: str, on_abort: Callable[[str], None] | None = None) -> Iterator[None]:
-    """End the process with `message` if the block takes longer: it may hang in C++, where no exception arrives."""
+    """End the process with `message` if the block takes longer: it may hang in C++, where no exception can arrive."""
     is_done = Event()
 
     def watch() -> None:
         if not is_done.wait(limit_seconds):
             error = f"error: timed out after {limit_seconds:g} s: {message}"
-            say_and_exit(error, 1, (lambda: on_abort(error)) if on_abort else lambda: None)
+            say_and_exit(error, 1, lambda: on_abort and on_abort(error))
 
     Thread(target=watch, daemon=True, name="lowmem-start").start()
     try:
@@ -228,13 +202,11 @@ def _ending_after(limit_seconds: float, message: str, on_abort: Callable[[str], 
 
 
 def _network() -> str:
-    """The settings of this process that decide which network backends use, and what to set."""
+    """What this process has set of the network that backends use, and what to set."""
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE")
     found = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in names)
-    return (
-        f"{found}. {_interfaces()}; set the first two to one that all hosts reach on any port, NCCL_IB_DISABLE=1 "
-        "without InfiniBand, NCCL_DEBUG=INFO to see more"
-    )
+    advice = "set the first two to one that all hosts reach, NCCL_IB_DISABLE=1 without InfiniBand, NCCL_DEBUG=INFO"
+    return f"{found}. {_interfaces()}; {advice}"
 
 
 def _interfaces() -> str:

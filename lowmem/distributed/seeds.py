@@ -1,4 +1,4 @@
-"""Seeds that every rank works out by itself."""
+"""Seeds that every rank computes by itself."""
 
 from hashlib import blake2b
 

@@ -18,16 +18,12 @@ def check_launch(num_processes: int | None) -> None:
     """Raise UsageError if the environment contradicts `num_processes`, or sets what lowmem does not have."""
     launched = launched_processes()
     if None not in (launched, num_processes) and launched != num_processes:
-        raise UsageError(
-            f"--num_processes={num_processes} was set, but the launcher started {launched}: set the number in the "
-            "launcher alone"
-        )
+        asked = f"--num_processes={num_processes} was set"
+        raise UsageError(f"{asked}, but the launcher started {launched}: set the number in the launcher alone")
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
-        raise UsageError(
-            f"accelerate was told to accumulate over {accumulation} steps, which would divide gradients twice: set it "
-            "to 1, and --gradient_accumulation_steps of this program"
-        )
+        asked = f"accelerate is set to accumulate over {accumulation} steps"
+        raise UsageError(f"{asked}, which would divide gradients twice: set --gradient_accumulation_steps instead")
 
 
 def processes_to_start(num_processes: int | None) -> int:
@@ -54,19 +50,16 @@ def init_distributed(
     on_abort: Callable[[str], None] | None = None,
     signals: "Signals | None" = None,
 ) -> "Accelerator":
-    """Join the process group that the environment describes. Returns its Accelerator.
+    """Join the process group that the environment describes (gloo without a GPU). Return its Accelerator.
 
-    Without a GPU it runs on the CPU over gloo, also where accelerate would start independent runs.
-    `mixed_precision` None is what `accelerate launch` sets. With `deepspeed`, a whole DeepSpeed config, the Accelerator
-    is one that `zero.wrap` takes, and its precision is the config's. Processes that do not find one another within
-    `heartbeat_timeout` seconds end with a line that says why (see `start_group`). From then on they watch one another:
-    one that sends no heartbeat for that long, or fails alone, ends all of them with a line on stderr that names it,
-    which `on_abort` gets too. `signals.at_once` is unset, as the ranks can now agree on when to end. Raises UsageError
-    if the group has another size than the launcher started, and as `check_launch` and `start_group` do.
+    `mixed_precision` None is what `accelerate launch` sets; with `deepspeed`, a whole DeepSpeed config for `zero.wrap`,
+    the config's. Raises UsageError or RankError if the processes do not find one another within `heartbeat_timeout`
+    seconds. Later, one that sends no heartbeat for that long, or fails alone, ends all with a message that names it, on
+    stderr and to `on_abort`. `signals.at_once` is unset, as the ranks can now agree on when to end.
     """
     check_launch(None)
     if deepspeed is None and "deepspeed" in launched_settings():
-        raise UsageError("accelerate was told to use DeepSpeed, which this command does not: launch with --multi_gpu")
+        raise UsageError("accelerate is set to use DeepSpeed, which this command does not: launch with --multi_gpu")
     import torch
     from accelerate import Accelerator
     from torch import distributed
@@ -79,10 +72,8 @@ def init_distributed(
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
     launched = launched_processes() or 1
     if launched > 1:
-        start_group(
-            "gloo" if on_cpu else distributed.get_default_backend_for_device(torch.accelerator.current_accelerator()),
-            limit_seconds=heartbeat_timeout,
-        )
+        device = "cpu" if on_cpu else torch.accelerator.current_accelerator()
+        start_group(distributed.get_default_backend_for_device(device), limit_seconds=heartbeat_timeout)
     options = {"log_with": list(report_to) or None, "project_dir": output_dir}
     if deepspeed is None:
         accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed_precision, **options)
@@ -91,10 +82,8 @@ def init_distributed(
 
         accelerator = make_accelerator(deepspeed, on_cpu=on_cpu, **options)
     if accelerator.num_processes != launched:
-        raise UsageError(
-            f"the launcher started {launched} processes, accelerate sees {accelerator.num_processes} "
-            f"({accelerator.distributed_type.value}), so each would train alone: check the launcher's flags"
-        )
+        found = f"accelerate sees {accelerator.num_processes} ({accelerator.distributed_type.value})"
+        raise UsageError(f"the launcher started {launched} processes, {found}: check the launcher's flags")
     if launched > 1:
         first_sum(accelerator.device, limit_seconds=heartbeat_timeout, on_abort=on_abort)
     watch_one_another(heartbeat_timeout, on_abort)

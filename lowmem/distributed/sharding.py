@@ -27,35 +27,30 @@ def parallelize(
 ) -> nn.Module:
     """Put the model on this rank's device with rank 0's weights and buffers. State keys stay the model's own.
 
-    NO_SHARD keeps a whole copy on every rank and wraps nothing. The others are torch's `fully_shard`, in groups of a
-    layer each: parameters become DTensors, of which a rank has some rows, and every backward adds to sharded sums over
-    ranks, reduced in fp32. FULL_SHARD gathers a layer's weights for its forward and again for its backward,
-    SHARD_GRAD_OP keeps them in between, HYBRID_SHARD is FULL_SHARD among `shard_size` neighbouring ranks (None: those
-    of this machine), with a copy for each such set. `cpu_offload` keeps what is sharded in host memory, where its
-    optimizer steps.
-
-    `tp_size` neighbouring ranks share a model's layers by tensor parallelism, see `divide_layers`: they must be given
-    the same rows, those of `data_place`.
-
-    A model that will be divided may come without data (`load_model(..., on_meta=True)`): see `filled`. Raises
-    UsageError for what does not fit the processes or the model.
+    NO_SHARD keeps a whole copy on every rank. The others are torch's `fully_shard`, a layer a group, with DTensors
+    sharded by rows, and gradients that are sums over ranks, reduced in fp32. FULL_SHARD all-gathers a layer's weights
+    for forward and again for backward, SHARD_GRAD_OP keeps them in between, HYBRID_SHARD is FULL_SHARD among
+    `shard_size` neighbouring ranks (None: those of this machine), with a copy for each such set. `cpu_offload` keeps
+    shards, and optimizer steps, in host memory. `tp_size` neighbouring ranks share layers by tensor parallelism, see
+    `divide_layers`, and need the same rows, those of `data_place`. A model to be sharded may be without data
+    (`load_model(..., on_meta=True)`). Raises UsageError for what does not fit the processes or the model.
     """
     if sharding_strategy not in (strategies := choices("sharding_strategy")):
-        raise UsageError(f"sharding_strategy={sharding_strategy} was asked for: take one of {', '.join(strategies)}")
+        raise UsageError(f"sharding_strategy={sharding_strategy} is not known: take one of {', '.join(strategies)}")
     if accelerator.deepspeed_plugin is not None:
-        return model  # its engine puts it where it belongs; at stage 3 a device never holds the whole
+        return model  # its engine moves it; at stage 3 a device never holds the whole
     if tp_size > 1 and sharding_strategy != "NO_SHARD":
-        raise UsageError(f"tp_size={tp_size} was asked for with {sharding_strategy}: use one of them")
+        raise UsageError(f"tp_size={tp_size} was set with {sharding_strategy}: use one of them")
     if tp_size > 1 or sharding_strategy != "NO_SHARD":
         mesh = make_mesh(accelerator, sharding_strategy, shard_size, tp_size)
         with filled(model, accelerator.device, on_host=cpu_offload and tp_size == 1):
             shard(model, mesh, sharding_strategy=sharding_strategy, cpu_offload=cpu_offload)
         return model
     if cpu_offload:
-        raise UsageError("cpu_offload was asked for with sharding_strategy=NO_SHARD: use FULL_SHARD, or leave it")
+        raise UsageError("cpu_offload was asked for with sharding_strategy=NO_SHARD: set FULL_SHARD, or remove it")
     model.to(accelerator.device)
     if accelerator.num_processes > 1:
-        with collective("spreading the weights of rank 0"):
+        with collective("broadcasting the weights of rank 0"):
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.data, src=0)
     return model
@@ -70,22 +65,18 @@ def make_mesh(accelerator: Accelerator, sharding_strategy: str, shard_size: int 
         dist.init_process_group(dist.get_default_backend_for_device(kind), store=dist.HashStore(), rank=0, world_size=1)
     if sharding_strategy != "HYBRID_SHARD":
         if shard_size not in (None, world_size):
-            raise UsageError(
-                f"shard_size={shard_size} was asked for, {sharding_strategy} divides one copy over all {world_size} "
-                "processes: set sharding_strategy=HYBRID_SHARD, or leave it"
-            )
+            found = f"{sharding_strategy} divides one copy over all {world_size} processes"
+            raise UsageError(f"shard_size={shard_size} was set, but {found}: set HYBRID_SHARD, or remove shard_size")
         return init_device_mesh(kind, (world_size,))
     shard_size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if shard_size >= world_size or world_size % shard_size:
-        raise UsageError(
-            f"HYBRID_SHARD was asked for with {shard_size} processes to a copy, there are {world_size} in all: set "
-            "shard_size to a smaller divisor of that, or use FULL_SHARD"
-        )
+        found = f"{shard_size} processes to a copy, there are {world_size} in all"
+        raise UsageError(f"HYBRID_SHARD has {found}: set shard_size to a smaller divisor, or use FULL_SHARD")
     return init_device_mesh(kind, (world_size // shard_size, shard_size), mesh_dim_names=("copies", "shards"))
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, *, sharding_strategy: str, cpu_offload: bool) -> None:
-    """Shard the model over `mesh` in place, with or without data. `parallelize` calls it, and gives weights values."""
+    """Shard the model over `mesh` in place, with or without data, as `parallelize` does."""
     if mesh.mesh_dim_names == TENSOR_PARALLEL_MESH:
         divide_layers(model, mesh)
     else:

@@ -19,10 +19,7 @@ _ECHO_SECONDS = 5.0  # launchers pass a signal on that has reached us directly a
 def say_and_exit(
     message: str, code: int, act: Callable[[], None] = lambda: None, *, limit_seconds: float = 10.0
 ) -> NoReturn:
-    """Write `message` to stderr and call `act` at the same time, then end the process with `code`.
-
-    From any thread, and for certain: even if writing or `act` fails, or hangs for `limit_seconds`.
-    """
+    """End the process with `code`, from any thread, after `message` on stderr and `act`, or after `limit_seconds`."""
     try:
         write = partial(os.write, 2, f"{message}\n".encode())
         threads = [threading.Thread(target=target, daemon=True) for target in (write, act)]
@@ -41,11 +38,9 @@ def end_as_signalled(name: str) -> NoReturn:
 
 
 class Signals:
-    """Keeps the name of the first signal in `came`, from `catch` until `release`. A second one, more than 5 seconds
-    later and so no echo of it, ends the process at once with exit code 1.
+    """Keeps the name of the first signal in `came`, from `catch` until `release`; a second one after 5 s ends the run.
 
-    `at_once`, while it is set, is called with the first signal's name in another thread: for times in which the ranks
-    cannot agree on when to end.
+    `at_once`, while set, is called with the first one's name in another thread: for when the ranks cannot agree to end.
     """
 
     came: str | None = None
@@ -118,10 +113,7 @@ os.register_at_fork(before=_let_signals_wait, after_in_parent=_let_signals_throu
 
 @contextmanager
 def catching_signals() -> Iterator[Signals]:
-    """Catch signals within this block: see `Signals`, which it yields. Enter it in the main thread.
-
-    Processes that are forked within it have the handlers from before.
-    """
+    """Catch signals in the main thread within this block, but not in processes forked there: see `Signals`."""
     signals = Signals()
     signals.catch()
     try:

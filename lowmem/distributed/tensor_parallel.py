@@ -1,10 +1,8 @@
-"""Tensor parallelism: linear layers sharded over ranks, by the plan that transformers has for a model.
+"""Tensor parallelism (Shoeybi et al., 2019): linear layers sharded by the plan that transformers has for a model.
 
-Each rank keeps rows or columns of a weight and computes with them alone; results are summed over the ranks (Shoeybi et
-al., 2019). The weights are DTensors, so that checkpoints hold whole tensors, but computation uses their plain local
-tensors: savers, autocast and attention see no DTensor. All else is whole on every rank, also the embedding and the
-output head, which the chunked loss uses directly. Ranks that share a model must get the same batches and draw the same
-dropout masks: then the gradient of what is whole is complete and identical on each of them, without a sum.
+Weights are DTensors, for checkpoints; computation uses their plain local tensors. All else is whole on every rank, also
+embedding and output head. Ranks that share a model must get the same batches and dropout masks: then the gradient of
+what is whole is complete and identical on each of them, without a sum.
 """
 
 import re
@@ -30,26 +28,19 @@ Exchange = Callable[[Tensor, ProcessGroup], Tensor]
 def make_tensor_mesh(kind: str, world_size: int, tp_size: int) -> DeviceMesh:
     """A mesh of (data ranks, `tp_size`), in which neighbouring ranks share a model."""
     if world_size % tp_size:
-        raise UsageError(
-            f"tp_size={tp_size} was set, but {world_size} processes are no multiple of it: start more or less"
-        )
+        raise UsageError(f"tp_size={tp_size} was set, but {world_size} processes are no multiple of it: start others")
     return init_device_mesh(kind, (world_size // tp_size, tp_size), mesh_dim_names=TENSOR_PARALLEL_MESH)
 
 
 def divide_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard the layers in the model's plan over the second dimension of `mesh`, (data ranks, `tp_size`), in place.
-
-    Their parameters become DTensors of placements (Replicate, Shard), made from this rank's own weights, with data or
-    on meta. Nothing else is changed or moved. Raises UsageError as `check_plan` does.
-    """
+    """Shard the layers in the model's plan over the second dimension of `mesh`, in place. See `check_plan`."""
     check_plan(model, mesh.size(1))
     group = mesh.get_group(1)
     for name, style in _planned(model).items():
-        if style != _WHOLE:
+        if style in _STYLES:
             _divide(_part(model, name), _STYLES[style], mesh)
-            continue
-        for parameter in _part(model, name).parameters():
-            if parameter.requires_grad:
+        else:
+            for parameter in (x for x in _part(model, name).parameters() if x.requires_grad):
                 # the hook sees each gradient before it is added to those of earlier micro-batches
                 parameter.register_hook(partial(_summed, group=group))
 
@@ -61,24 +52,20 @@ def check_plan(model: PreTrainedModel, tp_size: int) -> None:
         raise UsageError(f"{asked} transformers has no plan to divide {kind}: use another model, or tp_size=1")
     for name, style in planned.items():
         if style not in (*_STYLES, _WHOLE):
-            raise UsageError(
-                f"{asked} the plan of {kind} has {_generic(name)} as {style}, which is not built: use a dense model, "
-                "or tp_size=1"
-            )
+            found = f"the plan of {kind} has {_generic(name)} as {style}, which is not built"
+            raise UsageError(f"{asked} {found}: use a dense model, or tp_size=1")
         if style in _STYLES and type(_part(model, name)) is not nn.Linear:
             other = type(_part(model, name)).__name__
             raise UsageError(f"{asked} {_generic(name)} of {kind} is a {other}, not nn.Linear: set tp_size=1")
     if left_out := _left_out(model, planned):
-        raise UsageError(
-            f"{asked} the plan of {kind} leaves out {', '.join(left_out)}, which would get a part of its gradient: "
-            "use another model, or tp_size=1"
-        )
+        found = f"the plan of {kind} leaves out {', '.join(left_out)}, which would get a part of its gradient"
+        raise UsageError(f"{asked} {found}: use another model, or tp_size=1")
     if uneven := _uneven(model, planned, tp_size):
         raise UsageError(f"{asked} {kind} has {', '.join(uneven)}: choose a tp_size that divides all of them")
 
 
 def _left_out(model: PreTrainedModel, planned: dict[str, str]) -> list[str]:
-    """Parameters that are not in the plan, of modules in which ranks compute different things."""
+    """Parameters that are not in the plan, of modules in which ranks compute with different weights."""
     divided = {name.rpartition(".")[0] for name, style in planned.items() if style == "colwise"}
     inside = {f"{name}.{x}" for name in divided for x, _ in model.get_submodule(name).named_parameters()}
     return sorted({_generic(name) for name in inside if name.rpartition(".")[0] not in planned})
@@ -142,7 +129,7 @@ def _summed(gradient: Tensor, *, group: ProcessGroup) -> Tensor:
 
 
 class _Exchange(torch.autograd.Function):
-    """One function of (tensor, group) for what passes forward, and one for its gradient."""
+    """Apply `function(tensor, group)` forward, and `of_gradient` to the gradient."""
 
     @staticmethod
     def forward(ctx, x, group, function, of_gradient):
@@ -175,10 +162,7 @@ def _own_columns(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class _Style(NamedTuple):
-    """How a linear layer is sharded: `dim` of its weight, and what is done to its input and its output.
-
-    That is a pair of functions of (tensor, group), for values and for gradients, or None.
-    """
+    """How a linear layer is sharded: `dim` of its weight, and functions of input and output, for `_Exchange`."""
 
     dim: int
     before: tuple[Exchange, Exchange] | None

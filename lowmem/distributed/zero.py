@@ -1,8 +1,4 @@
-"""DeepSpeed's ZeRO: its engine around model and optimizer, and the parts of one step that it does itself.
-
-The engine divides optimizer state (stage 1), gradients (2) and weights (3) over the ranks, and perhaps moves them to
-the host. DeepSpeed is imported only where an engine is made.
-"""
+"""DeepSpeed's ZeRO, which shards optimizer state (stage 1), gradients (2) and weights (3). Imported only when used."""
 
 import copy
 import math
@@ -23,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Divided:
-    """A weight that stage 3 has divided, in place of the whole one, which `whole` makes."""
+    """A weight that stage 3 has sharded."""
 
     def __init__(self, parameter: nn.Parameter):
         self._parameter = parameter
@@ -34,23 +30,15 @@ class Divided:
         return self.shape.numel()
 
     def whole(self) -> Tensor:
-        """A copy on the host. A collective: every rank calls it."""
+        """A copy of the whole on the host. A collective: every rank calls it."""
         import deepspeed
 
-        with collective("gathering a weight"), deepspeed.zero.GatheredParameters([self._parameter]):
+        with collective("all-gathering a weight"), deepspeed.zero.GatheredParameters([self._parameter]):
             return self._parameter.detach().to("cpu", copy=True)
 
 
-def as_whole(tensor: Tensor) -> Tensor | Divided:
-    """The tensor itself, or what stands for the whole one if stage 3 has divided it."""
-    return Divided(tensor) if hasattr(tensor, "ds_shape") else tensor
-
-
 def make_accelerator(config: Mapping[str, object], *, on_cpu: bool, **options: object) -> "Accelerator":
-    """An Accelerator that drives DeepSpeed as `config` says, a whole one, precision included.
-
-    Raises UsageError for a config that DeepSpeed refuses.
-    """
+    """An Accelerator that uses DeepSpeed with a whole `config`, precision included. Raises UsageError if it refuses."""
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -63,45 +51,42 @@ def make_accelerator(config: Mapping[str, object], *, on_cpu: bool, **options: o
     except (DeepSpeedConfigError, ValueError) as error:
         raise UsageError(f"DeepSpeed refuses its config: {' '.join(str(error).split())}") from error
     if on_cpu:
-        # it would compile collectives over shared memory, for a minute and with a compiler; gloo has them
+        # or it compiles collectives over shared memory for a minute, which gloo has
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # accelerate, told to use DeepSpeed and not the CPU, sees one process; told the CPU too it leaves DeepSpeed out
+        # with DeepSpeed accelerate sees one process; with DeepSpeed and cpu=True it leaves DeepSpeed out
         PartialState(cpu=True)
     # DeepSpeed calls collectives by names that newer torch deprecates, in every step
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
-    # what the launcher was told is in `config`, and the plugin takes no config beside it
+    # the launcher's settings are in `config`, and the plugin refuses both
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     plugin = DeepSpeedPlugin(hf_ds_config=dict(config), zero3_init_flag=False)
     accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="no", **options)
-    unset_hf_deepspeed_config()  # or transformers would build and load models that are divided already
+    unset_hf_deepspeed_config()  # or transformers would build and load sharded models
     return accelerator
 
 
 def wrap(model: nn.Module, optimizer: Optimizer, accelerator: "Accelerator") -> nn.Module:
-    """DeepSpeed's engine around both, with the weights of rank 0 on every device.
-
-    `optimizer`, made over the weights as they are here, stays the one that steps; it then has ZeRO's parts of them.
-    """
+    """Return DeepSpeed's engine around both, with the weights of rank 0; `optimizer` steps ZeRO's parts of them."""
     import deepspeed
 
     plugin = accelerator.deepspeed_plugin
     if plugin.zero_stage == 3:
         if plugin.deepspeed_config["bf16"]["enabled"]:
-            model.to(torch.bfloat16)  # as the engine does for other stages; of a divided one it leaves fp32 as it is
-        # divides each weight as it comes to the device; the engine alone would first bring them all
+            model.to(torch.bfloat16)  # as the engine does for other stages
+        # shards each weight as it comes to the device; the engine alone would first move them all
         deepspeed.zero.Init(module=model, config_dict_or_path=plugin.deepspeed_config)
     engine, _ = accelerator.prepare(model, optimizer)
     return engine
 
 
 def backward(engine: nn.Module, loss: Tensor, *, world_size: int, is_last: bool) -> None:
-    """Add the gradient of `loss` to the step's, as a sum over ranks; the last one of a step is reduced at its end."""
+    """Add the gradient of `loss` to the step's, a sum over ranks; `is_last` reduces it."""
     engine.set_gradient_accumulation_boundary(is_last)
     engine.backward(loss * world_size)  # it takes the mean over ranks
 
 
 def update(engine: nn.Module) -> tuple[Tensor, bool]:
-    """Clip, and update the weights unless the gradient is not finite. Returns its norm before, and whether it was."""
+    """Clip and update unless the gradient is not finite. Returns its norm before clipping, and whether it updated."""
     engine.step()
     updated = engine.was_step_applied()
     norm = engine.get_global_grad_norm() if updated else math.nan  # it would be that of the step before

@@ -1,4 +1,4 @@
-"""What `evaluate` does: load a model, measure it on held-out rows, print one line of JSON."""
+"""The command `evaluate`: load a model, evaluate it on held-out rows, print one line of JSON."""
 
 import json
 
@@ -17,7 +17,6 @@ from lowmem.report import tell, tell_answers
 
 
 def evaluate_model(config: TrainConfig, test_rows: Rows) -> None:
-    """Evaluate the model at `model_name_or_path` and print what was measured as one line of JSON."""
     accelerator = init_distributed(mixed_precision=config.autocast)
     check_same_inputs({}, {"test": test_rows})
     dtype = torch.bfloat16 if config.has_bf16_weights else torch.float32

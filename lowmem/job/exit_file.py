@@ -22,22 +22,13 @@ _START_ERROR_SECONDS = 2.0  # the system knows when a process started to about a
 def write_exit(folder: Path, cause: str, message: str = "", *, step: int | None, rank: int) -> None:
     """Write `folder`/exit.json whole or not at all, and only if there is none: the first cause counts.
 
-    `cause` is a key of CODES, `step` the optimizer steps done, if known. Without a folder nothing is written; if it
-    cannot be written (the disk may be what failed) a line says so.
+    `cause` is a key of CODES, `step` the optimizer steps done, if known. Without a folder nothing is written.
     """
     if not folder.is_dir():
         return
     launch = this_launch()
-    record = {
-        "cause": cause,
-        "code": CODES[cause],
-        "message": message,
-        "step": step,
-        "rank": rank,
-        "host": launch["host"],
-        "launch": launch,
-        "time": datetime.now(UTC).isoformat(),
-    }
+    record = {"cause": cause, "code": CODES[cause], "message": message, "step": step, "rank": rank}
+    record |= {"host": launch["host"], "launch": launch, "time": datetime.now(UTC).isoformat()}
     unfinished, path = folder / f".exit-{launch['host']}-{os.getpid()}.json", folder / "exit.json"
     try:
         unfinished.write_text(json.dumps(record, indent=2) + "\n")
@@ -55,12 +46,11 @@ def write_exit(folder: Path, cause: str, message: str = "", *, step: int | None,
 
 
 def remove_exit(folder: Path) -> None:
-    """Remove what an earlier run wrote."""
     (folder / "exit.json").unlink(missing_ok=True)
 
 
 def final_exit(folder: Path) -> Mapping[str, object] | None:
-    """The content of exit.json if it was written in this launch and another start would end the same way."""
+    """exit.json, if it was written in this launch and another start would end the same way."""
     try:
         record = json.loads((folder / "exit.json").read_text())
         is_final = record["cause"] in _FINAL and _is_of_this_launch(record["launch"], record["time"])
@@ -70,27 +60,20 @@ def final_exit(folder: Path) -> Mapping[str, object] | None:
 
 
 def this_launch() -> dict[str, object]:
-    """{"run_id", "host", "launcher": id of the process that started this one, "since": when that was started}.
-
-    If that process cannot be seen (the first process of a container has none) `since` is this one's own start.
-    """
+    """{"run_id", "host", "launcher": id of this process's parent, "since": the parent's start, or else our own}."""
     try:
         since = psutil.Process(os.getppid()).create_time()
-    except psutil.Error:
+    except psutil.Error:  # the first process of a container has no parent
         since = psutil.Process().create_time()
-    return {
-        "run_id": os.environ.get("TORCHELASTIC_RUN_ID"),
-        "host": socket.gethostname(),
-        "launcher": os.getppid(),
-        "since": datetime.fromtimestamp(since, UTC).isoformat(),
-    }
+    run_id, host = os.environ.get("TORCHELASTIC_RUN_ID"), socket.gethostname()
+    started = datetime.fromtimestamp(since, UTC).isoformat()
+    return {"run_id": run_id, "host": host, "launcher": os.getppid(), "since": started}
 
 
 def _is_of_this_launch(launch: Mapping[str, object], time: str) -> bool:
-    """Whether a process of `launch` that wrote something at `time` (ISO 8601) was in the launch that this one is in.
+    """Whether a process of `launch` that wrote something at `time` (ISO 8601) was in this process's launch.
 
-    A launch has a launcher on each host, and all have its run id. But process ids are used again, and so are run ids
-    ("none", or a scheduler's): what is older than our launcher is of an earlier launch.
+    All hosts share a run id, but process and run ids recur: what is older than our launcher is of an earlier launch.
     """
     ours = this_launch()
     age = (datetime.fromisoformat(time) - datetime.fromisoformat(ours["since"])).total_seconds()

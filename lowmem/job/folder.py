@@ -18,10 +18,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def check_output(output: Path, resume: str) -> None:
-    """Raise UsageError if a run would mix with another one in `output`, or would resume from no checkpoint.
-
-    `resume` is never, auto or the path of a checkpoint.
-    """
+    """Raise UsageError if a run, with `resume` never, auto or a path, would mix with another one in `output`."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output_dir={output} is a file: name a folder")
     present = sorted(path.name for path in output.glob("checkpoints/step-*"))
@@ -29,10 +26,8 @@ def check_output(output: Path, resume: str) -> None:
     if model.exists() and not (model / "lowmem.json").is_file():
         raise UsageError(f"{model} is not of a lowmem run, and would be replaced at the end: set another --output_dir")
     if resume == "never" and present:
-        raise UsageError(
-            f"--output_dir={output} holds checkpoints already ({', '.join(present)}): "
-            "set --resume=auto to resume from the newest, or another --output_dir"
-        )
+        found = f"--output_dir={output} holds checkpoints already ({', '.join(present)})"
+        raise UsageError(f"{found}: set --resume=auto to resume from the newest, or another --output_dir")
     if resume == "never" and model.exists():
         raise UsageError(f"{model} is of another run, and would be replaced at the end: set another --output_dir")
     if resume not in ("never", "auto"):
@@ -40,23 +35,18 @@ def check_output(output: Path, resume: str) -> None:
         if not (path / "manifest.json").is_file():
             raise UsageError(f"--resume={path} is no checkpoint: give never, auto, or a folder with a manifest.json")
         if present and path.resolve().parent != (output / "checkpoints").resolve():
-            raise UsageError(
-                f"--output_dir={output} holds checkpoints of another run than {path}: set another --output_dir"
-            )
+            raise UsageError(f"{output} holds checkpoints of another run than {path}: set another --output_dir")
         if later := [name for name in present if name > path.name]:
-            raise UsageError(
-                f"--output_dir={output} holds later checkpoints than {path.name} ({', '.join(later)}), "
-                "which this run would write again: move them away, or set another --output_dir"
-            )
+            found = f"{output} holds later checkpoints than {path.name} ({', '.join(later)})"
+            raise UsageError(f"{found}: move them away, or set another --output_dir")
 
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Make and lock `folder` within this block, with a file .lock that names this process.
+    """Make and lock `folder` within this block, by a file .lock that names this process; remove it if it stays empty.
 
-    The lock is the system's (flock), which ends with the process in any case; a line says if the file system has none.
-    Folders made here that stay empty are removed at the end. Raises UsageError if the folder cannot be written, or if
-    another process, which it names, keeps the lock for 5 seconds.
+    The lock (flock) ends with the process. Raises UsageError if `folder` cannot be written, or if another process keeps
+    the lock for 5 seconds, which it names.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -74,7 +64,7 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def _take(folder: Path) -> int:
-    """A descriptor of the locked file."""
+    """Return a descriptor of the locked file."""
     path, deadline = folder / ".lock", time.monotonic() + _SECONDS_TO_LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +94,6 @@ def _is_locked(lock: int, path: Path) -> bool:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove those of `folders`, given innermost first, that exist and are empty."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()

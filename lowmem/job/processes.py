@@ -1,7 +1,4 @@
-"""Start processes through torch's elastic launcher, and end with the launcher that started this one.
-
-Imports no torch until processes are started.
-"""
+"""Start processes through torch's elastic launcher, and end with the launcher that started this one."""
 
 import ctypes
 import os
@@ -26,10 +23,8 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 def start_processes(num_processes: int, arguments: Sequence[str], signals: Signals) -> int:
     """Run this script with `arguments` in `num_processes` processes on this machine, and return its exit code.
 
-    Without restarts: when one process fails, the launcher ends the others and its code is returned. The first of
-    `signals`, which must be caught already, is passed on to the processes, which have all the time they need to save.
-    If it ended one that could not catch it yet, its number is returned, below 0. `signals.at_once`, which ends this
-    process, is replaced just before processes are started.
+    When one fails, the launcher ends the others, and its code is returned. The first of `signals`, caught already, is
+    passed on; if it ended a process that did not catch it yet, its negative number is returned.
     """
     passed_on: list[int] = []
 
@@ -50,16 +45,10 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
 
     print(f"starting {num_processes} processes on this machine", flush=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
-    config = LaunchConfig(
-        run_id=uuid4().hex,  # or torch warns that it has made one
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        signals_to_handle="SIGHUP,SIGQUIT",  # it kills 30 s after one that it handles: too soon for a large model
-    )
+    rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid4().hex}
+    # it kills 30 s after a signal that it handles: too soon for a large model
+    options = {"max_restarts": 0, "signals_to_handle": "SIGHUP,SIGQUIT"}
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=num_processes, **rendezvous, **options)
     end_unstarted, signals.at_once = signals.at_once, pass_on
     try:
         elastic_launch(config, sys.executable)("-u", *arguments)
@@ -70,10 +59,7 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
 
 
 def die_with_launcher() -> None:
-    """Under a launcher, on Linux: get a SIGTERM if the launcher dies, even of SIGKILL. Elsewhere do nothing.
-
-    So no process goes on training without its launcher, and each may still save.
-    """
+    """Under a launcher, on Linux: get a SIGTERM, and so save, if the launcher dies, even of SIGKILL."""
     # torchrun; `accelerate launch`, which starts a single process without an elastic launcher; `deepspeed`
     is_launched = not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "CROSS_SIZE"))
     if not is_launched or sys.platform != "linux":
@@ -87,7 +73,7 @@ def die_with_launcher() -> None:
 
 
 def _die_with_deepspeed(launcher: int) -> None:
-    """As `die_with_launcher`: whatever ends `deepspeed`, even SIGTERM, does not end the launcher that it started."""
+    """As `die_with_launcher`, of `deepspeed`, whose end does not end the launcher that it started."""
     command = None
     with suppress(psutil.Error):
         if parent := psutil.Process(launcher).parent():
@@ -98,8 +84,3 @@ def _die_with_deepspeed(launcher: int) -> None:
                     time.sleep(_SECONDS_BETWEEN_LOOKS)
     if command is not None:
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-def is_restarted() -> bool:
-    """Whether an elastic launcher started this process to replace one that failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

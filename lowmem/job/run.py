@@ -14,23 +14,23 @@ from lowmem.distributed.setup import check_launch, processes_to_start
 from lowmem.distributed.signals import PREEMPTED, Signals, end_as_signalled
 from lowmem.job.exit_file import final_exit
 from lowmem.job.folder import check_output
-from lowmem.job.processes import die_with_launcher, is_restarted, start_processes
+from lowmem.job.processes import die_with_launcher, start_processes
 from lowmem.job.supervise import end_at_once, record_preempted, supervise
 
 _PLANNED = "LOWMEM_PLANNED"
 
 
 def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: frozenset[str] = frozenset()) -> int:
-    """Run `command` (train or evaluate) and return the exit code.
+    """Run `command` (train or evaluate) and return the exit code. Catches signals for the rest of the process.
 
-    Files and folders are checked before torch is loaded. Started processes get the command line `arguments`. Fields in
-    `fixed` stay as they are if settings are chosen to fit memory. Signals are caught for the rest of the process.
+    Started processes get the command line `arguments`. Fitting settings to memory changes no fields in `fixed`.
     """
     trains, output = command == "train", Path(config.output_dir)
     signals = Signals(at_once=end_at_once if trains else end_as_signalled)
     signals.catch()  # for good: the echo of a signal may come when all is done
     die_with_launcher()
-    if trains and is_restarted() and (ended := final_exit(output)):
+    is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # in place of a process that failed
+    if trains and is_restarted and (ended := final_exit(output)):
         if os.environ["LOCAL_RANK"] == "0":
             print(f"not started again, this launch has ended: {ended['cause']}, {ended['message']}", file=sys.stderr)
         return ended["code"]
@@ -77,10 +77,10 @@ def _open_all_rows(config: TrainConfig, trains: bool) -> RowSets:
 
 def _set_environment() -> None:
     """Set what torch reads when it is loaded, unless it is set."""
-    # Let OpenMP's waiting threads sleep. It costs a tiny model a sixth of its speed on idle cores, but spinning ones
-    # slow each other down, five times and more, as soon as anything else runs there.
+    # OpenMP's waiting threads sleep: a tiny model loses a sixth of its speed on idle cores, but threads that spin slow
+    # down five times and more as soon as anything else runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Let the CUDA allocator join memory again that batches of changing lengths leave in pieces.
+    # the CUDA allocator merges memory that batches of changing lengths fragment
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
@@ -95,7 +95,7 @@ def _train(config: TrainConfig, rows: RowSets, **supervision) -> tuple[int, bool
 
 
 def _hide_bars() -> None:
-    """Hide the progress bars of transformers for loading and writing weights. Imports torch."""
+    """Hide the progress bars of transformers. Imports torch."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

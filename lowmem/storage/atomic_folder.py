@@ -1,7 +1,4 @@
-"""Write a folder that is whole or absent: under a temporary name, synced to disk, and only then renamed.
-
-Imports no torch.
-"""
+"""Write a folder that is whole or absent: under a temporary name, synced, then renamed. Imports no torch."""
 
 import errno
 import os
@@ -21,10 +18,8 @@ STEP_FOLDER = re.compile(r"step-\d{8,}")
 def whole_or_absent(path: Path, *, may_replace: Callable[[Path], bool] = lambda path: False) -> Iterator[Path]:
     """Yield a temporary folder next to `path`, and rename it to `path` when the block ends without an error.
 
-    An existing folder is replaced only if `may_replace(path)`, once the new one is on disk. After an error the
-    temporary folder is removed and `path` is as it was. One process enters this; others may write into
-    `unfinished_folder(path)`. Raises FileExistsError, before anything is written, if `path` is a file or may not be
-    replaced.
+    An existing folder is replaced only if `may_replace(path)`, else FileExistsError comes before anything is written.
+    After an error `path` is as it was. One process enters this; others may write into `unfinished_folder(path)`.
     """
     unfinished = _begin(path, may_replace)
     try:
@@ -58,10 +53,7 @@ def _begin(path: Path, may_replace: Callable[[Path], bool]) -> Path:
 
 
 def _finish(path: Path) -> None:
-    """Sync the temporary folder and rename it to `path`, in place of what was there.
-
-    A kill between the two renames leaves the old folder under another name, which the next `_begin` gives back.
-    """
+    """Sync the temporary folder and rename it to `path`; after a kill between the renames `_begin` restores the old."""
     unfinished, replaced = unfinished_folder(path), _replaced(path)
     for folder in (unfinished, *filter(Path.is_dir, unfinished.rglob("*"))):
         sync(folder)
@@ -83,10 +75,7 @@ def _replaced(path: Path) -> Path:
 
 
 def clear_leftovers(path: Path) -> None:
-    """Remove what killed processes left of `path`; if it is a checkpoint, what they left of any checkpoint next to it.
-
-    (No other run saves checkpoints there.)
-    """
+    """Remove what killed processes left of `path`; if it is a checkpoint, of all those next to it."""
     name = "step-*" if STEP_FOLDER.fullmatch(path.name) else escape(path.name)
     for kind in ("", "replaced-", "removal-"):
         for leftover in path.parent.glob(f"{_UNFINISHED}{kind}{name}"):
@@ -94,10 +83,7 @@ def clear_leftovers(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder, renaming it first, so that a kill leaves no half of it under its name.
-
-    If it cannot be removed it stays, and a line says so.
-    """
+    """Remove a folder, renaming it first, so that a kill leaves no half of it. If that fails, print a line."""
     condemned = path.parent / f"{_UNFINISHED}removal-{path.name}"
     with _removing(path):
         rename(path, condemned)
@@ -111,7 +97,7 @@ def _try_to_remove(path: Path) -> None:
 
 @contextmanager
 def _removing(path: Path) -> Iterator[None]:
-    """Only print a line if a folder cannot be removed: it is of no use any more, and no reason to fail."""
+    """Only print a line if a folder cannot be removed: that is no reason to fail."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,4 @@
-"""File operations of a checkpoint, each announced by `sys.audit("lowmem.disk", operation, path)` before it happens.
-
-So an audit hook (`sys.addaudithook`) can follow a save, or let any of its operations fail. Files that only transformers
-can write are announced when they are synced.
-"""
+"""File operations of a checkpoint, each announced by `sys.audit("lowmem.disk", operation, path)` before it happens."""
 
 import json
 import os
@@ -39,12 +35,10 @@ def write_file(path: Path, parts: Iterable[Bytes]) -> FileRecord:
 
 
 def to_json(value: object) -> bytes:
-    """The bytes of a JSON file, indented for people."""
     return json.dumps(value, indent=2).encode()
 
 
 def record_file(path: Path) -> FileRecord:
-    """The record of an existing file."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while part := file.read(_READ_BYTES):
@@ -77,21 +71,17 @@ def make_folders(path: Path) -> None:
 
 
 def rename(path: Path, new: Path) -> None:
-    """Rename a file or folder within its folder. Only an empty folder may have the new name already."""
     _announce("rename", path)
     os.rename(path, new)
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder with all that is in it; of a link only the link."""
-    if path.is_symlink() or not path.is_dir():
-        _announce("remove", path)
-        path.unlink()
-        return
-    for entry in path.iterdir():
+    is_folder = path.is_dir() and not path.is_symlink()
+    for entry in path.iterdir() if is_folder else ():
         remove_folder(entry)
     _announce("remove", path)
-    path.rmdir()
+    (os.rmdir if is_folder else os.unlink)(path)
 
 
 def stands_at(path: Path, descriptor: int) -> bool:

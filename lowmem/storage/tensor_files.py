@@ -1,8 +1,4 @@
-"""safetensors files: written in parts, and read a few rows at a time by the safetensors library.
-
-Format: 8 bytes with the header's length (little endian), a JSON header with dtype, shape and byte range of each
-tensor, then the tensors' bytes back to back.
-"""
+"""safetensors files: written in parts, and read a few rows at a time by the safetensors library."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -38,7 +34,7 @@ class Shard(NamedTuple):
 
     name: str
     tensors: dict[str, Tensor]
-    """In the order of their bytes in the file. Sharded ones (DTensor) stand for the whole ones that it will hold."""
+    """In the order of their bytes in the file, which holds whole ones for sharded ones (DTensor)."""
 
     @property
     def num_bytes(self) -> int:
@@ -46,7 +42,7 @@ class Shard(NamedTuple):
 
     @property
     def header(self) -> bytes:
-        """The bytes before those of the tensors. Raises UsageError as `check_dtype` does."""
+        """The bytes before those of the tensors: 8 of length (little endian) and JSON. See `check_dtype`."""
         fields, end = {"__metadata__": {"format": "pt"}}, 0
         for name, tensor in self.tensors.items():
             check_dtype(name, tensor)
@@ -60,17 +56,12 @@ class Shard(NamedTuple):
 def check_dtype(name: str, tensor: Tensor) -> None:
     """Raise UsageError if safetensors files do not hold the tensor's dtype."""
     if tensor.dtype not in _NAMES:
-        raise UsageError(
-            f"tensor {name} cannot be saved (safetensors holds no {tensor.dtype}): give it another dtype, or register "
-            "it as a buffer that is not persistent"
-        )
+        found = f"safetensors holds no {tensor.dtype}"
+        raise UsageError(f"tensor {name} cannot be saved ({found}): give it another dtype or make it non-persistent")
 
 
 def split_shards(tensors: Mapping[str, Tensor], stem: str, max_shard_bytes: int) -> list[Shard]:
-    """Distribute `tensors`, in order, over files of at most `max_shard_bytes` (or of one larger tensor).
-
-    They have the names that transformers gives them: STEM.safetensors or STEM-00001-of-00002.safetensors.
-    """
+    """Distribute `tensors`, in order, over files of at most `max_shard_bytes`, or one larger tensor each."""
     groups: list[dict[str, Tensor]] = [{}]
     room = max_shard_bytes
     for name, tensor in tensors.items():
@@ -87,7 +78,7 @@ def split_shards(tensors: Mapping[str, Tensor], stem: str, max_shard_bytes: int)
 
 
 def write_index(shards: list[Shard], folder: Path, stem: str) -> dict[str, FileRecord]:
-    """Write STEM.safetensors.index.json, which says which of several files a tensor is in; for one file nothing."""
+    """Write STEM.safetensors.index.json, which maps tensors to files, if there are several. Returns its record."""
     if len(shards) == 1:
         return {}
     weight_map = {name: Path(shard.name).name for shard in shards for name in shard.tensors}
@@ -131,11 +122,11 @@ class StoredTensor(NamedTuple):
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """None for one that no checkpoint holds, such as 8-bit floats."""
+        """None for a dtype that no checkpoint holds, such as 8-bit floats."""
         return _DTYPES.get(self.dtype)
 
     def read(self, *part: slice) -> Tensor:
-        """The tensor, or some rows (and columns) of it, on the host. It lies in the file's memory map: copy it."""
+        """The tensor, or some rows (and columns) of it, in the file's memory map: copy it."""
         return self.reader.read(self.path, self.name, part if self.shape else ())
 
     def copy_part(self, target: Tensor, first: int = 0, column: int = 0) -> None:
@@ -169,7 +160,7 @@ def open_shards(folder: Path, stem: str, files: Collection[str] | None = None) -
 def tensor_differences(
     stored: Mapping[str, StoredTensor], tensors: Mapping[str, Tensor], *, any_dtype: bool
 ) -> list[str]:
-    """What keeps `stored` from filling `tensors`, a clause for each name, sorted."""
+    """Why `stored` cannot fill `tensors`: a clause for each name, sorted."""
     differences = [f"{name} is in the checkpoint only" for name in stored.keys() - tensors.keys()]
     for name, tensor in tensors.items():
         then, now = stored.get(name), (_NAMES.get(tensor.dtype, tensor.dtype), [*tensor.shape])
