@@ -1,7 +1,6 @@
-"""An optimizer's state by name: what it holds, how many bytes it has, and how stored state fills it.
+"""An optimizer's state as tensors named "<parameter>.<key>": list, measure, compare, and fill it from stored state.
 
-Functions take the optimizer's parameters by name; its state is then named "<parameter>.<key>". State of AdamW may also
-be rounded into a memory tier that keeps less of it.
+State of AdamW may also be rounded into a memory tier that keeps less of it.
 """
 
 from collections.abc import Mapping
@@ -37,7 +36,7 @@ def optimizer_tensors(parameters: Parameters, optimizer: Optimizer) -> dict[str,
 
 
 def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
-    """Bytes of the optimizer's state, also before torch's optimizers make it, in their first step."""
+    """Bytes of the optimizer's state, even before the first step of torch's optimizers makes it."""
     if known := sum(map(bytes_of, optimizer_tensors(parameters, optimizer).values())):
         return known
     assert all(parameter.grad is None for parameter in parameters.values())  # or the step below would train
@@ -54,9 +53,9 @@ def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
 
 
 def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimizer: Optimizer) -> bool:
-    """Whether the state in `path`, of an optimizer class and its memory tier, must be rounded to fill `optimizer`.
+    """Whether state of an optimizer class and tier (None: that of `optimizer`) must be rounded to fill `optimizer`.
 
-    Raises UsageError if it cannot fill it. (`saved_memory` None: that of `optimizer`.)
+    Raises UsageError if it cannot fill it.
     """
     kind, memory = type(optimizer).__name__, getattr(optimizer, "memory", "off")
     saved_memory = saved_memory or memory
@@ -75,7 +74,7 @@ def state_differences(
 ) -> list[str]:
     """What keeps stored state from filling that of a tier, a clause for each name.
 
-    Nothing does for torch's optimizers, which make their state in the steps that reach a parameter.
+    Torch's optimizers make their state in the first steps, so nothing does.
     """
     if not isinstance(optimizer, TieredOptimizer):
         return []
@@ -88,7 +87,7 @@ def state_differences(
 
 
 def fill_state(optimizer: Optimizer, parameters: Parameters, stored: Mapping[str, StoredTensor]) -> None:
-    """Put stored state into the optimizer. That of torch's optimizers is made here, as their steps would make it."""
+    """Fill the optimizer with stored state; that of torch's optimizers is made here, as their steps would."""
     if not isinstance(optimizer, TieredOptimizer):
         by_parameter, names = _by_parameter(stored), {parameter: name for name, parameter in parameters.items()}
         optimizer.state.clear()
@@ -128,7 +127,7 @@ def _read_values(formats: Mapping[str, StoredTensor], name: str, rows: slice) ->
 
 
 def _values(tensors: Mapping[str, object]) -> dict[str, object]:
-    """Those that hold values, without low halves and scales, which are parts of a format."""
+    """Only tensors of values, without the low halves and scales of their formats."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(("_low", "_scale"))}
 
 
