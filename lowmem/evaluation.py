@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lowmem.data.batch import IGNORED, Batch, collate
@@ -96,17 +96,15 @@ def generate(
             if not is_encoder_decoder:
                 written = written[:, padded["input_ids"].shape[1] :]
             references = [row[row != IGNORED] for row in batch.inputs["labels"]]
-            texts = zip(*(_decode(tokenizer, ids) for ids in (prompts, references, written)), strict=True)
-            answers += [(row_id, *text) for row_id, text in zip(batch.row_ids, texts, strict=True)]
+            sequences = (prompts, references, written)
+            texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in part] for part in sequences]
+            answers += zip(batch.row_ids, *texts, strict=True)
     gathered = gather_bytes(json.dumps(answers if data_place(model).is_counted else []).encode())
     return sorted(Answer(*answer) for part in gathered for answer in json.loads(part))
 
 
 def text_metrics(answers: Sequence[Answer], *, prefix: str = "eval") -> dict[str, float]:
-    """The part of answers equal to their reference (outer blanks aside), and chrF (0 to 100) if sacrebleu is there.
-
-    chrF compares characters, so it also serves languages without blanks (Popovic, 2015). Empty without answers.
-    """
+    """Part of exact matches (outer blanks aside), and chrF, 0 to 100 (Popovic, 2015), if sacrebleu is installed."""
     if not answers:
         return {}
     exact = [answer.prediction.strip() == answer.reference.strip() for answer in answers]
@@ -172,7 +170,3 @@ def _prompts(batch: Batch, *, is_encoder_decoder: bool) -> list[list[int]]:
         targets = (labels != IGNORED).nonzero()
         prompts.append(ids[: length if is_encoder_decoder or not len(targets) else int(targets[0])].tolist())
     return prompts
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Tensor | list[int]]) -> list[str]:
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in sequences]

@@ -53,10 +53,7 @@ def chunked_loss(
 def _call_with_head(
     function: Callable[[Tensor], Tensor], model: nn.Module, head: nn.Linear, inputs: dict[str, object]
 ) -> Tensor:
-    """Call the model with `function` as its head's forward; return its logits, which must be what `function` returned.
-
-    Raises UsageError if the model changes them.
-    """
+    """Call the model with `function` as its head's forward. Raises UsageError if the model changes its result."""
     returned: Tensor | None = None
 
     def forward(hidden: Tensor) -> Tensor:

@@ -69,10 +69,7 @@ def load_model(
 
 
 def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
-    """Stop training `parts`: "embeddings" (a tied output head with them), "encoder" (without embeddings).
-
-    Raises UsageError for another part, and for the encoder of a model that has none.
-    """
+    """Freeze `parts`: "embeddings" (and a tied output head), "encoder" (without embeddings). Raises UsageError."""
     if unknown := sorted(set(parts) - {"embeddings", "encoder"}):
         raise UsageError(f"freezing {', '.join(unknown)} was asked for: parts are embeddings and encoder")
     embeddings = set(model.get_input_embeddings().parameters())
@@ -86,10 +83,7 @@ def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
 
 
 def _check_is_there(name: str, file: str) -> None:
-    """Raise UsageError if `name` is a folder without `file`, or not in the cache and the hub is out of reach.
-
-    (transformers would retry for half a minute.)
-    """
+    """Raise UsageError for a folder without `file`, and for a name that is not cached if the hub is unreachable."""
     if Path(name).is_dir():
         if not (Path(name) / file).is_file():
             inside = sorted(path.parent for path in Path(name).glob(f"*/{file}"))
@@ -189,10 +183,7 @@ def _config_from(model_config: PretrainedConfig | Mapping[str, object] | str | P
 
 
 def _attention(config: PretrainedConfig) -> dict[str, str]:
-    """Choose eager attention for learned biases (T5's) on a CPU.
-
-    There torch's fused attention has no kernel that differentiates a bias: a step of T5-base takes an eighth longer.
-    """
+    # torch's fused attention on CPU has no kernel that differentiates a bias (T5's): a step takes an eighth longer
     has_learned_bias = hasattr(config, "relative_attention_num_buckets")
     return {"attn_implementation": "eager"} if has_learned_bias and not torch.accelerator.is_available() else {}
 
@@ -219,7 +210,7 @@ def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
 
 
 def _is_byte_tokenizer(folder: Path) -> bool:
-    """Whether the folder names ByT5Tokenizer; AutoTokenizer may make an empty one of the model's type instead."""
+    # AutoTokenizer may make an empty one of the model's type instead
     try:
         return json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "ByT5Tokenizer"
     except (OSError, ValueError, KeyError):

@@ -35,23 +35,16 @@ def tell(*lines: str) -> None:
         for line in lines:
             tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
-    except OSError:
-        _outlive_readers()
-
-
-def _outlive_readers() -> None:
-    """Send output whose reader has gone (`tee` at a Ctrl-C) nowhere from here on."""
-    poll = select.poll()
-    for descriptor in (1, 2):
-        poll.register(descriptor, 0)  # 0: report only that it is broken or closed
-    for descriptor, _ in poll.poll(0):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, descriptor)
-        os.close(nowhere)
+    except OSError:  # send output whose reader has gone (`tee` at a Ctrl-C) nowhere from here on
+        poll = select.poll()
+        for descriptor in (1, 2):
+            poll.register(descriptor, 0)  # 0: report only that it is broken or closed
+        with open(os.devnull, "wb") as nowhere:
+            for descriptor, _ in poll.poll(0):
+                os.dup2(nowhere.fileno(), descriptor)
 
 
 def tell_answers(answers: Sequence[Answer]) -> None:
-    """Print the first three."""
     tell(*(f"  {answer.prompt!r} -> {answer.prediction!r} (expected {answer.reference!r})" for answer in answers[:3]))
 
 
@@ -155,7 +148,6 @@ class Report:
             tell(*lines)
 
     def bar(self, batches: Collection[Batch], name: str) -> Iterable[Batch]:
-        """Show a bar for `batches` on a terminal."""
         return tqdm(batches, desc=name, leave=False, disable=None if self._log else True)
 
     def restart_timer(self) -> None:
@@ -185,7 +177,6 @@ class Report:
         self.tell(*(f"the rows are others than then: {change}" for change in row_changes))
 
     def count(self, result: StepResult, stream: Stream) -> None:
-        """Count one optimizer step."""
         now = time.perf_counter()
         self._seconds, self._clock = self._seconds + now - self._clock, now
         self._rows, self._tokens = self._rows + stream.global_batch_size, self._tokens + int(result.num_tokens)
@@ -197,7 +188,6 @@ class Report:
             self.tell(f"step {self._step}: no update, {result.reason}")
 
     def halving(self, halving: Halving) -> None:
-        """Record that a step ran out of memory and runs again in smaller micro-batches."""
         if self._log:
             found = {"rank": halving.rank, "batch_size": halving.batch_size}
             self._log.write({"event": "out_of_memory", "step": halving.step, **found})
@@ -238,7 +228,6 @@ class Report:
             tell(f"step {self._step}/{self._total_steps}: {', '.join(words)}")
 
     def unsaved(self, error: SaveError) -> None:
-        """Print that a checkpoint could not be written and the run continues without it."""
         self.tell(f"step {self._step} is not saved, training goes on: {error}")
 
     def preempted(self, can_save: bool) -> None:

@@ -85,7 +85,6 @@ class Groups:
 
     @property
     def autocast(self) -> str:
-        """The Accelerator's mixed precision."""
         return "no" if self.has_bf16_weights else self.mixed_precision
 
     @property

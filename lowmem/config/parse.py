@@ -15,19 +15,10 @@ _BUNDLED_VALIDATION_ROWS = 240
 _SWITCHES = [*PRESETS.keys() - {"tiny"}, "is_keep_training"]
 
 # names of other trainers
-_ELSEWHERE = {
-    "lr": "learning_rate",
-    "fp16": "mixed_precision",
-    "bf16": "mixed_precision=bf16",
-    "fsdp": "sharding_strategy",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_checkpointing": "recompute=full",
-    "max_length": "max_seq_len",
-    "optim": "optimizer",
-    "torch_compile": "compile",
-    "resume_from_checkpoint": "resume",
-}
+_ELSEWHERE = {"lr": "learning_rate", "optim": "optimizer", "num_train_epochs": "epochs", "max_length": "max_seq_len"}
+_ELSEWHERE |= {"fp16": "mixed_precision", "bf16": "mixed_precision=bf16", "fsdp": "sharding_strategy"}
+_ELSEWHERE |= {"torch_compile": "compile", "gradient_checkpointing": "recompute=full"}
+_ELSEWHERE |= {"per_device_train_batch_size": "batch_size", "resume_from_checkpoint": "resume"}
 
 
 def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None = None) -> TrainConfig:

@@ -140,7 +140,7 @@ class TrainConfig(Groups):
     offload_activations: bool = False
     """Keep the activations that backward needs in host memory (a model on CPU: in mapped temporary files)."""
     release: bool = False
-    """Update each weight inside backward and free its gradient at once (one process and micro-batch, no clipping)."""
+    """Update each weight inside backward and free its gradient (one process and micro-batch, no clipping)."""
     compile: bool = False
     """Compile each layer with torch.compile: faster after minutes of compiling; rounds differently."""
     device_memory: str | None = setting(unit="bytes")
@@ -152,13 +152,13 @@ class TrainConfig(Groups):
     num_processes: int | None = setting(at_least=1, per_rank=True, in_evaluate=True)
     """Processes to train with. Default: those of the launcher; plain python: one per visible GPU, or one."""
     sharding_strategy: str = setting("NO_SHARD", choices=["NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"])
-    """FULL_SHARD all-gathers a layer as it computes, SHARD_GRAD_OP until backward ends; HYBRID_SHARD: see shard_size."""
+    """FULL_SHARD all-gathers a layer at a time, SHARD_GRAD_OP until backward ends; HYBRID_SHARD uses shard_size."""
     shard_size: int | None = setting(at_least=1)
     """Processes that share a copy in HYBRID_SHARD. Default: those of one machine."""
     cpu_offload: bool = False
     """Keep sharded weights and their optimizer, with its step, in host memory."""
     tp_size: int = setting(1, at_least=1)
-    """Tensor parallelism: neighbouring processes that share layers and rows; batch sizes count such groups."""
+    """Tensor parallelism: neighbouring processes that share layers and rows; batch sizes are per such group."""
     deepspeed: str | None = setting(on_resume="fixed")
     """A DeepSpeed JSON config (path or text) for ZeRO stage 1, 2 or 3; `accelerate launch` may set it. No checkpoints."""
     heartbeat_timeout: int = setting(120, at_least=1)

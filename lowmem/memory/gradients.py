@@ -63,11 +63,13 @@ class Gradients:
         Then every trainable parameter has a gradient, zeros if no loss reached it. Without any target nothing runs.
         """
         losses: list[Tensor] = []
+        is_ddp = isinstance(self._model, DistributedDataParallel)
         with self._sums(len(batches)):
             for index, batch in enumerate(batches if self._num_tokens else ()):
                 # on all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
                 torch.manual_seed(seed_of(self._seed, self._step, self._rank.rank, index))
-                with self._without_reducer():
+                # DDP must not sum over ranks in backward
+                with self._model.no_sync() if is_ddp else nullcontext():
                     with self._accelerator.autocast(_UNCACHED):
                         loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._num_tokens
                     loss.backward()
@@ -105,7 +107,6 @@ class Gradients:
         torch._foreach_mul_(local, factor.to(local[0].device))
 
     def update(self) -> None:
-        """Step the optimizer; released gradients are applied already."""
         self._optimizer.step()
 
     def clear(self) -> None:
@@ -119,10 +120,6 @@ class Gradients:
         # HSDP replicas hold equal sums, so they must round with the same random bits
         key = (self._step,) if self._is_sharded else (self._step, self._rank.rank)
         return self._optimizer.summing(micro_batches, *key)
-
-    def _without_reducer(self) -> AbstractContextManager[None]:
-        """Keep DDP from summing gradients over ranks in backward."""
-        return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext()
 
 
 def _check_precision(optimizer: Optimizer, mixed_precision: str) -> None:

@@ -17,7 +17,6 @@ from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.heartbeat import phase
 from lowmem.distributed.placement import is_divided
 from lowmem.errors import OutOfMemory, StepTooLarge
-from lowmem.optim.tiers import TieredOptimizer
 
 # What torch, its libraries and the system write, besides torch.OutOfMemoryError and MemoryError.
 _WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")
@@ -33,9 +32,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def guarded(name: str, model: nn.Module, optimizer: Optimizer, *, together: bool) -> Iterator[None]:
     """Run a phase of a step: if it fails on one rank every rank stops, and if memory ran out gradients are cleared.
 
-    `together`: it updates nothing and has no collective, so all ranks agree at its end and raise the same error, which
-    is StepTooLarge if a rank ran out of memory. Otherwise the failing rank reports through its heartbeat, and running
-    out of memory is OutOfMemory.
+    `together`: it has no update and no collective, so all ranks agree at its end on one error, StepTooLarge if memory
+    ran out. Otherwise the failing rank reports through its heartbeat, and OutOfMemory is raised.
     """
     errors = raise_on_all_ranks() if together else report_failure()
     try:
@@ -85,7 +83,7 @@ def _filled(model: nn.Module, optimizer: Optimizer) -> str:
     """What this rank holds, in bytes, and the flags that reduce it."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     state = (x for held in optimizer.state.values() for x in held.values() if isinstance(x, Tensor))
-    memory = optimizer.memory if isinstance(optimizer, TieredOptimizer) else "off"
+    memory = getattr(optimizer, "memory", "off")
     sums = 2 if memory == "exact" else 1  # exact sums gradients of several micro-batches in fp32
     held = {"weights": _num_bytes(model.parameters()), "optimizer state": _num_bytes(state)}
     held["gradients"] = sums * _num_bytes(trained)

@@ -14,10 +14,7 @@ from lowmem.errors import UsageError
 
 @contextmanager
 def release(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Update each parameter inside backward as soon as its gradient is complete, and free that (Lv et al., 2023).
-
-    Raises UsageError for several processes; `Released.begin` refuses what else needs all gradients at once.
-    """
+    """Update each parameter inside backward and free its gradient (Lv et al., 2023). Refuses several processes."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise UsageError(
             f"release leaves no gradient to sum over {dist.get_world_size()} processes: start one, or remove release"

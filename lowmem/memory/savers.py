@@ -42,19 +42,15 @@ def entered(savers: Iterable[Saver], model: nn.Module, optimizer: Optimizer) -> 
         yield
 
 
-@contextmanager
-def recompute(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+def recompute(model: nn.Module, optimizer: Optimizer | None = None) -> AbstractContextManager[None]:
     """Keep only each layer's input in forward and run the layer again in backward, with the same dropout masks."""
-    with _checkpointing(model, {"use_reentrant": False}):
-        yield
+    return _checkpointing(model, {"use_reentrant": False})
 
 
-@contextmanager
-def recompute_cheap(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+def recompute_cheap(model: nn.Module, optimizer: Optimizer | None = None) -> AbstractContextManager[None]:
     """Keep each layer's input and matrix products; compute norms, activations and dropout again in backward."""
     contexts = partial(create_selective_checkpoint_contexts, _keep_costly)
-    with _checkpointing(model, {"use_reentrant": False, "context_fn": contexts}):
-        yield
+    return _checkpointing(model, {"use_reentrant": False, "context_fn": contexts})
 
 
 @contextmanager
@@ -129,10 +125,5 @@ def _keep_costly(context: object, operation: torch._ops.OpOverload, *arguments, 
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-SAVERS: dict[str, Saver] = {
-    "recompute": recompute,
-    "recompute_cheap": recompute_cheap,
-    "offload_activations": offload_activations,
-    "release": release,
-    "compiled": compiled,
-}
+SAVERS: dict[str, Saver] = {"recompute": recompute, "recompute_cheap": recompute_cheap}
+SAVERS |= {"offload_activations": offload_activations, "release": release, "compiled": compiled}

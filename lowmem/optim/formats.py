@@ -61,10 +61,7 @@ def read(tensors: dict[str, Tensor], name: str, rows: slice) -> Tensor:
 
 
 def write(tensors: dict[str, Tensor], name: str, rows: slice, values: Tensor, random: Tensor | None) -> None:
-    """Store fp32 `values` of some rows; `random` has 16 random bits for each, as int32 in [0, 65536).
-
-    In the format fp32 `read` has returned the memory itself, so there is nothing to do.
-    """
+    """Store `values` of some rows (fp32: already there); `random`: 16 random bits each, int32 in [0, 65536)."""
     kept = by_rows(tensors[name])[rows]
     if kept.dtype in _LARGEST:
         codes, scale = _to_8_bits(values, random, kept.dtype)

@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 
 import torch
-from torch import nn
+from torch import nn, optim
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -19,18 +19,9 @@ from lowmem.optim.formats import BLOCK
 from lowmem.optim.tiers import TieredAdamW, is_large
 
 # with memory "off": those that step without a closure, on dense gradients and parameters of any shape
-OPTIMIZERS = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "nadam": torch.optim.NAdam,
-    "radam": torch.optim.RAdam,
-    "adamax": torch.optim.Adamax,
-    "adafactor": torch.optim.Adafactor,
-    "adagrad": torch.optim.Adagrad,
-    "adadelta": torch.optim.Adadelta,
-    "rmsprop": torch.optim.RMSprop,
-    "sgd": torch.optim.SGD,
-}
+OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "nadam": optim.NAdam, "radam": optim.RAdam}
+OPTIMIZERS |= {"adamax": optim.Adamax, "adafactor": optim.Adafactor, "adagrad": optim.Adagrad}
+OPTIMIZERS |= {"adadelta": optim.Adadelta, "rmsprop": optim.RMSprop, "sgd": optim.SGD}
 
 _FUSED_SHARDED = ("adamw", "adam")  # whose fused kernels take DTensors
 
@@ -77,9 +68,11 @@ def make_optimizer(
     groups = [{"params": kinds[kind], "weight_decay": 0.0 if kind[0] else weight_decay} for kind in sorted(kinds)]
     if memory == "off":
         return _of_torch(OPTIMIZERS[name], groups, betas, eps, is_fused=not is_divided or name in _FUSED_SHARDED)
-    if memory == "lean" and (uneven := _uneven_blocks(trainable)):
-        found = f"a rank has {uneven[1]} of {uneven[0]}'s"
-        raise ValueError(f"memory=lean needs blocks of {BLOCK} columns, {found}: use exact, or another tp_size")
+    for path, parameter in trainable if memory == "lean" else ():
+        columns = local_of(parameter).shape[1] if is_large(parameter) and is_in_columns(parameter) else 0
+        if columns % BLOCK:
+            found = f"a rank has {columns} of {path}'s"
+            raise ValueError(f"memory=lean needs blocks of {BLOCK} columns, {found}: use exact, or another tp_size")
     for parameter in model.parameters():
         if not parameter.requires_grad:
             set_local_(parameter, local_of(parameter.data).to(torch.bfloat16))
@@ -91,12 +84,6 @@ def make_optimizer(
     if is_sharded(model):
         notice_new_parameters(model)
     return optimizer
-
-
-def _uneven_blocks(trainable: list[tuple[str, nn.Parameter]]) -> tuple[str, int] | None:
-    """A parameter sharded by columns, but not between two blocks of moments, and the columns of a rank."""
-    columns = {name: local_of(x).shape[1] for name, x in trainable if is_large(x) and is_in_columns(x)}
-    return next(((name, number) for name, number in columns.items() if number % BLOCK), None)
 
 
 def _of_torch(

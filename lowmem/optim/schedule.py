@@ -26,13 +26,11 @@ class Schedule:
         warmup_steps: int | None,
         **shape: object,
     ) -> "Schedule":
-        """Make the schedule of `epochs` passes or `max_steps` steps; warm-up is a ratio or a number of them."""
         total_steps = max_steps or math.ceil(epochs * num_rows / rows_per_step)
         warmup_steps = math.ceil(total_steps * warmup_ratio) if warmup_ratio else warmup_steps or 0
         return cls(total_steps=total_steps, warmup_steps=warmup_steps, **shape)
 
     def __call__(self, step: int) -> float:
-        """The learning rate of the update after `step` finished ones."""
         return learning_rate_at(step, **vars(self))
 
     def is_due(self, step: int, every: int) -> bool:
@@ -40,7 +38,6 @@ class Schedule:
         return step == self.total_steps or step % every == 0
 
     def num_due(self, step: int, every: int) -> int:
-        """How many later steps are due."""
         return math.ceil((self.total_steps - step) / every)
 
 

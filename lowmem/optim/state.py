@@ -53,10 +53,7 @@ def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
 
 
 def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimizer: Optimizer) -> bool:
-    """Whether state of an optimizer class and tier (None: that of `optimizer`) must be rounded to fill `optimizer`.
-
-    Raises UsageError if it cannot fill it.
-    """
+    """Whether state of this class and tier must be rounded to fill `optimizer`. Raises UsageError if it cannot."""
     kind, memory = type(optimizer).__name__, getattr(optimizer, "memory", "off")
     saved_memory = saved_memory or memory
     if (saved_kind, saved_memory) == (kind, memory):
@@ -72,10 +69,7 @@ def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimi
 def state_differences(
     stored: Mapping[str, StoredTensor], parameters: Parameters, optimizer: Optimizer, *, rounds: bool
 ) -> list[str]:
-    """What keeps stored state from filling that of a tier, a clause for each name.
-
-    Torch's optimizers make their state in the first steps, so nothing does.
-    """
+    """What keeps stored state from filling a tier's, a clause for each name. (Torch's make theirs in steps.)"""
     if not isinstance(optimizer, TieredOptimizer):
         return []
     tensors = optimizer_tensors(parameters, optimizer)

@@ -35,6 +35,7 @@ class TieredOptimizer(Optimizer):
     Turns the trainable weights into the tier's format, in place: of fp32 no bit is lost that the tier keeps, bf16 gets
     a low half of zeros. All state exists from then on: "step" (on the host) and the tensors of each format. Groups hold
     pairs (name, parameter). Random bits are a function of (`seed`, update, name).
+    A subclass makes its state in `_new_moments` and updates weight and state, slice by slice, in `_update`.
     """
 
     def __init__(self, groups: list[Group], defaults: Group, *, memory: str, slice_elements: int | None = None):
@@ -106,10 +107,7 @@ class TieredOptimizer(Optimizer):
 
     @torch.no_grad()
     def round_from(self, parameter: nn.Parameter, names: Iterable[str], values: Callable[[str, slice], Tensor]) -> None:
-        """Store fp32 values in the formats of `names` ("weight" and state) of `parameter`.
-
-        `values(name, rows)` returns those of some rows of the whole parameter, (rows, columns), on any device.
-        """
+        """Store `values(name, rows)`, fp32 rows of the whole parameter, in the formats of `names` (weight, state)."""
         tensors, (_, first, _) = _local_tensors(parameter, self.state[parameter]), local_part(parameter.data)
         draw = self._random(parameter, "round_from")
         for rows in self.slices(parameter):
@@ -126,14 +124,6 @@ class TieredOptimizer(Optimizer):
         for index, tensors in state_dict["state"].items():
             for key, tensor in tensors.items():
                 self.state[parameters[index]][key].copy_(tensor)
-
-    def _new_moments(self, parameter: nn.Parameter, local: Tensor) -> Tensors:
-        """Zeros for `local`, this rank's part of `parameter`."""
-        raise NotImplementedError
-
-    def _update(self, group: Group, parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, draw: Random) -> None:
-        """Update `tensors`, the weight and its state, in place, a slice of rows at a time."""
-        raise NotImplementedError
 
     def _is_rounded(self, parameter: nn.Parameter) -> bool:
         return self.memory == "lean" and is_large(parameter)
