@@ -151,8 +151,8 @@ def _parse(arguments: Sequence[str]) -> Job:
             job = fire.Fire(_COMMANDS, command=list(arguments), serialize=lambda job: None)
     except FireExit:
         first = complaints.getvalue().partition("\n")[0].removeprefix("ERROR: ")
-        first = first.replace("Cannot find key", "unknown command")
         first = first.replace("Could not consume arg", "words without -- were given")
+        first = first.replace("Cannot find key", "unknown command")
         raise UsageError(f"{first}; commands are {', '.join(_COMMANDS)}, flags --name=value") from None
     if not isinstance(job, Job):
         raise UsageError(f"words without -- were given: {' '.join(arguments)}; flags are --name=value")

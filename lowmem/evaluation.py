@@ -43,10 +43,7 @@ Measure = Callable[..., tuple[dict[str, float], list[Answer]]]
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], loss_fn: LossFunction, accelerator: Accelerator, *, prefix: str = "eval"
 ) -> dict[str, float]:
-    """Mean loss per target token over all ranks' batches, as `{prefix}_loss`, its perplexity, and the number of rows.
-
-    Every rank must bring equally many batches and gets the same numbers. Raises ValueError if no batch has a target.
-    """
+    """Mean loss per target token over all ranks' batches, equally many on each, its perplexity, and the rows."""
     loss = torch.zeros((), device=accelerator.device)
     num_targets = num_rows = 0
     with _evaluating(model), accelerator.autocast(), failing(model):
@@ -130,10 +127,7 @@ def make_evaluation(
     num_answers: int,
     max_new_tokens: int,
 ) -> Measure:
-    """Return `measure(rows, prefix="eval") -> (metrics, answers)`, a collective over all ranks.
-
-    It evaluates all `rows` and answers the first `num_answers` of them. `bar` wraps the batches, to show progress.
-    """
+    """Return `measure(rows, prefix="eval") -> (metrics, answers)`; `bar` wraps its batches, to show progress."""
     collate_rows = partial(collate, causal=not unwrapped(model).config.is_encoder_decoder)
     batching = {"batch_size": batch_size, "collate": collate_rows, "quarantine": quarantine}
     open_batches = partial(open_eval, encode=encode, **data_place(model).coordinates, **batching)

@@ -91,10 +91,8 @@ def _pass_through(hidden: Tensor) -> Tensor:
 
 def _loss_of(hidden: Tensor, *, head: nn.Linear, targets: Tensor, num_targets: int, **options: object) -> Tensor:
     if hidden.shape[:-1] != targets.shape:
-        raise ValueError(
-            f"hidden states of shape {tuple(hidden.shape[:-1])} met labels of {tuple(targets.shape)}: "
-            "give every position a label, -100 where there is nothing to learn"
-        )
+        found = f"hidden states of shape {tuple(hidden.shape[:-1])} met labels of {tuple(targets.shape)}"
+        raise ValueError(f"{found}: give every position a label, -100 where there is nothing to learn")
     counts, targets = (targets != IGNORED).flatten(), targets.flatten()
     # without a sync: check the number of targets that the host knows, and select their positions
     torch._assert_async(counts.sum() == num_targets, "batch.num_targets must be the labels that are not -100")
@@ -124,10 +122,8 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
             base.train(was_training)
             at_first, at_second = (logits[0] - logits[1]).abs().amax(1)
             if at_first > 0.02 * at_second:  # what another second token changes: more than rounding
-                raise UsageError(
-                    f"{type(base).__name__} sees the tokens that it is to predict, so it would learn nothing: "
-                    "use a causal or an encoder-decoder model"
-                )
+                name = type(base).__name__
+                raise UsageError(f"{name} sees the tokens that it is to predict: use a causal or encoder-decoder model")
 
 
 LOSSES = {"chunked": chunked_loss, "plain": plain_loss}

@@ -11,7 +11,7 @@ from urllib.request import getproxies
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -59,10 +59,8 @@ def load_model(
         model = _from_config(config, dtype, on_meta=on_meta)
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > num_embeddings:
-        raise UsageError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {num_embeddings}: "
-            "set tokenizer_name_or_path to the model's own, or build a model with a larger vocab_size"
-        )
+        found = f"the tokenizer has {len(tokenizer)} tokens, the model embeds {num_embeddings}"
+        raise UsageError(f"{found}: set tokenizer_name_or_path to the model's own, or a larger vocab_size")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.train(), tokenizer
@@ -90,8 +88,6 @@ def _check_is_there(name: str, file: str) -> None:
             hint = f"did you mean {inside[0]}?" if inside else "name another folder"
             raise UsageError(f"{name} holds no {file}, so it is no model: {hint}")
         return
-    from huggingface_hub import constants, try_to_load_from_cache
-
     if isinstance(try_to_load_from_cache(name, file), str) or constants.HF_HUB_OFFLINE:
         return
     address = urlsplit(constants.ENDPOINT)
@@ -143,10 +139,8 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(name)
         model, info = _auto_class(config).from_pretrained(name, dtype=dtype, **safe, **_attention(config))
     if missing := sorted(info["missing_keys"]):
-        raise UsageError(
-            f"the model {name} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...), "
-            "which would train from random values: use a complete model"
-        )
+        found = f"{name} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...)"
+        raise UsageError(f"the model {found}, which would train from random values: use a complete model")
     return model
 
 
@@ -218,7 +212,6 @@ def _is_byte_tokenizer(folder: Path) -> bool:
 
 
 def _adopt_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a model built from scratch begin, end and pad as its tokenizer does."""
     config.eos_token_id = tokenizer.eos_token_id
     config.bos_token_id = tokenizer.bos_token_id
     config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -38,9 +38,8 @@ def fitting_step(
 ) -> StepResult:
     """Run `train_step` with its `options`; if forward or backward runs out of memory on any rank, in smaller pieces.
 
-    `batches` must be the last ones of `state.stream`, which halves its micro-batches for this step and all later ones.
-    `tell` is called on each rank, each time. Rows, position and, but for rounding, the gradient stay the same; dropout
-    masks do not. Raises OutOfMemory, with nothing updated, if micro-batches cannot be made smaller.
+    `batches` must be the last ones of `state.stream`, which then halves its micro-batches; `tell` runs on each rank.
+    Rows, position and, but for rounding and dropout, the gradient stay. Raises OutOfMemory if one row is too large.
     """
     while True:
         try:

@@ -120,10 +120,7 @@ def _open_folder(folder: Path, settings: Mapping, resumed_step: int | None) -> M
 
 
 class Report:
-    """The reports of a training run: made on every rank, printed and written by the main one.
-
-    Making it writes first to `folder` (config.json, metrics.jsonl). Raises UsageError if that fails.
-    """
+    """The reports of a run, by the main rank. Making it is the first thing to write to `folder`, or a UsageError."""
 
     def __init__(
         self, folder: Path, settings: Mapping, accelerator: Accelerator, step: int, total_steps: int, *, resumed: bool
@@ -211,7 +208,6 @@ class Report:
         self._rows, self._tokens, self._seconds, self._waited_before = 0, 0, 0.0, self._waited
 
     def evaluation(self, metrics: Mapping[str, float], answers: Sequence[Answer]) -> Mapping[str, float]:
-        """Record an evaluation, print three answers, and return the metrics."""
         self.record(metrics)
         if self._log:
             tell_answers(answers)
@@ -231,7 +227,6 @@ class Report:
         self.tell(f"step {self._step} is not saved, training goes on: {error}")
 
     def preempted(self, can_save: bool) -> None:
-        """Print that the run ends early; a resumed run continues its metrics.jsonl."""
         self._close()
         what_now = "--resume=auto goes on from there" if can_save else "nothing of it is saved, begin anew"
         self.tell(f"preempted after step {self._step} of {self._total_steps}: {what_now}")

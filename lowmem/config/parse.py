@@ -24,8 +24,8 @@ _ELSEWHERE |= {"per_device_train_batch_size": "batch_size", "resume_from_checkpo
 def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None = None) -> TrainConfig:
     """Merge defaults < preset < `given` < `config` file < flags into a checked TrainConfig.
 
-    `flags` maps fields, presets, `config` (path of a YAML or JSON file) and `is_keep_training` to values; text becomes
-    the field's type. `given` are fields from a launcher or a model's folder. Raises UsageError with all problems.
+    `flags` maps fields, presets, `config` (a YAML or JSON file) and `is_keep_training` to values or text; `given` are
+    fields from a launcher or a model's folder. Raises UsageError with all problems.
     """
     problems: list[str] = []
     file_switches, file_fields = _read(_read_config_file(flags.get("config"), problems), problems)

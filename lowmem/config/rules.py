@@ -89,7 +89,6 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
 
 
 def _out_of_range(config: TrainConfig) -> list[str]:
-    """The values that a field cannot have, whatever the others are."""
     problems = []
     bounds = {"at_least": (operator.ge, "at least"), "above": (operator.gt, "above"), "below": (operator.lt, "below")}
     for name, value in vars(config).items():

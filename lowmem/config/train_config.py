@@ -31,9 +31,8 @@ def setting(
 ) -> Any:
     """Make a field with rules.
 
-    `instead_of` names fields that say the same in another way: a flag for one replaces a preset's for another.
-    `fallback` is the value if neither is set. A resumed run must keep a `fixed` field. A `per_rank` field may differ
-    between ranks. `evaluate` takes only the fields that are `in_evaluate`.
+    `instead_of` names fields that say the same in another way, `fallback` is the value if none is set. A resumed run must keep
+    a `fixed` field, a `per_rank` one may differ between ranks, and `evaluate` takes only `in_evaluate` ones.
     """
     return dataclasses.field(default=default, metadata=locals())
 
@@ -160,7 +159,7 @@ class TrainConfig(Groups):
     tp_size: int = setting(1, at_least=1)
     """Tensor parallelism: neighbouring processes that share layers and rows; batch sizes are per such group."""
     deepspeed: str | None = setting(on_resume="fixed")
-    """A DeepSpeed JSON config (path or text) for ZeRO stage 1, 2 or 3; `accelerate launch` may set it. No checkpoints."""
+    """A DeepSpeed JSON config (path or text) for ZeRO stage 1, 2 or 3, as of `accelerate launch`; no checkpoints."""
     heartbeat_timeout: int = setting(120, at_least=1)
     """Abort the run, naming the process, after this many seconds without a heartbeat of it."""
 

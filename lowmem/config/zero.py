@@ -9,11 +9,8 @@ from lowmem.errors import UsageError
 
 # Fields of a DeepSpeed config that must agree with our flags, and sections that our flags replace.
 _SAME = {"train_micro_batch_size_per_gpu": "batch_size", "gradient_accumulation_steps": "gradient_accumulation_steps"}
-_SAME |= {
-    "train_batch_size": "global_batch_size",
-    "gradient_clipping": "max_grad_norm",
-    "bf16.enabled": "mixed_precision",
-}
+_SAME |= {"train_batch_size": "global_batch_size", "bf16.enabled": "mixed_precision"}
+_SAME |= {"gradient_clipping": "max_grad_norm"}
 _OURS = {"optimizer": "--optimizer", "scheduler": "--lr_scheduler_type"}
 _OURS |= {"torch_autocast": "--mixed_precision", "tensor_parallel": "--tp_size"}
 

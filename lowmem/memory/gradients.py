@@ -33,35 +33,34 @@ LossFunction = Callable[[nn.Module, Batch], Tensor]
 
 
 class Gradients:
-    """The gradients of one step over `num_tokens` targets; clears those of a failed step.
-
-    Raises ValueError for an Accelerator in fp16, for one with mixed precision and a memory tier, and for an optimizer
-    that accelerate has wrapped.
-    """
+    """The gradients of one step over `num_tokens` targets. Raises ValueError for a precision that it cannot handle."""
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, *, num_tokens: int, seed: int, step: int
     ):
-        _check_precision(optimizer, accelerator.mixed_precision)
+        if (precision := accelerator.mixed_precision) == "fp16":
+            raise ValueError("the Accelerator is in fp16, which needs loss scaling: use bf16 or no")
+        in_tier = isinstance(optimizer, TieredOptimizer)
+        if isinstance(optimizer, AcceleratedOptimizer) or (in_tier and precision != "no"):
+            raise ValueError(
+                "pass the optimizer as make_optimizer returned it (accelerator.prepare hides its tier); with one its "
+                f"weights are bf16, so set mixed_precision=no (got {precision})"
+            )
         self._model, self._optimizer, self._accelerator = model, optimizer, accelerator
         self._num_tokens, self._seed, self._step = num_tokens, seed, step
         self._rank, self._is_sharded = data_place(model), is_sharded(model)
-        self.released = Released.of(optimizer)
+        self.released: Released | None = getattr(optimizer, "released", None)
         self.can_be_dropped = self.released is None and not is_divided(model)
         """Whether `accumulate` updates nothing and has no collective, so that ranks can drop a step."""
         self._all: list[Tensor] = []
         self.clear()
 
     def check(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
-        """Start the step. Raises UsageError for what gradient release excludes."""
         if self.released:
             self.released.begin(micro_batches, max_grad_norm, nonfinite)
 
     def accumulate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> list[Tensor]:
-        """Run forward and backward of each micro-batch; return their parts of the mean loss, fp32 scalars.
-
-        Then every trainable parameter has a gradient, zeros if no loss reached it. Without any target nothing runs.
-        """
+        """Run forward and backward of each micro-batch; return their parts of the mean loss, fp32 scalars."""
         losses: list[Tensor] = []
         is_ddp = isinstance(self._model, DistributedDataParallel)
         with self._sums(len(batches)):
@@ -74,7 +73,7 @@ class Gradients:
                         loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._num_tokens
                     loss.backward()
                 losses.append(loss.detach())
-        used_up = self.released.parameters if self.released else ()
+        used_up = self.released.parameters if self.released else ()  # all others get a gradient, zeros at least
         for parameter in self._model.parameters():
             if parameter.requires_grad and parameter not in used_up:
                 if parameter.grad is None:
@@ -120,14 +119,3 @@ class Gradients:
         # HSDP replicas hold equal sums, so they must round with the same random bits
         key = (self._step,) if self._is_sharded else (self._step, self._rank.rank)
         return self._optimizer.summing(micro_batches, *key)
-
-
-def _check_precision(optimizer: Optimizer, mixed_precision: str) -> None:
-    if mixed_precision == "fp16":
-        raise ValueError("the Accelerator is in fp16, which needs loss scaling: use bf16 or no")
-    in_tier = isinstance(optimizer, TieredOptimizer)
-    if isinstance(optimizer, AcceleratedOptimizer) or (in_tier and mixed_precision != "no"):
-        raise ValueError(
-            "pass the optimizer as make_optimizer returned it (accelerator.prepare hides its tier), and with a tier an "
-            f"Accelerator with mixed_precision=no (got {mixed_precision}), as its weights are bf16"
-        )

@@ -20,9 +20,8 @@ ToHost = Callable[[Tensor], Tensor]
 class Offload:
     """The two hooks of `torch.autograd.graph.saved_tensors_hooks`, and the copies between them.
 
-    From CUDA an activation goes to pinned host memory on a stream of its own, and comes back before backward needs it
-    (in the opposite order). On CPU `to_host` copies it into a mapped temporary file, whose pages the system can write
-    out. `kept` tensors (weights) stay where they are.
+    From CUDA an activation goes to pinned host memory on its own stream, and comes back before backward needs it. On
+    CPU `to_host` copies it into a mapped file, which the system can write out. `kept` tensors stay where they are.
     """
 
     def __init__(self, kept: Iterable[Tensor], to_host: ToHost):
@@ -80,7 +79,6 @@ class _Copy:
             tensor.record_stream(stream)  # its memory is not reused before the copy is done
 
     def fetch(self) -> None:
-        """Start the copy back."""
         if self._fetched is None and (self._taken is None or self._taken() is None):
             with torch.cuda.stream(self._stream) if self._stream else nullcontext():
                 self._fetched = self._host.to(self._device, non_blocking=True)

@@ -74,19 +74,16 @@ def give_back() -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The error's own words, without the page of advice after them."""
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
     return f"tried to allocate {asked[1]}" if asked else f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def _filled(model: nn.Module, optimizer: Optimizer) -> str:
-    """What this rank holds, in bytes, and the flags that reduce it."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     state = (x for held in optimizer.state.values() for x in held.values() if isinstance(x, Tensor))
     memory = getattr(optimizer, "memory", "off")
-    sums = 2 if memory == "exact" else 1  # exact sums gradients of several micro-batches in fp32
     held = {"weights": _num_bytes(model.parameters()), "optimizer state": _num_bytes(state)}
-    held["gradients"] = sums * _num_bytes(trained)
+    held["gradients"] = _num_bytes(trained) * (2 if memory == "exact" else 1)  # exact sums them in fp32
     known = ", ".join(f"{name} {num_bytes / 2**20:,.1f} MiB" for name, num_bytes in held.items())
     device = next(model.parameters()).device
     of_all = f" of {torch.cuda.mem_get_info(device)[1] / 2**20:,.0f} MiB" if device.type == "cuda" else ""

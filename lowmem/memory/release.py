@@ -40,11 +40,6 @@ class Released:
         self.norms: list[Tensor] = []
         """L2 norm of each gradient, fp32."""
 
-    @staticmethod
-    def of(optimizer: Optimizer) -> "Released | None":
-        """The Released of an optimizer within `release`; None elsewhere."""
-        return getattr(optimizer, "released", None)
-
     def begin(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
         """Start a step. Raises UsageError if it needs all gradients at once."""
         problems = {

@@ -35,7 +35,6 @@ Saver = Callable[[nn.Module, Optimizer], AbstractContextManager[None]]
 
 @contextmanager
 def entered(savers: Iterable[Saver], model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Enter all of `savers`."""
     with ExitStack() as stack:
         for saver in savers:
             stack.enter_context(saver(model, optimizer))
@@ -68,10 +67,7 @@ def offload_activations(
 
 @contextmanager
 def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
-    """Train each layer with kernels that torch.compile makes of it, which round and draw dropout masks differently.
-
-    Raises UsageError without a compiler, and for a model without layers that transformers marks as such.
-    """
+    """Train each layer with torch.compile's kernels, which round otherwise. Raises UsageError without a compiler."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise UsageError(
@@ -98,7 +94,6 @@ def _when_training(compiled_forward: Callable, forward: Callable, layer: nn.Modu
 
 @contextmanager
 def _checkpointing(model: nn.Module, options: dict[str, object]) -> Iterator[None]:
-    """Raises UsageError for a model whose layers transformers cannot recompute."""
     base = unwrapped(model)
     if not getattr(base, "supports_gradient_checkpointing", False):
         raise UsageError(
@@ -119,7 +114,7 @@ def _checkpointing(model: nn.Module, options: dict[str, object]) -> Iterator[Non
 
 def _keep_costly(context: object, operation: torch._ops.OpOverload, *arguments, **options) -> CheckpointPolicy:
     # What is kept draws no mask again, so later masks would differ: attention with dropout runs again.
-    names = [argument.name for argument in operation._schema.arguments]
+    names = (argument.name for argument in operation._schema.arguments)
     dropout = dict(zip(names, arguments, strict=False)).get("dropout_p", options.get("dropout_p", 0.0))
     is_kept = operation in _COSTLY and dropout == 0
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -12,8 +12,7 @@ from lowmem.optim.tiers import Group, Random, Tensors, TieredOptimizer
 class TieredAdafactor(TieredOptimizer):
     """Adafactor (Shazeer and Stern, 2018) as `torch.optim.Adafactor`, without its two host syncs a parameter.
 
-    The second moment of a matrix is the product of a row and a column; a vector's is whole. There is no first moment.
-    More dimensions count as a matrix of the first one and all others.
+    A matrix's second moment is a row times a column (more dimensions count as columns), a vector's is whole.
     """
 
     _LEAST_VARIANCE = torch.finfo(torch.float32).eps

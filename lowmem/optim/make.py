@@ -42,10 +42,9 @@ def make_optimizer(
     """Make an optimizer over the parameters of `model` that require a gradient; biases and norms get no decay.
 
     In the tiers "exact" and "lean" it is adamw, adamw_bf16 (moments in bf16) or adafactor, and turns all weights into
-    bf16, in place (see `optim/tiers.py`): parallelize first, and use an Accelerator without mixed precision. With
-    `memory="off"` it is one of torch.optim, and weights stay as they are. Set the learning rate at each step, from
-    `learning_rate_at`; `betas` and `eps` are for Adam's family. A tier updates `slice_elements` at a time (default: by
-    device), which changes only temporaries and speed. Raises ValueError for what a tier or optimizer cannot do.
+    bf16, in place: parallelize first, and use an Accelerator without mixed precision. With `memory="off"` it is one of
+    torch.optim. Set the learning rate at each step; `betas` and `eps` are for Adam's family. A tier updates
+    `slice_elements` at a time (default: by device). Raises ValueError for what a tier or optimizer cannot do.
     """
     if memory not in ("exact", "lean", "off"):
         raise ValueError(f"memory={memory!r} was asked for, there are exact, lean and off: choose one")
@@ -64,7 +63,9 @@ def make_optimizer(
         raise ValueError("adafactor needs whole matrices, this model's are sharded: use adamw, or NO_SHARD")
     kinds = defaultdict(list)  # torch's kernels do not take DTensors and others at once
     for path, parameter in trainable:
-        kinds[_is_bias_or_norm(path, model), not isinstance(parameter, DTensor)].append((path, parameter))
+        owner = model.get_submodule(path.rpartition(".")[0])
+        is_bias_or_norm = isinstance(owner, nn.LayerNorm) or _NO_DECAY.search(path) is not None
+        kinds[is_bias_or_norm, not isinstance(parameter, DTensor)].append((path, parameter))
     groups = [{"params": kinds[kind], "weight_decay": 0.0 if kind[0] else weight_decay} for kind in sorted(kinds)]
     if memory == "off":
         return _of_torch(OPTIMIZERS[name], groups, betas, eps, is_fused=not is_divided or name in _FUSED_SHARDED)
@@ -98,8 +99,3 @@ def _of_torch(
     else:
         options["foreach"] = False
     return kind([group | {"params": [parameter for _, parameter in group["params"]]} for group in groups], **options)
-
-
-def _is_bias_or_norm(path: str, model: nn.Module) -> bool:
-    owner = model.get_submodule(path.rpartition(".")[0])
-    return isinstance(owner, nn.LayerNorm) or _NO_DECAY.search(path) is not None

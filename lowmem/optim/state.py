@@ -61,8 +61,8 @@ def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimi
     if {kind, saved_kind} <= {"AdamW", "TieredAdamW"} and TIERS.index(saved_memory) < TIERS.index(memory):
         return True
     raise UsageError(
-        f"{path} holds the state of {saved_kind} with memory={saved_memory}, the optimizer is {kind} with "
-        f"memory={memory}: make the same (adamw's state also loads into a tier that keeps less, off > exact > lean)"
+        f"{path} holds the state of {saved_kind} with memory={saved_memory}, the optimizer is {kind} with memory="
+        f"{memory}: make the same (adamw's state also loads into a tier that keeps less, off > exact > lean)"
     )
 
 
@@ -115,13 +115,11 @@ def round_state(
 
 
 def _read_values(formats: Mapping[str, StoredTensor], name: str, rows: slice) -> Tensor:
-    """The fp32 values of some rows, whatever format holds them."""
     keys = (name, f"{name}_low", f"{name}_scale")
     return read({key: formats[key].read(rows) for key in keys if key in formats}, name, slice(None))
 
 
 def _values(tensors: Mapping[str, object]) -> dict[str, object]:
-    """Only tensors of values, without the low halves and scales of their formats."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(("_low", "_scale"))}
 
 

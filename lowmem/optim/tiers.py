@@ -32,10 +32,9 @@ Random = Callable[[Tensor], Tensor]
 class TieredOptimizer(Optimizer):
     """The formats, slices, random bits and gradient sums of a tier's optimizer.
 
-    Turns the trainable weights into the tier's format, in place: of fp32 no bit is lost that the tier keeps, bf16 gets
-    a low half of zeros. All state exists from then on: "step" (on the host) and the tensors of each format. Groups hold
-    pairs (name, parameter). Random bits are a function of (`seed`, update, name).
-    A subclass makes its state in `_new_moments` and updates weight and state, slice by slice, in `_update`.
+    Turns the trainable weights into the tier's format, in place; all state exists from then on: "step" (on host) and
+    the tensors of each format. Groups hold pairs (name, parameter). Random bits are a function of (`seed`, update,
+    name). A subclass makes its state in `_new_moments` and updates weight and state, slice by slice, in `_update`.
     """
 
     def __init__(self, groups: list[Group], defaults: Group, *, memory: str, slice_elements: int | None = None):
@@ -70,10 +69,7 @@ class TieredOptimizer(Optimizer):
 
     @contextmanager
     def summing(self, micro_batches: int, *key: int) -> Iterator[None]:
-        """Sum the gradients of several backward passes in fp32, or, for lean's large parameters, in bf16.
-
-        The latter round stochastically with random bits of `key`. A single pass leaves gradients in bf16.
-        """
+        """Sum gradients of several backward passes in fp32; in lean, large ones are rounded by bits of `key`."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         sums: dict[nn.Parameter, Tensors] = {}
         count = dict.fromkeys(parameters, 0)
@@ -187,7 +183,6 @@ class TieredAdamW(TieredOptimizer):
 
 
 def _local_tensors(parameter: nn.Parameter, state: Tensors) -> Tensors:
-    """This rank's part of the weight and its state, to be updated in place."""
     return {name: local_of(tensor) for name, tensor in {"weight": parameter.data, **state}.items()}
 
 
