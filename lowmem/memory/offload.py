@@ -60,8 +60,6 @@ class Offload:
 
 
 class _Copy:
-    """One tensor's bits and layout outside of the memory it came from."""
-
     def __init__(
         self, tensor: Tensor, source: StorageWeakRef, number: int, stream: torch.cuda.Stream | None, to_host: ToHost
     ):

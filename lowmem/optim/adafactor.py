@@ -56,7 +56,6 @@ class TieredAdafactor(TieredOptimizer):
         tensors["col_var"].lerp_(columns_sum / len(gradient), part)
 
     def _direction(self, gradient: Tensor, tensors: Tensors) -> Callable[[slice], Tensor]:
-        """The gradient over the root of its second moment, as a function of rows."""
         mean = tensors["row_var"].mean().clamp(min=self._LEAST_VARIANCE) if "row_var" in tensors else None
 
         def direction(rows: slice) -> Tensor:
