@@ -31,7 +31,7 @@ _EXPORT_DTYPES = ("float32", "bfloat16", "float16", "None")
 
 @dataclass(frozen=True)
 class Job:
-    """A command that is parsed and checked, but not begun."""
+    """A command that is parsed and checked, but not started."""
 
     command: str
     options: Mapping[str, object]
@@ -46,7 +46,7 @@ def _train(**flags: str) -> Job:
 def _plan(**flags: str) -> Job:
     config = _resolve(flags)
     if config.deepspeed:
-        raise UsageError("DeepSpeed lays out memory by itself: `plan` predicts what runs without it")
+        raise UsageError("`plan` cannot predict DeepSpeed, which lays out memory itself: remove --deepspeed")
     return Job("plan", {"config": config, "fixed": named_fields(flags)})
 
 
@@ -54,10 +54,8 @@ def _plan(**flags: str) -> Job:
 def _evaluate(**flags: str) -> Job:
     _refuse("evaluate", flags.keys() - fields_where(in_evaluate=True) - {"local_rank"})
     if sharding := {"deepspeed", "sharding_strategy", "tp_size"} & launched_settings().keys():
-        raise UsageError(
-            f"accelerate was told to divide the model ({', '.join(sorted(sharding))}), but `evaluate` has a whole one "
-            "in each process: launch with --multi_gpu"
-        )
+        found = f"accelerate was told to divide the model ({', '.join(sorted(sharding))})"
+        raise UsageError(f"{found}, but `evaluate` has a whole one in each process: launch with --multi_gpu")
     if missing := [f"--{name}" for name in ("model_name_or_path", "test_file") if not flags.get(name)]:
         raise UsageError(f"`evaluate` needs {' and '.join(missing)}")
     trained_with = Path(flags["model_name_or_path"]) / "lowmem.json"
@@ -69,14 +67,12 @@ def _evaluate(**flags: str) -> Job:
 
 
 @SetParseFn(str)
-def _verify(path: str | None = None, **unknown: str) -> Job:
+def _verify(path: str = "", **unknown: str) -> Job:
     return _on_files("verify", unknown, path=path)
 
 
 @SetParseFn(str)
-def _export(
-    path: str | None = None, out: str | None = None, dtype: str = "None", max_shard_size: str = "5GB", **unknown: str
-) -> Job:
+def _export(path: str = "", out: str = "", dtype: str = "None", max_shard_size: str = "5GB", **unknown: str) -> Job:
     if dtype not in _EXPORT_DTYPES:
         raise UsageError(f"--dtype={dtype} must be one of {', '.join(_EXPORT_DTYPES)}")
     return _on_files("export", unknown, path=path, out=out, dtype=dtype, max_shard_bytes=parse_bytes(max_shard_size))
@@ -99,21 +95,15 @@ def _refuse(command: str, unknown: Iterable[str]) -> None:
         raise UsageError(f"{', '.join(f'--{name}' for name in unknown)}: `{command}` has no such flag; see --help")
 
 
-_COMMANDS = {
-    "train": _train,
-    "plan": _plan,
-    "evaluate": _evaluate,
-    "test": _evaluate,
-    "verify": _verify,
-    "export": _export,
-    "plot": _plot,
-}
+_COMMANDS = {"train": _train, "plan": _plan, "evaluate": _evaluate, "test": _evaluate}
+_COMMANDS |= {"verify": _verify, "export": _export, "plot": _plot}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line `arguments` (default: sys.argv) and return the exit code: 0 done, 2 a user error, 75 a
-    training run that was preempted and has saved its state, 1 anything else; 128 and the number of a signal that ended
-    another command. `train` and `evaluate` catch signals for the rest of the process.
+    """Run the command line `arguments` (default: sys.argv) and return the exit code.
+
+    0: done, 1: failed, 2: a user error, 75: training was preempted and is saved, 128 + n: signal n ended another
+    command. `train` and `evaluate` catch signals for the rest of the process.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and re.match("--local[_-]rank=", arguments[0]):  # old launchers put it before the command
@@ -127,12 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 code = _start(_parse(arguments), arguments)
         except Exception as error:
             code = tell_failure(error)
-        output.flush()  # here, as nothing would catch a BrokenPipeError of the interpreter's own flush at its end
+        output.flush()  # here, or the interpreter's own flush would raise BrokenPipeError at its end
     return code
 
 
 class _Unread:
-    """A text stream that discards what it is given once its reader has gone (`| head -1`): a run goes on without."""
+    """A text stream that discards what it is given once its reader has gone (`| head -1`)."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -161,8 +151,8 @@ def _parse(arguments: Sequence[str]) -> Job:
             job = fire.Fire(_COMMANDS, command=list(arguments), serialize=lambda job: None)
     except FireExit:
         first = complaints.getvalue().partition("\n")[0].removeprefix("ERROR: ")
-        first = first.replace("Cannot find key", "unknown command")
         first = first.replace("Could not consume arg", "words without -- were given")
+        first = first.replace("Cannot find key", "unknown command")
         raise UsageError(f"{first}; commands are {', '.join(_COMMANDS)}, flags --name=value") from None
     if not isinstance(job, Job):
         raise UsageError(f"words without -- were given: {' '.join(arguments)}; flags are --name=value")
@@ -170,13 +160,12 @@ def _parse(arguments: Sequence[str]) -> Job:
 
 
 def _resolve(flags: Mapping[str, str], given: Mapping[str, object] | None = None) -> TrainConfig:
-    """The config of flags (without the --local_rank that older launchers add) and of what accelerate was told."""
+    """The config of flags (without old launchers' --local_rank) and of accelerate's settings."""
     given = {**(given or {}), **(told := launched_settings())}
     config = resolve({name: value for name, value in flags.items() if name != "local_rank"}, given=given)
-    differ = {name: (getattr(config, name), its) for name, its in told.items() if getattr(config, name) != its}
-    if differ:
-        told = [f"{name}={ours} was set, but accelerate was told {its}" for name, (ours, its) in differ.items()]
-        raise UsageError(f"{'; '.join(told)}: set it in one place")
+    differ = [name for name, its in told.items() if getattr(config, name) != its]
+    if problems := [f"{x}={getattr(config, x)} was set, but accelerate was told {told[x]}" for x in differ]:
+        raise UsageError(f"{'; '.join(problems)}: set it in one place")
     return config
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lowmem.data.batch import IGNORED, Batch, collate
@@ -27,7 +27,7 @@ from lowmem.memory.gradients import LossFunction
 
 
 class Answer(NamedTuple):
-    """What the model wrote for one row, beside what was asked and expected."""
+    """What the model wrote for one row, with its prompt and reference."""
 
     row_id: int
     prompt: str
@@ -43,11 +43,7 @@ Measure = Callable[..., tuple[dict[str, float], list[Answer]]]
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], loss_fn: LossFunction, accelerator: Accelerator, *, prefix: str = "eval"
 ) -> dict[str, float]:
-    """Mean loss per target token over all batches of all ranks, as `{prefix}_loss`, its perplexity, and how many rows.
-
-    Every rank must bring equally many batches (those of `open_eval` do) and gets the same numbers. Dropout is off
-    within. Raises ValueError if no batch has a target.
-    """
+    """Mean loss per target token over all ranks' batches, equally many on each, its perplexity, and the rows."""
     loss = torch.zeros((), device=accelerator.device)
     num_targets = num_rows = 0
     with _evaluating(model), accelerator.autocast(), failing(model):
@@ -60,13 +56,10 @@ def evaluate(
         all_reduce_sum([loss], place.group)
     num_targets, num_rows = sum_over_ranks(*((num_targets, num_rows) if place.is_counted else (0, 0)))
     if num_targets == 0:
-        raise ValueError("an evaluation was asked for, but its rows have no target token: look at its responses")
+        raise ValueError("the evaluation rows have no target token: check their responses")
     mean = loss.item() / num_targets
-    return {
-        f"{prefix}_loss": mean,
-        f"{prefix}_perplexity": math.exp(min(mean, 700.0)),
-        f"{prefix}_rows": num_rows,
-    }
+    perplexity = math.exp(min(mean, 700.0))
+    return {f"{prefix}_loss": mean, f"{prefix}_perplexity": perplexity, f"{prefix}_rows": num_rows}
 
 
 @phase("answering prompts")
@@ -81,46 +74,38 @@ def generate(
 ) -> list[Answer]:
     """Answer the prompts of all ranks' batches greedily. Returns every rank's answers on every rank, in row order."""
     base = unwrapped(model)
-    is_encoder_decoder, talks = base.config.is_encoder_decoder, is_sharded(model)
+    is_encoder_decoder, is_collective = base.config.is_encoder_decoder, is_sharded(model)
+    # pad on the right for an encoder; on the left for a causal model, which appends
+    padding = {"padding_side": "right" if is_encoder_decoder else "left", "return_tensors": "pt"}
+    greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": tokenizer.pad_token_id}
+    limits = {"max_new_tokens": max_new_tokens, "synced_gpus": is_collective}
     answers = []
     with _evaluating(model), accelerator.autocast(), failing(model):
         for batch in batches:
-            if not batch.row_ids and not talks:
+            if not batch.row_ids and not is_collective:
                 continue
-            # a rank without rows writes along, for the forwards of a sharded model
+            # a rank without rows joins the forwards of a sharded model
             prompts = _prompts(batch, is_encoder_decoder=is_encoder_decoder) or [[tokenizer.eos_token_id]]
-            # right-padded for an encoder; on the left for a causal model, which writes on at the right
-            side = "right" if is_encoder_decoder else "left"
-            padded = tokenizer.pad({"input_ids": prompts}, padding_side=side, return_tensors="pt")
-            written = base.generate(
-                **padded.to(accelerator.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=tokenizer.pad_token_id,
-                synced_gpus=talks,
-            )
+            padded = tokenizer.pad({"input_ids": prompts}, **padding).to(accelerator.device)
+            written = base.generate(**padded, **greedy, **limits)
             if not batch.row_ids:
                 continue
             if not is_encoder_decoder:
                 written = written[:, padded["input_ids"].shape[1] :]
             references = [row[row != IGNORED] for row in batch.inputs["labels"]]
-            texts = zip(*(_decode(tokenizer, ids) for ids in (prompts, references, written)), strict=True)
-            answers += [(row_id, *text) for row_id, text in zip(batch.row_ids, texts, strict=True)]
+            sequences = (prompts, references, written)
+            texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in part] for part in sequences]
+            answers += zip(batch.row_ids, *texts, strict=True)
     gathered = gather_bytes(json.dumps(answers if data_place(model).is_counted else []).encode())
     return sorted(Answer(*answer) for part in gathered for answer in json.loads(part))
 
 
 def text_metrics(answers: Sequence[Answer], *, prefix: str = "eval") -> dict[str, float]:
-    """The part of answers equal to their reference (outer blanks aside), and chrF (0 to 100) if sacrebleu is there.
-
-    chrF compares characters, so it serves languages without blanks between words too (Popovic, 2015). Without answers
-    there is nothing to measure.
-    """
+    """Part of exact matches (outer blanks aside), and chrF, 0 to 100 (Popovic, 2015), if sacrebleu is installed."""
     if not answers:
         return {}
-    exact = sum(answer.prediction.strip() == answer.reference.strip() for answer in answers) / len(answers)
-    metrics = {f"{prefix}_exact_match": exact}
+    exact = [answer.prediction.strip() == answer.reference.strip() for answer in answers]
+    metrics = {f"{prefix}_exact_match": sum(exact) / len(answers)}
     if find_spec("sacrebleu"):
         from sacrebleu.metrics import CHRF
 
@@ -142,11 +127,7 @@ def make_evaluation(
     num_answers: int,
     max_new_tokens: int,
 ) -> Measure:
-    """Return `measure(rows, prefix="eval") -> (metrics, answers)`, which every rank calls.
-
-    It takes the loss over all `rows` and answers the first `num_answers` of them (0: none), with their metrics. `bar`
-    wraps the batches, to show how far it is.
-    """
+    """Return `measure(rows, prefix="eval") -> (metrics, answers)`; `bar` wraps its batches, to show progress."""
     collate_rows = partial(collate, causal=not unwrapped(model).config.is_encoder_decoder)
     batching = {"batch_size": batch_size, "collate": collate_rows, "quarantine": quarantine}
     open_batches = partial(open_eval, encode=encode, **data_place(model).coordinates, **batching)
@@ -174,18 +155,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _prompts(batch: Batch, *, is_encoder_decoder: bool) -> list[list[int]]:
-    """Each row's tokens up to its padding, or, of a causal row, up to its first target.
-
-    Without a mask there is no padding, or it follows the targets.
-    """
-    input_ids, mask = batch.inputs["input_ids"], batch.inputs.get("attention_mask")
+    """Each row's tokens up to its padding, or, of a causal row, up to its first target."""
+    input_ids = batch.inputs["input_ids"]
+    mask = batch.inputs.get("attention_mask")  # without one there is no padding, or it follows the targets
     lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
     prompts = []
     for ids, length, labels in zip(input_ids, lengths, batch.inputs["labels"], strict=True):
         targets = (labels != IGNORED).nonzero()
         prompts.append(ids[: length if is_encoder_decoder or not len(targets) else int(targets[0])].tolist())
     return prompts
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Tensor | list[int]]) -> list[str]:
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in sequences]

@@ -1,14 +1,11 @@
-"""Losses: every one is `(model, batch) -> sum of token losses`, a scalar in fp32 that the caller divides.
+"""Losses: each one is `(model, batch) -> sum of token losses`, an fp32 scalar that the caller divides.
 
-Encoder-decoder models are fed the labels shifted right by the model itself; for causal models position i predicts
-label i + 1. Labels of -100 count for nothing.
+An encoder-decoder shifts its labels itself; in a causal model position i predicts label i + 1. -100 is ignored.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -22,89 +19,87 @@ from lowmem.distributed.placement import device_of, divides_weights, unwrapped
 from lowmem.errors import UsageError
 
 SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
-"""Logits held at a time, 4 bytes each and 2 in bf16: a CPU keeps them in its cache, a GPU starts fewer kernels."""
+"""Logits computed at once: few enough for a CPU's cache, enough for a GPU to start few kernels."""
 
 
 def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
-    """Summed cross-entropy in fp32, a scalar, over the logits (rows, length, vocabulary) held all at once."""
+    """Summed cross-entropy in fp32, a scalar, from all logits (rows, length, vocabulary) at once."""
     inputs, targets = _inputs_and_targets(model, batch)
     logits = model(**inputs).logits
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(),
-        targets.flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
-        label_smoothing=label_smoothing,
-    )
+    options = {"ignore_index": IGNORED, "reduction": "sum", "label_smoothing": label_smoothing}
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), **options)
 
 
 def chunked_loss(
     model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0, slice_elements: int | None = None
 ) -> Tensor:
-    """The sum of `plain_loss` with the logits of a slice of the vocabulary at a time, taken again in backward.
+    """Compute `plain_loss` from `slice_elements` logits at a time (default: SLICE_ELEMENTS), again in backward.
 
-    `slice_elements` logits are held at a time (default: SLICE_ELEMENTS of the device).
-    The model is called as a whole (so that its wrapper's hooks run) with its output head passing hidden states
-    through; the head is applied here, to the `batch.num_targets` positions whose label counts. Raises UsageError for a
-    head that is not linear, and for a model that changes its logits after the head (soft-capping, scaling, a bias),
-    because here they would not be changed; RuntimeError if another number of labels counts.
+    The model runs as a whole, for its wrapper's hooks, but its output head is applied here, to the `batch.num_targets`
+    positions that have a target. Raises UsageError for a head that is not linear and for a model that changes its
+    logits after the head; RuntimeError if another number of labels counts.
     """
     inputs, targets = _inputs_and_targets(model, batch)
-    base = unwrapped(model)
-    head = base.get_output_embeddings()
+    head = unwrapped(model).get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise UsageError(
-            f"chunked_loss needs a linear output head, {type(base).__name__} has {type(head).__name__}: "
-            "use plain_loss (--loss=plain)"
-        )
+        name = type(unwrapped(model)).__name__
+        raise UsageError(f"chunked loss needs a linear output head, {name} has {type(head).__name__}: set --loss=plain")
     options = {"label_smoothing": label_smoothing, "slice_elements": slice_elements}
     loss_of = partial(_loss_of, head=head, targets=targets, num_targets=batch.num_targets, **options)
-    if divides_weights(model):
-        return _loss_within_head(model, head, inputs, loss_of)
-    try:
-        with _passing_through(head) as seen:
-            logits = model(**inputs).logits
-    except RuntimeError as error:
-        if "size of tensor" in str(error):  # hidden states met something of the vocabulary's size, as BART's bias
-            raise _changes_its_logits(base) from error
-        raise
-    if logits is not seen.hidden:
-        raise _changes_its_logits(base)
-    return loss_of(seen.hidden)
+    if divides_weights(model):  # DeepSpeed all-gathers the head's weight within the head's forward, for backward too
+        return _call_with_head(loss_of, model, head, inputs)
+    return loss_of(_call_with_head(_pass_through, model, head, inputs))
 
 
-def _loss_within_head(
-    model: nn.Module, head: nn.Linear, inputs: dict[str, object], loss_of: Callable[[Tensor], Tensor]
+def _call_with_head(
+    function: Callable[[Tensor], Tensor], model: nn.Module, head: nn.Linear, inputs: dict[str, object]
 ) -> Tensor:
-    """`loss_of` taken within the head's forward, where DeepSpeed makes its weight whole, for backward too."""
-    seen = SimpleNamespace(loss=None)
+    """Call the model with `function` as its head's forward. Raises UsageError if the model changes its result."""
+    returned: Tensor | None = None
 
     def forward(hidden: Tensor) -> Tensor:
-        seen.loss = loss_of(hidden)
-        return seen.loss
+        nonlocal returned
+        returned = function(hidden)
+        return returned
 
+    changes = UsageError(
+        f"{type(unwrapped(model)).__name__} changes its logits after the output head (soft-capping, scaling or "
+        "a bias), which chunked_loss cannot do: use plain_loss (--loss=plain)"
+    )
     head.forward = forward
     try:
-        loss = model(**inputs).logits
+        logits = model(**inputs).logits
+    except RuntimeError as error:
+        if "size of tensor" in str(error):  # hidden states met something of the vocabulary's size, as BART's bias
+            raise changes from error
+        raise
     finally:
         del head.forward
-    if loss.data_ptr() != seen.loss.data_ptr():  # another tensor of the same memory, as DeepSpeed's hooks go around it
-        raise _changes_its_logits(unwrapped(model))
-    return loss
+    # DeepSpeed's hooks return another tensor in the same memory
+    if logits is not returned and not (divides_weights(model) and logits.data_ptr() == returned.data_ptr()):
+        raise changes
+    return logits
+
+
+def _pass_through(hidden: Tensor) -> Tensor:
+    # accelerate's autocast wrapper turns outputs into fp32; if they are in fp32 already, it returns the same tensor
+    hidden = hidden.float() if torch.is_autocast_enabled(hidden.device.type) else hidden
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        # all before the head is frozen: fully_shard reduces only if backward goes through what a module returned
+        hidden = hidden.detach().requires_grad_()
+    return hidden
 
 
 def _loss_of(hidden: Tensor, *, head: nn.Linear, targets: Tensor, num_targets: int, **options: object) -> Tensor:
     if hidden.shape[:-1] != targets.shape:
-        raise ValueError(
-            f"hidden states of shape {tuple(hidden.shape[:-1])} met labels of {tuple(targets.shape)}: "
-            "every position needs a label, -100 where nothing is to be learned"
-        )
+        found = f"hidden states of shape {tuple(hidden.shape[:-1])} met labels of {tuple(targets.shape)}"
+        raise ValueError(f"{found}: give every position a label, -100 where there is nothing to learn")
     counts, targets = (targets != IGNORED).flatten(), targets.flatten()
-    # both without a sync: the positions that count, as many as the host knows them to be
+    # without a sync: check the number of targets that the host knows, and select their positions
     torch._assert_async(counts.sum() == num_targets, "batch.num_targets must be the labels that are not -100")
     counting = counts.to(torch.uint8).argsort(descending=True, stable=True)[:num_targets]
     hidden, targets = hidden.flatten(0, 1).index_select(0, counting), targets[counting]
-    weight, bias = head.weight, head.bias  # of a sharded model still gathered from its forward, whole
+    weight, bias = head.weight, head.bias  # whole: a sharded model keeps them all-gathered from its forward on
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
         bias = bias if bias is None else bias.detach()
@@ -121,18 +116,11 @@ def check_model(model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor],
 
 
 def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) -> None:
-    """Take the loss of two tokens. Raises UsageError, before a run has begun, for a model that `loss_fn` refuses.
-
-    And for one that is trained to predict the next token while it sees it, such as BERT.
-    """
-    device = device_of(model)
+    """Take the loss of two tokens. Raises UsageError for a model that `loss_fn` refuses, or that sees its targets."""
+    device, base = device_of(model), unwrapped(model)
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
-    inputs = {
-        "input_ids": tokens,
-        "attention_mask": torch.ones_like(tokens),
-        "labels": torch.full_like(tokens, IGNORED),
-    }
-    base = unwrapped(model)
+    labels = torch.full_like(tokens, IGNORED)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
     with torch.no_grad(), resharding(model):
         loss_fn(model, Batch(inputs, num_targets=0, row_ids=[]))
         if not base.config.is_encoder_decoder:
@@ -142,56 +130,26 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
             base.train(was_training)
             at_first, at_second = (logits[0] - logits[1]).abs().amax(1)
             if at_first > 0.02 * at_second:  # what another second token changes: more than rounding
-                raise UsageError(
-                    f"{type(base).__name__} sees the tokens that it is to predict, so it would learn nothing: "
-                    "take a causal or an encoder-decoder model"
-                )
-
-
-def _changes_its_logits(base: nn.Module) -> UsageError:
-    return UsageError(
-        f"{type(base).__name__} changes its logits after the output head (soft-capping, scaling or a bias), "
-        "which chunked_loss would leave out: use plain_loss (--loss=plain)"
-    )
+                name = type(base).__name__
+                raise UsageError(f"{name} sees the tokens that it is to predict: use a causal or encoder-decoder model")
 
 
 LOSSES = {"chunked": chunked_loss, "plain": plain_loss}
 
 
 def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, object], Tensor]:
-    """What the model is called with (never the labels: it would compute its own mean), and each position's target."""
-    base = unwrapped(model)
-    inputs = dict(batch.inputs)
+    """The model's inputs (without labels, or it would compute its own mean), and the target of each position."""
+    base, inputs = unwrapped(model), dict(batch.inputs)
     labels = inputs.pop("labels")
     if base.config.is_encoder_decoder:
         if "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
         targets = labels
     else:
-        # without a sync; it would be in num_targets, but nothing predicts it
+        # without a sync; num_targets would count it, but nothing predicts it
         torch._assert_async((labels[:, 0] == IGNORED).all(), "the first label of a causal row must be -100")
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return inputs | {"use_cache": False}, targets
-
-
-@contextmanager
-def _passing_through(head: nn.Module) -> Iterator[SimpleNamespace]:
-    """Within it `head(hidden)` returns its input, which is kept as `seen.hidden`."""
-    seen = SimpleNamespace(hidden=None)
-
-    def forward(hidden: Tensor) -> Tensor:
-        # accelerate's autocast wrapper turns outputs into fp32; in fp32 already, the very tensor comes back
-        seen.hidden = hidden.float() if torch.is_autocast_enabled(hidden.device.type) else hidden
-        if torch.is_grad_enabled() and not seen.hidden.requires_grad:
-            # all before the head is frozen: fully_shard reduces only if backward goes through what a module returned
-            seen.hidden = seen.hidden.detach().requires_grad_()
-        return seen.hidden
-
-    head.forward = forward
-    try:
-        yield seen
-    finally:
-        del head.forward
 
 
 def chunked_cross_entropy(
@@ -204,13 +162,11 @@ def chunked_cross_entropy(
     compute_dtype: torch.dtype | None = None,
     slice_elements: int | None = None,
 ) -> Tensor:
-    """Sum over rows of cross-entropy(hidden @ weight.T + bias, target), softmax and sums in fp32 (or wider), a scalar.
+    """Sum over rows of cross-entropy(hidden @ weight.T + bias, target), a scalar; softmax and sums in fp32 or wider.
 
     hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) int64; products are in `compute_dtype` (default: that
-    of hidden). Forward and backward go over slices of the vocabulary, each (N, slice) of about `slice_elements`:
-    forward keeps the logarithm of each row's sum, backward takes the logits again. So every element of the head's
-    gradient is one product over all N rows, rounded once, and no gradient of the head's size is ever read back to be
-    added to. (Slices of rows would sum it in N / slice roundings or in fp32.)
+    of hidden). Forward keeps only each row's log-sum-exp and backward computes the logits again, both over slices of
+    the vocabulary, (N, slice), so every element of the head's gradient is one product over all rows, rounded once.
     """
     elements = slice_elements or SLICE_ELEMENTS.get(hidden.device.type, SLICE_ELEMENTS["cuda"])
     slices = vocabulary_slices(len(hidden), len(weight), elements)
@@ -219,7 +175,7 @@ def chunked_cross_entropy(
 
 
 def vocabulary_slices(num_rows: int, vocabulary: int, elements: int) -> list[slice]:
-    """Slices of the vocabulary that have about `elements` logits over `num_rows` rows, at least one column each."""
+    """Slices of the vocabulary, each of about `elements` logits over `num_rows` rows, at least one column."""
     width = max(1, elements // max(1, num_rows))
     width = width // 64 * 64 or width  # rows of a product start aligned
     return [slice(first, min(first + width, vocabulary)) for first in range(0, vocabulary, width)]
@@ -282,6 +238,6 @@ def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, part: slice) ->
 
 
 def _place_in(part: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's target as a column of this slice, and whether it lies inside (an outer one: column 0), both (N, 1)."""
+    """Each row's target as a column of this slice (0 if it lies outside), and whether it lies inside, both (N, 1)."""
     inside = (targets >= part.start) & (targets < part.stop)
     return (targets - part.start).where(inside, 0).unsqueeze(1), inside.unsqueeze(1)

@@ -3,17 +3,16 @@
 import copy
 import json
 import socket
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,17 +40,15 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a pretrained model, or build `model_config` with random weights from torch's generator; in training mode.
 
-    `model_config` is a transformers config, its fields, the path of a config.json or a name of MODEL_SHAPES. The model
-    is AutoModelForSeq2SeqLM or AutoModelForCausalLM, as its config says. Weights come as `dtype`, whatever the files
-    hold: in bf16 without a master, most updates at small learning rates would round to nothing. `on_meta` leaves the
-    weights without data, for `parallelize` to fill once they are sharded; a line tells if the files hold them by other
-    names than the model has, so that they are loaded all the same. Raises UsageError if something cannot be
-    loaded, if weights are missing, or if the tokenizer has more tokens than the model.
+    `model_config` is a transformers config, its fields, the path of a config.json or a name of MODEL_SHAPES. Weights
+    come as `dtype`, whatever the files hold. `on_meta` leaves them without data, for `parallelize` to fill once they
+    are sharded, or loads them with a printed line if the files name them otherwise. Raises UsageError if something
+    cannot be loaded, if weights are missing, or if the tokenizer has more tokens than the model.
     """
     if (model_name_or_path is None) == (model_config is None):
         raise UsageError("a model is either loaded or built: give one of model_name_or_path and model_config")
     if model_name_or_path is not None:
-        _check_place(str(model_name_or_path), "config.json")
+        _check_is_there(str(model_name_or_path), "config.json")
     tokenizer = _load_tokenizer(tokenizer_name_or_path or model_name_or_path)
     if model_name_or_path is not None:
         model = _pretrained_on_meta(str(model_name_or_path), dtype) if on_meta else None
@@ -62,49 +59,35 @@ def load_model(
         model = _from_config(config, dtype, on_meta=on_meta)
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > num_embeddings:
-        raise UsageError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {num_embeddings}: "
-            "set tokenizer_name_or_path to the model's own, or build a model with vocab_size that large"
-        )
+        found = f"the tokenizer has {len(tokenizer)} tokens, the model embeds {num_embeddings}"
+        raise UsageError(f"{found}: set tokenizer_name_or_path to the model's own, or a larger vocab_size")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.train(), tokenizer
 
 
 def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
-    """Take the gradient from `parts`: "embeddings" (a tied output head with them), "encoder" (without embeddings).
-
-    Raises UsageError for another part, and for the encoder of a model that has none.
-    """
+    """Freeze `parts`: "embeddings" (and a tied output head), "encoder" (without embeddings). Raises UsageError."""
     if unknown := sorted(set(parts) - {"embeddings", "encoder"}):
         raise UsageError(f"freezing {', '.join(unknown)} was asked for: parts are embeddings and encoder")
     embeddings = set(model.get_input_embeddings().parameters())
-    if "embeddings" in parts:
-        _freeze(embeddings)
+    frozen = embeddings if "embeddings" in parts else set()
     if "encoder" in parts:
         if not model.config.is_encoder_decoder:
-            raise UsageError(f"freezing the encoder was asked for, but {type(model).__name__} has none: leave it out")
-        _freeze(set(model.get_encoder().parameters()) - embeddings)
-
-
-def _freeze(parameters: set[nn.Parameter]) -> None:
-    for parameter in parameters:
+            raise UsageError(f"freeze=encoder needs an encoder, {type(model).__name__} has none: remove it")
+        frozen = frozen | set(model.get_encoder().parameters()) - embeddings
+    for parameter in frozen:
         parameter.requires_grad_(False)
 
 
-def _check_place(name: str, file: str) -> None:
-    """Raise UsageError if `name` is a folder without `file`, or none at all while the hub is out of reach.
-
-    (transformers would ask it again and again for half a minute.)
-    """
+def _check_is_there(name: str, file: str) -> None:
+    """Raise UsageError for a folder without `file`, and for a name that is not cached if the hub is unreachable."""
     if Path(name).is_dir():
         if not (Path(name) / file).is_file():
             inside = sorted(path.parent for path in Path(name).glob(f"*/{file}"))
             hint = f"did you mean {inside[0]}?" if inside else "name another folder"
             raise UsageError(f"{name} holds no {file}, so it is no model: {hint}")
         return
-    from huggingface_hub import constants, try_to_load_from_cache
-
     if isinstance(try_to_load_from_cache(name, file), str) or constants.HF_HUB_OFFLINE:
         return
     address = urlsplit(constants.ENDPOINT)
@@ -112,34 +95,37 @@ def _check_place(name: str, file: str) -> None:
         if not getproxies():
             socket.create_connection((address.hostname, address.port or 443), timeout=3).close()
     except OSError as error:
-        raise UsageError(f"{name} is no folder here, and the hub cannot be asked ({error}): name a folder") from error
+        raise UsageError(f"{name} is no folder here, and the hub cannot be reached ({error}): name a folder") from error
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the model {name} cannot be loaded: {_first_line(error)}") from error
 
 
 def _from_config(config: PretrainedConfig, dtype: torch.dtype, *, on_meta: bool) -> PreTrainedModel:
     with init_empty_weights() if on_meta else nullcontext():
         model = _auto_class(config).from_config(config, dtype=dtype, **_attention(config))
     if on_meta:
-        model.tie_weights()  # each of tied weights has become one of its own
+        model.tie_weights()  # init_empty_weights has untied them
     return model
 
 
 def _pretrained_on_meta(name: str, dtype: torch.dtype) -> PreTrainedModel | None:
-    """The model without data; None, with a line, if its files cannot be read tensor by tensor."""
-    folder = (
-        Path(name)
-        if Path(name).is_dir()
-        else Path(snapshot_download(name, allow_patterns=["*.safetensors*", "*.json"]))
-    )
-    try:
+    """The model without data; None, with a printed line, if its files cannot be read tensor by tensor."""
+    is_local = Path(name).is_dir()
+    folder = Path(name if is_local else snapshot_download(name, allow_patterns=["*.safetensors*", "*.json"]))
+    with _loading(name):
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the model {name} cannot be loaded: {_first_line(error)}") from error
     model = _from_config(config, dtype, on_meta=True)
     try:
         if stored_weights(model, folder) is None:
-            raise ValueError("they go by other names there, or tied ones differ")
+            raise ValueError("the files name them otherwise, or tied ones differ")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        print(f"each process loads all weights of {name}, as its own cannot be picked: {_first_line(error)}")
+        print(f"each process loads all weights of {name}, it cannot read only its own: {_first_line(error)}")
         return None
     model.name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
@@ -148,23 +134,13 @@ def _pretrained_on_meta(name: str, dtype: torch.dtype) -> PreTrainedModel | None
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    try:
+    safe = {"use_safetensors": True, "output_loading_info": True}  # reading the other formats may run code
+    with _loading(name):
         config = AutoConfig.from_pretrained(name)
-        model, info = _auto_class(config).from_pretrained(
-            name,
-            dtype=dtype,
-            use_safetensors=True,  # reading the other formats may run code
-            output_loading_info=True,
-            **_attention(config),
-        )
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the model {name} cannot be loaded: {_first_line(error)}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UsageError(
-            f"the model {name} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...), "
-            "which would train from random values: take a whole model"
-        )
+        model, info = _auto_class(config).from_pretrained(name, dtype=dtype, **safe, **_attention(config))
+    if missing := sorted(info["missing_keys"]):
+        found = f"{name} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...)"
+        raise UsageError(f"the model {found}, which would train from random values: use a complete model")
     return model
 
 
@@ -172,33 +148,28 @@ def config_of(model: str) -> PretrainedConfig:
     """The config of a model's folder or hub name, of a config.json, or of a name of MODEL_SHAPES. Raises UsageError."""
     if model in MODEL_SHAPES or Path(model).is_file():
         return _config_from(model)
-    _check_place(model, "config.json")
-    try:
+    _check_is_there(model, "config.json")
+    with _loading(model):
         return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the model {model} cannot be loaded: {_first_line(error)}") from error
 
 
 def build_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
-    """A model with random weights in fp32, in training mode, with an attention that transformers knows by name."""
+    """Build a model with random fp32 weights, in training mode, with transformers' attention of that name."""
     return _auto_class(config).from_config(config, dtype=torch.float32, attn_implementation=attention).train()
 
 
 def _config_from(model_config: PretrainedConfig | Mapping[str, object] | str | Path) -> PretrainedConfig:
     if isinstance(model_config, PretrainedConfig):
         return copy.deepcopy(model_config)
+    fields = model_config
     if isinstance(model_config, str | Path):
-        fields = MODEL_SHAPES.get(str(model_config))
-        if fields is None:
-            try:
-                fields = json.loads(Path(model_config).read_text())
-            except (OSError, ValueError) as error:
-                raise UsageError(f"model_config {model_config} cannot be read: {error}") from error
-    else:
-        fields = model_config
+        try:
+            fields = MODEL_SHAPES.get(str(model_config)) or json.loads(Path(model_config).read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"model_config {model_config} cannot be read: {error}") from error
     fields = dict(fields)
     if "model_type" not in fields:
-        raise UsageError("model_config has no model_type (llama, t5, ...): add it, as transformers' config.json has it")
+        raise UsageError("model_config has no model_type: add it (llama, t5, ...), as in transformers' config.json")
     try:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except (KeyError, ValueError, TypeError) as error:
@@ -206,11 +177,7 @@ def _config_from(model_config: PretrainedConfig | Mapping[str, object] | str | P
 
 
 def _attention(config: PretrainedConfig) -> dict[str, str]:
-    """What transformers is told of attention: nothing, but for learned biases (T5's) on a CPU.
-
-    There its choice, torch's fused attention, has no kernel that differentiates a bias and takes a path that is slower
-    than attention written out (T5-base: a step of training by an eighth).
-    """
+    # torch's fused attention on CPU has no kernel that differentiates a bias (T5's): a step takes an eighth longer
     has_learned_bias = hasattr(config, "relative_attention_num_buckets")
     return {"attn_implementation": "eager"} if has_learned_bias and not torch.accelerator.is_available() else {}
 
@@ -225,20 +192,19 @@ def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
     if _is_byte_tokenizer(Path(name)):
         return ByT5Tokenizer.from_pretrained(str(name))
     if not Path(name).is_dir():
-        _check_place(str(name), "tokenizer_config.json")
+        _check_is_there(str(name), "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(
-            f"no tokenizer can be loaded from {name} ({_first_line(error)}): set tokenizer_name_or_path"
-        ) from error
+        reason = _first_line(error)
+        raise UsageError(f"no tokenizer can be loaded from {name} ({reason}): set tokenizer_name_or_path") from error
     if not tokenizer("a", add_special_tokens=False).input_ids:
-        raise UsageError(f"the tokenizer of {name} turns text into no tokens, its files are not whole: take others")
+        raise UsageError(f"the tokenizer of {name} turns text into no tokens, files are missing: use another")
     return tokenizer
 
 
 def _is_byte_tokenizer(folder: Path) -> bool:
-    """Bytes need no vocabulary file; beside some models' configs AutoTokenizer makes an empty one of theirs instead."""
+    # AutoTokenizer may make an empty one of the model's type instead
     try:
         return json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "ByT5Tokenizer"
     except (OSError, ValueError, KeyError):
@@ -246,7 +212,6 @@ def _is_byte_tokenizer(folder: Path) -> bool:
 
 
 def _adopt_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A model built from scratch begins, ends and pads as its tokenizer does."""
     config.eos_token_id = tokenizer.eos_token_id
     config.bos_token_id = tokenizer.bos_token_id
     config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

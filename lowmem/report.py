@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, trackers, and lines on the terminal."""
+"""Report a run: metrics.jsonl, trackers, and lines on the terminal."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import select
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,28 +30,21 @@ _SHOWN_IF_ANY = ("cut_rows", "cut_tokens", "bad_rows")
 
 
 def tell(*lines: str) -> None:
-    """Print lines for a person, above a progress bar if there is one. Nobody needs to be there to read them."""
+    """Print lines above the progress bar; ignore a closed stdout."""
     try:
         for line in lines:
             tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
-    except OSError:
-        _outlive_readers()
-
-
-def _outlive_readers() -> None:
-    """Output whose reader has gone, as `tee` does by the Ctrl-C that is ours too, goes nowhere from here on."""
-    poll = select.poll()
-    for descriptor in (1, 2):
-        poll.register(descriptor, 0)  # 0: only what is always told, that it is broken or closed
-    for descriptor, _ in poll.poll(0):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, descriptor)
-        os.close(nowhere)
+    except OSError:  # send output whose reader has gone (`tee` at a Ctrl-C) nowhere from here on
+        poll = select.poll()
+        for descriptor in (1, 2):
+            poll.register(descriptor, 0)  # 0: report only that it is broken or closed
+        with open(os.devnull, "wb") as nowhere:
+            for descriptor, _ in poll.poll(0):
+                os.dup2(nowhere.fileno(), descriptor)
 
 
 def tell_answers(answers: Sequence[Answer]) -> None:
-    """Print the first three, to look at."""
     tell(*(f"  {answer.prompt!r} -> {answer.prediction!r} (expected {answer.reference!r})" for answer in answers[:3]))
 
 
@@ -66,8 +60,8 @@ def peak_memory_bytes() -> dict[str, int]:
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, floats in full precision. Lines that a full disk refuses wait for room.
 
-    Opening it cuts it back to the records up to `step` (None: to nothing), so that a resumed run continues it without
-    a repetition. What is kept of `step` itself is in `resumed_at`, all its records in one.
+    Opening it keeps the records up to `step` (None: none), so that a resumed run repeats nothing. `resumed_at` is all
+    that was recorded at `step` itself.
     """
 
     def __init__(self, path: Path, *, step: int | None):
@@ -85,20 +79,20 @@ class MetricsLog:
         # JSON has no NaN and no infinity: a loss that was one is null
         is_bad = {name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
         plain = {name: None if name in is_bad else value for name, value in record.items()}
-        is_the_first = not self._waiting
+        was_waiting = bool(self._waiting)
         self._waiting += f"{json.dumps(plain, allow_nan=False)}\n".encode()
         try:
             with open(self._path, "r+b") as file:
-                file.seek(self._size)  # over a line of which there was room for half
+                file.seek(self._size)  # over a half-written line
                 file.write(self._waiting)
         except OSError as error:
-            if is_the_first:
+            if not was_waiting:
                 tell(f"{self._path} cannot be written, its records wait for room: {error.strerror}")
         else:
             self._size, self._waiting = self._size + len(self._waiting), b""
 
     def close(self) -> None:
-        """Nothing more is written: tell what never found room."""
+        """Print how many records never found room."""
         if self._waiting:
             tell(f"{self._waiting.count(10)} records of {self._path} are lost: it cannot be written")
 
@@ -108,39 +102,37 @@ def _belongs(line: bytes, step: int) -> bool:
         record = json.loads(line)
     except ValueError:  # the half line of a killed run
         return False
-    # a run that was resumed after its last step tests and ends once more
+    # a run that is resumed after its last step tests and ends once more
     is_of_the_end = record.get("event") == "end" or any(name.startswith("test_") for name in record)
     return not is_of_the_end and record["step"] <= step
 
 
-class Report:
-    """Everything that a training run tells: made on every rank, it speaks on the main one.
+def _open_folder(folder: Path, settings: Mapping, resumed_step: int | None) -> MetricsLog:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if resumed_step is None:
+            for stale in folder.glob("bad_rows-*.jsonl"):  # of a run that reached no checkpoint
+                stale.unlink()
+        (folder / "config.json").write_text(json.dumps(dict(settings), indent=2))
+        return MetricsLog(folder / "metrics.jsonl", step=resumed_step)
+    except OSError as error:
+        raise UsageError(f"output_dir {folder} cannot be written: {error.strerror}") from error
 
-    Making it is the first thing that writes to `folder` (config.json, metrics.jsonl): UsageError if that fails.
-    """
+
+class Report:
+    """The reports of a run, by the main rank. Making it is the first thing to write to `folder`, or a UsageError."""
 
     def __init__(
         self, folder: Path, settings: Mapping, accelerator: Accelerator, step: int, total_steps: int, *, resumed: bool
     ):
-        def open_folder() -> MetricsLog:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                if not resumed:
-                    for stale in folder.glob("bad_rows-*.jsonl"):  # of a run that did not come to a checkpoint
-                        stale.unlink()
-                (folder / "config.json").write_text(json.dumps(dict(settings), indent=2))
-                return MetricsLog(folder / "metrics.jsonl", step=step if resumed else None)
-            except OSError as error:
-                raise UsageError(f"output_dir {folder} cannot be written: {error.strerror}") from error
-
-        self._log = on_main_rank(open_folder)
+        self._log = on_main_rank(partial(_open_folder, folder, settings, step if resumed else None))
         self.resumed_at: dict[str, float | None] = gather_json(self._log and self._log.resumed_at)[0]
-        """What metrics.jsonl holds of the step that is resumed at, on every rank."""
+        """Records of the step that is resumed at, on every rank."""
         self._folder, self._accelerator, self._has_trackers = folder, accelerator, bool(settings["report_to"])
         if self._has_trackers:
             accelerator.init_trackers("lowmem", config=dict(settings))
         self._first_step, self._step, self._total_steps = step, step, total_steps
-        # a bar for a terminal (None: tqdm looks whether it is one), on the main rank
+        # None: tqdm checks whether this is a terminal
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=None if self._log else True)
         self._rows = self._tokens = self._skipped = 0
         self._counts: dict[str, int] = {}
@@ -152,17 +144,16 @@ class Report:
             tell(*lines)
 
     def bar(self, batches: Collection[Batch], name: str) -> Iterable[Batch]:
-        """Show a bar for `batches` on a terminal."""
         return tqdm(batches, desc=name, leave=False, disable=None if self._log else True)
 
     def restart_timer(self) -> None:
-        """Start the clock of training speed: what lay before (evaluating, saving) does not count."""
+        """Restart the clock of training speed, so that evaluating and saving do not count."""
         self._clock = time.perf_counter()
 
     def opening(
         self, model: nn.Module, num_weights: int, stream: Stream, rank: DataParallelRank, *, tier: str, division: str
     ) -> None:
-        """Print what trains, on what, over which rows; `division` says how processes share the model, if they do."""
+        """Print what trains, where, and over which rows; `division` says how processes share the model, if they do."""
         devices = f"{self._accelerator.num_processes} x {self._accelerator.device.type}{division and f', {division}'}"
         processes = f"{rank.size} process{'es' * (rank.size > 1)}"
         pieces = f"{processes} x {stream.micro_batches} micro-batches of at most {stream.batch_size}"
@@ -174,15 +165,14 @@ class Report:
     def resuming(
         self, checkpoint: Path | None, changes: Sequence[str], row_changes: Sequence[str], can_save: bool
     ) -> None:
-        """Print what this run resumes, what changed since (flags and rows), and whether it can be resumed itself."""
+        """Print what this run resumes, what has changed since, and whether it can be resumed itself."""
         if not can_save:
-            self.tell("no checkpoints under DeepSpeed: a run that ends early is begun anew")
+            self.tell("no checkpoints under DeepSpeed: a run that ends early must start again")
         if checkpoint:
             self.tell(f"resumed from {checkpoint}{', with ' if changes else ''}{', '.join(changes)}")
         self.tell(*(f"the rows are others than then: {change}" for change in row_changes))
 
     def count(self, result: StepResult, stream: Stream) -> None:
-        """Count one optimizer step."""
         now = time.perf_counter()
         self._seconds, self._clock = self._seconds + now - self._clock, now
         self._rows, self._tokens = self._rows + stream.global_batch_size, self._tokens + int(result.num_tokens)
@@ -194,68 +184,54 @@ class Report:
             self.tell(f"step {self._step}: no update, {result.reason}")
 
     def halving(self, halving: Halving) -> None:
-        """A step ran out of memory and is done again in smaller micro-batches."""
         if self._log:
             found = {"rank": halving.rank, "batch_size": halving.batch_size}
             self._log.write({"event": "out_of_memory", "step": halving.step, **found})
             tell(str(halving))
 
     def training(self, result: StepResult, stream: Stream, rank: DataParallelRank, learning_rate: float) -> None:
-        """Record the last step; speeds are those since the last such record, over all ranks, of target tokens.
-
-        The stream's counts are this rank's, since the run was started or resumed; their sums over ranks are recorded.
-        """
+        """Record the last step, with speeds since the last such record and the stream's counts, summed over ranks."""
         counts = sum_over_ranks(*(count if rank.is_counted else 0 for count in stream.counts.values()))
         self._counts = dict(zip(stream.counts, counts, strict=True))
-        self.record(
-            {
-                "epoch": stream.position / stream.num_rows,
-                "loss": result.loss.item(),
-                "grad_norm": result.grad_norm.item(),
-                "learning_rate": learning_rate,
-                "num_tokens": int(result.num_tokens),
-                "samples_per_second": self._rows / self._seconds,
-                "tokens_per_second": self._tokens / self._seconds,
-                "data_wait_seconds": self._waited - self._waited_before,
-                **self._counts,
-                **peak_memory_bytes(),
-            }
-        )
+        measured = {
+            "epoch": stream.position / stream.num_rows,
+            "loss": result.loss.item(),
+            "grad_norm": result.grad_norm.item(),
+            "learning_rate": learning_rate,
+            "num_tokens": int(result.num_tokens),
+            "samples_per_second": self._rows / self._seconds,
+            "tokens_per_second": self._tokens / self._seconds,
+            "data_wait_seconds": self._waited - self._waited_before,
+        }
+        self.record(measured | self._counts | peak_memory_bytes())
         self._rows, self._tokens, self._seconds, self._waited_before = 0, 0, 0.0, self._waited
 
     def evaluation(self, metrics: Mapping[str, float], answers: Sequence[Answer]) -> Mapping[str, float]:
-        """Record what was measured on held-out rows, show three answers, and return the metrics."""
         self.record(metrics)
         if self._log:
             tell_answers(answers)
         return metrics
 
     def record(self, metrics: Mapping[str, float]) -> None:
-        """One record of this step for metrics.jsonl, the trackers and the terminal."""
+        """Write one record of this step to metrics.jsonl, the trackers and the terminal."""
         if self._has_trackers:
             self._accelerator.log(dict(metrics), step=self._step)
         if self._log:
             self._log.write({"step": self._step, **metrics})
-            hidden = {*_NOT_SHOWN, *(name for name in _SHOWN_IF_ANY if not metrics.get(name))}
-            shown = (
-                f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}"
-                for name, value in metrics.items()
-                if name not in hidden
-            )
-            tell(f"step {self._step}/{self._total_steps}: {', '.join(shown)}")
+            shown = {name: x for name, x in metrics.items() if name not in _NOT_SHOWN if x or name not in _SHOWN_IF_ANY}
+            words = (f"{name} {x:,}" if isinstance(x, int) else f"{name} {x:.4g}" for name, x in shown.items())
+            tell(f"step {self._step}/{self._total_steps}: {', '.join(words)}")
 
     def unsaved(self, error: SaveError) -> None:
-        """A checkpoint could not be written, and the run goes on without it."""
         self.tell(f"step {self._step} is not saved, training goes on: {error}")
 
     def preempted(self, can_save: bool) -> None:
-        """The run ends early; metrics.jsonl has no last event, as a resumed run continues it."""
         self._close()
         what_now = "--resume=auto goes on from there" if can_save else "nothing of it is saved, begin anew"
         self.tell(f"preempted after step {self._step} of {self._total_steps}: {what_now}")
 
     def done(self, best: Mapping[str, float] | None) -> None:
-        """Record how the run ended. Counts, also of skipped updates, are since it was started or resumed."""
+        """Record how the run ended. Counts are since it was started or resumed."""
         self._bar.close()
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self._counts.items() if count)
         if counts:

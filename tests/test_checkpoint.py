@@ -30,7 +30,7 @@ from lowmem.errors import SaveError, UsageError
 from lowmem.loss import chunked_loss
 from lowmem.model import load_model
 from lowmem.optim.formats import read
-from lowmem.optim.make import _OPTIMIZERS, make_optimizer
+from lowmem.optim.make import OPTIMIZERS, make_optimizer
 from lowmem.optim.state import optimizer_tensors
 from lowmem.step import TrainState, train_step
 from lowmem.storage.files import record_file, write_file
@@ -76,7 +76,7 @@ def test_a_loaded_state_goes_on_bit_for_bit(family, max_shard_size, tmp_path):
 IN_TIERS = [(optimizer, memory) for optimizer in TIERED_OPTIMIZERS for memory in ("exact", "lean")]
 
 
-@pytest.mark.parametrize(("optimizer", "memory"), [*((name, "off") for name in _OPTIMIZERS), *IN_TIERS])
+@pytest.mark.parametrize(("optimizer", "memory"), [*((name, "off") for name in OPTIMIZERS), *IN_TIERS])
 def test_every_optimizer_goes_on_bit_for_bit(optimizer, memory, tmp_path):
     state = train(new_state(optimizer=optimizer, memory=memory), 2)
     path = save_checkpoint(state, tmp_path, ACCELERATOR)

@@ -3,7 +3,7 @@ import torch
 from transformers import Trainer, get_scheduler
 
 from lowmem.distributed.reduce import gradient_norm
-from lowmem.optim.make import _OPTIMIZERS, make_optimizer
+from lowmem.optim.make import OPTIMIZERS, make_optimizer
 from lowmem.optim.schedule import learning_rate_at
 from lowmem.plan.meter import MemoryMeter
 from tests.models import build
@@ -41,7 +41,7 @@ def test_the_same_weights_decay_as_in_trainer(family, memory):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
 
 
-@pytest.mark.parametrize("name", _OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_named_optimizer_lowers_a_loss(name):
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 8)

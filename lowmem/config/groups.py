@@ -5,8 +5,24 @@ import dataclasses
 from lowmem.config.zero import complete_zero_config
 
 
+def _group(*names: str) -> property:
+    def group(self) -> dict[str, object]:
+        return self._some(*names)
+
+    return property(group)
+
+
 class Groups:
     """What TrainConfig adds to its fields, for `train` to unpack."""
+
+    model_source = _group("model_name_or_path", "model_config", "tokenizer_name_or_path")
+    """Where the model and its tokenizer come from."""
+    sharding = _group("sharding_strategy", "shard_size", "cpu_offload", "tp_size")
+    """The options of `parallelize`."""
+    encoding = _group("max_seq_len", "prompt_column", "response_column", "text_column", "messages_column")
+    """The options of `make_encoder`."""
+    step_size = _group("batch_size", "gradient_accumulation_steps", "global_batch_size")
+    """The options of `rows_per_step`."""
 
     @property
     def shared_flags(self) -> dict[str, object]:
@@ -23,19 +39,8 @@ class Groups:
         return {"mixed_precision": self.autocast, "deepspeed": deepspeed} | reports
 
     @property
-    def model_source(self) -> dict[str, object]:
-        """Where the model and its tokenizer come from."""
-        return self._some("model_name_or_path", "model_config", "tokenizer_name_or_path")
-
-    @property
     def frozen_parts(self) -> list[str]:
-        """The parts in `freeze`."""
         return [part for part in self.freeze.split(",") if part]
-
-    @property
-    def sharding(self) -> dict[str, object]:
-        """The options of `parallelize`."""
-        return self._some("sharding_strategy", "shard_size", "cpu_offload", "tp_size")
 
     @property
     def is_divided(self) -> bool:
@@ -75,18 +80,12 @@ class Groups:
 
     @property
     def has_bf16_weights(self) -> bool:
-        """Whether the weights themselves are in bf16, so that autocast has nothing to cast."""
+        """Whether the weights themselves are in bf16, without autocast."""
         return self.memory in ("exact", "lean")
 
     @property
     def autocast(self) -> str:
-        """The Accelerator's mixed precision."""
         return "no" if self.has_bf16_weights else self.mixed_precision
-
-    @property
-    def encoding(self) -> dict[str, object]:
-        """The options of an encoder: the columns, and the longest sequence."""
-        return self._some("max_seq_len", "prompt_column", "response_column", "text_column", "messages_column")
 
     @property
     def batching(self) -> dict[str, object]:
@@ -94,11 +93,6 @@ class Groups:
         packed_seq_len = self.max_seq_len if self.packing else None
         ahead = {"packed_seq_len": packed_seq_len, "prefetch": self.prefetch_steps}
         return self._some("batch_size", "seed", "accept_changed_data") | ahead
-
-    @property
-    def step_size(self) -> dict[str, object]:
-        """The options of `rows_per_step`."""
-        return self._some("batch_size", "gradient_accumulation_steps", "global_batch_size")
 
     @property
     def evaluation(self) -> dict[str, object]:
@@ -109,7 +103,6 @@ class Groups:
 
     @property
     def trackers(self) -> list[str]:
-        """The trackers in `report_to`."""
         return [name for name in self.report_to.split(",") if name]
 
     def _some(self, *names: str) -> dict[str, object]:

@@ -14,28 +14,18 @@ from lowmem.errors import UsageError
 _BUNDLED_VALIDATION_ROWS = 240
 _SWITCHES = [*PRESETS.keys() - {"tiny"}, "is_keep_training"]
 
-# what other trainers call it
-_ELSEWHERE = {
-    "lr": "learning_rate",
-    "fp16": "mixed_precision",
-    "bf16": "mixed_precision=bf16",
-    "fsdp": "sharding_strategy",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_checkpointing": "recompute=full",
-    "max_length": "max_seq_len",
-    "optim": "optimizer",
-    "torch_compile": "compile",
-    "resume_from_checkpoint": "resume",
-}
+# names of other trainers
+_ELSEWHERE = {"lr": "learning_rate", "optim": "optimizer", "num_train_epochs": "epochs", "max_length": "max_seq_len"}
+_ELSEWHERE |= {"fp16": "mixed_precision", "bf16": "mixed_precision=bf16", "fsdp": "sharding_strategy"}
+_ELSEWHERE |= {"torch_compile": "compile", "gradient_checkpointing": "recompute=full"}
+_ELSEWHERE |= {"per_device_train_batch_size": "batch_size", "resume_from_checkpoint": "resume"}
 
 
 def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None = None) -> TrainConfig:
     """Merge defaults < preset < `given` < `config` file < flags into a checked TrainConfig.
 
-    `flags` maps field names, preset names, `config` (path of a YAML or JSON file) and `is_keep_training` to values of
-    any type; text from a command line becomes the field's type. `given` are fields that a launcher or a model's folder
-    sets. Raises UsageError with every problem in one message.
+    `flags` maps fields, presets, `config` (a YAML or JSON file) and `is_keep_training` to values or text; `given` are
+    fields from a launcher or a model's folder. Raises UsageError with all problems.
     """
     problems: list[str] = []
     file_switches, file_fields = _read(_read_config_file(flags.get("config"), problems), problems)
@@ -116,7 +106,7 @@ def _read(values: Mapping[str, object], problems: list[str]) -> tuple[dict[str, 
 
 
 def _coerce(name: str, kind: object, value: object, problems: list[str]) -> object:
-    """`value` as the type `kind`, or a problem. Text comes from a command line, anything else from YAML or Python."""
+    """Convert `value` to `kind`, or note a problem. Text comes from a command line, other types from YAML or Python."""
     if isinstance(kind, types.UnionType):
         if value is None or str(value).lower() in ("none", "null"):
             return None

@@ -21,8 +21,7 @@ _ELEMENTWISE = "adamw adam nadam radam adamax adadelta rmsprop sgd".split()
 _SHARDED = ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"]
 _TIERS = ["exact", "lean"]
 
-# A row: a flag; its values (None: any but the default); the flag that it needs; values of that (a message advises those
-# that are not None); why
+# A row: a flag; its values (None: any but the default); the flag that it needs; that one's values; why
 NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("memory", _TIERS, "mixed_precision", ["bf16"], "keeps weights in bf16"),
     ("memory", _TIERS, "optimizer", TIERED_OPTIMIZERS, "has no --optimizer={optimizer}"),
@@ -71,10 +70,8 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
         if processes and size and processes % size:
             problems.append(f"--num_processes={processes} is no multiple of --{name}={size}: change one")
     if config.release and (config.global_batch_size or 0) > config.batch_size:
-        problems.append(
-            f"--release updates within each backward: set --global_batch_size to at most --batch_size="
-            f"{config.batch_size} (got {config.global_batch_size})"
-        )
+        most = f"at most --batch_size={config.batch_size} (got {config.global_batch_size})"
+        problems.append(f"--release updates within each backward: set --global_batch_size to {most}")
     causal = [f"--{name}" for name in ("packing", "text_column", "messages_column") if getattr(config, name)]
     causal += [f"--tp_size={config.tp_size}"] * (config.tp_size > 1)
     if causal and config.model_config in MODEL_SHAPES:
@@ -92,7 +89,6 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
 
 
 def _out_of_range(config: TrainConfig) -> list[str]:
-    """The values that a field cannot have, whatever the others are."""
     problems = []
     bounds = {"at_least": (operator.ge, "at least"), "above": (operator.gt, "above"), "below": (operator.lt, "below")}
     for name, value in vars(config).items():

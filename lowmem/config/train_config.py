@@ -9,6 +9,9 @@ from lowmem.config.groups import Groups
 
 # The optimizers that have the memory tiers exact and lean.
 TIERED_OPTIMIZERS = ["adamw", "adamw_bf16", "adafactor"]
+_OPTIMIZERS = "adamw adamw_bf16 adam nadam radam adamax adafactor adagrad adadelta rmsprop sgd".split()
+_PROMPTS = ["prompt_column", "response_column"]
+_FIXED_IN_EVALUATE = {"on_resume": "fixed", "in_evaluate": True}
 
 
 def setting(
@@ -28,10 +31,8 @@ def setting(
 ) -> Any:
     """Make a field with rules.
 
-    `instead_of` names fields that say the same in another way: one that a flag sets replaces one that a preset sets.
-    `fallback` is the value if neither it nor such a field is set. A resumed run must keep a field that is `fixed`; file
-    names and micro-batches may change, as file contents and the rows of a step are compared by themselves. A `per_rank`
-    field may differ between ranks. `evaluate` takes only the fields that are `in_evaluate`.
+    `instead_of` names fields that say the same in another way, `fallback` is the value if none is set. A resumed run must
+    keep a `fixed` field, a `per_rank` one may differ between ranks, and `evaluate` takes only `in_evaluate` ones.
     """
     return dataclasses.field(default=default, metadata=locals())
 
@@ -41,9 +42,7 @@ class TrainConfig(Groups):
     """Every setting of a run. After `resolve`, None in a field means that another field decides."""
 
     # --- model
-    model_name_or_path: str | None = setting(
-        instead_of=["model_config"], on_resume="fixed", per_rank=True, in_evaluate=True
-    )
+    model_name_or_path: str | None = setting(instead_of=["model_config"], per_rank=True, **_FIXED_IN_EVALUATE)
     """Model to start from: a folder that `from_pretrained` loads. None builds `model_config` from scratch."""
     model_config: str | None = setting(on_resume="fixed")
     """Shape of a model built from scratch: t5-tiny, t5-small, t5-base, or the path of a transformers config.json."""
@@ -54,8 +53,8 @@ class TrainConfig(Groups):
 
     # --- data
     train_file: str | None = setting(per_rank=True)
-    """Rows to train on, parquet, Arrow, JSONL or text: a path, a glob, a URL (hf://, s3://, https://) or a comma list
-    of these, or a folder that `datasets` saved. None: the bundled rows."""
+    """Rows to train on, parquet, Arrow, JSONL or text: a path, a glob, a URL (hf://, s3://, https://), a comma list of
+    these, or a folder that `datasets` saved. None: the bundled rows."""
     validation_file: str | None = setting(instead_of=["validation_rows"], per_rank=True)
     """Rows to evaluate on during training."""
     validation_rows: int | None = setting(at_least=0, fallback=0, on_resume="fixed")
@@ -66,31 +65,22 @@ class TrainConfig(Groups):
     """Column that the model reads."""
     response_column: str | None = setting(fallback="response", on_resume="fixed", in_evaluate=True)
     """Column that the model learns to write."""
-    text_column: str | None = setting(
-        instead_of=["prompt_column", "response_column"], on_resume="fixed", in_evaluate=True
-    )
+    text_column: str | None = setting(instead_of=_PROMPTS, **_FIXED_IN_EVALUATE)
     """Instead of prompt and response: one column of plain text, every token a target (causal models)."""
-    messages_column: str | None = setting(
-        instead_of=["prompt_column", "response_column", "text_column"], on_resume="fixed", in_evaluate=True
-    )
-    """Instead of prompt and response: a column of chats, lists of {"role", "content"}, which the tokenizer's chat
-    template renders; the assistant's turns are targets (causal models)."""
+    messages_column: str | None = setting(instead_of=[*_PROMPTS, "text_column"], **_FIXED_IN_EVALUATE)
+    """Instead: chats, lists of {"role", "content"}, of which the assistant's turns are targets (causal models)."""
     max_seq_len: int = setting(512, at_least=1, on_resume="fixed", in_evaluate=True)
-    """Tokens a sequence may have; longer ones are cut, and counted. Prompt and response of a T5-like model: each this
-    many."""
+    """Longest sequence in tokens; longer ones are cut, and counted. T5-like models: prompt and response each."""
     packing: bool = False
-    """Combine rows of a step in sequences of up to max_seq_len tokens instead of padding them. No row sees another,
-    and the gradient is the same (causal models)."""
+    """Combine rows of a step in sequences of up to max_seq_len tokens, with the same gradient (causal models)."""
     on_bad_row: str = setting("error", choices=["error", "skip"])
-    """A row that cannot be read or encoded: error (end the run and report where the row is) or skip (write it to
-    output_dir/bad_rows-RANK.jsonl and train without it; its position counts as consumed)."""
+    """A row that cannot be read or encoded: error (end the run) or skip (write it to bad_rows-RANK.jsonl, train on)."""
     max_bad_rows: int = setting(1000, at_least=0)
     """With on_bad_row=skip: end the run when a process has met more than this many."""
     prefetch_steps: int = setting(2, at_least=0)
     """Optimizer steps whose rows a thread encodes ahead of training. 0: each step encodes its own."""
     accept_changed_data: bool = False
-    """Resume although the training rows have changed since the checkpoint. Its position then counts in the new rows, so
-    that rows of that epoch may come again or not at all."""
+    """Resume although training rows have changed: the position counts in the new rows, some may repeat or be missed."""
 
     # --- batches and length of the run
     epochs: float | None = setting(above=0, fallback=3.0)
@@ -105,13 +95,8 @@ class TrainConfig(Groups):
     """Instead of gradient_accumulation_steps: rows per optimizer step over all processes."""
 
     # --- optimizer
-    optimizer: str = setting(
-        "adamw",
-        choices="adamw adamw_bf16 adam nadam radam adamax adafactor adagrad adadelta rmsprop sgd".split(),
-        on_resume="fixed",
-    )
-    """adamw_bf16 is adamw with moments in bf16. adamw, adamw_bf16 and adafactor have memory tiers; the others are
-    torch.optim's and need memory=off."""
+    optimizer: str = setting("adamw", choices=_OPTIMIZERS, on_resume="fixed")
+    """adamw_bf16: moments in bf16. adamw, adamw_bf16 and adafactor have memory tiers, others need memory=off."""
     learning_rate: float = setting(5e-5, above=0)
     """Peak learning rate."""
     lr_scheduler_type: str = setting("cosine", choices=["cosine", "linear", "constant"])
@@ -150,37 +135,31 @@ class TrainConfig(Groups):
     """What bf16 training keeps. exact: bf16 weights and the 16 bits that make them fp32; lean: bf16 weights alone and
     8-bit moments; off: fp32, cast at each use (autocast). Default: exact where the optimizer has it, else off."""
     recompute: str = setting("off", choices=["off", "cheap", "full"])
-    """Activation checkpointing. cheap: keep matrix products, recompute norms, activations and dropout in backward;
-    full: keep only the inputs of each layer and run the layer again in backward."""
+    """Activation checkpointing. cheap: keep layer inputs and matrix products; full: keep only the layers' inputs."""
     offload_activations: bool = False
     """Keep the activations that backward needs in host memory (a model on CPU: in mapped temporary files)."""
     release: bool = False
-    """Gradient release: update each weight inside backward and free its gradient at once. Needs one micro-batch, one
-    process and max_grad_norm=0; a gradient that is not finite ends the run."""
+    """Update each weight inside backward and free its gradient (one process and micro-batch, no clipping)."""
     compile: bool = False
     """Compile each layer with torch.compile: faster after minutes of compiling; rounds differently."""
     device_memory: str | None = setting(unit="bytes")
-    """GPU memory that each process may use, such as 20GB: the run takes the fastest settings that fit, and prints them.
-    Flags that are set, the rows of a step, tier and optimizer stay. If nothing fits the run does not start."""
+    """GPU memory per process, such as 20GB: the run takes the fastest settings that fit and keep the flags set."""
     host_memory: str | None = setting(unit="bytes")
     """Host memory that all processes of a machine may use together, as device_memory."""
 
     # --- processes
     num_processes: int | None = setting(at_least=1, per_rank=True, in_evaluate=True)
-    """Processes to train with. Default: those that the launcher started; plain python: one per visible GPU, or one."""
+    """Processes to train with. Default: those of the launcher; plain python: one per visible GPU, or one."""
     sharding_strategy: str = setting("NO_SHARD", choices=["NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"])
-    """FULL_SHARD shards over all processes and all-gathers a layer while it computes, SHARD_GRAD_OP until backward is
-    done; HYBRID_SHARD shards over shard_size processes."""
+    """FULL_SHARD all-gathers a layer at a time, SHARD_GRAD_OP until backward ends; HYBRID_SHARD uses shard_size."""
     shard_size: int | None = setting(at_least=1)
     """Processes that share a copy in HYBRID_SHARD. Default: those of one machine."""
     cpu_offload: bool = False
     """Keep sharded weights and their optimizer, with its step, in host memory."""
     tp_size: int = setting(1, at_least=1)
-    """Tensor parallelism: neighbouring processes that share the layers of one model, by transformers' plan for it
-    (causal models). They train on the same rows, so batch sizes count such groups of processes."""
+    """Tensor parallelism: neighbouring processes that share layers and rows; batch sizes are per such group."""
     deepspeed: str | None = setting(on_resume="fixed")
-    """A DeepSpeed config, a JSON file (or its text), for ZeRO stage 1, 2 or 3. `accelerate launch` with one means the
-    same. Such a run saves no checkpoints: if it ends early, start it again."""
+    """A DeepSpeed JSON config (path or text) for ZeRO stage 1, 2 or 3, as of `accelerate launch`; no checkpoints."""
     heartbeat_timeout: int = setting(120, at_least=1)
     """Abort the run, naming the process, after this many seconds without a heartbeat of it."""
 

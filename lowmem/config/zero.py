@@ -8,23 +8,15 @@ from pathlib import Path
 from lowmem.errors import UsageError
 
 # Fields of a DeepSpeed config that must agree with our flags, and sections that our flags replace.
-_SAME = {
-    "train_micro_batch_size_per_gpu": "batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "train_batch_size": "global_batch_size",
-    "gradient_clipping": "max_grad_norm",
-    "bf16.enabled": "mixed_precision",
-}
-_OURS = {
-    "optimizer": "--optimizer",
-    "scheduler": "--lr_scheduler_type",
-    "torch_autocast": "--mixed_precision",
-    "tensor_parallel": "--tp_size",
-}
+_SAME = {"train_micro_batch_size_per_gpu": "batch_size", "gradient_accumulation_steps": "gradient_accumulation_steps"}
+_SAME |= {"train_batch_size": "global_batch_size", "bf16.enabled": "mixed_precision"}
+_SAME |= {"gradient_clipping": "max_grad_norm"}
+_OURS = {"optimizer": "--optimizer", "scheduler": "--lr_scheduler_type"}
+_OURS |= {"torch_autocast": "--mixed_precision", "tensor_parallel": "--tp_size"}
 
 
 def read_zero_config(told: str) -> dict[str, object]:
-    """Return the DeepSpeed config that `told` is: JSON text, or the name of a file of it. Raises UsageError."""
+    """Return the DeepSpeed config `told`, JSON text or the name of a file of it. Raises UsageError."""
     is_text = told.lstrip().startswith("{")
     name = "the DeepSpeed config" if is_text else f"--deepspeed={told}"
     try:
@@ -34,15 +26,13 @@ def read_zero_config(told: str) -> dict[str, object]:
     except ValueError as error:
         raise UsageError(f"{name} is not JSON: {error}") from error
     if (stage := _value(values, "zero_optimization.stage")) not in (1, 2, 3):
-        raise UsageError(
-            f"{name} needs zero_optimization with a stage of 1, 2 or 3 (found: {stage}); without ZeRO each process "
-            "holds the whole model: remove --deepspeed"
-        )
+        needs = f"{name} needs zero_optimization with a stage of 1, 2 or 3 (found: {stage})"
+        raise UsageError(f"{needs}; without ZeRO each process holds the whole model: remove --deepspeed")
     return values
 
 
 def zero_problems(flags: Mapping[str, object]) -> list[str]:
-    """List what the DeepSpeed config and our flags set differently, and what lowmem does not do with DeepSpeed."""
+    """List what the DeepSpeed config and our flags set differently, and what lowmem does not support in it."""
     if flags["deepspeed"] is None:
         return []
     if not find_spec("deepspeed"):
@@ -79,11 +69,11 @@ def zero_problems(flags: Mapping[str, object]) -> list[str]:
 
 
 def complete_zero_config(told: str, *, batch_size: int, max_grad_norm: float, bf16: bool) -> dict[str, object]:
-    """Return the DeepSpeed config `told` with what our flags say, and with sums in fp32 by default."""
+    """Return the DeepSpeed config `told`, completed from our flags, with sums in fp32 by default."""
     values = read_zero_config(told)
     values |= {
         "train_micro_batch_size_per_gpu": batch_size,
-        "gradient_accumulation_steps": 1,  # the step tells which micro-batch is its last
+        "gradient_accumulation_steps": 1,  # the step marks its last micro-batch
         "gradient_clipping": max_grad_norm,
         # without the second, stage 1 in bf16 loses gradients of a step with several micro-batches (DeepSpeed 0.19.8)
         "bf16": values.get("bf16", {}) | {"enabled": bf16, "immediate_grad_update": True},

@@ -1,7 +1,7 @@
-"""The gradients of one optimizer step: summed over micro-batches, reduced over ranks, measured, clipped, applied.
+"""The gradients of one optimizer step: summed over micro-batches, reduced over ranks, clipped, applied.
 
-`train_step` knows only this seam. Where gradients are meanwhile differs: in `.grad`, in fp32 or stochastically rounded
-sums (memory tiers), in shards (fully_shard), or used up already (release).
+`train_step` knows only this seam. Until the update they are in `.grad`, in fp32 or stochastically rounded sums (memory
+tiers), in shards (fully_shard), or applied already (release).
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ from lowmem.distributed.seeds import seed_of
 from lowmem.memory.release import Released
 from lowmem.optim.tiers import TieredOptimizer
 
-# autocast would keep a bf16 copy of every weight until the loss is taken; without recompute autograd keeps them anyway,
-# with it each weight is cast once in forward and once in backward
+# autocast would keep a bf16 copy of every weight until the loss is computed; without recompute autograd keeps it
+# anyway, with it each weight is cast once in forward and once in backward
 _UNCACHED = AutocastKwargs(cache_enabled=False)
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -33,47 +33,47 @@ LossFunction = Callable[[nn.Module, Batch], Tensor]
 
 
 class Gradients:
-    """The gradients of one step over `num_tokens` targets; those that a failed step left behind are cleared.
-
-    Raises ValueError for an Accelerator in fp16, which needs loss scaling, for one with any precision of its own next
-    to a memory tier, and for an optimizer that accelerate has wrapped.
-    """
+    """The gradients of one step over `num_tokens` targets. Raises ValueError for a precision that it cannot handle."""
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, *, num_tokens: int, seed: int, step: int
     ):
-        _check_precision(optimizer, accelerator.mixed_precision)
+        if (precision := accelerator.mixed_precision) == "fp16":
+            raise ValueError("the Accelerator is in fp16, which needs loss scaling: use bf16 or no")
+        in_tier = isinstance(optimizer, TieredOptimizer)
+        if isinstance(optimizer, AcceleratedOptimizer) or (in_tier and precision != "no"):
+            raise ValueError(
+                "pass the optimizer as make_optimizer returned it (accelerator.prepare hides its tier); with one its "
+                f"weights are bf16, so set mixed_precision=no (got {precision})"
+            )
         self._model, self._optimizer, self._accelerator = model, optimizer, accelerator
         self._num_tokens, self._seed, self._step = num_tokens, seed, step
         self._rank, self._is_sharded = data_place(model), is_sharded(model)
-        self.released = Released.of(optimizer)
+        self.released: Released | None = getattr(optimizer, "released", None)
         self.can_be_dropped = self.released is None and not is_divided(model)
-        """Whether nothing is updated and no collective is met within `accumulate`, so that ranks can drop a step."""
+        """Whether `accumulate` updates nothing and has no collective, so that ranks can drop a step."""
         self._all: list[Tensor] = []
         self.clear()
 
     def check(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
-        """Raise UsageError, before anything is computed, for what gradient release excludes."""
         if self.released:
             self.released.begin(micro_batches, max_grad_norm, nonfinite)
 
     def accumulate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> list[Tensor]:
-        """Run forward and backward of each micro-batch; return their parts of the mean loss, fp32 scalars.
-
-        Afterwards every trainable parameter has a gradient: zeros if no loss reached it, as another rank's may have.
-        If no rank has a target nothing runs.
-        """
+        """Run forward and backward of each micro-batch; return their parts of the mean loss, fp32 scalars."""
         losses: list[Tensor] = []
+        is_ddp = isinstance(self._model, DistributedDataParallel)
         with self._sums(len(batches)):
             for index, batch in enumerate(batches if self._num_tokens else ()):
                 # on all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
                 torch.manual_seed(seed_of(self._seed, self._step, self._rank.rank, index))
-                with self._without_reducer():
+                # DDP must not sum over ranks in backward
+                with self._model.no_sync() if is_ddp else nullcontext():
                     with self._accelerator.autocast(_UNCACHED):
                         loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._num_tokens
                     loss.backward()
                 losses.append(loss.detach())
-        used_up = self.released.parameters if self.released else ()
+        used_up = self.released.parameters if self.released else ()  # all others get a gradient, zeros at least
         for parameter in self._model.parameters():
             if parameter.requires_grad and parameter not in used_up:
                 if parameter.grad is None:
@@ -82,7 +82,7 @@ class Gradients:
         return losses
 
     def all_reduce(self, losses: Sequence[Tensor]) -> Tensor:
-        """Sum `losses` and, unless backward has (sharded weights), all gradients over the ranks; return the loss."""
+        """Sum `losses` and, unless backward has (sharded weights), all gradients over ranks; return the loss."""
         loss = sum(losses, torch.zeros((), device=self._accelerator.device))
         if self._accelerator.num_processes > 1:
             all_reduce_sum([loss, *([] if self._is_sharded else map(local_of, self._all))], self._rank.group)
@@ -106,34 +106,16 @@ class Gradients:
         torch._foreach_mul_(local, factor.to(local[0].device))
 
     def update(self) -> None:
-        """Let the optimizer apply them. (Released ones are applied already.)"""
         self._optimizer.step()
 
     def clear(self) -> None:
-        """Free them all."""
         self._all.clear()
         self._optimizer.zero_grad()
 
     def _sums(self, micro_batches: int) -> AbstractContextManager[None]:
-        """Within it a memory tier adds up gradients in its own precision."""
         if not isinstance(self._optimizer, TieredOptimizer):
             return nullcontext()
         self._optimizer.seed = self._seed
-        # replicas of a sharded model add up the same sums, so they round with the same bits; other ranks have their own
+        # HSDP replicas hold equal sums, so they must round with the same random bits
         key = (self._step,) if self._is_sharded else (self._step, self._rank.rank)
         return self._optimizer.summing(micro_batches, *key)
-
-    def _without_reducer(self) -> AbstractContextManager[None]:
-        """For a backward whose gradients no DDP wrapper sums over ranks."""
-        return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext()
-
-
-def _check_precision(optimizer: Optimizer, mixed_precision: str) -> None:
-    if mixed_precision == "fp16":
-        raise ValueError("this Accelerator is in fp16, which needs loss scaling, not done here: use bf16 or no")
-    in_tier = isinstance(optimizer, TieredOptimizer)
-    if isinstance(optimizer, AcceleratedOptimizer) or (in_tier and mixed_precision != "no"):
-        raise ValueError(
-            "pass the optimizer as make_optimizer made it (accelerator.prepare hides its tier), and with a tier an "
-            f"Accelerator with mixed_precision no (this one: {mixed_precision}), as its weights are bf16"
-        )

@@ -1,4 +1,4 @@
-"""Where the activations that backward waits for are kept meanwhile: out of the memory that the model computes in."""
+"""Move the activations that backward needs out of the memory that the model computes in."""
 
 import os
 import tempfile
@@ -11,19 +11,17 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 _LEAST_BYTES = 4096  # smaller ones stay: they are not worth a copy
-_AHEAD = 2  # activations on their way back before they are asked for
+_AHEAD = 2  # activations copied back before backward needs them
 
 ToHost = Callable[[Tensor], Tensor]
 """Copies an activation that is on a CPU already: into a file, or for `plan` nowhere."""
 
 
 class Offload:
-    """The two hooks of `torch.autograd.graph.saved_tensors_hooks`, and the copies that wait between them.
+    """The two hooks of `torch.autograd.graph.saved_tensors_hooks`, and the copies between them.
 
-    From a CUDA device an activation goes to pinned host memory, on a stream of its own beside the computation, and
-    comes back before backward asks for it, as backward asks in the opposite order. On CPU, where host memory is what
-    the model computes in, `to_host` copies it into a mapped temporary file, whose pages the system can write out.
-    `kept` (weights) stay where they are.
+    From CUDA an activation goes to pinned host memory on its own stream, and comes back before backward needs it. On
+    CPU `to_host` copies it into a mapped file, which the system can write out. `kept` tensors stay where they are.
     """
 
     def __init__(self, kept: Iterable[Tensor], to_host: ToHost):
@@ -40,8 +38,8 @@ class Offload:
             return tensor
         if tensor.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
-        # Several operations save one tensor (queries, keys and values their input): one copy serves them all. The
-        # copy's weak reference keeps the storage's address from being given to another, not its memory from being free.
+        # Several operations save one tensor (queries, keys and values their input): one copy serves them all. Its weak
+        # reference keeps the storage's address from being reused, not its memory from being freed.
         key = (reference.cdata, tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         copy = self._by_source.get(key)
         if copy is None:
@@ -62,8 +60,6 @@ class Offload:
 
 
 class _Copy:
-    """One tensor's bits and layout outside of the memory it came from."""
-
     def __init__(
         self, tensor: Tensor, source: StorageWeakRef, number: int, stream: torch.cuda.Stream | None, to_host: ToHost
     ):
@@ -78,10 +74,9 @@ class _Copy:
             with torch.cuda.stream(stream):
                 self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
                 self._host.copy_(tensor, non_blocking=True)
-            tensor.record_stream(stream)  # its memory is not given away before the copy is done
+            tensor.record_stream(stream)  # its memory is not reused before the copy is done
 
     def fetch(self) -> None:
-        """Start to bring it back."""
         if self._fetched is None and (self._taken is None or self._taken() is None):
             with torch.cuda.stream(self._stream) if self._stream else nullcontext():
                 self._fetched = self._host.to(self._device, non_blocking=True)
@@ -89,14 +84,14 @@ class _Copy:
                 self._arrived = self._stream.record_event()
 
     def take(self) -> Tensor:
-        """The tensor, which several operations may take; it stays on the device as long as one of them has it."""
-        tensor = self._taken() if self._taken is not None else None
+        """The tensor; it stays on the device as long as one operation holds it."""
+        tensor = self._taken and self._taken()
         if tensor is None:
             self.fetch()
             tensor, self._fetched = self._fetched, None
             if self._stream is not None:
                 current = torch.cuda.current_stream(self._device)
-                current.wait_event(self._arrived)  # not for those that were asked for after it
+                current.wait_event(self._arrived)  # but not for later copies
                 tensor.record_stream(current)
             self._taken = weakref.ref(tensor)
         return tensor
@@ -108,11 +103,9 @@ def mapped_file(tensor: Tensor) -> Tensor:
         try:
             os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # or a full disk would end the process later (SIGBUS)
         except OSError as error:
-            raise OSError(
-                error.errno,
-                f"offload_activations needs {tensor.nbytes:,} more bytes in {tempfile.gettempdir()}: "
-                f"{error.strerror}; set TMPDIR to a folder on a disk with room, or leave it off",
-            ) from error
+            needs = f"offload_activations needs {tensor.nbytes:,} more bytes in {tempfile.gettempdir()}"
+            message = f"{needs}: {error.strerror}; set TMPDIR to a folder on a larger disk, or remove it"
+            raise OSError(error.errno, message) from error
         storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=tensor.nbytes)
     mapped = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
     return mapped.copy_(tensor)

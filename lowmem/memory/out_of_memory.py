@@ -1,4 +1,4 @@
-"""Memory is full: how that shows, what filled it, and what takes less."""
+"""Recognize an out-of-memory error, report what filled memory and what takes less, and recover."""
 
 import gc
 import re
@@ -17,27 +17,23 @@ from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.heartbeat import phase
 from lowmem.distributed.placement import is_divided
 from lowmem.errors import OutOfMemory, StepTooLarge
-from lowmem.optim.tiers import TieredOptimizer
 
-# What torch, its libraries and the system call it, beside torch.OutOfMemoryError and MemoryError.
+# What torch, its libraries and the system write, besides torch.OutOfMemoryError and MemoryError.
 _WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether `error` says that a device or the host had no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    told = str(error).lower()
-    return isinstance(error, RuntimeError | OSError) and any(words in told for words in _WORDS)
+    return isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in _WORDS)
 
 
 @contextmanager
 def guarded(name: str, model: nn.Module, optimizer: Optimizer, *, together: bool) -> Iterator[None]:
-    """Run a phase of a step: if it fails on one rank no rank goes on, and if memory ran out gradients are cleared.
+    """Run a phase of a step: if it fails on one rank every rank stops, and if memory ran out gradients are cleared.
 
-    `together`: nothing is updated and no collective is met within it, so all ranks agree at its end, raise the same
-    error, and could do the step again: StepTooLarge if a rank ran out of memory. Otherwise a rank that fails can agree
-    with nobody: its heartbeat reports the error, and running out of memory is OutOfMemory.
+    `together`: it has no update and no collective, so all ranks agree at its end on one error, StepTooLarge if memory
+    ran out. Otherwise the failing rank reports through its heartbeat, and OutOfMemory is raised.
     """
     errors = raise_on_all_ranks() if together else report_failure()
     try:
@@ -50,10 +46,7 @@ def guarded(name: str, model: nn.Module, optimizer: Optimizer, *, together: bool
 
 @contextmanager
 def _explained(kind: type[OutOfMemory], model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Within it, running out of memory raises `kind`: where, what filled memory as far as known, and what takes less.
-
-    What the failed calls held is freed first, so that whoever catches it has that memory again.
-    """
+    """Raise `kind` if memory runs out, with what filled it and what takes less, and free what the failed calls held."""
     explanation, outer = "", sys.exception()
     try:
         yield
@@ -61,7 +54,7 @@ def _explained(kind: type[OutOfMemory], model: nn.Module, optimizer: Optimizer) 
         if not is_out_of_memory(error):
             raise
         explanation = _reason(error)
-        while error is not None and error is not outer:  # frames hold activations, also those of errors behind it
+        while error is not None and error is not outer:  # frames hold activations, also those of its causes
             traceback.clear_frames(error.__traceback__)
             error.__traceback__ = None
             error = error.__cause__ or error.__context__
@@ -72,9 +65,8 @@ def _explained(kind: type[OutOfMemory], model: nn.Module, optimizer: Optimizer) 
 
 
 def give_back() -> None:
-    """Free what is left of a failed step: queued nodes of autograd, cycles of references, the allocator's pieces."""
-    # A backward that failed on CPU leaves the nodes that it had not come to, and through them whole graphs, in its
-    # thread's queue until another backward drops them.
+    """Free what a failed step leaves: queued nodes of autograd, reference cycles, the allocator's cache."""
+    # after a failed backward on CPU its thread's queue keeps nodes, and through them graphs, until the next backward
     (torch.zeros((), requires_grad=True) * 1).backward()
     gc.collect()
     if torch.cuda.is_available():
@@ -82,22 +74,16 @@ def give_back() -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What it says itself, without the page of advice behind it."""
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
     return f"tried to allocate {asked[1]}" if asked else f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def _filled(model: nn.Module, optimizer: Optimizer) -> str:
-    """What this rank holds, in bytes, and the flags that make it fewer."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     state = (x for held in optimizer.state.values() for x in held.values() if isinstance(x, Tensor))
-    memory = optimizer.memory if isinstance(optimizer, TieredOptimizer) else "off"
-    held = {
-        "weights": _num_bytes(model.parameters()),
-        "optimizer state": _num_bytes(state),
-        # exact sums those of several micro-batches in fp32
-        "gradients": _num_bytes(trained) * (2 if memory == "exact" else 1),
-    }
+    memory = getattr(optimizer, "memory", "off")
+    held = {"weights": _num_bytes(model.parameters()), "optimizer state": _num_bytes(state)}
+    held["gradients"] = _num_bytes(trained) * (2 if memory == "exact" else 1)  # exact sums them in fp32
     known = ", ".join(f"{name} {num_bytes / 2**20:,.1f} MiB" for name, num_bytes in held.items())
     device = next(model.parameters()).device
     of_all = f" of {torch.cuda.mem_get_info(device)[1] / 2**20:,.0f} MiB" if device.type == "cuda" else ""
@@ -112,10 +98,8 @@ def _filled(model: nn.Module, optimizer: Optimizer) -> str:
         "--sharding_strategy=FULL_SHARD": world_size > 1 and not is_divided(model),
     }
     helps = ", ".join(flag for flag, is_left in less.items() if is_left)
-    return (
-        f"It holds {known} at most; the rest{of_all} was activations, logits and temporaries. If they are not set yet, "
-        f"these take less: {helps}"
-    )
+    rest = f"the rest{of_all} was activations, logits and temporaries"
+    return f"It holds {known} at most; {rest}. If they are not set yet, these take less: {helps}"
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:

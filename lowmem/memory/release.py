@@ -1,4 +1,4 @@
-"""Gradient release: each weight is updated inside backward, and its gradient freed at once."""
+"""Gradient release: update each weight inside backward and free its gradient at once."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,21 +14,14 @@ from lowmem.errors import UsageError
 
 @contextmanager
 def release(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Update each parameter inside backward, as soon as its gradient is there, and free the gradient (Lv et al., 2023).
-
-    So no two gradients exist at a time. Raises UsageError for several processes; `Released.begin` refuses what else
-    needs all gradients at once.
-    """
+    """Update each parameter inside backward and free its gradient (Lv et al., 2023). Refuses several processes."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise UsageError(
-            f"release leaves no gradient to sum over {dist.get_world_size()} processes: start one, or leave release"
+            f"release leaves no gradient to sum over {dist.get_world_size()} processes: start one, or remove release"
         )
     released = Released(optimizer)
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(released.update)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    ]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    hooks = [parameter.register_post_accumulate_grad_hook(released.update) for parameter in parameters]
     optimizer.released = released
     try:
         yield
@@ -39,7 +32,7 @@ def release(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
 
 
 class Released:
-    """What is known of the gradients of one step that are gone already."""
+    """The norms of the gradients of one step that are applied and freed already, and their parameters."""
 
     def __init__(self, optimizer: Optimizer):
         self._optimizer = optimizer
@@ -47,17 +40,12 @@ class Released:
         self.norms: list[Tensor] = []
         """L2 norm of each gradient, fp32."""
 
-    @staticmethod
-    def of(optimizer: Optimizer) -> "Released | None":
-        """Within `release`, what it knows; None elsewhere."""
-        return getattr(optimizer, "released", None)
-
     def begin(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
-        """Start a step. Raises UsageError if it needs all gradients at once, before anything is computed."""
+        """Start a step. Raises UsageError if it needs all gradients at once."""
         problems = {
             f"{micro_batches} micro-batches a step (set gradient_accumulation_steps to 1)": micro_batches > 1,
             f"clipping at {max_grad_norm} (set max_grad_norm to 0)": bool(max_grad_norm),
-            "leaving out updates that are not finite (set nonfinite to stop)": nonfinite != "stop",
+            "skipping updates that are not finite (set nonfinite to stop)": nonfinite != "stop",
         }
         if told := [problem for problem, is_there in problems.items() if is_there]:
             raise UsageError(f"release updates within backward, one gradient at a time: it excludes {', '.join(told)}")
@@ -68,5 +56,5 @@ class Released:
     def update(self, parameter: nn.Parameter) -> None:
         self.norms.append(gradient_norm(parameter.grad))
         self.parameters.add(parameter)
-        self._optimizer.step()  # it passes over parameters without a gradient: over all others
+        self._optimizer.step()  # it skips parameters without a gradient: all others
         parameter.grad = None

@@ -1,4 +1,4 @@
-"""What trades time for memory: each saver is a context manager over (model, optimizer), and they combine."""
+"""Trade time for memory: each saver is a context manager over (model, optimizer), and they combine."""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -19,21 +19,15 @@ from lowmem.errors import UsageError
 from lowmem.memory.offload import Offload, ToHost, mapped_file
 from lowmem.memory.release import release
 
-# what recompute_cheap keeps: products of matrices, and attention
+_ATEN = torch.ops.aten
+# what recompute_cheap keeps: matrix products and attention
 _COSTLY = {
-    getattr(torch.ops.aten, name).default
-    for name in (
-        "mm",
-        "addmm",
-        "bmm",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-    )
+    *(_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default),
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 }
-
-
 _MOST_KERNEL_SETS = 64  # that torch.compile makes of the layers; beyond it would run them uncompiled
 
 Saver = Callable[[nn.Module, Optimizer], AbstractContextManager[None]]
@@ -41,42 +35,30 @@ Saver = Callable[[nn.Module, Optimizer], AbstractContextManager[None]]
 
 @contextmanager
 def entered(savers: Iterable[Saver], model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """All of `savers` at once."""
     with ExitStack() as stack:
         for saver in savers:
             stack.enter_context(saver(model, optimizer))
         yield
 
 
-@contextmanager
-def recompute(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
-    """Keep only each layer's input in forward and run the layer again in backward, with the same dropout masks.
-
-    Raises UsageError for a model whose layers transformers cannot recompute.
-    """
-    with _checkpointing(model, {"use_reentrant": False}):
-        yield
+def recompute(model: nn.Module, optimizer: Optimizer | None = None) -> AbstractContextManager[None]:
+    """Keep only each layer's input in forward and run the layer again in backward, with the same dropout masks."""
+    return _checkpointing(model, {"use_reentrant": False})
 
 
-@contextmanager
-def recompute_cheap(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
-    """Keep each layer's input and products of matrices; take norms, activations and dropout again in backward.
-
-    Raises UsageError for a model whose layers transformers cannot recompute.
-    """
+def recompute_cheap(model: nn.Module, optimizer: Optimizer | None = None) -> AbstractContextManager[None]:
+    """Keep each layer's input and matrix products; compute norms, activations and dropout again in backward."""
     contexts = partial(create_selective_checkpoint_contexts, _keep_costly)
-    with _checkpointing(model, {"use_reentrant": False, "context_fn": contexts}):
-        yield
+    return _checkpointing(model, {"use_reentrant": False, "context_fn": contexts})
 
 
 @contextmanager
 def offload_activations(
     model: nn.Module, optimizer: Optimizer | None = None, *, to_host: ToHost = mapped_file
 ) -> Iterator[None]:
-    """Keep what backward needs in host memory: pinned, beside the computation, on CUDA; in mapped files on CPU.
+    """Keep what backward needs in host memory: pinned, copied during computation, on CUDA; in mapped files on CPU.
 
-    With `recompute` it is the layers' inputs that leave, a fraction of the traffic; the one layer that is being
-    computed again keeps its own. What `recompute_cheap` keeps does not leave. `to_host` makes the copy on a CPU.
+    With `recompute` only the layers' inputs are copied; what `recompute_cheap` keeps is not. `to_host` copies on CPU.
     """
     offload = Offload(gathered_weights(model), to_host)
     with saved_tensors_hooks(offload.pack, offload.unpack):
@@ -85,14 +67,12 @@ def offload_activations(
 
 @contextmanager
 def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
-    """Train each layer with kernels that torch.compile makes of it; the first steps wait for the compiler.
-
-    Rounds, and draws dropout masks, otherwise than without. Raises UsageError where there is no compiler, and for a
-    model without layers that transformers marks as such.
-    """
+    """Train each layer with torch.compile's kernels, which round otherwise. Raises UsageError without a compiler."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise UsageError(f"compile was asked for, but {type(unwrapped(model)).__name__} has no layers that it knows")
+        raise UsageError(
+            f"compile needs layers of transformers, {type(unwrapped(model)).__name__} has no layers of that kind"
+        )
     on_cuda = device_of(model).type == "cuda"
     if not (find_spec("triton") if on_cuda else shutil.which("g++") or shutil.which("clang++")):
         raise UsageError(f"compile needs {'triton' if on_cuda else 'g++ or clang++'}, which is not installed: leave it")
@@ -108,7 +88,7 @@ def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[N
 
 
 def _when_training(compiled_forward: Callable, forward: Callable, layer: nn.Module) -> Callable:
-    # evaluation and generation bring lengths of their own, each of which would be compiled
+    # each length of evaluation and generation would be compiled
     return lambda *args, **kwargs: (compiled_forward if layer.training else forward)(*args, **kwargs)
 
 
@@ -116,13 +96,15 @@ def _when_training(compiled_forward: Callable, forward: Callable, layer: nn.Modu
 def _checkpointing(model: nn.Module, options: dict[str, object]) -> Iterator[None]:
     base = unwrapped(model)
     if not getattr(base, "supports_gradient_checkpointing", False):
-        raise UsageError(f"recompute was asked for, but {type(base).__name__} does not support it: set recompute off")
+        raise UsageError(
+            f"recompute needs a model that supports it, {type(base).__name__} does not support it: remove it"
+        )
     # transformers 5.17 has only the older name, which later ones deprecate
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
     enable(options)
-    # It also hooks the embeddings so that their output requires a gradient, which only reentrant recompute needs: a
-    # frozen encoder would be differentiated for nothing, and the hooks would stay.
+    # Undo what only reentrant checkpointing needs, gradients of the embeddings' output: a frozen encoder would be
+    # differentiated for nothing, and the hooks would stay.
     base.disable_input_require_grads()
     try:
         yield
@@ -131,21 +113,12 @@ def _checkpointing(model: nn.Module, options: dict[str, object]) -> Iterator[Non
 
 
 def _keep_costly(context: object, operation: torch._ops.OpOverload, *arguments, **options) -> CheckpointPolicy:
-    # What is kept is not run again and draws no mask, so later masks would differ: attention with dropout runs again.
-    if operation not in _COSTLY or _dropout_of(operation, arguments, options) > 0:
-        return CheckpointPolicy.PREFER_RECOMPUTE
-    return CheckpointPolicy.MUST_SAVE
+    # What is kept draws no mask again, so later masks would differ: attention with dropout runs again.
+    names = (argument.name for argument in operation._schema.arguments)
+    dropout = dict(zip(names, arguments, strict=False)).get("dropout_p", options.get("dropout_p", 0.0))
+    is_kept = operation in _COSTLY and dropout == 0
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _dropout_of(operation: torch._ops.OpOverload, arguments: tuple, options: dict[str, object]) -> float:
-    names = [argument.name for argument in operation._schema.arguments]
-    return dict(zip(names, arguments, strict=False)).get("dropout_p", options.get("dropout_p", 0.0))
-
-
-SAVERS: dict[str, Saver] = {
-    "recompute": recompute,
-    "recompute_cheap": recompute_cheap,
-    "offload_activations": offload_activations,
-    "release": release,
-    "compiled": compiled,
-}
+SAVERS: dict[str, Saver] = {"recompute": recompute, "recompute_cheap": recompute_cheap}
+SAVERS |= {"offload_activations": offload_activations, "release": release, "compiled": compiled}

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.optim.formats import by_rows, read, write, zeros
-from lowmem.optim.tiers import Random, Tensors, TieredOptimizer
+from lowmem.optim.tiers import Group, Random, Tensors, TieredOptimizer
 
 
 class TieredAdafactor(TieredOptimizer):
     """Adafactor (Shazeer and Stern, 2018) as `torch.optim.Adafactor`, without its two host syncs a parameter.
 
-    The second moment of a matrix is the product of a row and a column; a vector's is whole. No first moment. A
-    parameter of more dimensions is taken as a matrix of its first one and all others.
+    A matrix's second moment is a row times a column (more dimensions count as columns), a vector's is whole.
     """
 
     _LEAST_VARIANCE = torch.finfo(torch.float32).eps
@@ -28,9 +27,7 @@ class TieredAdafactor(TieredOptimizer):
             return zeros("variance", matrix, "fp32")
         return zeros("row_var", matrix[:, :1], "fp32") | zeros("col_var", matrix[:1], "fp32")
 
-    def _update(
-        self, group: dict[str, object], parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, draw: Random
-    ) -> None:
+    def _update(self, group: Group, parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, draw: Random) -> None:
         step, lr = int(tensors["step"]), group["lr"]
         count = parameter.numel()
         self._add_to_variance(parameter, gradient, tensors, step**-0.8)
@@ -59,7 +56,6 @@ class TieredAdafactor(TieredOptimizer):
         tensors["col_var"].lerp_(columns_sum / len(gradient), part)
 
     def _direction(self, gradient: Tensor, tensors: Tensors) -> Callable[[slice], Tensor]:
-        """The gradient over the root of its second moment, as a function of the rows that are wanted."""
         mean = tensors["row_var"].mean().clamp(min=self._LEAST_VARIANCE) if "row_var" in tensors else None
 
         def direction(rows: slice) -> Tensor:

@@ -1,14 +1,12 @@
-"""Forms in which a tensor of fp32 values is kept between two steps, in 8 to 1 bytes a value, and read and written.
-
-A form is told by the tensors that hold it, under one name in a dict:
+"""Storage formats for fp32 values, 1 to 8 bytes each. A format is known by its tensors, under one name in a dict:
 
     {name: fp32}                               the values
-    {name: bf16, name_low: int16}              split: the very bits of fp32, its upper half serving as the bf16 weight
+    {name: bf16, name_low: int16}              split: the bits of fp32, the upper half being the bf16 weight
     {name: bf16}                               rounded stochastically
     {name: int8 or uint8, name_scale: fp32}    8-bit floats and their blocks' largest magnitudes, rounded stochastically
 
-Stochastic rounding goes up with the probability of the part that is cut off, so that a sum of many small updates comes
-out right on average where rounding to nearest would drop each one (Gupta et al., 2015).
+Stochastic rounding goes up with the probability of the part that is cut off, so that a sum of many small updates is
+right on average; rounding to nearest would drop each one (Gupta et al., 2015).
 """
 
 import math
@@ -19,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 256  # 8-bit values that share a scale; a block never crosses a row
-_SPLIT_ELEMENTS = 2**22  # split at a time: int32 temporaries of a whole embedding would be a run's peak
+_SPLIT_ELEMENTS = 2**22  # split at a time: int32 temporaries of a whole embedding would be the peak of a run
 
 # An 8-bit float is the bits 20 to 27 of an fp32 number: 3 of the mantissa and the lowest of the exponent, 4 for a first
 # moment (int8, the sign apart) and 5 for a second (uint8). Relative precision is what they need, the second one as a
@@ -30,7 +28,7 @@ _LEAST = {torch.int8: 0, torch.uint8: 8}  # a second moment never becomes 0; bel
 
 
 def keep(name: str, values: Tensor, form: str) -> dict[str, Tensor]:
-    """The tensors that hold `values` (fp32, any shape) in the form "split" or "bf16" (rounded to nearest)."""
+    """The tensors that hold `values` (fp32, any shape) in the format "split" or "bf16" (rounded to nearest)."""
     if form == "bf16":
         return {name: values.to(torch.bfloat16)}
     high, low = (torch.empty_like(values, dtype=dtype) for dtype in (torch.bfloat16, torch.int16))
@@ -42,7 +40,7 @@ def keep(name: str, values: Tensor, form: str) -> dict[str, Tensor]:
 
 
 def zeros(name: str, like: Tensor, form: str) -> dict[str, Tensor]:
-    """The tensors that hold zeros of the shape of `like` in the form "fp32", "bf16", "int8" or "uint8"."""
+    """The tensors that hold zeros of the shape of `like` in the format "fp32", "bf16", "int8" or "uint8"."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "uint8": torch.uint8}[form]
     tensors = {name: torch.zeros_like(like, dtype=dtype)}
     if dtype in _LARGEST:
@@ -52,7 +50,7 @@ def zeros(name: str, like: Tensor, form: str) -> dict[str, Tensor]:
 
 
 def read(tensors: dict[str, Tensor], name: str, rows: slice) -> Tensor:
-    """The fp32 values of some rows, (rows, columns). Of the form fp32 the memory itself, to be updated in place."""
+    """The fp32 values of some rows, (rows, columns); of the format fp32 the memory itself, to update in place."""
     kept = by_rows(tensors[name])[rows]
     if kept.dtype == torch.float32:
         return kept
@@ -63,10 +61,7 @@ def read(tensors: dict[str, Tensor], name: str, rows: slice) -> Tensor:
 
 
 def write(tensors: dict[str, Tensor], name: str, rows: slice, values: Tensor, random: Tensor | None) -> None:
-    """Keep new fp32 `values` of some rows; `random` has 16 random bits for each, as int32 in [0, 65536).
-
-    Of the form fp32 the values are there already: `read` gave out the memory itself.
-    """
+    """Store `values` of some rows (fp32: already there); `random`: 16 random bits each, int32 in [0, 65536)."""
     kept = by_rows(tensors[name])[rows]
     if kept.dtype in _LARGEST:
         codes, scale = _to_8_bits(values, random, kept.dtype)
@@ -81,7 +76,7 @@ def write(tensors: dict[str, Tensor], name: str, rows: slice, values: Tensor, ra
 
 
 def rows_and_columns(tensor: Tensor) -> tuple[int, int]:
-    """A tensor as a matrix: its first dimension, and all others; a vector is a column, a scalar one row."""
+    """A tensor as a matrix of its first dimension and all others; a vector is a column, a scalar one row."""
     return (tensor.shape[0] if tensor.dim() else 1), math.prod(tensor.shape[1:])
 
 

@@ -1,10 +1,11 @@
-"""Optimizers by name and memory tier, a gradient's norm, and the learning rate as a function of the step."""
+"""Make an optimizer by name and memory tier."""
 
 import inspect
 import re
+from collections import defaultdict
 
 import torch
-from torch import nn
+from torch import nn, optim
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -18,18 +19,9 @@ from lowmem.optim.formats import BLOCK
 from lowmem.optim.tiers import TieredAdamW, is_large
 
 # with memory "off": those that step without a closure, on dense gradients and parameters of any shape
-_OPTIMIZERS = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "nadam": torch.optim.NAdam,
-    "radam": torch.optim.RAdam,
-    "adamax": torch.optim.Adamax,
-    "adafactor": torch.optim.Adafactor,
-    "adagrad": torch.optim.Adagrad,
-    "adadelta": torch.optim.Adadelta,
-    "rmsprop": torch.optim.RMSprop,
-    "sgd": torch.optim.SGD,
-}
+OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "nadam": optim.NAdam, "radam": optim.RAdam}
+OPTIMIZERS |= {"adamax": optim.Adamax, "adafactor": optim.Adafactor, "adagrad": optim.Adagrad}
+OPTIMIZERS |= {"adadelta": optim.Adadelta, "rmsprop": optim.RMSprop, "sgd": optim.SGD}
 
 _FUSED_SHARDED = ("adamw", "adam")  # whose fused kernels take DTensors
 
@@ -47,49 +39,41 @@ def make_optimizer(
     eps: float = 1e-8,
     slice_elements: int | None = None,
 ) -> Optimizer:
-    """An optimizer over the parameters of `model` that require a gradient; biases and norms get no decay.
+    """Make an optimizer over the parameters of `model` that require a gradient; biases and norms get no decay.
 
-    In the tiers "exact" and "lean" it is adamw, adamw_bf16 (moments in bf16) or adafactor, and it turns all weights of
-    the model into bf16, in place, trained ones in the tier's form (see `memory/tiers.py`): parallelize first, as ranks
-    must hold the same fp32 weights, and use an Accelerator without mixed precision. `memory="off"` leaves the weights
-    as they are, for an optimizer of torch.optim. The learning rate is set at each step, from `learning_rate_at`;
-    `betas` and `eps` go to Adam's family; a tier updates `slice_elements` at a time (default: by device), which changes
-    temporaries and speed alone. Raises ValueError for an unknown name or tier,
-    for a model without a trainable parameter, with adafactor for one that is divided over ranks, in lean for one
-    divided within blocks of its moments, and in a tier for one that DDP has wrapped, or that has computed sharded,
-    already: they would still have the old dtypes.
+    In the tiers "exact" and "lean" it is adamw, adamw_bf16 (moments in bf16) or adafactor, and turns all weights into
+    bf16, in place: parallelize first, and use an Accelerator without mixed precision. With `memory="off"` it is one of
+    torch.optim. Set the learning rate at each step; `betas` and `eps` are for Adam's family. A tier updates
+    `slice_elements` at a time (default: by device). Raises ValueError for what a tier or optimizer cannot do.
     """
     if memory not in ("exact", "lean", "off"):
         raise ValueError(f"memory={memory!r} was asked for, there are exact, lean and off: choose one")
-    names = list(_OPTIMIZERS) if memory == "off" else TIERED_OPTIMIZERS
+    names = list(OPTIMIZERS) if memory == "off" else TIERED_OPTIMIZERS
     if name not in names:
         raise ValueError(f"optimizer {name!r} was asked for, with memory={memory} there are {', '.join(names)}")
-    if memory != "off" and isinstance(model, DistributedDataParallel):
-        raise ValueError(f"memory={memory} changes dtypes, but DDP has wrapped the model: make the optimizer before")
-    if memory != "off" and has_gathered(model):
-        raise ValueError(
-            f"memory={memory} changes dtypes, but the sharded model has computed already: make the optimizer before"
-        )
+    is_wrapped = isinstance(model, DistributedDataParallel)
+    if memory != "off" and (is_wrapped or has_gathered(model)):  # which keep the dtypes that they have seen
+        found = "DDP has wrapped the model" if is_wrapped else "the sharded model has computed already"
+        raise ValueError(f"memory={memory} changes dtypes, but {found}: make the optimizer before")
     trainable = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
-        raise ValueError("an optimizer was asked for, but every parameter is frozen: leave a part trainable")
+        raise ValueError("nothing to optimize, every parameter is frozen: unfreeze a part")
     is_divided = any(isinstance(parameter, DTensor) for _, parameter in trainable)
     if name == "adafactor" and is_divided:
-        raise ValueError("adafactor needs whole matrices, this model's are divided over ranks: use adamw, or NO_SHARD")
-    decays = {True: weight_decay, False: 0.0}
-    groups = [
-        {"params": [pair for pair in trainable if _kind(*pair, model) == (is_decayed, is_whole)], "weight_decay": decay}
-        for is_decayed, decay in decays.items()
-        for is_whole in (False, True)  # torch's kernels do not take DTensors and others at once
-    ]
-    groups = [group for group in groups if group["params"]]
+        raise ValueError("adafactor needs whole matrices, this model's are sharded: use adamw, or NO_SHARD")
+    kinds = defaultdict(list)  # torch's kernels do not take DTensors and others at once
+    for path, parameter in trainable:
+        owner = model.get_submodule(path.rpartition(".")[0])
+        is_bias_or_norm = isinstance(owner, nn.LayerNorm) or _NO_DECAY.search(path) is not None
+        kinds[is_bias_or_norm, not isinstance(parameter, DTensor)].append((path, parameter))
+    groups = [{"params": kinds[kind], "weight_decay": 0.0 if kind[0] else weight_decay} for kind in sorted(kinds)]
     if memory == "off":
-        return _of_torch(_OPTIMIZERS[name], groups, betas, eps, is_fused=not is_divided or name in _FUSED_SHARDED)
-    if memory == "lean" and (uneven := _uneven_blocks(trainable)):
-        raise ValueError(
-            f"memory=lean keeps moments in blocks of {BLOCK} columns, but a rank has {uneven[1]} of {uneven[0]}'s: use "
-            "exact, or another tp_size"
-        )
+        return _of_torch(OPTIMIZERS[name], groups, betas, eps, is_fused=not is_divided or name in _FUSED_SHARDED)
+    for path, parameter in trainable if memory == "lean" else ():
+        columns = local_of(parameter).shape[1] if is_large(parameter) and is_in_columns(parameter) else 0
+        if columns % BLOCK:
+            found = f"a rank has {columns} of {path}'s"
+            raise ValueError(f"memory=lean needs blocks of {BLOCK} columns, {found}: use exact, or another tp_size")
     for parameter in model.parameters():
         if not parameter.requires_grad:
             set_local_(parameter, local_of(parameter.data).to(torch.bfloat16))
@@ -101,17 +85,6 @@ def make_optimizer(
     if is_sharded(model):
         notice_new_parameters(model)
     return optimizer
-
-
-def _kind(path: str, parameter: nn.Parameter, model: nn.Module) -> tuple[bool, bool]:
-    """Whether it decays, and whether this rank has all of it."""
-    return not _is_bias_or_norm(path, model), not isinstance(parameter, DTensor)
-
-
-def _uneven_blocks(trainable: list[tuple[str, nn.Parameter]]) -> tuple[str, int] | None:
-    """A parameter divided by its columns, but not between two blocks of moments, and how many a rank has."""
-    columns = {name: local_of(x).shape[1] for name, x in trainable if is_large(x) and is_in_columns(x)}
-    return next(((name, number) for name, number in columns.items() if number % BLOCK), None)
 
 
 def _of_torch(
@@ -126,8 +99,3 @@ def _of_torch(
     else:
         options["foreach"] = False
     return kind([group | {"params": [parameter for _, parameter in group["params"]]} for group in groups], **options)
-
-
-def _is_bias_or_norm(path: str, model: nn.Module) -> bool:
-    owner = model.get_submodule(path.rpartition(".")[0])
-    return isinstance(owner, nn.LayerNorm) or _NO_DECAY.search(path) is not None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long a run is, what its learning rate is at each step, and which steps are due for something."""
+    """The length of a run, its learning rate at each step, and the steps that are due for something."""
 
     total_steps: int
     peak: float
@@ -26,21 +26,18 @@ class Schedule:
         warmup_steps: int | None,
         **shape: object,
     ) -> "Schedule":
-        """Of a run of `epochs` passes or `max_steps` steps, whose warm-up is a ratio or a number of them."""
         total_steps = max_steps or math.ceil(epochs * num_rows / rows_per_step)
         warmup_steps = math.ceil(total_steps * warmup_ratio) if warmup_ratio else warmup_steps or 0
         return cls(total_steps=total_steps, warmup_steps=warmup_steps, **shape)
 
     def __call__(self, step: int) -> float:
-        """The learning rate of the update after `step` finished ones."""
         return learning_rate_at(step, **vars(self))
 
     def is_due(self, step: int, every: int) -> bool:
-        """Whether what happens `every` so many steps, and at the last one, happens after `step` of them."""
+        """Whether `step` is the last one or a multiple of `every`."""
         return step == self.total_steps or step % every == 0
 
     def num_due(self, step: int, every: int) -> int:
-        """How often that is so after `step`, up to the last one."""
         return math.ceil((self.total_steps - step) / every)
 
 
@@ -60,4 +57,4 @@ def learning_rate_at(
         return peak * remaining
     if schedule == "constant":
         return peak
-    raise ValueError(f"schedule {schedule!r} was asked for, there are cosine, linear and constant: choose one")
+    raise ValueError(f"schedule {schedule!r} is unknown, there are cosine, linear and constant: choose one")

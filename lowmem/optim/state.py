@@ -1,7 +1,6 @@
-"""An optimizer's state by name: what it holds, how many bytes it has, and how stored state fills it.
+"""An optimizer's state as tensors named "<parameter>.<key>": list, measure, compare, and fill it from stored state.
 
-Functions take the optimizer's parameters by name; its state is then named "<parameter>.<key>". State of AdamW may also
-be rounded into a memory tier that keeps less of it.
+State of AdamW may also be rounded into a memory tier that keeps less of it.
 """
 
 from collections.abc import Mapping
@@ -37,7 +36,7 @@ def optimizer_tensors(parameters: Parameters, optimizer: Optimizer) -> dict[str,
 
 
 def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
-    """Bytes of the optimizer's state, also before torch's optimizers make it, in their first step."""
+    """Bytes of the optimizer's state, even before the first step of torch's optimizers makes it."""
     if known := sum(map(bytes_of, optimizer_tensors(parameters, optimizer).values())):
         return known
     assert all(parameter.grad is None for parameter in parameters.values())  # or the step below would train
@@ -54,10 +53,7 @@ def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
 
 
 def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimizer: Optimizer) -> bool:
-    """Whether the state in `path`, of an optimizer class and its memory tier, must be rounded to fill `optimizer`.
-
-    Raises UsageError if it cannot fill it. (`saved_memory` None: that of `optimizer`.)
-    """
+    """Whether state of this class and tier must be rounded to fill `optimizer`. Raises UsageError if it cannot."""
     kind, memory = type(optimizer).__name__, getattr(optimizer, "memory", "off")
     saved_memory = saved_memory or memory
     if (saved_kind, saved_memory) == (kind, memory):
@@ -65,18 +61,15 @@ def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimi
     if {kind, saved_kind} <= {"AdamW", "TieredAdamW"} and TIERS.index(saved_memory) < TIERS.index(memory):
         return True
     raise UsageError(
-        f"{path} holds the state of {saved_kind} with memory={saved_memory}, the optimizer is {kind} with "
-        f"memory={memory}: make the same (adamw's state also loads into a tier that keeps less, off > exact > lean)"
+        f"{path} holds the state of {saved_kind} with memory={saved_memory}, the optimizer is {kind} with memory="
+        f"{memory}: make the same (adamw's state also loads into a tier that keeps less, off > exact > lean)"
     )
 
 
 def state_differences(
     stored: Mapping[str, StoredTensor], parameters: Parameters, optimizer: Optimizer, *, rounds: bool
 ) -> list[str]:
-    """What keeps stored state from filling that of a tier, a clause for each name.
-
-    Nothing does for torch's optimizers, which make their state in the steps that reach a parameter.
-    """
+    """What keeps stored state from filling a tier's, a clause for each name. (Torch's make theirs in steps.)"""
     if not isinstance(optimizer, TieredOptimizer):
         return []
     tensors = optimizer_tensors(parameters, optimizer)
@@ -88,7 +81,7 @@ def state_differences(
 
 
 def fill_state(optimizer: Optimizer, parameters: Parameters, stored: Mapping[str, StoredTensor]) -> None:
-    """Put stored state into the optimizer. That of torch's optimizers is made here, as their steps would make it."""
+    """Fill the optimizer with stored state; that of torch's optimizers is made here, as their steps would."""
     if not isinstance(optimizer, TieredOptimizer):
         by_parameter, names = _by_parameter(stored), {parameter: name for name, parameter in parameters.items()}
         optimizer.state.clear()
@@ -122,13 +115,11 @@ def round_state(
 
 
 def _read_values(formats: Mapping[str, StoredTensor], name: str, rows: slice) -> Tensor:
-    """The fp32 values of some rows, whatever format holds them."""
     keys = (name, f"{name}_low", f"{name}_scale")
     return read({key: formats[key].read(rows) for key in keys if key in formats}, name, slice(None))
 
 
 def _values(tensors: Mapping[str, object]) -> dict[str, object]:
-    """Those that hold values, without low halves and scales, which are parts of a format."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(("_low", "_scale"))}
 
 

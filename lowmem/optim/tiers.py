@@ -1,10 +1,9 @@
-"""Optimizers of the memory tiers, over bf16 weights with their state in the forms of `forms.py`; AdamW among them.
+"""Optimizers of the memory tiers: AdamW over bf16 weights, and what it shares with Adafactor. See `formats.py`.
 
 exact   the weight split into bf16 and an int16 low half: fp32 bit for bit; fp32 moments
-lean    the weight in bf16 alone, rounded stochastically; 8-bit moments. Small parameters are kept as in exact.
+lean    the weight in bf16 alone, rounded stochastically; 8-bit moments. Small parameters as in exact.
 
-A parameter is rebuilt in fp32, updated and put away again a slice of rows at a time, so that no temporary is as large
-as the embedding.
+A slice of rows at a time is rebuilt in fp32, updated and stored, so no temporary is as large as the embedding.
 """
 
 import math
@@ -20,37 +19,31 @@ from lowmem.distributed.dtensor import local_of, local_part, set_local_, sharded
 from lowmem.distributed.seeds import seed_of
 from lowmem.optim.formats import by_rows, keep, random_halves, read, rows_and_columns, shuffled, write, zeros
 
-_SMALL = 4096  # vectors, and parameters of up to this many elements, are kept in fp32: their bytes do not count
+_SMALL = 4096  # vectors, and parameters of up to this many elements, stay in fp32: they take few bytes
 _CACHED_ELEMENTS = 2**19  # of a slice on CPU: its temporaries stay in the cache
 _VECTOR = 16  # fp32 values that a CPU computes at once
-_LAUNCHED_ELEMENTS = (2**22, 2**24)  # elsewhere, at least and at most: fewer launches, temporaries of a few percent
+_LAUNCHED_ELEMENTS = (2**22, 2**24)  # elsewhere, at least and at most: few launches, temporaries of a few percent
 
 Tensors = dict[str, Tensor]
+Group = dict[str, object]
 Random = Callable[[Tensor], Tensor]
 
 
 class TieredOptimizer(Optimizer):
-    """What the tiers' optimizers share: forms, slices, random bits, and sums of gradients.
+    """The formats, slices, random bits and gradient sums of a tier's optimizer.
 
-    Making one turns the trainable weights into the tier's form, in place. fp32 weights lose no bit that the tier
-    keeps; bf16 weights get a low half of zeros. All state is there from then on: "step" (on the host) and the tensors
-    of each form. Groups hold pairs (name, parameter). Random bits are a function of (`seed`, update, name).
+    Turns the trainable weights into the tier's format, in place; all state exists from then on: "step" (on host) and
+    the tensors of each format. Groups hold pairs (name, parameter). Random bits are a function of (`seed`, update,
+    name). A subclass makes its state in `_new_moments` and updates weight and state, slice by slice, in `_update`.
     """
 
-    def __init__(
-        self,
-        groups: list[dict[str, object]],
-        defaults: dict[str, object],
-        *,
-        memory: str,
-        slice_elements: int | None = None,
-    ):
+    def __init__(self, groups: list[Group], defaults: Group, *, memory: str, slice_elements: int | None = None):
         names = {parameter: name for group in groups for name, parameter in group["params"]}
         groups = [group | {"params": [parameter for _, parameter in group["params"]]} for group in groups]
         super().__init__(groups, {"lr": 0.0} | defaults)
         self.memory, self._names = memory, names
         self.seed = 0
-        """Seeds stochastic rounding, with update and parameter; `train_step` sets the state's."""
+        """Seeds stochastic rounding; `train_step` sets it."""
         self._slice_elements = slice_elements or slice_elements_for(list(names), next(iter(names)).device.type)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -76,10 +69,7 @@ class TieredOptimizer(Optimizer):
 
     @contextmanager
     def summing(self, micro_batches: int, *key: int) -> Iterator[None]:
-        """Within it, gradients of several backward passes add up in fp32, or as bf16 with stochastic rounding.
-
-        The latter for lean's large parameters, with random bits of `key`. A single pass leaves them in bf16.
-        """
+        """Sum gradients of several backward passes in fp32; in lean, large ones are rounded by bits of `key`."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         sums: dict[nn.Parameter, Tensors] = {}
         count = dict.fromkeys(parameters, 0)
@@ -113,10 +103,7 @@ class TieredOptimizer(Optimizer):
 
     @torch.no_grad()
     def round_from(self, parameter: nn.Parameter, names: Iterable[str], values: Callable[[str, slice], Tensor]) -> None:
-        """Put fp32 values into what `names` of `parameter`, "weight" and any of its state, in this tier's forms.
-
-        `values(name, rows)` are those of some rows of the whole parameter, (rows, columns), on any device.
-        """
+        """Store `values(name, rows)`, fp32 rows of the whole parameter, in the formats of `names` (weight, state)."""
         tensors, (_, first, _) = _local_tensors(parameter, self.state[parameter]), local_part(parameter.data)
         draw = self._random(parameter, "round_from")
         for rows in self.slices(parameter):
@@ -128,37 +115,27 @@ class TieredOptimizer(Optimizer):
                     write(tensors, name, rows, new, None if f"{name}_low" in tensors else draw(new))
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Fill the state with a saved one, as it is. (torch's own would turn every tensor into the weight's dtype.)"""
+        """Copy a saved state. (torch's own would turn every tensor into the weight's dtype.)"""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, tensors in state_dict["state"].items():
             for key, tensor in tensors.items():
                 self.state[parameters[index]][key].copy_(tensor)
 
-    def _new_moments(self, parameter: nn.Parameter, local: Tensor) -> Tensors:
-        """Zeros for what this rank has of `parameter`: its `local` tensor."""
-        raise NotImplementedError
-
-    def _update(
-        self, group: dict[str, object], parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, draw: Random
-    ) -> None:
-        """Update all that `tensors` holds, the weight and its state, a slice of rows at a time."""
-        raise NotImplementedError
-
     def _is_rounded(self, parameter: nn.Parameter) -> bool:
         return self.memory == "lean" and is_large(parameter)
 
     def slices(self, parameter: nn.Parameter) -> Iterator[slice]:
-        """Rows of this rank's part of a parameter that are updated at a time."""
+        """The rows of this rank's part of a parameter that are updated at a time."""
         rows, columns = rows_and_columns(local_of(parameter))
         height = max(1, self._slice_elements // max(1, columns))
-        # whole vectors, where that is possible: the fused kernel may round otherwise at the end of its memory
+        # whole vectors, or the fused kernel may round otherwise at the end of its memory
         whole = _VECTOR // math.gcd(_VECTOR, columns)
         height = height // whole * whole or height
         return (slice(first, min(first + height, rows)) for first in range(0, rows, height))
 
     def _random(self, parameter: nn.Parameter, *key: int | str) -> Random:
-        """A source of random bits, 16 for each element of a slice, the same on every rank that has this part."""
-        generator = None  # made when it is needed: exact never draws
+        """A source of 16 random bits for each element of a slice, the same on every rank with this part."""
+        generator = None  # made when needed: exact never draws
         _, *corner = local_part(parameter.data)
 
         def draw(values: Tensor) -> Tensor:
@@ -172,9 +149,9 @@ class TieredOptimizer(Optimizer):
 
 
 class TieredAdamW(TieredOptimizer):
-    """AdamW (Loshchilov and Hutter, 2019) by torch's fused kernel; exact has the bits of `torch.optim.AdamW` in fp32.
+    """AdamW (Loshchilov and Hutter, 2019) by torch's fused kernel; exact equals `torch.optim.AdamW` in fp32 bit by bit.
 
-    `moments` "tier": fp32 in exact, 8 bits in lean; "bf16": rounded stochastically in either.
+    `moments` "tier": fp32 in exact, 8 bits in lean; "bf16": rounded stochastically in both.
     """
 
     def __init__(self, groups, *, betas: tuple[float, float], eps: float, moments: str, **options):
@@ -188,44 +165,29 @@ class TieredAdamW(TieredOptimizer):
             forms = of_tier if self._moments == "tier" else ("bf16", "bf16")
         return zeros("exp_avg", local, forms[0]) | zeros("exp_avg_sq", local, forms[1])
 
-    def _update(
-        self, group: dict[str, object], parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, draw: Random
-    ) -> None:
+    def _update(self, group: Group, parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, draw: Random) -> None:
         names = ("weight", "exp_avg", "exp_avg_sq")
         is_rounded = any(tensors[name].dtype != torch.float32 and f"{name}_low" not in tensors for name in names)
         beta1, beta2 = group["betas"]
+        options = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        options |= {"fused": True, "amsgrad": False, "maximize": False, "beta1": beta1, "beta2": beta2}
         for rows in self.slices(parameter):
             weight, exp_avg, exp_avg_sq = (read(tensors, name, rows) for name in names)
-            adamw(
-                [weight],
-                [gradient[rows].float()],
-                [exp_avg],
-                [exp_avg_sq],
-                [],
-                [torch.full((), int(tensors["step"]) - 1, dtype=torch.float32, device=weight.device)],
-                fused=True,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            step = torch.full((), int(tensors["step"]) - 1, dtype=torch.float32, device=weight.device)
+            adamw([weight], [gradient[rows].float()], [exp_avg], [exp_avg_sq], [], [step], **options)
             random = draw(weight) if is_rounded else None
             write(tensors, "weight", rows, weight, random)
             write(tensors, "exp_avg_sq", rows, exp_avg_sq, random)
-            # other bits for the first moment, as it will be divided by the second
+            # other bits for the first moment, as it is divided by the second
             write(tensors, "exp_avg", rows, exp_avg, shuffled(random) if is_rounded else None)
 
 
 def _local_tensors(parameter: nn.Parameter, state: Tensors) -> Tensors:
-    """The weight and its state as this rank has them, to be updated in place."""
     return {name: local_of(tensor) for name, tensor in {"weight": parameter.data, **state}.items()}
 
 
 def slice_elements_for(parameters: list[nn.Parameter], device_type: str) -> int:
-    """Elements of a parameter that are updated at a time on a device of this type."""
+    """Elements of a parameter to update at a time on a device of this type."""
     if device_type == "cpu":
         return _CACHED_ELEMENTS
     least, most = _LAUNCHED_ELEMENTS
@@ -233,5 +195,5 @@ def slice_elements_for(parameters: list[nn.Parameter], device_type: str) -> int:
 
 
 def is_large(parameter: Tensor) -> bool:
-    """Whether the bytes of its state count, so that lean rounds it."""
+    """Whether its state takes many bytes, so that lean rounds it."""
     return parameter.dim() > 1 and parameter.numel() > _SMALL
