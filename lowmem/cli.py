@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from lowmem.config.parse import named_fields, resolve
 from lowmem.config.sizes import parse_bytes
 from lowmem.config.train_config import TrainConfig, fields_where
 from lowmem.distributed.launcher import launched_settings
+from lowmem.distributed.signals import outlive_readers
 from lowmem.errors import UsageError
 from lowmem.job.run import run
 from lowmem.job.supervise import tell_failure
@@ -92,7 +92,8 @@ def _on_files(command: str, unknown: Iterable[str], **options: object) -> Job:
 
 def _refuse(command: str, unknown: Iterable[str]) -> None:
     if unknown:
-        raise UsageError(f"{', '.join(f'--{name}' for name in unknown)}: `{command}` has no such flag; see --help")
+        flags = ", ".join(f"--{name}" for name in sorted(unknown))
+        raise UsageError(f"{flags}: `{command}` has no such flag; see --help")
 
 
 _COMMANDS = {"train": _train, "plan": _plan, "evaluate": _evaluate, "test": _evaluate}
@@ -140,8 +141,7 @@ class _Unread:
         try:
             return do(*arguments)
         except BrokenPipeError:
-            with open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), self._stream.fileno())
+            outlive_readers()
 
 
 def _parse(arguments: Sequence[str]) -> Job:

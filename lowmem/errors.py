@@ -2,23 +2,23 @@
 
 
 class UsageError(ValueError):
-    """A mistake in flags, files or environment; the command line tells it in one line and exits 2."""
+    """A user error. The command line prints it in one line and exits with code 2."""
 
 
 class StartError(UsageError):
-    """A process cannot join the others, for a reason that may be its own: unlike other mistakes, each one tells it."""
+    """This process could not join the others; the cause may be local, so every rank reports it."""
 
 
 class RankError(RuntimeError):
-    """Another rank failed; the message names it and says with what."""
+    """Another rank failed; the message names it and its error."""
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written; those that stood before stand."""
+    """A checkpoint could not be written; existing checkpoints are intact."""
 
 
 class OutOfMemory(RuntimeError):
-    """Memory did not hold what `rank` was doing in a step; the message tells what filled it and what takes less."""
+    """`rank` ran out of memory in a step; the message says what filled it and what takes less."""
 
     def __init__(self, message: str, rank: int):
         super().__init__(message)
@@ -26,15 +26,15 @@ class OutOfMemory(RuntimeError):
 
 
 class StepTooLarge(OutOfMemory):
-    """Forward or backward ran out of memory on some rank, all ranks raise it alike, and nothing was updated."""
+    """Forward or backward ran out of memory on some rank; every rank raises it, and nothing was updated."""
 
 
 class RowError(ValueError):
-    """A row that cannot be read or encoded; the message tells which, and why."""
+    """A row that cannot be read or encoded; the message names it and says why."""
 
 
 class ReadError(RowError):
-    """A file that was there and cannot be read any more: no row of it is to blame."""
+    """A file that could be read before and cannot be read now, whatever the row."""
 
 
 class ChangedError(OSError):

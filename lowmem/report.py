@@ -4,7 +4,6 @@ import json
 import math
 import os
 import resource
-import select
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from lowmem.data.batch import Batch
 from lowmem.data.stream import Stream
 from lowmem.distributed.collectives import gather_json, on_main_rank, sum_over_ranks
 from lowmem.distributed.placement import DataParallelRank
+from lowmem.distributed.signals import outlive_readers
 from lowmem.errors import SaveError, UsageError
 from lowmem.evaluation import Answer
 from lowmem.recover import Halving
@@ -35,13 +35,8 @@ def tell(*lines: str) -> None:
         for line in lines:
             tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
-    except OSError:  # send output whose reader has gone (`tee` at a Ctrl-C) nowhere from here on
-        poll = select.poll()
-        for descriptor in (1, 2):
-            poll.register(descriptor, 0)  # 0: report only that it is broken or closed
-        with open(os.devnull, "wb") as nowhere:
-            for descriptor, _ in poll.poll(0):
-                os.dup2(nowhere.fileno(), descriptor)
+    except OSError:
+        outlive_readers()
 
 
 def tell_answers(answers: Sequence[Answer]) -> None:
@@ -128,7 +123,7 @@ class Report:
         self._log = on_main_rank(partial(_open_folder, folder, settings, step if resumed else None))
         self.resumed_at: dict[str, float | None] = gather_json(self._log and self._log.resumed_at)[0]
         """Records of the step that is resumed at, on every rank."""
-        self._folder, self._accelerator, self._has_trackers = folder, accelerator, bool(settings["report_to"])
+        self._folder, self._accelerator, self._has_trackers = folder, accelerator, bool(accelerator.log_with)
         if self._has_trackers:
             accelerator.init_trackers("lowmem", config=dict(settings))
         self._first_step, self._step, self._total_steps = step, step, total_steps
@@ -173,8 +168,7 @@ class Report:
         self.tell(*(f"the rows are others than then: {change}" for change in row_changes))
 
     def count(self, result: StepResult, stream: Stream) -> None:
-        now = time.perf_counter()
-        self._seconds, self._clock = self._seconds + now - self._clock, now
+        self._seconds += time.perf_counter() - self._clock + stream.wait_seconds - self._waited
         self._rows, self._tokens = self._rows + stream.global_batch_size, self._tokens + int(result.num_tokens)
         self._waited = stream.wait_seconds
         self._step += 1

@@ -14,6 +14,7 @@ from lowmem.data.batch import Batch, UnreadableStep
 from lowmem.distributed.collectives import gather_bytes, raise_error_of_any_rank, sum_over_ranks
 from lowmem.distributed.heartbeat import at_step
 from lowmem.distributed.placement import data_place
+from lowmem.errors import OutOfMemory
 from lowmem.memory.gradients import Gradients, LossFunction
 from lowmem.memory.out_of_memory import guarded
 
@@ -86,8 +87,12 @@ def train_step(
         state.model, state.optimizer, accelerator, num_tokens=num_tokens, seed=state.seed, step=state.step
     )
     gradients.check(len(batches), max_grad_norm, nonfinite)
-    with guarded("computing gradients", state.model, state.optimizer, together=gradients.can_be_dropped):
-        losses = gradients.accumulate(batches, loss_fn)
+    try:
+        with guarded("computing gradients", state.model, state.optimizer, together=gradients.can_be_dropped):
+            losses = gradients.accumulate(batches, loss_fn)
+    except OutOfMemory:
+        gradients.clear()
+        raise
     loss = gradients.all_reduce(losses)
     grad_norm = gradients.norm()
     reason = why_no_update(loss, grad_norm, losses, batches, num_tokens)  # the step's one sync

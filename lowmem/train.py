@@ -102,7 +102,7 @@ def train(
             load_checkpoint(state, checkpoint, accelerator, verify=False)  # checkpoint_to_resume has verified it
         schedule = Schedule.of_run(stream.num_rows, stream.global_batch_size, **config.schedule)
         checkpoints, keep, can_save = output / "checkpoints", config.save_total_limit or None, not config.deepspeed
-        check_space(state, checkpoints, saves=can_save and schedule.num_due(state.step, config.save_steps), keep=keep)
+        check_space(state, checkpoints, saves=can_save * schedule.num_due(state.step, config.save_steps), keep=keep)
         report = Report(output, settings, accelerator, state.step, schedule.total_steps, resumed=checkpoint is not None)
         report.opening(model, num_weights, stream, rank, tier=config.memory or "off", division=config.division)
         report.resuming(checkpoint, changes, stream.changes, can_save)
@@ -120,6 +120,7 @@ def train(
             preempted = any_rank(signals.came)
         end = state.step if preempted else schedule.total_steps
         for step, batches in zip(range(state.step, end), stream, strict=False):
+            report.restart_timer()
             result = take_step(
                 state,
                 batches,
@@ -143,7 +144,6 @@ def train(
                 preempted = preempted or (saved is not None and any_rank(signals.came))
             if preempted:
                 break
-            report.restart_timer()
 
     # --- the end
     if preempted:
@@ -170,4 +170,3 @@ def evaluate_first(
     elif state.step and schedule.is_due(state.step, config.eval_steps):
         known = "eval_loss" in report.resumed_at
         state.note_best((report.resumed_at if known else report.evaluation(*measure(rows)))["eval_loss"])
-    report.restart_timer()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 
@@ -14,7 +15,7 @@ from transformers import ByT5Tokenizer
 
 from lowmem.config.train_config import FIELDS
 from tests.models import LLAMA, build, qa_rows
-from tests.processes import PROGRAM, ROOT, run, started, train
+from tests.processes import PROGRAM, ROOT, environment, run, started, train
 
 SHORT = ["--max_steps=2", "--eval_on_start=False", "--max_predict_samples=2", "--batch_size=4", "--logging_steps=1"]
 
@@ -110,6 +111,16 @@ def test_a_command_whose_reader_has_gone_ends_quietly(words, tmp_path):
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(timeout=60) == 0
+
+
+def test_a_command_that_fails_without_a_reader_keeps_its_exit_code():
+    """As of `2>&1 | true`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, ROOT / "train_low_mem.py", "train", "--x=1"]
+    with subprocess.Popen(words, stdout=writing, stderr=writing, env=environment()) as process:
+        os.close(writing)
+        assert process.wait(timeout=60) == 2
 
 
 def test_a_run_leaves_what_is_promised_and_refuses_to_run_over_it(tmp_path):

@@ -44,6 +44,14 @@ def test_a_value_becomes_what_its_field_is(flag, typed, value):
     assert resolved == value and type(resolved) is type(value)
 
 
+@pytest.mark.parametrize("release", [False, True])
+def test_a_number_that_is_none_is_a_problem_whatever_else_is_set(release):
+    others = RELEASE if release else {}
+    for name, field in FIELDS.items():
+        if field.type in (int, float, int | None, float | None):
+            assert f"--{name}=x is not a" in problems_of(**others | {name: "x"})
+
+
 @pytest.mark.parametrize("typed", ["ten", "2.5", "nan", "inf", "", "True"])
 def test_what_is_no_integer_is_refused(typed):
     assert f"--batch_size={typed} is not an int" in problems_of(batch_size=typed)

@@ -69,11 +69,11 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
         processes, size = config.num_processes, getattr(config, name)
         if processes and size and processes % size:
             problems.append(f"--num_processes={processes} is no multiple of --{name}={size}: change one")
-    if config.release and (config.global_batch_size or 0) > config.batch_size:
+    if config.release and config.batch_size and (config.global_batch_size or 0) > config.batch_size:
         most = f"at most --batch_size={config.batch_size} (got {config.global_batch_size})"
         problems.append(f"--release updates within each backward: set --global_batch_size to {most}")
     causal = [f"--{name}" for name in ("packing", "text_column", "messages_column") if getattr(config, name)]
-    causal += [f"--tp_size={config.tp_size}"] * (config.tp_size > 1)
+    causal += [f"--tp_size={config.tp_size}"] * ((config.tp_size or 1) > 1)
     if causal and config.model_config in MODEL_SHAPES:
         problems.append(
             f"{', '.join(causal)} need{'' if causal[1:] else 's'} a causal model, --model_config={config.model_config} "

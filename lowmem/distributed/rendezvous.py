@@ -59,9 +59,10 @@ def start_group(backend: str, *, limit_seconds: float) -> None:
         dist.set_debug_level_from_env()
         if launch.rank == 0:
             print("debug mode: torch compares every collective over the ranks, which takes time", flush=True)
+    start = time.monotonic()
     store = open_store(launch, limit_seconds)
     try:
-        meeting = meet(store, launch, limit_seconds)
+        meeting = meet(store, launch, limit_seconds, since=start)
     except dist.DistNetworkError as error:
         lost = f"lost the store at {launch.address}:{launch.port} before all ranks came ({_first_line(error)})"
         raise RankError(f"{launch} {lost}: look at the log of rank 0 or of the launcher") from error
@@ -131,14 +132,14 @@ def _reach(launch: Launch, where: str, limit_seconds: float) -> None:
             time.sleep(_SECONDS_BETWEEN_TRIES)
 
 
-def meet(store: dist.Store, launch: Launch, limit_seconds: float) -> str:
-    """Wait until all ranks are here. Returns a name for this meeting, the same on every rank and new in this store.
+def meet(store: dist.Store, launch: Launch, limit_seconds: float, since: float | None = None) -> str:
+    """Wait for all ranks; the limit counts from `since`. Returns a name for this meeting, new in this store.
 
     A launcher's store holds what processes wrote before a restart. So rank 0 writes a new token, each other rank
     answers with it and its own, and has met once its own is in rank 0's list: no token of a dead process passes for a
     live one's.
     """
-    mine, others, start = uuid4().hex, range(1, launch.world_size), time.monotonic()
+    mine, others, start = uuid4().hex, range(1, launch.world_size), since or time.monotonic()
     answered, has_reported = "", False
     if launch.rank == 0:
         store.set("lowmem/asked", mine)

@@ -1,6 +1,7 @@
 """Catch SIGTERM, SIGINT and SIGUSR1, which ask a run to end, even while the main thread is in a collective."""
 
 import os
+import select
 import signal
 import threading
 import time
@@ -30,6 +31,16 @@ def say_and_exit(
             thread.join(max(0.0, deadline - time.monotonic()))
     finally:
         os._exit(code)
+
+
+def outlive_readers() -> None:
+    """Discard from here on what is written to stdout or stderr, if its reader has gone (`| head -1`)."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)  # 0: report only that it is broken or closed
+    with open(os.devnull, "wb") as nowhere:
+        for descriptor, _ in poll.poll(0):
+            os.dup2(nowhere.fileno(), descriptor)
 
 
 def end_as_signalled(name: str) -> NoReturn:

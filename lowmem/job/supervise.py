@@ -77,10 +77,11 @@ def tell_failure(error: Exception) -> int:
     # before the processes are one group, all on a host see the same mistake and one prints it; later one may be alone
     is_seen_by_all = isinstance(error, UsageError) and not isinstance(error, StartError) and not is_in_a_group()
     if os.environ.get("LOCAL_RANK", "0") == "0" or not is_seen_by_all:
+        lines = traceback.format_exception(error)
         if isinstance(error, _PRINTED_ALONE):
-            print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        else:
-            traceback.print_exception(error)
+            lines = [f"error{where}: {error}\n"]
+        with suppress(OSError):  # nobody reads it
+            print(*lines, sep="", end="", file=sys.stderr, flush=True)
     heartbeat.ended(message_of(error))
     return CODES[cause_of(error)]
 

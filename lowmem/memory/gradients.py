@@ -6,6 +6,7 @@ tiers), in shards (fully_shard), or applied already (release).
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import is_first_copy, local_of
-from lowmem.distributed.placement import data_place, is_divided, is_sharded
+from lowmem.distributed.placement import data_place, is_divided, is_engine, is_sharded
 from lowmem.distributed.reduce import all_reduce_sum, gradient_norm
 from lowmem.distributed.seeds import seed_of
 from lowmem.memory.release import Released
@@ -33,19 +34,15 @@ LossFunction = Callable[[nn.Module, Batch], Tensor]
 
 
 class Gradients:
-    """The gradients of one step over `num_tokens` targets. Raises ValueError for a precision that it cannot handle."""
+    """The gradients of one step over `num_tokens` targets; those that a failed step left are cleared.
+
+    Raises ValueError for fp16, for a second precision next to a tier, and for an optimizer that accelerate wrapped.
+    """
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, *, num_tokens: int, seed: int, step: int
     ):
-        if (precision := accelerator.mixed_precision) == "fp16":
-            raise ValueError("the Accelerator is in fp16, which needs loss scaling: use bf16 or no")
-        in_tier = isinstance(optimizer, TieredOptimizer)
-        if isinstance(optimizer, AcceleratedOptimizer) or (in_tier and precision != "no"):
-            raise ValueError(
-                "pass the optimizer as make_optimizer returned it (accelerator.prepare hides its tier); with one its "
-                f"weights are bf16, so set mixed_precision=no (got {precision})"
-            )
+        _check(type(optimizer), accelerator.mixed_precision, is_engine(model))
         self._model, self._optimizer, self._accelerator = model, optimizer, accelerator
         self._num_tokens, self._seed, self._step = num_tokens, seed, step
         self._rank, self._is_sharded = data_place(model), is_sharded(model)
@@ -56,6 +53,7 @@ class Gradients:
         self.clear()
 
     def check(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
+        """Raise UsageError, before anything is computed, for what gradient release excludes."""
         if self.released:
             self.released.begin(micro_batches, max_grad_norm, nonfinite)
 
@@ -119,3 +117,15 @@ class Gradients:
         # HSDP replicas hold equal sums, so they must round with the same random bits
         key = (self._step,) if self._is_sharded else (self._step, self._rank.rank)
         return self._optimizer.summing(micro_batches, *key)
+
+
+@cache  # what is fine once is not looked at again in each step
+def _check(optimizer: type, mixed_precision: str, is_engine: bool) -> None:
+    if is_engine:
+        raise ValueError("the model is in DeepSpeed's engine, which reduces and applies gradients: use deepspeed_step")
+    if mixed_precision == "fp16":
+        raise ValueError("the Accelerator is in fp16, which needs loss scaling: use bf16 or no")
+    if issubclass(optimizer, AcceleratedOptimizer):
+        raise ValueError("accelerator.prepare hides its tier: pass the optimizer as make_optimizer returned it")
+    if issubclass(optimizer, TieredOptimizer) and mixed_precision != "no":
+        raise ValueError(f"a tier's weights are bf16: set the Accelerator's mixed_precision=no, got {mixed_precision}")

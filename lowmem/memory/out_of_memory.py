@@ -30,18 +30,14 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def guarded(name: str, model: nn.Module, optimizer: Optimizer, *, together: bool) -> Iterator[None]:
-    """Run a phase of a step: if it fails on one rank every rank stops, and if memory ran out gradients are cleared.
+    """Run a phase of a step: if it fails on one rank, every rank stops.
 
     `together`: it has no update and no collective, so all ranks agree at its end on one error, StepTooLarge if memory
     ran out. Otherwise the failing rank reports through its heartbeat, and OutOfMemory is raised.
     """
     errors = raise_on_all_ranks() if together else report_failure()
-    try:
-        with phase(name), errors, _explained(StepTooLarge if together else OutOfMemory, model, optimizer):
-            yield
-    except OutOfMemory:
-        optimizer.zero_grad()
-        raise
+    with phase(name), errors, _explained(StepTooLarge if together else OutOfMemory, model, optimizer):
+        yield
 
 
 @contextmanager
