@@ -31,8 +31,8 @@ def setting(
 ) -> Any:
     """Make a field with rules.
 
-    `instead_of` names fields that say the same in another way, `fallback` is the value if none is set. A resumed run must
-    keep a `fixed` field, a `per_rank` one may differ between ranks, and `evaluate` takes only `in_evaluate` ones.
+    `instead_of` names fields that say the same in another way, `fallback` is the value if none is set. A resumed run
+    must keep a `fixed` field, a `per_rank` one may differ between ranks, and `evaluate` takes only `in_evaluate` ones.
     """
     return dataclasses.field(default=default, metadata=locals())
 
