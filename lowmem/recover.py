@@ -14,6 +14,9 @@ from lowmem.step import LossFunction, StepResult, TrainState, train_step
 class Halving(NamedTuple):
     """What was done about a step that ran out of memory; str() makes a line for a person."""
 
+    step: int
+    rank: int
+    """The first rank that ran out."""
     batch_size: int
     """Rows of the micro-batches that were too large."""
     smaller: int

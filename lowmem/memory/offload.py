@@ -104,7 +104,7 @@ def mapped_file(tensor: Tensor) -> Tensor:
             os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # or a full disk would end the process later (SIGBUS)
         except OSError as error:
             needs = f"offload_activations needs {tensor.nbytes:,} more bytes in {tempfile.gettempdir()}"
-            message = f"{needs}: {error.strerror}; set TMPDIR to a folder on a larger disk, or remove it"
+            message = f"{needs}: {error.strerror}; set TMPDIR to a folder on a larger disk, or remove the flag"
             raise OSError(error.errno, message) from error
         storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=tensor.nbytes)
     mapped = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())

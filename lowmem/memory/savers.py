@@ -96,9 +96,7 @@ def _when_training(compiled_forward: Callable, forward: Callable, layer: nn.Modu
 def _checkpointing(model: nn.Module, options: dict[str, object]) -> Iterator[None]:
     base = unwrapped(model)
     if not getattr(base, "supports_gradient_checkpointing", False):
-        raise UsageError(
-            f"recompute needs a model that supports it, {type(base).__name__} does not support it: remove it"
-        )
+        raise UsageError(f"recompute cannot be used, {type(base).__name__} does not support it: set recompute=off")
     # transformers 5.17 has only the older name, which later ones deprecate
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
@@ -114,10 +112,11 @@ def _checkpointing(model: nn.Module, options: dict[str, object]) -> Iterator[Non
 
 def _keep_costly(context: object, operation: torch._ops.OpOverload, *arguments, **options) -> CheckpointPolicy:
     # What is kept draws no mask again, so later masks would differ: attention with dropout runs again.
+    if operation not in _COSTLY:
+        return CheckpointPolicy.PREFER_RECOMPUTE
     names = (argument.name for argument in operation._schema.arguments)
     dropout = dict(zip(names, arguments, strict=False)).get("dropout_p", options.get("dropout_p", 0.0))
-    is_kept = operation in _COSTLY and dropout == 0
-    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.PREFER_RECOMPUTE if dropout > 0 else CheckpointPolicy.MUST_SAVE
 
 
 SAVERS: dict[str, Saver] = {"recompute": recompute, "recompute_cheap": recompute_cheap}
