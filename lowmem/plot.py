@@ -28,10 +28,9 @@ Curves = dict[str, Points]
 
 
 def plot(out: Sequence[str]) -> str:
-    """Draw the runs of `out`, their folders or files metrics.jsonl, together; return what to print.
+    """Draw runs (their folders, or files metrics.jsonl) as plot.png in the first folder; return what to print.
 
-    With matplotlib they go to plot.png in the first folder, without it into the text. Raises UsageError for a
-    metrics.jsonl that is missing, empty or damaged.
+    Without matplotlib that is charts as text. Raises UsageError for a file that is missing, empty or damaged.
     """
     files = [Path(path) if path.endswith(".jsonl") else Path(path) / "metrics.jsonl" for path in out]
     curves = [read_curves(file) for file in files]

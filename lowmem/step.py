@@ -1,6 +1,5 @@
 """One optimizer step: the micro-batches' gradients accumulated, reduced over ranks once, clipped, applied."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowmem.data.batch import Batch, UnreadableStep
-from lowmem.distributed.collectives import gather_bytes, raise_error_of_any_rank, sum_over_ranks
+from lowmem.distributed.collectives import gather_json, raise_error_of_any_rank, sum_over_ranks
 from lowmem.distributed.heartbeat import at_step
 from lowmem.distributed.placement import data_place
 from lowmem.errors import OutOfMemory
@@ -141,20 +140,20 @@ def why_no_update(
         return "" if num_tokens else "no rank has a target token"
     bad = [batch for batch_loss, batch in zip(losses, batches, strict=True) if not batch_loss.isfinite()]
     rows = sorted(row_id for batch in bad or batches for row_id in batch.row_ids)
-    of_ranks = [json.loads(found) for found in gather_bytes(json.dumps([len(bad), rows]).encode())]
+    of_ranks = gather_json([len(bad), rows])
     has_bad_loss = any(num_bad for num_bad, _ in of_ranks)
-    found = [
-        f"rank {rank} with rows {rows}" for rank, (num_bad, rows) in enumerate(of_ranks) if num_bad or not has_bad_loss
-    ]
+    named = [(rank, rows) for rank, (num_bad, rows) in enumerate(of_ranks) if num_bad or not has_bad_loss]
     where = "the loss was not finite on" if has_bad_loss else "the loss of every micro-batch was finite:"
-    return f"loss {loss.item()}, gradient norm {grad_norm.item()}; {where} {', '.join(found)}"
+    ranks = ", ".join(f"rank {rank} with rows {rows}" for rank, rows in named)
+    return f"loss {loss.item()}, gradient norm {grad_norm.item()}; {where} {ranks}"
 
 
 def not_finite(state: TrainState, reason: str, *, is_released: bool = False) -> FloatingPointError:
     """The error that ends a run at a loss or gradient that is not finite, for the `reason` of `why_no_update`."""
     outcome, remedy = "Nothing was updated", "set nonfinite to skip"
     if is_released:
-        outcome, remedy = "Released gradients have updated the weights already", "resume without release"
+        outcome = "Released gradients have updated the weights already"
+        remedy = "resume from the last checkpoint without release"
     return FloatingPointError(
         f"step {state.step + 1}: {reason}. {outcome}: lower the learning rate, look at the rows, or {remedy}"
     )

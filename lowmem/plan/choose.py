@@ -28,8 +28,7 @@ class Rung(NamedTuple):
 def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Iterator[Rung]:
     """From `config` to what takes least memory, cheapest first: each rung keeps the changes of those before it.
 
-    It changes no field in `fixed`, and neither the rows of an optimizer step, nor tier or optimizer, so that the loss
-    curve stays.
+    Fields in `fixed` stay, and so do the rows of an optimizer step, tier and optimizer: the loss curve is the same.
     """
     fixed, changes = set(fixed), {}
     yield Rung("as asked", {})
@@ -128,15 +127,13 @@ def choose(
 
 def _check_programs(config: TrainConfig, cluster: Cluster) -> None:
     """Refuse limits that no setting meets, before anything is counted."""
-    programs = f"the programs of {cluster.local_world_size} processes"
-    what = {"host_memory": programs, "device_memory": "CUDA and its libraries"}
+    what = {"host_memory": f"the programs of {cluster.local_world_size} processes"}
+    what["device_memory"] = "CUDA and its libraries"
     taken = {"host_memory": programs_bytes(cluster), "device_memory": context_bytes(cluster)}
     for name, over in _beyond_limits(config, taken).items():
-        limit = getattr(config, name)
-        raise UsageError(
-            f"nothing fits: {what[name]} alone take {gigabytes(taken[name])} of the {name.partition('_')[0]}, "
-            f"{gigabytes(over)} more than --{name}={limit} ({parse_bytes(limit):,} bytes)"
-        )
+        limit = f"--{name}={getattr(config, name)} ({parse_bytes(getattr(config, name)):,} bytes)"
+        alone = f"{what[name]} alone take {gigabytes(taken[name])} of the {name.partition('_')[0]}"
+        raise UsageError(f"nothing fits: {alone}, {gigabytes(over)} more than {limit}")
 
 
 def _without_needless(

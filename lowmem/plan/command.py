@@ -39,8 +39,7 @@ def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
 def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
     """Return `config` with the fastest settings that fit. Raises UsageError if none does.
 
-    Of the processes that a launcher started the first plans, and sends the others its choice: call it in each of them,
-    before `init_distributed`.
+    Under a launcher rank 0 plans and sends the others its choice: call it on every rank, before `init_distributed`.
     """
     check_launch(config.num_processes)
 
@@ -58,10 +57,7 @@ def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
 
 
 def _cluster(config: TrainConfig, pool: Executor) -> Cluster:
-    """The launcher's processes, else those that `train` would start, and a line about them.
-
-    A limit of device memory means a GPU.
-    """
+    """The launcher's processes, else those that `train` would start; on GPUs if there is a limit of their memory."""
     launched = launched_processes()
     world_size = launched or config.num_processes
     gpus = visible_gpus(pool) if config.device_memory is None or world_size is None else 0
@@ -113,10 +109,7 @@ def table_of_variants(rows: Sequence[tuple[str, str, Prediction]]) -> list[str]:
 
 
 def _draw(bars: Sequence[tuple[str, Prediction]], device_memory: str | None, output: Path) -> str:
-    """Draw each prediction's device, and the limit, as plan.png into `output`, or into the current folder without it.
-
-    Returns a line that says where it is, or why there is none.
-    """
+    """Draw each prediction's device bytes, and the limit, as plan.png; return a line that says where it is."""
     if find_spec("matplotlib") is None:
         return "no picture: matplotlib is not installed (pip install 'lowmem[plot]')"
     from matplotlib.figure import Figure

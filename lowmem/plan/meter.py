@@ -21,35 +21,27 @@ CUDA_BLOCK_BYTES = 512  # what CUDA's caching allocator rounds up to
 class MemoryMeter(TorchDispatchMode):
     """Count every storage that a torch operation makes inside this context, backward included, until it is freed.
 
-    A storage counts once, however many tensors view it, for as long as anything holds it (autograd too); views and
-    in-place operations make none. What was there before counts only if `count` adds it. A file mapped into memory never
-    counts, as the system may drop its pages. A resized storage counts at its new size.
-    Sizes are rounded up to `block_bytes`: 1 counts what was requested, CUDA_BLOCK_BYTES what a GPU hands out.
-    Set `kind` to name what is made from then on: `peak_by_kind` holds the peak's bytes by these names.
-
-    It sees operations, not kernels: what a kernel allocates and frees inside itself is not counted, nor are
-    fragmentation, libraries' workspaces and a device's context. Of other threads only autograd's are seen.
+    A storage counts once, however many tensors view it, for as long as anything (autograd too) holds it, at its size
+    rounded up to `block_bytes`: 1 counts what was requested, CUDA_BLOCK_BYTES what a GPU hands out. What was there
+    before counts only if `count` adds it, and a file mapped into memory never does. Set `kind` to name what is made
+    from then on. Not seen: what a kernel allocates and frees inside itself, fragmentation, libraries' workspaces, a
+    device's context, and operations of other threads than autograd's.
     """
 
     def __init__(self, *, block_bytes: int = 1):
         super().__init__()
         self.live_bytes = 0
-        """Bytes of the counted storages that are alive."""
         self.peak_bytes = 0
         """The largest `live_bytes` since the start or `reset_peak`."""
         self.kind = ""
-        """What storages are made for from here on."""
         self.peak_by_kind: dict[str, int] = {}
-        """The bytes of `peak_bytes`, by kind."""
+        """What `peak_bytes` consisted of."""
         self._block_bytes = block_bytes
         self._live_by_kind: dict[str, int] = {}
         self._storages: dict[int, tuple[ref, int, str]] = {}  # by address, which no other has while it lives
 
     def count(self, tensors: Iterable[Tensor], kind: str | None = None) -> None:
-        """Count the storages of `tensors` that were made before: a model's parameters, an optimizer's state.
-
-        From here on they are of `kind`; None keeps the kind of those that were counted already.
-        """
+        """Count storages that were made before as `kind` (None: as they were), such as parameters and their state."""
         for tensor in tensors:
             self._update(local_of(tensor).untyped_storage(), kind)
 
