@@ -12,7 +12,7 @@ from lowmem.distributed.seeds import seed_of
 from lowmem.distributed.zero import backward, update
 from lowmem.memory.gradients import LossFunction
 from lowmem.memory.out_of_memory import guarded
-from lowmem.step import StepResult, TrainState, agree_to_start, finish, not_finite, set_learning_rate, why_no_update
+from lowmem.step import StepResult, TrainState, agree_to_start, finish, not_finite, why_no_update
 
 
 def deepspeed_step(
@@ -32,7 +32,8 @@ def deepspeed_step(
     StepTooLarge, as the engine cannot take a step back.
     """
     num_tokens, preempted = agree_to_start(state, batches, preempted)
-    set_learning_rate(state.optimizer, learning_rate)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
     loss, grad_norm = torch.zeros(2, device=accelerator.device).unbind()
     losses: list[torch.Tensor] = []
     reason = "" if num_tokens else "no rank has a target token"

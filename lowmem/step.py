@@ -74,14 +74,14 @@ def train_step(
     The mean is one sum over one count, so any split of the same rows into micro-batches and ranks gives the same
     gradient. If loss or gradient is not finite, no rank updates (except with `release`): with `nonfinite="stop"` all
     raise FloatingPointError, with "skip" the step is counted but not applied, as when no rank has any target. If a rank
-    cannot read its rows, or fails in forward or backward, all ranks raise its error: StepTooLarge if it ran out of
-    memory (`fitting_step` then tries smaller micro-batches), OutOfMemory where the step cannot be repeated (sharded
-    models, `release`, the update). `state.model` may be bare (from `parallelize`) or wrapped by DDP, whose reduction
-    stays unused. Raises ValueError for what `Gradients` refuses. Cost: two small host collectives, one gradient
-    reduction, one device sync.
+    cannot read its rows, or fails in forward or backward, all raise its error: StepTooLarge if it ran out of memory
+    (see `fitting_step`), OutOfMemory where the step cannot be repeated (sharded models, `release`, the update).
+    `state.model` may be wrapped by DDP, whose reduction stays unused. Raises ValueError for what `Gradients` refuses.
+    Cost: two small host collectives, one gradient reduction, one device sync.
     """
     num_tokens, preempted = agree_to_start(state, batches, preempted)
-    set_learning_rate(state.optimizer, learning_rate)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
     gradients = Gradients(
         state.model, state.optimizer, accelerator, num_tokens=num_tokens, seed=state.seed, step=state.step
     )
@@ -121,11 +121,6 @@ def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool)
     if num_failed:
         raise_error_of_any_rank(error)
     return num_targets, num_preempted > 0
-
-
-def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
 
 
 def why_no_update(

@@ -1,10 +1,7 @@
 """Count the bytes of one optimizer step on fake tensors: the peak of each of its phases, by what the bytes are for.
 
-The functions that train build the model, optimizer and savers and take the step, in the order of `train.py`. Of a deep
-stack of equal layers a few are counted, at two depths (see `extrapolate`).
-
-Each of these functions changes its process's environment and accelerate's state: call it in a process of its own. They
-raise UsageError for what the model or the number of processes does not allow.
+The functions that train build the run, in the order of `train.py`; a deep stack of equal layers is counted at two small
+depths (see `extrapolate`). All of it changes the environment and accelerate's state: call it in a process of its own.
 """
 
 from contextlib import ExitStack
