@@ -20,8 +20,7 @@ class Forked:
     """Call `function(*arguments)` in a new process and session; has what the tests use of `subprocess.Popen`.
 
     Output goes to files, to be read when the process has ended. It ends as an interpreter does: a SystemExit becomes
-    the exit code, excepthook and atexit handlers run. What `tests.preloaded` has imported
-    has not read `env`.
+    the exit code, excepthook and atexit handlers run. Modules of `tests.preloaded` were imported without `env`.
     """
 
     def __init__(
@@ -42,9 +41,7 @@ class Forked:
 
     @property
     def returncode(self) -> int | None:
-        code = self._process.exitcode
-        assert code != _SERVER_DIED, "multiprocessing's forkserver has died"
-        return code
+        return self._process.exitcode
 
     def poll(self) -> int | None:
         return self.returncode
@@ -53,6 +50,7 @@ class Forked:
         self._process.join(timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired(self.args, timeout)
+        assert self.returncode != _SERVER_DIED, "multiprocessing's forkserver has died"
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str | None]:

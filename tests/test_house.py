@@ -7,6 +7,7 @@ from importlib import import_module
 
 import lowmem
 from tests.processes import ROOT, run
+from tests.slow import SECONDS
 
 # A module imports only from its own folder and from what stands before it here.
 ORDER = (
@@ -62,6 +63,13 @@ def test_importing_the_package_imports_no_torch():
         sys.executable, "-c", "import lowmem, sys; assert 'torch' not in sys.modules and 'fire' not in sys.modules"
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_the_slow_tests_are_few_and_each_is_one_that_exists():
+    assert len(SECONDS) <= 40
+    for node in SECONDS:
+        file, _, name = node.partition("::")
+        assert f"def {name.partition('[')[0]}(" in (ROOT / "tests" / file).read_text(), node
 
 
 def test_the_tree_is_lint_free():
