@@ -107,7 +107,7 @@ def write_peaks(folder, configs):
     (folder / f"peaks-{accelerator.process_index}").write_text(json.dumps(peaks))
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # as lowmem.distributed.sharding says
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # as lowmem.distributed.fully_sharded says
 def test_so_it_is_on_two_processes(tmp_path, own_environment):
     configs = [
         config_for(tmp_path, "llama", tier, recompute="full", **options)
