@@ -1,17 +1,23 @@
-"""Tests that `python -m pytest` leaves out, with the CPU seconds that each took; `python -m pytest -m slow` runs them.
+"""Tests that `python -m pytest` leaves out, with the seconds that each took; `python -m pytest -m slow` runs them.
 
 Each repeats a fact of a faster test at full size, under another launcher or with another model.
 """
 
 SECONDS = {
     "test_before_init.py::test_one_rank_plans_and_all_take_its_choice_or_its_refusal": 47,
+    "test_cli.py::test_a_command_whose_reader_has_gone_ends_quietly[words1]": 20,
     "test_compare.py::test_in_fp32_all_systems_have_the_same_losses": 40,
     "test_compare.py::test_two_processes_share_the_rows_of_a_step": 25,
+    "test_deepspeed.py::test_whoever_asks_for_it_gets_the_run_of_one_process[--deepspeed]": 22,
     "test_deepspeed.py::test_whoever_asks_for_it_gets_the_run_of_one_process[accelerate]": 24,
     "test_deepspeed.py::test_whoever_asks_for_it_gets_the_run_of_one_process[deepspeed]": 21,
+    "test_files.py::test_one_of_two_ranks_may_fail_at_any_operation[0-killed]": 32,
     "test_first_run.py::test_a_run_without_flags_learns_held_out_rows_and_prints_predictions": 60,
     "test_launch.py::test_every_accelerate_config_is_the_run_of_one_process[cpu]": 20,
+    "test_launch.py::test_every_accelerate_config_is_the_run_of_one_process[fsdp2_offload]": 15,
+    "test_launch.py::test_every_accelerate_config_is_the_run_of_one_process[hsdp]": 25,
     "test_launch.py::test_every_accelerate_config_is_the_run_of_one_process[multi_gpu]": 18,
+    "test_launch.py::test_every_accelerate_config_is_the_run_of_one_process[tensor_parallel]": 26,
     "test_launch.py::test_the_large_preset_is_one_training_of_two_processes": 101,
     "test_launch.py::test_two_processes_are_one_training[accelerate --config_file]": 18,
     "test_launch.py::test_two_processes_are_one_training[torch.distributed.launch]": 19,
@@ -25,6 +31,7 @@ SECONDS = {
     "test_plan.py::test_train_takes_what_fits_and_keeps_it_in_its_config": 39,
     "test_restart.py::test_a_process_manager_that_starts_the_run_again_gets_the_run_that_nobody_interrupted": 81,
     "test_restart.py::test_under_torchrun_a_killed_worker_comes_back_and_a_preempted_one_does_not": 61,
+    "test_savers.py::test_compiled_layers_train_alike_with_recompute_inside[llama]": 20,
     "test_savers.py::test_compiled_layers_train_alike_with_recompute_inside[t5]": 120,
     "test_sharding.py::test_every_strategy_is_the_run_of_one_process_in_a_part_of_its_bytes[qwen2]": 12,
     "test_sharding.py::test_every_strategy_is_the_run_of_one_process_in_a_part_of_its_bytes[t5]": 16,

@@ -68,7 +68,8 @@ def fail_at(point, fault):
 def save_failing(folder, fault, point, failing_ranks):
     """Save step 2 beside step 1, which goes once it stands."""
     accelerator = Accelerator(cpu=True)
-    accelerator.wait_for_everyone()  # rank 0 keeps the store: dead, it would end the others before they save
+    if accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()  # rank 0 keeps the store: dead, it would end the others before they save
     met = fail_at(point, fault) if accelerator.process_index in failing_ranks else []
     outcome = MET
     try:

@@ -23,7 +23,7 @@ class Quarantine:
         if error in self._taken:
             return
         if len(self._taken) >= self.limit:
-            where = f" (the others are in {self.path})" if self.path and self.limit else ""
+            where = f", the others are in {self.path}" if self.path and self.limit else ""
             what = f"{error}. Bad rows are skipped, but there are more than {self.limit} of them{where}"
             raise RowError(f"{what}: fix them, or set --max_bad_rows higher") from bad.error
         self._taken.add(error)
