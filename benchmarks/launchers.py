@@ -111,6 +111,7 @@ def run_rank() -> None:
             "check_model": "model",
             "open_stream": "rows",
             "fitting_step": "first step",
+            "deepspeed_step": "first step",
         }
         for name, phase in phases.items():
             setattr(loop, name, marked(phase, getattr(loop, name)))
