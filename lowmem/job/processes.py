@@ -69,18 +69,20 @@ def die_with_launcher() -> None:
     if os.getppid() != launcher:  # it died in between
         os.kill(os.getpid(), signal.SIGTERM)
     if "CROSS_SIZE" in os.environ:
-        Thread(target=_die_with_deepspeed, args=(launcher,), daemon=True, name="lowmem-launcher").start()
+        _die_with_deepspeed(launcher)
 
 
 def _die_with_deepspeed(launcher: int) -> None:
     """As `die_with_launcher`, of `deepspeed`, whose end does not end the launcher that it started."""
-    command = None
+
+    def watch(command: int) -> None:
+        with suppress(psutil.Error):
+            while psutil.Process(launcher).ppid() == command:
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
     with suppress(psutil.Error):
         if parent := psutil.Process(launcher).parent():
             program, *words = parent.cmdline()
             if "python" in Path(program).name and any("deepspeed" in word for word in words[:3]):  # not a shell
-                command = parent.pid
-                while psutil.Process(launcher).ppid() == command:
-                    time.sleep(_SECONDS_BETWEEN_LOOKS)
-    if command is not None:
-        os.kill(os.getpid(), signal.SIGTERM)
+                Thread(target=watch, args=(parent.pid,), daemon=True, name="lowmem-launcher").start()
