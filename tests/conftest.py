@@ -1,5 +1,7 @@
 """Every test runs at one thread: its models are tiny, and bits are promised at a fixed number of threads."""
 
+import gc
+
 import pytest
 import torch
 
@@ -12,6 +14,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.removeprefix("tests/") in SECONDS:
             item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # or every full collection in a test would go through all that was imported
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

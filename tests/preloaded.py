@@ -1,6 +1,7 @@
 """What an interpreter loads before processes are forked from it: see tests/forkserver.py."""
 
 # ruff: noqa: F401
+import gc
 import os
 
 # libraries read these at import; and CUDA, once it is initialized, does not survive a fork
@@ -13,3 +14,6 @@ import transformers.models.t5.modeling_t5
 import lowmem.cli
 import lowmem.plan.command
 import lowmem.train
+
+# or every full collection in a fork would go through them, and copy their pages
+gc.freeze()
