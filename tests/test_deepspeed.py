@@ -102,7 +102,7 @@ def told_of(state, family, loss, folder, accelerator):
     encode = ENCODERS[family](ByT5Tokenizer(), max_seq_len=64)
     batches = open_eval(held_out, encode, batch_size=2, collate=collate_of(family), **places)
     told["evaluation"] = evaluate(state.model, batches, LOSSES[loss], accelerator)
-    told["answers"] = generate(state.model, ByT5Tokenizer(), batches, accelerator, max_new_tokens=6)
+    told["answers"] = generate(state.model, ByT5Tokenizer(), batches, accelerator, max_new_tokens=3)
     told["bytes"] = bytes_of_state(state.optimizer)
     told["weights"] = sum(x.numel() for x in state.model.parameters())
     save_model(state.model, folder / f"{family} {loss}")
