@@ -81,7 +81,7 @@ def rows_at(
 ) -> np.ndarray:
     """Row numbers (int64, shape (stop - start,)) at the positions [start, stop). Every epoch holds each row once."""
     if groups.num_rows == 0:
-        raise ValueError("an order over no rows was asked for: give at least one row")
+        raise ValueError("there are no rows to order: give at least one row")
     pieces = [np.empty(0, np.int64)]
     while start < stop:
         epoch, first = divmod(start, groups.num_rows)

@@ -47,10 +47,10 @@ def make_optimizer(
     `slice_elements` at a time (default: by device). Raises ValueError for what a tier or optimizer cannot do.
     """
     if memory not in ("exact", "lean", "off"):
-        raise ValueError(f"memory={memory!r} was asked for, there are exact, lean and off: choose one")
+        raise ValueError(f"memory={memory!r} is unknown, there are exact, lean and off: choose one")
     names = list(OPTIMIZERS) if memory == "off" else TIERED_OPTIMIZERS
     if name not in names:
-        raise ValueError(f"optimizer {name!r} was asked for, with memory={memory} there are {', '.join(names)}")
+        raise ValueError(f"optimizer {name!r} is unknown: with memory={memory} there are {', '.join(names)}")
     is_wrapped = isinstance(model, DistributedDataParallel)
     if memory != "off" and (is_wrapped or has_gathered(model)):  # which keep the dtypes that they have seen
         found = "DDP has wrapped the model" if is_wrapped else "the sharded model has computed already"
