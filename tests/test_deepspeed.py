@@ -26,7 +26,7 @@ from lowmem.loss import LOSSES, chunked_loss, plain_loss
 from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
 from tests import runs
-from tests.forked import fork_ranks
+from tests.forked import fork_ranks, train_ranks
 from tests.models import build, qa_rows
 from tests.processes import ROOT, finish, free_port, module_command, run, started_train, train, wait_until
 
@@ -299,7 +299,7 @@ def test_what_contradicts_is_told_before_anything_is_written(config, changes, to
     if config is not None:
         values = {"zero_optimization": {"stage": 2}} | config if isinstance(config, dict) else None
         path.write_text(config if values is None else json.dumps(values))
-    result = train("train", *flags(work, "refused", deepspeed=path, **changes))
+    (result,) = train_ranks(1, "train", *flags(work, "refused", deepspeed=path, **changes))
     assert result.returncode == 2 and told in result.stderr, result.stderr
     assert not (work / "refused").exists()
 

@@ -6,7 +6,7 @@ from tests.processes import train
 
 
 def test_a_run_without_flags_learns_held_out_rows_and_prints_predictions(tmp_path):
-    result = train("train", f"--output_dir={tmp_path}", timeout=300)
+    result = train("train", f"--output_dir={tmp_path}", timeout=600)
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     matches = [record["eval_exact_match"] for record in records if "eval_exact_match" in record]

@@ -19,11 +19,6 @@ LAUNCHERS = {
     "accelerate --multi_gpu": module_command(
         "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=PORT"
     ),
-    "accelerate --config_file": module_command(
-        "accelerate.commands.launch",
-        "--config_file=accelerate_configs/cpu.yaml",
-        "--main_process_port=PORT",
-    ),
 }
 
 

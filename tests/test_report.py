@@ -1,64 +1,59 @@
 """What a run tells goes on whatever becomes of its readers and of the disk, and a resumed run repeats nothing."""
 
 import json
-import subprocess
+import os
+import resource
 import sys
+import time
 
 import pytest
 
-from lowmem.report import MetricsLog
-from tests.processes import ROOT, environment, run
-
-TELL = """
-import sys
-from lowmem.report import tell
-sys.stdin.readline()
-for line in range(3):
-    tell("x" * 10_000)
-print("goes on", file=sys.stderr, flush=True)
-"""
+from lowmem.report import MetricsLog, tell
+from tests.forkserver import Forked
+from tests.processes import ROOT, ended, environment, finish
 
 
-@pytest.mark.parametrize("errors", [subprocess.PIPE, subprocess.STDOUT])
-def test_a_reader_that_goes_does_not_end_the_run(errors):
-    process = subprocess.Popen(
-        [sys.executable, "-c", TELL],
-        cwd=ROOT,
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-    )
-    process.stdout.close()
-    with process:
-        process.stdin.write("\n")
-        process.stdin.close()
-        assert process.stderr is None or process.stderr.read() == "goes on\n"
-    assert process.returncode == 0
+def tell_to_nobody(pipe, gone, streams):
+    """Print into a pipe whose reader has gone."""
+    writer = os.open(pipe, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(writer, stream)
+    while not gone.exists():
+        time.sleep(0.01)
+    for _ in range(3):
+        tell("x" * 10_000)
+    print("goes on", file=sys.stderr, flush=True)
 
 
-FULL = """
-import resource, sys
-from pathlib import Path
-from lowmem.report import MetricsLog
-path = Path(sys.argv[1])
-log = MetricsLog(path, step=None)
-log.write({"step": 1, "loss": 1.0})
-resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, resource.RLIM_INFINITY))
-log.write({"step": 2, "loss": float("inf")})
-log.write({"step": 3, "loss": 3.0})
-if sys.argv[2] == "made":
+@pytest.mark.parametrize("streams", [(1,), (1, 2)])
+def test_a_reader_that_goes_does_not_end_the_run(streams, tmp_path):
+    pipe, gone = tmp_path / "pipe", tmp_path / "gone"
+    os.mkfifo(pipe)
+    with ended(Forked(tell_to_nobody, pipe, gone, streams, env=environment(), cwd=ROOT)) as process:
+        pipe.open().close()
+        gone.touch()
+        result = finish(process)
+    assert (result.returncode, result.stderr) == (0, "" if 2 in streams else "goes on\n")
+
+
+def write_on_a_full_disk(path, room):
+    log = MetricsLog(path, step=None)
+    log.write({"step": 1, "padding": "x" * 1000})  # so that the limit leaves room for stdout, which is a file too
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, resource.RLIM_INFINITY))
+    log.write({"step": 2, "loss": float("inf")})
+    log.write({"step": 3, "loss": 3.0})
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    log.write({"step": 4, "loss": 4.0})
-log.close()
-"""
+    if room == "made":
+        log.write({"step": 4, "loss": 4.0})
+    else:
+        log.close()
 
 
 @pytest.mark.parametrize("room", ["made", "never made"])
 def test_records_that_a_full_disk_refuses_wait_for_room(room, tmp_path):
     path = tmp_path / "metrics.jsonl"
-    result = run(sys.executable, "-c", FULL, path, room)
+    with ended(Forked(write_on_a_full_disk, path, room, env=environment(), cwd=ROOT)) as process:
+        result = finish(process)
     assert result.returncode == 0, result.stderr
     (waits, *lost) = result.stdout.splitlines()
     assert waits == f"{path} cannot be written, its records wait for room: File too large"
