@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -26,9 +27,9 @@ from lowmem.loss import LOSSES, chunked_loss, plain_loss
 from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
 from tests import runs
-from tests.forked import fork_ranks, train_ranks
+from tests.forked import fork_ranks, started_ranks, train_ranks
 from tests.models import build, qa_rows
-from tests.processes import ROOT, finish, free_port, module_command, run, started_train, train, wait_until
+from tests.processes import PROGRAM, ROOT, finish, free_port, module_command, run, run_program, train, wait_until
 
 pytest.importorskip("deepspeed")
 
@@ -260,8 +261,8 @@ def test_whoever_asks_for_it_gets_the_run_of_one_process(launcher, work):
 
 
 def test_a_run_of_one_process_that_is_preempted_tells_that_nothing_is_saved(work):
-    words = flags(work, "one", max_steps=10_000, deepspeed=work / "zero2.json", num_processes=1)
-    with started_train("train", *words) as process:
+    words = flags(work, "one", max_steps=10_000, deepspeed=work / "zero2.json")
+    with started_ranks(1, run_program, PROGRAM, "train", *words, stderr=subprocess.PIPE) as (process,):
         wait_until(lambda: (work / "one" / "metrics.jsonl").exists() and runs.steps(work, "one"), process)
         process.terminate()
         result = finish(process, timeout=60)

@@ -15,7 +15,7 @@ from tests.models import T5
 from tests.processes import started_train, train
 from tests.runs import assert_same_run, curve, steps, weights, write_files
 
-STEPS = 40
+STEPS = 30
 
 
 @pytest.fixture(scope="module")
