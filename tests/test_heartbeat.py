@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lowmem.distributed import heartbeat
 from lowmem.distributed.collectives import on_main_rank, sum_over_ranks, watch_one_another
 from tests.forked import fork_ranks, started_ranks
-from tests.processes import run, wait_until
+from tests.processes import free_port, run, wait_until
 
 LIMIT = 3.0
 
@@ -67,11 +67,12 @@ def test_an_error_on_one_rank_alone_ends_the_others_with_its_cause():
     assert [process.returncode for process in ranks] == [1, 1] and "Traceback" in outputs[1]
 
 
-def wait_long_and_end_one_after_the_other():
+def wait_long_and_end_one_after_the_other(next_port):
     limit = 1.5
     join_and_watch(limit)
     on_main_rank(lambda: time.sleep(2 * limit))  # the others wait for it in a collective
     dist.destroy_process_group()
+    os.environ["MASTER_PORT"] = next_port  # at the old one a rank might still reach the store that is closing
     rank = join_and_watch(limit)  # another group, with another heartbeat
     if rank == 0:
         time.sleep(2 * limit)  # rank 1 has ended meanwhile
@@ -81,7 +82,7 @@ def wait_long_and_end_one_after_the_other():
 
 
 def test_neither_a_long_wait_nor_an_early_end_is_silence():
-    assert fork_ranks(3, wait_long_and_end_one_after_the_other) == [0, 0, 0]
+    assert fork_ranks(3, wait_long_and_end_one_after_the_other, str(free_port())) == [0, 0, 0]
 
 
 def be_stopped_for_a_while(folder):
