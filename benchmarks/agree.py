@@ -1,9 +1,9 @@
-"""What it costs that ranks agree and watch one another: parts of an optimizer step of two processes on gloo.
+"""Measure what error agreement and the heartbeat add to an optimizer step of two processes on gloo.
 
     python benchmarks/agree.py --model=t5-small --output=benchmarks/results/agree.jsonl
     python benchmarks/agree.py --model=t5-tiny --count_syncs
 
-Writes a JSON line for each command, and a table beside it. See README.md.
+Appends a JSON line to --output, and writes a table to the .md file of the same name. See README.md.
 """
 
 import argparse
@@ -36,30 +36,30 @@ IDLE_SECONDS = 20.0
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", choices=list(shapes()), default="t5-tiny")
-    parser.add_argument("--batch_size", type=int, default=4, help="rows of a process and step")
-    parser.add_argument("--seq_len", type=int, default=128, help="tokens; for T5 each of prompt and response")
-    parser.add_argument("--steps", type=int, default=5, help="of a turn, beside those that are not timed")
-    parser.add_argument("--turns", type=int, default=4, help="with the heartbeat and without: A B A B ...")
-    parser.add_argument("--count_syncs", action="store_true", help="instead: count the host syncs of a step on a GPU")
+    parser.add_argument("--batch_size", type=int, default=4, help="rows per process and step")
+    parser.add_argument("--seq_len", type=int, default=128, help="tokens per row (T5: per prompt and response)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps per round")
+    parser.add_argument("--turns", type=int, default=4, help="interleaved rounds, each with the heartbeat and without")
+    parser.add_argument("--count_syncs", action="store_true", help="only count the host syncs of a step on a GPU")
     parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
     return parser.parse_args()
 
 
-# --- in each of the processes
+# --- in each rank
 def new_step(flags: argparse.Namespace) -> tuple[Callable[[], None], int]:
-    """A function that does one optimizer step, and how many weights the model has. No heartbeat is started."""
+    """Return a function that takes one optimizer step, and the number of weights. Start no heartbeat."""
     from accelerate import Accelerator
 
     from lowmem import TrainState, chunked_loss, load_model, make_optimizer, parallelize, train_step
 
     accelerator = Accelerator(cpu=not flags.count_syncs)
-    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     model, tokenizer = load_model(model_config=shapes()[flags.model])
     model = parallelize(model, accelerator)
     work = {"batch_size": flags.batch_size, "gradient_accumulation_steps": 1, "seq_len": flags.seq_len}
     settings = SimpleNamespace(**work, train_file=None, num_rows=flags.batch_size * WORLD_SIZE)
     rows, encode = open_work(settings, tokenizer, model.config)
-    (batches,) = islice(open_steps(settings, rows, encode, **place), 1)
+    (batches,) = islice(open_steps(settings, rows, encode, **ranks), 1)
     state = TrainState(model, make_optimizer(model, memory="off", **OPTIMIZER))
 
     def step() -> None:
@@ -69,44 +69,44 @@ def new_step(flags: argparse.Namespace) -> tuple[Callable[[], None], int]:
 
 
 def measure(flags: argparse.Namespace) -> Record:
-    """Seconds of each step with the heartbeat and without, of its two agreements, and of a watching process's CPU."""
+    """Time steps with and without the heartbeat and a step's two agreements, and measure the heartbeat's CPU use."""
     from lowmem.distributed import heartbeat
-    from lowmem.distributed.collectives import sum_over_ranks, watch_one_another
+    from lowmem.distributed.collectives import start_heartbeats, sum_over_ranks
 
     step, num_weights = new_step(flags)
     seconds: dict[str, list[list[float]]] = {"with": [], "without": []}
     for _ in range(flags.turns):
-        for name, turns in seconds.items():
+        for name, rounds in seconds.items():
             if name == "with":
-                watch_one_another(LIMIT_SECONDS)
+                start_heartbeats(LIMIT_SECONDS)
             marks = []
             for _ in range(flags.steps + WARM_UP_STEPS):
                 started = time.perf_counter()
                 step()
                 marks.append(time.perf_counter() - started)
-            turns.append(marks[WARM_UP_STEPS:])
-            heartbeat.ended()
+            rounds.append(marks[WARM_UP_STEPS:])
+            heartbeat.report_end()
     agreements = []
     for _ in range(AGREEMENTS):
         started = time.perf_counter()
-        sum_over_ranks(0, 0, 0)  # as in the beginning of a step, and after its last backward
+        sum_over_ranks(0, 0, 0)  # at the start of a step; below, after its last backward
         sum_over_ranks(0)
         agreements.append(time.perf_counter() - started)
-    idle = idle_cores()  # of gloo's threads
-    watch_one_another(LIMIT_SECONDS)
-    told = {"weights": num_weights, "seconds": seconds, "agreement_seconds": median(agreements)}
-    return told | {"heartbeat_cores": idle_cores() - idle}
+    idle = idle_cores()  # used by gloo's threads
+    start_heartbeats(LIMIT_SECONDS)
+    record = {"weights": num_weights, "seconds": seconds, "agreement_seconds": median(agreements)}
+    return record | {"heartbeat_cores": idle_cores() - idle}
 
 
 def idle_cores() -> float:
-    """CPU seconds a second of this process while its main thread sleeps."""
+    """CPU seconds that this process uses per second while its main thread sleeps."""
     before = time.process_time()
     time.sleep(IDLE_SECONDS)
     return (time.process_time() - before) / IDLE_SECONDS
 
 
 def count_syncs(flags: argparse.Namespace) -> Record:
-    """How often the host waits for the GPU within one step, as torch notices it."""
+    """Count the host syncs of one step that torch's sync debug mode reports."""
     import torch
 
     step, num_weights = new_step(flags)
@@ -132,7 +132,7 @@ def run_rank(flags: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
-# --- in the process that starts them
+# --- in the parent process
 def start(flags: argparse.Namespace) -> Record:
     world_size = 1 if flags.count_syncs else WORLD_SIZE
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
@@ -151,28 +151,28 @@ def table(records: list[Record]) -> str:
     """Markdown for the record of one command."""
     (record,) = records
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    told = [f"## {record['model']}, {record['weights']:,} weights, {record['batch_size']} rows of {record['seq_len']}"]
-    told += ["", f"    {record['command']}", ""]
-    told += [f"{record['date']}; {record['machine']['cpu']}, {record['machine']['cores']} cores; {versions}.", ""]
+    lines = [f"## {record['model']}, {record['weights']:,} weights, {record['batch_size']} rows of {record['seq_len']}"]
+    lines += ["", f"    {record['command']}", ""]
+    lines += [f"{record['date']}; {record['machine']['cpu']}, {record['machine']['cores']} cores; {versions}.", ""]
     if "syncs" in record:
-        return "\n".join([*told, f"Host syncs of one step: {record['syncs']} ({', '.join(record['places'])}).", ""])
-    with_it, without = ([s for turn in record["seconds"][name] for s in turn] for name in ("with", "without"))
+        return "\n".join([*lines, f"Host syncs of one step: {record['syncs']} ({', '.join(record['places'])}).", ""])
+    with_it, without = ([s for each in record["seconds"][name] for s in each] for name in ("with", "without"))
     pairs = zip(record["seconds"]["with"], record["seconds"]["without"], strict=True)
     slower = median(median(a) / median(b) for a, b in pairs) - 1
     step, agreement, cores = median(without), record["agreement_seconds"], record["heartbeat_cores"]
-    turns = len(record["seconds"]["with"])
-    told += [
-        f"{len(with_it)} steps each, in {turns} turns, of {WORLD_SIZE} processes at one thread; medians.",
+    rounds = len(record["seconds"]["with"])
+    lines += [
+        f"{len(with_it)} steps each in {rounds} interleaved rounds; {WORLD_SIZE} processes, one thread each; medians.",
         "",
-        "| | | of a step |",
+        "| | | share of a step |",
         "|---|---:|---:|",
         f"| a step without heartbeat | {step * 1e3:.1f} ms | |",
-        f"| a step with it | {median(with_it) * 1e3:.1f} ms | {slower:+.2%} |",
+        f"| a step with heartbeat | {median(with_it) * 1e3:.1f} ms | {slower:+.2%} |",
         f"| a step's two agreements, alone | {agreement * 1e6:.0f} us | {agreement / step:.3%} |",
-        f"| CPU time of the heartbeat, rank 0's | {cores * 1e3:.2f} ms a second | {cores:.3%} |",
+        f"| CPU time of the heartbeat on rank 0 | {cores * 1e3:.2f} ms per second | {cores:.3%} |",
         "",
     ]
-    return "\n".join(told)
+    return "\n".join(lines)
 
 
 def main() -> None:

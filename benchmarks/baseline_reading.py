@@ -1,6 +1,6 @@
-"""How others read the same files: datasets, streaming and from its copy on disk, and a table held whole.
+"""Read the same files with `datasets` (streaming, and from its cache on disk) and as one table in memory.
 
-`data.py` runs each measurement in a process of its own.
+`data.py` runs each measurement in its own process.
 """
 
 import json
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 from corpus import SEED, number_of
-from metrics import BATCH_SIZE, PLACES, Watch, disk_bytes, drawn, import_all
+from metrics import BATCH_SIZE, EPOCH_FRACTIONS, Watch, disk_bytes, drawn, import_all
 from records import Record
 
-BUFFER_SIZE = 10_000  # of datasets' shuffle
+BUFFER_SIZE = 10_000  # of the shuffle in `datasets`
 
 
 def builder(file: str) -> str:
@@ -37,11 +37,11 @@ def streaming_draw(file: str, num_drawn: int, rank: int = 0, world_size: int = 1
 
 
 def streaming_pass(file: str, folder: str, num_rows: int) -> Record:
-    """An uninterrupted epoch, as far as the limit lets it: its order, and the states that are resumed from."""
+    """Read an epoch without interruption, up to the time limit; save its row order and the states to resume from."""
     rows = open_streaming(file)
     order = np.lib.format.open_memmap(f"{folder}/order.npy", mode="w+", dtype=np.int64, shape=(num_rows,))
     order[:] = -1
-    saves = {int(num_rows * place): place for place in PLACES}
+    saves = {int(num_rows * fraction): fraction for fraction in EPOCH_FRACTIONS}
     for number, row in enumerate(rows, 1):
         order[number - 1] = number_of(row)
         if number in saves:
@@ -49,12 +49,12 @@ def streaming_pass(file: str, folder: str, num_rows: int) -> Record:
     return {}
 
 
-def streaming_resume(file: str, folder: str, place: float) -> Record:
-    """From nothing to the first batch after a saved state; how many of an epoch's rows never came, or came again."""
+def streaming_resume(file: str, folder: str, fraction: float) -> Record:
+    """Time the first batch after loading a saved state, and count the rows of the epoch lost or repeated."""
     import datasets  # noqa: F401
 
     import_all()
-    state = json.loads(Path(folder, f"{place}.json").read_text())
+    state = json.loads(Path(folder, f"{fraction}.json").read_text())
     watch = Watch()
     rows = open_streaming(file)
     rows.load_state_dict(state)
@@ -62,9 +62,9 @@ def streaming_resume(file: str, folder: str, place: float) -> Record:
     first = [number_of(row) for row in islice(iterator, BATCH_SIZE)]
     seconds = watch.seconds()
     order = np.load(f"{folder}/order.npy", mmap_mode="r")
-    position = int(len(order) * place)
+    position = int(len(order) * fraction)
     record = {"seconds": seconds, "same_rows": first == order[position : position + BATCH_SIZE].tolist()}
-    if place == max(PLACES):  # elsewhere it would take long to come to the end
+    if fraction == max(EPOCH_FRACTIONS):  # from an earlier state, reading to the end would take too long
         times = np.zeros(len(order), np.int64)
         np.add.at(times, [*order[:position], *first, *(number_of(row) for row in iterator)], 1)
         record |= {"lost_rows": int((times == 0).sum()), "repeated_rows": int((times > 1).sum())}
@@ -72,7 +72,7 @@ def streaming_resume(file: str, folder: str, place: float) -> Record:
 
 
 def open_on_disk(file: str, cache: str, rank: int = 0, world_size: int = 1):
-    """A map-style dataset in random order, as a DataLoader that accelerate prepared (and with it Trainer) reads it."""
+    """Read a map-style dataset in random order, as a DataLoader prepared by accelerate does (and so Trainer)."""
     import torch
     from accelerate.data_loader import BatchSamplerShard
     from datasets import load_dataset
@@ -104,8 +104,8 @@ def on_disk_draw(file: str, cache: str, num_drawn: int, rank: int = 0, world_siz
     return drawn(watch, (row for batch in loader for row in batch), num_drawn // world_size)
 
 
-def on_disk_resume(file: str, cache: str, place: float) -> Record:
-    """As Trainer does it: the loader's first batches are skipped."""
+def on_disk_resume(file: str, cache: str, fraction: float) -> Record:
+    """Resume as Trainer does: skip the loader's first batches."""
     import datasets  # noqa: F401
     import torch
     from accelerate import skip_first_batches
@@ -113,7 +113,7 @@ def on_disk_resume(file: str, cache: str, place: float) -> Record:
     import_all()
     watch = Watch()
     loader = open_on_disk(file, cache)
-    skipped = int(len(loader) * place)
+    skipped = int(len(loader) * fraction)
     first = [number_of(row) for row in next(iter(skip_first_batches(loader, skipped)))]
     seconds = watch.seconds()
     order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(SEED))
@@ -121,7 +121,7 @@ def on_disk_resume(file: str, cache: str, place: float) -> Record:
 
 
 def whole_draw(file: str, num_drawn: int, rank: int = 0, world_size: int = 1) -> Record:
-    """All rows in memory, read in the order of a shuffled list."""
+    """Hold all rows in memory and read them in shuffled order."""
     import random
 
     from pyarrow import parquet

@@ -1,9 +1,9 @@
-"""Saving and loading a checkpoint: seconds, bytes and host memory, of lowmem and of other ways to do it.
+"""Measure time, size and host memory of saving and loading a checkpoint, with lowmem and with other libraries.
 
     python benchmarks/checkpoint.py --folder=/tmp/checkpoints --output=benchmarks/results/checkpoint.jsonl
     python benchmarks/checkpoint.py --quick
 
-Writes a JSON line for each save and load, and a table of medians beside it. See README.md.
+Appends JSON lines to --output, and writes a table of medians to the .md file of the same name. See README.md.
 """
 
 import argparse
@@ -32,32 +32,32 @@ from lowmem.config.presets import MODEL_SHAPES
 
 LIMIT_SECONDS = 600
 
-# What no run of this shows, from the sources and documents of the versions that were measured.
+# Not measured: read in the source and documentation of the versions that were measured.
 KNOWN = {
     "lowmem": ("yes", "yes"),
     "accelerate": ("no", "weights and optimizer, not random state and rows"),
     "trainer": ("no", "weights and optimizer, not random state"),
-    "torch.save": ("no", "yours to write"),
-    "dcp": ("its .metadata comes last", "yes"),
+    "torch.save": ("no", "up to the caller"),
+    "dcp": ("its .metadata is written last", "yes"),
 }
-"""Of each system: whether a kill leaves a whole one or none, and whether another number of processes can load it."""
+"""Whether a kill during the save leaves it complete or absent, and whether another number of processes can load it."""
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    """Flags as a namespace; a mistake ends the program with exit code 2, before anything is built."""
+    """Parse the flags. A user error exits with code 2 before anything is built."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", choices=list(MODEL_SHAPES), default="t5-base")
     parser.add_argument("--systems", default=",".join(SYSTEMS), help=f"comma list of {', '.join(SYSTEMS)}")
-    parser.add_argument("--repeats", type=int, default=3, help="systems take turns: A B C A B C ...")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where model and optimizer are")
-    parser.add_argument("--folder", type=Path, help="on the disk that is to be measured; default: the temporary one")
-    parser.add_argument("--quick", action="store_true", help="t5-tiny, once: does it work")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved rounds: A B C A B C ...")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device of model and optimizer")
+    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure; default: a temporary one")
+    parser.add_argument("--quick", action="store_true", help="smoke test: t5-tiny, one round")
     parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
     flags = parser.parse_args(arguments)
     flags.systems = flags.systems.split(",")
     if unknown := [name for name in flags.systems if name not in SYSTEMS]:
-        parser.error(f"--systems has {', '.join(unknown)}: choose among {', '.join(SYSTEMS)}")
-    if flags.device == "cuda":  # one GPU is measured
+        parser.error(f"--systems has unknown names {', '.join(unknown)}: choose from {', '.join(SYSTEMS)}")
+    if flags.device == "cuda":  # measured on one GPU only
         flags.systems = [name for name in flags.systems if SYSTEMS[name].processes == 1]
     if flags.repeats < 1:
         parser.error(f"--repeats={flags.repeats} measures nothing: set 1 or more")
@@ -69,15 +69,15 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(system: str, folder: Path, flags: argparse.Namespace, *, is_load: bool) -> Record:
-    """One save into `folder`, or load from it, in fresh processes; of several ranks, the most of each number.
+    """Save into `folder` or load from it, in new processes; with several ranks, return the largest of each number.
 
-    Raises RuntimeError with the last line of what a rank told when it fails.
+    Raises RuntimeError with the last line that a failing rank printed.
     """
     settings = {"system": system, "is_load": is_load, "folder": str(folder)}
     settings |= {"device": flags.device, "shape": MODEL_SHAPES[flags.model]}
     command = [sys.executable, Path(__file__).with_name("checkpoint_systems.py"), json.dumps(settings)]
     world_size = SYSTEMS[system].processes
-    # A GPU is one: on more, Trainer would wrap the model in DataParallel.
+    # one GPU: with more, Trainer would wrap the model in DataParallel
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if flags.device == "cuda" else ""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": devices, "HF_HUB_OFFLINE": "1"}
     group = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost"}
@@ -94,16 +94,16 @@ def run(system: str, folder: Path, flags: argparse.Namespace, *, is_load: bool) 
         for rank in ranks
     ]
     try:
-        told = [process.communicate(timeout=LIMIT_SECONDS)[1] for process in processes]
+        outputs = [process.communicate(timeout=LIMIT_SECONDS)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    for process, errors in zip(processes, told, strict=True):
+    for process, errors in zip(processes, outputs, strict=True):
         if process.returncode:
             raise RuntimeError((errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
     records = [json.loads(folder.with_name(f"record-{rank}.json").read_text()) for rank in range(world_size)]
-    assert len({record["digest"] for record in records}) == 1, f"{system}: its ranks hold other weights"
+    assert len({record["digest"] for record in records}) == 1, f"{system}: the ranks hold different weights"
     numbers = [name for name in records[0] if name.endswith(("_bytes", "seconds"))]
     return records[0] | {name: max(record.get(name, 0) for record in records) for name in numbers}
 
@@ -115,13 +115,13 @@ def free_port() -> int:
 
 
 def measure(system: str, folder: Path, flags: argparse.Namespace, *, is_damaged: bool) -> Record:
-    """A save and a load of what it saved; and, once for each system, a load after a bit has been flipped."""
+    """Save and load; if `is_damaged`, load again after flipping one bit of the largest file."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     saved = run(system, folder, flags, is_load=False)
     record = {"save": saved, "disk_bytes": disk_bytes(str(folder)), "pickles": list(pickles(folder))}
     record["load"] = run(system, folder, flags, is_load=True)
-    assert record["load"]["digest"] == saved["digest"], f"{system} loaded something else than it saved"
+    assert record["load"]["digest"] == saved["digest"], f"{system} did not load what it saved"
     if is_damaged:
         flip_a_bit(max(filter(Path.is_file, folder.rglob("*")), key=lambda path: path.stat().st_size))
         try:
@@ -134,7 +134,7 @@ def measure(system: str, folder: Path, flags: argparse.Namespace, *, is_damaged:
 
 
 def flip_a_bit(path: Path) -> None:
-    """In the middle of the file, where tensors are."""
+    """Flip one bit in the middle of the file, where tensors are."""
     with open(path, "r+b") as file:
         file.seek(path.stat().st_size // 2)
         (byte,) = file.read(1)
@@ -143,7 +143,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 def pickles(folder: Path) -> Iterator[str]:
-    """Files that are pickles, or archives of torch.save, which hold one."""
+    """Yield the names of pickle files and of torch.save archives, which contain one."""
     for path in sorted(filter(Path.is_file, folder.rglob("*"))):
         with open(path, "rb") as file:
             start = file.read(2)
@@ -157,19 +157,19 @@ def _holds_pickle(path: Path) -> bool:
         return any(name.endswith("data.pkl") for name in archive.namelist())
 
 
-# --- what is told
+# --- the report
 def seconds(records: list[Record], action: str, *names: str) -> str:
-    """The median over the repeats of one system."""
+    """Median seconds over the repeats of one system."""
     return f"{median(sum(record[action][name] for name in names) for record in records):.2f}"
 
 
 def mib(records: list[Record], action: str, name: str) -> str:
-    """Memory above the run, the median; less the state that a load makes, which belongs to the run."""
+    """Median extra memory, without the optimizer state that a load creates."""
     return f"{median(record[action][name] - record[action].get('made_bytes', 0) for record in records) / MIB:,.0f}"
 
 
 def flipped_bit(records: list[Record]) -> str:
-    """What became of the one load after a bit had been flipped."""
+    """The outcome of the load after a bit was flipped."""
     return next((record["flipped_bit"].partition(":")[0] for record in records if "flipped_bit" in record), "-")
 
 
@@ -201,21 +201,21 @@ def table(records: list[Record]) -> str:
     first = records[0]
     save = first["save"]
     versions = ", ".join(f"{name} {number}" for name, number in save["versions"].items())
-    head = "| system | MB | save, s | on disk, s | save: peak, MiB | load, s | load: peak, MiB | without maps, MiB |"
+    head = "| system | MB | save, s | save + sync, s | save peak, MiB | load, s | load peak, MiB | without mmap, MiB |"
     return "\n".join(
         [
             f"## {first['model']}, AdamW",
             "",
             f"    {first['command']}",
             "",
-            f"{first['date']}; {save['machine']['cpu']}, {save['machine']['cores']} cores, 1 thread a process, model "
+            f"{first['date']}; {save['machine']['cpu']}, {save['machine']['cores']} cores, 1 thread per process, model "
             f"on {save['machine']['device']}; {versions}; medians of {first['repeats']}.",
             "",
             head,
             "|---" + "|---:" * 7 + "|",
             *(f"| {' | '.join([system, *numbers(system)])} |" for system in of),
             "",
-            "| system | a kill leaves it whole or absent | a flipped bit is | pickles in it | elastic |",
+            "| system | complete or absent after a kill | a flipped bit is | pickle files | other process count |",
             "|---" * 5 + "|",
             *(f"| {' | '.join(promises(system))} |" for system in of if SYSTEMS[system].processes == 1),
             "",
@@ -226,7 +226,7 @@ def table(records: list[Record]) -> str:
 def main() -> None:
     flags = parse_flags(sys.argv[1:])
     shown = list(sys.argv)
-    if flags.folder:  # where it is is nobody's business
+    if flags.folder:  # keep local paths out of the results
         shown = [argument.replace(str(flags.folder), "FOLDER") for argument in shown]
         flags.folder.mkdir(parents=True, exist_ok=True)
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(["python", *shown])}

@@ -1,4 +1,4 @@
-"""One save or load of one system in a process of its own (or two, as ranks), and what it took.
+"""Measure one save or load of one system, in its own process or in two as ranks.
 
 `checkpoint.py` starts `python benchmarks/checkpoint_systems.py SETTINGS` (JSON) and reads the record that this writes.
 """
@@ -27,14 +27,14 @@ VERSIONS = ("torch", "transformers", "accelerate", "safetensors")
 
 
 class Gauge:
-    """Seconds and host memory from `start`, which all ranks reach together, to `stop`."""
+    """Measure seconds and host memory from `start`, which has a barrier, to `stop`."""
 
     def __init__(self):
         self.record: Record = {}
 
     def start(self) -> None:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what the step before freed would serve the save, and not be counted
+        ctypes.CDLL(None).malloc_trim(0)  # or the save would reuse memory that the step freed, uncounted
         barrier()
         self._watch, self._ended = Watch(), threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
@@ -51,7 +51,7 @@ class Gauge:
         self.record |= self._watch.bytes()
 
     def sync(self, folder: Path) -> None:
-        """Bring to disk what the system left to the kernel; counts as seconds of its own."""
+        """Flush to disk what the system left in the page cache; timed separately."""
         started = time.perf_counter()
         for path in (*folder.rglob("*"), folder):
             descriptor = os.open(path, os.O_RDONLY)
@@ -67,9 +67,9 @@ def barrier() -> None:
         dist.barrier()
 
 
-# --- what is equal for all
+# --- the same for all systems
 def build(settings: SimpleNamespace):
-    """The model in fp32, on its device; for loading others than were saved, so that equal ones were loaded."""
+    """Build the model in fp32. A load starts from different weights, so equal weights prove that it loaded them."""
     import torch
 
     from lowmem import load_model
@@ -85,7 +85,7 @@ def adamw(model):
 
 
 def take_step(model, optimizer) -> None:
-    """One step on a short row, the same on every rank: from now on there are moments to save."""
+    """Take one step on a short row, identical on every rank, so that there are moments to save."""
     import torch
 
     ids = torch.arange(3, 35, device=next(model.parameters()).device)[None]
@@ -97,7 +97,7 @@ def take_step(model, optimizer) -> None:
 
 
 def tensors_of(model, optimizer) -> Iterator:
-    """All weights and all that the optimizer keeps for them."""
+    """Yield all weights and all tensors of optimizer state."""
     import torch
 
     for parameter in model.parameters():
@@ -108,7 +108,7 @@ def tensors_of(model, optimizer) -> Iterator:
 
 
 def digest(model, optimizer) -> str:
-    """A hash of all these tensors; it reads each byte of them once."""
+    """Hash all these tensors, reading each byte once."""
     import torch
     import xxhash
 
@@ -118,7 +118,7 @@ def digest(model, optimizer) -> str:
     return whole.hexdigest()
 
 
-# --- the systems: each saves into settings.folder between gauge.start() and gauge.stop(), or starts it and loads
+# --- the systems: each saves between gauge.start() and gauge.stop(), or calls gauge.start() and loads
 def run_lowmem(settings: SimpleNamespace, gauge: Gauge, memory: str):
     from lowmem import (
         TrainState,
@@ -161,7 +161,7 @@ def run_accelerate(settings: SimpleNamespace, gauge: Gauge):
 
 
 def run_trainer(settings: SimpleNamespace, gauge: Gauge):
-    """Trainer saves between two of its callbacks, and has loaded when it calls another one."""
+    """Trainer saves between `on_step_end` and `on_save`, and has loaded when it calls `on_train_begin`."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Loaded(Exception):
@@ -277,12 +277,12 @@ def main() -> None:
     arguments = {"memory": system.memory} if system.memory else {}
     model, optimizer = system.run(settings, gauge, **arguments)
     if settings.is_load and settings.device == "cpu":
-        digest(model, optimizer)  # part of loading: a tensor may be a map of its file, which is read when it is used
+        digest(model, optimizer)  # part of the load: a memory-mapped tensor is read only when it is used
     if settings.is_load:
         gauge.stop()
     record = {"digest": digest(model, optimizer)}
     if settings.is_load:
-        # a tier's optimizer has all of its state from the start, torch's have theirs from the first step
+        # a tier's optimizer creates its state up front, torch's optimizers in the first step
         is_made = system.memory not in ("exact", "lean") and settings.device == "cpu"
         state = sum(tensor.nbytes for tensor in tensors_of(model, optimizer))
         weights = sum(parameter.nbytes for parameter in model.parameters())

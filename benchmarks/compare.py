@@ -1,8 +1,9 @@
-"""lowmem beside what people use today: the same weights, rows, objective and schedule, each in processes of its own.
+"""Compare lowmem with other training code on the same weights, rows, objective and schedule.
 
     python benchmarks/compare.py --model=t5-small --systems=lowmem-exact,lowmem-lean,trainer --steps=6 --repeats=3
 
-Writes a JSON line for each system and repeat, and tables and a figure of medians beside it. See README.md.
+Appends a JSON line per system and repeat to --output, and writes tables (.md) and a figure (.png) of the same name.
+See README.md.
 """
 
 import argparse
@@ -20,11 +21,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from comparison import draw, table
-from launching import launch_command, run_to_its_end
+from launching import launch_command, run_to_end
 from records import Record, append
 from systems import SYSTEMS, WARM_UP_STEPS, System, encoded_rows
 
-SECONDS_A_TRAINING = 3600
+TRAINING_LIMIT_SECONDS = 3600
 
 LLAMA_56M = {
     "model_type": "llama",
@@ -41,7 +42,7 @@ LLAMA_TINY = LLAMA_56M | {"vocab_size": 384, "hidden_size": 64, "intermediate_si
 
 
 def shapes() -> dict[str, dict[str, object]]:
-    """Names of models, and their config's fields."""
+    """The fields of each model's config."""
     from lowmem.config.presets import MODEL_SHAPES
 
     # the systems would draw different dropout masks, so losses could not be compared
@@ -50,7 +51,7 @@ def shapes() -> dict[str, dict[str, object]]:
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    """Flags as a namespace; a mistake ends the program with exit code 2, before anything is built."""
+    """Parse the flags. A user error exits with code 2 before anything is built."""
 
     def positive(text: str) -> int:
         if not text.isdigit() or int(text) < 1:
@@ -58,67 +59,67 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         return int(text)
 
     def norm(text: str) -> float:
-        value = float(text)  # argparse tells of what is no number
+        value = float(text)  # argparse reports what is not a number
         if not 0 <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is neither above 0 nor 0")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0")
         return value
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", choices=list(shapes()), default="t5-tiny")
-    parser.add_argument("--batch_size", type=positive, default=4, help="rows of a micro-batch")
+    parser.add_argument("--batch_size", type=positive, default=4, help="rows per micro-batch")
     parser.add_argument("--gradient_accumulation_steps", type=positive, default=1)
-    parser.add_argument("--seq_len", type=positive, default=128, help="tokens; for T5 each of prompt and response")
+    parser.add_argument("--seq_len", type=positive, default=128, help="tokens per row (T5: per prompt and response)")
     parser.add_argument("--steps", type=positive, default=6, help=f"the first {WARM_UP_STEPS} are not timed")
-    parser.add_argument("--repeats", type=positive, default=3, help="systems take turns: A B C A B C ...")
+    parser.add_argument("--repeats", type=positive, default=3, help="interleaved rounds: A B C A B C ...")
     parser.add_argument("--train_file", help="rows with a prompt and a response; default: random tokens, no padding")
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
-    parser.add_argument("--recompute", choices=["full", "off"], default="full", help="gradient checkpointing, for all")
+    parser.add_argument("--recompute", choices=["full", "off"], default="full", help="activation checkpointing")
     parser.add_argument("--max_grad_norm", type=norm, default=1.0, help="0: no clipping")
-    parser.add_argument("--processes", type=positive, default=1, help="each takes batch_size rows of a micro-batch")
-    parser.add_argument("--threads", type=positive, help="of each process; default: the cores, shared by them")
-    parser.add_argument("--llamafactory_python", default=sys.executable, help="the interpreter that has LLaMA-Factory")
+    parser.add_argument("--processes", type=positive, default=1, help="each takes micro-batches of batch_size rows")
+    parser.add_argument("--threads", type=positive, help="per process; default: cores / processes")
+    parser.add_argument("--llamafactory_python", default=sys.executable, help="an interpreter with LLaMA-Factory")
     parser.add_argument("--systems", default="lowmem-exact,trainer", help=f"comma list of {', '.join(SYSTEMS)}")
     parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
     flags = parser.parse_args(arguments)
-    # where the rows, the results and another interpreter are is nobody's business
+    # keep local paths out of the results
     shown = vars(flags) | {"train_file": flags.train_file and f"rows{Path(flags.train_file).suffix}"}
     shown |= {"output": flags.output and flags.output.name, "llamafactory_python": None}
-    asked = [f"--{name}={value}" for name, value in shown.items() if value not in (None, parser.get_default(name))]
-    flags.command = shlex.join(["python", "benchmarks/compare.py", *asked])
+    given = [f"--{name}={value}" for name, value in shown.items() if value not in (None, parser.get_default(name))]
+    flags.command = shlex.join(["python", "benchmarks/compare.py", *given])
     flags.systems = flags.systems.split(",")
     if unknown := [system for system in flags.systems if system not in SYSTEMS]:
-        parser.error(f"--systems has {', '.join(unknown)}: choose among {', '.join(SYSTEMS)}")
+        parser.error(f"--systems has unknown names {', '.join(unknown)}: choose from {', '.join(SYSTEMS)}")
     for name in flags.systems:
         system = SYSTEMS[name]
         if system.recompute == flags.recompute == "off":
-            parser.error(f"{name} is what {system.loop} is under --recompute=off: leave it out")
+            parser.error(f"--recompute=off makes {name} the same as another system: remove it from --systems")
         if system.has_bf16_weights and flags.mixed_precision == "no":
-            parser.error(f"{name} has weights in bf16: set --mixed_precision=bf16, or leave it out")
+            parser.error(f"{name} has bf16 weights: set --mixed_precision=bf16, or remove it from --systems")
         if "release" in system.savers and (flags.gradient_accumulation_steps > 1 or flags.max_grad_norm):
             parser.error(
-                f"{name} releases gradients before all of them are there, so it neither accumulates nor clips: "
-                "set --gradient_accumulation_steps=1 --max_grad_norm=0, or leave it out"
+                f"{name} frees gradients during backward, so it can neither accumulate nor clip: "
+                "set --gradient_accumulation_steps=1 --max_grad_norm=0, or remove it from --systems"
             )
         if "release" in system.savers and flags.processes > 1:
-            parser.error(f"{name} takes one process: set --processes=1, or leave it out")
+            parser.error(f"{name} needs one process: set --processes=1, or remove it from --systems")
     if not shutil.which(flags.llamafactory_python):
-        parser.error(f"--llamafactory_python={flags.llamafactory_python} is no program")
+        parser.error(f"--llamafactory_python={flags.llamafactory_python} is not a program: set an interpreter's path")
     flags.threads = flags.threads or max(1, os.cpu_count() // flags.processes)
     if flags.steps <= WARM_UP_STEPS:
         parser.error(f"--steps={flags.steps} leaves no step to time: set more than {WARM_UP_STEPS}")
     if flags.train_file and not Path(flags.train_file).is_file():
-        parser.error(f"--train_file={flags.train_file} is no file")
+        parser.error(f"--train_file={flags.train_file} is not a file: name a parquet or JSONL file")
     if flags.output and flags.output.suffix != ".jsonl":
         parser.error(f"--output={flags.output} must end in .jsonl: a table of the same name ends in .md")
     return flags
 
 
 def start(system: str, flags: argparse.Namespace, folder: Path, **more: object) -> list[Record]:
-    """Run one system to its end in fresh processes; what each of them measured. Raises RuntimeError."""
+    """Train one system in new processes and return each process's record. Raises RuntimeError if it fails."""
     settings = {name: value for name, value in vars(flags).items() if name not in ("systems", "output", "command")}
     settings |= {"system": system, "folder": str(folder), "shape": shapes()[flags.model], "started": time.time()}
-    settings |= {"rows_a_step": rows_a_step(flags), "num_rows": flags.steps * rows_a_step(flags)} | more
-    # no more GPUs than processes: Trainer would wrap the model in DataParallel
+    settings |= {"rows_per_step": rows_per_step(flags), "num_rows": flags.steps * rows_per_step(flags)} | more
+    # no more GPUs than processes, or Trainer would wrap the model in DataParallel
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(flags.processes)))).split(",")
     environment = {"OMP_NUM_THREADS": str(flags.threads), "CUDA_VISIBLE_DEVICES": ",".join(gpus[: flags.processes])}
     if not Path("/dev/nvidiactl").exists():
@@ -126,13 +127,13 @@ def start(system: str, flags: argparse.Namespace, folder: Path, **more: object) 
     with tempfile.TemporaryDirectory(dir=folder) as output:
         settings["output"] = output
         command = [*launcher(system, flags), Path(__file__).with_name("run_system.py"), json.dumps(settings)]
-        run_to_its_end(command, seconds=SECONDS_A_TRAINING, env=os.environ | environment)
+        run_to_end(command, seconds=TRAINING_LIMIT_SECONDS, env=os.environ | environment)
         ranks = [json.loads(path.read_text()) for path in sorted(Path(output).glob("record-*.json"))]
-    assert len(ranks) == (flags.processes if system in SYSTEMS else 0), "processes trained by themselves"
+    assert len(ranks) == (flags.processes if system in SYSTEMS else 0), "the processes did not train as one group"
     return ranks
 
 
-def rows_a_step(flags: argparse.Namespace) -> int:
+def rows_per_step(flags: argparse.Namespace) -> int:
     return flags.batch_size * flags.gradient_accumulation_steps * flags.processes
 
 
@@ -153,19 +154,19 @@ def launcher(name: str, flags: argparse.Namespace) -> list[str]:
 
 
 def left_out(system: System, flags: argparse.Namespace) -> str:
-    """Why there is nothing to run, or nothing."""
+    """Why the system is left out, or an empty string."""
     if system.package:
         interpreter = flags.llamafactory_python if system.loop == "llamafactory" else sys.executable
         found = f"import sys, importlib.util as i; sys.exit(i.find_spec({system.package!r}) is None)"
         if subprocess.run([interpreter, "-c", found], check=False).returncode:
-            return f"{system.package} is not installed: benchmarks/README.md tells how"
+            return f"{system.package} is not installed: see benchmarks/README.md"
     return system.cannot(is_causal=not flags.model.startswith("t5"), processes=flags.processes)
 
 
 def compare(flags: argparse.Namespace) -> Iterator[Record]:
-    """A record for each repeat and system, in the order they ran.
+    """Yield a record per repeat and system, in the order in which they ran.
 
-    One that cannot be had is told once, as `left_out`; one that ended with an error has `failed`.
+    A system that cannot run yields one record, with `left_out`; the record of a run that failed has `failed`.
     """
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": flags.command}
     shared |= {"model": flags.model, "batch": flags.batch_size, "accumulation": flags.gradient_accumulation_steps}
@@ -189,19 +190,19 @@ def compare(flags: argparse.Namespace) -> Iterator[Record]:
                 except RuntimeError as error:
                     yield about | {"failed": str(error)}
                     continue
-                yield about | of_all(ranks)
+                yield about | merge(ranks)
 
 
 def tokens_of_steps(flags: argparse.Namespace, folder: Path) -> list[int]:
-    """Non-padding tokens of each optimizer step: the inputs, and T5's targets too (a causal model's are its inputs)."""
+    """Non-padding tokens of each optimizer step: the inputs, and for T5 the targets too."""
     kinds = ("input_ids", "labels") if flags.model.startswith("t5") else ("input_ids",)
     counts = [sum(len(row[kind]) for kind in kinds) for row in encoded_rows(str(folder))]
-    size = rows_a_step(flags)
+    size = rows_per_step(flags)
     return [sum(counts[start : start + size]) for start in range(0, len(counts), size)]
 
 
-def of_all(ranks: list[Record]) -> Record:
-    """The record of a training: the first process's, with the memory and the cores of all."""
+def merge(ranks: list[Record]) -> Record:
+    """Merge the records of all ranks: the first one's, with memory and busy cores over all ranks."""
     together = {"peak_rss_bytes": sum, "peak_rss_above_import_bytes": sum, "cores_busy": sum}
     if ranks[0]["peak_device_bytes"] is not None:
         together["peak_device_bytes"] = max
@@ -213,9 +214,9 @@ def main() -> None:
     records = []
     for record in compare(flags):
         records.append(record)
-        told = record.get("left_out") or record.get("failed") or f"{record['tokens_per_second']:.0f} tokens/s"
-        print(f"{record['system']}, repeat {record['repeat']}: {told}", file=sys.stderr)
-        if flags.output:  # each at once: others may run for an hour
+        outcome = record.get("left_out") or record.get("failed") or f"{record['tokens_per_second']:.0f} tokens/s"
+        print(f"{record['system']}, repeat {record['repeat']}: {outcome}", file=sys.stderr)
+        if flags.output:  # write now: the next run may take an hour
             draw(append(flags.output, [record], table, "compare.py"), flags.output.with_suffix(".png"))
     print(table(records))
 

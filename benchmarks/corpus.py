@@ -1,4 +1,4 @@
-"""The rows that `data.py` reads: made up, written to files of any number, and a tokenizer trained on them."""
+"""Generate the rows that `data.py` reads, write them to files of any size, and train a tokenizer on them."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ KINDS = {
     "parquet-default": (".parquet", 2**20),
     "jsonl": (".jsonl", 100_000),
 }
-"""Suffix of each kind of file, and rows that are written at a time: of parquet, a row group."""
+"""The file suffix of each kind, and the rows per write (in parquet, per row group)."""
 
 _BLOCK_ROWS = 100_000
 _NUM_WORDS = 4096
@@ -31,7 +31,7 @@ def texts(generator: np.random.Generator, num_rows: int, fewest: int, most: int)
     """A pyarrow array of texts of `fewest` to `most` words, some far more frequent than others."""
     import pyarrow as pa
 
-    # Those that end a text have no space behind them.
+    # the last word of a text has no space after it
     written = [word + b" " for word in words()] + words()
     lengths = np.array([len(word) for word in written])
     starts = np.cumsum(lengths) - lengths
@@ -40,14 +40,14 @@ def texts(generator: np.random.Generator, num_rows: int, fewest: int, most: int)
     chosen = (generator.random(ends[-1]) ** 3 * _NUM_WORDS).astype(np.int64)
     chosen[ends - 1] += _NUM_WORDS
     stops = np.cumsum(lengths[chosen])
-    places = np.arange(stops[-1]) + np.repeat(starts[chosen] - stops + lengths[chosen], lengths[chosen])
-    data = np.frombuffer(b"".join(written), np.uint8)[places]
+    indices = np.arange(stops[-1]) + np.repeat(starts[chosen] - stops + lengths[chosen], lengths[chosen])
+    data = np.frombuffer(b"".join(written), np.uint8)[indices]
     offsets = np.concatenate([[0], stops[ends - 1]]).astype(np.int32)
     return pa.StringArray.from_buffers(num_rows, pa.py_buffer(offsets), pa.py_buffer(data))
 
 
 def block(number: int):
-    """A table of _BLOCK_ROWS rows, some 75 bytes each; a prompt begins with the number of its row, for number_of."""
+    """A table of _BLOCK_ROWS rows of about 75 bytes. A prompt starts with its row number, which `number_of` reads."""
     import pyarrow as pa
     from pyarrow import compute
 
@@ -62,7 +62,7 @@ def number_of(row: dict[str, str]) -> int:
 
 
 def tables(num_rows: int, rows_each: int) -> Iterator:
-    """The first `num_rows` rows, in tables of `rows_each`: the same rows however they are cut."""
+    """Yield the first `num_rows` rows in tables of `rows_each`, which does not change the rows."""
     import pyarrow as pa
 
     rest = block(0).slice(0, 0)
@@ -76,7 +76,7 @@ def tables(num_rows: int, rows_each: int) -> Iterator:
 
 
 def generate(file: str, kind: str, num_rows: int) -> Record:
-    """Write a file of `num_rows` rows, whole or not at all, holding no more than a row group of them."""
+    """Write a file of `num_rows` rows atomically, with one row group in memory at a time."""
     from pyarrow import compute, parquet
 
     unfinished, rows_each = Path(f"{file}.unfinished"), KINDS[kind][1]
@@ -95,14 +95,14 @@ def generate(file: str, kind: str, num_rows: int) -> Record:
 
 
 def train_tokenizer(folder: str) -> Record:
-    """A byte-level BPE of 8,192 tokens, trained on the first rows; a tokenizer that `make_encode` loads."""
+    """Train a byte-level BPE of 8,192 tokens on the first rows and save it for `make_encode`."""
     table = next(tables(20_000, 20_000))
     fast_tokenizer([text for column in table.columns for text in column.to_pylist()], 8192).save_pretrained(folder)
     return {}
 
 
 def fast_tokenizer(corpus: list[str], vocab_size: int):
-    """transformers' fast tokenizer over a byte-level BPE that is trained on `corpus`; it ends texts with </s>."""
+    """Train a byte-level BPE on `corpus`; return it as a fast tokenizer of transformers that appends </s>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,8 +1,8 @@
-"""Loss curves of the memory tiers beside their references: it trains every arm on real rows, and draws and tells them.
+"""Compare loss curves of the memory tiers with those of reference optimizers, trained on real rows.
 
     python benchmarks/curves.py --train_file=rows.parquet --output=benchmarks/results/curves.jsonl
 
-Writes a JSON line for each training, and from them a figure (.png) and tables (.md) beside it. See README.md.
+Writes a JSON line per run to --output, and a figure (.png) and tables (.md) of the same name. See README.md.
 """
 
 import argparse
@@ -79,24 +79,24 @@ MODELS = {
 WEIGHT_DECAY = 0.1  # of all but biases and norms
 WARM_UP_STEPS = 20
 MAX_GRAD_NORM = 1.0
-WINDOW = 50  # steps at the start over which arms are compared, and at the end whose mean loss is a training's result
+WINDOW = 50  # compare arms over the first steps; a run's result is its mean loss over the last steps
 SMOOTHED = 10  # steps of the figure's running mean
 
 
 # --- the arms
 def half_away_from_zero(master: Tensor) -> Tensor:
-    """fp32 to bf16, with ties to the larger magnitude, as the library splits a master."""
+    """Round fp32 to bf16 with ties away from zero, as the library does when it splits a master."""
     return ((master.view(torch.int32) + 0x8000) & -0x10000).view(torch.float32).to(torch.bfloat16)
 
 
 def half_to_even(master: Tensor) -> Tensor:
-    """fp32 to bf16 as torch converts."""
+    """Round fp32 to bf16 with ties to even, as torch does."""
     return master.to(torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: a tier of the library, or, with `rounding`, a reference that shares only its forward."""
+    """One way to train: a memory tier or, with `rounding`, a reference that shares only the forward pass."""
 
     memory: str = "off"
     """The library's tier; a reference has none."""
@@ -105,12 +105,12 @@ class Arm:
     """Times --learning_rate."""
     mixed_precision: str = "no"
     weights: torch.dtype = torch.float32
-    """What the initial weights are turned into before the optimizer sees them."""
+    """The dtype to which the initial weights are converted."""
     rounding: Callable[[Tensor], Tensor] | None = None
-    """From the fp32 masters of a reference to the weights of its bf16 model."""
+    """Rounds the fp32 masters of a reference to the weights of its bf16 model."""
 
 
-CONTROL = "bf16-weights"  # neither master nor stochastic rounding: its curve must be seen to be another one
+CONTROL = "bf16-weights"  # neither master nor stochastic rounding: its curve must differ visibly
 ARMS = {
     "exact": Arm(memory="exact"),
     "reference": Arm(rounding=half_away_from_zero),
@@ -118,20 +118,20 @@ ARMS = {
     "autocast": Arm(memory="off", mixed_precision="bf16"),
     "lean": Arm(memory="lean"),
     CONTROL: Arm(memory="off", weights=torch.bfloat16),
-    # its learning rate is relative to each weight's magnitude
+    # Adafactor's learning rate is relative to each weight's magnitude
     "exact-adafactor": Arm(memory="exact", optimizer="adafactor", learning_rate=10.0),
     "reference-adafactor": Arm(optimizer="adafactor", learning_rate=10.0, rounding=half_away_from_zero),
 }
 SAME_ARITHMETIC = [
     ("exact", "reference"),
-    ("reference-to-even", "reference"),  # not the same: what one rounding of ties changes, as a measure for the others
+    ("reference-to-even", "reference"),  # not equal: shows how much another rounding of ties changes
     ("exact-adafactor", "reference-adafactor"),
 ]
 SAME_CURVE = [("exact", "autocast"), ("lean", "exact"), ("lean", "autocast"), (CONTROL, "exact")]
 
 
 def library_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed: int) -> TakeStep:
-    """The library's own step with one of its tiers."""
+    """Return a step that calls `train_step` with a memory tier."""
     optimizer = make_optimizer(model, name=arm.optimizer, memory=arm.memory, weight_decay=WEIGHT_DECAY)
     state = TrainState(model, optimizer, seed=seed)
 
@@ -146,10 +146,10 @@ def library_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed: 
 
 
 def reference_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed: int) -> TakeStep:
-    """What the exact tier claims to equal, in torch's own parts: whole fp32 masters beside the bf16 model.
+    """Return the step that the exact tier must equal, in plain torch: fp32 masters next to a bf16 model.
 
-    Each micro-batch's bf16 gradients are added up in fp32, the sums clipped and given to torch's optimizer over the
-    masters; then the weights of the bf16 model are the rounded masters.
+    It sums the bf16 gradients of the micro-batches in fp32, clips the sums and updates the masters with torch's
+    optimizer. The weights of the bf16 model become the rounded masters.
     """
     weights = list(model.parameters())
     masters = [weight.detach().clone() for weight in weights]
@@ -179,7 +179,7 @@ def reference_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed
             for weight, master in zip(weights, masters, strict=True):
                 gradient, weight.grad = weight.grad.float(), None
                 master.grad = gradient if master.grad is None else master.grad + gradient
-        # clip_grad_norm_ takes the norms of all tensors at once, adding up in another order: the last bit may differ
+        # clip_grad_norm_ adds up in another order, so the last bit of its norm may differ
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(master.grad) for master in masters]))
         clip_grads_with_norm_(masters, MAX_GRAD_NORM, norm)
         for group in optimizer.param_groups:
@@ -193,16 +193,16 @@ def reference_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed
     return take_step
 
 
-# --- one training
+# --- one run
 def train(name: str, model_name: str, seed: int, flags: argparse.Namespace) -> Record:
-    """Train one arm from the weights and on the order of rows that `seed` draws, alike for every arm."""
+    """Train one arm. `seed` draws the initial weights and the order of rows, identically for every arm."""
     arm = ARMS[name]
-    AcceleratorState._reset_state(reset_partial_state=True)  # one process, one precision, if not for this
+    AcceleratorState._reset_state(reset_partial_state=True)  # otherwise the precision of the first arm stays
     accelerator = init_distributed(mixed_precision=arm.mixed_precision)
     torch.manual_seed(seed)
     model, tokenizer = load_model(model_config=MODELS[model_name])
     model = parallelize(model, accelerator)
-    for weight in model.parameters():  # not `model.to`: it would round the position table too
+    for weight in model.parameters():  # not `model.to`, which would also round the position table
         weight.data = weight.data.to(arm.weights)
     encode = make_encoder(tokenizer, is_encoder_decoder=model.config.is_encoder_decoder, max_seq_len=flags.max_seq_len)
     stream = open_stream(
@@ -225,23 +225,23 @@ def train(name: str, model_name: str, seed: int, flags: argparse.Namespace) -> R
         losses.append(take_step(step, batches, schedule(step)).item())
         marks.append(time.perf_counter())
     return {
-        "loss": [float(str(np.float32(loss))) for loss in losses],  # the fewest digits that name an fp32 number
+        "loss": [float(str(np.float32(loss))) for loss in losses],  # the shortest digits that identify an fp32 number
         "weights": digest(model),
         "seconds_per_step": median(after - before for before, after in zip(marks, marks[1:], strict=False)),
     }
 
 
 def digest(model: nn.Module) -> str:
-    """A hash of all weights, bit for bit."""
+    """Hash the bytes of all weights."""
     state = blake2b(digest_size=8)
     for weight in model.parameters():
         state.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
     return state.hexdigest()
 
 
-# --- what is told
+# --- the report
 def losses_of(records: list[Record], model: str, arm: str) -> np.ndarray:
-    """Shape (seeds, steps), seeds in order."""
+    """Losses of shape (seeds, steps), in order of seeds."""
     chosen = [record for record in records if (record["model"], record["arm"]) == (model, arm)]
     return np.array([record["loss"] for record in sorted(chosen, key=lambda record: record["seed"])])
 
@@ -252,7 +252,7 @@ def last_losses(records: list[Record], model: str, arm: str) -> list[float]:
 
 
 def arithmetic_table(records: list[Record], model: str) -> list[str]:
-    """Arms that should take the very same steps: how far their losses and final weights are from each other."""
+    """Compare arms that should take identical steps: their losses and final weights."""
     compared = pairs(records, model, SAME_ARITHMETIC)
     if not compared:
         return []
@@ -299,7 +299,7 @@ def result_table(records: list[Record], model: str) -> list[str]:
 
 
 def curve_table(records: list[Record], model: str) -> list[str]:
-    """Arms that should learn alike: the difference of their results, beside what another seed changes."""
+    """Compare arms that should learn equally well: the difference of their results, and the spread over seeds."""
     compared = pairs(records, model, SAME_CURVE)
     if not compared:
         return []
@@ -320,7 +320,7 @@ def curve_table(records: list[Record], model: str) -> list[str]:
 
 
 def pairs(records: list[Record], model: str, wanted: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Those of which both arms were trained."""
+    """The pairs with both arms trained."""
     return [pair for pair in wanted if all(len(losses_of(records, model, arm)) for arm in pair)]
 
 
@@ -330,8 +330,8 @@ def deviation(values: list[float]) -> float:
 
 def tables(records: list[Record], settings: dict[str, object], command: str) -> str:
     """Markdown: what ran, and three tables for each model."""
-    told = ", ".join(f"{name} {value}" for name, value in settings.items())
-    lines = ["# Loss curves", "", "Generated by benchmarks/curves.py.", "", f"    {command}", "", f"{told}.", ""]
+    description = ", ".join(f"{name} {value}" for name, value in settings.items())
+    lines = ["# Loss curves", "", "Generated by benchmarks/curves.py.", "", f"    {command}", "", f"{description}.", ""]
     for model in dict.fromkeys(record["model"] for record in records):
         lines += [f"## {model}", ""]
         for table in (arithmetic_table, result_table, curve_table):
@@ -340,9 +340,9 @@ def tables(records: list[Record], settings: dict[str, object], command: str) -> 
 
 
 def draw(records: list[Record], path: Path) -> None:
-    """For each model, on the left the curves, on the right the differences of arms that should learn alike.
+    """Draw, for each model, the loss curves on the left and the differences of arms on the right.
 
-    Lines are means over seeds, bands one standard deviation; the grey one is that of the first arm's own loss.
+    Lines are means over seeds and bands one standard deviation; the grey band is that of the first arm's own loss.
     """
     import matplotlib
 
@@ -392,7 +392,7 @@ def draw(records: list[Record], path: Path) -> None:
 
 # --- the command
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    """Flags as a namespace; a mistake ends the program with exit code 2."""
+    """Parse the flags. A user error exits with code 2."""
 
     def positive(text: str) -> int:
         if not text.isdigit() or int(text) < 1:
@@ -403,7 +403,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         def parse(text: str) -> list[str]:
             names = text.split(",")
             if unknown := [name for name in names if name not in known]:
-                raise argparse.ArgumentTypeError(f"there is no {', '.join(unknown)}: choose among {', '.join(known)}")
+                raise argparse.ArgumentTypeError(f"unknown name {', '.join(unknown)}: choose from {', '.join(known)}")
             return names
 
         return parse
@@ -415,37 +415,37 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--arms", type=names_of(ARMS), default=list(ARMS), help=", ".join(ARMS))
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--steps", type=positive, default=300)
-    parser.add_argument("--batch_size", type=positive, default=8, help="rows of a micro-batch")
+    parser.add_argument("--batch_size", type=positive, default=8, help="rows per micro-batch")
     parser.add_argument("--gradient_accumulation_steps", type=positive, default=2)
     parser.add_argument("--max_seq_len", type=positive, default=128)
-    parser.add_argument("--learning_rate", type=float, default=2e-3, help="the peak, after the warm-up")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak, after the warm-up")
     parser.add_argument("--threads", type=positive, default=os.cpu_count())
     flags = parser.parse_args(arguments)
     if flags.output.suffix != ".jsonl":
         parser.error(f"--output={flags.output} must end in .jsonl: figure and tables get the same name")
     if not Path(flags.train_file).is_file():
-        parser.error(f"--train_file={flags.train_file} is no file")
+        parser.error(f"--train_file={flags.train_file} is not a file: name a parquet or JSONL file")
     if flags.steps < 2:
-        parser.error(f"--steps={flags.steps} leaves nothing to time: set at least 2")
+        parser.error(f"--steps={flags.steps} leaves no step to time: set at least 2")
     return flags
 
 
 def main() -> None:
     flags = parse_flags(sys.argv[1:])
     torch.set_num_threads(flags.threads)
-    told = ("steps", "batch_size", "gradient_accumulation_steps", "max_seq_len", "learning_rate", "threads")
-    settings = {name: getattr(flags, name) for name in told}
+    names = ("steps", "batch_size", "gradient_accumulation_steps", "max_seq_len", "learning_rate", "threads")
+    settings = {name: getattr(flags, name) for name in names}
     rows = Path(flags.train_file).read_bytes()
-    settings |= {"rows": blake2b(rows, digest_size=8).hexdigest()}  # where they are is nobody's business
+    settings |= {"rows": blake2b(rows, digest_size=8).hexdigest()}  # a hash, to keep local paths out of the results
     settings |= {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     settings |= {name: version(name) for name in ("torch", "transformers", "accelerate")}
     flags.output.parent.mkdir(parents=True, exist_ok=True)
-    # One that was broken off goes on: a training is deterministic, and what was trained with these settings stands.
+    # An interrupted command continues: training is deterministic, so it skips the runs recorded with these settings.
     lines = flags.output.read_text().splitlines() if flags.output.exists() else []
     records = [record for record in map(json.loads, lines) if record["settings"] == settings]
     done = {(record["model"], record["seed"], record["arm"]) for record in records}
-    trainings = [(m, s, a) for m in flags.models for s in range(flags.seeds) for a in flags.arms]
-    for number, (model, seed, arm) in enumerate(trainings, 1):
+    runs = [(m, s, a) for m in flags.models for s in range(flags.seeds) for a in flags.arms]
+    for number, (model, seed, arm) in enumerate(runs, 1):
         if (model, seed, arm) in done:
             continue
         record = {"model": model, "arm": arm, "seed": seed, "settings": settings, **train(arm, model, seed, flags)}
@@ -454,16 +454,16 @@ def main() -> None:
         records.append(record)
         result = fmean(record["loss"][-WINDOW:])
         print(
-            f"{number} of {len(trainings)}: {model}, seed {seed}, {arm}: {result:.4f}, "
+            f"{number} of {len(runs)}: {model}, seed {seed}, {arm}: {result:.4f}, "
             f"{record['seconds_per_step']:.3f} s/step",
             file=sys.stderr,
         )
-    told = [record for record in records if (record["model"], record["seed"], record["arm"]) in trainings]
-    told.sort(key=lambda record: trainings.index((record["model"], record["seed"], record["arm"])))
+    chosen = [record for record in records if (record["model"], record["seed"], record["arm"]) in runs]
+    chosen.sort(key=lambda record: runs.index((record["model"], record["seed"], record["arm"])))
     shown = [argument.replace(flags.train_file, f"rows{Path(flags.train_file).suffix}") for argument in sys.argv]
-    text = tables(told, settings, command=shlex.join(["python", *shown]))
+    text = tables(chosen, settings, command=shlex.join(["python", *shown]))
     flags.output.with_suffix(".md").write_text(text)
-    draw(told, flags.output.with_suffix(".png"))
+    draw(chosen, flags.output.with_suffix(".png"))
     print(text)
 
 

@@ -1,9 +1,9 @@
-"""Reading ten million rows: start, memory, speed, resume and shuffle, of lowmem and of other ways to read them.
+"""Measure reading ten million rows with lowmem and with other libraries: start, memory, speed, resume and shuffle.
 
     python benchmarks/data.py --folder=/tmp/rows --output=benchmarks/results/data.jsonl
     python benchmarks/data.py --quick
 
-Writes a JSON line for each measurement, and tables beside it. See README.md.
+Appends a JSON line per measurement to --output, and writes tables to the .md file of the same name. See README.md.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from baseline_reading import (
 )
 from corpus import KINDS, generate, train_tokenizer
 from lowmem_reading import lowmem_draw, lowmem_once, lowmem_resume, lowmem_rows, lowmem_wait
-from metrics import BATCH_SIZE, PLACES, quality
+from metrics import BATCH_SIZE, EPOCH_FRACTIONS, quality
 from records import MIB, Record, append
 from systems import machine
 
@@ -44,9 +44,9 @@ VERSIONS = ("torch", "transformers", "tokenizers", "pyarrow", "datasets")
 
 # --- processes
 def run_all(calls: list[tuple[Callable, dict[str, object]]], folder: Path, limit: float | None) -> list[Record] | None:
-    """Records of functions, each in a process of its own, all at once; None if one is over the limit.
+    """Call functions at the same time, each in its own process; return their records, or None if one exceeds the limit.
 
-    `main` finds them by name among those that this file imports. What they keep beside the files is in `folder`.
+    `main` finds a function by name among this file's imports. `folder` holds the caches that the functions write.
     Raises RuntimeError if one fails.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -71,12 +71,12 @@ def run_all(calls: list[tuple[Callable, dict[str, object]]], folder: Path, limit
             process.kill()
             process.wait()
     if failed := [process.args[3:] for process in processes if process.returncode]:
-        raise RuntimeError(f"{failed} ended with an error, told above")
+        raise RuntimeError(f"{failed} failed with the error printed above")
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
 class Session:
-    """The records of one command, and the folder that it works in."""
+    """The records of one command and its working folder."""
 
     def __init__(self, flags: argparse.Namespace, folder: Path, command: str):
         self.flags, self.folder, self.records = flags, folder, []
@@ -93,12 +93,13 @@ class Session:
     def measure(
         self, what: str, system: str, kind: str, num_rows: int, function: Callable, processes: int = 1, **arguments
     ) -> None:
-        """Run, tell and keep one measurement; with several processes each is a rank, and the worst of each counts."""
+        """Run, print and record one measurement. Several processes are ranks; the record has the worst values."""
         arguments = {"file": str(self.file(kind, num_rows)), **arguments}
         ranks = [{"rank": rank, "world_size": processes} for rank in range(processes)] if processes > 1 else [{}]
         found = self.run([(function, arguments | rank) for rank in ranks], self.flags.limit_seconds)
-        told = {name: value for name, value in arguments.items() if name in ("encoder", "place", "prefetch")}
-        record = {"what": what, "system": system, "kind": kind, "rows": num_rows, "processes": processes, **told}
+        names = {"encoder": "encoder", "fraction": "place", "prefetch": "prefetch"}
+        shown = {names[name]: value for name, value in arguments.items() if name in names}
+        record = {"what": what, "system": system, "kind": kind, "rows": num_rows, "processes": processes, **shown}
         if found is None:
             record["over_limit_seconds"] = self.flags.limit_seconds
         else:
@@ -106,14 +107,14 @@ class Session:
         print(", ".join(f"{value:.4g}" if type(value) is float else str(value) for value in record.values()))
         record |= {"file_bytes": self.file(kind, num_rows).stat().st_size} | self._shared
         self.records.append(record)
-        if self.flags.output:  # at once: a run that is stopped has measured what it has
+        if self.flags.output:  # write now, so that an interrupted command keeps its measurements
             append(self.flags.output, [record], table, "data.py")
 
 
 def measure_all(session: Session) -> None:
     flags = session.flags
     sizes = [flags.rows] if flags.quick else [flags.rows // 10, flags.rows]
-    places = [0.5] if flags.quick else list(PLACES)
+    fractions = [0.5] if flags.quick else list(EPOCH_FRACTIONS)
     for kind in flags.kinds:
         for num_rows in sizes:
             file = session.file(kind, num_rows)
@@ -127,55 +128,55 @@ def measure_all(session: Session) -> None:
             count = num_rows // 10 if flags.quick else min(300_000, num_rows // 2)
             for system in flags.systems:
                 measure_system, kinds = SYSTEMS[system]
-                is_left_out = flags.quick and system != "lowmem" and kind != flags.kinds[0]
-                if kind in kinds and not is_left_out:
+                is_skipped = flags.quick and system != "lowmem" and kind != flags.kinds[0]
+                if kind in kinds and not is_skipped:
                     measure = partial(session.measure, system=system, kind=kind, num_rows=num_rows)
-                    measure_system(session, measure, count, places)
+                    measure_system(session, measure, count, fractions)
     for prefetch in (2, 0):
         arguments = {"prefetch": prefetch, "num_steps": 12 if flags.quick else 100}
         session.measure("wait", "lowmem", flags.kinds[0], sizes[-1], lowmem_wait, **arguments)
 
 
-def measure_lowmem(session: Session, measure: Callable, count: int, places: list[float]) -> None:
+def measure_lowmem(session: Session, measure: Callable, count: int, fractions: list[float]) -> None:
     folder = str(session.folder)
     measure("once", function=lowmem_once, cache=f"{folder}/lowmem-cache")
     measure("draw", function=lowmem_rows, num_drawn=count)
     draws = [("number", 1, count), ("bpe", 1, count), ("byt5", 1, count // 5), ("bpe", 3, count)]
     for encoder, processes, num_drawn in draws[::3] if session.flags.quick else draws:
-        arguments = {"num_drawn": num_drawn, "elsewhere": num_drawn // 6, "encoder": encoder, "folder": folder}
+        arguments = {"num_drawn": num_drawn, "num_later": num_drawn // 6, "encoder": encoder, "folder": folder}
         measure("draw", function=lowmem_draw, processes=processes, **arguments)
-    for place in [1.5] if session.flags.quick else [*places, 1.5]:
-        measure("resume", function=lowmem_resume, folder=folder, place=place)
+    for fraction in [1.5] if session.flags.quick else [*fractions, 1.5]:
+        measure("resume", function=lowmem_resume, folder=folder, fraction=fraction)
     for order in ("uniform", "lowmem"):
         measure("shuffle", system=order, function=quality, order_of=order)
 
 
-def measure_streaming(session: Session, measure: Callable, count: int, places: list[float]) -> None:
+def measure_streaming(session: Session, measure: Callable, count: int, fractions: list[float]) -> None:
     folder = str(session.folder)
     for processes in session.process_counts:
         measure("draw", function=streaming_draw, processes=processes, num_drawn=count)
-    saved = {place: Path(folder, f"{place}.json") for place in PLACES}
-    for path in saved.values():  # of another file
+    saved = {fraction: Path(folder, f"{fraction}.json") for fraction in EPOCH_FRACTIONS}
+    for path in saved.values():  # of the previous file
         path.unlink(missing_ok=True)
     kind, num_rows = (measure.keywords[name] for name in ("kind", "num_rows"))
     arguments = {"file": str(session.file(kind, num_rows)), "folder": folder, "num_rows": num_rows}
     session.run([(streaming_pass, arguments)], 5 * session.flags.limit_seconds)
-    for place in places:
-        if saved[place].exists():
-            measure("resume", function=streaming_resume, place=place, folder=folder)
+    for fraction in fractions:
+        if saved[fraction].exists():
+            measure("resume", function=streaming_resume, fraction=fraction, folder=folder)
     measure("shuffle", function=quality, order_of=f"{folder}/order.npy")
 
 
-def measure_on_disk(session: Session, measure: Callable, count: int, places: list[float]) -> None:
+def measure_on_disk(session: Session, measure: Callable, count: int, fractions: list[float]) -> None:
     cache = {"cache": str(session.folder / "datasets-cache")}
     measure("once", function=on_disk_once, **cache)
     for processes in session.process_counts:
         measure("draw", function=on_disk_draw, processes=processes, num_drawn=count, **cache)
-    for place in places:
-        measure("resume", function=on_disk_resume, place=place, **cache)
+    for fraction in fractions:
+        measure("resume", function=on_disk_resume, fraction=fraction, **cache)
 
 
-def measure_whole(session: Session, measure: Callable, count: int, places: list[float]) -> None:
+def measure_whole(session: Session, measure: Callable, count: int, fractions: list[float]) -> None:
     for processes in session.process_counts:
         measure("draw", function=whole_draw, processes=processes, num_drawn=count)
 
@@ -186,23 +187,23 @@ SYSTEMS = {
     "datasets on disk": (measure_on_disk, set(KINDS)),
     "table whole": (measure_whole, {"parquet-100k", "parquet-default"}),
 }
-"""How each is measured, and on which kinds of files."""
+"""How each system is measured, and the kinds of files that it reads."""
 
 
-# --- what is told
+# --- the report
 def grid(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a table whose columns of text (its head ends in ":") are on the left."""
+    """Lines of a Markdown table. A column whose head ends in ":" holds text and is left-aligned."""
     marks = ["---" if name.endswith(":") else "---:" for name in head]
     return [f"| {' | '.join(line)} |" for line in ([name.removesuffix(":") for name in head], marks, *rows)]
 
 
 def markdown(title: str, head: list[str], rows: list[list[str]]) -> list[str]:
-    """A table below its title; nothing if it has no rows."""
+    """A table with a title, or no lines if the table has no rows."""
     return [f"### {title}", "", *grid(head, rows), ""] if rows else []
 
 
-def told(record: Record | None, name: str, form: str = ",.0f", unit: float = 1) -> str:
-    """A record's value; "-" where it has none, and that it was over the limit."""
+def cell(record: Record | None, name: str, form: str = ",.0f", unit: float = 1) -> str:
+    """Format a record's value: "-" if it has none, "> N s" if the measurement exceeded its limit."""
     if record is None or name not in record and "over_limit_seconds" not in record:
         return "-"
     return f"{record[name] / unit:{form}}" if name in record else f"> {record['over_limit_seconds']:.0f} s"
@@ -212,14 +213,14 @@ def once_table(records: list[Record]) -> list[str]:
     head = ["system:", "file:", "rows", "file, MB", "seconds", "MB/s", "peak RSS, MiB", "on disk, MB"]
     rows = [
         [
-            *(record["system"], record["kind"], f"{record['rows']:,}", told(record, "file_bytes", unit=1e6)),
-            *(told(record, "seconds", ".1f"), f"{record['file_bytes'] / 1e6 / record.get('seconds', np.nan):,.0f}"),
-            *(told(record, "peak_bytes", unit=MIB), told(record, "disk_bytes", unit=1e6)),
+            *(record["system"], record["kind"], f"{record['rows']:,}", cell(record, "file_bytes", unit=1e6)),
+            *(cell(record, "seconds", ".1f"), f"{record['file_bytes'] / 1e6 / record.get('seconds', np.nan):,.0f}"),
+            *(cell(record, "peak_bytes", unit=MIB), cell(record, "disk_bytes", unit=1e6)),
         ]
         for record in records
         if record["what"] == "once"
     ]
-    return markdown("Once for each file: what is made of it", head, rows)
+    return markdown("Once per file: building the index or the copy", head, rows)
 
 
 def draw_table(records: list[Record]) -> list[str]:
@@ -227,9 +228,9 @@ def draw_table(records: list[Record]) -> list[str]:
     rows = [
         [
             *(record["system"], record["kind"], f"{record['rows']:,}", record.get("encoder", "-")),
-            *(str(record["processes"]), told(record, "start_seconds", ".2f")),
-            *(told(record, f"{name}_bytes", unit=MIB) for name in ("anonymous", "resident", "peak")),
-            *(told(record, "rows_per_second"), told(record, "tokens_per_second")),
+            *(str(record["processes"]), cell(record, "start_seconds", ".2f")),
+            *(cell(record, f"{name}_bytes", unit=MIB) for name in ("anonymous", "resident", "peak")),
+            *(cell(record, "rows_per_second"), cell(record, "tokens_per_second")),
         ]
         for record in records
         if record["what"] == "draw"
@@ -239,50 +240,50 @@ def draw_table(records: list[Record]) -> list[str]:
 
 def resume_table(records: list[Record]) -> list[str]:
     records = [record for record in records if record["what"] == "resume"]
-    places = sorted({record["place"] for record in records})
+    fractions = sorted({record["place"] for record in records})
     found: dict[tuple, dict[float, Record]] = {}
     for record in records:
         found.setdefault((record["system"], record["kind"], f"{record['rows']:,}"), {})[record["place"]] = record
 
-    def goes_on(of: dict[float, Record]) -> str:
+    def continues(of: dict[float, Record]) -> str:
         same = [record["same_rows"] for record in of.values() if "same_rows" in record]
         return "yes" if same and all(same) else "no" if same else "-"
 
     rows = [
         [
             *key,
-            *(told(of.get(place), "seconds", ".2f") for place in places),
-            goes_on(of),
-            *(told(of.get(max(PLACES)), name) for name in ("lost_rows", "repeated_rows")),
+            *(cell(of.get(fraction), "seconds", ".2f") for fraction in fractions),
+            continues(of),
+            *(cell(of.get(max(EPOCH_FRACTIONS)), name) for name in ("lost_rows", "repeated_rows")),
         ]
         for key, of in found.items()
     ]
-    head = ["system:", "file:", "rows", *(f"at {place:.0%}, s" for place in places), "same rows as uninterrupted:"]
-    return markdown("Resume: from nothing to the first batch", [*head, "rows lost", "rows repeated"], rows)
+    head = ["system:", "file:", "rows", *(f"at {each:.0%}, s" for each in fractions), "same rows as uninterrupted:"]
+    return markdown("Resume: from imports done to the first batch", [*head, "rows lost", "rows repeated"], rows)
 
 
 def shuffle_table(records: list[Record]) -> list[str]:
     head = ["order:", "file:", "rows", "groups", "mean displacement / rows"]
     rows = [
         [
-            *(record["system"], record["kind"], f"{record['rows']:,}", told(record, "groups")),
-            *(told(record, "displacement", ".3f"), told(record, "distinct_groups", ".1f")),
-            told(record, "commonest_group_rows", ".1f"),
+            *(record["system"], record["kind"], f"{record['rows']:,}", cell(record, "groups")),
+            *(cell(record, "displacement", ".3f"), cell(record, "distinct_groups", ".1f")),
+            cell(record, "commonest_group_rows", ".1f"),
         ]
         for record in records
         if record["what"] == "shuffle"
     ]
-    head += [f"groups in a batch of {BATCH_SIZE}", "rows of its commonest group"]
+    head += [f"groups in a batch of {BATCH_SIZE}", "rows from its most common group"]
     return markdown("Shuffle", head, rows)
 
 
 def wait_table(records: list[Record]) -> list[str]:
     rows = [
-        [str(record["prefetch"]), told(record, "share", ".1%"), told(record, "seconds_per_step", ".3f")]
+        [str(record["prefetch"]), cell(record, "share", ".1%"), cell(record, "seconds_per_step", ".3f")]
         for record in records
         if record["what"] == "wait"
     ]
-    return markdown("Share of a training's time that it waits for rows", ["prefetch", "share", "s/step"], rows)
+    return markdown("Share of training time spent waiting for rows", ["prefetch", "share", "s/step"], rows)
 
 
 def table(records: list[Record]) -> str:
@@ -298,7 +299,7 @@ def table(records: list[Record]) -> str:
 
 # --- the command
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    """Flags as a namespace; a mistake ends the program with exit code 2."""
+    """Parse the flags. A user error exits with code 2."""
 
     def at_least(least: int) -> Callable[[str], int]:
         def parse(text: str) -> int:
@@ -312,18 +313,18 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         def parse(text: str) -> list[str]:
             names = text.split(",")
             if unknown := [name for name in names if name not in known]:
-                raise argparse.ArgumentTypeError(f"there is no {', '.join(unknown)}: choose among {', '.join(known)}")
+                raise argparse.ArgumentTypeError(f"unknown name {', '.join(unknown)}: choose from {', '.join(known)}")
             return names
 
         return parse
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--rows", type=at_least(100_000), help="default 10,000,000; also a tenth is measured")
-    parser.add_argument("--folder", type=Path, help="for the files, used again if they are there; default: temporary")
+    parser.add_argument("--rows", type=at_least(100_000), help="default 10,000,000; a tenth of them is measured too")
+    parser.add_argument("--folder", type=Path, help="for the generated files, which are reused; default: temporary")
     parser.add_argument("--kinds", type=names_of(KINDS), help=f"default: all of {', '.join(KINDS)}")
     parser.add_argument("--systems", type=names_of(SYSTEMS), default=list(SYSTEMS), help=", ".join(SYSTEMS))
-    parser.add_argument("--limit_seconds", type=at_least(1), default=120, help="for one measurement")
-    parser.add_argument("--quick", action="store_true", help="200,000 rows, few measurements: whether it works")
+    parser.add_argument("--limit_seconds", type=at_least(1), default=120, help="per measurement")
+    parser.add_argument("--quick", action="store_true", help="smoke test: 200,000 rows, few measurements")
     parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
     flags = parser.parse_args(arguments)
     flags.rows = flags.rows or (200_000 if flags.quick else 10_000_000)
@@ -339,7 +340,7 @@ def main() -> None:
         return
     flags = parse_flags(sys.argv[1:])
     shown = list(sys.argv)
-    if flags.folder:  # where it is is nobody's business
+    if flags.folder:  # keep local paths out of the results
         shown = [argument.replace(str(flags.folder), "FOLDER") for argument in shown]
         flags.folder.mkdir(parents=True, exist_ok=True)
     with nullcontext(flags.folder) if flags.folder else tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
-"""One training of a few steps, with data or without, and the most bytes that it holds at a time.
+"""Train a few steps on real or fake tensors, and count the peak of their bytes.
 
-`memory.py` runs each in a process of its own.
+`memory.py` measures each run in its own process.
 """
 
 import os
@@ -16,31 +16,31 @@ from tempfile import gettempdir
 
 from systems import resident_bytes
 
-STEPS = 2  # the first makes Trainer's moments, the second is as all that follow
+STEPS = 2  # the first creates Trainer's moments, the second is like all later ones
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model built from its shape, and its micro-batch: rows of one length, so without padding and its mask."""
+    """A model's shape and its micro-batch. All rows have the same length: no padding, no mask."""
 
     shape: dict[str, object]
     batch_size: int
     seq_len: int
-    """Tokens of a row; T5 reads as many as it writes."""
+    """Tokens per row (T5: of the input and of the target each)."""
 
 
 @dataclass(frozen=True)
 class System:
-    """What one training has of its own."""
+    """The settings of one run."""
 
     loop: str
     """lowmem or trainer."""
     memory: str = "off"
-    """lowmem's tier; off, as Trainer, keeps fp32 weights under bf16 autocast."""
+    """lowmem's tier. off keeps fp32 weights under bf16 autocast, as Trainer does."""
     optimizer: str = "adamw"
-    """As lowmem's make_optimizer names it; Trainer's is torch's fused AdamW."""
+    """Its name in lowmem's make_optimizer. Trainer uses torch's fused AdamW."""
     savers: tuple[str, ...] = ()
-    """Of lowmem's SAVERS, less release, which the work decides. Trainer knows recompute (checkpointing) alone."""
+    """Names in lowmem's SAVERS, except release, which a Work adds. Trainer has only recompute (checkpointing)."""
 
     @property
     def name(self) -> str:
@@ -50,22 +50,22 @@ class System:
 
 @dataclass(frozen=True)
 class Work:
-    """What an optimizer step is made of; more micro-batches than two take no more memory than two."""
+    """One optimizer step. More than two micro-batches take no more memory than two."""
 
     micro_batches: int
     max_grad_norm: float
-    """0 does not clip."""
+    """0: no clipping."""
     savers: tuple[str, ...]
-    """What lowmem can do in such a step alone."""
+    """Savers that lowmem can use only in such a step."""
 
 
 def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: bool) -> dict[str, object]:
-    """Train STEPS optimizer steps with data, or (`real` False) without any; tell their peak, and what stays after them.
+    """Train STEPS optimizer steps on real or fake tensors; return the peak bytes and the bytes that remain.
 
-    Without data it is predicted for a GPU, or `for_this_machine`, which may have none.
+    Fake tensors predict the bytes on a GPU or, with `for_this_machine`, on this machine, which may have none.
     """
     if not real:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # wherever tensors without data are to be, they are the CPU's
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # fake tensors are always CPU tensors
     import torch
 
     from lowmem import init_distributed
@@ -83,25 +83,25 @@ def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: b
         with MemoryMeter(block_bytes=CUDA_BLOCK_BYTES if as_on_gpu else 1) as meter:
             meter.count([*model.parameters(), *model.buffers()])
 
-            resident_beside_tensors = 0
+            resident_without_tensors = 0
 
             def begin() -> None:
-                nonlocal resident_beside_tensors
-                resident_beside_tensors = resident_bytes() - meter.live_bytes
+                nonlocal resident_without_tensors
+                resident_without_tensors = resident_bytes() - meter.live_bytes
                 meter.reset_peak()
                 if on_gpu:
                     torch.cuda.reset_peak_memory_stats()
                 elif real:
-                    Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak of building the model
+                    Path("/proc/self/clear_refs").write_text("5")  # resets the peak after building the model
 
-            all_that_stays = train(model, spec, system, work, accelerator, begin)
+            kept_alive = train(model, spec, system, work, accelerator, begin)
             peaks = {"peak_bytes": meter.peak_bytes, "rest_bytes": meter.live_bytes}
-    del all_that_stays
+    del kept_alive
     if real and on_gpu:
         peaks["allocated_bytes"] = torch.cuda.max_memory_allocated()
         peaks["reserved_bytes"] = torch.cuda.max_memory_reserved()
     elif real:
-        peaks["resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident_beside_tensors
+        peaks["resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident_without_tensors
     return peaks | {
         "num_parameters": num_parameters,
         "seconds": time.perf_counter() - started,
@@ -111,7 +111,7 @@ def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: b
 
 
 def build(shape: dict[str, object], device, on_gpu: bool):
-    """The model in fp32 and in training mode, as Trainer and lowmem's tiers take it."""
+    """Build the model in fp32 and training mode, as Trainer and lowmem's tiers expect it."""
     import torch
     from transformers import AutoConfig
 
@@ -150,13 +150,13 @@ def train_lowmem(
 
 
 def train_trainer(model, spec: Model, system: System, work: Work, accelerator, begin: Callable[[], None]) -> object:
-    """transformers' Trainer as it is, with its defaults where the work says nothing else."""
+    """Train with transformers' Trainer, with its defaults for all that `work` does not set."""
     import torch
     from loops.around import checkpointing_arguments
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     arguments = TrainingArguments(
-        output_dir=gettempdir(),  # it wants one, and writes nothing there
+        output_dir=gettempdir(),  # required, but nothing is written to it
         use_cpu=accelerator.device.type == "cpu",
         max_steps=STEPS,
         per_device_train_batch_size=spec.batch_size,
@@ -173,7 +173,7 @@ def train_trainer(model, spec: Model, system: System, work: Work, accelerator, b
     )
     num_rows = STEPS * work.micro_batches * spec.batch_size
     rows = draw_tokens(model.config, num_rows, spec.seq_len)
-    # it is where it is to be, and moving parameters swaps them, which those without data do not let happen
+    # the model is on its device already, and `to` swaps parameters, which fake tensors do not support
     model.to = lambda *args, **kwargs: model
     trainer = Trainer(
         model=model,
@@ -188,7 +188,7 @@ def train_trainer(model, spec: Model, system: System, work: Work, accelerator, b
 
 
 def draw_tokens(config, batch_size: int, seq_len: int):
-    """Random tokens, as the model takes them."""
+    """Draw random inputs for the model."""
     import torch
 
     ids, labels = (torch.randint(3, config.vocab_size, (batch_size, seq_len)) for _ in range(2))

@@ -1,8 +1,8 @@
-"""Count what a reader of the code meets: lines, files, functions, and what must be read to know a step.
+"""Count the files, lines and imports of the library, and the lines of its main functions.
 
     python benchmarks/house.py [--root=CHECKOUT]
 
-Lines are those of the files, blank ones included. An import counts wherever it stands, inside functions too.
+Blank lines count. Imports inside functions count too.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def line_count(path: Path) -> int:
 
 
 def imports_of(path: Path, root: Path) -> set[Path]:
-    """The files of lowmem that `path` imports itself."""
+    """The files of lowmem that `path` imports directly."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lowmem":
@@ -29,7 +29,7 @@ def imports_of(path: Path, root: Path) -> set[Path]:
 
 
 def closure(path: Path, root: Path) -> set[Path]:
-    """`path`, and every file of lowmem that importing it may read."""
+    """`path` and every file of lowmem that it imports, directly or not."""
     seen, left = set(), {path}
     while left:
         seen |= left
@@ -43,7 +43,7 @@ def function_lines(path: Path, name: str) -> int:
 
 
 def import_lines(path: Path) -> int:
-    """Lines that import, a statement over several lines counting as each of them."""
+    """Count the lines of import statements."""
     body = ast.parse(path.read_text()).body
     return sum(x.end_lineno - x.lineno + 1 for x in body if isinstance(x, ast.Import | ast.ImportFrom))
 

@@ -1,9 +1,9 @@
-"""Every launcher and every way to divide a model, beside one process: the same run's losses, bytes, speed and start.
+"""Compare every launcher and sharding strategy with a single process: losses, memory, speed and start-up time.
 
     python benchmarks/launchers.py --train_file=rows.parquet --output=benchmarks/results/launchers.jsonl
 
-Each training is `train_low_mem.py train`, started by the launcher's own command. Writes JSON lines, and a table beside
-them. See README.md.
+Each run is `train_low_mem.py train` under the launcher's own command. Appends JSON lines to --output, and writes a
+table to the .md file of the same name. See README.md.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
-from launching import launch_command, run_to_its_end
+from launching import launch_command, run_to_end
 from records import MIB, Record, append
 from systems import machine, peak_resident_bytes, resident_bytes
 
 ROOT = Path(__file__).parent.parent
-SECONDS_A_RUN = 300
+RUN_LIMIT_SECONDS = 300
 COMMON = {"eos_token_id": 1, "pad_token_id": 0, "vocab_size": 384}
 MODELS = {
     "t5": {"model_type": "t5", "d_model": 256, "d_kv": 64, "num_heads": 4, "d_ff": 1024, "num_layers": 4}
@@ -49,29 +49,30 @@ STRATEGIES = {
 
 
 def applies(model: str, strategy: str, processes: int) -> bool:
-    """transformers has no plan for T5, and two copies of two shards need four processes."""
+    """False for tensor parallelism of T5, for which transformers has no plan, and for HSDP on two processes."""
     return not (strategy == "TP-2" and model == "t5") and not (strategy == "HYBRID_SHARD" and processes < 4)
 
 
 def parse_flags() -> argparse.Namespace:
     def names(known: object) -> Callable[[str], list[str]]:
-        return lambda text: [name for name in text.split(",") if name in known or parser.error(f"{name} of {[*known]}")]
+        message = f"choose from {', '.join(known)}"
+        return lambda text: [name for name in text.split(",") if name in known or parser.error(f"{name}: {message}")]
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--train_file", required=True, help="rows with prompt and response")
+    parser.add_argument("--train_file", required=True, help="rows with a prompt and a response: parquet or JSONL")
     parser.add_argument("--models", type=names(MODELS), default=[*MODELS])
     parser.add_argument("--launchers", type=names(LAUNCHERS), default=[*LAUNCHERS])
     parser.add_argument("--strategies", type=names(STRATEGIES), default=[*STRATEGIES])
-    parser.add_argument("--processes", default="2,4", help="comma-separated")
+    parser.add_argument("--processes", default="2,4", help="comma list of numbers of processes")
     parser.add_argument("--max_seq_len", type=int, default=64)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
     return parser.parse_args()
 
 
-# --- in each process of a training
+# --- in each process of a run
 def run_rank() -> None:
-    """The command line, with the seconds at which parts of `train` have ended, and the bytes of its state."""
+    """Run the command line; record when each phase of `train` ended, and the bytes of its state."""
     marks, record_folder = {"the interpreter": time.time()}, Path(os.environ["LOWMEM_RECORDS"])
     sys.path.insert(0, str(ROOT))
     from lowmem import cli
@@ -103,7 +104,7 @@ def run_rank() -> None:
             (record_folder / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(record))
 
         def local_bytes(tensor) -> int:
-            # DeepSpeed's stage 3 leaves an empty tensor and keeps its own part beside it
+            # ZeRO-3 replaces a weight by an empty tensor and keeps this rank's shard in `ds_tensor`
             return getattr(tensor, "ds_tensor", local_of(tensor)).nbytes
 
         phases = {
@@ -118,9 +119,9 @@ def run_rank() -> None:
     sys.exit(cli.main())
 
 
-# --- in the process that starts them
+# --- in the parent process
 def start(flags: argparse.Namespace, folder: Path, model: str, name: str, strategy: str, processes: int) -> Record:
-    """One training, as a line of the results; "failed" tells why it did not end well."""
+    """Launch one run and return its record; `failed` is the reason if it did not succeed."""
     with tempfile.TemporaryDirectory(dir=folder) as output:
         words = [f"--train_file={Path(flags.train_file).resolve()}", f"--model_config={folder / model}.json"]
         words += [f"--max_steps={flags.steps}", f"--max_seq_len={flags.max_seq_len}", f"--output_dir={output}/out"]
@@ -138,7 +139,7 @@ def start(flags: argparse.Namespace, folder: Path, model: str, name: str, strate
         command += [Path(__file__).resolve(), "train", *words]
         started = time.time()
         try:
-            run_to_its_end(command, seconds=SECONDS_A_RUN, env=environment, cwd=folder)
+            run_to_end(command, seconds=RUN_LIMIT_SECONDS, env=environment, cwd=folder)
         except RuntimeError as error:
             return record | {"failed": str(error)}
         steps = [json.loads(line) for line in Path(output, "out", "metrics.jsonl").read_text().splitlines()]
@@ -156,7 +157,7 @@ def start(flags: argparse.Namespace, folder: Path, model: str, name: str, strate
         }
 
 
-def trainings(flags: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
+def runs(flags: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
     yield from ((model, "python", "NO_SHARD", 1) for model in flags.models)
     for processes, name, model, strategy in product(
         map(int, flags.processes.split(",")), flags.launchers, flags.models, flags.strategies
@@ -169,21 +170,21 @@ def table(records: list[Record]) -> str:
     """Markdown for the records of one command."""
     first = records[0]
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
-    told = [f"    {first['command']}", ""]
-    told += [f"{first['date']}; {first['machine']['cpu']}, {first['machine']['cores']} cores; {versions}.", ""]
-    told += [
-        "| model | processes | strategy | launcher | loss beside one process | first gradient's norm beside its "
-        "| state, MiB a rank | peak RSS above imports, MiB a rank | tokens/s | first step, s "
-        "| launcher and interpreter | imports | group | model | rows |",
+    lines = [f"    {first['command']}", ""]
+    lines += [f"{first['date']}; {first['machine']['cpu']}, {first['machine']['cores']} cores; {versions}.", ""]
+    lines += [
+        "| model | processes | strategy | launcher | loss difference from one process "
+        "| first gradient norm, difference | state, MiB per rank | peak RSS above imports, MiB per rank | tokens/s "
+        "| first step, s | launcher and interpreter, s | imports, s | process group, s | model, s | rows, s |",
         "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    alone = {record["model"]: record for record in records if record["processes"] == 1}
+    single = {record["model"]: record for record in records if record["processes"] == 1}
     for record in records:
         line = [record["model"], record["processes"], record["strategy"], record["launcher"]]
         if "failed" in record:
-            told.append(f"| {' | '.join(map(str, line))} | failed: {record['failed']} |{' |' * 10}")
+            lines.append(f"| {' | '.join(map(str, line))} | failed: {record['failed']} |{' |' * 10}")
             continue
-        reference, ends = alone[record["model"]], record["seconds"]
+        reference, ends = single[record["model"]], record["seconds"]
         pairs = zip(record["loss"], reference["loss"], strict=True)
         line += [f"{max(abs(mine / its - 1) for mine, its in pairs):.1e}"]
         line += [f"{abs(record['grad_norm'] / reference['grad_norm'] - 1):.1e}"]
@@ -193,8 +194,8 @@ def table(records: list[Record]) -> str:
         line += [
             f"{ends[phase] - before:.1f}" for phase, before in zip(phases, [0, *map(ends.get, phases)], strict=False)
         ]
-        told.append(f"| {' | '.join(map(str, line))} |")
-    return "\n".join([*told, ""])
+        lines.append(f"| {' | '.join(map(str, line))} |")
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:
@@ -211,7 +212,7 @@ def main() -> None:
         for model, fields in MODELS.items():
             (folder / f"{model}.json").write_text(json.dumps(COMMON | fields))
         for stage in (2, 3):
-            # 0: weights so small would all be kept whole
+            # 0, or ZeRO-3 would not shard weights this small
             kept = {
                 "stage3_param_persistence_threshold": 0,
                 "stage3_max_live_parameters": 0,
@@ -219,9 +220,9 @@ def main() -> None:
             }
             zero = {"stage": stage} | (kept | {"stage3_prefetch_bucket_size": 0} if stage == 3 else {})
             (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
-        for training in trainings(flags):
-            records.append(about | start(flags, folder, *training))
-            print(*training, records[-1].get("failed", "done"), flush=True)
+        for run in runs(flags):
+            records.append(about | start(flags, folder, *run))
+            print(*run, records[-1].get("failed", "done"), flush=True)
             if flags.output:
                 append(flags.output, records[-1:], table, "launchers.py")
     print(table(records))

@@ -1,4 +1,4 @@
-"""The command line of each launcher, and a run of it to the end of all that it started."""
+"""Build launcher command lines, and run them."""
 
 import re
 import socket
@@ -12,9 +12,9 @@ import psutil
 
 
 def launch_command(launcher: str, processes: int, *options: str, interpreter: str = sys.executable) -> list[str]:
-    """What goes before a script's name to have `launcher` start it in `processes` processes, on a free port.
+    """Return the command that starts a script in `processes` processes on a free port, up to the script's name.
 
-    `options` are the launcher's own; `interpreter` is the Python beside which the launcher is installed.
+    `options` are the launcher's own flags; the launcher is taken from the environment of `interpreter`.
     """
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
@@ -33,18 +33,18 @@ def launch_command(launcher: str, processes: int, *options: str, interpreter: st
     }[launcher]
 
 
-def run_to_its_end(command: Sequence[object], *, seconds: float, env: Mapping[str, str], **options: object) -> str:
-    """Run a launcher's command and return what it and its processes wrote.
+def run_to_end(command: Sequence[object], *, seconds: float, env: Mapping[str, str], **options: object) -> str:
+    """Run a launcher's command and return the output of all its processes.
 
-    Raises RuntimeError with the reason if it does not end well within `seconds`; nothing that it started is left then.
+    Raises RuntimeError with the reason if it fails or exceeds `seconds`; on a timeout, all its processes are killed.
     """
     words = [str(word) for word in command]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(words, env=env, start_new_session=True, **output, **options) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(words, env=env, start_new_session=True, **pipes, **options) as process:
         try:
-            told, _ = process.communicate(timeout=seconds)
+            output, _ = process.communicate(timeout=seconds)
         except BaseException as error:
-            # a launcher's workers are in sessions of their own
+            # the launcher's workers have their own sessions
             left = psutil.Process(process.pid).children(recursive=True)
             process.kill()
             for child in left:
@@ -54,7 +54,7 @@ def run_to_its_end(command: Sequence[object], *, seconds: float, env: Mapping[st
                 raise RuntimeError(f"did not end within {seconds:g} s") from error
             raise
     if process.returncode:
-        print(told, file=sys.stderr)
-        reasons = [line.strip() for line in told.splitlines() if re.search(r"Error: .|^error", line)]
+        print(output, file=sys.stderr)
+        reasons = [line.strip() for line in output.splitlines() if re.search(r"Error: .|^error", line)]
         raise RuntimeError((reasons or [f"exit code {process.returncode}"])[0][:300])
-    return told
+    return output

@@ -1,6 +1,6 @@
-"""How lowmem reads: once for a file, from the start, resumed, and while a model trains.
+"""Measure how lowmem reads: its first look at a file, from the start, after a resume, and while a model trains.
 
-`data.py` runs each measurement in a process of its own.
+`data.py` runs each measurement in its own process.
 """
 
 import json
@@ -11,12 +11,12 @@ from itertools import islice
 from pathlib import Path
 
 from corpus import SEED, number_of
-from metrics import BATCH_SIZE, PLACES, Watch, disk_bytes, drawn, import_all
+from metrics import BATCH_SIZE, EPOCH_FRACTIONS, Watch, disk_bytes, drawn, import_all
 from records import Record
 
 
 def make_encode(encoder: str, folder: str) -> Callable:
-    """`number` makes one token of a row, its number; `bpe` and `byt5` are real tokenizers."""
+    """Return an encoder. `number` encodes a row as its number, one token; `bpe` and `byt5` are real tokenizers."""
     if encoder == "number":
         return lambda row: {"input_ids": [number_of(row)], "labels": [0]}
     from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
@@ -36,7 +36,7 @@ def open_lowmem(file: str, encode: Callable, rank: int = 0, world_size: int = 1,
 
 
 def lowmem_once(file: str, cache: str) -> Record:
-    """What is made of a file once: its index or its copy."""
+    """Build the index or the copy of a file, which lowmem does once."""
     from lowmem import open_rows
 
     import_all()
@@ -47,9 +47,9 @@ def lowmem_once(file: str, cache: str) -> Record:
 
 
 def lowmem_draw(
-    file: str, folder: str, encoder: str, num_drawn: int, elsewhere: int, rank: int = 0, world_size: int = 1
+    file: str, folder: str, encoder: str, num_drawn: int, num_later: int, rank: int = 0, world_size: int = 1
 ) -> Record:
-    """Draw `num_drawn` rows from the start, then `elsewhere` ones at each of PLACES: a few windows in all."""
+    """Draw `num_drawn` rows from the start, then `num_later` at each of EPOCH_FRACTIONS, to read several windows."""
     import_all()
     encode = make_encode(encoder, folder)
     watch = Watch()
@@ -64,7 +64,7 @@ def lowmem_draw(
             mask = batch.inputs.get("attention_mask")
             tokens += batch.num_targets + (batch.inputs["input_ids"].numel() if mask is None else int(mask.sum()))
             if encoder == "number" and sorted(batch.row_ids) != sorted(batch.inputs["input_ids"].flatten().tolist()):
-                raise ValueError(f"{file}: rows {batch.row_ids} were asked for, others were read")
+                raise ValueError(f"{file}: requested rows {batch.row_ids}, but read others")
             if step % 50 == 0:
                 watch.look()
             stream.advance()
@@ -75,15 +75,15 @@ def lowmem_draw(
     seconds = draw(0, num_drawn)
     record = {"start_seconds": start, "rows_per_second": num_drawn / world_size / seconds}
     record |= {"tokens_per_second": tokens / seconds} if encoder != "number" else {}
-    for place in PLACES:
-        draw(int(len(rows) * place), elsewhere)
+    for fraction in EPOCH_FRACTIONS:
+        draw(int(len(rows) * fraction), num_later)
     if world_size == 1:
         Path(folder, "state.json").write_text(json.dumps(state))  # for `lowmem_resume`
     return {**record, **watch.bytes()}
 
 
 def lowmem_rows(file: str, num_drawn: int) -> Record:
-    """Rows alone, in the order of a stream, as those of the other systems are drawn."""
+    """Draw rows in the order of a stream without encoding them, as the other systems do."""
     from lowmem import open_rows
     from lowmem.data.order import rows_at
 
@@ -95,13 +95,13 @@ def lowmem_rows(file: str, num_drawn: int) -> Record:
     return drawn(watch, (rows[number] for order in orders for number in order), num_drawn)
 
 
-def lowmem_resume(file: str, folder: str, place: float) -> Record:
-    """From nothing to the first batch at `place` (in epochs), and whether an uninterrupted run has its rows there."""
+def lowmem_resume(file: str, folder: str, fraction: float) -> Record:
+    """Time the first batch at `fraction` (in epochs), and compare its rows with an uninterrupted run's."""
     import_all()
     from lowmem.data.order import rows_at
 
     state = json.loads(Path(folder, "state.json").read_text())
-    position = int(state["num_rows"] * place)
+    position = int(state["num_rows"] * fraction)
     watch = Watch()
     rows, stream = open_lowmem(file, make_encode("number", folder))
     stream.load_state_dict(state | {"position": position})
@@ -113,7 +113,7 @@ def lowmem_resume(file: str, folder: str, place: float) -> Record:
 
 
 def lowmem_wait(file: str, prefetch: int, num_steps: int) -> Record:
-    """Train a small T5 on the bytes of rows, and tell which share of its time it waits for them."""
+    """Train a small T5 on the bytes of rows; return the share of its time spent waiting for rows."""
     import_all()
     import torch
 
@@ -136,7 +136,7 @@ def lowmem_wait(file: str, prefetch: int, num_steps: int) -> Record:
     _, stream = open_lowmem(file, encode, prefetch=prefetch)
     state = TrainState(model, make_optimizer(model), stream)
     for step, batches in enumerate(islice(stream, num_steps)):
-        if step == 2:  # what came before has opened the file and filled the first window's groups
+        if step == 2:  # the steps before have opened the file and filled the first window
             started, waited = time.perf_counter(), stream.wait_seconds
         train_step(state, batches, plain_loss, accelerator, learning_rate=1e-4)
     seconds = time.perf_counter() - started

@@ -1,10 +1,10 @@
-"""Peak bytes of a training, predicted for models of any size without a GPU, or predicted and measured side by side.
+"""Predict the peak bytes of a training run without a GPU, for models of any size, or compare them with measured ones.
 
     python benchmarks/memory.py --output=benchmarks/results/memory.jsonl
     python benchmarks/memory.py --savers --models=t5-base
     python benchmarks/memory.py --measure --models=t5-small,llama-56m
 
-Writes a JSON line for each training and a table beside it. See README.md.
+Appends a JSON line per run to --output, and writes a table to the .md file of the same name. See README.md.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from records import MIB, Record, append
 from lowmem.config.presets import MODEL_SHAPES
 
 GIB = 2**30
-# Dropout is 0 everywhere: its masks would count alike for all.
+# Dropout is 0: its masks would add the same bytes to every system.
 _T5 = {name: shape | {"dropout_rate": 0.0} for name, shape in MODEL_SHAPES.items()}
 _QWEN = {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}
 _QWEN |= {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
@@ -64,17 +64,17 @@ WORKS = {
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    """Flags as a namespace; a mistake ends the program with exit code 2, before anything is built."""
+    """Parse the flags. A user error exits with code 2 before anything is built."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     default = "t5-base,qwen2.5-0.5b,llama-3.1-8b"
     parser.add_argument("--models", default=default, help=f"comma list of {', '.join(MODELS)}")
     parser.add_argument("--savers", action="store_true", help="each tier with each saver, instead of whole systems")
-    parser.add_argument("--measure", action="store_true", help="train with data too, on the GPU if there is one")
+    parser.add_argument("--measure", action="store_true", help="also train on real tensors, on the GPU if there is one")
     parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
     flags = parser.parse_args(arguments)
     flags.models = flags.models.split(",")
     if unknown := [name for name in flags.models if name not in MODELS]:
-        parser.error(f"--models has {', '.join(unknown)}: choose among {', '.join(MODELS)}")
+        parser.error(f"--models has unknown names {', '.join(unknown)}: choose from {', '.join(MODELS)}")
     if flags.output and flags.output.suffix != ".jsonl":
         parser.error(f"--output={flags.output} must end in .jsonl: a table of the same name ends in .md")
     return flags
@@ -86,7 +86,7 @@ def in_a_new_process(function: Callable[..., Record], *arguments: object) -> Rec
 
 
 def records_of(flags: argparse.Namespace, command: str) -> Iterator[Record]:
-    """A record for each training. This process imports no torch and stays small: a child's peak starts at its size."""
+    """Yield a record per run. This process does not import torch: a child's peak starts at its parent's size."""
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command}
     for name, system, work in product(flags.models, SAVERS if flags.savers else SYSTEMS, WORKS):
         spec = MODELS[name]
@@ -109,33 +109,33 @@ def table(records: list[Record]) -> str:
 
 
 def peaks_of(records: list[Record]) -> dict[tuple[str, str, str], int]:
-    """Bytes by system, model and work; of several predictions of one training, the last."""
+    """Peak bytes by system, model and work; the last record of each counts."""
     return {(record["system"], record["model"], record["work"]): record["peak_bytes"] for record in records}
 
 
 def table_of_predicted(records: list[Record]) -> Iterator[str]:
     """Predicted peaks on a GPU, GiB, and in parentheses x Trainer's with checkpointing.
 
-    A row for each system, columns for each model and work.
+    One row per system, one column per model and work.
     """
     peaks = peaks_of(records)
     systems, models, works = (list(dict.fromkeys(names)) for names in zip(*peaks, strict=True))
-    places = list(product(models, works))
+    columns = list(product(models, works))
 
-    def cell(system: str, *place: str) -> str:
-        return f"{peaks[system, *place] / GIB:.2f} ({peaks[system, *place] / peaks[BASELINE.name, *place]:.2f})"
+    def cell(system: str, *column: str) -> str:
+        return f"{peaks[system, *column] / GIB:.2f} ({peaks[system, *column] / peaks[BASELINE.name, *column]:.2f})"
 
-    yield "| | " + " | ".join(f"{model}, {work}" for model, work in places) + " |"
-    yield "|---" + "|---:" * len(places) + "|"
+    yield "| | " + " | ".join(f"{model}, {work}" for model, work in columns) + " |"
+    yield "|---" + "|---:" * len(columns) + "|"
     for system in systems:
-        yield f"| {system} | " + " | ".join(cell(system, *place) for place in places) + " |"
+        yield f"| {system} | " + " | ".join(cell(system, *column) for column in columns) + " |"
 
 
 def table_of_measured(records: list[Record]) -> Iterator[str]:
     """Predicted and measured peaks, MiB.
 
-    A row for each training: what was predicted, what was counted, and what the allocator or the system says. Resident
-    memory is less that of programs and libraries: what was resident as training began and no tensor's.
+    One row per run: bytes predicted, bytes counted on real tensors, and what the allocator or the kernel reports.
+    Resident memory excludes what was resident before training, other than tensors: programs and libraries.
     """
     measured = [name for name in ("allocated_bytes", "reserved_bytes", "resident_bytes") if name in records[-1]]
     names = ("predicted", "counted", *(name.removesuffix("_bytes").replace("_", " ") for name in measured))

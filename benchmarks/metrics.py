@@ -1,4 +1,4 @@
-"""What is measured alike of every way to read: seconds, bytes, rows per second, and how well an order mixes."""
+"""Metrics of reading rows: seconds, bytes, rows per second, and how well an order mixes rows."""
 
 import gc
 import time
@@ -11,23 +11,23 @@ from corpus import SEED, number_of
 from records import Record
 
 BATCH_SIZE = 32
-PLACES = (0.1, 0.5, 0.99)  # of an epoch, where runs are resumed
+EPOCH_FRACTIONS = (0.1, 0.5, 0.99)  # where runs are resumed
 
 
-# --- what a process holds
+# --- memory
 def memory() -> dict[str, int]:
-    """Bytes that this process holds: all that is resident, what of it is no file's page, and the most so far."""
+    """Resident bytes of this process, those of them that no file backs, and the peak of resident bytes so far."""
     names = {"VmRSS": "resident", "RssAnon": "anonymous", "VmHWM": "peak"}
     found = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
     return {names[name]: int(value.split()[0]) * 1024 for name, _, value in found if name in names}
 
 
 class Watch:
-    """Seconds and bytes from its making on; bytes are those above what was resident then."""
+    """Measure seconds since its creation, and bytes above what was resident then."""
 
     def __init__(self):
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's peak
         self._before, self._most = memory(), memory()
         self._started = time.perf_counter()
 
@@ -38,7 +38,7 @@ class Watch:
         self._most = {name: max(value, self._most[name]) for name, value in memory().items()}
 
     def bytes(self) -> dict[str, int]:
-        """The most that was seen in any `look`, and of the peak the most at any time."""
+        """The largest values that `look` has seen. The peak is the kernel's, so it includes the time between looks."""
         self.look()
         before = self._before | {"peak": self._before["resident"]}
         return {f"{name}_bytes": value - before[name] for name, value in self._most.items()}
@@ -49,7 +49,7 @@ def disk_bytes(folder: str) -> int:
 
 
 def import_all() -> None:
-    """What lowmem loads while it reads; it shall not count as memory of the reading."""
+    """Import what lowmem imports while it reads, so that imports do not count as memory of reading."""
     import pyarrow.json  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch
@@ -59,9 +59,9 @@ def import_all() -> None:
     torch.set_num_threads(1)
 
 
-# --- rows as they come
+# --- reading
 def drawn(watch: Watch, rows: Iterator[Record], count: int) -> Record:
-    """Start, rows per second and memory of an iterator that was made under `watch`."""
+    """Read from an iterator created under `watch`; return the start time, rows per second and memory."""
     start, began = None, 0.0
     for number, row in enumerate(islice(rows, count + BATCH_SIZE)):
         number_of(row)
@@ -74,10 +74,10 @@ def drawn(watch: Watch, rows: Iterator[Record], count: int) -> Record:
 
 # --- shuffles
 def quality(file: str, order_of: str) -> Record:
-    """How far rows come from where they stood, and how many groups of rows a batch mixes.
+    """Measure how far an order moves rows, and how many groups of rows a batch mixes.
 
-    `order_of` is "lowmem", "uniform" or a file of row numbers in order (-1: not reached). Groups are lowmem's, the
-    pieces that it reads at a time, for all of them.
+    `order_of` is "lowmem", "uniform" or a file of row numbers in order (-1: not reached). For every order,
+    groups are the pieces that lowmem reads at a time.
     """
     from lowmem import open_rows
     from lowmem.data.order import rows_at
@@ -92,7 +92,7 @@ def quality(file: str, order_of: str) -> Record:
         order = order[order >= 0]
     group = np.searchsorted(np.cumsum(groups.rows), order, side="right")
     batches = np.sort(group[: len(group) // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE), axis=1)
-    # in a sorted batch a group has more than k rows where a row equals the k-th one after it
+    # in a sorted batch, a group has more than k rows if an entry equals the k-th entry after it
     commonest = 1 + sum((batches[:, k:] == batches[:, :-k]).any(1) for k in range(1, BATCH_SIZE))
     return {
         "displacement": float(np.abs(order - np.arange(len(order))).mean() / groups.num_rows),

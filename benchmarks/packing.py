@@ -1,9 +1,9 @@
-"""Packed and unpacked training on the same rows: the same tokens and losses, and how much faster.
+"""Check that packing changes neither the tokens nor the losses of training, and measure the speed-up.
 
     python benchmarks/packing.py --train_file=rows.parquet --output=benchmarks/results/packing.jsonl
 
-Ends with exit code 1 if a check fails. Writes a JSON line for each check and timing, and tables beside it. See
-README.md.
+Exits with code 1 if a check fails. Appends JSON lines to --output, and writes tables to the .md file of the same name.
+See README.md.
 """
 
 import argparse
@@ -53,9 +53,7 @@ Count = tuple[int, int]
 SEED = 0
 IGNORED = -100
 MAX_SEQ_LEN = 512
-ROWS_PER_STEP = (
-    96  # of the counts: a multiple of every micro-batch and world size there, so that epochs end with a step
-)
+ROWS_PER_STEP = 96  # when counting: a multiple of micro-batch x world size, so that an epoch ends with a full step
 BATCH_SIZES = (4, 16, 32)
 TOLERANCE = 1e-5
 VOCAB_SIZE = 8192
@@ -72,7 +70,7 @@ MODELS = {name: _SHAPE | {"model_type": name, "tie_word_embeddings": False} for 
 
 
 class ChatRows:
-    """Rows with a text and a chat beside their prompt and response."""
+    """Rows with a text and a chat in addition to prompt and response."""
 
     def __init__(self, rows: Sequence[Row]):
         self._rows = rows
@@ -87,7 +85,7 @@ class ChatRows:
         return {**row, "text": row["prompt"] + row["response"], "messages": messages}
 
 
-# --- what a row holds, told in the plainest way
+# --- reference counts: the tokens and targets of a row
 def count_seq2seq(row: Row, tokenizer: PreTrainedTokenizerBase) -> Count:
     prompt, response = (min(MAX_SEQ_LEN, len(tokenizer(row[name]).input_ids)) for name in ("prompt", "response"))
     return prompt + response, response
@@ -106,16 +104,16 @@ def count_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Count:
 
 
 def count_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> Count:
-    """By transformers' own mask of the assistant's tokens; without offsets by where the text begins and ends."""
+    """Count by transformers' mask of assistant tokens or, for a slow tokenizer, by the bytes of the text."""
     if tokenizer.is_fast:
         encoded = tokenizer.apply_chat_template(
             row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         mask = encoded["assistant_masks"]
-    else:  # a token is a byte, or <|im_end|> and the like, which ByT5 has not: bytes too
-        said = len((row["response"] + "<|im_end|>").encode())
+    else:  # ByT5: each byte is a token, also of <|im_end|>, which is not in its vocabulary
+        num_targets = len((row["response"] + "<|im_end|>").encode())
         num_tokens = len(tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True)["input_ids"])
-        mask = [0] * (num_tokens - said - 1) + [1] * said + [0]
+        mask = [0] * (num_tokens - num_targets - 1) + [1] * num_targets + [0]
     return min(MAX_SEQ_LEN, len(mask)), sum(mask[:MAX_SEQ_LEN])
 
 
@@ -125,21 +123,21 @@ TASKS: dict[str, tuple[dict[str, object], Callable[[Row, PreTrainedTokenizerBase
     "text": ({"is_encoder_decoder": False, "text_column": "text"}, count_text),
     "chat": ({"is_encoder_decoder": False, "messages_column": "messages"}, count_chat),
 }
-"""What `make_encoder` is told for each kind of training, and the reference."""
+"""The arguments of `make_encoder` for each task, and its reference count."""
 
 
 class Counter:
-    """A `collate` that counts what it is given, and the places of the tensors that it makes of that."""
+    """A `collate` that counts the tokens and targets of its rows, and the elements of the padded tensors."""
 
     def __init__(self, *, causal: bool):
         self._collate = partial(collate, causal=causal)
         self._sequences = ["input_ids"] if causal else ["input_ids", "labels"]
-        self.tokens = self.targets = self.places = 0
+        self.tokens = self.targets = self.elements = 0
 
     def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> Batch:
         batch = self._collate(rows)
         self.targets += batch.num_targets
-        self.places += sum(batch.inputs[name].numel() for name in self._sequences)
+        self.elements += sum(batch.inputs[name].numel() for name in self._sequences)
         self.tokens += sum(len(row[name]) for row in rows for name in self._sequences)
         return batch
 
@@ -147,10 +145,10 @@ class Counter:
 def open_counted(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, task: str = "causal", *, packed: bool, **settings: object
 ) -> tuple[Stream, Counter]:
-    """A stream of `task`, which reads no row before it is asked for, and the counter of all that it gives."""
-    described, _ = TASKS[task]
-    encode = make_encoder(tokenizer, max_seq_len=MAX_SEQ_LEN, **described)
-    counter = Counter(causal=not described["is_encoder_decoder"])
+    """Open a stream of `task` that does not prefetch rows, and a counter of what it yields."""
+    arguments, _ = TASKS[task]
+    encode = make_encoder(tokenizer, max_seq_len=MAX_SEQ_LEN, **arguments)
+    counter = Counter(causal=not arguments["is_encoder_decoder"])
     length = MAX_SEQ_LEN if packed else None
     settings |= {"seed": SEED, "collate": counter, "packed_seq_len": length, "prefetch": 0}
     return open_stream(rows, encode, **settings), counter
@@ -158,8 +156,8 @@ def open_counted(
 
 # --- checks
 def count_epoch(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, task: str, **settings: object) -> Record:
-    """What the streams of all ranks give in one epoch; each row must be there once."""
-    tokens = targets = places = 0
+    """Count what the streams of all ranks yield in one epoch, and check that each row occurs once."""
+    tokens = targets = elements = 0
     row_ids = []
     for rank in range(settings["world_size"]):
         accumulation = ROWS_PER_STEP // settings["world_size"] // 16
@@ -168,13 +166,13 @@ def count_epoch(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, task: s
         for batches in islice(stream, len(rows) // ROWS_PER_STEP):
             row_ids += [row_id for batch in batches for row_id in batch.row_ids]
         tokens, targets = tokens + counter.tokens, targets + counter.targets
-        places += counter.places
+        elements += counter.elements
     whole = sorted(row_ids) == list(range(len(rows)))
-    return {"tokens": tokens, "targets": targets, "padding": 1 - tokens / places, "each_row_once": whole}
+    return {"tokens": tokens, "targets": targets, "padding": 1 - tokens / elements, "each_row_once": whole}
 
 
 def check_counts(rows: Sequence[Row], tokenizers: dict[str, PreTrainedTokenizerBase]) -> Iterator[Record]:
-    """A record for each task, tokenizer, number of ranks, packed and not: whether an epoch holds what its rows do."""
+    """Compare the counts of an epoch with the reference: a record per tokenizer, task, packing and number of ranks."""
     for name, tokenizer in tokenizers.items():
         for task, (_, count) in TASKS.items():
             counts = [count(rows[number], tokenizer) for number in range(len(rows))]
@@ -190,7 +188,7 @@ def check_counts(rows: Sequence[Row], tokenizers: dict[str, PreTrainedTokenizerB
 def check_losses(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, *, num_steps: int
 ) -> Iterator[Record]:
-    """A record for each model: its losses on the same steps, packed and not, before each step of a packed training."""
+    """Train on packed batches and compare each step's loss with that of the unpacked batches: a record per model."""
     for name, shape in MODELS.items():
         state = new_state(shape, accelerator)
         check_packing(state.model)
@@ -203,12 +201,12 @@ def check_losses(
             result = train_step(state, packed, plain_loss, accelerator, learning_rate=1e-3)
             losses.append((loss.item(), result.loss.item()))
         difference = max(abs(a - b) / a for a, b in losses)
-        told = {"steps": num_steps, "first_loss": losses[0][1], "last_loss": losses[-1][1], "difference": difference}
-        yield {"what": "loss", "model": name, **told, "ok": difference <= TOLERANCE}
+        found = {"steps": num_steps, "first_loss": losses[0][1], "last_loss": losses[-1][1], "difference": difference}
+        yield {"what": "loss", "model": name, **found, "ok": difference <= TOLERANCE}
 
 
 def new_state(shape: Mapping[str, object], accelerator: Accelerator) -> TrainState:
-    """A model of random weights, the same ones each time, and AdamW."""
+    """A model with the same random weights at each call, and AdamW."""
     torch.manual_seed(SEED)
     model: nn.Module = load_model(model_config=shape)[0]
     model = parallelize(model, accelerator)
@@ -216,12 +214,17 @@ def new_state(shape: Mapping[str, object], accelerator: Accelerator) -> TrainSta
 
 
 # --- speed
-def time_turns(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, *, turns: int, rows_a_turn: int
+def time_rounds(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    *,
+    rounds: int,
+    rows_per_round: int,
 ) -> Iterator[Record]:
-    """A record for each batch size, packed and not: both train on the same rows in turns, the first turn is not timed.
+    """Time training on the same rows, packed and not, in interleaved rounds: a record per batch size and packing.
 
-    Rows are encoded between the turns: what is compared is the training.
+    The first round is not timed. Rows are encoded between the rounds, so only training is timed.
     """
     for batch_size in BATCH_SIZES:
         both = {}
@@ -232,23 +235,23 @@ def time_turns(
                 new_state(MODELS["llama"], accelerator),
             )
         speeds: dict[bool, list[float]] = {False: [], True: []}
-        for _ in range(turns + 1):
+        for _ in range(rounds + 1):
             for packed, (stream, counter, state) in both.items():
                 before = counter.tokens
-                steps = list(islice(stream, rows_a_turn // stream.global_batch_size))
+                steps = list(islice(stream, rows_per_round // stream.global_batch_size))
                 started = time.perf_counter()
                 for batches in steps:
                     train_step(state, batches, chunked_loss, accelerator, learning_rate=1e-3, max_grad_norm=1.0)
                 speeds[packed].append((counter.tokens - before) / (time.perf_counter() - started))
         ratios = [fast / slow for fast, slow in zip(speeds[True][1:], speeds[False][1:], strict=True)]
         for packed, (_, counter, _) in both.items():
-            padding = 1 - counter.tokens / counter.places
-            told = {"padding": padding, "tokens_per_second": median(speeds[packed][1:]), "turns": turns}
-            told |= {"ratio": median(ratios) if packed else 1.0}
-            yield {"what": "speed", "batch_size": batch_size, "packed": packed, **told}
+            padding = 1 - counter.tokens / counter.elements
+            found = {"padding": padding, "tokens_per_second": median(speeds[packed][1:]), "turns": rounds}
+            found |= {"ratio": median(ratios) if packed else 1.0}
+            yield {"what": "speed", "batch_size": batch_size, "packed": packed, **found}
 
 
-# --- what is told
+# --- the report
 def table(records: list[Record]) -> str:
     """Markdown for the records of one command."""
     first = records[0]
@@ -265,7 +268,7 @@ def table(records: list[Record]) -> str:
         ]
         for record in of["count"]
     ]
-    head = ["task:", "tokenizer:", "packed:", "ranks", "tokens", "of the rows", "targets", "of the rows"]
+    head = ["task:", "tokenizer:", "packed:", "ranks", "tokens", "expected", "targets", "expected"]
     lines += markdown("An epoch of the stream", [*head, "each row once:", "padding", "equal:"], counts)
     losses = [
         [
@@ -290,25 +293,25 @@ def table(records: list[Record]) -> str:
 
 # --- the command
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    """Flags as a namespace; a mistake ends the program with exit code 2."""
+    """Parse the flags. A user error exits with code 2."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--train_file", required=True, help="rows with a prompt and a response: parquet or JSONL")
     parser.add_argument("--threads", type=int, choices=range(1, 257), metavar="N", default=1)
-    parser.add_argument("--quick", action="store_true", help="few rows, steps and turns: whether it works")
+    parser.add_argument("--quick", action="store_true", help="smoke test: few rows, steps and rounds")
     parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
     flags = parser.parse_args(arguments)
     if not Path(flags.train_file).is_file():
-        parser.error(f"--train_file={flags.train_file} is no file")
+        parser.error(f"--train_file={flags.train_file} is not a file: name a parquet or JSONL file")
     if flags.output and flags.output.suffix != ".jsonl":
         parser.error(f"--output={flags.output} must end in .jsonl: a table of the same name ends in .md")
     flags.rows = open_rows(flags.train_file, columns=["prompt", "response"])
     if len(flags.rows) < 2 * ROWS_PER_STEP:
-        parser.error(f"--train_file={flags.train_file} has {len(flags.rows)} rows: name at least {2 * ROWS_PER_STEP}")
+        parser.error(f"--train_file={flags.train_file} has {len(flags.rows)} rows: name a file of {2 * ROWS_PER_STEP}")
     return flags
 
 
 def records_of(flags: argparse.Namespace) -> Iterator[Record]:
-    """All checks and timings, told as they come."""
+    """Run all checks and timings, and print each record."""
     num_rows = 2 * ROWS_PER_STEP if flags.quick else len(flags.rows) // ROWS_PER_STEP * ROWS_PER_STEP
     rows = ChatRows(flags.rows.slice(0, num_rows))
     tokenizer = fast_tokenizer([rows[number]["text"] for number in range(num_rows)], VOCAB_SIZE)
@@ -320,7 +323,7 @@ def records_of(flags: argparse.Namespace) -> Iterator[Record]:
     for records in (
         check_counts(rows, tokenizers),
         check_losses(rows, tokenizer, accelerator, num_steps=3 if flags.quick else 20),
-        time_turns(rows, tokenizer, accelerator, turns=1 if flags.quick else 5, rows_a_turn=128),
+        time_rounds(rows, tokenizer, accelerator, rounds=1 if flags.quick else 5, rows_per_round=128),
     ):
         for record in records:
             print(", ".join(f"{value:.4g}" if type(value) is float else str(value) for value in record.values()))

@@ -1,9 +1,9 @@
-"""What `plan` predicts for small models, beside what torch's allocator handed out while `train` trained them.
+"""Compare the peaks that `plan` predicts for small models with those of torch's allocator during `train`.
 
-    python benchmarks/plan.py --output=benchmarks/results/plan.jsonl              # predictions, before anything is run
-    python benchmarks/plan.py --output=benchmarks/results/plan.jsonl --measure    # the same file, with measured peaks
+    python benchmarks/plan.py --output=benchmarks/results/plan.jsonl              # predict
+    python benchmarks/plan.py --output=benchmarks/results/plan.jsonl --measure    # add measured peaks
 
-Writes a JSON line for each training and a table beside it. See README.md.
+Writes a JSON line per run to --output, and a table to the .md file of the same name. See README.md.
 """
 
 import argparse
@@ -37,7 +37,7 @@ TIERS = {"fp32": {}, "exact": {"mixed_precision": "bf16"}, "lean": {"mixed_preci
 SIZES = {"max_seq_len": 160, "batch_size": 4, "gradient_accumulation_steps": 2}
 FULL, OFFLOAD = {"recompute": "full"}, {"offload_activations": True}
 RELEASE = {"release": True, "gradient_accumulation_steps": 1, "max_grad_norm": 0}
-# shape, tier, processes, what else is set
+# shape, tier, processes, other settings
 COMBINATIONS = [
     ("t5", "fp32", 1, {}),
     ("t5", "exact", 1, FULL | {"global_batch_size": 10}),  # micro-batches of 4, 3 and 3 rows
@@ -67,19 +67,18 @@ def config_for(shape: str, tier: str, flags: dict[str, object], folder: Path):
 
 
 def rows_for(config) -> list[dict[str, str]]:
-    """Rows of `max_seq_len` bytes and less, by up to four: full as the plan has them, and unequal, so that T5's need a
-    mask."""
-    lengths = [config.max_seq_len - 1 - number % 5 for number in range(64)]  # the tokenizer adds an end
+    """Rows of almost `max_seq_len` bytes, the length that `plan` assumes, but unequal, so that T5 needs a mask."""
+    lengths = [config.max_seq_len - 1 - number % 5 for number in range(64)]  # the tokenizer adds an end token
     columns = [config.text_column] if config.text_column else [config.prompt_column, config.response_column]
     return [{column: "x" * length for column in columns} for length in lengths]
 
 
 def measure(rank: int, processes: int, port: int, config, on_gpu: bool, results) -> None:
-    """Train two steps; the most bytes that this rank's allocator had handed out within the second."""
+    """Train two steps, and report the peak bytes of this rank's allocator in the second."""
     os.environ |= {"OMP_NUM_THREADS": "1"} | ({} if on_gpu else {"ACCELERATE_USE_CPU": "true"})
     if processes > 1:
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        os.environ |= {name: str(value) for name, value in places.items()}
+        launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        os.environ |= {name: str(value) for name, value in launch.items()}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -88,12 +87,12 @@ def measure(rank: int, processes: int, port: int, config, on_gpu: bool, results)
     from lowmem.distributed.signals import Signals
     from lowmem.train import train
 
-    # the allocator then keeps its sum over all threads: gloo's give back what was handed out to ours
+    # makes the allocator keep one sum over all threads: gloo's threads free what ours have allocated
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage").value = True
     torch.set_num_threads(1)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities, profile_memory=True) as profiler:  # from before the model is built
+    with profile(activities=activities, profile_memory=True) as profiler:  # starts before the model is built
         train(config, RowSets(rows_for(config)), signals=Signals())
     kind = "cuda" if on_gpu else "cpu"
     sums, cleared = [], []
@@ -104,14 +103,14 @@ def measure(rank: int, processes: int, port: int, config, on_gpu: bool, results)
         if event.name.startswith("Optimizer.zero_grad"):
             cleared.append((event.start_time_ns, event.end_time_ns))
         elif event.name == "[memory]" and event.extra_fields.device.type == kind:
-            sums.append((event.start_time_ns, event.extra_fields.total_allocated))  # 0 of a file mapped into memory
-    (_, _, (begin, _), (_, end)) = sorted(cleared)  # a step begins and ends with it
+            sums.append((event.start_time_ns, event.extra_fields.total_allocated))  # 0 for a memory-mapped file
+    (_, _, (begin, _), (_, end)) = sorted(cleared)  # a step begins and ends with zero_grad
     before = max(each for each in sums if each[0] < begin)
     results.put((rank, max(num_bytes for moment, num_bytes in [before, *sums] if before[0] <= moment <= end)))
 
 
 def measured(config, processes: int, on_gpu: bool) -> int:
-    """The peak of the first rank."""
+    """Train on all ranks and return the peak of rank 0."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     with socket.socket() as listener:
@@ -124,7 +123,7 @@ def measured(config, processes: int, on_gpu: bool) -> int:
     for rank in ranks:
         rank.join()
         if rank.exitcode:
-            raise SystemExit(f"a rank ended with {rank.exitcode}")
+            raise SystemExit(f"a rank failed with exit code {rank.exitcode}")
     return dict(results.get() for _ in ranks)[0]
 
 
@@ -132,13 +131,13 @@ def table(records: list[dict[str, object]]) -> str:
     lines = [
         "# plan",
         "",
-        "Generated by benchmarks/plan.py from plan.jsonl: peak bytes of a process's tensors, MiB, as predicted, and as "
-        "torch's allocator had handed them out (its own sum) in the second step of `train`. Rows are up to four tokens "
-        "shorter than predicted ones. What `offload_activations` puts into mapped files is in neither.",
+        "Generated by benchmarks/plan.py from plan.jsonl: peak bytes of a process's tensors in MiB, predicted, and "
+        "measured by torch's allocator (its own sum) in the second step of `train`. Rows are up to four tokens shorter "
+        "than the prediction assumes. The mapped files of `offload_activations` count in neither.",
         "",
-        "A first reading, of the first six, added up the profiler's events instead: 24 % above the prediction with "
-        "`offload_activations` and 3 to 10 % on two processes. It had taken those files for memory, and did not see "
-        "what gloo's threads give back. The predictions were not changed.",
+        "An earlier measurement of the first six rows summed the profiler's events instead. It was 24 % above the "
+        "prediction with `offload_activations` and 3 to 10 % above it on two processes, because it counted the mapped "
+        "files as memory and missed what gloo's threads free. The predictions were not changed.",
         "",
         "| shape | tier | processes | settings | predicted | measured | error |",
         "|---|---|---:|---|---:|---:|---:|",
@@ -154,10 +153,10 @@ def table(records: list[dict[str, object]]) -> str:
 
 
 def about() -> dict[str, object]:
-    """When, by which command, where and with what something was found."""
+    """The date, the command, the machine and the versions."""
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
-    told = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(["python", *sys.argv])}
-    return told | {"machine": machine(), "versions": versions}
+    shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(["python", *sys.argv])}
+    return shared | {"machine": machine(), "versions": versions}
 
 
 def predicted(combination, config, on_gpu: bool) -> dict[str, object]:
@@ -165,15 +164,15 @@ def predicted(combination, config, on_gpu: bool) -> dict[str, object]:
     with planners() as pool:
         (prediction,) = predicting(pool, Cluster(processes, processes, on_gpu))([config])
     parts = {name: size for name, size in prediction.device.items() if name != CONTEXT}
-    asked = {"shape": shape, "tier": tier, "processes": processes, "settings": settings, "on_gpu": on_gpu}
-    return asked | {"predicted_bytes": sum(parts.values()), "parts": parts}
+    case = {"shape": shape, "tier": tier, "processes": processes, "settings": settings, "on_gpu": on_gpu}
+    return case | {"predicted_bytes": sum(parts.values()), "parts": parts}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--output", type=Path, required=True, help="NAME.jsonl; NAME.md is written beside it")
-    parser.add_argument("--measure", action="store_true", help="run those without a peak yet, and add it")
-    parser.add_argument("--cuda", action="store_true", help="predict for, and measure on, a GPU; one process only")
+    parser.add_argument("--output", type=Path, required=True, help="NAME.jsonl; also writes NAME.md")
+    parser.add_argument("--measure", action="store_true", help="train those that have no measured peak yet")
+    parser.add_argument("--cuda", action="store_true", help="predict for a GPU and measure on it; one process only")
     flags = parser.parse_args()
     now = about()
     combinations = [each for each in COMBINATIONS if not flags.cuda or each[2] == 1]

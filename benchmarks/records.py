@@ -1,4 +1,4 @@
-"""Results: JSON lines that are added to, and the tables of each command in them."""
+"""Append results to a file of JSON lines, and write the tables of its commands."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ MIB = 2**20
 def append(
     output: Path, records: Sequence[Record], table: Callable[[list[Record]], str], program: str
 ) -> list[list[Record]]:
-    """Add `records` to the JSON lines of `output`, and write the tables of all commands there beside it.
+    """Append `records` to `output` as JSON lines, and write the tables of its commands to its .md file.
 
     Returns the records of each command.
     """

@@ -1,6 +1,6 @@
-"""A process of one training: it trains one system, and writes what was measured in it.
+"""Train one system in this process and write what was measured.
 
-`compare.py` starts `run_system.py SETTINGS` (JSON), by a launcher or without, and reads what each process leaves.
+`compare.py` starts `run_system.py SETTINGS` (JSON), with or without a launcher, and reads each process's record.
 """
 
 import ast
@@ -20,14 +20,14 @@ from systems import SYSTEMS, WARM_UP_STEPS, Run, build, machine, resident_bytes
 
 
 def measured(run: Run, settings: SimpleNamespace) -> dict[str, object]:
-    """What this process did; times and tokens are those of the steps after the first WARM_UP_STEPS."""
+    """Return this process's record. Times and tokens exclude the first WARM_UP_STEPS steps."""
     import torch
 
-    assert len(run.losses) == len(run.marks) == settings.steps, "a system has run another number of steps"
+    assert len(run.losses) == len(run.marks) == settings.steps, "the system ran a different number of steps"
     marks = run.marks[WARM_UP_STEPS - 1 :]
     first, last = marks[0], marks[-1]
     wall = last.wall - first.wall
-    samples = (settings.steps - WARM_UP_STEPS) * settings.rows_a_step
+    samples = (settings.steps - WARM_UP_STEPS) * settings.rows_per_step
     joules = None if last.joules is None else (last.joules - first.joules) / samples
     system = SYSTEMS[settings.system]
     packages = ["torch", "transformers", "accelerate", *filter(None, [system.package])]
@@ -53,7 +53,7 @@ def measured(run: Run, settings: SimpleNamespace) -> dict[str, object]:
 
 
 def code_lines(path: Path) -> int:
-    """Lines of a program, without blank ones, comments and docstrings."""
+    """Count the lines of a program without blank lines, comments and docstrings."""
     source = path.read_text()
     no_code = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
     tokens = [token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.string.strip()]
@@ -77,7 +77,7 @@ def main() -> None:
     loop = import_module(f"loops.{system.loop}")
     reader = "pyarrow.parquet" if system.loop == "lowmem" and settings.train_file else None
     for package in filter(None, [system.package, reader]):
-        import_module(package)  # which it would import by itself while it trains
+        import_module(package)  # or the import would count as memory of training
     run = Run(imported_bytes=resident_bytes())
     loop.train(settings, system, run)
     record = {"settings": asdict(system), **measured(run, settings)}

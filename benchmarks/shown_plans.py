@@ -1,4 +1,4 @@
-"""What `plan` tells and draws of some runs, kept in `results/plan-NAME.txt` and `.png`.
+"""Save the text and the figure of `plan` for some runs to `results/plan-NAME.txt` and `.png`.
 
     python benchmarks/shown_plans.py
     python benchmarks/shown_plans.py t5-base
@@ -29,28 +29,28 @@ PLANS = {
 
 
 def plan(name: str) -> str:
-    """The text, the command first; it and the picture are in `results/` then. Raises SystemExit if `plan` fails."""
+    """Run `plan`, save its text and figure, and return the text. Raises SystemExit if `plan` fails."""
     command = ["train_low_mem.py", "plan", *PLANS[name]]
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, *command, f"--output_dir={folder}"]
         result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         if result.returncode:
-            raise SystemExit(f"{shlex.join(command)} ended with {result.returncode}: {result.stderr}")
+            raise SystemExit(f"{shlex.join(command)} failed with exit code {result.returncode}: {result.stderr}")
         shutil.move(Path(folder, "plan.png"), RESULTS / f"plan-{name}.png")
-    told = result.stdout.splitlines()[:-1]  # the last line tells where the picture is
+    lines = result.stdout.splitlines()[:-1]  # without the last line, the path of the figure
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "accelerate"))
     head = [f"$ {shlex.join(['python', *command])}", f"# {datetime.now(UTC):%Y-%m-%d}; {versions}"]
-    text = "\n".join([*head, *told, ""])
+    text = "\n".join([*head, *lines, ""])
     (RESULTS / f"plan-{name}.txt").write_text(text)
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PLANS)}; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(PLANS)}; default: all")
     names = parser.parse_args().names
     if unknown := sorted(set(names) - set(PLANS)):
-        parser.error(f"no plan is called {', '.join(unknown)}: there are {', '.join(PLANS)}")
+        parser.error(f"unknown name {', '.join(unknown)}: choose from {', '.join(PLANS)}")
     for name in names or PLANS:
         print(plan(name), flush=True)
 

@@ -1,9 +1,9 @@
-"""Kill a run of two processes at random instants and resume it, again and again: it must end as one never killed.
+"""Kill and resume a run of two processes many times; its result must be bit-identical to an uninterrupted run's.
 
     python benchmarks/soak.py --kills=50 --output=benchmarks/results/soak.md
     python benchmarks/soak.py --kills=3
 
-Exit code 1: it did not. See README.md.
+Exits with code 1 if it is not. See README.md.
 """
 
 import argparse
@@ -32,51 +32,52 @@ from lowmem.config.presets import MODEL_SHAPES
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train_low_mem.py"
 SAVE_STEPS = 5
-MOST_SAVES = 2  # of a run between two kills; a kill aimed at the first undoes all that came before it
+MOST_SAVES = 2  # of a launch before it is killed; a kill during the first save loses all of its steps
 POLL_SECONDS = 0.0005
-LIMIT_SECONDS = 120  # for anything that is waited for
+LIMIT_SECONDS = 120  # for every wait
 
 VICTIMS = {"rank 0": (0,), "rank 1": (1,), "all": (0, 1)}
-"""The ranks that each kind of kill ends; "all" ends their launcher too."""
+"""The ranks that each kind of kill hits; "all" includes the launcher."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """What one kill hit and cost."""
+    """One kill and its cost."""
 
     victim: str
     in_save: bool
-    """Whether a checkpoint was half written, or half removed, at that instant."""
+    """Whether a checkpoint was being written or removed."""
     step: int
     """The last step that was logged."""
     resumed_from: int
-    """The step of the newest checkpoint then."""
+    """The step of the newest checkpoint."""
     seconds: float
-    """Until the last process of the run had ended."""
+    """Until the last process of the run had exited."""
 
 
 @dataclass(frozen=True)
 class Soak:
-    """A run that was killed, beside one that was not."""
+    """A run that was killed, compared with an uninterrupted one."""
 
     kills: list[Kill]
     steps: int
     same_weights: bool
-    """Every byte of every tensor in the final model and in the last checkpoint, the optimizer's too."""
+    """Whether all tensors of the final model and the last checkpoint are bit-identical, optimizer state included."""
     same_losses: bool
-    """The loss of each step, each once."""
+    """Whether each step was logged once, with the same loss."""
 
     def failures(self) -> list[str]:
-        """What must not be, a line for each."""
+        """One line for each requirement that is not met."""
         most = max(kill.step - kill.resumed_from for kill in self.kills)
         lines = [f"a kill cost {most} steps, saves are {SAVE_STEPS} apart"] if most > SAVE_STEPS else []
         lines += [] if self.same_weights else ["the final weights differ from those of the uninterrupted run"]
         return lines + ([] if self.same_losses else ["the losses differ from those of the uninterrupted run"])
 
 
-def soak(folder: Path, *, kills: int, seed: int = 0, tell: Callable[[str], None] = print) -> Soak:
-    """Train without a kill and with `kills` of them, in `folder`. Raises RuntimeError where a run ends in another way
-    than it should, or has not ended or got on within LIMIT_SECONDS, and UsageError for a checkpoint that is not whole.
+def soak(folder: Path, *, kills: int, seed: int = 0, log: Callable[[str], None] = print) -> Soak:
+    """Train in `folder` without kills and with `kills` of them, and compare the results.
+
+    Raises RuntimeError if a run fails or makes no progress within LIMIT_SECONDS, UsageError if a checkpoint is damaged.
     """
     chance, aims = random.Random(seed), ("a save", "a step")
     deck = [(list(VICTIMS)[number % 3], aims[(number + number // 3) % 2]) for number in range(kills)]
@@ -84,27 +85,27 @@ def soak(folder: Path, *, kills: int, seed: int = 0, tell: Callable[[str], None]
     (folder / "t5.json").write_text(json.dumps(MODEL_SHAPES["t5-tiny"] | {"dropout_rate": 0.1}))
     steps = (kills * MOST_SAVES + 2) * SAVE_STEPS  # the run must outlast its kills
     done = []
-    with Run(folder, "whole", steps) as uninterrupted:  # beside the others: bits do not depend on who else runs
+    with Run(folder, "whole", steps) as uninterrupted:  # at the same time, which does not change its bits
         for number, (victim, aim) in enumerate(deck):
             with Run(folder, "killed", steps) as run:
-                run.go_on(aim, chance)
+                run.advance(aim, chance)
                 done.append(run.kill(victim))
-            tell(f"kill {number + 1} of {kills}, aimed at {victim} in {aim}: {done[-1]}")
+            log(f"kill {number + 1} of {kills}, aimed at {victim} in {aim}: {done[-1]}")
         with Run(folder, "killed", steps) as run:
             run.end()
         uninterrupted.end()
     whole, killed = (Path(folder, name) for name in ("whole", "killed"))
     curve = losses(whole)
-    assert [step for step, _ in curve] == list(range(1, steps + 1)), "the uninterrupted run has not logged each step"
+    assert [step for step, _ in curve] == list(range(1, steps + 1)), "the uninterrupted run did not log each step once"
     return Soak(done, steps, tensors(whole) == tensors(killed), curve == losses(killed))
 
 
 class Run:
-    """One launch of two processes, from the newest checkpoint of its folder on; whatever is left of it ends with it."""
+    """One launch of two processes, from the newest checkpoint of the folder; on exit its processes are killed."""
 
     def __init__(self, folder: Path, name: str, steps: int):
         self._output, self._log = folder / name, folder / f"{name}.log"
-        self._resumed_from = self._standing()
+        self._resumed_from = self._newest_step()
         flags = {"model_config": folder / "t5.json", "mixed_precision": "bf16", "memory": "lean"}
         flags |= {"batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "validation_rows": 0}
         flags |= {"max_steps": steps, "save_steps": SAVE_STEPS, "logging_steps": 1}
@@ -130,12 +131,12 @@ class Run:
         self._launcher.wait()
 
     def end(self) -> None:
-        """Wait until it is done."""
+        """Wait until the run is done."""
         if self._launcher.wait(timeout=10 * LIMIT_SECONDS):
-            raise RuntimeError(f"{self._output.name} failed: {self._told()}")
+            raise RuntimeError(f"{self._output.name} failed: {self._log_tail()}")
 
-    def go_on(self, aim: str, chance: random.Random) -> None:
-        """Return at a random instant after a checkpoint stands: within a save, or so many steps after the start."""
+    def advance(self, aim: str, chance: random.Random) -> None:
+        """Wait for a random moment after the first checkpoint: during a save, or some steps after the resume."""
         self._wait(lambda: len(self._find_ranks()) == 2 and checkpoints(self._output / "checkpoints"))
         if aim == "a step":
             goal = self._resumed_from + chance.randint(1, MOST_SAVES * SAVE_STEPS)
@@ -149,26 +150,26 @@ class Run:
         time.sleep(chance.uniform(0, 0.03))
 
     def kill(self, victim: str) -> Kill:
-        """End it by SIGKILL of some ranks, and wait until the others have ended by themselves."""
+        """Send SIGKILL to some ranks, and wait until the others have exited on their own."""
         if self._launcher.poll() is not None:
-            raise RuntimeError(f"it ended before it could be killed: {self._told()}")
+            raise RuntimeError(f"the run ended before the kill: {self._log_tail()}")
         victims = [self._ranks[rank] for rank in VICTIMS[victim]]
         for process in [*victims, *([self._launcher] if victim == "all" else [])]:
             process.kill()
         in_save, started = self._is_saving(), time.monotonic()
         _, alive = psutil.wait_procs([self._launcher, *self._ranks.values()], timeout=LIMIT_SECONDS)
         if alive:
-            told = self._told()
-            raise RuntimeError(f"{LIMIT_SECONDS} s after the kill of {victim} {len(alive)} processes live: {told}")
-        return Kill(victim, in_save, self._logged_step(), self._standing(), time.monotonic() - started)
+            tail = self._log_tail()
+            raise RuntimeError(f"{LIMIT_SECONDS} s after the kill of {victim} {len(alive)} processes still run: {tail}")
+        return Kill(victim, in_save, self._logged_step(), self._newest_step(), time.monotonic() - started)
 
-    def _standing(self) -> int:
-        """The step of the newest checkpoint, 0 if there is none yet; all of them must be whole."""
+    def _newest_step(self) -> int:
+        """Verify all checkpoints and return the step of the newest, 0 if there is none yet."""
         found = checkpoints(self._output / "checkpoints")
         for checkpoint in found:
             verify_checkpoint(checkpoint)
         if not found and (self._output / "metrics.jsonl").exists():
-            raise RuntimeError(f"no checkpoint stands in {self._output}")
+            raise RuntimeError(f"no checkpoint is left in {self._output}")
         return step_of(found[-1]) if found else 0
 
     def _logged_step(self) -> int:
@@ -183,17 +184,17 @@ class Run:
         return any((self._output / "checkpoints").glob(".unfinished-*"))
 
     def _find_ranks(self) -> dict[int, psutil.Process]:
-        """The workers by rank, as far as they have been started."""
+        """The workers that have been started, by rank."""
         for process in self._launcher.children() if len(self._ranks) < 2 and self._launcher.is_running() else ():
             try:
                 if "RANK" in (environment := process.environ()):
                     self._ranks[int(environment["RANK"])] = process
-            except psutil.Error:  # between fork and exec, or gone already
+            except psutil.Error:  # between fork and exec, or exited already
                 continue
         return self._ranks
 
-    def _told(self) -> str:
-        """The end of what it printed, less the launcher's own report."""
+    def _log_tail(self) -> str:
+        """The last errors and the last lines that the run printed."""
         lines = self._log.read_text().splitlines()
         mine = [line for line in lines if line.startswith("error") or "Error: " in line]
         return "\n".join(mine[-5:] + lines[-5:])
@@ -202,7 +203,7 @@ class Run:
         limit = time.monotonic() + LIMIT_SECONDS
         while not condition():
             if time.monotonic() > limit or self._launcher.poll() is not None:
-                raise RuntimeError(f"{self._output.name} does not get on: {self._told()}")
+                raise RuntimeError(f"{self._output.name} makes no progress: {self._log_tail()}")
             time.sleep(POLL_SECONDS)
 
 
@@ -236,16 +237,16 @@ def table(result: Soak, command: str) -> str:
             "",
             f"{datetime.now(UTC).isoformat(timespec='seconds')}; {machine()['cpu']}, {machine()['cores']} cores; "
             f"{versions}; 2 processes, 1 thread each; a T5 with dropout in memory=lean, {result.steps} steps, a "
-            f"checkpoint every {SAVE_STEPS}.",
+            f"checkpoint every {SAVE_STEPS} steps.",
             "",
-            "| kill -9 of | kills | of them in a save | seconds until all had ended, median and most |",
+            "| SIGKILL to | kills | during a save | seconds until all had exited, median and maximum |",
             "|---|---:|---:|---:|",
             *rows,
             "",
-            f"- resumed {len(lost)} times, every checkpoint whole at each of them; steps lost by a kill: "
-            f"median {median(lost):g}, most {max(lost)}",
-            f"- final weights and optimizer state equal the uninterrupted run's bits: {yes(result.same_weights)}",
-            f"- the loss of each step equals the uninterrupted run's bits: {yes(result.same_losses)}",
+            f"- resumed {len(lost)} times, with every checkpoint intact each time; steps lost per kill: "
+            f"median {median(lost):g}, maximum {max(lost)}",
+            f"- final weights and optimizer state bit-identical to the uninterrupted run's: {yes(result.same_weights)}",
+            f"- the loss of each step bit-identical to the uninterrupted run's: {yes(result.same_losses)}",
             "",
         ]
     )
@@ -263,8 +264,8 @@ def yes(is_so: bool) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="draws who is killed, and when after progress")
-    parser.add_argument("--output", type=Path, help="markdown to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the ranks to kill and of the moments")
+    parser.add_argument("--output", type=Path, help="Markdown file to write")
     flags = parser.parse_args()
     if flags.kills < 1:
         parser.error(f"--kills={flags.kills}: set 1 or more")
@@ -272,10 +273,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         result = soak(Path(folder), kills=flags.kills, seed=flags.seed)
     print(f"{time.monotonic() - started:.0f} s")
-    told = table(result, shlex.join(["python", *sys.argv]))
-    print(told)
+    text = table(result, shlex.join(["python", *sys.argv]))
+    print(text)
     if flags.output:
-        flags.output.write_text(told)
+        flags.output.write_text(text)
     for failure in result.failures():
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if result.failures() else 0

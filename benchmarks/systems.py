@@ -1,6 +1,6 @@
-"""What is compared: what is equal for all systems, what each has of its own, and the rows that all train on.
+"""The systems that are compared, the settings that they share, and the rows that they train on.
 
-A system is a line of settings; its loop, the code that trains, is a file in `loops/`.
+A system is a line of settings; its training loop is a file in `loops/`.
 """
 
 import json
@@ -15,41 +15,41 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-# This checkout's lowmem, installed or not. Each system imports what it needs and no more: memory is what we measure.
+# This checkout's lowmem, installed or not. Import lazily: memory is measured, so a system imports only what it needs.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# --- what is equal for all, besides the flags
+# --- shared by all systems, in addition to the flags
 SEED = 0
 OPTIMIZER = {"weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}  # biases and norms: no decay
 SCHEDULE = {"peak": 1e-4, "warmup_steps": 1, "schedule": "cosine"}
-WARM_UP_STEPS = 2  # left out of the times: AdamW makes its moments, allocators and thread pools settle
+WARM_UP_STEPS = 2  # not timed: AdamW creates its moments, allocators and thread pools warm up
 
 
-# --- what is not
+# --- the systems
 @dataclass(frozen=True)
 class System:
-    """What one system has of its own; all else comes from the flags, alike for all."""
+    """The settings of one system; all others come from the flags and are the same for every system."""
 
     loop: str
-    """Whose: a module of `loops`."""
+    """A module of `loops`."""
     optimizer: str = "adamw"
-    """adamw or adafactor: each loop's own, with what is its default beside OPTIMIZER."""
+    """adamw or adafactor: the loop's own implementation, with OPTIMIZER and otherwise its defaults."""
     memory: str = "off"
     """lowmem's tier."""
     weights: str = "float32"
-    """What Trainer's model is loaded as; a tier of lowmem takes float32 and makes of it what it keeps."""
+    """The dtype in which Trainer's model is loaded. A tier of lowmem takes float32 and converts it."""
     recompute: str | None = None
-    """full, cheap or off. None: what --recompute says."""
+    """full, cheap or off. None: the value of --recompute."""
     savers: tuple[str, ...] = ()
-    """lowmem's others: offload_activations, release."""
+    """lowmem's other savers: offload_activations, release."""
     attention: str = "sdpa"
-    """Trainer's: transformers' default, or eager, which lowmem chooses for T5 on a CPU."""
+    """Trainer's attention: transformers' default, or eager, which lowmem chooses for T5 on a CPU."""
     sharding_strategy: str = "NO_SHARD"
-    """lowmem's."""
+    """lowmem's sharding strategy."""
     zero_stage: int = 0
-    """DeepSpeed's, under Trainer; 0: without DeepSpeed."""
+    """The ZeRO stage of DeepSpeed under Trainer; 0: no DeepSpeed."""
     launcher: str = "torchrun"
-    """torchrun, or `python` where one process needs none; or accelerate."""
+    """torchrun (for one process, plain python) or accelerate."""
 
     @property
     def has_bf16_weights(self) -> bool:
@@ -57,17 +57,17 @@ class System:
 
     @property
     def package(self) -> str | None:
-        """What must be installed beside lowmem's own dependencies."""
+        """The package to install in addition to lowmem's dependencies."""
         return "llamafactory" if self.loop == "llamafactory" else "deepspeed" if self.zero_stage else None
 
     def cannot(self, *, is_causal: bool, processes: int) -> str:
-        """Why it has no training of this kind, or nothing."""
+        """Why the system cannot run with these settings, or an empty string."""
         if self.loop == "llamafactory" and not is_causal:
-            return "trains causal models alone"
+            return "trains causal models only"
         if self.loop == "plain" and processes > 1:
-            return "is a loop for one process"
+            return "trains on one process only"
         if self.sharding_strategy != "NO_SHARD" and processes == 1:
-            return "divides a model over several processes"
+            return "needs at least two processes"
         return ""
 
 
@@ -96,7 +96,7 @@ SYSTEMS = {
 
 
 class Mark(NamedTuple):
-    """Seconds by the clock and of CPU time, and joules if a counter tells, at the end of an optimizer step."""
+    """Wall-clock seconds, CPU seconds and (if there is a counter) joules at the end of an optimizer step."""
 
     wall: float
     cpu: float
@@ -105,20 +105,20 @@ class Mark(NamedTuple):
 
 @dataclass
 class Run:
-    """What a system leaves behind for the record."""
+    """What a system records while it trains."""
 
     imported_bytes: int
-    """Resident after its imports, before a model is there."""
+    """Resident bytes after imports, before the model is loaded."""
     losses: list[float] = field(default_factory=list)
     """Mean loss over the targets of each optimizer step, in fp32."""
     marks: list[Mark] = field(default_factory=list)
     """At the end of each optimizer step."""
     first_step_at: float = 0.0
-    """When the first of them was, in seconds since the epoch."""
+    """When the first step ended, in seconds since the epoch."""
     peak_rss_bytes: int = 0
-    """The most that was resident until the end of the last step."""
+    """Peak resident bytes until the end of the last step."""
     peak_device_bytes: int | None = None
-    """The most that tensors held on a GPU until then."""
+    """Peak bytes of tensors on a GPU until then."""
 
     def mark(self) -> None:
         import torch
@@ -152,7 +152,7 @@ def open_work(settings: SimpleNamespace, tokenizer, config) -> tuple[object, Cal
 
 
 def open_steps(settings: SimpleNamespace, rows, encode: Callable, **options):
-    """lowmem's stream for every system, so that all train on the same micro-batches: rows of a step by length."""
+    """lowmem's stream, so that every system trains on the same micro-batches: a step's rows sorted by length."""
     from lowmem import open_stream
 
     return open_stream(
@@ -166,8 +166,8 @@ def open_steps(settings: SimpleNamespace, rows, encode: Callable, **options):
 
 
 def build(settings: SimpleNamespace) -> None:
-    """Save what every system loads: initial weights, the byte tokenizer, and, for those that are not lowmem, rows
-    encoded in the order in which lowmem trains on them."""
+    """Save what the systems load: initial weights, the byte tokenizer and, for systems other than lowmem, encoded
+    rows in the order in which lowmem trains on them."""
     import torch
 
     from lowmem import load_model
@@ -177,7 +177,7 @@ def build(settings: SimpleNamespace) -> None:
     model.save_pretrained(settings.folder)
     tokenizer.save_pretrained(settings.folder)
     rows, encode = open_work(settings, tokenizer, model.config)
-    # as a sampler deals them out that takes each row once: micro-batch after micro-batch, of one rank after another
+    # in the order of a sequential distributed sampler: for each micro-batch, the rows of rank 0, then those of rank 1
     ranks = [
         open_steps(settings, rows, encode, rank=rank, world_size=settings.processes)
         for rank in range(settings.processes)
@@ -212,7 +212,7 @@ def machine() -> dict[str, object]:
 
 
 def joules() -> float | None:
-    """What CPU packages (RAPL) and, with pynvml, this process's GPUs have taken so far; None where nothing counts."""
+    """Energy used so far by CPU packages (RAPL) and, with pynvml, this process's GPUs; None without counters."""
     counters = [Path(zone, "energy_uj") for zone in Path("/sys/class/powercap").glob("intel-rapl:*[0-9]")]
     packages = [counter for counter in counters if counter.parent.name.count(":") == 1 and os.access(counter, os.R_OK)]
     counted = [int(counter.read_text()) / 1e6 for counter in packages]

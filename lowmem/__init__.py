@@ -1,4 +1,4 @@
-"""The public names of a low-memory, hand-written training loop; each is imported when it is first used."""
+"""The public names of lowmem. Each is imported on first use."""
 
 from importlib import import_module
 
@@ -28,12 +28,12 @@ _NAMES = {
     "checkpoint.load": ["load_checkpoint", "latest_checkpoint"],
     "checkpoint.manifest": ["verify_checkpoint"],
 }
-_HOMES = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = list(_HOMES)
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str):
-    # PEP 562: `import lowmem` costs milliseconds, and what a program does not use is not imported
-    if name not in _HOMES:
+    # PEP 562: `import lowmem` takes milliseconds, and unused modules are never imported
+    if name not in _MODULES:
         raise AttributeError(f"module 'lowmem' has no attribute {name!r}")
-    return getattr(import_module(f"lowmem.{_HOMES[name]}"), name)
+    return getattr(import_module(f"lowmem.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""The command line, in two phases: Fire only parses flags into a frozen job; then the job runs."""
+"""The command line: Fire parses flags into a frozen job, then the job runs."""
 
 import contextlib
 import io
@@ -20,10 +20,10 @@ from lowmem.config.parse import named_fields, resolve
 from lowmem.config.sizes import parse_bytes
 from lowmem.config.train_config import TrainConfig, fields_where
 from lowmem.distributed.launcher import launched_settings
-from lowmem.distributed.signals import outlive_readers
+from lowmem.distributed.signals import ignore_closed_output
 from lowmem.errors import UsageError
 from lowmem.job.run import run
-from lowmem.job.supervise import tell_failure
+from lowmem.job.supervise import report_error
 from lowmem.plot import plot
 
 _EXPORT_DTYPES = ("float32", "bfloat16", "float16", "None")
@@ -31,13 +31,13 @@ _EXPORT_DTYPES = ("float32", "bfloat16", "float16", "None")
 
 @dataclass(frozen=True)
 class Job:
-    """A command that is parsed and checked, but not started."""
+    """A parsed and checked command that has not started."""
 
     command: str
     options: Mapping[str, object]
 
 
-@SetParseFn(str)  # every value stays the text that was typed; resolve knows the types
+@SetParseFn(str)  # keep every value as text: `resolve` converts it
 def _train(**flags: str) -> Job:
     return Job("train", {"config": _resolve(flags), "fixed": named_fields(flags)})
 
@@ -46,7 +46,7 @@ def _train(**flags: str) -> Job:
 def _plan(**flags: str) -> Job:
     config = _resolve(flags)
     if config.deepspeed:
-        raise UsageError("`plan` cannot predict DeepSpeed, which lays out memory itself: remove --deepspeed")
+        raise UsageError("`plan` cannot predict DeepSpeed, which manages memory itself: remove --deepspeed")
     return Job("plan", {"config": config, "fixed": named_fields(flags)})
 
 
@@ -54,8 +54,8 @@ def _plan(**flags: str) -> Job:
 def _evaluate(**flags: str) -> Job:
     _refuse("evaluate", flags.keys() - fields_where(in_evaluate=True) - {"local_rank"})
     if sharding := {"deepspeed", "sharding_strategy", "tp_size"} & launched_settings().keys():
-        found = f"accelerate was told to divide the model ({', '.join(sorted(sharding))})"
-        raise UsageError(f"{found}, but `evaluate` has a whole one in each process: launch with --multi_gpu")
+        found = f"accelerate is set to shard the model ({', '.join(sorted(sharding))})"
+        raise UsageError(f"{found}, but `evaluate` needs the whole model in each process: launch with --multi_gpu")
     if missing := [f"--{name}" for name in ("model_name_or_path", "test_file") if not flags.get(name)]:
         raise UsageError(f"`evaluate` needs {' and '.join(missing)}")
     trained_with = Path(flags["model_name_or_path"]) / "lowmem.json"
@@ -103,13 +103,13 @@ _COMMANDS |= {"verify": _verify, "export": _export, "plot": _plot}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv) and return the exit code.
 
-    0: done, 1: failed, 2: a user error, 75: training was preempted and is saved, 128 + n: signal n ended another
-    command. `train` and `evaluate` catch signals for the rest of the process.
+    0: done, 1: failed, 2: user error, 75: training was preempted, 128 + n: signal n ended another command. `train` and
+    `evaluate` catch signals for the rest of the process.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments and re.match("--local[_-]rank=", arguments[0]):  # old launchers put it before the command
+    if arguments and re.match("--local[_-]rank=", arguments[0]):  # old launchers put this flag before the command
         del arguments[0]
-    with contextlib.redirect_stdout(_Unread(sys.stdout)) as output:
+    with contextlib.redirect_stdout(_PipeSafeStream(sys.stdout)) as output:
         try:
             if not arguments or {"-h", "--help", "help"} & set(arguments):
                 print(help_text())
@@ -117,13 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 code = _start(_parse(arguments), arguments)
         except Exception as error:
-            code = tell_failure(error)
-        output.flush()  # here, or the interpreter's own flush would raise BrokenPipeError at its end
+            code = report_error(error)
+        output.flush()  # otherwise the interpreter's flush at exit would raise BrokenPipeError
     return code
 
 
-class _Unread:
-    """A text stream that discards what it is given once its reader has gone (`| head -1`)."""
+class _PipeSafeStream:
+    """A text stream that discards its output once the reader has closed the pipe (`| head -1`)."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -132,16 +132,16 @@ class _Unread:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        return self._outliving(self._stream.write, text)
+        return self._ignore_broken_pipe(self._stream.write, text)
 
     def flush(self) -> None:
-        self._outliving(self._stream.flush)
+        self._ignore_broken_pipe(self._stream.flush)
 
-    def _outliving(self, do: Callable[..., int | None], *arguments: str) -> int | None:
+    def _ignore_broken_pipe(self, do: Callable[..., int | None], *arguments: str) -> int | None:
         try:
             return do(*arguments)
         except BrokenPipeError:
-            outlive_readers()
+            ignore_closed_output()
 
 
 def _parse(arguments: Sequence[str]) -> Job:
@@ -151,21 +151,21 @@ def _parse(arguments: Sequence[str]) -> Job:
             job = fire.Fire(_COMMANDS, command=list(arguments), serialize=lambda job: None)
     except FireExit:
         first = complaints.getvalue().partition("\n")[0].removeprefix("ERROR: ")
-        first = first.replace("Could not consume arg", "words without -- were given")
+        first = first.replace("Could not consume arg", "unexpected argument")
         first = first.replace("Cannot find key", "unknown command")
-        raise UsageError(f"{first}; commands are {', '.join(_COMMANDS)}, flags --name=value") from None
+        raise UsageError(f"{first}; commands are {', '.join(_COMMANDS)}; flags are --name=value") from None
     if not isinstance(job, Job):
-        raise UsageError(f"words without -- were given: {' '.join(arguments)}; flags are --name=value")
+        raise UsageError(f"unexpected arguments: {' '.join(arguments)}; flags are --name=value")
     return job
 
 
 def _resolve(flags: Mapping[str, str], given: Mapping[str, object] | None = None) -> TrainConfig:
-    """The config of flags (without old launchers' --local_rank) and of accelerate's settings."""
-    given = {**(given or {}), **(told := launched_settings())}
+    """Resolve flags and accelerate's settings into a config. Ignores --local_rank, which old launchers add."""
+    given = {**(given or {}), **(launched := launched_settings())}
     config = resolve({name: value for name, value in flags.items() if name != "local_rank"}, given=given)
-    differ = [name for name, its in told.items() if getattr(config, name) != its]
-    if problems := [f"{x}={getattr(config, x)} was set, but accelerate was told {told[x]}" for x in differ]:
-        raise UsageError(f"{'; '.join(problems)}: set it in one place")
+    differ = [name for name, value in launched.items() if getattr(config, name) != value]
+    if problems := [f"{x}={getattr(config, x)} was set, but accelerate is set to {launched[x]}" for x in differ]:
+        raise UsageError(f"{'; '.join(problems)}: remove one of the two settings")
     return config
 
 

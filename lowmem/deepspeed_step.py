@@ -1,4 +1,4 @@
-"""`train_step` for a model in DeepSpeed's engine, which reduces, clips and applies the gradients itself."""
+"""`train_step` for a model in DeepSpeed's engine, which reduces, clips and applies gradients itself."""
 
 import math
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ def deepspeed_step(
     nonfinite: str = "stop",
     preempted: bool = False,
 ) -> StepResult:
-    """Update `state` in place as `train_step` does, `state.model` being what `distributed.zero.wrap` returned.
+    """Update `state` in place as `train_step` does. `state.model` must be what `distributed.zero.wrap` returned.
 
-    `max_grad_norm` is the engine's own, fixed in its config. It raises OutOfMemory where `train_step` raises
-    StepTooLarge, as the engine cannot take a step back.
+    Ignores `max_grad_norm`: the engine's own config sets it. Raises OutOfMemory where `train_step` raises StepTooLarge,
+    because the engine cannot repeat a step.
     """
     num_tokens, preempted = agree_to_start(state, batches, preempted)
     for group in state.optimizer.param_groups:
@@ -46,7 +46,7 @@ def deepspeed_step(
             if is_last:
                 loss = sum(losses)
                 all_reduce_sum([loss] if accelerator.num_processes > 1 else [])
-                # the engine skips an update whose gradient is not finite, so a loss that is not must reach it
+                # the engine checks only gradients: if the loss is not finite, make them NaN so that it skips the update
                 batch_loss = batch_loss * torch.where(loss.isfinite(), 1.0, math.nan)
             backward(state.model, batch_loss, world_size=accelerator.num_processes, is_last=is_last)
         if num_tokens:

@@ -1,4 +1,4 @@
-"""The errors that lowmem raises on purpose. Each message says what was asked, what was found, and what to do."""
+"""The errors that lowmem raises on purpose. Each message says what was requested, what was found, and what to do."""
 
 
 class UsageError(ValueError):
@@ -6,7 +6,7 @@ class UsageError(ValueError):
 
 
 class StartError(UsageError):
-    """This process could not join the others; the cause may be local, so every rank reports it."""
+    """This process could not join the process group; the cause may be local, so every rank reports it."""
 
 
 class RankError(RuntimeError):
@@ -18,7 +18,7 @@ class SaveError(RuntimeError):
 
 
 class OutOfMemory(RuntimeError):
-    """`rank` ran out of memory in a step; the message says what filled it and what takes less."""
+    """`rank` ran out of memory in a step; the message says what used the memory and which settings use less."""
 
     def __init__(self, message: str, rank: int):
         super().__init__(message)
@@ -26,16 +26,16 @@ class OutOfMemory(RuntimeError):
 
 
 class StepTooLarge(OutOfMemory):
-    """Forward or backward ran out of memory on some rank; every rank raises it, and nothing was updated."""
+    """Forward or backward ran out of memory on a rank. Every rank raises this error, and no weights change."""
 
 
 class RowError(ValueError):
-    """A row that cannot be read or encoded; the message names it and says why."""
+    """A row cannot be read or encoded; the message names the row and the reason."""
 
 
 class ReadError(RowError):
-    """A file that could be read before and cannot be read now, whatever the row."""
+    """A file that could be read before can no longer be read, regardless of the row."""
 
 
 class ChangedError(OSError):
-    """A file is not the one that was opened."""
+    """A file was changed or replaced after it was opened."""

@@ -1,4 +1,4 @@
-"""Loss over held-out rows, and greedy answers to them."""
+"""Evaluate a model: the loss on held-out rows, and greedily decoded answers."""
 
 import json
 import math
@@ -21,13 +21,13 @@ from lowmem.data.rows import FileRows
 from lowmem.distributed.collectives import gather_bytes, sum_over_ranks
 from lowmem.distributed.fully_sharded import resharding
 from lowmem.distributed.heartbeat import phase
-from lowmem.distributed.placement import data_place, failing, is_sharded, unwrapped
+from lowmem.distributed.placement import data_place, handle_rank_errors, is_sharded, unwrapped
 from lowmem.distributed.reduce import all_reduce_sum
 from lowmem.memory.gradients import LossFunction
 
 
 class Answer(NamedTuple):
-    """What the model wrote for one row, with its prompt and reference."""
+    """The model's answer to one row, with the prompt and the reference."""
 
     row_id: int
     prompt: str
@@ -43,18 +43,18 @@ Measure = Callable[..., tuple[dict[str, float], list[Answer]]]
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], loss_fn: LossFunction, accelerator: Accelerator, *, prefix: str = "eval"
 ) -> dict[str, float]:
-    """Mean loss per target token over all ranks' batches, equally many on each, its perplexity, and the rows."""
+    """Return mean loss per target token, perplexity and row count, over equally many batches on every rank."""
     loss = torch.zeros((), device=accelerator.device)
     num_targets = num_rows = 0
-    with _evaluating(model), accelerator.autocast(), failing(model):
+    with _evaluating(model), accelerator.autocast(), handle_rank_errors(model):
         for batch in batches:
             loss += loss_fn(model, batch.to(accelerator.device))
             num_targets += batch.num_targets
             num_rows += len(batch.row_ids)
-    place = data_place(model)
+    rank = data_place(model)
     if accelerator.num_processes > 1:
-        all_reduce_sum([loss], place.group)
-    num_targets, num_rows = sum_over_ranks(*((num_targets, num_rows) if place.is_counted else (0, 0)))
+        all_reduce_sum([loss], rank.group)
+    num_targets, num_rows = sum_over_ranks(*((num_targets, num_rows) if rank.is_counted else (0, 0)))
     if num_targets == 0:
         raise ValueError("the evaluation rows have no target token: check their responses")
     mean = loss.item() / num_targets
@@ -72,19 +72,19 @@ def generate(
     *,
     max_new_tokens: int,
 ) -> list[Answer]:
-    """Answer the prompts of all ranks' batches greedily. Returns every rank's answers on every rank, in row order."""
+    """Answer the prompts of all ranks' batches by greedy decoding. Every rank returns all answers, in row order."""
     base = unwrapped(model)
     is_encoder_decoder, is_collective = base.config.is_encoder_decoder, is_sharded(model)
-    # pad on the right for an encoder; on the left for a causal model, which appends
+    # encoders pad on the right; causal models append tokens, so they pad on the left
     padding = {"padding_side": "right" if is_encoder_decoder else "left", "return_tensors": "pt"}
     greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": tokenizer.pad_token_id}
     limits = {"max_new_tokens": max_new_tokens, "synced_gpus": is_collective}
     answers = []
-    with _evaluating(model), accelerator.autocast(), failing(model):
+    with _evaluating(model), accelerator.autocast(), handle_rank_errors(model):
         for batch in batches:
             if not batch.row_ids and not is_collective:
                 continue
-            # a rank without rows joins the forwards of a sharded model
+            # the forward of a sharded model has collectives, so a rank without rows runs a dummy prompt
             prompts = _prompts(batch, is_encoder_decoder=is_encoder_decoder) or [[tokenizer.eos_token_id]]
             padded = tokenizer.pad({"input_ids": prompts}, **padding).to(accelerator.device)
             written = base.generate(**padded, **greedy, **limits)
@@ -101,7 +101,7 @@ def generate(
 
 
 def text_metrics(answers: Sequence[Answer], *, prefix: str = "eval") -> dict[str, float]:
-    """Part of exact matches (outer blanks aside), and chrF, 0 to 100 (Popovic, 2015), if sacrebleu is installed."""
+    """Return the fraction of exact matches (stripped) and, if sacrebleu is installed, chrF (0-100; Popovic, 2015)."""
     if not answers:
         return {}
     exact = [answer.prediction.strip() == answer.reference.strip() for answer in answers]
@@ -127,7 +127,7 @@ def make_evaluation(
     num_answers: int,
     max_new_tokens: int,
 ) -> Measure:
-    """Return `measure(rows, prefix="eval") -> (metrics, answers)`; `bar` wraps its batches, to show progress."""
+    """Return `measure(rows, prefix="eval") -> (metrics, answers)`; `bar` wraps the batches to show progress."""
     collate_rows = partial(collate, causal=not unwrapped(model).config.is_encoder_decoder)
     batching = {"batch_size": batch_size, "collate": collate_rows, "quarantine": quarantine}
     open_batches = partial(open_eval, encode=encode, **data_place(model).coordinates, **batching)
@@ -136,8 +136,8 @@ def make_evaluation(
         metrics = evaluate(model, bar(open_batches(rows), prefix), loss_fn, accelerator, prefix=prefix)
         if not num_answers:
             return metrics, []
-        asked = bar(open_batches(rows.slice(0, min(len(rows), num_answers))), prefix)
-        answers = generate(model, tokenizer, asked, accelerator, max_new_tokens=max_new_tokens)
+        batches = bar(open_batches(rows.slice(0, min(len(rows), num_answers))), prefix)
+        answers = generate(model, tokenizer, batches, accelerator, max_new_tokens=max_new_tokens)
         return metrics | text_metrics(answers, prefix=prefix), answers
 
     return measure
@@ -155,9 +155,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _prompts(batch: Batch, *, is_encoder_decoder: bool) -> list[list[int]]:
-    """Each row's tokens up to its padding, or, of a causal row, up to its first target."""
+    """Return each row's prompt: the tokens before the padding or, in a causal model, before the first target."""
     input_ids = batch.inputs["input_ids"]
-    mask = batch.inputs.get("attention_mask")  # without one there is no padding, or it follows the targets
+    mask = batch.inputs.get("attention_mask")  # without a mask there is no padding, or it follows the targets
     lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
     prompts = []
     for ids, length, labels in zip(input_ids, lengths, batch.inputs["labels"], strict=True):

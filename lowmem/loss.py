@@ -1,6 +1,6 @@
-"""Losses: each one is `(model, batch) -> sum of token losses`, an fp32 scalar that the caller divides.
+"""Losses: functions `(model, batch) -> sum of token losses`, an fp32 scalar. The caller divides by the token count.
 
-An encoder-decoder shifts its labels itself; in a causal model position i predicts label i + 1. -100 is ignored.
+An encoder-decoder shifts its own labels; in a causal model position i predicts label i + 1. Labels of -100 are ignored.
 """
 
 import math
@@ -15,15 +15,15 @@ from torch.nn import functional as F
 from lowmem.data.batch import IGNORED, Batch
 from lowmem.data.packing import check_packing
 from lowmem.distributed.fully_sharded import resharding
-from lowmem.distributed.placement import device_of, divides_weights, unwrapped
+from lowmem.distributed.placement import device_of, unwrapped, uses_zero3
 from lowmem.errors import UsageError
 
 SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
-"""Logits computed at once: few enough for a CPU's cache, enough for a GPU to start few kernels."""
+"""Logits per slice: few enough to fit a CPU cache, enough that a GPU launches few kernels."""
 
 
 def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
-    """Summed cross-entropy in fp32, a scalar, from all logits (rows, length, vocabulary) at once."""
+    """Return the summed cross-entropy, an fp32 scalar, from all logits (rows, length, vocabulary) at once."""
     inputs, targets = _inputs_and_targets(model, batch)
     logits = model(**inputs).logits
     options = {"ignore_index": IGNORED, "reduction": "sum", "label_smoothing": label_smoothing}
@@ -33,11 +33,11 @@ def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) 
 def chunked_loss(
     model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0, slice_elements: int | None = None
 ) -> Tensor:
-    """Compute `plain_loss` from `slice_elements` logits at a time (default: SLICE_ELEMENTS), again in backward.
+    """Compute `plain_loss` from `slice_elements` logits at a time (default: SLICE_ELEMENTS), in forward and backward.
 
-    The model runs as a whole, for its wrapper's hooks, but its output head is applied here, to the `batch.num_targets`
-    positions that have a target. Raises UsageError for a head that is not linear and for a model that changes its
-    logits after the head; RuntimeError if another number of labels counts.
+    Calls the whole model, so that its wrapper's hooks run, but replaces the forward of its output head: only positions
+    with a target get logits. Raises UsageError for a head that is not linear and for a model that changes its logits
+    after the head, RuntimeError if `batch.num_targets` is not the number of targets.
     """
     inputs, targets = _inputs_and_targets(model, batch)
     head = unwrapped(model).get_output_embeddings()
@@ -46,7 +46,7 @@ def chunked_loss(
         raise UsageError(f"chunked loss needs a linear output head, {name} has {type(head).__name__}: set --loss=plain")
     options = {"label_smoothing": label_smoothing, "slice_elements": slice_elements}
     loss_of = partial(_loss_of, head=head, targets=targets, num_targets=batch.num_targets, **options)
-    if divides_weights(model):  # DeepSpeed all-gathers the head's weight within the head's forward, for backward too
+    if uses_zero3(model):  # DeepSpeed all-gathers the head's weight inside the head's forward and backward
         return _call_with_head(loss_of, model, head, inputs)
     return loss_of(_call_with_head(_pass_through, model, head, inputs))
 
@@ -54,7 +54,7 @@ def chunked_loss(
 def _call_with_head(
     function: Callable[[Tensor], Tensor], model: nn.Module, head: nn.Linear, inputs: dict[str, object]
 ) -> Tensor:
-    """Call the model with `function` as its head's forward. Raises UsageError if the model changes its result."""
+    """Call the model with `function` as its head's forward. Raises UsageError if the model changes the logits."""
     returned: Tensor | None = None
 
     def forward(hidden: Tensor) -> Tensor:
@@ -64,42 +64,42 @@ def _call_with_head(
 
     changes = UsageError(
         f"{type(unwrapped(model)).__name__} changes its logits after the output head (soft-capping, scaling or "
-        "a bias), which chunked_loss cannot do: use plain_loss (--loss=plain)"
+        "a bias), which chunked_loss does not support: use plain_loss (--loss=plain)"
     )
     head.forward = forward
     try:
         logits = model(**inputs).logits
     except RuntimeError as error:
-        if "size of tensor" in str(error):  # hidden states met something of the vocabulary's size, as BART's bias
+        if "size of tensor" in str(error):  # a vector of the vocabulary's size, such as BART's bias, was added
             raise changes from error
         raise
     finally:
         del head.forward
-    # DeepSpeed's hooks return another tensor in the same memory
-    if logits is not returned and not (divides_weights(model) and logits.data_ptr() == returned.data_ptr()):
+    # DeepSpeed's hooks return a new tensor that shares memory with the logits
+    if logits is not returned and not (uses_zero3(model) and logits.data_ptr() == returned.data_ptr()):
         raise changes
     return logits
 
 
 def _pass_through(hidden: Tensor) -> Tensor:
-    # accelerate's autocast wrapper turns outputs into fp32; if they are in fp32 already, it returns the same tensor
+    # accelerate's autocast wrapper converts outputs to fp32, but returns a tensor that is already in fp32 unchanged
     hidden = hidden.float() if torch.is_autocast_enabled(hidden.device.type) else hidden
     if torch.is_grad_enabled() and not hidden.requires_grad:
-        # all before the head is frozen: fully_shard reduces only if backward goes through what a module returned
+        # frozen up to the head: fully_shard reduces gradients only if backward passes through a module's output
         hidden = hidden.detach().requires_grad_()
     return hidden
 
 
 def _loss_of(hidden: Tensor, *, head: nn.Linear, targets: Tensor, num_targets: int, **options: object) -> Tensor:
     if hidden.shape[:-1] != targets.shape:
-        found = f"hidden states of shape {tuple(hidden.shape[:-1])} met labels of {tuple(targets.shape)}"
-        raise ValueError(f"{found}: give every position a label, -100 where there is nothing to learn")
-    counts, targets = (targets != IGNORED).flatten(), targets.flatten()
-    # without a sync: check the number of targets that the host knows, and select their positions
-    torch._assert_async(counts.sum() == num_targets, "batch.num_targets must be the labels that are not -100")
-    counting = counts.to(torch.uint8).argsort(descending=True, stable=True)[:num_targets]
-    hidden, targets = hidden.flatten(0, 1).index_select(0, counting), targets[counting]
-    weight, bias = head.weight, head.bias  # whole: a sharded model keeps them all-gathered from its forward on
+        found = f"hidden states of shape {tuple(hidden.shape[:-1])} but labels of shape {tuple(targets.shape)}"
+        raise ValueError(f"{found}: give every position a label, -100 for a position to ignore")
+    is_target, targets = (targets != IGNORED).flatten(), targets.flatten()
+    # without a device sync: check the number of targets known on the host, and select the target positions
+    torch._assert_async(is_target.sum() == num_targets, "batch.num_targets must be the number of labels except -100")
+    positions = is_target.to(torch.uint8).argsort(descending=True, stable=True)[:num_targets]
+    hidden, targets = hidden.flatten(0, 1).index_select(0, positions), targets[positions]
+    weight, bias = head.weight, head.bias  # full tensors: a sharded model keeps them all-gathered after its forward
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
         bias = bias if bias is None else bias.detach()
@@ -109,14 +109,14 @@ def _loss_of(hidden: Tensor, *, head: nn.Linear, targets: Tensor, num_targets: i
 
 
 def check_model(model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor], *, packing: bool) -> None:
-    """Raise UsageError, before a run begins, for a model that `loss_fn` or, with `packing`, `check_packing` refuses."""
+    """Raise UsageError if `loss_fn` does not support the model or, with `packing`, if `check_packing` fails."""
     check_loss(loss_fn, model)
     if packing:
         check_packing(model)
 
 
 def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) -> None:
-    """Take the loss of two tokens. Raises UsageError for a model that `loss_fn` refuses, or that sees its targets."""
+    """Run `loss_fn` on two tokens. Raises UsageError if it rejects the model or if the model sees its targets."""
     device, base = device_of(model), unwrapped(model)
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
     labels = torch.full_like(tokens, IGNORED)
@@ -129,16 +129,16 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
             logits = base.eval()(input_ids=tokens, use_cache=False).logits.float()
             base.train(was_training)
             at_first, at_second = (logits[0] - logits[1]).abs().amax(1)
-            if at_first > 0.02 * at_second:  # what another second token changes: more than rounding
+            if at_first > 0.02 * at_second:  # a change of the second token must not affect the first beyond rounding
                 name = type(base).__name__
-                raise UsageError(f"{name} sees the tokens that it is to predict: use a causal or encoder-decoder model")
+                raise UsageError(f"{name} sees the tokens that it must predict: use a causal or encoder-decoder model")
 
 
 LOSSES = {"chunked": chunked_loss, "plain": plain_loss}
 
 
 def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, object], Tensor]:
-    """The model's inputs (without labels, or it would compute its own mean), and the target of each position."""
+    """Return the model's inputs, without labels so that it computes no loss, and the target of each position."""
     base, inputs = unwrapped(model), dict(batch.inputs)
     labels = inputs.pop("labels")
     if base.config.is_encoder_decoder:
@@ -146,7 +146,7 @@ def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, objec
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
         targets = labels
     else:
-        # without a sync; num_targets would count it, but nothing predicts it
+        # without a device sync; num_targets would count this label, but no position predicts it
         torch._assert_async((labels[:, 0] == IGNORED).all(), "the first label of a causal row must be -100")
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return inputs | {"use_cache": False}, targets
@@ -162,11 +162,11 @@ def chunked_cross_entropy(
     compute_dtype: torch.dtype | None = None,
     slice_elements: int | None = None,
 ) -> Tensor:
-    """Sum over rows of cross-entropy(hidden @ weight.T + bias, target), a scalar; softmax and sums in fp32 or wider.
+    """Return cross_entropy(hidden @ weight.T + bias, targets), summed over rows; softmax and sums in fp32 or wider.
 
-    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) int64; products are in `compute_dtype` (default: that
-    of hidden). Forward keeps only each row's log-sum-exp and backward computes the logits again, both over slices of
-    the vocabulary, (N, slice), so every element of the head's gradient is one product over all rows, rounded once.
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) int64; matrix products use `compute_dtype` (default:
+    hidden.dtype). Forward saves only each row's log-sum-exp, and backward computes the logits again. Both use slices of
+    the vocabulary, (N, slice), so each element of the head's gradient is one product over all rows, rounded once.
     """
     elements = slice_elements or SLICE_ELEMENTS.get(hidden.device.type, SLICE_ELEMENTS["cuda"])
     slices = vocabulary_slices(len(hidden), len(weight), elements)
@@ -175,9 +175,9 @@ def chunked_cross_entropy(
 
 
 def vocabulary_slices(num_rows: int, vocabulary: int, elements: int) -> list[slice]:
-    """Slices of the vocabulary, each of about `elements` logits over `num_rows` rows, at least one column."""
+    """Split the vocabulary into slices of about `elements` logits over `num_rows` rows, each at least one column."""
     width = max(1, elements // max(1, num_rows))
-    width = width // 64 * 64 or width  # rows of a product start aligned
+    width = width // 64 * 64 or width  # aligns the rows of each matrix product
     return [slice(first, min(first + width, vocabulary)) for first in range(0, vocabulary, width)]
 
 
@@ -191,8 +191,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             states = hidden.to(compute_dtype)
             for part in slices:
                 logits = _logits(states, weight, bias, part).to(sum_dtype)
-                place, inside = _place_in(part, targets)
-                at_target += logits.gather(1, place).where(inside, 0)
+                column, inside = _column_in(part, targets)
+                at_target += logits.gather(1, column).where(inside, 0)
                 if label_smoothing:
                     total += logits.sum(1, keepdim=True)
                 largest = logits.amax(1, keepdim=True).clamp(min=torch.finfo(sum_dtype).min)  # a slice may be all -inf
@@ -215,13 +215,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             states = hidden.to(ctx.compute_dtype)
             for part in ctx.slices:
-                # d loss / d logits, in the place of the logits: softmax - (smoothed) one-hot target
+                # d loss / d logits, in place of the logits: softmax - (smoothed) one-hot target
                 grad = _logits(states, weight, bias, part).to(log_sum.dtype)
                 grad = grad.sub_(log_sum).exp_()
                 if ctx.label_smoothing:
                     grad -= ctx.label_smoothing / vocabulary
-                place, inside = _place_in(part, targets)
-                grad.scatter_add_(1, place, (ctx.label_smoothing - 1) * inside.to(grad.dtype))
+                column, inside = _column_in(part, targets)
+                grad.scatter_add_(1, column, (ctx.label_smoothing - 1) * inside.to(grad.dtype))
                 grad *= grad_loss
                 if wants_bias:
                     grad_bias[part] = grad.sum(0)
@@ -237,7 +237,7 @@ def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, part: slice) ->
     return F.linear(states, weight[part].to(states.dtype), None if bias is None else bias[part].to(states.dtype))
 
 
-def _place_in(part: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's target as a column of this slice (0 if it lies outside), and whether it lies inside, both (N, 1)."""
+def _column_in(part: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each target's column in this slice (0 if outside) and whether it is inside the slice, both (N, 1)."""
     inside = (targets >= part.start) & (targets < part.stop)
     return (targets - part.start).where(inside, 0).unsqueeze(1), inside.unsqueeze(1)

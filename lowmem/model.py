@@ -40,15 +40,15 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a pretrained model, or build `model_config` with random weights from torch's generator; in training mode.
 
-    `model_config` is a transformers config, its fields, the path of a config.json or a name of MODEL_SHAPES. Weights
-    come as `dtype`, whatever the files hold. `on_meta` leaves them without data, for `parallelize` to fill once they
-    are sharded, or loads them with a printed line if the files name them otherwise. Raises UsageError if something
-    cannot be loaded, if weights are missing, or if the tokenizer has more tokens than the model.
+    `model_config` is a transformers config, its fields, the path of a config.json or a name in MODEL_SHAPES. Weights
+    become `dtype`. `on_meta` keeps them on the meta device until `parallelize` has sharded them; if the files cannot be
+    read tensor by tensor, it prints a line and loads them. Raises UsageError if something cannot be loaded, if weights
+    are missing, or if the tokenizer has more tokens than the model.
     """
     if (model_name_or_path is None) == (model_config is None):
-        raise UsageError("a model is either loaded or built: give one of model_name_or_path and model_config")
+        raise UsageError("load_model needs either model_name_or_path or model_config, not both: set one of them")
     if model_name_or_path is not None:
-        _check_is_there(str(model_name_or_path), "config.json")
+        _check_exists(str(model_name_or_path), "config.json")
     tokenizer = _load_tokenizer(tokenizer_name_or_path or model_name_or_path)
     if model_name_or_path is not None:
         model = _pretrained_on_meta(str(model_name_or_path), dtype) if on_meta else None
@@ -59,8 +59,8 @@ def load_model(
         model = _from_config(config, dtype, on_meta=on_meta)
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > num_embeddings:
-        found = f"the tokenizer has {len(tokenizer)} tokens, the model embeds {num_embeddings}"
-        raise UsageError(f"{found}: set tokenizer_name_or_path to the model's own, or a larger vocab_size")
+        found = f"the tokenizer has {len(tokenizer)} tokens, but the model has {num_embeddings} embeddings"
+        raise UsageError(f"{found}: set tokenizer_name_or_path to the model's tokenizer, or set a larger vocab_size")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.train(), tokenizer
@@ -69,24 +69,24 @@ def load_model(
 def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
     """Freeze `parts`: "embeddings" (and a tied output head), "encoder" (without embeddings). Raises UsageError."""
     if unknown := sorted(set(parts) - {"embeddings", "encoder"}):
-        raise UsageError(f"freezing {', '.join(unknown)} was asked for: parts are embeddings and encoder")
+        raise UsageError(f"{', '.join(unknown)} cannot be frozen: choose from embeddings and encoder")
     embeddings = set(model.get_input_embeddings().parameters())
     frozen = embeddings if "embeddings" in parts else set()
     if "encoder" in parts:
         if not model.config.is_encoder_decoder:
-            raise UsageError(f"freeze=encoder needs an encoder, {type(model).__name__} has none: remove it")
+            raise UsageError(f"freeze=encoder needs an encoder, but {type(model).__name__} has none: remove encoder")
         frozen = frozen | set(model.get_encoder().parameters()) - embeddings
     for parameter in frozen:
         parameter.requires_grad_(False)
 
 
-def _check_is_there(name: str, file: str) -> None:
-    """Raise UsageError for a folder without `file`, and for a name that is not cached if the hub is unreachable."""
+def _check_exists(name: str, file: str) -> None:
+    """Raise UsageError if the folder `name` lacks `file`, or if `name` is not cached and the hub is unreachable."""
     if Path(name).is_dir():
         if not (Path(name) / file).is_file():
             inside = sorted(path.parent for path in Path(name).glob(f"*/{file}"))
-            hint = f"did you mean {inside[0]}?" if inside else "name another folder"
-            raise UsageError(f"{name} holds no {file}, so it is no model: {hint}")
+            hint = f"did you mean {inside[0]}?" if inside else "use another folder"
+            raise UsageError(f"{name} does not contain {file}, so it is not a model: {hint}")
         return
     if isinstance(try_to_load_from_cache(name, file), str) or constants.HF_HUB_OFFLINE:
         return
@@ -95,7 +95,7 @@ def _check_is_there(name: str, file: str) -> None:
         if not getproxies():
             socket.create_connection((address.hostname, address.port or 443), timeout=3).close()
     except OSError as error:
-        raise UsageError(f"{name} is no folder here, and the hub cannot be reached ({error}): name a folder") from error
+        raise UsageError(f"{name} is not a folder, and the hub cannot be reached ({error}): use a folder") from error
 
 
 @contextmanager
@@ -110,12 +110,12 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype, *, on_meta: bool)
     with init_empty_weights() if on_meta else nullcontext():
         model = _auto_class(config).from_config(config, dtype=dtype, **_attention(config))
     if on_meta:
-        model.tie_weights()  # init_empty_weights has untied them
+        model.tie_weights()  # init_empty_weights unties weights
     return model
 
 
 def _pretrained_on_meta(name: str, dtype: torch.dtype) -> PreTrainedModel | None:
-    """The model without data; None, with a printed line, if its files cannot be read tensor by tensor."""
+    """Build the model on the meta device. If its files cannot be read by tensor, print a line and return None."""
     is_local = Path(name).is_dir()
     folder = Path(name if is_local else snapshot_download(name, allow_patterns=["*.safetensors*", "*.json"]))
     with _loading(name):
@@ -123,9 +123,9 @@ def _pretrained_on_meta(name: str, dtype: torch.dtype) -> PreTrainedModel | None
     model = _from_config(config, dtype, on_meta=True)
     try:
         if stored_weights(model, folder) is None:
-            raise ValueError("the files name them otherwise, or tied ones differ")
+            raise ValueError("the files have other tensor names, or tied weights differ")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        print(f"each process loads all weights of {name}, it cannot read only its own: {_first_line(error)}")
+        print(f"each process loads all weights of {name}, because it cannot read only its shard: {_first_line(error)}")
         return None
     model.name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
@@ -134,27 +134,27 @@ def _pretrained_on_meta(name: str, dtype: torch.dtype) -> PreTrainedModel | None
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    safe = {"use_safetensors": True, "output_loading_info": True}  # reading the other formats may run code
+    safe = {"use_safetensors": True, "output_loading_info": True}  # the other formats are pickles, which can run code
     with _loading(name):
         config = AutoConfig.from_pretrained(name)
         model, info = _auto_class(config).from_pretrained(name, dtype=dtype, **safe, **_attention(config))
     if missing := sorted(info["missing_keys"]):
         found = f"{name} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...)"
-        raise UsageError(f"the model {found}, which would train from random values: use a complete model")
+        raise UsageError(f"the model {found}, which would start from random values: use a complete model")
     return model
 
 
 def config_of(model: str) -> PretrainedConfig:
-    """The config of a model's folder or hub name, of a config.json, or of a name of MODEL_SHAPES. Raises UsageError."""
+    """The config of a model folder, a hub name, a config.json or a name in MODEL_SHAPES. Raises UsageError."""
     if model in MODEL_SHAPES or Path(model).is_file():
         return _config_from(model)
-    _check_is_there(model, "config.json")
+    _check_exists(model, "config.json")
     with _loading(model):
         return AutoConfig.from_pretrained(model)
 
 
 def build_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
-    """Build a model with random fp32 weights, in training mode, with transformers' attention of that name."""
+    """Build a model with random fp32 weights and the named transformers attention, in training mode."""
     return _auto_class(config).from_config(config, dtype=torch.float32, attn_implementation=attention).train()
 
 
@@ -173,11 +173,11 @@ def _config_from(model_config: PretrainedConfig | Mapping[str, object] | str | P
     try:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except (KeyError, ValueError, TypeError) as error:
-        raise UsageError(f"model_config is none that transformers knows: {_first_line(error)}") from error
+        raise UsageError(f"transformers does not accept model_config: {_first_line(error)}") from error
 
 
 def _attention(config: PretrainedConfig) -> dict[str, str]:
-    # torch's fused attention on CPU has no kernel that differentiates a bias (T5's): a step takes an eighth longer
+    # on CPU, torch's fused attention lacks a backward kernel for a learned bias (T5): steps are 1/8 longer with it
     has_learned_bias = hasattr(config, "relative_attention_num_buckets")
     return {"attn_implementation": "eager"} if has_learned_bias and not torch.accelerator.is_available() else {}
 
@@ -188,23 +188,23 @@ def _auto_class(config: PretrainedConfig) -> type:
 
 def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
     if name is None:
-        return ByT5Tokenizer()  # bytes: needs no file
+        return ByT5Tokenizer()  # byte-level, needs no file
     if _is_byte_tokenizer(Path(name)):
         return ByT5Tokenizer.from_pretrained(str(name))
     if not Path(name).is_dir():
-        _check_is_there(str(name), "tokenizer_config.json")
+        _check_exists(str(name), "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError, KeyError) as error:
         reason = _first_line(error)
         raise UsageError(f"no tokenizer can be loaded from {name} ({reason}): set tokenizer_name_or_path") from error
     if not tokenizer("a", add_special_tokens=False).input_ids:
-        raise UsageError(f"the tokenizer of {name} turns text into no tokens, files are missing: use another")
+        raise UsageError(f"the tokenizer of {name} produces no tokens, so files are missing: use another tokenizer")
     return tokenizer
 
 
 def _is_byte_tokenizer(folder: Path) -> bool:
-    # AutoTokenizer may make an empty one of the model's type instead
+    # AutoTokenizer may return an empty tokenizer of the model's type instead
     try:
         return json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "ByT5Tokenizer"
     except (OSError, ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""The command `plot`: draw the curves in metrics.jsonl of one or several runs, as a picture or as text."""
+"""The `plot` command: draw the curves in metrics.jsonl of one or more runs, as an image or as text."""
 
 import json
 import os
@@ -18,31 +18,31 @@ _SERIES = {
 }
 _UNITS = {"peak_device_bytes": 2**20, "peak_host_bytes": 2**20}
 
-_WIDTH, _LABELS, _ROWS = 80, 10, 4  # of a chart in the terminal: columns, the labels' share of them, and lines
+_WIDTH, _LABELS, _ROWS = 80, 10, 4  # of a text chart: total columns, columns for labels, rows
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 Points = list[tuple[int, float]]
-"""(step, value), in the order of steps; none where the value was not finite."""
+"""(step, value) pairs in step order, without values that are not finite."""
 Curves = dict[str, Points]
-"""By title; without quantities that have no point."""
+"""Points by title, without quantities that have no points."""
 
 
 def plot(out: Sequence[str]) -> str:
-    """Draw runs (their folders, or files metrics.jsonl) as plot.png in the first folder; return what to print.
+    """Draw runs (output folders or metrics.jsonl files) as plot.png in the first folder; return the text to print.
 
-    Without matplotlib that is charts as text. Raises UsageError for a file that is missing, empty or damaged.
+    Without matplotlib the text contains the charts. Raises UsageError for a file that is missing, empty or damaged.
     """
     files = [Path(path) if path.endswith(".jsonl") else Path(path) / "metrics.jsonl" for path in out]
     curves = [read_curves(file) for file in files]
     names = [file.absolute().parent.name for file in files]
     if len(set(names)) < len(names):
         names = [str(file.parent) for file in files]
-    runs = dict(zip(names, curves, strict=True))  # a run that is named twice is one
+    runs = dict(zip(names, curves, strict=True))  # a run named twice is drawn once
     picture = files[0].parent / "plot.png"
     try:
         draw(runs, picture)
     except ModuleNotFoundError:
-        lines = [*text_charts(runs), "matplotlib is not installed: pip install 'lowmem[plot]' makes a picture of it"]
+        lines = [*text_charts(runs), "matplotlib is not installed: for an image, pip install 'lowmem[plot]'"]
         return "\n".join(lines)
     except OSError as error:
         raise UsageError(f"{picture} cannot be written: {error.strerror}") from error
@@ -50,11 +50,11 @@ def plot(out: Sequence[str]) -> str:
 
 
 def read_curves(file: Path) -> Curves:
-    """Read the curves of one metrics.jsonl, without an unfinished last line, which a run is writing."""
+    """Read the curves of one metrics.jsonl, without a last line that is still being written."""
     try:
         *lines, _ = file.read_bytes().split(b"\n")
     except OSError as error:
-        problem = f"{file} cannot be read: {error.strerror}; name the output_dir of a run that has begun"
+        problem = f"{file} cannot be read: {error.strerror}; pass the output_dir of a run that has started"
         raise UsageError(problem) from error
     curves: Curves = {title: [] for title in _SERIES}
     for number, line in enumerate(lines, 1):
@@ -64,21 +64,21 @@ def read_curves(file: Path) -> Curves:
                 if record.get(name) is not None:
                     curves[title].append((record["step"], record[name] / _UNITS.get(name, 1)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = f"{file}, line {number} is no record of a run ({error}): take the line out, or resume the run"
+            problem = f"{file}, line {number} is not a record of a run ({error}): remove the line or resume the run"
             raise UsageError(problem) from error
     if any(value for _, value in curves["peak GPU memory, MiB"]):
-        del curves["peak host memory, MiB"]  # not what limits such a run
+        del curves["peak host memory, MiB"]  # on a GPU, host memory is not the limit
     else:
         del curves["peak GPU memory, MiB"]
     curves = {title: points for title, points in curves.items() if points}
     if "loss" not in curves:
-        raise UsageError(f"{file} holds no training step yet: wait for --logging_steps of them")
+        raise UsageError(f"{file} contains no training step yet: wait until --logging_steps steps are done")
     return curves
 
 
 def draw(runs: Mapping[str, Curves], picture: Path) -> None:
-    """Write a PNG, a panel for each quantity, a line for each run. Raises ModuleNotFoundError without matplotlib."""
-    from matplotlib.figure import Figure  # not pyplot: it would look for a screen
+    """Write a PNG with a panel per quantity and a line per run. Raises ModuleNotFoundError without matplotlib."""
+    from matplotlib.figure import Figure  # pyplot would look for a display
 
     titles = _titles(runs)
     columns = min(3, len(titles))
@@ -107,18 +107,18 @@ def draw(runs: Mapping[str, Curves], picture: Path) -> None:
 
 
 def text_charts(runs: Mapping[str, Curves]) -> Iterator[str]:
-    """The lines of a small chart for each quantity and run; all runs of a quantity have one scale."""
+    """Yield the lines of a small chart for each quantity and run; the runs of a quantity share one scale."""
     for title in _titles(runs):
         shown = {name: curves[title] for name, curves in runs.items() if title in curves}
-        together = [point for points in shown.values() for point in points]
-        steps, values = zip(*together, strict=True)
+        all_points = [point for points in shown.values() for point in points]
+        steps, values = zip(*all_points, strict=True)
         low, high = min(values), max(values)
         for name, points in shown.items():
-            of_run = f", {name}" if len(runs) > 1 else ""
-            (first, then), (last, now) = points[0], points[-1]
-            yield f"{title}{of_run}: {then:,.4g} at step {first}, {now:,.4g} at {last}"[:_WIDTH]
+            suffix = f", {name}" if len(runs) > 1 else ""
+            (first, first_value), (last, last_value) = points[0], points[-1]
+            yield f"{title}{suffix}: {first_value:,.4g} at step {first}, {last_value:,.4g} at {last}"[:_WIDTH]
             columns = _columns(points, min(steps), max(steps))
-            # in eighths of a line; the lowest value has one
+            # in eighths of a row; the lowest value gets one
             heights = [
                 0 if x is None else 1 + round((x - low) / ((high - low) or 1) * (8 * _ROWS - 1)) for x in columns
             ]
@@ -134,13 +134,13 @@ def _titles(runs: Mapping[str, Curves]) -> list[str]:
 
 
 def _columns(points: Points, first: int, last: int) -> list[float | None]:
-    """For each column the mean of its points, or else the value before; None after the last."""
+    """The mean of the points in each column, or else the value before; None after the last point."""
     count = _WIDTH - _LABELS
     inside: list[list[float]] = [[] for _ in range(count)]
     for step, value in points:
-        place = (step - first) * (count - 1) // max(1, last - first)
-        inside[place].append(value)
+        column = (step - first) * (count - 1) // max(1, last - first)
+        inside[column].append(value)
     columns: list[float | None] = []
-    for values in inside[: place + 1]:
+    for values in inside[: column + 1]:
         columns.append(sum(values) / len(values) if values else columns[-1] if columns else None)
     return columns + [None] * (count - len(columns))

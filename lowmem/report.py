@@ -19,7 +19,7 @@ from lowmem.data.batch import Batch
 from lowmem.data.stream import Stream
 from lowmem.distributed.collectives import gather_json, on_main_rank, sum_over_ranks
 from lowmem.distributed.placement import DataParallelRank
-from lowmem.distributed.signals import outlive_readers
+from lowmem.distributed.signals import ignore_closed_output
 from lowmem.errors import SaveError, UsageError
 from lowmem.evaluation import Answer
 from lowmem.recover import Halving
@@ -29,22 +29,22 @@ _NOT_SHOWN = ("num_tokens", "samples_per_second", "data_wait_seconds", "peak_dev
 _SHOWN_IF_ANY = ("cut_rows", "cut_tokens", "bad_rows")
 
 
-def tell(*lines: str) -> None:
+def print_lines(*lines: str) -> None:
     """Print lines above the progress bar; ignore a closed stdout."""
     try:
         for line in lines:
             tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
     except OSError:
-        outlive_readers()
+        ignore_closed_output()
 
 
-def tell_answers(answers: Sequence[Answer]) -> None:
-    tell(*(f"  {answer.prompt!r} -> {answer.prediction!r} (expected {answer.reference!r})" for answer in answers[:3]))
+def print_answers(answers: Sequence[Answer]) -> None:
+    print_lines(*(f"  {x.prompt!r} -> {x.prediction!r} (expected {x.reference!r})" for x in answers[:3]))
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """Most memory that this process has held: tensors on its GPU (0 on CPU), and resident on the host."""
+    """The peak memory of this process: tensors on its GPU (0 without one), and resident host memory."""
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024
     return {
         "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
@@ -53,15 +53,15 @@ def peak_memory_bytes() -> dict[str, int]:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, floats in full precision. Lines that a full disk refuses wait for room.
+    """metrics.jsonl: one JSON object per line, floats in full precision. If the disk is full, lines wait in memory.
 
-    Opening it keeps the records up to `step` (None: none), so that a resumed run repeats nothing. `resumed_at` is all
-    that was recorded at `step` itself.
+    Opening the file keeps the records up to `step` (None: no records), so that a resumed run repeats none of them.
+    `resumed_at` merges the records of `step` itself.
     """
 
     def __init__(self, path: Path, *, step: int | None):
         lines = path.read_bytes().splitlines(True) if path.exists() and step is not None else []
-        kept = [line for line in lines if _belongs(line, step)]
+        kept = [line for line in lines if _is_kept(line, step)]
         self.resumed_at: dict[str, float | None] = {}
         for record in map(json.loads, kept):
             self.resumed_at |= record if record["step"] == step else {}
@@ -71,42 +71,42 @@ class MetricsLog:
         self._path, self._size, self._waiting = path, path.stat().st_size, b""
 
     def write(self, record: Mapping[str, object]) -> None:
-        # JSON has no NaN and no infinity: a loss that was one is null
+        # JSON has no NaN and no infinity: such a value is written as null
         is_bad = {name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
         plain = {name: None if name in is_bad else value for name, value in record.items()}
         was_waiting = bool(self._waiting)
         self._waiting += f"{json.dumps(plain, allow_nan=False)}\n".encode()
         try:
             with open(self._path, "r+b") as file:
-                file.seek(self._size)  # over a half-written line
+                file.seek(self._size)  # overwrites a half-written line
                 file.write(self._waiting)
         except OSError as error:
             if not was_waiting:
-                tell(f"{self._path} cannot be written, its records wait for room: {error.strerror}")
+                print_lines(f"{self._path} cannot be written ({error.strerror}): its records wait in memory")
         else:
             self._size, self._waiting = self._size + len(self._waiting), b""
 
     def close(self) -> None:
-        """Print how many records never found room."""
+        """Print how many records could not be written."""
         if self._waiting:
-            tell(f"{self._waiting.count(10)} records of {self._path} are lost: it cannot be written")
+            print_lines(f"{self._waiting.count(10)} records of {self._path} are lost: the file cannot be written")
 
 
-def _belongs(line: bytes, step: int) -> bool:
+def _is_kept(line: bytes, step: int) -> bool:
     try:
         record = json.loads(line)
-    except ValueError:  # the half line of a killed run
+    except ValueError:  # half a line, from a killed run
         return False
-    # a run that is resumed after its last step tests and ends once more
-    is_of_the_end = record.get("event") == "end" or any(name.startswith("test_") for name in record)
-    return not is_of_the_end and record["step"] <= step
+    # a run resumed after its last step repeats the test and the end record
+    is_final = record.get("event") == "end" or any(name.startswith("test_") for name in record)
+    return not is_final and record["step"] <= step
 
 
 def _open_folder(folder: Path, settings: Mapping, resumed_step: int | None) -> MetricsLog:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if resumed_step is None:
-            for stale in folder.glob("bad_rows-*.jsonl"):  # of a run that reached no checkpoint
+            for stale in folder.glob("bad_rows-*.jsonl"):  # from a run that saved no checkpoint
                 stale.unlink()
         (folder / "config.json").write_text(json.dumps(dict(settings), indent=2))
         return MetricsLog(folder / "metrics.jsonl", step=resumed_step)
@@ -115,44 +115,44 @@ def _open_folder(folder: Path, settings: Mapping, resumed_step: int | None) -> M
 
 
 class Report:
-    """The reports of a run, by the main rank. Making it is the first thing to write to `folder`, or a UsageError."""
+    """Reports a run from the main rank. The constructor opens `folder`; raises UsageError if it cannot be written."""
 
     def __init__(
         self, folder: Path, settings: Mapping, accelerator: Accelerator, step: int, total_steps: int, *, resumed: bool
     ):
         self._log = on_main_rank(partial(_open_folder, folder, settings, step if resumed else None))
         self.resumed_at: dict[str, float | None] = gather_json(self._log and self._log.resumed_at)[0]
-        """Records of the step that is resumed at, on every rank."""
+        """The metrics recorded at the step that this run resumes from, on every rank."""
         self._folder, self._accelerator, self._has_trackers = folder, accelerator, bool(accelerator.log_with)
         if self._has_trackers:
             accelerator.init_trackers("lowmem", config=dict(settings))
         self._first_step, self._step, self._total_steps = step, step, total_steps
-        # None: tqdm checks whether this is a terminal
+        # disable=None shows the bar only on a terminal
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=None if self._log else True)
         self._rows = self._tokens = self._skipped = 0
         self._counts: dict[str, int] = {}
         self._seconds = self._waited = self._waited_before = 0.0
         self.restart_timer()
 
-    def tell(self, *lines: str) -> None:
+    def print_lines(self, *lines: str) -> None:
         if self._log:
-            tell(*lines)
+            print_lines(*lines)
 
     def bar(self, batches: Collection[Batch], name: str) -> Iterable[Batch]:
         return tqdm(batches, desc=name, leave=False, disable=None if self._log else True)
 
     def restart_timer(self) -> None:
-        """Restart the clock of training speed, so that evaluating and saving do not count."""
+        """Restart the clock of the training speed, to exclude evaluation and saving."""
         self._clock = time.perf_counter()
 
     def opening(
-        self, model: nn.Module, num_weights: int, stream: Stream, rank: DataParallelRank, *, tier: str, division: str
+        self, model: nn.Module, num_weights: int, stream: Stream, rank: DataParallelRank, *, tier: str, sharding: str
     ) -> None:
-        """Print what trains, where, and over which rows; `division` says how processes share the model, if they do."""
-        devices = f"{self._accelerator.num_processes} x {self._accelerator.device.type}{division and f', {division}'}"
+        """Print the model, devices, rows and steps; `sharding` says how processes share the model, if they do."""
+        devices = f"{self._accelerator.num_processes} x {self._accelerator.device.type}{sharding and f', {sharding}'}"
         processes = f"{rank.size} process{'es' * (rank.size > 1)}"
         pieces = f"{processes} x {stream.micro_batches} micro-batches of at most {stream.batch_size}"
-        self.tell(
+        self.print_lines(
             f"{num_weights:,} weights ({model.dtype}, memory={tier}) on {devices}, {stream.num_rows:,} rows",
             f"steps {self._step} to {self._total_steps}, each of {stream.global_batch_size} rows: {pieces}",
         )
@@ -160,12 +160,12 @@ class Report:
     def resuming(
         self, checkpoint: Path | None, changes: Sequence[str], row_changes: Sequence[str], can_save: bool
     ) -> None:
-        """Print what this run resumes, what has changed since, and whether it can be resumed itself."""
+        """Print the checkpoint that this run resumes, what changed since then, and whether this run can save."""
         if not can_save:
-            self.tell("no checkpoints under DeepSpeed: a run that ends early must start again")
+            self.print_lines("no checkpoints under DeepSpeed: a run that ends early must restart from step 0")
         if checkpoint:
-            self.tell(f"resumed from {checkpoint}{', with ' if changes else ''}{', '.join(changes)}")
-        self.tell(*(f"the rows are others than then: {change}" for change in row_changes))
+            self.print_lines(f"resumed from {checkpoint}{', with ' if changes else ''}{', '.join(changes)}")
+        self.print_lines(*(f"training rows differ from the checkpoint's: {change}" for change in row_changes))
 
     def count(self, result: StepResult, stream: Stream) -> None:
         self._seconds += time.perf_counter() - self._clock + stream.wait_seconds - self._waited
@@ -175,16 +175,16 @@ class Report:
         self._bar.update()
         if not result.updated:
             self._skipped += 1
-            self.tell(f"step {self._step}: no update, {result.reason}")
+            self.print_lines(f"step {self._step}: no update, {result.reason}")
 
     def halving(self, halving: Halving) -> None:
         if self._log:
             found = {"rank": halving.rank, "batch_size": halving.batch_size}
             self._log.write({"event": "out_of_memory", "step": halving.step, **found})
-            tell(str(halving))
+            print_lines(str(halving))
 
     def training(self, result: StepResult, stream: Stream, rank: DataParallelRank, learning_rate: float) -> None:
-        """Record the last step, with speeds since the last such record and the stream's counts, summed over ranks."""
+        """Record the last step, the speed since the previous record, and the stream's counts summed over ranks."""
         counts = sum_over_ranks(*(count if rank.is_counted else 0 for count in stream.counts.values()))
         self._counts = dict(zip(stream.counts, counts, strict=True))
         measured = {
@@ -203,7 +203,7 @@ class Report:
     def evaluation(self, metrics: Mapping[str, float], answers: Sequence[Answer]) -> Mapping[str, float]:
         self.record(metrics)
         if self._log:
-            tell_answers(answers)
+            print_answers(answers)
         return metrics
 
     def record(self, metrics: Mapping[str, float]) -> None:
@@ -214,27 +214,27 @@ class Report:
             self._log.write({"step": self._step, **metrics})
             shown = {name: x for name, x in metrics.items() if name not in _NOT_SHOWN if x or name not in _SHOWN_IF_ANY}
             words = (f"{name} {x:,}" if isinstance(x, int) else f"{name} {x:.4g}" for name, x in shown.items())
-            tell(f"step {self._step}/{self._total_steps}: {', '.join(words)}")
+            print_lines(f"step {self._step}/{self._total_steps}: {', '.join(words)}")
 
     def unsaved(self, error: SaveError) -> None:
-        self.tell(f"step {self._step} is not saved, training goes on: {error}")
+        self.print_lines(f"step {self._step} is not saved, training continues: {error}")
 
     def preempted(self, can_save: bool) -> None:
         self._close()
-        what_now = "--resume=auto goes on from there" if can_save else "nothing of it is saved, begin anew"
-        self.tell(f"preempted after step {self._step} of {self._total_steps}: {what_now}")
+        what_now = "set --resume=auto to continue" if can_save else "nothing is saved, start the run again"
+        self.print_lines(f"preempted after step {self._step} of {self._total_steps}: {what_now}")
 
     def done(self, best: Mapping[str, float] | None) -> None:
-        """Record how the run ended. Counts are since it was started or resumed."""
+        """Record how the run ended. Counts start where the run started or resumed."""
         self._bar.close()
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self._counts.items() if count)
         if counts:
-            self.tell(f"of the rows of steps {self._first_step + 1} to {self._step}: {counts}")
+            self.print_lines(f"rows of steps {self._first_step + 1} to {self._step}: {counts}")
         if self._log:
             end = {"event": "end", "steps": self._step, "skipped": self._skipped}
             self._log.write(end | self._counts | {"best": best})
         self._close()
-        self.tell(f"done: {self._folder / 'model'} holds the model, {self._folder / 'metrics.jsonl'} its curve")
+        self.print_lines(f"done: the model is in {self._folder / 'model'}, metrics in {self._folder / 'metrics.jsonl'}")
 
     def _close(self) -> None:
         self._bar.close()

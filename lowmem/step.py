@@ -1,4 +1,4 @@
-"""One optimizer step: the micro-batches' gradients accumulated, reduced over ranks once, clipped, applied."""
+"""One optimizer step: accumulate the micro-batches' gradients, all-reduce them once, clip, update the weights."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -20,21 +20,21 @@ from lowmem.memory.out_of_memory import guarded
 
 @dataclass
 class TrainState:
-    """What a checkpoint must hold so that the run continues exactly."""
+    """Everything that a checkpoint needs so that the run resumes exactly."""
 
     model: nn.Module
     optimizer: Optimizer
     stream: Iterator[Sequence[Batch]] | None = None
-    """What `open_stream` returns. A step calls its `advance()`, a checkpoint its `state_dict()`."""
+    """What `open_stream` returns. A step calls `advance()`, a checkpoint calls `state_dict()`."""
     step: int = 0
     """Optimizer steps done."""
     best: dict[str, float] | None = None
     """The best evaluation so far: {"step", "eval_loss"}."""
     seed: int = 0
-    """Seeds dropout, together with step, rank and micro-batch, and the rounding of memory tiers."""
+    """Seed of dropout (with step, rank and micro-batch) and of stochastic rounding in the memory tiers."""
 
     def note_best(self, eval_loss: float | None) -> None:
-        """Let `best` be this step if its loss is the lowest so far. Ignores None, NaN and infinity."""
+        """Set `best` to this step if its loss is the lowest so far. Ignores None, NaN and infinity."""
         is_finite = eval_loss is not None and math.isfinite(eval_loss)
         if is_finite and (self.best is None or eval_loss < self.best["eval_loss"]):
             self.best = {"step": self.step, "eval_loss": eval_loss}
@@ -42,7 +42,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. `loss` and `grad_norm` stay on the device: `.item()` waits for it, so call it when logging."""
+    """The result of one step. `loss` and `grad_norm` stay on the device: call `.item()` only to log them, it syncs."""
 
     loss: Tensor
     """Mean over the target tokens of all micro-batches and ranks, fp32."""
@@ -51,11 +51,11 @@ class StepResult:
     num_tokens: Tensor
     """Target tokens over all micro-batches and ranks, int64, on the host."""
     updated: bool
-    """False if the update was skipped: loss or gradient not finite, or no target at all."""
+    """False if the update was skipped because loss or gradient was not finite or there was no target."""
     reason: str = ""
-    """Why it was skipped, the same on every rank."""
+    """Why the update was skipped, the same text on every rank."""
     preempted: bool = False
-    """Some rank passed `preempted=True` to this step."""
+    """True on every rank if any rank passed `preempted=True`."""
 
 
 def train_step(
@@ -71,12 +71,12 @@ def train_step(
 ) -> StepResult:
     """Update `state` in place with the gradient of the mean loss over all targets of `batches` on all ranks.
 
-    The mean is one sum over one count, so any split of the same rows into micro-batches and ranks gives the same
-    gradient. If loss or gradient is not finite, no rank updates (except with `release`): with `nonfinite="stop"` all
-    raise FloatingPointError, with "skip" the step is counted but not applied, as when no rank has any target. If a rank
-    cannot read its rows, or fails in forward or backward, all raise its error: StepTooLarge if it ran out of memory
-    (see `fitting_step`), OutOfMemory where the step cannot be repeated (sharded models, `release`, the update).
-    `state.model` may be wrapped by DDP, whose reduction stays unused. Raises ValueError for what `Gradients` refuses.
+    All losses are divided by one token count, so any split of the same rows into micro-batches and ranks gives the same
+    gradient. If loss or gradient is not finite, no rank updates its weights (except with `release`): every rank raises
+    FloatingPointError with `nonfinite="stop"`, and counts the step with "skip", as it does if no rank has a target. If
+    a rank cannot read its rows or fails in forward or backward, every rank raises its error: StepTooLarge if it ran out
+    of memory (see `fitting_step`), OutOfMemory if the step cannot be repeated (sharded models, `release`, the update).
+    `state.model` may be wrapped by DDP, without using DDP's all-reduce. Raises ValueError if `Gradients` does.
     Cost: two small host collectives, one gradient reduction, one device sync.
     """
     num_tokens, preempted = agree_to_start(state, batches, preempted)
@@ -94,7 +94,7 @@ def train_step(
         raise
     loss = gradients.all_reduce(losses)
     grad_norm = gradients.norm()
-    reason = why_no_update(loss, grad_norm, losses, batches, num_tokens)  # the step's one sync
+    reason = why_no_update(loss, grad_norm, losses, batches, num_tokens)  # the step's only device sync
     if reason and num_tokens and nonfinite == "stop":
         gradients.clear()
         raise not_finite(state, reason, is_released=gradients.released is not None)
@@ -110,10 +110,10 @@ def train_step(
 def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool) -> tuple[int, bool]:
     """Return the number of targets in all ranks' `batches`, and whether any rank is preempted.
 
-    One small collective before the first forward, so that every micro-batch is divided by the same number. If a rank
-    could not read its rows, all raise its error.
+    Runs one small collective before the first forward, so that every loss is divided by the same count. If a rank could
+    not read its rows, every rank raises its error.
     """
-    at_step(state.step + 1)  # as it will be counted when it is done, in metrics.jsonl and checkpoints
+    at_step(state.step + 1)  # the number that metrics.jsonl and checkpoints give this step
     error = batches.error if isinstance(batches, UnreadableStep) else None
     is_counted = error is None and data_place(state.model).is_counted
     num_targets = sum(batch.num_targets for batch in batches) if is_counted else 0
@@ -126,10 +126,10 @@ def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool)
 def why_no_update(
     loss: Tensor, grad_norm: Tensor, losses: Sequence[Tensor], batches: Sequence[Batch], num_tokens: int
 ) -> str:
-    """Why this step must not update, the same text on every rank; empty if it may.
+    """Return why this step must not update the weights, the same text on every rank; empty if it may.
 
-    If a number is not finite it says which, on which rank, and the rows of those micro-batches there. Only a failing
-    step pays for these collectives and syncs.
+    For a loss or gradient that is not finite, the text names the ranks and the rows of the affected micro-batches. Only
+    such a step needs the additional collectives and syncs.
     """
     if torch.isfinite(loss + grad_norm).item():
         return "" if num_tokens else "no rank has a target token"
@@ -144,18 +144,18 @@ def why_no_update(
 
 
 def not_finite(state: TrainState, reason: str, *, is_released: bool = False) -> FloatingPointError:
-    """The error that ends a run at a loss or gradient that is not finite, for the `reason` of `why_no_update`."""
-    outcome, remedy = "Nothing was updated", "set nonfinite to skip"
+    """Make the error for a loss or gradient that is not finite; `reason` is what `why_no_update` returned."""
+    outcome, remedy = "Nothing was updated", "set nonfinite=skip"
     if is_released:
         outcome = "Released gradients have updated the weights already"
         remedy = "resume from the last checkpoint without release"
     return FloatingPointError(
-        f"step {state.step + 1}: {reason}. {outcome}: lower the learning rate, look at the rows, or {remedy}"
+        f"step {state.step + 1}: {reason}. {outcome}: lower the learning rate, inspect the rows, or {remedy}"
     )
 
 
 def finish(state: TrainState, result: StepResult) -> StepResult:
-    """Count the step, and its rows as trained on."""
+    """Count the step, and advance the stream past its rows."""
     state.step += 1
     if state.stream is not None:
         state.stream.advance()

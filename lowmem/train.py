@@ -1,4 +1,4 @@
-"""The worked loop: every part of the library in the order in which a run needs it. Copy it, change what you like."""
+"""The training loop, which uses every part of the library in order. Copy this file and change what you like."""
 
 import dataclasses
 from collections.abc import Callable
@@ -38,22 +38,22 @@ from lowmem.step import TrainState
 
 
 class Outcome(NamedTuple):
-    """How a run that did not fail ended."""
+    """The outcome of a run that did not fail."""
 
     step: int
-    """Optimizer steps done; if preempted, those that are saved."""
+    """Optimizer steps done; after preemption, the number of saved steps."""
     preempted: bool
-    """A signal ended it early: resume it to finish."""
+    """A signal ended the run early: resume it to finish."""
 
 
 def train(
     config: TrainConfig, rows: RowSets, *, signals: Signals, on_abort: Callable[[str], None] | None = None
 ) -> Outcome:
-    """Train as `config` says, from the start or from a checkpoint, and leave the model in `output_dir`/model.
+    """Train from the start or from a checkpoint, and save the model in `output_dir`/model.
 
-    A signal on any rank ends the run on all of them, after the current step or evaluation and a checkpoint. `on_abort`
-    is called with a message before a silent or failed rank makes this one exit. The groups of the config, such as
-    `config.sharding`, are keyword arguments of the function that they are passed to.
+    A signal on any rank ends the run on every rank, after the current step or evaluation and a checkpoint. If another
+    rank fails or stops responding, this rank calls `on_abort(message)` and exits. Each group of the config, such as
+    `config.sharding`, contains the keyword arguments of one function.
     """
     # --- processes
     output, settings = Path(config.output_dir), dataclasses.asdict(config)
@@ -65,8 +65,8 @@ def train(
 
     # --- model and optimizer
     torch.manual_seed(config.seed)
-    # when sharding, only rank 0 initialises a new model, and each rank reads its own part of a saved one
-    on_meta = config.is_divided and (config.model_name_or_path is not None or not accelerator.is_main_process)
+    # with sharding, only rank 0 initializes new weights, and each rank reads only its shard of saved weights
+    on_meta = config.is_sharded and (config.model_name_or_path is not None or not accelerator.is_main_process)
     model, tokenizer = load_model(**config.model_source, on_meta=on_meta)
     freeze(model, parts=config.frozen_parts)
     check_same_model(model, tokenizer, weights=config.model_name_or_path is not None)
@@ -74,7 +74,7 @@ def train(
     optimizer = make_optimizer(model, **config.optimizer_options)
     loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)  # (model, batch) -> summed loss
     check_model(model, loss_fn, packing=config.packing)
-    num_weights = model.num_parameters()  # of a sharded model too; but not once DeepSpeed has wrapped it
+    num_weights = model.num_parameters()  # also correct if sharded, but not after DeepSpeed wraps the model
     wrapped = zero.wrap(model, optimizer, accelerator) if config.deepspeed else model
 
     with ExitStack() as stack:
@@ -99,18 +99,18 @@ def train(
         # --- state: where to start, how far to go
         state = TrainState(wrapped, optimizer, stream, seed=config.seed)
         if checkpoint:
-            load_checkpoint(state, checkpoint, accelerator, verify=False)  # checkpoint_to_resume has verified it
+            load_checkpoint(state, checkpoint, accelerator, verify=False)  # verified by checkpoint_to_resume
         schedule = Schedule.of_run(stream.num_rows, stream.global_batch_size, **config.schedule)
         checkpoints, keep, can_save = output / "checkpoints", config.save_total_limit or None, not config.deepspeed
         check_space(state, checkpoints, saves=can_save * schedule.num_due(state.step, config.save_steps), keep=keep)
         report = Report(output, settings, accelerator, state.step, schedule.total_steps, resumed=checkpoint is not None)
-        report.opening(model, num_weights, stream, rank, tier=config.memory or "off", division=config.division)
+        report.opening(model, num_weights, stream, rank, tier=config.memory or "off", sharding=config.sharding_summary)
         report.resuming(checkpoint, changes, stream.changes, can_save)
         measure = make_evaluation(
             wrapped, tokenizer, encode, LOSSES[config.loss], accelerator, quarantine, report.bar, **config.evaluation
-        )  # rows -> (metrics, answers); the loss without smoothing, so that runs compare
+        )  # rows -> (metrics, answers), without label smoothing so that the losses of runs are comparable
         saving = {"tokenizer": tokenizer, "config": settings, "max_shard_size": config.max_shard_size}
-        # fitting_step calls train_step and, if memory runs out, calls it again with smaller micro-batches
+        # fitting_step calls train_step and, if memory runs out, retries with smaller micro-batches
         take_step = deepspeed_step if config.deepspeed else partial(fitting_step, tell=report.halving)
 
         # --- the loop: all ranks agree on `preempted` in each step and after each evaluation and save
@@ -147,7 +147,7 @@ def train(
 
     # --- the end
     if preempted:
-        signals.ignore()  # a launcher ends the other processes as soon as one of them has ended
+        signals.ignore()  # the launcher terminates the other processes when the first one exits
         report.preempted(can_save)
     else:
         if rows.test:
@@ -161,9 +161,9 @@ def train(
 def evaluate_first(
     state: TrainState, rows: Rows, measure: Measure, report: Report, schedule: Schedule, config: TrainConfig
 ) -> None:
-    """Evaluate before the first step if `eval_on_start`; on resume, if an evaluation was due at the checkpoint's step.
+    """Evaluate at step 0 with `eval_on_start`, or after resuming from a step at which an evaluation was due.
 
-    A run that is preempted at such a step saves it without evaluating. If metrics.jsonl has the evaluation, it counts.
+    A run that is preempted at such a step saves without evaluating. An evaluation in metrics.jsonl is not repeated.
     """
     if state.step == 0 and config.eval_on_start:
         report.evaluation(*measure(rows))

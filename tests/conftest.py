@@ -1,4 +1,4 @@
-"""Every test runs at one thread: its models are tiny, and bits are promised at a fixed number of threads."""
+"""Run every test on one thread: models are tiny, and results are bit-identical only at a fixed number of threads."""
 
 import gc
 
@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # or every full collection in a test would go through all that was imported
+    gc.freeze()  # so that garbage collection in a test does not scan every imported module
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -15,13 +15,13 @@ from tests.processes import PROGRAM, ROOT, ended, environment, finish, free_port
 def started_ranks(
     world_size: int, function: Callable[..., object], *arguments: object, stderr: int = subprocess.STDOUT
 ) -> Iterator[list[Forked]]:
-    """Processes of one group that call `function(*arguments)`; those that still run at the end are killed."""
+    """Start processes of one group that call `function(*arguments)`; on exit, kill those that still run."""
     group = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": free_port()}
     ranks = []
     with ExitStack() as stack:
         for rank in range(world_size):
-            places = {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-            env = environment(MASTER_ADDR="localhost", **places)
+            variables = {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            env = environment(MASTER_ADDR="localhost", **variables)
             process = Forked(function, *arguments, env=env, cwd=ROOT, stderr=stderr)
             ranks.append(stack.enter_context(ended(process)))
         yield ranks
@@ -42,6 +42,6 @@ def fork_ranks(world_size: int, function: Callable[..., object], *arguments: obj
 
 
 def train_ranks(world_size: int, *flags: object, program: Path = PROGRAM) -> list[subprocess.CompletedProcess]:
-    """`python train_low_mem.py ...` on every rank, as a launcher starts it."""
+    """Run `python train_low_mem.py ...` on every rank, as a launcher does."""
     with started_ranks(world_size, run_program, program, *flags, stderr=subprocess.PIPE) as ranks:
         return [finish(process) for process in ranks]

@@ -1,4 +1,4 @@
-"""Processes without the seconds that imports take: forked from an interpreter that has loaded torch and lowmem."""
+"""Start processes without waiting for imports: fork an interpreter that has loaded torch and lowmem."""
 
 import atexit
 import os
@@ -11,16 +11,16 @@ from tempfile import NamedTemporaryFile
 
 import torch
 
-_CONTEXT = get_context("forkserver")  # it has no threads: to fork pytest's own process is unsafe
+_CONTEXT = get_context("forkserver")  # it has no threads; pytest's own process has, so forking it is unsafe
 _CONTEXT.set_forkserver_preload(["tests.preloaded"])
-_SERVER_DIED = 255  # what multiprocessing returns for a process whose end the server has not reported
+_SERVER_DIED = 255  # multiprocessing's exit code for a process if the fork server did not report one
 
 
 class Forked:
-    """Call `function(*arguments)` in a new process and session; has what the tests use of `subprocess.Popen`.
+    """Call `function(*arguments)` in a new process and session; has the part of `subprocess.Popen` that the tests use.
 
-    Output goes to files, to be read when the process has ended. It ends as an interpreter does: a SystemExit becomes
-    the exit code, excepthook and atexit handlers run. Modules of `tests.preloaded` were imported without `env`.
+    Output goes to files, which are read after the process has ended. The process exits like an interpreter: SystemExit
+    sets the exit code, excepthook and atexit handlers run. Modules in `tests.preloaded` were imported without `env`.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ def _call(
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, stream)
         os.close(file)
-    sys.stdout.reconfigure(line_buffering=False)  # as into a pipe
+    sys.stdout.reconfigure(line_buffering=False)  # as when writing to a pipe
     torch.set_num_threads(1)
     try:
         function(*arguments)
@@ -91,4 +91,4 @@ def _call(
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
     finally:
-        atexit._run_exitfuncs()  # multiprocessing leaves them out
+        atexit._run_exitfuncs()  # multiprocessing does not call them

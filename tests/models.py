@@ -33,7 +33,7 @@ FAMILIES = {"t5": T5, "llama": LLAMA, "qwen2": QWEN2}
 
 
 def build(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
-    """A model in training mode; T5's dropout is 0 unless `dropout_rate` says otherwise."""
+    """Build a model in training mode; T5's dropout is 0 unless `dropout_rate` is given."""
     fields = {**FAMILIES[family], **({"dropout_rate": 0.0} if family == "t5" else {}), **changes}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -42,5 +42,5 @@ def build(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
 
 
 def qa_rows(count: int) -> list[dict[str, str]]:
-    """Prompts and responses of very unequal length, no two alike."""
+    """Make prompts and responses of very unequal lengths, all of them different."""
     return [{"prompt": f"问题 {i} " + "a" * (i * 7 % 23), "response": f"{i}" * (1 + i * 5 % 9)} for i in range(count)]

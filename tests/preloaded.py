@@ -1,10 +1,10 @@
-"""What an interpreter loads before processes are forked from it: see tests/forkserver.py."""
+"""Imports of the interpreter that test processes are forked from; see tests/forkserver.py."""
 
 # ruff: noqa: F401
 import gc
 import os
 
-# libraries read these at import; and CUDA, once it is initialized, does not survive a fork
+# libraries read these at import; an initialized CUDA does not survive a fork
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import transformers.generation
@@ -15,5 +15,5 @@ import lowmem.cli
 import lowmem.plan.command
 import lowmem.train
 
-# or every full collection in a fork would go through them, and copy their pages
+# so that garbage collection in a fork does not scan these modules and copy their pages
 gc.freeze()

@@ -1,4 +1,4 @@
-"""Real processes for tests: command lines and free ports; every wait has a limit."""
+"""Real processes for tests: command lines and free ports; every wait has a timeout."""
 
 import os
 import runpy
@@ -21,9 +21,9 @@ Process = subprocess.Popen | Forked
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's environment without what a launcher would set, at one thread, with this checkout importable.
+    """Return this process's environment without launcher variables, with one thread and this checkout importable.
 
-    GPUs are hidden: NCCL refuses ranks that share one.
+    GPUs are hidden, because NCCL refuses ranks that share one.
     """
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     kept = {k: v for k, v in kept.items() if not k.startswith("ACCELERATE_")}
@@ -40,7 +40,7 @@ def free_port() -> int:
 
 @contextmanager
 def started(*command: object, cwd: Path = ROOT, **changes: str) -> Iterator[subprocess.Popen]:
-    """A command that runs, from the project's root, until `finish`; what is left of its processes then is killed."""
+    """Start a command from the project's root; on exit, kill its processes that still run."""
     process = subprocess.Popen(
         [str(word) for word in command],
         cwd=cwd,
@@ -56,7 +56,7 @@ def started(*command: object, cwd: Path = ROOT, **changes: str) -> Iterator[subp
 
 @contextmanager
 def started_train(*flags: object, program: Path = PROGRAM, cwd: Path = ROOT, **changes: str) -> Iterator[Forked]:
-    """`python train_low_mem.py ...` as by `started`, but forked from an interpreter that has done its imports."""
+    """Start `python train_low_mem.py ...` like `started`, but forked from an interpreter that has done its imports."""
     with ended(Forked(run_program, program, *flags, env=environment(**changes), cwd=cwd)) as process:
         yield process
 
@@ -69,11 +69,11 @@ def run_program(path: Path, *flags: object) -> None:
 
 @contextmanager
 def ended(process: Process) -> Iterator[Process]:
-    """Kill, at the end, what is left of a process that was started in a session of its own, and of its children."""
+    """On exit, kill a process that was started in its own session, and its children."""
     try:
         yield process
     finally:
-        left = children(process) if process.poll() is None else []  # a launcher's are in sessions of their own
+        left = children(process) if process.poll() is None else []  # a launcher's children have their own sessions
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         for each in (process, *left):  # a fork may not have its session yet
@@ -85,24 +85,24 @@ def ended(process: Process) -> Iterator[Process]:
 
 
 def finish(process: Process, timeout: float = 120) -> subprocess.CompletedProcess:
-    """Wait for its end; returns it with its output as text."""
+    """Wait for a process to end; return its exit code and its output as text."""
     output, errors = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def run(*command: object, timeout: float = 120, cwd: Path = ROOT, **changes: str) -> subprocess.CompletedProcess:
-    """Run a command, from the project's root, and return it with its output as text; its whole group ends with it."""
+    """Run a command from the project's root, then kill its process group; return its exit code and output as text."""
     with started(*command, cwd=cwd, **changes) as process:
         return finish(process, timeout)
 
 
 def children(process: Process) -> list[psutil.Process]:
-    """The processes that it started, and theirs."""
+    """Return all descendants of a process."""
     return psutil.Process(process.pid).children(recursive=True)
 
 
 def wait_until(condition: Callable[[], bool], process: Process, timeout: float = 60) -> None:
-    """Wait for `condition` while `process` runs; fails if it ends before, or the time does."""
+    """Wait for `condition` while `process` runs; fail if the process ends first, or after `timeout` seconds."""
     limit = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, process.communicate()[1]
@@ -111,7 +111,7 @@ def wait_until(condition: Callable[[], bool], process: Process, timeout: float =
 
 
 def train(*flags: object, timeout: float = 120, **changes: object) -> subprocess.CompletedProcess:
-    """As `started_train`, until its end. Tests of what precedes the imports `run(sys.executable, PROGRAM, ...)`."""
+    """Run `started_train` to its end. Tests of the time before imports call `run(sys.executable, PROGRAM, ...)`."""
     with started_train(*flags, **changes) as process:
         return finish(process, timeout)
 

@@ -19,8 +19,9 @@ def fail_somewhere() -> None:
         (2, UsageError, UsageError),
         (0, SaveError, SaveError),
     ]:
-        told = "what was wrong" if rank == failing else rf"rank {failing} failed with {kind.__name__}: .*what was wrong"
-        with pytest.raises(kind if rank == failing else elsewhere, match=told), raise_on_all_ranks():
+        error = kind if rank == failing else elsewhere
+        prefix = "" if rank == failing else rf"rank {failing} failed with {kind.__name__}: .*"
+        with pytest.raises(error, match=prefix + "what was wrong"), raise_on_all_ranks():
             if rank == failing:
                 raise kind("what was wrong")
     with raise_on_all_ranks():
@@ -30,11 +31,11 @@ def fail_somewhere() -> None:
     accelerator.end_training()
 
 
-def test_one_rank_fails_and_all_raise_what_it_tells():
+def test_an_error_on_one_rank_is_raised_on_all_ranks():
     assert fork_ranks(3, fail_somewhere) == [0, 0, 0]
 
 
-def test_alone_an_error_is_itself():
+def test_one_process_raises_the_original_error():
     with pytest.raises(KeyError), raise_on_all_ranks():
         raise KeyError("alone")
 
@@ -45,16 +46,18 @@ def be_late():
     group = dist.new_group(timeout=timedelta(seconds=2))
     if accelerator.process_index == 0:
         with heartbeat.phase("writing"):
-            sum_over_ranks(1)  # in another group: it lives and is stuck
+            sum_over_ranks(1)  # a collective of another group: this rank is alive but stuck
     else:
-        told = "^step 7, summing gradients: no rank is silent: rank 0 is at step 7, writing, agreeing; rank 1 is at"
-        with pytest.raises(RankError, match=told), collective("summing gradients"):
+        message = (
+            "^step 7, summing gradients: no rank is silent: rank 0 is at step 7, writing, all-reducing; rank 1 is at"
+        )
+        with pytest.raises(RankError, match=message), collective("summing gradients"):
             dist.barrier(group)
         sum_over_ranks(1)
     accelerator.end_training()
 
 
-def test_a_collective_that_times_out_tells_where_each_rank_is():
+def test_a_collective_that_times_out_reports_where_each_rank_is():
     assert fork_ranks(2, be_late) == [0, 0]
 
 
@@ -62,10 +65,10 @@ def lose_a_rank():
     accelerator = init_distributed(heartbeat_timeout=20)
     if accelerator.process_index == 1:
         os._exit(0)
-    with pytest.raises(RankError) as told, report_failure():
+    with pytest.raises(RankError) as caught, report_failure():
         sum_over_ranks(1)
-    assert str(told.value).count("rank 1 has been silent") == 1
+    assert str(caught.value).count("rank 1 has been silent") == 1
 
 
-def test_who_fell_silent_is_told_once():
+def test_a_silent_rank_is_reported_once():
     assert fork_ranks(2, lose_a_rank) == [0, 0]

@@ -1,4 +1,4 @@
-"""Before the ranks are one group, rank 0 finds out for all; each hears it, or why not, within a limit."""
+"""Before init, rank 0 computes a value for all ranks; each rank gets it, or the error, within a time limit."""
 
 import json
 import os
@@ -10,25 +10,25 @@ import pytest
 import torch.distributed as dist
 
 from lowmem.config.parse import resolve
-from lowmem.distributed.before_init import found_by_first
+from lowmem.distributed.before_init import call_on_rank_0
 from lowmem.distributed.collectives import sum_over_ranks
 from lowmem.distributed.setup import init_distributed
 from lowmem.errors import UsageError
-from lowmem.job.supervise import tell_failure
+from lowmem.job.supervise import report_error
 from lowmem.plan.command import fitted
 from tests.forked import fork_ranks, started_ranks
 from tests.models import LLAMA
 
 
 def as_rank(folder, work):
-    """What a rank tells is in a file, what its `work` returns in another; its exit code is that of the command line."""
+    """Call `work` on a rank: write stderr and the result to two files, and exit with the command line's code."""
     rank = os.environ["RANK"]
-    with open(folder / f"told-{rank}", "w") as told:
-        os.dup2(told.fileno(), 2)
+    with open(folder / f"stderr-{rank}", "w") as stderr:
+        os.dup2(stderr.fileno(), 2)
     try:
         (folder / f"found-{rank}").write_text(json.dumps(work()))
     except Exception as error:
-        sys.exit(tell_failure(error))
+        sys.exit(report_error(error))
 
 
 def find(folder, how):
@@ -39,7 +39,7 @@ def find(folder, how):
     if how == "fails":
         raise OSError("no such device")
     if how == "dies":
-        time.sleep(2)  # so that the others have reached it
+        time.sleep(2)  # so that the other ranks are waiting for it
         os._exit(9)
     if how == "hangs":
         time.sleep(6)
@@ -48,7 +48,7 @@ def find(folder, how):
 
 def find_and_join(folder, how, rounds=1):
     def work():
-        found = [found_by_first(lambda: find(folder, how), limit_seconds=4, start_seconds=4) for _ in range(rounds)]
+        found = [call_on_rank_0(lambda: find(folder, how), limit_seconds=4, start_seconds=4) for _ in range(rounds)]
         init_distributed(heartbeat_timeout=10)
         count = sum_over_ranks(1)
         dist.destroy_process_group()
@@ -57,7 +57,7 @@ def find_and_join(folder, how, rounds=1):
     as_rank(folder, work)
 
 
-def test_rank_0_finds_out_for_all_and_then_they_join(tmp_path):
+def test_rank_0_computes_a_value_for_all_ranks_before_they_join(tmp_path):
     assert fork_ranks(3, find_and_join, tmp_path, "well", 2) == [0, 0, 0]
     found = {"batch_size": 2, "recompute": "full"}
     assert [json.loads((tmp_path / f"found-{rank}").read_text()) for rank in range(3)] == [[found, found, [3]]] * 3
@@ -65,23 +65,24 @@ def test_rank_0_finds_out_for_all_and_then_they_join(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "codes", "told"),
+    ("how", "codes", "message"),
     [
         ("refuses", [2, 2, 2], "nothing fits"),
         ("fails", [1, 1, 1], "rank 0 failed with OSError: no such device"),
         ("hangs", [1, 1, 1], "timed out after 4 s waiting for rank 0 of 3"),
-        ("dies", [9, 1, 1], "what rank 0 was to find out: rank 0, or the launcher that keeps the store, has ended"),
+        ("dies", [9, 1, 1], "got no result from rank 0: rank 0, or the launcher that hosts the store, has ended"),
     ],
 )
-def test_what_rank_0_does_not_find_out_ends_all(how, codes, told, tmp_path):
+def test_a_failure_of_rank_0_ends_every_rank(how, codes, message, tmp_path):
     began = time.monotonic()
     assert fork_ranks(3, find_and_join, tmp_path, how) == codes
     assert time.monotonic() - began < 15
-    if how != "refuses":  # which all know alike, so that one on a host tells it
+    if how != "refuses":
         for rank in (1, 2):
-            assert told in (tmp_path / f"told-{rank}").read_text(), (tmp_path / f"told-{rank}").read_text()
-    else:
-        assert [(tmp_path / f"told-{rank}").read_text() for rank in range(3)] == [f"error: {told}\n", "", ""]
+            stderr = (tmp_path / f"stderr-{rank}").read_text()
+            assert message in stderr, stderr
+    else:  # every rank has this user error, so only one on the host prints it
+        assert [(tmp_path / f"stderr-{rank}").read_text() for rank in range(3)] == [f"error: {message}\n", "", ""]
 
 
 def plan_and_join(folder, flags):
@@ -91,18 +92,18 @@ def plan_and_join(folder, flags):
         dist.destroy_process_group()
         Path(folder, os.environ["RANK"]).write_text(json.dumps([config.batch_size, config.recompute]))
     except Exception as error:
-        sys.exit(tell_failure(error))
+        sys.exit(report_error(error))
 
 
-def test_one_rank_plans_and_all_take_its_choice_or_its_refusal(tmp_path):
+def test_one_rank_plans_and_every_rank_takes_its_choice_or_its_error(tmp_path):
     (tmp_path / "llama.json").write_text(json.dumps(LLAMA))
     flags = {"model_config": str(tmp_path / "llama.json"), "text_column": "text", "max_seq_len": 256, "batch_size": 16}
-    for limit, codes, told in (("648MB", [0, 0], "chosen: --recompute="), ("630MB", [2, 2], "error: nothing fits")):
+    for limit, codes, message in (("648MB", [0, 0], "chosen: --recompute="), ("630MB", [2, 2], "error: nothing fits")):
         limited = json.dumps(flags | {"device_memory": limit})
         with started_ranks(2, plan_and_join, tmp_path, limited) as ranks:
-            said = [process.communicate(timeout=120)[0] for process in ranks]
-            assert [process.returncode for process in ranks] == codes, said
-        assert "predicted for 2 x a GPU each" in said[0] and told in said[0]
-        assert said[1] == ""
+            outputs = [process.communicate(timeout=120)[0] for process in ranks]
+            assert [process.returncode for process in ranks] == codes, outputs
+        assert "predicted for 2 x GPU: " in outputs[0] and message in outputs[0]
+        assert outputs[1] == ""
     first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
     assert first == second != [16, "off"]

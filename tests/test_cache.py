@@ -16,7 +16,7 @@ from lowmem.data.files.source import Source
 from lowmem.errors import UsageError
 from tests.processes import ROOT, environment, run
 
-# A builder for processes of our own: it copies the file in upper case, and notes how long it took in a file beside it.
+# Code for other processes: copy the file in upper case, and append "begin" and "end" to a file next to it.
 BUILDER = """
 import os, sys, time
 import numpy as np
@@ -28,7 +28,7 @@ def note(word):
     with open(sys.argv[1] + ".notes", "a") as notes:
         notes.write(word + "\\n")
 
-def build(copy, tell, seconds=0.0, fails=False):
+def build(copy, update, seconds=0.0, fails=False):
     note("begin")
     with open(sys.argv[1], "rb") as file:
         text = file.read()
@@ -54,17 +54,17 @@ def home(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def source(tmp_path):
-    (tmp_path / "rows").write_bytes(b"some rows that stand in a file")
+    (tmp_path / "rows").write_bytes(b"some rows that exist in a file")
     return Source(str(tmp_path / "rows"))
 
 
 class Builder:
-    """Copies a file in upper case; the index is its size and its first bytes. Counts how often it did."""
+    """Copies a file in upper case, indexes its size and first bytes, and counts its calls."""
 
     def __init__(self, source):
         self.source, self.times = source, 0
 
-    def __call__(self, copy, tell):
+    def __call__(self, copy, update):
         self.times += 1
         with self.source.open() as file:
             text = file.read()
@@ -80,7 +80,7 @@ def names(folder):
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-def test_the_index_of_a_small_file_is_made_anew_and_leaves_nothing(source, tmp_path):
+def test_the_index_of_a_small_file_is_rebuilt_each_time_and_not_stored(source, tmp_path):
     builder = Builder(source)
     for _ in range(2):
         found = builder.derive(copies=False)
@@ -100,7 +100,7 @@ def test_the_index_of_a_large_file_is_made_once(source, tmp_path):
 def test_a_copy_is_made_once_and_again_when_the_file_has_changed(source, tmp_path):
     builder = Builder(source)
     for _ in range(2):
-        assert builder.derive().copy.read_bytes() == b"SOME ROWS THAT STAND IN A FILE"
+        assert builder.derive().copy.read_bytes() == b"SOME ROWS THAT EXIST IN A FILE"
     assert builder.times == 1 and names(tmp_path) == [".rows.lowmem-test.index", ".rows.lowmem-test.rows", "rows"]
     Path(source.name).write_bytes(b"same size, but it's other rows")
     assert builder.derive().copy.read_bytes() == b"SAME SIZE, BUT IT'S OTHER ROWS"
@@ -116,7 +116,7 @@ def test_an_index_with_any_bit_flipped_is_made_again(source):
         path.write_bytes(damaged)
         index = builder.derive().index
         assert index["size"].dtype == np.int64 and index["size"].tolist() == [30]
-        assert index["first"].dtype == np.uint8 and index["first"].tobytes() == b"some rows that stand"
+        assert index["first"].dtype == np.uint8 and index["first"].tobytes() == b"some rows that exist"
     assert builder.times == 1 + len(whole) + 1
 
 
@@ -125,11 +125,11 @@ def test_a_copy_that_was_cut_or_removed_is_made_again(source, damage):
     builder = Builder(source)
     copy = builder.derive().copy
     copy.unlink() if damage is None else copy.write_bytes(damage)
-    assert builder.derive().copy.read_bytes() == b"SOME ROWS THAT STAND IN A FILE"
+    assert builder.derive().copy.read_bytes() == b"SOME ROWS THAT EXIST IN A FILE"
     assert builder.times == 2
 
 
-def test_the_cache_folder_that_was_named_is_taken(source, tmp_path, monkeypatch):
+def test_lowmem_cache_sets_the_folder(source, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "a" / "cache"))
     builder = Builder(source)
     for _ in range(2):
@@ -137,14 +137,14 @@ def test_the_cache_folder_that_was_named_is_taken(source, tmp_path, monkeypatch)
     assert builder.times == 1 and names(tmp_path) == ["a", "rows"]
 
 
-def test_what_stands_beside_a_file_is_of_no_use_when_another_folder_is_named(source, tmp_path, monkeypatch):
+def test_a_copy_next_to_the_file_is_not_used_when_lowmem_cache_is_set(source, tmp_path, monkeypatch):
     builder = Builder(source)
     builder.derive()
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
     assert builder.derive().copy.parent == tmp_path / "cache" and builder.times == 2
 
 
-def test_the_cache_may_be_named_from_home_or_from_here(source, tmp_path, monkeypatch):
+def test_lowmem_cache_may_be_relative_to_home_or_to_the_working_directory(source, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     for named, cache in (("~/cache", "home/cache"), ("cache", "cache")):
@@ -152,11 +152,11 @@ def test_the_cache_may_be_named_from_home_or_from_here(source, tmp_path, monkeyp
         assert Builder(source).derive().copy.parent == tmp_path / cache
 
 
-def test_without_a_home_it_stands_beside_the_file(source):
+def test_without_a_home_folder_the_copy_is_next_to_the_file(source):
     code = """
 import fsspec, pwd
 def unknown(number): raise KeyError(number)
-pwd.getpwuid = unknown  # as it is in a container whose user has no entry
+pwd.getpwuid = unknown  # as in a container whose user is not in /etc/passwd
 del os.environ["HOME"]
 print(run().copy)
 fsspec.open("memory://a", "wb").open().close()
@@ -165,12 +165,13 @@ except UsageError as error: print(error)
 """
     result = run(sys.executable, "-c", BUILDER + code, source.name)
     assert result.returncode == 0, result.stderr
-    *_, copy, told = result.stdout.splitlines()
+    *_, copy, error = result.stdout.splitlines()
     assert copy == str(Path(source.name).with_name(".rows.lowmem-test.rows"))
-    assert told.startswith("memory://a needs a copy of its rows, which cannot be written in a home, as none is known")
+    message = "memory://a needs a copy of its rows, which cannot be written in a home folder, as there is none"
+    assert error.startswith(message)
 
 
-def test_a_file_by_any_of_its_names_has_one_index(source, tmp_path, monkeypatch):
+def test_all_paths_of_a_file_share_one_index(source, tmp_path, monkeypatch):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "link").symlink_to("../rows")
     for cache in ("", str(tmp_path / "cache")):
@@ -185,7 +186,7 @@ def test_a_file_by_any_of_its_names_has_one_index(source, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["😀" * 62, "n" * 250, "s" + "\udcff" * 249])
-def test_files_with_the_longest_names_stand_in_the_cache(tmp_path, name):
+def test_copies_of_files_with_very_long_names_are_in_the_cache(tmp_path, name):
     source = Source(str(tmp_path / name))
     Path(source.name).write_bytes(b"some rows")
     builder = Builder(source)
@@ -194,7 +195,7 @@ def test_files_with_the_longest_names_stand_in_the_cache(tmp_path, name):
     assert builder.times == 1 and names(tmp_path) == [name]
 
 
-def test_remains_of_killed_builders_elsewhere_go_after_a_day(source, tmp_path):
+def test_unfinished_files_of_killed_processes_are_removed_after_a_day(source, tmp_path):
     old, new, other = (tmp_path / f".{name}.unfinished" for name in ("rows.lowmem-test.a", "rows.lowmem-test.b", "c.a"))
     for path, hours in ((old, 25), (new, 23), (other, 25)):
         path.touch()
@@ -212,7 +213,7 @@ def test_files_of_one_name_in_two_folders_share_nothing_in_the_cache(source, tmp
 
 @pytest.fixture
 def locked_folder():
-    """A folder that this process may read but not write: even root may not, as it is someone else for so long."""
+    """A folder that this process may read but not write; root becomes another user until the test ends."""
     folder = Path(tempfile.mkdtemp())
     (folder / "rows").write_bytes(b"some rows")
     (folder / "home").mkdir(mode=0o777)
@@ -227,7 +228,7 @@ def locked_folder():
     shutil.rmtree(folder)
 
 
-def test_what_cannot_stand_beside_the_file_stands_in_the_cache(locked_folder, monkeypatch):
+def test_a_copy_that_cannot_be_written_next_to_the_file_is_in_the_cache(locked_folder, monkeypatch):
     monkeypatch.setenv("HOME", str(locked_folder / "home"))
     builder = Builder(Source(str(locked_folder / "rows")))
     for _ in range(2):
@@ -235,10 +236,10 @@ def test_what_cannot_stand_beside_the_file_stands_in_the_cache(locked_folder, mo
     assert builder.times == 1
 
 
-def test_without_a_folder_to_write_in_both_are_named(locked_folder, monkeypatch):
+def test_if_no_folder_is_writable_the_error_names_both(locked_folder, monkeypatch):
     monkeypatch.setenv("HOME", str(locked_folder))
-    told = f"which cannot be written in {locked_folder} or {locked_folder}/.cache/lowmem: set LOWMEM_CACHE"
-    with pytest.raises(UsageError, match=told):
+    message = f"which cannot be written in {locked_folder} or {locked_folder}/.cache/lowmem: set LOWMEM_CACHE"
+    with pytest.raises(UsageError, match=message):
         Builder(Source(str(locked_folder / "rows"))).derive()
 
 
@@ -255,7 +256,7 @@ def test_a_remote_file_is_copied_into_the_cache_under_a_name_of_bounded_length(t
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(source, tmp_path):
-    def build(copy, tell):
+    def build(copy, update):
         copy.write(b"half of it")
         Path(source.name).write_bytes(b"other rows")
         return {"size": np.array([10])}
@@ -273,12 +274,12 @@ def start(code, source):
 
 def test_of_several_processes_one_builds(source, tmp_path):
     processes = [start("assert run(lambda *x: build(*x, 1.0)).index['bytes'] == [30]", source) for _ in range(4)]
-    told = b""
+    output = b""
     for process in processes:
-        told += process.communicate(timeout=60)[0]
+        output += process.communicate(timeout=60)[0]
         assert process.returncode == 0
-    assert told.count(b"making a copy of its rows once") == 1
-    assert 1 <= told.count(b"rows: waiting for another process that makes a copy of its rows\n") <= 3
+    assert output.count(b"making a copy of its rows once") == 1
+    assert 1 <= output.count(b"rows: waiting for another process, which is making a copy of its rows\n") <= 3
     assert (tmp_path / "rows.notes").read_text().split() == ["begin", "end"]
     assert not list(tmp_path.glob("*lock*"))
 
@@ -299,8 +300,8 @@ for _ in range(8):
     assert names(tmp_path) == ["rows", "rows.notes"]
 
 
-@pytest.mark.parametrize("is_put_back", [False, True])
-def test_killed_at_any_file_operation_it_is_whole_or_absent(source, tmp_path, is_put_back):
+@pytest.mark.parametrize("is_restored", [False, True])
+def test_a_build_killed_at_any_file_operation_leaves_a_complete_copy_or_none(source, tmp_path, is_restored):
     code = """
 seen = 0
 def kill(event, words):
@@ -312,7 +313,7 @@ def kill(event, words):
 sys.addaudithook(kill)
 run()
 """
-    path, text, killed = Path(source.name), "some rows that stand in a file", 0
+    path, text, killed = Path(source.name), "some rows that exist in a file", 0
     before = path.stat()
     for number in range(1, 50):
         path.write_text(text)
@@ -321,7 +322,7 @@ run()
         path.write_text(text.replace("row", "cow"))
         process = start(code.replace("NUMBER", str(number)), source)
         process.communicate(timeout=60)
-        if is_put_back:
+        if is_restored:
             path.write_text(text)
             os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         assert Builder(source).derive().copy.read_text() == path.read_text().upper()
@@ -332,20 +333,20 @@ run()
     assert killed >= 7
 
 
-def test_killed_while_it_writes_the_copy_nothing_is_taken_for_whole(source, tmp_path):
+def test_a_copy_that_a_kill_left_incomplete_is_not_used(source, tmp_path):
     process = start("print('here', flush=True); run(lambda *x: build(*x, 60))", source)
     while "begin" not in ((tmp_path / "rows.notes").read_text() if (tmp_path / "rows.notes").exists() else ""):
         assert process.poll() is None
     process.kill()
     process.communicate(timeout=60)
     builder = Builder(source)
-    assert builder.derive().copy.read_bytes() == b"SOME ROWS THAT STAND IN A FILE"
+    assert builder.derive().copy.read_bytes() == b"SOME ROWS THAT EXIST IN A FILE"
     assert builder.times == 1
     assert names(tmp_path) == [".rows.lowmem-test.index", ".rows.lowmem-test.rows", "rows", "rows.notes"]
 
 
 @pytest.mark.parametrize("limit", [20, 100])
-def test_without_room_the_folder_is_named_and_nothing_is_left(source, tmp_path, limit):
+def test_on_a_full_disk_the_error_names_the_folder_and_nothing_is_left(source, tmp_path, limit):
     code = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))

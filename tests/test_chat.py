@@ -1,4 +1,4 @@
-"""Facts of conversations, on a byte-level BPE tokenizer trained here and on the slow byte tokenizer."""
+"""Conversations as tokens, with a byte-level BPE tokenizer that is trained here and with the slow byte tokenizer."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Its first line writes nothing: transformers strips what stands around a block on a line of its own.
+# Its first line writes nothing: transformers strips whitespace around a block that is alone on its line.
 TAGGED_CHATML = """  {% set end = '<|im_end|>' %}
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\n' }}
@@ -34,7 +34,7 @@ PLAIN = (
     "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
-# As Qwen3's: only the last answer keeps its thoughts.
+# Like Qwen3's: only the last answer keeps its thinking.
 FORGETFUL = (
     "{% for message in messages %}{{ message.role + ': ' }}{% if loop.last %}{{ '<think></think>' }}{% endif %}"
     "{{ message.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -80,7 +80,7 @@ TOKENIZERS = {name: bpe(template) for name, template in TEMPLATES.items()}
 
 @pytest.fixture
 def switching_threads():
-    """Threads take turns after almost every instruction."""
+    """Switch between threads after almost every instruction."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -88,15 +88,15 @@ def switching_threads():
 
 
 def said(tokenizer, ids, is_said):
-    """The runs of text that the assistant says."""
-    runs, before = [], False
+    """Decode each contiguous span of tokens that the assistant says."""
+    spans, before = [], False
     for token, says in zip(ids, is_said, strict=True):
         if says and not before:
-            runs.append([])
+            spans.append([])
         if says:
-            runs[-1].append(token)
+            spans[-1].append(token)
         before = says
-    return [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs]
+    return [tokenizer.decode(span, clean_up_tokenization_spaces=False) for span in spans]
 
 
 @pytest.mark.parametrize("messages", CHATS)
@@ -118,7 +118,7 @@ def test_tokens_are_those_of_apply_chat_template(name, messages):
         ("plain", ["  2\n\nbecause 二 \n", " 那么三\n"]),
     ],
 )
-def test_the_assistant_says_its_content_and_what_ends_its_turn(name, expected, slow):
+def test_the_assistant_says_its_content_and_the_end_of_its_turn(name, expected, slow):
     tokenizer = TOKENIZERS[name]
     if slow:
         tokenizer = ByT5Tokenizer(bos_token="<|begin|>", chat_template=TEMPLATES[name])
@@ -134,21 +134,21 @@ def test_slow_tokenizers_see_the_whole_text(name, messages):
 
 
 @pytest.mark.parametrize("messages", CHATS)
-def test_tags_mark_what_transformers_own_mask_marks(messages):
+def test_generation_tags_mark_the_same_tokens_as_in_transformers(messages):
     tokenizer = TOKENIZERS["tagged"]
     encoded = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
     assert chat_tokenizer(tokenizer)(messages)[1] == [mark == 1 for mark in encoded["assistant_masks"]]
 
 
 @pytest.mark.parametrize("name", ["chatml", "tagged", "llama-3"])  # in "plain" a space and a word share a token
-def test_spaces_that_a_tokenizers_offsets_leave_out_belong_where_they_stand(name):
+def test_offsets_without_spaces_mark_the_same_tokens(name):
     trimmed = bpe(TEMPLATES[name], trim_offsets=True)
     for messages in CHATS:
         assert chat_tokenizer(trimmed)(messages) == chat_tokenizer(TOKENIZERS[name])(messages)
 
 
 @pytest.mark.parametrize("begin, end", [("", ""), ("{% generation %}", "{% endgeneration %}")])
-def test_fields_that_are_none_are_fields_that_are_missing(begin, end):
+def test_a_field_that_is_none_counts_as_missing(begin, end):
     tools = "{% if m.tools is defined %}{{ m.tools }}{% endif %}"
     tokenize = chat_tokenizer(bpe(f"{{% for m in messages %}}{begin}{{{{ m.content }}}}{tools}{end}{{% endfor %}}"))
     messages = turns("a", "b")
@@ -156,7 +156,7 @@ def test_fields_that_are_none_are_fields_that_are_missing(begin, end):
     assert tokenize([message | {"tools": "c"} for message in messages]) != tokenize(messages)
 
 
-def test_spans_hold_while_other_threads_render_the_same_template(switching_threads):
+def test_spans_are_right_while_other_threads_render_the_same_template(switching_threads):
     tokenizer = TOKENIZERS["tagged"]
     tokenize = chat_tokenizer(tokenizer)
     expected = [tokenize(messages) for messages in CHATS]
@@ -175,7 +175,7 @@ def test_spans_hold_while_other_threads_render_the_same_template(switching_threa
 
 
 def test_a_tokenizer_without_a_template_is_refused_before_a_run():
-    with pytest.raises(UsageError, match="messages need a chat template, ByT5Tokenizer of .* has none: take"):
+    with pytest.raises(UsageError, match="messages need a chat template, ByT5Tokenizer of .* has none: use"):
         chat_tokenizer(ByT5Tokenizer())
 
 
@@ -185,15 +185,15 @@ def test_a_conversation_in_which_the_assistant_says_nothing_is_refused(name):
         chat_tokenizer(TOKENIZERS[name])([{"role": "user", "content": "a"}] * 2)
 
 
-def test_a_template_that_changes_what_it_wrote_is_refused_with_the_turn():
+def test_a_template_that_changes_earlier_text_is_refused_with_the_turn():
     tokenize = chat_tokenizer(bpe(FORGETFUL))
-    with pytest.raises(ValueError, match=r"changes what stands up to turn 1 \(the assistant's\): put {% generation %}"):
+    with pytest.raises(ValueError, match=r"changes earlier text at turn 1 \(the assistant's\): put {% generation %}"):
         tokenize(CHATS[2])
 
 
 def test_a_template_without_tags_needs_a_turn_before_the_assistants():
     messages = [{"role": "assistant", "content": "hello"}, *turns("a", "b")]
-    with pytest.raises(ValueError, match="nothing stands before the assistant's turn 0"):
+    with pytest.raises(ValueError, match="turn 0 is the assistant's, with no turn before it"):
         chat_tokenizer(TOKENIZERS["chatml"])(messages)
     assert said(TOKENIZERS["tagged"], *chat_tokenizer(TOKENIZERS["tagged"])(messages)) == [
         "hello<|im_end|>",
@@ -202,7 +202,7 @@ def test_a_template_without_tags_needs_a_turn_before_the_assistants():
 
 
 @pytest.mark.parametrize("tag", ["", "{% generation %}{% endgeneration %}"])
-def test_what_the_template_refuses_is_a_bad_row(tag):
+def test_a_conversation_that_the_template_refuses_is_a_bad_row(tag):
     tokenize = chat_tokenizer(bpe("{{ raise_exception('roles must alternate') }}" + tag))
-    with pytest.raises(ValueError, match=r"refuses a conversation of turns user, assistant \(roles must alternate\)"):
+    with pytest.raises(ValueError, match=r"rejects a conversation of turns user, assistant \(roles must alternate\)"):
         tokenize(turns("a", "b"))

@@ -1,4 +1,4 @@
-"""Invariants 4 and 5: a checkpoint is whole or absent, and any reader finds whole tensors in it."""
+"""Invariants 4 and 5: a checkpoint is complete or absent, and any reader finds whole tensors in it."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def assert_same_weights(model, other):
 
 @pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])
 @pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
-def test_a_loaded_state_goes_on_bit_for_bit(family, max_shard_size, tmp_path):
+def test_a_loaded_state_continues_bit_for_bit(family, max_shard_size, tmp_path):
     state = train(new_state(family), 3)
     state.best = {"step": 2, "eval_loss": 1.25}
     path = save_checkpoint(state, tmp_path, ACCELERATOR, max_shard_size=max_shard_size)
@@ -77,7 +77,7 @@ IN_TIERS = [(optimizer, memory) for optimizer in TIERED_OPTIMIZERS for memory in
 
 
 @pytest.mark.parametrize(("optimizer", "memory"), [*((name, "off") for name in OPTIMIZERS), *IN_TIERS])
-def test_every_optimizer_goes_on_bit_for_bit(optimizer, memory, tmp_path):
+def test_every_optimizer_continues_bit_for_bit(optimizer, memory, tmp_path):
     state = train(new_state(optimizer=optimizer, memory=memory), 2)
     path = save_checkpoint(state, tmp_path, ACCELERATOR)
     loaded = new_state(seed=5, optimizer=optimizer, memory=memory)
@@ -90,7 +90,7 @@ def test_every_optimizer_goes_on_bit_for_bit(optimizer, memory, tmp_path):
 
 
 def values_of(state):
-    """Weights and optimizer state in fp32, whatever tier keeps them."""
+    """Return the weights and optimizer state in fp32, for any memory tier."""
     values = {}
     for name, parameter in named_parameters(state.model, state.optimizer).items():
         kept = {"weight": parameter.data, **state.optimizer.state[parameter]}
@@ -101,7 +101,7 @@ def values_of(state):
 
 
 @pytest.mark.parametrize(("then", "now"), [("off", "exact"), ("off", "lean"), ("exact", "lean")])
-def test_a_state_loads_into_a_tier_that_keeps_no_more(then, now, tmp_path):
+def test_a_state_loads_into_a_tier_that_stores_no_more_bits(then, now, tmp_path):
     state = train(new_state(memory=then), 3)
     loaded = new_state(seed=5, memory=now)
     load_checkpoint(loaded, save_checkpoint(state, tmp_path, ACCELERATOR), ACCELERATOR)
@@ -122,7 +122,7 @@ def test_a_state_loads_into_a_tier_that_keeps_no_more(then, now, tmp_path):
 @pytest.mark.parametrize(
     ("then", "now"), [("lean", "exact"), ("lean", "off"), ("exact", "off")], ids=lambda memory: memory
 )
-def test_a_tier_that_keeps_more_cannot_be_filled(then, now, tmp_path):
+def test_a_state_does_not_load_into_a_tier_that_stores_more_bits(then, now, tmp_path):
     path = save_checkpoint(train(new_state(memory=then), 1), tmp_path, ACCELERATOR)
     state, untouched = new_state(memory=now), new_state(memory=now)
     with pytest.raises(UsageError, match=f"TieredAdamW with memory={then}, the optimizer is .*AdamW with memory={now}"):
@@ -131,7 +131,7 @@ def test_a_tier_that_keeps_more_cannot_be_filled(then, now, tmp_path):
     assert state.stream.position == 0
 
 
-def test_a_tiers_model_folder_is_a_model_in_bf16(tmp_path):
+def test_the_model_folder_of_a_tier_is_in_bf16(tmp_path):
     state = train(new_state(memory="exact"), 1)
     path = save_checkpoint(state, tmp_path, ACCELERATOR)
     model = AutoModelForSeq2SeqLM.from_pretrained(path / "model")
@@ -141,7 +141,7 @@ def test_a_tiers_model_folder_is_a_model_in_bf16(tmp_path):
 
 @pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])
 @pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
-def test_from_pretrained_loads_the_model_folder_as_it_stands(family, max_shard_size, tmp_path):
+def test_from_pretrained_loads_the_model_folder_as_it_is(family, max_shard_size, tmp_path):
     state = train(new_state(family), 1)
     path = save_checkpoint(state, tmp_path, ACCELERATOR, tokenizer=ByT5Tokenizer(), max_shard_size=max_shard_size)
     auto = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
@@ -149,7 +149,7 @@ def test_from_pretrained_loads_the_model_folder_as_it_stands(family, max_shard_s
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert type(model) is type(state.model) and model.dtype == torch.float32
     assert_same_weights(state.model, model)
-    if family != "qwen2":  # beside its config AutoTokenizer makes an empty Qwen2Tokenizer; load_model does not
+    if family != "qwen2":  # AutoTokenizer makes an empty Qwen2Tokenizer here; load_model does not
         assert AutoTokenizer.from_pretrained(path / "model")("é").input_ids == ByT5Tokenizer()("é").input_ids
     assert load_model(path / "model")[1]("é").input_ids == ByT5Tokenizer()("é").input_ids
     sharded = (path / "model" / "model.safetensors.index.json").exists()
@@ -169,7 +169,7 @@ def test_written_tensors_are_what_safetensors_reads(tmp_path):
         "wide": torch.randn(2, 2, dtype=torch.float64),
         "scalar": torch.tensor(3.0),
         "none": torch.empty(0, 4),
-        "turned": torch.randn(4, 6).T,
+        "transposed": torch.randn(4, 6).T,
         "low": torch.arange(7, dtype=torch.int16),
         "flags": torch.tensor([True, False]),
         "long": torch.arange(3),
@@ -184,7 +184,7 @@ def test_written_tensors_are_what_safetensors_reads(tmp_path):
         write_tensors({"z": torch.zeros(1, dtype=torch.complex64)}, tmp_path / "y.safetensors")
 
 
-def test_files_that_are_no_part_of_a_checkpoint_are_ignored(tmp_path):
+def test_files_that_are_not_part_of_a_checkpoint_are_ignored(tmp_path):
     state = train(new_state(), 1)
     path = save_checkpoint(state, tmp_path, ACCELERATOR, max_shard_size="20KB")
     for stale in ("model/model-00001-of-00099.safetensors", "optimizer.safetensors"):
@@ -194,14 +194,14 @@ def test_files_that_are_no_part_of_a_checkpoint_are_ignored(tmp_path):
     assert_same_weights(train(state, 1).model, train(loaded, 1).model)
 
 
-def test_what_has_no_room_is_told_before_anything_is_written(tmp_path):
+def test_lack_of_space_is_reported_before_anything_is_written(tmp_path):
     with torch.device("meta"):
         model = torch.nn.Linear(10**7, 10**7, bias=False)  # 400 TB
     for optimizer, per_weight in [("adamw", 3), ("adafactor", 1), ("sgd", 1)]:
         state = TrainState(model, make_optimizer(model, name=optimizer, memory="off"), step=1)
         size = 4 * 10**14
         needed = (
-            f"{3 * per_weight * size + size:,} bytes for 3 checkpoints more .{per_weight * size:,} each. and the model"
+            f"{3 * per_weight * size + size:,} bytes for 3 more checkpoints .{per_weight * size:,} each. and the model"
         )
         with pytest.raises(UsageError, match=rf"run needs {needed}, [0-9,]+ are free: make room"):
             check_space(state, tmp_path / "run", saves=10, keep=2)
@@ -210,12 +210,12 @@ def test_what_has_no_room_is_told_before_anything_is_written(tmp_path):
     assert not any((tmp_path / "run").iterdir())
     small = new_state()
     check_space(small, tmp_path / "run", saves=10**6, keep=2)
-    with pytest.raises(UsageError, match="for 1000000000 checkpoints more"):
+    with pytest.raises(UsageError, match="for 1000000000 more checkpoints"):
         check_space(small, tmp_path / "run", saves=10**9, keep=None)
     assert not small.optimizer.state and len(small.optimizer.param_groups) == 2
 
 
-def test_the_best_is_kept_beside_the_newest(tmp_path):
+def test_the_best_checkpoint_is_kept_with_the_newest(tmp_path):
     state = new_state()
     for step, eval_loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 1.5), (5, 0.5)]:
         train(state, 1)
@@ -237,10 +237,10 @@ def test_any_damage_is_found_and_named(name, damage, tmp_path):
     path = save_checkpoint(train(new_state(), 1), tmp_path, ACCELERATOR)
     file = path / name
     data = bytearray(file.read_bytes())
-    for place in (0, len(data) // 3, len(data) - 2) if damage == "a bit flipped" else (0,):
+    for offset in (0, len(data) // 3, len(data) - 2) if damage == "a bit flipped" else (0,):
         damaged = bytearray(data)
         if damage == "a bit flipped":
-            damaged[place] ^= 1
+            damaged[offset] ^= 1
             file.write_bytes(damaged)
         elif damage == "missing":
             file.unlink()
@@ -248,12 +248,12 @@ def test_any_damage_is_found_and_named(name, damage, tmp_path):
             file.write_bytes(data[:-9] if damage == "cut" else data + b"}")
         else:
             file.write_bytes(data[:-1] if damage == "cut" else data + b"\0")
-        with pytest.raises(UsageError, match="take another") as caught:
+        with pytest.raises(UsageError, match="use another") as caught:
             verify_checkpoint(path)
         assert name in str(caught.value)
 
 
-def test_the_newest_valid_checkpoint_is_taken_with_the_reason(tmp_path, capsys):
+def test_the_newest_valid_checkpoint_is_loaded_and_the_reason_printed(tmp_path, capsys):
     assert latest_checkpoint(tmp_path / "nowhere") is None
     state = new_state()
     paths = [save_checkpoint(train(state, 1), tmp_path, ACCELERATOR) for _ in range(3)]
@@ -281,11 +281,12 @@ def test_another_model_is_refused_with_the_differences(tmp_path):
     state = TrainState(model, make_optimizer(model, memory="off"))
     with pytest.raises(UsageError) as caught:
         load_checkpoint(state, path, ACCELERATOR)
-    told = str(caught.value)
-    assert "decoder.block.0.layer.0.SelfAttention.k.weight was F32[32, 32] and is F32[32, 16]" in told
-    assert "more. Build the model that was saved, and its optimizer in the same memory" in told and told.count(";") == 9
+    message = str(caught.value)
+    assert "decoder.block.0.layer.0.SelfAttention.k.weight was F32[32, 32] and is F32[32, 16]" in message
+    assert "more. Build the saved model, and its optimizer in the same memory tier" in message
+    assert message.count(";") == 9
     deeper = build("t5", num_layers=3)
-    with pytest.raises(UsageError, match="decoder.block.2.layer.0.SelfAttention.k.weight is here only"):
+    with pytest.raises(UsageError, match="decoder.block.2.layer.0.SelfAttention.k.weight is not in the checkpoint"):
         load_checkpoint(TrainState(deeper, make_optimizer(deeper, memory="off")), path, ACCELERATOR)
     with pytest.raises(
         UsageError, match="holds the state of AdamW with memory=off, the optimizer is SGD with memory=off"
@@ -310,7 +311,7 @@ def test_only_the_newest_are_kept(tmp_path):
 
 
 def test_pruning_touches_neither_later_checkpoints_nor_other_folders(tmp_path):
-    """After a fall back from a damaged step 4 to step 2, step 3 is saved: it must outlive its own save."""
+    """Steps 3 and 4 are damaged, so a run resumes from step 2 and saves step 3, which pruning must keep."""
     state = new_state()
     paths = [save_checkpoint(train(state, 1), tmp_path, ACCELERATOR) for _ in range(4)]
     shutil.copytree(paths[0], tmp_path / "step-00000001-good")
@@ -331,7 +332,7 @@ def test_tied_weights_are_written_once(tmp_path):
     assert "lm_head.weight" not in names and "shared.weight" in names
 
 
-def test_a_changed_manifest_is_refused_even_if_it_reads_well(tmp_path):
+def test_a_changed_manifest_is_refused_even_if_it_is_valid_json(tmp_path):
     path = save_checkpoint(train(new_state(), 1), tmp_path, ACCELERATOR)
     sealed = json.loads((path / "manifest.json").read_text())
     sealed["manifest"]["step"] = 2
@@ -342,7 +343,7 @@ def test_a_changed_manifest_is_refused_even_if_it_reads_well(tmp_path):
 
 def test_a_generation_config_that_transformers_refuses_to_save_is_saved(tmp_path):
     state = train(new_state("llama"), 1)
-    state.model.generation_config.temperature = 0.6  # beside do_sample=False, as published models have it
+    state.model.generation_config.temperature = 0.6  # with do_sample=False, as in published models
     path = save_checkpoint(state, tmp_path, ACCELERATOR)
     assert AutoModelForCausalLM.from_pretrained(path / "model").generation_config.temperature == 0.6
 
@@ -351,7 +352,7 @@ def test_a_failed_save_leaves_the_older_checkpoints(tmp_path):
     state = train(new_state(), 1)
     first = save_checkpoint(state, tmp_path, ACCELERATOR, keep=1)
     train(state, 1)
-    # a real limit of the system on file size: every write beyond it fails, as on a full disk
+    # the system's limit on file size: every write beyond it fails, as on a full disk
     run_with_small_files(lambda: save_checkpoint(state, tmp_path, ACCELERATOR, keep=1))
     assert latest_checkpoint(tmp_path) == first
     assert os.listdir(tmp_path) == [first.name]  # nothing is left of the failed one
@@ -359,7 +360,7 @@ def test_a_failed_save_leaves_the_older_checkpoints(tmp_path):
     assert os.listdir(tmp_path) == [second.name]
 
 
-def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
+def test_the_files_of_a_killed_save_are_removed_by_the_next(tmp_path):
     (tmp_path / ".unfinished-step-00000009" / "model").mkdir(parents=True)
     assert latest_checkpoint(tmp_path) is None
     path = save_checkpoint(train(new_state(), 1), tmp_path, ACCELERATOR)
@@ -383,10 +384,10 @@ def run_with_small_files(action, step=2):
         signal.signal(signal.SIGXFSZ, before)
 
 
-def test_a_checkpoint_that_stands_is_not_written_over_unless_it_is_damaged(tmp_path):
+def test_a_checkpoint_is_overwritten_only_if_it_is_damaged(tmp_path):
     state = train(new_state(), 1)
     path = save_checkpoint(state, tmp_path, ACCELERATOR)
-    with pytest.raises(FileExistsError, match="stands already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         save_checkpoint(state, tmp_path, ACCELERATOR)
     verify_checkpoint(path)
     (path / "manifest.json").unlink()
@@ -405,7 +406,7 @@ def test_the_model_folder_is_replaced_as_a_whole(tmp_path):
 
 
 class Branches(torch.nn.Module):
-    """A layer that no loss reaches, a scalar, a convolution, and one that is frozen."""
+    """A model with a layer that the loss does not use, a frozen layer, a scalar and a parameter of three dimensions."""
 
     def __init__(self):
         super().__init__()
@@ -434,7 +435,7 @@ def step_branches(state):
 
 
 @pytest.mark.parametrize("now", ["off", "exact", "lean"])
-def test_what_no_loss_has_reached_yet_loads_like_the_rest(now, tmp_path):
+def test_parameters_that_have_had_no_gradient_load_like_the_rest(now, tmp_path):
     state, loaded = branches(), branches(memory=now)
     step_branches(state)
     load_checkpoint(loaded, save_checkpoint(state, tmp_path, ACCELERATOR), ACCELERATOR)
@@ -443,15 +444,15 @@ def test_what_no_loss_has_reached_yet_loads_like_the_rest(now, tmp_path):
     if now != "off":
         values = values_of(loaded)
         for name, expected in [("scale", state.model.scale), ("filters", state.model.filters)]:
-            loss = 0 if now == "exact" else rounding
-            assert torch.allclose(values[f"{name}.weight"].view_as(expected), expected, rtol=loss, atol=0), name
+            tolerance = 0 if now == "exact" else rounding
+            assert torch.allclose(values[f"{name}.weight"].view_as(expected), expected, rtol=tolerance, atol=0), name
     step_branches(loaded)
     if now == "off":
         step_branches(state)
         assert_same_weights(state.model, loaded.model)
 
 
-def test_an_optimizer_that_was_given_frozen_parameters_goes_on(tmp_path):
+def test_an_optimizer_with_frozen_parameters_continues(tmp_path):
     state, loaded = branches(optimizer=torch.optim.AdamW), branches(optimizer=torch.optim.AdamW)
     step_branches(state)
     load_checkpoint(loaded, save_checkpoint(state, tmp_path, ACCELERATOR), ACCELERATOR)
@@ -485,7 +486,7 @@ def test_an_index_that_was_not_saved_is_ignored(tmp_path):
     assert_same_weights(state.model, loaded.model)
 
 
-def test_links_and_odd_names_hold_up_no_save(tmp_path, capsys):
+def test_links_and_unusual_names_do_not_break_a_save(tmp_path, capsys):
     state = new_state()
     (tmp_path / "other disk").mkdir()
     first = save_checkpoint(train(state, 1), tmp_path / "run[1]", ACCELERATOR)
@@ -506,12 +507,12 @@ def test_links_and_odd_names_hold_up_no_save(tmp_path, capsys):
         assert hidden == {".unfinished-other"} and (left / "config.json").exists(), name
     assert (tmp_path / "link").is_symlink()
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(FileExistsError, match="file is a file: save into another folder"):
+    with pytest.raises(FileExistsError, match="file is a file: save to another folder"):
         save_model(state.model, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_disk_that_is_full_for_the_tokenizer_alone_is_told_alike(tmp_path):
+def test_a_disk_that_is_full_only_for_the_tokenizer_gives_the_same_error(tmp_path):
     tokenizer = Tokenizer(WordLevel({f"word{i}": i for i in range(9000)}, unk_token="word0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     state = TrainState(torch.nn.Linear(2, 2), None)
@@ -520,7 +521,7 @@ def test_a_disk_that_is_full_for_the_tokenizer_alone_is_told_alike(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_a_tensor_that_no_checkpoint_holds_is_told_at_the_start(tmp_path):
+def test_a_tensor_that_cannot_be_saved_is_reported_at_the_start(tmp_path):
     model = torch.nn.Linear(2, 2)
     model.register_buffer("freqs", torch.zeros(2, dtype=torch.complex64))
     state = TrainState(model, make_optimizer(model, memory="off"))

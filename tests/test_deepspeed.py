@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO gives the training of one plain process, in less memory a rank, whoever configures it."""
+"""DeepSpeed's ZeRO trains like one process, with less memory per rank, however it is configured."""
 
 import json
 import math
@@ -34,7 +34,7 @@ from tests.processes import PROGRAM, ROOT, finish, free_port, module_command, ru
 pytest.importorskip("deepspeed")
 
 CPU = {"device": "cpu"}
-# or it would leave a model as small as these whole
+# with the defaults, stage 3 would not shard models as small as these
 STAGE_3 = {"stage": 3} | dict.fromkeys(
     (
         "stage3_param_persistence_threshold",
@@ -62,9 +62,9 @@ def batches_of(family, opened=open_stream, **options):
 def new_state(family, accelerator):
     model = build(family)
     optimizer = make_optimizer(model, memory="off", weight_decay=0.1)
-    # of 7 rows: two ranks have micro-batches of 2 and 2, and of 2 and 1
-    places = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    stream = batches_of(family, global_batch_size=7, collate=collate_of(family), **places)
+    # 7 rows per step: one of two ranks has micro-batches of 2 and 2, the other of 2 and 1
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    stream = batches_of(family, global_batch_size=7, collate=collate_of(family), **ranks)
     if accelerator.deepspeed_plugin is not None:
         model = wrap(model, optimizer, accelerator)
     return TrainState(model, optimizer, stream)
@@ -75,7 +75,7 @@ def collate_of(family):
 
 
 def zero_accelerator(zero, *, bf16=False):
-    AcceleratorState._reset_state()  # or it would keep the strategy before
+    AcceleratorState._reset_state()  # otherwise it keeps the previous strategy
     config = complete_zero_config(json.dumps({"zero_optimization": zero}), batch_size=2, max_grad_norm=1.0, bf16=bf16)
     return make_accelerator(config, on_cpu=True)
 
@@ -94,32 +94,32 @@ def bytes_of_state(optimizer):
     return sum(x.numel() * x.itemsize for kept in optimizer.state.values() for x in kept.values())
 
 
-def told_of(state, family, loss, folder, accelerator):
-    """All that is compared: the curve, an evaluation and answers, bytes; the weights are saved."""
-    told = {"curve": curve_of(state, LOSSES[loss], accelerator)}
-    places = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    # a third batch of 4 rows: the second rank has none
+def results_of(state, family, loss, folder, accelerator):
+    """Return the curve, evaluation, answers and bytes to compare; save the weights."""
+    results = {"curve": curve_of(state, LOSSES[loss], accelerator)}
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    # the third batch of 4 has only one row, so the second rank gets none
     held_out = as_rows(qa_rows(9))
     encode = ENCODERS[family](ByT5Tokenizer(), max_seq_len=64)
-    batches = open_eval(held_out, encode, batch_size=2, collate=collate_of(family), **places)
-    told["evaluation"] = evaluate(state.model, batches, LOSSES[loss], accelerator)
-    told["answers"] = generate(state.model, ByT5Tokenizer(), batches, accelerator, max_new_tokens=3)
-    told["bytes"] = bytes_of_state(state.optimizer)
-    told["weights"] = sum(x.numel() for x in state.model.parameters())
+    batches = open_eval(held_out, encode, batch_size=2, collate=collate_of(family), **ranks)
+    results["evaluation"] = evaluate(state.model, batches, LOSSES[loss], accelerator)
+    results["answers"] = generate(state.model, ByT5Tokenizer(), batches, accelerator, max_new_tokens=3)
+    results["bytes"] = bytes_of_state(state.optimizer)
+    results["weights"] = sum(x.numel() for x in state.model.parameters())
     save_model(state.model, folder / f"{family} {loss}")
-    return told
+    return results
 
 
-CASES = [("t5", "chunked"), ("llama", "plain")]  # the first has a tied head, whose weight it needs twice
+CASES = [("t5", "chunked"), ("llama", "plain")]  # t5's head is tied, so its weight is used twice
 
 
 def train_with_every_strategy(folder):
     for name, zero in STRATEGIES.items():
         accelerator = zero_accelerator(zero)
         for family, loss in CASES:
-            told = told_of(new_state(family, accelerator), family, loss, folder / name, accelerator)
+            results = results_of(new_state(family, accelerator), family, loss, folder / name, accelerator)
             if accelerator.is_main_process:
-                (folder / name / f"{family} {loss}.json").write_text(json.dumps(told))
+                (folder / name / f"{family} {loss}.json").write_text(json.dumps(results))
         accelerator = zero_accelerator(zero, bf16=True)
         state = new_state("llama", accelerator)
         assert {x.dtype for x in state.model.parameters()} == {torch.bfloat16}
@@ -140,41 +140,39 @@ def trained(tmp_path_factory):
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     accelerator = Accelerator(cpu=True)
-    told = {}
+    results = {}
     for family, loss in CASES:
-        told[family, loss] = told_of(new_state(family, accelerator), family, loss, folder, accelerator)
-    return folder, told
+        results[family, loss] = results_of(new_state(family, accelerator), family, loss, folder, accelerator)
+    return folder, results
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("family", "loss"), CASES)
-def test_two_ranks_are_one_process(strategy, family, loss, trained, alone):
+def test_two_ranks_train_like_one_process(strategy, family, loss, trained, alone):
     folder, expected = alone[0], alone[1][family, loss]
-    told = json.loads((trained / strategy / f"{family} {loss}.json").read_text())
-    for (loss_, norm, tokens), (loss_then, norm_then, tokens_then) in zip(
-        told["curve"], expected["curve"], strict=True
-    ):
-        assert tokens == tokens_then
-        assert loss_ == pytest.approx(loss_then, rel=1e-6)
-        assert norm == pytest.approx(norm_then, rel=1e-5)
-    assert told["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-5)
-    assert told["answers"] == [list(answer) for answer in expected["answers"]]
+    results = json.loads((trained / strategy / f"{family} {loss}.json").read_text())
+    for mine, theirs in zip(results["curve"], expected["curve"], strict=True):
+        assert mine[2] == theirs[2]  # tokens
+        assert mine[0] == pytest.approx(theirs[0], rel=1e-6)  # loss
+        assert mine[1] == pytest.approx(theirs[1], rel=1e-5)  # gradient norm
+    assert results["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-5)
+    assert results["answers"] == [list(answer) for answer in expected["answers"]]
     mine, theirs = (load_file(path / f"{family} {loss}" / "model.safetensors") for path in (trained / strategy, folder))
     assert mine.keys() == theirs.keys()
     for name in mine:
-        # Adam divides a gradient near 0 by its own size, which is rounding's
+        # Adam divides a gradient by its own magnitude, which near 0 is only rounding error
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_rank_holds_its_part_of_the_state(strategy, trained, alone):
-    told = json.loads((trained / strategy / "llama plain.json").read_text())
+def test_a_rank_holds_its_shard_of_the_state(strategy, trained, alone):
+    results = json.loads((trained / strategy / "llama plain.json").read_text())
     expected = alone[1]["llama", "plain"]
-    assert told["bytes"] < 0.55 * expected["bytes"]
-    assert (told["weights"] == 0) == strategy.startswith("zero3")
+    assert results["bytes"] < 0.55 * expected["bytes"]
+    assert (results["weights"] == 0) == strategy.startswith("zero3")
 
 
-def leave_out_what_is_not_finite(folder):
+def skip_nonfinite_losses(folder):
     for name, zero in STRATEGIES.items():
         accelerator = zero_accelerator(zero, bf16=name == "zero1")
         state, rank = new_state("llama", accelerator), accelerator.process_index
@@ -183,7 +181,7 @@ def leave_out_what_is_not_finite(folder):
 
         def loss_of(model, batch):
             is_bad = state.step == bad and rank == 1 and len(batch.row_ids) == 2  # noqa: B023
-            return plain_loss(model, batch) + (math.inf if is_bad else 0.0)  # whose gradient is finite
+            return plain_loss(model, batch) + (math.inf if is_bad else 0.0)  # the gradient stays finite
 
         with pytest.raises(FloatingPointError, match=r"the loss was not finite on rank 1 with rows"):
             curve_of(state, loss_of, accelerator, steps=1)
@@ -194,14 +192,14 @@ def leave_out_what_is_not_finite(folder):
         save_model(state.model, folder / "after")
         then, now = (load_file(folder / path / "model.safetensors") for path in ("before", "after"))
         assert all(torch.equal(then[key], now[key]) for key in then)
-        assert curve_of(state, loss_of, accelerator, steps=1)[0][0] < before[0][0] * 1.05  # nothing bad was kept
+        assert curve_of(state, loss_of, accelerator, steps=1)[0][0] < before[0][0] * 1.05  # the bad step had no effect
         with pytest.raises(UsageError, match="save the weights alone, with save_model"):
             save_checkpoint(state, folder, accelerator)
     accelerator.end_training()
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_updates_no_rank(tmp_path):
-    assert fork_ranks(2, leave_out_what_is_not_finite, tmp_path, timeout=300) == [0, 0]
+    assert fork_ranks(2, skip_nonfinite_losses, tmp_path, timeout=300) == [0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -213,10 +211,10 @@ def in_fp32():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bf16_has_an_fp32_master(strategy, trained, in_fp32):
     """At this learning rate most updates are too small for bf16 weights."""
-    told = json.loads((trained / strategy / "bf16.json").read_text())
-    for (loss, norm, _), (loss_then, norm_then, _) in zip(told, in_fp32, strict=True):
-        assert loss == pytest.approx(loss_then, rel=5e-4)
-        assert norm == pytest.approx(norm_then, rel=5e-3)
+    curve = json.loads((trained / strategy / "bf16.json").read_text())
+    for (loss, norm, _), (expected_loss, expected_norm, _) in zip(curve, in_fp32, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=5e-4)
+        assert norm == pytest.approx(expected_norm, rel=5e-3)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +239,7 @@ LAUNCHERS = {
         "train_low_mem.py",
         "train",
     ),
-    # its launcher alone: plain data parallel
+    # only its launcher: plain data parallel
     "deepspeed": module_command(
         "deepspeed.launcher.runner", "--num_gpus=2", "--master_port=PORT", "train_low_mem.py", "train"
     ),
@@ -249,75 +247,83 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_whoever_asks_for_it_gets_the_run_of_one_process(launcher, work):
+def test_every_launcher_trains_like_one_process(launcher, work):
     command = [word.replace("PORT", str(free_port())).replace("WORK", str(work)) for word in LAUNCHERS[launcher]]
     result = run(*command, *flags(work, launcher), DS_ACCELERATOR="cpu")
     assert result.returncode == 0, result.stderr
     assert "2 processes x 2 micro-batches of at most 2" in result.stdout
     assert runs.losses(work, launcher) == pytest.approx(runs.losses(work, "alone"), rel=1e-6)
     assert runs.weights(work, launcher).keys() == runs.weights(work, "alone").keys()
-    says_so = "no checkpoints under DeepSpeed" in result.stdout
-    assert says_so == (launcher != "deepspeed") == (not (work / launcher / "checkpoints").exists())
+    has_none = "no checkpoints under DeepSpeed" in result.stdout
+    assert has_none == (launcher != "deepspeed") == (not (work / launcher / "checkpoints").exists())
 
 
-def test_a_run_of_one_process_that_is_preempted_tells_that_nothing_is_saved(work):
+def test_a_preempted_run_of_one_process_reports_that_nothing_is_saved(work):
     words = flags(work, "one", max_steps=10_000, deepspeed=work / "zero2.json")
     with started_ranks(1, run_program, PROGRAM, "train", *words, stderr=subprocess.PIPE) as (process,):
         wait_until(lambda: (work / "one" / "metrics.jsonl").exists() and runs.steps(work, "one"), process)
         process.terminate()
         result = finish(process, timeout=60)
     assert result.returncode == 75, result.stderr
-    told = runs.exit_of(work, "one")
-    assert (told["cause"], told["step"], told["message"]) == ("preempted", 0, "nothing is saved")
-    assert "nothing of it is saved, begin anew" in result.stdout and not (work / "one" / "checkpoints").exists()
+    end = runs.exit_of(work, "one")
+    assert (end["cause"], end["step"], end["message"]) == ("preempted", 0, "nothing is saved")
+    assert "nothing is saved, start the run again" in result.stdout and not (work / "one" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(
-    ("config", "changes", "told"),
+    ("config", "changes", "message"),
     [
         ({"zero_optimization": {"stage": 0}}, {}, "a stage of 1, 2 or 3 (found: 0)"),
         ({"gradient_clipping": 0.5}, {}, "gradient_clipping=0.5, but --max_grad_norm=1.0"),
         ({"train_micro_batch_size_per_gpu": 4}, {}, "train_micro_batch_size_per_gpu=4, but --batch_size=2"),
         ({"bf16": {"enabled": True}}, {}, "bf16.enabled=true, but --mixed_precision=no"),
-        ({"fp16": {"enabled": True}}, {}, "fp16, which is not built"),
-        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, {}, "every step tells it"),
-        ({"optimizer": {"type": "Adam"}}, {}, "set --optimizer and its like here"),
-        ({"torch_autocast": {"enabled": True}}, {}, "set --mixed_precision and its like here"),
-        ({"bf16": "auto"}, {}, 'bf16="auto": write {...} there'),
+        ({"fp16": {"enabled": True}}, {}, "fp16, which lowmem does not support"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, {}, "every step reports the norm"),
+        ({"optimizer": {"type": "Adam"}}, {}, "set --optimizer or related flags instead"),
+        ({"torch_autocast": {"enabled": True}}, {}, "set --mixed_precision or related flags instead"),
+        ({"bf16": "auto"}, {}, 'bf16="auto": set it to an object {...}'),
         ({"zero_optimization": {"stage": 2, "offload_param": CPU}}, {}, "does nothing below stage 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, {}, "set its nvme_path too"),
         ({"zero_optimization": {"stage": 2, "bucket": 5}}, {}, "DeepSpeed refuses its config"),
         ({"zero_force_ds_cpu_optimizer": True}, {}, "set it to false"),
-        ({}, {"memory": "exact", "mixed_precision": "bf16"}, "--memory=exact keeps the optimizer's state itself"),
-        ({}, {"optimizer": "adafactor"}, "--optimizer=adafactor needs whole matrices"),
+        (
+            {},
+            {"memory": "exact", "mixed_precision": "bf16"},
+            "--deepspeed keeps its own optimizer state, not that of --memory=exact",
+        ),
+        ({}, {"optimizer": "adafactor"}, "--optimizer=adafactor needs whole ones"),
         ({}, {"resume": "auto"}, "runs under DeepSpeed have no checkpoints"),
         ("{", {}, "is not JSON"),
         (None, {}, "cannot be read: No such file"),
     ],
 )
-def test_what_contradicts_is_told_before_anything_is_written(config, changes, told, work, tmp_path):
+def test_contradictions_are_reported_before_anything_is_written(config, changes, message, work, tmp_path):
     path = tmp_path / "zero.json"
     if config is not None:
         values = {"zero_optimization": {"stage": 2}} | config if isinstance(config, dict) else None
         path.write_text(config if values is None else json.dumps(values))
     (result,) = train_ranks(1, "train", *flags(work, "refused", deepspeed=path, **changes))
-    assert result.returncode == 2 and told in result.stderr, result.stderr
+    assert result.returncode == 2 and message in result.stderr, result.stderr
     assert not (work / "refused").exists()
 
 
 @pytest.mark.parametrize(
-    ("command", "flag", "told"),
+    ("command", "flag", "message"),
     [
-        ("train", "--deepspeed=other.json", 'accelerate was told {"zero_optimization":{"stage":2}}'),
-        ("evaluate", "--model_name_or_path=m", "told to divide the model (deepspeed), but `evaluate` has a whole one"),
+        ("train", "--deepspeed=other.json", 'accelerate is set to {"zero_optimization":{"stage":2}}'),
+        (
+            "evaluate",
+            "--model_name_or_path=m",
+            "set to shard the model (deepspeed), but `evaluate` needs the whole model",
+        ),
     ],
 )
-def test_what_accelerate_was_told_is_not_passed_over(command, flag, told, work, tmp_path):
+def test_settings_from_accelerate_are_not_ignored(command, flag, message, work, tmp_path):
     (tmp_path / "other.json").write_text('{"zero_optimization": {"stage": 3}}')
     flag = flag.replace("other", f"{tmp_path}/other")
-    told_by = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
-    result = train(command, flag, **told_by)
-    assert result.returncode == 2 and told in result.stderr, result.stderr
+    environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+    result = train(command, flag, **environment)
+    assert result.returncode == 2 and message in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero2_offload", "zero3", "zero3_offload"])

@@ -46,7 +46,7 @@ def test_causal_rows_fit_and_keep_targets(prompt, response, max_seq_len):
     assert encoded.get("num_cut", 0) == max(0, whole - max_seq_len)
 
 
-def test_text_learns_every_token_but_the_first_which_nothing_predicts():
+def test_text_trains_on_every_token_except_the_first():
     encoded = encode_text(TOKENIZER, max_seq_len=64)({"text": "all of it"})
     assert encoded == {"input_ids": [*ids("all of it"), END], "labels": [IGNORED, *ids("ll of it"), END]}
     assert encode_text(TOKENIZER, max_seq_len=3)({"text": "all of it"})["labels"] == [IGNORED, *ids("ll")]
@@ -62,7 +62,7 @@ def test_text_learns_every_token_but_the_first_which_nothing_predicts():
         (encode_text, {"text": "t" * 50}, 51),
     ],
 )
-def test_what_is_kept_and_what_is_cut_make_up_the_whole(encode, row, whole):
+def test_kept_and_cut_tokens_add_up_to_the_whole_row(encode, row, whole):
     for max_seq_len in (2, 10, 20, 21, 29, 30, 31, 50, 51):
         encoded = encode(TOKENIZER, max_seq_len=max_seq_len)(row)
         kept = len(encoded["input_ids"]) + (len(encoded["labels"]) if encode is encode_seq2seq else 0)
@@ -83,7 +83,7 @@ CHAT = ByT5Tokenizer(
 MESSAGES = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "yes"}] * 2
 
 
-def test_chat_learns_what_the_assistant_says():
+def test_chat_trains_on_what_the_assistant_says():
     encoded = encode_chat(CHAT, max_seq_len=64)({"messages": MESSAGES})
     assert encoded["input_ids"] == ids("u:问;a:yes;" * 2)
     assert encoded["labels"] == ([IGNORED] * len(ids("u:问;a:")) + ids("yes;")) * 2
@@ -101,7 +101,7 @@ def test_chat_is_cut_at_its_end_and_may_be_left_without_a_target():
     assert collate([targetless, whole], causal=True).num_targets == 8
 
 
-def test_nothing_predicts_a_first_token_even_if_the_assistant_says_it():
+def test_the_first_token_is_no_target_even_if_the_assistant_says_it():
     template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     encoded = encode_chat(ByT5Tokenizer(chat_template=template), max_seq_len=64)({"messages": MESSAGES[1:2]})
     assert encoded == {"input_ids": ids("yes"), "labels": [IGNORED, *ids("es")]}
@@ -110,21 +110,21 @@ def test_nothing_predicts_a_first_token_even_if_the_assistant_says_it():
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ("hi", r"must hold messages, \[{'role': ..., 'content': ...}, ...\], found str 'hi': mend the row"),
+        ("hi", r"must hold messages, \[{'role': ..., 'content': ...}, ...\], found str 'hi': fix the row"),
         ([], r"found list \[\]"),
-        (["hi"], "whose role and content are text, turn 0 is 'hi': mend the row"),
+        (["hi"], "whose role and content are text, turn 0 is 'hi': fix the row"),
         ([*MESSAGES, {"role": "user", "content": None}], "turn 4 is {'role': 'user', 'content': None}"),
         ([{"role": "user", "content": 3}], "turn 0 is {'role': 'user', 'content': 3}"),
         ([{"from": "human", "value": "hi"}], "turn 0 is {'from': 'human'"),
     ],
 )
-def test_what_is_no_conversation_is_refused(messages, message):
+def test_a_value_that_is_not_a_conversation_is_refused(messages, message):
     with pytest.raises(ValueError, match=message):
         encode_chat(CHAT, max_seq_len=9)({"messages": messages})
 
 
-def test_a_row_without_messages_tells_what_it_has():
-    with pytest.raises(ValueError, match="column 'messages' must hold messages.* found only 'text': mend the row"):
+def test_the_error_for_a_row_without_messages_lists_its_columns():
+    with pytest.raises(ValueError, match="column 'messages' must hold messages.* found columns 'text': fix the row"):
         encode_chat(CHAT, max_seq_len=9)({"text": "a"})
 
 
@@ -143,17 +143,17 @@ def test_a_row_without_text_is_refused_with_its_column(row):
 
 
 @pytest.mark.parametrize("column", ["text_column", "messages_column"])
-def test_encoder_decoder_models_take_prompts_and_responses_alone(column):
+def test_encoder_decoder_models_take_only_prompts_and_responses(column):
     with pytest.raises(UsageError, match=f"{column}=x needs a causal model"):
         make_encoder(CHAT, is_encoder_decoder=True, max_seq_len=9, **{column: "x"})
 
 
 def test_text_and_messages_at_once_are_refused():
-    with pytest.raises(UsageError, match="text_column=x and messages_column=y both say"):
+    with pytest.raises(UsageError, match="text_column=x and messages_column=y exclude each other"):
         make_encoder(CHAT, is_encoder_decoder=False, max_seq_len=9, text_column="x", messages_column="y")
 
 
-def test_the_column_that_is_named_decides_on_the_encoder():
+def test_the_column_flag_selects_the_encoder():
     make = partial(make_encoder, CHAT, is_encoder_decoder=False, max_seq_len=64)
     row = {"chat": MESSAGES, "text": "t", "prompt": "p", "response": "r"}
     assert make(messages_column="chat")(row) == encode_chat(CHAT, max_seq_len=64)({"messages": MESSAGES})

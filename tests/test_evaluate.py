@@ -26,7 +26,7 @@ def encoder(family):
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
 @pytest.mark.parametrize("batch_size", [1, 4, 23])
-def test_loss_is_the_mean_over_tokens_whatever_the_batches(family, batch_size):
+def test_loss_is_the_mean_over_tokens_at_any_batch_size(family, batch_size):
     model = build(family)
     whole = collate([encoder(family)(row) for row in ROWS])
     expected = (plain_loss(model.eval(), whole) / whole.num_targets).item()
@@ -36,7 +36,7 @@ def test_loss_is_the_mean_over_tokens_whatever_the_batches(family, batch_size):
     assert metrics["test_perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
 
 
-def test_dropout_is_off_within_and_on_again_after():
+def test_dropout_is_off_during_evaluation_and_on_again_after():
     model = build("t5", dropout_rate=0.5)
     batches = open_eval(ROWS, encoder("t5"), batch_size=5)
     first, second = (evaluate(model, batches, chunked_loss, Accelerator(cpu=True)) for _ in range(2))
@@ -48,7 +48,7 @@ def test_dropout_is_off_within_and_on_again_after():
 )
 def test_answers_of_a_batch_are_those_of_each_row_alone(family, causal):
     model = build(family)
-    # in threes: of unequal length, with prompts of one length, and of one length in all; some are without a mask
+    # batches of 3: unequal lengths, equal prompt lengths, equal total lengths; some have no mask
     even = [{"prompt": f"number {i}", "response": f"{i}" * (i + 1)} for i in range(3)]
     even += [{"prompt": f"{i}" * (1 + i), "response": f"{i}" * (3 - i)} for i in range(3)]
     rows = ROWS[:21] + even
@@ -65,7 +65,7 @@ def test_answers_of_a_batch_are_those_of_each_row_alone(family, causal):
         assert answer.prediction == TOKENIZER.decode(written, skip_special_tokens=True)
 
 
-def test_a_causal_prompt_without_any_target_is_asked_without_its_padding():
+def test_padding_is_removed_from_a_causal_prompt_without_a_target():
     def encode(row):
         return {"input_ids": row["ids"], "labels": [-100] * len(row["ids"])}
 

@@ -1,4 +1,4 @@
-"""`verify` reads every byte; `export` gives the same model in another dtype, the master's bits where there are any."""
+"""`verify` reads every byte; `export` writes a model in another dtype, from fp32 master weights if it has them."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.processes import run, train
 
 
 def saved(folder, family, memory="exact"):
-    """A checkpoint after one step, with the fp32 weights that torch's AdamW has after the same step."""
+    """Save a checkpoint after one step; return its path, its weights, and those of fp32 AdamW after the same step."""
     model, twin = build(family), build(family)
     optimizer = make_optimizer(model, memory=memory)
     reference = make_optimizer(twin, memory="off")
@@ -66,15 +66,15 @@ def assert_equal(model, tensors):
 def test_a_model_is_exported_in_each_dtype(family, max_shard_size, tmp_path, capsys):
     path, weights, master = saved(tmp_path / "run", family)
     for dtype, expected in {
-        "float32": master,  # the very bits of the uninterrupted fp32 weights
+        "float32": master,  # bit-identical to training in fp32
         "float16": {name: tensor.half() for name, tensor in master.items()},
         "bfloat16": weights,
         "None": weights,
     }.items():
         out = tmp_path / dtype
         assert command("export", path, out, f"--dtype={dtype}", f"--max_shard_size={max_shard_size}") == 0
-        told = capsys.readouterr().out
-        assert ("of them from the fp32 master" in told) == (dtype in ("float32", "float16"))
+        output = capsys.readouterr().out
+        assert ("of them from the fp32 master" in output) == (dtype in ("float32", "float16"))
         assert (len(list(out.glob("*.safetensors"))) > 2) == (max_shard_size == "20KB")
         model = loaded(out, family)
         assert_equal(model, expected)
@@ -90,19 +90,19 @@ def test_a_model_is_exported_in_each_dtype(family, max_shard_size, tmp_path, cap
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
-def test_lean_has_a_master_of_its_small_parameters_alone(tmp_path):
+def test_lean_has_master_weights_only_for_small_parameters(tmp_path):
     path, weights, _ = saved(tmp_path / "run", "llama", memory="lean")
-    told = export(path, tmp_path / "out", dtype=torch.float32, max_shard_bytes=10**9)
+    message = export(path, tmp_path / "out", dtype=torch.float32, max_shard_bytes=10**9)
     exported = load_file(tmp_path / "out" / "model.safetensors")
     with safe_open(path / "optimizer.safetensors", "pt") as moments:
         small = {name.removesuffix(".weight_low") for name in moments.keys() if name.endswith(".weight_low")}
-    assert 0 < len(small) < len(weights) and f"{len(small)} of them from the fp32 master" in told
+    assert 0 < len(small) < len(weights) and f"{len(small)} of them from the fp32 master" in message
     for name, weight in weights.items():
         assert equal(exported[name].bfloat16(), weight) or name in small, name
         assert name in small or equal(exported[name], weight.float()), name
 
 
-def test_any_folder_of_a_model_is_exported_and_nothing_else_in_it(tmp_path):
+def test_any_model_folder_is_exported_without_its_other_files(tmp_path):
     model = build("llama", vocab_size=140_001)  # its embedding is converted in two pieces
     model.save_pretrained(tmp_path / "in")
     ByT5Tokenizer().save_pretrained(tmp_path / "in")
@@ -114,7 +114,7 @@ def test_any_folder_of_a_model_is_exported_and_nothing_else_in_it(tmp_path):
     AutoTokenizer.from_pretrained(tmp_path / "out")
 
 
-def test_what_cannot_be_exported_is_told_and_leaves_nothing(tmp_path, capsys):
+def test_what_cannot_be_exported_is_reported_and_leaves_nothing(tmp_path, capsys):
     path, _, _ = saved(tmp_path / "run", "llama", memory="off")
     shutil.copytree(path / "model", tmp_path / "large")
     weights = load_file(path / "model" / "model.safetensors")
@@ -125,36 +125,36 @@ def test_what_cannot_be_exported_is_told_and_leaves_nothing(tmp_path, capsys):
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04malicious")
     (tmp_path / "there").mkdir()
     out = tmp_path / "out"
-    for words, told in [
+    for words, message in [
         ([tmp_path / "large", out, "--dtype=float16"], "tensor model.norm.weight holds 100000, too large for float16"),
         ([tmp_path / "pickled", out], "which are never opened"),
         ([tmp_path / "nowhere", out], "does not exist"),
-        ([path, tmp_path / "there"], "there exists: export into a new folder"),
-        ([path, path.parent / "out"], "lies among checkpoints"),
+        ([path, tmp_path / "there"], "there exists: export to a new folder"),
+        ([path, path.parent / "out"], "is in a folder of checkpoints"),
         ([path], "`export` needs OUT"),
         ([path, out, "--dtype=int8"], "--dtype=int8 must be one of float32, bfloat16, float16, None"),
         ([path, out, "--max_shard_size=many"], "is not understood"),
         ([path, out, "--shards=3"], "--shards: `export` has no such flag"),
     ]:
         assert command("export", *words) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["large", "pickled", "run", "there"]
     assert command("export", f"--path={path}", f"--out={out}", "--dtype", "bfloat16") == 0
 
 
-def test_a_disk_that_fails_leaves_no_half_export(tmp_path):
+def test_a_disk_that_fails_leaves_no_partial_export(tmp_path):
     path, _, _ = saved(tmp_path / "run", "llama")
     (tmp_path / "file").touch()
     with pytest.raises(SaveError, match="could not be written"):
         export(path, tmp_path / "file" / "out", dtype=None, max_shard_bytes=10**9)
 
 
-def test_verify_tells_of_one_checkpoint_or_all_of_a_run_and_of_damage(tmp_path, capsys):
+def test_verify_reports_one_checkpoint_or_all_of_a_run_and_any_damage(tmp_path, capsys):
     first, _, _ = saved(tmp_path / "checkpoints", "llama")
     second = tmp_path / "checkpoints" / "step-00000009"
     shutil.copytree(first, second)
     files = [file for file in first.rglob("*") if file.is_file()]
-    line = f"whole: step 7, {len(files)} files, {sum(file.stat().st_size for file in files):,} bytes\n"
+    line = f"intact: step 7, {len(files)} files, {sum(file.stat().st_size for file in files):,} bytes\n"
     assert command("verify", first) == command("verify", f"--path={first}") == 0
     assert capsys.readouterr().out == line * 2
     assert command("verify", tmp_path) == 0
@@ -170,13 +170,13 @@ def test_verify_tells_of_one_checkpoint_or_all_of_a_run_and_of_damage(tmp_path, 
     assert captured.out == f"step-00000007: {line}" and "1 of 2 checkpoints are damaged" in captured.err
     with pytest.raises(UsageError, match="changed since"):
         export(second, tmp_path / "out", dtype=None, max_shard_bytes=10**9)
-    for words, told in [
+    for words, message in [
         ([], "`verify` needs PATH"),
         ([tmp_path / "no"], "does not exist"),
         (["a", "--x=1"], "--x"),
     ]:
         assert command("verify", *words) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_verify_imports_no_torch_and_both_commands_are_explained(tmp_path):
@@ -184,5 +184,5 @@ def test_verify_imports_no_torch_and_both_commands_are_explained(tmp_path):
     code = "import sys, lowmem.cli as cli; assert cli.main(sys.argv[1:]) == 0 and 'torch' not in sys.modules"
     result = run(sys.executable, "-c", code, "verify", path)
     assert result.returncode == 0, result.stderr
-    told = train("--help").stdout
-    assert "  verify PATH" in told and "  export PATH OUT --dtype=bfloat16" in told
+    output = train("--help").stdout
+    assert "  verify PATH" in output and "  export PATH OUT --dtype=float32" in output

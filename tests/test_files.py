@@ -1,4 +1,4 @@
-"""Invariant 4 at every single operation on the disk: killed there, or failing there, no checkpoint is lost."""
+"""Invariant 4: a kill or an error at any disk operation loses no checkpoint."""
 
 import errno
 import os
@@ -26,11 +26,11 @@ from lowmem.step import TrainState
 from tests.forked import fork_ranks
 
 FAULTS = {"killed": None, "no space": errno.ENOSPC, "disk error": errno.EIO}
-MET, NOT_MET = 3, 4  # exit codes: whether a rank came to the operation that was to fail, or to see another one fail
+REACHED, NOT_REACHED = 3, 4  # exit codes: whether a rank reached the failing operation, or saw another rank fail
 
 
 def small_state(step):
-    """A state with moments; its values tell the step."""
+    """Make a state with moments; its values depend on the step."""
     model = nn.Linear(3, 2)
     optimizer = make_optimizer(model, memory="off")
     for parameter in model.parameters():
@@ -49,7 +49,7 @@ def assert_equal(state, other):
 
 
 def fail_at(point, fault):
-    """Let the `point`th operation from now on fail; the list that is returned grows by each one."""
+    """Fail at the `point`th disk operation from now on; return a list that records every operation."""
     seen = []
 
     def hook(event, arguments):
@@ -66,43 +66,43 @@ def fail_at(point, fault):
 
 
 def save_failing(folder, fault, point, failing_ranks):
-    """Save step 2 beside step 1, which goes once it stands."""
+    """Save step 2 next to step 1, which is removed once step 2 is saved."""
     accelerator = Accelerator(cpu=True)
     if accelerator.num_processes > 1:
-        accelerator.wait_for_everyone()  # rank 0 keeps the store: dead, it would end the others before they save
-    met = fail_at(point, fault) if accelerator.process_index in failing_ranks else []
-    outcome = MET
+        accelerator.wait_for_everyone()  # rank 0 hosts the store: if killed before this, it would end the others
+    seen = fail_at(point, fault) if accelerator.process_index in failing_ranks else []
+    outcome = REACHED
     try:
         save_checkpoint(small_state(2), folder, accelerator, keep=1, max_shard_size=60)
-        outcome = MET if len(met) >= point else NOT_MET
+        outcome = REACHED if len(seen) >= point else NOT_REACHED
     except SaveError as error:
         assert re.search("could not be saved: .*; it takes 104 bytes, [0-9,]+ are free", str(error)), error
-        if len(met) >= point and met[point - 1][0] == "fsync":  # which must not be tried a second time
-            assert met.count(met[point - 1]) == 1
+        if len(seen) >= point and seen[point - 1][0] == "fsync":  # a failed fsync must not be retried
+            assert seen.count(seen[point - 1]) == 1
     except RankError:
-        assert fault == "killed"  # and another rank was, on which this one waited
+        assert fault == "killed"  # this rank waited for the one that was killed
     os._exit(outcome)
 
 
 def check_every_point(folder, fault, failing_ranks, attempt):
-    """Save once for every operation of a save, each time failing at another one, until none is left to fail at."""
+    """Save repeatedly, failing at the first disk operation, then at the second and so on, until a save succeeds."""
     accelerator = Accelerator(cpu=True)
     old = save_checkpoint(small_state(1), folder / "first", accelerator)
     for point in count(1):
         work = folder / str(point)
         shutil.copytree(old.parent, work)
         codes = attempt(save_failing, work, fault, point, failing_ranks)
-        assert set(codes) <= {MET, NOT_MET, -signal.SIGKILL}, codes
+        assert set(codes) <= {REACHED, NOT_REACHED, -signal.SIGKILL}, codes
         newest = latest_checkpoint(work)
         state = small_state(5)
         load_checkpoint(state, newest, accelerator)
         assert_equal(state, small_state(state.step))
-        if -signal.SIGKILL not in codes:  # what was told was cleared up; what could not be removed stands aside
+        if -signal.SIGKILL not in codes:  # after an error a save cleans up; what it cannot remove is renamed
             left = {path.name for path in work.iterdir()} - {"step-00000001", "step-00000002"}
             assert not left or (newest.name == "step-00000002" and left == {".unfinished-removal-step-00000001"})
         after = save_checkpoint(small_state(3), work, accelerator, keep=1)
         assert [path.name for path in work.iterdir()] == [after.name]
-        if set(codes) == {NOT_MET}:
+        if set(codes) == {NOT_REACHED}:
             assert point > 10 and newest.name == "step-00000002"
             return
 
@@ -120,7 +120,7 @@ def fork_alone(function, *arguments):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_save_may_fail_at_any_operation(fault, tmp_path):
-    # in a process that has no threads, to fork from
+    # in a process without threads, since it forks
     assert fork_ranks(1, check_every_point, tmp_path, fault, [0], fork_alone) == [0]
 
 
@@ -130,8 +130,8 @@ def test_one_of_two_ranks_may_fail_at_any_operation(failing_rank, fault, tmp_pat
     check_every_point(tmp_path, fault, [failing_rank], partial(fork_ranks, 2))
 
 
-def test_what_is_named_is_on_disk_first(tmp_path):
-    """Files, then folders, then the name, then its folder, and only then the old one's end."""
+def test_everything_is_on_disk_before_the_rename(tmp_path):
+    """The order: fsync files, fsync folders, rename, fsync the parent folder, remove the old checkpoint."""
     assert fork_ranks(1, save_in_order, tmp_path) == [0]
 
 
@@ -152,12 +152,12 @@ def save_in_order(folder):
 
 
 def replace_failing(folder, fault, point):
-    met = fail_at(point, fault)
+    seen = fail_at(point, fault)
     try:
         save_model(small_state(2).model, folder / "model")
     except SaveError:
-        os._exit(MET)
-    os._exit(MET if len(met) >= point else NOT_MET)
+        os._exit(REACHED)
+    os._exit(REACHED if len(seen) >= point else NOT_REACHED)
 
 
 def check_every_point_of_replacing(folder, fault):
@@ -166,15 +166,15 @@ def check_every_point_of_replacing(folder, fault):
         work = folder / str(point)
         save_model(small_state(1).model, work / "model")
         (code,) = fork_alone(replace_failing, work, fault, point)
-        assert code in (MET, NOT_MET, -signal.SIGKILL)
-        stands = work / "model" if (work / "model").exists() else work / ".unfinished-replaced-model"
-        found = load_file(stands / "model.safetensors")["weight"]
+        assert code in (REACHED, NOT_REACHED, -signal.SIGKILL)
+        current = work / "model" if (work / "model").exists() else work / ".unfinished-replaced-model"
+        found = load_file(current / "model.safetensors")["weight"]
         assert any(torch.equal(found, value) for value in values[:2]), point
-        assert stands.name == "model" or fault == "killed"
+        assert current.name == "model" or fault == "killed"
         save_model(small_state(3).model, work / "model")
         assert torch.equal(load_file(work / "model" / "model.safetensors")["weight"], values[2])
         assert os.listdir(work) == ["model"]
-        if code == NOT_MET:
+        if code == NOT_REACHED:
             assert point > 8 and torch.equal(found, values[1])
             return
 
@@ -184,7 +184,7 @@ def test_replacing_a_model_may_fail_at_any_operation(fault, tmp_path):
     assert fork_ranks(1, check_every_point_of_replacing, tmp_path, fault) == [0]
 
 
-def test_what_a_kill_between_two_renames_took_away_comes_back_even_if_the_next_save_fails(tmp_path):
+def test_a_model_that_a_killed_save_moved_away_is_restored_even_if_the_next_save_fails(tmp_path):
     assert fork_ranks(1, fail_after_a_kill, tmp_path) == [0]
 
 
@@ -194,6 +194,6 @@ def fail_after_a_kill(folder):
         fork_alone(replace_failing, folder, "killed", point)
         if not (folder / "model").exists():
             break
-    assert fork_alone(replace_failing, folder, "no space", 4) == [MET]
+    assert fork_alone(replace_failing, folder, "no space", 4) == [REACHED]
     found = load_file(folder / "model" / "model.safetensors")["weight"]
     assert torch.equal(found, small_state(1).model.weight)

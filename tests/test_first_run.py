@@ -1,4 +1,4 @@
-"""The run without flags, at one thread: it learns, in under two minutes, what it has never seen."""
+"""A run without flags, on one thread, learns to answer held-out rows in under two minutes."""
 
 import json
 

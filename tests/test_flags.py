@@ -39,13 +39,13 @@ def problems_of(**flags):
         ("freeze", "encoder, embeddings", "encoder,embeddings"),
     ],
 )
-def test_a_value_becomes_what_its_field_is(flag, typed, value):
+def test_a_value_is_converted_to_the_type_of_its_field(flag, typed, value):
     resolved = getattr(resolve({flag: typed}), flag)
     assert resolved == value and type(resolved) is type(value)
 
 
 @pytest.mark.parametrize("release", [False, True])
-def test_a_number_that_is_none_is_a_problem_whatever_else_is_set(release):
+def test_an_invalid_number_is_reported_with_or_without_other_flags(release):
     others = RELEASE if release else {}
     for name, field in FIELDS.items():
         if field.type in (int, float, int | None, float | None):
@@ -53,7 +53,7 @@ def test_a_number_that_is_none_is_a_problem_whatever_else_is_set(release):
 
 
 @pytest.mark.parametrize("typed", ["ten", "2.5", "nan", "inf", "", "True"])
-def test_what_is_no_integer_is_refused(typed):
+def test_a_value_that_is_not_an_integer_is_refused(typed):
     assert f"--batch_size={typed} is not an int" in problems_of(batch_size=typed)
 
 
@@ -75,7 +75,7 @@ def test_the_large_preset_is_t5_base_as_documented():
 
 
 @pytest.mark.parametrize(("one", "other"), ALTERNATIVES)
-def test_one_side_of_an_alternative_unsets_the_other_of_lower_layers(one, other, tmp_path):
+def test_a_flag_unsets_its_alternative_in_lower_layers(one, other, tmp_path):
     values = {name: "0.5" if name in ("epochs", "warmup_ratio") else "3" for name in (one, other)}
     values |= {"model_config": "t5-small"} if "model_config" in values else {}
     named = {} if "model_config" in values else {"model_name_or_path": "gpt2"}
@@ -106,11 +106,11 @@ def test_unknown_flags_are_refused_with_the_nearest_name():
     assert "unknown flag --zzz: `--help` lists all flags" in problems_of(zzz="3")
 
 
-def test_all_problems_are_told_at_once():
-    told = problems_of(batch_size="-1", max_seq_len="x", learnin_rate="1", use_small_config="1", use_fast_config="1")
+def test_all_problems_are_reported_at_once():
+    message = problems_of(batch_size="-1", max_seq_len="x", learnin_rate="1", use_small_config="1", use_fast_config="1")
     for part in ("--batch_size=-1", "--max_seq_len=x", "did you mean --learning_rate", "choose one preset"):
-        assert part in told
-    assert "\n" not in told
+        assert part in message
+    assert "\n" not in message
 
 
 BF16 = {"mixed_precision": "bf16"}
@@ -118,7 +118,7 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ({"max_seq_len": "-3"}, "--max_seq_len=-3 must be at least 1"),
         ({"learning_rate": "nan"}, "--learning_rate=nan must be above 0"),
@@ -128,14 +128,14 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({"weight_decay": "-0.1"}, "must be 0 or more"),
         ({"optimizer": "lion"}, "must be one of adamw"),
         ({"mixed_precision": "fp16"}, "fp16 needs loss scaling"),
-        ({"is_finetune": "true"}, "needs --model_name_or_path"),
+        ({"is_finetune": "true"}, "--is_finetune freezes pretrained parts: set --model_name_or_path too"),
         ({"model_config": "t5-huge"}, "neither a file nor one of t5-tiny"),
         ({"model_name_or_path": "./nowhere"}, "neither a folder nor the name of a model"),
         ({"freeze": "decoder"}, "'decoder' is not one of embeddings, encoder"),
-        ({"optimizer": "sgd", "adam_beta1": "0.8"}, "do nothing for --optimizer=sgd"),
+        ({"optimizer": "sgd", "adam_beta1": "0.8"}, "does nothing with --optimizer=sgd"),
         ({"max_shard_size": "5 apples"}, "is not understood"),
-        ({"report_to": "printer"}, "--report_to=printer is none of tensorboard"),
-        ({"is_keep_training": "true", "resume": "never"}, "drop one"),
+        ({"report_to": "printer"}, "--report_to=printer must be one of tensorboard"),
+        ({"is_keep_training": "true", "resume": "never"}, "remove one"),
         ({"config": "/nowhere.yaml"}, "cannot be read"),
         ({"output_dir": ""}, "--output_dir is empty"),
         ({"train_file": ""}, "--train_file is empty"),
@@ -143,13 +143,16 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({"seed": "1e30"}, "must be below 2**63"),
         ({"heartbeat_timeout": "0"}, "--heartbeat_timeout=0 must be at least 1"),
         ({"on_save_error": "skip"}, "--on_save_error=skip must be one of stop, continue"),
-        ({"lr": "3"}, "unknown flag --lr: it is --learning_rate here"),
+        ({"lr": "3"}, "unknown flag --lr: use --learning_rate"),
         ({"memory": "small"}, "must be one of exact, lean, off"),
         ({"memory": "lean"}, "--memory=lean keeps weights in bf16: set --mixed_precision=bf16 too"),
-        ({**BF16, "memory": "exact", "optimizer": "sgd"}, "has no --optimizer=sgd: use one of adamw, adamw_bf16, ada"),
+        (
+            {**BF16, "memory": "exact", "optimizer": "sgd"},
+            "does not support --optimizer=sgd: use one of adamw, adamw_bf16, ada",
+        ),
         ({"optimizer": "adamw_bf16"}, "needs weights in bf16: set --mixed_precision=bf16"),
         ({**BF16, "optimizer": "adamw_bf16", "memory": "off"}, "needs weights in bf16"),
-        ({"release": "true"}, "--release has no whole gradient to clip: set --max_grad_norm=0"),
+        ({"release": "true"}, "--release frees gradients before their global norm is known: set --max_grad_norm=0"),
         ({**RELEASE, "gradient_accumulation_steps": "2"}, "set --gradient_accumulation_steps=1"),
         ({**RELEASE, "global_batch_size": "64"}, "set --global_batch_size to at most --batch_size=8"),
         ({**RELEASE, "nonfinite": "skip"}, "set --nonfinite=stop"),
@@ -159,8 +162,8 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({"sharding_strategy": "HYBRID_SHARD", "shard_size": "2", "num_processes": "3"}, "multiple of --shard_size=2"),
     ],
 )
-def test_mistakes_are_told_in_words(flags, told):
-    assert told in problems_of(**flags)
+def test_user_errors_are_reported_in_words(flags, message):
+    assert message in problems_of(**flags)
 
 
 def test_a_preset_of_the_file_is_switched_off_by_a_flag(tmp_path):
@@ -170,7 +173,7 @@ def test_a_preset_of_the_file_is_switched_off_by_a_flag(tmp_path):
     assert config == resolve({"use_small_config": "True"})
 
 
-def test_what_a_launcher_gives_stands_between_preset_and_file(tmp_path):
+def test_launcher_settings_override_presets_but_not_the_file(tmp_path):
     (tmp_path / "run.yaml").write_text("mixed_precision: no\n")
     assert resolve({}, given={"mixed_precision": "bf16"}).mixed_precision == "bf16"
     assert resolve({"config": tmp_path / "run.yaml"}, given={"mixed_precision": "bf16"}).mixed_precision == "no"
@@ -181,7 +184,7 @@ def test_keep_training_means_resume_auto():
     assert resolve({"is_keep_training": "False"}).resume == "never"
 
 
-def test_a_config_file_that_is_none_is_refused(tmp_path):
+def test_an_invalid_config_file_is_refused(tmp_path):
     for content in ("- a\n- b\n", "a: [", "\xff"):
         (tmp_path / "c.yaml").write_text(content, encoding="latin-1")
         assert "c.yaml" in problems_of(config=tmp_path / "c.yaml")

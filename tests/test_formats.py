@@ -1,4 +1,4 @@
-"""Forms of fp32 values: what is exact is exact, what is rounded is right on average."""
+"""Storage formats for fp32 values: exact ones keep every bit, rounded ones are unbiased."""
 
 import math
 
@@ -39,7 +39,7 @@ def test_the_upper_half_is_the_nearest_bf16():
     high, _ = split(values)
     ties = values.view(torch.int32) & 0xFFFF == 0x8000
     assert torch.equal(high[~ties], values.bfloat16()[~ties])
-    tie = torch.tensor([1 + 2**-8, -1 - 2**-8])  # torch takes the even one, split the one away from zero
+    tie = torch.tensor([1 + 2**-8, -1 - 2**-8])  # torch rounds ties to even, split away from zero
     assert torch.equal(split(tie)[0].float(), torch.tensor([1 + 2**-7, -1 - 2**-7]))
 
 
@@ -54,11 +54,11 @@ def test_stochastic_rounding_is_unbiased(value):
     assert abs(rounded.double().mean().item() - value) < 4 * spread
 
 
-def test_what_bf16_holds_is_never_rounded():
+def test_values_that_bf16_can_represent_are_never_rounded():
     values = torch.tensor([1.0, -2.5, 0.0, math.inf, -math.inf])
     for seed in range(20):
         assert torch.equal(round_stochastically(values, random_halves(values.shape, generator(seed))).float(), values)
-    bits = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32)  # NaNs of a CPU, of CUDA, and the last one
+    bits = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32)  # NaN on a CPU, on CUDA, and with all bits set
     assert round_stochastically(bits.view(torch.float32), torch.full((3,), 65535, dtype=torch.int32)).isnan().all()
 
 
@@ -69,8 +69,8 @@ def test_shuffled_bits_are_the_same_bits_in_another_order():
     assert abs(torch.corrcoef(torch.stack([bits, other]).double())[0, 1]) < 0.01
 
 
-def test_stochastic_rounding_tracks_where_rounding_to_nearest_freezes():
-    steps, change = 3000, 2.0**-13  # a 32nd of what bf16 can tell from 1
+def test_stochastic_rounding_keeps_updates_that_rounding_to_nearest_loses():
+    steps, change = 3000, 2.0**-13  # 1/64 of the gap between 1 and the next bf16 value
     tensors, frozen = keep("x", torch.ones(64, 64), "bf16"), torch.ones(64, 64, dtype=torch.bfloat16)
     source = generator()
     for _ in range(steps):
@@ -94,12 +94,12 @@ def test_8_bit_floats_are_unbiased_and_relatively_precise(form, sign):
         total += kept
         squares += (kept - values).square()
     spread = (squares / DRAWS).sqrt() / math.sqrt(DRAWS)
-    # 900 values: one in 16,000 would lie beyond 4 standard deviations, so their mean square is asked for too
+    # a value exceeds 4 standard deviations once in 16,000, and there are 900, so the mean square is checked too
     distance = (total / DRAWS - values) / (spread + 1e-6 * values.abs())
     assert distance.abs().max() < 5 and distance.square().mean() < 1.3
 
 
-def test_a_second_moment_never_becomes_zero_and_a_zero_stays_one():
+def test_a_second_moment_never_becomes_zero_and_a_zero_stays_zero():
     values = torch.tensor([[1.0, 1e-30, 0.0] + [0.5] * 7, [0.0] * 10])
     tensors = zeros("v", values, "uint8")
     assert (read(tensors, "v", slice(None)) == 0).all()
@@ -111,8 +111,8 @@ def test_a_second_moment_never_becomes_zero_and_a_zero_stays_one():
     assert read(first, "m", slice(None))[0, 2] == 0  # a weight without gradient does not move
 
 
-def test_rows_have_blocks_of_their_own():
-    """A row's codes do not depend on the others, so that rows can be sharded."""
+def test_each_row_has_its_own_blocks():
+    """A row's codes do not depend on other rows, so that rows can be sharded."""
     values = torch.randn(6, 300, generator=generator()) * torch.logspace(-3, 3, 6).unsqueeze(1)
     random = random_halves(values.shape, generator(1))
     whole, part = zeros("m", values, "int8"), zeros("m", values, "int8")

@@ -1,4 +1,4 @@
-"""Invariant 7: no rank waits for ever, and every one that is left names the rank to blame, where it was, and why."""
+"""Invariant 7: no rank waits forever, and every remaining rank names the failed one, its position and the cause."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from lowmem.distributed import heartbeat
-from lowmem.distributed.collectives import on_main_rank, sum_over_ranks, watch_one_another
+from lowmem.distributed.collectives import on_main_rank, start_heartbeats, sum_over_ranks
 from tests.forked import fork_ranks, started_ranks
 from tests.processes import free_port, run, wait_until
 
@@ -20,7 +20,7 @@ LIMIT = 3.0
 
 def join_and_watch(limit=LIMIT, on_abort=None):
     dist.init_process_group("gloo")
-    watch_one_another(limit, on_abort)
+    start_heartbeats(limit, on_abort)
     return dist.get_rank()
 
 
@@ -30,7 +30,7 @@ def end_a_rank(victim, number, folder):
     sum_over_ranks(1)
     if rank == int(victim):
         with heartbeat.phase("computing gradients"):
-            time.sleep(1)  # until the others have heard of it
+            time.sleep(1)  # until the others have received this heartbeat
             os.kill(os.getpid(), int(number))
     sum_over_ranks(2)
 
@@ -42,14 +42,14 @@ def test_a_rank_that_is_killed_or_stopped_is_named_by_all_others(victim, how, tm
     with started_ranks(world_size, end_a_rank, victim, how.value, tmp_path) as ranks:
         left = [rank for rank in range(world_size) if rank != victim]
         outputs = {rank: ranks[rank].communicate(timeout=60)[0] for rank in left}
-    store = r", which keeps the store at localhost:\d+," if victim == 0 else ""
+    store = r", which hosts the store at localhost:\d+," if victim == 0 else ""
     for rank in left:
-        told = f"rank {victim}{store} has been silent for .* s, last at step 4, computing gradients"
-        assert re.search(told, outputs[rank]), outputs[rank]
-        assert "step 4, agreeing" in outputs[rank]
+        message = f"rank {victim}{store} has been silent for .* s, last at step 4, computing gradients"
+        assert re.search(message, outputs[rank]), outputs[rank]
+        assert "step 4, all-reducing" in outputs[rank]
         assert ranks[rank].returncode == 1
-        if how == signal.SIGSTOP:  # its connections stay, so nothing but the heartbeat can end the others
-            assert re.search(told, (tmp_path / str(rank)).read_text())
+        if how == signal.SIGSTOP:  # its connections stay open, so only the heartbeat can end the others
+            assert re.search(message, (tmp_path / str(rank)).read_text())
 
 
 def fail_alone():
@@ -57,7 +57,7 @@ def fail_alone():
     with heartbeat.phase("computing gradients"):
         if rank == 1:
             raise KeyError("no such row")
-        time.sleep(60)  # as in a collective of a GPU, where no exception would come
+        time.sleep(60)  # as in a GPU collective, which would raise no exception
 
 
 def test_an_error_on_one_rank_alone_ends_the_others_with_its_cause():
@@ -67,42 +67,42 @@ def test_an_error_on_one_rank_alone_ends_the_others_with_its_cause():
     assert [process.returncode for process in ranks] == [1, 1] and "Traceback" in outputs[1]
 
 
-def wait_long_and_end_one_after_the_other(next_port):
+def wait_long_and_end_at_different_times(next_port):
     limit = 1.5
     join_and_watch(limit)
-    on_main_rank(lambda: time.sleep(2 * limit))  # the others wait for it in a collective
+    on_main_rank(lambda: time.sleep(2 * limit))  # the others wait in a collective
     dist.destroy_process_group()
     os.environ["MASTER_PORT"] = next_port  # at the old one a rank might still reach the store that is closing
     rank = join_and_watch(limit)  # another group, with another heartbeat
     if rank == 0:
-        time.sleep(2 * limit)  # rank 1 has ended meanwhile
-        dist.destroy_process_group()  # and then the process, with the store
+        time.sleep(2 * limit)  # rank 1 ends during this time
+        dist.destroy_process_group()  # then this process ends, and the store with it
     if rank == 2:
         time.sleep(4 * limit)
 
 
-def test_neither_a_long_wait_nor_an_early_end_is_silence():
-    assert fork_ranks(3, wait_long_and_end_one_after_the_other, str(free_port())) == [0, 0, 0]
+def test_a_long_wait_or_an_early_end_does_not_count_as_silence():
+    assert fork_ranks(3, wait_long_and_end_at_different_times, str(free_port())) == [0, 0, 0]
 
 
 def be_stopped_for_a_while(folder):
     rank = join_and_watch(60.0 if os.environ["RANK"] == "0" else LIMIT)
     if rank == 1:
         Path(folder, "runs").touch()
-        while not Path(folder, "goes on").exists():
+        while not Path(folder, "continue").exists():
             time.sleep(0.1)
     sum_over_ranks(1)
 
 
-def test_who_was_stopped_does_not_blame_the_others_for_that_time(tmp_path):
+def test_a_rank_that_was_stopped_does_not_blame_the_others(tmp_path):
     with started_ranks(2, be_stopped_for_a_while, tmp_path) as ranks:
         wait_until((tmp_path / "runs").exists, ranks[1])
-        time.sleep(1)  # a few beats
+        time.sleep(1)  # a few heartbeats
         ranks[1].send_signal(signal.SIGSTOP)
         time.sleep(LIMIT + 1.5)
         ranks[1].send_signal(signal.SIGCONT)
         time.sleep(1)  # a few more
-        (tmp_path / "goes on").touch()
+        (tmp_path / "continue").touch()
         outputs = [process.communicate(timeout=60)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outputs
 

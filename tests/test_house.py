@@ -1,4 +1,4 @@
-"""The house: data flows one way, imports are lean, and what is named is there."""
+"""The structure of the code: imports go one way and stay light, and every public name and slow test exists."""
 
 import ast
 import sys
@@ -9,7 +9,7 @@ import lowmem
 from tests.processes import ROOT, run
 from tests.slow import SECONDS
 
-# A module imports only from its own folder and from what stands before it here.
+# A module imports only from its own folder and from those before it in this list.
 ORDER = (
     "errors config storage distributed data model optim memory loss step deepspeed_step recover evaluation checkpoint "
     "report train plan job plot cli"
@@ -30,8 +30,8 @@ def imports_of(path):
             yield from (alias.name for alias in node.names if alias.name.startswith("lowmem"))
 
 
-def room(module):
-    """Where a module stands in ORDER: by its folder, or by its own name directly under lowmem/."""
+def layer(module):
+    """Return the index in ORDER of a module's folder, or of the module itself if it is directly in lowmem/."""
     return ORDER.index(module.split(".")[1])
 
 
@@ -40,18 +40,18 @@ def test_modules_import_only_from_their_folder_and_those_before_it():
     graph = {module: set(imports_of(path)) for module, path in MODULES.items()}
     for module, imported in graph.items():
         assert imported <= MODULES.keys(), f"{module} imports {imported - MODULES.keys()}"
-        later = [other for other in imported if room(other) > room(module)]
+        later = [other for other in imported if layer(other) > layer(module)]
         assert not later, f"{module} imports {later}"
-    list(TopologicalSorter(graph).static_order())  # no circle within a folder either
+    list(TopologicalSorter(graph).static_order())  # no cycle within a folder either
 
 
 def test_no_module_below_train_sees_the_config():
     for module, path in MODULES.items():
-        if ORDER.index("config") < room(module) < ORDER.index("train"):
+        if ORDER.index("config") < layer(module) < ORDER.index("train"):
             assert "TrainConfig" not in path.read_text(), module
 
 
-def test_every_public_name_is_what_it_says_even_when_all_modules_are_loaded():
+def test_no_module_hides_a_public_name():
     for module in MODULES:
         import_module(module)
     for name in lowmem.__all__:
@@ -65,7 +65,7 @@ def test_importing_the_package_imports_no_torch():
     assert result.returncode == 0, result.stderr
 
 
-def test_the_slow_tests_are_few_and_each_is_one_that_exists():
+def test_the_slow_tests_are_few_and_exist():
     assert len(SECONDS) <= 40
     for node in SECONDS:
         file, _, name = node.partition("::")

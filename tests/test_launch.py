@@ -1,4 +1,4 @@
-"""One process group of the size that was asked for, whoever starts it; the same numbers from each."""
+"""Every launcher starts one process group of the requested size, and all give the same losses."""
 
 import json
 import sys
@@ -48,7 +48,7 @@ SHARDS = {
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "4"}, {"tp_size": 4}),
     ],
 )
-def test_what_accelerate_was_told_is_ours(environment, settings, monkeypatch):
+def test_accelerate_settings_become_flags(environment, settings, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert launched_settings() == settings
@@ -58,26 +58,26 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAG
 
 
 @pytest.mark.parametrize(
-    ("environment", "told"),
+    ("environment", "message"),
     [
         (FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "hybrid_shard"}, "set fsdp_reshard_after_forward: true or false"),
         (FSDP2 | {"FSDP_IGNORED_MODULES": "head"}, "set no fsdp_ignored_modules"),
-        (FSDP2 | SHARDS | {"WORLD_SIZE": "8"}, "2 copies of 2 shards, tp_size 1, but started 8 processes"),
-        (SHARDS | {"WORLD_SIZE": "4"}, "2 shards in 2 copies: set distributed_type: FSDP"),
+        (FSDP2 | SHARDS | {"WORLD_SIZE": "8"}, "2 replicas x 2 shards x tp_size 1, but started 8 processes"),
+        (SHARDS | {"WORLD_SIZE": "4"}, "2 shards in 2 replicas: also set distributed_type: FSDP"),
         (FSDP2 | SHARDS | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, "set distributed_type: FSDP with"),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM, which lowmem does not"),
-        ({"ACCELERATE_DYNAMO_BACKEND": "CUDAGRAPHS"}, "dynamo_backend cudagraphs, lowmem compiles by inductor"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM, which lowmem does not support"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "CUDAGRAPHS"}, "dynamo_backend=cudagraphs, but lowmem supports inductor"),
         (DEEPSPEED | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, "offload_param_device: nvme, but does not"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' was set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a positive integer"),
     ],
 )
-def test_what_accelerate_was_told_and_we_do_not_have_is_refused(environment, told, monkeypatch):
+def test_unsupported_accelerate_settings_are_refused(environment, message, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError) as refused:
         launched_settings()
         launched_processes()
-    assert told in str(refused.value)
+    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,9 @@ def test_what_accelerate_was_told_and_we_do_not_have_is_refused(environment, tol
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, "tp_size"),
     ],
 )
-def test_evaluate_does_not_pass_over_that_the_model_is_to_be_divided(environment, field):
+def test_evaluate_refuses_accelerate_settings_that_shard_the_model(environment, field):
     result = train("evaluate", "--model_name_or_path=m", "--test_file=rows.jsonl", **environment)
-    assert result.returncode == 2 and f"to divide the model ({field})" in result.stderr, result.stderr
+    assert result.returncode == 2 and f"to shard the model ({field})" in result.stderr, result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def alone(files, tmp_path_factory):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_are_one_training(launcher, files, alone, tmp_path):
+def test_two_processes_train_like_one(launcher, files, alone, tmp_path):
     command = [word.replace("PORT", str(free_port())) for word in LAUNCHERS[launcher]]
     flags = ["--max_steps=3", "--logging_steps=1", "--global_batch_size=8", "--learning_rate=1e-2", "--batch_size=2"]
     flags += ["--num_processes=2"] if launcher == "python" else []
@@ -127,7 +127,7 @@ def test_two_processes_are_one_training(launcher, files, alone, tmp_path):
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-6)
 
 
-def test_the_large_preset_is_one_training_of_two_processes(tmp_path):
+def test_two_processes_train_the_large_preset(tmp_path):
     """T5-base at its real size, with smaller batch flags."""
     command = module_command(
         "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", f"--main_process_port={free_port()}"
@@ -141,38 +141,38 @@ def test_the_large_preset_is_one_training_of_two_processes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("environment", "flag", "told"),
+    ("environment", "flag", "message"),
     [
         ({"WORLD_SIZE": "3", "RANK": "0"}, "--num_processes=2", "the launcher started 3"),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
             "--seed=0",
-            "another way than lowmem does: set fsdp_version: 2",
+            "FSDP settings that lowmem does not support: set fsdp_version: 2",
         ),
         (FSDP2 | {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, "--seed=0", "set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
         (
             FSDP2,
             "--sharding_strategy=NO_SHARD",
-            "sharding_strategy=NO_SHARD was set, but accelerate was told FULL_SHARD",
+            "sharding_strategy=NO_SHARD was set, but accelerate is set to FULL_SHARD",
         ),
         (
             {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"},
             "--seed=0",
-            "divide sequences",
+            "cp_size or sp_size, which lowmem does not support",
         ),
-        (SHARDS, "--seed=0", "2 shards in 2 copies: set distributed_type: FSDP"),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "--seed=0", "accumulate over 4 steps"),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "--mixed_precision=no", "accelerate was told bf16"),
+        (SHARDS, "--seed=0", "2 shards in 2 replicas: also set distributed_type: FSDP"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "--seed=0", "accelerate has gradient_accumulation_steps=4"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "--mixed_precision=no", "accelerate is set to bf16"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "--seed=0", "fp16 needs loss scaling"),
     ],
 )
-def test_a_contradicting_environment_is_told(environment, flag, told, tmp_path):
+def test_a_contradicting_environment_is_reported(environment, flag, message, tmp_path):
     result = train("train", flag, f"--output_dir={tmp_path}/out", **environment)
-    assert result.returncode == 2 and told in result.stderr, result.stderr
+    assert result.returncode == 2 and message in result.stderr, result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_accelerates_precision_is_ours(files, tmp_path):
+def test_accelerates_precision_is_used(files, tmp_path):
     flags = ["--max_steps=1", f"--output_dir={tmp_path}"]
     result = train("train", *files, *flags, ACCELERATE_MIXED_PRECISION="bf16")
     assert result.returncode == 0, result.stderr
@@ -180,14 +180,14 @@ def test_accelerates_precision_is_ours(files, tmp_path):
 
 
 def test_a_failing_rank_ends_the_run_with_its_exit_code(files, tmp_path):
-    """Plain python starts the processes itself, so a mistake found only in them still ends with 2."""
+    """Plain python starts the processes itself, and a user error found only in them still exits with 2."""
     flags = ["--num_processes=2", "--text_column=prompt", f"--output_dir={tmp_path}/out"]
     result = train("train", *files, *flags)
     assert result.returncode == 2, (result.returncode, result.stderr)
     assert "needs a causal model" in result.stderr
 
 
-# processes to ask for (None: as many as the file says), and what the run tells of them
+# --num_processes (None: the file sets it), and the expected log line
 CONFIGS = {
     "cpu": (None, "on 2 x cpu, 40 rows"),
     "single_gpu": (None, "on 1 x cpu, 40 rows"),
@@ -195,13 +195,13 @@ CONFIGS = {
     "fsdp2": (2, "on 2 x cpu, FULL_SHARD, 40 rows"),
     "fsdp2_offload": (2, "on 2 x cpu, FULL_SHARD, 40 rows"),
     "hsdp": (None, "on 4 x cpu, HYBRID_SHARD, 40 rows"),
-    "tensor_parallel": (None, "on 2 x cpu, 2 with the same rows, 40 rows"),
+    "tensor_parallel": (None, "on 2 x cpu, tp_size=2, 40 rows"),
 }
 
 
 @pytest.fixture(scope="module")
 def causal(files, tmp_path_factory):
-    """Flags of a Llama's run, and its losses in one process."""
+    """Return the flags of a Llama run, and its losses on one process."""
     folder = tmp_path_factory.mktemp("causal")
     (folder / "llama.json").write_text(json.dumps(LLAMA))
     flags = ["--max_steps=3", "--logging_steps=1", "--global_batch_size=8", "--learning_rate=1e-2", "--batch_size=2"]
@@ -212,11 +212,11 @@ def causal(files, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_accelerate_config_is_the_run_of_one_process(name, causal, tmp_path):
+def test_every_accelerate_config_trains_like_one_process(name, causal, tmp_path):
     path = ROOT / "accelerate_configs" / f"{name}.yaml"
     assert path.read_text().startswith("# ")  # when to use it
     flags, expected = causal
-    processes, told = CONFIGS[name]
+    processes, line = CONFIGS[name]
     command = module_command(
         "accelerate.commands.launch",
         f"--config_file={path}",
@@ -226,6 +226,6 @@ def test_every_accelerate_config_is_the_run_of_one_process(name, causal, tmp_pat
     command += [f"--num_processes={processes}"] if processes else []
     result = run(*command, "train_low_mem.py", "train", *flags, f"--output_dir={tmp_path}/out")
     assert result.returncode == 0, result.stderr
-    assert told in result.stdout, result.stdout
+    assert line in result.stdout, result.stdout
     assert json.loads((tmp_path / "out" / "config.json").read_text())["cpu_offload"] == (name == "fsdp2_offload")
     assert losses(tmp_path / "out") == pytest.approx(expected, rel=1e-6)

@@ -40,7 +40,7 @@ def all_locations(file):
 
 
 def reason(path, content, index=1):
-    """Why a row of the first group is refused."""
+    """Return the location of a row of the first group, and why it is refused."""
     file = open_lines(path, content)
     with pytest.raises(ValueError) as caught:
         file.row(file.read_group(0), index)
@@ -66,7 +66,7 @@ def random_lines(seed, num_lines, longest=300):
 
 
 @pytest.mark.parametrize("piece", [1, 7, 1000, 2**20])
-def test_rows_and_locations_are_those_of_a_plain_reading_whatever_the_pieces(tmp_path, piece):
+def test_rows_and_locations_do_not_depend_on_the_piece_size(tmp_path, piece):
     lines = random_lines(1, 20 if piece == 1 else 3000)
     lines[-1] = lines[-1].rstrip() + b"the end"
     expected, locations, byte = [], [], 0
@@ -80,7 +80,7 @@ def test_rows_and_locations_are_those_of_a_plain_reading_whatever_the_pieces(tmp
     assert all_locations(file) == locations
 
 
-def test_groups_depend_on_the_content_alone(tmp_path):
+def test_groups_depend_only_on_the_content(tmp_path):
     path = tmp_path / "rows.txt"
     lines = random_lines(2, 3000) + [b"l" * size + b"\n" for size in (2**20, 2**19 - 1, 2**19 - 1, 2**20 - 1, 3, 2**21)]
     path.write_bytes(b"".join(lines) + b" \n" * 2**20 + b"the end")
@@ -93,7 +93,7 @@ def test_groups_depend_on_the_content_alone(tmp_path):
     assert rows.max() == 256 and max(sizes[rows > 1]) == 2**20
 
 
-def test_memory_of_groups_is_told_with_what_is_held_beside_their_bytes(tmp_path):
+def test_the_bytes_of_a_group_include_its_overhead_in_memory(tmp_path):
     file = open_lines(tmp_path / "rows.txt", b"a\n" * 300)
     data = file.read_group(0)
     assert file.group_rows.tolist() == [256, 44]
@@ -106,34 +106,34 @@ def test_an_empty_file_has_no_groups(tmp_path):
         assert len(open_lines(tmp_path / "rows.txt", content).group_rows) == 0
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
     file = open_lines(tmp_path / "rows.jsonl", b'\xef\xbb\xbf{"a": 1}\n{"a": 2}')
     assert all_rows(file) == [{"a": 1}, {"a": 2}]
     assert all_locations(file) == ["line 1 (byte 3)", "line 2 (byte 12)"]
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         (b'{"a": 1', "line 2 (byte 9): Expecting ',' delimiter at byte 16"),
         ('{"ü": x}'.encode(), "line 2 (byte 9): Expecting value at byte 16"),
         (b'{"a": "x', "line 2 (byte 9): Unterminated string starting at byte 15"),
         (b'{"a": 1} {"a": 2}', "line 2 (byte 9): Extra data at byte 18"),
-        (b'{"a": NaN}', "line 2 (byte 9): NaN is no JSON value"),
-        (b'{"a": -Infinity}', "line 2 (byte 9): -Infinity is no JSON value"),
-        (b'{"a": {"b": 1, "c": 2, "b": 3}}', "line 2 (byte 9): key 'b' stands twice in one object"),
-        (b'{"a": "\\uD83d"}', "line 2 (byte 9): \\ud83d is half a character"),
-        (b'{"\\udE00\\ud83d": 1}', "line 2 (byte 9): \\ude00 is half a character"),
+        (b'{"a": NaN}', "line 2 (byte 9): NaN is not a JSON value"),
+        (b'{"a": -Infinity}', "line 2 (byte 9): -Infinity is not a JSON value"),
+        (b'{"a": {"b": 1, "c": 2, "b": 3}}', "line 2 (byte 9): key 'b' occurs twice in one object"),
+        (b'{"a": "\\uD83d"}', "line 2 (byte 9): \\ud83d is an unpaired surrogate"),
+        (b'{"\\udE00\\ud83d": 1}', "line 2 (byte 9): \\ude00 is an unpaired surrogate"),
         (b'{"a": "\xc3("}', "line 2 (byte 9): UTF-8 was expected, found byte 16 (0xc3), invalid continuation byte"),
         (b'{"a": "\0"}', "line 2 (byte 9): Invalid control character at byte 16"),
         (b"\0\0\0", "line 2 (byte 9): a JSON object was expected, found '\\x00\\x00\\x00'"),
-        (b"[1, 2]", "line 2 (byte 9): a JSON object was expected, found '[1, 2]': write one object a line"),
+        (b"[1, 2]", "line 2 (byte 9): a JSON object was expected, found '[1, 2]': write one object per line"),
         (b'{"a": ' + b"[" * 10**5, "line 2 (byte 9): its brackets are nested too deeply"),
         (b'{"a": ' + b"1" * 5000 + b"}", "line 2 (byte 9): Exceeds the limit"),
     ],
 )
-def test_bad_json_is_refused_with_line_byte_and_reason(tmp_path, line, told):
-    assert reason(tmp_path / "rows.jsonl", b'{"a": 1}\n' + line + b'\n{"a": 3}\n').startswith(told)
+def test_bad_json_is_refused_with_line_byte_and_reason(tmp_path, line, message):
+    assert reason(tmp_path / "rows.jsonl", b'{"a": 1}\n' + line + b'\n{"a": 3}\n').startswith(message)
     with pytest.raises(UsageError) as caught:
         open_lines(tmp_path / "first.jsonl", line)
     assert str(caught.value).startswith(f"{tmp_path}/first.jsonl, line 1 (byte 0): ")
@@ -145,13 +145,13 @@ def test_escapes_that_are_whole_characters_are_read(tmp_path):
 
 
 def test_bad_text_is_refused_with_line_and_byte(tmp_path):
-    told = reason(tmp_path / "a.txt", b"good\nbad\0\n")
-    assert told.startswith("line 2 (byte 5): text was expected, byte 8 is NUL")
-    told = reason(tmp_path / "b.txt", b"good\n\xff\n")
-    assert told.startswith("line 2 (byte 5): UTF-8 was expected, found byte 5 (0xff)")
+    message = reason(tmp_path / "a.txt", b"good\nbad\0\n")
+    assert message.startswith("line 2 (byte 5): text was expected, byte 8 is NUL")
+    message = reason(tmp_path / "b.txt", b"good\n\xff\n")
+    assert message.startswith("line 2 (byte 5): UTF-8 was expected, found byte 5 (0xff)")
 
 
-def test_a_line_of_100_megabytes_is_a_bad_row_that_is_never_held(tmp_path):
+def test_a_line_of_100_megabytes_is_a_bad_row_that_is_never_in_memory(tmp_path):
     path = tmp_path / "rows.jsonl"
     with open(path, "wb") as out:
         out.write(b'{"a": 1}\n{"a": "')
@@ -176,12 +176,12 @@ def test_a_line_of_100_megabytes_is_a_bad_row_that_is_never_held(tmp_path):
     *_, groups, first, third, second, mib = result.stdout.splitlines()
     assert groups == "[1, 1, 1] 529"
     assert first == "{'a': 1} line 1 (byte 0)" and third == "{'a': 3} line 3 (byte 100,000,019)"
-    assert second.startswith("line 2 (byte 9) the line has 100,000,010 bytes, at most 16,777,216 are read")
+    assert second.startswith("line 2 (byte 9) the line has 100,000,010 bytes, the limit is 16,777,216")
     assert int(mib) < 48
 
 
 @pytest.mark.parametrize("piece", [2**20, 2**25])
-def test_a_line_may_have_the_greatest_length_but_no_byte_more(tmp_path, piece):
+def test_a_line_may_have_the_maximum_length_but_not_one_byte_more(tmp_path, piece):
     lines = [b"y" * (LONGEST_LINE - 1), b"z" * LONGEST_LINE, b" " * (LONGEST_LINE - 1), b" " * LONGEST_LINE, b"end"]
     file = open_lines(tmp_path / "rows.txt", b"\n".join(lines), piece_bytes=piece)
     assert file.group_rows.tolist() == [1, 1, 1, 1]
@@ -193,7 +193,7 @@ def test_a_line_may_have_the_greatest_length_but_no_byte_more(tmp_path, piece):
 
 
 @pytest.mark.parametrize(
-    ("row", "wanted", "told"),
+    ("row", "wanted", "message"),
     [
         ({"b": "x"}, {"a": "text"}, "has no column 'a', it has 'b'"),
         ({"a": 3}, {"a": "text"}, "line 2 (byte 1): column 'a' must hold text, found int 3: name another column"),
@@ -201,21 +201,21 @@ def test_a_line_may_have_the_greatest_length_but_no_byte_more(tmp_path, piece):
         ({"a": [{"role": "user"}]}, {"a": "messages"}, "found list [{'role': 'user'}]"),
     ],
 )
-def test_the_first_row_must_have_the_wanted_columns(tmp_path, row, wanted, told):
+def test_the_first_row_must_have_the_wanted_columns(tmp_path, row, wanted, message):
     path = tmp_path / "rows.jsonl"
     with pytest.raises(UsageError) as caught:
         open_lines(path, b"\n" + json.dumps(row).encode(), wanted)
-    assert str(path) in str(caught.value) and told in str(caught.value)
+    assert str(path) in str(caught.value) and message in str(caught.value)
 
 
 @pytest.mark.parametrize("rows", ['[\n{"a": 1},\n{"a": 2}\n]', '[{"a": 1},\n{"a": 2}]', f"[{'1,' * 2**23}1]"])
 def test_an_array_is_refused_as_a_whole(tmp_path, rows):
-    with pytest.raises(UsageError, match=r"rows.json holds a JSON array, .*: write one object a line \(jq"):
+    with pytest.raises(UsageError, match=r"rows.json holds a JSON array, .*: write one object per line \(jq"):
         open_lines(tmp_path / "rows.json", rows.encode())
 
 
 @pytest.mark.parametrize("row", [[1, 2], {"a": "x" * LONGEST_LINE}, {"b": 1}])
-def test_a_bad_first_row_refuses_no_file(tmp_path, row):
+def test_a_file_with_a_bad_first_row_is_accepted(tmp_path, row):
     content = json.dumps(row).encode() + b'\n{"a": "good"}\n'
     file = open_lines(tmp_path / "rows.jsonl", content, {"a": "text"})
     group = len(file.group_rows) - 1
@@ -228,11 +228,11 @@ def test_a_file_of_one_line_that_is_too_long_is_refused(tmp_path):
 
 
 def test_an_object_on_several_lines_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"line 1 \(byte 0\): Expecting .*, and write one object a line"):
+    with pytest.raises(UsageError, match=r"line 1 \(byte 0\): Expecting .*, and write one object per line"):
         open_lines(tmp_path / "rows.json", json.dumps({"a": 1}, indent=1).encode())
 
 
-def test_a_name_without_a_suffix_is_a_bare_file(tmp_path):
+def test_a_file_without_a_suffix_is_plain_text(tmp_path):
     assert all_rows(open_lines(tmp_path / "rows", b"hi\n")) == [{"text": "hi"}]
 
 
@@ -247,7 +247,7 @@ def test_a_file_damaged_since_it_was_indexed_is_refused_at_the_start(tmp_path):
         open_lines(path)
 
 
-def test_chats_and_the_text_column_are_what_they_are(tmp_path):
+def test_chats_and_the_text_column_are_read_unchanged(tmp_path):
     chat = {"m": [{"role": "user", "content": "hi", "name": "Jo"}, {"role": "assistant", "content": ""}]}
     assert all_rows(open_lines(tmp_path / "a.jsonl", json.dumps(chat).encode(), {"m": "messages"})) == [chat]
     assert all_rows(open_lines(tmp_path / "a.txt", b"hi", {"text": "text"})) == [{"text": "hi"}]
@@ -260,7 +260,7 @@ PLAIN = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
 
 
 @pytest.mark.parametrize(
-    ("suffix", "pack"),
+    ("suffix", "compress"),
     [
         (".gz", gzip.compress),
         (".gz", lambda content: gzip.compress(content[:12_345]) + gzip.compress(content[12_345:])),
@@ -268,12 +268,12 @@ PLAIN = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
         (".zstd", lambda content: zstd(content[:12_345]) + zstd(content[12_345:])),
     ],
 )
-def test_packed_files_have_the_rows_and_the_fingerprint_of_bare_ones(tmp_path, suffix, pack):
-    packed = open_lines(tmp_path / f"rows.jsonl{suffix}", pack(PLAIN), {"a": "text"})
-    bare = open_lines(tmp_path / "bare.jsonl", PLAIN)
-    assert all_rows(packed) == all_rows(bare) == ROWS
-    assert packed.fingerprint() == bare.fingerprint()
-    assert packed.location(1, 0) == bare.location(1, 0).replace("byte", "unpacked byte")
+def test_compressed_files_have_the_rows_and_the_fingerprint_of_plain_ones(tmp_path, suffix, compress):
+    compressed = open_lines(tmp_path / f"rows.jsonl{suffix}", compress(PLAIN), {"a": "text"})
+    plain = open_lines(tmp_path / "plain.jsonl", PLAIN)
+    assert all_rows(compressed) == all_rows(plain) == ROWS
+    assert compressed.fingerprint() == plain.fingerprint()
+    assert compressed.location(1, 0) == plain.location(1, 0).replace("byte", "decompressed byte")
 
 
 @pytest.mark.parametrize(
@@ -288,22 +288,23 @@ def test_packed_files_have_the_rows_and_the_fingerprint_of_bare_ones(tmp_path, s
         (".zst", PLAIN),
     ],
 )
-def test_a_damaged_packed_file_is_named_and_leaves_nothing(tmp_path, monkeypatch, suffix, content):
+def test_a_damaged_compressed_file_is_named_and_leaves_nothing(tmp_path, monkeypatch, suffix, content):
     monkeypatch.delenv("LOWMEM_CACHE")
     path = tmp_path / f"rows.jsonl{suffix}"
-    with pytest.raises(UsageError, match=f"{path} cannot be unpacked as (gzip|zstd) .*: it is damaged or cut"):
+    message = f"{path} cannot be decompressed as (gzip|zstd) .*: it is damaged or truncated"
+    with pytest.raises(UsageError, match=message):
         open_lines(path, content)
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
-def test_the_fingerprint_is_of_the_content_not_of_the_file(tmp_path):
+def test_the_fingerprint_depends_only_on_the_content(tmp_path):
     first = open_lines(tmp_path / "a.jsonl", PLAIN).fingerprint()
     assert open_lines(tmp_path / "b.jsonl", PLAIN).fingerprint() == first
     assert open_lines(tmp_path / "c.jsonl", PLAIN.replace(b"row 700", b"row 7OO")).fingerprint() != first
     assert open_lines(tmp_path / "d.jsonl", PLAIN + b'{"a": "more"}').fingerprint() != first
 
 
-def test_a_file_that_changes_or_goes_while_it_is_read_is_told(tmp_path):
+def test_a_file_that_changes_or_disappears_while_it_is_read_is_reported(tmp_path):
     path = tmp_path / "rows.jsonl"
     file = open_lines(path, PLAIN)
     where = file.location(1, 3)
@@ -318,17 +319,17 @@ def test_a_file_that_changes_or_goes_while_it_is_read_is_told(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError):
         file.read_group(0)
-    assert file.location(1, 3).startswith("row 3 from line 257 (byte ")
+    assert file.location(1, 3).startswith("row 3 of the group at line 257 (byte ")
 
 
-def test_a_damaged_copy_is_told_and_made_again_once_it_is_removed(tmp_path):
+def test_a_damaged_copy_is_reported_and_made_again_once_it_is_removed(tmp_path):
     path = tmp_path / "rows.jsonl.gz"
     file = open_lines(path, gzip.compress(PLAIN))
     (copy,) = Path(os.environ["LOWMEM_CACHE"]).glob("*.rows")
     damaged = bytearray(PLAIN)
     damaged[100] ^= 1
     copy.write_bytes(damaged)
-    with pytest.raises(ValueError, match=f"{copy} are not those that were indexed: .* remove it and start anew"):
+    with pytest.raises(ValueError, match=f"{copy} are not those that were indexed: .* remove it and start again"):
         file.read_group(0)
     copy.unlink()
     assert all_rows(open_lines(path)) == ROWS
@@ -352,7 +353,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 
 class _CutsShort(SimpleHTTPRequestHandler):
-    """Serves files without ranges, as most simple servers do; of one named cut.* only the first half arrives."""
+    """Serves files without range requests, as simple servers do, and only the first half of files named cut.*."""
 
     def copyfile(self, source, outputfile):
         content = source.read()

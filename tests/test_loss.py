@@ -38,7 +38,7 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("elements", [1, 1000, 10**7])  # a token of the vocabulary a slice; some 30; all
+@pytest.mark.parametrize("elements", [1, 1000, 10**7])  # vocabulary entries per slice: 1, about 30, all
 @pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])  # tied and scaled, untied, tied
 def test_chunked_loss_equals_plain_loss(family, elements, label_smoothing):
     model, batch = build(family), batch_of(family)
@@ -55,7 +55,7 @@ def test_chunked_loss_equals_plain_loss(family, elements, label_smoothing):
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_plain_loss_is_the_sum_of_the_models_own_mean(family):
+def test_plain_loss_per_target_is_the_models_own_loss(family):
     model, batch = build(family), batch_of(family)
     mean = model(**batch.inputs, use_cache=False).loss
     torch.testing.assert_close(plain_loss(model, batch) / batch.num_targets, mean)
@@ -83,7 +83,7 @@ VOCABULARY = 151_936  # Qwen2.5's
 
 
 def head_gradients(states, weight, targets, label_smoothing, loss, slice_elements=None):
-    """Of a mean over the targets that count, in the states' dtype."""
+    """Return the summed loss, and the gradients of its mean over targets that count, in the states' dtype."""
     states, weight = states.clone().requires_grad_(), weight.clone().requires_grad_()
     counting = targets != -100
     if loss == "chunked":
@@ -102,7 +102,7 @@ def head_gradients(states, weight, targets, label_smoothing, loss, slice_element
 
 
 def head(rows=48, width=16):
-    """Hidden states of 3 rows of 16 tokens, the middle one without a target, and every fifth target ignored."""
+    """Make an output head and states of 3 rows; the middle row has no target, every fifth target is ignored."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(rows, width, generator=generator)
     weight = torch.randn(VOCABULARY, width, generator=generator) * width**-0.5
@@ -115,7 +115,7 @@ def head(rows=48, width=16):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_gradients_of_a_large_vocabulary_in_fp32_and_bf16(label_smoothing):
     states, weight, targets = head()
-    # bf16 states and weights are exact numbers too: what counts is the arithmetic
+    # the reference takes the rounded inputs as exact, so that only rounding in the arithmetic counts
     rounded = states.bfloat16(), weight.bfloat16()
     exact = head_gradients(states.double(), weight.double(), targets, label_smoothing, "plain")
     exact_of_rounded = head_gradients(*(x.double() for x in rounded), targets, label_smoothing, "plain")
@@ -136,7 +136,7 @@ def test_gradients_of_a_large_vocabulary_in_fp32_and_bf16(label_smoothing):
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_bf16_autocast_gives_an_fp32_loss_and_gradients_as_good_as_plain(family):
+def test_bf16_autocast_gives_an_fp32_loss_and_gradients_as_accurate_as_plain(family):
     exact, model, batch = build(family).double(), build(family), batch_of(family, rows=40)
     plain_loss(exact, batch).backward()
     weight = model.get_output_embeddings().weight
@@ -151,24 +151,24 @@ def test_bf16_autocast_gives_an_fp32_loss_and_gradients_as_good_as_plain(family)
     assert errors[1] <= 1.5 * errors[0]
 
 
-def test_logits_that_backward_takes_again_are_never_all_there():
+def test_the_full_logits_are_never_in_memory():
     states, weight, targets = head(rows=480)
     for gradients in (False, True):
         with MemoryMeter() as meter, torch.set_grad_enabled(gradients):
             head_gradients(states, weight, targets, 0.1, "chunked") if gradients else (
                 chunked_cross_entropy(states, weight, None, targets.clamp(min=0), label_smoothing=0.1)
             )
-        # a slice of 2**22 logits and a copy or two, beside the head's own gradient and its clone here
+        # a slice of 2**22 logits and a copy or two, plus the head's gradient and the clone made here
         assert meter.peak_bytes < 3 * 2**22 * 4 + gradients * 2.2 * weight.nbytes < 480 * VOCABULARY * 4
 
 
-def test_another_number_of_targets_than_the_labels_that_count_is_refused():
+def test_num_targets_must_equal_the_number_of_labels_that_count():
     batch = dataclasses.replace(batch_of("t5"), num_targets=3)
-    with pytest.raises(RuntimeError, match="num_targets must be the labels that are not -100"):
+    with pytest.raises(RuntimeError, match="num_targets must be the number of labels except -100"):
         chunked_loss(build("t5"), batch)
 
 
-def test_gradients_scale_with_what_comes_from_above():
+def test_gradients_scale_with_the_upstream_gradient():
     model, batch = build("llama"), batch_of("llama")
     loss = chunked_loss(model, batch)
     loss.backward(retain_graph=True)
@@ -178,7 +178,7 @@ def test_gradients_scale_with_what_comes_from_above():
         torch.testing.assert_close(gradient, 4 * once[name], rtol=1e-5, atol=1e-6)
 
 
-def test_evaluation_takes_no_gradient():
+def test_evaluation_computes_no_gradient():
     model, batch = build("llama"), batch_of("llama")
     with torch.no_grad():
         loss = chunked_loss(model, batch)
@@ -208,7 +208,7 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(model_type):
     assert plain_loss(model, batch_of("llama")).isfinite()
 
 
-def test_a_bias_of_the_vocabularys_size_after_the_head_is_refused():
+def test_a_bias_added_to_the_logits_is_refused():
     fields = {"vocab_size": 384, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32}
     config = AutoConfig.for_model("bart", **fields, decoder_ffn_dim=32)
     model = AutoModelForSeq2SeqLM.from_config(config)
@@ -224,7 +224,7 @@ def test_a_causal_row_whose_first_label_counts_is_refused():
             loss_fn(build("llama"), batch)
 
 
-def test_the_head_is_itself_again_after_the_loss():
+def test_the_head_is_restored_after_the_loss():
     model, batch = build("t5"), batch_of("t5")
     before = copy.deepcopy(model.state_dict())
     chunked_loss(model, batch)
@@ -236,15 +236,16 @@ def test_the_head_is_itself_again_after_the_loss():
 def test_labels_of_another_length_than_the_hidden_states_are_refused():
     batch = collate([{"input_ids": [5] * 10, "labels": [-100, 3, 4]}])
     batch = dataclasses.replace(batch, inputs={**batch.inputs, "labels": torch.tensor([[-100, 3, 4]])}, num_targets=2)
-    with pytest.raises(ValueError, match=r"shape \(1, 10\) met labels of \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"shape \(1, 10\) but labels of shape \(1, 3\)"):
         chunked_loss(build("llama"), batch)
 
 
-def test_a_model_that_sees_what_it_is_to_predict_is_refused():
+def test_a_model_that_sees_its_targets_is_refused():
     fields = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    fields |= {"intermediate_size": 32, "initializer_range": 0.5}  # as a trained one, it looks at other tokens
+    # large weights, so that it attends to other tokens as a trained model does
+    fields |= {"intermediate_size": 32, "initializer_range": 0.5}
     config = AutoConfig.for_model("bert", **fields)
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UsageError, match="BertLMHeadModel sees the tokens that it is to predict"):
+    with pytest.raises(UsageError, match="BertLMHeadModel sees the tokens that it must predict"):
         check_loss(plain_loss, model)
     check_loss(plain_loss, AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **fields, is_decoder=True)))

@@ -1,6 +1,5 @@
-"""The meter against sums done by hand, and tensors without data against those with."""
+"""MemoryMeter against byte counts done by hand, and fake tensors against real ones."""
 
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -19,8 +18,9 @@ from lowmem.optim.make import make_optimizer
 from lowmem.plan.fakes import fake_tensors
 from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter
 from lowmem.step import TrainState, train_step
+from tests.forkserver import Forked
 from tests.models import build
-from tests.processes import run
+from tests.processes import ROOT, ended, environment, finish
 
 FLOAT = 4
 either = pytest.mark.parametrize("tensors", [nullcontext, fake_tensors], ids=["real", "fake"])
@@ -31,7 +31,7 @@ def test_results_count_until_they_are_freed_and_peak_is_the_largest_sum(tensors)
     with tensors(), MemoryMeter() as meter:
         a, b = torch.ones(100), torch.ones(100)
         assert meter.live_bytes == 200 * FLOAT
-        c = (a * b).exp()  # the product is freed when its exponential is there
+        c = (a * b).exp()  # the product is freed once its exponential exists
         assert (meter.live_bytes, meter.peak_bytes) == (300 * FLOAT, 400 * FLOAT)
         del a, b
         assert (meter.live_bytes, meter.peak_bytes) == (100 * FLOAT, 400 * FLOAT)
@@ -41,7 +41,7 @@ def test_results_count_until_they_are_freed_and_peak_is_the_largest_sum(tensors)
 
 
 @either
-def test_views_and_in_place_operations_count_nothing_but_hold_what_they_view(tensors):
+def test_views_and_in_place_operations_add_nothing_but_views_keep_their_base_alive(tensors):
     with tensors(), MemoryMeter() as meter:
         whole = torch.zeros(10, 10)
         part = whole[2:4].t()
@@ -55,7 +55,7 @@ def test_views_and_in_place_operations_count_nothing_but_hold_what_they_view(ten
 
 
 @either
-def test_what_was_there_before_counts_once_it_is_taken_in(tensors):
+def test_existing_tensors_count_once_they_are_added(tensors):
     with tensors():
         before = torch.zeros(100)
         with MemoryMeter() as meter:
@@ -68,7 +68,7 @@ def test_what_was_there_before_counts_once_it_is_taken_in(tensors):
 
 
 @either
-def test_tensors_in_lists_and_by_name_count_as_others(tensors):
+def test_tensors_in_lists_and_keyword_arguments_count_like_others(tensors):
     with tensors():
         before, named = [torch.zeros(10), torch.zeros(20)], torch.zeros(30)
         with MemoryMeter() as meter:
@@ -97,7 +97,7 @@ def test_a_resized_storage_counts_at_its_new_size(tensors):
         assert meter.live_bytes == 50 * FLOAT
 
 
-def test_what_tensors_without_data_are_asked_for_is_true_or_one():
+def test_values_read_from_fake_tensors_are_true_or_one():
     with fake_tensors():
         zeros = torch.zeros(3)
         assert zeros.sum().item() == 1 and zeros.isfinite().all().item() is True
@@ -119,7 +119,7 @@ def test_sizes_round_up_to_blocks():
         assert meter.live_bytes == 0
 
 
-def test_a_file_mapped_into_memory_does_not_count(tmp_path):
+def test_a_memory_mapped_file_does_not_count(tmp_path):
     with MemoryMeter() as meter:
         mapped = torch.from_file(str(tmp_path / "weights"), shared=True, size=1000)
         meter.count([mapped])
@@ -144,7 +144,7 @@ def test_backward_of_a_linear_layer(tensors):
 
 
 @either
-def test_saved_activations_count_until_backward_and_recompute_saves_them(tensors):
+def test_saved_activations_count_until_backward_and_checkpointing_avoids_them(tensors):
     size = 1000 * FLOAT
     with tensors(), MemoryMeter() as meter:
 
@@ -157,17 +157,18 @@ def test_saved_activations_count_until_backward_and_recompute_saves_them(tensors
             meter.reset_peak()
             loss = run(x)
             assert meter.live_bytes == size + saved * size + FLOAT
-            loss.backward()  # the engine runs under the meter: gradients, and what is computed again, count
+            loss.backward()  # autograd runs under the meter, so gradients and recomputed activations count
             assert meter.peak_bytes >= size + 3 * size
             del loss
             assert meter.live_bytes == 2 * size
 
 
 def two_steps(family, loss_fn, accelerator, *, memory="off", savers=(), micro_batches=2):
-    """Peak of the second optimizer step, and what is left after it."""
-    # transformers makes a mask wherever it cannot read that none is needed, but not for an attention it does not know
+    """Return the peak bytes of the second optimizer step, and the bytes that remain after it."""
+    # transformers makes a mask if it cannot read the values that show it needs none, but not for unknown attention
     AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
-    model = build(family, attn_implementation="sdpa_without_mask")
+    shallow = {"num_layers": 1} if family == "t5" else {}  # its two stacks have two layers
+    model = build(family, attn_implementation="sdpa_without_mask", **shallow)
     tokens = torch.ones((2, 16), dtype=torch.int64)
     labels = tokens if family == "t5" else F.pad(tokens[:, 1:], (1, 0), value=-100)
     num_targets = 32 if family == "t5" else 30
@@ -196,16 +197,17 @@ def two_steps(family, loss_fn, accelerator, *, memory="off", savers=(), micro_ba
     ],
     ids=["plain", "recompute", "exact", "lean"],
 )
-def test_a_step_without_data_takes_the_bytes_of_one_with(family, options):
+def test_a_step_on_fake_tensors_takes_the_bytes_of_a_real_one(family, options):
     accelerator = Accelerator(cpu=True)
     with fake_tensors():
         predicted = two_steps(family, accelerator=accelerator, **options)
     assert predicted == two_steps(family, accelerator=accelerator, **options)
 
 
-def test_so_it_does_under_autocast():
-    # in a process of its own: an Accelerator's precision is the whole process's
-    result = run(sys.executable, "-c", "from tests.test_meter import compare_under_autocast as f; f()")
+def test_a_step_on_fake_tensors_takes_the_bytes_of_a_real_one_under_autocast():
+    # in its own process: an Accelerator sets the precision of the whole process
+    with ended(Forked(compare_under_autocast, env=environment(), cwd=ROOT)) as process:
+        result = finish(process)
     assert result.returncode == 0, result.stderr
 
 

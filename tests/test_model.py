@@ -65,7 +65,7 @@ def test_t5_base_has_the_published_shape():
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_frozen_embeddings_take_their_tied_head_with_them(family):
+def test_freezing_embeddings_freezes_a_tied_head(family):
     model = build(family)
     freeze(model, parts=["embeddings"])
     assert not model.get_input_embeddings().weight.requires_grad
@@ -79,25 +79,25 @@ def test_a_frozen_encoder_leaves_the_decoder_and_the_shared_embeddings():
     assert trained == {"shared", "decoder"}
     with pytest.raises(UsageError, match="LlamaForCausalLM has none"):
         freeze(build("llama"), parts=["encoder"])
-    with pytest.raises(UsageError, match="freezing decoder was asked for"):
+    with pytest.raises(UsageError, match="decoder cannot be frozen"):
         freeze(model, parts=["decoder"])
 
 
 def test_a_tokenizer_without_its_files_is_refused(tmp_path):
-    build("qwen2").save_pretrained(tmp_path)  # AutoTokenizer makes an empty tokenizer of this folder, without a word
-    with pytest.raises(UsageError, match="turns text into no tokens"):
+    build("qwen2").save_pretrained(tmp_path)  # AutoTokenizer silently makes an empty tokenizer from this folder
+    with pytest.raises(UsageError, match="produces no tokens"):
         load_model(tmp_path)
 
 
-def test_mistakes_are_told(tmp_path):
-    with pytest.raises(UsageError, match="give one of"):
+def test_user_errors_are_reported(tmp_path):
+    with pytest.raises(UsageError, match="set one of them"):
         load_model()
-    with pytest.raises(UsageError, match="holds no config.json, so it is no model: name another folder"):
+    with pytest.raises(UsageError, match="does not contain config.json, so it is not a model: use another folder"):
         load_model(tmp_path)
     build("llama").save_pretrained(tmp_path / "inside" / "model")
     with pytest.raises(UsageError, match="did you mean .*inside/model"):
         load_model(tmp_path / "inside")
-    with pytest.raises(UsageError, match="no tokenizer can be loaded|turns text into no tokens"):
+    with pytest.raises(UsageError, match="no tokenizer can be loaded|produces no tokens"):
         load_model(tmp_path / "inside" / "model")
     tokenizer = saved_tokenizer(tmp_path)
     (tmp_path / "tokenizer" / "config.json").write_text("{}")
@@ -105,9 +105,9 @@ def test_mistakes_are_told(tmp_path):
         load_model(tmp_path / "tokenizer")
     with pytest.raises(UsageError, match="has no model_type"):
         load_model(model_config={"vocab_size": 9})
-    with pytest.raises(UsageError, match="has 384 tokens, the model embeds 100"):
+    with pytest.raises(UsageError, match="has 384 tokens, but the model has 100 embeddings"):
         load_model(model_config=LLAMA | {"vocab_size": 100}, tokenizer_name_or_path=tokenizer)
-    with pytest.raises(UsageError, match="none that transformers knows"):
+    with pytest.raises(UsageError, match="transformers does not accept model_config"):
         load_model(model_config={"model_type": "t6"})
     with pytest.raises(UsageError, match="cannot be read"):
         load_model(model_config=tmp_path / "missing.json")
@@ -124,11 +124,11 @@ def test_missing_weights_are_refused(tmp_path):
         load_model(tmp_path, tokenizer_name_or_path=saved_tokenizer(tmp_path))
 
 
-def test_learned_biases_are_left_to_fused_attention_on_a_gpu_alone(tmp_path):
+def test_learned_biases_use_fused_attention_only_on_a_gpu(tmp_path):
     for fields, attention in ((T5, "sdpa" if torch.accelerator.is_available() else "eager"), (LLAMA, "sdpa")):
         model, tokenizer = load_model(model_config=fields)
         assert model.config._attn_implementation == attention
         model.save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
-        assert "attn" not in (tmp_path / "config.json").read_text()  # whoever loads it has the choice
+        assert "attn" not in (tmp_path / "config.json").read_text()  # the code that loads it chooses
         assert load_model(tmp_path)[0].config._attn_implementation == attention

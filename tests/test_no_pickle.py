@@ -22,7 +22,7 @@ from tests.test_sharded import DDP, FSDP, new_state, train
 
 
 def save_and_load_unpickled(folder, sharding_strategy):
-    """On each of two ranks, with everything forbidden that pickles, unpickles or opens a file that could be one."""
+    """Save and load on each rank, with pickling, unpickling and the opening of pickle files forbidden."""
 
     def refuse(event, arguments):
         is_read = event == "open" and isinstance(arguments[0], str | os.PathLike) and arguments[1] != "w"
@@ -40,13 +40,13 @@ def save_and_load_unpickled(folder, sharding_strategy):
     torch.save = forbidden
     sys.addaudithook(refuse)
     path = save_checkpoint(state, folder, accelerator, tokenizer=ByT5Tokenizer(), config={"a": 1}, keep=1)
-    on_main_rank(lambda: plant_malice(path))
+    on_main_rank(lambda: write_malicious_pickles(path))
     other = new_state(accelerator, sharding_strategy, seed=5)
     load_checkpoint(other, checkpoint_to_resume(str(path), folder), accelerator)
     load_model(path / "model")
 
 
-def plant_malice(path):
+def write_malicious_pickles(path):
     for name in ("optimizer.pkl", "model/pytorch_model.bin", "model/training_args.bin", "optimizer.pt"):
         (path / name).write_bytes(pickle_that_creates(path / "opened"))
 

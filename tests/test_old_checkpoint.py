@@ -1,4 +1,4 @@
-"""A run that commit b140580 began goes on here: its checkpoint, flags and metrics.jsonl are those of today."""
+"""A run started by commit b140580 can be resumed: its checkpoint, flags and metrics.jsonl are still valid."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from tests.processes import ROOT, train
 OLD = ROOT / "tests" / "data" / "run-b140580"
 
 
-def test_a_run_of_an_earlier_version_resumes_on_its_own_curve(tmp_path):
+def test_a_run_of_an_earlier_version_resumes_with_the_same_losses(tmp_path):
     shutil.copytree(OLD, tmp_path / "old")
     saved = json.loads((OLD / "config.json").read_text())
     changed = {"output_dir": tmp_path / "old", "resume": "auto"}

@@ -25,7 +25,7 @@ def test_schedules_are_those_of_transformers(schedule, warmup_steps):
 def test_learning_rate_ends_at_zero_and_stays_there():
     assert learning_rate_at(50, total_steps=50, peak=1.0) == pytest.approx(0)
     assert learning_rate_at(60, total_steps=50, peak=1.0, schedule="linear") == 0
-    with pytest.raises(ValueError, match="choose one"):
+    with pytest.raises(ValueError, match="use cosine, linear or constant"):
         learning_rate_at(0, total_steps=1, peak=1.0, schedule="sine")
 
 
@@ -34,7 +34,7 @@ def test_learning_rate_ends_at_zero_and_stays_there():
 def test_the_same_weights_decay_as_in_trainer(family, memory):
     model = build(family)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    expected = set(Trainer.get_decay_parameter_names(None, model)) & set(names.values())  # it names tied ones twice
+    expected = set(Trainer.get_decay_parameter_names(None, model)) & set(names.values())  # it lists tied weights twice
     optimizer = make_optimizer(model, memory=memory, weight_decay=0.1)
     decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert decayed == expected
@@ -72,17 +72,17 @@ def test_frozen_weights_are_left_out():
     assert id(model.shared.weight) not in trained
     with pytest.raises(ValueError, match="every parameter is frozen"):
         make_optimizer(model.requires_grad_(False))
-    with pytest.raises(ValueError, match="with memory=off there are adamw"):
+    with pytest.raises(ValueError, match="with memory=off: use one of adamw"):
         make_optimizer(build("t5"), name="lion", memory="off")
-    with pytest.raises(ValueError, match="with memory=exact there are adamw, adamw_bf16, adafactor"):
+    with pytest.raises(ValueError, match="with memory=exact: use one of adamw, adamw_bf16, adafactor"):
         make_optimizer(build("t5"), name="sgd")
-    with pytest.raises(ValueError, match="there are exact, lean and off"):
+    with pytest.raises(ValueError, match="use exact, lean or off"):
         make_optimizer(build("t5"), memory="tiny")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(4096, 2048), (131072, 64), (3, 2000, 1000), (5000,), (), (0, 8)])
-def test_the_norm_of_a_gradient_is_fp32_over_all_of_it(shape, dtype):
+def test_the_norm_of_a_gradient_is_accurate_in_fp32(shape, dtype):
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     norm = gradient_norm(gradient)
     assert norm.dtype == torch.float32 and norm.shape == ()

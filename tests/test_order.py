@@ -26,12 +26,12 @@ def test_permutation_moves_rows_far():
 
 
 NUM_ROWS = sorted({size for k in range(1, 11) for size in (1, 2, 2**k - 1, 2**k, 2**k + 1)})
-WINDOWS = {"1": 1, "3": 3, "all": 10**9}  # groups of one byte in a window
+WINDOWS = {"1": 1, "3": 3, "all": 10**9}  # groups in a window, each of one byte
 
 
 @st.composite
 def orders(draw):
-    """Groups over so many rows, some of them empty, and how many groups a window takes."""
+    """Draw groups of rows, some of them empty, the number of groups in a window, and a seed."""
     num_rows = draw(st.sampled_from(NUM_ROWS))
     cuts = sorted(draw(st.lists(st.integers(0, num_rows), max_size=12)))
     bounds = [0, *cuts, num_rows]
@@ -51,7 +51,7 @@ def test_every_epoch_holds_each_row_once(order, epoch):
 
 @given(orders(), st.lists(st.integers(0, 4000), max_size=8), st.integers(1, 4))
 @settings(deadline=None, derandomize=True, max_examples=150)
-def test_any_cut_of_positions_over_any_number_of_ranks_gives_the_same_rows(order, cuts, world_size):
+def test_any_split_of_positions_over_any_number_of_ranks_gives_the_same_rows(order, cuts, world_size):
     groups, window, seed = order
     end = 2 * groups.num_rows + 5
     whole = rows_at(0, end, groups, seed=seed, window_bytes=window)
@@ -64,32 +64,32 @@ def test_any_cut_of_positions_over_any_number_of_ranks_gives_the_same_rows(order
     assert np.array_equal(np.concatenate(parts), whole)
 
 
-def test_another_epoch_is_another_order():
+def test_each_epoch_has_its_own_order():
     n = ONE_BYTE_A_ROW.num_rows
     assert not np.array_equal(rows_at(0, n, ONE_BYTE_A_ROW, seed=5), rows_at(n, 2 * n, ONE_BYTE_A_ROW, seed=5))
 
 
 def test_consecutive_rows_come_from_the_groups_of_one_window_well_mixed():
     groups = rows_at(0, 80_000, ONE_BYTE_A_ROW, seed=0, window_bytes=99_999) // 20_000
-    assert len(set(groups)) == 4  # a fifth would make it 100,000 bytes
+    assert len(set(groups)) == 4  # a fifth group would make it 100,000 bytes
     shares = np.bincount(groups[:4_000], minlength=40)
     assert sorted(shares)[-4:] == pytest.approx([1_000] * 4, rel=0.1)
 
 
-def test_a_window_holds_no_more_bytes_than_it_may_unless_one_group_alone_does():
+def test_a_window_keeps_to_its_size_unless_it_is_one_larger_group():
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 50, 300)
     groups = Groups.of(sizes, np.where(rng.random(300) < 0.05, 2 * WINDOW_BYTES, sizes * 50_000))
     of_row = np.repeat(np.arange(300), sizes)
     drawn = of_row[rows_at(0, groups.num_rows, groups, seed=3)]
-    last_seen = {group: place for place, group in enumerate(drawn)}
-    first_seen = {group: place for place, group in reversed(list(enumerate(drawn)))}
-    for place in range(len(drawn)):  # the groups that a reader needs at once
-        held = [group for group in first_seen if first_seen[group] <= place <= last_seen[group]]
+    last_seen = {group: position for position, group in enumerate(drawn)}
+    first_seen = {group: position for position, group in reversed(list(enumerate(drawn)))}
+    for position in range(len(drawn)):  # the groups that a reader holds at this position
+        held = [group for group in first_seen if first_seen[group] <= position <= last_seen[group]]
         assert len(held) == 1 or groups.bytes[held].sum() <= WINDOW_BYTES
 
 
-def test_without_shuffle_rows_stand_in_file_order():
+def test_without_shuffle_rows_are_in_file_order():
     assert rows_at(8, 13, Groups.of([4, 6]), seed=0, shuffle=False).tolist() == [8, 9, 0, 1, 2]
 
 
@@ -98,8 +98,8 @@ def test_order_of_no_rows_is_refused():
         rows_at(0, 1, Groups.of([0]), seed=0)
 
 
-def test_the_order_is_the_one_that_checkpoints_were_saved_with():
-    """Positions mean nothing in another order, so a change of these numbers breaks every resume."""
+def test_the_order_is_that_of_existing_checkpoints():
+    """A saved position is valid only in this order, so a change of these numbers breaks every resume."""
     assert permute(np.arange(5), 10, (1, 2)).tolist() == [1, 4, 3, 2, 5]
     assert permute(np.arange(4), 2**40, (3,)).tolist() == [255546647969, 435823828157, 92481491259, 41636616374]
     groups = Groups.of([3, 5, 0, 4, 7], [30, 50, 0, 40, 70])

@@ -15,7 +15,7 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 384, "n_embd": 32, "n_layer": 2, "n_
 
 
 def documents(lengths, seed=0):
-    """Rows of these lengths and unequal numbers of targets; the number of row i is 100 + i."""
+    """Make rows of these lengths with unequal numbers of targets; the id of row i is 100 + i."""
     source, rows = random.Random(seed), []
     for number, length in enumerate(lengths):
         ids = [source.randrange(3, 384) for _ in range(length)]
@@ -34,8 +34,8 @@ def length(row):
 
 
 def unpacked(row):
-    """The documents of a packed row, by their numbers, cut where positions restart."""
-    starts = [place for place, position in enumerate(row["position_ids"]) if position == 0]
+    """Split a packed row where its position ids restart; return its documents by row id."""
+    starts = [index for index, position in enumerate(row["position_ids"]) if position == 0]
     parts = [slice(start, stop) for start, stop in zip(starts, [*starts[1:], length(row)], strict=True)]
     for part in parts:
         assert row["position_ids"][part] == list(range(part.stop - part.start))
@@ -48,7 +48,7 @@ def unpacked(row):
     [[1] * 9, [64] * 7, [64, 1, 63, 2, 30, 30, 4, 64], lognormal(300, longest=64), [33] * 20, [5] * 7],
     ids=["ones", "full", "mixed", "many", "halves", "few"],
 )
-def test_every_row_stands_once_and_whole_in_non_empty_micro_batches_that_keep_to_the_length(lengths, micro_batches):
+def test_every_row_is_packed_once_and_unsplit_into_non_empty_micro_batches_of_limited_length(lengths, micro_batches):
     rows = documents(lengths)
     packed = pack(rows, max_seq_len=64, micro_batches=micro_batches)
     assert len(packed) == micro_batches and all(packed)
@@ -74,7 +74,7 @@ def test_rows_of_one_length_keep_their_order():
     assert [row["row_ids"] for row in packed[0]] == [[100 + i for i in range(first, first + 4)] for first in (0, 4, 8)]
 
 
-def places(parts):
+def padded_tokens(parts):
     """Tokens of each micro-batch, padding included."""
     return [len(part) * max(map(length, part)) for part in parts]
 
@@ -85,10 +85,10 @@ def places(parts):
 )
 def test_little_of_packed_rows_is_padding(count, micro_batches, packed_padding, unpacked_padding):
     lengths = lognormal(count, longest=2048)
-    packed = sum(places(pack(documents(lengths), max_seq_len=2048, micro_batches=micro_batches)))
+    packed = sum(padded_tokens(pack(documents(lengths), max_seq_len=2048, micro_batches=micro_batches)))
     assert 1 - sum(lengths) / packed < packed_padding
     in_order, size = sorted(lengths, reverse=True), count // micro_batches
-    unpacked = sum(size * in_order[first] for first in range(0, count, size))  # as micro-batches are cut otherwise
+    unpacked = sum(size * in_order[first] for first in range(0, count, size))  # micro-batches without packing
     assert 1 - sum(lengths) / unpacked > unpacked_padding
 
 
@@ -97,29 +97,29 @@ def test_best_fit_takes_the_fewest_rows_where_first_come_first_served_does_not()
     assert [length(row) for row in packed[0]] == [64, 64, 64]
 
 
-def test_micro_batches_are_of_one_size_but_for_a_hundredth_and_the_largest_comes_first():
-    packed = places(pack(documents(lognormal(500, longest=256)), max_seq_len=256, micro_batches=6))
+def test_micro_batches_are_equal_to_within_a_hundredth_and_the_largest_comes_first():
+    packed = padded_tokens(pack(documents(lognormal(500, longest=256)), max_seq_len=256, micro_batches=6))
     assert packed == sorted(packed, reverse=True)
     assert packed[0] <= 1.01 * sum(packed) / 6
 
 
-def test_rows_of_like_length_share_a_micro_batch():
+def test_rows_of_similar_length_share_a_micro_batch():
     packed = pack(documents([64, 50, 40, 33, 31]), max_seq_len=64, micro_batches=2)
     assert [[length(row) for row in part] for part in packed] == [[64, 64], [50, 40]]
 
 
-def test_a_row_that_stands_in_for_another_has_no_number():
+def test_a_blank_row_has_no_row_id():
     rows = [(None, row) for _, row in documents([3, 4])]
     assert pack(rows, max_seq_len=8, micro_batches=1)[0][0]["row_ids"] == [None, None]
 
 
-def test_a_row_without_a_token_takes_no_place():
+def test_a_row_without_a_token_takes_no_space():
     packed = pack([(0, {"input_ids": [], "labels": []}), *documents([3])], max_seq_len=8, micro_batches=1)
     assert packed[0][0]["row_ids"] == [100, 0]
     assert packed[0][0]["position_ids"] == [0, 1, 2]
 
 
-def test_num_cut_is_not_a_part_of_what_is_packed():
+def test_a_packed_row_has_no_num_cut():
     packed = pack([(0, {"input_ids": [5, 6], "labels": [5, 6], "num_cut": 3})], max_seq_len=8, micro_batches=1)
     assert packed == [[{"input_ids": [5, 6], "labels": [IGNORED, 6], "position_ids": [0, 1], "row_ids": [0]}]]
 
@@ -127,12 +127,12 @@ def test_num_cut_is_not_a_part_of_what_is_packed():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"input_ids": [5] * 9, "labels": [5] * 9}, "at most 8 tokens .max_seq_len., row 7 has 9: cut it"),
-        ({"input_ids": [5, 6], "labels": [6]}, "label under every token, row 7 has 1 labels and 2 tokens"),
-        ({"input_ids": [5], "labels": [5], "weights": [1]}, "row 7 also brings weights: leave that out"),
+        ({"input_ids": [5] * 9, "labels": [5] * 9}, "the limit is 8 tokens .max_seq_len., row 7 has 9: shorten it"),
+        ({"input_ids": [5, 6], "labels": [6]}, "label for every token, row 7 has 1 labels and 2 tokens"),
+        ({"input_ids": [5], "labels": [5], "weights": [1]}, "row 7 also has weights: remove these keys"),
     ],
 )
-def test_rows_that_packing_cannot_place_are_refused_by_number(row, message):
+def test_rows_that_cannot_be_packed_are_refused_by_row_id(row, message):
     with pytest.raises(ValueError, match=message):
         pack([(3, {"input_ids": [5], "labels": [5]}), (7, row)], max_seq_len=8, micro_batches=1)
 
@@ -166,7 +166,7 @@ def test_packed_documents_have_the_loss_and_gradients_of_each_alone(family, atte
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-def test_models_that_keep_documents_apart_pass_and_are_left_as_they_were(family, attention, dtype):
+def test_models_that_keep_documents_apart_pass_and_are_unchanged(family, attention, dtype):
     model = causal(**GPT2) if family == "gpt2" else build(family)
     model.to(dtype).set_attn_implementation(attention)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
@@ -185,9 +185,9 @@ def causal(model_type, **fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},  # a state
+        {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},  # recurrent state
         {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4},  # ALiBi
-        {  # learned positions, whose mask does not heed them
+        {  # learned positions, and a mask that ignores position_ids
             "model_type": "opt",
             "hidden_size": 32,
             "num_hidden_layers": 2,
@@ -201,14 +201,15 @@ def causal(model_type, **fields):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_whose_documents_see_each_other_are_refused(fields, dtype):
     model = causal(vocab_size=384, **fields).to(dtype).train()
-    with pytest.raises(UsageError, match=f"must not see each other, those of {type(model).__name__} .* do: train it"):
+    message = f"must not see each other, those of {type(model).__name__} .* do: train without packing"
+    with pytest.raises(UsageError, match=message):
         check_packing(model)
     assert model.training
 
 
 def test_a_model_that_takes_no_positions_is_refused():
     class Positionless(torch.nn.Module):
-        """As a model of one's own may be: no position_ids, no other words."""
+        """A custom model that takes neither position_ids nor other keyword arguments."""
 
         def __init__(self):
             super().__init__()
@@ -226,5 +227,6 @@ def test_a_model_that_takes_no_positions_is_refused():
 
 
 def test_encoder_decoder_models_are_refused():
-    with pytest.raises(UsageError, match="packing needs a causal model .* T5ForConditionalGeneration writes responses"):
+    message = "packing needs a causal model .* T5ForConditionalGeneration is an encoder-decoder"
+    with pytest.raises(UsageError, match=message):
         check_packing(build("t5"))

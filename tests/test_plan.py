@@ -1,4 +1,4 @@
-"""What a plan predicts beside what real tensors take, and what it chooses to fit."""
+"""The bytes that a plan predicts, compared with real tensors, and the configuration that it chooses to fit."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def config_for(folder, family, tier="exact", **flags):
 
 
 def peak_of_two_steps(config, accelerator):
-    """Bytes of real tensors at most in the second optimizer step, on this rank, by the functions that train."""
+    """Run two optimizer steps with the training code; return the peak bytes of this rank's tensors in the second."""
     model = build_model(config_of(config.model_config), "eager" if "t5" in config.model_config else "sdpa")
     names = ("sharding_strategy", "shard_size", "cpu_offload", "tp_size")
     model = parallelize(model, accelerator, **{name: getattr(config, name) for name in names})
@@ -57,11 +57,11 @@ def peak_of_two_steps(config, accelerator):
         inputs["attention_mask"] = torch.ones_like(tokens).index_fill(1, torch.tensor([31]), 0)
     batch = Batch(inputs, num_targets=tokens.numel() - len(tokens) * is_causal, row_ids=[])
     batches = [batch] * config.gradient_accumulation_steps
-    wanted = [savers.recompute] if config.recompute == "full" else []
-    wanted += [savers.recompute_cheap] if config.recompute == "cheap" else []
-    wanted += [savers.offload_activations] if config.offload_activations else []
-    wanted += [savers.release] if config.release else []
-    with MemoryMeter() as meter, savers.entered(wanted, model, optimizer):
+    active = [savers.recompute] if config.recompute == "full" else []
+    active += [savers.recompute_cheap] if config.recompute == "cheap" else []
+    active += [savers.offload_activations] if config.offload_activations else []
+    active += [savers.release] if config.release else []
+    with MemoryMeter() as meter, savers.entered(active, model, optimizer):
         kept = [tensor for tensors in optimizer.state.values() for tensor in tensors.values()]
         meter.count(map(local_of, [*model.parameters(), *kept, *inputs.values()]))
         state = TrainState(model, optimizer)
@@ -73,8 +73,8 @@ def peak_of_two_steps(config, accelerator):
 
 
 @pytest.fixture
-def own_environment(monkeypatch):
-    """Counting changes it, as it is called in processes of its own."""
+def restored_environment(monkeypatch):
+    """Restore the launcher's variables after the test: counting sets them, since it usually has its own process."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
@@ -93,18 +93,18 @@ SAVERS = ({}, {"recompute": "full"}, {"recompute": "cheap"}, RELEASE, RELEASE | 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prediction_is_within_a_tenth_of_real_tensors(family, tmp_path, own_environment):
+def test_a_prediction_is_within_a_tenth_of_real_tensors(family, tmp_path, restored_environment):
     for tier in TIERS:
         for options in SAVERS:
-            is_within_a_tenth(config_for(tmp_path, family, tier, **options))
+            assert_within_a_tenth(config_for(tmp_path, family, tier, **options))
 
 
 @pytest.mark.parametrize(("tier", "options"), [("fp32", SAVERS[0]), ("exact", SAVERS[2]), ("lean", SAVERS[4])])
-def test_so_it_is_for_a_tier_with_one_saver(tier, options, tmp_path, own_environment):
-    is_within_a_tenth(config_for(tmp_path, "llama", tier, **options))
+def test_a_prediction_for_a_tier_with_one_saver_is_within_a_tenth(tier, options, tmp_path, restored_environment):
+    assert_within_a_tenth(config_for(tmp_path, "llama", tier, **options))
 
 
-def is_within_a_tenth(config):
+def assert_within_a_tenth(config):
     real = peak_of_two_steps(config, Accelerator(cpu=True))
     assert abs(predicted_bytes(config) / real - 1) < 0.1, (config.memory, config.recompute, config.release, real)
 
@@ -118,13 +118,13 @@ def write_peaks(folder, configs):
     (folder / f"peaks-{accelerator.process_index}").write_text(json.dumps(peaks))
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # as lowmem.distributed.fully_sharded says
-def test_so_it_is_on_two_processes(tmp_path, own_environment):
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # see lowmem.distributed.fully_sharded
+def test_a_prediction_on_two_processes_is_within_a_tenth(tmp_path, restored_environment):
     configs = [
         config_for(tmp_path, "llama", tier, recompute="full", **options)
         for options in STRATEGIES
         for tier in ("exact", "lean")
-        if (tier, "tp_size" in options) != ("lean", True)  # which has too few columns here
+        if (tier, "tp_size" in options) != ("lean", True)  # this model has too few columns for it
     ]
     configs.append(dataclasses.replace(configs[2], offload_activations=True))
     configs.append(dataclasses.replace(configs[4], cpu_offload=True))
@@ -136,9 +136,9 @@ def test_so_it_is_on_two_processes(tmp_path, own_environment):
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-def test_so_it_is_with_two_copies_of_two_shards(tmp_path, own_environment):
-    division = {"sharding_strategy": "HYBRID_SHARD", "shard_size": 2}
-    configs = [config_for(tmp_path, family, recompute="full", **division) for family in ("t5", "llama")]
+def test_a_prediction_with_two_replicas_of_two_shards_is_within_a_tenth(tmp_path, restored_environment):
+    sharding = {"sharding_strategy": "HYBRID_SHARD", "shard_size": 2}
+    configs = [config_for(tmp_path, family, recompute="full", **sharding) for family in ("t5", "llama")]
     assert fork_ranks(4, write_peaks, tmp_path, configs) == [0] * 4
     peaks = json.loads((tmp_path / "peaks-0").read_text())
     for config, real in zip(configs, peaks, strict=True):
@@ -152,20 +152,20 @@ DEEP = {
 
 
 @pytest.mark.parametrize("family", DEEP)
-def test_deep_stacks_follow_from_shallow_ones(family, tmp_path, own_environment):
+def test_deep_stacks_are_extrapolated_from_shallow_ones(family, tmp_path, restored_environment):
     for depth in DEEP[family]:
         gpu, config = Cluster(1, 1, on_gpu=True), config_for(tmp_path, family, max_seq_len=64, batch_size=2)
         path = write_model(tmp_path, family, **depth)
         whole, found = count(config, gpu, config_of(str(path))), rehearse(config, gpu)
         assert found.num_parameters == whole.num_parameters
         assert (found.model_bytes, found.checkpoint_bytes) == (whole.model_bytes, whole.checkpoint_bytes)
-        peaks = [max(sum(parts.values()) for parts in counted.moments.values()) for counted in (found, whole)]
+        peaks = [max(sum(parts.values()) for parts in counted.peaks.values()) for counted in (found, whole)]
         assert abs(peaks[0] / peaks[1] - 1) < 0.02, depth
 
 
-def test_parts_are_what_the_tier_keeps(tmp_path, own_environment):
+def test_parts_are_what_the_tier_keeps(tmp_path, restored_environment):
     counted = rehearse(config_for(tmp_path, "llama"))
-    parts = counted.moments["update"]
+    parts = counted.peaks["update"]
     weights = counted.num_parameters
     assert (parts["weights"], parts["low halves"]) == (pytest.approx(2 * weights, rel=0.01), 2 * weights)
     assert parts["moments"] == pytest.approx(8 * weights, rel=0.01)
@@ -173,10 +173,10 @@ def test_parts_are_what_the_tier_keeps(tmp_path, own_environment):
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-def test_gathered_weights_are_communication_from_the_first_forward(tmp_path, own_environment):
-    division = {"sharding_strategy": "SHARD_GRAD_OP", "gradient_accumulation_steps": 1}
-    counted = rehearse(config_for(tmp_path, "llama", **division), Cluster(2, 2, on_gpu=False))
-    assert counted.moments["loss"]["communication"] == 2 * counted.num_parameters
+def test_all_gather_buffers_count_as_communication_from_the_first_forward(tmp_path, restored_environment):
+    sharding = {"sharding_strategy": "SHARD_GRAD_OP", "gradient_accumulation_steps": 1}
+    counted = rehearse(config_for(tmp_path, "llama", **sharding), Cluster(2, 2, on_gpu=False))
+    assert counted.peaks["loss"]["communication"] == 2 * counted.num_parameters
 
 
 def names(rungs):
@@ -187,7 +187,7 @@ def test_the_ladder_keeps_rows_tier_and_what_a_flag_sets(tmp_path):
     config = config_for(tmp_path, "llama")
     rungs = list(ladder(config, GPUS, fixed=()))
     assert names(rungs) == [
-        "as asked",
+        "no change",
         "recompute=cheap",
         "recompute=full",
         "batch_size=2 x accumulation 4",
@@ -211,11 +211,16 @@ def test_the_ladder_keeps_rows_tier_and_what_a_flag_sets(tmp_path):
     changes = [rung.changes for rung in ladder(whole, GPUS, fixed=())]
     assert all("gradient_accumulation_steps" not in each and "global_batch_size" not in each for each in changes)
     released = config_for(tmp_path, "llama", release=True, gradient_accumulation_steps=1, max_grad_norm=0)
-    assert names(ladder(released, GPUS, ())) == ["as asked", "recompute=cheap", "recompute=full", "offload_activations"]
+    assert names(ladder(released, GPUS, ())) == [
+        "no change",
+        "recompute=cheap",
+        "recompute=full",
+        "offload_activations",
+    ]
 
 
 def predictions(sizes):
-    """A plan's counting with sizes that are known: 1,000 bytes less for each rung."""
+    """Return a `predict` for `choose` that looks up `sizes` by `recompute` and `batch_size`."""
 
     def predict(configs):
         return (Prediction({"all": sizes[config.recompute, config.batch_size]}, {"all": 5}, {}) for config in configs)
@@ -223,24 +228,25 @@ def predictions(sizes):
     return predict
 
 
-def test_the_first_rung_that_fits_is_chosen_and_each_is_told(tmp_path):
+def test_the_first_rung_that_fits_is_chosen_and_each_is_reported(tmp_path):
     config = config_for(tmp_path, "llama", device_memory="3GB")
     sizes = {("off", 4): 9 * 10**9, ("cheap", 4): 4 * 10**9, ("full", 4): 3 * 10**9, ("full", 2): 2 * 10**9}
     sizes |= {("full", 1): 1 * 10**9, ("off", 2): 8 * 10**9, ("off", 1): 7 * 10**9}
-    told = []
-    chosen, predicted = choose(config, CPU, (), predictions(sizes), told.append)
+    lines = []
+    chosen, predicted = choose(config, CPU, (), predictions(sizes), lines.append)
     assert (chosen.recompute, chosen.batch_size, predicted.device_bytes) == ("full", 4, 3 * 10**9)
-    assert told[0] == "  as asked: device 9.00 GB, host 0.00 MB; 6.00 GB more than --device_memory=3GB"
-    assert told[-1].endswith("recompute=full: device 3.00 GB, host 0.00 MB; fits")
+    assert lines[0] == "  no change: device 9.00 GB, host 0.00 MB; 6.00 GB more than --device_memory=3GB"
+    assert lines[-1].endswith("recompute=full: device 3.00 GB, host 0.00 MB; fits")
     tight = dataclasses.replace(config, device_memory="500MB")
     with pytest.raises(UsageError, match="nothing fits: with batch_size=1 x accumulation 8.*0.50 GB more than"):
-        choose(tight, CPU, (), predictions(sizes), told.append)
-    with pytest.raises(UsageError, match="--memory=lean .*; recompute=cheap, recompute=full may not be tried"):
-        choose(tight, CPU, {"recompute"}, predictions(sizes), told.append)
+        choose(tight, CPU, (), predictions(sizes), lines.append)
+    advice = "--memory=lean .*; to try recompute=cheap, recompute=full, remove their flags"
+    with pytest.raises(UsageError, match=advice):
+        choose(tight, CPU, {"recompute"}, predictions(sizes), lines.append)
 
 
 def predict_two_parts(configs):
-    """Activations and state in GB, of sizes that are known."""
+    """Predict sizes of activations and state, in GB, that are easy to add up."""
     for config in configs:
         activations = {"off": 4, "cheap": 2, "full": 1}[config.recompute] * config.batch_size
         activations *= 0.5 if config.offload_activations else 1
@@ -249,23 +255,23 @@ def predict_two_parts(configs):
         yield Prediction({"all": int((activations + state) * 10**9)}, {"all": 5}, {})
 
 
-def test_what_a_later_rung_makes_needless_is_taken_back_costliest_first(tmp_path):
-    config, told = config_for(tmp_path, "llama", device_memory="10GB"), []
-    chosen, predicted = choose(config, GPUS, (), predict_two_parts, told.append)
-    assert [line.partition(":")[0].strip() for line in told[6:]] == [
+def test_rungs_that_a_later_one_makes_unnecessary_are_undone_costliest_first(tmp_path):
+    config, lines = config_for(tmp_path, "llama", device_memory="10GB"), []
+    chosen, predicted = choose(config, GPUS, (), predict_two_parts, lines.append)
+    assert [line.partition(":")[0].strip() for line in lines[6:]] == [
         "sharding_strategy=SHARD_GRAD_OP",  # 6.5 GB
         "without offload_activations",  # 7
         "without batch_size=1 x accumulation 8",  # 8
         "without batch_size=2 x accumulation 4",  # 10
-        "without recompute=full",  # 14: it stays, and recompute=off is not tried
+        "without recompute=full",  # 14: too much, so it stays and recompute=off is not tried
     ]
     assert chosen == dataclasses.replace(config, recompute="full", sharding_strategy="SHARD_GRAD_OP")
-    assert predicted.device_bytes == 10 * 10**9 and told[-2].endswith("device 10.00 GB, host 0.00 MB; fits")
-    assert told[-1].endswith("4.00 GB more than --device_memory=10GB")
+    assert predicted.device_bytes == 10 * 10**9 and lines[-2].endswith("device 10.00 GB, host 0.00 MB; fits")
+    assert lines[-1].endswith("4.00 GB more than --device_memory=10GB")
 
 
 @pytest.mark.parametrize(
-    ("limit", "fixed", "asked", "chosen"),
+    ("limit", "fixed", "flags", "chosen"),
     [
         ("30GB", (), {}, {}),
         ("20GB", (), {}, {"recompute": "cheap"}),
@@ -275,25 +281,25 @@ def test_what_a_later_rung_makes_needless_is_taken_back_costliest_first(tmp_path
             "2GB",
             (),
             {},
-            # cpu_offload needs the division that was a rung of its own
+            # cpu_offload needs FULL_SHARD, which was a separate rung
             {"recompute": "full", "batch_size": 2, "gradient_accumulation_steps": 4}
             | {"sharding_strategy": "FULL_SHARD", "cpu_offload": True},
         ),
     ],
 )
-def test_what_is_chosen_has_no_change_that_it_fits_without(limit, fixed, asked, chosen, tmp_path):
-    config = config_for(tmp_path, "llama", device_memory=limit, **asked)
+def test_the_choice_contains_no_unnecessary_change(limit, fixed, flags, chosen, tmp_path):
+    config = config_for(tmp_path, "llama", device_memory=limit, **flags)
     found, _ = choose(config, GPUS, fixed, predict_two_parts, lambda line: None)
     assert found == dataclasses.replace(config, **chosen)
 
 
-def test_the_host_is_a_limit_too(tmp_path):
+def test_host_memory_is_a_limit_too(tmp_path):
     config = config_for(tmp_path, "llama", host_memory="2.6GB")
 
     def predict(configs):
         return (Prediction({"all": 1}, {"all": 3 * 10**9}, {}) for _ in configs)
 
-    with pytest.raises(UsageError, match="as asked, which comes nearest, 0.40 GB more than --host_memory=2.6GB"):
+    with pytest.raises(UsageError, match="no change, the closest, it needs 0.40 GB more than --host_memory=2.6GB"):
         choose(config, GPUS, (), predict, lambda line: None)
     small = dataclasses.replace(config, host_memory="2GB")
     with pytest.raises(UsageError, match="programs of 2 processes alone take 2.52 GB of the host, 0.52 GB more than"):
@@ -315,10 +321,10 @@ def test_host_memory_counts_all_processes_and_cpu_offload_moves_the_state(tmp_pa
     assert sum(size for kind, size in predicted.host.items() if kind.endswith("processes")) == 2 * (10 + 40 + 3)
     assert predicted.disk == {"3 checkpoints": 300, "model": 20}
     kept = prediction(dataclasses.replace(config, cpu_offload=False), GPUS, counted)
-    assert list(kept.device) == ["weights", "moments", "activations", CONTEXT]  # what stays first
+    assert list(kept.device) == ["weights", "moments", "activations", CONTEXT]  # persistent parts first
 
 
-def test_wrong_sizes_are_told_before_torch_is_loaded():
+def test_wrong_sizes_are_reported_before_torch_is_loaded():
     code = (
         "import sys, lowmem.cli as cli\n"
         "assert cli.main(['plan', '--device_memory=much', '--batch_size=0']) == 2\n"
@@ -329,14 +335,14 @@ def test_wrong_sizes_are_told_before_torch_is_loaded():
     assert "--device_memory: size 'much' is not understood" in result.stderr and "--batch_size=0" in result.stderr
 
 
-def test_plan_tells_and_draws_and_writes_nothing_else(tmp_path):
+def test_plan_prints_and_draws_and_writes_nothing_else(tmp_path):
     model = write_model(tmp_path, "llama")
     flags = [f"--model_config={model}", "--text_column=text", "--max_seq_len=64", "--mixed_precision=bf16"]
     result = train("plan", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    for told in ("device, of each process", "low halves", "3 checkpoints", "memory=lean", "recompute=full"):
-        assert told in result.stdout
-    drawn = {"plan.png"} if "plan.png is a picture" in result.stdout else set()
+    for expected in ("device, peak per process", "low halves", "3 checkpoints", "memory=lean", "recompute=full"):
+        assert expected in result.stdout
+    drawn = {"plan.png"} if "plan.png: chart" in result.stdout else set()
     assert drawn or "matplotlib is not installed" in result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"llama.json"} | drawn
 
@@ -354,7 +360,7 @@ def test_train_takes_what_fits_and_keeps_it_in_its_config(tmp_path):
     assert "error: nothing fits: with" in refused.stderr and "more than --device_memory=630MB" in refused.stderr
     result = train("train", *flags, "--device_memory=648MB")
     assert result.returncode == 0, result.stderr
-    assert "as asked: device" in result.stdout and "; fits" in result.stdout, result.stdout
+    assert "no change: device" in result.stdout and "; fits" in result.stdout, result.stdout
     kept = json.loads((tmp_path / "out" / "config.json").read_text())
     assert kept["recompute"] != "off" and f"chosen: --recompute={kept['recompute']}" in result.stdout
     assert kept["batch_size"] == 16

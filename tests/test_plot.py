@@ -1,4 +1,4 @@
-"""`plot` draws what metrics.jsonl holds, as a picture or in the terminal, or tells why it cannot."""
+"""`plot` draws metrics.jsonl, as a picture or in the terminal, or reports why it cannot."""
 
 import json
 import struct
@@ -35,7 +35,7 @@ def write(folder, records):
 
 @pytest.fixture
 def falling(tmp_path):
-    """Its loss falls from 17 to 10 in eight steps, one of them not finite."""
+    """A run whose loss falls from 17 to 10 in eight steps; at step 4 it is not finite."""
     records = [record(step, loss=None if step == 4 else float(18 - step)) for step in range(1, 9)]
     return write(tmp_path / "falling", [*records, {"step": 8, "eval_loss": 0.5}, {"event": "end", "steps": 8}])
 
@@ -47,7 +47,7 @@ def test_a_known_curve_in_the_terminal(falling):
     lines = list(text_charts({"falling": curves}))
     assert lines[0] == "loss: 17 at step 1, 10 at 8"
     assert max(map(len, lines)) <= 80 and len(lines) == 6 * 6  # quantities x lines
-    # eight steps over 70 columns; step 4 has no value, so step 3's goes on; a loss of 10 + x is 1 + 31 x / 7 eighths
+    # eight steps over 70 columns; step 4 has no value, so step 3's continues; 10 + x is drawn as 1 + 31 x / 7 eighths
     steps = [lines[row][10:] for row in range(1, 5)]
     assert lines[1].startswith("       17 ") and lines[4].startswith("       10 ")
     assert [[line.ljust(70)[column] for line in steps] for column in (0, 9, 19, 29, 40, 50, 60, 69)] == [
@@ -62,7 +62,7 @@ def test_a_known_curve_in_the_terminal(falling):
     ]
 
 
-def test_without_matplotlib_several_runs_are_shown_in_one_scale(falling, tmp_path):
+def test_without_matplotlib_several_runs_are_shown_on_one_scale(falling, tmp_path):
     other = write(tmp_path / "other", [record(1, loss=24.0), record(16, loss=17.0)])
     result = run(sys.executable, "-c", WITHOUT_MATPLOTLIB, falling, other)
     assert result.returncode == 0, result.stderr
@@ -70,23 +70,23 @@ def test_without_matplotlib_several_runs_are_shown_in_one_scale(falling, tmp_pat
     assert lines[0] == "loss, falling: 17 at step 1, 10 at 8" and lines[5] == "loss, other: 24 at step 1, 17 at 16"
     assert lines[1].split() == ["24"] and lines[6].startswith("       24 ████")
     assert len(lines[4]) == 10 + 1 + 7 * 69 // 15 and len(lines[9]) == 80  # steps 8 and 16
-    assert lines[-1] == "matplotlib is not installed: pip install 'lowmem[plot]' makes a picture of it"
+    assert lines[-1] == "matplotlib is not installed: for an image, pip install 'lowmem[plot]'"
     assert not (falling / "plot.png").exists()
 
 
 def pixels(png):
-    """Width and height of a picture that is whole: each part's checksum, and as many bytes as they say."""
+    """Return the width and height of a PNG after checking each chunk's checksum and the number of bytes."""
     data = png.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    place, image = 8, b""
-    while place < len(data):
-        (size,), kind = struct.unpack(">I", data[place : place + 4]), data[place + 4 : place + 8]
-        body, checksum = data[place + 8 : place + 8 + size], data[place + 8 + size : place + 12 + size]
+    offset, image = 8, b""
+    while offset < len(data):
+        (size,), kind = struct.unpack(">I", data[offset : offset + 4]), data[offset + 4 : offset + 8]
+        body, checksum = data[offset + 8 : offset + 8 + size], data[offset + 8 + size : offset + 12 + size]
         assert zlib.crc32(kind + body) == int.from_bytes(checksum, "big")
         if kind == b"IHDR":
             width, height, depth, colour = struct.unpack(">IIBB", body[:10])
         image += body if kind == b"IDAT" else b""
-        place += 12 + size
+        offset += 12 + size
     assert kind == b"IEND" and (depth, colour) == (8, 6)
     assert len(zlib.decompress(image)) == height * (1 + 4 * width)
     return width, height
@@ -97,13 +97,13 @@ def test_a_picture_of_several_runs(falling, tmp_path, capsys):
     assert main(["plot", str(falling)]) == 0
     alone = (falling / "plot.png").read_bytes()
     assert main(["plot", str(falling), str(other / "metrics.jsonl")]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert told == [f"{falling / 'plot.png'} shows falling", f"{falling / 'plot.png'} shows falling, other"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{falling / 'plot.png'} shows falling", f"{falling / 'plot.png'} shows falling, other"]
     assert pixels(falling / "plot.png") == (1620, 768)
     assert (falling / "plot.png").read_bytes() != alone and not list(falling.glob(".plot*"))
 
 
-def test_what_a_run_has_logged_is_drawn(tmp_path):
+def test_the_metrics_of_a_run_are_drawn(tmp_path):
     runs.write_files(tmp_path, num_rows=12)
     result = train("train", *runs.flags(tmp_path, "out", max_steps=2))
     assert result.returncode == 0, result.stderr
@@ -112,25 +112,25 @@ def test_what_a_run_has_logged_is_drawn(tmp_path):
     assert list(curves) == titles and all([step for step, _ in points] == [1, 2] for points in curves.values())
 
 
-def test_what_cannot_be_drawn_is_told(falling, tmp_path, capsys):
-    def told_of(*words):
+def test_what_cannot_be_drawn_is_reported(falling, tmp_path, capsys):
+    def error_of(*words):
         assert main(["plot", *map(str, words)]) == 2
         return capsys.readouterr().err
 
-    assert "`plot` needs OUT" in told_of()
-    assert "--dpi: `plot` has no such flag" in told_of(falling, "--dpi=3")
+    assert "`plot` needs OUT" in error_of()
+    assert "--dpi: `plot` has no such flag" in error_of(falling, "--dpi=3")
     missing = tmp_path / "none" / "metrics.jsonl"
-    assert f"{missing} cannot be read: No such file or directory; name the output_dir" in told_of(falling, missing)
+    assert f"{missing} cannot be read: No such file or directory; pass the output_dir" in error_of(falling, missing)
     empty = write(tmp_path / "empty", [{"step": 0, "eval_loss": 2.0}])
-    assert "empty/metrics.jsonl holds no training step yet" in told_of(empty)
+    assert "empty/metrics.jsonl contains no training step yet" in error_of(empty)
     path = falling / "metrics.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"step": 9, "lo')  # a run is writing it
     assert main(["plot", str(falling)]) == 0
     for damage in (b'{"step": 9, "lo\n', b"[1]\n", b'{"loss": 1.0}\n', b'{"step": 9, "loss": "a"}\n', b"\xff\n"):
         path.write_bytes(whole + damage)
-        assert f"{path}, line 11 is no record of a run (" in told_of(falling)
+        assert f"{path}, line 11 is not a record of a run (" in error_of(falling)
     path.write_bytes(whole)
     (falling / "plot.png").unlink()
     (falling / "plot.png").mkdir()
-    assert "plot.png cannot be written: Is a directory" in told_of(falling)
+    assert "plot.png cannot be written: Is a directory" in error_of(falling)

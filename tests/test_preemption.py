@@ -1,4 +1,4 @@
-"""A signal ends a run at a step on which all agree, saved once, and a resume makes one run of the parts."""
+"""A signal ends a run at a step that all ranks agree on, with one save; the resumed run continues it exactly."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ROWS = qa_rows(24)
 
 
 class Rows(list):
-    """Rows whose number-th reading by us, counted from one, does something first."""
+    """Rows that call `action` just before read `number`, counted from one."""
 
     def __init__(self, rows, number=None, action=None):
         super().__init__(rows)
@@ -39,7 +39,7 @@ class Rows(list):
 
 
 def signalling(signals):
-    """SIGTERM to this process, and back only once it is noted."""
+    """Return a function that sends SIGTERM to this process and waits until `signals` has noted it."""
 
     def action():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -56,7 +56,7 @@ def work(tmp_path_factory):
 
 
 def run_here(work, name, rows=ROWS, held_out=None, signals=None, **changes):
-    """In this process: 6 steps of 4 rows, read when they are needed; evaluated, and saved, every second step."""
+    """Train in this process for 6 steps of 4 rows, without prefetching; evaluate and save every second step."""
     config = {"batch_size": 4, "max_steps": STEPS, "save_steps": 2, "eval_steps": 2, "prefetch_steps": 0}
     config |= {"max_predict_samples": 0, "resume": "auto"} | changes
     return train_here(resolve(settings(work, name, **config)), RowSets(rows, held_out), signals=signals or Signals())
@@ -81,8 +81,8 @@ def assert_resumed_to_the_same_end(work, name, uninterrupted):
     assert ends[0]["event"] == "end" and ends[0]["best"] == ends[1]["best"]
 
 
-def test_a_signal_between_saves_ends_the_run_after_the_step_that_is_due(work, uninterrupted):
-    """Its step is one that would be evaluated; time is short, so the resumed run does that."""
+def test_a_signal_between_saves_ends_the_run_after_the_current_step(work, uninterrupted):
+    """Step 4 is due for evaluation; time is short, so the resumed run evaluates it."""
     with catching_signals() as signals:
         rows = Rows(ROWS, 3 * 4 + 1, signalling(signals))  # while the rows of step 4 are read
         assert run_here(work, "between", rows, qa_rows(4), signals, save_steps=5) == (4, True)
@@ -91,7 +91,7 @@ def test_a_signal_between_saves_ends_the_run_after_the_step_that_is_due(work, un
     assert_resumed_to_the_same_end(work, "between", uninterrupted)
 
 
-def test_a_signal_while_saving_ends_the_run_when_that_is_done(work, uninterrupted):
+def test_a_signal_while_saving_ends_the_run_after_the_save(work, uninterrupted):
     with catching_signals() as signals:
         saving.action = signalling(signals)
         try:
@@ -113,7 +113,7 @@ sys.addaudithook(saving)
 
 @pytest.mark.parametrize(("reading", "step"), [(1, 2), (2 * 4 + 1, STEPS)])
 def test_a_signal_while_evaluating_ends_the_run_once_that_step_is_saved(reading, step, work, uninterrupted):
-    """At the last step too: what is left to do after it is done by the resumed run."""
+    """This includes the last step: the resumed run then does the work that follows training."""
     with catching_signals() as signals:
         held_out = Rows(qa_rows(4), reading, signalling(signals))
         name = f"evaluating {step}"
@@ -138,10 +138,10 @@ def test_a_signal_before_training_saves_nothing_and_evaluates_nothing(work, unin
 
 
 @pytest.mark.parametrize(("step", "message"), [(0, "nothing is saved"), (3, "step 3 is saved")])
-def test_exit_json_tells_what_a_preempted_run_saved(step, message, tmp_path):
+def test_exit_json_names_the_step_that_a_preempted_run_saved(step, message, tmp_path):
     assert supervise(lambda **_: (step, True), tmp_path, Signals()) == 75
-    told = json.loads((tmp_path / "exit.json").read_text())
-    assert (told["cause"], told["step"], told["message"]) == ("preempted", step, message)
+    record = json.loads((tmp_path / "exit.json").read_text())
+    assert (record["cause"], record["step"], record["message"]) == ("preempted", step, message)
 
 
 def be_signalled_on_one_rank(work):
@@ -155,31 +155,31 @@ def test_a_signal_to_one_rank_before_training_ends_all_of_them(work):
     assert fork_ranks(2, be_signalled_on_one_rank, str(work)) == [0, 0]
 
 
-def blocked(work, name):
-    """No checkpoint can be written: its folder's name is taken by a file."""
+def block_saves(work, name):
+    """Make every save fail: a file has the name of the checkpoint folder."""
     (work / name).mkdir()
     (work / name / "checkpoints").touch()
 
 
 def test_a_save_that_fails_ends_the_run(work):
-    blocked(work, "stop")
+    block_saves(work, "stop")
     with pytest.raises(SaveError, match="checkpoints"):
         run_here(work, "stop")
     assert steps(work, "stop") == [1, 2]
 
 
-def test_a_save_that_fails_is_told_and_training_goes_on_if_that_is_asked_for(work, capfd):
-    blocked(work, "continue")
-    rows = Rows(ROWS, 4 * 4 + 1, (work / "continue" / "checkpoints").unlink)  # from step 5 on there is room
+def test_with_on_save_error_continue_a_failed_save_is_reported_and_training_continues(work, capfd):
+    block_saves(work, "continue")
+    rows = Rows(ROWS, 4 * 4 + 1, (work / "continue" / "checkpoints").unlink)  # saves work from step 5 on
     assert run_here(work, "continue", rows, on_save_error="continue") == (STEPS, False)
     output = capfd.readouterr().out
-    assert "step 2 is not saved, training goes on: " in output and "step 4 is not saved" in output
+    assert "step 2 is not saved, training continues: " in output and "step 4 is not saved" in output
     assert "step 6 is not saved" not in output
     assert checkpoints(work, "continue") == [STEPS] and steps(work, "continue") == list(range(1, STEPS + 1))
 
 
-def test_a_preempted_run_that_cannot_be_saved_failed(work):
-    blocked(work, "lost")
+def test_a_preempted_run_that_cannot_be_saved_fails(work):
+    block_saves(work, "lost")
     with catching_signals() as signals, pytest.raises(SaveError):
         rows = Rows(ROWS, 4 * 2 + 1, signalling(signals))
         run_here(work, "lost", rows, None, signals, on_save_error="continue")

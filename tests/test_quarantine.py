@@ -1,4 +1,4 @@
-"""Bad rows: an error that all ranks raise, or left out, counted, written down, their positions consumed."""
+"""A bad row raises an error on all ranks, or is skipped: counted and recorded, with its position consumed."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ def write(path, bad=BAD, count=40):
 
 
 def drawn(stream, steps):
-    """Row ids of the next steps, each trained on."""
+    """Yield the sorted row ids of the next steps, advancing the stream after each."""
     for batches in itertools.islice(stream, steps):
         yield [sorted(batch.row_ids) for batch in batches]
         stream.advance()
@@ -51,7 +51,7 @@ def test_bad_rows_are_left_out_and_their_positions_consumed(tmp_path):
     assert len(quarantine) == len(BAD)  # each once, in two epochs
 
 
-def test_what_is_left_of_a_step_is_cut_into_as_many_micro_batches(tmp_path):
+def test_the_good_rows_of_a_step_are_split_into_as_many_micro_batches(tmp_path):
     path = write(tmp_path / "rows.jsonl")
     options = {"batch_size": 2, "global_batch_size": 8, "shuffle": False, "quarantine": Quarantine(100)}
     stream = open_stream(path, ENCODE, **options)
@@ -84,17 +84,17 @@ def test_a_micro_batch_without_a_good_row_counts_for_nothing_but_can_be_run(tmp_
     assert model.lm_head.weight.equal(before) and stream.position == 4
 
 
-def test_what_stands_in_for_a_micro_batch_needs_labels_to_ignore(tmp_path):
+def test_a_placeholder_micro_batch_needs_labels_to_ignore(tmp_path):
     path = write(tmp_path / "rows.jsonl", bad=range(4))
     stream = open_stream(
         path, lambda row: {"chosen": [1]}, batch_size=4, shuffle=False, quarantine=Quarantine(9), collate=None
     )
-    with pytest.raises(RowError, match="needs `labels` to ignore, these have chosen"):
+    with pytest.raises(RowError, match="needs `labels` to ignore, this one has chosen"):
         len(next(stream))
 
 
-def test_each_bad_row_is_written_once_with_its_place_even_over_a_kill_and_a_resume(tmp_path):
-    path, told = write(tmp_path / "rows.jsonl", bad={3}), tmp_path / "out" / "bad_rows-0.jsonl"
+def test_each_bad_row_is_recorded_once_with_its_location_even_after_a_restart(tmp_path):
+    path, log = write(tmp_path / "rows.jsonl", bad={3}), tmp_path / "out" / "bad_rows-0.jsonl"
     rows = open_rows(path)
 
     def encode(row):
@@ -105,10 +105,10 @@ def test_each_bad_row_is_written_once_with_its_place_even_over_a_kill_and_a_resu
     def run(quarantine):
         list(drawn(open_stream(rows, encode, batch_size=8, quarantine=quarantine), 11))
 
-    assert not told.exists()
-    run(Quarantine(9, told))
-    run(Quarantine(9, told))
-    records = [json.loads(line) for line in told.read_text().splitlines()]
+    assert not log.exists()
+    run(Quarantine(9, log))
+    run(Quarantine(9, log))
+    records = [json.loads(line) for line in log.read_text().splitlines()]
     assert sorted(record["error"] for record in records) == sorted(set(record["error"] for record in records))
     (broken,) = (record for record in records if record["row"] is None)
     assert "rows.jsonl, line 4 (byte " in broken["error"]
@@ -117,20 +117,20 @@ def test_each_bad_row_is_written_once_with_its_place_even_over_a_kill_and_a_resu
     assert [record["row"] for record in unwanted] == [row for row in qa_rows(40) if row["response"] == "7" * 9]
 
 
-def test_a_line_that_a_kill_cut_anywhere_is_no_hindrance(tmp_path):
-    told = tmp_path / "bad.jsonl"
+def test_a_record_that_a_kill_cut_short_is_written_again(tmp_path):
+    log = tmp_path / "bad.jsonl"
     bad = [BadRow({"prompt": {"nested": i}}, RowError(f"row {i}")) for i in range(3)]
-    whole = Quarantine(9, told)
-    for one in bad[:2]:
-        whole.add(one)
-    lines = told.read_bytes()
+    whole = Quarantine(9, log)
+    for row in bad[:2]:
+        whole.add(row)
+    lines = log.read_bytes()
     for cut in range(lines.index(b"\n") + 1, len(lines)):
-        told.write_bytes(lines[:cut])
+        log.write_bytes(lines[:cut])
         for _ in range(2):  # two starts
-            again = Quarantine(9, told)
-            for one in bad:
-                again.add(one)
-            assert [json.loads(line)["error"] for line in told.read_text().splitlines()] == ["row 0", "row 1", "row 2"]
+            again = Quarantine(9, log)
+            for row in bad:
+                again.add(row)
+            assert [json.loads(line)["error"] for line in log.read_text().splitlines()] == ["row 0", "row 1", "row 2"]
 
 
 def test_more_bad_rows_than_allowed_end_the_run(tmp_path):
@@ -138,7 +138,7 @@ def test_more_bad_rows_than_allowed_end_the_run(tmp_path):
     stream = open_stream(path, ENCODE, batch_size=8, shuffle=False, quarantine=Quarantine(5, tmp_path / "bad.jsonl"))
     assert len(next(stream)[0].row_ids) == 3
     next(stream)
-    with pytest.raises(RowError, match=r"line 18 .*more than 5 of them, the others are in .*bad.jsonl.*--max_bad_rows"):
+    with pytest.raises(RowError, match=r"line 18 .*more than 5 of them .the others are in .*bad.jsonl.*--max_bad_rows"):
         next(stream)[0]
 
 
@@ -156,29 +156,29 @@ def test_evaluation_leaves_bad_rows_out_too(tmp_path):
 
 
 def fail_on_rank_1(path: str) -> None:
-    """The rows of rank 1 hold a bad one: every rank raises the same, in training and in evaluation."""
+    """Rank 1 has a bad row: every rank raises an error that names it, in training and in evaluation."""
     accelerator = init_distributed()
     rank = accelerator.process_index
     model = build("t5")
     state = TrainState(model, make_optimizer(model, memory="off"))
     ranks = {"rank": rank, "world_size": accelerator.num_processes}
-    told = r"rows\.jsonl, line 18 .*cannot be read: "
-    kind, told = (RowError, told) if rank == 1 else (RankError, f"rank 1 .*{told}")
+    message = r"rows\.jsonl, line 18 .*cannot be read: "
+    kind, message = (RowError, message) if rank == 1 else (RankError, f"rank 1 .*{message}")
     stream = open_stream(path, ENCODE, batch_size=5, shuffle=False, **ranks)
     steps = iter(stream)
     train_step(state, next(steps), plain_loss, accelerator, learning_rate=0.1)
     weights = model.shared.weight.clone()
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         train_step(state, next(steps), plain_loss, accelerator, learning_rate=0.1)
     assert state.step == 1 and model.shared.weight.equal(weights)
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         evaluate(model, open_eval(path, ENCODE, batch_size=5, **ranks), plain_loss, accelerator)
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         generate(model, ByT5Tokenizer(), open_eval(path, ENCODE, batch_size=5, **ranks), accelerator, max_new_tokens=1)
     accelerator.end_training()
 
 
-def test_a_bad_row_on_one_rank_is_the_same_named_error_on_all(tmp_path):
+def test_a_bad_row_on_one_rank_raises_an_error_that_names_it_on_all(tmp_path):
     path = write(tmp_path / "rows.jsonl", bad={17})
     assert fork_ranks(2, fail_on_rank_1, str(path)) == [0, 0]
 
@@ -190,18 +190,18 @@ def lose_the_file_on_rank_1(path: str) -> None:
     state = TrainState(model, make_optimizer(model, memory="off"))
     rows = open_rows(path)
     if rank == 0:
-        assert rows[0]  # and all that were read with it
+        assert rows[0]  # loads the whole group of this row
     accelerator.wait_for_everyone()
     if rank == 1:
         Path(path).rename(f"{path}.gone")
     stream = open_stream(rows, ENCODE, batch_size=5, rank=rank, world_size=2, quarantine=Quarantine(100))
     kind, start = (RowError, "^/") if rank == 1 else (RankError, "^rank 1 failed with ReadError: /")
-    with pytest.raises(kind, match=rf"{start}.*rows\.jsonl, .*cannot be read, 4 times: .*No such file"):
+    with pytest.raises(kind, match=rf"{start}.*rows\.jsonl, .*cannot be read after 4 attempts: .*No such file"):
         train_step(state, next(iter(stream)), plain_loss, accelerator, learning_rate=0.1)
     accelerator.end_training()
 
 
-def test_a_file_that_goes_missing_ends_the_run_whatever_rows_are_left(tmp_path):
+def test_a_missing_file_ends_the_run_even_if_other_rows_are_left(tmp_path):
     kept, lost = write(tmp_path / "a.jsonl", bad=()), write(tmp_path / "b.jsonl", bad=())
     rows = open_rows([kept, lost])
     lost.unlink()
@@ -210,20 +210,20 @@ def test_a_file_that_goes_missing_ends_the_run_whatever_rows_are_left(tmp_path):
         next(stream)[0]
 
 
-def test_where_no_row_is_good_the_first_is_told_without_reading_all(tmp_path):
-    asked = []
+def test_if_every_row_is_bad_the_first_is_reported_without_reading_all(tmp_path):
+    encoded = []
 
     def encode(row):
-        asked.append(row)
+        encoded.append(row)
         raise ValueError("not this one")
 
     stream = open_stream(qa_rows(5000), encode, batch_size=4, shuffle=False, quarantine=Quarantine(3), prefetch=0)
-    with pytest.raises(RowError, match="row 0 cannot be encoded: not this one; and so are those after it"):
+    with pytest.raises(RowError, match="row 0 cannot be encoded: not this one; the rows after it fail too"):
         next(stream)[0]
-    assert len(asked) < 1000
+    assert len(encoded) < 1000
 
 
-def test_a_file_that_goes_missing_is_no_bad_row_but_ends_the_run_on_all_ranks(tmp_path):
-    """Rank 0 has read its rows' group already when the file goes, so that only rank 1 meets it."""
+def test_a_missing_file_is_not_a_bad_row_but_ends_the_run_on_all_ranks(tmp_path):
+    """Rank 0 has already loaded the group with its rows when the file disappears, so only rank 1 fails to read."""
     path = write(tmp_path / "rows.jsonl", bad=())
     assert fork_ranks(2, lose_the_file_on_rank_1, str(path)) == [0, 0]

@@ -1,4 +1,4 @@
-"""A step that runs out of memory is done again in smaller pieces, by all ranks alike; or all end and tell why."""
+"""After a step runs out of memory, all ranks repeat it in smaller micro-batches, or all end and report why."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from lowmem.distributed.heartbeat import current_step
 from lowmem.distributed.signals import Signals
 from lowmem.errors import OutOfMemory, RankError, StepTooLarge
 from lowmem.loss import chunked_loss
-from lowmem.memory.out_of_memory import give_back, is_out_of_memory
+from lowmem.memory.out_of_memory import free_failed_step, is_out_of_memory
 from lowmem.memory.savers import release
 from lowmem.optim.make import make_optimizer
 from lowmem.recover import fitting_step
@@ -51,13 +51,13 @@ def state_of(family, accelerator, *, memory="off", sharding_strategy="NO_SHARD",
 
 
 class RunsOut:
-    """A loss that finds no memory in the midst of a backward: of micro-batch 3 of step 7, while it has 4 rows.
+    """A loss that runs out of memory in the backward of micro-batch 3 of step 7, as long as micro-batches have 4 rows.
 
-    `left` counts the forwards of that attempt whose graphs, with all activations, lived on when the next one began.
+    `left` counts the autograd graphs of that attempt that were still alive when the next attempt began.
     """
 
     def __init__(self, model, *, step=FULL_AT, micro_batch=3, rows=4, is_here=True):
-        self._place, self._is_here = (step, micro_batch, rows), is_here
+        self._fails_at, self._is_here = (step, micro_batch, rows), is_here
         self._at, self._batch, self._number = None, None, 0
         self._graphs = []
         self.left = None
@@ -67,7 +67,7 @@ class RunsOut:
     def __call__(self, model, batch):
         at = (current_step(), len(batch.row_ids))
         if at != self._at:
-            if self._at == (self._place[0], self._place[2]) and at[0] == self._at[0]:
+            if self._at == (self._fails_at[0], self._fails_at[2]) and at[0] == self._at[0]:
                 self.left = self.alive()
             self._at, self._number, self._graphs = at, 0, []
         self._number += 1
@@ -77,13 +77,13 @@ class RunsOut:
         return sum(graph() is not None for graph in self._graphs)
 
     def _hook_output(self, module, inputs, output):
-        hook = Hook(self._is_full)  # which lives as long as the graph that it hooks
+        hook = Hook(self._is_full)  # lives as long as its graph
         self._graphs.append(weakref.ref(hook))
         output.register_hook(hook)
 
     def _is_full(self):
         step, rows = self._at or (None, None)
-        return self._is_here and (step, self._number, rows) == self._place
+        return self._is_here and (step, self._number, rows) == self._fails_at
 
 
 class Hook:
@@ -92,19 +92,19 @@ class Hook:
 
     def __call__(self, gradient):
         if self._is_full():
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a lot to tell")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full")
 
 
-def losses(state, accelerator, loss_fn, *, until=STEPS, tell=pytest.fail):
+def losses(state, accelerator, loss_fn, *, until=STEPS, on_halving=pytest.fail):
     found = []
     for step, batches in zip(range(state.step, until), state.stream, strict=False):
         options = {"learning_rate": 1e-2 * (1 - step / STEPS), "max_grad_norm": 1.0}
-        found.append(fitting_step(state, batches, loss_fn, accelerator, tell=tell, **options).loss.item())
+        found.append(fitting_step(state, batches, loss_fn, accelerator, tell=on_halving, **options).loss.item())
     return found
 
 
 @pytest.mark.parametrize(("family", "memory"), [("t5", "off"), ("llama", "off"), ("llama", "exact")])
-def test_a_run_that_ran_out_on_one_rank_has_the_losses_of_one_that_did_not(family, memory, tmp_path):
+def test_a_run_that_ran_out_of_memory_on_one_rank_has_the_losses_of_one_that_did_not(family, memory, tmp_path):
     assert fork_ranks(2, run_out_on_rank_1, family, memory, tmp_path) == [0, 0]
 
 
@@ -115,20 +115,20 @@ def run_out_on_rank_1(family, memory, folder):
     loss_fn = RunsOut(state.model, is_here=accelerator.process_index == 1)
     found = losses(state, accelerator, loss_fn, until=FULL_AT - 1)
     before = [parameter.detach().clone() for parameter in state.model.parameters()]
-    told = []
+    halvings = []
 
-    def tell(halving):
-        told.append(halving)
+    def check(halving):
+        halvings.append(halving)
         assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
         assert all(parameter.grad is None for parameter in state.model.parameters())
         assert (state.step, state.stream.position) == (FULL_AT - 1, 24 * (FULL_AT - 1))
 
-    found += losses(state, accelerator, loss_fn, until=8, tell=tell)
+    found += losses(state, accelerator, loss_fn, until=8, on_halving=check)
     save_checkpoint(state, folder, accelerator)
     found += losses(state, accelerator, loss_fn)
-    tolerance = 1e-6 if memory == "off" else 1e-2  # bf16 gradients of other micro-batches round otherwise
+    tolerance = 1e-6 if memory == "off" else 1e-2  # bf16 gradients of other micro-batches round differently
     assert found == pytest.approx(expected, rel=tolerance) and found[-1] < 0.9 * found[0]
-    (halving,) = told
+    (halving,) = halvings
     assert (halving.step, halving.rank, halving.batch_size, halving.smaller) == (FULL_AT, 1, 4, 2)
     assert (state.stream.micro_batches, loss_fn.left) == (6, 0)
     assert "step 7: rank 1 ran out of memory with micro-batches of 4 rows" in str(halving) and "mask" not in str(
@@ -141,14 +141,14 @@ def run_out_on_rank_1(family, memory, folder):
     accelerator.end_training()
 
 
-def test_a_host_without_memory_halves_a_step_and_a_killed_run_goes_on_after_it(tmp_path):
+def test_a_step_that_fills_host_memory_is_halved_and_a_killed_run_resumes_after_it(tmp_path):
     rows = qa_rows(40)
     for row_id in rows_at(4 * (FULL_AT - 1), 4 * FULL_AT, Groups.of([40]), seed=0):
         rows[row_id]["response"] = "long " * 100
     (tmp_path / "llama.json").write_text(json.dumps(LLAMA | {"vocab_size": 16384, "max_position_embeddings": 1024}))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert fork_ranks(1, measure_the_long_step, tmp_path) == [0]
-    assert fork_ranks(1, train_with_three_quarters_of_it, tmp_path) == [-signal.SIGKILL]
+    assert fork_ranks(1, train_with_three_quarters_of_those_bytes, tmp_path) == [-signal.SIGKILL]
     assert runs.steps(tmp_path, "full")[-1] == STEPS
     assert fork_ranks(1, train_here, tmp_path, "full") == [0]
     assert runs.losses(tmp_path, "full") == pytest.approx(runs.losses(tmp_path, "whole"), rel=1e-5)
@@ -164,7 +164,7 @@ def train_here(work, name):
 
 
 def measure_the_long_step(work):
-    """How far it raises the peak of the process, in bytes."""
+    """Write by how many bytes the long step raises the peak memory of the process."""
     peaks = []
     for step in (FULL_AT - 1, FULL_AT + 1):
         at_save(step, lambda: peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
@@ -172,8 +172,8 @@ def measure_the_long_step(work):
     (work / "bytes").write_text(str(peaks[1] - peaks[0]))
 
 
-def train_with_three_quarters_of_it(work):
-    """More than it takes with half the rows; the run is killed when it saves its last step."""
+def train_with_three_quarters_of_those_bytes(work):
+    """Leave more memory than half of the rows need; kill the run when it saves its last step."""
 
     def limit():
         held = int(re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -187,17 +187,17 @@ def train_with_three_quarters_of_it(work):
 
 def at_save(step, action):
     """Call `action` once, when the checkpoint of `step` is about to be written."""
-    met = []
+    calls = []
 
     def hook(event, arguments):
-        if event == "lowmem.disk" and f"{step:08}" in str(arguments) and not met:
-            met.append(event)
+        if event == "lowmem.disk" and f"{step:08}" in str(arguments) and not calls:
+            calls.append(event)
             action()
 
     sys.addaudithook(hook)
 
 
-def test_micro_batches_of_one_row_end_all_ranks_with_what_filled_memory():
+def test_running_out_with_one_row_ends_all_ranks_and_reports_what_fills_memory():
     assert fork_ranks(2, run_out_with_one_row) == [0, 0]
 
 
@@ -205,7 +205,7 @@ def run_out_with_one_row():
     accelerator = init_distributed()
     state = state_of("t5", accelerator, memory="exact", batch_size=2, gradient_accumulation_steps=2)
     before = [parameter.detach().clone() for parameter in state.model.parameters()]
-    told = []
+    halvings = []
     model, is_here = state.model, accelerator.process_index == 1
     out_with_two, out_with_one = (RunsOut(model, step=1, micro_batch=2, rows=rows, is_here=is_here) for rows in (2, 1))
 
@@ -213,8 +213,8 @@ def run_out_with_one_row():
         return (out_with_two if len(batch.row_ids) == 2 else out_with_one)(model, batch)
 
     with pytest.raises(OutOfMemory) as raised:
-        losses(state, accelerator, loss_fn, tell=told.append)
-    assert [halving.smaller for halving in told] == [1]
+        losses(state, accelerator, loss_fn, on_halving=halvings.append)
+    assert [halving.smaller for halving in halvings] == [1]
     message = str(raised.value)
     assert message.startswith("rank 1 ran out of memory at step 1, computing gradients (tried to allocate 2.00 GiB). ")
     weights = sum(parameter.nbytes for parameter in state.model.parameters()) / 2**20
@@ -226,13 +226,13 @@ def run_out_with_one_row():
     accelerator.end_training()
 
 
-def test_a_sharded_model_that_runs_out_ends_both_ranks_with_what_filled_memory():
+def test_a_sharded_model_that_runs_out_ends_both_ranks_and_reports_what_fills_memory():
     with started_ranks(2, run_out_sharded) as ranks:
         outputs = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1]
-    told = "rank 1 ran out of memory at step 1, computing gradients (tried to allocate 2.00 GiB). It holds weights "
-    assert f"errors.OutOfMemory: {told}" in outputs[1], outputs[1]
-    assert f"rank 1 failed with OutOfMemory: {told}" in outputs[0], outputs[0]
+    message = "rank 1 ran out of memory at step 1, computing gradients (tried to allocate 2.00 GiB). It holds weights "
+    assert f"errors.OutOfMemory: {message}" in outputs[1], outputs[1]
+    assert f"rank 1 failed with OutOfMemory: {message}" in outputs[0], outputs[0]
 
 
 def run_out_sharded():
@@ -242,37 +242,37 @@ def run_out_sharded():
     losses(state, accelerator, loss_fn)
 
 
-def test_an_update_that_runs_out_ends_both_ranks_with_it():
+def test_an_update_that_runs_out_ends_both_ranks_with_that_error():
     assert fork_ranks(2, run_out_in_the_update) == [0, 0]
 
 
 def run_out_in_the_update():
     accelerator = init_distributed(heartbeat_timeout=10)
     state = state_of("t5", accelerator)
-    told = r"rank 1 ran out of memory at step 2, updating weights \(MemoryError: \)\. It holds weights"
+    message = r"rank 1 ran out of memory at step 2, updating weights \(MemoryError: \)\. It holds weights"
 
     def run_out(*_):
         if accelerator.process_index == 1 and state.step == 1:
             raise MemoryError
 
     state.optimizer.register_step_pre_hook(run_out)
-    with pytest.raises(OutOfMemory if accelerator.process_index == 1 else RankError, match=told) as raised:
+    with pytest.raises(OutOfMemory if accelerator.process_index == 1 else RankError, match=message) as raised:
         losses(state, accelerator, chunked_loss)
     assert not isinstance(raised.value, StepTooLarge)
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_an_error_that_is_kept_keeps_no_activations(family):
+def test_a_stored_error_keeps_no_activations_alive(family):
     accelerator = Accelerator(cpu=True)
     state = state_of(family, accelerator)
     loss_fn = RunsOut(state.model, step=1)
     with pytest.raises(StepTooLarge) as raised:
         train_step(state, next(state.stream), loss_fn, accelerator, learning_rate=0.1)
-    give_back()
+    free_failed_step()
     assert loss_fn.alive() == 0 and raised.value.rank == 0
 
 
-def test_released_gradients_are_not_taken_back():
+def test_a_step_with_gradient_release_is_not_repeated():
     accelerator = Accelerator(cpu=True)
     state = state_of("t5", accelerator, gradient_accumulation_steps=1)
     loss_fn = RunsOut(state.model, step=1, micro_batch=1)
@@ -281,7 +281,7 @@ def test_released_gradients_are_not_taken_back():
     assert not isinstance(raised.value, StepTooLarge)
 
 
-def test_another_error_comes_before_one_that_all_could_recover_from():
+def test_another_error_takes_precedence_over_one_that_all_could_recover_from():
     assert fork_ranks(2, fail_in_two_ways) == [0, 0]
 
 
@@ -296,7 +296,7 @@ def fail_in_two_ways():
     accelerator.end_training()
 
 
-def test_what_the_allocator_raises_is_told_from_other_errors():
+def test_out_of_memory_errors_are_distinguished_from_other_errors():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**50)
     assert is_out_of_memory(raised.value) and is_out_of_memory(OSError(12, os.strerror(12)))
@@ -305,7 +305,7 @@ def test_what_the_allocator_raises_is_told_from_other_errors():
 
 
 @pytest.mark.parametrize(("family", "packed_seq_len"), [("t5", None), ("llama", None), ("llama", 64)])
-def test_a_halved_stream_gives_the_same_rows_in_twice_as_many_pieces(family, packed_seq_len):
+def test_a_halved_stream_gives_the_same_rows_in_smaller_micro_batches(family, packed_seq_len):
     options = {"batch_size": 5, "global_batch_size": 20, "gradient_accumulation_steps": 1, "world_size": 2, "rank": 1}
     stream = stream_of(family, packed_seq_len=packed_seq_len, max_seq_len=24, **options)
     first = next(stream)
@@ -325,8 +325,8 @@ def test_a_halved_stream_gives_the_same_rows_in_twice_as_many_pieces(family, pac
     assert stream.batch_size == 1 and stream.micro_batches == 10
 
 
-def test_a_stream_is_not_halved_where_a_process_would_have_an_empty_piece():
+def test_a_stream_is_not_halved_if_a_process_would_have_an_empty_micro_batch():
     uneven = stream_of("t5", batch_size=2, gradient_accumulation_steps=1, global_batch_size=3, world_size=2)
     before = next(uneven)
     assert not uneven.halve() and (uneven.batch_size, uneven.micro_batches) == (2, 1)
-    assert next(uneven)[0].row_ids != before[0].row_ids  # it goes on
+    assert next(uneven)[0].row_ids != before[0].row_ids  # the stream continues

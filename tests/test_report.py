@@ -1,4 +1,4 @@
-"""What a run tells goes on whatever becomes of its readers and of the disk, and a resumed run repeats nothing."""
+"""Logging survives a closed pipe and a full disk, and a resumed run logs nothing twice."""
 
 import json
 import os
@@ -8,32 +8,32 @@ import time
 
 import pytest
 
-from lowmem.report import MetricsLog, tell
+from lowmem.report import MetricsLog, print_lines
 from tests.forkserver import Forked
 from tests.processes import ROOT, ended, environment, finish
 
 
-def tell_to_nobody(pipe, gone, streams):
-    """Print into a pipe whose reader has gone."""
+def print_to_a_closed_pipe(pipe, gone, streams):
+    """Print into a pipe after its reader has closed it."""
     writer = os.open(pipe, os.O_WRONLY)
     for stream in streams:
         os.dup2(writer, stream)
     while not gone.exists():
         time.sleep(0.01)
     for _ in range(3):
-        tell("x" * 10_000)
-    print("goes on", file=sys.stderr, flush=True)
+        print_lines("x" * 10_000)
+    print("still running", file=sys.stderr, flush=True)
 
 
 @pytest.mark.parametrize("streams", [(1,), (1, 2)])
-def test_a_reader_that_goes_does_not_end_the_run(streams, tmp_path):
+def test_a_reader_that_closes_the_pipe_does_not_end_the_run(streams, tmp_path):
     pipe, gone = tmp_path / "pipe", tmp_path / "gone"
     os.mkfifo(pipe)
-    with ended(Forked(tell_to_nobody, pipe, gone, streams, env=environment(), cwd=ROOT)) as process:
+    with ended(Forked(print_to_a_closed_pipe, pipe, gone, streams, env=environment(), cwd=ROOT)) as process:
         pipe.open().close()
         gone.touch()
         result = finish(process)
-    assert (result.returncode, result.stderr) == (0, "" if 2 in streams else "goes on\n")
+    assert (result.returncode, result.stderr) == (0, "" if 2 in streams else "still running\n")
 
 
 def write_on_a_full_disk(path, room):
@@ -50,24 +50,24 @@ def write_on_a_full_disk(path, room):
 
 
 @pytest.mark.parametrize("room", ["made", "never made"])
-def test_records_that_a_full_disk_refuses_wait_for_room(room, tmp_path):
+def test_records_that_a_full_disk_refuses_are_kept_until_there_is_room(room, tmp_path):
     path = tmp_path / "metrics.jsonl"
     with ended(Forked(write_on_a_full_disk, path, room, env=environment(), cwd=ROOT)) as process:
         result = finish(process)
     assert result.returncode == 0, result.stderr
     (waits, *lost) = result.stdout.splitlines()
-    assert waits == f"{path} cannot be written, its records wait for room: File too large"
+    assert waits == f"{path} cannot be written (File too large): its records wait in memory"
     log = MetricsLog(path, step=10)
     written = [json.loads(line) for line in path.read_text().splitlines()]
     if room == "made":
         assert [record["step"] for record in written] == [1, 2, 3, 4] and written[1]["loss"] is None and not lost
     else:
         assert [record["step"] for record in written] == [1]
-        assert lost == [f"2 records of {path} are lost: it cannot be written"]
+        assert lost == [f"2 records of {path} are lost: the file cannot be written"]
     assert log.resumed_at == {}
 
 
-def test_a_run_resumed_at_its_end_tests_and_ends_once(tmp_path):
+def test_a_run_resumed_at_its_end_logs_its_test_loss_and_end_once(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", step=None)
     for record in ({"step": 1, "loss": 2.0}, {"step": 1, "test_loss": 1.0}, {"event": "end", "steps": 1}):
         log.write(record)

@@ -1,4 +1,4 @@
-"""Two processes under a launcher that are signalled or killed, and started again by what stands over them: one run."""
+"""Two processes that are signalled or killed, then started again by a launcher or process manager, are one run."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def has_trained(work, name, more_than):
 
 
 def workers(process):
-    """Those of a launcher, by rank."""
+    """Return the worker processes of a launcher, sorted by rank."""
     return sorted(children(process), key=lambda child: int(child.environ()["RANK"]))
 
 
@@ -60,8 +60,8 @@ def end_by_sigkill(process):
     assert len(gone) == 2 and not alive
 
 
-def test_a_process_manager_that_starts_the_run_again_gets_the_run_that_nobody_interrupted(work, uninterrupted):
-    """Plain python starts the processes, so its own exit code tells that there is more to do."""
+def test_a_run_that_a_process_manager_restarts_equals_an_uninterrupted_one(work, uninterrupted):
+    """Plain python starts the processes, so its exit code shows whether to start the run again."""
     ways = [end_by_sigterm_and_its_echo, end_by_sigusr1_to_one_worker, end_by_sigkill]
     codes, saved = [], 0
     while not codes or codes[-1] in (75, -signal.SIGKILL):
@@ -74,30 +74,30 @@ def test_a_process_manager_that_starts_the_run_again_gets_the_run_that_nobody_in
         codes.append(result.returncode)
         assert "Traceback" not in result.stderr, result.stderr
         if codes[-1]:
-            told = exit_of(work, "managed")
-            assert (told["cause"], told["code"], told["rank"]) == ("preempted", 75, 0)
+            record = exit_of(work, "managed")
+            assert (record["cause"], record["code"], record["rank"]) == ("preempted", 75, 0)
             (checkpoint,) = (work / "managed" / "checkpoints").glob("step-*")  # the only save
-            assert int(checkpoint.name.removeprefix("step-")) == told["step"] == len(steps(work, "managed"))
-            saved = told["step"]
+            assert int(checkpoint.name.removeprefix("step-")) == record["step"] == len(steps(work, "managed"))
+            saved = record["step"]
     assert codes == [75, 75, -signal.SIGKILL, 0]
     assert exit_of(work, "managed")["cause"] == "done"
     assert_same_run(work, "managed", uninterrupted)
 
 
-def test_under_torchrun_a_killed_worker_comes_back_and_a_preempted_one_does_not(work, uninterrupted):
+def test_torchrun_restarts_a_killed_worker_but_not_a_preempted_one(work, uninterrupted):
     command = [*TORCHRUN, "train_low_mem.py", "train", *flags(work, "elastic")]
     with started(*command) as process:
         wait_until(partial(has_trained, work, "elastic", 2), process)
         workers(process)[0].send_signal(signal.SIGTERM)
         result = finish(process)
     assert result.returncode == 1
-    told = exit_of(work, "elastic")
-    assert told["cause"] == "preempted" and told["step"] == len(steps(work, "elastic"))
-    # three times, but the launcher may end a process before it tells
-    assert f"not started again, this launch has ended: preempted, step {told['step']} is saved" in result.stderr
+    record = exit_of(work, "elastic")
+    assert record["cause"] == "preempted" and record["step"] == len(steps(work, "elastic"))
+    # up to three times: the launcher may end a process before it prints this
+    assert f"not restarted, this launch has ended: preempted, step {record['step']} is saved" in result.stderr
     assert result.stdout.count("steps 0 to") == result.stdout.count(f"to {STEPS}, each of") == 1
     with started(*command) as process:
-        wait_until(partial(has_trained, work, "elastic", told["step"] + 7), process)
+        wait_until(partial(has_trained, work, "elastic", record["step"] + 7), process)
         workers(process)[1].kill()
         result = finish(process)
     assert result.returncode == 0, result.stderr
@@ -110,20 +110,20 @@ def is_importing_torch(process):
     return any("torch" in library.path for library in psutil.Process(process.pid).memory_maps())
 
 
-def test_a_signal_while_starting_ends_it_at_once(work):
+def test_a_signal_while_starting_ends_the_run_at_once(work):
     with started(sys.executable, PROGRAM, "train", *flags(work, "starting", num_processes=1)) as process:
-        wait_until(partial(is_importing_torch, process), process)  # which it does when it has its folder
+        wait_until(partial(is_importing_torch, process), process)  # after it has locked its folder
         os.kill(process.pid, signal.SIGINT)
         result = finish(process, timeout=10)
     assert result.returncode == 75, result.stderr
-    assert result.stderr == "SIGINT came, ends at once: there is nothing to save yet\n"
+    assert result.stderr == "SIGINT received, exiting at once: there is nothing to save yet\n"
     assert exit_of(work, "starting")["cause"] == "preempted"
 
 
-def test_a_launchers_sigterm_while_starting_is_no_preemption(work):
-    """DeepSpeed's sends it to all when one of them failed, as torchrun does."""
-    told = {"CROSS_SIZE": "1", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
-    with started(sys.executable, PROGRAM, "train", *flags(work, "ended"), **told) as process:
+def test_a_launchers_sigterm_while_starting_is_not_a_preemption(work):
+    """DeepSpeed's launcher sends SIGTERM to all processes when one fails, as torchrun does."""
+    deepspeed = {"CROSS_SIZE": "1", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    with started(sys.executable, PROGRAM, "train", *flags(work, "ended"), **deepspeed) as process:
         wait_until(partial(is_importing_torch, process), process)
         process.terminate()
         result = finish(process, timeout=10)
@@ -132,8 +132,8 @@ def test_a_launchers_sigterm_while_starting_is_no_preemption(work):
 
 
 @pytest.mark.parametrize("to_all", [True, False])
-def test_a_signal_while_processes_start_is_told_by_who_started_them(to_all, work):
-    """SIGTERM to the launcher, which its processes take for the launcher's own; or SIGUSR1 to a rank that is not 0."""
+def test_a_signal_while_processes_start_is_recorded_as_a_preemption(to_all, work):
+    """Send SIGTERM to the launcher, which its processes take for a failed launch, or SIGUSR1 to rank 1 alone."""
     name = f"starting together {to_all}"
     with started(sys.executable, PROGRAM, "train", *flags(work, name, num_processes=2)) as process:
         wait_until((work / name / ".lock").exists, process)
@@ -144,9 +144,9 @@ def test_a_signal_while_processes_start_is_told_by_who_started_them(to_all, work
             workers(process)[1].send_signal(signal.SIGUSR1)
         result = finish(process, timeout=30)
     assert result.returncode == 75, result.stderr
-    told = exit_of(work, name)
-    assert (told["cause"], told["message"]) == ("preempted", "nothing is saved")
-    assert told["rank"] == (0 if to_all else 1)
+    record = exit_of(work, name)
+    assert (record["cause"], record["message"]) == ("preempted", "nothing is saved")
+    assert record["rank"] == (0 if to_all else 1)
 
 
 LAUNCHED = """
@@ -172,7 +172,7 @@ def test_a_launched_process_ends_with_its_launcher(launcher):
 
 
 def test_processes_of_deepspeeds_launcher_end_with_the_command_that_started_it():
-    """A SIGTERM ends `deepspeed`, which tells its launcher nothing."""
+    """SIGTERM ends `deepspeed`, which does not pass it on to its launcher."""
     launch = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[2:]])"
     words = ["-c", launch, "deepspeed", "-c", launch, "its launcher", "-c", LAUNCHED]
     with started(sys.executable, *words, CROSS_SIZE="1") as process:

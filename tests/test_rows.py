@@ -48,7 +48,7 @@ def test_text_lines_are_rows(tmp_path):
     assert [rows[i]["text"] for i in range(len(rows))] == [row["prompt"] for row in ROWS]
 
 
-def test_blank_lines_are_no_rows(tmp_path):
+def test_blank_lines_are_not_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n" + '{"a": 1}\n\n' * 100 + '{"a": 2}')
     rows = open_rows(path)
@@ -64,7 +64,7 @@ def test_a_comma_list_and_a_glob_give_files_in_order(tmp_path):
     assert rows.where(60) == f"{tmp_path}/b1.parquet, row 10"
 
 
-def test_groups_are_given_back_so_that_no_more_than_a_window_is_held(tmp_path):
+def test_groups_are_freed_so_that_at_most_a_window_is_loaded(tmp_path):
     file = open_file(write(tmp_path / "rows.parquet"))
     two_groups = int(np.sort(file.group_bytes)[-2:].sum())
     rows = FileRows([file], window_bytes=two_groups)
@@ -74,7 +74,7 @@ def test_groups_are_given_back_so_that_no_more_than_a_window_is_held(tmp_path):
         assert rows.loaded_bytes == file.group_bytes[list(rows.loaded)].sum()
 
 
-def test_a_group_that_is_held_is_read_once(tmp_path):
+def test_a_loaded_group_is_read_once(tmp_path):
     path = write(tmp_path / "rows.parquet")
     rows = open_rows(path)
     assert rows[3] == ROWS[3]
@@ -84,7 +84,7 @@ def test_a_group_that_is_held_is_read_once(tmp_path):
         rows[20]
 
 
-def test_the_group_that_was_not_used_for_longest_is_given_back(tmp_path):
+def test_the_least_recently_used_group_is_freed(tmp_path):
     path = write(tmp_path / "rows.parquet")
     file = open_file(path)
     rows = FileRows([file], window_bytes=int(np.sort(file.group_bytes)[-3:].sum()))
@@ -96,16 +96,16 @@ def test_the_group_that_was_not_used_for_longest_is_given_back(tmp_path):
         rows[20]
 
 
-def test_two_threads_may_read_the_same_rows(tmp_path):
+def test_threads_may_read_the_same_rows(tmp_path):
     file = open_file(write(tmp_path / "rows.parquet", ROWS * 4))
-    rows, wrong = FileRows([file], window_bytes=int(file.group_bytes.max())), []
+    rows, errors = FileRows([file], window_bytes=int(file.group_bytes.max())), []
 
     def read(seed):
         for index in np.random.default_rng(seed).integers(0, len(rows), 300).tolist():
             try:
                 assert rows[index] == ROWS[index % 205]
             except Exception as error:
-                wrong.append(error)
+                errors.append(error)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -115,11 +115,11 @@ def test_two_threads_may_read_the_same_rows(tmp_path):
     for thread in threads:
         thread.join()
     sys.setswitchinterval(interval)
-    assert not wrong
+    assert not errors
     assert rows.loaded_bytes == file.group_bytes[list(rows.loaded)].sum()
 
 
-def test_a_kept_error_keeps_no_frames(tmp_path):
+def test_the_traceback_of_a_stored_error_does_not_grow(tmp_path):
     path = write(tmp_path / "rows.parquet")
     rows = FileRows([open_file(path)], retry_seconds=(0.01,))
     path.unlink()
@@ -134,36 +134,36 @@ def test_a_kept_error_keeps_no_frames(tmp_path):
     assert lengths[0] == lengths[2]
 
 
-def come_back(path, away):
+def rename_later(path, away):
     time.sleep(0.5)
     away.rename(path)
 
 
-def test_a_file_that_is_back_in_a_moment_is_read(tmp_path):
-    """The reads are of a real disk error: what /proc/self/mem says of address 0."""
+def test_a_file_that_is_unreadable_for_a_moment_is_read(tmp_path):
+    """The disk error is real: /proc/self/mem gives it for a read of address 0."""
     path, away = write(tmp_path / "rows.jsonl", ROWS * 2), tmp_path / "away.jsonl"
     rows = open_rows(path)
     path.rename(away)
     path.symlink_to("/proc/self/mem")
     with pytest.raises(OSError, match="Input/output error"), open(path, "rb") as file:
         file.read(10)
-    thread = threading.Thread(target=come_back, args=(path, away))
+    thread = threading.Thread(target=rename_later, args=(path, away))
     thread.start()
     assert rows[300] == ROWS[300 - 205]
     thread.join()
 
 
-def test_a_disk_that_stays_away_is_told_with_the_file_after_so_many_tries(tmp_path):
+def test_a_lasting_disk_error_is_reported_with_the_file_after_the_last_retry(tmp_path):
     path = write(tmp_path / "rows.jsonl")
     rows = FileRows([open_file(path)], retry_seconds=(0.01, 0.02))
     path.unlink()
     path.symlink_to("/proc/self/mem")
     for _ in range(2):  # the error is kept: the next row of the group does not wait again
-        with pytest.raises(ReadError, match=r"rows.jsonl, .*cannot be read, 3 times: .*Input/output error"):
+        with pytest.raises(ReadError, match=r"rows.jsonl, .*cannot be read after 3 attempts: .*Input/output error"):
             rows[0]
 
 
-def test_damage_is_a_bad_row_and_no_read_error(tmp_path):
+def test_damage_is_a_bad_row_and_not_a_read_error(tmp_path):
     path = tmp_path / "rows.parquet"
     parquet.write_table(
         pa.Table.from_pylist(ROWS), path, write_page_checksum=True, use_dictionary=False, compression="none"
@@ -184,7 +184,7 @@ def test_held_out_rows_are_the_last_and_no_others(tmp_path):
     assert held_out.where(0).endswith("row 172")
     with pytest.raises(IndexError):
         train[172]
-    with pytest.raises(UsageError, match="at least one must be left"):
+    with pytest.raises(UsageError, match="at least one must remain"):
         split_rows(held_out, 33)
 
 
@@ -192,34 +192,34 @@ def test_bundled_rows_never_repeat_so_held_out_ones_are_new():
     rows = BundledRows()
     train, held_out = split_rows(rows, 240)
     prompts = [train[i]["prompt"] for i in range(len(train))]
-    asked = {held_out[i]["prompt"] for i in range(len(held_out))}
+    held_out_prompts = {held_out[i]["prompt"] for i in range(len(held_out))}
     assert len(set(prompts)) == len(prompts) == NUM_BUNDLED_ROWS - 240
-    assert len(asked) == 240 and not asked & set(prompts)
+    assert len(held_out_prompts) == 240 and not held_out_prompts & set(prompts)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("missing.parquet", None, "does not exist"),
-        ("rows.csv", b"a,b", "files end in .parquet"),
+        ("rows.csv", b"a,b", "must end in .parquet"),
         ("empty.jsonl", b"", "holds no rows"),
         ("empty.parquet", b"", "cannot be read as parquet"),
-        ("pretty.json", b'[\n  {"prompt": "a"}\n]', "one object a line"),
-        ("array.json", b'[{"prompt": "a"}]', "one object a line"),
+        ("pretty.json", b'[\n  {"prompt": "a"}\n]', "one object per line"),
+        ("array.json", b'[{"prompt": "a"}]', "one object per line"),
         ("broken.jsonl", b'{"prompt": \n', "line 1 "),
     ],
 )
-def test_unreadable_files_are_named_with_the_reason(tmp_path, name, content, told):
+def test_unreadable_files_are_named_with_the_reason(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UsageError, match=told) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         open_rows(path)
     assert name in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
-def test_a_missing_column_is_told_with_file_and_columns(tmp_path, suffix):
+def test_a_missing_column_is_reported_with_the_file_and_its_columns(tmp_path, suffix):
     write(tmp_path / f"a{suffix}")
     write(tmp_path / f"b{suffix}", [{"question": "x", "response": "y"}])
     with pytest.raises(UsageError, match=rf"b{suffix} has no column 'prompt', it has 'question', 'response'"):
@@ -242,20 +242,20 @@ def test_files_of_all_kinds_are_one_sequence(tmp_path):
     assert [name for name, _ in rows.fingerprints()] == [str(half), str(other), f"{tmp_path}/c.jsonl.gz"]
 
 
-def test_a_folder_that_datasets_saved_is_its_files(tmp_path):
+def test_a_folder_that_datasets_saved_is_read_as_its_files(tmp_path):
     Dataset = pytest.importorskip("datasets").Dataset
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved", num_shards=2)
     rows = open_rows(tmp_path / "saved", columns=["prompt"])
     assert [rows[i] for i in range(len(rows))] == [{"prompt": row["prompt"]} for row in ROWS]
 
 
-def test_a_dataset_that_can_only_be_streamed_is_refused_with_the_way():
-    with pytest.raises(UsageError, match="generator can only be read from its start.*parquet"):
+def test_a_dataset_that_can_only_be_streamed_is_refused_with_advice():
+    with pytest.raises(UsageError, match="generator has no random access.*parquet"):
         as_rows(row for row in ROWS)
     assert as_rows(ROWS) is ROWS
 
 
-def test_a_file_that_was_replaced_is_told_at_once_and_no_row_is_to_blame(tmp_path):
+def test_a_replaced_file_is_reported_at_once_and_not_as_a_bad_row(tmp_path):
     path = write(tmp_path / "rows.parquet")
     rows = open_rows(path)
     write(path, ROWS[1:])

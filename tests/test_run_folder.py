@@ -1,4 +1,4 @@
-"""One run at a time in a folder, whatever becomes of its processes; and what it tells of its end can be trusted."""
+"""A folder holds one run at a time, even after processes were killed, and its exit.json can be trusted."""
 
 import json
 import os
@@ -12,23 +12,24 @@ from datetime import UTC, datetime
 import pytest
 
 from lowmem.job.exit_file import final_exit, remove_exit, this_launch, write_exit
-from lowmem.job.folder import owned
+from lowmem.job.folder import lock_folder
 from tests.processes import PROGRAM, finish, run, started, train
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from lowmem.job.folder import owned\nwith owned(Path(sys.argv[1])): "
+    "import sys, time; from pathlib import Path; from lowmem.job.folder import lock_folder\n"
+    "with lock_folder(Path(sys.argv[1])): "
 )
 
 
-def test_a_second_run_is_refused_and_told_whose_folder_it_is(tmp_path):
+def test_a_second_run_is_refused_with_the_owner_of_the_folder(tmp_path):
     output = tmp_path / "out"
-    with owned(output):
+    with lock_folder(output):
         result = train("train", f"--output_dir={output}")
         assert result.returncode == 2 and sorted(os.listdir(output)) == [".lock"]
     (line,) = result.stderr.splitlines()
     assert re.fullmatch(
         rf"error: output_dir {output} is in use by process {os.getpid()} on host \S+ since [-\d]+ [:\d]+ UTC: "
-        "wait for its end, or set another --output_dir",
+        "wait for it or set another --output_dir",
         line,
     )
     assert not output.exists()
@@ -40,18 +41,18 @@ def test_a_killed_owner_leaves_no_lock(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         finish(process)
     assert (tmp_path / ".lock").exists()
-    with owned(tmp_path):
+    with lock_folder(tmp_path):
         assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
-    assert os.listdir(tmp_path) == []  # it was there before
+    assert os.listdir(tmp_path) == []  # the folder existed before, so it stays
 
 
-def test_who_opened_the_lock_before_its_owner_removed_it_takes_the_next_one(tmp_path):
-    """Else it would hold a file without a name, beside which another run could take one of that name."""
+def test_a_process_that_opened_a_lock_since_removed_takes_a_new_one(tmp_path):
+    """Otherwise it would lock a deleted file, and another run could lock a new file of the same name."""
     with ExitStack() as owner:
-        owner.enter_context(owned(tmp_path))
+        owner.enter_context(lock_folder(tmp_path))
         before_locking.action = owner.close
         try:
-            with owned(tmp_path):
+            with lock_folder(tmp_path):
                 assert before_locking.action is None
                 assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
         finally:
@@ -68,7 +69,7 @@ before_locking.action = None
 sys.addaudithook(before_locking)
 
 
-def test_a_folder_that_cannot_be_written_is_told_at_the_start(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported_at_the_start(tmp_path):
     (tmp_path / "file").touch()
     for output in (tmp_path / "file" / "out", "/proc/out"):
         started_at = time.perf_counter()
@@ -78,11 +79,11 @@ def test_a_folder_that_cannot_be_written_is_told_at_the_start(tmp_path):
         assert f"error: --output_dir={output} cannot be written: No" in result.stderr, result.stderr
 
 
-def test_the_first_cause_stands_and_is_whole(tmp_path):
+def test_the_first_cause_is_kept_with_all_its_fields(tmp_path):
     write_exit(tmp_path, "failed", "rank 1 is silent", step=7, rank=0)
     write_exit(tmp_path, "done", step=8, rank=1)
-    told = json.loads((tmp_path / "exit.json").read_text())
-    assert (told["cause"], told["code"], told["message"], told["step"], told["rank"]) == (
+    record = json.loads((tmp_path / "exit.json").read_text())
+    assert (record["cause"], record["code"], record["message"], record["step"], record["rank"]) == (
         "failed",
         1,
         "rank 1 is silent",
@@ -102,7 +103,7 @@ def rewrite(folder, **changes):
 
 
 @pytest.mark.parametrize(("cause", "is_final"), [("preempted", True), ("mistake", True), ("failed", False)])
-def test_what_another_start_cannot_change_is_final(cause, is_final, tmp_path):
+def test_an_exit_that_a_restart_cannot_change_is_final(cause, is_final, tmp_path):
     assert final_exit(tmp_path) is None
     write_exit(tmp_path, cause, step=3, rank=0)
     assert (final_exit(tmp_path) is not None) == is_final
@@ -111,11 +112,11 @@ def test_what_another_start_cannot_change_is_final(cause, is_final, tmp_path):
 def test_an_exit_of_another_launch_is_not_ours(tmp_path):
     write_exit(tmp_path, "preempted", step=3, rank=0)
     rewrite(tmp_path, launch={"since": "2020-01-01T00:00:00+00:00"}, time="2020-01-01T00:00:01+00:00")
-    assert final_exit(tmp_path) is None  # our launcher's process id, used before
+    assert final_exit(tmp_path) is None  # an earlier launcher with the same process id
     rewrite(tmp_path, launch={"host": "another"})
     assert final_exit(tmp_path) is None  # the same run id (none), but older than our launcher
     rewrite(tmp_path, time=datetime.now(UTC).isoformat())
-    assert final_exit(tmp_path) is not None  # by the launcher of another host
+    assert final_exit(tmp_path) is not None  # written on another host of this launch
     rewrite(tmp_path, launch={"run_id": "another"})
     assert final_exit(tmp_path) is None
     (tmp_path / "exit.json").write_text('{"cause": "preempted"')
@@ -133,16 +134,16 @@ def can_unshare():
 
 
 @pytest.mark.skipif(not can_unshare(), reason="needs a process namespace, as containers have")
-def test_the_first_process_of_a_container_tells_its_end(tmp_path):
+def test_the_first_process_of_a_container_records_its_exit(tmp_path):
     code = "import sys; from pathlib import Path; from lowmem.job.exit_file import write_exit; "
     code += "write_exit(Path(sys.argv[1]), 'done', step=3, rank=0)"
     result = run(*UNSHARE, sys.executable, "-c", code, tmp_path)
     assert result.returncode == 0, result.stderr
-    told = json.loads((tmp_path / "exit.json").read_text())
-    assert (told["cause"], told["launch"]["launcher"]) == ("done", 0)
+    record = json.loads((tmp_path / "exit.json").read_text())
+    assert (record["cause"], record["launch"]["launcher"]) == ("done", 0)
 
 
-def test_the_process_that_started_us_is_the_launch(tmp_path):
+def test_the_process_that_started_us_is_the_launcher(tmp_path):
     code = "from lowmem.job.exit_file import this_launch; print(this_launch())"
     assert f"'launcher': {os.getpid()}," in run(sys.executable, "-c", code).stdout
     assert this_launch()["launcher"] == os.getppid()

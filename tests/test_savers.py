@@ -22,14 +22,15 @@ from tests.models import build, qa_rows
 DROPOUT = {"t5": {"dropout_rate": 0.1}, "llama": {"attention_dropout": 0.1}}
 DEEP = {"t5": {"num_layers": 6}, "llama": {"num_hidden_layers": 6}}
 
-# What each leaves of a step's peak above the weights, at most, with 6 layers. The first three on 8 rows, where
-# activations are the peak (10 to 20 times the weights), release on one short row, where gradients are.
+# The largest fraction of a step's peak bytes above the weights that each saver may leave, with 6 layers. The first
+# three run on 8 rows, where activations are the peak (10 to 20 times the weights), release on one short row, where
+# gradients are.
 ALONE = {recompute: 0.25, recompute_cheap: 0.60, offload_activations: 0.15, release: 0.80}
-PAIRS = [pair for pair in combinations(ALONE, 2) if pair != (recompute, recompute_cheap)]  # two ways of one thing
+PAIRS = [pair for pair in combinations(ALONE, 2) if pair != (recompute, recompute_cheap)]  # these exclude each other
 SAVERS = [*((saver,) for saver in ALONE), *PAIRS]
 
 
-def named(savers):
+def names_of(savers):
     return " and ".join(saver.__name__ for saver in savers)
 
 
@@ -39,7 +40,7 @@ def batch_of(family, rows=8):
 
 
 def step_of(family, savers, rows=8, **changes):
-    """One SGD step with dropout: its loss, norm, the weights after it, and the bytes it took above the weights."""
+    """Run an SGD step with dropout; return its loss, gradient norm, the new weights, and its peak bytes above them."""
     model, batch = build(family, **DROPOUT[family], **changes), batch_of(family, rows)
     optimizer = make_optimizer(model, name="sgd", memory="off")
     state = TrainState(model, optimizer, seed=3)
@@ -50,7 +51,7 @@ def step_of(family, savers, rows=8, **changes):
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
-@pytest.mark.parametrize("savers", SAVERS, ids=named)
+@pytest.mark.parametrize("savers", SAVERS, ids=names_of)
 def test_savers_and_pairs_change_no_bit_with_dropout_on(savers, family):
     loss, norm, weights, _ = step_of(family, [])
     same_loss, same_norm, same_weights, _ = step_of(family, savers)
@@ -61,7 +62,7 @@ def test_savers_and_pairs_change_no_bit_with_dropout_on(savers, family):
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_savers_take_fewer_bytes_and_pairs_no_more_than_the_better_one(family):
+def test_savers_take_fewer_bytes_and_pairs_at_most_those_of_the_better_one(family):
     for rows, savers in (8, [recompute, recompute_cheap, offload_activations]), (1, [release]):
         plain = step_of(family, [], rows, **DEEP[family])[-1]
         alone = {saver: step_of(family, [saver], rows, **DEEP[family])[-1] for saver in ALONE}
@@ -69,14 +70,14 @@ def test_savers_take_fewer_bytes_and_pairs_no_more_than_the_better_one(family):
             assert alone[saver] <= ALONE[saver] * plain, (saver.__name__, alone[saver] / plain)
         for pair in PAIRS:
             together = step_of(family, pair, rows, **DEEP[family])[-1]
-            # What a recomputed layer keeps for its own backward is not offloaded: it would go and come back at once,
-            # for nothing but this bound. With `recompute` it is the layers' inputs that leave.
+            # Tensors that a layer recomputes for its own backward are not offloaded: they would be copied to the host
+            # and back at once, only to meet this bound. With `recompute`, the layers' inputs are offloaded.
             better = [saver for saver in pair if saver is not offload_activations or release in pair]
-            assert together <= min(alone[saver] for saver in better), named(pair)
+            assert together <= min(alone[saver] for saver in better), names_of(pair)
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
-@pytest.mark.parametrize("savers", SAVERS, ids=named)
+@pytest.mark.parametrize("savers", SAVERS, ids=names_of)
 def test_savers_rename_nothing_and_are_gone_afterwards(savers, family):
     model, batch = build(family), batch_of(family)
     optimizer = make_optimizer(model, name="sgd", memory="off")
@@ -87,7 +88,7 @@ def test_savers_rename_nothing_and_are_gone_afterwards(savers, family):
             train_step(state, [batch], chunked_loss, Accelerator(cpu=True), learning_rate=0.0)
         return meter.peak_bytes
 
-    before = bytes_of_a_step()  # transformers hangs hooks of its own on a model's first forward
+    before = bytes_of_a_step()  # transformers adds its own hooks in a model's first forward
     keys, hooks, names = list(model.state_dict()), count_hooks(model), vars(optimizer).keys() | set()
     with entered(savers, model, optimizer):
         assert list(model.state_dict()) == keys
@@ -103,12 +104,12 @@ def count_hooks(model):
 
 
 @pytest.mark.parametrize("saver", [recompute, recompute_cheap])
-def test_recompute_refuses_a_model_that_cannot(saver):
+def test_recompute_refuses_a_model_that_does_not_support_it(saver):
     class Plain(PreTrainedModel):
         config_class = PretrainedConfig
         supports_gradient_checkpointing = False
 
-    with pytest.raises(UsageError, match="Plain does not support it"), saver(Plain(PretrainedConfig())):
+    with pytest.raises(UsageError, match="Plain does not support"), saver(Plain(PretrainedConfig())):
         pass
 
 
@@ -121,8 +122,8 @@ def test_recompute_does_not_differentiate_frozen_embeddings():
     assert not hidden.requires_grad
 
 
-def test_offloaded_activations_survive_the_tensors_they_were():
-    """Memory of a tensor that is gone is given to the next one: its copy must not be taken for the old one's."""
+def test_offloaded_activations_are_kept_when_their_memory_is_reused():
+    """A new tensor may reuse the memory of a freed one, and must not be given the old tensor's copy."""
     torch.manual_seed(0)
     weights = [torch.randn(64, 64, requires_grad=True) for _ in range(6)]
 
@@ -144,7 +145,7 @@ def test_offloaded_activations_survive_the_tensors_they_were():
     ("name", "memory"), [("adamw", "exact"), ("adamw", "lean"), ("adafactor", "lean"), ("adam", "off")]
 )
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_release_trains_as_every_optimizer_does_without_it(family, name, memory):
+def test_release_trains_to_the_same_bits_with_every_optimizer(family, name, memory):
     results = []
     for savers in ([], [release]):
         model, batch = build(family, **DROPOUT[family]), batch_of(family)
@@ -175,12 +176,12 @@ def test_release_refuses_what_needs_whole_gradients_before_anything_is_computed(
     state, accelerator = TrainState(model, optimizer), Accelerator(cpu=True)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with release(model, optimizer):
-        for batches, options, told in [
+        for batches, options, message in [
             ([batch] * 2, {}, "2 micro-batches a step .set gradient_accumulation_steps to 1"),
             ([batch], {"max_grad_norm": 1.0}, "clipping at 1.0 .set max_grad_norm to 0"),
             ([batch], {"nonfinite": "skip"}, "set nonfinite to stop"),
         ]:
-            with pytest.raises(UsageError, match=told):
+            with pytest.raises(UsageError, match=message):
                 train_step(state, batches, chunked_loss, accelerator, learning_rate=1e-2, **options)
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     assert state.step == 0
@@ -231,12 +232,12 @@ def test_parameters_that_no_loss_reached_are_updated_under_release_too():
     assert torch.equal(*results) and results[0].float().mean() < 0.96
 
 
-# torch's compiler looks at the gradient of what has none (torch 2.13)
+# torch's compiler reads .grad of tensors that are not leaves (torch 2.13)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_compiled_layers_train_alike_with_recompute_inside(family):
-    """Batches of many lengths, padded and not, never fall back to layers that are not compiled."""
+def test_compiled_layers_with_recompute_inside_have_the_same_losses(family):
+    """Batches of many lengths, padded or not, never fall back to uncompiled layers."""
     losses = []
     for savers in ([], [recompute, compiled]):
         model = build(family)
@@ -256,8 +257,8 @@ def test_compiled_layers_train_alike_with_recompute_inside(family):
 def test_compile_refuses_a_machine_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     model = build("t5")
-    told = r"^compile needs g\+\+ or clang\+\+, which is not installed: leave it$"
-    with pytest.raises(UsageError, match=told), compiled(model):
+    message = r"^compile needs g\+\+ or clang\+\+, which is missing: install it$"
+    with pytest.raises(UsageError, match=message), compiled(model):
         pass
     assert not any("forward" in vars(module) for module in model.modules())
 

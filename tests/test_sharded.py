@@ -44,26 +44,26 @@ def new_state(accelerator, sharding_strategy, seed=0):
 
 
 def train(state, steps, accelerator):
-    """Losses, gradient norms and rows of each step, of all ranks."""
-    told = []
+    """Train some steps; return the loss, the gradient norm and the rows of all ranks for each."""
+    results = []
     for _ in range(steps):
         batches = next(iter(state.stream))
         rows = json.dumps([row_id for batch in batches for row_id in batch.row_ids])
         rows = sorted(row_id for part in gather_bytes(rows.encode()) for row_id in json.loads(part))
         result = train_step(state, batches, plain_loss, accelerator, learning_rate=1e-2, max_grad_norm=1.0)
-        told.append((result.loss.item(), result.grad_norm.item(), rows))
-    return told
+        results.append((result.loss.item(), result.grad_norm.item(), rows))
+    return results
 
 
 def train_and_save(sharding_strategy, folder):
-    """Train two steps, save, train two more and tell what they were."""
+    """Train two steps, save, train two more and write the results of those."""
     accelerator = init_distributed()
     state = new_state(accelerator, sharding_strategy)
     train(state, 2, accelerator)
     save_checkpoint(state, folder / "saved", accelerator, max_shard_size="40KB")
-    told = train(state, 2, accelerator)
+    results = train(state, 2, accelerator)
     if accelerator.is_main_process:
-        (folder / "told.json").write_text(json.dumps(told))
+        (folder / "results.json").write_text(json.dumps(results))
     accelerator.end_training()
 
 
@@ -73,9 +73,9 @@ def load_and_save(sharding_strategy, folder, name):
     state = new_state(accelerator, sharding_strategy, seed=5)
     load_checkpoint(state, folder / "saved" / "step-00000002", accelerator)
     save_checkpoint(state, folder / name, accelerator)
-    told = train(state, 2, accelerator)
+    results = train(state, 2, accelerator)
     if accelerator.is_main_process:
-        (folder / name / "told.json").write_text(json.dumps(told))
+        (folder / name / "results.json").write_text(json.dumps(results))
     accelerator.end_training()
 
 
@@ -95,12 +95,12 @@ def test_saved_on_three_ranks_it_loads_on_any_number(saved, world_size, sharding
     name = f"{world_size} {sharding_strategy}"
     assert fork_ranks(world_size, load_and_save, sharding_strategy, saved, name) == [0] * world_size
     before, after = tensors_of(saved / "saved"), tensors_of(saved / name)
-    assert before.keys() == after.keys() and len(before) == 4 * 47  # of each parameter: weight, two moments, step
+    assert before.keys() == after.keys() and len(before) == 4 * 47  # for each parameter: weight, two moments, step
     assert all(torch.equal(before[name], after[name]) for name in before)
-    # the optimizer's three quarters in so many files that no rank writes more than its share
+    # the optimizer has three quarters of the bytes, split so that no rank writes more than its share
     assert len([*(saved / name).rglob("optimizer*.safetensors")]) >= 0.75 * world_size
-    told, expected = (json.loads((path / "told.json").read_text()) for path in (saved / name, saved))
-    for (loss, norm, rows), (loss_then, norm_then, rows_then) in zip(told, expected, strict=True):
+    results, expected = (json.loads((path / "results.json").read_text()) for path in (saved / name, saved))
+    for (loss, norm, rows), (loss_then, norm_then, rows_then) in zip(results, expected, strict=True):
         assert rows == rows_then and len(rows) == 12
         assert (loss, norm) == pytest.approx((loss_then, norm_then), rel=1e-4)
 
@@ -138,31 +138,31 @@ def find_every_damage(path):
     accelerator.end_training()
 
 
-def test_all_ranks_learn_of_a_damage_that_one_finds(saved):
+def test_damage_that_one_rank_finds_is_raised_on_all(saved):
     assert fork_ranks(3, find_every_damage, saved / "saved" / "step-00000002") == [0] * 3
 
 
 def fail_on_one_disk(folder):
-    """Rank 1 has no space for its share: both tell so, and go on together to the next save."""
+    """Rank 1 has no space for its share: both ranks raise that error, train on and save again."""
     accelerator = init_distributed()
     state = new_state(accelerator, FSDP)
     train(state, 1, accelerator)
-    met = fail_at(3, "no space") if accelerator.process_index == 1 else []
+    operations = fail_at(3, "no space") if accelerator.process_index == 1 else []
     with pytest.raises(SaveError, match="No space left on device"):
         save_checkpoint(state, folder, accelerator)
-    assert len(met) == accelerator.process_index * 3
-    assert accelerator.process_index or not any(folder.iterdir())  # rank 0 has cleared it up
+    assert len(operations) == accelerator.process_index * 3
+    assert accelerator.process_index or not any(folder.iterdir())  # rank 0 has cleaned up
     train(state, 1, accelerator)
     verify_checkpoint(save_checkpoint(state, folder, accelerator))
     accelerator.end_training()
 
 
-def test_a_full_disk_of_one_rank_holds_up_nobody(tmp_path):
+def test_a_full_disk_on_one_rank_blocks_no_other(tmp_path):
     assert fork_ranks(2, fail_on_one_disk, tmp_path / "run") == [0, 0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_ranks_write_as_many_bytes_each(world_size):
+def test_ranks_write_about_equally_many_bytes(world_size):
     model = {f"w{i}": torch.empty(1000 + 37 * i, dtype=torch.bfloat16) for i in range(40)}
     moments = {f"{name}.exp_avg": torch.empty(tensor.shape) for name, tensor in model.items()}
     shards = [*split_shards(model, "model", 10_000), *split_shards(moments, "optimizer", 10_000)]

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer state divided over ranks: the same run, in every strategy, tier and saver."""
+"""Sharding weights, gradients and optimizer state trains the same run, in every strategy, tier and saver."""
 
 import json
 
@@ -52,37 +52,37 @@ def train(
     savers=(),
     steps=3,
 ):
-    """Train some steps: the state, the losses and norms, and bytes of weights and optimizer on this rank."""
+    """Train; return the state, (loss, norm) of each step, and this rank's bytes of weights and optimizer state."""
     optimizer = make_optimizer(model, name=name, memory=memory)
     options = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     stream = open_stream(
         qa_rows(40), encoder(family), batch_size=batch_size, global_batch_size=global_batch_size, **options
     )
-    state, told = TrainState(model, optimizer, stream), []
+    state, curve = TrainState(model, optimizer, stream), []
     with entered(savers, model, optimizer):
         for _, batches in zip(range(steps), stream, strict=False):
             result = train_step(
                 state, batches, chunked_loss, accelerator, learning_rate=learning_rate, max_grad_norm=max_grad_norm
             )
-            told.append((result.loss.item(), result.grad_norm.item()))
+            curve.append((result.loss.item(), result.grad_norm.item()))
     stream.close()
     kept = [*model.parameters(), *(x for tensors in optimizer.state.values() for x in tensors.values())]
-    return state, told, sum(local_of(tensor).nbytes for tensor in kept)
+    return state, curve, sum(local_of(tensor).nbytes for tensor in kept)
 
 
 def built(family, **changes):
-    return build(family, seed=1, **({"d_ff": 50} if family == "t5" else {}) | changes)  # rows that no 4 ranks divide
+    return build(family, seed=1, **({"d_ff": 50} if family == "t5" else {}) | changes)  # 50 is no multiple of 4 ranks
 
 
-ONE_GRADIENT = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": None, "steps": 1}  # is what the weights lose
+ONE_GRADIENT = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": None, "steps": 1}  # subtracted from the weights
 
 
 def train_alone(family, folder):
     accelerator = init_distributed()
-    _, told, num_bytes = train(accelerator, built(family), family)
+    _, curve, num_bytes = train(accelerator, built(family), family)
     state, *_ = train(accelerator, built(family), family, **ONE_GRADIENT)
     save_model(state.model, folder / "model")
-    (folder / "alone.json").write_text(json.dumps([told, num_bytes]))
+    (folder / "alone.json").write_text(json.dumps([curve, num_bytes]))
 
 
 def train_sharded(family, folder, strategies):
@@ -91,8 +91,8 @@ def train_sharded(family, folder, strategies):
     whole = dict(AutoModel(family).from_pretrained(folder / "model").named_parameters())
     for options in strategies.values():
         model = parallelize(built(family), accelerator, **options)
-        _, told, num_bytes = train(accelerator, model, family)
-        for (loss, norm), (loss_alone, norm_alone) in zip(told, expected, strict=True):
+        _, curve, num_bytes = train(accelerator, model, family)
+        for (loss, norm), (loss_alone, norm_alone) in zip(curve, expected, strict=True):
             assert loss == pytest.approx(loss_alone, rel=1e-6) and norm == pytest.approx(norm_alone, rel=1e-5)
         assert num_bytes < 0.52 * bytes_alone, options
         model = parallelize(built(family), accelerator, **options)
@@ -107,7 +107,7 @@ def AutoModel(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_strategy_is_the_run_of_one_process_in_a_part_of_its_bytes(family, tmp_path):
+def test_every_strategy_has_the_losses_of_one_process_in_half_its_bytes(family, tmp_path):
     assert fork_ranks(1, train_alone, family, tmp_path) == [0]
     assert fork_ranks(2, train_sharded, family, tmp_path, STRATEGIES) == [0, 0]
     hybrid = {"HYBRID_SHARD": {"sharding_strategy": "HYBRID_SHARD", "shard_size": 2}}
@@ -118,12 +118,12 @@ def train_in_exact(family):
     accelerator = init_distributed()
     runs = []
     for strategy in ("NO_SHARD", "FULL_SHARD"):
-        # one micro-batch and no clipping: nothing is added in another order, as of two ranks each sum has one
+        # one micro-batch, no clipping, two ranks: every sum has two terms, so their order does not matter
         model = parallelize(built(family), accelerator, sharding_strategy=strategy)
-        state, told, num_bytes = train(
+        state, curve, num_bytes = train(
             accelerator, model, family, memory="exact", global_batch_size=4, max_grad_norm=None, steps=5
         )
-        runs.append((state, [loss for loss, _ in told], num_bytes))
+        runs.append((state, [loss for loss, _ in curve], num_bytes))
     (whole, losses, num_bytes), (sharded, sharded_losses, sharded_bytes) = runs
     assert losses == sharded_losses and sharded_bytes < 0.52 * num_bytes
     for (name, mine), theirs in zip(sharded.model.named_parameters(), whole.model.parameters(), strict=True):
@@ -139,7 +139,7 @@ def train_in_exact(family):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_exact_has_the_same_bits_sharded_and_whole(family):
-    """Not T5's: fully_shard's hooks change the order in which its encoder's bf16 gradients add up."""
+    """Not with T5: fully_shard's hooks change the order in which its encoder's bf16 gradients add up."""
     assert fork_ranks(2, train_in_exact, family) == [0, 0]
 
 
@@ -155,7 +155,7 @@ def sum_on_four_ranks():
     for whole, sharded in zip(*moments, strict=True):
         local, first, _ = local_part(sharded)
         are_equal.append((local == whole[first : first + len(local)]).flatten())
-    # the order of four fp32 numbers changes a bf16 sum hardly ever, sums in bf16 every third one
+    # the order of four fp32 terms rarely changes their sum in bf16; a sum computed in bf16 would differ in every third
     assert torch.cat(are_equal).float().mean() > 0.99
     accelerator.end_training()
 
@@ -167,13 +167,13 @@ def test_gradients_in_bf16_are_summed_over_ranks_in_fp32():
 def train_and_save_lean(folder):
     accelerator = init_distributed()
     model = parallelize(built("llama", hidden_size=80), accelerator, sharding_strategy="FULL_SHARD")
-    state, told, _ = train(accelerator, model, "llama", memory="lean", steps=4)
-    assert told[-1][0] < told[0][0]
+    state, curve, _ = train(accelerator, model, "llama", memory="lean", steps=4)
+    assert curve[-1][0] < curve[0][0]
     save_checkpoint(state, folder, accelerator)
     draws = state.optimizer._random(next(model.parameters()), 0)(torch.empty(8, 8))
     everyone = [torch.empty_like(draws) for _ in range(accelerator.num_processes)]
     torch.distributed.all_gather(everyone, draws)
-    assert not torch.equal(*everyone[:2])  # other rows, other bits
+    assert not torch.equal(*everyone[:2])  # different rows, different random bits
     accelerator.end_training()
 
 
@@ -186,12 +186,12 @@ def load_lean(folder, strategy):
     if accelerator.is_main_process:
         files = [file.relative_to(path) for file in path.rglob("model*.safetensors")]
         assert all((path / file).read_bytes() == (folder / "step-00000004" / file).read_bytes() for file in files)
-    _, told, _ = train(accelerator, model, "llama", memory="lean", steps=1)
-    assert told[0][0] < 5.9
+    _, curve, _ = train(accelerator, model, "llama", memory="lean", steps=1)
+    assert curve[0][0] < 5.9
     accelerator.end_training()
 
 
-def test_lean_shards_and_comes_back_on_other_ranks(tmp_path):
+def test_a_sharded_lean_checkpoint_loads_on_other_numbers_of_ranks(tmp_path):
     assert fork_ranks(2, train_and_save_lean, tmp_path) == [0, 0]
     assert fork_ranks(1, load_lean, tmp_path, "NO_SHARD") == [0]
     assert fork_ranks(3, load_lean, tmp_path, "FULL_SHARD") == [0] * 3
@@ -203,11 +203,11 @@ def train_with_savers(family):
     curves = []
     for savers in ((), (recompute,), (recompute_cheap,), (offload_activations,), (recompute, offload_activations)):
         model = parallelize(built(family, **dropout), accelerator, sharding_strategy="FULL_SHARD")
-        state, told, _ = train(accelerator, model, family, savers=savers)
-        curves.append((told, [parameter.to_local().detach().clone() for parameter in state.model.parameters()]))
+        state, curve, _ = train(accelerator, model, family, savers=savers)
+        curves.append((curve, [parameter.to_local().detach().clone() for parameter in state.model.parameters()]))
     (expected, weights), *others = curves
-    for told, found in others:
-        assert told == expected and all(map(torch.equal, found, weights))
+    for curve, found in others:
+        assert curve == expected and all(map(torch.equal, found, weights))
     accelerator.end_training()
 
 
@@ -216,7 +216,7 @@ def test_savers_keep_the_bits_of_a_sharded_run(family):
     assert fork_ranks(2, train_with_savers, family) == [0, 0]
 
 
-def train_in_copies():
+def train_in_replicas():
     accelerator = init_distributed()
     model = parallelize(built("llama", hidden_size=128), accelerator, sharding_strategy="HYBRID_SHARD", shard_size=2)
     train(accelerator, model, "llama", memory="lean", steps=1)
@@ -228,8 +228,8 @@ def train_in_copies():
     accelerator.end_training()
 
 
-def test_copies_of_a_sharded_model_round_their_sums_alike():
-    assert fork_ranks(4, train_in_copies) == [0] * 4
+def test_replicas_of_a_sharded_model_round_their_sums_identically():
+    assert fork_ranks(4, train_in_replicas) == [0] * 4
 
 
 def train_head_alone():
@@ -239,8 +239,8 @@ def train_head_alone():
         model = built("llama")
         model.base_model.requires_grad_(False)
         model = parallelize(model, accelerator, sharding_strategy=strategy)
-        _, told, _ = train(accelerator, model, "llama")
-        curves.append([number for pair in told for number in pair])
+        _, curve, _ = train(accelerator, model, "llama")
+        curves.append([number for pair in curve for number in pair])
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     accelerator.end_training()
 
@@ -260,7 +260,7 @@ def fill(family, folder):
     for model, source in (
         (load_model(folder, on_meta=True)[0], expected),  # from the files
         (load_model(**config, on_meta=rank > 0)[0], fresh),  # from rank 0
-        (load_model(**config)[0], None),  # all have data, rank 0's counts
+        (load_model(**config)[0], None),  # all ranks have data; rank 0's is used
     ):
         is_on_meta = {parameter.is_meta for parameter in model.parameters()}
         assert is_on_meta == {source is not None and (source is expected or rank > 0)}
@@ -269,22 +269,22 @@ def fill(family, folder):
         assert tied == len([*model.parameters()]) == len([*expected.parameters()])
         for (name, mine), theirs in zip(model.named_parameters(), (source or model).parameters(), strict=True):
             whole = mine.full_tensor()
-            spread = whole.detach().clone()
-            torch.distributed.broadcast(spread, 0)
-            assert torch.equal(whole, spread) and (source is None or torch.equal(whole, theirs)), name
+            from_rank_0 = whole.detach().clone()
+            torch.distributed.broadcast(from_rank_0, 0)
+            assert torch.equal(whole, from_rank_0) and (source is None or torch.equal(whole, theirs)), name
         for mine, theirs in zip(model.buffers(), expected.buffers(), strict=True):
             assert torch.equal(mine, theirs)
     accelerator.end_training()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_without_data_is_filled_from_files_or_rank_0(family, tmp_path):
+def test_a_model_on_meta_is_filled_from_files_or_rank_0(family, tmp_path):
     build(family, seed=4, dropout_rate=0.1).save_pretrained(tmp_path, max_shard_size="40KB")
     ByT5Tokenizer().save_pretrained(tmp_path)
     assert fork_ranks(3, fill, family, tmp_path) == [0] * 3
 
 
-def fill_what_is_no_parameter(folder):
+def fill_buffers_and_untied_weights(folder):
     accelerator = init_distributed()
     for name in ("bart", "untied"):
         expected, _ = load_model(folder / name)
@@ -304,7 +304,7 @@ def fill_what_is_no_parameter(folder):
     accelerator.end_training()
 
 
-def test_buffers_are_filled_too_and_what_its_files_untie_is_not_tied(tmp_path):
+def test_buffers_are_filled_and_weights_that_the_files_untie_stay_untied(tmp_path):
     model = AutoModelForSeq2SeqLM.from_config(
         AutoConfig.for_model("bart", vocab_size=384, d_model=16, encoder_layers=1, decoder_layers=1)
     )
@@ -316,68 +316,68 @@ def test_buffers_are_filled_too_and_what_its_files_untie_is_not_tied(tmp_path):
     save_file(load_file(file) | {"lm_head.weight": torch.randn(384, 32)}, file, metadata={"format": "pt"})
     for folder in tmp_path.iterdir():
         ByT5Tokenizer().save_pretrained(folder)
-    assert fork_ranks(2, fill_what_is_no_parameter, tmp_path) == [0, 0]
+    assert fork_ranks(2, fill_buffers_and_untied_weights, tmp_path) == [0, 0]
 
 
 def answer(family, folder):
     accelerator = init_distributed()
-    told = []
+    results = []
     for strategy in ("NO_SHARD", "FULL_SHARD", "SHARD_GRAD_OP"):
         model = parallelize(built(family), accelerator, sharding_strategy=strategy)
-        rows = open_eval(  # the second rank has none in its last batch
+        rows = open_eval(  # the second rank has no rows in its last batch
             qa_rows(5), encoder(family), batch_size=2, rank=accelerator.process_index, world_size=2
         )
-        generate(model, ByT5Tokenizer(), rows, accelerator, max_new_tokens=2)  # first of all, an encoder by itself
+        generate(model, ByT5Tokenizer(), rows, accelerator, max_new_tokens=2)  # the encoder runs on its own first
         train(accelerator, model, family, steps=2)
         metrics = evaluate(model, rows, chunked_loss, accelerator)
         answers = generate(model, ByT5Tokenizer(), rows, accelerator, max_new_tokens=6)
-        assert all(strategy == "NO_SHARD" or hasattr(x, "full_tensor") for x in model.parameters())  # given back
-        told.append((metrics["eval_loss"], answers))
-    (loss, answers), *others = told
+        assert all(strategy == "NO_SHARD" or hasattr(x, "full_tensor") for x in model.parameters())  # sharded again
+        results.append((metrics["eval_loss"], answers))
+    (loss, answers), *others = results
     assert len(answers) == 5
     assert all(found == pytest.approx(loss, rel=1e-6) and written == answers for found, written in others)
     accelerator.end_training()
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_a_sharded_model_is_evaluated_and_answers_as_a_whole_one(family, tmp_path):
+def test_a_sharded_model_evaluates_and_generates_like_an_unsharded_one(family, tmp_path):
     assert fork_ranks(2, answer, family, tmp_path) == [0, 0]
 
 
 def refuse():
     accelerator = init_distributed()
-    for options, told in (
-        ({"sharding_strategy": "ZERO_3"}, "take one of NO_SHARD, SHARD_GRAD_OP"),
-        ({"cpu_offload": True}, "cpu_offload was asked for with sharding_strategy=NO_SHARD"),
-        ({"sharding_strategy": "HYBRID_SHARD", "shard_size": 2}, "2 processes to a copy, there are 3"),
-        ({"sharding_strategy": "HYBRID_SHARD"}, "3 processes to a copy, there are 3"),
-        ({"sharding_strategy": "FULL_SHARD", "shard_size": 2}, "divides one copy over all 3"),
+    for options, message in (
+        ({"sharding_strategy": "ZERO_3"}, "set one of NO_SHARD, SHARD_GRAD_OP"),
+        ({"cpu_offload": True}, "cpu_offload needs a sharded model, got NO_SHARD"),
+        ({"sharding_strategy": "HYBRID_SHARD", "shard_size": 2}, "got shard_size=2 for 3 processes"),
+        ({"sharding_strategy": "HYBRID_SHARD"}, "got shard_size=3 for 3 processes"),
+        ({"sharding_strategy": "FULL_SHARD", "shard_size": 2}, "shards one replica over all 3"),
     ):
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=message):
             parallelize(build("llama"), accelerator, **options)
     model = parallelize(build("llama"), accelerator, sharding_strategy="FULL_SHARD")
     with pytest.raises(ValueError, match="adafactor needs whole matrices"):
         make_optimizer(model, name="adafactor", memory="lean")
     rows = open_eval(qa_rows(3), encoder("llama"), batch_size=1, rank=accelerator.process_index, world_size=3)
     evaluate(model, rows, chunked_loss, accelerator)
-    with pytest.raises(ValueError, match="has computed already"):
+    with pytest.raises(ValueError, match="has already run"):
         make_optimizer(model)
     accelerator.end_training()
 
 
-def test_what_does_not_fit_the_processes_is_told():
+def test_strategies_that_do_not_fit_the_processes_are_refused():
     assert fork_ranks(3, refuse) == [0] * 3
 
 
-def test_one_process_offloads_alone():
+def test_cpu_offload_on_one_process_keeps_the_losses():
     assert fork_ranks(1, train_offloaded) == [0]
 
 
 def train_offloaded():
     accelerator = init_distributed()
     model = parallelize(built("llama"), accelerator, sharding_strategy="FULL_SHARD", cpu_offload=True)
-    _, told, _ = train(accelerator, model, "llama", memory="exact", max_grad_norm=None)
+    _, curve, _ = train(accelerator, model, "llama", memory="exact", max_grad_norm=None)
     whole = parallelize(built("llama"), accelerator)
     _, expected, _ = train(accelerator, whole, "llama", memory="exact", max_grad_norm=None)
-    assert [loss for loss, _ in told] == [loss for loss, _ in expected]
+    assert [loss for loss, _ in curve] == [loss for loss, _ in expected]
     accelerator.end_training()

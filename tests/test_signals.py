@@ -1,4 +1,4 @@
-"""Signals are noted whatever the main thread does; only one that is no echo ends the process."""
+"""Signals are noted even while the main thread is stuck; a second one that is not an echo ends the process."""
 
 import multiprocessing
 import os
@@ -11,16 +11,16 @@ import pytest
 from lowmem.distributed.signals import catching_signals
 from tests.processes import finish, run, started
 
-# The main thread waits for a lock that it holds itself: in C, like in a collective whose peer is gone.
+# The main thread waits in C for a lock that it holds itself, as in a collective whose peer has died.
 STUCK = """
 import ctypes, sys, threading
 from lowmem.distributed.signals import catching_signals
 with catching_signals() as signals:
-    def tell():
+    def print_signal():
         while not signals.came:
             pass
         print(signals.came, flush=True)
-    threading.Thread(target=tell, daemon=True).start()
+    threading.Thread(target=print_signal, daemon=True).start()
     print("stuck", flush=True)
     mutex = ctypes.create_string_buffer(64)
     while True:
@@ -42,11 +42,11 @@ def test_a_process_stuck_in_c_notes_a_signal_and_its_echo_and_ends_at_a_second_o
         process.send_signal(signal.SIGTERM)
         result = finish(process, timeout=10)
     assert result.returncode == 1
-    assert result.stderr == "SIGTERM came after SIGUSR1: ends at once, not saved\n"
+    assert result.stderr == "SIGTERM came after SIGUSR1: exits immediately, without saving\n"
 
 
-# stderr is a pipe that is full, or that nobody reads any more.
-UNHEARD = """
+# stderr is a pipe that is full, or that its reader has closed.
+WITHOUT_STDERR = """
 import os, signal, sys, time
 from lowmem.distributed import signals
 reading, writing = os.pipe()
@@ -61,17 +61,17 @@ if sys.argv[1] == "full":
         os.set_blocking(2, True)
 else:
     os.close(reading)
-signals.say_and_exit("ends", 7, lambda: os.write(1, b"done"), limit_seconds=0.5)
+signals.print_and_exit("ends", 7, lambda: os.write(1, b"done"), limit_seconds=0.5)
 """
 
 
 @pytest.mark.parametrize("pipe", ["full", "broken"])
-def test_a_process_ends_also_if_it_cannot_say_so(pipe):
-    result = run(sys.executable, "-c", UNHEARD, pipe, timeout=20)
+def test_a_process_ends_even_if_stderr_cannot_be_written(pipe):
+    result = run(sys.executable, "-c", WITHOUT_STDERR, pipe, timeout=20)
     assert (result.returncode, result.stdout) == (7, "done")
 
 
-def test_signals_that_are_ignored_do_nothing():
+def test_ignored_signals_do_nothing():
     with catching_signals() as signals:
         signals.ignore()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -79,7 +79,7 @@ def test_signals_that_are_ignored_do_nothing():
         assert signals.came is None
 
 
-def test_a_fork_can_be_ended_and_does_not_tell_us():
+def test_a_signal_to_a_fork_ends_the_fork_only():
     with catching_signals() as signals:
         process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
         process.start()
@@ -91,12 +91,12 @@ def test_a_fork_can_be_ended_and_does_not_tell_us():
 
 
 @pytest.mark.parametrize(("command", "code"), [("train", 75), ("verify", 130)])
-def test_what_saves_nothing_ends_of_a_ctrl_c_without_a_traceback(command, code, tmp_path):
-    """Here while it still imports; a signal may come too late for that, when the program has ended by itself."""
+def test_ctrl_c_with_nothing_to_save_prints_no_traceback(command, code, tmp_path):
+    """The signal is sent during imports. If it arrives after the program has ended, the test tries again."""
     for _ in range(5):
         with started(sys.executable, "-v", "train_low_mem.py", command, tmp_path) as process:
             for line in process.stderr:
-                if line.startswith("import 'lowmem.distributed.signals'"):  # far from the last one
+                if line.startswith("import 'lowmem.distributed.signals'"):  # many imports follow
                     break
             process.send_signal(signal.SIGINT)
             result = finish(process, timeout=20)
@@ -107,8 +107,8 @@ def test_what_saves_nothing_ends_of_a_ctrl_c_without_a_traceback(command, code, 
     raise AssertionError("no signal came in time")
 
 
-def test_signals_go_back_to_who_had_them():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts us may have had it ignored
+def test_signal_handlers_are_restored():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent process may have ignored it
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     with catching_signals() as signals:
         assert signals.came is None

@@ -36,14 +36,14 @@ def names(files):
     return [str(source) for source in expand(files)]
 
 
-def test_files_stand_in_the_order_given_and_those_of_a_glob_by_name(folder):
+def test_files_keep_the_given_order_and_globs_are_sorted_by_name(folder):
     make("b.txt", "a.txt", "z/2.txt", "z/y/1.txt")
     assert names("z/**/*.txt, b.txt,a.txt,") == ["z/2.txt", "z/y/1.txt", "b.txt", "a.txt"]
     assert names(["b.txt", Path("a.txt")]) == ["b.txt", "a.txt"]
     assert names("?.txt") == ["a.txt", "b.txt"]
 
 
-def test_a_name_that_a_file_has_is_that_file_whatever_signs_are_in_it(folder):
+def test_the_name_of_an_existing_file_may_contain_commas_and_wildcards(folder):
     odd = ["a,b.txt", "[ab].txt", "a*.txt", "a?b.txt", " a.txt ", "a.txt"]
     make(*odd)
     for name in odd:
@@ -61,7 +61,7 @@ def test_a_tilde_is_the_home(folder, monkeypatch):
     assert names("~/c,d.txt") == [f"{folder}/home/c,d.txt"]
 
 
-def test_a_file_that_is_named_twice_is_refused_whatever_its_names(folder):
+def test_a_file_that_is_named_twice_is_refused_even_by_different_names(folder):
     make("a.txt", "b.txt")
     Path("link.txt").symlink_to("a.txt")
     for other in ("a.txt", "./a.txt", f"{folder}/a.txt", "link.txt", "?.txt"):
@@ -70,24 +70,24 @@ def test_a_file_that_is_named_twice_is_refused_whatever_its_names(folder):
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "message"),
     [
         ("no.txt", "no.txt does not exist: name a"),
         ("no*.txt", r"no\*.txt matches no file: name a"),
         ("a.txt/no.txt", "a.txt/no.txt does not exist"),
         (".", r"\. is a folder"),
-        ([], r"no file is named by \[\]: name a"),
-        (" , ", "no file is named by ' , '"),
-        ("n" * 300, "n{300} cannot be looked for .*File name too long"),
+        ([], r"\[\] names no file: name a"),
+        (" , ", "' , ' names no file: name a"),
+        ("n" * 300, "n{300} cannot be accessed .*File name too long"),
         (["a\0b"], "does not exist: name a"),
-        ("memory://no/such.txt", "memory://no/such.txt cannot be reached: FileNotFoundError.*; mind its name"),
+        ("memory://no/such.txt", "memory://no/such.txt cannot be reached .FileNotFoundError.*: check name, access"),
         ("memory://no/*.txt", r"memory://no/\*.txt matches no file"),
         ("nosuch://a.txt", "nosuch://a.txt cannot be opened .*name a local file"),
     ],
 )
-def test_what_names_no_file_is_refused(folder, files, told):
+def test_what_names_no_file_is_refused(folder, files, message):
     make("a.txt")
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         expand(files)
 
 
@@ -107,7 +107,7 @@ class _Quiet(SimpleHTTPRequestHandler):
         pass
 
 
-def test_a_server_that_is_gone_is_a_mistake_at_the_start_and_a_lost_connection_later(folder):
+def test_an_unreachable_server_is_a_user_error_at_the_start_and_a_lost_connection_later(folder):
     pytest.importorskip("aiohttp")
     make("b.txt", "a.txt")
     server = ThreadingHTTPServer(("localhost", 0), partial(_Quiet, directory=folder))
@@ -129,7 +129,7 @@ def test_a_server_that_is_gone_is_a_mistake_at_the_start_and_a_lost_connection_l
         assert not is_damage(caught.value)
 
 
-def test_the_hub_out_of_reach_is_a_mistake_at_the_start_and_a_lost_connection_later():
+def test_an_unreachable_hub_is_a_user_error_at_the_start_and_a_lost_connection_later():
     pytest.importorskip("huggingface_hub")
     code = """
 import sys
@@ -143,12 +143,12 @@ for look in (Source(url).open, Source(url).stamp):
     except ConnectionError as error: print(type(error).__name__)
 """
     result = run(sys.executable, "-c", code, HF_HUB_OFFLINE="", HF_ENDPOINT="http://localhost:9")
-    told, *lost = result.stdout.splitlines()
-    assert told.startswith("hf://datasets/some/rows/rows.jsonl cannot be reached: ConnectionError(")
+    message, *lost = result.stdout.splitlines()
+    assert message.startswith("hf://datasets/some/rows/rows.jsonl cannot be reached (ConnectionError(")
     assert lost == ["ConnectionError"] * 2
 
 
-def test_errors_of_network_packages_are_lost_connections_and_others_stay():
+def test_errors_of_network_packages_are_lost_connections_and_others_are_unchanged():
     aiohttp = pytest.importorskip("aiohttp")
     with pytest.raises(ConnectionError, match="ClientPayloadError: cut off"), reading():
         raise aiohttp.ClientPayloadError("cut off")
@@ -158,7 +158,7 @@ def test_errors_of_network_packages_are_lost_connections_and_others_stay():
         assert caught.value is error
 
 
-def test_damage_is_told_from_trouble_of_the_system():
+def test_damage_is_distinguished_from_system_errors():
     for damage in (
         OSError("Couldn't deserialize thrift"),
         pa.ArrowInvalid("a"),
@@ -170,7 +170,7 @@ def test_damage_is_told_from_trouble_of_the_system():
         assert not is_damage(trouble)
 
 
-def test_a_file_replaced_by_one_of_its_size_and_time_has_another_stamp(folder):
+def test_a_file_replaced_by_one_of_the_same_size_and_time_has_another_stamp(folder):
     make("a.txt", "b.txt")
     before, times = Source("a.txt").stamp(), os.stat("a.txt")
     Path("b.txt").write_text("b row\n")

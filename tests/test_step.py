@@ -1,4 +1,4 @@
-"""Invariant 1: accumulation and ranks do not matter; what a step does when numbers are not finite."""
+"""Invariant 1: accumulation and ranks do not change a step. Also steps with numbers that are not finite, or errors."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def state_of(model, stream=None, **options):
 
 
 def gradient_of_step(model, batches, accelerator, loss_fn=chunked_loss):
-    """The whole gradient that a step applies, and its result: SGD from zero weights' difference at learning rate 1."""
+    """Return the step's full gradient, which SGD at learning rate 1 subtracts from the weights, and its result."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     state = state_of(model, name="sgd")
     result = train_step(state, batches, loss_fn, accelerator, learning_rate=1.0)
@@ -56,7 +56,7 @@ def test_unequal_micro_batches_equal_one_batch(family, batch_size, steps):
     accelerator = Accelerator(cpu=True)
     whole = next(stream_of(family, batch_size=8))
     parts = next(stream_of(family, batch_size=batch_size, gradient_accumulation_steps=steps))
-    assert len({batch.num_targets for batch in parts}) > 1  # or it would show nothing
+    assert len({batch.num_targets for batch in parts}) > 1  # otherwise this test proves nothing
     expected, one = gradient_of_step(build(family), whole, accelerator)
     mine, many = gradient_of_step(build(family), parts, accelerator)
     assert_same_gradient(mine, expected)
@@ -82,31 +82,31 @@ def test_two_processes_with_unequal_target_counts_equal_one(family, wrapping, tm
     whole = next(stream_of(family, batch_size=8))
     expected, one = gradient_of_step(build(family), whole, Accelerator(cpu=True))
     assert fork_ranks(2, step_on_a_rank, family, wrapping, tmp_path) == [0, 0]
-    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert told[0]["my_targets"] != told[1]["my_targets"]
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert results[0]["my_targets"] != results[1]["my_targets"]
     for rank in range(2):
         assert_same_gradient(load_file(tmp_path / f"{rank}.safetensors"), expected)
-        assert told[rank]["loss"] == pytest.approx(one.loss.item(), rel=1e-6)
-        assert told[rank]["num_tokens"] == one.num_tokens
+        assert results[rank]["loss"] == pytest.approx(one.loss.item(), rel=1e-6)
+        assert results[rank]["num_tokens"] == one.num_tokens
 
 
 def step_on_a_rank(family, wrapping, folder):
     accelerator = init_distributed()
-    # other weights on each rank: the wrapping must make them rank 0's
+    # different weights on each rank: wrapping must replace them by rank 0's
     model = build(family, seed=0 if accelerator.is_main_process else 1)
     model = parallelize(model, accelerator) if wrapping == "parallelize" else accelerator.prepare(model)
     rank = accelerator.process_index
     batches = next(stream_of(family, batch_size=2, gradient_accumulation_steps=2, rank=rank, world_size=2))
     gradient, result = gradient_of_step(model, batches, accelerator)
     save_file({name: value.contiguous() for name, value in gradient.items()}, f"{folder}/{rank}.safetensors")
-    told = {
+    summary = {
         "loss": result.loss.item(),
         "num_tokens": int(result.num_tokens),
         "my_targets": sum(batch.num_targets for batch in batches),
     }
     with open(f"{folder}/{rank}.json", "w") as file:
-        json.dump(told, file)
-    # A DDP reducer that outlives its gloo group can wait for ever in the group's destructor (torch 2.13), so free it.
+        json.dump(summary, file)
+    # A DDP reducer that outlives its gloo group can wait forever in the group's destructor (torch 2.13), so free it.
     (model,) = accelerator.free_memory(model)
     accelerator.end_training()
 
@@ -128,7 +128,7 @@ def test_clipping_bounds_the_applied_gradient_and_reports_the_norm_before():
 
 
 def test_dropout_differs_between_micro_batches_and_between_ranks(tmp_path):
-    """The same rows four times: under one mask for two of them, their losses would be equal."""
+    """The same rows four times: if two of them shared a dropout mask, their losses would be equal."""
     assert fork_ranks(2, losses_of_the_same_rows, tmp_path) == [0, 0]
     losses = [loss for rank in range(2) for loss in json.loads((tmp_path / f"{rank}.json").read_text())]
     assert len(set(losses)) == len(losses) == 4
@@ -155,7 +155,7 @@ def test_dropout_is_a_function_of_seed_and_step():
     def loss(seed, step, disturb):
         torch.manual_seed(disturb)
         state = state_of(build("t5", dropout_rate=0.3), name="sgd")
-        torch.rand(disturb)  # whatever else used the generator
+        torch.rand(disturb)  # other code may use the generator
         state.seed, state.step = seed, step
         batches = next(stream_of("t5", batch_size=2, gradient_accumulation_steps=2))
         return train_step(state, batches, plain_loss, Accelerator(cpu=True), learning_rate=0.0).loss.item()
@@ -185,12 +185,12 @@ def test_a_loss_that_is_not_finite_changes_no_weight(nonfinite):
         assert "not finite on rank 0 with rows [0, 1, 2, 3" in result.reason and not result.updated
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in model.parameters())
-    if nonfinite == "skip":  # and the next step, without that row, goes on as ever
+    if nonfinite == "skip":  # the next step, without that row, updates the weights
         train_step(state, next(stream), poisoned, accelerator, learning_rate=0.1, nonfinite="skip")
         assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_one_ranks_nan_is_told_by_both_before_the_update():
+def test_a_nan_on_one_rank_is_raised_by_both_before_the_update():
     assert fork_ranks(2, step_with_nan_on_one_rank) == [0, 0]
 
 
@@ -199,30 +199,30 @@ def step_with_nan_on_one_rank():
     rank = accelerator.process_index
     model = parallelize(build("t5"), accelerator)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    # rank 0 has rows 0 to 3, of which one is poisoned, in two micro-batches
+    # rank 0 has rows 0 to 3 in two micro-batches, and row 3 is poisoned
     options = {"rank": rank, "world_size": 2, "gradient_accumulation_steps": 2, "shuffle": False}
     batches = next(stream_of("t5", batch_size=2, **options))
-    told = r"loss nan, gradient norm nan; the loss was not finite on rank 0 with rows \[2, 3\]"
-    with pytest.raises(FloatingPointError, match=told):
+    message = r"loss nan, gradient norm nan; the loss was not finite on rank 0 with rows \[2, 3\]"
+    with pytest.raises(FloatingPointError, match=message):
         train_step(state_of(model), batches, poisoned, accelerator, learning_rate=0.1)
     skipped = train_step(state_of(model), batches, poisoned, accelerator, learning_rate=0.1, nonfinite="skip")
-    assert re.match(told, skipped.reason) and "rank 1" not in skipped.reason
+    assert re.match(message, skipped.reason) and "rank 1" not in skipped.reason
 
     def infinite_gradient(model, batch):
         loss = plain_loss(model, batch)
         loss.register_hook(lambda gradient: gradient / (rank == 0))
         return loss
 
-    told = (
+    message = (
         r"gradient norm (inf|nan); the loss of every micro-batch was finite: rank 0 with rows .*, rank 1 with rows \[4"
     )
-    with pytest.raises(FloatingPointError, match=told):
+    with pytest.raises(FloatingPointError, match=message):
         train_step(state_of(model), batches, infinite_gradient, accelerator, learning_rate=0.1)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     accelerator.end_training()
 
 
-def test_an_error_on_one_rank_is_raised_by_both_and_the_next_step_goes_on():
+def test_an_error_on_one_rank_is_raised_by_both_and_the_next_step_works():
     assert fork_ranks(2, fail_on_one_rank) == [0, 0]
 
 
@@ -259,8 +259,8 @@ def fail_on_one_rank():
         (plain_loss, batches, full_disk, OSError, RankError),
         (plain_loss, unreadable if rank == 1 else batches, nullcontext, RowError, RankError),
     ]:
-        told = "what was wrong" if rank == 1 else f"rank 1 failed with {kind.__name__}: .*what was wrong"
-        with pytest.raises(kind if rank == 1 else elsewhere, match=told), saver():
+        message = "what was wrong" if rank == 1 else f"rank 1 failed with {kind.__name__}: .*what was wrong"
+        with pytest.raises(kind if rank == 1 else elsewhere, match=message), saver():
             train_step(state, given, loss_fn, accelerator, learning_rate=0.1)
     assert state.step == 0 and all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     result = train_step(state, batches, plain_loss, accelerator, learning_rate=0.1, preempted=rank == 1)
@@ -269,7 +269,7 @@ def fail_on_one_rank():
     accelerator.end_training()
 
 
-def test_an_error_within_a_sharded_forward_ends_both_ranks_with_it():
+def test_an_error_within_a_sharded_forward_ends_both_ranks_with_that_error():
     with started_ranks(2, fail_in_a_sharded_forward) as ranks:
         outputs = [process.communicate(timeout=60)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1]
@@ -290,7 +290,7 @@ def fail_in_a_sharded_forward():
     train_step(state_of(model), batches, failing, accelerator, learning_rate=0.1)
 
 
-def test_a_step_without_any_target_changes_nothing_but_the_count():
+def test_a_step_without_any_target_changes_nothing_but_the_step_count():
     empty = collate([{"input_ids": [5], "labels": [-100]}])
     assert empty.num_targets == 0
     model, accelerator = build("t5"), Accelerator(cpu=True)

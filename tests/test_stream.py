@@ -26,7 +26,7 @@ ENCODE = encode_seq2seq(ByT5Tokenizer(), max_seq_len=64)
 
 
 def draw(stream, steps):
-    """Row ids of the next steps, each step done, in the order of the stream's micro-batches."""
+    """Return the row ids of the next steps in the order of their micro-batches; advance the stream after each."""
     drawn = []
     for batches in itertools.islice(stream, steps):
         drawn.append([row_id for batch in batches for row_id in batch.row_ids])
@@ -35,7 +35,7 @@ def draw(stream, steps):
 
 
 def by_step(drawn):
-    """Each step's row ids in rising order."""
+    """Sort the row ids of each step."""
     return [sorted(step) for step in drawn]
 
 
@@ -107,7 +107,7 @@ def test_a_causal_batch_counts_what_the_shifted_loss_sums():
     assert batch.num_targets == int((batch.inputs["labels"][:, 1:] != IGNORED).sum())
 
 
-def test_targets_are_counted_alike_in_every_split_even_of_rows_that_copy_their_prompt():
+def test_every_split_has_the_same_number_of_targets_even_if_rows_copy_their_prompt():
     rows = [ENCODE({"prompt": "yes", "response": "yes"}), ENCODE({"prompt": "a", "response": "bcd"})]
     assert collate(rows).num_targets == collate(rows[:1]).num_targets + collate(rows[1:]).num_targets == 8
 
@@ -120,14 +120,14 @@ def test_each_epoch_holds_each_row_once():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_ranks_share_out_one_sequence(world_size):
+def test_ranks_split_one_sequence(world_size):
     streams = [
         open_stream(ROWS, ENCODE, batch_size=2, global_batch_size=12, rank=rank, world_size=world_size, seed=3)
         for rank in range(world_size)
     ]
-    places = rows_at(0, 108, ALL, seed=3).reshape(9, world_size, -1)
+    row_ids = rows_at(0, 108, ALL, seed=3).reshape(9, world_size, -1)
     for rank, stream in enumerate(streams):
-        assert by_step(draw(stream, 9)) == by_step(places[:, rank].tolist())
+        assert by_step(draw(stream, 9)) == by_step(row_ids[:, rank].tolist())
 
 
 def test_a_rank_cuts_its_rows_of_a_step_into_micro_batches_longest_first():
@@ -137,8 +137,8 @@ def test_a_rank_cuts_its_rows_of_a_step_into_micro_batches_longest_first():
     for rank, (first, stop) in enumerate([(0, 6), (6, 13)]):
         stream = open_stream(ROWS, ENCODE, rank=rank, **options)
         for step, batches in enumerate(itertools.islice(stream, 8)):
-            places = rows_at(13 * step + first, 13 * step + stop, ALL, seed=5).tolist()
-            expected = sorted(places, key=lambda row_id: (-lengths[row_id], places.index(row_id)))
+            drawn = rows_at(13 * step + first, 13 * step + stop, ALL, seed=5).tolist()
+            expected = sorted(drawn, key=lambda row_id: (-lengths[row_id], drawn.index(row_id)))
             assert [row_id for batch in batches for row_id in batch.row_ids] == expected
             for batch in batches:
                 again = collate([ENCODE(ROWS[row_id]) for row_id in batch.row_ids])
@@ -146,7 +146,7 @@ def test_a_rank_cuts_its_rows_of_a_step_into_micro_batches_longest_first():
                 assert again.inputs["input_ids"].equal(batch.inputs["input_ids"])
 
 
-def test_rows_of_a_custom_encoder_are_as_long_as_all_that_they_hold():
+def test_the_length_of_a_custom_row_is_the_total_of_its_values():
     sizes = [(1, 2), (4, 4), (2, 0), (0, 7)]
 
     def encode(row):
@@ -220,7 +220,7 @@ def test_a_resume_near_the_end_of_3000_rows_crosses_the_epoch_exactly():
 
 
 class InGroups(list):
-    """Rows in groups of unequal size, of which a window of the order takes one or two."""
+    """Rows in groups of unequal size; a shuffling window holds one or two of them."""
 
     groups = Groups.of([7, 1, 13, 0, 4, 25], [WINDOW_BYTES // 2] * 6)
 
@@ -254,7 +254,7 @@ def test_a_run_resumed_on_any_numbers_of_processes_sees_one_sequence_of_global_b
     assert by_step(drawn) == by_step(expected.tolist())
 
 
-def test_changed_rows_may_be_accepted_but_not_another_number_of_rows_a_step():
+def test_changed_rows_may_be_accepted_but_not_another_number_of_rows_per_step():
     saved = open_stream(Grouped(ROWS), ENCODE, batch_size=4).state_dict() | {"position": 8}
     stream = open_stream(ROWS[:-1], ENCODE, batch_size=4, accept_changed_data=True)
     stream.load_state_dict(saved)
@@ -264,7 +264,7 @@ def test_changed_rows_may_be_accepted_but_not_another_number_of_rows_a_step():
         open_stream(ROWS, ENCODE, batch_size=5, accept_changed_data=True).load_state_dict(saved)
 
 
-def test_an_error_of_any_kind_waits_until_the_step_is_looked_into():
+def test_an_error_of_any_kind_is_raised_when_the_step_is_read():
     stream = open_stream(ROWS, ENCODE, batch_size=4, collate=lambda rows: 1 / 0)
     for _ in range(2):
         batches = next(stream)
@@ -273,24 +273,24 @@ def test_an_error_of_any_kind_waits_until_the_step_is_looked_into():
 
 
 def test_a_closed_stream_encodes_no_further_steps():
-    begun, has_begun, may_go_on = [], threading.Event(), threading.Event()
+    threads, has_begun, may_continue = [], threading.Event(), threading.Event()
 
     def encode(row):
-        begun.append(threading.current_thread())
+        threads.append(threading.current_thread())
         has_begun.set()
-        may_go_on.wait(30)
+        may_continue.wait(30)
         return ENCODE(row)
 
     stream = open_stream(ROWS, encode, batch_size=4, prefetch=3)
     iter(stream)
     assert has_begun.wait(30)
     stream.close()
-    may_go_on.set()
-    begun[0].join(30)
-    assert not begun[0].is_alive() and len(begun) == 4
+    may_continue.set()
+    threads[0].join(30)
+    assert not threads[0].is_alive() and len(threads) == 4
 
 
-def test_rows_drawn_but_not_trained_on_come_again():
+def test_rows_drawn_but_not_trained_on_are_drawn_again():
     stream = open_stream(ROWS, ENCODE, batch_size=4)
     first = next(iter(stream))
     assert next(iter(stream))[0].row_ids == first[0].row_ids
@@ -303,16 +303,16 @@ class Grouped(list):
 @pytest.mark.parametrize(
     "other",
     [{"seed": 1}, {"batch_size": 5}, {"rows": ROWS[:-1]}, {"rows": BundledRows(0, 50)}, {"shuffle": False}],
-    ids=["seed", "rows a step", "rows", "row groups", "shuffle"],
+    ids=["seed", "rows per step", "rows", "row groups", "shuffle"],
 )
-def test_a_stream_over_something_else_is_refused(other):
+def test_the_state_of_another_stream_is_refused(other):
     options = {"rows": Grouped(ROWS), "seed": 0, "batch_size": 4} | other
     saved = open_stream(Grouped(ROWS), ENCODE, batch_size=4).state_dict()
-    with pytest.raises(UsageError, match="not the one that was saved"):
+    with pytest.raises(UsageError, match="this stream differs from the saved one"):
         open_stream(options.pop("rows"), ENCODE, **options).load_state_dict(saved)
 
 
-def test_a_row_that_cannot_be_encoded_is_told_with_its_place():
+def test_a_row_that_cannot_be_encoded_is_reported_with_its_index():
     rows = [*ROWS[:3], {"prompt": "x", "response": None}]
     stream = open_stream(rows, ENCODE, batch_size=4, shuffle=False)
     batches = next(stream)
@@ -321,7 +321,7 @@ def test_a_row_that_cannot_be_encoded_is_told_with_its_place():
 
 
 @pytest.mark.parametrize("prefetch", [1, 3])
-def test_rows_are_encoded_in_one_background_thread_so_many_steps_ahead(prefetch):
+def test_one_background_thread_encodes_rows_prefetch_steps_ahead(prefetch):
     threads, encoded = set(), []
 
     def encode(row):
@@ -339,7 +339,7 @@ def test_rows_are_encoded_in_one_background_thread_so_many_steps_ahead(prefetch)
     assert len(threads) == 1 and threading.main_thread() not in threads
 
 
-def test_without_prefetch_a_step_is_encoded_when_it_is_asked_for():
+def test_without_prefetch_a_step_is_encoded_when_it_is_requested():
     threads = []
 
     def encode(row):

@@ -35,13 +35,13 @@ ROWS = [row(number) for number in range(205)]
 
 
 def table(rows=ROWS, text=None):
-    """The rows as a table whose texts are of the Arrow type `text`, and lists and their offsets large with it."""
+    """Return the rows as a table with texts of the Arrow type `text`, and large lists if the texts are large."""
     text = text or pa.string()
     large = pa.types.is_large_string(text)
     turn = pa.struct([("role", text), ("content", text)])
     chat = pa.large_list(turn) if large else pa.list_(turn)
     schema = pa.schema([("prompt", text), ("response", text), ("chat", chat), ("number", pa.int64())])
-    if pa.types.is_dictionary(text):  # not to be had from Python's values within a list
+    if pa.types.is_dictionary(text):  # pyarrow cannot build these within lists from Python values
         return table(rows).cast(schema) if not rows else pa.Table.from_pylist(rows, table(rows).schema).cast(schema)
     return pa.Table.from_pylist(rows, schema)
 
@@ -67,13 +67,13 @@ def only(columns, rows=ROWS):
     return [{name: row[name] for name in columns} for row in rows]
 
 
-def flip(path, place, bit=1):
+def flip(path, offset, bit=1):
     data = bytearray(path.read_bytes())
-    data[place] ^= bit
+    data[offset] ^= bit
     path.write_bytes(data)
 
 
-# Every row group and every record batch is too large; in PIECES the copy's pieces are small, too.
+# COPIED makes every row group and record batch too large, so files are copied; PIECES also makes small pieces.
 COPIED = TableLimits(row_group_bytes=0, batch_bytes=0)
 PIECES = replace(COPIED, piece_rows=40)
 
@@ -137,14 +137,14 @@ def test_large_groups_are_copied_in_order_in_small_pieces_once(tmp_path, capsys,
     file = open_file(source, wanted)
     assert all_rows(file) == only(wanted or ROWS[0])
     assert file.group_rows.max() <= 40 and file.group_bytes.max() < 4000
-    told = capsys.readouterr().out
-    assert told.count("\n") == 1 and f"rows.{suffix}: making a copy of its rows once" in told
+    output = capsys.readouterr().out
+    assert output.count("\n") == 1 and f"rows.{suffix}: making a copy of its rows once" in output
     again = open_file(source, wanted)
     assert all_rows(again) == only(wanted or ROWS[0]) and capsys.readouterr().out == ""
     assert (again.group_rows == file.group_rows).all() and (again.group_bytes == file.group_bytes).all()
 
 
-def test_runs_that_want_other_columns_have_copies_of_their_own(tmp_path):
+def test_runs_that_read_other_columns_have_their_own_copies(tmp_path):
     source = write_parquet(tmp_path / "rows.parquet")
     prompts, chats = ParquetFile(source, WANTED, limits=PIECES), ParquetFile(source, CHATS, limits=PIECES)
     assert all_rows(prompts) == only(WANTED) and all_rows(chats) == only(CHATS)
@@ -203,32 +203,32 @@ def test_group_bytes_are_about_what_a_group_takes_decoded(tmp_path, column, comp
 def test_group_bytes_count_wanted_columns_only(tmp_path):
     source = write_parquet(tmp_path / "rows.parquet")
     every, some = ParquetFile(source, None).group_bytes, [ParquetFile(source, w).group_bytes for w in (WANTED, CHATS)]
-    assert 0 < every - sum(some) < 8 * 205 + 200 * 4 + 2000  # what the numbers take
+    assert 0 < every - sum(some) < 8 * 205 + 200 * 4 + 2000  # the bytes of the numbers
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 @pytest.mark.parametrize(
-    ("wanted", "told"),
+    ("wanted", "message"),
     [
         ({"question": "text"}, r"has no column 'question', it has 'prompt', 'response', 'chat', 'number'"),
-        ({"number": "text"}, r"column 'number' must hold text, it holds int64"),
-        ({"chat": "text"}, r"column 'chat' must hold text, it holds list"),
-        ({"prompt": "messages"}, r"column 'prompt' must hold chats .* it holds string"),
+        ({"number": "text"}, r"column 'number' must hold text, found int64"),
+        ({"chat": "text"}, r"column 'chat' must hold text, found list"),
+        ({"prompt": "messages"}, r"column 'prompt' must hold messages .* found string"),
     ],
 )
-def test_a_missing_column_or_one_of_another_type_is_refused(tmp_path, suffix, wanted, told):
+def test_a_missing_column_or_one_of_another_type_is_refused(tmp_path, suffix, wanted, message):
     path = tmp_path / f"rows.{suffix}"
     source, open_file = (
         (write_parquet(path), ParquetFile) if suffix == "parquet" else (write_arrow(path, table()), ArrowFile)
     )
-    with pytest.raises(UsageError, match=rf"rows.{suffix}.*{told}"):
+    with pytest.raises(UsageError, match=rf"rows.{suffix}.*{message}"):
         open_file(source, wanted)
 
 
 @pytest.mark.parametrize("turn", [{"role": "user"}, {"role": 1, "content": "x"}, "x"])
-def test_a_list_of_something_else_is_no_chat(tmp_path, turn):
+def test_a_list_of_something_else_is_not_a_chat(tmp_path, turn):
     parquet.write_table(pa.table({"chat": [[turn]]}), tmp_path / "rows.parquet")
-    with pytest.raises(UsageError, match="column 'chat' must hold chats"):
+    with pytest.raises(UsageError, match="column 'chat' must hold messages"):
         ParquetFile(Source(str(tmp_path / "rows.parquet")), CHATS)
 
 
@@ -253,7 +253,7 @@ def test_another_kind_of_file_is_refused(tmp_path, content):
             open_file(Source(str(tmp_path / "rows")), None)
 
 
-def test_a_flipped_bit_in_a_page_is_found_where_the_file_has_checksums(tmp_path):
+def test_a_flipped_bit_in_a_page_is_detected_if_the_file_has_checksums(tmp_path):
     settings = {"write_page_checksum": True, "use_dictionary": False, "compression": "none"}
     source = write_parquet(tmp_path / "rows.parquet", **settings)
     flip(source.path, source.path.read_bytes().index("问题 7 ".encode()))
@@ -264,7 +264,7 @@ def test_a_flipped_bit_in_a_page_is_found_where_the_file_has_checksums(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-def test_a_file_cut_deleted_or_written_anew_after_it_was_opened_is_told(tmp_path, suffix):
+def test_a_file_cut_deleted_or_rewritten_after_it_was_opened_raises_an_error(tmp_path, suffix):
     path = tmp_path / f"rows.{suffix}"
     write, open_file = (write_parquet, ParquetFile) if suffix == "parquet" else (write_arrow, ArrowFile)
     file = open_file(write(path), WANTED)
@@ -282,48 +282,48 @@ def test_a_file_cut_deleted_or_written_anew_after_it_was_opened_is_told(tmp_path
         file.read_group(0)
 
 
-def test_any_flipped_bit_in_a_copy_is_told(tmp_path):
+def test_any_flipped_bit_in_a_copy_is_detected(tmp_path):
     file = ParquetFile(write_parquet(tmp_path / "rows.parquet"), WANTED, limits=PIECES)
     (copy,) = tmp_path.glob(".*copy*.rows")
-    for place in np.random.default_rng(0).integers(0, copy.stat().st_size, 100).tolist():
-        flip(copy, place)
-        group = int(np.searchsorted(np.cumsum(file.group_bytes), place, side="right"))
+    for offset in np.random.default_rng(0).integers(0, copy.stat().st_size, 100).tolist():
+        flip(copy, offset)
+        group = int(np.searchsorted(np.cumsum(file.group_bytes), offset, side="right"))
         with pytest.raises(ValueError, match=rf"bytes [\d,]+ to [\d,]+ of {copy} .*: delete it"):
             file.read_group(group)
-        flip(copy, place)
+        flip(copy, offset)
     assert all_rows(file) == only(WANTED)
 
 
-def test_flipped_bits_in_an_arrow_file_never_do_worse_than_another_text(tmp_path):
+def test_flipped_bits_in_an_arrow_file_raise_an_error_or_change_values_only(tmp_path):
     source = write_arrow(tmp_path / "rows.arrow", max_rows=1000)
-    told = 0
-    for place in np.random.default_rng(0).integers(0, source.path.stat().st_size, 300).tolist():
-        flip(source.path, place, bit=64)
+    num_errors = 0
+    for offset in np.random.default_rng(0).integers(0, source.path.stat().st_size, 300).tolist():
+        flip(source.path, offset, bit=64)
         try:
             rows = all_rows(ArrowFile(source, None))
             assert len(rows) == 205 and rows[0].keys() == ROWS[0].keys()
-        except ValueError as error:  # a UsageError, or of the group
-            told += 1
+        except ValueError as error:  # from opening the file (UsageError) or from reading a group
+            num_errors += 1
             assert "rows.arrow" in str(error)
-        flip(source.path, place, bit=64)
-    assert told > 20
+        flip(source.path, offset, bit=64)
+    assert num_errors > 20
 
 
-def test_flipped_bits_in_pages_without_checksums_never_do_worse_than_another_text(tmp_path):
+def test_flipped_bits_in_pages_without_checksums_raise_an_error_or_change_values_only(tmp_path):
     source = write_parquet(tmp_path / "rows.parquet", compression="none")
     pages = source.path.stat().st_size - parquet.read_metadata(source.path).serialized_size - 8
-    told = 0
-    for place in np.random.default_rng(0).integers(4, pages, 300).tolist():
-        flip(source.path, place, bit=64)
+    num_errors = 0
+    for offset in np.random.default_rng(0).integers(4, pages, 300).tolist():
+        flip(source.path, offset, bit=64)
         try:
             assert len(all_rows(ParquetFile(source, None))) == 205
         except (OSError, ValueError):
-            told += 1
-        flip(source.path, place, bit=64)
-    assert told > 20
+            num_errors += 1
+        flip(source.path, offset, bit=64)
+    assert num_errors > 20
 
 
-def test_a_fingerprint_is_of_the_content_alone(tmp_path):
+def test_a_fingerprint_depends_on_the_content_alone(tmp_path):
     rows = [{"prompt": LONG[i % 10] + str(i), "response": "x", "chat": [], "number": i} for i in range(1000)]
     for rows_written in (ROWS, rows):  # a small file and one of 2 MB
         source = write_parquet(tmp_path / "a.parquet", rows_written)
@@ -339,10 +339,10 @@ def test_every_byte_of_a_small_file_is_in_its_fingerprint(tmp_path):
         source = write_arrow(tmp_path / "rows.arrow", table(rows))
         file = ArrowFile(source, None)
         first, size = file.fingerprint(), source.path.stat().st_size
-        for place in [0, size - 1, *np.random.default_rng(0).integers(0, size, 50).tolist()]:
-            flip(source.path, place)
+        for offset in [0, size - 1, *np.random.default_rng(0).integers(0, size, 50).tolist()]:
+            flip(source.path, offset)
             assert file.fingerprint() != first
-            flip(source.path, place)
+            flip(source.path, offset)
 
 
 def test_every_byte_of_a_parquet_footer_is_in_the_fingerprint(tmp_path):
@@ -351,10 +351,10 @@ def test_every_byte_of_a_parquet_footer_is_in_the_fingerprint(tmp_path):
     first, size = file.fingerprint(), source.path.stat().st_size
     footer_bytes = parquet.read_metadata(source.path).serialized_size
     assert footer_bytes > 300_000
-    for place in np.random.default_rng(0).integers(size - footer_bytes, size, 50).tolist():
-        flip(source.path, place)
+    for offset in np.random.default_rng(0).integers(size - footer_bytes, size, 50).tolist():
+        flip(source.path, offset)
         assert file.fingerprint() != first
-        flip(source.path, place)
+        flip(source.path, offset)
 
 
 def test_remote_parquet_is_read_and_copied_and_remote_arrow_refused(tmp_path, monkeypatch):
@@ -376,7 +376,7 @@ def test_remote_parquet_is_read_and_copied_and_remote_arrow_refused(tmp_path, mo
     assert ParquetFile(Source(url), WANTED).fingerprint() == first
     assert all_rows(ParquetFile(Source(url), WANTED, limits=COPIED)) == only(WANTED)
     assert len(list((tmp_path / "cache").glob("*.rows"))) == 1
-    with pytest.raises(UsageError, match="rows.arrow is an Arrow file, which is read on this machine: fetch it"):
+    with pytest.raises(UsageError, match="rows.arrow is an Arrow file, which must be local: download it"):
         ArrowFile(Source(f"memory://{tmp_path.name}/rows.arrow"), WANTED)
 
 
@@ -395,7 +395,7 @@ def test_a_folder_of_a_saved_dataset_names_its_files_in_order(tmp_path):
             dataset_files(tmp_path)
 
 
-def test_what_datasets_saves_is_read(tmp_path):
+def test_a_dataset_that_datasets_saved_is_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     saved = datasets.Dataset.from_list(only(["prompt", "chat"]))
     saved.save_to_disk(tmp_path / "one", num_shards=3)
@@ -407,7 +407,7 @@ def test_what_datasets_saves_is_read(tmp_path):
         dataset_files(tmp_path / "two")
 
 
-def test_reading_needs_little_memory_whatever_the_size_of_row_groups_and_batches(tmp_path):
+def test_reading_needs_little_memory_for_row_groups_and_batches_of_any_size(tmp_path):
     rows = pa.table({"prompt": [f"{number} {LONG[number % 10][:100]}" for number in range(400_000)]})
     rows = rows.append_column("response", rows.column("prompt"))
     assert rows.nbytes > 85e6
@@ -443,9 +443,7 @@ def test_reading_needs_little_memory_whatever_the_size_of_row_groups_and_batches
 @pytest.mark.parametrize(
     ("suffix", "write", "open_file"), [("parquet", "write_parquet", ParquetFile), ("arrow", "write_arrow", ArrowFile)]
 )
-def test_a_copy_holds_the_columns_as_they_are_wanted_whatever_their_order_in_the_file(
-    tmp_path, suffix, write, open_file
-):
+def test_a_copy_holds_the_wanted_columns_in_any_order(tmp_path, suffix, write, open_file):
     source = globals()[write](tmp_path / f"rows.{suffix}")
     for wanted in (WANTED, dict(reversed(WANTED.items())), {"response": "text"}):
         assert all_rows(open_file(source, wanted, limits=COPIED)) == only(wanted)
@@ -460,7 +458,7 @@ def test_a_copy_holds_the_columns_as_they_are_wanted_whatever_their_order_in_the
     ],
     ids=str,
 )
-def test_a_copy_of_any_type_takes_no_more_than_its_rows(tmp_path, kind, copied):
+def test_a_copy_of_any_type_is_not_much_larger_than_its_rows(tmp_path, kind, copied):
     values = {
         "binary_view": b"%d",
         "map<string, dictionary<values=string, indices=int32, ordered=0>>": [("k", "%d")],
@@ -481,7 +479,7 @@ def test_a_copy_of_any_type_takes_no_more_than_its_rows(tmp_path, kind, copied):
     assert sum(path.stat().st_size for path in tmp_path.glob(".*.rows")) < 10 * plain.nbytes
 
 
-def test_a_text_that_is_none_is_told_of_the_file_and_not_of_its_copy(tmp_path):
+def test_invalid_utf8_is_reported_for_the_file_and_not_for_its_copy(tmp_path):
     source = write_parquet(
         tmp_path / "rows.parquet",
         [{"prompt": "aXb", "response": "x", "chat": [], "number": 1}],
@@ -495,7 +493,7 @@ def test_a_text_that_is_none_is_told_of_the_file_and_not_of_its_copy(tmp_path):
     assert not list(tmp_path.glob(".*.rows"))
 
 
-def test_a_footer_is_parsed_once_for_the_groups_that_follow_each_other(tmp_path):
+def test_a_footer_is_parsed_once_for_consecutive_groups(tmp_path):
     source = write_parquet(tmp_path / "rows.parquet", ROWS * 10, row_group_size=2)
     file = ParquetFile(source, WANTED)
     file.read_group(0)
@@ -514,8 +512,8 @@ def test_a_file_of_very_many_groups_is_copied(tmp_path):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_column_of_dictionary_type_is_read_where_its_values_do_not_repeat(tmp_path, nested):
-    """As pandas writes categories; the file holds them without a dictionary, its schema still says that they are."""
+def test_a_dictionary_column_whose_values_do_not_repeat_is_read(tmp_path, nested):
+    """As pandas writes categories: the schema declares a dictionary, but the file holds plain values."""
     texts = pa.array([f"{number} {LONG[number % 10][:50]}" for number in range(40_000)])
     column = texts.dictionary_encode()
     if nested:
@@ -526,7 +524,7 @@ def test_a_column_of_dictionary_type_is_read_where_its_values_do_not_repeat(tmp_
     assert found == texts.to_pylist()
 
 
-def test_a_large_footer_before_groups_that_are_larger_is_no_reason_for_a_copy(tmp_path):
+def test_a_large_footer_with_larger_groups_needs_no_copy(tmp_path):
     path = tmp_path / "rows.parquet"
     parquet.write_table(pa.table({"x": LONG * 100}), path, row_group_size=100, use_dictionary=False)
     file = ParquetFile(Source(str(path)), None, limits=TableLimits(footer_bytes=1000))
@@ -536,7 +534,7 @@ def test_a_large_footer_before_groups_that_are_larger_is_no_reason_for_a_copy(tm
 
 @pytest.mark.parametrize("wanted", [{"x": "text"}, None])
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-def test_a_column_that_stands_twice_is_refused(tmp_path, suffix, wanted):
+def test_a_duplicate_column_is_refused(tmp_path, suffix, wanted):
     twice = pa.Table.from_arrays([pa.array(["a"])] * 2, names=["x", "x"])
     path = tmp_path / f"rows.{suffix}"
     parquet.write_table(twice, path) if suffix == "parquet" else write_arrow(path, twice)
@@ -544,7 +542,7 @@ def test_a_column_that_stands_twice_is_refused(tmp_path, suffix, wanted):
         (ParquetFile if suffix == "parquet" else ArrowFile)(Source(str(path)), wanted)
 
 
-def test_lists_in_views_are_refused_where_they_would_be_copied(tmp_path):
+def test_list_views_are_refused_if_they_would_be_copied(tmp_path):
     rows = pa.table({"x": pa.array([["a"], ["b"]], pa.list_view(pa.string()))})
     source = write_arrow(tmp_path / "rows.arrow", rows)
     assert all_rows(ArrowFile(source, None)) == [{"x": ["a"]}, {"x": ["b"]}]
@@ -561,20 +559,20 @@ def test_a_time_that_python_has_no_date_for_is_a_bad_row(tmp_path):
         file.row(data, 1)
 
 
-def test_runs_whose_first_column_is_the_same_have_copies_of_their_own(tmp_path):
+def test_runs_whose_first_column_is_the_same_have_their_own_copies(tmp_path):
     source = write_parquet(tmp_path / "rows.parquet")
     for wanted in ({"prompt": "text"}, WANTED, {"prompt": "text"}):
         assert all_rows(ParquetFile(source, wanted, limits=PIECES)) == only(wanted)
 
 
-def test_group_bytes_of_a_column_are_not_those_of_another_whose_name_begins_alike(tmp_path):
+def test_group_bytes_of_a_column_exclude_those_of_a_column_with_the_same_prefix(tmp_path):
     parquet.write_table(pa.table({"text": ["a"] * 100, "text_en": LONG * 10}), tmp_path / "rows.parquet")
     assert ParquetFile(Source(str(tmp_path / "rows.parquet")), {"text": "text"}).group_bytes[0] < 2000
 
 
-@pytest.mark.parametrize(("suffix", "most"), [("parquet", 280), ("arrow", 30)])
-def test_copying_long_rows_takes_pieces_of_them_only(tmp_path, suffix, most):
-    """A page of parquet is decoded whole, and pyarrow's writer makes none of less than 1,024 rows."""
+@pytest.mark.parametrize(("suffix", "max_mebibytes"), [("parquet", 280), ("arrow", 30)])
+def test_copying_long_rows_needs_memory_for_a_few_of_them_only(tmp_path, suffix, max_mebibytes):
+    """A page of parquet is decoded whole, and pyarrow's writer makes no page of fewer than 1,024 rows."""
     rows = pa.table({"x": [f"{number} {'q' * 400_000}" for number in range(300)]})
     path = tmp_path / f"rows.{suffix}"
     if suffix == "parquet":
@@ -597,4 +595,4 @@ def test_copying_long_rows_takes_pieces_of_them_only(tmp_path, suffix, most):
     """
     done = run(sys.executable, "-c", textwrap.dedent(code), path)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[-1]) < most
+    assert float(done.stdout.split()[-1]) < max_mebibytes

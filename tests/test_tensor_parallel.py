@@ -1,4 +1,4 @@
-"""Ranks that share the layers of a model compute what one process computes, and keep what is whole the same."""
+"""Tensor-parallel ranks compute what one process computes, and keep unsharded tensors identical."""
 
 from contextlib import nullcontext
 
@@ -20,7 +20,7 @@ from lowmem.distributed.dtensor import local_part
 from lowmem.distributed.placement import data_place
 from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
-from lowmem.distributed.tensor_parallel import check_plan, divide_layers
+from lowmem.distributed.tensor_parallel import apply_tensor_parallelism, check_plan
 from lowmem.errors import UsageError
 from lowmem.evaluation import evaluate, generate
 from lowmem.loss import chunked_loss, plain_loss
@@ -44,7 +44,7 @@ FAMILIES = {
 def of_family(family, **changes):
     model = build("llama", **FAMILIES[family] | changes)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # zeros would hide one that is added twice
+        if name.endswith("bias"):  # zeros would hide a bias that is added twice
             torch.nn.init.normal_(parameter, std=0.1)
     return model
 
@@ -63,7 +63,7 @@ def batches(count, seed=0):
 
 
 def losses_of(model, loss_fn, micro_batches, saver=None):
-    """The loss of each micro-batch; their gradients add up."""
+    """Return the loss of each micro-batch, and accumulate their gradients."""
     losses = []
     with saver(model, None) if saver else nullcontext():
         for batch in micro_batches:
@@ -95,7 +95,7 @@ def compare_with_one_process(family):
     mesh = init_device_mesh("cpu", (1, 2))
     for loss_fn in (plain_loss, chunked_loss):
         reference, model = of_family(family), of_family(family)
-        divide_layers(model, mesh)
+        apply_tensor_parallelism(model, mesh)
         expected = losses_of(reference, loss_fn, batches(3))
         assert losses_of(model, loss_fn, batches(3)) == pytest.approx(expected, rel=1e-6)
         assert_close_to(reference, model)
@@ -105,7 +105,7 @@ def compare_with_one_process(family):
                     Shard(0),
                     Shard(1),
                 )
-                local = parameter.to_local()  # and nothing of the whole is kept alive
+                local = parameter.to_local()  # and the full tensor is not kept alive
                 assert local.untyped_storage().nbytes() == local.nbytes == 2 * parameter.numel(), name
             else:
                 assert_same_on_ranks(parameter.grad)
@@ -122,12 +122,12 @@ def test_two_ranks_have_the_gradients_of_one_process(family):
 def compare_in_two_dimensions():
     accelerator = init_distributed()
     mesh = init_device_mesh("cpu", (2, 2))
-    place, copies = mesh.get_local_rank(0), mesh.get_group(0)
+    data_rank, copies = mesh.get_local_rank(0), mesh.get_group(0)
     reference, model = of_family("qwen3"), of_family("qwen3")
-    divide_layers(model, mesh)
+    apply_tensor_parallelism(model, mesh)
     rows = [list(batches(2, seed=0)), list(batches(1, seed=1))]
     losses_of(reference, chunked_loss, rows[0] + rows[1])
-    losses_of(model, chunked_loss, rows[place])
+    losses_of(model, chunked_loss, rows[data_rank])
     for parameter in model.parameters():
         gradient = parameter.grad.to_local() if isinstance(parameter, DTensor) else parameter.grad
         dist.all_reduce(gradient, group=copies)
@@ -135,7 +135,7 @@ def compare_in_two_dimensions():
     accelerator.end_training()
 
 
-def test_beside_data_parallelism_gradients_are_summed_over_its_ranks_alone():
+def test_with_data_parallelism_gradients_are_summed_over_data_ranks_only():
     assert fork_ranks(4, compare_in_two_dimensions) == [0] * 4
 
 
@@ -145,14 +145,14 @@ def compare_savers():
     found = {}
     for saver in (None, recompute, recompute_cheap, offload_activations):
         model = build("llama", **FAMILIES["qwen3"], attention_dropout=0.2, hidden_size=256)
-        divide_layers(model, mesh)
+        apply_tensor_parallelism(model, mesh)
         torch.manual_seed(3)
         losses = losses_of(model, chunked_loss, batches(2), saver)
         gradients = [x.grad.to_local() if isinstance(x, DTensor) else x.grad for x in model.parameters()]
         found[saver] = (losses, gradients)
         for parameter in model.parameters():
             if not isinstance(parameter, DTensor):
-                assert_same_on_ranks(parameter.grad)  # with dropout too, as it is seeded alike
+                assert_same_on_ranks(parameter.grad)  # with dropout too, which has the same seed on every rank
     for saver in (recompute, recompute_cheap, offload_activations):
         assert found[saver][0] == found[None][0]
         assert all(map(torch.equal, found[saver][1], found[None][1])), saver
@@ -163,28 +163,28 @@ def test_recompute_and_offloading_change_no_bit():
     assert fork_ranks(2, compare_savers) == [0, 0]
 
 
-def write_alike():
+def generate_as_one_process():
     accelerator = init_distributed()
     # large weights: with small ones a token's own embedding decides what comes next
     reference, model = (build("qwen2", initializer_range=0.5).eval() for _ in range(2))
-    divide_layers(model, init_device_mesh("cpu", (1, 2)))
+    apply_tensor_parallelism(model, init_device_mesh("cpu", (1, 2)))
     prompts = torch.tensor([[0, 5, 9, 14], [7, 8, 11, 200]])
     options = {"attention_mask": (prompts > 0).long(), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    written = model.generate(prompts, **options)
-    assert torch.equal(written, reference.generate(prompts, **options)) and written.shape == (2, 16)
-    assert_same_on_ranks(written)
+    generated = model.generate(prompts, **options)
+    assert torch.equal(generated, reference.generate(prompts, **options)) and generated.shape == (2, 16)
+    assert_same_on_ranks(generated)
     accelerator.end_training()
 
 
-def test_all_ranks_write_what_one_process_writes():
-    assert fork_ranks(2, write_alike) == [0, 0]
+def test_all_ranks_generate_what_one_process_generates():
+    assert fork_ranks(2, generate_as_one_process) == [0, 0]
 
 
 def compute_in_bf16():
-    """Weights that become bf16 where they are, as those of memory tiers."""
+    """Convert weights to bf16 in place, as memory tiers do."""
     accelerator = init_distributed()
     exact, reference, model = (of_family("starcoder2") for _ in range(3))
-    divide_layers(model, init_device_mesh("cpu", (1, 2)))
+    apply_tensor_parallelism(model, init_device_mesh("cpu", (1, 2)))
     expected = losses_of(exact, chunked_loss, batches(2))
     for one in (reference, model):
         one.to(torch.bfloat16)
@@ -201,7 +201,7 @@ def compute_in_bf16():
     accelerator.end_training()
 
 
-def test_weights_may_become_bf16_afterwards():
+def test_sharded_weights_may_be_converted_to_bf16():
     assert fork_ranks(2, compute_in_bf16) == [0, 0]
 
 
@@ -220,16 +220,16 @@ def start_from_other_weights():
     accelerator.end_training()
 
 
-def test_every_rank_gets_the_weights_of_rank_0_and_what_is_frozen_stays_so():
+def test_every_rank_gets_the_weights_of_rank_0_and_frozen_ones_stay_frozen():
     assert fork_ranks(4, start_from_other_weights) == [0] * 4
 
 
 def train_and_save(folder, seed):
-    """Two steps by torch's own AdamW, over micro-batches that all data ranks take; all is saved, or loaded first."""
+    """Take a step with torch's own AdamW, on the same micro-batches on all data ranks, or load one; then save it."""
     accelerator = init_distributed()
     model = build("llama", seed=seed, intermediate_size=36)
     if accelerator.num_processes > 1:
-        divide_layers(model, init_device_mesh("cpu", (2, 2)))
+        apply_tensor_parallelism(model, init_device_mesh("cpu", (2, 2)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
     state = TrainState(model, optimizer)
     if seed:
@@ -256,15 +256,15 @@ def test_saved_in_one_layout_it_loads_in_another(tmp_path, saving, loading):
 
 
 @pytest.mark.parametrize(
-    ("model", "tp_size", "told"),
+    ("model", "tp_size", "message"),
     [
-        (("t5", {}), 2, "no plan to divide T5ForConditionalGeneration"),
-        (("llama", {}), 4, "has num_key_value_heads=2: choose a tp_size that divides all"),
+        (("t5", {}), 2, "no plan to shard T5ForConditionalGeneration"),
+        (("llama", {}), 4, "has num_key_value_heads=2: set a tp_size that divides all"),
         (("llama", {"num_key_value_heads": 4}), 3, r"num_attention_heads=4, .*mlp.down_proj.weight.shape\[1\]=64"),
         (
             ("llama", {"model_type": "qwen3_moe"}),
             2,
-            r"model.layers.\*.mlp.experts as moe_tp_experts, which is not built",
+            r"model.layers.\*.mlp.experts as moe_tp_experts, which is not supported",
         ),
         (
             ("llama", {"model_type": "apertus"}),
@@ -273,17 +273,17 @@ def test_saved_in_one_layout_it_loads_in_another(tmp_path, saving, loading):
         ),
     ],
 )
-def test_models_that_cannot_be_divided_are_refused_in_words(model, tp_size, told):
-    with pytest.raises(UsageError, match=f"tp_size={tp_size} was asked for, but .*{told}"):
+def test_models_that_cannot_be_sharded_are_refused_with_the_reason(model, tp_size, message):
+    with pytest.raises(UsageError, match=f"tp_size={tp_size} was set, but .*{message}"):
         check_plan(build(model[0], **model[1]), tp_size)
 
 
-# of which lean rounds what is divided, and blocks of its moments lie whole on a rank
+# large enough for lean to round the sharded weights, and for each block of moments to be on one rank
 LARGE = {"hidden_size": 16, "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 512}
 
 
 def train_in_two_dimensions(folder):
-    """Two data ranks of two tensor ranks each, beside four data ranks."""
+    """Train on two data ranks of two tensor-parallel ranks each as on four data ranks."""
     accelerator = init_distributed()
     for memory in ("off", "exact", "lean"):
         curves = []
@@ -299,11 +299,11 @@ def train_in_two_dimensions(folder):
                 rank=place.rank,
                 world_size=place.size,
             )
-            state, told = TrainState(model, optimizer, stream), []
+            state, curve = TrainState(model, optimizer, stream), []
             for _, micro_batches in zip(range(4), stream, strict=False):
                 options = {"learning_rate": 1e-2, "max_grad_norm": 1.0}
                 result = train_step(state, micro_batches, chunked_loss, accelerator, **options)
-                told.append([result.loss.item(), result.grad_norm.item(), result.num_tokens.item()])
+                curve.append([result.loss.item(), result.grad_norm.item(), result.num_tokens.item()])
             stream.close()
             rows = open_eval(
                 qa_rows(5),
@@ -313,22 +313,22 @@ def train_in_two_dimensions(folder):
                 world_size=place.size,
             )
             metrics = evaluate(model, rows, chunked_loss, accelerator)
-            told.append([metrics["eval_loss"], metrics["eval_rows"]])
+            curve.append([metrics["eval_loss"], metrics["eval_rows"]])
             answers = generate(model, ByT5Tokenizer(), rows, accelerator, max_new_tokens=4)
             assert [answer.row_id for answer in answers] == [0, 1, 2, 3, 4]
-            curves.append(told)
+            curves.append(curve)
             for parameter in model.parameters():
                 if isinstance(parameter, DTensor):
                     assert_same_on_ranks(parameter.to_local(), parameter.device_mesh.get_group(0))
                 else:
                     assert_same_on_ranks(parameter.detach())
-        of_copies, of_parts = curves
-        size = 1e-6 if memory == "off" else 2e-3  # bf16 adds up otherwise
-        assert [told[2] for told in of_parts[:-1]] == [told[2] for told in of_copies[:-1]]
-        for mine, expected in zip(of_parts, of_copies, strict=True):
+        of_copies, of_shards = curves
+        size = 1e-6 if memory == "off" else 2e-3  # bf16 sums round differently
+        assert [step[2] for step in of_shards[:-1]] == [step[2] for step in of_copies[:-1]]
+        for mine, expected in zip(of_shards, of_copies, strict=True):
             assert mine == pytest.approx(expected, rel=10 * size if expected is not of_copies[-1] else size)
             assert mine[0] == pytest.approx(expected[0], rel=size)
-        if memory == "exact":  # goes on as whole copies
+        if memory == "exact":  # continues without tensor parallelism
             save_checkpoint(state, folder, accelerator)
             model = parallelize(of_family("qwen3", **LARGE), accelerator)
             again = TrainState(model, make_optimizer(model, memory=memory, weight_decay=0.1))
@@ -341,11 +341,11 @@ def train_in_two_dimensions(folder):
     accelerator.end_training()
 
 
-def test_a_run_in_two_dimensions_is_that_of_whole_copies(tmp_path):
+def test_tensor_and_data_parallelism_train_the_same_run_as_data_parallelism(tmp_path):
     assert fork_ranks(4, train_in_two_dimensions, tmp_path) == [0] * 4
 
 
-def fill_parts(folder):
+def fill_shards(folder):
     accelerator = init_distributed()
     for name in ("qwen2", "llama"):
         model, _ = load_model(folder / name, on_meta=True)
@@ -355,24 +355,24 @@ def fill_parts(folder):
         assert len([*model.parameters()]) == len([*expected.parameters()])
         for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
             assert torch.equal(whole(mine), theirs)
-    with pytest.raises(ValueError, match="a rank has 48 of model.layers.0.self_attn.o_proj.weight's"):
+    with pytest.raises(ValueError, match="model.layers.0.self_attn.o_proj.weight has 48 per rank"):
         make_optimizer(
             parallelize(
                 build("llama", hidden_size=96, num_attention_heads=4, intermediate_size=512), accelerator, tp_size=2
             ),
             memory="lean",
         )
-    for options, told in (
-        ({"tp_size": 3}, "2 processes are no multiple"),
-        ({"tp_size": 2, "sharding_strategy": "FULL_SHARD"}, "use one of them"),
+    for options, message in (
+        ({"tp_size": 3}, "it does not divide 2 processes"),
+        ({"tp_size": 2, "sharding_strategy": "FULL_SHARD"}, "but they do not combine: remove one"),
     ):
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=message):
             parallelize(of_family("llama"), accelerator, **options)
     accelerator.end_training()
 
 
-def test_parts_are_read_from_files_and_what_does_not_fit_is_told(tmp_path):
+def test_shards_are_read_from_files_and_sizes_that_do_not_fit_are_refused(tmp_path):
     for family in ("qwen2", "llama"):
         of_family(family).save_pretrained(tmp_path / family)
         ByT5Tokenizer().save_pretrained(tmp_path / family)
-    assert fork_ranks(2, fill_parts, tmp_path) == [0, 0]
+    assert fork_ranks(2, fill_shards, tmp_path) == [0, 0]

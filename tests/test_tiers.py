@@ -86,7 +86,7 @@ def test_exact_adafactor_is_torchs_adafactor(slice_elements):
 
 
 @pytest.mark.parametrize(("name", "memory"), [("adamw", "lean"), ("adamw_bf16", "exact"), ("adamw_bf16", "lean")])
-def test_rounded_state_stays_near_adamw_and_small_parameters_on_its_bits(name, memory):
+def test_rounded_state_stays_near_adamw_and_small_parameters_have_its_bits(name, memory):
     mine, reference = Matrices(), Matrices()
     start = [parameter.detach().clone() for parameter in mine.parameters()]
     optimizer, theirs = make_optimizer(mine, name=name, memory=memory), make_optimizer(reference, memory="off")
@@ -101,7 +101,7 @@ def test_rounded_state_stays_near_adamw_and_small_parameters_on_its_bits(name, m
         if tiers.is_large(parameter):
             assert (moved - wanted).norm() < 0.25 * wanted.norm()
             along = (moved * wanted).sum() / wanted.square().sum()
-            assert along == pytest.approx(1, abs=0.02)  # on average it goes as far
+            assert along == pytest.approx(1, abs=0.02)  # on average, weights move as far
         else:
             assert torch.equal(moved, wanted)
 
@@ -117,7 +117,7 @@ def test_a_small_learning_rate_moves_lean_weights_that_bf16_alone_would_not():
         weight.grad, stuck.grad = torch.ones_like(weight), torch.ones_like(stuck)
         optimizer.step()
         nearest.step()
-    large = before.abs() > 1e-2  # where bf16 tells no less than 3e-5 apart
+    large = before.abs() > 1e-2  # where bf16 values are at least 3e-5 apart
     assert torch.equal(stuck.detach().float()[large], stuck_before[large])
     assert (weight.detach().float() - before)[large].mean().item() == pytest.approx(-200e-6, rel=0.05)
 
@@ -134,14 +134,14 @@ def test_bytes_of_weights_and_state(name, memory, expected):
 
 
 @pytest.mark.parametrize("memory", ["exact", "lean"])
-def test_frozen_weights_come_to_bf16_too(memory):
+def test_frozen_weights_become_bf16_too(memory):
     model = build("t5")
     model.encoder.requires_grad_(False)
     make_optimizer(model, memory=memory)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
-def test_bf16_weights_are_where_they_were():
+def test_bf16_weights_keep_their_values():
     model = build("llama").bfloat16()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = make_optimizer(model)
@@ -150,7 +150,7 @@ def test_bf16_weights_are_where_they_were():
 
 
 @pytest.mark.parametrize("memory", ["exact", "lean"])
-def test_a_state_dict_keeps_its_forms(memory):
+def test_a_state_dict_keeps_its_dtypes(memory):
     """torch's own load_state_dict would turn every tensor into the weight's dtype."""
     optimizers = []
     for step in (1, 2):
@@ -199,7 +199,7 @@ def test_accumulated_gradients_are_as_good_as_those_of_one_batch(family, memory,
     assert 0 < distance(seen) < factor * distance(at_once)
 
 
-def test_one_micro_batch_leaves_bf16_gradients_and_several_after_it_fp32_ones():
+def test_one_micro_batch_gives_bf16_gradients_and_several_give_fp32_ones():
     model = build("t5")
     optimizer, accelerator, dtypes = make_optimizer(model), Accelerator(cpu=True), []
     stepped = optimizer.step
@@ -252,7 +252,7 @@ def wrap_before_and_after(folder):
     accelerator = init_distributed()
     rank = accelerator.process_index
     early = accelerator.prepare(build("t5"))
-    with pytest.raises(ValueError, match="DDP has wrapped the model: make the optimizer before"):
+    with pytest.raises(ValueError, match="DDP has wrapped the model: make the optimizer first"):
         make_optimizer(early)
     model = parallelize(build("t5", seed=rank), accelerator)
     optimizer = make_optimizer(model)
@@ -267,7 +267,7 @@ def wrap_before_and_after(folder):
     assert not torch.equal(master(optimizer, model.shared.weight), start)
     kept = {name: master(optimizer, parameter) for name, parameter in model.named_parameters()}
     save_file(kept, f"{folder}/{rank}.safetensors")
-    # a DDP reducer that outlives its gloo group can wait for ever in the group's destructor (torch 2.13)
+    # a DDP reducer that outlives its gloo group can wait forever in the group's destructor (torch 2.13)
     del state
     accelerator.free_memory(early, wrapped)
     del early, wrapped
@@ -290,7 +290,7 @@ def test_rounding_is_a_function_of_seed_update_and_name():
     assert not torch.equal(weight(0, 1), weight(1, 1))
 
 
-def test_each_parameter_update_and_seed_has_random_bits_of_its_own():
+def test_each_parameter_update_and_seed_has_its_own_random_bits():
     model = build("llama")
     optimizer = make_optimizer(model, memory="lean")
     first, second, *_ = model.parameters()
@@ -302,7 +302,7 @@ def test_each_parameter_update_and_seed_has_random_bits_of_its_own():
 
 
 @pytest.mark.parametrize("memory", ["exact", "lean"])
-def test_micro_batches_steps_and_ranks_round_sums_with_other_bits(memory):
+def test_micro_batches_steps_and_ranks_round_sums_with_different_random_bits(memory):
     model = build("llama")
     optimizer, keys = make_optimizer(model, memory=memory), []
     drawn = optimizer._random
@@ -360,11 +360,11 @@ def sum_of_a_rank(folder):
     accelerator.end_training()
 
 
-def test_what_hides_or_doubles_a_tier_is_refused():
+def test_an_optimizer_whose_tier_accelerate_hides_is_refused():
     model = build("t5")
     optimizer, batches = make_optimizer(model), batches_of("t5", 1)
     accelerator = Accelerator(cpu=True)
-    with pytest.raises(ValueError, match="accelerator.prepare hides its tier"):
+    with pytest.raises(ValueError, match="the optimizer is wrapped by accelerator.prepare"):
         state = TrainState(model, accelerator.prepare(optimizer))
         train_step(state, batches, chunked_loss, accelerator, learning_rate=1e-2)
 

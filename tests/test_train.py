@@ -1,4 +1,4 @@
-"""The worked loop does what a loop written by hand with torch and transformers does, whatever its flags say."""
+"""`train` does what a loop written by hand with torch and transformers does, with every flag."""
 
 import json
 from contextlib import nullcontext
@@ -28,7 +28,7 @@ def files(tmp_path_factory):
 
 
 def by_hand(optimizer, precision):
-    """[(loss, gradient norm, learning rate)] of each step: 3 rows x 2 micro-batches, all in one batch here."""
+    """Return (loss, gradient norm, learning rate) of each step; its 2 micro-batches of 3 rows are one batch here."""
     tokenizer, model = ByT5Tokenizer(), build("t5", seed=3)
     decayed = [p for name, p in model.named_parameters() if "bias" not in name and "layer_norm" not in name]
     others = [p for name, p in model.named_parameters() if "bias" in name or "layer_norm" in name]
@@ -68,15 +68,15 @@ def test_every_setting_reaches_the_run(files, optimizer, precision, tmp_path):
     mine = [(r["loss"], r["grad_norm"], r["learning_rate"]) for r in records if "loss" in r]
     expected = by_hand(optimizer, precision)
     assert mine[0][2] == 0 and mine[2][2] == 1e-2  # warm-up starts at 0
-    for step, (told, wanted) in enumerate(zip(mine, expected, strict=True)):
-        assert told == pytest.approx(wanted, rel=1e-5 if precision == "no" else 2e-2), step
+    for step, (found, wanted) in enumerate(zip(mine, expected, strict=True)):
+        assert found == pytest.approx(wanted, rel=1e-5 if precision == "no" else 2e-2), step
     if precision == "bf16":
         in_fp32 = by_hand(optimizer, "no")
         assert any(abs(a[0] - b[0]) > 1e-4 for a, b in zip(mine, in_fp32, strict=True))
 
 
 def test_recompute_reaches_the_run(files, tmp_path):
-    """Counted by autograd: what forward keeps for backward."""
+    """Compare the bytes that autograd saves in forward for backward."""
 
     def kept_bytes(recompute):
         kept = 0
@@ -96,12 +96,12 @@ def test_recompute_reaches_the_run(files, tmp_path):
     assert kept_bytes("full") < 0.6 * kept_bytes("off")
 
 
-def test_what_is_not_finite_stops_the_run_or_is_skipped_with_a_line(files, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped_and_reported(files, tmp_path):
     flags = [*files, "--optimizer=sgd", "--learning_rate=1e30", "--max_grad_norm=0", "--max_steps=4", "--save_steps=1"]
     stopped = train("train", *flags, f"--output_dir={tmp_path}/stop")
     assert stopped.returncode == 1 and stopped.stderr.count("\n") == 1
-    told = json.loads((tmp_path / "stop" / "exit.json").read_text())
-    assert (told["cause"], told["code"]) == ("failed", 1) and f"error: {told['message']}\n" == stopped.stderr
+    record = json.loads((tmp_path / "stop" / "exit.json").read_text())
+    assert (record["cause"], record["code"]) == ("failed", 1) and f"error: {record['message']}\n" == stopped.stderr
     assert "rank 0 with rows [" in stopped.stderr and "Nothing was updated: lower the learning rate" in stopped.stderr
     skipped = train("train", *flags, f"--output_dir={tmp_path}/skip", "--nonfinite=skip", "--logging_steps=1")
     assert skipped.returncode == 0, skipped.stderr

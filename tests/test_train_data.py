@@ -1,4 +1,4 @@
-"""Runs of the command line over rows of every kind, good and bad: what they learn from, count and refuse."""
+"""Runs from the command line on rows of every kind, good and bad: what they train on, count and refuse."""
 
 import json
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.forked import train_ranks
 from tests.models import LLAMA, qa_rows
-from tests.processes import module_command, run, train
+from tests.processes import train
 from tests.runs import flags, losses, records, write_files
 
 ROWS = qa_rows(40)
@@ -88,35 +88,35 @@ def test_chats_are_learned_through_the_template_of_the_tokenizer(work):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
-        ({"packing": True}, "writes responses to prompts: train it without packing"),
+        ({"packing": True}, "is an encoder-decoder: train it without packing"),
         ({"packing": True, "text_column": "prompt", "model_config": "t5-base"}, "need a causal model"),
         ({"messages_column": "messages"}, "rows.jsonl has no column 'messages'"),
-        ({"max_bad_rows": 5}, "does nothing unless --on_bad_row=skip"),
+        ({"max_bad_rows": 5}, "does nothing without --on_bad_row=skip"),
         ({"accept_changed_data": True}, "does nothing unless a run is resumed"),
         ({"on_bad_row": "ignore"}, "must be one of error, skip"),
         ({"prefetch_steps": -1}, "must be 0 or more"),
-        ({"messages_column": "m", "text_column": "t"}, "set one"),
+        ({"messages_column": "m", "text_column": "t"}, "remove one of them"),
     ],
 )
-def test_flags_that_cannot_be_are_refused_and_nothing_is_written(work, changes, told):
+def test_invalid_flags_are_refused_and_nothing_is_written(work, changes, message):
     result = train(*run_flags(work, "refused", **changes))
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stdout + result.stderr
-    assert told in result.stderr
+    assert message in result.stderr
     assert not (work / "refused").exists()
 
 
-def test_rows_that_are_cut_are_counted_and_told(work):
+def test_rows_that_are_cut_are_counted_and_reported(work):
     result = train(*run_flags(work, "cut", max_seq_len=16))
     assert_done(result)
-    # an epoch of byte tokens: the prompt's, the response's, an end token each
+    # the tokens of an epoch: one for each byte of prompt and response, and an end token for each
     lengths = [[len(text.encode()) + 1 for text in row.values()] for row in ROWS]
     over = [sum(max(0, length - 16) for length in pair) for pair in lengths]
     end = records(work, "cut")[-1]
     assert (end["cut_rows"], end["cut_tokens"]) == (sum(cut > 0 for cut in over), sum(over))
     assert records(work, "cut")[-2]["cut_tokens"] == sum(over)
-    assert f"of the rows of steps 1 to 10: {end['cut_rows']} cut rows, {end['cut_tokens']} cut tokens" in result.stdout
+    assert f"rows of steps 1 to 10: {end['cut_rows']} cut rows, {end['cut_tokens']} cut tokens" in result.stdout
 
 
 def broken(work):
@@ -126,7 +126,7 @@ def broken(work):
     return work / "broken.jsonl"
 
 
-def test_a_bad_row_ends_the_run_with_its_place_in_one_line(work):
+def test_a_bad_row_ends_the_run_with_its_location_in_one_line(work):
     result = train(*run_flags(work, "stopped", train_file=broken(work)))
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
@@ -135,40 +135,37 @@ def test_a_bad_row_ends_the_run_with_its_place_in_one_line(work):
     )
 
 
-def test_skipped_rows_are_counted_over_all_ranks_and_written_down(work):
+def test_skipped_rows_are_counted_over_all_ranks_and_recorded(work):
     skipping = {"train_file": broken(work), "on_bad_row": "skip"}
     result, other = train_ranks(2, *run_flags(work, "skipped", **skipping, max_steps=5))
     assert_done(result)
     assert_done(other)
     assert records(work, "skipped")[-1]["bad_rows"] == 2
-    assert "of the rows of steps 1 to 5: 2 bad rows" in result.stdout
-    told = [line for path in (work / "skipped").glob("bad_rows-?.jsonl") for line in path.read_text().splitlines()]
-    places = sorted(json.loads(line)["error"].partition(" (byte")[0] for line in told)
-    assert places == [f"{work}/broken.jsonl, line {line}" for line in (22, 8)]
+    assert "rows of steps 1 to 5: 2 bad rows" in result.stdout
+    lines = [line for path in (work / "skipped").glob("bad_rows-?.jsonl") for line in path.read_text().splitlines()]
+    locations = sorted(json.loads(line)["error"].partition(" (byte")[0] for line in lines)
+    assert locations == [f"{work}/broken.jsonl, line {line}" for line in (22, 8)]
     for again in train_ranks(2, *run_flags(work, "skipped", **skipping, max_steps=10, resume="auto")):
         assert_done(again)
-    assert records(work, "skipped")[-1]["bad_rows"] == 2  # of the second epoch: those of this start
+    assert records(work, "skipped")[-1]["bad_rows"] == 2  # found in the second epoch, since this start
     too_many = train(*run_flags(work, "too-many", **skipping, max_bad_rows=1))
     assert too_many.returncode == 1 and "more than 1 of them" in too_many.stderr
-    mended = train(*run_flags(work, "too-many", max_steps=2))
-    assert_done(mended)
+    repaired = train(*run_flags(work, "too-many", max_steps=2))
+    assert_done(repaired)
     assert not list((work / "too-many").glob("bad_rows*"))
 
 
-def test_bad_held_out_rows_are_left_out_of_the_loss_and_told(work):
+def test_bad_held_out_rows_are_left_out_of_the_evaluation(work):
     skip = {"on_bad_row": "skip", "validation_file": broken(work), "max_steps": 2, "max_predict_samples": 0}
     assert_done(train(*run_flags(work, "held-out", **skip)))
     (evaluation,) = (record for record in records(work, "held-out") if "eval_loss" in record)
     assert evaluation["eval_rows"] == 38
 
 
-def test_a_bad_row_on_one_rank_ends_all_with_its_place_under_a_launcher(work):
-    flags = run_flags(work, "two", train_file=broken(work), max_steps=5)
-    result = run(*module_command("torch.distributed.run", "--nproc_per_node=2", "train_low_mem.py", *flags))
-    assert result.returncode == 1
-    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert told  # the launcher may end the other process before it has told
-    assert all("broken.jsonl, line " in line for line in told)
+def test_a_bad_row_on_one_rank_ends_all_with_its_location(work):
+    for rank in train_ranks(2, *run_flags(work, "two", train_file=broken(work), max_steps=5)):
+        (line,) = rank.stderr.splitlines()
+        assert rank.returncode == 1 and line.startswith("error") and "broken.jsonl, line " in line
 
 
 def test_files_that_changed_are_refused_on_resume_unless_they_are_accepted(work):
@@ -187,5 +184,5 @@ def test_files_that_changed_are_refused_on_resume_unless_they_are_accepted(work)
     assert "moved.jsonl" in refused.stderr and "--accept_changed_data=True" in refused.stderr
     accepted = train(*run_flags(work, "changing", **resumed, max_steps=15, accept_changed_data=True))
     assert_done(accepted)
-    assert f"the rows are others than then: 1 changed: {moved}" in accepted.stdout
+    assert f"training rows differ from the checkpoint's: 1 changed: {moved}" in accepted.stdout
     assert len(losses(work, "changing")) == 15

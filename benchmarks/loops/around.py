@@ -1,4 +1,4 @@
-"""What the benchmark puts around loops with transformers: the model's class, what is measured, two workarounds."""
+"""Shared by the loops that use transformers: load the model, record a run, and two workarounds."""
 
 import torch
 from accelerate import PartialState
@@ -7,14 +7,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 
 def load(folder: str, *, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
-    """The model in a folder, as transformers loads it."""
+    """Load the model of a folder with transformers."""
     is_encoder_decoder = AutoConfig.from_pretrained(folder).is_encoder_decoder
     kind = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
     return kind.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
 
 
 class Recorder(TrainerCallback):
-    """Measures a training of transformers' Trainer from outside."""
+    """Record the steps and losses of transformers' Trainer."""
 
     def __init__(self, run: Run):
         self._run = run
@@ -28,21 +28,21 @@ class Recorder(TrainerCallback):
 
 
 def device_arguments(system: System, mixed_precision: str) -> dict[str, object]:
-    """What TrainingArguments takes to find the device, DeepSpeed on a CPU too."""
+    """Arguments for TrainingArguments that select the device, including DeepSpeed on a CPU."""
     on_cuda = torch.cuda.is_available()
     if on_cuda or not system.zero_stage:
         return {"use_cpu": not on_cuda, "bf16": mixed_precision == "bf16"}
-    # accelerate, told to use DeepSpeed and not the CPU, sees one process; told the CPU too it leaves DeepSpeed out.
-    # Trainer takes bf16 only if it finds a GPU or is asked for the CPU: `train` sets it afterwards.
+    # With DeepSpeed but not `use_cpu`, accelerate sees one process; with both it ignores DeepSpeed.
+    # Trainer accepts bf16 only with a GPU or `use_cpu`, so `train` sets it afterwards.
     PartialState(cpu=True)
     return {"accelerator_config": {"use_configured_state": True}}
 
 
 def checkpointing_arguments(is_wanted: bool) -> dict[str, object]:
-    """What TrainingArguments takes to recompute every layer, or none."""
+    """Arguments for TrainingArguments that turn activation checkpointing on or off."""
     from transformers import TrainingArguments
 
-    # transformers 5.17 has only the older name, which later ones deprecate
+    # transformers 5.17 has only the older name, which later versions deprecate
     name = "activation_checkpointing"
     if not hasattr(TrainingArguments, name):
         name = "gradient_checkpointing"

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's own full fine-tuning, over rows that are encoded already; what it has defaults for is left to it."""
+"""LLaMA-Factory's full fine-tuning on rows that were encoded beforehand, otherwise with its defaults."""
 
 import os
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""lowmem's own loop: the parts of `lowmem.train` that train."""
+"""lowmem's loop: the training part of `lowmem.train`."""
 
 from functools import partial
 from types import SimpleNamespace

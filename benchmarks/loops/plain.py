@@ -1,4 +1,4 @@
-"""A plain loop in the manner of torchtune's recipes: bf16 weights, fused AdamW, logits brought to fp32 in chunks."""
+"""A plain loop in the style of torchtune's recipes: bf16 weights, fused AdamW, logits converted to fp32 in chunks."""
 
 from types import SimpleNamespace
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from lowmem.checkpoint.manifest import checkpoints, read_manifest, verify_checkpoint
 from lowmem.errors import SaveError, UsageError
 from lowmem.optim.formats import merge_halves
-from lowmem.storage.atomic_folder import whole_or_absent
+from lowmem.storage.atomic_folder import atomic_folder
 from lowmem.storage.files import free_bytes, to_json, write_file
 from lowmem.storage.tensor_files import StoredTensor, host_parts, open_shards, split_shards, write_index
 
 _ROW_ELEMENTS = 2**22  # converted at a time
-# Weights in other formats: they would be another model than the exported one, and some are pickles.
+# Weights in other formats are not copied: they would differ from the exported ones, and some are pickles.
 _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf"}
 
 
@@ -31,7 +31,7 @@ class _Source(NamedTuple):
     dtype: torch.dtype
 
     def parts(self) -> Iterator[memoryview]:
-        """Yield its bytes. Raises UsageError if a number is too large for the dtype."""
+        """Yield its bytes. Raises UsageError if a value is too large for the dtype."""
         num_rows, *rest = self.stored.shape or [1]
         height = max(1, _ROW_ELEMENTS // max(1, math.prod(rest)))
         for first in range(0, num_rows, height):
@@ -50,18 +50,18 @@ class _Source(NamedTuple):
 
 
 def export(path: str | Path, out: str | Path, *, dtype: torch.dtype | None, max_shard_bytes: int) -> str:
-    """Write the model of `path`, a checkpoint (verified first) or a model's folder, into the new folder `out`.
+    """Write the model of `path`, a checkpoint (verified first) or a model folder, into the new folder `out`.
 
-    `dtype` is that of all floating-point tensors, None keeps theirs; float32 and float16 come from any fp32 master.
-    Returns a summary. Raises UsageError for what cannot be exported, SaveError if `out` cannot be written.
+    `dtype` applies to all floating-point tensors; None keeps theirs. float32 and float16 use the fp32 master, if any.
+    Returns a summary. Raises UsageError if the model cannot be exported, SaveError if `out` cannot be written.
     """
     path, out = Path(path), Path(out)
     if out.exists():
-        raise UsageError(f"{out} exists: export into a new folder")
+        raise UsageError(f"{out} exists: export to a new folder")
     if checkpoints(out.parent):
-        raise UsageError(f"{out} lies among checkpoints: export elsewhere")
+        raise UsageError(f"{out} is in a folder of checkpoints: export to another folder")
     if of_run := checkpoints(path / "checkpoints"):
-        raise UsageError(f"{path} is a run: name one of its checkpoints, such as {of_run[-1]}, or {path / 'model'}")
+        raise UsageError(f"{path} is a run: export one of its checkpoints, such as {of_run[-1]}, or {path / 'model'}")
     folder, lows, files = path, {}, None
     if not (path / "config.json").is_file():
         verify_checkpoint(path)
@@ -76,8 +76,8 @@ def export(path: str | Path, out: str | Path, *, dtype: torch.dtype | None, max_
     needed = sum(shard.num_bytes for shard in shards)
     try:
         if needed > (free := free_bytes(out)):
-            raise SaveError(f"{out} needs {needed:,} bytes, {free:,} are free: make room, or choose another disk")
-        with whole_or_absent(out) as unfinished:
+            raise SaveError(f"{out} needs {needed:,} bytes, {free:,} are free: make room or use another disk")
+        with atomic_folder(out) as unfinished:
             for shard in shards:
                 parts = chain.from_iterable(sources[name].parts() for name in shard.tensors)
                 write_file(unfinished / shard.name, chain([shard.header], parts))
@@ -85,7 +85,7 @@ def export(path: str | Path, out: str | Path, *, dtype: torch.dtype | None, max_
             write_file(unfinished / "config.json", [to_json(config)])
             _copy_others(folder, files, unfinished)
     except OSError as error:
-        raise SaveError(f"{out} could not be written ({error.strerror}): nothing is left of it, try again") from error
+        raise SaveError(f"{out} could not be written ({error.strerror}) and was removed: try again") from error
     masters = sum(source.low is not None for source in sources.values())
     origin = f", {masters} of them from the fp32 master" if masters else ""
     dtypes = ", ".join(sorted({_name(source.dtype) for source in sources.values()}))
@@ -96,7 +96,7 @@ def export(path: str | Path, out: str | Path, *, dtype: torch.dtype | None, max_
 def _source(stored: StoredTensor, low: StoredTensor | None, dtype: torch.dtype | None) -> _Source:
     saved_as = stored.torch_dtype
     if saved_as is None:
-        raise UsageError(f"tensor {stored.name} is {stored.dtype}, which is not exported: use a model without it")
+        raise UsageError(f"tensor {stored.name} is {stored.dtype}, which is not supported: use a model without it")
     to = dtype if dtype is not None and saved_as.is_floating_point else saved_as
     return _Source(stored, None if to == torch.bfloat16 else low, to)  # the bf16 half is the master rounded to bf16
 
@@ -109,12 +109,12 @@ def _read_config(folder: Path, dtype: torch.dtype | None) -> dict[str, object]:
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise UsageError(f"{folder / 'config.json'} cannot be read ({error}): name a model's folder") from error
+        raise UsageError(f"{folder / 'config.json'} cannot be read ({error}): pass a model folder") from error
     if dtype is None:
         return config
     if "quantization_config" in config:
-        raise UsageError(f"{folder} holds quantised weights, which are not converted: set --dtype=None")
-    config.pop("torch_dtype", None)  # its older name
+        raise UsageError(f"{folder} has quantized weights, which cannot be converted: set --dtype=None")
+    config.pop("torch_dtype", None)  # the older name of `dtype`
     return config | {"dtype": _name(dtype)}
 
 
@@ -122,14 +122,14 @@ def _open_model(folder: Path, files: list[str] | None) -> Mapping[str, StoredTen
     try:
         return open_shards(folder, "model", files)
     except FileNotFoundError as error:
-        found = f"no weights in safetensors ({error}), and .bin files are pickles, which are never opened"
-        raise UsageError(f"{folder} has {found}: convert them where you trust them") from error
+        found = f"no safetensors weights ({error}), and .bin files are pickles, which are never opened"
+        raise UsageError(f"{folder} has {found}: convert them to safetensors if you trust them") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UsageError(f"the weights in {folder} cannot be read ({error}): use another folder") from error
 
 
 def _copy_others(folder: Path, files: list[str] | None, target: Path) -> None:
-    """Copy tokenizer, generation config, chat templates, lowmem.json: `files`, or what is in the model's folder."""
+    """Copy tokenizer, generation config, chat templates, lowmem.json: `files`, or everything in the model folder."""
     in_folder = chain(folder.iterdir(), folder.glob("additional_chat_templates/*"))
     for path in in_folder if files is None else [folder / name for name in files]:
         is_weights = path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json")

@@ -1,4 +1,4 @@
-"""Load a checkpoint into a training state: verify it, check that it fits, fill. Each rank reads only its own rows."""
+"""Load a checkpoint into a training state: verify, check that it matches, fill. Each rank reads only its own rows."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -23,17 +23,17 @@ _MOST_DIFFERENCES = 10
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint under `folder` that `verify_checkpoint` accepts; prints why it skips others."""
-    return first_accepted(reversed(checkpoints(Path(folder))), verify_checkpoint)
+    return first_valid(reversed(checkpoints(Path(folder))), verify_checkpoint)
 
 
-def first_accepted(paths: Iterable[Path], verify: Callable[[Path], None], *, silent: bool = False) -> Path | None:
+def first_valid(paths: Iterable[Path], verify: Callable[[Path], None], *, silent: bool = False) -> Path | None:
     """The first of `paths` for which `verify` raises no UsageError; unless `silent`, prints why it skips others."""
     for path in paths:
         try:
             verify(path)
         except UsageError as error:
             if not silent:
-                print(f"passed over a checkpoint: {error}", flush=True)
+                print(f"skipped a checkpoint: {error}", flush=True)
         else:
             return path
     return None
@@ -51,11 +51,11 @@ def verify_together(path: str | Path) -> None:
 
 @phase("loading a checkpoint")
 def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerator, *, verify: bool = True) -> None:
-    """Load the checkpoint `path` into `state`, in place, on every rank, of any number and sharding.
+    """Load the checkpoint `path` into `state`, in place, on every rank. World size and sharding may differ.
 
-    AdamW's state also loads into a smaller memory tier: off into exact (no bit lost), both into lean (rounded).
-    Everything is checked first: sizes and hashes (`verify` False: the caller has just called `verify_together`), names,
-    shapes and dtypes of weights and optimizer state (of torch's optimizers only the class). Raises UsageError, naming
+    AdamW's state also loads into a smaller memory tier: off into exact (lossless), both into lean (rounded). Everything
+    is checked first: sizes and hashes (`verify` False: the caller has just called `verify_together`), and the names,
+    shapes and dtypes of weights and optimizer state (for torch's optimizers, only the class). Raises UsageError naming
     the file or up to 10 differing tensors.
     """
     path = Path(path)
@@ -68,19 +68,19 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
         tensors, parameters = model_tensors(state.model), named_parameters(state.model, state.optimizer)
         rounds = needs_rounding(path, saved["optimizer"], saved.get("memory"), state.optimizer)
         if rounds and any(map(is_in_columns, tensors.values())):
-            raise UsageError(f"{path} is of a tier that keeps more, which rounds whole rows: load it with tp_size=1")
-        trained_then = set(saved.get("parameters", parameters))  # early checkpoints have none
-        trained_once = parameters.keys() ^ trained_then
+            raise UsageError(f"{path} has a larger memory tier, and rounding needs full rows: load it with tp_size=1")
+        trained = set(saved.get("parameters", parameters))  # early checkpoints do not list them
+        diff = parameters.keys() ^ trained
         differences = [
             *tensor_differences(weights, tensors, any_dtype=rounds),
-            *sorted(f"{name} is trained {'then' if name in trained_then else 'now'} only" for name in trained_once),
+            *sorted(f"{name} is trained only in the {'checkpoint' if name in trained else 'model'}" for name in diff),
             *state_differences(optimizer_state, parameters, state.optimizer, rounds=rounds),
         ]
         if differences:
             more, found = len(differences) - _MOST_DIFFERENCES, "; ".join(differences[:_MOST_DIFFERENCES])
             found += f" and {more} more" * (more > 0)
-            advice = "Build the model that was saved, and its optimizer in the same memory"
-            raise UsageError(f"{path} does not fit: {found}. {advice}")
+            advice = "Build the saved model, and its optimizer in the same memory tier"
+            raise UsageError(f"{path} does not match the model: {found}. {advice}")
         if state.stream is not None:
             if saved["stream"] is None:
                 raise UsageError(f"{path} was saved without a stream, so it has no position to resume from: start over")

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, with size and hash of every file; the checkpoints in a folder. Imports no torch."""
+"""The manifest of a checkpoint, with the size and hash of every file; the checkpoints in a folder. Imports no torch."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ _FORMAT = 1
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, whole or damaged, oldest first."""
+    """Checkpoint folders, intact or damaged, oldest first."""
     named = (path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir())
     return sorted(named, key=step_of)
 
@@ -24,7 +24,7 @@ def step_of(path: Path) -> int:
 
 
 def write_manifest(folder: Path, step: int, records: Mapping[str, FileRecord]) -> None:
-    """Write the last file of a checkpoint: the records of all others, with a hash of its own."""
+    """Write the last file of a checkpoint: the records of all other files, and a hash of these records."""
     manifest = {"format": _FORMAT, "step": step, "files": dict(records)}
     write_file(folder / "manifest.json", [to_json({"manifest": manifest, "xxh3_128": _hash_of(manifest)})])
 
@@ -42,7 +42,7 @@ def check_sizes(path: Path, records: Mapping[str, FileRecord]) -> None:
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != record["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise UsageError(f"{path / name} {found}, {record['bytes']} were saved: take another checkpoint")
+            raise UsageError(f"{path / name} {found}, {record['bytes']} were saved: use another checkpoint")
 
 
 def check_hashes(path: Path, records: Mapping[str, FileRecord]) -> None:
@@ -51,9 +51,9 @@ def check_hashes(path: Path, records: Mapping[str, FileRecord]) -> None:
         try:
             found = record_file(path / name)
         except OSError as error:
-            raise UsageError(f"{path / name} cannot be read ({error.strerror}): take another checkpoint") from error
+            raise UsageError(f"{path / name} cannot be read ({error.strerror}): use another checkpoint") from error
         if found != record:
-            raise UsageError(f"{path / name} changed since it was saved (its hash differs): take another checkpoint")
+            raise UsageError(f"{path / name} changed since it was saved (its hash differs): use another checkpoint")
 
 
 def read_manifest(path: str | Path) -> dict:
@@ -63,14 +63,14 @@ def read_manifest(path: str | Path) -> dict:
         sealed = json.loads((path / "manifest.json").read_text())
         manifest, seal = sealed["manifest"], sealed["xxh3_128"]
     except (FileNotFoundError, NotADirectoryError):
-        found = "has no manifest.json, so it is not a whole checkpoint" if path.exists() else "does not exist"
-        raise UsageError(f"{path} {found}: take another one") from None
+        found = "has no manifest.json, so it is not a complete checkpoint" if path.exists() else "does not exist"
+        raise UsageError(f"{path} {found}: use another one") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path / 'manifest.json'} is damaged ({error}): take another checkpoint") from error
+        raise UsageError(f"{path / 'manifest.json'} is damaged ({error}): use another checkpoint") from error
     if seal != _hash_of(manifest):
-        raise UsageError(f"{path / 'manifest.json'} changed since it was saved: take another checkpoint")
+        raise UsageError(f"{path / 'manifest.json'} changed since it was saved: use another checkpoint")
     if manifest["format"] > _FORMAT:
-        raise UsageError(f"{path} is of format {manifest['format']}, this lowmem reads up to {_FORMAT}: upgrade lowmem")
+        raise UsageError(f"{path} has format {manifest['format']}, this lowmem reads up to {_FORMAT}: upgrade lowmem")
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""Write one folder from all ranks at once, each its share of the bytes; it is whole or absent for all of them."""
+"""Write one folder from all ranks at once, each its share of the bytes. The folder is complete or absent."""
 
 import errno
 import os
@@ -21,9 +21,9 @@ from lowmem.distributed.collectives import (
     rank_and_world_size,
 )
 from lowmem.distributed.dtensor import Piece, pieces
-from lowmem.distributed.zero import Divided
+from lowmem.distributed.zero import Zero3Weight
 from lowmem.errors import SaveError
-from lowmem.storage.atomic_folder import unfinished_folder, whole_or_absent
+from lowmem.storage.atomic_folder import atomic_folder, unfinished_folder
 from lowmem.storage.files import FileRecord, free_bytes, make_folder, write_file
 from lowmem.storage.tensor_files import Shard, host_parts, write_index
 
@@ -40,11 +40,11 @@ def write_together(
     shards = [shard for group in groups.values() for shard in group]
     needed = sum(shard.num_bytes for shard in shards)
     unfinished, (rank, world_size) = unfinished_folder(path), rank_and_world_size()
-    with ExitStack() as stack:  # of rank 0
+    with ExitStack() as stack:  # used on rank 0 only
 
         def start() -> None:
             with _as_save_error(path, needed):
-                stack.enter_context(whole_or_absent(path, may_replace=may_replace))
+                stack.enter_context(atomic_folder(path, may_replace=may_replace))
                 if needed > free_bytes(path):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 for folder in {*map(os.path.dirname, groups)} - {""}:
@@ -55,7 +55,7 @@ def write_together(
                 for stem, group in groups.items():
                     records |= write_index(group, unfinished, stem)
                 write_rest(unfinished, records)
-                stack.close()  # here, so that every rank learns of an error
+                stack.close()  # close here, so that every rank sees an error
 
         on_main_rank(start)
         with raise_on_all_ranks(), _as_save_error(path, needed):
@@ -65,7 +65,7 @@ def write_together(
 
 
 def assign_shards(shards: Sequence[Shard], world_size: int) -> list[list[Shard]]:
-    """The shards that each rank writes: the largest first, each to the rank that has the fewest bytes."""
+    """The shards that each rank writes: the largest first, each to the rank with the fewest bytes."""
     shares: list[list[Shard]] = [[] for _ in range(world_size)]
     load = [0] * world_size
     for shard in sorted(shards, key=lambda shard: -shard.num_bytes):
@@ -87,15 +87,15 @@ def _write_share(shares: list[list[Shard]], unfinished: Path, rank: int) -> dict
             pass
 
 
-def _whole_parts(queues: Sequence[Sequence[Tensor | Divided]], rank: int) -> Iterator[memoryview]:
-    """Yield the bytes of the tensors in this rank's queue, of equal `queues` on all ranks, as `host_parts` does.
+def _whole_parts(queues: Sequence[Sequence[Tensor | Zero3Weight]], rank: int) -> Iterator[memoryview]:
+    """Yield the bytes of the tensors in this rank's queue, as `host_parts` does. All ranks pass the same `queues`.
 
-    Consume it all: in between it sends this rank's pieces of others' tensors, one tensor of each queue at a time.
+    Consume all of it: it also sends this rank's pieces of other ranks' tensors, one tensor of each queue at a time.
     """
     for tensors in zip_longest(*queues):
         for owner, tensor in enumerate(tensors):
-            if isinstance(tensor, Divided):
-                whole = tensor.whole()
+            if isinstance(tensor, Zero3Weight):
+                whole = tensor.gather_to_host()
                 if owner == rank:
                     yield from host_parts(whole)
         sent = [_send(tensor, owner) for owner, tensor in enumerate(tensors) if owner != rank]
@@ -106,7 +106,7 @@ def _whole_parts(queues: Sequence[Sequence[Tensor | Divided]], rank: int) -> Ite
                 work.wait()
 
 
-def _send(tensor: Tensor | Divided | None, owner: int) -> dist.Work | None:
+def _send(tensor: Tensor | Zero3Weight | None, owner: int) -> dist.Work | None:
     """Send this rank's piece of a sharded tensor."""
     if not isinstance(tensor, DTensor):
         return None
@@ -124,7 +124,7 @@ def _parts(tensor: Tensor, rank: int) -> Iterator[memoryview]:
         for piece in every:
             yield from host_parts(_received(tensor, piece, rank))
     else:
-        whole = torch.empty(tensor.shape, dtype=tensor.dtype)  # columns of all ranks alternate in its bytes
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype)  # its bytes interleave the columns of all ranks
         for piece in every:
             whole[:, piece.start : piece.stop] = _received(tensor, piece, rank)
         yield from host_parts(whole)

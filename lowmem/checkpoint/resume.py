@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from lowmem.checkpoint.load import first_accepted, saved_settings, verify_together
+from lowmem.checkpoint.load import first_valid, saved_settings, verify_together
 from lowmem.checkpoint.manifest import checkpoints
 from lowmem.distributed.collectives import gather_json, on_main_rank, rank_and_world_size
 from lowmem.errors import UsageError
@@ -11,9 +11,9 @@ from lowmem.optim.state import TIERS
 
 
 def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
-    """The checkpoint that `resume` means (never, auto or a path), the same on every rank, verified by all together.
+    """The checkpoint that `resume` (never, auto or a path) selects, the same on every rank, verified by all ranks.
 
-    auto is the newest whole one of `output_dir`, or None, a fresh start. Raises UsageError for a damaged path.
+    auto is the newest valid one in `output_dir`; None is a fresh start. Raises UsageError if a given path is damaged.
     """
     if resume == "never":
         return None
@@ -22,13 +22,13 @@ def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
         return Path(resume)
     found = on_main_rank(lambda: [str(path) for path in reversed(checkpoints(output_dir / "checkpoints"))])
     rank, _ = rank_and_world_size()
-    return first_accepted(map(Path, gather_json(found)[0]), verify_together, silent=rank != 0)
+    return first_valid(map(Path, gather_json(found)[0]), verify_together, silent=rank != 0)
 
 
 def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: Collection[str]) -> list[str]:
     """Compare settings with those of `checkpoint`. Returns a line for each change that a run may make on resume.
 
-    Raises UsageError if any in `fixed` differ, but `memory` may change to a tier that keeps less of adamw's state.
+    Raises UsageError if any in `fixed` differ, but with adamw, `memory` may change to a smaller tier.
     """
     _, saved = saved_settings(checkpoint)
     changes = {
@@ -40,14 +40,14 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: C
     if settings.get("optimizer") == "adamw" and then < now:
         fixed = {*fixed} - {"memory"}
     if refused := [change for name, change in changes.items() if name in fixed]:
-        raise UsageError(f"{checkpoint} is of another run: {'; '.join(refused)}. Set them back, or start over")
+        raise UsageError(f"{checkpoint} is from another run: {'; '.join(refused)}. Restore these values or start over")
     return list(changes.values())
 
 
 def rows_per_step(checkpoint: Path | None, world_size: int, **sizes: int | None) -> int:
-    """Rows of an optimizer step over all processes, which a resumed run keeps on any number of processes.
+    """Rows per optimizer step over all processes. A resumed run keeps this number on any number of processes.
 
-    Raises UsageError if `sizes`, the flags that set it, differ from those of `checkpoint` and give another number.
+    Raises UsageError if `sizes`, the flags that set it, differ from those of `checkpoint` and result in another number.
     """
     wanted = sizes["global_batch_size"] or sizes["batch_size"] * sizes["gradient_accumulation_steps"] * world_size
     if checkpoint is None:
@@ -57,6 +57,6 @@ def rows_per_step(checkpoint: Path | None, world_size: int, **sizes: int | None)
         raise UsageError(f"{checkpoint} was saved without a stream, so it has no position to resume from: start over")
     kept = state["stream"]["global_batch_size"]
     if wanted != kept and any(size != saved.get(name, size) for name, size in sizes.items()):
-        found = f"{checkpoint} trained on {kept} rows a step, these flags ask for {wanted}"
+        found = f"{checkpoint} trained on {kept} rows per step, but these flags set {wanted}"
         raise UsageError(f"{found}: set --global_batch_size={kept}")
     return kept

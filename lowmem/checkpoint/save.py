@@ -1,4 +1,4 @@
-"""Save checkpoints: safetensors and JSON in a folder that is whole or absent.
+"""Save checkpoints: safetensors and JSON in a folder that is complete or absent.
 
 step-00000500/
   model/            as transformers saves it: `from_pretrained` loads it
@@ -6,7 +6,7 @@ step-00000500/
   state.json        step, best, seed, position of the stream, class and tier of the optimizer
   manifest.json     size and xxh3_128 of every other file; written last
 
-All ranks write at once, each a share of the files, in which every tensor is whole.
+All ranks write at once, each a share of the files. Every tensor is saved unsharded.
 """
 
 import copy
@@ -52,15 +52,15 @@ def save_checkpoint(
 ) -> Path | None:
     """Write `folder`/step-XXXXXXXX and return it; then remove older ones, so that `keep` are left (None: all).
 
-    That of `state.best` is always kept. Called by every rank: each writes a share of the bytes, with at most one tensor
-    in host memory. `config` is saved as model/lowmem.json. If the disk is full or fails, every rank raises SaveError,
-    or passes it to `on_error` and returns None: older checkpoints are intact, and the new one is removed.
+    The one of `state.best` is always kept. Call it on every rank: each writes a share of the bytes, with at most one
+    tensor in host memory. `config` is saved as model/lowmem.json. If the disk is full or fails, every rank raises
+    SaveError, or passes it to `on_error` and returns None: older checkpoints are intact, and the new one is removed.
     """
     path = Path(folder) / f"step-{state.step:08d}"
     parameters = named_parameters(state.model, state.optimizer)
     weights, optimizer_state = model_tensors(state.model), optimizer_tensors(parameters, state.optimizer)
     max_bytes, (_, world_size) = parse_bytes(max_shard_size), rank_and_world_size()
-    share = -(-(num_bytes(weights) + num_bytes(optimizer_state)) // world_size)  # so that no rank has more to write
+    share = -(-(num_bytes(weights) + num_bytes(optimizer_state)) // world_size)  # so that no rank writes more
     groups = {
         "model/model": split_shards(weights, "model/model", max_bytes),
         "optimizer": split_shards(optimizer_state, "optimizer", min(max_bytes, share)),
@@ -92,8 +92,8 @@ def save_checkpoint(
 def save_model(
     model: nn.Module, folder: str | Path, *, tokenizer=None, config: Config = None, max_shard_size: int | str = "5GB"
 ) -> Path:
-    """Write what `from_pretrained` loads, replacing `folder` once that is on disk. See `save_checkpoint`."""
-    path = Path(folder).resolve()  # the target of a link is replaced where it is
+    """Save the model for `from_pretrained`, replacing `folder` once it is on disk. See `save_checkpoint`."""
+    path = Path(folder).resolve()  # if it is a link, its target is replaced
     groups = {"model": split_shards(model_tensors(model), "model", parse_bytes(max_shard_size))}
 
     def write_rest(unfinished: Path, records: dict[str, FileRecord]) -> None:
@@ -104,9 +104,9 @@ def save_model(
 
 
 def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int | None) -> None:
-    """Check that `saves` checkpoints, of which `keep` are kept, and the model fit on the disk. Called by every rank.
+    """Check that the disk has room for `saves` checkpoints, keeping `keep`, and the model. Call it on every rank.
 
-    Raises UsageError if they do not, or if a tensor's dtype or sharding cannot be saved.
+    Raises UsageError if it does not, or if a tensor's dtype or sharding cannot be saved.
     """
     folder = Path(folder)
     tensors = model_tensors(state.model)
@@ -124,18 +124,18 @@ def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int 
         most = saves if keep is None else min(saves, max(1, keep + 1 - len(checkpoints(folder))))
         needed, free = most * checkpoint + weights, free_bytes(folder)
         if needed > free:
-            asked = f"{needed:,} bytes for {most} checkpoints more ({checkpoint:,} each) and the model"
-            raise UsageError(f"{folder} needs {asked}, {free:,} are free: make room or lower save_total_limit")
+            required = f"{needed:,} bytes for {most} more checkpoints ({checkpoint:,} each) and the model"
+            raise UsageError(f"{folder} needs {required}, {free:,} are free: make room or lower save_total_limit")
 
     on_main_rank(check)
 
 
 def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config) -> dict[Path, FileRecord]:
-    """Write all of a model except its tensors, which are in `folder` already."""
+    """Write all of a model except its tensors, which `folder` already contains."""
     base, tensors = unwrapped(model), set(folder.iterdir())
     if hasattr(base, "config"):
         model_config = copy.deepcopy(base.config)
-        # fully_shard puts its own class in front of the model's
+        # fully_shard adds its own class before the model's
         written = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
         model_config.architectures = [written.__name__]
         model_config.dtype = base.dtype
@@ -143,7 +143,7 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
     if tokenizer is not None:
         try:
             tokenizer.save_pretrained(folder)
-        except Exception as error:  # the tokenizers library, in Rust, has an OSError's number only in its message
+        except Exception as error:  # tokenizers (in Rust) reports the OS error number only in its message
             if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
@@ -152,7 +152,7 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
         sync(path)
         records[path] = record_file(path)
     if getattr(base, "generation_config", None) is not None:
-        # not its save_pretrained: that raises for settings that pretrained models really come with
+        # not save_pretrained, which raises for settings that some pretrained models have
         path = folder / "generation_config.json"
         records[path] = write_file(path, [base.generation_config.to_json_string().encode()])
     if config is not None:
@@ -161,7 +161,7 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
 
 
 def _prune(path: Path, keep: int, best: Mapping[str, float] | None) -> None:
-    """Leave `keep` checkpoints: `path`, the best one, and the newest before it. Later ones are of another branch."""
+    """Keep `keep` checkpoints: `path`, the best one, and the newest before it. Ignore later ones (another branch)."""
     older = [old for old in checkpoints(path.parent) if step_of(old) < step_of(path)]
     kept = [old for old in older if best and step_of(old) == best["step"]]
     others = [old for old in older if old not in kept]

@@ -1,24 +1,24 @@
-"""The tensors of a model by name, as a checkpoint holds them."""
+"""The tensors of a model by name, as a checkpoint saves them."""
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowmem.distributed.placement import is_engine, unwrapped
-from lowmem.distributed.zero import Divided
+from lowmem.distributed.zero import Zero3Weight
 from lowmem.errors import UsageError
 from lowmem.storage.tensor_files import bytes_of
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor | Divided]:
-    """Parameters and persistent buffers, a tied one under its first name. Sharded ones are DTensors or Divided."""
+def model_tensors(model: nn.Module) -> dict[str, Tensor | Zero3Weight]:
+    """Parameters and persistent buffers, tied ones under their first name. Sharded: DTensor or Zero3Weight."""
     seen: set[int] = set()
     tensors = unwrapped(model).state_dict(keep_vars=True).items()
     once = {name: x for name, x in tensors if id(x) not in seen and not seen.add(id(x))}
-    return {name: Divided(x) if hasattr(x, "ds_shape") else x for name, x in once.items()}
+    return {name: Zero3Weight(x) if hasattr(x, "ds_shape") else x for name, x in once.items()}
 
 
 def named_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters of `optimizer` by their names in `model`, in its order. Raises UsageError under DeepSpeed."""
+    """The parameters of `optimizer`, in its order, by their names in `model`. Raises UsageError under DeepSpeed."""
     if is_engine(model):
         raise UsageError("ZeRO's optimizer state cannot be saved: save the weights alone, with save_model")
     names = {id(tensor): name for name, tensor in model_tensors(model).items()}

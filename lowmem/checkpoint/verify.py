@@ -1,4 +1,4 @@
-"""The command `verify`: read every byte of a checkpoint, or of all of a run. Imports no torch."""
+"""The command `verify`: read every byte of one checkpoint, or of all checkpoints of a run. Imports no torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,7 @@ from lowmem.errors import UsageError
 
 
 def verify(path: str | Path) -> Iterator[str]:
-    """Yield a line for the checkpoint `path`, or each one of that run, newest first. UsageError names damaged files."""
+    """Yield a line per checkpoint of `path`, a checkpoint or a run, newest first. UsageError names damaged files."""
     path = Path(path)
     found = checkpoints(path / "checkpoints") or checkpoints(path)
     if not found:
@@ -28,4 +28,4 @@ def _verified(path: Path) -> str:
     verify_checkpoint(path)
     manifest = read_manifest(path)
     sizes = [record["bytes"] for record in manifest["files"].values()] + [(path / "manifest.json").stat().st_size]
-    return f"whole: step {manifest['step']}, {len(sizes)} files, {sum(sizes):,} bytes"
+    return f"intact: step {manifest['step']}, {len(sizes)} files, {sum(sizes):,} bytes"

@@ -1,4 +1,4 @@
-"""The settings of a run in groups, each as one function takes it. Imports no torch."""
+"""The settings of a run, grouped by the function that takes them. Imports no torch."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ def _group(*names: str) -> property:
 
 
 class Groups:
-    """What TrainConfig adds to its fields, for `train` to unpack."""
+    """Properties that TrainConfig adds to its fields, for `train` to unpack."""
 
     model_source = _group("model_name_or_path", "model_config", "tokenizer_name_or_path")
     """Where the model and its tokenizer come from."""
@@ -43,16 +43,16 @@ class Groups:
         return [part for part in self.freeze.split(",") if part]
 
     @property
-    def is_divided(self) -> bool:
-        """Whether lowmem itself, not DeepSpeed, shards the model over processes."""
+    def is_sharded(self) -> bool:
+        """Whether lowmem, rather than DeepSpeed, shards the model over processes."""
         return self.sharding_strategy != "NO_SHARD" or self.tp_size > 1
 
     @property
-    def division(self) -> str:
-        """How processes share a model, in words; empty if each has its own."""
+    def sharding_summary(self) -> str:
+        """How processes share the model, for the log; empty if each has a full copy."""
         if self.tp_size > 1:
-            return f"{self.tp_size} with the same rows"
-        return self.sharding_strategy if self.is_divided else ""
+            return f"tp_size={self.tp_size}"
+        return self.sharding_strategy if self.is_sharded else ""
 
     @property
     def optimizer_options(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Make a TrainConfig from flags: presets, a config file, types, and all problems in one error. Imports no torch."""
+"""Make a TrainConfig from flags, presets and a config file, with all problems in one error. Imports no torch."""
 
 import difflib
 import types
@@ -14,18 +14,18 @@ from lowmem.errors import UsageError
 _BUNDLED_VALIDATION_ROWS = 240
 _SWITCHES = [*PRESETS.keys() - {"tiny"}, "is_keep_training"]
 
-# names of other trainers
-_ELSEWHERE = {"lr": "learning_rate", "optim": "optimizer", "num_train_epochs": "epochs", "max_length": "max_seq_len"}
-_ELSEWHERE |= {"fp16": "mixed_precision", "bf16": "mixed_precision=bf16", "fsdp": "sharding_strategy"}
-_ELSEWHERE |= {"torch_compile": "compile", "gradient_checkpointing": "recompute=full"}
-_ELSEWHERE |= {"per_device_train_batch_size": "batch_size", "resume_from_checkpoint": "resume"}
+# other trainers' names for our flags
+_OTHER_NAMES = {"lr": "learning_rate", "optim": "optimizer", "num_train_epochs": "epochs", "max_length": "max_seq_len"}
+_OTHER_NAMES |= {"fp16": "mixed_precision", "bf16": "mixed_precision=bf16", "fsdp": "sharding_strategy"}
+_OTHER_NAMES |= {"torch_compile": "compile", "gradient_checkpointing": "recompute=full"}
+_OTHER_NAMES |= {"per_device_train_batch_size": "batch_size", "resume_from_checkpoint": "resume"}
 
 
 def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None = None) -> TrainConfig:
     """Merge defaults < preset < `given` < `config` file < flags into a checked TrainConfig.
 
-    `flags` maps fields, presets, `config` (a YAML or JSON file) and `is_keep_training` to values or text; `given` are
-    fields from a launcher or a model's folder. Raises UsageError with all problems.
+    `flags` maps fields, presets, `config` (a YAML or JSON file) and `is_keep_training` to values or text; `given` has
+    fields from a launcher or a model's folder. Raises UsageError that lists all problems.
     """
     problems: list[str] = []
     file_switches, file_fields = _read(_read_config_file(flags.get("config"), problems), problems)
@@ -41,7 +41,7 @@ def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None =
     for layer in [preset, *layers]:
         for a, b in ALTERNATIVES:
             if layer.get(a) is not None and layer.get(b) is not None:
-                problems.append(f"--{a} and --{b} were both set: they say the same thing in two ways, set one")
+                problems.append(f"--{a} and --{b} were both set, but they are alternatives: remove one of them")
             for one, other in ((a, b), (b, a)):
                 if layer.get(one) is not None:
                     merged.pop(other, None)
@@ -64,7 +64,7 @@ def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None =
 
 
 def named_fields(flags: Mapping[str, object]) -> frozenset[str]:
-    """The fields that flags and their config file set one by one, not by a preset."""
+    """The fields that flags or the config file set directly, not through a preset."""
     return frozenset(FIELDS.keys() & {*flags, *_read_config_file(flags.get("config"), [])})
 
 
@@ -82,31 +82,31 @@ def _read_config_file(path: object, problems: list[str]) -> dict[str, object]:
     else:
         if isinstance(values, dict) and all(isinstance(key, str) for key in values):
             return values
-        problems.append(f"--config={path} holds no field: value pairs")
+        problems.append(f"--config={path} contains no `field: value` pairs: add one or remove --config")
     return {}
 
 
 def _read(values: Mapping[str, object], problems: list[str]) -> tuple[dict[str, bool], dict[str, object]]:
-    """Split `values` into the presets that it switches on or off and the fields that it sets, each as its type."""
+    """Split `values` into preset switches and fields, and convert each to its type."""
     switches, fields = {}, {}
     for name, value in values.items():
         if name in FIELDS:
             fields[name] = _coerce(name, FIELDS[name].type, value, problems)
         elif name in _SWITCHES:
             switches[name] = _coerce(name, bool, value, problems) is True
-        elif name in _ELSEWHERE:
-            problems.append(f"unknown flag --{name}: it is --{_ELSEWHERE[name]} here")
+        elif name in _OTHER_NAMES:
+            problems.append(f"unknown flag --{name}: use --{_OTHER_NAMES[name]}")
         else:
             near = difflib.get_close_matches(name, [*FIELDS, *_SWITCHES, "config"], n=1)
             hint = f"did you mean --{near[0]}?" if near else "`--help` lists all flags"
             problems.append(f"unknown flag --{name}: {hint}")
     if switches.pop("is_keep_training", False) and fields.setdefault("resume", "auto") != "auto":
-        problems.append(f"--is_keep_training means --resume=auto, but --resume={fields['resume']} was set: drop one")
+        problems.append(f"--is_keep_training means --resume=auto, but --resume={fields['resume']} was set: remove one")
     return switches, fields
 
 
 def _coerce(name: str, kind: object, value: object, problems: list[str]) -> object:
-    """Convert `value` to `kind`, or note a problem. Text comes from a command line, other types from YAML or Python."""
+    """Convert `value` to `kind`, or add a problem. Text comes from a command line, other types from YAML or Python."""
     if isinstance(kind, types.UnionType):
         if value is None or str(value).lower() in ("none", "null"):
             return None
@@ -118,7 +118,7 @@ def _coerce(name: str, kind: object, value: object, problems: list[str]) -> obje
         if isinstance(value, bool) and kind is not str:
             raise ValueError
         if kind is int:
-            number = float(text)  # 1e3 is an integer in every language but Python
+            number = float(text)  # float() accepts 1e3, int() does not
             if not number.is_integer():
                 raise ValueError
             return int(text) if text.lstrip("+-").isdigit() else int(number)
@@ -131,7 +131,7 @@ def _coerce(name: str, kind: object, value: object, problems: list[str]) -> obje
         return {"true": "auto", "false": "never"}.get(text.lower(), text)
     if name == "mixed_precision" and value is False:
         return "no"  # YAML reads a bare `no` as false
-    if text in ("True", "False"):  # what Fire makes of a flag without a value
+    if text in ("True", "False"):  # Fire's value for a flag without one
         problems.append(f"--{name} needs a value: --{name}=...")
     parts = value if isinstance(value, list | tuple) else text.split(",")
     return ",".join(str(part).strip() for part in parts)

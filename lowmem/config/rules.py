@@ -1,4 +1,4 @@
-"""Find the values that no run can have: out of range, or in conflict with one another. Imports no torch."""
+"""Find values that are out of range or contradict each other. Imports no torch."""
 
 import math
 import operator
@@ -16,38 +16,38 @@ from lowmem.errors import UsageError
 TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio".split()
 
 _WITH_BETAS = "adamw adamw_bf16 adam nadam radam adamax".split()
-# ZeRO cuts all weights, laid end to end, into equal parts, so the update of an element must not depend on others.
+# ZeRO flattens all weights and splits them evenly, so the update of an element must not depend on other elements.
 _ELEMENTWISE = "adamw adam nadam radam adamax adadelta rmsprop sgd".split()
 _SHARDED = ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"]
 _TIERS = ["exact", "lean"]
 
-# A row: a flag; its values (None: any but the default); the flag that it needs; that one's values; why
+# A row: a flag, its values (None: any but the default), the flag that it depends on, the values that flag needs, why
 NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("memory", _TIERS, "mixed_precision", ["bf16"], "keeps weights in bf16"),
-    ("memory", _TIERS, "optimizer", TIERED_OPTIMIZERS, "has no --optimizer={optimizer}"),
+    ("memory", _TIERS, "optimizer", TIERED_OPTIMIZERS, "does not support --optimizer={optimizer}"),
     ("optimizer", ["adamw_bf16"], "mixed_precision", ["bf16"], "needs weights in bf16"),
     ("optimizer", ["adamw_bf16"], "memory", [*_TIERS, None], "needs weights in bf16, not --memory={memory}"),
     ("optimizer", ["adafactor"], "sharding_strategy", ["NO_SHARD"], "needs whole matrices"),
     ("optimizer", ["adafactor"], "tp_size", [1], "needs whole matrices"),
-    ("adam_beta1", None, "optimizer", _WITH_BETAS, "and its like do nothing for --optimizer={optimizer}"),
-    ("adam_beta2", None, "optimizer", _WITH_BETAS, "and its like do nothing for --optimizer={optimizer}"),
-    ("adam_epsilon", None, "optimizer", _WITH_BETAS, "and its like do nothing for --optimizer={optimizer}"),
-    ("release", None, "gradient_accumulation_steps", [1, None], "updates within each backward"),
-    ("release", None, "max_grad_norm", [0], "has no whole gradient to clip"),
-    ("release", None, "nonfinite", ["stop"], "cannot take an update back"),
-    ("release", None, "num_processes", [1, None], "has no gradient left to sum over processes"),
-    ("release", None, "sharding_strategy", ["NO_SHARD"], "has no gradient left to sum over processes"),
-    ("release", None, "tp_size", [1], "has no gradient left to sum over processes"),
+    ("adam_beta1", None, "optimizer", _WITH_BETAS, "does nothing with --optimizer={optimizer}"),
+    ("adam_beta2", None, "optimizer", _WITH_BETAS, "does nothing with --optimizer={optimizer}"),
+    ("adam_epsilon", None, "optimizer", _WITH_BETAS, "does nothing with --optimizer={optimizer}"),
+    ("release", None, "gradient_accumulation_steps", [1, None], "updates weights within each backward"),
+    ("release", None, "max_grad_norm", [0], "frees gradients before their global norm is known"),
+    ("release", None, "nonfinite", ["stop"], "cannot undo an update"),
+    ("release", None, "num_processes", [1, None], "frees gradients before they can be all-reduced"),
+    ("release", None, "sharding_strategy", ["NO_SHARD"], "frees gradients before they can be all-reduced"),
+    ("release", None, "tp_size", [1], "frees gradients before they can be all-reduced"),
     ("cpu_offload", None, "sharding_strategy", _SHARDED, "needs sharded weights, not {sharding_strategy}"),
-    ("shard_size", None, "sharding_strategy", ["HYBRID_SHARD"], "concerns HYBRID_SHARD alone"),
-    ("tp_size", None, "sharding_strategy", ["NO_SHARD"], "shards weights already"),
-    ("tp_size", None, "compile", [False], "has layers that cannot be compiled"),
-    ("deepspeed", None, "sharding_strategy", ["NO_SHARD"], "shards weights already"),
-    ("deepspeed", None, "tp_size", [1], "shards weights already"),
-    ("deepspeed", None, "device_memory", [None], "lays out memory itself"),
-    ("deepspeed", None, "host_memory", [None], "lays out memory itself"),
-    ("deepspeed", None, "memory", ["off", None], "shards state, --memory={memory} keeps the optimizer's state itself"),
-    ("deepspeed", None, "optimizer", _ELEMENTWISE, "splits matrices, --optimizer={optimizer} needs whole matrices"),
+    ("shard_size", None, "sharding_strategy", ["HYBRID_SHARD"], "applies only to HYBRID_SHARD"),
+    ("tp_size", None, "sharding_strategy", ["NO_SHARD"], "already shards weights"),
+    ("tp_size", None, "compile", [False], "uses layers that torch.compile cannot compile"),
+    ("deepspeed", None, "sharding_strategy", ["NO_SHARD"], "already shards weights"),
+    ("deepspeed", None, "tp_size", [1], "already shards weights"),
+    ("deepspeed", None, "device_memory", [None], "manages memory itself"),
+    ("deepspeed", None, "host_memory", [None], "manages memory itself"),
+    ("deepspeed", None, "memory", ["off", None], "keeps its own optimizer state, not that of --memory={memory}"),
+    ("deepspeed", None, "optimizer", _ELEMENTWISE, "splits matrices, but --optimizer={optimizer} needs whole ones"),
     ("deepspeed", None, "release", [False], "manages gradients itself"),
     ("deepspeed", None, "compile", [False], "manages layers itself"),
     ("deepspeed", None, "resume", ["never"], "cannot resume: runs under DeepSpeed have no checkpoints"),
@@ -55,7 +55,7 @@ NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
 
 
 def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
-    """Every value that is out of range, and every pair of values that contradict each other."""
+    """List every value that is out of range, and every pair of values that contradict each other."""
     problems = _out_of_range(config)
     for name, values, other, needed, why in NEEDS:
         value, found, default = getattr(config, name), getattr(config, other), FIELDS[other].default
@@ -68,21 +68,21 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
     for name in ("shard_size", "tp_size"):
         processes, size = config.num_processes, getattr(config, name)
         if processes and size and processes % size:
-            problems.append(f"--num_processes={processes} is no multiple of --{name}={size}: change one")
+            problems.append(f"--num_processes={processes} is not a multiple of --{name}={size}: change one of them")
     if config.release and config.batch_size and (config.global_batch_size or 0) > config.batch_size:
         most = f"at most --batch_size={config.batch_size} (got {config.global_batch_size})"
-        problems.append(f"--release updates within each backward: set --global_batch_size to {most}")
+        problems.append(f"--release updates weights within each backward: set --global_batch_size to {most}")
     causal = [f"--{name}" for name in ("packing", "text_column", "messages_column") if getattr(config, name)]
     causal += [f"--tp_size={config.tp_size}"] * ((config.tp_size or 1) > 1)
     if causal and config.model_config in MODEL_SHAPES:
         problems.append(
             f"{', '.join(causal)} need{'' if causal[1:] else 's'} a causal model, --model_config={config.model_config} "
-            "is a T5: set --model_name_or_path, or --model_config to a file"
+            "is a T5: set --model_name_or_path, or set --model_config to a config file"
         )
     if "is_finetune" in presets and not config.model_name_or_path:
-        problems.append("--is_finetune freezes trained parts, so it needs --model_name_or_path")
+        problems.append("--is_finetune freezes pretrained parts: set --model_name_or_path too")
     if config.on_bad_row == "error" and config.max_bad_rows != FIELDS["max_bad_rows"].default:
-        problems.append(f"--max_bad_rows={config.max_bad_rows} does nothing unless --on_bad_row=skip")
+        problems.append(f"--max_bad_rows={config.max_bad_rows} does nothing without --on_bad_row=skip: set it too")
     if config.accept_changed_data and config.resume == "never":
         problems.append("--accept_changed_data=True does nothing unless a run is resumed: set --resume too")
     return problems + zero_problems(vars(config))
@@ -121,7 +121,7 @@ def _out_of_range(config: TrainConfig) -> list[str]:
             problems.append(f"--freeze={config.freeze}: {part!r} is not one of embeddings, encoder")
     for tracker in config.trackers:
         if tracker not in TRACKERS:
-            problems.append(f"--report_to={tracker} is none of {', '.join(TRACKERS)}")
+            problems.append(f"--report_to={tracker} must be one of {', '.join(TRACKERS)}")
         elif not find_spec(tracker):
             problems.append(f"--report_to={tracker} is not installed: pip install {tracker}")
     return problems

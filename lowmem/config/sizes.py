@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write them."""
+"""Parse sizes such as 5GB."""
 
 import re
 
@@ -6,11 +6,11 @@ from lowmem.errors import UsageError
 
 
 def parse_bytes(size: int | str) -> int:
-    """Bytes in `size`, at least 1: a number, or text such as "500MB" (10**6), "5GB" (10**9), "2GiB" (2**30)."""
+    """Convert a number, or text such as "500MB" (10**6), "5GB" (10**9) or "2GiB" (2**30), to bytes, at least 1."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", str(size).upper())
     if not match:
         raise UsageError(f"size {size!r} is not understood: write bytes, or 500MB, 5GB, 2GiB")
     number, prefix, binary = match.groups()
     if (num_bytes := int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))) < 1:
-        raise UsageError(f"size {size!r} leaves no room for a tensor")
+        raise UsageError(f"size {size!r} is less than one byte: set a larger size")
     return num_bytes

@@ -1,4 +1,4 @@
-"""Read a DeepSpeed config, check it against our flags, and complete it from them. Imports no torch."""
+"""Read a DeepSpeed config, check it against our flags, and complete it from the flags. Imports no torch."""
 
 import json
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from lowmem.errors import UsageError
 _SAME = {"train_micro_batch_size_per_gpu": "batch_size", "gradient_accumulation_steps": "gradient_accumulation_steps"}
 _SAME |= {"train_batch_size": "global_batch_size", "bf16.enabled": "mixed_precision"}
 _SAME |= {"gradient_clipping": "max_grad_norm"}
-_OURS = {"optimizer": "--optimizer", "scheduler": "--lr_scheduler_type"}
-_OURS |= {"torch_autocast": "--mixed_precision", "tensor_parallel": "--tp_size"}
+_REPLACED = {"optimizer": "--optimizer", "scheduler": "--lr_scheduler_type"}
+_REPLACED |= {"torch_autocast": "--mixed_precision", "tensor_parallel": "--tp_size"}
 
 
-def read_zero_config(told: str) -> dict[str, object]:
-    """Return the DeepSpeed config `told`, JSON text or the name of a file of it. Raises UsageError."""
-    is_text = told.lstrip().startswith("{")
-    name = "the DeepSpeed config" if is_text else f"--deepspeed={told}"
+def read_zero_config(source: str) -> dict[str, object]:
+    """Parse the DeepSpeed config `source`, which is JSON text or a file name. Raises UsageError."""
+    is_text = source.lstrip().startswith("{")
+    name = "the DeepSpeed config" if is_text else f"--deepspeed={source}"
     try:
-        values = json.loads(told if is_text else Path(told).read_text(encoding="utf-8"))
+        values = json.loads(source if is_text else Path(source).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -32,7 +32,7 @@ def read_zero_config(told: str) -> dict[str, object]:
 
 
 def zero_problems(flags: Mapping[str, object]) -> list[str]:
-    """List what the DeepSpeed config and our flags set differently, and what lowmem does not support in it."""
+    """List where the DeepSpeed config contradicts our flags, and what lowmem does not support in the config."""
     if flags["deepspeed"] is None:
         return []
     if not find_spec("deepspeed"):
@@ -45,15 +45,15 @@ def zero_problems(flags: Mapping[str, object]) -> list[str]:
     for key, flag in _SAME.items():
         ours = flags[flag] == "bf16" if flag == "mixed_precision" else flags[flag]
         if (theirs := _value(values, key)) not in (None, "auto", ours):
-            problems.append(f'{key}={json.dumps(theirs)}, but --{flag}={flags[flag]}: write "auto" there')
-    for section, flag in _OURS.items():
+            problems.append(f'{key}={json.dumps(theirs)}, but --{flag}={flags[flag]}: set {key} to "auto"')
+    for section, flag in _REPLACED.items():
         if section in values:
-            problems.append(f"{section}: remove it there and set {flag} and its like here")
+            problems.append(f"{section}: remove it and set {flag} or related flags instead")
     for section in ("bf16", "data_types"):
         if not isinstance(values.get(section, {}), dict):
-            problems.append(f"{section}={json.dumps(values[section])}: write {{...}} there")
+            problems.append(f"{section}={json.dumps(values[section])}: set it to an object {{...}}")
     if _value(values, "fp16.enabled") not in (None, "auto", False):
-        problems.append("fp16, which is not built: set --mixed_precision=bf16, or no for fp32")
+        problems.append("fp16, which lowmem does not support: set --mixed_precision=bf16, or no for fp32")
     zero = values["zero_optimization"]
     for part in ("offload_optimizer", "offload_param"):
         device = _value(zero, f"{part}.device")
@@ -62,23 +62,23 @@ def zero_problems(flags: Mapping[str, object]) -> list[str]:
         if part == "offload_param" and device not in (None, "none") and zero["stage"] != 3:
             problems.append(f"{part}, which does nothing below stage 3: remove it")
     if zero.get("compute_grad_norm") is False:
-        problems.append("compute_grad_norm to false, but every step tells it: remove it")
+        problems.append("compute_grad_norm to false, but every step reports the norm: remove it")
     if values.get("zero_force_ds_cpu_optimizer"):
-        problems.append("zero_force_ds_cpu_optimizer, whose Adam ignores the --adam_ flags: set it to false")
+        problems.append("zero_force_ds_cpu_optimizer, an Adam that ignores the --adam_ flags: set it to false")
     return [f"the DeepSpeed config sets {problem}" for problem in problems]
 
 
-def complete_zero_config(told: str, *, batch_size: int, max_grad_norm: float, bf16: bool) -> dict[str, object]:
-    """Return the DeepSpeed config `told`, completed from our flags, with sums in fp32 by default."""
-    values = read_zero_config(told)
+def complete_zero_config(source: str, *, batch_size: int, max_grad_norm: float, bf16: bool) -> dict[str, object]:
+    """Parse the DeepSpeed config `source` and complete it from our flags. By default gradients are summed in fp32."""
+    values = read_zero_config(source)
     values |= {
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": 1,  # the step marks its last micro-batch
         "gradient_clipping": max_grad_norm,
-        # without the second, stage 1 in bf16 loses gradients of a step with several micro-batches (DeepSpeed 0.19.8)
+        # without immediate_grad_update, DeepSpeed 0.19.8 loses gradients (stage 1, bf16, several micro-batches a step)
         "bf16": values.get("bf16", {}) | {"enabled": bf16, "immediate_grad_update": True},
         "fp16": {"enabled": False},
-        "zero_force_ds_cpu_optimizer": False,  # its own CPU Adam would be compiled here
+        "zero_force_ds_cpu_optimizer": False,  # its CPU Adam would have to be compiled here
     }
     values.pop("train_batch_size", None)  # the product of the others
     values.setdefault("communication_data_type", "fp32")

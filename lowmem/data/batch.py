@@ -12,16 +12,16 @@ _PAD_TO_MULTIPLE_OF = 8  # for tensor cores
 
 
 class EncodedRow(TypedDict):
-    """What our models take of a row. Encoders for another `collate` may return other keys."""
+    """One row as token ids. Encoders for a custom `collate` may return other keys."""
 
     input_ids: list[int]
     labels: list[int]
-    num_cut: NotRequired[int]  # tokens cut off all its sequences together; absent if none were
+    num_cut: NotRequired[int]  # tokens truncated from all sequences; absent if none
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: the model's inputs with `labels`, how many of the labels are targets, and the rows' numbers."""
+    """One micro-batch: model inputs including `labels`, the number of labels that are targets, and row numbers."""
 
     inputs: dict[str, Tensor]
     num_targets: int
@@ -51,11 +51,11 @@ Collate = Callable[[Sequence[EncodedRow]], Batch]
 
 
 def collate(rows: Sequence[EncodedRow], *, causal: bool = False) -> Batch:
-    """Pad encoded rows on the right to the longest, with a mask only if padding would be seen; count their targets.
+    """Pad encoded rows on the right to the longest, count their targets, and add a mask only if it is needed.
 
     Returns int64 `input_ids` (rows, input length), `labels` (rows, label length) and, if needed, `attention_mask` or
     `position_ids` (packed rows), shaped as `input_ids`. Widths are multiples of 8 unless all inputs have one length.
-    `causal` promises that the model's tokens see nothing after them: padding then needs no mask.
+    With `causal`, padding needs no mask: the model's tokens must not attend to later ones.
     """
     lengths = [len(row["input_ids"]) for row in rows]
     # one rule for inputs and labels, because a causal row needs a label for each token
@@ -65,12 +65,12 @@ def collate(rows: Sequence[EncodedRow], *, causal: bool = False) -> Batch:
     labels = _pad([row["labels"] for row in rows], IGNORED, multiple)
     inputs = {"input_ids": input_ids, "labels": labels}
     width, is_target = input_ids.shape[1], labels != IGNORED
-    # Padding is one more document of a packed row. With a mask, models would not look where documents begin.
+    # In a packed row, padding is one more document. With a mask, models would ignore where documents begin.
     if "position_ids" in rows[0]:
         positions = [[*row["position_ids"], *range(width - len(row["position_ids"]))] for row in rows]
         inputs["position_ids"] = torch.tensor(positions, dtype=torch.int64)
-    # A mask rules out attention kernels that know only "causal", and costs T5 a bias for each row in each layer.
-    # `generate` needs it, too: it finds the end of a prompt at the first target, or else in the mask.
+    # A mask excludes attention kernels that support only "causal", and costs T5 a bias per row and layer.
+    # `generate` also needs the mask: it shows where a prompt without targets ends.
     elif min(lengths) < width and not (causal and is_target.any(1).all()):
         inputs["attention_mask"] = _pad([[1] * length for length in lengths], 0, multiple)
     return Batch(inputs, num_targets=int(is_target.sum()), row_ids=[])

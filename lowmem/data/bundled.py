@@ -1,4 +1,4 @@
-"""Rows that need no file: three kinds of small questions, generated from their index, no two the same."""
+"""Rows that need no file: three kinds of short questions, generated from the row number, all different."""
 
 from dataclasses import dataclass
 from string import ascii_lowercase
@@ -34,7 +34,7 @@ class BundledRows:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} bundled rows does not exist")
         number, kind = divmod(self.first + index, len(_VARIETIES))
-        # A permutation repeats nothing, so held-out questions are new by construction.
+        # A permutation has no repeats, so held-out questions never occur in training.
         prompt, response = _question(kind, int(permute([number], _VARIETIES[kind], (kind,))[0]))
         return {"prompt": prompt, "response": response}
 

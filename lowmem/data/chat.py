@@ -1,4 +1,4 @@
-"""A conversation -> token ids by the tokenizer's own chat template, and which of them the assistant says."""
+"""A conversation -> token ids by the tokenizer's chat template, and which of them are the assistant's."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ Spans = list[tuple[int, int]]  # [start, stop) of characters, in order
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _HOW_TO_TAG = "put {% generation %} and {% endgeneration %} around the assistant's text in the chat template"
 
-# A compiled template, which transformers caches, records its tags' spans for one thread at a time. So we render a copy
-# that nobody else uses (a comment and its newline render as nothing), under a lock.
+# transformers caches compiled templates, and each records its tags' spans for one thread at a time. So we render our
+# own copy, under a lock; the comment that makes it different (and its newline) renders as nothing.
 _COPY = "{#- lowmem's own copy #}\n"
 _COPY_IN_USE = Lock()
 
 
 def chat_tokenizer(tokenizer: Tokenizer) -> Callable[[Messages], tuple[list[int], list[bool]]]:
-    """Make a thread-safe function `messages -> (ids, is_said)`: tokens, and for each whether the assistant says it.
+    """Make a thread-safe function `messages -> (ids, is_assistant)`, where `is_assistant` marks the assistant's tokens.
 
-    It says what {% generation %} tags enclose; without tags, what each assistant turn adds to the turns before it and a
-    generation prompt. A token belongs to the turn of its last character. Raises UsageError without a chat template; the
-    function raises ValueError for a conversation that the template refuses or in which the assistant says nothing.
+    The assistant's text is what {% generation %} tags enclose or, without tags, what each assistant turn adds to the
+    turns before it and a generation prompt. A token belongs to its last character's turn. Raises UsageError without a
+    chat template; the function raises ValueError if the template rejects a conversation or the assistant has no text.
     """
     from jinja2 import TemplateError
 
     try:
         template = tokenizer.get_chat_template()
-    except ValueError as error:  # none, or several of which none is the default
+    except ValueError as error:  # no template, or several without a default
         kind = f"{type(tokenizer).__name__} of {tokenizer.name_or_path!r}"
-        raise UsageError(f"messages need a chat template, {kind} has none: take an instruct model's") from error
-    with_spans = _by_tags if _GENERATION_TAG.search(template) else _by_prefixes
-    in_tokens = _whole if tokenizer.is_fast else _in_pieces
+        raise UsageError(f"messages need a chat template, {kind} has none: use an instruct model") from error
+    render = _by_tags if _GENERATION_TAG.search(template) else _by_prefixes
+    to_tokens = _tokenize_whole if tokenizer.is_fast else _tokenize_pieces
 
     def tokenize(messages: Messages) -> tuple[list[int], list[bool]]:
         # Parquet fills fields that a message lacks with None, which a template would render.
         messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
         turns = f"a conversation of turns {', '.join(str(message['role']) for message in messages)}"
         try:
-            text, spans = with_spans(tokenizer, template, messages)
+            text, spans = render(tokenizer, template, messages)
         except TemplateError as error:
-            raise ValueError(f"the chat template refuses {turns} ({error}): fix the row") from error
+            raise ValueError(f"the chat template rejects {turns} ({error}): fix the row") from error
         if not any(start < stop for start, stop in spans):
-            raise ValueError(f"the assistant says nothing in {turns}: remove the row, or fix its roles")
-        return in_tokens(tokenizer, text, spans)
+            raise ValueError(f"the assistant says nothing in {turns}: remove the row or fix its roles")
+        return to_tokens(tokenizer, text, spans)
 
     return tokenize
 
@@ -69,37 +69,37 @@ def _by_tags(tokenizer: Tokenizer, template: str, messages: Messages) -> tuple[s
 
 
 def _by_prefixes(tokenizer: Tokenizer, template: str, messages: Messages) -> tuple[str, Spans]:
-    """The conversation's text, and the span of each assistant turn, found by rendering the turns before it."""
+    """Return the text, and the span of each assistant turn, found by rendering the turns before it."""
     render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
     text, spans = render(messages), []
     for turn in (turn for turn, message in enumerate(messages) if message["role"] == "assistant"):
         if turn == 0:
-            raise ValueError(f"nothing stands before the assistant's turn 0: put a user's turn there, or {_HOW_TO_TAG}")
+            raise ValueError(f"turn 0 is the assistant's, with no turn before it: add a user's turn, or {_HOW_TO_TAG}")
         before = render(messages[:turn], add_generation_prompt=True)
         through = render(messages[: turn + 1])
         if not (through.startswith(before) and text.startswith(through)):
-            raise ValueError(f"the template changes what stands up to turn {turn} (the assistant's): {_HOW_TO_TAG}")
+            raise ValueError(f"the template changes earlier text at turn {turn} (the assistant's): {_HOW_TO_TAG}")
         spans.append((len(before), len(through)))
     return text, spans
 
 
-def _whole(tokenizer: Tokenizer, text: str, spans: Spans) -> tuple[list[int], list[bool]]:
-    # Never with truncation or padding: they change a fast tokenizer's state, and two threads use it at a time.
+def _tokenize_whole(tokenizer: Tokenizer, text: str, spans: Spans) -> tuple[list[int], list[bool]]:
+    # Without truncation or padding, which change a fast tokenizer's state: two threads share it.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ends = [stop for _, stop in encoded["offset_mapping"]]  # not starts: some tokenizers skip spaces there
-    is_said = [False] * len(ends)
+    ends = [stop for _, stop in encoded["offset_mapping"]]  # not starts, where some tokenizers skip spaces
+    is_assistant = [False] * len(ends)
     for start, stop in spans:
         first, last = bisect_right(ends, start), bisect_right(ends, stop)
-        is_said[first:last] = [True] * (last - first)
-    return encoded["input_ids"], is_said
+        is_assistant[first:last] = [True] * (last - first)
+    return encoded["input_ids"], is_assistant
 
 
-def _in_pieces(tokenizer: Tokenizer, text: str, spans: Spans) -> tuple[list[int], list[bool]]:
-    # Without offsets, so that no token crosses the bounds of a turn.
-    ids, is_said = [], []
+def _tokenize_pieces(tokenizer: Tokenizer, text: str, spans: Spans) -> tuple[list[int], list[bool]]:
+    # For tokenizers without offsets: no token may cross a turn's bounds.
+    ids, is_assistant = [], []
     bounds = [0, *chain.from_iterable(spans), len(text)]
     for piece, (start, stop) in enumerate(pairwise(bounds)):
         tokens = tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
         ids += tokens
-        is_said += [piece % 2 == 1] * len(tokens)  # outside, inside, outside, ...
-    return ids, is_said
+        is_assistant += [piece % 2 == 1] * len(tokens)  # outside, inside, outside, ...
+    return ids, is_assistant

@@ -1,7 +1,7 @@
 """One row -> token ids. An encoder is any function `row -> {"input_ids": list[int], "labels": list[int]}`.
 
 Labels are token ids, or IGNORED where there is nothing to learn. A causal model's labels are its input ids: the loss
-shifts them by one, and the first must be IGNORED, as nothing predicts a first token.
+shifts them by one, and the first must be IGNORED, because nothing predicts the first token.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 Encode = Callable[[Mapping[str, object]], EncodedRow]
 
-# Translation tokenizers switch to the target language and back while they encode, and two threads use them at a time.
+# Translation tokenizers switch to the target language and back while they encode, and two threads share them.
 _TOKENIZER_IN_USE = Lock()
-_MOST_ROWS_TRIED = 500
-_REMEDY = "mend the row or name another column"
+_MAX_ROWS_TRIED = 500
+_REMEDY = "fix the row or name another column"
 
 
 def make_encoder(
@@ -37,17 +37,17 @@ def make_encoder(
     text_column: str | None = None,
     messages_column: str | None = None,
 ) -> Encode:
-    """Make the encoder for a kind of model and the given columns: text, messages, or else prompts and responses.
+    """Make an encoder for the given columns: text, messages, or (by default) prompts and responses.
 
-    Raises UsageError for columns that exclude each other or do not suit the model, and for messages without a chat
-    template. All encoders raise ValueError for a row whose column holds something else.
+    Raises UsageError for columns that exclude each other or do not fit the model, and for messages without a chat
+    template. All encoders raise ValueError for a row in which a column is missing or has another type.
     """
     given = {"text_column": text_column, "messages_column": messages_column}
     named = [f"{name}={column}" for name, column in given.items() if column is not None]
     if len(named) > 1:
-        raise UsageError(f"{' and '.join(named)} both say what to learn: set one")
+        raise UsageError(f"{' and '.join(named)} exclude each other: set one")
     if named and is_encoder_decoder:
-        raise UsageError(f"{named[0]} needs a causal model, this one takes prompts: set prompt_column, response_column")
+        raise UsageError(f"{named[0]} needs a causal model, got an encoder-decoder: set prompt_column, response_column")
     if text_column is not None:
         return encode_text(tokenizer, max_seq_len=max_seq_len, text_column=text_column)
     if messages_column is not None:
@@ -59,9 +59,9 @@ def make_encoder(
 def encode_seq2seq(
     tokenizer: Tokenizer, *, max_seq_len: int, prompt_column: str = "prompt", response_column: str = "response"
 ) -> Encode:
-    """Prompt -> response for encoder-decoder models, each cut to `max_seq_len` tokens with its end token kept."""
+    """Encode prompt -> response for encoder-decoder models. Truncates both to `max_seq_len` but keeps end tokens."""
 
-    def cut(ids: list[int]) -> list[int]:  # a fast tokenizer that truncates changes its state, and two threads use it
+    def cut(ids: list[int]) -> list[int]:  # truncation changes a fast tokenizer's state, which two threads share
         end = ids[-1:] if ids[-1:] == [tokenizer.eos_token_id] else []
         return ids if len(ids) <= max_seq_len else ids[: max_seq_len - len(end)] + end
 
@@ -79,9 +79,9 @@ def encode_seq2seq(
 def encode_causal(
     tokenizer: Tokenizer, *, max_seq_len: int, prompt_column: str = "prompt", response_column: str = "response"
 ) -> Encode:
-    """Prompt, response and end token in one sequence, nothing between them, with the prompt masked out of the loss.
+    """Concatenate prompt, response and end token without a separator, with the prompt masked out of the loss.
 
-    To fit `max_seq_len`, the response is cut first, down to half of it, and then the prompt: a row keeps targets.
+    To fit `max_seq_len`, truncates the response, but not below half of that, then the prompt: a row keeps targets.
     """
 
     def encode(row: Mapping[str, object]) -> EncodedRow:
@@ -99,7 +99,7 @@ def encode_causal(
 
 
 def encode_text(tokenizer: Tokenizer, *, max_seq_len: int, text_column: str = "text") -> Encode:
-    """Plain text and an end token for causal models, cut to `max_seq_len` tokens; all but the first are targets."""
+    """Encode text and an end token for causal models, truncated to `max_seq_len`. All but the first are targets."""
 
     def encode(row: Mapping[str, object]) -> EncodedRow:
         ids = tokenizer(_text(row, text_column), verbose=False).input_ids
@@ -111,12 +111,12 @@ def encode_text(tokenizer: Tokenizer, *, max_seq_len: int, text_column: str = "t
 
 
 def encode_chat(tokenizer: Tokenizer, *, max_seq_len: int, messages_column: str = "messages") -> Encode:
-    """Chats for causal models, cut to `max_seq_len` tokens; targets are what the assistant says (`chat_tokenizer`)."""
+    """Encode chats for causal models, truncated to `max_seq_len`. Targets are the assistant's (`chat_tokenizer`)."""
     tokenize = chat_tokenizer(tokenizer)
 
     def encode(row: Mapping[str, object]) -> EncodedRow:
-        ids, is_said = tokenize(_messages(row, messages_column))
-        labels = [token if said else IGNORED for token, said in zip(ids, is_said, strict=True)]
+        ids, is_assistant = tokenize(_messages(row, messages_column))
+        labels = [token if is_target else IGNORED for token, is_target in zip(ids, is_assistant, strict=True)]
         labels[0] = IGNORED
         return _encoded(ids[:max_seq_len], labels[:max_seq_len], num_cut=max(0, len(ids) - max_seq_len))
 
@@ -157,12 +157,12 @@ def _messages(row: Mapping[str, object], column: str) -> Messages:
 
 def _found(row: Mapping[str, object], column: str) -> str:
     value = row.get(column)
-    found = f"{type(value).__name__} {value!r:.80}" if column in row else f"only {', '.join(map(repr, row))}"
+    found = f"{type(value).__name__} {value!r:.80}" if column in row else f"columns {', '.join(map(repr, row))}"
     return f"{found}: {_REMEDY}"
 
 
 class BadRow(NamedTuple):
-    """A row that was skipped: its content if it could be read, and the error that names its location."""
+    """A skipped row: its content, if it could be read, and the error, which names its location."""
 
     content: Row | None
     error: RowError
@@ -171,9 +171,9 @@ class BadRow(NamedTuple):
 def encode_rows(
     rows: Rows, row_ids: Iterable[int], encode: Encode, *, may_skip: bool
 ) -> tuple[list[tuple[int, EncodedRow]], list[BadRow]]:
-    """Encode rows: return (number, encoded row) of the good ones, and with `may_skip` the bad ones.
+    """Encode rows. Returns (row number, encoded row) pairs and, with `may_skip`, the bad rows.
 
-    Without it, raises RowError for a bad row; always raises ReadError for a file that can no longer be read.
+    Without `may_skip`, raises RowError for a bad row. Always raises ReadError for a file that can no longer be read.
     """
     encoded, bad = [], []
     for row_id in row_ids:
@@ -193,16 +193,16 @@ def encode_rows(
 
 
 def blank_row(rows: Rows, encode: Encode, *, near: int) -> EncodedRow:
-    """Make a row without targets: the first from `near` on that can be encoded, with all labels ignored.
+    """Make a row without targets: the first row from `near` that can be encoded, with all labels ignored.
 
-    Raises RowError if 500 rows cannot be encoded, or if this encoder's rows have no labels.
+    Raises RowError if 500 rows cannot be encoded, or if the encoder returns no labels.
     """
     first_error = None
-    for row_id in range(near, near + min(len(rows), _MOST_ROWS_TRIED)):
+    for row_id in range(near, near + min(len(rows), _MAX_ROWS_TRIED)):
         encoded, bad = encode_rows(rows, [row_id % len(rows)], encode, may_skip=True)
         for _, row in encoded:
             if "labels" not in row:
-                raise RowError(f"a blank row needs `labels` to ignore, these have {', '.join(row)}: remove bad rows")
+                raise RowError(f"a blank row needs `labels` to ignore, this one has {', '.join(row)}: remove bad rows")
             return {**row, "labels": [IGNORED] * len(row["labels"])}
         first_error = first_error or bad[0].error
-    raise RowError(f"{first_error}; and so are those after it: fix the rows, or the encoder") from first_error
+    raise RowError(f"{first_error}; the rows after it fail too: fix the rows or the encoder") from first_error

@@ -1,4 +1,4 @@
-"""Rows -> micro-batches, once and in order: for evaluation."""
+"""Rows -> micro-batches for evaluation, once and in order."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from lowmem.data.steps import batch_of
 
 @dataclass(frozen=True, eq=False)
 class EvalBatches:
-    """A finite, repeatable pass over rows in order: each row once over all ranks, equally many batches on each."""
+    """A repeatable pass over rows in order. Each row is on one rank; all ranks have equally many batches."""
 
     batch_at: Callable[[int], Batch]
     num_batches: int
@@ -44,7 +44,7 @@ def open_eval(
         encoded, bad_rows = encode_rows(rows, row_ids, encode, may_skip=quarantine is not None)
         for bad in bad_rows:
             quarantine.add(bad)
-        if not encoded:  # a row without targets keeps the number of forwards equal on all ranks
+        if not encoded:  # a row without targets keeps the number of forwards equal on every rank
             encoded = [(None, blank_row(rows, encode, near=first % len(rows)))]
         return batch_of(*zip(*encoded, strict=True), collate)
 

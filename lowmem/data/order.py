@@ -1,8 +1,8 @@
-"""Which row stands at which position: a pure function of (seed, position) that needs no memory per row.
+"""The row at each position: a pure function of (seed, position) that needs no memory per row.
 
 Positions count the rows a run has consumed, over all epochs and processes: `epoch, i = divmod(position, num_rows)`.
-Rows are shuffled on two levels, so that a reader holds a few row groups at a time: the row groups are permuted, cut
-into windows of at most WINDOW_BYTES, and the rows of a window are permuted among themselves.
+Rows are shuffled on two levels, so that a reader needs only a few row groups in memory: row groups are permuted and cut
+into windows of at most WINDOW_BYTES, and rows are permuted within each window.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ _ROUNDS = 8
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Runs of rows that are read together, in the order of the rows."""
+    """Groups of consecutive rows that are read together, in row order."""
 
     rows: np.ndarray
     """Rows of each group, int64, shape (groups,)."""
     bytes: np.ndarray
-    """About what each group takes in memory once it is read, int64, shape (groups,)."""
+    """Approximate size of each group in memory, int64, shape (groups,)."""
 
     @classmethod
     def of(cls, rows: Sequence[int], bytes: Sequence[int] | None = None) -> "Groups":
-        """Groups of `rows`, which take no memory of their own unless `bytes` are given: all fit into one window."""
+        """Make groups of `rows`. Without `bytes`, their size counts as 0, so that all fit into one window."""
         return cls(np.asarray(rows, np.int64), np.asarray([0] * len(rows) if bytes is None else bytes, np.int64))
 
     @cached_property
@@ -36,15 +36,15 @@ class Groups:
 
     @cached_property
     def digest(self) -> str:
-        """Equal for equal groups: all of the rows that the order depends on."""
+        """A hash of the groups: the order depends on nothing else of the rows."""
         return blake2b(self.rows.tobytes() + self.bytes.tobytes(), digest_size=8).hexdigest()
 
 
 def permute(indices: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
-    """Images of `indices` (int64, each in [0, n)) under the permutation of [0, n) that `key` names.
+    """Return the images of `indices` (int64, each in [0, n)) under a permutation of [0, n) that `key` selects.
 
-    A Feistel network of 8 rounds over the smallest power of two that holds n - 1, walked along its cycles until the
-    image falls below n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    Uses a Feistel network of 8 rounds over the smallest power of two that is at least n, with cycle walking until the
+    image is below n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
     width = max(1, (n - 1).bit_length())
     low_bits = width // 2
@@ -69,7 +69,7 @@ def permute(indices: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
 
 
 def _mix(values: np.ndarray, round_key: np.uint64) -> np.ndarray:
-    """The 64-bit finalizer of SplitMix64 (Steele, Lea and Flood, 2014) over values + key."""
+    """Apply the 64-bit finalizer of SplitMix64 (Steele, Lea and Flood, 2014) to values + key."""
     mixed = values + round_key
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -79,7 +79,7 @@ def _mix(values: np.ndarray, round_key: np.uint64) -> np.ndarray:
 def rows_at(
     start: int, stop: int, groups: Groups, *, seed: int, shuffle: bool = True, window_bytes: int = WINDOW_BYTES
 ) -> np.ndarray:
-    """Row numbers (int64, shape (stop - start,)) at the positions [start, stop). Every epoch holds each row once."""
+    """Return row numbers (int64, shape (stop - start,)) at positions [start, stop). Every epoch has each row once."""
     if groups.num_rows == 0:
         raise ValueError("there are no rows to order: give at least one row")
     pieces = [np.empty(0, np.int64)]
@@ -96,11 +96,11 @@ def rows_at(
 
 @dataclass(frozen=True)
 class _Layout:
-    """The groups of one epoch in their order, cut into windows; int64 arrays."""
+    """The permuted groups of one epoch, cut into windows; int64 arrays."""
 
     first_rows: np.ndarray
     """The first row of each group, shape (groups,)."""
-    places: np.ndarray
+    offsets: np.ndarray
     """Where each group begins in the epoch, shape (groups,)."""
     window_ends: np.ndarray
     """Where each window ends in the epoch, shape (windows,)."""
@@ -113,10 +113,10 @@ def _rows_of_epoch(first: int, last: int, layout: _Layout, key: tuple[int, int])
         window_start = int(layout.window_ends[window - 1]) if window else 0
         window_end = int(layout.window_ends[window])
         stop = min(last, window_end)
-        places = permute(np.arange(first, stop) - window_start, window_end - window_start, (*key, window))
-        places += window_start
-        group = np.searchsorted(layout.places, places, side="right") - 1
-        pieces.append(layout.first_rows[group] + places - layout.places[group])
+        positions = permute(np.arange(first, stop) - window_start, window_end - window_start, (*key, window))
+        positions += window_start
+        group = np.searchsorted(layout.offsets, positions, side="right") - 1
+        pieces.append(layout.first_rows[group] + positions - layout.offsets[group])
         first, window = stop, window + 1
     return pieces
 

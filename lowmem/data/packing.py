@@ -1,6 +1,6 @@
 """Pack several short documents into one row of a causal model, so that there is almost no padding.
 
-Positions restart in each: without a mask, transformers lets tokens attend only within the document they delimit.
+Positions restart in each document: without a mask, transformers lets tokens attend only within their document.
 """
 
 from bisect import bisect_left, insort
@@ -15,7 +15,7 @@ from lowmem.errors import UsageError
 
 
 class PackedRow(EncodedRow):
-    """Documents one after another: their tokens, labels, positions (from 0 in each) and row numbers."""
+    """Concatenated documents: their tokens, labels, positions (from 0 in each document) and row numbers."""
 
     position_ids: list[int]
     row_ids: list[int | None]
@@ -27,7 +27,7 @@ Document = tuple[int | None, EncodedRow]  # a row's number (None: a blank row), 
 def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> list[list[PackedRow]]:
     """Pack the encoded rows of one optimizer step on one rank into exactly `micro_batches` non-empty micro-batches.
 
-    Packed rows hold at most `max_seq_len` tokens, and whole rows only. Micro-batches differ by at most one packed row;
+    A packed row has at most `max_seq_len` tokens; no row is split. Micro-batches differ by at most one packed row;
     the largest comes first. Needs at least `micro_batches` rows. Raises ValueError for a row that cannot be packed.
     """
     for document in rows:
@@ -41,24 +41,24 @@ def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> l
     # Longest first, so that bins of similar length share a micro-batch; the remainder goes to the last, shortest ones.
     bins.sort(key=_num_tokens, reverse=True)
     rest, (size, num_larger) = iter(bins), divmod(len(bins), micro_batches)
-    dealt = [list(islice(rest, size + (index >= micro_batches - num_larger))) for index in range(micro_batches)]
-    dealt.sort(key=lambda bins: len(bins) * _num_tokens(bins[0]), reverse=True)
-    return [[_packed(documents) for documents in bins] for bins in dealt]
+    parts = [list(islice(rest, size + (index >= micro_batches - num_larger))) for index in range(micro_batches)]
+    parts.sort(key=lambda bins: len(bins) * _num_tokens(bins[0]), reverse=True)
+    return [[_packed(documents) for documents in bins] for bins in parts]
 
 
 def check_packing(model: nn.Module) -> None:
-    """Raise UsageError for a model whose packed documents would see each other.
+    """Raise UsageError for a model whose packed documents would attend to each other.
 
-    Compares the logits of random documents, packed and separate, up to rounding. State-space models and ALiBi fail.
+    Compares the logits of packed and separate random documents, up to rounding. State-space models and ALiBi fail.
     """
     from lowmem.distributed.placement import unwrapped
 
     base = unwrapped(model)
     what = f"packing needs a causal model that takes position_ids, {type(base).__name__}"
     if base.config.is_encoder_decoder:
-        raise UsageError(f"{what} writes responses to prompts: train it without packing")
+        raise UsageError(f"{what} is an encoder-decoder: train it without packing")
     device = next(base.parameters()).device
-    generator = torch.Generator().manual_seed(0)  # its own, so that a run's random numbers stay as they are
+    generator = torch.Generator().manual_seed(0)  # its own, so that a run's random numbers do not change
     rows = torch.randint(base.get_input_embeddings().num_embeddings, (2, 12), generator=generator).to(device)
     lengths = [(5, 7), (7, 5)]
     positions = torch.tensor([[*range(first), *range(second)] for first, second in lengths], device=device)
@@ -80,15 +80,15 @@ def check_packing(model: nn.Module) -> None:
     finally:
         base.train(was_training)
     seen, seen_as_one, size = (x.square().mean().sqrt() for x in (packed - apart, as_one - apart, apart))
-    # In every model tried, documents that see each other changed at least 28 % of what one document changes; rounding
-    # on a CPU is 1e-6 of that. The other term is for models whose tokens attend to nothing yet.
+    # In every model tried, packed documents that see each other differ by at least 28 % of the difference of one joint
+    # document; rounding on a CPU is 1e-6 of that. The second term is for models whose tokens attend to nothing yet.
     if not seen <= 0.1 * seen_as_one + 1e-6 * size:
         kind = f"{type(base).__name__} with attn_implementation={base.config._attn_implementation}"
-        raise UsageError(f"documents must not see each other, those of {kind} do: train it unpacked, or try sdpa")
+        raise UsageError(f"documents must not see each other, those of {kind} do: train without packing, or try sdpa")
 
 
 def _even_bins(rows: Sequence[Document], capacity: int, micro_batches: int) -> list[list[Document]]:
-    """The fewest bins that give every micro-batch equally many, each as short as that allows: less padding in all."""
+    """Pack into the fewest bins that split evenly into micro-batches, each as short as possible to reduce padding."""
     number = -(-len(_bins(rows, capacity)) // micro_batches) * micro_batches
     shortest = max(max(map(_length, rows)), -(-_num_tokens(rows) // number))
     capacities = range(shortest, capacity)
@@ -97,7 +97,7 @@ def _even_bins(rows: Sequence[Document], capacity: int, micro_batches: int) -> l
 
 
 def _bins(rows: Sequence[Document], capacity: int) -> list[list[Document]]:
-    """Best-fit decreasing: at most 11/9 of the fewest possible bins (Johnson 1974), in n log n steps."""
+    """Pack by best-fit decreasing: at most 11/9 of the fewest possible bins (Johnson, 1974), in O(n log n)."""
     bins: list[list[Document]] = []
     rooms: list[tuple[int, int]] = []  # (room left, bin), ascending
     for document in sorted(rows, key=lambda document: -_length(document)):
@@ -116,7 +116,7 @@ def _packed(documents: Sequence[Document]) -> PackedRow:
     encoded = [row for _, row in documents]
     return PackedRow(
         input_ids=list(chain.from_iterable(row["input_ids"] for row in encoded)),
-        # nothing in its own document predicts a first token
+        # nothing in a document predicts its first token
         labels=[label if index else IGNORED for row in encoded for index, label in enumerate(row["labels"])],
         position_ids=list(chain.from_iterable(range(len(row["input_ids"])) for row in encoded)),
         row_ids=[row_id for row_id, _ in documents],
@@ -134,9 +134,9 @@ def _num_tokens(documents: Sequence[Document]) -> int:
 def _check(row_id: int | None, row: EncodedRow, max_seq_len: int) -> None:
     num_tokens, num_labels = len(row["input_ids"]), len(row["labels"])
     if others := ", ".join(sorted(row.keys() - EncodedRow.__annotations__.keys())):
-        raise ValueError(f"packing takes only input_ids and labels, row {row_id} also brings {others}: leave that out")
+        raise ValueError(f"packing takes only input_ids and labels, row {row_id} also has {others}: remove these keys")
     if num_labels != num_tokens:
-        what = f"packing needs a label under every token, row {row_id} has {num_labels} labels and {num_tokens} tokens"
-        raise ValueError(f"{what}: give it {IGNORED} where there is nothing to learn")
+        what = f"packing needs a label for every token, row {row_id} has {num_labels} labels and {num_tokens} tokens"
+        raise ValueError(f"{what}: use {IGNORED} for tokens without a target")
     if num_tokens > max_seq_len:
-        raise ValueError(f"rows have at most {max_seq_len} tokens (max_seq_len), row {row_id} has {num_tokens}: cut it")
+        raise ValueError(f"the limit is {max_seq_len} tokens (max_seq_len), row {row_id} has {num_tokens}: shorten it")

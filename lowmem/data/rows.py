@@ -26,25 +26,25 @@ class Rows(Protocol):
 
 
 class RowSets(NamedTuple):
-    """The rows of a run; None: it has no such rows."""
+    """The rows of a run; None where it has no such rows."""
 
     training: Rows | None
     validation: Rows | None = None
     test: Rows | None = None
 
 
-# Files are read a group at a time. `group_rows` and `group_bytes` are int64, shape (groups,), and functions of the
-# content; the bytes are about what a group takes in memory. `row` and `location` take a row's number in its group.
+# Files are read in groups of rows. `group_rows` and `group_bytes` (approximate size in memory) are int64, shape
+# (groups,), and depend only on the content. `row` and `location` take a row's number in its group.
 DataFile = ParquetFile | ArrowFile | JsonLinesFile | TextFile
 _FORMATS: dict[str, type[DataFile]] = {".parquet": ParquetFile, ".pq": ParquetFile, ".arrow": ArrowFile}
 _FORMATS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), JsonLinesFile) | dict.fromkeys((".txt", ".text"), TextFile)
 
 
 class FileRows:
-    """The rows of several files in order, by number; `first` and `stop` select some of them.
+    """The rows of several files in order, by number; `first` and `stop` select a range.
 
-    Keeps `window_bytes` of groups in memory, those used last. Retries a read that fails, but not because of damage,
-    after each of `retry_seconds`.
+    Keeps the most recently used groups in memory, up to `window_bytes`. Retries a failed read after each of
+    `retry_seconds`, unless the file is damaged.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class FileRows:
         rows = np.diff(np.clip(np.concatenate([[0], self._ends]), self._first, self._stop))
         self._bytes = np.concatenate([file.group_bytes for file in files])
         self.groups = Groups(rows[rows > 0], self._bytes[rows > 0])
-        # Groups in memory by number, the least recently used first; or the error that reading one ended with.
+        # Groups in memory by number, least recently used first. A group that could not be read is its error.
         self.loaded: OrderedDict[int, object] = OrderedDict()
         self.loaded_bytes = 0
         self._lock = Lock()  # a prefetch thread and the main thread may read the same rows
@@ -83,15 +83,15 @@ class FileRows:
         except (OSError, ValueError) as error:
             if is_damage(error):
                 raise RowError(f"{self.where(index)} cannot be read: {error}") from error
-            times = "" if isinstance(error, ChangedError) else f", {1 + len(self._retry_seconds)} times"
-            raise ReadError(f"{self.where(index)} cannot be read{times}: {error}") from error
+            attempts = "" if isinstance(error, ChangedError) else f" after {1 + len(self._retry_seconds)} attempts"
+            raise ReadError(f"{self.where(index)} cannot be read{attempts}: {error}") from error
 
     def slice(self, first: int, stop: int) -> "FileRows":
         limits = {"window_bytes": self._window_bytes, "retry_seconds": self._retry_seconds}
         return FileRows(self._files, self._first + first, self._first + stop, **limits)
 
     def where(self, index: int) -> str:
-        """Name the file of a row and its location there, for messages."""
+        """Return the file of a row and the location in it, for messages."""
         _, file, group_in_file, row = self._find(index)
         return f"{file.source}, {file.location(group_in_file, row)}"
 
@@ -99,7 +99,7 @@ class FileRows:
         return [(str(file.source), file.fingerprint()) for file in self._files]
 
     def _find(self, index: int) -> tuple[int, DataFile, int, int]:
-        """A row's group, the file of that group, the group's number in the file, and the row's number in the group."""
+        """Return a row's group, the group's file, the group's number in the file and the row's number in the group."""
         row = self._first + index
         group = int(np.searchsorted(self._ends, row, side="right"))
         number = int(np.searchsorted(self._groups_before, group, side="right")) - 1
@@ -107,7 +107,7 @@ class FileRows:
         return group, self._files[number], group - int(self._groups_before[number]), row_in_group
 
     def _load(self, group: int, file: DataFile, group_in_file: int) -> object:
-        """A group, or the error that reading it ended with: the group's next row must not wait again."""
+        """Return a group, or the error of reading it: the group's next row must not wait for retries again."""
         with self._lock:
             if group not in self.loaded:
                 while self.loaded and self.loaded_bytes + self._bytes[group] > self._window_bytes:
@@ -131,7 +131,7 @@ def open_rows(files: Files, *, columns: Sequence[str] | None = None, messages_co
     """Open parquet, Arrow, JSONL or text files as one sequence of rows (dicts).
 
     `files` is a path, a glob, a URL, a comma-separated list of these, a list of paths, or a folder that `datasets`
-    saved. Files must have `columns` of text and a `messages_column` of lists of {"role", "content"}; of tables only
+    saved. Files must have `columns` of text and a `messages_column` of lists of {"role", "content"}; from tables, only
     these are read (None: all). Raises UsageError for a file that is missing, empty, broken or lacks a column.
     """
     wanted = {name: "text" for name in columns or ()} | ({messages_column: "messages"} if messages_column else {})
@@ -139,7 +139,7 @@ def open_rows(files: Files, *, columns: Sequence[str] | None = None, messages_co
     for source in expand(files):
         suffixes = source.suffixes[:-1] if codec_of(source) else source.suffixes
         if not suffixes or suffixes[-1] not in _FORMATS:
-            raise UsageError(f"{source}: files end in {', '.join(_FORMATS)}; convert this one")
+            raise UsageError(f"{source} must end in {', '.join(_FORMATS)}: convert the file")
         file = _FORMATS[suffixes[-1]](source, wanted or None)
         if not file.group_rows.sum():
             raise UsageError(f"{source} holds no rows: remove it or write it again")
@@ -148,18 +148,18 @@ def open_rows(files: Files, *, columns: Sequence[str] | None = None, messages_co
 
 
 def as_rows(files: Files | Rows) -> Rows:
-    """Open files; return rows that are open already as they are. Raises UsageError if there is no row."""
+    """Open files, or return rows that are already open. Raises UsageError if there are no rows."""
     names = files if isinstance(files, list | tuple) else [files]
     rows = open_rows(files) if names and all(isinstance(name, str | Path) for name in names) else files
     if not hasattr(rows, "__len__"):
-        raise UsageError(f"{type(rows).__name__} can only be read from its start: write it to parquet, or name files")
+        raise UsageError(f"{type(rows).__name__} has no random access: write it to parquet, or name files")
     if len(rows) == 0:
         raise UsageError("a run needs rows, found none: give at least one row")
     return rows
 
 
 def split_rows(rows, held_out: int):
-    """Split into (training rows, the last `held_out` rows). Raises UsageError if fewer than one row is left."""
+    """Split into (training rows, the last `held_out` rows). Raises UsageError if no training row is left."""
     if not 0 <= held_out < len(rows):
-        raise UsageError(f"{held_out} of {len(rows)} rows cannot be held out: at least one must be left for training")
+        raise UsageError(f"{held_out} of {len(rows)} rows cannot be held out: at least one must remain for training")
     return rows.slice(0, len(rows) - held_out), rows.slice(len(rows) - held_out, len(rows))

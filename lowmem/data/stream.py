@@ -1,4 +1,4 @@
-"""Rows -> the micro-batches of one optimizer step, endlessly. The whole state of a stream is one integer."""
+"""Rows -> the micro-batches of one optimizer step, endlessly. The state of a stream is one integer."""
 
 import time
 from collections import Counter, deque
@@ -27,15 +27,15 @@ class Stream:
         self.position = 0
         self.num_rows = len(steps.rows)
         self.global_batch_size = steps.global_batch_size
-        self.wait_seconds = 0.0  # that `next` has waited for rows in total
+        self.wait_seconds = 0.0  # total time that `next` has waited for rows
         self.counts = Counter(cut_rows=0, cut_tokens=0, bad_rows=0)  # of this rank's rows: truncated, cut off, skipped
-        self.changes: list[str] = []  # from the saved stream, that `load_state_dict` accepted
+        self.changes: list[str] = []  # differences from the saved stream, accepted by `load_state_dict`
         self._steps, self._prefetch = steps, prefetch
         self._quarantine, self._accept_changed_data = quarantine, accept_changed_data
         # Name and fingerprint of each file: read now, so that an unreadable file does not end a run at its first save.
         self._files: list[tuple[str, str]] = getattr(steps.rows, "fingerprints", list)()
-        self._cursor = 0  # the position of the step that `next` gives next
-        self._ahead: deque[Future[Step]] = deque()  # the steps from the cursor on
+        self._cursor = 0  # the position of the step that `next` will return
+        self._ahead: deque[Future[Step]] = deque()  # prefetched steps, from the cursor on
         self._last_counts: dict[str, int] = {}  # what the last step added to `counts`
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lowmem-stream")
 
@@ -63,7 +63,7 @@ class Stream:
                 step = self._steps.at(self._cursor)
             for bad in step.bad_rows:
                 self._quarantine.add(bad)
-        except Exception as error:  # of any kind: the other ranks must not wait for this one
+        except Exception as error:  # any error: the other ranks must not wait for this rank
             return UnreadableStep(error)
         finally:
             self._cursor += self.global_batch_size
@@ -77,18 +77,18 @@ class Stream:
         self.position += self.global_batch_size
 
     def halve(self) -> bool:
-        """Give the step at `position` again, and later ones, in micro-batches of half the rows; False if impossible."""
+        """Repeat the step at `position`, and continue, with half the rows per micro-batch; False if impossible."""
         halved = self._steps.halved()
         if halved is None:
             return False
-        if self._cursor != self.position:  # the step will be given, and counted, again
+        if self._cursor != self.position:  # the step will be returned and counted again
             self.counts.subtract(self._last_counts)
         self._steps = halved
         self._restart()
         return True
 
     def state_dict(self) -> dict[str, object]:
-        """Return what a checkpoint keeps: the position, and what decides which rows it refers to."""
+        """Return the position, and everything that determines which rows it refers to."""
         steps, files = self._steps, [fingerprint for _, fingerprint in self._files]
         rows = {"num_rows": self.num_rows, "row_groups": steps.groups.digest, "files": files}
         order = {"shuffle": steps.shuffle, "seed": steps.seed, "global_batch_size": self.global_batch_size}
@@ -97,7 +97,7 @@ class Stream:
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Continue from a saved position. Raises UsageError if the rows, their order or rows per step have changed.
 
-        With `accept_changed_data` only the last is an error, and rows of this epoch may come again or not at all.
+        With `accept_changed_data`, only changed rows per step are an error; this epoch may repeat or miss rows.
         """
         here, files = self.state_dict(), []
         if state.get("files") != here["files"]:
@@ -107,15 +107,15 @@ class Stream:
         if self._accept_changed_data and "global_batch_size" not in others:
             self.changes = changes
         elif files:
-            what = f"the rows are not those that were saved ({files[0]})"
-            raise UsageError(f"{what}: restore the files, or set --accept_changed_data=True to continue over these")
+            what = f"the data files have changed since the checkpoint ({files[0]})"
+            raise UsageError(f"{what}: restore the files, or set --accept_changed_data=True to continue with them")
         elif changes:
-            raise UsageError(f"this stream is not the one that was saved ({', '.join(changes)}): open the same rows")
+            raise UsageError(f"this stream differs from the saved one ({', '.join(changes)}): open the same rows")
         self.position = state["position"]
         self._restart()
 
     def close(self) -> None:
-        """Encode no further steps; without it, a process ends only when the steps ahead are encoded."""
+        """Stop prefetching. Otherwise the process would exit only after the prefetched steps are encoded."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _changed_files(self, saved: Sequence[str]) -> str:
@@ -153,19 +153,19 @@ def open_stream(
     accept_changed_data: bool = False,
     pin_memory: bool | None = None,
 ) -> Stream:
-    """Open a Stream over files (as `open_rows` takes them) or over rows that are open already.
+    """Open a Stream over files (see `open_rows`) or over rows that are already open.
 
     An optimizer step takes `batch_size * gradient_accumulation_steps * world_size` rows, or `global_batch_size` in the
     fewest equal micro-batches of at most `batch_size` rows. `rank` and `world_size` are data-parallel. `packed_seq_len`
     packs causal rows into sequences of at most that many tokens (see `check_packing`). `prefetch` steps are encoded
     ahead in a thread (0: none). With a `quarantine`, rows that cannot be read or encoded are skipped. With
-    `accept_changed_data`, `load_state_dict` continues over other rows. `pin_memory` is for GPUs (None: if any).
+    `accept_changed_data`, `load_state_dict` accepts changed rows. `pin_memory` is for GPUs (None: if there are any).
     """
     rows = as_rows(files)
     if global_batch_size is None:
         global_batch_size = batch_size * gradient_accumulation_steps * world_size
     elif gradient_accumulation_steps != 1:
-        raise UsageError("gradient_accumulation_steps and global_batch_size say the same thing: give one")
+        raise UsageError("gradient_accumulation_steps and global_batch_size exclude each other: set one")
     micro_batches = -(-global_batch_size // (batch_size * world_size))
     if global_batch_size < micro_batches * world_size:
         raise UsageError(f"{global_batch_size=} leaves a micro-batch empty: set a multiple of {world_size}")

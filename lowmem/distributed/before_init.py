@@ -7,35 +7,35 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from lowmem.distributed.rendezvous import Launch, launch_from_environment, meet, open_store
+from lowmem.distributed.rendezvous import Launch, launch_from_environment, open_store, rendezvous
 from lowmem.errors import RankError, UsageError
 
 Found = Mapping[str, object]
 
-_open: list[dist.Store] = []  # until the process ends: if rank 0 keeps the store, the group's rendezvous is in it
+_open: list[dist.Store] = []  # kept open until exit: if rank 0 hosts the store, the process group uses it later
 
 
-def found_by_first(find: Callable[[], Found], *, limit_seconds: float, start_seconds: float) -> Found:
-    """Return on every rank, before `start_group`, what `find` returns on rank 0, passed as JSON.
+def call_on_rank_0(find: Callable[[], Found], *, limit_seconds: float, start_seconds: float) -> Found:
+    """Call `find` on rank 0, before `start_group`, and return its result (passed as JSON) on every rank.
 
-    If `find` raises UsageError, every rank does; else the others raise RankError, as they do after `limit_seconds` of
-    `find`, or `start_seconds` of waiting for one another.
+    If `find` raises UsageError, every rank raises it. For any other error, or after `limit_seconds` in `find` or
+    `start_seconds` of waiting for each other, the other ranks raise RankError.
     """
     launch = launch_from_environment()
     store = open_store(launch, start_seconds)
     _open.append(store)
-    # keys of its own: a rank that is slow to leave this meeting takes no part in the group's
+    # separate keys, so that a rank that is slow to leave this rendezvous does not join the group's
     keys = dist.PrefixStore("ahead", store)
     if launch.rank == 0:
         return _find_and_send(find, keys, launch, start_seconds)
     try:
-        meeting = meet(keys, launch, limit_seconds)
-        keys.wait([f"{meeting}/found"], timedelta(seconds=start_seconds))
-        answer = json.loads(keys.get(f"{meeting}/found"))
-        keys.set(f"{meeting}/heard by {launch.rank}", "")
+        name = rendezvous(keys, launch, limit_seconds)
+        keys.wait([f"{name}/found"], timedelta(seconds=start_seconds))
+        answer = json.loads(keys.get(f"{name}/found"))
+        keys.set(f"{name}/heard by {launch.rank}", "")
     except dist.DistError as error:
-        missed = f"{launch} did not get at {launch.address}:{launch.port} what rank 0 was to find out"
-        raise RankError(f"{missed}: rank 0, or the launcher that keeps the store, has ended; see its log") from error
+        failed = f"{launch} waited at {launch.address}:{launch.port} and got no result from rank 0"
+        raise RankError(f"{failed}: rank 0, or the launcher that hosts the store, has ended; see its log") from error
     if "refused" in answer:
         raise UsageError(answer["refused"])
     if "failed" in answer:
@@ -51,12 +51,12 @@ def _find_and_send(find: Callable[[], Found], keys: dist.Store, launch: Launch, 
         error, answer = caught, {"refused": str(caught)}
     except Exception as caught:
         error, answer = caught, {"failed": f"{type(caught).__name__}: {caught}"}
-    # an error of the other ranks must not hide that of `find`
+    # an error on another rank must not hide the error of `find`
     with suppress(RankError, dist.DistError) if error else nullcontext():
-        meeting = meet(keys, launch, start_seconds)
-        keys.set(f"{meeting}/found", json.dumps(answer))
-        # wait for them, as this process may end now, and with it the store
-        heard = [f"{meeting}/heard by {rank}" for rank in range(1, launch.world_size)]
+        name = rendezvous(keys, launch, start_seconds)
+        keys.set(f"{name}/found", json.dumps(answer))
+        # wait until all ranks have read it: this process may end next, and the store with it
+        heard = [f"{name}/heard by {rank}" for rank in range(1, launch.world_size)]
         keys.wait(heard, timedelta(seconds=start_seconds))
     if error:
         raise error

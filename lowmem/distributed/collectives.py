@@ -1,4 +1,4 @@
-"""Ranks decide together. Everything here runs on the host and pickles nothing: integers and bytes in tensors."""
+"""Small collectives on the host by which ranks agree. They exchange integers and bytes, and pickle nothing."""
 
 import json
 import os
@@ -17,22 +17,22 @@ from lowmem.errors import OutOfMemory, RankError, SaveError, StepTooLarge, Usage
 
 Result = TypeVar("Result")
 
-# Every rank raises these as they are; for any other error the ranks that did not have it raise a RankError.
+# Every rank raises these with their own class; for any other error, the other ranks raise RankError.
 _RAISED_ON_ALL = {kind.__name__: kind for kind in (UsageError, SaveError)}
 
 
 @contextmanager
 def collective(name: str) -> Iterator[None]:
-    """Around a collective, at the phase `name`: if it breaks, raise RankError with who is silent or failed."""
+    """Run a collective in phase `name`. If it breaks, raise RankError naming the ranks that are silent or failed."""
     with heartbeat.phase(name):
         try:
             yield
-        except RuntimeError as error:  # torch's, of a connection that was closed or timed out
-            raise _broken(heartbeat.suspects() or heartbeat.places(), error) from error
+        except RuntimeError as error:  # torch raises it when a connection is closed or times out
+            raise _broken(heartbeat.suspects() or heartbeat.all_statuses(), error) from error
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and their number; (0, 1) without a process group."""
+    """This process's rank and the world size; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
 
 
@@ -41,7 +41,7 @@ def sum_over_ranks(*counts: int) -> list[int]:
     if not _is_distributed():
         return list(counts)
     totals = torch.tensor(counts, dtype=torch.int64)
-    with collective("agreeing"):
+    with collective("all-reducing"):
         dist.all_reduce(totals, group=host_group())
     return totals.tolist()
 
@@ -52,7 +52,7 @@ def any_rank(condition: object) -> bool:
 
 
 def gather_bytes(payload: bytes) -> list[bytes]:
-    """Every rank's payload, in the order of ranks, on every rank."""
+    """Every rank's payload, in rank order, on every rank."""
     if not _is_distributed():
         return [payload]
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
@@ -67,14 +67,14 @@ def gather_bytes(payload: bytes) -> list[bytes]:
 
 
 def gather_json(value: object) -> list:
-    """Every rank's `value`, passed as JSON, in the order of ranks, on every rank."""
+    """Every rank's `value`, passed as JSON, in rank order, on every rank."""
     return [json.loads(payload) for payload in gather_bytes(json.dumps(value).encode())]
 
 
 def on_main_rank(function: Callable[[], Result]) -> Result | None:
-    """Run `function` on rank 0 alone; return its result there, None elsewhere. If it raises, every rank does."""
+    """Run `function` on rank 0 only; return its result there and None elsewhere. If it raises, every rank does."""
     rank, _ = rank_and_world_size()
-    with heartbeat.phase("waiting for rank 0" if rank else "working for all ranks"), raise_on_all_ranks():
+    with heartbeat.phase("waiting for rank 0" if rank else "working on rank 0 only"), raise_on_all_ranks():
         return function() if rank == 0 else None
 
 
@@ -82,7 +82,7 @@ def on_main_rank(function: Callable[[], Result]) -> Result | None:
 def raise_on_all_ranks() -> Iterator[None]:
     """If any rank leaves this block with an error, every rank raises: see `raise_error_of_any_rank`.
 
-    One small collective at its end, so within it there must be none that a failing rank would miss.
+    Ends with one small collective, so the block must contain no collective that a failing rank would miss.
     """
     error = None
     try:
@@ -95,24 +95,24 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 @contextmanager
 def report_failure() -> Iterator[None]:
-    """For a block with collectives, where a failing rank cannot synchronise: its heartbeat ends the others."""
+    """For a block with collectives, where a failing rank cannot synchronize: its heartbeat ends the others."""
     try:
         yield
-    except RankError:  # it names another rank already
+    except RankError:  # already names another rank
         raise
     except Exception as error:
-        # torch's RuntimeError of a broken collective looks like any other, so look at the other ranks
+        # a broken collective raises a plain RuntimeError, so check the other ranks
         may_be_broken = isinstance(error, RuntimeError) and not isinstance(error, OutOfMemory)
         if may_be_broken and (suspects := heartbeat.suspects()):
             raise _broken(suspects, error) from error
-        heartbeat.ended(_named(error))
+        heartbeat.report_end(_named(error))
         raise
 
 
 def raise_error_of_any_rank(error: Exception | None) -> None:
-    """Raise on every rank if any passes an error: its own, else that of the first rank that has one.
+    """Raise on every rank if any rank passes an error: its own error, else that of the first failing rank.
 
-    UsageError and SaveError keep their class, others become RankError. StepTooLarge counts only without another error.
+    UsageError and SaveError keep their class, others become RankError. Any other error wins over StepTooLarge.
     """
     mine = None
     if isinstance(error, StepTooLarge):
@@ -130,19 +130,19 @@ def raise_error_of_any_rank(error: Exception | None) -> None:
         raise _RAISED_ON_ALL.get(kind, RankError)(f"rank {rank} failed with {message}")
 
 
-def watch_one_another(limit_seconds: float, on_abort: heartbeat.OnAbort = None) -> None:
-    """Start every rank's heartbeat: one that is silent for `limit_seconds` ends all, named on stderr and `on_abort`."""
+def start_heartbeats(limit_seconds: float, on_abort: heartbeat.OnAbort = None) -> None:
+    """Start all heartbeats. A rank silent for `limit_seconds` ends all ranks, named on stderr and to `on_abort`."""
     if not _is_distributed():
         return
     rank, world_size = rank_and_world_size()
     address, patience = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=max(60.0, limit_seconds))
-    # A store of our own: the group's goes when rank 0 leaves the group, and may keep what an earlier group wrote.
+    # A separate store: the group's closes when rank 0 leaves the group, and may have keys of an earlier group.
     store = on_main_rank(lambda: dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=patience))
     port, *_ = gather_json(store.port if rank == 0 else None)
     with raise_on_all_ranks():
         if rank == 0:
             for other in range(world_size):
-                store.set(str(other), heartbeat.FIRST)  # or reading it would wait
+                store.set(str(other), heartbeat.FIRST)  # or reading it would block
         else:
             store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
     where = f"{address}:{port}"
@@ -151,7 +151,7 @@ def watch_one_another(limit_seconds: float, on_abort: heartbeat.OnAbort = None) 
 
 def _broken(suspects: str, error: RuntimeError) -> RankError:
     reason = re.split(r"\n|\. ", str(error))[0]
-    return RankError(f"{heartbeat.place()}: {suspects or 'some rank has ended'} ({reason})")
+    return RankError(f"{heartbeat.status()}: {suspects or 'a rank has ended'} ({reason})")
 
 
 def _named(error: Exception) -> str:
@@ -159,15 +159,15 @@ def _named(error: Exception) -> str:
 
 
 def _is_distributed() -> bool:
-    # "fake" is torch's group of one process, in which `rehearsal` counts a step of several
+    # "fake" is one process that plays all ranks, for `lowmem.plan.rehearsal`
     return dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake"
 
 
 def host_group() -> dist.ProcessGroup:
-    """The default group if it can reach host tensors, else another one, on gloo."""
+    """The default group if it supports host tensors, else a gloo group."""
     return dist.group.WORLD if dist.get_backend() == "gloo" else _gloo_group(dist.group.WORLD)
 
 
 @cache
 def _gloo_group(_default_group: dist.ProcessGroup) -> dist.ProcessGroup:
-    return dist.new_group(backend="gloo")  # a new one for each default group
+    return dist.new_group(backend="gloo")  # cached per default group

@@ -19,15 +19,15 @@ from lowmem.distributed.fill import stored_weights
 from lowmem.errors import UsageError
 from lowmem.storage.files import make_folders, write_file
 
-_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")  # those that decide on numbers or on tokens
+_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")  # they affect numbers or tokens
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
-_SECONDS_TO_APPEAR = 5.0  # of a file, on a network's file system
+_SECONDS_TO_APPEAR = 5.0  # for a file, on a network file system
 _MOST_CHARACTERS = 200  # of a value in a message
 
 
 def check_same(what: Mapping[str, object]) -> None:
-    """Compare `what` over the ranks, as text. Raises UsageError on every rank, with all that differs from rank 0."""
+    """Compare `what` across ranks, as text. Raises UsageError on every rank, listing all differences from rank 0."""
     mine = {name: str(value) for name, value in what.items()}
     (first_host, first), *others = gather_json([socket.gethostname(), mine])
     ranks_by_difference: dict[str, list[str]] = {}
@@ -42,33 +42,33 @@ def check_same(what: Mapping[str, object]) -> None:
 
 
 def check_same_inputs(flags: Mapping[str, object], rows: dict[str, Sized | None], output: Path | None = None) -> None:
-    """`check_same` of code, versions, `flags`, all `rows` that are not None and, if given, the output folder."""
+    """Run `check_same` on code, versions, `flags`, all `rows` that are not None and, if given, the output folder."""
     if rank_and_world_size()[1] > 1:
         digests = {f"{name} rows": rows_digest(each) for name, each in rows.items() if each is not None}
-        check_same(code() | flags | digests | (seen_by_all(output) if output else {}))
+        check_same(code() | flags | digests | (shared_output_dir(output) if output else {}))
 
 
 def check_same_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, weights: bool) -> None:
-    """`check_same` of the tokenizer and the model, of a new one without its `weights`, which CPUs draw differently."""
+    """Run `check_same` on tokenizer and model, without `weights` if they are new: CPUs may draw them differently."""
     if rank_and_world_size()[1] > 1:
         check_same({"the model": model_digest(model, weights=weights), "the tokenizer": tokenizer_digest(tokenizer)})
 
 
 def _value(values: Mapping[str, str], name: str) -> str:
-    value = values.get(name, "nothing")
+    value = values.get(name, "missing")
     return value if len(value) <= _MOST_CHARACTERS else f"{value[:_MOST_CHARACTERS]}..."
 
 
 def code() -> dict[str, str]:
-    """For `check_same`: a hash of this package's files, and versions of the packages that decide on numbers."""
+    """For `check_same`: a hash of this package's files, and the versions of packages that affect numbers."""
     root, digest = Path(__file__).parent.parent, xxhash.xxh3_64()
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return {"lowmem's code": digest.hexdigest()} | {package: version(package) for package in _PACKAGES}
 
 
-def seen_by_all(folder: Path) -> dict[str, str]:
-    """For `check_same`: rank 0's `folder` on each rank that sees rank 0's file in its own `folder`, else its own."""
+def shared_output_dir(folder: Path) -> dict[str, str]:
+    """For `check_same`: rank 0's folder if this rank sees rank 0's token file in `folder`, else this rank's."""
 
     def write_token() -> str:
         make_folders(folder)
@@ -81,12 +81,12 @@ def seen_by_all(folder: Path) -> dict[str, str]:
     token = on_main_rank(write_token)
     token_of_first = Path(gather_json(token)[0])
     seen, limit = folder / token_of_first.name, time.monotonic() + _SECONDS_TO_APPEAR
-    while not (is_seen := os.path.exists(seen)) and time.monotonic() < limit:  # False without the right to look, too
+    while not (is_seen := os.path.exists(seen)) and time.monotonic() < limit:  # also False without permission
         time.sleep(0.1)
-    gather_json(None)  # now all have looked
+    gather_json(None)  # wait until every rank has looked
     if token is not None:
         token_of_first.unlink(missing_ok=True)
-    return {"output_dir": str(token_of_first.parent) if is_seen else f"another one, at {folder}"}
+    return {"output_dir": str(token_of_first.parent) if is_seen else f"a different folder, {folder}"}
 
 
 def rows_digest(rows: Sized) -> str:
@@ -96,7 +96,7 @@ def rows_digest(rows: Sized) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that turns text into tokens; of a tokenizer written in Python, its class, size and template."""
+    """A hash of everything that affects tokens; for a tokenizer written in Python, its class, size and template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     kind = backend.to_str() if backend is not None else type(tokenizer).__name__
     return _digest([kind, len(tokenizer), tokenizer.special_tokens_map, tokenizer.chat_template])
@@ -107,7 +107,7 @@ def _digest(value: object) -> str:
 
 
 def model_digest(model: nn.Module, *, weights: bool) -> str:
-    """A hash of names, shapes, dtypes and, with `weights`, samples: 16 of 4 KiB a tensor, or three rows of its file."""
+    """A hash of names, shapes, dtypes and, with `weights`, samples: 16 x 4 KiB a tensor, or three rows of its file."""
     digest = xxhash.xxh3_64()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

@@ -22,7 +22,7 @@ class Piece(NamedTuple):
 
 
 def pieces(tensor: DTensor) -> list[Piece]:
-    """All parts of a tensor, in order. Raises UsageError for one sharded twice, or along a later dimension."""
+    """All parts of a tensor, in order. Raises UsageError if it is sharded twice, or along a later dimension."""
     mesh, sharded = tensor.device_mesh.mesh, _sharded_dims(tensor)
     if not sharded:
         return [Piece(int(mesh.flatten()[0]), 0, 0, len(tensor))]
@@ -35,12 +35,12 @@ def pieces(tensor: DTensor) -> list[Piece]:
     return [Piece(rank, dim, start, end) for rank, start, end in zip(ranks, [0, *ends], ends, strict=False)]
 
 
-def _sharded_dims(tensor: DTensor) -> list[int]:  # of its mesh
+def _sharded_dims(tensor: DTensor) -> list[int]:  # of the mesh
     return [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, int, int]:
-    """The local part of a tensor, in the same memory, and its first row and column in the whole."""
+    """The local part of a tensor, as a view, and its row and column offset in the full tensor."""
     if not isinstance(tensor, DTensor) or not (sharded := _sharded_dims(tensor)):
         return local_of(tensor), 0, 0
     piece = pieces(tensor)[tensor.device_mesh.get_local_rank(sharded[0])]
@@ -48,12 +48,12 @@ def local_part(tensor: Tensor) -> tuple[Tensor, int, int]:
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """The local part of a tensor, in the same memory; the tensor itself if it is no DTensor."""
+    """The local part of a DTensor, as a view; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def is_first_copy(tensor: DTensor) -> bool:
-    """Whether this rank is the first of those that have equal copies, so that a sum over ranks counts it."""
+    """Whether this rank is the first of those with identical copies: the one that sums over ranks count."""
     mesh = tensor.device_mesh
     return all(mesh.get_local_rank(i) == 0 for i, placement in enumerate(tensor.placements) if placement.is_replicate())
 
@@ -64,7 +64,7 @@ def is_in_columns(tensor: Tensor) -> bool:
 
 
 def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
-    """A tensor sharded like `parameter`, of which `local` is this rank's part, sized as the parameter's or equally."""
+    """Wrap `local` as a DTensor sharded like `parameter`. Dimensions of another size must be split evenly."""
     if not isinstance(parameter, DTensor):
         return local
     mesh, placements, part = parameter.device_mesh, parameter.placements, local_of(parameter)
@@ -79,12 +79,12 @@ def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
 
 @torch.no_grad()
 def set_local_(parameter: nn.Parameter, local: Tensor) -> None:
-    """Make `local`, of any dtype, the local part of `parameter`, which stays the same object."""
+    """Replace the local part of `parameter`, which stays the same object, by `local`, of any dtype."""
     if not isinstance(parameter, DTensor):
         parameter.data = local
         return
     before = local_of(parameter).untyped_storage()
-    # a DTensor's data cannot be set: its local tensor would stay
+    # assigning a DTensor's `data` would keep its old local tensor
     torch.utils.swap_tensors(parameter, nn.Parameter(sharded_like(parameter, local), parameter.requires_grad))
     if before._cdata != local.untyped_storage()._cdata and before.resizable():
-        before.resize_(0)  # fully_shard keeps it until it notices the new one: all weights would be there twice
+        before.resize_(0)  # fully_shard keeps it until it sees the new one: weights would take twice the memory

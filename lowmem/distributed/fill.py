@@ -14,16 +14,16 @@ from lowmem.distributed.dtensor import local_part
 from lowmem.errors import UsageError
 from lowmem.storage.tensor_files import StoredTensor, bytes_of, open_shards
 
-_PART_BYTES = 2**24  # of rank 0's weights that are broadcast at a time
-_PART_ROWS = 2**10  # of two tensors in files that are compared at a time
+_PART_BYTES = 2**24  # of rank 0's weights, broadcast at a time
+_PART_ROWS = 2**10  # of two tensors in files, compared at a time
 
 
 @contextmanager
 def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator[None]:
-    """Shard the model within this block; at its end parameters (on `device` or the host) and buffers get their values.
+    """Shard the model within this block. At its end, fill the parameters (on `device` or the host) and buffers.
 
-    If rank 0's model is on meta, each rank reads its own part from the files of `model.name_or_path`, else rank 0 sends
-    it; buffers in no file keep their values. Raises UsageError, on all ranks, if the files do not hold all weights.
+    If rank 0's model is on meta, each rank reads its own part from the files in `model.name_or_path`; otherwise rank 0
+    broadcasts it. Buffers in no file keep their values. Raises UsageError on every rank if the files lack a weight.
     """
     has_data = not any(parameter.is_meta for parameter in model.parameters())
     is_source = has_data and rank_and_world_size()[0] == 0
@@ -35,9 +35,9 @@ def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator
     elif not has_data:
         model.to_empty(device="cpu" if on_host else device)
         if isinstance(model, PreTrainedModel):
-            model.tie_weights()  # to_empty has untied those that are not sharded
+            model.tie_weights()  # to_empty unties weights that are not sharded
     for name, buffer in model.named_buffers():
-        built = buffers[name]  # to_empty has emptied these too
+        built = buffers[name]  # to_empty clears buffers too
         buffer.data = torch.empty_like(built, device=device) if built.is_meta else built.to(device)
     if gather_json(has_data)[0]:
         _broadcast(model, whole)
@@ -52,19 +52,19 @@ def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator
             for name, source in stored.items():
                 read_local(tensors[name].data, source)
             if empty := sorted(name for name, built in buffers.items() if built.is_meta and name not in stored):
-                raise UsageError(f"no rank and no file has the buffers {', '.join(empty)}: build them with data")
+                raise UsageError(f"buffers {', '.join(empty)} are on meta and in no file: build them with data")
 
 
 def read_local(tensor: Tensor, stored: StoredTensor) -> None:
-    """Read the local part of `tensor`, in place."""
+    """Read the local part of `tensor` in place."""
     local, row, column = local_part(tensor)
     stored.copy_part(local, row, column)
 
 
 def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor] | None:
-    """Each parameter and persistent buffer, by its (first) name, as the files in `folder` hold it.
+    """Each parameter and persistent buffer, by its (first) name, as stored in `folder`.
 
-    None if one is missing, or if tied ones differ in the files, so that transformers would untie them.
+    None if one is missing, or if tied weights differ in the files: transformers would untie them.
     """
     files = open_shards(folder, "model")
     aliases: dict[Tensor, list[str]] = {}

@@ -1,4 +1,4 @@
-"""torch's `fully_shard`, and all that we use of its private names, in torch 2.11 and 2.13."""
+"""torch's `fully_shard`, and every private name of it that we use. Tested with torch 2.11 and 2.13."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,25 +14,25 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.distributed.dtensor import local_of
 
-# It warns of every layer that returns a view, as T5's do, because of what could be done to that in place: nothing is.
+# fully_shard warns about views that T5's layers return, in case they are modified in place. They are not.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
 def shard_layers(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool, cpu_offload: bool) -> None:
-    """Shard the model over `mesh` in place, with or without data, each layer a group."""
+    """Shard the model over `mesh` in place, with or without data, one group per layer."""
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
     options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32), "offload_policy": offload}
     for module, is_kept in _groups(model):
         fully_shard(module, reshard_after_forward=reshard_after_forward and not is_kept, **options)
-        # sums instead of means: the step divides by the targets of all ranks
+        # sums, not means: the step divides by the number of targets on all ranks
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that multiplies by a factor
 
 
 def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
-    """The modules whose weights are all-gathered together, inner ones first; True: once for the whole step.
+    """The modules whose weights are all-gathered together, inner ones first. True: keep them for the whole step.
 
-    That is the output head, which the chunked loss uses after the model's forward, and what is in no other group.
+    Kept are the output head, which the chunked loss uses after the model's forward, and modules in no other group.
     """
     yield from ((module, False) for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
     if isinstance(model, PreTrainedModel):
@@ -44,12 +44,12 @@ def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
 
 
 def has_gathered(model: nn.Module) -> bool:
-    """Whether `fully_shard` has all-gathered weights once: from then on it expects them in the same dtypes."""
+    """Whether `fully_shard` has all-gathered weights already: from then on, their dtypes may not change."""
     return isinstance(model, FSDPModule) and model._get_fsdp_state()._is_root is not None
 
 
 def notice_new_parameters(model: nn.Module) -> None:
-    """Make `fully_shard` use the parameters as they are now, and free the tensors that they were before."""
+    """Make `fully_shard` use the current parameters, and free the previous tensors."""
     model._apply(lambda tensor: tensor)  # `model.to` would also move buffers to the host with offloaded weights
 
 
@@ -59,11 +59,11 @@ def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def resharding(model: nn.Module) -> Iterator[None]:
-    """For forwards without a backward, which would do it: reshard all weights at the end of this block."""
+    """Reshard all weights at the end of this block, for forwards without a backward (which would reshard them)."""
     groups = _sharded_modules(model)
     if groups:
-        model._get_fsdp_state()._lazy_init()  # or the first layer called, an encoder's, would take itself for the root
-        model.unshard()  # the root's own, as an encoder may be called without the model around it
+        model._get_fsdp_state()._lazy_init()  # or an encoder that is called first would become the root
+        model.unshard()  # the root's own weights: an encoder may be called without the model
     try:
         yield
     finally:
@@ -71,8 +71,8 @@ def resharding(model: nn.Module) -> Iterator[None]:
             group.reshard()
 
 
-def gathered_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Yield every parameter as the model computes with it, sharded ones all-gathered, always in the same storage."""
+def unsharded_parameters(model: nn.Module) -> Iterator[Tensor]:
+    """Yield every parameter as used in computation, sharded ones all-gathered, always in the same storage."""
     groups = _sharded_modules(model)
     for group in groups:
         group.unshard()

@@ -1,7 +1,7 @@
-"""Each rank reports every second that it lives and what it does; a rank that falls silent ends the run, by name.
+"""Heartbeats: each rank reports every second that it is alive, and its phase. If one goes silent, all ranks exit.
 
-A collective waits for peers that were killed, stopped or cut off, where no exception can reach it. So two threads keep
-watch over a store on rank 0. Imports no torch.
+A collective waits forever for a peer that was killed, stopped or disconnected, and no exception can interrupt it. So
+two threads watch the other ranks through a store on rank 0. Imports no torch.
 """
 
 import atexit
@@ -14,16 +14,16 @@ from contextlib import contextmanager
 from threading import Event, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
-from lowmem.distributed.signals import say_and_exit
+from lowmem.distributed.signals import print_and_exit
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 OnAbort = Callable[[str], None] | None
 
-_SECONDS_TO_REPORT = 5.0  # to the others how this rank ended
-_SECONDS_TO_FOLLOW = 5.0  # that a rank has to end by itself once it knows that another one failed
-_BEATS_MISSED = 3  # that make a rank suspect once a collective broke
+_SECONDS_TO_REPORT = 5.0  # to the others, how this rank ended
+_SECONDS_TO_FOLLOW = 5.0  # for a rank to exit on its own after another one failed
+_BEATS_MISSED = 3  # until a rank is suspected of breaking a collective
 
 _step: int | None = None
 _phases: tuple[str, ...] = ()
@@ -31,19 +31,19 @@ _heartbeat: "Heartbeat | None" = None
 
 
 def at_step(step: int) -> None:
-    """Set the optimizer step that this rank reports from now on."""
+    """Set the optimizer step that this rank reports."""
     global _step
     _step = step
 
 
 def current_step() -> int | None:
-    """The optimizer step that this rank is at, counted from 0. None before the first."""
+    """The optimizer step of this rank, counted from 0; None before the first."""
     return _step
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Within this block the rank reports that it is at `name`: "evaluating", "summing gradients"."""
+    """Report `name` as this rank's phase within this block: "evaluating", "summing gradients"."""
     global _phases
     outer = _phases
     _phases = (*outer, name)
@@ -53,49 +53,49 @@ def phase(name: str) -> Iterator[None]:
         _phases = outer
 
 
-def place() -> str:
-    """Step and phases that this rank is at."""
-    return ", ".join([*([] if _step is None else [f"step {_step}"]), *_phases]) or "the start"
+def status() -> str:
+    """The step and phases of this rank, as text."""
+    return ", ".join([*([] if _step is None else [f"step {_step}"]), *_phases]) or "startup"
 
 
-def ended(error: str = "") -> None:
-    """Report that this rank ends, well or with `error`. Takes seconds if another rank does not answer."""
+def report_end(error: str = "") -> None:
+    """Report that this rank ends, normally or with `error`. Takes seconds if another rank does not answer."""
     if _heartbeat is not None:
         _heartbeat.end(error)
 
 
 def suspects() -> str:
-    """Who is silent or has failed, after a few beats in which that shows. Empty if nobody, or without a heartbeat."""
+    """Wait a few beats and name ranks that are silent or have failed. Empty if none, or without a heartbeat."""
     return "" if _heartbeat is None else _heartbeat.suspects()
 
 
-def places() -> str:
-    """Where each rank is. Empty without a heartbeat."""
-    return "" if _heartbeat is None else _heartbeat.places()
+def all_statuses() -> str:
+    """The status of every rank, as text. Empty without a heartbeat."""
+    return "" if _heartbeat is None else _heartbeat.all_statuses()
 
 
 class Beat(NamedTuple):
     """What a rank reports, as JSON in the store."""
 
     number: int = 0
-    place: str = "the start"
+    status: str = "startup"
     end: str | None = None
-    """None while it runs, "" once it ended well, else what it failed with."""
+    """None while it runs, "" after a normal end, else its error."""
     knows_end: bool = False
-    """It knows that rank 0 ended, and needs its store no more."""
+    """Whether it knows that rank 0 ended, and no longer needs its store."""
 
 
 FIRST = json.dumps(Beat())
 
 
 class Heartbeat:
-    """This rank's two threads: one exchanges beats through the store, which may block forever, one judges them."""
+    """This rank's two threads: one exchanges beats through the store, which may block forever; one checks them."""
 
     def __init__(self, store: "Store", address: str, rank: int, world_size: int, limit: float, on_abort: OnAbort):
         self._address, self._rank, self._limit, self._on_abort = address, rank, limit, on_abort
         self._interval = min(1.0, limit / 10)
         self._beats = [Beat()] * world_size
-        # Seconds in which we listened, not seconds of a clock: if this process was stopped, nobody else was silent.
+        # Seconds spent listening, not wall-clock time: while this process is stopped, no other rank counts as silent.
         self._silence = [0.0] * world_size
         self._unanswered = self._known_failure = 0.0
         self._end: str | None = None
@@ -106,9 +106,9 @@ class Heartbeat:
         Thread(target=self._watch, daemon=True, name="lowmem-watch").start()
 
     def end(self, error: str) -> None:
-        """See `ended`. The first call counts."""
+        """See `report_end`. Only the first call counts."""
         if os.getpid() != self._process:
-            return  # a fork, which shares the connection but is no rank
+            return  # a forked process, which shares the connection but is not a rank
         if self._end is None:
             self._end = error
         self._wake.set()
@@ -121,16 +121,16 @@ class Heartbeat:
             rounds -= 1
         return "; ".join(found)
 
-    def places(self) -> str:
+    def all_statuses(self) -> str:
         at: dict[str, list[str]] = {}
         for rank, beat in enumerate(self._beats):
-            where = place() if rank == self._rank else beat.place if beat.end is None else "its end"
+            where = status() if rank == self._rank else beat.status if beat.end is None else "exit"
             at.setdefault(where, []).append(str(rank))
         clauses = (f"rank {', '.join(ranks)} is at {where}" for where, ranks in at.items())
         return f"no rank is silent: {'; '.join(clauses)}"
 
     def _exchange_beats(self, store: "Store") -> None:
-        """Send and receive beats until this rank, or rank 0 with the store, has ended and the others know it."""
+        """Exchange beats until this rank or rank 0 has ended; rank 0 continues until the others know that it has."""
         from torch import distributed
 
         keys = [str(rank) for rank in range(len(self._beats))]
@@ -140,7 +140,7 @@ class Heartbeat:
                 if self._end is None and not distributed.is_initialized():
                     self._end = ""
                 number += 1
-                mine = Beat(number, place(), self._end, self._beats[0].end is not None)
+                mine = Beat(number, status(), self._end, self._beats[0].end is not None)
                 store.set(keys[self._rank], json.dumps(mine))
                 if self._rank != 0 and (mine.end is not None or mine.knows_end):
                     return
@@ -155,7 +155,7 @@ class Heartbeat:
                 self._wake.wait(self._interval if mine.end is None else self._interval / 10)
                 self._wake.clear()
         except RuntimeError:
-            return  # the connection is lost; _watch sees that no beat is received any more
+            return  # the connection is lost; _watch sees that no beats arrive
 
     def _store_may_go(self) -> bool:
         silent = _BEATS_MISSED * self._interval
@@ -164,7 +164,7 @@ class Heartbeat:
 
     def _watch(self) -> None:
         last = time.monotonic()
-        # Once rank 0 has ended well nobody keeps a store, and nobody is watched.
+        # After rank 0 ends normally there is no store, and nothing to watch.
         while self._end is None and self._beats[0].end != "":
             time.sleep(self._interval)
             now = time.monotonic()
@@ -175,16 +175,16 @@ class Heartbeat:
             if self._known_failure >= min(_SECONDS_TO_FOLLOW, self._limit):
                 found += self._failed()
             if found and self._end is None:
-                here = f"Rank {self._rank}, at {place()}, ends too"
-                self._end_process(f"error: {'; '.join(found)}. {here}: see the other's log, then resume")
+                here = f"Rank {self._rank}, at {status()}, exits too"
+                self._end_process(f"error: {'; '.join(found)}. {here}: see the log of that rank, then resume")
 
     def _silent(self, seconds: float) -> list[str]:
-        """A clause for each rank that runs but sent no beat for so long; rank 0 alone if its store is silent."""
+        """A clause for each running rank that sent no beat for `seconds`; only rank 0 if its store is silent."""
         silence, name = dict(enumerate(self._silence)), "rank {}"
         if self._unanswered >= seconds:
-            silence, name = {0: self._unanswered}, f"rank {{}}, which keeps the store at {self._address},"
+            silence, name = {0: self._unanswered}, f"rank {{}}, which hosts the store at {self._address},"
         return [
-            f"{name.format(rank)} has been silent for {waited:.1f} s, last at {self._beats[rank].place}"
+            f"{name.format(rank)} has been silent for {waited:.1f} s, last at {self._beats[rank].status}"
             for rank, waited in silence.items()
             if rank != self._rank and self._beats[rank].end is None and waited >= seconds
         ]
@@ -199,24 +199,24 @@ class Heartbeat:
             if self._on_abort is not None:
                 self._on_abort(message)
 
-        say_and_exit(message, 1, report)
+        print_and_exit(message, 1, report)
 
 
 def start(store: "Store", address: str, rank: int, world_size: int, *, limit_seconds: float, on_abort: OnAbort) -> None:
-    """Start this rank's heartbeat, in place of that of an earlier process group."""
+    """Start this rank's heartbeat, replacing that of an earlier process group."""
     global _heartbeat
     if _heartbeat is None:
-        _report_how_the_process_ends()
-    ended()
+        _report_process_end()
+    report_end()
     _heartbeat = Heartbeat(store, address, rank, world_size, limit_seconds, on_abort)
 
 
-def _report_how_the_process_ends() -> None:
+def _report_process_end() -> None:
     show = sys.excepthook
 
     def show_and_report(kind, error, traceback) -> None:
         show(kind, error, traceback)
-        ended(f"{kind.__name__}: {error}")
+        report_end(f"{kind.__name__}: {error}")
 
     sys.excepthook = show_and_report
-    atexit.register(ended)
+    atexit.register(report_end)

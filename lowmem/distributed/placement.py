@@ -1,4 +1,4 @@
-"""How a model is placed on the ranks: what wraps it, which ranks share it, and whose rows count."""
+"""How a model is distributed over ranks: its wrapper, the ranks that share it, and their data-parallel rank."""
 
 import sys
 from contextlib import AbstractContextManager
@@ -14,11 +14,11 @@ from torch.distributed.tensor import DTensor
 from lowmem.distributed.collectives import raise_on_all_ranks, rank_and_world_size, report_failure
 
 TENSOR_PARALLEL_MESH = ("data", "tensor")
-"""Names of the mesh's dimensions under tensor parallelism."""
+"""Names of the mesh dimensions under tensor parallelism."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own model inside a wrapper of DistributedDataParallel or DeepSpeed, or the model itself."""
+    """The user's model inside DistributedDataParallel or a DeepSpeed engine, or the model itself."""
     is_wrapped = isinstance(model, nn.parallel.DistributedDataParallel) or is_engine(model)
     return model.module if is_wrapped else model
 
@@ -28,20 +28,20 @@ def is_engine(model: nn.Module) -> bool:
     return "deepspeed" in sys.modules and isinstance(model, sys.modules["deepspeed"].DeepSpeedEngine)
 
 
-def divides_weights(model: nn.Module) -> bool:
-    """Whether `model` is wrapped by DeepSpeed at stage 3, so that each forward has collectives."""
+def uses_zero3(model: nn.Module) -> bool:
+    """Whether DeepSpeed shards the weights (ZeRO stage 3), so that each forward has collectives."""
     return is_engine(model) and model.zero_optimization_partition_weights()
 
 
 class DataParallelRank(NamedTuple):
-    """A rank's number among those whose rows differ: ranks that share a model (tp_size) share it."""
+    """This process's data-parallel rank. Ranks that share a model (tp_size) have the same one, and the same rows."""
 
     rank: int
     size: int
     is_counted: bool
-    """Whether sums over all ranks count this one, of the ranks that share a number."""
+    """Whether sums over all ranks count this process: true for one of those with the same `rank`."""
     group: dist.ProcessGroup | None
-    """The ranks whose gradients belong to the same weights as this one's; None: all."""
+    """The ranks that have gradients of the same weights as this one; None: all."""
 
     @property
     def coordinates(self) -> dict[str, int]:
@@ -50,7 +50,7 @@ class DataParallelRank(NamedTuple):
 
 
 def data_place(model: nn.Module) -> DataParallelRank:
-    """This rank's DataParallelRank: its `coordinates` are what `open_stream` and `open_eval` take."""
+    """This process's DataParallelRank. Pass its `coordinates` to `open_stream` and `open_eval`."""
     mesh = tensor_mesh(model)
     if mesh is None:
         return DataParallelRank(*rank_and_world_size(), is_counted=True, group=None)
@@ -58,27 +58,27 @@ def data_place(model: nn.Module) -> DataParallelRank:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard`, or DeepSpeed's stage 3, shards its weights, so that each backward sums over ranks."""
-    return isinstance(unwrapped(model), FSDPModule) or divides_weights(model)
+    """Whether `fully_shard` or ZeRO stage 3 shards the weights, so that each backward sums over ranks."""
+    return isinstance(unwrapped(model), FSDPModule) or uses_zero3(model)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model computes, also while its sharded weights are in host memory."""
+    """The device that the model computes on, even while its sharded weights are in host memory."""
     parameter = next(model.parameters())
     return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
 
 
-def is_divided(model: nn.Module) -> bool:
-    """Whether ranks share its layers or its weights, so that forward and backward have collectives."""
+def has_collectives(model: nn.Module) -> bool:
+    """Whether ranks shard the weights or layers, so that forward and backward have collectives."""
     return is_sharded(model) or tensor_mesh(model) is not None
 
 
-def failing(model: nn.Module) -> AbstractContextManager[None]:
-    """How to pass on an error in forward or backward, where a divided model has collectives of its own."""
-    return report_failure() if is_divided(model) else raise_on_all_ranks()
+def handle_rank_errors(model: nn.Module) -> AbstractContextManager[None]:
+    """Share an error in forward or backward with all ranks; through the heartbeat if the passes have collectives."""
+    return report_failure() if has_collectives(model) else raise_on_all_ranks()
 
 
 def tensor_mesh(model: nn.Module) -> DeviceMesh | None:
-    """The mesh that `divide_layers` sharded the model over; None if it did not."""
+    """The mesh of `apply_tensor_parallelism`; None if it was not applied."""
     meshes = (parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor))
     return next((mesh for mesh in meshes if mesh.mesh_dim_names == TENSOR_PARALLEL_MESH), None)

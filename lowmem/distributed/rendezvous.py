@@ -1,4 +1,4 @@
-"""Rendezvous: the processes of a run find one another and start their group, or report in time what is wrong."""
+"""Rendezvous: the processes of a run find each other and start their group, or report in time what is wrong."""
 
 import os
 import socket
@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from lowmem.distributed.collectives import sum_over_ranks
-from lowmem.distributed.signals import say_and_exit
+from lowmem.distributed.signals import print_and_exit
 from lowmem.errors import RankError, StartError
 
-_STORE_TIMEOUT = timedelta(minutes=30)  # torch's own, once the group has started
+_STORE_TIMEOUT = timedelta(minutes=30)  # torch's default, used once the group has started
 _SECONDS_BETWEEN_TRIES = 0.1
 _SECONDS_BETWEEN_LOOKS = 0.02
 _SECONDS_UNTIL_REPORT = 10.0
@@ -26,7 +26,7 @@ _LOOPBACK = ("127.", "::1", "fe80:")
 
 
 class Launch(NamedTuple):
-    """What a launcher sets: this process's rank, and the address of the store, which rank 0 or the launcher keeps."""
+    """Launcher settings: this process's rank, and the address of the store that rank 0 or the launcher hosts."""
 
     rank: int
     world_size: int
@@ -38,85 +38,85 @@ class Launch(NamedTuple):
 
 
 def launch_from_environment() -> Launch:
-    """Read RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Raises StartError where these are wrong."""
+    """Read RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Raises StartError if any is invalid."""
     found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     rank, world_size, address, port = found.values()
     if address and rank.isdecimal() and world_size.isdecimal() and port.isdecimal():
         if int(rank) < int(world_size) and 0 < int(port) < 2**16:
             return Launch(int(rank), int(world_size), address, int(port))
     values = ", ".join(f"{name}={value!r}" for name, value in found.items())
-    raise StartError(f"the environment has {values}: set ranks from 0 to WORLD_SIZE - 1, and a port below 65536")
+    raise StartError(f"the environment has {values}: set all four, RANK below WORLD_SIZE, MASTER_PORT below 65536")
 
 
 def start_group(backend: str, *, limit_seconds: float) -> None:
-    """Start the process group that the environment describes, in which no wait exceeds about `limit_seconds`.
+    """Start the process group described by the environment. No wait takes much longer than `limit_seconds`.
 
-    Raises StartError or, if a rank is missing, RankError; where no exception can arrive, the process exits with code 1.
+    Raises StartError or, if a rank is missing, RankError. If a call hangs in C++, the process exits with code 1.
     """
     launch = launch_from_environment()
     if os.environ.get("ACCELERATE_DEBUG_MODE", "false").lower() == "true":  # --debug: accelerate checks its collectives
         os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
         dist.set_debug_level_from_env()
         if launch.rank == 0:
-            print("debug mode: torch compares every collective over the ranks, which takes time", flush=True)
+            print("debug mode: torch compares every collective across ranks, which is slow", flush=True)
     start = time.monotonic()
     store = open_store(launch, limit_seconds)
     try:
-        meeting = meet(store, launch, limit_seconds, since=start)
+        name = rendezvous(store, launch, limit_seconds, since=start)
     except dist.DistNetworkError as error:
-        lost = f"lost the store at {launch.address}:{launch.port} before all ranks came ({_first_line(error)})"
-        raise RankError(f"{launch} {lost}: look at the log of rank 0 or of the launcher") from error
-    options = {"rank": launch.rank, "world_size": launch.world_size, "store": dist.PrefixStore(meeting, store)}
-    unconnected = f"{launch} found all other ranks, but {backend} does not connect them"
-    with _ending_after(limit_seconds, f"{unconnected}: {_network()}"):
+        lost = f"lost the store at {launch.address}:{launch.port} before all ranks arrived ({_first_line(error)})"
+        raise RankError(f"{launch} {lost}: see the log of rank 0 or of the launcher") from error
+    options = {"rank": launch.rank, "world_size": launch.world_size, "store": dist.PrefixStore(name, store)}
+    unconnected = f"{launch} found all other ranks, but {backend} cannot connect to them"
+    with _exit_after(limit_seconds, f"{unconnected}: {_network()}"):
         try:
             dist.init_process_group(backend, **options)
         except RuntimeError as error:
             raise StartError(f"{unconnected} ({_first_line(error)}): {_network()}") from error
-    store.set_timeout(_STORE_TIMEOUT)  # from here on a rank may wait for another one that works
+    store.set_timeout(_STORE_TIMEOUT)  # from here on, a rank may wait long for a rank that is working
 
 
-def first_sum(device: torch.device, *, limit_seconds: float, on_abort: Callable[[str], None] | None = None) -> None:
-    """All-reduce once on the host and once on `device`: only then do backends connect, and NCCL without a limit.
+def connect_ranks(device: torch.device, *, limit_seconds: float, on_abort: Callable[[str], None] | None = None) -> None:
+    """All-reduce once on the host and once on `device`: backends connect only then, and NCCL has no time limit.
 
-    After `limit_seconds` the process ends with a message on stderr, also passed to `on_abort`.
+    After `limit_seconds` the process exits with a message on stderr, also passed to `on_abort`.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    what = f"rank {rank} on {socket.gethostname()} got no answer to its first sum over {world_size} ranks"
-    with _ending_after(limit_seconds, f"{what}: {_network()}", on_abort):
+    what = f"rank {rank} on {socket.gethostname()} got no result from its first all-reduce over {world_size} ranks"
+    with _exit_after(limit_seconds, f"{what}: {_network()}", on_abort):
         sums = sum_over_ranks(1)
         if device.type != "cpu":
             ones = torch.ones(1, device=device)
             dist.all_reduce(ones)
-            sums.append(int(ones.item()))  # waits for the device
+            sums.append(int(ones.item()))  # synchronizes with the device
     if set(sums) != {world_size}:
-        raise StartError(f"rank {rank} summed 1 over {world_size} ranks and got {sums}: {_network()}")
+        raise StartError(f"rank {rank} all-reduced 1 over {world_size} ranks and got {sums}: {_network()}")
 
 
 def open_store(launch: Launch, limit_seconds: float) -> dist.Store:
-    """Connect to the store, which rank 0 keeps unless a launcher does. Raises StartError after `limit_seconds`."""
-    is_keeper = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    """Connect to the store, on rank 0 unless a launcher hosts it. Raises StartError after `limit_seconds`."""
+    is_host = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     where = f"{launch.address}:{launch.port} (MASTER_ADDR, MASTER_PORT)"
-    advice = "on all ranks set both to the host of rank 0 and a port that is free there"
-    stranger = f"{launch} reached something at {where} that is not this run's store: {advice}"
+    advice = "on every rank, set both to the host of rank 0 and a free port there"
+    unknown = f"{launch} reached a server at {where} that is not this run's store: {advice}"
     options = {"timeout": timedelta(seconds=limit_seconds), "wait_for_workers": False, "multi_tenant": True}
-    with _ending_after(limit_seconds + 1.0, stranger):  # torch waits for a first answer without a limit
+    with _exit_after(limit_seconds + 1.0, unknown):  # torch waits for a first response without a limit
         try:
-            # at localhost, whatever MASTER_ADDR is, so that a wrong one shows when we connect to it
-            kept = dist.TCPStore("localhost", launch.port, is_master=True, **options) if is_keeper else None
+            # on localhost, so that a wrong MASTER_ADDR fails when we connect to it
+            hosted = dist.TCPStore("localhost", launch.port, is_master=True, **options) if is_host else None
             _reach(launch, where, limit_seconds)
-            # the same one: a port has one store in a process
-            store = dist.TCPStore(launch.address, launch.port, is_master=is_keeper, **options)
-            del kept
+            # the same store: a process has one store per port
+            store = dist.TCPStore(launch.address, launch.port, is_master=is_host, **options)
+            del hosted
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
-                raise StartError(f"{stranger} ({_first_line(error)})") from error
-            raise StartError(f"{launch} was to keep the store at {where}, but that port is taken: {advice}") from error
+                raise StartError(f"{unknown} ({_first_line(error)})") from error
+            raise StartError(f"{launch} must host the store at {where}, but that port is taken: {advice}") from error
     return store
 
 
 def _reach(launch: Launch, where: str, limit_seconds: float) -> None:
-    """Wait until something listens at the store's address. (torch would log stacks, and pause for seconds.)"""
+    """Wait until something listens at the store's address. (torch would log stack traces and wait seconds.)"""
     deadline = time.monotonic() + limit_seconds
     while True:
         left = deadline - time.monotonic()
@@ -124,53 +124,53 @@ def _reach(launch: Launch, where: str, limit_seconds: float) -> None:
             socket.create_connection((launch.address, launch.port), timeout=max(1.0, left)).close()
             return
         except OSError as error:
-            # the keeper is up before rank 0 gets here, so a host that refuses rank 0 is another one
+            # the store runs before rank 0 gets here, so a host that refuses rank 0 is the wrong host
             is_final = launch.rank == 0 and isinstance(error, ConnectionRefusedError)
             if is_final or left <= _SECONDS_BETWEEN_TRIES:
-                found = f"{launch} reaches nobody at {where}: {error.strerror or error}. {_interfaces()}"
+                found = f"{launch} cannot connect to {where}: {error.strerror or error}. {_interfaces()}"
                 raise StartError(f"{found}: set both to the host of rank 0 and a port open to this host") from error
             time.sleep(_SECONDS_BETWEEN_TRIES)
 
 
-def meet(store: dist.Store, launch: Launch, limit_seconds: float, since: float | None = None) -> str:
-    """Wait for all ranks; the limit counts from `since`. Returns a name for this meeting, new in this store.
+def rendezvous(store: dist.Store, launch: Launch, limit_seconds: float, since: float | None = None) -> str:
+    """Wait for all ranks; the limit counts from `since`. Returns a name for this rendezvous, unique in the store.
 
-    A launcher's store holds what processes wrote before a restart. So rank 0 writes a new token, each other rank
-    answers with it and its own, and has met once its own is in rank 0's list: no token of a dead process passes for a
-    live one's.
+    A launcher's store still has the keys of processes from before a restart. So rank 0 writes a new token, every other
+    rank answers with that token and a new one of its own, and is done when rank 0's list contains its token. The token
+    of a dead process never matches.
     """
     mine, others, start = uuid4().hex, range(1, launch.world_size), since or time.monotonic()
     answered, has_reported = "", False
     if launch.rank == 0:
-        store.set("lowmem/asked", mine)
+        store.set("lowmem/token", mine)
     while True:
-        asked = _read(store, "lowmem/asked")
+        token = _read(store, "lowmem/token")
         if launch.rank == 0:
-            if asked != mine:
-                raise StartError(f"{launch} is not the only rank 0 of this run: give each process its own RANK")
-            answers = _answers(store, others, asked)
+            if token != mine:
+                raise StartError(f"{launch} is not the only rank 0 of this run: set a different RANK on every process")
+            answers = _answers(store, others, token)
             if all(answers):
-                store.set("lowmem/met", " ".join([asked, *answers]))
-                store.set("lowmem/asked", "")  # not deleted: a rank that has just seen it would wait to read it
+                store.set("lowmem/members", " ".join([token, *answers]))
+                store.set("lowmem/token", "")  # not deleted: a rank that has just seen it would block on reading it
                 return mine
-        elif asked and asked != answered:
-            store.set(f"lowmem/{launch.rank}", f"{asked} {mine}")
-            answered = asked
-        elif answered and (met := _read(store, "lowmem/met").split()) and met[0] == answered:
-            if mine in met:
+        elif token and token != answered:
+            store.set(f"lowmem/{launch.rank}", f"{token} {mine}")
+            answered = token
+        elif answered and (members := _read(store, "lowmem/members").split()) and members[0] == answered:
+            if mine in members:
                 return answered
-            found = f"{launch} of {launch.world_size} is none of the {len(met)} that rank 0 met"
-            raise StartError(f"{found}: set its own RANK and the same WORLD_SIZE (torchrun: --node_rank, --nnodes)")
+            found = f"{launch} of {launch.world_size} is not among the {len(members)} ranks that rank 0 found"
+            raise StartError(f"{found}: set a unique RANK and the same WORLD_SIZE (torchrun: --node_rank, --nnodes)")
         waited = time.monotonic() - start
         is_late = waited > limit_seconds
         if is_late or (waited > _SECONDS_UNTIL_REPORT and launch.rank == 0 and not has_reported):
-            came = _answers(store, others, asked)
-            missing = [str(rank) for rank, has_come in enumerate(came, 1) if not has_come] if asked else ["0"]
+            arrived = _answers(store, others, token)
+            missing = [str(rank) for rank, has_arrived in enumerate(arrived, 1) if not has_arrived] if token else ["0"]
             awaited = f"for rank {', '.join(missing)} of {launch.world_size} at {launch.address}:{launch.port}"
             if is_late:
                 found = f"{launch} timed out after {limit_seconds:g} s waiting {awaited}"
-                raise RankError(f"{found}: check that it runs, with its own RANK and the same WORLD_SIZE and address")
-            print(f"{launch} waits {awaited}", flush=True)
+                raise RankError(f"{found}: check that it runs, with a unique RANK and the same WORLD_SIZE and address")
+            print(f"{launch} is waiting {awaited}", flush=True)
             has_reported = True
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
@@ -179,21 +179,21 @@ def _read(store: dist.Store, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""
 
 
-def _answers(store: dist.Store, ranks: range, asked: str) -> list[str]:
-    """The token of each rank that has answered `asked`, "" for the others."""
+def _answers(store: dist.Store, ranks: range, token: str) -> list[str]:
+    """The token of each rank that has answered `token`, "" for the others."""
     answers = [_read(store, f"lowmem/{rank}").split() for rank in ranks]
-    return [answer[1] if answer and answer[0] == asked else "" for answer in answers]
+    return [answer[1] if answer and answer[0] == token else "" for answer in answers]
 
 
 @contextmanager
-def _ending_after(limit_seconds: float, message: str, on_abort: Callable[[str], None] | None = None) -> Iterator[None]:
-    """End the process with `message` if the block takes longer: it may hang in C++, where no exception can arrive."""
+def _exit_after(limit_seconds: float, message: str, on_abort: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Exit with `message` if the block takes longer: it may hang in C++, which no exception can interrupt."""
     is_done = Event()
 
     def watch() -> None:
         if not is_done.wait(limit_seconds):
             error = f"error: timed out after {limit_seconds:g} s: {message}"
-            say_and_exit(error, 1, lambda: on_abort and on_abort(error))
+            print_and_exit(error, 1, lambda: on_abort and on_abort(error))
 
     Thread(target=watch, daemon=True, name="lowmem-start").start()
     try:
@@ -203,15 +203,15 @@ def _ending_after(limit_seconds: float, message: str, on_abort: Callable[[str], 
 
 
 def _network() -> str:
-    """What this process has set of the network that backends use, and what to set."""
+    """The network settings of this process for the backends, and what to set."""
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE")
     found = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in names)
-    advice = "set the first two to one that all hosts reach, NCCL_IB_DISABLE=1 without InfiniBand, NCCL_DEBUG=INFO"
+    advice = "set the first two to an interface all hosts reach, NCCL_IB_DISABLE=1 without InfiniBand, NCCL_DEBUG=INFO"
     return f"{found}. {_interfaces()}; {advice}"
 
 
 def _interfaces() -> str:
-    """The network interfaces of this host, those that lead out of it first."""
+    """The network interfaces of this host, external ones first."""
     families = (socket.AF_INET, socket.AF_INET6)
     found = []
     for name, addresses in psutil.net_if_addrs().items():

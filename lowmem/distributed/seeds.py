@@ -1,8 +1,8 @@
-"""Seeds that every rank computes by itself."""
+"""Seeds that every rank computes on its own."""
 
 from hashlib import blake2b
 
 
 def seed_of(*key: int | str) -> int:
-    """A seed of 64 bits for a generator of torch; keys that differ in one part have unrelated ones."""
+    """A 64-bit seed for a torch generator. Keys that differ in any part give unrelated seeds."""
     return int.from_bytes(blake2b(",".join(map(str, key)).encode(), digest_size=8).digest(), "little")

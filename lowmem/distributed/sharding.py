@@ -1,4 +1,4 @@
-"""Place a model on the ranks: a whole copy on each, sharded, or its layers split by tensor parallelism."""
+"""Distribute a model over ranks: replicated, sharded, or with its layers split by tensor parallelism."""
 
 import os
 
@@ -12,7 +12,7 @@ from lowmem.distributed.collectives import collective
 from lowmem.distributed.fill import filled
 from lowmem.distributed.fully_sharded import shard_layers
 from lowmem.distributed.placement import TENSOR_PARALLEL_MESH
-from lowmem.distributed.tensor_parallel import divide_layers, make_tensor_mesh
+from lowmem.distributed.tensor_parallel import apply_tensor_parallelism, make_tensor_mesh
 from lowmem.errors import UsageError
 
 
@@ -25,29 +25,29 @@ def parallelize(
     cpu_offload: bool = False,
     tp_size: int = 1,
 ) -> nn.Module:
-    """Put the model on this rank's device with rank 0's weights and buffers. State keys stay the model's own.
+    """Move the model to this rank's device, with rank 0's weights and buffers. Its state dict keys do not change.
 
-    NO_SHARD keeps a whole copy on every rank. The others are torch's `fully_shard`, a layer a group, with DTensors
-    sharded by rows, and gradients that are sums over ranks, reduced in fp32. FULL_SHARD all-gathers a layer's weights
-    for forward and again for backward, SHARD_GRAD_OP keeps them in between, HYBRID_SHARD is FULL_SHARD among
-    `shard_size` neighbouring ranks (None: those of this machine), with a copy for each such set. `cpu_offload` keeps
-    shards, and optimizer steps, in host memory. `tp_size` neighbouring ranks share layers by tensor parallelism, see
-    `divide_layers`, and need the same rows, those of `data_place`. A model to be sharded may be without data
-    (`load_model(..., on_meta=True)`). Raises UsageError for what does not fit the processes or the model.
+    NO_SHARD replicates the model on every rank. The others use torch's `fully_shard`, one group per layer, with weights
+    sharded by rows, and gradients summed over ranks in fp32. FULL_SHARD all-gathers a layer's weights for forward and
+    again for backward; SHARD_GRAD_OP keeps them in between; HYBRID_SHARD is FULL_SHARD within groups of `shard_size`
+    adjacent ranks (None: those of this machine), with one replica per group. `cpu_offload` keeps the shards in host
+    memory and updates them there. `tp_size` adjacent ranks share layers by tensor parallelism, and need the same rows
+    (see `data_place`). A model to be sharded may be on meta (`load_model(..., on_meta=True)`). Raises UsageError for
+    options that do not fit the processes or the model.
     """
     if sharding_strategy not in (strategies := choices("sharding_strategy")):
-        raise UsageError(f"sharding_strategy={sharding_strategy} is not known: take one of {', '.join(strategies)}")
+        raise UsageError(f"sharding_strategy={sharding_strategy} is unknown: set one of {', '.join(strategies)}")
     if accelerator.deepspeed_plugin is not None:
-        return model  # its engine moves it; at stage 3 a device never holds the whole
+        return model  # its engine moves it; at stage 3 no device holds the full model
     if tp_size > 1 and sharding_strategy != "NO_SHARD":
-        raise UsageError(f"tp_size={tp_size} was set with {sharding_strategy}: use one of them")
+        raise UsageError(f"tp_size={tp_size} was set with {sharding_strategy}, but they do not combine: remove one")
     if tp_size > 1 or sharding_strategy != "NO_SHARD":
         mesh = make_mesh(accelerator, sharding_strategy, shard_size, tp_size)
         with filled(model, accelerator.device, on_host=cpu_offload and tp_size == 1):
             shard(model, mesh, sharding_strategy=sharding_strategy, cpu_offload=cpu_offload)
         return model
     if cpu_offload:
-        raise UsageError("cpu_offload was asked for with sharding_strategy=NO_SHARD: set FULL_SHARD, or remove it")
+        raise UsageError("cpu_offload needs a sharded model, got NO_SHARD: set FULL_SHARD or remove cpu_offload")
     model.to(accelerator.device)
     if accelerator.num_processes > 1:
         with collective("broadcasting the weights of rank 0"):
@@ -57,28 +57,28 @@ def parallelize(
 
 
 def make_mesh(accelerator: Accelerator, sharding_strategy: str, shard_size: int | None, tp_size: int) -> DeviceMesh:
-    """All ranks in a row; HYBRID_SHARD: (copies, shards of one copy); tensor parallel: (data ranks, `tp_size`)."""
+    """A mesh of all ranks. HYBRID_SHARD: (copies, shards); tensor parallelism: (data ranks, `tp_size`)."""
     world_size, kind = accelerator.num_processes, accelerator.device.type
     if tp_size > 1:
         return make_tensor_mesh(kind, world_size, tp_size)
-    if not dist.is_initialized():  # a single process, which shards to keep weights in host memory
+    if not dist.is_initialized():  # a single process, with offloaded weights
         dist.init_process_group(dist.get_default_backend_for_device(kind), store=dist.HashStore(), rank=0, world_size=1)
     if sharding_strategy != "HYBRID_SHARD":
         if shard_size not in (None, world_size):
-            found = f"{sharding_strategy} divides one copy over all {world_size} processes"
-            raise UsageError(f"shard_size={shard_size} was set, but {found}: set HYBRID_SHARD, or remove shard_size")
+            found = f"{sharding_strategy} shards one replica over all {world_size} processes"
+            raise UsageError(f"shard_size={shard_size} was set, but {found}: set HYBRID_SHARD or remove shard_size")
         return init_device_mesh(kind, (world_size,))
     shard_size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if shard_size >= world_size or world_size % shard_size:
-        found = f"{shard_size} processes to a copy, there are {world_size} in all"
-        raise UsageError(f"HYBRID_SHARD has {found}: set shard_size to a smaller divisor, or use FULL_SHARD")
+        found = f"shard_size={shard_size} for {world_size} processes"
+        raise UsageError(f"HYBRID_SHARD needs several equal groups, got {found}: set a smaller divisor or FULL_SHARD")
     return init_device_mesh(kind, (world_size // shard_size, shard_size), mesh_dim_names=("copies", "shards"))
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, *, sharding_strategy: str, cpu_offload: bool) -> None:
     """Shard the model over `mesh` in place, with or without data, as `parallelize` does."""
     if mesh.mesh_dim_names == TENSOR_PARALLEL_MESH:
-        divide_layers(model, mesh)
+        apply_tensor_parallelism(model, mesh)
     else:
         reshards = sharding_strategy != "SHARD_GRAD_OP"
         shard_layers(model, mesh, reshard_after_forward=reshards, cpu_offload=cpu_offload)

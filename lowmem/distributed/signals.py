@@ -1,4 +1,4 @@
-"""Catch SIGTERM, SIGINT and SIGUSR1, which ask a run to end, even while the main thread is in a collective."""
+"""Catch SIGTERM, SIGINT and SIGUSR1, which ask a run to stop, even while the main thread is in a collective."""
 
 import os
 import select
@@ -11,16 +11,16 @@ from functools import partial
 from typing import NoReturn
 
 PREEMPTED = 75
-"""Exit code of a run that a signal ended and that may be started again: EX_TEMPFAIL of sysexits.h."""
+"""Exit code of a run that a signal stopped and that may be restarted: EX_TEMPFAIL in sysexits.h."""
 
 _CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_ECHO_SECONDS = 5.0  # launchers pass a signal on that has reached us directly as well
+_ECHO_SECONDS = 5.0  # launchers forward a signal that has also reached us directly
 
 
-def say_and_exit(
+def print_and_exit(
     message: str, code: int, act: Callable[[], None] = lambda: None, *, limit_seconds: float = 10.0
 ) -> NoReturn:
-    """End the process with `code`, from any thread, after `message` on stderr and `act`, or after `limit_seconds`."""
+    """Print `message` to stderr, call `act` and exit with `code`, from any thread, within `limit_seconds`."""
     try:
         write = partial(os.write, 2, f"{message}\n".encode())
         threads = [threading.Thread(target=target, daemon=True) for target in (write, act)]
@@ -33,25 +33,25 @@ def say_and_exit(
         os._exit(code)
 
 
-def outlive_readers() -> None:
-    """Discard from here on what is written to stdout or stderr, if its reader has gone (`| head -1`)."""
+def ignore_closed_output() -> None:
+    """If the reader of stdout or stderr has gone (`| head -1`), discard all further output to it."""
     poll = select.poll()
     for descriptor in (1, 2):
-        poll.register(descriptor, 0)  # 0: report only that it is broken or closed
+        poll.register(descriptor, 0)  # 0: report only errors and hang-ups
     with open(os.devnull, "wb") as nowhere:
         for descriptor, _ in poll.poll(0):
             os.dup2(nowhere.fileno(), descriptor)
 
 
 def end_as_signalled(name: str) -> NoReturn:
-    """End with the exit code that shells expect, 128 plus the signal's number (130 for SIGINT)."""
+    """Exit with the code that shells expect, 128 plus the signal number (130 for SIGINT)."""
     os._exit(128 + signal.Signals[name])
 
 
 class Signals:
-    """Keeps the name of the first signal in `came`, from `catch` until `release`; a second one after 5 s ends the run.
+    """Record the first signal in `came`, from `catch` until `release`. A second one after 5 s exits immediately.
 
-    `at_once`, while set, is called with the first one's name in another thread: for when the ranks cannot agree to end.
+    `at_once`, if set, is called with the first signal's name, in another thread, for when ranks cannot agree to stop.
     """
 
     came: str | None = None
@@ -62,15 +62,15 @@ class Signals:
         self._are_ignored = False
 
     def ignore(self) -> None:
-        """Ignore signals from here on: the process is about to end, with the right exit code."""
+        """Ignore further signals: the process is about to exit with the right code."""
         self._are_ignored = True
 
     def catch(self) -> None:
-        """Start to catch the three signals. Call it in the main thread."""
+        """Start catching the three signals. Call it in the main thread."""
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
-        # Python's own handlers wait until the main thread leaves C code, which may be never; the thread that reads
-        # signal numbers from this pipe does not.
+        # Python runs its handlers only when the main thread leaves C code, which may be never. A thread that reads
+        # signal numbers from this pipe reacts anyway.
         self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._handlers_before = {number: signal.signal(number, lambda *_: None) for number in _CAUGHT}
         _catching.append(self)
@@ -96,30 +96,30 @@ class Signals:
                     if (act := self.at_once) is not None:
                         act(name)
                 elif time.monotonic() - first > _ECHO_SECONDS:
-                    say_and_exit(f"{name} came after {self.came}: ends at once, not saved", 1)
+                    print_and_exit(f"{name} came after {self.came}: exits immediately, without saving", 1)
 
 
-# A fork inherits the handlers and the pipe, but not the thread that reads it: a signal to the fork would reach us
-# instead. So the fork releases them, and signals are blocked until it has.
+# A forked process inherits the handlers and the pipe, but not the thread that reads it: a signal to it would reach its
+# parent. So it releases them, and signals are blocked until then.
 _catching: list[Signals] = []
 _forking = threading.local()
 
 
-def _let_signals_wait() -> None:
+def _block_signals() -> None:
     _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _CAUGHT if _catching else ())
 
 
-def _let_signals_through() -> None:
+def _restore_signal_mask() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
 
 def _release_in_fork() -> None:
     for signals in reversed(_catching.copy()):
         signals.release()
-    _let_signals_through()
+    _restore_signal_mask()
 
 
-os.register_at_fork(before=_let_signals_wait, after_in_parent=_let_signals_through, after_in_child=_release_in_fork)
+os.register_at_fork(before=_block_signals, after_in_parent=_restore_signal_mask, after_in_child=_release_in_fork)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Tensor parallelism (Shoeybi et al., 2019): linear layers sharded by the plan that transformers has for a model.
 
-Weights are DTensors, for checkpoints; computation uses their plain local tensors. All else is whole on every rank, also
-embedding and output head. Ranks that share a model must get the same batches and dropout masks: then the gradient of
-what is whole is complete and identical on each of them, without a sum.
+Weights are DTensors, for checkpoints; computation uses their local tensors. Everything else is replicated, also the
+embedding and the output head. Ranks that share a model must get the same batches and dropout masks: then gradients of
+replicated parameters are complete and identical on each of them, without a sum.
 """
 
 import re
@@ -26,53 +26,53 @@ Exchange = Callable[[Tensor, ProcessGroup], Tensor]
 
 
 def make_tensor_mesh(kind: str, world_size: int, tp_size: int) -> DeviceMesh:
-    """A mesh of (data ranks, `tp_size`), in which neighbouring ranks share a model."""
+    """A mesh of (data ranks, `tp_size`), in which adjacent ranks share a model."""
     if world_size % tp_size:
-        raise UsageError(f"tp_size={tp_size} was set, but {world_size} processes are no multiple of it: start others")
+        raise UsageError(f"tp_size={tp_size} was set, but it does not divide {world_size} processes: set a divisor")
     return init_device_mesh(kind, (world_size // tp_size, tp_size), mesh_dim_names=TENSOR_PARALLEL_MESH)
 
 
-def divide_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+def apply_tensor_parallelism(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Shard the layers in the model's plan over the second dimension of `mesh`, in place. See `check_plan`."""
     check_plan(model, mesh.size(1))
     group = mesh.get_group(1)
     for name, style in _planned(model).items():
         if style in _STYLES:
-            _divide(_part(model, name), _STYLES[style], mesh)
+            _shard_linear(_part(model, name), _STYLES[style], mesh)
         else:
             for parameter in (x for x in _part(model, name).parameters() if x.requires_grad):
-                # the hook sees each gradient before it is added to those of earlier micro-batches
+                # the hook sees each gradient before it is accumulated
                 parameter.register_hook(partial(_summed, group=group))
 
 
 def check_plan(model: PreTrainedModel, tp_size: int) -> None:
-    """Raise UsageError if the model has no plan, one that cannot be followed, or sizes that do not divide."""
-    asked, kind, planned = f"tp_size={tp_size} was asked for, but", type(model).__name__, _planned(model)
+    """Raise UsageError if the model has no plan, an unsupported one, or sizes that `tp_size` does not divide."""
+    request, kind, planned = f"tp_size={tp_size} was set, but", type(model).__name__, _planned(model)
     if not planned:
-        raise UsageError(f"{asked} transformers has no plan to divide {kind}: use another model, or tp_size=1")
+        raise UsageError(f"{request} transformers has no plan to shard {kind}: use another model or set tp_size=1")
     for name, style in planned.items():
-        if style not in (*_STYLES, _WHOLE):
-            found = f"the plan of {kind} has {_generic(name)} as {style}, which is not built"
-            raise UsageError(f"{asked} {found}: use a dense model, or tp_size=1")
+        if style not in (*_STYLES, _REPLICATED):
+            found = f"the plan of {kind} has {_generic(name)} as {style}, which is not supported"
+            raise UsageError(f"{request} {found}: use a dense model or set tp_size=1")
         if style in _STYLES and type(_part(model, name)) is not nn.Linear:
             other = type(_part(model, name)).__name__
-            raise UsageError(f"{asked} {_generic(name)} of {kind} is a {other}, not nn.Linear: set tp_size=1")
+            raise UsageError(f"{request} {_generic(name)} of {kind} is a {other}, not nn.Linear: set tp_size=1")
     if left_out := _left_out(model, planned):
-        found = f"the plan of {kind} leaves out {', '.join(left_out)}, which would get a part of its gradient"
-        raise UsageError(f"{asked} {found}: use another model, or tp_size=1")
+        found = f"the plan of {kind} leaves out {', '.join(left_out)}, which would get only a part of its gradient"
+        raise UsageError(f"{request} {found}: use another model or set tp_size=1")
     if uneven := _uneven(model, planned, tp_size):
-        raise UsageError(f"{asked} {kind} has {', '.join(uneven)}: choose a tp_size that divides all of them")
+        raise UsageError(f"{request} {kind} has {', '.join(uneven)}: set a tp_size that divides all of them")
 
 
 def _left_out(model: PreTrainedModel, planned: dict[str, str]) -> list[str]:
-    """Parameters that are not in the plan, of modules in which ranks compute with different weights."""
-    divided = {name.rpartition(".")[0] for name, style in planned.items() if style == "colwise"}
-    inside = {f"{name}.{x}" for name in divided for x, _ in model.get_submodule(name).named_parameters()}
+    """Parameters that are not in the plan, in modules where ranks compute with different weights."""
+    sharded = {name.rpartition(".")[0] for name, style in planned.items() if style == "colwise"}
+    inside = {f"{name}.{x}" for name in sharded for x, _ in model.get_submodule(name).named_parameters()}
     return sorted({_generic(name) for name in inside if name.rpartition(".")[0] not in planned})
 
 
 def _uneven(model: PreTrainedModel, planned: dict[str, str], tp_size: int) -> list[str]:
-    """Sizes that are no multiples of `tp_size`. Attention needs whole heads, not only rows of a weight."""
+    """Sizes that are not multiples of `tp_size`. Attention needs whole heads, not only rows of a weight."""
     config, found = model.config.get_text_config(), {}
     for name, style in planned.items():
         if style == "colwise" and "att" in name:
@@ -97,15 +97,15 @@ def _part(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
 
 
 def _generic(name: str) -> str:
-    """The name in a plan, with a star for the number of a layer."""
+    """The name in a plan, with a star instead of the layer number."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def _divide(linear: nn.Linear, style: "_Style", mesh: DeviceMesh) -> None:
+def _shard_linear(linear: nn.Linear, style: "_Style", mesh: DeviceMesh) -> None:
     group = mesh.get_group(1)
-    # a bias is sharded with the rows of its weight; if the weight is sharded by columns it stays whole
+    # a bias is sharded with the rows of its weight; if the weight is sharded by columns, it is replicated
     for name, whole in [(name, x) for name, x in linear.named_parameters() if x.dim() > style.dim]:
-        # None: no rank broadcasts, as some may have no data
+        # None: do not broadcast, as some ranks may have no data
         shard = distribute_tensor(whole.detach(), mesh, [Replicate(), Shard(style.dim)], src_data_rank=None)
         setattr(linear, name, nn.Parameter(shard, requires_grad=whole.requires_grad))
 
@@ -117,7 +117,7 @@ def _divide(linear: nn.Linear, style: "_Style", mesh: DeviceMesh) -> None:
         result = F.linear(x, linear.weight.to_local(), local_bias)
         if style.after:
             result = _Exchange.apply(result, group, *style.after)
-        return result + bias if bias is not None and style.dim == 1 else result  # once, not by every rank
+        return result + bias if bias is not None and style.dim == 1 else result  # added once, not on every rank
 
     linear.forward = forward
 
@@ -146,7 +146,7 @@ def _same(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _sum(x: Tensor, group: ProcessGroup) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)  # recompute_cheap keeps x and sums it again
+    total = x.clone(memory_format=torch.contiguous_format)  # recompute_cheap keeps x and reduces it again
     dist.all_reduce(total, group=group)
     return total
 
@@ -162,18 +162,18 @@ def _own_columns(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class _Style(NamedTuple):
-    """How a linear layer is sharded: `dim` of its weight, and functions of input and output, for `_Exchange`."""
+    """How a linear layer is sharded: `dim` of its weight, and the `_Exchange` functions of input and output."""
 
     dim: int
     before: tuple[Exchange, Exchange] | None
     after: tuple[Exchange, Exchange] | None
 
 
-# under transformers' names
+# by the names in transformers' plans
 _STYLES = {
     "colwise": _Style(0, (_same, _sum), None),
     "colwise_gather_output": _Style(0, (_same, _sum), (_all_gather_columns, _own_columns)),
     "rowwise": _Style(1, None, (_sum, _same)),
     "rowwise_split_input": _Style(1, (_own_columns, _all_gather_columns), (_sum, _same)),
 }
-_WHOLE = "replicated_with_grad_allreduce"  # norms of heads: each rank's gradient is of its own heads alone
+_REPLICATED = "replicated_with_grad_allreduce"  # norms of heads: each rank has the gradient of its own heads only

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class Divided:
-    """A weight that stage 3 has sharded."""
+class Zero3Weight:
+    """A weight sharded by ZeRO stage 3."""
 
     def __init__(self, parameter: nn.Parameter):
         self._parameter = parameter
@@ -29,8 +29,8 @@ class Divided:
     def numel(self) -> int:
         return self.shape.numel()
 
-    def whole(self) -> Tensor:
-        """A copy of the whole on the host. A collective: every rank calls it."""
+    def gather_to_host(self) -> Tensor:
+        """All-gather a copy to the host. Call it on every rank."""
         import deepspeed
 
         with collective("all-gathering a weight"), deepspeed.zero.GatheredParameters([self._parameter]):
@@ -38,7 +38,7 @@ class Divided:
 
 
 def make_accelerator(config: Mapping[str, object], *, on_cpu: bool, **options: object) -> "Accelerator":
-    """An Accelerator that uses DeepSpeed with a whole `config`, precision included. Raises UsageError if it refuses."""
+    """An Accelerator for DeepSpeed with a full `config`, including precision. Raises UsageError if it is invalid."""
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -51,13 +51,13 @@ def make_accelerator(config: Mapping[str, object], *, on_cpu: bool, **options: o
     except (DeepSpeedConfigError, ValueError) as error:
         raise UsageError(f"DeepSpeed refuses its config: {' '.join(str(error).split())}") from error
     if on_cpu:
-        # or it compiles collectives over shared memory for a minute, which gloo has
+        # or it spends a minute compiling shared-memory collectives, which gloo already has
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # with DeepSpeed accelerate sees one process; with DeepSpeed and cpu=True it leaves DeepSpeed out
+        # with DeepSpeed, accelerate sees one process; with cpu=True too, it ignores DeepSpeed
         PartialState(cpu=True)
-    # DeepSpeed calls collectives by names that newer torch deprecates, in every step
+    # in every step, DeepSpeed calls collectives that newer torch deprecates
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
-    # the launcher's settings are in `config`, and the plugin refuses both
+    # `config` already has the launcher's settings, and the plugin rejects both
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     plugin = DeepSpeedPlugin(hf_ds_config=dict(config), zero3_init_flag=False)
     accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="no", **options)
@@ -66,28 +66,28 @@ def make_accelerator(config: Mapping[str, object], *, on_cpu: bool, **options: o
 
 
 def wrap(model: nn.Module, optimizer: Optimizer, accelerator: "Accelerator") -> nn.Module:
-    """Return DeepSpeed's engine around both, with the weights of rank 0; `optimizer` steps ZeRO's parts of them."""
+    """Wrap both in DeepSpeed's engine, with rank 0's weights. `optimizer` then updates ZeRO's shards of them."""
     import deepspeed
 
     plugin = accelerator.deepspeed_plugin
     if plugin.zero_stage == 3:
         if plugin.deepspeed_config["bf16"]["enabled"]:
             model.to(torch.bfloat16)  # as the engine does for other stages
-        # shards each weight as it comes to the device; the engine alone would first move them all
+        # shards each weight as it reaches the device; the engine would move all of them first
         deepspeed.zero.Init(module=model, config_dict_or_path=plugin.deepspeed_config)
     engine, _ = accelerator.prepare(model, optimizer)
     return engine
 
 
 def backward(engine: nn.Module, loss: Tensor, *, world_size: int, is_last: bool) -> None:
-    """Add the gradient of `loss` to the step's, a sum over ranks; `is_last` reduces it."""
+    """Add the gradient of `loss` to the step's gradient; `is_last` then sums it over ranks."""
     engine.set_gradient_accumulation_boundary(is_last)
-    engine.backward(loss * world_size)  # it takes the mean over ranks
+    engine.backward(loss * world_size)  # the engine averages over ranks
 
 
 def update(engine: nn.Module) -> tuple[Tensor, bool]:
     """Clip and update unless the gradient is not finite. Returns its norm before clipping, and whether it updated."""
     engine.step()
     updated = engine.was_step_applied()
-    norm = engine.get_global_grad_norm() if updated else math.nan  # it would be that of the step before
+    norm = engine.get_global_grad_norm() if updated else math.nan  # or it would be the norm of the previous step
     return torch.as_tensor(norm, dtype=torch.float32, device=engine.device), updated

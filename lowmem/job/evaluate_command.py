@@ -1,4 +1,4 @@
-"""The command `evaluate`: load a model, evaluate it on held-out rows, print one line of JSON."""
+"""The `evaluate` command: load a model, evaluate it on held-out rows, print one line of JSON."""
 
 import json
 
@@ -13,7 +13,7 @@ from lowmem.distributed.sharding import parallelize
 from lowmem.evaluation import make_evaluation
 from lowmem.loss import LOSSES
 from lowmem.model import load_model
-from lowmem.report import tell, tell_answers
+from lowmem.report import print_answers, print_lines
 
 
 def evaluate_model(config: TrainConfig, test_rows: Rows) -> None:
@@ -27,6 +27,6 @@ def evaluate_model(config: TrainConfig, test_rows: Rows) -> None:
     measure = make_evaluation(model, tokenizer, encode, LOSSES[config.loss], accelerator, **config.evaluation)
     metrics, answers = measure(test_rows, "test")
     if accelerator.is_main_process:
-        tell_answers(answers)
-        tell(json.dumps(metrics))
+        print_answers(answers)
+        print_lines(json.dumps(metrics))
     accelerator.end_training()

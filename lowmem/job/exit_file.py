@@ -16,13 +16,13 @@ from lowmem.distributed.signals import PREEMPTED
 CODES = {"done": 0, "failed": 1, "mistake": 2, "preempted": PREEMPTED}
 """Exit code by cause."""
 _FINAL = ("mistake", "preempted")
-_START_ERROR_SECONDS = 2.0  # the system knows when a process started to about a second
+_START_ERROR_SECONDS = 2.0  # process start times are accurate to about a second
 
 
 def write_exit(folder: Path, cause: str, message: str = "", *, step: int | None, rank: int) -> None:
-    """Write `folder`/exit.json whole or not at all, and only if there is none: the first cause counts.
+    """Write `folder`/exit.json atomically, unless it exists: the first cause counts.
 
-    `cause` is a key of CODES, `step` the optimizer steps done, if known. Without a folder nothing is written.
+    `cause` is a key of CODES, `step` the number of optimizer steps done, if known. Does nothing without a folder.
     """
     if not folder.is_dir():
         return
@@ -33,7 +33,7 @@ def write_exit(folder: Path, cause: str, message: str = "", *, step: int | None,
     try:
         unfinished.write_text(json.dumps(record, indent=2) + "\n")
         try:
-            os.link(unfinished, path)  # not a rename, which would replace an earlier one
+            os.link(unfinished, path)  # a rename would replace an earlier file
         except FileExistsError:
             pass
         except OSError:  # a file system without hard links
@@ -50,17 +50,17 @@ def remove_exit(folder: Path) -> None:
 
 
 def final_exit(folder: Path) -> Mapping[str, object] | None:
-    """exit.json, if it was written in this launch and another start would end the same way."""
+    """exit.json, if it is from this launch and a restart would end the same way; otherwise None."""
     try:
         record = json.loads((folder / "exit.json").read_text())
         is_final = record["cause"] in _FINAL and _is_of_this_launch(record["launch"], record["time"])
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is not ours
+    except (OSError, ValueError, KeyError, TypeError):  # missing, or not in our format
         return None
     return record if is_final else None
 
 
 def this_launch() -> dict[str, object]:
-    """{"run_id", "host", "launcher": id of this process's parent, "since": the parent's start, or else our own}."""
+    """{"run_id", "host", "launcher": the parent's process id, "since": start of the parent or else this process}."""
     try:
         since = psutil.Process(os.getppid()).create_time()
     except psutil.Error:  # the first process of a container has no parent
@@ -71,9 +71,9 @@ def this_launch() -> dict[str, object]:
 
 
 def _is_of_this_launch(launch: Mapping[str, object], time: str) -> bool:
-    """Whether a process of `launch` that wrote something at `time` (ISO 8601) was in this process's launch.
+    """Whether a record written in `launch` at `time` (ISO 8601) is from this process's launch.
 
-    All hosts share a run id, but process and run ids recur: what is older than our launcher is of an earlier launch.
+    All hosts share a run id. Ids may be reused: a record older than our launcher is from an earlier launch.
     """
     ours = this_launch()
     age = (datetime.fromisoformat(time) - datetime.fromisoformat(ours["since"])).total_seconds()

@@ -1,4 +1,4 @@
-"""Start processes through torch's elastic launcher, and end with the launcher that started this one."""
+"""Start processes with torch's elastic launcher, and end this process when its own launcher dies."""
 
 import ctypes
 import os
@@ -15,22 +15,22 @@ import psutil
 
 from lowmem.distributed.signals import Signals
 
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _SECONDS_TO_START = 10.0
-_SECONDS_BETWEEN_LOOKS = 0.5
+_POLL_SECONDS = 0.5
 
 
 def start_processes(num_processes: int, arguments: Sequence[str], signals: Signals) -> int:
-    """Run this script with `arguments` in `num_processes` processes on this machine, and return its exit code.
+    """Run `python *arguments` in `num_processes` processes on this machine, and return the exit code.
 
-    When one fails, the launcher ends the others, and its code is returned. The first of `signals`, caught already, is
-    passed on; if it ended a process that did not catch it yet, its negative number is returned.
+    When a process fails, the launcher ends the others and that process's code is returned. The first signal that
+    `signals` catches is forwarded; if it ended a process that did not catch it yet, its negated number is returned.
     """
-    passed_on: list[int] = []
+    forwarded: list[int] = []
 
-    def pass_on(name: str) -> None:
-        passed_on.append(signal.Signals[name])
-        # without any, they are about to be started, or all have ended and this process ends too
+    def forward(name: str) -> None:
+        forwarded.append(signal.Signals[name])
+        # no children: they are about to start, or all have ended and this process is about to end too
         limit = time.monotonic() + _SECONDS_TO_START
         while not (processes := psutil.Process().children()) and time.monotonic() < limit:
             time.sleep(0.05)
@@ -46,39 +46,39 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
     print(f"starting {num_processes} processes on this machine", flush=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid4().hex}
-    # it kills 30 s after a signal that it handles: too soon for a large model
+    # the launcher kills its processes 30 s after a signal that it handles: too soon to save a large model
     options = {"max_restarts": 0, "signals_to_handle": "SIGHUP,SIGQUIT"}
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=num_processes, **rendezvous, **options)
-    end_unstarted, signals.at_once = signals.at_once, pass_on
+    end_unstarted, signals.at_once = signals.at_once, forward
     try:
         elastic_launch(config, sys.executable)("-u", *arguments)
     except ChildFailedError as failure:
         _, first = failure.get_first_failure()
-        return first.exitcode if first.exitcode > 0 or -first.exitcode in passed_on else 1
+        return first.exitcode if first.exitcode > 0 or -first.exitcode in forwarded else 1
     return 0
 
 
 def die_with_launcher() -> None:
-    """Under a launcher, on Linux: get a SIGTERM, and so save, if the launcher dies, even of SIGKILL."""
+    """Under a launcher on Linux: receive SIGTERM, and so save, when the launcher dies, even by SIGKILL."""
     # torchrun; `accelerate launch`, which starts a single process without an elastic launcher; `deepspeed`
     is_launched = not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "CROSS_SIZE"))
     if not is_launched or sys.platform != "linux":
         return
     launcher = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != launcher:  # it died in between
+    if os.getppid() != launcher:  # it died before prctl
         os.kill(os.getpid(), signal.SIGTERM)
     if "CROSS_SIZE" in os.environ:
         _die_with_deepspeed(launcher)
 
 
 def _die_with_deepspeed(launcher: int) -> None:
-    """As `die_with_launcher`, of `deepspeed`, whose end does not end the launcher that it started."""
+    """Send this process SIGTERM when the `deepspeed` command dies, because the launcher that it started survives it."""
 
     def watch(command: int) -> None:
         with suppress(psutil.Error):
             while psutil.Process(launcher).ppid() == command:
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                time.sleep(_POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with suppress(psutil.Error):

@@ -1,4 +1,4 @@
-"""Train or evaluate as a config says: in this process, or in processes that it starts."""
+"""Train or evaluate, in this process or in processes that it starts."""
 
 import os
 import sys
@@ -27,12 +27,12 @@ def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: f
     """
     trains, output = command == "train", Path(config.output_dir)
     signals = Signals(at_once=end_at_once if trains else end_as_signalled)
-    signals.catch()  # for good: the echo of a signal may come when all is done
+    signals.catch()  # never released: a launcher may forward a signal after the run is done
     die_with_launcher()
-    is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # in place of a process that failed
+    is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # after a process failed
     if trains and is_restarted and (ended := final_exit(output)):
         if os.environ["LOCAL_RANK"] == "0":
-            print(f"not started again, this launch has ended: {ended['cause']}, {ended['message']}", file=sys.stderr)
+            print(f"not restarted, this launch has ended: {ended['cause']}, {ended['message']}", file=sys.stderr)
         return ended["code"]
     check_launch(config.num_processes)
     if trains:
@@ -42,9 +42,9 @@ def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: f
     if trains and (config.device_memory or config.host_memory) and _PLANNED not in os.environ:
         from lowmem.plan.command import fitted, flags_between
 
-        asked, config = config, fitted(config, fixed)
-        arguments = [*arguments, *flags_between(asked, config)]
-        os.environ[_PLANNED] = "1"  # the processes that this one starts do not plan again
+        requested, config = config, fitted(config, fixed)
+        arguments = [*arguments, *flags_between(requested, config)]
+        os.environ[_PLANNED] = "1"  # started processes do not plan again
 
     processes = processes_to_start(config.num_processes)
     # DeepSpeed needs a process group even for one process
@@ -76,11 +76,11 @@ def _open_all_rows(config: TrainConfig, trains: bool) -> RowSets:
 
 
 def _set_environment() -> None:
-    """Set what torch reads when it is loaded, unless it is set."""
-    # OpenMP's waiting threads sleep: a tiny model loses a sixth of its speed on idle cores, but threads that spin slow
-    # down five times and more as soon as anything else runs.
+    """Set environment variables that torch reads on import, unless they are set."""
+    # PASSIVE: waiting OpenMP threads sleep. A tiny model loses a sixth of its speed on idle cores, but spinning threads
+    # are at least five times slower as soon as anything else runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # the CUDA allocator merges memory that batches of changing lengths fragment
+    # batches of varying lengths fragment the CUDA allocator's memory; expandable segments avoid that
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import NoReturn
 
 from lowmem.distributed import heartbeat
-from lowmem.distributed.signals import PREEMPTED, Signals, say_and_exit
+from lowmem.distributed.signals import PREEMPTED, Signals, print_and_exit
 from lowmem.errors import OutOfMemory, RankError, RowError, SaveError, StartError, UsageError
 from lowmem.job.exit_file import CODES, remove_exit, write_exit
-from lowmem.job.folder import holds_anything, owned
+from lowmem.job.folder import has_files, lock_folder
 
-# printed in one line, without a traceback
-_PRINTED_ALONE = (UsageError, RowError, RankError, SaveError, OutOfMemory, FloatingPointError)
+# printed as one line
+_WITHOUT_TRACEBACK = (UsageError, RowError, RankError, SaveError, OutOfMemory, FloatingPointError)
 _NOTHING_SAVED = "nothing is saved"
 
 
 def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Signals) -> int:
     """Call `train(signals=..., on_abort=...)`, which returns (step, preempted), and return the exit code.
 
-    Rank 0 locks `output`. exit.json says how it ended, unless it was a mistake and nothing else is in there.
+    Rank 0 locks `output`. exit.json records how the run ended, except for a user error in an empty folder.
     """
     rank = int(os.environ.get("RANK", "0"))
 
@@ -33,17 +33,17 @@ def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Sig
 
     if rank != 0:
         signals.at_once = partial(end_at_once, record=record)
-    with owned(output) if rank == 0 else nullcontext():
+    with lock_folder(output) if rank == 0 else nullcontext():
         if rank == 0:
             remove_exit(output)
-            signals.at_once = partial(end_at_once, record=record)  # not before: the folder may be another run's
+            signals.at_once = partial(end_at_once, record=record)  # not sooner: the folder may be another run's
         try:
             step, preempted = train(signals=signals, on_abort=partial(record, "failed"))
         except Exception as error:
             cause = cause_of(error)
-            # before the main rank has locked the folder it may be another run's
-            is_ours = rank == 0 or is_in_a_group()
-            if is_ours and (cause != "mistake" or holds_anything(output)):
+            # until the main rank has locked the folder, it may be another run's
+            is_ours = rank == 0 or has_process_group()
+            if is_ours and (cause != "mistake" or has_files(output)):
                 record(cause, message_of(error))
             raise
         cause = "preempted" if preempted else "done"
@@ -54,35 +54,35 @@ def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Sig
 
 
 def end_at_once(signal: str, record: Callable[..., None] | None = None) -> NoReturn:
-    """End on a signal before the ranks are one group, which can agree on when to end."""
-    # a launcher also sends SIGTERM to all when one of them failed, be it to start them again
-    is_a_launchers = signal == "SIGTERM" and not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "CROSS_SIZE"))
-    if is_a_launchers and os.environ.get("LOCAL_RANK") != "0":
-        os._exit(PREEMPTED)  # the failed process, or the first one of the host, reports
-    records = record is not None and not is_a_launchers
+    """End on a signal that comes before the process group exists, so the ranks cannot agree on when to end."""
+    # a launcher also sends SIGTERM to all processes when one fails, even if it restarts them
+    from_launcher = signal == "SIGTERM" and not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "CROSS_SIZE"))
+    if from_launcher and os.environ.get("LOCAL_RANK") != "0":
+        os._exit(PREEMPTED)  # the failed process, or local rank 0, reports
+    records = record is not None and not from_launcher
     act = partial(record, "preempted", _NOTHING_SAVED) if records else lambda: None
-    say_and_exit(f"{signal} came, ends at once: there is nothing to save yet", PREEMPTED, act)
+    print_and_exit(f"{signal} received, exiting at once: there is nothing to save yet", PREEMPTED, act)
 
 
 def record_preempted(output: Path) -> None:
-    """Write exit.json after a signal ended the processes that this one started, if none of them could."""
-    with suppress(UsageError), owned(output):  # another run's folder is left alone
+    """Write exit.json after a signal ended the processes that this one started, if none of them wrote it."""
+    with suppress(UsageError), lock_folder(output):  # skip a folder that another run has locked
         write_exit(output, "preempted", _NOTHING_SAVED, step=None, rank=0)
 
 
-def tell_failure(error: Exception) -> int:
-    """Print `error`, and report it to the other ranks. Returns the exit code."""
+def report_error(error: Exception) -> int:
+    """Print `error`, report it to the other ranks, and return the exit code."""
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" or isinstance(error, StartError) else f" on rank {rank}, host {socket.gethostname()}"
-    # before the processes are one group, all on a host see the same mistake and one prints it; later one may be alone
-    is_seen_by_all = isinstance(error, UsageError) and not isinstance(error, StartError) and not is_in_a_group()
-    if os.environ.get("LOCAL_RANK", "0") == "0" or not is_seen_by_all:
+    # before the process group exists, all processes of a host have the same user error: one prints it
+    same_on_host = isinstance(error, UsageError) and not isinstance(error, StartError) and not has_process_group()
+    if os.environ.get("LOCAL_RANK", "0") == "0" or not same_on_host:
         lines = traceback.format_exception(error)
-        if isinstance(error, _PRINTED_ALONE):
+        if isinstance(error, _WITHOUT_TRACEBACK):
             lines = [f"error{where}: {error}\n"]
-        with suppress(OSError):  # nobody reads it
+        with suppress(OSError):  # stderr is closed
             print(*lines, sep="", end="", file=sys.stderr, flush=True)
-    heartbeat.ended(message_of(error))
+    heartbeat.report_end(message_of(error))
     return CODES[cause_of(error)]
 
 
@@ -91,9 +91,9 @@ def cause_of(error: Exception) -> str:
 
 
 def message_of(error: Exception) -> str:
-    return str(error) if isinstance(error, _PRINTED_ALONE) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, _WITHOUT_TRACEBACK) else f"{type(error).__name__}: {error}"
 
 
-def is_in_a_group() -> bool:
-    """Whether this process has joined the others. Imports no torch."""
+def has_process_group() -> bool:
+    """Whether this process has joined a process group. Imports no torch."""
     return "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()

@@ -1,7 +1,7 @@
 """The gradients of one optimizer step: summed over micro-batches, reduced over ranks, clipped, applied.
 
-`train_step` knows only this seam. Until the update they are in `.grad`, in fp32 or stochastically rounded sums (memory
-tiers), in shards (fully_shard), or applied already (release).
+Before the update, gradients are in `.grad`, in fp32 or stochastically rounded sums (memory tiers), in shards
+(fully_shard), or already applied (gradient release). `train_step` handles all of them in the same way.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,24 +19,24 @@ from torch.optim import Optimizer
 
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import is_first_copy, local_of
-from lowmem.distributed.placement import data_place, is_divided, is_engine, is_sharded
+from lowmem.distributed.placement import data_place, has_collectives, is_engine, is_sharded
 from lowmem.distributed.reduce import all_reduce_sum, gradient_norm
 from lowmem.distributed.seeds import seed_of
 from lowmem.memory.release import Released
 from lowmem.optim.tiers import TieredOptimizer
 
-# autocast would keep a bf16 copy of every weight until the loss is computed; without recompute autograd keeps it
-# anyway, with it each weight is cast once in forward and once in backward
+# autocast would cache a bf16 copy of every weight until the loss is computed. Without activation checkpointing,
+# autograd keeps the copies anyway; with it, each weight is cast once in forward and once in backward.
 _UNCACHED = AutocastKwargs(cache_enabled=False)
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
-"""`(model, batch) -> sum of the token losses`, an fp32 scalar: the only seam between loop and task."""
+"""`(model, batch) -> sum of the token losses`, an fp32 scalar: the only interface between loop and task."""
 
 
 class Gradients:
-    """The gradients of one step over `num_tokens` targets; those that a failed step left are cleared.
+    """The gradients of one step over `num_tokens` targets. Clears gradients left by a failed step.
 
-    Raises ValueError for fp16, for a second precision next to a tier, and for an optimizer that accelerate wrapped.
+    Raises ValueError for fp16, for mixed precision with a memory tier, and for an optimizer wrapped by accelerate.
     """
 
     def __init__(
@@ -47,47 +47,47 @@ class Gradients:
         self._num_tokens, self._seed, self._step = num_tokens, seed, step
         self._rank, self._is_sharded = data_place(model), is_sharded(model)
         self.released: Released | None = getattr(optimizer, "released", None)
-        self.can_be_dropped = self.released is None and not is_divided(model)
-        """Whether `accumulate` updates nothing and has no collective, so that ranks can drop a step."""
+        self.can_be_dropped = self.released is None and not has_collectives(model)
+        """Whether `accumulate` has no update and no collective, so that all ranks can drop a step."""
         self._all: list[Tensor] = []
         self.clear()
 
     def check(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
-        """Raise UsageError, before anything is computed, for what gradient release excludes."""
+        """Raise UsageError for options that gradient release does not support."""
         if self.released:
             self.released.begin(micro_batches, max_grad_norm, nonfinite)
 
     def accumulate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> list[Tensor]:
-        """Run forward and backward of each micro-batch; return their parts of the mean loss, fp32 scalars."""
+        """Run forward and backward on each micro-batch; return each one's share of the mean loss, fp32 scalars."""
         losses: list[Tensor] = []
         is_ddp = isinstance(self._model, DistributedDataParallel)
         with self._sums(len(batches)):
             for index, batch in enumerate(batches if self._num_tokens else ()):
-                # on all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
+                # seeds all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
                 torch.manual_seed(seed_of(self._seed, self._step, self._rank.rank, index))
-                # DDP must not sum over ranks in backward
+                # DDP must not all-reduce in backward
                 with self._model.no_sync() if is_ddp else nullcontext():
                     with self._accelerator.autocast(_UNCACHED):
                         loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._num_tokens
                     loss.backward()
                 losses.append(loss.detach())
-        used_up = self.released.parameters if self.released else ()  # all others get a gradient, zeros at least
+        applied = self.released.parameters if self.released else ()  # all others get a gradient, if only zeros
         for parameter in self._model.parameters():
-            if parameter.requires_grad and parameter not in used_up:
+            if parameter.requires_grad and parameter not in applied:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
                 self._all.append(parameter.grad)
         return losses
 
     def all_reduce(self, losses: Sequence[Tensor]) -> Tensor:
-        """Sum `losses` and, unless backward has (sharded weights), all gradients over ranks; return the loss."""
+        """Sum `losses` and all gradients over ranks; return the loss. Sharded gradients are already reduced."""
         loss = sum(losses, torch.zeros((), device=self._accelerator.device))
         if self._accelerator.num_processes > 1:
             all_reduce_sum([loss, *([] if self._is_sharded else map(local_of, self._all))], self._rank.group)
         return loss
 
     def norm(self) -> Tensor:
-        """The whole gradient's L2 norm, an fp32 scalar, the same on every rank. One small collective if sharded."""
+        """Return the L2 norm of the whole gradient, fp32, equal on every rank. Runs one small collective if sharded."""
         norms = [gradient_norm(gradient) for gradient in self._all if not isinstance(gradient, DTensor)]
         if sharded := [gradient for gradient in self._all if isinstance(gradient, DTensor)]:
             squares = torch.zeros((), device=self._accelerator.device)
@@ -98,7 +98,7 @@ class Gradients:
         return torch.linalg.vector_norm(torch.stack([*norms, *(self.released.norms if self.released else ())]))
 
     def clip(self, max_grad_norm: float, grad_norm: Tensor) -> None:
-        """Like torch.nn.utils.clip_grads_with_norm_, which does not take whole and sharded gradients together."""
+        """Clip like torch.nn.utils.clip_grads_with_norm_, which cannot mix plain and sharded gradients."""
         factor = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
         local = [local_of(gradient) for gradient in self._all]
         torch._foreach_mul_(local, factor.to(local[0].device))
@@ -119,13 +119,13 @@ class Gradients:
         return self._optimizer.summing(micro_batches, *key)
 
 
-@cache  # what is fine once is not looked at again in each step
+@cache  # checks only once, not at every step
 def _check(optimizer: type, mixed_precision: str, is_engine: bool) -> None:
     if is_engine:
         raise ValueError("the model is in DeepSpeed's engine, which reduces and applies gradients: use deepspeed_step")
     if mixed_precision == "fp16":
-        raise ValueError("the Accelerator is in fp16, which needs loss scaling: use bf16 or no")
+        raise ValueError("fp16 needs loss scaling, which is not supported: set the Accelerator's mixed_precision=bf16")
     if issubclass(optimizer, AcceleratedOptimizer):
-        raise ValueError("accelerator.prepare hides its tier: pass the optimizer as make_optimizer returned it")
+        raise ValueError("the optimizer is wrapped by accelerator.prepare: pass the one that make_optimizer returned")
     if issubclass(optimizer, TieredOptimizer) and mixed_precision != "no":
-        raise ValueError(f"a tier's weights are bf16: set the Accelerator's mixed_precision=no, got {mixed_precision}")
+        raise ValueError(f"memory tiers need the Accelerator's mixed_precision=no, got {mixed_precision}: set it to no")

@@ -1,4 +1,4 @@
-"""Move the activations that backward needs out of the memory that the model computes in."""
+"""Offload the activations that backward needs: from CUDA to host memory, on CPU to mapped files."""
 
 import os
 import tempfile
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-_LEAST_BYTES = 4096  # smaller ones stay: they are not worth a copy
-_AHEAD = 2  # activations copied back before backward needs them
+_LEAST_BYTES = 4096  # smaller activations are not worth a copy
+_AHEAD = 2  # activations to prefetch in backward
 
 ToHost = Callable[[Tensor], Tensor]
-"""Copies an activation that is on a CPU already: into a file, or for `plan` nowhere."""
+"""Copies an activation that is on the CPU: into a file, or nowhere for `plan`."""
 
 
 class Offload:
     """The two hooks of `torch.autograd.graph.saved_tensors_hooks`, and the copies between them.
 
-    From CUDA an activation goes to pinned host memory on its own stream, and comes back before backward needs it. On
-    CPU `to_host` copies it into a mapped file, which the system can write out. `kept` tensors stay where they are.
+    A separate CUDA stream copies activations to pinned host memory, and back before backward needs them. On CPU,
+    `to_host` copies them into mapped files, which the system can write out. `kept` tensors are not copied.
     """
 
     def __init__(self, kept: Iterable[Tensor], to_host: ToHost):
@@ -38,8 +38,8 @@ class Offload:
             return tensor
         if tensor.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
-        # Several operations save one tensor (queries, keys and values their input): one copy serves them all. Its weak
-        # reference keeps the storage's address from being reused, not its memory from being freed.
+        # Operations that save the same tensor (queries, keys and values save their input) share one copy. The weak
+        # reference keeps the storage's address from being reused, but does not keep its memory.
         key = (reference.cdata, tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         copy = self._by_source.get(key)
         if copy is None:
@@ -74,7 +74,7 @@ class _Copy:
             with torch.cuda.stream(stream):
                 self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
                 self._host.copy_(tensor, non_blocking=True)
-            tensor.record_stream(stream)  # its memory is not reused before the copy is done
+            tensor.record_stream(stream)  # do not reuse its memory before the copy is done
 
     def fetch(self) -> None:
         if self._fetched is None and (self._taken is None or self._taken() is None):
@@ -84,24 +84,24 @@ class _Copy:
                 self._arrived = self._stream.record_event()
 
     def take(self) -> Tensor:
-        """The tensor; it stays on the device as long as one operation holds it."""
+        """Return the tensor, which stays on the device as long as an operation holds it."""
         tensor = self._taken and self._taken()
         if tensor is None:
             self.fetch()
             tensor, self._fetched = self._fetched, None
             if self._stream is not None:
                 current = torch.cuda.current_stream(self._device)
-                current.wait_event(self._arrived)  # but not for later copies
+                current.wait_event(self._arrived)  # does not wait for later copies
                 tensor.record_stream(current)
             self._taken = weakref.ref(tensor)
         return tensor
 
 
 def mapped_file(tensor: Tensor) -> Tensor:
-    """Copy `tensor` into a temporary file that is mapped into memory. Raises OSError if the disk is full."""
-    with tempfile.NamedTemporaryFile(prefix="lowmem-activation-") as file:  # the mapping outlives its name
+    """Copy `tensor` into a memory-mapped temporary file. Raises OSError if the disk is full."""
+    with tempfile.NamedTemporaryFile(prefix="lowmem-activation-") as file:  # the mapping outlives the file name
         try:
-            os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # or a full disk would end the process later (SIGBUS)
+            os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # or a full disk would kill the process later (SIGBUS)
         except OSError as error:
             needs = f"offload_activations needs {tensor.nbytes:,} more bytes in {tempfile.gettempdir()}"
             message = f"{needs}: {error.strerror}; set TMPDIR to a folder on a larger disk, or remove the flag"
@@ -112,6 +112,6 @@ def mapped_file(tensor: Tensor) -> Tensor:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill their memory without a gap or an overlap, so that a copy can have the same layout."""
+    """Return whether the elements fill memory without gaps or overlaps, so that a copy can have the same layout."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.layout == torch.strided and last + 1 == tensor.numel() and 0 not in tensor.stride()

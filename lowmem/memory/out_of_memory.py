@@ -1,4 +1,4 @@
-"""Recognize an out-of-memory error, report what filled memory and what takes less, and recover."""
+"""Recognize an out-of-memory error, report what used the memory and what needs less, and free memory."""
 
 import gc
 import re
@@ -15,10 +15,10 @@ from lowmem.distributed import heartbeat
 from lowmem.distributed.collectives import raise_on_all_ranks, rank_and_world_size, report_failure
 from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.heartbeat import phase
-from lowmem.distributed.placement import is_divided
+from lowmem.distributed.placement import has_collectives
 from lowmem.errors import OutOfMemory, StepTooLarge
 
-# What torch, its libraries and the system write, besides torch.OutOfMemoryError and MemoryError.
+# Messages of out-of-memory errors that are not torch.OutOfMemoryError or MemoryError.
 _WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")
 
 
@@ -30,10 +30,10 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def guarded(name: str, model: nn.Module, optimizer: Optimizer, *, together: bool) -> Iterator[None]:
-    """Run a phase of a step: if it fails on one rank, every rank stops.
+    """Run a phase of a step. If it fails on one rank, every rank stops.
 
-    `together`: it has no update and no collective, so all ranks agree at its end on one error, StepTooLarge if memory
-    ran out. Otherwise the failing rank reports through its heartbeat, and OutOfMemory is raised.
+    With `together`, the phase has no update and no collective, so all ranks raise the same error at its end:
+    StepTooLarge if memory ran out. Otherwise the failing rank reports through its heartbeat and raises OutOfMemory.
     """
     errors = raise_on_all_ranks() if together else report_failure()
     with phase(name), errors, _explained(StepTooLarge if together else OutOfMemory, model, optimizer):
@@ -42,39 +42,35 @@ def guarded(name: str, model: nn.Module, optimizer: Optimizer, *, together: bool
 
 @contextmanager
 def _explained(kind: type[OutOfMemory], model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Raise `kind` if memory runs out, with what filled it and what takes less, and free what the failed calls held."""
+    """If memory runs out, raise `kind` with what used it and what needs less, and free what the failed calls held."""
     explanation, outer = "", sys.exception()
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        explanation = _reason(error)
-        while error is not None and error is not outer:  # frames hold activations, also those of its causes
+        size = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        explanation = f"tried to allocate {size[1]}" if size else f"{type(error).__name__}: {str(error)[:200]}"
+        while error is not None and error is not outer:  # frames hold activations, including the frames of its causes
             traceback.clear_frames(error.__traceback__)
             error.__traceback__ = None
             error = error.__cause__ or error.__context__
     if explanation:
         rank, _ = rank_and_world_size()
-        at = f"rank {rank} ran out of memory at {heartbeat.place()} ({explanation})"
-        raise kind(f"{at}. {_filled(model, optimizer)}", rank) from None
+        at = f"rank {rank} ran out of memory at {heartbeat.status()} ({explanation})"
+        raise kind(f"{at}. {_memory_use(model, optimizer)}", rank) from None
 
 
-def give_back() -> None:
-    """Free what a failed step leaves: queued nodes of autograd, reference cycles, the allocator's cache."""
-    # after a failed backward on CPU its thread's queue keeps nodes, and through them graphs, until the next backward
+def free_failed_step() -> None:
+    """Free what a failed step still holds: queued autograd nodes, reference cycles, the allocator's cache."""
+    # after a failed backward on CPU, its thread's queue keeps nodes and thus graphs until the next backward
     (torch.zeros((), requires_grad=True) * 1).backward()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _reason(error: Exception) -> str:
-    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
-    return f"tried to allocate {asked[1]}" if asked else f"{type(error).__name__}: {str(error)[:200]}"
-
-
-def _filled(model: nn.Module, optimizer: Optimizer) -> str:
+def _memory_use(model: nn.Module, optimizer: Optimizer) -> str:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     state = (x for held in optimizer.state.values() for x in held.values() if isinstance(x, Tensor))
     memory = getattr(optimizer, "memory", "off")
@@ -91,11 +87,11 @@ def _filled(model: nn.Module, optimizer: Optimizer) -> str:
         "a smaller --batch_size": True,
         "--memory=exact or lean (with --mixed_precision=bf16)": memory == "off",
         "--memory=lean": memory == "exact",
-        "--sharding_strategy=FULL_SHARD": world_size > 1 and not is_divided(model),
+        "--sharding_strategy=FULL_SHARD": world_size > 1 and not has_collectives(model),
     }
     helps = ", ".join(flag for flag, is_left in less.items() if is_left)
     rest = f"the rest{of_all} was activations, logits and temporaries"
-    return f"It holds {known} at most; {rest}. If they are not set yet, these take less: {helps}"
+    return f"It holds {known} at most; {rest}. These settings use less memory, if not set yet: {helps}"
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:

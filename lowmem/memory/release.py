@@ -14,7 +14,7 @@ from lowmem.errors import UsageError
 
 @contextmanager
 def release(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Update each parameter inside backward and free its gradient (Lv et al., 2023). Refuses several processes."""
+    """Update each parameter inside backward and free its gradient (Lv et al., 2023). Supports one process only."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise UsageError(
             f"release leaves no gradient to sum over {dist.get_world_size()} processes: start one, or remove release"
@@ -32,7 +32,7 @@ def release(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
 
 
 class Released:
-    """The norms of the gradients of one step that are applied and freed already, and their parameters."""
+    """The parameters whose gradients are already applied and freed in this step, and the norms of these gradients."""
 
     def __init__(self, optimizer: Optimizer):
         self._optimizer = optimizer
@@ -41,14 +41,14 @@ class Released:
         """L2 norm of each gradient, fp32."""
 
     def begin(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
-        """Start a step. Raises UsageError if it needs all gradients at once."""
+        """Start a step. Raises UsageError for options that need all gradients at once."""
         problems = {
             f"{micro_batches} micro-batches a step (set gradient_accumulation_steps to 1)": micro_batches > 1,
             f"clipping at {max_grad_norm} (set max_grad_norm to 0)": bool(max_grad_norm),
             "skipping updates that are not finite (set nonfinite to stop)": nonfinite != "stop",
         }
-        if told := [problem for problem, is_there in problems.items() if is_there]:
-            raise UsageError(f"release updates within backward, one gradient at a time: it excludes {', '.join(told)}")
+        if found := [problem for problem, is_found in problems.items() if is_found]:
+            raise UsageError(f"release updates weights inside backward, one at a time: it excludes {', '.join(found)}")
         self.parameters.clear()
         self.norms.clear()
 
@@ -56,5 +56,5 @@ class Released:
     def update(self, parameter: nn.Parameter) -> None:
         self.norms.append(gradient_norm(parameter.grad))
         self.parameters.add(parameter)
-        self._optimizer.step()  # it skips parameters without a gradient: all others
+        self._optimizer.step()  # skips the other parameters, which have no gradient
         parameter.grad = None

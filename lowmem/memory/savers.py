@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lowmem.distributed.fully_sharded import gathered_weights
+from lowmem.distributed.fully_sharded import unsharded_parameters
 from lowmem.distributed.placement import device_of, unwrapped
 from lowmem.errors import UsageError
 from lowmem.memory.offload import Offload, ToHost, mapped_file
 from lowmem.memory.release import release
 
 _ATEN = torch.ops.aten
-# what recompute_cheap keeps: matrix products and attention
+# recompute_cheap keeps the results of these: matrix products and attention
 _COSTLY = {
     *(_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default),
     _ATEN._scaled_dot_product_flash_attention.default,
@@ -28,7 +28,7 @@ _COSTLY = {
     _ATEN._scaled_dot_product_cudnn_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 }
-_MOST_KERNEL_SETS = 64  # that torch.compile makes of the layers; beyond it would run them uncompiled
+_RECOMPILE_LIMIT = 64  # over all layers; beyond it, torch.compile would run them uncompiled
 
 Saver = Callable[[nn.Module, Optimizer], AbstractContextManager[None]]
 
@@ -56,30 +56,29 @@ def recompute_cheap(model: nn.Module, optimizer: Optimizer | None = None) -> Abs
 def offload_activations(
     model: nn.Module, optimizer: Optimizer | None = None, *, to_host: ToHost = mapped_file
 ) -> Iterator[None]:
-    """Keep what backward needs in host memory: pinned, copied during computation, on CUDA; in mapped files on CPU.
+    """Offload the activations that backward needs: from CUDA to pinned host memory, on CPU to mapped files.
 
-    With `recompute` only the layers' inputs are copied; what `recompute_cheap` keeps is not. `to_host` copies on CPU.
+    With `recompute`, only copies the layers' inputs, not what `recompute_cheap` keeps. On CPU, `to_host` copies.
     """
-    offload = Offload(gathered_weights(model), to_host)
+    offload = Offload(unsharded_parameters(model), to_host)
     with saved_tensors_hooks(offload.pack, offload.unpack):
         yield
 
 
 @contextmanager
 def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
-    """Train each layer with torch.compile's kernels, which round otherwise. Raises UsageError without a compiler."""
+    """Train each layer with torch.compile, which changes rounding. Raises UsageError without a compiler."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise UsageError(
-            f"compile needs layers of transformers, {type(unwrapped(model)).__name__} has no layers of that kind"
-        )
+        name = type(unwrapped(model)).__name__
+        raise UsageError(f"compile needs transformers' layers, {name} has no layers of that kind: remove compile")
     on_cuda = device_of(model).type == "cuda"
     if not (find_spec("triton") if on_cuda else shutil.which("g++") or shutil.which("clang++")):
-        raise UsageError(f"compile needs {'triton' if on_cuda else 'g++ or clang++'}, which is not installed: leave it")
+        raise UsageError(f"compile needs {'triton' if on_cuda else 'g++ or clang++'}, which is missing: install it")
     for layer in layers:
         layer.forward = _when_training(torch.compile(layer.forward, dynamic=True), layer.forward, layer)
-    # All layers share one cache: encoder and decoder, the first layer and the others, with and without a mask.
-    with torch._dynamo.config.patch(recompile_limit=_MOST_KERNEL_SETS):
+    # All layers share one cache: encoder and decoder, first and later layers, with and without a mask.
+    with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
         try:
             yield
         finally:
@@ -88,7 +87,7 @@ def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[N
 
 
 def _when_training(compiled_forward: Callable, forward: Callable, layer: nn.Module) -> Callable:
-    # each length of evaluation and generation would be compiled
+    # otherwise evaluation and generation would compile each length
     return lambda *args, **kwargs: (compiled_forward if layer.training else forward)(*args, **kwargs)
 
 
@@ -96,13 +95,13 @@ def _when_training(compiled_forward: Callable, forward: Callable, layer: nn.Modu
 def _checkpointing(model: nn.Module, options: dict[str, object]) -> Iterator[None]:
     base = unwrapped(model)
     if not getattr(base, "supports_gradient_checkpointing", False):
-        raise UsageError(f"recompute cannot be used, {type(base).__name__} does not support it: set recompute=off")
+        raise UsageError(f"{type(base).__name__} does not support activation checkpointing: set recompute=off")
     # transformers 5.17 has only the older name, which later ones deprecate
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
     enable(options)
-    # Undo what only reentrant checkpointing needs, gradients of the embeddings' output: a frozen encoder would be
-    # differentiated for nothing, and the hooks would stay.
+    # Only reentrant checkpointing needs gradients of the embeddings' output. Disable them: backward would run through a
+    # frozen encoder, and the hooks would stay.
     base.disable_input_require_grads()
     try:
         yield
@@ -111,7 +110,7 @@ def _checkpointing(model: nn.Module, options: dict[str, object]) -> Iterator[Non
 
 
 def _keep_costly(context: object, operation: torch._ops.OpOverload, *arguments, **options) -> CheckpointPolicy:
-    # What is kept draws no mask again, so later masks would differ: attention with dropout runs again.
+    # A kept operation does not draw its mask again, which would change later masks: run attention with dropout again.
     if operation not in _COSTLY:
         return CheckpointPolicy.PREFER_RECOMPUTE
     names = (argument.name for argument in operation._schema.arguments)

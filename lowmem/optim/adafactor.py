@@ -1,4 +1,4 @@
-"""Adafactor in the memory tiers: a second moment of rows and columns, over bf16 weights."""
+"""Adafactor for the memory tiers: bf16 weights and a second moment factored into rows and columns."""
 
 from collections.abc import Callable
 
@@ -10,9 +10,9 @@ from lowmem.optim.tiers import Group, Random, Tensors, TieredOptimizer
 
 
 class TieredAdafactor(TieredOptimizer):
-    """Adafactor (Shazeer and Stern, 2018) as `torch.optim.Adafactor`, without its two host syncs a parameter.
+    """Adafactor (Shazeer and Stern, 2018) like `torch.optim.Adafactor`, without its two host syncs per parameter.
 
-    A matrix's second moment is a row times a column (more dimensions count as columns), a vector's is whole.
+    Factors the second moment of a matrix; all dimensions after the first are columns. That of a vector is not factored.
     """
 
     _LEAST_VARIANCE = torch.finfo(torch.float32).eps

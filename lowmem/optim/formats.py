@@ -1,12 +1,12 @@
-"""Storage formats for fp32 values, 1 to 8 bytes each. A format is known by its tensors, under one name in a dict:
+"""Storage formats for fp32 values, 1 to 8 bytes each. A format is a set of tensors under one name in a dict:
 
     {name: fp32}                               the values
-    {name: bf16, name_low: int16}              split: the bits of fp32, the upper half being the bf16 weight
-    {name: bf16}                               rounded stochastically
-    {name: int8 or uint8, name_scale: fp32}    8-bit floats and their blocks' largest magnitudes, rounded stochastically
+    {name: bf16, name_low: int16}              split: all bits of fp32; the upper half is the bf16 weight
+    {name: bf16}                               bf16, rounded stochastically
+    {name: int8 or uint8, name_scale: fp32}    8-bit floats, rounded stochastically, and each block's maximum
 
-Stochastic rounding goes up with the probability of the part that is cut off, so that a sum of many small updates is
-right on average; rounding to nearest would drop each one (Gupta et al., 2015).
+Stochastic rounding rounds up with a probability equal to the fraction that is cut off, so that many small updates add
+up correctly on average; rounding to nearest would lose each one (Gupta et al., 2015).
 """
 
 import math
@@ -17,18 +17,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 256  # 8-bit values that share a scale; a block never crosses a row
-_SPLIT_ELEMENTS = 2**22  # split at a time: int32 temporaries of a whole embedding would be the peak of a run
+_SPLIT_ELEMENTS = 2**22  # split at a time: int32 temporaries of a whole embedding would set the run's peak memory
 
-# An 8-bit float is the bits 20 to 27 of an fp32 number: 3 of the mantissa and the lowest of the exponent, 4 for a first
-# moment (int8, the sign apart) and 5 for a second (uint8). Relative precision is what they need, the second one as a
-# divisor: with evenly spaced codes its small values would be 0 and their updates huge (Li et al., 2023).
+# An 8-bit float is bits 20 to 27 of an fp32 number: 3 mantissa bits and the lowest exponent bits, 4 for a first moment
+# (int8, with a separate sign) and 5 for a second moment (uint8). Moments need relative precision: evenly spaced codes
+# would round small second moments, which are divisors, to 0 and make their updates huge (Li et al., 2023).
 _CUT_BITS = 20
 _LARGEST = {torch.int8: 127, torch.uint8: 255}
-_LEAST = {torch.int8: 0, torch.uint8: 8}  # a second moment never becomes 0; below 8 fp32 is subnormal, CPUs are slow
+_LEAST = {torch.int8: 0, torch.uint8: 8}  # second moments stay above 0; codes below 8 are subnormal, slow on CPU
 
 
 def keep(name: str, values: Tensor, form: str) -> dict[str, Tensor]:
-    """The tensors that hold `values` (fp32, any shape) in the format "split" or "bf16" (rounded to nearest)."""
+    """Convert `values` (fp32, any shape) to the tensors of the format "split" or "bf16" (rounded to nearest)."""
     if form == "bf16":
         return {name: values.to(torch.bfloat16)}
     high, low = (torch.empty_like(values, dtype=dtype) for dtype in (torch.bfloat16, torch.int16))
@@ -40,7 +40,7 @@ def keep(name: str, values: Tensor, form: str) -> dict[str, Tensor]:
 
 
 def zeros(name: str, like: Tensor, form: str) -> dict[str, Tensor]:
-    """The tensors that hold zeros of the shape of `like` in the format "fp32", "bf16", "int8" or "uint8"."""
+    """Make zeros in the shape of `like`, in the format "fp32", "bf16", "int8" or "uint8"."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "uint8": torch.uint8}[form]
     tensors = {name: torch.zeros_like(like, dtype=dtype)}
     if dtype in _LARGEST:
@@ -50,7 +50,7 @@ def zeros(name: str, like: Tensor, form: str) -> dict[str, Tensor]:
 
 
 def read(tensors: dict[str, Tensor], name: str, rows: slice) -> Tensor:
-    """The fp32 values of some rows, (rows, columns); of the format fp32 the memory itself, to update in place."""
+    """Return the fp32 values of some rows, (rows, columns). For the format fp32, this is a view to update in place."""
     kept = by_rows(tensors[name])[rows]
     if kept.dtype == torch.float32:
         return kept
@@ -61,7 +61,7 @@ def read(tensors: dict[str, Tensor], name: str, rows: slice) -> Tensor:
 
 
 def write(tensors: dict[str, Tensor], name: str, rows: slice, values: Tensor, random: Tensor | None) -> None:
-    """Store `values` of some rows (fp32: already there); `random`: 16 random bits each, int32 in [0, 65536)."""
+    """Store the `values` of some rows (no-op for fp32). `random` has 16 random bits per value, int32 in [0, 65536)."""
     kept = by_rows(tensors[name])[rows]
     if kept.dtype in _LARGEST:
         codes, scale = _to_8_bits(values, random, kept.dtype)
@@ -76,7 +76,7 @@ def write(tensors: dict[str, Tensor], name: str, rows: slice, values: Tensor, ra
 
 
 def rows_and_columns(tensor: Tensor) -> tuple[int, int]:
-    """A tensor as a matrix of its first dimension and all others; a vector is a column, a scalar one row."""
+    """Return the shape of a tensor as a matrix: the first dimension by all others. A vector is a single column."""
     return (tensor.shape[0] if tensor.dim() else 1), math.prod(tensor.shape[1:])
 
 
@@ -85,27 +85,27 @@ def by_rows(tensor: Tensor) -> Tensor:
 
 
 def split(values: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 as the nearest bf16 (a tie goes away from zero) and the int16 that is missing; no bit is lost."""
+    """Split fp32 into the nearest bf16 (ties away from zero) and an int16 low half, without loss."""
     bits = values.view(torch.int32)
     high = (bits + 0x8000).bitwise_right_shift_(16).to(torch.int16)
-    return high.view(torch.bfloat16), bits.to(torch.int16)  # the lower 16 bits, as they are
+    return high.view(torch.bfloat16), bits.to(torch.int16)  # the lower 16 bits
 
 
 def merge_halves(high: Tensor, low: Tensor) -> Tensor:
-    """The fp32 values that `split` took apart."""
+    """Return the fp32 values: the inverse of `split`."""
     bits = high.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
     return bits.add_(low).view(torch.float32)
 
 
 def round_stochastically(values: Tensor, random: Tensor) -> Tensor:
-    """fp32 to bf16, up or down at random; `random` as in `write`. What is not finite stays what it is."""
+    """Round fp32 to bf16 stochastically; `random` as in `write`. Infinity and NaN are unchanged."""
     bits = (values.view(torch.int32) + random).bitwise_right_shift_(16)
     rounded = bits.to(torch.int16).view(torch.bfloat16)
-    return rounded.masked_fill_(values.isnan(), math.nan)  # CUDA's has all bits set, and would overflow to -0
+    return rounded.masked_fill_(values.isnan(), math.nan)  # CUDA's NaN has all bits set and would overflow to -0
 
 
 def random_halves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """16 random bits for each element, as int32 in [0, 65536), drawn 64 at a time: four times as fast on CPU."""
+    """Draw 16 random bits per element, as int32 in [0, 65536). Drawing 64 bits at a time is 4x as fast on CPU."""
     count = math.prod(shape)
     drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
     halves = drawn.random_(-(2**63), None, generator=generator).view(torch.int16)[:count].view(shape)
@@ -113,7 +113,7 @@ def random_halves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def shuffled(random: Tensor) -> Tensor:
-    """The same bits in another order (a permutation of [0, 65536)), for a second rounding beside the first."""
+    """Permute the values in [0, 65536), to reuse the random bits of one rounding for a second one."""
     return (random * 40503).bitwise_and_(0xFFFF)
 
 
@@ -140,12 +140,12 @@ def _from_8_bits(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def _unit(dtype: torch.dtype) -> float:
-    """The fp32 number whose bits 20 to 27 are the largest code: a block's largest magnitude becomes this one."""
+    """Return the fp32 number whose bits 20 to 27 are the largest code. Blocks are scaled to this maximum."""
     return struct.unpack("f", struct.pack("I", _LARGEST[dtype] << _CUT_BITS))[0]
 
 
 def _blocks(values: Tensor) -> Tensor:
-    """(rows, columns) as (rows, blocks, BLOCK), the last block filled up with zeros."""
+    """Reshape (rows, columns) to (rows, blocks, BLOCK), with the last block padded with zeros."""
     if values.shape[1] % BLOCK:
         values = F.pad(values, (0, -values.shape[1] % BLOCK))
     return values.view(len(values), -1, BLOCK)

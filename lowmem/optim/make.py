@@ -18,14 +18,14 @@ from lowmem.optim.adafactor import TieredAdafactor
 from lowmem.optim.formats import BLOCK
 from lowmem.optim.tiers import TieredAdamW, is_large
 
-# with memory "off": those that step without a closure, on dense gradients and parameters of any shape
+# for memory="off": optimizers without a closure, for dense gradients and parameters of any shape
 OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "nadam": optim.NAdam, "radam": optim.RAdam}
 OPTIMIZERS |= {"adamax": optim.Adamax, "adafactor": optim.Adafactor, "adagrad": optim.Adagrad}
 OPTIMIZERS |= {"adadelta": optim.Adadelta, "rmsprop": optim.RMSprop, "sgd": optim.SGD}
 
-_FUSED_SHARDED = ("adamw", "adam")  # whose fused kernels take DTensors
+_FUSED_SHARDED = ("adamw", "adam")  # their fused kernels accept DTensors
 
-# names of biases and norms, which transformers' Trainer leaves without decay
+# names of biases and norms, which get no weight decay, as in transformers' Trainer
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
 
@@ -39,29 +39,29 @@ def make_optimizer(
     eps: float = 1e-8,
     slice_elements: int | None = None,
 ) -> Optimizer:
-    """Make an optimizer over the parameters of `model` that require a gradient; biases and norms get no decay.
+    """Make an optimizer for the trainable parameters of `model`; biases and norms get no weight decay.
 
-    In the tiers "exact" and "lean" it is adamw, adamw_bf16 (moments in bf16) or adafactor, and turns all weights into
-    bf16, in place: parallelize first, and use an Accelerator without mixed precision. With `memory="off"` it is one of
+    The tiers "exact" and "lean" support adamw, adamw_bf16 (moments in bf16) and adafactor. They convert all weights to
+    bf16 in place: call `parallelize` first, and use an Accelerator without mixed precision. `memory="off"` makes one of
     torch.optim. Set the learning rate at each step; `betas` and `eps` are for Adam's family. A tier updates
-    `slice_elements` at a time (default: by device). Raises ValueError for what a tier or optimizer cannot do.
+    `slice_elements` at a time (default: by device). Raises ValueError for a combination that is not supported.
     """
     if memory not in ("exact", "lean", "off"):
-        raise ValueError(f"memory={memory!r} is unknown, there are exact, lean and off: choose one")
+        raise ValueError(f"memory={memory!r} is unknown: use exact, lean or off")
     names = list(OPTIMIZERS) if memory == "off" else TIERED_OPTIMIZERS
     if name not in names:
-        raise ValueError(f"optimizer {name!r} is unknown: with memory={memory} there are {', '.join(names)}")
+        raise ValueError(f"optimizer {name!r} is unknown with memory={memory}: use one of {', '.join(names)}")
     is_wrapped = isinstance(model, DistributedDataParallel)
-    if memory != "off" and (is_wrapped or has_gathered(model)):  # which keep the dtypes that they have seen
-        found = "DDP has wrapped the model" if is_wrapped else "the sharded model has computed already"
-        raise ValueError(f"memory={memory} changes dtypes, but {found}: make the optimizer before")
+    if memory != "off" and (is_wrapped or has_gathered(model)):  # both keep the dtypes that they saw
+        found = "DDP has wrapped the model" if is_wrapped else "the sharded model has already run"
+        raise ValueError(f"memory={memory} changes dtypes, but {found}: make the optimizer first")
     trainable = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("nothing to optimize, every parameter is frozen: unfreeze a part")
     is_divided = any(isinstance(parameter, DTensor) for _, parameter in trainable)
     if name == "adafactor" and is_divided:
-        raise ValueError("adafactor needs whole matrices, this model's are sharded: use adamw, or NO_SHARD")
-    kinds = defaultdict(list)  # torch's kernels do not take DTensors and others at once
+        raise ValueError("adafactor needs whole matrices, but this model is sharded: use adamw or NO_SHARD")
+    kinds = defaultdict(list)  # torch's kernels do not accept DTensors and plain tensors together
     for path, parameter in trainable:
         owner = model.get_submodule(path.rpartition(".")[0])
         is_bias_or_norm = isinstance(owner, nn.LayerNorm) or _NO_DECAY.search(path) is not None
@@ -72,8 +72,8 @@ def make_optimizer(
     for path, parameter in trainable if memory == "lean" else ():
         columns = local_of(parameter).shape[1] if is_large(parameter) and is_in_columns(parameter) else 0
         if columns % BLOCK:
-            found = f"a rank has {columns} of {path}'s"
-            raise ValueError(f"memory=lean needs blocks of {BLOCK} columns, {found}: use exact, or another tp_size")
+            found = f"{path} has {columns} per rank"
+            raise ValueError(f"memory=lean needs blocks of {BLOCK} columns, {found}: use exact or another tp_size")
     for parameter in model.parameters():
         if not parameter.requires_grad:
             set_local_(parameter, local_of(parameter.data).to(torch.bfloat16))
@@ -95,7 +95,7 @@ def _of_torch(
     if "betas" in accepted:
         options |= {"betas": betas, "eps": eps}
     if "fused" in accepted and is_fused:
-        options["fused"] = True  # one pass over each parameter, and no temporaries of the model's size
+        options["fused"] = True  # one pass over each parameter, without temporaries of the model's size
     else:
         options["foreach"] = False
     return kind([group | {"params": [parameter for _, parameter in group["params"]]} for group in groups], **options)

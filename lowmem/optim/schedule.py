@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The length of a run, its learning rate at each step, and the steps that are due for something."""
+    """The length of a run, its learning rate at each step, and the steps at which it logs, evaluates or saves."""
 
     total_steps: int
     peak: float
@@ -44,7 +44,7 @@ class Schedule:
 def learning_rate_at(
     step: int, *, total_steps: int, peak: float, warmup_steps: int = 0, schedule: str = "cosine"
 ) -> float:
-    """The learning rate of the update after `step` finished ones, as transformers' schedules of the same name.
+    """Return the learning rate of the update after `step` updates, like transformers' schedule of the same name.
 
     Linear from 0 to `peak` over `warmup_steps`; then "cosine" or "linear" to 0 at `total_steps`, or "constant".
     """
@@ -57,4 +57,4 @@ def learning_rate_at(
         return peak * remaining
     if schedule == "constant":
         return peak
-    raise ValueError(f"schedule {schedule!r} is unknown, there are cosine, linear and constant: choose one")
+    raise ValueError(f"schedule {schedule!r} is unknown: use cosine, linear or constant")

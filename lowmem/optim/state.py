@@ -1,6 +1,6 @@
-"""An optimizer's state as tensors named "<parameter>.<key>": list, measure, compare, and fill it from stored state.
+"""Optimizer state as tensors named "<parameter>.<key>": list, measure, compare and load it.
 
-State of AdamW may also be rounded into a memory tier that keeps less of it.
+State of AdamW can also be rounded to a memory tier with less precision.
 """
 
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ from lowmem.optim.tiers import TieredOptimizer
 from lowmem.storage.tensor_files import StoredTensor, bytes_of, tensor_differences
 
 TIERS = ("off", "exact", "lean")
-"""Each keeps less of AdamW's state than those before it, and can be filled from them."""
+"""In order of decreasing precision of AdamW's state. A tier can load the state of all tiers before it."""
 
 Parameters = Mapping[str, nn.Parameter]
 
 
 def optimizer_tensors(parameters: Parameters, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state. Raises UsageError if any of it is not a tensor."""
+    """Return the optimizer's state. Raises UsageError for a value that is not a tensor."""
     tensors = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -36,15 +36,15 @@ def optimizer_tensors(parameters: Parameters, optimizer: Optimizer) -> dict[str,
 
 
 def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
-    """Bytes of the optimizer's state, even before the first step of torch's optimizers makes it."""
+    """Return the bytes of the optimizer's state, even before torch's optimizers allocate it in their first step."""
     if known := sum(map(bytes_of, optimizer_tensors(parameters, optimizer).values())):
         return known
-    assert all(parameter.grad is None for parameter in parameters.values())  # or the step below would train
+    assert all(parameter.grad is None for parameter in parameters.values())  # otherwise the step below would train
     probe = nn.Parameter(torch.zeros(2, 2))
     probe.grad = torch.zeros_like(probe)
     optimizer.add_param_group({"params": [probe]})
     try:
-        optimizer.step()  # of the probe alone: nothing else has a gradient
+        optimizer.step()  # updates only the probe: no other parameter has a gradient
         kept = optimizer.state.pop(probe, {}).values()
     finally:
         optimizer.param_groups.pop()
@@ -53,7 +53,7 @@ def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
 
 
 def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimizer: Optimizer) -> bool:
-    """Whether state of this class and tier must be rounded to fill `optimizer`. Raises UsageError if it cannot."""
+    """Return whether saved state of this class and tier must be rounded. Raises UsageError if it does not fit."""
     kind, memory = type(optimizer).__name__, getattr(optimizer, "memory", "off")
     saved_memory = saved_memory or memory
     if (saved_kind, saved_memory) == (kind, memory):
@@ -62,31 +62,31 @@ def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimi
         return True
     raise UsageError(
         f"{path} holds the state of {saved_kind} with memory={saved_memory}, the optimizer is {kind} with memory="
-        f"{memory}: make the same (adamw's state also loads into a tier that keeps less, off > exact > lean)"
+        f"{memory}: use the same (adamw's state also loads into a tier with less precision, off > exact > lean)"
     )
 
 
 def state_differences(
     stored: Mapping[str, StoredTensor], parameters: Parameters, optimizer: Optimizer, *, rounds: bool
 ) -> list[str]:
-    """What keeps stored state from filling a tier's, a clause for each name. (Torch's make theirs in steps.)"""
+    """List differences of stored state from a tier's, a clause per name. (Torch's optimizers have no state yet.)"""
     if not isinstance(optimizer, TieredOptimizer):
         return []
     tensors = optimizer_tensors(parameters, optimizer)
-    if rounds:  # values of the same names and shapes in other formats, of the parameters that a loss has reached
-        reached = _by_parameter(stored)
-        tensors = {name: x for name, x in _values(tensors).items() if name.rpartition(".")[0] in reached}
+    if rounds:  # compare names and shapes, not formats, of the parameters that have had a gradient
+        updated = _by_parameter(stored)
+        tensors = {name: x for name, x in _values(tensors).items() if name.rpartition(".")[0] in updated}
         stored = _values(stored)
     return tensor_differences(stored, tensors, any_dtype=rounds)
 
 
 def fill_state(optimizer: Optimizer, parameters: Parameters, stored: Mapping[str, StoredTensor]) -> None:
-    """Fill the optimizer with stored state; that of torch's optimizers is made here, as their steps would."""
+    """Load stored state into the optimizer. Allocates the state of torch's optimizers as their steps would."""
     if not isinstance(optimizer, TieredOptimizer):
         by_parameter, names = _by_parameter(stored), {parameter: name for name, parameter in parameters.items()}
         optimizer.state.clear()
         for group in optimizer.param_groups:
-            on_host = not (group.get("fused") or group.get("capturable"))  # else kernels read counts of steps too
+            on_host = not (group.get("fused") or group.get("capturable"))  # these read step counts on the device
             for parameter in (parameter for parameter in group["params"] if names[parameter] in by_parameter):
                 of_parameter = by_parameter[names[parameter]].items()
                 made = {key: _empty(tensor, parameter, counts_on_host=on_host) for key, tensor in of_parameter}
@@ -103,11 +103,11 @@ def round_state(
     *,
     seed: int,
 ) -> None:
-    """Fill weights and state from those of a tier that keeps more, rounding with random bits of `seed`."""
+    """Load weights and state of a tier with more precision, with stochastic rounding seeded by `seed`."""
     optimizer.seed = seed
     by_parameter = _by_parameter(stored)
     for name, parameter in parameters.items():
-        state = by_parameter.get(name, {})  # empty if no loss has reached the parameter yet
+        state = by_parameter.get(name, {})  # empty if the parameter has had no gradient yet
         formats = {"weight": weights[name], **state}
         optimizer.round_from(parameter, _values(formats).keys() - {"step"}, partial(_read_values, formats))
         if state:
@@ -124,7 +124,7 @@ def _values(tensors: Mapping[str, object]) -> dict[str, object]:
 
 
 def _by_parameter(stored: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
-    """{parameter: {key: tensor}} of {"<parameter>.<key>": tensor}."""
+    """Group {"<parameter>.<key>": tensor} as {parameter: {key: tensor}}."""
     by_parameter: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in stored.items():
         parameter, _, key = name.rpartition(".")

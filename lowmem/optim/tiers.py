@@ -1,9 +1,9 @@
-"""Optimizers of the memory tiers: AdamW over bf16 weights, and what it shares with Adafactor. See `formats.py`.
+"""Optimizers for the memory tiers: AdamW with bf16 weights, and a base class shared with Adafactor. See `formats.py`.
 
-exact   the weight split into bf16 and an int16 low half: fp32 bit for bit; fp32 moments
-lean    the weight in bf16 alone, rounded stochastically; 8-bit moments. Small parameters as in exact.
+exact   weights split into bf16 and an int16 low half, together all bits of fp32; fp32 moments
+lean    weights in bf16 only, rounded stochastically; 8-bit moments. Small parameters as in exact.
 
-A slice of rows at a time is rebuilt in fp32, updated and stored, so no temporary is as large as the embedding.
+An update converts one slice of rows at a time to fp32 and back, so no temporary is as large as the embedding.
 """
 
 import math
@@ -20,9 +20,9 @@ from lowmem.distributed.seeds import seed_of
 from lowmem.optim.formats import by_rows, keep, random_halves, read, rows_and_columns, shuffled, write, zeros
 
 _SMALL = 4096  # vectors, and parameters of up to this many elements, stay in fp32: they take few bytes
-_CACHED_ELEMENTS = 2**19  # of a slice on CPU: its temporaries stay in the cache
-_VECTOR = 16  # fp32 values that a CPU computes at once
-_LAUNCHED_ELEMENTS = (2**22, 2**24)  # elsewhere, at least and at most: few launches, temporaries of a few percent
+_CACHED_ELEMENTS = 2**19  # per slice on CPU: its temporaries fit into the cache
+_VECTOR = 16  # fp32 values in the widest vector of a CPU
+_LAUNCHED_ELEMENTS = (2**22, 2**24)  # per slice on a GPU, min and max: few kernel launches, small temporaries
 
 Tensors = dict[str, Tensor]
 Group = dict[str, object]
@@ -30,11 +30,11 @@ Random = Callable[[Tensor], Tensor]
 
 
 class TieredOptimizer(Optimizer):
-    """The formats, slices, random bits and gradient sums of a tier's optimizer.
+    """Base class for the optimizers of the memory tiers: formats, slices, random bits and gradient sums.
 
-    Turns the trainable weights into the tier's format, in place; all state exists from then on: "step" (on host) and
-    the tensors of each format. Groups hold pairs (name, parameter). Random bits are a function of (`seed`, update,
-    name). A subclass makes its state in `_new_moments` and updates weight and state, slice by slice, in `_update`.
+    Converts the trainable weights to the tier's format in place, and allocates all state: "step" (on the host) and the
+    tensors of each format. Groups hold (name, parameter) pairs. Random bits are a function of (`seed`, update, name). A
+    subclass allocates moments in `_new_moments`, and updates weight and state slice by slice in `_update`.
     """
 
     def __init__(self, groups: list[Group], defaults: Group, *, memory: str, slice_elements: int | None = None):
@@ -43,7 +43,7 @@ class TieredOptimizer(Optimizer):
         super().__init__(groups, {"lr": 0.0} | defaults)
         self.memory, self._names = memory, names
         self.seed = 0
-        """Seeds stochastic rounding; `train_step` sets it."""
+        """Seed of stochastic rounding; `train_step` sets it."""
         self._slice_elements = slice_elements or slice_elements_for(list(names), next(iter(names)).device.type)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -56,7 +56,7 @@ class TieredOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update every parameter that has a gradient, of bf16 or fp32."""
+        """Update every parameter that has a gradient (bf16 or fp32)."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -69,7 +69,7 @@ class TieredOptimizer(Optimizer):
 
     @contextmanager
     def summing(self, micro_batches: int, *key: int) -> Iterator[None]:
-        """Sum gradients of several backward passes in fp32; in lean, large ones are rounded by bits of `key`."""
+        """Sum gradients of several backward passes in fp32. Lean rounds large sums stochastically, seeded by `key`."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         sums: dict[nn.Parameter, Tensors] = {}
         count = dict.fromkeys(parameters, 0)
@@ -93,7 +93,7 @@ class TieredOptimizer(Optimizer):
         try:
             yield
             for parameter in parameters if hooks else ():
-                # of all of them, as a rank that did not reach one makes zeros where others bring a sum
+                # of all parameters: a rank without a gradient all-reduces zeros, in the dtype of the other ranks' sums
                 parameter.grad_dtype = torch.bfloat16 if self._is_rounded(parameter) else torch.float32
             for parameter, total in sums.items():
                 parameter.grad = sharded_like(parameter, total["sum"])
@@ -103,7 +103,7 @@ class TieredOptimizer(Optimizer):
 
     @torch.no_grad()
     def round_from(self, parameter: nn.Parameter, names: Iterable[str], values: Callable[[str, slice], Tensor]) -> None:
-        """Store `values(name, rows)`, fp32 rows of the whole parameter, in the formats of `names` (weight, state)."""
+        """Store `values(name, rows)`, fp32 rows of the full parameter, in the formats of `names` (weight, state)."""
         tensors, (_, first, _) = _local_tensors(parameter, self.state[parameter]), local_part(parameter.data)
         draw = self._random(parameter, "round_from")
         for rows in self.slices(parameter):
@@ -115,7 +115,7 @@ class TieredOptimizer(Optimizer):
                     write(tensors, name, rows, new, None if f"{name}_low" in tensors else draw(new))
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Copy a saved state. (torch's own would turn every tensor into the weight's dtype.)"""
+        """Copy a saved state. (torch's own would convert every tensor to the weight's dtype.)"""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, tensors in state_dict["state"].items():
             for key, tensor in tensors.items():
@@ -125,17 +125,17 @@ class TieredOptimizer(Optimizer):
         return self.memory == "lean" and is_large(parameter)
 
     def slices(self, parameter: nn.Parameter) -> Iterator[slice]:
-        """The rows of this rank's part of a parameter that are updated at a time."""
+        """Split the rows of this rank's shard of a parameter into the slices to update one at a time."""
         rows, columns = rows_and_columns(local_of(parameter))
         height = max(1, self._slice_elements // max(1, columns))
-        # whole vectors, or the fused kernel may round otherwise at the end of its memory
+        # a multiple of the vector width: the fused kernel may round a remainder differently
         whole = _VECTOR // math.gcd(_VECTOR, columns)
         height = height // whole * whole or height
         return (slice(first, min(first + height, rows)) for first in range(0, rows, height))
 
     def _random(self, parameter: nn.Parameter, *key: int | str) -> Random:
-        """A source of 16 random bits for each element of a slice, the same on every rank with this part."""
-        generator = None  # made when needed: exact never draws
+        """Return a function that draws 16 random bits per element, identically on every rank with this shard."""
+        generator = None  # created on first use: exact never draws
         _, *corner = local_part(parameter.data)
 
         def draw(values: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class TieredOptimizer(Optimizer):
 
 
 class TieredAdamW(TieredOptimizer):
-    """AdamW (Loshchilov and Hutter, 2019) by torch's fused kernel; exact equals `torch.optim.AdamW` in fp32 bit by bit.
+    """AdamW (Loshchilov and Hutter, 2019) with torch's fused kernel; exact has the bits of `torch.optim.AdamW` in fp32.
 
     `moments` "tier": fp32 in exact, 8 bits in lean; "bf16": rounded stochastically in both.
     """
@@ -161,8 +161,8 @@ class TieredAdamW(TieredOptimizer):
     def _new_moments(self, parameter: nn.Parameter, local: Tensor) -> Tensors:
         forms = ("fp32", "fp32")
         if is_large(parameter):
-            of_tier = ("int8", "uint8") if self.memory == "lean" else forms
-            forms = of_tier if self._moments == "tier" else ("bf16", "bf16")
+            tier_forms = ("int8", "uint8") if self.memory == "lean" else forms
+            forms = tier_forms if self._moments == "tier" else ("bf16", "bf16")
         return zeros("exp_avg", local, forms[0]) | zeros("exp_avg_sq", local, forms[1])
 
     def _update(self, group: Group, parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, draw: Random) -> None:
@@ -178,7 +178,7 @@ class TieredAdamW(TieredOptimizer):
             random = draw(weight) if is_rounded else None
             write(tensors, "weight", rows, weight, random)
             write(tensors, "exp_avg_sq", rows, exp_avg_sq, random)
-            # other bits for the first moment, as it is divided by the second
+            # different bits for the first moment, which is divided by the second
             write(tensors, "exp_avg", rows, exp_avg, shuffled(random) if is_rounded else None)
 
 
@@ -187,7 +187,7 @@ def _local_tensors(parameter: nn.Parameter, state: Tensors) -> Tensors:
 
 
 def slice_elements_for(parameters: list[nn.Parameter], device_type: str) -> int:
-    """Elements of a parameter to update at a time on a device of this type."""
+    """Return how many elements of a parameter to update at a time on a device of this type."""
     if device_type == "cpu":
         return _CACHED_ELEMENTS
     least, most = _LAUNCHED_ELEMENTS
@@ -195,5 +195,5 @@ def slice_elements_for(parameters: list[nn.Parameter], device_type: str) -> int:
 
 
 def is_large(parameter: Tensor) -> bool:
-    """Whether its state takes many bytes, so that lean rounds it."""
+    """Return whether the parameter has enough elements for lean to round it."""
     return parameter.dim() > 1 and parameter.numel() > _SMALL

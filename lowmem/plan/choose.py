@@ -14,24 +14,24 @@ from lowmem.plan.predict import Predict, Prediction, context_bytes, gigabytes, p
 
 
 class Rung(NamedTuple):
-    """A step of the ladder."""
+    """One entry of the ladder."""
 
     name: str
     changes: dict[str, object]
-    """Of this rung and all before it."""
+    """The changes of this rung and of all before it."""
     own: Set[str] = frozenset()
-    """The fields that this rung changes."""
+    """The fields that this rung itself changes."""
     refused: str = ""
-    """Why it is not tried."""
+    """Why it is not tried; empty if it is."""
 
 
 def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Iterator[Rung]:
-    """From `config` to what takes least memory, cheapest first: each rung keeps the changes of those before it.
+    """Yield rungs from `config` to the least memory, cheapest first. Each keeps the changes of those before it.
 
-    Fields in `fixed` stay, and so do the rows of an optimizer step, tier and optimizer: the loss curve is the same.
+    Fields in `fixed` do not change, nor do rows per optimizer step, the tier and the optimizer: the loss is the same.
     """
     fixed, changes = set(fixed), {}
-    yield Rung("as asked", {})
+    yield Rung("no change", {})
 
     def rung(name: str, **more: object) -> Rung:
         if kept := sorted(fixed & more.keys()):
@@ -78,16 +78,16 @@ class _Tried(NamedTuple):
     rung: Rung
     config: TrainConfig
     predicted: Prediction
-    missing: Mapping[str, int]
-    """By limit, the bytes that are too many."""
+    excess: Mapping[str, int]
+    """By limit, how many bytes are above it."""
     why: str
-    """The same in words; empty if it fits."""
+    """The same as text; empty if it fits."""
 
 
 def choose(
     config: TrainConfig, cluster: Cluster, fixed: Iterable[str], predict: Predict, log: Callable[[str], None]
 ) -> tuple[TrainConfig, Prediction]:
-    """The first rung that fits `device_memory` and `host_memory`, without the changes that proved unnecessary.
+    """Return the first rung that fits `device_memory` and `host_memory`, without the changes that proved unnecessary.
 
     Logs what it tries. Raises UsageError if no rung fits.
     """
@@ -97,11 +97,11 @@ def choose(
         configs = [dataclasses.replace(config, **rung.changes) for rung in rungs]
         for rung, changed, predicted in zip(rungs, configs, predict(configs), strict=True):
             device, host = predicted.device_bytes, predicted.host_bytes
-            missing = _beyond_limits(config, {"device_memory": device, "host_memory": host})
-            limits = {f"--{name}={getattr(config, name)}": size for name, size in missing.items()}
+            excess = _excess_bytes(config, {"device_memory": device, "host_memory": host})
+            limits = {f"--{name}={getattr(config, name)}": size for name, size in excess.items()}
             why = ", ".join(f"{gigabytes(size)} more than {limit}" for limit, size in limits.items())
             log(f"  {rung.name}: device {gigabytes(device)}, host {gigabytes(host)}; {why or 'fits'}")
-            yield _Tried(rung, changed, predicted, missing, why)
+            yield _Tried(rung, changed, predicted, excess, why)
 
     all_rungs = list(ladder(config, cluster, fixed))
     refused = [rung for rung in all_rungs if rung.refused]
@@ -109,60 +109,60 @@ def choose(
         log(f"  {rung.name}: not tried, {rung.refused}")
     rungs = [rung for rung in all_rungs if not rung.refused]
     failed: list[_Tried] = []
-    width = max(1, min(4, len(os.sched_getaffinity(0))) // 2)  # each is counted in two processes
+    width = max(1, min(4, len(os.sched_getaffinity(0))) // 2)  # each rung is counted in two processes
     for start in range(0, len(rungs), width):
         for best in tried(rungs[start : start + width]):
-            if not best.missing:
-                return _without_needless(best, rungs[: len(failed) + 1], tried)
+            if not best.excess:
+                return _undo_unneeded(best, rungs[: len(failed) + 1], tried)
             failed.append(best)
-    nearest = min(failed, key=lambda each: sum(each.missing.values()))
+    nearest = min(failed, key=lambda each: sum(each.excess.values()))
     advice = "more processes, fewer tokens (--max_seq_len)"
     if config.memory != "lean" and config.optimizer != "sgd":
-        advice += ", or the tier --mixed_precision=bf16 --memory=lean (another curve, inside the spread of seeds)"
+        advice += ", or --mixed_precision=bf16 --memory=lean (the loss differs, within the spread of seeds)"
     if refused:
         names = ", ".join(rung.name for rung in refused)
-        advice += f"; {names} may not be tried, as their flags are set"
-    raise UsageError(f"nothing fits: with {nearest.rung.name}, which comes nearest, {nearest.why}. Take {advice}")
+        advice += f"; to try {names}, remove their flags"
+    raise UsageError(f"nothing fits: with {nearest.rung.name}, the closest, it needs {nearest.why}. Use {advice}")
 
 
 def _check_programs(config: TrainConfig, cluster: Cluster) -> None:
-    """Refuse limits that no setting meets, before anything is counted."""
+    """Raise UsageError for limits that no setting can meet, before anything is counted."""
     what = {"host_memory": f"the programs of {cluster.local_world_size} processes"}
     what["device_memory"] = "CUDA and its libraries"
-    taken = {"host_memory": programs_bytes(cluster), "device_memory": context_bytes(cluster)}
-    for name, over in _beyond_limits(config, taken).items():
+    needed = {"host_memory": programs_bytes(cluster), "device_memory": context_bytes(cluster)}
+    for name, over in _excess_bytes(config, needed).items():
         limit = f"--{name}={getattr(config, name)} ({parse_bytes(getattr(config, name)):,} bytes)"
-        alone = f"{what[name]} alone take {gigabytes(taken[name])} of the {name.partition('_')[0]}"
-        raise UsageError(f"nothing fits: {alone}, {gigabytes(over)} more than {limit}")
+        alone = f"{what[name]} alone take {gigabytes(needed[name])} of the {name.partition('_')[0]}"
+        raise UsageError(f"nothing fits: {alone}, {gigabytes(over)} more than {limit}: raise it")
 
 
-def _without_needless(
+def _undo_unneeded(
     best: _Tried, rungs: Sequence[Rung], tried: Callable[[Sequence[Rung]], Iterator[_Tried]]
 ) -> tuple[TrainConfig, Prediction]:
-    """Undo, costliest first, every change before `best`, the last of `rungs`, without which it still fits."""
+    """Undo, costliest first, every change before `best` (the last of `rungs`) that it does not need to fit."""
     needed = set(best.rung.own)
     for before, rung in reversed(list(pairwise(rungs[:-1]))):
         if needed & rung.own:
-            continue  # a later change of the same field is needed, and an earlier one takes more
+            continue  # a later value of the same field is needed, and an earlier one takes more
         kept = {name: value for name, value in best.rung.changes.items() if name not in rung.own}
         kept |= {name: value for name, value in before.changes.items() if name in rung.own}
         (less,) = tried([Rung(f"without {rung.name}", kept)])
-        if less.missing:
+        if less.excess:
             needed |= rung.own
         else:
             best = less
     return best.config, best.predicted
 
 
-def _beyond_limits(config: TrainConfig, taken: Mapping[str, int]) -> dict[str, int]:
-    """How many bytes of `taken` are beyond each limit, by its name; those that hold are left out."""
-    limits = {name: getattr(config, name) for name in taken}
-    over = {name: taken[name] - parse_bytes(limit) for name, limit in limits.items() if limit is not None}
+def _excess_bytes(config: TrainConfig, needed: Mapping[str, int]) -> dict[str, int]:
+    """How many of the `needed` bytes are above each limit, by its name. Limits that suffice are left out."""
+    limits = {name: getattr(config, name) for name in needed}
+    over = {name: needed[name] - parse_bytes(limit) for name, limit in limits.items() if limit is not None}
     return {name: size for name, size in over.items() if size > 0}
 
 
 def variants(config: TrainConfig, cluster: Cluster) -> Sequence[tuple[str, str, TrainConfig]]:
-    """`config` with each other tier, saver and strategy: (its name, what it costs, the config)."""
+    """Return (name, cost, config) for `config` with every other tier, saver and sharding strategy."""
     bf16, in_fp32 = {"mixed_precision": "bf16"}, config.mixed_precision != "bf16"
     prefix, forward = ("mixed_precision=bf16, ", "a forward in bf16; ") if in_fp32 else ("", "")
     exact = f"{forward}AdamW's curve over fp32 weights"
@@ -171,12 +171,12 @@ def variants(config: TrainConfig, cluster: Cluster) -> Sequence[tuple[str, str, 
         found += [
             ("memory=off", "nothing", {"memory": "off", "optimizer": config.optimizer.removesuffix("_bf16")}),
             (f"{prefix}memory=exact", exact if in_fp32 else f"nothing: {exact}", bf16 | {"memory": "exact"}),
-            (f"{prefix}memory=lean", f"{forward}rounding: inside the spread of seeds", bf16 | {"memory": "lean"}),
+            (f"{prefix}memory=lean", f"{forward}rounding: within the spread of seeds", bf16 | {"memory": "lean"}),
         ]
     found += [
         ("recompute=off", "nothing", {"recompute": "off"}),
-        ("recompute=cheap", "norms, activations and dropout once more", {"recompute": "cheap"}),
-        ("recompute=full", "each layer's forward once more", {"recompute": "full"}),
+        ("recompute=cheap", "norms, activations and dropout twice", {"recompute": "cheap"}),
+        ("recompute=full", "each layer's forward twice", {"recompute": "full"}),
         ("offload_activations", "traffic to the host", {"offload_activations": True}),
     ]
     if cluster.world_size > 1 and _may_shard(config):

@@ -1,4 +1,4 @@
-"""What `plan` prints and draws, and how `train` obeys --device_memory and --host_memory."""
+"""The command `plan`, and the choice of settings in `train` for --device_memory and --host_memory."""
 
 import dataclasses
 import os
@@ -16,12 +16,12 @@ from lowmem.plan.choose import choose, variants
 from lowmem.plan.parts import Cluster, Kind
 from lowmem.plan.predict import CONTEXT, Predict, Prediction, gigabytes, planners, predicting, visible_gpus
 
-_PLANNING_SECONDS = 900.0  # that other ranks wait for the one that plans: many times what a large model takes
+_PLANNING_SECONDS = 900.0  # for which other ranks wait for rank 0 to plan; large models take far less
 
 
 def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
-    """Print what `config`, or what is chosen to fit, takes, and so for each tier, saver and strategy; draw plan.png."""
-    asked = config
+    """Print the memory of `config` (changed to fit limits) and of each tier, saver and strategy; draw plan.png."""
+    device_memory = config.device_memory
     with planners(config.host_memory) as pool:
         cluster = _cluster(config, pool)
         predict = predicting(pool, cluster)
@@ -33,13 +33,13 @@ def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
         print("\n".join(["", *table_of_parts(first)]), flush=True)
         predictions = [first, *predictions]
     print("\n".join(["", *table_of_variants(list(zip(names, costs, predictions, strict=True)))]))
-    print(_draw(list(zip(names, predictions, strict=True)), asked.device_memory, Path(config.output_dir)))
+    print(_draw(list(zip(names, predictions, strict=True)), device_memory, Path(config.output_dir)))
 
 
 def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
     """Return `config` with the fastest settings that fit. Raises UsageError if none does.
 
-    Under a launcher rank 0 plans and sends the others its choice: call it on every rank, before `init_distributed`.
+    Under a launcher, rank 0 plans and broadcasts its choice: call it on every rank, before `init_distributed`.
     """
     check_launch(config.num_processes)
 
@@ -50,21 +50,21 @@ def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
 
     if (launched_processes() or 1) == 1:
         return dataclasses.replace(config, **find())
-    from lowmem.distributed.before_init import found_by_first
+    from lowmem.distributed.before_init import call_on_rank_0
 
     waits = {"limit_seconds": _PLANNING_SECONDS, "start_seconds": config.heartbeat_timeout}
-    return dataclasses.replace(config, **found_by_first(find, **waits))
+    return dataclasses.replace(config, **call_on_rank_0(find, **waits))
 
 
 def _cluster(config: TrainConfig, pool: Executor) -> Cluster:
-    """The launcher's processes, else those that `train` would start; on GPUs if there is a limit of their memory."""
+    """The launcher's processes, or those that `train` would start; on GPUs if visible or if --device_memory is set."""
     launched = launched_processes()
     world_size = launched or config.num_processes
     gpus = visible_gpus(pool) if config.device_memory is None or world_size is None else 0
     world_size = world_size or max(1, gpus)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if launched else world_size
     on_gpu = config.device_memory is not None or gpus > 0
-    where = "a GPU each" if on_gpu else "this CPU (for a GPU, set --device_memory)"
+    where = "GPU" if on_gpu else "this CPU (for a GPU, set --device_memory)"
     model, rows = config.model_name_or_path or config.model_config, config.batch_size
     about = f"predicted for {world_size} x {where}: {model}, micro-batches of {rows} x {config.max_seq_len} tokens"
     print(about, flush=True)
@@ -72,14 +72,14 @@ def _cluster(config: TrainConfig, pool: Executor) -> Cluster:
 
 
 def _chosen(config: TrainConfig, cluster: Cluster, fixed: Iterable[str], predict: Predict) -> TrainConfig:
-    """What `choose` finds to fit; prints what it tries, and its choice."""
+    """Run `choose`; print what it tries and what it chooses."""
     fitting, _ = choose(config, cluster, fixed, predict, partial(print, flush=True))
-    print(f"chosen: {', '.join(flags_between(config, fitting)) or 'as asked'}", flush=True)
+    print(f"chosen: {', '.join(flags_between(config, fitting)) or 'no change'}", flush=True)
     return fitting
 
 
 def flags_between(before: TrainConfig, after: TrainConfig) -> list[str]:
-    """The flags that turn one config into the other."""
+    """The flags that change `before` into `after`."""
     return [f"--{name}={value}" for name, value in _changes(before, after).items()]
 
 
@@ -88,17 +88,17 @@ def _changes(before: TrainConfig, after: TrainConfig) -> dict[str, object]:
 
 
 def table_of_parts(prediction: Prediction) -> list[str]:
-    """Where bytes go: on a device, on the host and on disk."""
+    """List what takes the bytes on a device, on the host and on disk."""
     lines = []
-    places = {"device, of each process, at its peak": prediction.device, "host, of this machine": prediction.host}
-    for place, parts in (places | {"disk": prediction.disk}).items():
-        lines.append(f"{place}: {gigabytes(sum(parts.values()))}")
+    resources = {"device, peak per process": prediction.device, "host, this machine": prediction.host}
+    for resource, parts in (resources | {"disk": prediction.disk}).items():
+        lines.append(f"{resource}: {gigabytes(sum(parts.values()))}")
         lines += [f"  {name:<28}{gigabytes(size):>12}" for name, size in parts.items() if size]
     return lines
 
 
 def table_of_variants(rows: Sequence[tuple[str, str, Prediction]]) -> list[str]:
-    """What each setting takes (x: relative to the first row) and costs."""
+    """List what each setting takes (x: relative to the first row) and costs."""
     first = rows[0][2].device_bytes
     lines = [f"{'':<34}{'device':>12}{'x':>7}{'host':>12}{'disk':>12}  costs"]
     for name, costs, prediction in rows:
@@ -109,9 +109,9 @@ def table_of_variants(rows: Sequence[tuple[str, str, Prediction]]) -> list[str]:
 
 
 def _draw(bars: Sequence[tuple[str, Prediction]], device_memory: str | None, output: Path) -> str:
-    """Draw each prediction's device bytes, and the limit, as plan.png; return a line that says where it is."""
+    """Draw each prediction's device bytes, and the limit, as plan.png; return a message with its path."""
     if find_spec("matplotlib") is None:
-        return "no picture: matplotlib is not installed (pip install 'lowmem[plot]')"
+        return "no chart: matplotlib is not installed (pip install 'lowmem[plot]')"
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.5 + 0.4 * len(bars)), layout="constrained")
@@ -127,8 +127,8 @@ def _draw(bars: Sequence[tuple[str, Prediction]], device_memory: str | None, out
         axes.axvline(parse_bytes(device_memory) / 10**9, color="black", linestyle="--", label=limit)
     axes.set_yticks(range(len(bars)), [name for name, _ in bars])
     axes.invert_yaxis()
-    axes.set_xlabel("GB on the device of each process, at its peak")
+    axes.set_xlabel("peak GB on the device of each process")
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
     path = (output if output.is_dir() else Path()) / "plan.png"
     figure.savefig(path, dpi=120)
-    return f"{path} is a picture of it"
+    return f"{path}: chart of this table"

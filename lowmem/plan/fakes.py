@@ -1,6 +1,6 @@
-"""Stand-ins for data, other ranks, a GPU and host memory, so that a step of any size can be counted on a CPU.
+"""Fake data, ranks, GPU and host memory, so that the bytes of a step of any size can be counted on a CPU.
 
-Tried with torch 2.11 and 2.13. It depends on what torch and accelerate do not promise: `torch._subclasses`,
+Tested with torch 2.11 and 2.13. It depends on private parts of torch and accelerate: `torch._subclasses`,
 `torch.testing._internal`, the operator of memory-efficient attention, `AcceleratorState._reset_state`.
 """
 
@@ -32,15 +32,15 @@ from lowmem.plan.parts import Cluster
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Make tensors with shapes, dtypes and storages, but no data: a model of any size can be built and trained.
+    """Create tensors with shape, dtype and storage but no data, so that a model of any size can be built and trained.
 
-    `.item()` returns True or 1, so that a check for finite numbers passes. Enter a MemoryMeter inside of it.
+    `.item()` returns True or 1, so that checks for finite numbers pass. Enter a MemoryMeter inside this context.
     """
-    with _FakesOfOnes(allow_non_fake_inputs=True):  # those of process groups and meshes, made before
+    with _FakeOnes(allow_non_fake_inputs=True):  # process groups and meshes have real tensors
         yield
 
 
-class _FakesOfOnes(FakeTensorMode):
+class _FakeOnes(FakeTensorMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return True if args[0].dtype == torch.bool else 1
@@ -49,10 +49,10 @@ class _FakesOfOnes(FakeTensorMode):
 
 @contextmanager
 def fake_ranks(cluster: Cluster, *, mixed_precision: str, shards: bool) -> Iterator[Accelerator]:
-    """An Accelerator on the CPU of rank 0. Other ranks do not exist: collectives do nothing.
+    """Yield the Accelerator of rank 0, on a CPU. Other ranks do not exist: collectives do nothing.
 
-    It changes the environment and accelerate's state: call it in a process of its own. `shards` makes a process group
-    for a single process too.
+    It changes the environment and accelerate's state: call it in a separate process. With `shards`, a single process
+    gets a process group too.
     """
     launch = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": cluster.world_size}
     launch |= {"LOCAL_WORLD_SIZE": cluster.local_world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
@@ -65,7 +65,7 @@ def fake_ranks(cluster: Cluster, *, mixed_precision: str, shards: bool) -> Itera
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=cluster.world_size)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        # it would say cpu:0, which fake tensors take for another device
+        # its default, cpu:0, is another device to fake tensors
         PartialState(cpu=True).device = torch.device("cpu")
         yield Accelerator(cpu=True, mixed_precision=mixed_precision)
     finally:
@@ -75,7 +75,7 @@ def fake_ranks(cluster: Cluster, *, mixed_precision: str, shards: bool) -> Itera
 
 
 class HostCopies:
-    """Bytes of the activations that `offload_activations` has taken off the device, now and at their peak."""
+    """Bytes of the activations that `offload_activations` holds on the host, now and at their peak."""
 
     def __init__(self):
         self.live_bytes = self.peak_bytes = 0
@@ -85,7 +85,7 @@ class HostCopies:
 
     @property
     def savers(self) -> dict[str, Saver]:
-        """SAVERS, of which `offload_activations` copies to here."""
+        """SAVERS, with an `offload_activations` that copies into this object."""
         return SAVERS | {"offload_activations": partial(SAVERS["offload_activations"], to_host=self._take)}
 
     def _take(self, tensor: Tensor) -> "_Copy":
@@ -111,8 +111,8 @@ class _Copy:
 def few_slices() -> Iterator[None]:
     """Compute only the first two slices of a weight's update and of the logits.
 
-    That saves up to two thirds of a count's time and leaves the peak as it is: the second slice meets what the first
-    has left, as all others would.
+    That saves up to two thirds of the counting time and does not change the peak: what the first slice leaves behind is
+    alive in the second, as it would be in all others.
     """
     slices, vocabulary_slices = TieredOptimizer.slices, loss.vocabulary_slices
     TieredOptimizer.slices = lambda *given: islice(slices(*given), 2)
@@ -124,11 +124,11 @@ def few_slices() -> Iterator[None]:
 
 
 def attention_for(config: PretrainedConfig, *, on_gpu: bool, is_padded: bool) -> str:
-    """The name, for transformers, of an attention that takes as many bytes as its own and looks at no data.
+    """Register in transformers an attention that takes as many bytes as its own but reads no data. Return its name.
 
-    transformers looks at positions and masks to see whether it needs a mask, and without data makes one that no
-    training has. Here a causal model gets none, and an encoder-decoder's hides padding if `is_padded`. On a GPU a
-    learned bias (T5's) takes the memory-efficient kernel; on a CPU, which has no kernel for it, attention is eager.
+    transformers reads positions and masks to decide whether it needs a mask; without data it makes one that training
+    would not have. Here a causal model gets none, and an encoder-decoder's mask hides padding if `is_padded`. On a GPU,
+    a learned bias (T5's) uses the memory-efficient kernel; on a CPU, which has no kernel for it, attention is eager.
     """
     if not on_gpu and hasattr(config, "relative_attention_num_buckets"):
         return "eager"
@@ -149,14 +149,14 @@ def _never_skipped(*args, **kwargs) -> Tensor:
 
 
 class _MemoryEfficient(TorchFunctionMode):
-    """Compute attention that has a bias by the memory-efficient kernel, which a CPU would not choose."""
+    """Use the memory-efficient kernel for attention with a bias; a CPU would not choose it."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         options = dict(kwargs or {})
         if func is not scaled_dot_product_attention or options.get("attn_mask") is None:
             return func(*args, **options)
         tensors = (*args, options.pop("attn_mask"))
-        if torch.is_autocast_enabled("cpu"):  # it does not know this kernel by its own name
+        if torch.is_autocast_enabled("cpu"):  # autocast does not cover this operator
             tensors = [tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors]
         query, key, value, bias = tensors
         bias = bias.to(query.dtype).expand(*query.shape[:3], key.shape[2])

@@ -1,7 +1,7 @@
 """Count the bytes that tensors hold, now and at their peak, on any device and for fake tensors too.
 
-Tried with torch 2.11 and 2.13. It depends on what torch does not promise: it replaces `UntypedStorage.resize_`, and
-reads `_cdata`, a storage's address.
+Tested with torch 2.11 and 2.13. It depends on private parts of torch: it replaces `UntypedStorage.resize_`, and reads
+`_cdata`, a storage's address.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,34 +19,34 @@ CUDA_BLOCK_BYTES = 512  # what CUDA's caching allocator rounds up to
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Count every storage that a torch operation makes inside this context, backward included, until it is freed.
+    """Count every storage that a torch operation creates inside this context, backward included, until it is freed.
 
-    A storage counts once, however many tensors view it, for as long as anything (autograd too) holds it, at its size
-    rounded up to `block_bytes`: 1 counts what was requested, CUDA_BLOCK_BYTES what a GPU hands out. What was there
-    before counts only if `count` adds it, and a file mapped into memory never does. Set `kind` to name what is made
-    from then on. Not seen: what a kernel allocates and frees inside itself, fragmentation, libraries' workspaces, a
-    device's context, and operations of other threads than autograd's.
+    A storage counts once, however many tensors view it, as long as anything (also autograd) holds it, at its size
+    rounded up to `block_bytes`: 1 counts what was requested, CUDA_BLOCK_BYTES what a GPU allocates. Earlier storages
+    count only if `count` adds them; memory-mapped files never count. Set `kind` to label what is created from then on.
+    Not counted: what a kernel allocates and frees internally, fragmentation, workspaces of libraries, the device's
+    context, and operations in threads other than autograd's.
     """
 
     def __init__(self, *, block_bytes: int = 1):
         super().__init__()
         self.live_bytes = 0
         self.peak_bytes = 0
-        """The largest `live_bytes` since the start or `reset_peak`."""
+        """The largest `live_bytes` since creation or `reset_peak`."""
         self.kind = ""
         self.peak_by_kind: dict[str, int] = {}
-        """What `peak_bytes` consisted of."""
+        """The `peak_bytes` by kind."""
         self._block_bytes = block_bytes
         self._live_by_kind: dict[str, int] = {}
-        self._storages: dict[int, tuple[ref, int, str]] = {}  # by address, which no other has while it lives
+        self._storages: dict[int, tuple[ref, int, str]] = {}  # by address, unique while the storage is alive
 
     def count(self, tensors: Iterable[Tensor], kind: str | None = None) -> None:
-        """Count storages that were made before as `kind` (None: as they were), such as parameters and their state."""
+        """Count existing storages, such as parameters and their state, as `kind` (None: unchanged)."""
         for tensor in tensors:
             self._update(local_of(tensor).untyped_storage(), kind)
 
     def rename(self, kind: str, new_kind: str) -> None:
-        """Give all live bytes of one kind a new kind."""
+        """Relabel all live bytes of `kind` as `new_kind`."""
         for address, (reference, num_bytes, its_kind) in self._storages.items():
             if its_kind == kind:
                 self._storages[address] = reference, num_bytes, new_kind
@@ -54,11 +54,11 @@ class MemoryMeter(TorchDispatchMode):
         self._live_by_kind[new_kind] = self._live_by_kind.get(new_kind, 0) + moved
 
     def reset_peak(self) -> None:
-        """Start a new peak at the bytes that are alive."""
+        """Reset the peak to the live bytes."""
         self.peak_bytes, self.peak_by_kind = self.live_bytes, dict(self._live_by_kind)
 
     def __enter__(self):
-        # fully_shard frees all-gathered weights by a resize, which is no operation
+        # fully_shard frees all-gathered weights by a resize, which is not a torch operation
         self._resize = resize = torch.UntypedStorage.resize_
 
         def resize_and_count(storage: torch.UntypedStorage, num_bytes: int) -> torch.UntypedStorage:
@@ -76,7 +76,7 @@ class MemoryMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # torch.tensor makes its storage out of sight and passes it to this operation
+        # torch.tensor creates its storage unseen, and passes it to this operation
         is_literal = func is torch.ops.aten.lift_fresh.default
         given = [] if is_literal else [*_storages_of(args), *_storages_of(kwargs.values())]
         not_ours = {storage._cdata for storage in given} - self._storages.keys()
@@ -85,7 +85,7 @@ class MemoryMeter(TorchDispatchMode):
         for storage in [*given, *_storages_of([result])]:
             if storage._cdata not in not_ours:
                 self._update(storage, None if storage._cdata in self._storages else made_for)
-        if func.namespace == "fsdp":  # it all-gathers a layer's weights into what torch.empty has made for them
+        if func.namespace == "fsdp":  # it all-gathers a layer's weights into the result of torch.empty
             for storage in _storages_of([kwargs.get("out")]):
                 if storage._cdata not in not_ours:
                     self._update(storage, Kind.COMMUNICATION)
@@ -117,7 +117,7 @@ class MemoryMeter(TorchDispatchMode):
 
 
 def _storages_of(values: Iterable[object]) -> Iterator[torch.UntypedStorage]:
-    """The storages of the tensors in `values` and its lists. (torch's own walk takes longer than an operation.)"""
+    """The storages of the tensors in `values` and its lists. (torch's pytree is slower than an operation.)"""
     for value in values:
         if isinstance(value, Tensor):
             yield local_of(value).untyped_storage()  # a DTensor's own storage has the size of the whole tensor

@@ -1,4 +1,4 @@
-"""What a prediction of memory is made of: bytes by what they are for. No torch."""
+"""The parts of a memory prediction: bytes by what they are for. Imports no torch."""
 
 import copy
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Kind(StrEnum):
-    """What bytes are for, in the order in which `plan` prints them: what stays longest comes first."""
+    """What bytes are for, in the order in which `plan` prints them: longest-lived first."""
 
     WEIGHTS = "weights"
     LOW_HALVES = "low halves"
@@ -19,9 +19,9 @@ class Kind(StrEnum):
     BACKWARD = "backward"
     UPDATE = "update"
     COMMUNICATION = "communication"
-    """What collectives allocate, and the all-gathered weights of a layer."""
+    """Buffers of collectives, and the all-gathered weights of a layer."""
     OFFLOADED = "offloaded"
-    """Activations that are not on the device."""
+    """Activations moved off the device."""
 
 
 Bytes = dict[str, int]
@@ -34,29 +34,29 @@ class Cluster(NamedTuple):
     local_world_size: int
     """Processes on each machine."""
     on_gpu: bool
-    """Each process has a GPU. False: they compute on CPUs like this machine's."""
+    """Whether each process has a GPU. If not, all compute on CPUs like this machine's."""
 
 
 @dataclass
 class Counted:
     """Bytes on rank 0."""
 
-    moments: dict[str, Bytes] = field(default_factory=dict)
+    peaks: dict[str, Bytes] = field(default_factory=dict)
     """The peak of each phase of the step, by kind."""
     model_bytes: int = 0
-    """Size of the model's files. A checkpoint, which also holds the whole optimizer state, has `checkpoint_bytes`."""
+    """Size of the model's files. A checkpoint, which also has the optimizer state, takes `checkpoint_bytes`."""
     checkpoint_bytes: int = 0
     num_parameters: int = 0
 
 
 def extrapolate(shallow: Counted, deeper: Iterable[tuple[int, Counted]]) -> Counted:
-    """Add to `shallow` what each of `deeper` takes beyond it, so many times: peaks are linear in a stack's depth."""
+    """For each (n, deep) in `deeper`, add n times its difference to `shallow`: peaks are linear in a stack's depth."""
     total = copy.deepcopy(shallow)
     for times, deep in deeper:
         for name in ("model_bytes", "checkpoint_bytes", "num_parameters"):
             setattr(total, name, getattr(total, name) + times * (getattr(deep, name) - getattr(shallow, name)))
-        for moment, parts in total.moments.items():
-            first, second = shallow.moments[moment], deep.moments[moment]
+        for phase, parts in total.peaks.items():
+            first, second = shallow.peaks[phase], deep.peaks[phase]
             for kind in {*first, *second}:
                 parts[kind] = parts.get(kind, 0) + times * (second.get(kind, 0) - first.get(kind, 0))
     return total

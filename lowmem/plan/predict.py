@@ -1,4 +1,4 @@
-"""Predict what a run will take, before it runs. Steps are counted in processes of their own."""
+"""Predict the memory of a run before it starts. Steps are counted in separate processes."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -17,12 +17,12 @@ from lowmem.plan.parts import Bytes, Cluster, Counted, Kind, extrapolate
 CONTEXT = "context, fragments"
 
 _WITH_CPU_OFFLOAD = {Kind.WEIGHTS, Kind.LOW_HALVES, Kind.MOMENTS, Kind.GRADIENTS, Kind.UPDATE}
-# Estimates: of each process interpreter, torch, transformers and prefetched rows, and on a GPU as much more for CUDA.
+# Estimates. Per process: interpreter, torch, transformers and prefetched rows; on a GPU, the same again for CUDA.
 _PROGRAM_BYTES = 600 * 2**20
 _CONTEXT_BYTES = 600 * 2**20  # of CUDA and its libraries, on the device
-_FRAGMENTS = 0.05  # of what tensors take
+_FRAGMENTS = 0.05  # of the bytes of tensors
 _PLANNER_BYTES = 500 * 2**20  # of a process that counts
-_WAITING_BYTES = 250 * 2**20  # of a rank that waits for it
+_WAITING_BYTES = 250 * 2**20  # of a rank that waits for the planners
 
 Result = TypeVar("Result")
 
@@ -32,9 +32,9 @@ class Prediction:
     """Peak bytes by what they are for."""
 
     device: Bytes
-    """Of one process, on its device."""
+    """Bytes of one process on its device."""
     host: Bytes
-    """Of all processes of a machine, on its host."""
+    """Bytes of all processes of a machine on its host."""
     disk: Bytes
 
     @property
@@ -51,9 +51,9 @@ Predict = Callable[[Iterable[TrainConfig]], Iterator[Prediction]]
 
 @contextmanager
 def planners(host_memory: str | None = None) -> Iterator[Executor]:
-    """Processes that count, so that this one needs no torch: one a core, up to four, as far as `host_memory` holds."""
+    """Processes that count, so that this one needs no torch: one per core, up to four, as many as fit `host_memory`."""
     most = min(4, len(os.sched_getaffinity(0)))
-    if host_memory is not None:  # in which a launcher's ranks wait
+    if host_memory is not None:  # waiting ranks of a launcher need some of it
         waiting = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * _WAITING_BYTES
         most = max(1, min(most, (parse_bytes(host_memory) - waiting) // _PLANNER_BYTES))
     pool = ProcessPoolExecutor(most, mp_context=get_context("spawn"))
@@ -64,12 +64,12 @@ def planners(host_memory: str | None = None) -> Iterator[Executor]:
 
 
 def visible_gpus(pool: Executor) -> int:
-    """GPUs that processes of this machine see."""
+    """The number of GPUs that a process on this machine sees."""
     return _result(pool.submit(_num_gpus))
 
 
 def predicting(pool: Executor, cluster: Cluster) -> Predict:
-    """Return a function that predicts configs on `cluster`, and counts each of them once."""
+    """Return a function that predicts configs on `cluster` and counts each config once."""
     counted: dict[TrainConfig, tuple[Future[Counted], Future[list[tuple[int, Counted]]]]] = {}
 
     def predict(configs: Iterable[TrainConfig]) -> Iterator[Prediction]:
@@ -88,8 +88,8 @@ def _result(found: Future[Result]) -> Result:
         return found.result()
     except BrokenProcessPool as error:
         raise UsageError(
-            f"a process that was to predict has ended: each takes {gigabytes(_PLANNER_BYTES)} of host memory, look "
-            "whether that is there (with --host_memory no more of them run than it holds)"
+            f"a prediction process ended early; each needs {gigabytes(_PLANNER_BYTES)} of host memory: free some, or "
+            "set --host_memory so that fewer processes run"
         ) from error
 
 
@@ -112,24 +112,24 @@ def _count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Coun
 
 
 def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Prediction:
-    """Add to what was counted all that surrounds a step: programs, loading, checkpoints."""
+    """Add to the counted bytes everything outside of a step: programs, loading, checkpoints."""
     on_host = {Kind.OFFLOADED} | (_WITH_CPU_OFFLOAD if config.cpu_offload and cluster.on_gpu else set())
-    moments = [{kind: parts[kind] for kind in Kind if kind in parts} for parts in counted.moments.values()]
+    peaks = [{kind: parts[kind] for kind in Kind if kind in parts} for parts in counted.peaks.values()]
     device, host = (
-        max(({kind: parts[kind] for kind in parts if (kind in on_host) == is_host} for parts in moments), key=_total)
+        max(({kind: parts[kind] for kind in parts if (kind in on_host) == is_host} for parts in peaks), key=_total)
         for is_host in (False, True)
     )
     processes = cluster.local_world_size
     if cluster.on_gpu:
         device[CONTEXT] = _CONTEXT_BYTES + int(_FRAGMENTS * _total(device))
         host = {f"{kind}, of all processes": size * processes for kind, size in host.items()}
-    else:  # the device is the host, and what is offloaded is in files
+    else:  # the device is the host, and offloaded activations are in files
         host = {"tensors, of all processes": _total(device) * processes}
-    in_parts = config.is_divided and config.model_name_or_path
-    loading = 0 if in_parts else 4 * counted.num_parameters * (1 if config.is_divided else processes)
+    in_parts = config.is_sharded and config.model_name_or_path
+    loading = 0 if in_parts else 4 * counted.num_parameters * (1 if config.is_sharded else processes)
     host["loading, beyond training"] = max(0, loading - _total(host))
     host["programs"] = programs_bytes(cluster)
-    keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # a new one is whole before an old one goes
+    keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # until the new one is complete
     name = f"{keeps} checkpoints" if config.save_total_limit else "each checkpoint"
     return Prediction(device, host, {name: keeps * counted.checkpoint_bytes, "model": counted.model_bytes})
 
@@ -139,15 +139,15 @@ def _total(parts: Bytes) -> int:
 
 
 def programs_bytes(cluster: Cluster) -> int:
-    """What the programs of a machine's processes take of its host, whatever they train."""
+    """Host memory that the processes of a machine take for any model."""
     return _PROGRAM_BYTES * (1 + cluster.on_gpu) * cluster.local_world_size
 
 
 def context_bytes(cluster: Cluster) -> int:
-    """What CUDA takes of a device before there is a tensor."""
+    """Device memory that CUDA takes before any tensor is created."""
     return _CONTEXT_BYTES if cluster.on_gpu else 0
 
 
 def gigabytes(num_bytes: int) -> str:
-    """As --device_memory takes it."""
+    """Format bytes as --device_memory accepts them."""
     return f"{num_bytes / 10**9:.2f} GB" if num_bytes >= 10**8 else f"{num_bytes / 10**6:.2f} MB"

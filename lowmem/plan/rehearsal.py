@@ -1,7 +1,7 @@
 """Count the bytes of one optimizer step on fake tensors: the peak of each of its phases, by what the bytes are for.
 
-The functions that train build the run, in the order of `train.py`; a deep stack of equal layers is counted at two small
-depths (see `extrapolate`). All of it changes the environment and accelerate's state: call it in a process of its own.
+The run is built by the functions that `train.py` uses, in the same order. A deep stack of equal layers is counted at
+two small depths (see `extrapolate`). It changes the environment and accelerate's state: call it in a separate process.
 """
 
 from contextlib import ExitStack
@@ -32,30 +32,30 @@ from lowmem.plan.parts import Bytes, Cluster, Counted, Kind
 from lowmem.step import LossFunction, TrainState, train_step
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
-_FEW = 2  # layers at which a deeper stack is counted, and one more
+_FEW = 2  # layers of a deeper stack that are counted
 
 
 def count_shallow(config: TrainConfig, cluster: Cluster) -> Counted:
-    """Count a step with few layers in each deep stack of equal ones, and all layers of the others."""
+    """Count a step with few layers in each deep stack of equal layers, and all layers of other stacks."""
     shallow, _ = _depths(config)
     return count(config, cluster, shallow)
 
 
 def count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Counted]]:
-    """For each depth of deep stacks: how many layers more the model has in them, and the step with one layer more."""
+    """For each depth of deep stacks: how many layers `count_shallow` leaves out, and a step with one layer more."""
     _, deeper = _depths(config)
     return [(times, count(config, cluster, shape)) for times, shape in deeper]
 
 
 def _depths(config: TrainConfig) -> tuple[PretrainedConfig, list[tuple[int, PretrainedConfig]]]:
-    """The shapes for `count_shallow` and `count_deeper`. Stacks of one depth grow together: they may be the same."""
+    """The shapes for `count_shallow` and `count_deeper`. Stacks of equal depth grow together: they may be the same."""
     shape = config_of(config.model_name_or_path or config.model_config)
     deep: dict[int, list[str]] = {}
     for name in _DEPTHS:
         if (depth := getattr(shape, name, None) or 0) > _FEW + 2:
             deep.setdefault(depth, []).append(name)
     if not deep or len(set(getattr(shape, "layer_types", None) or ())) > 1:
-        return shape, []  # one kind of layer says nothing about another
+        return shape, []  # the layers differ, so one does not predict the others
 
     def with_depth(names: list[str], depth: int) -> PretrainedConfig:
         fields = shape.to_dict() | dict.fromkeys(chain(*deep.values()), _FEW) | dict.fromkeys(names, depth)
@@ -67,17 +67,17 @@ def _depths(config: TrainConfig) -> tuple[PretrainedConfig, list[tuple[int, Pret
 
 
 def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Counted:
-    """Count a step of all layers of a model of this `shape`."""
+    """Count a step of a model of this `shape`, with all layers."""
     with ExitStack() as stack:
-        ranks = fake_ranks(cluster, mixed_precision=config.autocast, shards=config.is_divided)
+        ranks = fake_ranks(cluster, mixed_precision=config.autocast, shards=config.is_sharded)
         accelerator = stack.enter_context(ranks)
-        if config.is_divided:  # a mesh is no fake
+        if config.is_sharded:  # a mesh needs real tensors
             mesh = make_mesh(accelerator, config.sharding_strategy, config.shard_size, config.tp_size)
         stack.enter_context(few_slices())
         stack.enter_context(fake_tensors())
         model = build_model(shape, attention_for(shape, on_gpu=cluster.on_gpu, is_padded=True))
         freeze(model, parts=config.frozen_parts)
-        if config.is_divided:
+        if config.is_sharded:
             shard(model, mesh, sharding_strategy=config.sharding_strategy, cpu_offload=False)  # the CPU is the device
         device, trained = "cuda" if cluster.on_gpu else "cpu", [x for x in model.parameters() if x.requires_grad]
         slice_elements = slice_elements_for(trained, device)
@@ -88,7 +88,7 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
             loss_fn = partial(loss_fn, slice_elements=SLICE_ELEMENTS[device])
         timeline = _Timeline(MemoryMeter(block_bytes=CUDA_BLOCK_BYTES if cluster.on_gpu else 1))
         timeline.watch(model, optimizer)
-        # outside of the savers, of which one all-gathers the weights
+        # before the savers: one of them all-gathers the weights
         stack.enter_context(timeline.meter)
         savers = [timeline.host.savers[name] for name in config.savers if name != "compiled"]  # no kernels to compile
         stack.enter_context(entered(savers, model, optimizer))
@@ -102,14 +102,14 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
             learning_rate=1e-4,
             max_grad_norm=config.max_grad_norm,
         )
-        timeline.ends("after", then=Kind.ACTIVATIONS)
+        timeline.end("after", then=Kind.ACTIVATIONS)
         weights = num_bytes(model_tensors(model))
         state = num_bytes(optimizer_tensors(named_parameters(model, optimizer), optimizer))
         return Counted(timeline.peaks, weights, weights + state, model.num_parameters())
 
 
 def _make_state(optimizer: Optimizer) -> None:
-    """Take a first step, in which torch's optimizers make their state."""
+    """Take a first step, in which torch's optimizers create their state."""
     if optimizer.state:
         return
     for group in optimizer.param_groups:
@@ -120,7 +120,7 @@ def _make_state(optimizer: Optimizer) -> None:
 
 
 def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[Batch]:
-    """Full micro-batches of a step, of which more than two take no more than two. All tokens are targets."""
+    """Full micro-batches of a step, at most two: more have the same peak. All tokens are targets."""
     data_ranks = cluster.world_size // config.tp_size
     rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps * data_ranks
     micro_batches = -(-rows // (config.batch_size * data_ranks))
@@ -135,15 +135,15 @@ def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[
 
 
 class _Timeline:
-    """Divides a step into phases at its hooks, and keeps the peak of each phase."""
+    """Divide a step into phases with hooks, and keep the peak of each phase."""
 
     def __init__(self, meter: MemoryMeter):
         self.meter, self.host = meter, HostCopies()
         self.meter.kind = Kind.ACTIVATIONS
         self.peaks: dict[str, Bytes] = {}
 
-    def ends(self, phase: str, *, then: Kind) -> None:
-        """Note the peak of the phase that ends here. What is made after it is of kind `then`."""
+    def end(self, phase: str, *, then: Kind) -> None:
+        """Record the peak of the phase that ends here. What is created next is of kind `then`."""
         peak = {kind: size for kind, size in self.meter.peak_by_kind.items() if size}
         known = self.peaks.get(phase, {})
         on_host = max(known.get(Kind.OFFLOADED, 0), self.host.peak_bytes)
@@ -156,29 +156,29 @@ class _Timeline:
         self.host.reset_peak()
 
     def watched(self, loss_fn: LossFunction) -> LossFunction:
-        """`loss_fn`, between forward and backward."""
+        """Wrap `loss_fn` to end a phase before and after it."""
 
         def watched_loss(model: nn.Module, batch: Batch) -> Tensor:
-            self.ends("before", then=Kind.ACTIVATIONS)
-            self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)  # what an earlier backward has left
+            self.end("before", then=Kind.ACTIVATIONS)
+            self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)  # left by an earlier backward
             loss = loss_fn(model, batch)
-            self.ends("loss", then=Kind.BACKWARD)
+            self.end("loss", then=Kind.BACKWARD)
             return loss
 
         return watched_loss
 
     def watch(self, model: PreTrainedModel, optimizer: Optimizer) -> None:
-        """Count weights and state, and hook in: phases are forward (encoder, decoder), loss, backward, update."""
+        """Count weights and state, and add hooks. Phases are forward (encoder, decoder), loss, backward and update."""
         self.meter.count(map(local_of, (*model.parameters(), *model.buffers())), Kind.WEIGHTS)
         for tensors in optimizer.state.values():
             for name, tensor in tensors.items():
                 if isinstance(tensor, Tensor):
                     self.meter.count([local_of(tensor)], Kind.LOW_HALVES if name == "weight_low" else Kind.MOMENTS)
         model.get_output_embeddings().register_forward_pre_hook(
-            lambda *_: self.ends("forward", then=Kind.LOSS if self.meter.kind == Kind.ACTIVATIONS else self.meter.kind)
+            lambda *_: self.end("forward", then=Kind.LOSS if self.meter.kind == Kind.ACTIVATIONS else self.meter.kind)
         )
         if model.config.is_encoder_decoder:
-            model.get_decoder().register_forward_pre_hook(lambda *_: self.ends("encoder", then=Kind.ACTIVATIONS))
+            model.get_decoder().register_forward_pre_hook(lambda *_: self.end("encoder", then=Kind.ACTIVATIONS))
         last_of: dict[nn.Parameter, str] = {}
         stacks = [x for x in model.modules() if isinstance(x, nn.ModuleList) and len(x)]
         stacks = [x for x in stacks if all(isinstance(layer, GradientCheckpointingLayer) for layer in x)]
@@ -191,7 +191,7 @@ class _Timeline:
         def has_gradient(parameter: nn.Parameter) -> None:
             self.meter.count([local_of(parameter.grad)], Kind.GRADIENTS)
             if parameter in last_of:
-                self.ends(last_of[parameter], then=Kind.BACKWARD)
+                self.end(last_of[parameter], then=Kind.BACKWARD)
 
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -199,8 +199,8 @@ class _Timeline:
 
         def before_update(*_) -> None:
             if self.meter.kind != Kind.UPDATE:
-                self.ends("reduction", then=Kind.UPDATE)
+                self.end("reduction", then=Kind.UPDATE)
                 self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)
 
         optimizer.register_step_pre_hook(before_update)
-        optimizer.register_step_post_hook(lambda *_: self.ends("update", then=Kind.BACKWARD))
+        optimizer.register_step_post_hook(lambda *_: self.end("update", then=Kind.BACKWARD))

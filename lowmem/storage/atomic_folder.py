@@ -1,4 +1,4 @@
-"""Write a folder that is whole or absent: under a temporary name, synced, then renamed. Imports no torch."""
+"""Write a folder atomically: under a temporary name, synced, then renamed. Imports no torch."""
 
 import errno
 import os
@@ -15,11 +15,11 @@ STEP_FOLDER = re.compile(r"step-\d{8,}")
 
 
 @contextmanager
-def whole_or_absent(path: Path, *, may_replace: Callable[[Path], bool] = lambda path: False) -> Iterator[Path]:
+def atomic_folder(path: Path, *, may_replace: Callable[[Path], bool] = lambda path: False) -> Iterator[Path]:
     """Yield a temporary folder next to `path`, and rename it to `path` when the block ends without an error.
 
-    An existing folder is replaced only if `may_replace(path)`, else FileExistsError comes before anything is written.
-    After an error `path` is as it was. One process enters this; others may write into `unfinished_folder(path)`.
+    Replaces an existing folder only if `may_replace(path)`; otherwise raises FileExistsError before writing anything.
+    After an error `path` is unchanged. One process enters this; others may write into `unfinished_folder(path)`.
     """
     unfinished = _begin(path, may_replace)
     try:
@@ -32,15 +32,15 @@ def whole_or_absent(path: Path, *, may_replace: Callable[[Path], bool] = lambda 
 
 
 def unfinished_folder(path: Path) -> Path:
-    """The temporary folder that `whole_or_absent(path)` yields."""
+    """The temporary folder that `atomic_folder(path)` yields."""
     return path.parent / f"{_UNFINISHED}{path.name}"
 
 
 def _begin(path: Path, may_replace: Callable[[Path], bool]) -> Path:
     if path.is_file():
-        raise FileExistsError(f"{path} is a file: save into another folder, or move it away")
+        raise FileExistsError(f"{path} is a file: save to another folder or move the file")
     if path.exists() and not may_replace(path):
-        raise FileExistsError(f"{path} stands already: save into another folder, or move it away")
+        raise FileExistsError(f"{path} already exists: save to another folder or move it")
     make_folders(path.parent)
     if not path.exists() and _replaced(path).exists():  # killed between the two renames of `_finish`
         rename(_replaced(path), path)
@@ -53,7 +53,7 @@ def _begin(path: Path, may_replace: Callable[[Path], bool]) -> Path:
 
 
 def _finish(path: Path) -> None:
-    """Sync the temporary folder and rename it to `path`; after a kill between the renames `_begin` restores the old."""
+    """Sync the temporary folder and rename it to `path`. If killed between the renames, `_begin` undoes the first."""
     unfinished, replaced = unfinished_folder(path), _replaced(path)
     for folder in (unfinished, *filter(Path.is_dir, unfinished.rglob("*"))):
         sync(folder)
@@ -75,7 +75,7 @@ def _replaced(path: Path) -> Path:
 
 
 def clear_leftovers(path: Path) -> None:
-    """Remove what killed processes left of `path`; if it is a checkpoint, of all those next to it."""
+    """Remove what killed processes left of `path` and, if it is a checkpoint, of the checkpoints next to it."""
     name = "step-*" if STEP_FOLDER.fullmatch(path.name) else escape(path.name)
     for kind in ("", "replaced-", "removal-"):
         for leftover in path.parent.glob(f"{_UNFINISHED}{kind}{name}"):
@@ -83,11 +83,11 @@ def clear_leftovers(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder, renaming it first, so that a kill leaves no half of it. If that fails, print a line."""
-    condemned = path.parent / f"{_UNFINISHED}removal-{path.name}"
+    """Rename a folder and remove it, so that a kill leaves no partial folder. If that fails, print a line."""
+    renamed = path.parent / f"{_UNFINISHED}removal-{path.name}"
     with _removing(path):
-        rename(path, condemned)
-        _try_to_remove(condemned)
+        rename(path, renamed)
+        _try_to_remove(renamed)
 
 
 def _try_to_remove(path: Path) -> None:
@@ -97,7 +97,7 @@ def _try_to_remove(path: Path) -> None:
 
 @contextmanager
 def _removing(path: Path) -> Iterator[None]:
-    """Only print a line if a folder cannot be removed: that is no reason to fail."""
+    """If a folder cannot be removed, print a line instead of failing."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""File operations of a checkpoint, each announced by `sys.audit("lowmem.disk", operation, path)` before it happens."""
+"""File operations of a checkpoint. Each first raises the auditing event "lowmem.disk" with (operation, path)."""
 
 import json
 import os
@@ -17,10 +17,10 @@ Bytes = bytes | memoryview
 
 
 def write_file(path: Path, parts: Iterable[Bytes]) -> FileRecord:
-    """Write and hash `parts` one after the other, and sync the file to disk."""
+    """Write and hash `parts` in order, and sync the file to disk."""
     digest, size = xxhash.xxh3_128(), 0
     _announce("open", path)
-    with open(path, "wb", buffering=0) as file:  # unbuffered, so that closing after an error does not try again
+    with open(path, "wb", buffering=0) as file:  # unbuffered, so that closing after an error does not write again
         for part in parts:
             _announce("write", path)
             digest.update(part)
@@ -28,7 +28,7 @@ def write_file(path: Path, parts: Iterable[Bytes]) -> FileRecord:
             left = memoryview(part)
             while left:
                 left = left[file.write(left) :]
-        # Once: a failed fsync may drop what it was to write, and a second one would then succeed without it.
+        # Only once: a failed fsync may drop unwritten data, and a second fsync would then succeed without it.
         _announce("fsync", path)
         os.fsync(file.fileno())
     return {"bytes": size, "xxh3_128": digest.hexdigest()}
@@ -57,13 +57,13 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder whose parent exists. Raises FileExistsError if it exists itself."""
+    """Make a folder whose parent exists. Raises FileExistsError if the folder exists."""
     _announce("mkdir", path)
     os.mkdir(path)
 
 
 def make_folders(path: Path) -> None:
-    """Make a folder and the missing ones above it, and sync their names to disk."""
+    """Make a folder and its missing parents, and sync their names to disk."""
     if not path.exists():
         make_folders(path.parent)
         make_folder(path)
@@ -76,7 +76,7 @@ def rename(path: Path, new: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder with all that is in it; of a link only the link."""
+    """Remove a folder and its contents; for a symbolic link, only the link."""
     is_folder = path.is_dir() and not path.is_symlink()
     for entry in path.iterdir() if is_folder else ():
         remove_folder(entry)
@@ -84,8 +84,8 @@ def remove_folder(path: Path) -> None:
     (os.rmdir if is_folder else os.unlink)(path)
 
 
-def stands_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file is still the one at `path`: a process that held a lock on it may have removed it."""
+def is_same_file(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the file at `path`, which a process that held a lock may have removed."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:

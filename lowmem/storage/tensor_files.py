@@ -1,4 +1,4 @@
-"""safetensors files: written in parts, and read a few rows at a time by the safetensors library."""
+"""Write safetensors files in parts, and read them a few rows at a time with the safetensors library."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -25,8 +25,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_PART_BYTES = 2**24  # of a tensor that is in host memory at a time, written or read
-_MAPPED_BYTES = 2**25  # read before a file is opened again: pages of its memory map count as ours until it is closed
+_PART_BYTES = 2**24  # of a tensor in host memory at a time, when writing or reading
+_MAPPED_BYTES = 2**25  # read before a file is reopened: its mapped pages count as our memory until it is closed
 
 
 class Shard(NamedTuple):
@@ -34,7 +34,7 @@ class Shard(NamedTuple):
 
     name: str
     tensors: dict[str, Tensor]
-    """In the order of their bytes in the file, which holds whole ones for sharded ones (DTensor)."""
+    """In file order. The file contains the full tensor of a sharded one (DTensor)."""
 
     @property
     def num_bytes(self) -> int:
@@ -42,7 +42,7 @@ class Shard(NamedTuple):
 
     @property
     def header(self) -> bytes:
-        """The bytes before those of the tensors: 8 of length (little endian) and JSON. See `check_dtype`."""
+        """The bytes before the tensor data: the header length (8 bytes, little endian) and JSON. See `check_dtype`."""
         fields, end = {"__metadata__": {"format": "pt"}}, 0
         for name, tensor in self.tensors.items():
             check_dtype(name, tensor)
@@ -54,14 +54,14 @@ class Shard(NamedTuple):
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:
-    """Raise UsageError if safetensors files do not hold the tensor's dtype."""
+    """Raise UsageError if safetensors does not support the tensor's dtype."""
     if tensor.dtype not in _NAMES:
-        found = f"safetensors holds no {tensor.dtype}"
+        found = f"safetensors does not support {tensor.dtype}"
         raise UsageError(f"tensor {name} cannot be saved ({found}): give it another dtype or make it non-persistent")
 
 
 def split_shards(tensors: Mapping[str, Tensor], stem: str, max_shard_bytes: int) -> list[Shard]:
-    """Distribute `tensors`, in order, over files of at most `max_shard_bytes`, or one larger tensor each."""
+    """Distribute `tensors`, in order, over files of at most `max_shard_bytes`; a larger tensor gets its own file."""
     groups: list[dict[str, Tensor]] = [{}]
     room = max_shard_bytes
     for name, tensor in tensors.items():
@@ -78,7 +78,7 @@ def split_shards(tensors: Mapping[str, Tensor], stem: str, max_shard_bytes: int)
 
 
 def write_index(shards: list[Shard], folder: Path, stem: str) -> dict[str, FileRecord]:
-    """Write STEM.safetensors.index.json, which maps tensors to files, if there are several. Returns its record."""
+    """If there are several files, write STEM.safetensors.index.json, mapping tensors to files. Returns its record."""
     if len(shards) == 1:
         return {}
     weight_map = {name: Path(shard.name).name for shard in shards for name in shard.tensors}
@@ -88,14 +88,14 @@ def write_index(shards: list[Shard], folder: Path, stem: str) -> dict[str, FileR
 
 
 def host_parts(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor in the order of its elements, on the host, 16 MiB at a time."""
+    """Yield the bytes of a tensor on the host, in element order, 16 MiB at a time."""
     flat = tensor.detach().contiguous().view(-1)
     for part in flat.split(_PART_BYTES // flat.dtype.itemsize):
         yield part.cpu().view(torch.uint8).numpy().data
 
 
 class _Reader:
-    """Keeps one file open at a time, and opens it again after `_MAPPED_BYTES`."""
+    """Keeps one file open at a time, and reopens it after `_MAPPED_BYTES`."""
 
     def __init__(self):
         self._path: Path | None = None
@@ -111,7 +111,7 @@ class _Reader:
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a safetensors file; nothing of it is read before `read`."""
+    """A tensor in a safetensors file. Only `read` and `copy_part` read its data."""
 
     reader: _Reader
     path: Path
@@ -122,15 +122,15 @@ class StoredTensor(NamedTuple):
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """None for a dtype that no checkpoint holds, such as 8-bit floats."""
+        """None for a dtype that checkpoints do not use, such as 8-bit floats."""
         return _DTYPES.get(self.dtype)
 
     def read(self, *part: slice) -> Tensor:
-        """The tensor, or some rows (and columns) of it, in the file's memory map: copy it."""
+        """The tensor, or some of its rows (and columns). It is memory-mapped: copy it."""
         return self.reader.read(self.path, self.name, part if self.shape else ())
 
     def copy_part(self, target: Tensor, first: int = 0, column: int = 0) -> None:
-        """Copy what begins at a row and column into `target`, on any device, 16 MiB at a time."""
+        """Fill `target`, on any device, with the part that starts at row `first` and `column`, 16 MiB at a time."""
         if target.dim() == 0:
             target.copy_(self.read())
         if target.dim() == 0 or target.numel() == 0:
@@ -143,7 +143,7 @@ class StoredTensor(NamedTuple):
 
 
 def open_shards(folder: Path, stem: str, files: Collection[str] | None = None) -> dict[str, StoredTensor]:
-    """Every tensor in the files of `stem`, by name; only those among `files` count (None: all in `folder`)."""
+    """Every tensor in the files of `stem`, by name; `files` limits which files are read (None: all in `folder`)."""
     index = f"{stem}.safetensors.index.json"
     is_sharded = (folder / index).exists() if files is None else index in files
     weight_map = json.loads((folder / index).read_text())["weight_map"] if is_sharded else {}
@@ -160,17 +160,17 @@ def open_shards(folder: Path, stem: str, files: Collection[str] | None = None) -
 def tensor_differences(
     stored: Mapping[str, StoredTensor], tensors: Mapping[str, Tensor], *, any_dtype: bool
 ) -> list[str]:
-    """Why `stored` cannot fill `tensors`: a clause for each name, sorted."""
-    differences = [f"{name} is in the checkpoint only" for name in stored.keys() - tensors.keys()]
+    """List why `stored` cannot fill `tensors`: a clause per tensor, sorted."""
+    differences = [f"{name} is only in the checkpoint" for name in stored.keys() - tensors.keys()]
     for name, tensor in tensors.items():
         then, now = stored.get(name), (_NAMES.get(tensor.dtype, tensor.dtype), [*tensor.shape])
         if then is None:
-            differences.append(f"{name} is here only")
+            differences.append(f"{name} is not in the checkpoint")
         elif then.shape != now[1] or not (any_dtype or then.dtype == now[0]):
             differences.append(f"{name} was {then.dtype}{then.shape} and is {now[0]}{now[1]}")
     return sorted(differences)
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """Bytes of its elements; a sharded one (DTensor) counts as the whole."""
+    """Bytes of all elements; for a sharded tensor (DTensor), those of the full tensor."""
     return tensor.numel() * tensor.dtype.itemsize

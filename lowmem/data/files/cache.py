@@ -1,8 +1,8 @@
-"""Derive, once, what makes the rows of a data file randomly accessible: an index, and a copy in another form if needed.
+"""Build once what random access to the rows of a data file needs: an index and, for some files, a converted copy.
 
-Both are in the folder LOWMEM_CACHE; without it next to the file, under hidden names, or in ~/.cache/lowmem if the file
-is remote or its folder cannot be written. They are written under temporary names and renamed, the index last. An index
-with another checksum, or of a file with another size or time, is made again.
+Both are stored in the folder LOWMEM_CACHE. If it is not set, they are hidden files next to the data file, or are stored
+in ~/.cache/lowmem if the file is remote or its folder cannot be written. Files are written under temporary names and
+renamed, the index last. The index is built again if its checksum or the data file's size or time differs.
 """
 
 import errno
@@ -26,29 +26,29 @@ from tqdm import tqdm
 
 from lowmem.data.files.source import Source
 from lowmem.errors import UsageError
-from lowmem.storage.files import stands_at
+from lowmem.storage.files import is_same_file
 
 _FORMAT = "1"
-_SMALLEST_INDEXED_BYTES = 2**22  # smaller files are scanned at each start, in a moment, and leave nothing on disk
+_SMALLEST_INDEXED_BYTES = 2**22  # smaller files are scanned at each start and leave nothing on disk
 _LONGEST_NAME_BYTES = 255
-_ABANDONED_SECONDS = 24 * 3600  # a temporary file that was not written to for so long
+_ABANDONED_SECONDS = 24 * 3600  # a temporary file that was not written to for this long
 
-# Writes the copy (None: there is none), reports progress in bytes, and returns the index: arrays by name.
+# Writes the copy (None: no copy), reports progress in bytes, and returns the index: arrays by name.
 Build = Callable[[BinaryIO | None, Callable[[int], None]], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Derived:
-    """An index, arrays by name, and the copy that its offsets refer to; None if that is the data file itself."""
+    """An index (arrays by name), and the copy that its offsets refer to; None if they refer to the data file."""
 
     index: dict[str, np.ndarray]
     copy: Path | None
 
 
 def derive(source: Source, build: Build, *, kind: str, copies: bool, num_bytes: int | None = None) -> Derived:
-    """Read the index (and with `copies` the copy) of `source`; make it first if there is none. Other processes wait.
+    """Read the index (and with `copies` the copy) of `source`. Builds it if there is none, while other processes wait.
 
-    `kind` distinguishes derivations of one file; `num_bytes` is the sum of what `build` reports (default: the file's
+    `kind` distinguishes the indexes of one file; `num_bytes` is the total that `build` reports (default: the file's
     size). Raises OSError, and UsageError if no folder can be written, the disk is full or the file changes.
     """
     stamp = _stamp(source)
@@ -68,9 +68,9 @@ def derive(source: Source, build: Build, *, kind: str, copies: bool, num_bytes: 
     what = f"{'a copy' if copies else 'an index'} of its rows"
     stem = next((stem for stem in stems if _can_write(stem.parent)), None)
     if stem is None:
-        folders = " or ".join(str(stem.parent) for stem in stems) or "a home, as none is known"
+        folders = " or ".join(str(stem.parent) for stem in stems) or "a home folder, as there is none"
         raise UsageError(f"{source} needs {what}, which cannot be written in {folders}: set LOWMEM_CACHE to a folder")
-    with _locked(stem, f"{source}: waiting for another process that makes {what}"):
+    with _locked(stem, f"{source}: waiting for another process, which is making {what}"):
         _remove_abandoned(stem)
         if found := _load(stem, stamp, copies):
             return found
@@ -84,12 +84,12 @@ def _stamp(source: Source) -> dict[str, str]:
 
 
 def _stems(source: Source, kind: str) -> list[Path]:
-    """Where the files may be, without their suffixes; the first whose folder can be written is used."""
+    """List possible paths of the files, without suffixes; the first one in a writable folder is used."""
     named, stems = os.environ.get("LOWMEM_CACHE"), []
     path = None if source.path is None else source.path.resolve()
     if path is not None and not named:
         stems.append(path.with_name(f".{path.name}.lowmem-{kind}"))
-    with suppress(RuntimeError):  # there is no home
+    with suppress(RuntimeError):  # there is no home folder
         cache = Path(named or "~/.cache/lowmem").expanduser().absolute()
         name = source.file_name if path is None else path.name
         end_of_name = os.fsencode(name)[-80:].decode(errors="ignore")
@@ -98,34 +98,34 @@ def _stems(source: Source, kind: str) -> list[Path]:
 
 
 def _temporary(stem: Path) -> Path:
-    # Named after the machine: on some shared disks one machine does not see the other's lock.
+    # Includes the host name: on some shared disks, a host does not see the locks of other hosts.
     return Path(f"{stem}.{os.uname().nodename}.unfinished")
 
 
 def _can_write(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):  # on a shared disk, permissions prove nothing
+        with TemporaryFile(dir=folder):  # on a shared disk, permission bits are not reliable
             return True
     except OSError:
         return False
 
 
 def _remove_abandoned(stem: Path) -> None:
-    """Remove temporary files of builders that were killed on other machines; a live one writes all the time."""
+    """Remove temporary files of processes killed on other hosts. A live process keeps writing to its file."""
     for path in stem.parent.glob(f"{escape(stem.name)}.*.unfinished"):
-        with suppress(OSError):  # another process removed it, or it is another user's
+        with suppress(OSError):  # removed by another process, or owned by another user
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()
 
 
 def _load(stem: Path, stamp: dict[str, str], copies: bool) -> Derived | None:
-    """What an earlier run made; None if there is nothing, it is damaged, or its file has changed."""
+    """Load what an earlier run built; None if it is missing or damaged, or if the data file has changed."""
     copy = Path(f"{stem}.rows") if copies else None
     try:
         with safe_open(f"{stem}.index", framework="numpy") as file:
             index = {name: file.get_tensor(name) for name in file.keys()}
-            return Derived(index, copy) if file.metadata() == stamp | _facts(index, copy) else None
+            return Derived(index, copy) if file.metadata() == stamp | _metadata(index, copy) else None
     except (OSError, SafetensorError):
         return None
 
@@ -133,14 +133,14 @@ def _load(stem: Path, stamp: dict[str, str], copies: bool) -> Derived | None:
 def _make(source: Source, stem: Path, stamp: dict[str, str], build: Callable, copies: bool) -> Derived:
     copy, whole = Path(f"{stem}.rows"), Path(f"{stem}.index")
     try:
-        whole.unlink(missing_ok=True)  # it is outdated, and must not be found with a new copy
+        whole.unlink(missing_ok=True)  # outdated: must not be used with a new copy
         with _replacing(copy, stem) if copies else nullcontext() as file:
             index = build(file)
         if _stamp(source) != stamp:
-            raise UsageError(f"{source} changed while it was read: start again when it is whole")
+            raise UsageError(f"{source} changed while it was read: start again when it is complete")
         made = Derived(index, copy if copies else None)
         with _replacing(whole, stem) as file:
-            file.write(save(index, metadata=stamp | _facts(index, made.copy)))
+            file.write(save(index, metadata=stamp | _metadata(index, made.copy)))
         return made
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -163,8 +163,8 @@ def _replacing(path: Path, stem: Path) -> Iterator[BinaryIO]:
     os.replace(_temporary(stem), path)
 
 
-def _facts(index: dict[str, np.ndarray], copy: Path | None) -> dict[str, str]:
-    """What an index records of its copy and of itself."""
+def _metadata(index: dict[str, np.ndarray], copy: Path | None) -> dict[str, str]:
+    """Return what an index records about its copy and itself."""
     digest = xxhash.xxh3_128()
     for name in sorted(index):
         digest.update(f"{name} {index[name].dtype} {index[name].shape} ".encode() + index[name].tobytes())
@@ -173,7 +173,7 @@ def _facts(index: dict[str, np.ndarray], copy: Path | None) -> dict[str, str]:
 
 @contextmanager
 def _locked(stem: Path, message: str) -> Iterator[None]:
-    """Be the only process of this machine; print `message` once before waiting. A dead process's lock is free."""
+    """Lock out other processes on this host; print `message` once before waiting. Dead processes hold no lock."""
     lock = Path(f"{stem}.lock")
     while True:
         with open(lock, "wb") as file:
@@ -182,9 +182,9 @@ def _locked(stem: Path, message: str) -> Iterator[None]:
             except BlockingIOError:
                 if message:
                     print(message, flush=True)
-                message = ""  # several processes may hold the lock one after another
+                message = ""  # print it once, even if several processes hold the lock in sequence
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if stands_at(lock, file.fileno()):  # otherwise the process we waited for removed it: others lock a new one
+            if is_same_file(lock, file.fileno()):  # otherwise the process we waited for removed it: lock a new one
                 try:
                     yield
                 finally:

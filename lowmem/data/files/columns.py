@@ -1,4 +1,4 @@
-"""Check that a file has the columns a run wants, each of the kind it wants: "text" or "messages"."""
+"""Check that a file has the wanted columns, each of the wanted kind: "text" or "messages"."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def check_row(source: Source, row: Row, wanted: Mapping[str, str]) -> None:
-    """Raise UsageError if a row lacks a wanted column, ValueError if one holds something else."""
+    """Raise UsageError if a row lacks a wanted column, ValueError if a column holds another type."""
     _check_present(source, wanted, list(row))
     for column, kind in wanted.items():
         value = row[column]
@@ -33,8 +33,8 @@ def select_columns(source: Source, schema: "pa.Schema", wanted: Mapping[str, str
     for column, kind in (wanted or {}).items():
         found = schema.field(column).type
         if not _holds(found, kind):
-            what = "text" if kind == "text" else "chats (lists of a struct of the texts role and content)"
-            raise UsageError(f"{source}: column {column!r} must hold {what}, it holds {found}: name another column")
+            what = "text" if kind == "text" else "messages (lists of structs with text role and content)"
+            raise UsageError(f"{source}: column {column!r} must hold {what}, found {found}: name another column")
     return pa.schema([schema.field(name) for name in names])
 
 

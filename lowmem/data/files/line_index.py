@@ -1,4 +1,4 @@
-"""Index a file of lines in one pass: which lines are rows, in groups that can each be read with one read.
+"""Index a file of lines in one pass: find its rows, in groups that each take one read.
 
 The same pass writes a decompressed copy of a compressed or remote file.
 """
@@ -15,8 +15,8 @@ from lowmem.data.files.source import Source, is_damage, reading
 from lowmem.errors import UsageError
 
 LONGEST_LINE = 2**24  # bytes; a longer line is a group of its own, which readers must not load
-PIECE_BYTES = 2**20  # scanned at a time, few enough for the processor's cache; the index does not depend on it
-# A group ends after so many rows, or before the row that would carry it over so many bytes.
+PIECE_BYTES = 2**20  # scanned at a time, fits in the CPU cache; the index does not depend on it
+# A group ends after this many rows, or before the row that would exceed this many bytes.
 _ROWS_PER_GROUP = 256
 _BYTES_PER_GROUP = 2**20
 _COLUMNS = ("first_byte", "end_byte", "rows", "first_line", "hash")
@@ -24,7 +24,7 @@ _CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 
 def codec_of(source: Source) -> str | None:
-    """The compression of a file, by its last suffix; None if it has none."""
+    """Return the compression of a file, by its last suffix; None if it is not compressed."""
     return _CODECS.get("".join(source.suffixes[-1:]))
 
 
@@ -33,11 +33,11 @@ def index_lines(
 ) -> dict[str, np.ndarray]:
     """Index the groups of a file: first_byte, end_byte, rows, first_line (from 1) as int64, hash (xxh3_64) as uint64.
 
-    Each has shape (groups,) and refers to the decompressed file, which is written to `copy`; `report` gets the numbers
-    of compressed bytes read. Raises OSError, and UsageError for a file that is damaged, truncated or being written to.
+    Each has shape (groups,) and refers to the decompressed file, which is written to `copy`; `report` gets the sizes of
+    the compressed reads. Raises OSError, and UsageError for a file that is damaged, truncated or being written to.
     """
     found = array("Q")
-    pending, byte, line = bytearray(), 0, 1  # what is in no group yet, and the byte and the line where it begins
+    pending, byte, line = bytearray(), 0, 1  # bytes not yet in a group, and the byte and the line where they begin
     pieces = _pieces(source, copy, report, piece_bytes)
     for piece in pieces:
         pending += piece
@@ -67,7 +67,7 @@ def index_lines(
 
 
 def find_lines(text: bytes | bytearray, *, is_whole: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where lines begin, where they end (after the newline), and which of them are rows: not blank, or too long.
+    """Return where lines begin, where they end (after the newline), and which are rows: not blank, or too long.
 
     A last line without a newline counts if the text `is_whole`.
     """
@@ -85,7 +85,7 @@ def find_lines(text: bytes | bytearray, *, is_whole: bool = True) -> tuple[np.nd
 
 
 def _groups(starts: np.ndarray, ends: np.ndarray, more_from: int | None) -> Iterator[tuple[int, int]]:
-    """The rows [first, stop) of each group that is complete even if more bytes follow from `more_from` on."""
+    """Yield the rows [first, stop) of each group that is complete, even if more bytes follow from `more_from`."""
     first = 0
     while first < len(starts):
         limit = starts[first] + _BYTES_PER_GROUP
@@ -98,7 +98,7 @@ def _groups(starts: np.ndarray, ends: np.ndarray, more_from: int | None) -> Iter
 
 
 def _skip_line(begun: bytearray, pieces: Iterator[bytes]) -> tuple[int, int, bytearray]:
-    """Read to the end of a line without keeping it: (its bytes, its hash, what was read after it)."""
+    """Read to the end of a line without keeping it. Returns its size, its hash and the bytes read after it."""
     digest, size, rest = xxhash.xxh3_64(begun), len(begun), b""
     for piece in pieces:
         line, newline, rest = piece.partition(b"\n")
@@ -110,7 +110,7 @@ def _skip_line(begun: bytearray, pieces: Iterator[bytes]) -> tuple[int, int, byt
 
 
 def _pieces(source: Source, copy: BinaryIO | None, report: Callable[[int], None], piece_bytes: int) -> Iterator[bytes]:
-    """The decompressed bytes of a file, and b"" at the end."""
+    """Yield the decompressed bytes of a file, and b"" at the end."""
     size, done, codec = source.stamp()[0], 0, codec_of(source)
     if codec:
         from pyarrow import CompressedInputStream, PythonFile
@@ -127,9 +127,9 @@ def _pieces(source: Source, copy: BinaryIO | None, report: Callable[[int], None]
                 done = file.tell()
         except OSError as error:
             if codec and is_damage(error):
-                what = f"{source} cannot be unpacked as {codec} ({error})"
-                raise UsageError(f"{what}: it is damaged or cut, get it again") from error
+                what = f"{source} cannot be decompressed as {codec} ({error})"
+                raise UsageError(f"{what}: it is damaged or truncated, download it again") from error
             raise
     if size not in (None, done):
-        raise UsageError(f"{source} has {size:,} bytes, but {done:,} were read: start again when it is whole")
+        raise UsageError(f"{source} has {size:,} bytes, but {done:,} were read: start again when it is complete")
     yield b""

@@ -18,7 +18,7 @@ from lowmem.errors import UsageError
 
 @dataclass(frozen=True)
 class _Lines:
-    """A group that was read: its bytes (None if it is a line that is too long) and the offsets of its rows in them."""
+    """A group that was read: its bytes (None for a line that is too long) and the offsets of its rows in them."""
 
     text: bytes | None
     starts: np.ndarray
@@ -27,12 +27,12 @@ class _Lines:
 
 
 class _LineFile:
-    """The rows of one file, a group at a time. Blank lines are no rows, but count in line numbers.
+    """The rows of one file, read in groups. Blank lines are not rows, but count in line numbers.
 
-    `wanted` maps columns to "text" or "messages"; one row of the first group must have them. Raises UsageError.
+    `wanted` maps columns to "text" or "messages". Raises UsageError if no row of the first group has these columns.
     """
 
-    _parse: Callable[[bytes, int], Row]  # of a line and the byte where it begins; raises ValueError with the reason
+    _parse: Callable[[bytes, int], Row]  # (line, byte where it begins) -> row; raises ValueError with the reason
 
     def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, piece_bytes: int = PIECE_BYTES):
         self.source = source
@@ -43,7 +43,7 @@ class _LineFile:
             self._path, self._index = found.copy or source.path, found.index
             self.group_rows = self._index["rows"]
             self._num_bytes = self._index["end_byte"] - self._index["first_byte"]
-            # Each row also has its offset in memory, each group some objects: this matters where lines are short.
+            # Each row also needs its offset in memory, each group some objects: this matters for short lines.
             held = np.where(self._num_bytes > LONGEST_LINE, 0, self._num_bytes)
             self.group_bytes = held + 8 * self.group_rows + 512
             if len(self.group_rows):
@@ -63,41 +63,41 @@ class _LineFile:
         if xxhash.xxh3_64_intdigest(text) != int(self._index["hash"][group]):
             remedy = "write it again" if self._path == self.source.path else "remove it"
             where = f"bytes {first:,} to {first + size:,} of {self._path}"
-            raise ValueError(f"{where} are not those that were indexed: changed or damaged, {remedy} and start anew")
+            raise ValueError(f"{where} are not those that were indexed: changed or damaged, {remedy} and start again")
         starts, _, rows = find_lines(text)
         return _Lines(text, starts[rows], first, size)
 
     def row(self, data: _Lines, index: int) -> Row:
         """Row `index` of a group. Raises ValueError with the reason for a bad one."""
         if data.text is None:
-            raise ValueError(f"the line has {data.num_bytes:,} bytes, at most {LONGEST_LINE:,} are read: split it")
+            raise ValueError(f"the line has {data.num_bytes:,} bytes, the limit is {LONGEST_LINE:,}: split it")
         start = int(data.starts[index])
         end = data.text.find(b"\n", start)
         line = data.text[start : end if end >= 0 else len(data.text)]
         return self._parse(line, data.first_byte + start)
 
     def location(self, group: int, index: int) -> str:
-        """Line (from 1) and byte (from 0) of a row; of its group if the file can no longer be read."""
+        """Return the line (from 1) and byte (from 0) of a row, or of its group if the file can no longer be read."""
         line, byte = int(self._index["first_line"][group]), int(self._index["first_byte"][group])
-        unit = "unpacked byte" if self._is_packed else "byte"
+        unit = "decompressed byte" if self._is_packed else "byte"
         try:
             data = self.read_group(group)
         except (OSError, ValueError):
-            return f"row {index} from line {line:,} ({unit} {byte:,}) on"
+            return f"row {index} of the group at line {line:,} ({unit} {byte:,})"
         start = int(data.starts[index])
         line += data.text.count(b"\n", 0, start) if start else 0
         return f"line {line:,} ({unit} {byte + start:,})"
 
     def _check_columns(self, wanted: Mapping[str, str]) -> None:
-        """Raise what is wrong with the first row, unless another row of its group is good: one row may be bad."""
-        # the first group that is not one line that is too long
+        """Raise the error of the first row, unless another row of its group is good: a single row may be bad."""
+        # the first group except lines that are too long
         problem, group = None, int(np.argmax(self._num_bytes <= LONGEST_LINE))
         data = self.read_group(group)
         for index in range(int(self.group_rows[group])):
             try:
                 check_row(self.source, self.row(data, index), wanted)
                 return
-            except UsageError as error:  # names the file by itself
+            except UsageError as error:  # already names the file
                 problem = problem or str(error)
             except ValueError as error:
                 problem = problem or f"{self.source}, {self.location(group, index)}: {error}"
@@ -110,19 +110,19 @@ class TextFile(_LineFile):
     @staticmethod
     def _parse(line: bytes, offset: int) -> Row:
         if (nul := line.find(b"\0")) >= 0:
-            raise ValueError(f"text was expected, byte {offset + nul:,} is NUL: the file is damaged or of another kind")
+            raise ValueError(f"text was expected, byte {offset + nul:,} is NUL: the file is damaged or not text")
         return {"text": _decode(line.removesuffix(b"\r"), offset)}
 
 
 class JsonLinesFile(_LineFile):
-    """One JSON object per line, parsed strictly: no duplicate keys, no NaN, no half characters."""
+    """One JSON object per line, parsed strictly: no duplicate keys, no NaN, no unpaired surrogates."""
 
     def _check_columns(self, wanted: Mapping[str, str]) -> None:
         with open(self._path, "rb") as file:
             file.seek(int(self._index["first_byte"][0]))
             line = file.readline(2**16).strip()
-        if line.startswith(b"[") and not line.endswith(b"]"):  # an array of one line may be a bad row among others
-            raise UsageError(f"{self.source} holds a JSON array, which can only be read as a whole: {_ONE_PER_LINE}")
+        if line.startswith(b"[") and not line.endswith(b"]"):  # an array on one line may be a single bad row
+            raise UsageError(f"{self.source} holds a JSON array, which has no random access: {_ONE_PER_LINE}")
         super()._check_columns(wanted)
 
     @staticmethod
@@ -133,13 +133,13 @@ class JsonLinesFile(_LineFile):
         try:
             row = _JSON.decode(text)
             if _ESCAPED_SURROGATE.search(text):
-                json.dumps(row, ensure_ascii=False).encode()  # pairs have become one character, halves fail
+                json.dumps(row, ensure_ascii=False).encode()  # pairs are one character now, unpaired ones fail
         except json.JSONDecodeError as error:
             reason = f"{error.msg.removesuffix(' at')} at byte {offset + len(text[: error.pos].encode()):,}"
-            raise ValueError(f"{reason}: fix or remove the row, and write one object a line") from error
+            raise ValueError(f"{reason}: fix or remove the row, and write one object per line") from error
         except UnicodeEncodeError as error:
-            half = ord(error.object[error.start])
-            raise ValueError(f"\\u{half:04x} is half a character: fix or remove the row") from error
+            code = ord(error.object[error.start])
+            raise ValueError(f"\\u{code:04x} is an unpaired surrogate: fix or remove the row") from error
         except RecursionError as error:
             raise ValueError("its brackets are nested too deeply: fix or remove the row") from error
         return row
@@ -158,14 +158,14 @@ def _unique(pairs: list[tuple[str, object]]) -> Row:
     if len(row) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {twice!r} stands twice in one object: remove the wrong one")
+        raise ValueError(f"key {twice!r} occurs twice in one object: remove one")
     return row
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON value: write a number or null")
+    raise ValueError(f"{constant} is not a JSON value: write a number or null")
 
 
-_ONE_PER_LINE = "write one object a line (jq -c '.[]' turns an array into that)"
+_ONE_PER_LINE = "write one object per line (jq -c '.[]' converts an array)"
 _JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

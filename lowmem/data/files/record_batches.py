@@ -1,4 +1,4 @@
-"""Arrow record batches on disk, read one at a time by number: those of an Arrow file, or of a copy in small pieces.
+"""Read Arrow record batches from disk by number, from an Arrow file or from a copy with small batches.
 
 No file stays mapped: truncating a mapped file kills the process (SIGBUS), and touched pages count as resident memory.
 """
@@ -23,7 +23,7 @@ _END_MARK = b"\xff\xff\xff\xff\0\0\0\0"
 
 @dataclass(frozen=True)
 class TableLimits:
-    """A file that exceeds one of the first three limits is copied once, in pieces within the last two."""
+    """A file that exceeds one of the first three limits is copied once, in pieces within the last two limits."""
 
     row_group_bytes: int = 9 * 2**20  # decoded; decoding a column needs several times its bytes
     batch_bytes: int = 2**24  # a record batch needs no decoding
@@ -32,7 +32,7 @@ class TableLimits:
     piece_bytes: int = 2**20  # unless one row takes more
 
     def rows_per_piece(self, num_rows: int, num_bytes: int) -> int:
-        """Rows of a piece, if all `num_rows` rows (`num_bytes` together) are of about the same size."""
+        """Return the rows per piece, if all `num_rows` rows (`num_bytes` in total) have about the same size."""
         return max(1, min(self.piece_rows, self.piece_bytes * num_rows // max(1, num_bytes)))
 
 
@@ -63,7 +63,7 @@ class RecordBatches:
         try:
             head = message[: int(self.hashed[number])]
             if len(message) < size or xxhash.xxh3_64_intdigest(head) != int(self.hashes[number]):
-                raise ValueError("they are not those that were indexed, the file changed or is damaged")
+                raise ValueError("they are not those that were indexed: the file was changed or is damaged")
             batch = pa.ipc.read_record_batch(message, self.schema)
             batch.validate(full=True)  # pyarrow follows an offset that points outside its buffer
         except (OSError, ValueError) as error:  # pyarrow reports damage as either
@@ -73,7 +73,7 @@ class RecordBatches:
 
 
 def find_batches(source: Source) -> tuple[RecordBatches, bool]:
-    """Find the batches of a local Arrow file, and whether each can be read alone: unpacked, without a dictionary."""
+    """Find the batches of a local Arrow file, and whether each can be read alone: no compression, no dictionary."""
     import pyarrow as pa
 
     found, alone = [], True
@@ -95,12 +95,12 @@ def find_batches(source: Source) -> tuple[RecordBatches, bool]:
                 found.append((start, size, batch.num_rows, len(head), xxhash.xxh3_64_intdigest(head)))
             alone &= message.type != "dictionary"
         if file.read_at(8, start) != _END_MARK:
-            raise ValueError(f"its end mark is missing at byte {start:,}, so it was truncated")
+            raise ValueError(f"the end mark is missing at byte {start:,}, so the file was truncated")
     return RecordBatches(source, schema, **_columns(found)), alone
 
 
 def ipc_start(file: BinaryIO) -> int:
-    """Byte where the messages begin: the file format is eight bytes, the stream format and a footer."""
+    """Return the byte where messages begin: the file format is eight bytes, the stream format and a footer."""
     file.seek(0)
     return 8 if file.read(6) == b"ARROW1" else 0
 
@@ -110,8 +110,8 @@ def copy_in_pieces(
 ) -> RecordBatches:
     """Copy the rows of `batches` once, in order, into batches within `limits` that have the columns of `schema`.
 
-    `batches`, about `num_bytes` in all, is consumed only if there is no copy of these columns yet, and has at most
-    `limits.piece_rows` rows at a time. Dictionaries become their values. Raises what `derive` and `batches` raise.
+    Consumes `batches` (about `num_bytes` in total, each at most `limits.piece_rows` rows) only if there is no copy of
+    these columns yet. Decodes dictionaries to their values. Raises the errors of `derive` and `batches`.
     """
     import pyarrow as pa
 
@@ -120,7 +120,7 @@ def copy_in_pieces(
     def build(copy: BinaryIO | None, update: Callable[[int], None]) -> dict[str, np.ndarray]:
         found, start = [], 0
         for piece in _pieces((batch.select(schema.names).cast(schema) for batch in batches), limits):
-            piece.validate(full=True)  # otherwise the copy would be blamed
+            piece.validate(full=True)  # otherwise a later error would blame the copy
             message = piece.serialize()
             found.append((start, len(message), piece.num_rows, len(message), xxhash.xxh3_64_intdigest(message)))
             start += copy.write(message)
@@ -135,14 +135,14 @@ def copy_in_pieces(
 
 
 def _columns(found: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """The five arrays of RecordBatches, from one tuple for each batch."""
+    """Convert one tuple per batch to the five arrays of RecordBatches."""
     names = [(name, np.int64) for name in ("starts", "sizes", "rows", "hashed")] + [("hashes", np.uint64)]
     table = np.array(found, names)
     return {name: np.ascontiguousarray(table[name]) for name, _ in names}
 
 
 def _pieces(batches: Iterable["pa.RecordBatch"], limits: TableLimits) -> Iterator["pa.RecordBatch"]:
-    """The same rows in pieces within `limits`: large batches in halves, the small ones of small row groups merged."""
+    """Yield the same rows in pieces within `limits`: halves large batches, and merges those of small row groups."""
     import pyarrow as pa
 
     held, rows, num_bytes = [], 0, 0
@@ -166,7 +166,7 @@ def _halves(batch: "pa.RecordBatch", limits: TableLimits) -> Iterator["pa.Record
 
 
 def plain(schema: "pa.Schema") -> "pa.Schema":
-    """The schema without dictionaries and views: a slice of those would keep everything that the whole refers to."""
+    """Return the schema without dictionaries and views, whose slices would keep all values of the whole column."""
     import pyarrow as pa
 
     return pa.schema([(field.name, _plain(field.type)) for field in schema])
@@ -186,7 +186,7 @@ def _plain(kind: "pa.DataType") -> "pa.DataType":
     if types.is_map(kind):
         return map_(_plain(kind.key_type), _plain(kind.item_type))
     if types.is_list_view(kind) or types.is_large_list_view(kind):  # pyarrow 26 casts them to broken lists
-        raise ValueError(f"{kind} cannot be copied in small pieces, use lists instead of views")
+        raise ValueError(f"{kind} cannot be copied in small pieces: use lists instead of views")
     if types.is_large_list(kind):
         return large_list(kind.value_field.with_type(_plain(kind.value_type)))
     if types.is_list(kind) or types.is_fixed_size_list(kind):

@@ -1,4 +1,4 @@
-"""Data files by name: paths, globs and URLs, in a fixed order, opened in one way."""
+"""Find data files by path, glob or URL, in a fixed order, and open them."""
 
 import glob
 import json
@@ -17,7 +17,7 @@ from lowmem.errors import UsageError
 Row = dict[str, object]
 Files = str | Path | Sequence[str | Path]
 
-# fsspec reads the network with these; their errors are not OSErrors.
+# fsspec uses these for network access; their errors are not OSErrors.
 _NETWORK_PACKAGES = {"aiohttp", "httpx", "httpx2", "botocore"}
 _WHAT_TO_NAME = "name a parquet, Arrow, JSONL or text file, or a glob of them"
 
@@ -36,19 +36,19 @@ def reading() -> Iterator[None]:
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether a read failed because the content is damaged, and not because of the system or the network."""
-    # pyarrow raises OSError for damage, too; those of the system have an errno or a subclass.
+    """Return whether a read failed because the content is damaged, not because of the system or the network."""
+    # pyarrow raises OSError for damage, too; OSErrors of the system have an errno or a subclass.
     return isinstance(error, _damages()) or (type(error) is OSError and error.errno is None)
 
 
 def _damages() -> tuple[type[Exception], ...]:
-    pyarrow = sys.modules.get("pyarrow")  # not loaded: raised nothing
+    pyarrow = sys.modules.get("pyarrow")  # if not imported, it raised nothing
     return (ValueError, pyarrow.ArrowException) if pyarrow else (ValueError,)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data file by the name that the user gave: a path, or a URL that fsspec opens (hf://, s3://, https://, ...)."""
+    """A data file, named by a path or by a URL that fsspec opens (hf://, s3://, https://, ...)."""
 
     name: str
 
@@ -73,7 +73,7 @@ class Source:
 
     @reading()
     def open(self) -> BinaryIO:
-        """Open the file for reading, seekable. Raises OSError, as reads from it do within `reading`."""
+        """Open the file for reading, seekable. Raises OSError, as do reads from it inside `reading`."""
         if self.path is not None:
             return open(self.path, "rb")
         file_system, path = _remote(self.name)
@@ -81,10 +81,10 @@ class Source:
 
     @reading()
     def stamp(self) -> tuple[int, str]:
-        """The file's size, and what changes when it is written again (time, inode, a URL's ETag). Raises OSError."""
+        """Return the size, and text that changes when the file is rewritten (time, inode, ETag). Raises OSError."""
         if self.path is not None:
             found = os.stat(self.path)
-            return found.st_size, f"{found.st_mtime_ns} {found.st_ino}"  # files of one archive may have one time
+            return found.st_size, f"{found.st_mtime_ns} {found.st_ino}"  # files of an archive may have the same time
         file_system, path = _remote(self.name)
         info = file_system.info(path)  # fsspec's ukey never changes over http
         return info["size"], blake2b(repr(sorted(info.items())).encode(), digest_size=8).hexdigest()
@@ -92,7 +92,7 @@ class Source:
 
 @contextmanager
 def opening(source: Source, kind: str = "") -> Iterator[None]:
-    """Turn errors of a file that cannot be read (`kind`: " as parquet") into a UsageError that names it."""
+    """Turn read errors into a UsageError that names the file and the `kind` (such as " as parquet")."""
     try:
         with reading():
             yield
@@ -109,8 +109,8 @@ def is_url(name: str) -> bool:
 def expand(files: Files) -> list[Source]:
     """List the files that a path, a glob, a comma-separated list of both or a list of paths names.
 
-    Keeps the given order; matches of a glob are sorted. Splits a string at commas unless a file has that name, but not
-    the items of a list. Raises UsageError for a name that matches nothing and for a file named twice.
+    Keeps the given order; matches of a glob are sorted. Splits a string at commas unless a file has that name, but does
+    not split items of a list. Raises UsageError for a name that matches nothing and for a file named twice.
     """
     items = [files] if isinstance(files, Path) else files
     if isinstance(files, str):
@@ -118,7 +118,7 @@ def expand(files: Files) -> list[Source]:
         items = [files] if is_file else filter(None, map(str.strip, files.split(",")))
     names = [name for item in map(str, items) for name in (_remote_names(item) if is_url(item) else _local_names(item))]
     if not names:
-        raise UsageError(f"no file is named by {files!r}: {_WHAT_TO_NAME}")
+        raise UsageError(f"{files!r} names no file: {_WHAT_TO_NAME}")
     sources = [Source(name) for name in names]
     times = Counter(source.identity for source in sources)
     if repeated := [name for name, number in times.items() if number > 1]:
@@ -132,7 +132,7 @@ def _local_names(item: str) -> list[str]:
         is_glob = any(mark in item for mark in "*?[") and not path.exists()
         is_folder = path.is_dir()
     except OSError as error:  # a name that is too long, a folder without permission
-        raise UsageError(f"{item} cannot be looked for ({error}): fix its name or its folder's permissions") from error
+        raise UsageError(f"{item} cannot be accessed ({error}): fix its name or its folder's permissions") from error
     if is_folder:
         found, reason = dataset_files(path) or [], "is a folder"
     elif is_glob:
@@ -146,7 +146,7 @@ def _local_names(item: str) -> list[str]:
 
 
 def dataset_files(folder: Path) -> list[Path] | None:
-    """List the Arrow files of a folder that `datasets.save_to_disk` wrote, in order; None if it is no such folder.
+    """List the Arrow files of a folder that `datasets.save_to_disk` wrote, in order; None for any other folder.
 
     Raises UsageError for several splits, and if the list of files is broken or names a missing file.
     """
@@ -169,19 +169,19 @@ def _remote_names(item: str) -> list[str]:
     file_system, path = _remote(item)
     try:
         with reading():
-            if not any(mark in path.partition("?")[0] for mark in "*["):  # the ? of a query is no pattern
+            if not any(mark in path.partition("?")[0] for mark in "*["):  # the ? of a query is not a pattern
                 file_system.info(path)
                 return [item]
             found = sorted(file_system.glob(path))
     except OSError as error:
-        raise UsageError(f"{item} cannot be reached: {error!r}; mind its name, your access and the network") from error
+        raise UsageError(f"{item} cannot be reached ({error!r}): check name, access and network") from error
     if not found:
         raise UsageError(f"{item} matches no file: {_WHAT_TO_NAME}")
     return [file_system.unstrip_protocol(path) for path in found]
 
 
 def _remote(name: str):
-    """The file system of a URL and the path in it. Raises UsageError if fsspec cannot open it."""
+    """Return the file system of a URL and the path in it. Raises UsageError if fsspec cannot open it."""
     from fsspec.core import url_to_fs
 
     try:

@@ -1,4 +1,4 @@
-"""Parquet and Arrow files by groups of rows: row groups, record batches, or the pieces of a copy."""
+"""Read Parquet and Arrow files in groups of rows: row groups, record batches, or the pieces of a copy."""
 
 import struct
 from collections.abc import Iterator, Mapping
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 _ROWS_PER_DECODE = 2**14
 _LARGEST_DICTIONARY_BYTES = 2**20  # writers stop using a dictionary when its page gets larger
 _SAMPLES, _SAMPLE_BYTES = 64, 2**12
-# A small buffer, because without one each encoded column of a row group is read into memory whole.
+# A small buffer: without one, each encoded column of a row group is read into memory at once.
 _SETTINGS = {"page_checksum_verification": True, "pre_buffer": False, "buffer_size": 2**16}
 
 
 class _TableFile:
-    """Common to both formats: a group is its columns by name, a row is one item of each."""
+    """Shared by both formats: a group is its columns by name, a row is one item of each."""
 
     source: Source
     group_rows: np.ndarray
@@ -44,15 +44,15 @@ class _TableFile:
     def row(self, data: "Columns", index: int) -> Row:
         try:
             return {name: column[index].as_py() for name, column in data.items()}
-        except OverflowError as error:  # a time that Python has no date for
+        except OverflowError as error:  # a time outside the range of Python's dates
             raise ValueError(f"{error}: fix the row, or remove this column from the file") from error
 
     def location(self, group: int, index: int) -> str:
         return f"row {int(self.group_rows[:group].sum()) + index}"
 
     def fingerprint(self) -> str:
-        """Hash the file's size, its footer and 64 samples of 4 KiB, evenly spaced: all of a file up to 256 KiB."""
-        # A change between samples that keeps the footer goes unseen. A sample of a remote file would fetch megabytes.
+        """Hash the file's size, its footer and 64 evenly spaced samples of 4 KiB (all of a file up to 256 KiB)."""
+        # Misses a change between samples that keeps the footer. A sample of a remote file would fetch megabytes.
         with self.source.open() as file:
             size = file.seek(0, 2)
             digest = xxhash.xxh3_128(struct.pack("<q", size) + _footer(file, self._footer_bytes))
@@ -72,7 +72,7 @@ class ParquetFile(_TableFile):
     cannot be read, lacks a wanted column or holds something else in it. (Some bit flips in a footer crash pyarrow.)
     """
 
-    # The parsed footer of one file only: parsing takes milliseconds, the result 1 KiB for each column chunk.
+    # The last parsed footer only: parsing takes milliseconds, and a footer takes 1 KiB for each column chunk.
     _last_parsed: "ClassVar[tuple[ParquetFile | None, parquet.FileMetaData | None]]" = (None, None)
 
     def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, limits: TableLimits | None = None):
@@ -90,7 +90,7 @@ class ParquetFile(_TableFile):
             self.group_rows = np.array([group.num_rows for group in groups], np.int64)
             self.group_bytes = np.array([_decoded_bytes(group, self._names) for group in groups], np.int64)
             is_large = self.group_bytes.max(initial=0) > limits.row_group_bytes
-            # every read of a group reads the footer: a large footer pays only if groups are at least as large
+            # every read of a group also reads the footer, which pays only if groups are at least as large
             if is_large or self._footer_bytes > max(limits.footer_bytes, self.group_bytes.mean()):
                 num_bytes = int(self.group_bytes.sum())
                 self._use(copy_in_pieces(source, schema, self._all_rows(limits), num_bytes=num_bytes, limits=limits))
@@ -104,10 +104,10 @@ class ParquetFile(_TableFile):
         # Open the file for each group: ten thousand files must not need ten thousand handles.
         with reading(), self.source.open() as file:
             if xxhash.xxh3_64_intdigest(_footer(file, self._footer_bytes)) != self._footer_hash:
-                raise ChangedError(f"{self.source} is not the file that was opened: start again, do not change it")
+                raise ChangedError(f"{self.source} is not the file that was opened: do not change it, start again")
             try:
-                of, metadata = ParquetFile._last_parsed
-                if of is not self:
+                owner, metadata = ParquetFile._last_parsed
+                if owner is not self:
                     metadata = parquet.read_metadata(file)
                     ParquetFile._last_parsed = (self, metadata)
                 return {name: self._decode(file, metadata, group, name) for name in self._names}
@@ -116,11 +116,11 @@ class ParquetFile(_TableFile):
                 raise ValueError(f"{where} cannot be decoded ({error}): write the file again") from error
 
     def _decode(self, file: BinaryIO, metadata: "parquet.FileMetaData", group: int, name: str) -> "pa.ChunkedArray":
-        """One column of a group: decoding one at a time needs half the memory of all at once."""
+        """Decode one column of a group: one at a time needs half the memory of all at once."""
         import pyarrow as pa
         from pyarrow import parquet
 
-        # A text that repeats is in the file once; decoded as a dictionary it is in memory once.
+        # Repeated text is in the file once. Decoded as a dictionary, it is also in memory once.
         repeating = [chunk.path_in_schema for chunk in _chunks(metadata.row_group(group), [name]) if _repeats(chunk)]
         with parquet.ParquetFile(file, metadata=metadata, read_dictionary=repeating, **_SETTINGS) as opened:
             if repeating:
@@ -129,7 +129,7 @@ class ParquetFile(_TableFile):
                 pieces = opened.iter_batches(_ROWS_PER_DECODE, row_groups=[group], columns=[name], use_threads=False)
                 column = pa.chunked_array([_in_own_mapping(piece).column(name) for piece in pieces])
         column.validate(full=True)  # otherwise a text is not checked before its row is read
-        # Arrow's allocator would keep what decoding took: 100 MiB instead of 45 after a while.
+        # Otherwise Arrow's allocator would keep freed memory: 100 MiB instead of 45 after a while.
         pa.default_memory_pool().release_unused()
         return column
 
@@ -137,7 +137,7 @@ class ParquetFile(_TableFile):
         from pyarrow import parquet
 
         with self.source.open() as file, parquet.ParquetFile(file, **_SETTINGS) as opened:
-            for group in range(opened.num_row_groups):  # pyarrow cannot read texts in lists from several at a time
+            for group in range(opened.num_row_groups):  # pyarrow cannot read text in lists from several groups
                 rows = limits.rows_per_piece(int(self.group_rows[group]), int(self.group_bytes[group]))
                 yield from opened.iter_batches(rows, row_groups=[group], columns=self._names, use_threads=False)
 
@@ -146,13 +146,13 @@ class ArrowFile(_TableFile):
     """A local Arrow file, in the stream format (`datasets.save_to_disk` writes it) or the file format.
 
     Its groups are its record batches, or the pieces of its copy if one is large, compressed or needs a dictionary.
-    Takes and raises what ParquetFile does. Without checksums, a flipped bit in a text may go unseen.
+    Arguments and errors are those of ParquetFile. Without checksums, a flipped bit in a text may go undetected.
     """
 
     def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, limits: TableLimits | None = None):
         self.source, limits = source, limits or TableLimits()
         if source.path is None:
-            raise UsageError(f"{source} is an Arrow file, which is read on this machine: fetch it, or use parquet")
+            raise UsageError(f"{source} is an Arrow file, which must be local: download it, or use parquet")
         with opening(source, " as Arrow"):
             batches, alone = find_batches(source)
             schema = select_columns(source, batches.schema, wanted)
@@ -165,7 +165,7 @@ class ArrowFile(_TableFile):
     def _all_rows(self, fields: list[int], limits: TableLimits) -> "Iterator[pa.RecordBatch]":
         import pyarrow as pa
 
-        # A batch may be the whole file: mapped for this one pass, only what has been read of it is in memory.
+        # A batch may be the whole file: mapping it for this one pass keeps only the part being read in memory.
         with self.source.open() as file:
             mapped = mmap(file.fileno(), 0, access=ACCESS_READ)
             messages = pa.BufferReader(mapped)
@@ -184,7 +184,7 @@ def _footer(file: BinaryIO, num_bytes: int) -> bytes:
 
 
 def _in_own_mapping(batch: "pa.RecordBatch") -> "pa.RecordBatch":
-    """A copy in its own memory mapping, which goes back to the system with the batch; an allocator would keep it."""
+    """Copy a batch to its own memory mapping, which is freed with the batch; an allocator would keep the memory."""
     import pyarrow as pa
 
     if batch.schema != (schema := plain(batch.schema)):  # a dictionary would need a message of its own
@@ -201,12 +201,12 @@ def _chunks(group: "parquet.RowGroupMetaData", names: list[str]) -> "list[parque
 
 
 def _decoded_bytes(group: "parquet.RowGroupMetaData", names: list[str]) -> int:
-    """About what the named columns take decoded: in a dictionary, four bytes a value more than in the file."""
+    """Estimate the decoded size of the named columns: a dictionary adds four bytes per value to the file's size."""
     chunks = _chunks(group, names)
     return sum(chunk.total_uncompressed_size + 4 * chunk.num_values * _repeats(chunk) for chunk in chunks)
 
 
 def _repeats(chunk: "parquet.ColumnChunkMetaData") -> bool:
-    """Whether a chunk is a dictionary and indices into it, as far as its size can tell."""
+    """Return whether a chunk is stored as a dictionary and indices, judged by its size."""
     has_dictionary = any("DICTIONARY" in kind for kind in chunk.encodings)
     return has_dictionary and chunk.total_uncompressed_size <= _LARGEST_DICTIONARY_BYTES + 4 * chunk.num_values
