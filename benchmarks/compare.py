@@ -92,7 +92,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     for name in flags.systems:
         system = SYSTEMS[name]
         if system.recompute == flags.recompute == "off":
-            parser.error(f"--recompute=off makes {name} the same as another system: remove it from --systems")
+            parser.error(f"--recompute=off makes {name} the same as {system.loop}: remove it from --systems")
         if system.has_bf16_weights and flags.mixed_precision == "no":
             parser.error(f"{name} has bf16 weights: set --mixed_precision=bf16, or remove it from --systems")
         if "release" in system.savers and (flags.gradient_accumulation_steps > 1 or flags.max_grad_norm):

@@ -93,7 +93,7 @@ class Session:
     def measure(
         self, what: str, system: str, kind: str, num_rows: int, function: Callable, processes: int = 1, **arguments
     ) -> None:
-        """Run, print and record one measurement. Several processes are ranks; the record has the worst values."""
+        """Run, print and record one measurement. With several processes, each is a rank; record the worst values."""
         arguments = {"file": str(self.file(kind, num_rows)), **arguments}
         ranks = [{"rank": rank, "world_size": processes} for rank in range(processes)] if processes > 1 else [{}]
         found = self.run([(function, arguments | rank) for rank in ranks], self.flags.limit_seconds)

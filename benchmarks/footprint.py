@@ -73,11 +73,12 @@ def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: b
     from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter
 
     as_on_gpu = torch.cuda.is_available() or not for_this_machine
-    train = {"lowmem": partial(train_lowmem, real=real), "trainer": train_trainer}[system.loop]
+    slices_of = "cuda" if as_on_gpu else "cpu"
+    train = {"lowmem": partial(train_lowmem, real=real, slices_of=slices_of), "trainer": train_trainer}[system.loop]
     accelerator = init_distributed(mixed_precision="bf16" if system.memory == "off" else "no")
     on_gpu = accelerator.device.type == "cuda"
     started = time.perf_counter()
-    with nullcontext() if real else few_slices(on_gpu=as_on_gpu), nullcontext() if real else fake_tensors():
+    with nullcontext() if real else few_slices(), nullcontext() if real else fake_tensors():
         model = build(spec.shape, accelerator.device, as_on_gpu)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         with MemoryMeter(block_bytes=CUDA_BLOCK_BYTES if as_on_gpu else 1) as meter:
@@ -125,14 +126,28 @@ def build(shape: dict[str, object], device, on_gpu: bool):
 
 
 def train_lowmem(
-    model, spec: Model, system: System, work: Work, accelerator, begin: Callable[[], None], *, real: bool
+    model,
+    spec: Model,
+    system: System,
+    work: Work,
+    accelerator,
+    begin: Callable[[], None],
+    *,
+    real: bool,
+    slices_of: str,
 ) -> object:
+    """Train with lowmem, with the slices of weights and logits that a device of the type `slices_of` takes."""
     from lowmem import Batch, TrainState, chunked_loss, make_optimizer, train_step
+    from lowmem.loss import SLICE_ELEMENTS
     from lowmem.memory.savers import SAVERS, entered
+    from lowmem.optim.tiers import slice_elements_for
     from lowmem.plan.fakes import HostCopies
 
     savers = SAVERS if real else HostCopies().savers
-    state = TrainState(model, make_optimizer(model, name=system.optimizer, memory=system.memory))
+    slice_elements = slice_elements_for(list(model.parameters()), slices_of)
+    optimizer = make_optimizer(model, name=system.optimizer, memory=system.memory, slice_elements=slice_elements)
+    state = TrainState(model, optimizer)
+    loss_fn = partial(chunked_loss, slice_elements=SLICE_ELEMENTS[slices_of])
     num_targets = spec.batch_size * (spec.seq_len - (not model.config.is_encoder_decoder))
     with entered([savers[name] for name in system.savers + work.savers], model, state.optimizer):
         begin()
@@ -141,7 +156,7 @@ def train_lowmem(
             train_step(
                 state,
                 [Batch(tokens, num_targets, row_ids=[]) for tokens in inputs],
-                chunked_loss,
+                loss_fn,
                 accelerator,
                 learning_rate=1e-4,
                 max_grad_norm=work.max_grad_norm or None,

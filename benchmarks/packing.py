@@ -306,7 +306,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--output={flags.output} must end in .jsonl: a table of the same name ends in .md")
     flags.rows = open_rows(flags.train_file, columns=["prompt", "response"])
     if len(flags.rows) < 2 * ROWS_PER_STEP:
-        parser.error(f"--train_file={flags.train_file} has {len(flags.rows)} rows: name a file of {2 * ROWS_PER_STEP}")
+        parser.error(f"--train_file={flags.train_file} has {len(flags.rows)} rows: at least {2 * ROWS_PER_STEP} needed")
     return flags
 
 

@@ -171,7 +171,7 @@ def predicted(combination, config, on_gpu: bool) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, help="NAME.jsonl; also writes NAME.md")
-    parser.add_argument("--measure", action="store_true", help="train those that have no measured peak yet")
+    parser.add_argument("--measure", action="store_true", help="train the combinations that have no measured peak yet")
     parser.add_argument("--cuda", action="store_true", help="predict for a GPU and measure on it; one process only")
     flags = parser.parse_args()
     now = about()

@@ -32,7 +32,7 @@ from lowmem.config.presets import MODEL_SHAPES
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train_low_mem.py"
 SAVE_STEPS = 5
-MOST_SAVES = 2  # of a launch before it is killed; a kill during the first save loses all of its steps
+MOST_SAVES = 2  # at most this many before a launch is killed; a kill during the first save loses all its steps
 POLL_SECONDS = 0.0005
 LIMIT_SECONDS = 120  # for every wait
 
@@ -62,9 +62,9 @@ class Soak:
     kills: list[Kill]
     steps: int
     same_weights: bool
-    """Whether all tensors of the final model and the last checkpoint are bit-identical, optimizer state included."""
+    """Whether the final model and the last checkpoint, optimizer state included, have the same bits in both runs."""
     same_losses: bool
-    """Whether each step was logged once, with the same loss."""
+    """Whether the killed run logged each step once, with the same loss as the uninterrupted run."""
 
     def failures(self) -> list[str]:
         """One line for each requirement that is not met."""

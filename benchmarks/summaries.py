@@ -1,21 +1,23 @@
-"""Results as the project's README tells them: for each file of `results/` a function, what it holds -> Markdown lines.
+"""Tables for README.md and docs/: each function turns the records of one file of `results/` into Markdown lines.
 
-`readme.py` puts them in their places. Every number is of the file; under each table stands what it was measured on.
+`documents.py` writes them. Every number comes from the file; a line under each table says what it was measured on.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from statistics import median
 
 from checkpoint import flipped_bit, known, mib, seconds
 from comparison import ROWS_EXTRAPOLATED, by_system, memory_field, ratios, reasons, spread, versions
-from data import PLACES, grid, told
+from data import EPOCH_FRACTIONS, cell, grid
 from launchers import STRATEGIES
 from memory import BASELINE, GIB, peaks_of
 from records import MIB, Record
 
-# What the README calls the systems of a benchmark, in its order.
+from lowmem.config.help import help_text
+
+# What the documents call the systems of a benchmark, in their order.
 READERS = {
     ("lowmem", "parquet-100k"): "parquet, {groups:,} row groups",
     ("lowmem", "parquet-default"): "parquet, pyarrow's default row groups, copied once in {seconds:.1f} s",
@@ -40,6 +42,9 @@ SAVED = {
 }
 
 
+Summary = Callable[..., list[str]]
+
+
 def by(records: Sequence[Record], *names: str) -> dict[tuple, list[Record]]:
     """Records by the values of these fields."""
     found: dict[tuple, list[Record]] = {}
@@ -49,13 +54,13 @@ def by(records: Sequence[Record], *names: str) -> dict[tuple, list[Record]]:
 
 
 def pick(records: Sequence[Record], **fields: object) -> Record | None:
-    """The last one with these fields, if there is one; None as a field's value is that it has none."""
+    """The last record with these fields, or None. A field of None matches records without it."""
     found = (record for record in reversed(records) if all(record.get(name) == fields[name] for name in fields))
     return next(found, None)
 
 
 def source(records: Sequence[Record], how: str) -> str:
-    """The line under a table: how its numbers were found, on what, with what, and by which commands on which days."""
+    """The line under a table: how it was measured, the machine, the versions, the commands and their dates."""
     runs: dict[str, list[str]] = {}
     for record in records:
         machine = {"cpu": "", "cores": ""} | record.get("machine", {})
@@ -67,87 +72,101 @@ def source(records: Sequence[Record], how: str) -> str:
     return " ".join([f"{how}.", *(f"{on}; {', '.join(dict.fromkeys(commands))}." for on, commands in runs.items())])
 
 
-# --- a part each
+# --- a table each
 def rows(records: Sequence[Record]) -> list[str]:
-    """Start, memory, speed and resume of reading the largest files; the peak with the smallest."""
+    """Start, memory, speed and resume of reading the largest files; in brackets the peak of the smallest."""
     most, least = (choose(record["rows"] for record in records) for choose in (max, min))
-    place = max(PLACES)
+    fraction = max(EPOCH_FRACTIONS)
 
     def line(system: str, kind: str) -> list[str]:
         of = [record for record in records if (record["system"], record["kind"]) == (system, kind)]
         draws = [record for record in of if record["what"] == "draw" and record["processes"] == 1]
-        encoder = "bpe" if system == "lowmem" else None  # what others read is not encoded
+        encoder = "bpe" if system == "lowmem" else None  # the other systems do not encode
         draw, few = (pick(draws, rows=number, encoder=encoder) for number in (most, least))
         once, mixed = (pick(of, rows=most, what=what) for what in ("once", "shuffle"))
-        resumed = pick(of, rows=most, what="resume", place=place)
+        resumed = pick(of, rows=most, what="resume", place=fraction)
         is_same = all(record.get("same_rows") for record in of if record["what"] == "resume")
-        lost = f"{told(resumed, 'lost_rows')} rows of the epoch lost, {told(resumed, 'repeated_rows')} repeated"
+        lost = f"{cell(resumed, 'lost_rows')} rows of the epoch lost, {cell(resumed, 'repeated_rows')} repeated"
         facts = (once or {}) | {"groups": mixed["groups"], "gigabytes": draw["file_bytes"] / 1e9}
         return [
             READERS[system, kind].format(**facts),
-            f"{told(draw, 'start_seconds', '.2f')} s",
-            f"{told(draw, 'peak_bytes', unit=MIB)} MiB ({told(few, 'peak_bytes', unit=MIB)})",
-            told(pick(draws, rows=most, encoder=None), "rows_per_second"),
-            f"{told(resumed, 'seconds', '.2f')} s",
-            "the same" if is_same else lost,
-            told(mixed, "commonest_group_rows"),
+            f"{cell(draw, 'start_seconds', '.2f')} s",
+            f"{cell(draw, 'peak_bytes', unit=MIB)} MiB ({cell(few, 'peak_bytes', unit=MIB)})",
+            cell(pick(draws, rows=most, encoder=None), "rows_per_second"),
+            f"{cell(resumed, 'seconds', '.2f')} s",
+            "as in an uninterrupted run" if is_same else lost,
+            cell(mixed, "commonest_group_rows"),
         ]
 
     head = [f"{most:,} rows:", "first batch after opening", f"peak RSS above imports (of {least:,} rows)"]
-    head += ["rows/s, bare", f"resumed at row {int(most * place):,}: first batch", "beside an unbroken run's:"]
+    head += ["rows/s, not encoded", f"first batch after a resume at row {int(most * fraction):,}"]
+    head += ["rows after a resume:"]
     encoded = [record for record in records if record.get("encoder") == "bpe" and record["processes"] == 1]
     speeds = [record["rows_per_second"] for record in encoded if record["rows"] == most]
     waits = {record["prefetch"]: record["share"] for record in records if record["what"] == "wait"}
     return [
-        *grid([*head, "rows of a batch of 32 from one row group"], [line(*reader) for reader in READERS]),
+        *grid([*head, "rows from the most common row group in a batch of 32"], [line(*reader) for reader in READERS]),
         "",
-        f"lowmem's peaks are those with a BPE tokenizer, which encodes {min(speeds):,.0f} to {max(speeds):,.0f} rows/s "
-        f"in the thread beside training. A small model's steps wait for {waits[2]:.1%} of their time, with "
-        f"`--prefetch_steps=0` for {waits[0]:.1%}.",
+        f"lowmem's peaks include a BPE tokenizer, which encodes {min(speeds):,.0f} to {max(speeds):,.0f} rows/s in a "
+        f"thread during training. A small model spends {waits[2]:.1%} of its step time waiting for rows, and "
+        f"{waits[0]:.1%} with `--prefetch_steps=0`.",
         "",
-        source(records, "Each measured once"),
+        source(records, "Each row measured once"),
     ]
+
+
+def peaks(records: Sequence[Record]) -> list[str]:
+    """Predicted peaks of Trainer and of both tiers, GiB, with accumulation and clipping."""
+    peaks = peaks_of(records)
+    systems = {"`Trainer`, gradient checkpointing": BASELINE.name}
+    systems |= {f"`--memory={tier}`": f"lowmem {tier}, recompute" for tier in ("exact", "lean")}
+    sizes = {each["model"]: f"{each['model']}, {each['batch']} x {each['seq_len']} tokens" for each in records}
+    lines = [
+        [size, *(f"{peaks[system, model, 'accumulated'] / GIB:.1f}" for system in systems.values())]
+        for model, size in sizes.items()
+    ]
+    return grid(["GiB, bf16, `--recompute=full`:", *systems], lines)
 
 
 def memory(records: Sequence[Record]) -> list[str]:
     """Predicted peaks, GiB and x Trainer's with gradient checkpointing."""
     peaks = peaks_of(records)
     sizes = {record["model"]: f"{record['model']} {record['batch']} x {record['seq_len']}" for record in records}
-    places = list(product(sizes, dict.fromkeys(work for _, _, work in peaks)))
+    columns = list(product(sizes, dict.fromkeys(work for _, _, work in peaks)))
 
-    def cell(system: str, place: tuple[str, str]) -> str:
-        ratio = f", {peaks[system, *place] / peaks[BASELINE.name, *place]:.2f} x" if system != BASELINE.name else ""
-        return f"{peaks[system, *place] / GIB:.1f}{ratio}"
+    def peak(system: str, column: tuple[str, str]) -> str:
+        ratio = f", {peaks[system, *column] / peaks[BASELINE.name, *column]:.2f} x" if system != BASELINE.name else ""
+        return f"{peaks[system, *column] / GIB:.1f}{ratio}"
 
-    lines = [[name, *(cell(system, place) for place in places)] for system, name in PREDICTED.items()]
-    head = ["GiB:", *(f"{sizes[model]}, {work}" for model, work in places)]
-    return [*grid(head, lines), "", source(records, "Counted on tensors without data")]
+    lines = [[name, *(peak(system, column) for column in columns)] for system, name in PREDICTED.items()]
+    head = ["GiB:", *(f"{sizes[model]}, {work}" for model, work in columns)]
+    return [*grid(head, lines), "", source(records, "Predicted on fake tensors")]
 
 
 def checkpoint(records: Sequence[Record]) -> list[str]:
-    """Seconds and memory of saving and loading on one process, and what the files withstand."""
+    """Seconds and memory of saving and loading on one process, and how the files withstand damage and kills."""
     of = by(records, "system")
 
     def line(system: str) -> list[str]:
-        turns = of[(system,)]
+        runs = of[(system,)]
         return [
-            *(SAVED[system], f"{turns[0]['disk_bytes'] / 1e9:.1f}"),
-            *(seconds(turns, "save", "seconds", "sync_seconds"), seconds(turns, "load", "seconds")),
-            " / ".join(mib(turns, action, "peak_bytes") for action in ("save", "load")),
-            # the last is no result: it is read in the sources
-            *(flipped_bit(turns), str(len(turns[0]["pickles"])), known(system)[0]),
+            *(SAVED[system], f"{runs[0]['disk_bytes'] / 1e9:.1f}"),
+            *(seconds(runs, "save", "seconds", "sync_seconds"), seconds(runs, "load", "seconds")),
+            " / ".join(mib(runs, action, "peak_bytes") for action in ("save", "load")),
+            # the last column is not measured: it comes from the systems' sources
+            *(flipped_bit(runs), str(len(runs[0]["pickles"])), known(system)[0]),
         ]
 
     first = records[0]
-    head = [f"{first['model']}, AdamW:", "GB", "saved and on disk, s", "loaded, s"]
-    head += ["MiB above the run, saving / loading", "a flipped bit is:", "pickles"]
-    head += ["a kill leaves it whole or absent, by its source:"]
+    head = [f"{first['model']}, AdamW:", "GB", "save + sync, s", "load, s"]
+    head += ["extra MiB while saving / loading", "a flipped bit is:", "pickles"]
+    head += ["complete or absent after a kill (from its source):"]
     measured = [record["save"] | record for record in records]
     return [*grid(head, list(map(line, SAVED))), "", source(measured, f"One process; medians of {first['repeats']}")]
 
 
 def soak(text: str) -> list[str]:
-    """How often a run was killed, and what became of it."""
+    """How often a run was killed, and how it ended."""
     kills = [tuple(map(int, numbers)) for numbers in re.findall(r"^\|[^|]+\| (\d+) \| (\d+) \|", text, re.MULTILINE)]
     times, in_saves = map(sum, zip(*kills, strict=True))
     lines = text.splitlines()
@@ -155,43 +174,44 @@ def soak(text: str) -> list[str]:
     (about,) = (line for line in lines if re.match(r"\d{4}-", line))
     facts = [line for line in lines if line.startswith("- ")]
     day, _, where = about.partition("; ")
-    killed = f"A run killed {times:,} times with -9, {in_saves:,} of them inside a save:"
+    killed = f"A run killed {times:,} times with SIGKILL, {in_saves:,} of them during a save:"
     return [killed, "", *facts, "", f"{where.removesuffix('.')}; `{command}` ({day.partition('T')[0]})."]
 
 
 def comparison(records: Sequence[Record]) -> list[str]:
-    """Speed and memory, medians, and the ratios to Trainer's of the same turn: median, least and most."""
+    """Speed and memory: medians, and ratios to Trainer in the same round (median, smallest, largest)."""
     lines, about = [], []
-    for run in by(records, "date").values():
-        turns = by_system(run)
-        first = run[0]
+    for command in by(records, "date").values():
+        runs = by_system(command)
+        first = command[0]
         tokens = f"({first['seq_len']} + {first['seq_len']})" if first["model"].startswith("t5") else first["seq_len"]
         work = f"{first['model']}, {first['processes']} x {first['batch']} x {tokens} tokens x accumulation "
         work += f"{first['accumulation']}, {first['mixed_precision']}, {first['rows']} rows"
-        for system in dict.fromkeys(record["system"] for record in run):
-            mine = turns.get(system, [])
+        for system in dict.fromkeys(record["system"] for record in command):
+            mine = runs.get(system, [])
             number = [str(len(mine))] if mine else []
-            lines.append([work, system, "; ".join([*number, *reasons(run, system)])])
-            lines[-1] += _compared(mine, turns, system) if mine else [""] * 7
-            work = ""  # said once
-        about.append(next(iter(turns.values()))[0] | {"versions": versions(turns)})
+            lines.append([work, system, "; ".join([*number, *reasons(command, system)])])
+            lines[-1] += _compared(mine, runs, system) if mine else [""] * 7
+            work = ""  # only in the first line
+        about.append(next(iter(runs.values()))[0] | {"versions": versions(runs)})
     memory = "peak device memory" if records[0].get("peak_device_bytes") else "peak memory above imports"
-    head = ["work:", "system", "turns", "tokens/s", "x `Trainer`", f"{memory}, MiB", "x `Trainer`"]
-    head += ["first step after, s", "lines of its loop", f"hours for {ROWS_EXTRAPOLATED // 10**6} M rows, extrapolated"]
-    how = "Systems in turns; medians of the turns, and of the ratios within a turn (least to most)"
+    head = ["work:", "system", "runs", "tokens/s", "x `Trainer`", f"{memory}, MiB", "x `Trainer`"]
+    head += ["first step finished after, s", "lines of loop code"]
+    head += [f"hours for {ROWS_EXTRAPOLATED // 10**6} M rows, extrapolated"]
+    how = "Interleaved runs; medians of the runs, and of the ratios within a round (smallest to largest)"
     return [*grid(head, lines), "", source(about, how)]
 
 
-def _compared(mine: Sequence[Record], turns: dict[str, list[Record]], system: str) -> list[str]:
+def _compared(mine: Sequence[Record], runs: dict[str, list[Record]], system: str) -> list[str]:
     def middle(name: str) -> float:
         return median(record[name] for record in mine)
 
     memory = memory_field(mine[0])
     return [
         f"{middle('tokens_per_second'):,.0f}",
-        spread(ratios(turns, system, "tokens_per_second")),
+        spread(ratios(runs, system, "tokens_per_second")),
         f"{middle(memory) / MIB:,.0f}",
-        spread(ratios(turns, system, memory)),
+        spread(ratios(runs, system, memory)),
         f"{middle('first_step_seconds'):.1f}",
         f"{mine[0]['code_lines']}",
         f"{ROWS_EXTRAPOLATED / middle('samples_per_second') / 3600:,.0f}",
@@ -199,7 +219,7 @@ def _compared(mine: Sequence[Record], turns: dict[str, list[Record]], system: st
 
 
 def plan(records: Sequence[Record]) -> list[str]:
-    """How many predictions were measured and how far off they are."""
+    """How many predictions were measured, and their errors."""
 
     def error(record: Record) -> float:
         return record["predicted_bytes"] / record["measured_bytes"] - 1
@@ -209,27 +229,27 @@ def plan(records: Sequence[Record]) -> list[str]:
     settings = "".join(f", {name}={value}" for name, value in furthest["settings"].items())
     close = sum(abs(error(record)) < 0.01 for record in real)
     where = "a GPU" if records[0]["on_gpu"] else "a CPU"
-    line = f"{len(real)} of {len(records)} predictions for small trainings were measured (the most that torch's "
-    line += f"allocator had handed out in a step, on {where}): {close} are off by less than 1%, at most by "
-    line += f"{error(furthest):+.1%} ({furthest['shape']} {furthest['tier']}{settings}, on {furthest['processes']}); "
-    line += "below zero is less than it took."
+    line = f"{len(real)} of {len(records)} predictions for small training runs were measured (the peak of torch's "
+    line += f"allocator within a step, on {where}): {close} are within 1 %; the largest error is "
+    line += f"{error(furthest):+.1%} ({furthest['shape']} {furthest['tier']}{settings}, {furthest['processes']} "
+    line += f"process{'es' if furthest['processes'] > 1 else ''}); a negative error is a prediction that was too low."
     sources = [*records, *(record["measurement"] for record in real)]
-    return [line, "", source(sources, "Each once")]
+    return [line, "", source(sources, "Each run measured once")]
 
 
 def launchers(records: Sequence[Record]) -> list[str]:
-    """For each strategy bytes of state a process, and how far it lies from one process, over launchers and models."""
-    alone = {(record["date"], record["model"]): record for record in records if record["processes"] == 1}
-    divided = [record for record in records if record["processes"] > 1]
-    models = dict.fromkeys(record["model"] for record in divided)
-    places = list(product(models, sorted({record["processes"] for record in divided})))
+    """For each strategy, bytes of state per process and the largest difference from one process, over all launchers."""
+    single = {(record["date"], record["model"]): record for record in records if record["processes"] == 1}
+    several = [record for record in records if record["processes"] > 1]
+    models = dict.fromkeys(record["model"] for record in several)
+    columns = list(product(models, sorted({record["processes"] for record in several})))
 
     def line(strategy: str) -> list[str]:
-        mine = [record for record in divided if record["strategy"] == strategy]
+        mine = [record for record in several if record["strategy"] == strategy]
         ran = [record for record in mine if "failed" not in record]
         of = by(ran, "model", "processes")
-        states = [max((turn["state_bytes"] for turn in of.get(place, [])), default=None) for place in places]
-        pairs = [(run, alone[run["date"], run["model"]]) for run in ran]
+        states = [max((run["state_bytes"] for run in of.get(column, [])), default=None) for column in columns]
+        pairs = [(run, single[run["date"], run["model"]]) for run in ran]
         losses = [abs(a / b - 1) for run, one in pairs for a, b in zip(run["loss"], one["loss"], strict=True)]
         norms = [abs(run["grad_norm"] / one["grad_norm"] - 1) for run, one in pairs if "grad_norm" in run]
         return [
@@ -238,10 +258,15 @@ def launchers(records: Sequence[Record]) -> list[str]:
             f"{len(mine)}" + (f", {len(mine) - len(ran)} failed" if len(ran) < len(mine) else ""),
         ]
 
-    head = ["MiB of weights and optimizer a process:", *(f"{model} on {processes}" for model, processes in places)]
-    head += ["a step's loss beside one process's, relative, at most", "first gradient's norm, the same", "trainings"]
-    whole = {model: f"{model} {record['state_bytes'] / MIB:.1f} MiB" for (_, model), record in alone.items()}
-    names = ", ".join(dict.fromkeys(record["launcher"] for record in divided))
-    how = f"fp32, each training once; one process has {', '.join(whole.values())}; launchers: {names}"
-    strategies = [strategy for strategy in STRATEGIES if (strategy,) in by(divided, "strategy")]
+    head = ["MiB of weights and optimizer per process:", *(f"{model}, {number} processes" for model, number in columns)]
+    head += ["largest relative difference of a step's loss from one process", "of the first gradient norm", "runs"]
+    unsharded = {model: f"{model} {record['state_bytes'] / MIB:.1f} MiB" for (_, model), record in single.items()}
+    names = ", ".join(dict.fromkeys(record["launcher"] for record in several))
+    how = f"fp32; one run each; one process holds {', '.join(unsharded.values())}; launchers: {names}"
+    strategies = [strategy for strategy in STRATEGIES if (strategy,) in by(several, "strategy")]
     return [*grid(head, list(map(line, strategies))), "", source(records, how)]
+
+
+def flags(_: str) -> list[str]:
+    """Every flag with its values and its explanation."""
+    return ["```text", *help_text(full=True).splitlines(), "```"]

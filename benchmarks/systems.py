@@ -33,7 +33,7 @@ class System:
     loop: str
     """A module of `loops`."""
     optimizer: str = "adamw"
-    """adamw or adafactor: the loop's own implementation, with OPTIMIZER and otherwise its defaults."""
+    """adamw or adafactor, in the loop's own implementation; settings that OPTIMIZER lacks keep its defaults."""
     memory: str = "off"
     """lowmem's tier."""
     weights: str = "float32"

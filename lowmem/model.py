@@ -46,7 +46,7 @@ def load_model(
     are missing, or if the tokenizer has more tokens than the model.
     """
     if (model_name_or_path is None) == (model_config is None):
-        raise UsageError("load_model needs either model_name_or_path or model_config, not both: set one of them")
+        raise UsageError("load_model needs exactly one of model_name_or_path and model_config: set one of them")
     if model_name_or_path is not None:
         _check_exists(str(model_name_or_path), "config.json")
     tokenizer = _load_tokenizer(tokenizer_name_or_path or model_name_or_path)

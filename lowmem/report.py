@@ -55,7 +55,7 @@ def peak_memory_bytes() -> dict[str, int]:
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, floats in full precision. If the disk is full, lines wait in memory.
 
-    Opening the file keeps the records up to `step` (None: no records), so that a resumed run repeats none of them.
+    Opening the file deletes the records after `step` (None: all records), because a resumed run writes them again.
     `resumed_at` merges the records of `step` itself.
     """
 

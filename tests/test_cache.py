@@ -121,7 +121,7 @@ def test_an_index_with_any_bit_flipped_is_made_again(source):
 
 
 @pytest.mark.parametrize("damage", [b"", b"SOME ROWS", None])
-def test_a_copy_that_was_cut_or_removed_is_made_again(source, damage):
+def test_a_copy_that_was_truncated_or_removed_is_made_again(source, damage):
     builder = Builder(source)
     copy = builder.derive().copy
     copy.unlink() if damage is None else copy.write_bytes(damage)

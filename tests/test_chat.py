@@ -191,7 +191,7 @@ def test_a_template_that_changes_earlier_text_is_refused_with_the_turn():
         tokenize(CHATS[2])
 
 
-def test_a_template_without_tags_needs_a_turn_before_the_assistants():
+def test_a_template_without_tags_needs_a_turn_before_the_first_assistant_turn():
     messages = [{"role": "assistant", "content": "hello"}, *turns("a", "b")]
     with pytest.raises(ValueError, match="turn 0 is the assistant's, with no turn before it"):
         chat_tokenizer(TOKENIZERS["chatml"])(messages)

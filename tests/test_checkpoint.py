@@ -1,4 +1,4 @@
-"""Invariants 4 and 5: a checkpoint is complete or absent, and any reader finds whole tensors in it."""
+"""A checkpoint is complete or absent, and any reader finds whole tensors in it."""
 
 import json
 import os
@@ -253,7 +253,7 @@ def test_any_damage_is_found_and_named(name, damage, tmp_path):
         assert name in str(caught.value)
 
 
-def test_the_newest_valid_checkpoint_is_loaded_and_the_reason_printed(tmp_path, capsys):
+def test_the_newest_valid_checkpoint_is_chosen_and_the_fault_of_a_newer_one_printed(tmp_path, capsys):
     assert latest_checkpoint(tmp_path / "nowhere") is None
     state = new_state()
     paths = [save_checkpoint(train(state, 1), tmp_path, ACCELERATOR) for _ in range(3)]

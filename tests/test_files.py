@@ -1,4 +1,4 @@
-"""Invariant 4: a kill or an error at any disk operation loses no checkpoint."""
+"""A kill or an error at any disk operation loses no checkpoint."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Invariant 7: no rank waits forever, and every remaining rank names the failed one, its position and the cause."""
+"""No rank waits forever, and every remaining rank names the failed one, its position and the cause."""
 
 import os
 import re

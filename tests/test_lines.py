@@ -209,7 +209,7 @@ def test_the_first_row_must_have_the_wanted_columns(tmp_path, row, wanted, messa
 
 
 @pytest.mark.parametrize("rows", ['[\n{"a": 1},\n{"a": 2}\n]', '[{"a": 1},\n{"a": 2}]', f"[{'1,' * 2**23}1]"])
-def test_an_array_is_refused_as_a_whole(tmp_path, rows):
+def test_a_file_that_holds_one_json_array_is_refused(tmp_path, rows):
     with pytest.raises(UsageError, match=r"rows.json holds a JSON array, .*: write one object per line \(jq"):
         open_lines(tmp_path / "rows.json", rows.encode())
 

@@ -31,7 +31,7 @@ WINDOWS = {"1": 1, "3": 3, "all": 10**9}  # groups in a window, each of one byte
 
 @st.composite
 def orders(draw):
-    """Draw groups of rows, some of them empty, the number of groups in a window, and a seed."""
+    """Draw groups of rows (some are empty), a number of groups per window, and a seed."""
     num_rows = draw(st.sampled_from(NUM_ROWS))
     cuts = sorted(draw(st.lists(st.integers(0, num_rows), max_size=12)))
     bounds = [0, *cuts, num_rows]

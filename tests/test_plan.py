@@ -93,7 +93,7 @@ SAVERS = ({}, {"recompute": "full"}, {"recompute": "cheap"}, RELEASE, RELEASE | 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prediction_is_within_a_tenth_of_real_tensors(family, tmp_path, restored_environment):
+def test_a_prediction_is_within_a_tenth_of_the_measured_peak(family, tmp_path, restored_environment):
     for tier in TIERS:
         for options in SAVERS:
             assert_within_a_tenth(config_for(tmp_path, family, tier, **options))
@@ -163,7 +163,7 @@ def test_deep_stacks_are_extrapolated_from_shallow_ones(family, tmp_path, restor
         assert abs(peaks[0] / peaks[1] - 1) < 0.02, depth
 
 
-def test_parts_are_what_the_tier_keeps(tmp_path, restored_environment):
+def test_predicted_parts_match_what_the_tier_keeps(tmp_path, restored_environment):
     counted = rehearse(config_for(tmp_path, "llama"))
     parts = counted.peaks["update"]
     weights = counted.num_parameters
@@ -302,7 +302,7 @@ def test_host_memory_is_a_limit_too(tmp_path):
     with pytest.raises(UsageError, match="no change, the closest, it needs 0.40 GB more than --host_memory=2.6GB"):
         choose(config, GPUS, (), predict, lambda line: None)
     small = dataclasses.replace(config, host_memory="2GB")
-    with pytest.raises(UsageError, match="programs of 2 processes alone take 2.52 GB of the host, 0.52 GB more than"):
+    with pytest.raises(UsageError, match=r"libraries \(2 processes\) alone take 2.52 GB of the host, 0.52 GB more"):
         choose(small, GPUS, (), predict, lambda line: None)
 
 

@@ -1,18 +1,30 @@
-"""What the README shows runs as it stands."""
+"""What README.md and docs/ show runs as written."""
 
 import json
 import re
 import shlex
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from transformers import ByT5Tokenizer
 
+from lowmem.config.parse import resolve
 from lowmem.config.presets import PRESETS
 from lowmem.config.train_config import FIELDS
 from tests.forked import train_ranks
-from tests.models import qa_rows
+from tests.models import build, qa_rows
 from tests.processes import ROOT, train
 
 README = (ROOT / "README.md").read_text()
+CHINESE = (ROOT / "docs" / "zh" / "README.md").read_text()
+DOCUMENTS = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
+
+
+def commands(text):
+    """The words of each command line in indented blocks, lines that end in a backslash joined."""
+    lines = re.findall(r"^    (\S.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -42,23 +54,61 @@ def test_the_loop_in_your_own_code_runs_saves_and_resumes(processes, wrapping, t
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-00000010", "step-00000020"]
 
 
-def test_every_flag_and_file_that_is_named_exists():
+def test_the_commands_for_your_own_rows_run(tmp_path):
+    pq.write_table(pa.Table.from_pylist(qa_rows(540)), tmp_path / "rows.parquet")
+    pq.write_table(pa.Table.from_pylist(qa_rows(20)), tmp_path / "test.parquet")
+    build("t5").save_pretrained(tmp_path / "path/to/t5")
+    ByT5Tokenizer().save_pretrained(tmp_path / "path/to/t5")
+    section = README[README.index("## Train on your rows") :]
+    first, *others = (words for words in commands(section[: section.index("Any launcher")]) if words[2] != "plan")
+    assert [words[2] for words in (first, *others)] == ["train", "evaluate", "plot"]
+    for words in ([*first, "--max_steps=2", "--max_predict_samples=0"], *others):
+        result = train(*words[2:], cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "plot.png").exists()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_flags_of_every_command_are_accepted(document, tmp_path, monkeypatch):
+    (tmp_path / "path/to/t5").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for words in commands(DOCUMENTS[document].read_text()):
+        at = next((words.index(name) for name in ("train", "plan") if name in words), None)
+        if at is not None:
+            flags = [word.removeprefix("--").split("=") for word in words[at + 1 :] if word.startswith("--")]
+            resolve(dict(flags))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_flag_and_file_that_is_named_exists(document):
     of_others = (
         "multi_gpu nproc_per_node config_file help dtype signal requeue open nnodes rdzv_backend rdzv_id rdzv_endpoint "
         "max_restarts signals_to_handle shutdown_timeout node_rank master_addr master_port num_machines machine_rank "
-        "main_process_ip main_process_port ntasks debug rdzv_conf num_gpus"
+        "main_process_ip main_process_port ntasks debug rdzv_conf num_gpus flag is_keep_training"
     )
-    without_benchmarks = re.sub(r"`python benchmarks/[^`]*`", "", README)
+    text = DOCUMENTS[document].read_text()
+    without_benchmarks = re.sub(r"`python benchmarks/[^`]*`", "", text)
     flags = set(re.findall(r"--(\w+)", without_benchmarks)) - set(of_others.split())
     assert flags <= FIELDS.keys() | PRESETS.keys() | {"config"}
-    for path in re.findall(r"\]\(([^)]+)\)", README) + re.findall(r"accelerate_configs/\w+\.yaml", README):
-        assert path.startswith("http") or (ROOT / path).exists(), path
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, heading = link.partition("#")
+        target = DOCUMENTS[document].parent / path if path else DOCUMENTS[document]
+        assert path.startswith("http") or target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in {title.lower().replace(" ", "-") for title in headings}, link
+    for path in re.findall(r"accelerate_configs/\w+\.yaml", text):
+        assert (ROOT / path).exists(), path
 
 
-def test_the_two_commands_are_the_first_that_are_shown():
-    commands = re.findall(r"^    (\S.*)$", README, re.MULTILINE)
-    assert commands[:2] == [
+def test_the_two_commands_come_first_and_the_readme_is_short():
+    assert re.findall(r"^    (\S.*)$", README, re.MULTILINE)[:2] == [
         "pip install -e . && python train_low_mem.py train",
         "pip install -e '.[test]' && python -m pytest",
     ]
-    assert [shlex.split(command)[0] for command in commands[:2]] == ["pip", "pip"]
+    assert README.count("\n") <= 170
+
+
+def test_the_chinese_readme_shows_commands_of_the_readme():
+    shown = commands(CHINESE)
+    assert len(shown) >= 7
+    assert all(words in commands(README) for words in shown)

@@ -1,4 +1,4 @@
-"""Invariant 6: a run killed and resumed ends bit-identical, and reads the same rows on any number of processes."""
+"""A run killed and resumed ends on the same bits, and reads the same rows on any number of processes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Invariant 5: saved on any number of processes, sharded or not, a checkpoint loads on any other."""
+"""A checkpoint saved on any number of processes, sharded or not, loads on any other number."""
 
 import json
 
@@ -162,7 +162,7 @@ def test_a_full_disk_on_one_rank_blocks_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_ranks_write_about_equally_many_bytes(world_size):
+def test_ranks_write_about_the_same_number_of_bytes(world_size):
     model = {f"w{i}": torch.empty(1000 + 37 * i, dtype=torch.bfloat16) for i in range(40)}
     moments = {f"{name}.exp_avg": torch.empty(tensor.shape) for name, tensor in model.items()}
     shards = [*split_shards(model, "model", 10_000), *split_shards(moments, "optimizer", 10_000)]

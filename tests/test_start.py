@@ -218,7 +218,7 @@ def test_different_weights_or_tokenizers_on_a_rank_are_reported_on_all(work, tmp
         assert re.search(r"has the model (\w+) \(rank 0: (?!\1)\w+\); the tokenizer (\w+) \(rank 0: (?!\2)\w+\)", error)
 
 
-def test_evaluate_too_compares_the_rows_of_its_ranks(work, tmp_path):
+def test_evaluate_also_compares_the_rows_of_all_ranks(work, tmp_path):
     from lowmem.model import load_model
 
     for part in load_model(model_config=T5):

@@ -1,4 +1,4 @@
-"""Invariant 1: accumulation and ranks do not change a step. Also steps with numbers that are not finite, or errors."""
+"""Accumulation and ranks do not change a step. Also: steps with errors or with numbers that are not finite."""
 
 import json
 import re
@@ -111,7 +111,7 @@ def step_on_a_rank(family, wrapping, folder):
     accelerator.end_training()
 
 
-def test_clipping_bounds_the_applied_gradient_and_reports_the_norm_before():
+def test_clipping_bounds_the_applied_gradient_and_reports_the_unclipped_norm():
     batches = next(stream_of("t5", batch_size=4))
     accelerator = Accelerator(cpu=True)
     expected, _ = gradient_of_step(build("t5"), batches, accelerator)

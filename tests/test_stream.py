@@ -56,7 +56,7 @@ def test_rows_of_one_input_length_are_neither_padded_nor_masked(causal):
     assert batch.num_targets == 4
 
 
-def test_a_row_without_tokens_is_padding_under_a_mask():
+def test_a_row_without_tokens_becomes_masked_padding():
     batch = collate([{"input_ids": [], "labels": [6]}])
     assert batch.inputs["input_ids"].tolist() == [[0]] and batch.inputs["attention_mask"].tolist() == [[0]]
 
@@ -120,7 +120,7 @@ def test_each_epoch_holds_each_row_once():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_ranks_split_one_sequence(world_size):
+def test_ranks_split_one_stream_of_rows(world_size):
     streams = [
         open_stream(ROWS, ENCODE, batch_size=2, global_batch_size=12, rank=rank, world_size=world_size, seed=3)
         for rank in range(world_size)
@@ -230,9 +230,9 @@ class InGroups(list):
     st.integers(1, 50),
     st.integers(0, 99),
 )
-@example([(2, 4), (3, 1), (1, 3), (4, 9)], 50, 0)  # 4 x 12 + 2: within a step of the epoch's end; then in epoch 2 and 3
+@example([(2, 4), (3, 1), (1, 3), (4, 9)], 50, 0)  # resumes 2 rows before the end of epoch 1, then twice in epoch 2
 @example([(2, 1), (3, 1), (1, 4), (2, 6)], 12, 0)  # each step is an epoch
-@example([(3, 2), (2, 2), (1, 2)], 1, 0)  # one row, twelve in a step
+@example([(3, 2), (2, 2), (1, 2)], 1, 0)  # a single row, twelve times in each step
 @settings(deadline=None, derandomize=True, max_examples=25)
 def test_a_run_resumed_on_any_numbers_of_processes_sees_one_sequence_of_global_batches(plan, num_rows, seed):
     rows = InGroups(ROWS[:num_rows])

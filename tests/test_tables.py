@@ -234,7 +234,7 @@ def test_a_list_of_something_else_is_not_a_chat(tmp_path, turn):
 
 @pytest.mark.parametrize("keep", [0, 3, 100, -100, -1])
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-def test_a_file_that_was_cut_is_refused(tmp_path, suffix, keep):
+def test_a_truncated_file_is_refused(tmp_path, suffix, keep):
     path = tmp_path / f"rows.{suffix}"
     source = write_parquet(path) if suffix == "parquet" else write_arrow(path)
     path.write_bytes(path.read_bytes()[:keep])
@@ -264,7 +264,7 @@ def test_a_flipped_bit_in_a_page_is_detected_if_the_file_has_checksums(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-def test_a_file_cut_deleted_or_rewritten_after_it_was_opened_raises_an_error(tmp_path, suffix):
+def test_a_file_truncated_deleted_or_rewritten_after_it_was_opened_raises_an_error(tmp_path, suffix):
     path = tmp_path / f"rows.{suffix}"
     write, open_file = (write_parquet, ParquetFile) if suffix == "parquet" else (write_arrow, ArrowFile)
     file = open_file(write(path), WANTED)

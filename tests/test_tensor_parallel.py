@@ -135,7 +135,7 @@ def compare_in_two_dimensions():
     accelerator.end_training()
 
 
-def test_with_data_parallelism_gradients_are_summed_over_data_ranks_only():
+def test_tensor_parallel_gradients_are_summed_over_data_ranks_only():
     assert fork_ranks(4, compare_in_two_dimensions) == [0] * 4
 
 
@@ -225,7 +225,7 @@ def test_every_rank_gets_the_weights_of_rank_0_and_frozen_ones_stay_frozen():
 
 
 def train_and_save(folder, seed):
-    """Take a step with torch's own AdamW, on the same micro-batches on all data ranks, or load one; then save it."""
+    """Take a step with torch's AdamW, on the same micro-batches on all data ranks, or load a checkpoint; then save."""
     accelerator = init_distributed()
     model = build("llama", seed=seed, intermediate_size=36)
     if accelerator.num_processes > 1:

@@ -101,7 +101,7 @@ def test_rounded_state_stays_near_adamw_and_small_parameters_have_its_bits(name,
         if tiers.is_large(parameter):
             assert (moved - wanted).norm() < 0.25 * wanted.norm()
             along = (moved * wanted).sum() / wanted.square().sum()
-            assert along == pytest.approx(1, abs=0.02)  # on average, weights move as far
+            assert along == pytest.approx(1, abs=0.02)  # on average, weights move as far as the reference's
         else:
             assert torch.equal(moved, wanted)
 

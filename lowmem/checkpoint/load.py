@@ -68,7 +68,7 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
         tensors, parameters = model_tensors(state.model), named_parameters(state.model, state.optimizer)
         rounds = needs_rounding(path, saved["optimizer"], saved.get("memory"), state.optimizer)
         if rounds and any(map(is_in_columns, tensors.values())):
-            raise UsageError(f"{path} has a larger memory tier, and rounding needs full rows: load it with tp_size=1")
+            raise UsageError(f"{path} was saved in a larger memory tier; rounding it needs full rows: set tp_size=1")
         trained = set(saved.get("parameters", parameters))  # early checkpoints do not list them
         diff = parameters.keys() ^ trained
         differences = [

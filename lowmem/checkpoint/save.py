@@ -92,7 +92,7 @@ def save_checkpoint(
 def save_model(
     model: nn.Module, folder: str | Path, *, tokenizer=None, config: Config = None, max_shard_size: int | str = "5GB"
 ) -> Path:
-    """Save the model for `from_pretrained`, replacing `folder` once it is on disk. See `save_checkpoint`."""
+    """Save the model for `from_pretrained`; replace `folder` once all files are on disk. See `save_checkpoint`."""
     path = Path(folder).resolve()  # if it is a link, its target is replaced
     groups = {"model": split_shards(model_tensors(model), "model", parse_bytes(max_shard_size))}
 

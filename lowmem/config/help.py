@@ -1,43 +1,47 @@
-"""The text of --help: commands, presets, and every field with what its source says of it. Imports no torch."""
+"""The text of --help: commands, presets, and what the docstring of every field says. Imports no torch."""
 
 import re
 from inspect import formatannotation, getsource
+from textwrap import wrap
 
 from lowmem.config.presets import PRESETS
 from lowmem.config.train_config import FIELDS, TrainConfig, choices
 
 _COMMANDS = """\
 usage: train_low_mem.py train|plan|evaluate|test|verify|export|plot [--flag=value ...]
-  train                                      a tiny T5 learns bundled rows: no file, no network
+  train                                      trains a tiny T5 on bundled rows: no file, no network
   train --train_file=rows.parquet --model_name_or_path=FOLDER --output_dir=out
-  train --use_large_config=True --train_file=rows.parquet --resume=auto
-  plan ...flags of train...                  predicts memory and disk, and runs nothing
+  plan ...flags of train...                  predicts memory and disk use, without training
       with --device_memory=20GB --host_memory=12GB it chooses the fastest settings that fit; so does `train`
   evaluate --model_name_or_path=out/model --test_file=rows.parquet
-  verify PATH                                checks that a checkpoint, or each one of a run, is as it was saved
-  export PATH OUT --dtype=bfloat16 --max_shard_size=5GB
-      writes the model of a checkpoint, or any model's folder, as a new folder for from_pretrained; dtype:
-      float32 (of a checkpoint in memory=exact the fp32 master), float16, bfloat16, None (default: as saved)
-  plot OUT [OUT2 ...]                        curves of runs: OUT/plot.png, or text without matplotlib
+  verify PATH                                checks that a checkpoint, or every one of a run, is intact
+  export PATH OUT --dtype=float32            writes the model of a checkpoint or folder to a new folder; dtype: float32
+      (with memory=exact: the fp32 master weights), float16, bfloat16, None (as saved); --max_shard_size=5GB
+  plot OUT [OUT2 ...]                        draws curves of runs: OUT/plot.png, or text without matplotlib
 
-presets, which --config=FILE.yaml and flags override:"""
+presets, which flags override; then all flags with default or choices, the default first (more in docs/flags.md):"""
 
 
-def help_text() -> str:
-    """The help, whose explanations of fields are the docstrings below them."""
+def help_text(*, full: bool = False) -> str:
+    """The text of --help: a line per flag with its values and the first sentence of its docstring (`full`: all)."""
     lines = [_COMMANDS]
     for name, values in PRESETS.items():
-        shown = "without a preset and a model" if name == "tiny" else f"--{name}=True"
-        lines.append(f"  {shown}: " + ", ".join(f"{field}={value}" for field, value in values.items()))
+        title = "without a preset and a model" if name == "tiny" else f"--{name}=True"
+        fields = ", ".join(f"{field}={value}" for field, value in values.items())
+        lines += wrap(f"  {title}: {fields}", 120, subsequent_indent=" " * 6)
     lines.append("  --is_keep_training=True: resume=auto")
     group_or_field = re.compile(r'^    # --- (.+)|^    (\w+): (?s:.+?)"""((?s:.+?))"""', re.MULTILINE)
-    for group, name, explanation in group_or_field.findall(getsource(TrainConfig)):
+    for group, name, docstring in group_or_field.findall(getsource(TrainConfig)):
         if group:
             lines.append(f"\n{group}:")
             continue
-        field = FIELDS[name]
-        kind = "|".join(choices(name)) or formatannotation(field.type).removesuffix(" | None")
+        field, text = FIELDS[name], " ".join(docstring.split())
         default = field.metadata.get("fallback") if field.default is None else field.default
-        shown = kind if default in (None, "") else f"{kind}, {default}"
-        lines.append(f"  --{name} ({shown}): {' '.join(explanation.split())}")
+        kind = formatannotation(field.type).removesuffix(" | None").upper()
+        values = "|".join(choices(name)) or (kind if default in (None, "") else str(default))
+        if full:
+            lines += wrap(f"  --{name}={values}: {text}", 120, subsequent_indent=" " * 6)
+        else:
+            values = values if len(values) <= 20 else f"{values.partition('|')[0]}|..."
+            lines.append(f"  {f'--{name}={values}':<36} {text.partition('. ')[0].removesuffix('.')}")
     return "\n".join(lines)

@@ -60,7 +60,7 @@ class TrainConfig(Groups):
     validation_rows: int | None = setting(at_least=0, fallback=0, on_resume="fixed")
     """Without validation_file: hold out this many rows from the end of train_file. 0: no evaluation."""
     test_file: str | None = setting(per_rank=True, in_evaluate=True)
-    """Rows to evaluate on once: after training (`train`), or alone (`evaluate`)."""
+    """Rows to evaluate on once: after training (`train`), or alone (`evaluate`, `test`)."""
     prompt_column: str | None = setting(fallback="prompt", on_resume="fixed", in_evaluate=True)
     """Column that the model reads."""
     response_column: str | None = setting(fallback="response", on_resume="fixed", in_evaluate=True)
@@ -74,7 +74,7 @@ class TrainConfig(Groups):
     packing: bool = False
     """Several rows in one sequence of at most max_seq_len tokens (causal models). The gradient stays the same."""
     on_bad_row: str = setting("error", choices=["error", "skip"])
-    """If a row cannot be read or encoded: end the run, or skip the row. A skipped row is in bad_rows-RANK.jsonl."""
+    """If a row cannot be read or encoded: end the run, or skip the row. skip writes it to bad_rows-RANK.jsonl."""
     max_bad_rows: int = setting(1000, at_least=0)
     """With on_bad_row=skip: end the run when a process has skipped more rows than this."""
     prefetch_steps: int = setting(2, at_least=0)
@@ -160,15 +160,15 @@ class TrainConfig(Groups):
     tp_size: int = setting(1, at_least=1)
     """Tensor parallelism: processes that shard each layer and share rows. Neighbours; batch sizes are per group."""
     deepspeed: str | None = setting(on_resume="fixed")
-    """DeepSpeed config (path or JSON) for ZeRO stage 1, 2 or 3; no checkpoints."""
+    """DeepSpeed config (path or JSON) for ZeRO stage 1, 2 or 3; no checkpoints. `accelerate launch` can set it too."""
     heartbeat_timeout: int = setting(120, at_least=1)
-    """Abort the run after so many seconds without a heartbeat from a rank."""
+    """Abort the run after so many seconds without a heartbeat from a rank. The others name the rank."""
 
     # --- evaluation
     eval_on_start: bool = False
     """Also evaluate before the first step."""
     max_predict_samples: int = setting(256, at_least=0, in_evaluate=True)
-    """Generate answers for so many evaluation rows, and count exact matches. Prompt/response rows only; 0: none."""
+    """Generate answers for so many evaluation rows, and count exact matches. First prompt/response rows; 0: none."""
     generation_max_new_tokens: int = setting(64, at_least=1, in_evaluate=True)
     """Maximum number of tokens in a generated answer."""
 

@@ -135,8 +135,8 @@ def _reach(launch: Launch, where: str, limit_seconds: float) -> None:
 def rendezvous(store: dist.Store, launch: Launch, limit_seconds: float, since: float | None = None) -> str:
     """Wait for all ranks; the limit counts from `since`. Returns a name for this rendezvous, unique in the store.
 
-    A launcher's store still has the keys of processes from before a restart. So rank 0 writes a new token, every other
-    rank answers with that token and a new one of its own, and is done when rank 0's list contains its token. The token
+    A launcher's store still has the keys of processes from before a restart. So rank 0 writes a new token. Every other
+    rank answers with that token and a new one of its own, then waits until rank 0's list contains its token. The token
     of a dead process never matches.
     """
     mine, others, start = uuid4().hex, range(1, launch.world_size), since or time.monotonic()

@@ -36,7 +36,7 @@ def processes_to_start(num_processes: int | None) -> int:
     if num_processes is None:
         return max(1, num_gpus)
     if 0 < num_gpus < num_processes:
-        raise UsageError(f"--num_processes={num_processes} was set, but {num_gpus} GPUs are visible: set {num_gpus}")
+        raise UsageError(f"--num_processes={num_processes} exceeds the {num_gpus} visible GPUs: set at most {num_gpus}")
     return num_processes
 
 

@@ -124,7 +124,7 @@ def _check(optimizer: type, mixed_precision: str, is_engine: bool) -> None:
     if is_engine:
         raise ValueError("the model is in DeepSpeed's engine, which reduces and applies gradients: use deepspeed_step")
     if mixed_precision == "fp16":
-        raise ValueError("fp16 needs loss scaling, which is not supported: set the Accelerator's mixed_precision=bf16")
+        raise ValueError("fp16 needs loss scaling, which is not supported: set mixed_precision=bf16 or no")
     if issubclass(optimizer, AcceleratedOptimizer):
         raise ValueError("the optimizer is wrapped by accelerator.prepare: pass the one that make_optimizer returned")
     if issubclass(optimizer, TieredOptimizer) and mixed_precision != "no":

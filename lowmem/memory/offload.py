@@ -14,7 +14,7 @@ _LEAST_BYTES = 4096  # smaller activations are not worth a copy
 _AHEAD = 2  # activations to prefetch in backward
 
 ToHost = Callable[[Tensor], Tensor]
-"""Copies an activation that is on the CPU: into a file, or nowhere for `plan`."""
+"""Copies an activation that is on the CPU into a file; under `plan`, only counts its bytes."""
 
 
 class Offload:

@@ -51,7 +51,7 @@ def _explained(kind: type[OutOfMemory], model: nn.Module, optimizer: Optimizer) 
             raise
         size = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         explanation = f"tried to allocate {size[1]}" if size else f"{type(error).__name__}: {str(error)[:200]}"
-        while error is not None and error is not outer:  # frames hold activations, including the frames of its causes
+        while error is not None and error is not outer:  # the frames of an error and of its causes hold activations
             traceback.clear_frames(error.__traceback__)
             error.__traceback__ = None
             error = error.__cause__ or error.__context__

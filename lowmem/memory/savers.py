@@ -74,7 +74,7 @@ def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[N
         raise UsageError(f"compile needs transformers' layers, {name} has no layers of that kind: remove compile")
     on_cuda = device_of(model).type == "cuda"
     if not (find_spec("triton") if on_cuda else shutil.which("g++") or shutil.which("clang++")):
-        raise UsageError(f"compile needs {'triton' if on_cuda else 'g++ or clang++'}, which is missing: install it")
+        raise UsageError(f"compile needs {'triton' if on_cuda else 'g++ or clang++'}: install it or remove compile")
     for layer in layers:
         layer.forward = _when_training(torch.compile(layer.forward, dynamic=True), layer.forward, layer)
     # All layers share one cache: encoder and decoder, first and later layers, with and without a mask.

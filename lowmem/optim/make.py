@@ -44,7 +44,7 @@ def make_optimizer(
     The tiers "exact" and "lean" support adamw, adamw_bf16 (moments in bf16) and adafactor. They convert all weights to
     bf16 in place: call `parallelize` first, and use an Accelerator without mixed precision. `memory="off"` makes one of
     torch.optim. Set the learning rate at each step; `betas` and `eps` are for Adam's family. A tier updates
-    `slice_elements` at a time (default: by device). Raises ValueError for a combination that is not supported.
+    `slice_elements` at a time (default: chosen by device). Raises ValueError for a combination that is not supported.
     """
     if memory not in ("exact", "lean", "off"):
         raise ValueError(f"memory={memory!r} is unknown: use exact, lean or off")

@@ -39,7 +39,7 @@ def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
     """Return the bytes of the optimizer's state, even before torch's optimizers allocate it in their first step."""
     if known := sum(map(bytes_of, optimizer_tensors(parameters, optimizer).values())):
         return known
-    assert all(parameter.grad is None for parameter in parameters.values())  # otherwise the step below would train
+    assert all(parameter.grad is None for parameter in parameters.values())  # or the step below would update them
     probe = nn.Parameter(torch.zeros(2, 2))
     probe.grad = torch.zeros_like(probe)
     optimizer.add_param_group({"params": [probe]})
@@ -103,7 +103,7 @@ def round_state(
     *,
     seed: int,
 ) -> None:
-    """Load weights and state of a tier with more precision, with stochastic rounding seeded by `seed`."""
+    """Load the weights and state of a more precise tier; round them stochastically, seeded by `seed`."""
     optimizer.seed = seed
     by_parameter = _by_parameter(stored)
     for name, parameter in parameters.items():

@@ -79,7 +79,7 @@ class _Tried(NamedTuple):
     config: TrainConfig
     predicted: Prediction
     excess: Mapping[str, int]
-    """By limit, how many bytes are above it."""
+    """For each limit, the bytes by which the prediction exceeds it."""
     why: str
     """The same as text; empty if it fits."""
 
@@ -127,7 +127,7 @@ def choose(
 
 def _check_programs(config: TrainConfig, cluster: Cluster) -> None:
     """Raise UsageError for limits that no setting can meet, before anything is counted."""
-    what = {"host_memory": f"the programs of {cluster.local_world_size} processes"}
+    what = {"host_memory": f"Python and its libraries ({cluster.local_world_size} processes)"}
     what["device_memory"] = "CUDA and its libraries"
     needed = {"host_memory": programs_bytes(cluster), "device_memory": context_bytes(cluster)}
     for name, over in _excess_bytes(config, needed).items():
@@ -139,7 +139,7 @@ def _check_programs(config: TrainConfig, cluster: Cluster) -> None:
 def _undo_unneeded(
     best: _Tried, rungs: Sequence[Rung], tried: Callable[[Sequence[Rung]], Iterator[_Tried]]
 ) -> tuple[TrainConfig, Prediction]:
-    """Undo, costliest first, every change before `best` (the last of `rungs`) that it does not need to fit."""
+    """Undo, costliest first, each change before `best` (the last of `rungs`) without which `best` still fits."""
     needed = set(best.rung.own)
     for before, rung in reversed(list(pairwise(rungs[:-1]))):
         if needed & rung.own:

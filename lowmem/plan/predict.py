@@ -69,7 +69,7 @@ def visible_gpus(pool: Executor) -> int:
 
 
 def predicting(pool: Executor, cluster: Cluster) -> Predict:
-    """Return a function that predicts configs on `cluster` and counts each config once."""
+    """Return a function that predicts the peaks of configs on `cluster`, and counts the bytes of each config once."""
     counted: dict[TrainConfig, tuple[Future[Counted], Future[list[tuple[int, Counted]]]]] = {}
 
     def predict(configs: Iterable[TrainConfig]) -> Iterator[Prediction]:

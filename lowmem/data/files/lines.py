@@ -122,7 +122,7 @@ class JsonLinesFile(_LineFile):
             file.seek(int(self._index["first_byte"][0]))
             line = file.readline(2**16).strip()
         if line.startswith(b"[") and not line.endswith(b"]"):  # an array on one line may be a single bad row
-            raise UsageError(f"{self.source} holds a JSON array, which has no random access: {_ONE_PER_LINE}")
+            raise UsageError(f"{self.source} holds a JSON array, which can only be read as a whole: {_ONE_PER_LINE}")
         super()._check_columns(wanted)
 
     @staticmethod
