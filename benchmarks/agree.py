@@ -1,4 +1,4 @@
-"""Measure what error agreement and the heartbeat add to an optimizer step of two processes on gloo.
+"""Measure the time that error agreement and the heartbeat add to an optimizer step on two processes over gloo.
 
     python benchmarks/agree.py --model=t5-small --output=benchmarks/results/agree.jsonl
     python benchmarks/agree.py --model=t5-tiny --count_syncs
@@ -28,7 +28,7 @@ from records import Record, append
 from systems import OPTIMIZER, WARM_UP_STEPS, machine, open_steps, open_work
 
 WORLD_SIZE = 2
-LIMIT_SECONDS = 120.0  # train's default heartbeat_timeout
+LIMIT_SECONDS = 120.0  # the default of --heartbeat_timeout
 AGREEMENTS = 2000
 IDLE_SECONDS = 20.0
 
@@ -47,7 +47,7 @@ def parse_flags() -> argparse.Namespace:
 
 # --- in each rank
 def new_step(flags: argparse.Namespace) -> tuple[Callable[[], None], int]:
-    """Return a function that takes one optimizer step, and the number of weights. Start no heartbeat."""
+    """Return a function that takes one optimizer step, and the model's number of weights. Starts no heartbeat."""
     from accelerate import Accelerator
 
     from lowmem import TrainState, chunked_loss, load_model, make_optimizer, parallelize, train_step
@@ -69,7 +69,7 @@ def new_step(flags: argparse.Namespace) -> tuple[Callable[[], None], int]:
 
 
 def measure(flags: argparse.Namespace) -> Record:
-    """Time steps with and without the heartbeat and a step's two agreements, and measure the heartbeat's CPU use."""
+    """Time steps with and without the heartbeat, and a step's two agreements alone; measure the heartbeat's CPU use."""
     from lowmem.distributed import heartbeat
     from lowmem.distributed.collectives import start_heartbeats, sum_over_ranks
 
@@ -89,24 +89,24 @@ def measure(flags: argparse.Namespace) -> Record:
     agreements = []
     for _ in range(AGREEMENTS):
         started = time.perf_counter()
-        sum_over_ranks(0, 0, 0)  # at the start of a step; below, after its last backward
+        sum_over_ranks(0, 0, 0)  # as at the start of a step; the next line is as after its last backward
         sum_over_ranks(0)
         agreements.append(time.perf_counter() - started)
-    idle = idle_cores()  # used by gloo's threads
+    idle = idle_cores()  # without the heartbeat: gloo's threads use CPU time too
     start_heartbeats(LIMIT_SECONDS)
     record = {"weights": num_weights, "seconds": seconds, "agreement_seconds": median(agreements)}
     return record | {"heartbeat_cores": idle_cores() - idle}
 
 
 def idle_cores() -> float:
-    """CPU seconds that this process uses per second while its main thread sleeps."""
+    """Return the CPU seconds that this process uses per second while its main thread sleeps."""
     before = time.process_time()
     time.sleep(IDLE_SECONDS)
     return (time.process_time() - before) / IDLE_SECONDS
 
 
 def count_syncs(flags: argparse.Namespace) -> Record:
-    """Count the host syncs of one step that torch's sync debug mode reports."""
+    """Count the host syncs of one step, as torch's sync debug mode reports them."""
     import torch
 
     step, num_weights = new_step(flags)
@@ -148,7 +148,7 @@ def start(flags: argparse.Namespace) -> Record:
 
 
 def table(records: list[Record]) -> str:
-    """Markdown for the record of one command."""
+    """Return Markdown for one command, which has a single record."""
     (record,) = records
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     lines = [f"## {record['model']}, {record['weights']:,} weights, {record['batch_size']} rows of {record['seq_len']}"]

@@ -1,4 +1,4 @@
-"""Read the same files with `datasets` (streaming, and from its cache on disk) and as one table in memory.
+"""Read the files of `data.py` with `datasets` (streamed, or from its cache on disk) and as one table in memory.
 
 `data.py` runs each measurement in its own process.
 """
@@ -13,7 +13,7 @@ from corpus import SEED, number_of
 from metrics import BATCH_SIZE, EPOCH_FRACTIONS, Watch, disk_bytes, drawn, import_all
 from records import Record
 
-BUFFER_SIZE = 10_000  # of the shuffle in `datasets`
+BUFFER_SIZE = 10_000  # rows in the shuffle buffer of `datasets`
 
 
 def builder(file: str) -> str:
@@ -37,7 +37,10 @@ def streaming_draw(file: str, num_drawn: int, rank: int = 0, world_size: int = 1
 
 
 def streaming_pass(file: str, folder: str, num_rows: int) -> Record:
-    """Read an epoch without interruption, up to the time limit; save its row order and the states to resume from."""
+    """Read one uninterrupted epoch; save the order of its rows, and the stream's state at each of EPOCH_FRACTIONS.
+
+    If `data.py` kills this process at the time limit, the rows that were not reached are -1 in the saved order.
+    """
     rows = open_streaming(file)
     order = np.lib.format.open_memmap(f"{folder}/order.npy", mode="w+", dtype=np.int64, shape=(num_rows,))
     order[:] = -1
@@ -50,7 +53,7 @@ def streaming_pass(file: str, folder: str, num_rows: int) -> Record:
 
 
 def streaming_resume(file: str, folder: str, fraction: float) -> Record:
-    """Time the first batch after loading a saved state, and count the rows of the epoch lost or repeated."""
+    """Time the first batch after loading a saved state; at the largest fraction, also count lost and repeated rows."""
     import datasets  # noqa: F401
 
     import_all()
@@ -64,7 +67,7 @@ def streaming_resume(file: str, folder: str, fraction: float) -> Record:
     order = np.load(f"{folder}/order.npy", mmap_mode="r")
     position = int(len(order) * fraction)
     record = {"seconds": seconds, "same_rows": first == order[position : position + BATCH_SIZE].tolist()}
-    if fraction == max(EPOCH_FRACTIONS):  # from an earlier state, reading to the end would take too long
+    if fraction == max(EPOCH_FRACTIONS):  # from a smaller fraction, reading the rest takes too long
         times = np.zeros(len(order), np.int64)
         np.add.at(times, [*order[:position], *first, *(number_of(row) for row in iterator)], 1)
         record |= {"lost_rows": int((times == 0).sum()), "repeated_rows": int((times > 1).sum())}
@@ -72,7 +75,7 @@ def streaming_resume(file: str, folder: str, fraction: float) -> Record:
 
 
 def open_on_disk(file: str, cache: str, rank: int = 0, world_size: int = 1):
-    """Read a map-style dataset in random order, as a DataLoader prepared by accelerate does (and so Trainer)."""
+    """Open a map-style dataset in random order, with the batch sampler that accelerate (and so Trainer) uses."""
     import torch
     from accelerate.data_loader import BatchSamplerShard
     from datasets import load_dataset
@@ -121,7 +124,7 @@ def on_disk_resume(file: str, cache: str, fraction: float) -> Record:
 
 
 def whole_draw(file: str, num_drawn: int, rank: int = 0, world_size: int = 1) -> Record:
-    """Hold all rows in memory and read them in shuffled order."""
+    """Load the whole file into memory, then draw rows in shuffled order."""
     import random
 
     from pyarrow import parquet

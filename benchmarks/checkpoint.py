@@ -1,4 +1,4 @@
-"""Measure time, size and host memory of saving and loading a checkpoint, with lowmem and with other libraries.
+"""Measure the time, disk size and host memory of saving and loading checkpoints with lowmem and other libraries.
 
     python benchmarks/checkpoint.py --folder=/tmp/checkpoints --output=benchmarks/results/checkpoint.jsonl
     python benchmarks/checkpoint.py --quick
@@ -32,7 +32,7 @@ from lowmem.config.presets import MODEL_SHAPES
 
 LIMIT_SECONDS = 600
 
-# Not measured: read in the source and documentation of the versions that were measured.
+# These answers are not measured: they come from the source and documentation of the measured versions.
 KNOWN = {
     "lowmem": ("yes", "yes"),
     "accelerate": ("no", "weights and optimizer, not random state and rows"),
@@ -40,11 +40,12 @@ KNOWN = {
     "torch.save": ("no", "up to the caller"),
     "dcp": ("its .metadata is written last", "yes"),
 }
-"""Whether a kill during the save leaves it complete or absent, and whether another number of processes can load it."""
+"""For each library: whether a kill during a save leaves a complete checkpoint or none, and whether a different number
+of processes can load a checkpoint."""
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    """Parse the flags. A user error exits with code 2 before anything is built."""
+    """Parse the flags. A user error exits with code 2."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", choices=list(MODEL_SHAPES), default="t5-base")
     parser.add_argument("--systems", default=",".join(SYSTEMS), help=f"comma list of {', '.join(SYSTEMS)}")
@@ -57,7 +58,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     flags.systems = flags.systems.split(",")
     if unknown := [name for name in flags.systems if name not in SYSTEMS]:
         parser.error(f"--systems has unknown names {', '.join(unknown)}: choose from {', '.join(SYSTEMS)}")
-    if flags.device == "cuda":  # measured on one GPU only
+    if flags.device == "cuda":  # on a GPU, measure only systems with one process
         flags.systems = [name for name in flags.systems if SYSTEMS[name].processes == 1]
     if flags.repeats < 1:
         parser.error(f"--repeats={flags.repeats} measures nothing: set 1 or more")
@@ -69,15 +70,15 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(system: str, folder: Path, flags: argparse.Namespace, *, is_load: bool) -> Record:
-    """Save into `folder` or load from it, in new processes; with several ranks, return the largest of each number.
+    """Save into `folder` or load from it in new processes; return a record with the largest value of any rank.
 
-    Raises RuntimeError with the last line that a failing rank printed.
+    Raises RuntimeError with the last line that the first failed rank printed to stderr.
     """
     settings = {"system": system, "is_load": is_load, "folder": str(folder)}
     settings |= {"device": flags.device, "shape": MODEL_SHAPES[flags.model]}
     command = [sys.executable, Path(__file__).with_name("checkpoint_systems.py"), json.dumps(settings)]
     world_size = SYSTEMS[system].processes
-    # one GPU: with more, Trainer would wrap the model in DataParallel
+    # expose a single GPU: with more, Trainer would wrap the model in DataParallel
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if flags.device == "cuda" else ""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": devices, "HF_HUB_OFFLINE": "1"}
     group = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost"}
@@ -134,7 +135,7 @@ def measure(system: str, folder: Path, flags: argparse.Namespace, *, is_damaged:
 
 
 def flip_a_bit(path: Path) -> None:
-    """Flip one bit in the middle of the file, where tensors are."""
+    """Flip one bit in the middle of the file, within the data of a tensor."""
     with open(path, "r+b") as file:
         file.seek(path.stat().st_size // 2)
         (byte,) = file.read(1)
@@ -143,7 +144,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 def pickles(folder: Path) -> Iterator[str]:
-    """Yield the names of pickle files and of torch.save archives, which contain one."""
+    """Yield the names of all files that are a pickle, or a torch.save archive that contains one."""
     for path in sorted(filter(Path.is_file, folder.rglob("*"))):
         with open(path, "rb") as file:
             start = file.read(2)
@@ -159,17 +160,17 @@ def _holds_pickle(path: Path) -> bool:
 
 # --- the report
 def seconds(records: list[Record], action: str, *names: str) -> str:
-    """Median seconds over the repeats of one system."""
+    """Return the median over one system's repeats of the sum of these times."""
     return f"{median(sum(record[action][name] for name in names) for record in records):.2f}"
 
 
 def mib(records: list[Record], action: str, name: str) -> str:
-    """Median extra memory, without the optimizer state that a load creates."""
+    """Return the median memory in MiB that a save or load adds, without the optimizer state that a load creates."""
     return f"{median(record[action][name] - record[action].get('made_bytes', 0) for record in records) / MIB:,.0f}"
 
 
 def flipped_bit(records: list[Record]) -> str:
-    """The outcome of the load after a bit was flipped."""
+    """Return the outcome of the load after a bit was flipped."""
     return next((record["flipped_bit"].partition(":")[0] for record in records if "flipped_bit" in record), "-")
 
 
@@ -178,7 +179,7 @@ def known(system: str) -> tuple[str, str]:
 
 
 def table(records: list[Record]) -> str:
-    """Markdown for the records of one command: medians over its repeats."""
+    """Return Markdown for the records of one command: medians over its repeats."""
     of: dict[str, list[Record]] = {}
     for record in records:
         of.setdefault(record["system"], []).append(record)

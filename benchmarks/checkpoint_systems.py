@@ -1,6 +1,6 @@
-"""Measure one save or load of one system, in its own process or in two as ranks.
+"""Measure one save or one load of one system. Each of the system's ranks (one or two) runs this program.
 
-`checkpoint.py` starts `python benchmarks/checkpoint_systems.py SETTINGS` (JSON) and reads the record that this writes.
+`checkpoint.py` starts `python benchmarks/checkpoint_systems.py SETTINGS` (JSON), then reads each rank's record.
 """
 
 import ctypes
@@ -27,14 +27,14 @@ VERSIONS = ("torch", "transformers", "accelerate", "safetensors")
 
 
 class Gauge:
-    """Measure seconds and host memory from `start`, which has a barrier, to `stop`."""
+    """Measure seconds and host memory between `start`, which waits for all ranks, and `stop`."""
 
     def __init__(self):
         self.record: Record = {}
 
     def start(self) -> None:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # or the save would reuse memory that the step freed, uncounted
+        ctypes.CDLL(None).malloc_trim(0)  # or the save could reuse memory freed by the step without being counted
         barrier()
         self._watch, self._ended = Watch(), threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
@@ -51,7 +51,7 @@ class Gauge:
         self.record |= self._watch.bytes()
 
     def sync(self, folder: Path) -> None:
-        """Flush to disk what the system left in the page cache; timed separately."""
+        """Sync all files of the save to disk, and record how long this takes."""
         started = time.perf_counter()
         for path in (*folder.rglob("*"), folder):
             descriptor = os.open(path, os.O_RDONLY)
@@ -69,7 +69,7 @@ def barrier() -> None:
 
 # --- the same for all systems
 def build(settings: SimpleNamespace):
-    """Build the model in fp32. A load starts from different weights, so equal weights prove that it loaded them."""
+    """Build the model in fp32. Weights differ between save and load, so equal digests prove that the load worked."""
     import torch
 
     from lowmem import load_model
@@ -85,7 +85,7 @@ def adamw(model):
 
 
 def take_step(model, optimizer) -> None:
-    """Take one step on a short row, identical on every rank, so that there are moments to save."""
+    """Take one optimizer step on a short row (the same on every rank), so that there are moments to save."""
     import torch
 
     ids = torch.arange(3, 35, device=next(model.parameters()).device)[None]
@@ -108,7 +108,7 @@ def tensors_of(model, optimizer) -> Iterator:
 
 
 def digest(model, optimizer) -> str:
-    """Hash all these tensors, reading each byte once."""
+    """Hash all weights and tensors of optimizer state, reading each byte once."""
     import torch
     import xxhash
 
@@ -118,7 +118,7 @@ def digest(model, optimizer) -> str:
     return whole.hexdigest()
 
 
-# --- the systems: each saves between gauge.start() and gauge.stop(), or calls gauge.start() and loads
+# --- the systems: each saves between gauge.start() and gauge.stop(), or calls gauge.start() and loads (`main` stops)
 def run_lowmem(settings: SimpleNamespace, gauge: Gauge, memory: str):
     from lowmem import (
         TrainState,
@@ -161,7 +161,7 @@ def run_accelerate(settings: SimpleNamespace, gauge: Gauge):
 
 
 def run_trainer(settings: SimpleNamespace, gauge: Gauge):
-    """Trainer saves between `on_step_end` and `on_save`, and has loaded when it calls `on_train_begin`."""
+    """Trainer saves between `on_step_end` and `on_save`, and has finished loading when it calls `on_train_begin`."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Loaded(Exception):
@@ -251,7 +251,7 @@ class System:
     run: Callable
     processes: int = 1
     memory: str | None = None
-    """lowmem's tier."""
+    """lowmem's memory tier; None for other systems."""
 
 
 SYSTEMS = {
@@ -282,7 +282,7 @@ def main() -> None:
         gauge.stop()
     record = {"digest": digest(model, optimizer)}
     if settings.is_load:
-        # a tier's optimizer creates its state up front, torch's optimizers in the first step
+        # lowmem's exact and lean optimizers create their state at once, torch's optimizers in the first step or load
         is_made = system.memory not in ("exact", "lean") and settings.device == "cpu"
         state = sum(tensor.nbytes for tensor in tensors_of(model, optimizer))
         weights = sum(parameter.nbytes for parameter in model.parameters())

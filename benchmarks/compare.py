@@ -1,4 +1,4 @@
-"""Compare lowmem with other training code on the same weights, rows, objective and schedule.
+"""Compare lowmem with other training code, with the same initial weights, rows, objective and schedule.
 
     python benchmarks/compare.py --model=t5-small --systems=lowmem-exact,lowmem-lean,trainer --steps=6 --repeats=3
 
@@ -42,16 +42,16 @@ LLAMA_TINY = LLAMA_56M | {"vocab_size": 384, "hidden_size": 64, "intermediate_si
 
 
 def shapes() -> dict[str, dict[str, object]]:
-    """The fields of each model's config."""
+    """Return the config fields of each model."""
     from lowmem.config.presets import MODEL_SHAPES
 
-    # the systems would draw different dropout masks, so losses could not be compared
+    # no dropout: each system would draw different masks, so their losses could not be compared
     t5_shapes = {name: shape | {"dropout_rate": 0.0} for name, shape in MODEL_SHAPES.items()}
     return t5_shapes | {"llama-tiny": LLAMA_TINY, "llama-56m": LLAMA_56M}
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    """Parse the flags. A user error exits with code 2 before anything is built."""
+    """Parse the flags. A user error exits with code 2."""
 
     def positive(text: str) -> int:
         if not text.isdigit() or int(text) < 1:
@@ -115,7 +115,10 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 
 def start(system: str, flags: argparse.Namespace, folder: Path, **more: object) -> list[Record]:
-    """Train one system in new processes and return each process's record. Raises RuntimeError if it fails."""
+    """Train one system in new processes and return each process's record, or write the shared inputs for "build".
+
+    Raises RuntimeError if a process fails.
+    """
     settings = {name: value for name, value in vars(flags).items() if name not in ("systems", "output", "command")}
     settings |= {"system": system, "folder": str(folder), "shape": shapes()[flags.model], "started": time.time()}
     settings |= {"rows_per_step": rows_per_step(flags), "num_rows": flags.steps * rows_per_step(flags)} | more
@@ -138,7 +141,7 @@ def rows_per_step(flags: argparse.Namespace) -> int:
 
 
 def launcher(name: str, flags: argparse.Namespace) -> list[str]:
-    """The command line that starts a system's processes."""
+    """Return the command that starts a system's processes, up to the name of the script."""
     system = SYSTEMS.get(name)
     interpreter = flags.llamafactory_python if system and system.loop == "llamafactory" else sys.executable
     if system is None or (flags.processes == 1 and system.launcher == "torchrun"):
@@ -154,7 +157,7 @@ def launcher(name: str, flags: argparse.Namespace) -> list[str]:
 
 
 def left_out(system: System, flags: argparse.Namespace) -> str:
-    """Why the system is left out, or an empty string."""
+    """Return why the system cannot run here, or an empty string if it can."""
     if system.package:
         interpreter = flags.llamafactory_python if system.loop == "llamafactory" else sys.executable
         found = f"import sys, importlib.util as i; sys.exit(i.find_spec({system.package!r}) is None)"
@@ -164,9 +167,9 @@ def left_out(system: System, flags: argparse.Namespace) -> str:
 
 
 def compare(flags: argparse.Namespace) -> Iterator[Record]:
-    """Yield a record per repeat and system, in the order in which they ran.
+    """Yield one record per run, in the order of the runs.
 
-    A system that cannot run yields one record, with `left_out`; the record of a run that failed has `failed`.
+    A system that cannot run has a single record, with the reason in `left_out`; a failed run has it in `failed`.
     """
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": flags.command}
     shared |= {"model": flags.model, "batch": flags.batch_size, "accumulation": flags.gradient_accumulation_steps}
@@ -194,7 +197,7 @@ def compare(flags: argparse.Namespace) -> Iterator[Record]:
 
 
 def tokens_of_steps(flags: argparse.Namespace, folder: Path) -> list[int]:
-    """Non-padding tokens of each optimizer step: the inputs, and for T5 the targets too."""
+    """Count the non-padding tokens of each optimizer step: input tokens and, for T5, target tokens."""
     kinds = ("input_ids", "labels") if flags.model.startswith("t5") else ("input_ids",)
     counts = [sum(len(row[kind]) for kind in kinds) for row in encoded_rows(str(folder))]
     size = rows_per_step(flags)
@@ -202,7 +205,7 @@ def tokens_of_steps(flags: argparse.Namespace, folder: Path) -> list[int]:
 
 
 def merge(ranks: list[Record]) -> Record:
-    """Merge the records of all ranks: the first one's, with memory and busy cores over all ranks."""
+    """Return rank 0's record, with host memory and busy cores summed over ranks, and the largest device memory."""
     together = {"peak_rss_bytes": sum, "peak_rss_above_import_bytes": sum, "cores_busy": sum}
     if ranks[0]["peak_device_bytes"] is not None:
         together["peak_device_bytes"] = max

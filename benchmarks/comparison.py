@@ -13,7 +13,7 @@ REFERENCE = "trainer"
 
 
 def by_system(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """The successful runs of each system that has any."""
+    """Group the successful runs by system."""
     runs: dict[str, list[Record]] = {}
     for record in records:
         if not {"left_out", "failed"} & record.keys():
@@ -22,7 +22,7 @@ def by_system(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def reasons(records: Sequence[Record], system: str) -> list[str]:
-    """Why a system has fewer runs than others, each reason once."""
+    """List the reasons why a system has fewer runs than others, each reason once."""
     mine = [record for record in records if record["system"] == system]
     found = [record["left_out"] for record in mine if "left_out" in record]
     found += [f"failed: {record['failed']}" for record in mine if "failed" in record]
@@ -30,23 +30,26 @@ def reasons(records: Sequence[Record], system: str) -> list[str]:
 
 
 def pairs(runs: dict[str, list[Record]], system: str) -> list[tuple[Record, Record]]:
-    """Pair a system's record with the reference's of the same round: a machine that slows down slows both."""
+    """Pair each record of a system with the reference's record of the same round: a slow machine slows both."""
     reference = {record["repeat"]: record for record in runs.get(REFERENCE, [])}
     return [(record, reference[record["repeat"]]) for record in runs[system] if record["repeat"] in reference]
 
 
 def ratios(runs: dict[str, list[Record]], system: str, name: str) -> list[float]:
-    """Ratios of a value to the reference's, one per round."""
+    """Return the ratios of the field `name` to the reference's, one per round."""
     return [mine[name] / theirs[name] for mine, theirs in pairs(runs, system)]
 
 
 def memory_field(record: Record) -> str:
-    """The field to compare: device bytes on a GPU, resident bytes on a CPU."""
+    """Return the name of the field to compare: device bytes on a GPU, resident bytes on a CPU."""
     return "peak_rss_above_import_bytes" if record["peak_device_bytes"] is None else "peak_device_bytes"
 
 
 def versions(runs: dict[str, list[Record]]) -> dict[str, str]:
-    """Package versions. If a system uses other versions than the first one, its own package lists them."""
+    """Return the version of each package.
+
+    If a later system uses other versions, its own package lists them: "llamafactory": "0.9.5 (with torch 2.4.0)".
+    """
     found: dict[str, str] = {}
     for of in runs.values():
         own = of[0]["versions"]
@@ -57,20 +60,20 @@ def versions(runs: dict[str, list[Record]]) -> dict[str, str]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """The median, with the smallest and the largest value."""
+    """Format the median, with the smallest and the largest value."""
     if not values:
         return "-"
     return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def largest_difference(runs: dict[str, list[Record]], system: str) -> str:
-    """The largest difference of a system's losses from the reference's, over all rounds and steps."""
+    """Format the largest difference of a system's losses from the reference's, over all rounds and steps."""
     losses = [zip(mine["loss"], theirs["loss"], strict=True) for mine, theirs in pairs(runs, system)]
     return f"{max(abs(a - b) for pair in losses for a, b in pair):.1e}" if losses else "-"
 
 
 def table(records: list[Record]) -> str:
-    """Markdown for the records of one command: medians over its rounds, of values and of ratios to Trainer's."""
+    """Return Markdown for the records of one command: medians of values and of their ratios to Trainer's."""
     runs = by_system(records)
     rows = []
     for system in dict.fromkeys(record["system"] for record in records):
@@ -152,7 +155,7 @@ def _row(runs: dict[str, list[Record]], system: str) -> str:
 
 
 def draw(commands: Sequence[Sequence[Record]], picture: Path) -> None:
-    """Draw tokens/s and memory of each system relative to Trainer, a row per command; skipped without matplotlib."""
+    """Draw the systems' tokens/s and memory relative to Trainer's, a row per command; do nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure  # not pyplot, which looks for a display
     except ModuleNotFoundError:

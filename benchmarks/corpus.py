@@ -1,4 +1,4 @@
-"""Generate the rows that `data.py` reads, write them to files of any size, and train a tokenizer on them."""
+"""Generate the rows that `data.py` reads, write any number of them to a file, and train a tokenizer on them."""
 
 import os
 from collections.abc import Iterator
@@ -14,24 +14,24 @@ KINDS = {
     "parquet-default": (".parquet", 2**20),
     "jsonl": (".jsonl", 100_000),
 }
-"""The file suffix of each kind, and the rows per write (in parquet, per row group)."""
+"""For each kind of file: its suffix, and the number of rows per write (in parquet: per row group)."""
 
 _BLOCK_ROWS = 100_000
 _NUM_WORDS = 4096
 
 
 def words() -> list[bytes]:
-    """Made-up words of two to nine letters."""
+    """Return made-up words of two to nine letters."""
     generator = np.random.default_rng(SEED)
     letters = generator.integers(ord("a"), ord("z") + 1, (_NUM_WORDS, 9), dtype=np.uint8)
     return [row[:length].tobytes() for row, length in zip(letters, generator.integers(2, 10, _NUM_WORDS), strict=True)]
 
 
 def texts(generator: np.random.Generator, num_rows: int, fewest: int, most: int):
-    """A pyarrow array of texts of `fewest` to `most` words, some far more frequent than others."""
+    """Return a pyarrow array of texts of `fewest` to `most` words. Some words are far more frequent than others."""
     import pyarrow as pa
 
-    # the last word of a text has no space after it
+    # each word twice, with and without a space after it: the last word of a text has none
     written = [word + b" " for word in words()] + words()
     lengths = np.array([len(word) for word in written])
     starts = np.cumsum(lengths) - lengths
@@ -47,7 +47,7 @@ def texts(generator: np.random.Generator, num_rows: int, fewest: int, most: int)
 
 
 def block(number: int):
-    """A table of _BLOCK_ROWS rows of about 75 bytes. A prompt starts with its row number, which `number_of` reads."""
+    """Return a table of _BLOCK_ROWS rows of about 75 bytes. A prompt starts with its row's number: see `number_of`."""
     import pyarrow as pa
     from pyarrow import compute
 
@@ -62,7 +62,7 @@ def number_of(row: dict[str, str]) -> int:
 
 
 def tables(num_rows: int, rows_each: int) -> Iterator:
-    """Yield the first `num_rows` rows in tables of `rows_each`, which does not change the rows."""
+    """Yield the first `num_rows` rows in tables of `rows_each` rows. The rows do not depend on `rows_each`."""
     import pyarrow as pa
 
     rest = block(0).slice(0, 0)
@@ -102,7 +102,7 @@ def train_tokenizer(folder: str) -> Record:
 
 
 def fast_tokenizer(corpus: list[str], vocab_size: int):
-    """Train a byte-level BPE on `corpus`; return it as a fast tokenizer of transformers that appends </s>."""
+    """Train a byte-level BPE on `corpus`; return it as a transformers fast tokenizer that appends </s>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

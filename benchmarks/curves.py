@@ -1,4 +1,4 @@
-"""Compare loss curves of the memory tiers with those of reference optimizers, trained on real rows.
+"""Train on real rows with each memory tier and with reference optimizers, and compare the loss curves.
 
     python benchmarks/curves.py --train_file=rows.parquet --output=benchmarks/results/curves.jsonl
 
@@ -48,7 +48,7 @@ from lowmem.distributed.seeds import seed_of
 
 Record = dict[str, object]
 TakeStep = Callable[[int, Sequence[Batch], float], Tensor]
-"""(step, its micro-batches, learning rate) -> the step's mean loss, a scalar in fp32; the weights are updated."""
+"""Takes (step, its micro-batches, learning rate), updates the weights, returns the step's mean loss (fp32 scalar)."""
 
 MODELS = {
     "t5": {
@@ -76,16 +76,16 @@ MODELS = {
         "tie_word_embeddings": False,
     },
 }
-WEIGHT_DECAY = 0.1  # of all but biases and norms
+WEIGHT_DECAY = 0.1  # except for biases and norms
 WARM_UP_STEPS = 20
 MAX_GRAD_NORM = 1.0
-WINDOW = 50  # compare arms over the first steps; a run's result is its mean loss over the last steps
-SMOOTHED = 10  # steps of the figure's running mean
+WINDOW = 50  # steps: arms are compared over the first 50, and a run's result is its mean loss over the last 50
+SMOOTHED = 10  # steps in the figure's running mean
 
 
 # --- the arms
 def half_away_from_zero(master: Tensor) -> Tensor:
-    """Round fp32 to bf16 with ties away from zero, as the library does when it splits a master."""
+    """Round fp32 to bf16 with ties away from zero, as lowmem does when it splits an fp32 weight into halves."""
     return ((master.view(torch.int32) + 0x8000) & -0x10000).view(torch.float32).to(torch.bfloat16)
 
 
@@ -96,21 +96,21 @@ def half_to_even(master: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: a memory tier or, with `rounding`, a reference that shares only the forward pass."""
+    """One way to train: a memory tier or, with `rounding`, a reference that shares only lowmem's forward pass."""
 
     memory: str = "off"
-    """The library's tier; a reference has none."""
+    """lowmem's tier. A reference does not use it."""
     optimizer: str = "adamw"
     learning_rate: float = 1.0
-    """Times --learning_rate."""
+    """A factor by which --learning_rate is multiplied."""
     mixed_precision: str = "no"
     weights: torch.dtype = torch.float32
     """The dtype to which the initial weights are converted."""
     rounding: Callable[[Tensor], Tensor] | None = None
-    """Rounds the fp32 masters of a reference to the weights of its bf16 model."""
+    """Rounds a reference's fp32 masters to its bf16 weights. None: the arm trains with a memory tier."""
 
 
-CONTROL = "bf16-weights"  # neither master nor stochastic rounding: its curve must differ visibly
+CONTROL = "bf16-weights"  # no master, no stochastic rounding: its curve must differ visibly
 ARMS = {
     "exact": Arm(memory="exact"),
     "reference": Arm(rounding=half_away_from_zero),
@@ -118,20 +118,20 @@ ARMS = {
     "autocast": Arm(memory="off", mixed_precision="bf16"),
     "lean": Arm(memory="lean"),
     CONTROL: Arm(memory="off", weights=torch.bfloat16),
-    # Adafactor's learning rate is relative to each weight's magnitude
+    # Adafactor scales its updates by each weight's magnitude, so its learning rate is larger
     "exact-adafactor": Arm(memory="exact", optimizer="adafactor", learning_rate=10.0),
     "reference-adafactor": Arm(optimizer="adafactor", learning_rate=10.0, rounding=half_away_from_zero),
 }
 SAME_ARITHMETIC = [
     ("exact", "reference"),
-    ("reference-to-even", "reference"),  # not equal: shows how much another rounding of ties changes
+    ("reference-to-even", "reference"),  # should not be equal: shows the effect of rounding ties differently
     ("exact-adafactor", "reference-adafactor"),
 ]
 SAME_CURVE = [("exact", "autocast"), ("lean", "exact"), ("lean", "autocast"), (CONTROL, "exact")]
 
 
 def library_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed: int) -> TakeStep:
-    """Return a step that calls `train_step` with a memory tier."""
+    """Return a function that takes optimizer steps by `train_step`, with a memory tier."""
     optimizer = make_optimizer(model, name=arm.optimizer, memory=arm.memory, weight_decay=WEIGHT_DECAY)
     state = TrainState(model, optimizer, seed=seed)
 
@@ -146,10 +146,10 @@ def library_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed: 
 
 
 def reference_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed: int) -> TakeStep:
-    """Return the step that the exact tier must equal, in plain torch: fp32 masters next to a bf16 model.
+    """Return a function that takes the steps that the exact tier must reproduce, in plain torch with fp32 masters.
 
-    It sums the bf16 gradients of the micro-batches in fp32, clips the sums and updates the masters with torch's
-    optimizer. The weights of the bf16 model become the rounded masters.
+    It sums the bf16 gradients of the micro-batches in fp32, clips the sums, updates the masters with torch's
+    optimizer, and rounds the masters to the weights of the bf16 model.
     """
     weights = list(model.parameters())
     masters = [weight.detach().clone() for weight in weights]
@@ -172,14 +172,14 @@ def reference_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed
         num_targets = sum(batch.num_targets for batch in batches)
         loss = torch.zeros((), device=accelerator.device)
         for index, batch in enumerate(batches):
-            torch.manual_seed(seed_of(seed, step, accelerator.process_index, index))  # train_step's dropout masks
+            torch.manual_seed(seed_of(seed, step, accelerator.process_index, index))  # the dropout masks of train_step
             batch_loss = chunked_loss(model, batch.to(accelerator.device)) / num_targets
             batch_loss.backward()
             loss += batch_loss.detach()
             for weight, master in zip(weights, masters, strict=True):
                 gradient, weight.grad = weight.grad.float(), None
                 master.grad = gradient if master.grad is None else master.grad + gradient
-        # clip_grad_norm_ adds up in another order, so the last bit of its norm may differ
+        # not clip_grad_norm_, which sums in another order: the last bit of its norm may differ from train_step's
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(master.grad) for master in masters]))
         clip_grads_with_norm_(masters, MAX_GRAD_NORM, norm)
         for group in optimizer.param_groups:
@@ -195,14 +195,14 @@ def reference_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed
 
 # --- one run
 def train(name: str, model_name: str, seed: int, flags: argparse.Namespace) -> Record:
-    """Train one arm. `seed` draws the initial weights and the order of rows, identically for every arm."""
+    """Train one arm. Initial weights and the order of rows depend only on `seed`: they are the same for every arm."""
     arm = ARMS[name]
-    AcceleratorState._reset_state(reset_partial_state=True)  # otherwise the precision of the first arm stays
+    AcceleratorState._reset_state(reset_partial_state=True)  # or every arm would get the first arm's precision
     accelerator = init_distributed(mixed_precision=arm.mixed_precision)
     torch.manual_seed(seed)
     model, tokenizer = load_model(model_config=MODELS[model_name])
     model = parallelize(model, accelerator)
-    for weight in model.parameters():  # not `model.to`, which would also round the position table
+    for weight in model.parameters():  # not `model.to`, which would also round the rotary frequencies
         weight.data = weight.data.to(arm.weights)
     encode = make_encoder(tokenizer, is_encoder_decoder=model.config.is_encoder_decoder, max_seq_len=flags.max_seq_len)
     stream = open_stream(
@@ -225,7 +225,7 @@ def train(name: str, model_name: str, seed: int, flags: argparse.Namespace) -> R
         losses.append(take_step(step, batches, schedule(step)).item())
         marks.append(time.perf_counter())
     return {
-        "loss": [float(str(np.float32(loss))) for loss in losses],  # the shortest digits that identify an fp32 number
+        "loss": [float(str(np.float32(loss))) for loss in losses],  # as few digits as identify an fp32 number
         "weights": digest(model),
         "seconds_per_step": median(after - before for before, after in zip(marks, marks[1:], strict=False)),
     }
@@ -241,18 +241,18 @@ def digest(model: nn.Module) -> str:
 
 # --- the report
 def losses_of(records: list[Record], model: str, arm: str) -> np.ndarray:
-    """Losses of shape (seeds, steps), in order of seeds."""
+    """Return an arm's losses, of shape (seeds, steps), sorted by seed."""
     chosen = [record for record in records if (record["model"], record["arm"]) == (model, arm)]
     return np.array([record["loss"] for record in sorted(chosen, key=lambda record: record["seed"])])
 
 
 def last_losses(records: list[Record], model: str, arm: str) -> list[float]:
-    """Each seed's mean loss over the last WINDOW steps."""
+    """Return each seed's mean loss over the last WINDOW steps."""
     return losses_of(records, model, arm)[:, -WINDOW:].mean(1).tolist()
 
 
 def arithmetic_table(records: list[Record], model: str) -> list[str]:
-    """Compare arms that should take identical steps: their losses and final weights."""
+    """Tabulate, for arms that should take identical steps, how far their losses and final weights agree."""
     compared = pairs(records, model, SAME_ARITHMETIC)
     if not compared:
         return []
@@ -280,7 +280,7 @@ def arithmetic_table(records: list[Record], model: str) -> list[str]:
 
 
 def result_table(records: list[Record], model: str) -> list[str]:
-    """Each arm's result per seed."""
+    """Tabulate each arm's mean loss over the last WINDOW steps, for each seed."""
     arms = [arm for arm in ARMS if len(losses_of(records, model, arm))]
     seeds = sorted({record["seed"] for record in records})
     lines = [
@@ -299,7 +299,7 @@ def result_table(records: list[Record], model: str) -> list[str]:
 
 
 def curve_table(records: list[Record], model: str) -> list[str]:
-    """Compare arms that should learn equally well: the difference of their results, and the spread over seeds."""
+    """Tabulate, for arms that should learn equally well, the difference of their results and its spread over seeds."""
     compared = pairs(records, model, SAME_CURVE)
     if not compared:
         return []
@@ -320,7 +320,7 @@ def curve_table(records: list[Record], model: str) -> list[str]:
 
 
 def pairs(records: list[Record], model: str, wanted: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The pairs with both arms trained."""
+    """Return those pairs of arms of which both were trained."""
     return [pair for pair in wanted if all(len(losses_of(records, model, arm)) for arm in pair)]
 
 
@@ -329,7 +329,7 @@ def deviation(values: list[float]) -> float:
 
 
 def tables(records: list[Record], settings: dict[str, object], command: str) -> str:
-    """Markdown: what ran, and three tables for each model."""
+    """Return Markdown: the command, its settings, and three tables for each model."""
     description = ", ".join(f"{name} {value}" for name, value in settings.items())
     lines = ["# Loss curves", "", "Generated by benchmarks/curves.py.", "", f"    {command}", "", f"{description}.", ""]
     for model in dict.fromkeys(record["model"] for record in records):
@@ -342,7 +342,7 @@ def tables(records: list[Record], settings: dict[str, object], command: str) -> 
 def draw(records: list[Record], path: Path) -> None:
     """Draw, for each model, the loss curves on the left and the differences of arms on the right.
 
-    Lines are means over seeds and bands one standard deviation; the grey band is that of the first arm's own loss.
+    Lines are means over seeds, bands are one standard deviation. The grey band is that of the first arm's loss.
     """
     import matplotlib
 
@@ -436,11 +436,11 @@ def main() -> None:
     names = ("steps", "batch_size", "gradient_accumulation_steps", "max_seq_len", "learning_rate", "threads")
     settings = {name: getattr(flags, name) for name in names}
     rows = Path(flags.train_file).read_bytes()
-    settings |= {"rows": blake2b(rows, digest_size=8).hexdigest()}  # a hash, to keep local paths out of the results
+    settings |= {"rows": blake2b(rows, digest_size=8).hexdigest()}  # identifies the rows without a local path
     settings |= {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     settings |= {name: version(name) for name in ("torch", "transformers", "accelerate")}
     flags.output.parent.mkdir(parents=True, exist_ok=True)
-    # An interrupted command continues: training is deterministic, so it skips the runs recorded with these settings.
+    # Training is deterministic, so a repeated command skips the runs already recorded with these settings.
     lines = flags.output.read_text().splitlines() if flags.output.exists() else []
     records = [record for record in map(json.loads, lines) if record["settings"] == settings]
     done = {(record["model"], record["seed"], record["arm"]) for record in records}

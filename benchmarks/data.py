@@ -1,4 +1,4 @@
-"""Measure reading ten million rows with lowmem and with other libraries: start, memory, speed, resume and shuffle.
+"""Measure how lowmem and other libraries read ten million rows: start, memory, speed, resume and shuffling.
 
     python benchmarks/data.py --folder=/tmp/rows --output=benchmarks/results/data.jsonl
     python benchmarks/data.py --quick
@@ -44,10 +44,10 @@ VERSIONS = ("torch", "transformers", "tokenizers", "pyarrow", "datasets")
 
 # --- processes
 def run_all(calls: list[tuple[Callable, dict[str, object]]], folder: Path, limit: float | None) -> list[Record] | None:
-    """Call functions at the same time, each in its own process; return their records, or None if one exceeds the limit.
+    """Call all functions at once, each in its own process; return their records, or None after `limit` seconds.
 
-    `main` finds a function by name among this file's imports. `folder` holds the caches that the functions write.
-    Raises RuntimeError if one fails.
+    A child process finds its function by name among this file's imports. The functions write their caches to `folder`.
+    Raises RuntimeError if a function fails.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     environment |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -76,7 +76,7 @@ def run_all(calls: list[tuple[Callable, dict[str, object]]], folder: Path, limit
 
 
 class Session:
-    """The records of one command and its working folder."""
+    """The records of one command, and the folder of its files."""
 
     def __init__(self, flags: argparse.Namespace, folder: Path, command: str):
         self.flags, self.folder, self.records = flags, folder, []
@@ -93,7 +93,7 @@ class Session:
     def measure(
         self, what: str, system: str, kind: str, num_rows: int, function: Callable, processes: int = 1, **arguments
     ) -> None:
-        """Run, print and record one measurement. With several processes, each is a rank; record the worst values."""
+        """Run, print and record one measurement. With several processes (ranks), record the worst of each value."""
         arguments = {"file": str(self.file(kind, num_rows)), **arguments}
         ranks = [{"rank": rank, "world_size": processes} for rank in range(processes)] if processes > 1 else [{}]
         found = self.run([(function, arguments | rank) for rank in ranks], self.flags.limit_seconds)
@@ -156,7 +156,7 @@ def measure_streaming(session: Session, measure: Callable, count: int, fractions
     for processes in session.process_counts:
         measure("draw", function=streaming_draw, processes=processes, num_drawn=count)
     saved = {fraction: Path(folder, f"{fraction}.json") for fraction in EPOCH_FRACTIONS}
-    for path in saved.values():  # of the previous file
+    for path in saved.values():  # from the previous file
         path.unlink(missing_ok=True)
     kind, num_rows = (measure.keywords[name] for name in ("kind", "num_rows"))
     arguments = {"file": str(session.file(kind, num_rows)), "folder": folder, "num_rows": num_rows}
@@ -187,23 +187,23 @@ SYSTEMS = {
     "datasets on disk": (measure_on_disk, set(KINDS)),
     "table whole": (measure_whole, {"parquet-100k", "parquet-default"}),
 }
-"""How each system is measured, and the kinds of files that it reads."""
+"""For each system: the function that measures it, and the kinds of files that it reads."""
 
 
 # --- the report
 def grid(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table. A column whose head ends in ":" holds text and is left-aligned."""
+    """Return the lines of a Markdown table. A column whose head ends in ":" holds text and is left-aligned."""
     marks = ["---" if name.endswith(":") else "---:" for name in head]
     return [f"| {' | '.join(line)} |" for line in ([name.removesuffix(":") for name in head], marks, *rows)]
 
 
 def markdown(title: str, head: list[str], rows: list[list[str]]) -> list[str]:
-    """A table with a title, or no lines if the table has no rows."""
+    """Return the lines of a table with a title, or no lines if the table has no rows."""
     return [f"### {title}", "", *grid(head, rows), ""] if rows else []
 
 
 def cell(record: Record | None, name: str, form: str = ",.0f", unit: float = 1) -> str:
-    """Format a record's value: "-" if it has none, "> N s" if the measurement exceeded its limit."""
+    """Format a field of a record: "-" if it is missing, "> N s" if the measurement exceeded its limit."""
     if record is None or name not in record and "over_limit_seconds" not in record:
         return "-"
     return f"{record[name] / unit:{form}}" if name in record else f"> {record['over_limit_seconds']:.0f} s"
@@ -287,7 +287,7 @@ def wait_table(records: list[Record]) -> list[str]:
 
 
 def table(records: list[Record]) -> str:
-    """Markdown for the records of one command."""
+    """Return Markdown for the records of one command."""
     first = records[0]
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     lines = [f"## {max(record['rows'] for record in records):,} rows", "", f"    {first['command']}", ""]
@@ -335,7 +335,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["run"]:  # a child of `run_all`
+    if sys.argv[1:2] == ["run"]:  # a child process of `run_all`
         print(json.dumps(globals()[sys.argv[2]](**json.loads(sys.argv[3]))))
         return
     flags = parse_flags(sys.argv[1:])

@@ -1,9 +1,9 @@
-"""Write the generated parts of README.md and docs/ (tables of `results/`, the list of flags), or check them.
+"""Write the generated parts of README.md and docs/ (tables of benchmark results, the list of flags), or check them.
 
     python benchmarks/documents.py            # rewrites the parts that differ
     python benchmarks/documents.py --check    # changes nothing; prints what differs, with exit code 1
 
-Each part is between two comments; the first one names it. See README.md.
+Each part is between two comments, and the first comment names it. See README.md.
 """
 
 import argparse
@@ -30,13 +30,13 @@ PARTS = {
     "docs/results.md": {"comparison": (summaries.comparison, _RESULTS + "compare.jsonl")},
     "docs/flags.md": {"flags": (summaries.flags, "lowmem/config/train_config.py")},
 }
-"""The parts of each document: the function that renders a part, and the file that it is made from."""
+"""For each document, its parts by name: the function that renders the part, and the file with its data."""
 
 _PART = re.compile(r"<!-- begin (\w+),[^>]*-->\n.*?<!-- end \1 -->", re.DOTALL)
 
 
 def render(name: str, summary: summaries.Summary, file: str) -> str:
-    """Render a part from the current state of its file, with its comments."""
+    """Render a part from its file, including the comments around it."""
     text = (ROOT / file).read_text()
     lines = summary(list(map(json.loads, text.splitlines())) if file.endswith(".jsonl") else text)
     begin = f"<!-- begin {name}, written by benchmarks/documents.py from {file}: do not edit -->"
@@ -44,7 +44,7 @@ def render(name: str, summary: summaries.Summary, file: str) -> str:
 
 
 def parts_in(text: str, document: str) -> dict[str, str]:
-    """Return the document's parts, with their comments. Raises ValueError if one is missing, repeated or unknown."""
+    """Return the document's parts with their comments. Raises ValueError if any is missing, repeated or unknown."""
     found = list(_PART.finditer(text))
     expected = PARTS[document]
     if sorted(match[1] for match in found) != sorted(expected):

@@ -1,4 +1,4 @@
-"""Train a few steps on real or fake tensors, and count the peak of their bytes.
+"""Train two steps on real or fake tensors, and count the peak bytes of all live tensors.
 
 `memory.py` measures each run in its own process.
 """
@@ -16,12 +16,12 @@ from tempfile import gettempdir
 
 from systems import resident_bytes
 
-STEPS = 2  # the first creates Trainer's moments, the second is like all later ones
+STEPS = 2  # the first step creates Trainer's moments, and later steps are like the second
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model's shape and its micro-batch. All rows have the same length: no padding, no mask."""
+    """A model's shape and its micro-batch. All rows have the same length, so there is no padding and no mask."""
 
     shape: dict[str, object]
     batch_size: int
@@ -36,11 +36,11 @@ class System:
     loop: str
     """lowmem or trainer."""
     memory: str = "off"
-    """lowmem's tier. off keeps fp32 weights under bf16 autocast, as Trainer does."""
+    """lowmem's memory tier. With off, weights are fp32 under bf16 autocast, as in Trainer."""
     optimizer: str = "adamw"
-    """Its name in lowmem's make_optimizer. Trainer uses torch's fused AdamW."""
+    """A name for lowmem's make_optimizer. Trainer always uses torch's fused AdamW."""
     savers: tuple[str, ...] = ()
-    """Names in lowmem's SAVERS, except release, which a Work adds. Trainer has only recompute (checkpointing)."""
+    """Names in lowmem's SAVERS, except release: see Work. Trainer has only recompute (gradient checkpointing)."""
 
     @property
     def name(self) -> str:
@@ -50,19 +50,19 @@ class System:
 
 @dataclass(frozen=True)
 class Work:
-    """One optimizer step. More than two micro-batches take no more memory than two."""
+    """The settings of an optimizer step. More than two micro-batches take no more memory than two."""
 
     micro_batches: int
     max_grad_norm: float
     """0: no clipping."""
     savers: tuple[str, ...]
-    """Savers that lowmem can use only in such a step."""
+    """Additional savers for lowmem that require these settings of a step."""
 
 
 def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: bool) -> dict[str, object]:
-    """Train STEPS optimizer steps on real or fake tensors; return the peak bytes and the bytes that remain.
+    """Train STEPS optimizer steps on real or fake tensors; return the peak bytes and the bytes left at the end.
 
-    Fake tensors predict the bytes on a GPU or, with `for_this_machine`, on this machine, which may have none.
+    Fake tensors predict the bytes on a GPU; with `for_this_machine`, on the CPU if this machine has no GPU.
     """
     if not real:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # fake tensors are always CPU tensors
@@ -93,7 +93,7 @@ def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: b
                 if on_gpu:
                     torch.cuda.reset_peak_memory_stats()
                 elif real:
-                    Path("/proc/self/clear_refs").write_text("5")  # resets the peak after building the model
+                    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which building the model raised
 
             kept_alive = train(model, spec, system, work, accelerator, begin)
             peaks = {"peak_bytes": meter.peak_bytes, "rest_bytes": meter.live_bytes}
@@ -112,7 +112,7 @@ def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: b
 
 
 def build(shape: dict[str, object], device, on_gpu: bool):
-    """Build the model in fp32 and training mode, as Trainer and lowmem's tiers expect it."""
+    """Build the model in fp32 and in training mode, as Trainer and lowmem's tiers expect."""
     import torch
     from transformers import AutoConfig
 
@@ -136,7 +136,7 @@ def train_lowmem(
     real: bool,
     slices_of: str,
 ) -> object:
-    """Train with lowmem, with the slices of weights and logits that a device of the type `slices_of` takes."""
+    """Train with lowmem. Weights and logits are processed in slices of the size used on `slices_of`, cuda or cpu."""
     from lowmem import Batch, TrainState, chunked_loss, make_optimizer, train_step
     from lowmem.loss import SLICE_ELEMENTS
     from lowmem.memory.savers import SAVERS, entered
@@ -165,7 +165,7 @@ def train_lowmem(
 
 
 def train_trainer(model, spec: Model, system: System, work: Work, accelerator, begin: Callable[[], None]) -> object:
-    """Train with transformers' Trainer, with its defaults for all that `work` does not set."""
+    """Train the same steps with transformers' Trainer; all other settings keep its defaults."""
     import torch
     from loops.around import checkpointing_arguments
     from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -188,7 +188,7 @@ def train_trainer(model, spec: Model, system: System, work: Work, accelerator, b
     )
     num_rows = STEPS * work.micro_batches * spec.batch_size
     rows = draw_tokens(model.config, num_rows, spec.seq_len)
-    # the model is on its device already, and `to` swaps parameters, which fake tensors do not support
+    # the model is already on its device, and `to` would swap its parameters: fake tensors do not support that
     model.to = lambda *args, **kwargs: model
     trainer = Trainer(
         model=model,
@@ -203,11 +203,11 @@ def train_trainer(model, spec: Model, system: System, work: Work, accelerator, b
 
 
 def draw_tokens(config, batch_size: int, seq_len: int):
-    """Draw random inputs for the model."""
+    """Draw random token ids and labels for the model."""
     import torch
 
     ids, labels = (torch.randint(3, config.vocab_size, (batch_size, seq_len)) for _ in range(2))
     if not config.is_encoder_decoder:
         labels = ids.clone()
-        labels[:, 0] = -100  # nothing predicts a first token
+        labels[:, 0] = -100  # no token precedes the first one to predict it
     return {"input_ids": ids, "labels": labels}

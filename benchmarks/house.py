@@ -2,7 +2,7 @@
 
     python benchmarks/house.py [--root=CHECKOUT]
 
-Blank lines count. Imports inside functions count too.
+Blank lines count as lines, and imports inside functions as imports.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def line_count(path: Path) -> int:
 
 
 def imports_of(path: Path, root: Path) -> set[Path]:
-    """The files of lowmem that `path` imports directly."""
+    """Return the files of lowmem that `path` imports directly."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lowmem":
@@ -29,7 +29,7 @@ def imports_of(path: Path, root: Path) -> set[Path]:
 
 
 def closure(path: Path, root: Path) -> set[Path]:
-    """`path` and every file of lowmem that it imports, directly or not."""
+    """Return `path` and every file of lowmem that it imports, directly or not."""
     seen, left = set(), {path}
     while left:
         seen |= left

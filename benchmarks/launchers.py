@@ -2,8 +2,8 @@
 
     python benchmarks/launchers.py --train_file=rows.parquet --output=benchmarks/results/launchers.jsonl
 
-Each run is `train_low_mem.py train` under the launcher's own command. Appends JSON lines to --output, and writes a
-table to the .md file of the same name. See README.md.
+Each launcher starts this file, which runs lowmem's `train` command in every process. Appends JSON lines to --output,
+and writes a table to the .md file of the same name. See README.md.
 """
 
 import argparse
@@ -49,7 +49,7 @@ STRATEGIES = {
 
 
 def applies(model: str, strategy: str, processes: int) -> bool:
-    """False for tensor parallelism of T5, for which transformers has no plan, and for HSDP on two processes."""
+    """Return False for TP-2 with T5 (transformers has no plan for it) and for HYBRID_SHARD on two processes."""
     return not (strategy == "TP-2" and model == "t5") and not (strategy == "HYBRID_SHARD" and processes < 4)
 
 
@@ -72,7 +72,7 @@ def parse_flags() -> argparse.Namespace:
 
 # --- in each process of a run
 def run_rank() -> None:
-    """Run the command line; record when each phase of `train` ended, and the bytes of its state."""
+    """Run lowmem's CLI; record when each phase of `train` ended, and the bytes of weights and optimizer state."""
     marks, record_folder = {"the interpreter": time.time()}, Path(os.environ["LOWMEM_RECORDS"])
     sys.path.insert(0, str(ROOT))
     from lowmem import cli
@@ -104,7 +104,7 @@ def run_rank() -> None:
             (record_folder / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(record))
 
         def local_bytes(tensor) -> int:
-            # ZeRO-3 replaces a weight by an empty tensor and keeps this rank's shard in `ds_tensor`
+            # ZeRO-3 replaces each weight with an empty tensor and keeps this rank's shard in `ds_tensor`
             return getattr(tensor, "ds_tensor", local_of(tensor)).nbytes
 
         phases = {
@@ -121,7 +121,7 @@ def run_rank() -> None:
 
 # --- in the parent process
 def start(flags: argparse.Namespace, folder: Path, model: str, name: str, strategy: str, processes: int) -> Record:
-    """Launch one run and return its record; `failed` is the reason if it did not succeed."""
+    """Launch one run and return its record. If the run fails, the record has the reason in `failed`."""
     with tempfile.TemporaryDirectory(dir=folder) as output:
         words = [f"--train_file={Path(flags.train_file).resolve()}", f"--model_config={folder / model}.json"]
         words += [f"--max_steps={flags.steps}", f"--max_seq_len={flags.max_seq_len}", f"--output_dir={output}/out"]
@@ -167,7 +167,7 @@ def runs(flags: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
 
 
 def table(records: list[Record]) -> str:
-    """Markdown for the records of one command."""
+    """Return Markdown for the records of one command."""
     first = records[0]
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     lines = [f"    {first['command']}", ""]
@@ -212,7 +212,7 @@ def main() -> None:
         for model, fields in MODELS.items():
             (folder / f"{model}.json").write_text(json.dumps(COMMON | fields))
         for stage in (2, 3):
-            # 0, or ZeRO-3 would not shard weights this small
+            # 0, because the default would leave weights this small unsharded
             kept = {
                 "stage3_param_persistence_threshold": 0,
                 "stage3_max_live_parameters": 0,

@@ -12,9 +12,9 @@ import psutil
 
 
 def launch_command(launcher: str, processes: int, *options: str, interpreter: str = sys.executable) -> list[str]:
-    """Return the command that starts a script in `processes` processes on a free port, up to the script's name.
+    """Return the command, up to the script's name, that starts a script in `processes` processes on a free port.
 
-    `options` are the launcher's own flags; the launcher is taken from the environment of `interpreter`.
+    `options` are flags of the launcher. The launcher comes from the Python environment of `interpreter`.
     """
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
@@ -34,9 +34,9 @@ def launch_command(launcher: str, processes: int, *options: str, interpreter: st
 
 
 def run_to_end(command: Sequence[object], *, seconds: float, env: Mapping[str, str], **options: object) -> str:
-    """Run a launcher's command and return the output of all its processes.
+    """Run a launcher's command and return the combined output of all processes.
 
-    Raises RuntimeError with the reason if it fails or exceeds `seconds`; on a timeout, all its processes are killed.
+    Raises RuntimeError with the reason if the command fails or exceeds `seconds`; a timeout kills all its processes.
     """
     words = [str(word) for word in command]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -44,7 +44,7 @@ def run_to_end(command: Sequence[object], *, seconds: float, env: Mapping[str, s
         try:
             output, _ = process.communicate(timeout=seconds)
         except BaseException as error:
-            # the launcher's workers have their own sessions
+            # the workers have sessions of their own, so kill each of them
             left = psutil.Process(process.pid).children(recursive=True)
             process.kill()
             for child in left:

@@ -1,4 +1,4 @@
-"""Measure how lowmem reads: its first look at a file, from the start, after a resume, and while a model trains.
+"""Measure how lowmem reads rows: when it first opens a file, from the start, after a resume, and during training.
 
 `data.py` runs each measurement in its own process.
 """
@@ -16,7 +16,7 @@ from records import Record
 
 
 def make_encode(encoder: str, folder: str) -> Callable:
-    """Return an encoder. `number` encodes a row as its number, one token; `bpe` and `byt5` are real tokenizers."""
+    """Return an encoder. `number` encodes a row as one token, its number; `bpe` and `byt5` use real tokenizers."""
     if encoder == "number":
         return lambda row: {"input_ids": [number_of(row)], "labels": [0]}
     from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
@@ -36,7 +36,7 @@ def open_lowmem(file: str, encode: Callable, rank: int = 0, world_size: int = 1,
 
 
 def lowmem_once(file: str, cache: str) -> Record:
-    """Build the index or the copy of a file, which lowmem does once."""
+    """Time the index or copy of a file, which lowmem builds when it first opens the file."""
     from lowmem import open_rows
 
     import_all()
@@ -49,7 +49,7 @@ def lowmem_once(file: str, cache: str) -> Record:
 def lowmem_draw(
     file: str, folder: str, encoder: str, num_drawn: int, num_later: int, rank: int = 0, world_size: int = 1
 ) -> Record:
-    """Draw `num_drawn` rows from the start, then `num_later` at each of EPOCH_FRACTIONS, to read several windows."""
+    """Draw `num_drawn` rows from the start, then `num_later` rows at each of EPOCH_FRACTIONS."""
     import_all()
     encode = make_encode(encoder, folder)
     watch = Watch()
@@ -83,7 +83,7 @@ def lowmem_draw(
 
 
 def lowmem_rows(file: str, num_drawn: int) -> Record:
-    """Draw rows in the order of a stream without encoding them, as the other systems do."""
+    """Draw rows in the order of a stream, but do not encode them: the other systems do not either."""
     from lowmem import open_rows
     from lowmem.data.order import rows_at
 
@@ -96,7 +96,7 @@ def lowmem_rows(file: str, num_drawn: int) -> Record:
 
 
 def lowmem_resume(file: str, folder: str, fraction: float) -> Record:
-    """Time the first batch at `fraction` (in epochs), and compare its rows with an uninterrupted run's."""
+    """Time the first batch after a resume at `fraction` epochs; compare its rows with an uninterrupted run's."""
     import_all()
     from lowmem.data.order import rows_at
 
@@ -113,7 +113,7 @@ def lowmem_resume(file: str, folder: str, fraction: float) -> Record:
 
 
 def lowmem_wait(file: str, prefetch: int, num_steps: int) -> Record:
-    """Train a small T5 on the bytes of rows; return the share of its time spent waiting for rows."""
+    """Train a small T5 on byte tokens; return the share of training time spent waiting for rows."""
     import_all()
     import torch
 
@@ -136,7 +136,7 @@ def lowmem_wait(file: str, prefetch: int, num_steps: int) -> Record:
     _, stream = open_lowmem(file, encode, prefetch=prefetch)
     state = TrainState(model, make_optimizer(model), stream)
     for step, batches in enumerate(islice(stream, num_steps)):
-        if step == 2:  # the steps before have opened the file and filled the first window
+        if step == 2:  # the first two steps opened the file and filled the first window
             started, waited = time.perf_counter(), stream.wait_seconds
         train_step(state, batches, plain_loss, accelerator, learning_rate=1e-4)
     seconds = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Predict the peak bytes of a training run without a GPU, for models of any size, or compare them with measured ones.
+"""Predict the peak memory of training, for models of any size and without a GPU, or compare it with measurements.
 
     python benchmarks/memory.py --output=benchmarks/results/memory.jsonl
     python benchmarks/memory.py --savers --models=t5-base
@@ -64,7 +64,7 @@ WORKS = {
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    """Parse the flags. A user error exits with code 2 before anything is built."""
+    """Parse the flags. A user error exits with code 2."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     default = "t5-base,qwen2.5-0.5b,llama-3.1-8b"
     parser.add_argument("--models", default=default, help=f"comma list of {', '.join(MODELS)}")
@@ -86,7 +86,7 @@ def in_a_new_process(function: Callable[..., Record], *arguments: object) -> Rec
 
 
 def records_of(flags: argparse.Namespace, command: str) -> Iterator[Record]:
-    """Yield a record per run. This process does not import torch: a child's peak starts at its parent's size."""
+    """Yield one record per run. This process does not import torch: a child's peak starts at its parent's size."""
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command}
     for name, system, work in product(flags.models, SAVERS if flags.savers else SYSTEMS, WORKS):
         spec = MODELS[name]
@@ -98,7 +98,7 @@ def records_of(flags: argparse.Namespace, command: str) -> Iterator[Record]:
 
 
 def table(records: list[Record]) -> str:
-    """Markdown for the records of one command."""
+    """Return Markdown for the records of one command."""
     first = records[0]
     rows = table_of_measured if any(record["kind"] == "measured" for record in records) else table_of_predicted
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
@@ -109,7 +109,7 @@ def table(records: list[Record]) -> str:
 
 
 def peaks_of(records: list[Record]) -> dict[tuple[str, str, str], int]:
-    """Peak bytes by system, model and work; the last record of each counts."""
+    """Return the peak bytes of each (system, model, work), from its last record."""
     return {(record["system"], record["model"], record["work"]): record["peak_bytes"] for record in records}
 
 
@@ -134,8 +134,8 @@ def table_of_predicted(records: list[Record]) -> Iterator[str]:
 def table_of_measured(records: list[Record]) -> Iterator[str]:
     """Predicted and measured peaks, MiB.
 
-    One row per run: bytes predicted, bytes counted on real tensors, and what the allocator or the kernel reports.
-    Resident memory excludes what was resident before training, other than tensors: programs and libraries.
+    One row per run: the predicted bytes, the bytes counted on real tensors, and those that the allocator or the kernel
+    reports. Resident memory excludes programs and libraries: all that is resident before training, except tensors.
     """
     measured = [name for name in ("allocated_bytes", "reserved_bytes", "resident_bytes") if name in records[-1]]
     names = ("predicted", "counted", *(name.removesuffix("_bytes").replace("_", " ") for name in measured))

@@ -1,4 +1,4 @@
-"""Metrics of reading rows: seconds, bytes, rows per second, and how well an order mixes rows."""
+"""Metrics for reading rows: seconds, bytes, rows per second, and how well an order shuffles rows."""
 
 import gc
 import time
@@ -16,14 +16,14 @@ EPOCH_FRACTIONS = (0.1, 0.5, 0.99)  # where runs are resumed
 
 # --- memory
 def memory() -> dict[str, int]:
-    """Resident bytes of this process, those of them that no file backs, and the peak of resident bytes so far."""
+    """Return this process's resident bytes, its anonymous bytes (not backed by a file), and its peak resident bytes."""
     names = {"VmRSS": "resident", "RssAnon": "anonymous", "VmHWM": "peak"}
     found = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
     return {names[name]: int(value.split()[0]) * 1024 for name, _, value in found if name in names}
 
 
 class Watch:
-    """Measure seconds since its creation, and bytes above what was resident then."""
+    """Measure the seconds since its creation, and the memory above that at its creation."""
 
     def __init__(self):
         gc.collect()
@@ -38,7 +38,7 @@ class Watch:
         self._most = {name: max(value, self._most[name]) for name, value in memory().items()}
 
     def bytes(self) -> dict[str, int]:
-        """The largest values that `look` has seen. The peak is the kernel's, so it includes the time between looks."""
+        """Return the largest values seen by `look`. `peak_bytes` is the kernel's: it misses nothing between looks."""
         self.look()
         before = self._before | {"peak": self._before["resident"]}
         return {f"{name}_bytes": value - before[name] for name, value in self._most.items()}
@@ -49,7 +49,7 @@ def disk_bytes(folder: str) -> int:
 
 
 def import_all() -> None:
-    """Import what lowmem imports while it reads, so that imports do not count as memory of reading."""
+    """Import the modules that lowmem needs to read, so that they do not count as memory of reading."""
     import pyarrow.json  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch
@@ -61,7 +61,7 @@ def import_all() -> None:
 
 # --- reading
 def drawn(watch: Watch, rows: Iterator[Record], count: int) -> Record:
-    """Read from an iterator created under `watch`; return the start time, rows per second and memory."""
+    """Read a batch and then `count` rows; return the seconds until that batch, rows per second and memory."""
     start, began = None, 0.0
     for number, row in enumerate(islice(rows, count + BATCH_SIZE)):
         number_of(row)
@@ -74,10 +74,10 @@ def drawn(watch: Watch, rows: Iterator[Record], count: int) -> Record:
 
 # --- shuffles
 def quality(file: str, order_of: str) -> Record:
-    """Measure how far an order moves rows, and how many groups of rows a batch mixes.
+    """Measure how far an order moves rows, and from how many row groups the rows of a batch come.
 
-    `order_of` is "lowmem", "uniform" or a file of row numbers in order (-1: not reached). For every order,
-    groups are the pieces that lowmem reads at a time.
+    `order_of` is "lowmem", "uniform" or a file of row numbers in the order read (-1: not reached). For
+    every order, groups are those of lowmem, which reads one group at a time.
     """
     from lowmem import open_rows
     from lowmem.data.order import rows_at

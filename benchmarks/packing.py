@@ -48,12 +48,12 @@ from lowmem import (
 
 Row = dict[str, object]
 Count = tuple[int, int]
-"""Tokens and targets."""
+"""The number of tokens, and of targets."""
 
 SEED = 0
 IGNORED = -100
 MAX_SEQ_LEN = 512
-ROWS_PER_STEP = 96  # when counting: a multiple of micro-batch x world size, so that an epoch ends with a full step
+ROWS_PER_STEP = 96  # in the counts: a multiple of micro-batch x ranks, so that an epoch ends with a full step
 BATCH_SIZES = (4, 16, 32)
 TOLERANCE = 1e-5
 VOCAB_SIZE = 8192
@@ -70,7 +70,7 @@ MODELS = {name: _SHAPE | {"model_type": name, "tie_word_embeddings": False} for 
 
 
 class ChatRows:
-    """Rows with a text and a chat in addition to prompt and response."""
+    """Rows that have a text and a chat in addition to a prompt and a response."""
 
     def __init__(self, rows: Sequence[Row]):
         self._rows = rows
@@ -85,7 +85,7 @@ class ChatRows:
         return {**row, "text": row["prompt"] + row["response"], "messages": messages}
 
 
-# --- reference counts: the tokens and targets of a row
+# --- reference counts: the expected tokens and targets of a row
 def count_seq2seq(row: Row, tokenizer: PreTrainedTokenizerBase) -> Count:
     prompt, response = (min(MAX_SEQ_LEN, len(tokenizer(row[name]).input_ids)) for name in ("prompt", "response"))
     return prompt + response, response
@@ -93,7 +93,7 @@ def count_seq2seq(row: Row, tokenizer: PreTrainedTokenizerBase) -> Count:
 
 def count_causal(row: Row, tokenizer: PreTrainedTokenizerBase) -> Count:
     prompt = len(tokenizer(row["prompt"], add_special_tokens=False).input_ids)
-    response = len(tokenizer(row["response"], add_special_tokens=False).input_ids) + 1  # and the end token
+    response = len(tokenizer(row["response"], add_special_tokens=False).input_ids) + 1  # + 1: the end token
     kept = min(response, max(MAX_SEQ_LEN - prompt, MAX_SEQ_LEN // 2))
     return min(MAX_SEQ_LEN, prompt + response), kept
 
@@ -104,13 +104,13 @@ def count_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Count:
 
 
 def count_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> Count:
-    """Count by transformers' mask of assistant tokens or, for a slow tokenizer, by the bytes of the text."""
+    """Count with transformers' mask of assistant tokens or, for a slow tokenizer, count bytes."""
     if tokenizer.is_fast:
         encoded = tokenizer.apply_chat_template(
             row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         mask = encoded["assistant_masks"]
-    else:  # ByT5: each byte is a token, also of <|im_end|>, which is not in its vocabulary
+    else:  # ByT5: each byte is a token. <|im_end|> is not in its vocabulary, so it is bytes too
         num_targets = len((row["response"] + "<|im_end|>").encode())
         num_tokens = len(tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True)["input_ids"])
         mask = [0] * (num_tokens - num_targets - 1) + [1] * num_targets + [0]
@@ -123,7 +123,7 @@ TASKS: dict[str, tuple[dict[str, object], Callable[[Row, PreTrainedTokenizerBase
     "text": ({"is_encoder_decoder": False, "text_column": "text"}, count_text),
     "chat": ({"is_encoder_decoder": False, "messages_column": "messages"}, count_chat),
 }
-"""The arguments of `make_encoder` for each task, and its reference count."""
+"""For each task: the arguments of `make_encoder`, and the function that counts a row as a reference."""
 
 
 class Counter:
@@ -145,7 +145,7 @@ class Counter:
 def open_counted(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, task: str = "causal", *, packed: bool, **settings: object
 ) -> tuple[Stream, Counter]:
-    """Open a stream of `task` that does not prefetch rows, and a counter of what it yields."""
+    """Open a stream of `task` without prefetching; return it, and the counter of what it yields."""
     arguments, _ = TASKS[task]
     encode = make_encoder(tokenizer, max_seq_len=MAX_SEQ_LEN, **arguments)
     counter = Counter(causal=not arguments["is_encoder_decoder"])
@@ -156,7 +156,7 @@ def open_counted(
 
 # --- checks
 def count_epoch(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, task: str, **settings: object) -> Record:
-    """Count what the streams of all ranks yield in one epoch, and check that each row occurs once."""
+    """Count what the streams of all ranks together yield in one epoch, and check that each row occurs once."""
     tokens = targets = elements = 0
     row_ids = []
     for rank in range(settings["world_size"]):
@@ -172,7 +172,7 @@ def count_epoch(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, task: s
 
 
 def check_counts(rows: Sequence[Row], tokenizers: dict[str, PreTrainedTokenizerBase]) -> Iterator[Record]:
-    """Compare the counts of an epoch with the reference: a record per tokenizer, task, packing and number of ranks."""
+    """Compare an epoch's counts with the reference. Yields a record per tokenizer, task, packing and world size."""
     for name, tokenizer in tokenizers.items():
         for task, (_, count) in TASKS.items():
             counts = [count(rows[number], tokenizer) for number in range(len(rows))]
@@ -188,7 +188,7 @@ def check_counts(rows: Sequence[Row], tokenizers: dict[str, PreTrainedTokenizerB
 def check_losses(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, *, num_steps: int
 ) -> Iterator[Record]:
-    """Train on packed batches and compare each step's loss with that of the unpacked batches: a record per model."""
+    """Train on packed batches; compare each step's loss with that of unpacked batches. Yields a record per model."""
     for name, shape in MODELS.items():
         state = new_state(shape, accelerator)
         check_packing(state.model)
@@ -206,7 +206,7 @@ def check_losses(
 
 
 def new_state(shape: Mapping[str, object], accelerator: Accelerator) -> TrainState:
-    """A model with the same random weights at each call, and AdamW."""
+    """Return a model, with the same random weights at each call, and its AdamW optimizer."""
     torch.manual_seed(SEED)
     model: nn.Module = load_model(model_config=shape)[0]
     model = parallelize(model, accelerator)
@@ -222,9 +222,9 @@ def time_rounds(
     rounds: int,
     rows_per_round: int,
 ) -> Iterator[Record]:
-    """Time training on the same rows, packed and not, in interleaved rounds: a record per batch size and packing.
+    """Time training on the same rows, packed and not, in interleaved rounds.
 
-    The first round is not timed. Rows are encoded between the rounds, so only training is timed.
+    Yields a record per batch size and packing. The first round does not count. Encoding the rows is not timed.
     """
     for batch_size in BATCH_SIZES:
         both = {}
@@ -253,7 +253,7 @@ def time_rounds(
 
 # --- the report
 def table(records: list[Record]) -> str:
-    """Markdown for the records of one command."""
+    """Return Markdown for the records of one command."""
     first = records[0]
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     lines = [f"## {first['rows']:,} rows of at most {MAX_SEQ_LEN} tokens", "", f"    {first['command']}", ""]

@@ -1,4 +1,4 @@
-"""Compare the peaks that `plan` predicts for small models with those of torch's allocator during `train`.
+"""Compare the peak memory that `plan` predicts for small models with the allocator's peak during `train`.
 
     python benchmarks/plan.py --output=benchmarks/results/plan.jsonl              # predict
     python benchmarks/plan.py --output=benchmarks/results/plan.jsonl --measure    # add measured peaks
@@ -48,7 +48,7 @@ COMBINATIONS = [
     ("llama", "exact", 2, {"recompute": "cheap", "sharding_strategy": "FULL_SHARD"}),
     ("llama", "lean", 1, FULL | RELEASE),
     ("qwen2", "fp32", 2, {}),
-    ("qwen2", "exact", 1, FULL | {"batch_size": 3, "global_batch_size": 7}),  # 3, 2 and 2
+    ("qwen2", "exact", 1, FULL | {"batch_size": 3, "global_batch_size": 7}),  # 3, 2 and 2 rows
     ("qwen2", "lean", 1, {}),
     ("qwen2", "lean", 2, FULL | OFFLOAD | {"sharding_strategy": "FULL_SHARD"}),
     ("llama", "exact", 4, FULL | {"sharding_strategy": "HYBRID_SHARD", "shard_size": 2}),
@@ -67,14 +67,14 @@ def config_for(shape: str, tier: str, flags: dict[str, object], folder: Path):
 
 
 def rows_for(config) -> list[dict[str, str]]:
-    """Rows of almost `max_seq_len` bytes, the length that `plan` assumes, but unequal, so that T5 needs a mask."""
+    """Return rows just below `max_seq_len`, which `plan` assumes. Their lengths differ, so that T5 needs a mask."""
     lengths = [config.max_seq_len - 1 - number % 5 for number in range(64)]  # the tokenizer adds an end token
     columns = [config.text_column] if config.text_column else [config.prompt_column, config.response_column]
     return [{column: "x" * length for column in columns} for length in lengths]
 
 
 def measure(rank: int, processes: int, port: int, config, on_gpu: bool, results) -> None:
-    """Train two steps, and report the peak bytes of this rank's allocator in the second."""
+    """Train two steps, and put the allocator's peak bytes in the second step on this rank into `results`."""
     os.environ |= {"OMP_NUM_THREADS": "1"} | ({} if on_gpu else {"ACCELERATE_USE_CPU": "true"})
     if processes > 1:
         launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
@@ -87,7 +87,7 @@ def measure(rank: int, processes: int, port: int, config, on_gpu: bool, results)
     from lowmem.distributed.signals import Signals
     from lowmem.train import train
 
-    # makes the allocator keep one sum over all threads: gloo's threads free what ours have allocated
+    # makes the allocator keep one sum over all threads, because gloo's threads free memory that ours allocated
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage").value = True
     torch.set_num_threads(1)
@@ -110,7 +110,7 @@ def measure(rank: int, processes: int, port: int, config, on_gpu: bool, results)
 
 
 def measured(config, processes: int, on_gpu: bool) -> int:
-    """Train on all ranks and return the peak of rank 0."""
+    """Train on all ranks, and return the peak bytes of rank 0."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     with socket.socket() as listener:
@@ -153,7 +153,7 @@ def table(records: list[dict[str, object]]) -> str:
 
 
 def about() -> dict[str, object]:
-    """The date, the command, the machine and the versions."""
+    """Return the date, the command, the machine and the versions."""
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(["python", *sys.argv])}
     return shared | {"machine": machine(), "versions": versions}

@@ -1,4 +1,4 @@
-"""Append results to a file of JSON lines, and write the tables of its commands."""
+"""Append records to a file of JSON lines, and write a table for each command in the file."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,9 +12,9 @@ MIB = 2**20
 def append(
     output: Path, records: Sequence[Record], table: Callable[[list[Record]], str], program: str
 ) -> list[list[Record]]:
-    """Append `records` to `output` as JSON lines, and write the tables of its commands to its .md file.
+    """Append `records` to `output`, and write a table for each command in `output` to the .md file of the same name.
 
-    Returns the records of each command.
+    Returns all records in `output`, grouped by command.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output, "a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Save the text and the figure of `plan` for some runs to `results/plan-NAME.txt` and `.png`.
+"""Run `plan` for a few example configs; save its text and figure to `results/plan-NAME.txt` and `.png`.
 
     python benchmarks/shown_plans.py
     python benchmarks/shown_plans.py t5-base

@@ -3,7 +3,7 @@
     python benchmarks/soak.py --kills=50 --output=benchmarks/results/soak.md
     python benchmarks/soak.py --kills=3
 
-Exits with code 1 if it is not. See README.md.
+Exits with code 1 if a result differs, or if a kill cost too many steps. See README.md.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from lowmem.config.presets import MODEL_SHAPES
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train_low_mem.py"
 SAVE_STEPS = 5
-MOST_SAVES = 2  # at most this many before a launch is killed; a kill during the first save loses all its steps
+MOST_SAVES = 2  # kill a launch at its second save at the latest; a kill at its first save loses all steps of the launch
 POLL_SECONDS = 0.0005
 LIMIT_SECONDS = 120  # for every wait
 
@@ -48,16 +48,16 @@ class Kill:
     in_save: bool
     """Whether a checkpoint was being written or removed."""
     step: int
-    """The last step that was logged."""
+    """The last step logged before the kill."""
     resumed_from: int
-    """The step of the newest checkpoint."""
+    """The step of the newest checkpoint after the kill."""
     seconds: float
-    """Until the last process of the run had exited."""
+    """Time from the kill until the run's last process exited."""
 
 
 @dataclass(frozen=True)
 class Soak:
-    """A run that was killed, compared with an uninterrupted one."""
+    """The result of comparing a run that was killed with an uninterrupted run."""
 
     kills: list[Kill]
     steps: int
@@ -67,7 +67,7 @@ class Soak:
     """Whether the killed run logged each step once, with the same loss as the uninterrupted run."""
 
     def failures(self) -> list[str]:
-        """One line for each requirement that is not met."""
+        """Return one line for each requirement that is not met."""
         most = max(kill.step - kill.resumed_from for kill in self.kills)
         lines = [f"a kill cost {most} steps, saves are {SAVE_STEPS} apart"] if most > SAVE_STEPS else []
         lines += [] if self.same_weights else ["the final weights differ from those of the uninterrupted run"]
@@ -75,17 +75,17 @@ class Soak:
 
 
 def soak(folder: Path, *, kills: int, seed: int = 0, log: Callable[[str], None] = print) -> Soak:
-    """Train in `folder` without kills and with `kills` of them, and compare the results.
+    """Train in `folder` once without kills and once with `kills` kills, and compare the results.
 
-    Raises RuntimeError if a run fails or makes no progress within LIMIT_SECONDS, UsageError if a checkpoint is damaged.
+    Raises RuntimeError if a run fails or makes no progress for LIMIT_SECONDS, UsageError if a checkpoint is damaged.
     """
     chance, aims = random.Random(seed), ("a save", "a step")
     deck = [(list(VICTIMS)[number % 3], aims[(number + number // 3) % 2]) for number in range(kills)]
     chance.shuffle(deck)
     (folder / "t5.json").write_text(json.dumps(MODEL_SHAPES["t5-tiny"] | {"dropout_rate": 0.1}))
-    steps = (kills * MOST_SAVES + 2) * SAVE_STEPS  # the run must outlast its kills
+    steps = (kills * MOST_SAVES + 2) * SAVE_STEPS  # enough that the run does not end before its last kill
     done = []
-    with Run(folder, "whole", steps) as uninterrupted:  # at the same time, which does not change its bits
+    with Run(folder, "whole", steps) as uninterrupted:  # runs in parallel, which does not change its bits
         for number, (victim, aim) in enumerate(deck):
             with Run(folder, "killed", steps) as run:
                 run.advance(aim, chance)
@@ -101,7 +101,7 @@ def soak(folder: Path, *, kills: int, seed: int = 0, log: Callable[[str], None] 
 
 
 class Run:
-    """One launch of two processes, from the newest checkpoint of the folder; on exit its processes are killed."""
+    """One launch of two processes, which resume from the newest checkpoint. Leaving the context kills them."""
 
     def __init__(self, folder: Path, name: str, steps: int):
         self._output, self._log = folder / name, folder / f"{name}.log"
@@ -136,7 +136,7 @@ class Run:
             raise RuntimeError(f"{self._output.name} failed: {self._log_tail()}")
 
     def advance(self, aim: str, chance: random.Random) -> None:
-        """Wait for a random moment after the first checkpoint: during a save, or some steps after the resume."""
+        """Wait for a checkpoint, and then for a random moment: during a save, or some steps after the resume."""
         self._wait(lambda: len(self._find_ranks()) == 2 and checkpoints(self._output / "checkpoints"))
         if aim == "a step":
             goal = self._resumed_from + chance.randint(1, MOST_SAVES * SAVE_STEPS)
@@ -164,7 +164,7 @@ class Run:
         return Kill(victim, in_save, self._logged_step(), self._newest_step(), time.monotonic() - started)
 
     def _newest_step(self) -> int:
-        """Verify all checkpoints and return the step of the newest, 0 if there is none yet."""
+        """Verify all checkpoints, and return the step of the newest, or 0 if there is none yet."""
         found = checkpoints(self._output / "checkpoints")
         for checkpoint in found:
             verify_checkpoint(checkpoint)
@@ -184,17 +184,17 @@ class Run:
         return any((self._output / "checkpoints").glob(".unfinished-*"))
 
     def _find_ranks(self) -> dict[int, psutil.Process]:
-        """The workers that have been started, by rank."""
+        """Return the workers that have started so far, by rank."""
         for process in self._launcher.children() if len(self._ranks) < 2 and self._launcher.is_running() else ():
             try:
                 if "RANK" in (environment := process.environ()):
                     self._ranks[int(environment["RANK"])] = process
-            except psutil.Error:  # between fork and exec, or exited already
+            except psutil.Error:  # the process has not called exec yet, or has exited
                 continue
         return self._ranks
 
     def _log_tail(self) -> str:
-        """The last errors and the last lines that the run printed."""
+        """Return the last errors and the last lines that the run printed."""
         lines = self._log.read_text().splitlines()
         mine = [line for line in lines if line.startswith("error") or "Error: " in line]
         return "\n".join(mine[-5:] + lines[-5:])
@@ -213,14 +213,14 @@ def losses(output: Path) -> list[tuple[int, float]]:
 
 
 def tensors(output: Path) -> dict[str, bytes]:
-    """The bytes of each file of tensors in the final model and in the last checkpoint."""
+    """Return the bytes of each safetensors file in the final model and in the last checkpoint."""
     folders = (output / "model", checkpoints(output / "checkpoints")[-1])
     files = [path for folder in folders for path in sorted(folder.rglob("*.safetensors"))]
     return {path.relative_to(output).as_posix(): path.read_bytes() for path in files}
 
 
 def table(result: Soak, command: str) -> str:
-    """Markdown of a soak."""
+    """Return Markdown for the result."""
     lost = [kill.step - kill.resumed_from for kill in result.kills]
     rows = []
     for victim in VICTIMS:

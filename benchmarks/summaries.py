@@ -1,6 +1,6 @@
-"""Tables for README.md and docs/: each function turns the records of one file of `results/` into Markdown lines.
+"""Render the tables of README.md and docs/: each function turns the records of one results file into Markdown lines.
 
-`documents.py` writes them. Every number comes from the file; a line under each table says what it was measured on.
+`documents.py` writes the tables. Every number comes from the file; a line under a table names machine and versions.
 """
 
 import re
@@ -17,7 +17,7 @@ from records import MIB, Record
 
 from lowmem.config.help import help_text
 
-# What the documents call the systems of a benchmark, in their order.
+# For each benchmark: the names of its systems in the documents, in the order of the rows.
 READERS = {
     ("lowmem", "parquet-100k"): "parquet, {groups:,} row groups",
     ("lowmem", "parquet-default"): "parquet, pyarrow's default row groups, copied once in {seconds:.1f} s",
@@ -46,7 +46,7 @@ Summary = Callable[..., list[str]]
 
 
 def by(records: Sequence[Record], *names: str) -> dict[tuple, list[Record]]:
-    """Records by the values of these fields."""
+    """Group records by the values of the fields `names`."""
     found: dict[tuple, list[Record]] = {}
     for record in records:
         found.setdefault(tuple(record[name] for name in names), []).append(record)
@@ -54,13 +54,13 @@ def by(records: Sequence[Record], *names: str) -> dict[tuple, list[Record]]:
 
 
 def pick(records: Sequence[Record], **fields: object) -> Record | None:
-    """The last record with these fields, or None. A field of None matches records without it."""
+    """Return the last record with these values, or None. A value of None matches records that lack the field."""
     found = (record for record in reversed(records) if all(record.get(name) == fields[name] for name in fields))
     return next(found, None)
 
 
 def source(records: Sequence[Record], how: str) -> str:
-    """The line under a table: how it was measured, the machine, the versions, the commands and their dates."""
+    """Return the line under a table: how it was measured, the machine, the versions, the commands and their dates."""
     runs: dict[str, list[str]] = {}
     for record in records:
         machine = {"cpu": "", "cores": ""} | record.get("machine", {})
@@ -72,9 +72,9 @@ def source(records: Sequence[Record], how: str) -> str:
     return " ".join([f"{how}.", *(f"{on}; {', '.join(dict.fromkeys(commands))}." for on, commands in runs.items())])
 
 
-# --- a table each
+# --- one function per table
 def rows(records: Sequence[Record]) -> list[str]:
-    """Start, memory, speed and resume of reading the largest files; in brackets the peak of the smallest."""
+    """Tabulate start, memory, speed and resume for the largest files, with the smallest files' peaks in parentheses."""
     most, least = (choose(record["rows"] for record in records) for choose in (max, min))
     fraction = max(EPOCH_FRACTIONS)
 
@@ -107,8 +107,8 @@ def rows(records: Sequence[Record]) -> list[str]:
     return [
         *grid([*head, "rows from the most common row group in a batch of 32"], [line(*reader) for reader in READERS]),
         "",
-        f"lowmem's peaks include a BPE tokenizer, which encodes {min(speeds):,.0f} to {max(speeds):,.0f} rows/s in a "
-        f"thread during training. A small model spends {waits[2]:.1%} of its step time waiting for rows, and "
+        f"lowmem's peaks are measured while a BPE tokenizer encodes {min(speeds):,.0f} to {max(speeds):,.0f} rows/s in a "
+        f"thread. A small model spends {waits[2]:.1%} of its step time waiting for rows, and "
         f"{waits[0]:.1%} with `--prefetch_steps=0`.",
         "",
         source(records, "Each row measured once"),
@@ -116,7 +116,7 @@ def rows(records: Sequence[Record]) -> list[str]:
 
 
 def peaks(records: Sequence[Record]) -> list[str]:
-    """Predicted peaks of Trainer and of both tiers, GiB, with accumulation and clipping."""
+    """Tabulate the predicted peaks, in GiB, of Trainer and of both tiers, with accumulation and clipping."""
     peaks = peaks_of(records)
     systems = {"`Trainer`, gradient checkpointing": BASELINE.name}
     systems |= {f"`--memory={tier}`": f"lowmem {tier}, recompute" for tier in ("exact", "lean")}
@@ -129,7 +129,7 @@ def peaks(records: Sequence[Record]) -> list[str]:
 
 
 def memory(records: Sequence[Record]) -> list[str]:
-    """Predicted peaks, GiB and x Trainer's with gradient checkpointing."""
+    """Tabulate the predicted peaks, in GiB and relative to Trainer's with gradient checkpointing."""
     peaks = peaks_of(records)
     sizes = {record["model"]: f"{record['model']} {record['batch']} x {record['seq_len']}" for record in records}
     columns = list(product(sizes, dict.fromkeys(work for _, _, work in peaks)))
@@ -144,7 +144,7 @@ def memory(records: Sequence[Record]) -> list[str]:
 
 
 def checkpoint(records: Sequence[Record]) -> list[str]:
-    """Seconds and memory of saving and loading on one process, and how the files withstand damage and kills."""
+    """Tabulate time and memory of saving and loading on one process, and what a flipped bit or a kill does."""
     of = by(records, "system")
 
     def line(system: str) -> list[str]:
@@ -166,7 +166,7 @@ def checkpoint(records: Sequence[Record]) -> list[str]:
 
 
 def soak(text: str) -> list[str]:
-    """How often a run was killed, and how it ended."""
+    """Report how often a run was killed, and how it compares with an uninterrupted run."""
     kills = [tuple(map(int, numbers)) for numbers in re.findall(r"^\|[^|]+\| (\d+) \| (\d+) \|", text, re.MULTILINE)]
     times, in_saves = map(sum, zip(*kills, strict=True))
     lines = text.splitlines()
@@ -179,7 +179,7 @@ def soak(text: str) -> list[str]:
 
 
 def comparison(records: Sequence[Record]) -> list[str]:
-    """Speed and memory: medians, and ratios to Trainer in the same round (median, smallest, largest)."""
+    """Tabulate speed and memory: medians, and ratios to Trainer in the same round (median, smallest, largest)."""
     lines, about = [], []
     for command in by(records, "date").values():
         runs = by_system(command)
@@ -192,7 +192,7 @@ def comparison(records: Sequence[Record]) -> list[str]:
             number = [str(len(mine))] if mine else []
             lines.append([work, system, "; ".join([*number, *reasons(command, system)])])
             lines[-1] += _compared(mine, runs, system) if mine else [""] * 7
-            work = ""  # only in the first line
+            work = ""  # only in a command's first line
         about.append(next(iter(runs.values()))[0] | {"versions": versions(runs)})
     memory = "peak device memory" if records[0].get("peak_device_bytes") else "peak memory above imports"
     head = ["work:", "system", "runs", "tokens/s", "x `Trainer`", f"{memory}, MiB", "x `Trainer`"]
@@ -219,7 +219,7 @@ def _compared(mine: Sequence[Record], runs: dict[str, list[Record]], system: str
 
 
 def plan(records: Sequence[Record]) -> list[str]:
-    """How many predictions were measured, and their errors."""
+    """Report how many predictions were measured, and their errors."""
 
     def error(record: Record) -> float:
         return record["predicted_bytes"] / record["measured_bytes"] - 1
@@ -238,7 +238,7 @@ def plan(records: Sequence[Record]) -> list[str]:
 
 
 def launchers(records: Sequence[Record]) -> list[str]:
-    """For each strategy, bytes of state per process and the largest difference from one process, over all launchers."""
+    """Tabulate, per strategy over all launchers, the state per process and the largest differences from one process."""
     single = {(record["date"], record["model"]): record for record in records if record["processes"] == 1}
     several = [record for record in records if record["processes"] > 1]
     models = dict.fromkeys(record["model"] for record in several)
@@ -268,5 +268,5 @@ def launchers(records: Sequence[Record]) -> list[str]:
 
 
 def flags(_: str) -> list[str]:
-    """Every flag with its values and its explanation."""
+    """List every flag with its values and its explanation."""
     return ["```text", *help_text(full=True).splitlines(), "```"]

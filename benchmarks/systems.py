@@ -1,6 +1,6 @@
-"""The systems that are compared, the settings that they share, and the rows that they train on.
+"""The systems to compare, the settings that they share, and the rows on which they train.
 
-A system is a line of settings; its training loop is a file in `loops/`.
+Each system is a line of settings in SYSTEMS; its training loop is a file in `loops/`.
 """
 
 import json
@@ -15,29 +15,30 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-# This checkout's lowmem, installed or not. Import lazily: memory is measured, so a system imports only what it needs.
+# Use this checkout's lowmem, installed or not. Functions import what they need themselves, because the imports of a
+# system count in its memory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # --- shared by all systems, in addition to the flags
 SEED = 0
-OPTIMIZER = {"weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}  # biases and norms: no decay
+OPTIMIZER = {"weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}  # no weight decay for biases and norms
 SCHEDULE = {"peak": 1e-4, "warmup_steps": 1, "schedule": "cosine"}
-WARM_UP_STEPS = 2  # not timed: AdamW creates its moments, allocators and thread pools warm up
+WARM_UP_STEPS = 2  # not timed: AdamW creates its moments, and allocators and thread pools warm up
 
 
 # --- the systems
 @dataclass(frozen=True)
 class System:
-    """The settings of one system; all others come from the flags and are the same for every system."""
+    """The settings of one system. All other settings come from the flags and are the same for every system."""
 
     loop: str
     """A module of `loops`."""
     optimizer: str = "adamw"
-    """adamw or adafactor, in the loop's own implementation; settings that OPTIMIZER lacks keep its defaults."""
+    """adamw or adafactor, as the loop implements it. Settings that are not in OPTIMIZER keep the loop's defaults."""
     memory: str = "off"
-    """lowmem's tier."""
+    """lowmem's memory tier."""
     weights: str = "float32"
-    """The dtype in which Trainer's model is loaded. A tier of lowmem takes float32 and converts it."""
+    """The dtype in which Trainer's model is loaded. lowmem's model is loaded in float32, and its tier converts it."""
     recompute: str | None = None
     """full, cheap or off. None: the value of --recompute."""
     savers: tuple[str, ...] = ()
@@ -49,7 +50,7 @@ class System:
     zero_stage: int = 0
     """The ZeRO stage of DeepSpeed under Trainer; 0: no DeepSpeed."""
     launcher: str = "torchrun"
-    """torchrun (for one process, plain python) or accelerate."""
+    """torchrun (one process needs only python) or accelerate."""
 
     @property
     def has_bf16_weights(self) -> bool:
@@ -61,7 +62,7 @@ class System:
         return "llamafactory" if self.loop == "llamafactory" else "deepspeed" if self.zero_stage else None
 
     def cannot(self, *, is_causal: bool, processes: int) -> str:
-        """Why the system cannot run with these settings, or an empty string."""
+        """Return why the system cannot run with these settings, or an empty string if it can."""
         if self.loop == "llamafactory" and not is_causal:
             return "trains causal models only"
         if self.loop == "plain" and processes > 1:
@@ -112,13 +113,13 @@ class Run:
     losses: list[float] = field(default_factory=list)
     """Mean loss over the targets of each optimizer step, in fp32."""
     marks: list[Mark] = field(default_factory=list)
-    """At the end of each optimizer step."""
+    """One mark at the end of each optimizer step."""
     first_step_at: float = 0.0
     """When the first step ended, in seconds since the epoch."""
     peak_rss_bytes: int = 0
     """Peak resident bytes until the end of the last step."""
     peak_device_bytes: int | None = None
-    """Peak bytes of tensors on a GPU until then."""
+    """Peak bytes of tensors on a GPU until the end of the last step."""
 
     def mark(self) -> None:
         import torch
@@ -137,7 +138,7 @@ _ENCODED_ROWS = "rows.jsonl"
 
 
 def open_work(settings: SimpleNamespace, tokenizer, config) -> tuple[object, Callable]:
-    """Rows and their encoder: those of `train_file`, or generated ones of exactly `seq_len` random tokens."""
+    """Return rows and their encoder: the rows of `train_file`, or generated rows of exactly `seq_len` random tokens."""
     from lowmem import make_encoder, open_rows
 
     if settings.train_file:
@@ -146,13 +147,13 @@ def open_work(settings: SimpleNamespace, tokenizer, config) -> tuple[object, Cal
     generator, rows = random.Random(SEED), []
     for _ in range(settings.num_rows):
         ids, response = (generator.choices(range(3, config.vocab_size), k=settings.seq_len) for _ in range(2))
-        labels = response if config.is_encoder_decoder else [-100, *ids[1:]]  # nothing predicts a first token
+        labels = response if config.is_encoder_decoder else [-100, *ids[1:]]  # no target for the first token
         rows.append({"input_ids": ids, "labels": labels})
     return rows, dict
 
 
 def open_steps(settings: SimpleNamespace, rows, encode: Callable, **options):
-    """lowmem's stream, so that every system trains on the same micro-batches: a step's rows sorted by length."""
+    """Open lowmem's stream, which sorts a step's rows by length. Every system trains on its micro-batches."""
     from lowmem import open_stream
 
     return open_stream(
@@ -191,7 +192,7 @@ def build(settings: SimpleNamespace) -> None:
 
 
 def encoded_rows(folder: str) -> list[dict[str, list[int]]]:
-    """`input_ids` and `labels` of each row, in the order of training."""
+    """Return `input_ids` and `labels` of each row, in the order of training."""
     with open(Path(folder, _ENCODED_ROWS), encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
@@ -202,7 +203,7 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    # not ru_maxrss: Linux starts a child's at its parent's size
+    # not ru_maxrss, which starts at the parent's size in a child process
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
@@ -212,7 +213,7 @@ def machine() -> dict[str, object]:
 
 
 def joules() -> float | None:
-    """Energy used so far by CPU packages (RAPL) and, with pynvml, this process's GPUs; None without counters."""
+    """Return the joules used so far by CPU packages (RAPL) and this process's GPUs (pynvml); None without counters."""
     counters = [Path(zone, "energy_uj") for zone in Path("/sys/class/powercap").glob("intel-rapl:*[0-9]")]
     packages = [counter for counter in counters if counter.parent.name.count(":") == 1 and os.access(counter, os.R_OK)]
     counted = [int(counter.read_text()) / 1e6 for counter in packages]
@@ -220,7 +221,7 @@ def joules() -> float | None:
         try:
             import pynvml
         except ModuleNotFoundError:
-            return None  # without the GPUs it would be a fraction of the whole
+            return None  # without the GPUs, the sum would miss most of the energy
         pynvml.nvmlInit()
         for name in os.environ["CUDA_VISIBLE_DEVICES"].split(","):
             by_name = pynvml.nvmlDeviceGetHandleByUUID

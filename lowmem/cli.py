@@ -1,4 +1,4 @@
-"""The command line: Fire parses flags into a frozen job, then the job runs."""
+"""The command line: Fire parses the arguments into a frozen `Job`, which `main` then runs."""
 
 import contextlib
 import io
@@ -103,8 +103,8 @@ _COMMANDS |= {"verify": _verify, "export": _export, "plot": _plot}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv) and return the exit code.
 
-    0: done, 1: failed, 2: user error, 75: training was preempted, 128 + n: signal n ended another command. `train` and
-    `evaluate` catch signals for the rest of the process.
+    Exit codes: 0 done, 1 failed, 2 user error, 75 training was preempted, 128 + n signal n ended any other command.
+    `train` and `evaluate` catch signals until the process ends.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and re.match("--local[_-]rank=", arguments[0]):  # old launchers put this flag before the command
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 code = _start(_parse(arguments), arguments)
         except Exception as error:
             code = report_error(error)
-        output.flush()  # otherwise the interpreter's flush at exit would raise BrokenPipeError
+        output.flush()  # or the interpreter's flush at exit would raise BrokenPipeError
     return code
 
 

@@ -26,7 +26,7 @@ def deepspeed_step(
     nonfinite: str = "stop",
     preempted: bool = False,
 ) -> StepResult:
-    """Update `state` in place as `train_step` does. `state.model` must be what `distributed.zero.wrap` returned.
+    """Update `state` in place as `train_step` does. `state.model` must come from `distributed.zero.wrap`.
 
     Ignores `max_grad_norm`: the engine's own config sets it. Raises OutOfMemory where `train_step` raises StepTooLarge,
     because the engine cannot repeat a step.

@@ -6,11 +6,11 @@ class UsageError(ValueError):
 
 
 class StartError(UsageError):
-    """This process could not join the process group; the cause may be local, so every rank reports it."""
+    """This process could not join the process group; every rank prints its own cause."""
 
 
 class RankError(RuntimeError):
-    """Another rank failed; the message names it and its error."""
+    """Another rank failed; the message names that rank and its error."""
 
 
 class SaveError(RuntimeError):
@@ -34,7 +34,7 @@ class RowError(ValueError):
 
 
 class ReadError(RowError):
-    """A file that could be read before can no longer be read, regardless of the row."""
+    """A file that was readable before can no longer be read: the row is not the cause."""
 
 
 class ChangedError(OSError):

@@ -43,7 +43,7 @@ Measure = Callable[..., tuple[dict[str, float], list[Answer]]]
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], loss_fn: LossFunction, accelerator: Accelerator, *, prefix: str = "eval"
 ) -> dict[str, float]:
-    """Return mean loss per target token, perplexity and row count, over equally many batches on every rank."""
+    """Return mean loss per target token, perplexity and row count. All ranks need the same number of batches."""
     loss = torch.zeros((), device=accelerator.device)
     num_targets = num_rows = 0
     with _evaluating(model), accelerator.autocast(), handle_rank_errors(model):
@@ -101,7 +101,7 @@ def generate(
 
 
 def text_metrics(answers: Sequence[Answer], *, prefix: str = "eval") -> dict[str, float]:
-    """Return the fraction of exact matches (stripped) and, if sacrebleu is installed, chrF (0-100; Popovic, 2015)."""
+    """Return the fraction of exact matches (outer spaces ignored) and, with sacrebleu, chrF (0-100; Popovic, 2015)."""
     if not answers:
         return {}
     exact = [answer.prediction.strip() == answer.reference.strip() for answer in answers]
@@ -157,7 +157,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _prompts(batch: Batch, *, is_encoder_decoder: bool) -> list[list[int]]:
     """Return each row's prompt: the tokens before the padding or, in a causal model, before the first target."""
     input_ids = batch.inputs["input_ids"]
-    mask = batch.inputs.get("attention_mask")  # without a mask there is no padding, or it follows the targets
+    mask = batch.inputs.get("attention_mask")  # without a mask, there is no padding, or only after the targets
     lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
     prompts = []
     for ids, length, labels in zip(input_ids, lengths, batch.inputs["labels"], strict=True):

@@ -19,7 +19,7 @@ from lowmem.distributed.placement import device_of, unwrapped, uses_zero3
 from lowmem.errors import UsageError
 
 SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
-"""Logits per slice: few enough to fit a CPU cache, enough that a GPU launches few kernels."""
+"""Logits per slice, by device: few enough to fit a CPU's cache, or enough that a GPU launches few kernels."""
 
 
 def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
@@ -35,9 +35,9 @@ def chunked_loss(
 ) -> Tensor:
     """Compute `plain_loss` from `slice_elements` logits at a time (default: SLICE_ELEMENTS), in forward and backward.
 
-    Calls the whole model, so that its wrapper's hooks run, but replaces the forward of its output head: only positions
-    with a target get logits. Raises UsageError for a head that is not linear and for a model that changes its logits
-    after the head, RuntimeError if `batch.num_targets` is not the number of targets.
+    Calls the whole model, so that its wrapper's hooks run, but replaces the output head's forward: only
+    positions with a target get logits. Raises UsageError if the head is not linear or if the model changes its logits
+    after the head, and RuntimeError if `batch.num_targets` is not the number of targets.
     """
     inputs, targets = _inputs_and_targets(model, batch)
     head = unwrapped(model).get_output_embeddings()
@@ -85,7 +85,7 @@ def _pass_through(hidden: Tensor) -> Tensor:
     # accelerate's autocast wrapper converts outputs to fp32, but returns a tensor that is already in fp32 unchanged
     hidden = hidden.float() if torch.is_autocast_enabled(hidden.device.type) else hidden
     if torch.is_grad_enabled() and not hidden.requires_grad:
-        # frozen up to the head: fully_shard reduces gradients only if backward passes through a module's output
+        # layers before the head are frozen: fully_shard reduces gradients only if backward passes a module's output
         hidden = hidden.detach().requires_grad_()
     return hidden
 
@@ -95,7 +95,7 @@ def _loss_of(hidden: Tensor, *, head: nn.Linear, targets: Tensor, num_targets: i
         found = f"hidden states of shape {tuple(hidden.shape[:-1])} but labels of shape {tuple(targets.shape)}"
         raise ValueError(f"{found}: give every position a label, -100 for a position to ignore")
     is_target, targets = (targets != IGNORED).flatten(), targets.flatten()
-    # without a device sync: check the number of targets known on the host, and select the target positions
+    # no device sync: the host knows the number of targets, and the device only checks it and selects their positions
     torch._assert_async(is_target.sum() == num_targets, "batch.num_targets must be the number of labels except -100")
     positions = is_target.to(torch.uint8).argsort(descending=True, stable=True)[:num_targets]
     hidden, targets = hidden.flatten(0, 1).index_select(0, positions), targets[positions]
@@ -116,7 +116,7 @@ def check_model(model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor],
 
 
 def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) -> None:
-    """Run `loss_fn` on two tokens. Raises UsageError if it rejects the model or if the model sees its targets."""
+    """Run `loss_fn` on two tokens. Raises UsageError if it rejects the model or if a causal model sees its targets."""
     device, base = device_of(model), unwrapped(model)
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
     labels = torch.full_like(tokens, IGNORED)
@@ -129,7 +129,7 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
             logits = base.eval()(input_ids=tokens, use_cache=False).logits.float()
             base.train(was_training)
             at_first, at_second = (logits[0] - logits[1]).abs().amax(1)
-            if at_first > 0.02 * at_second:  # a change of the second token must not affect the first beyond rounding
+            if at_first > 0.02 * at_second:  # except for rounding, the first logits must not depend on the second token
                 name = type(base).__name__
                 raise UsageError(f"{name} sees the tokens that it must predict: use a causal or encoder-decoder model")
 
@@ -146,7 +146,7 @@ def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, objec
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
         targets = labels
     else:
-        # without a device sync; num_targets would count this label, but no position predicts it
+        # num_targets would count this label, but no position predicts it. This check does not sync the device
         torch._assert_async((labels[:, 0] == IGNORED).all(), "the first label of a causal row must be -100")
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return inputs | {"use_cache": False}, targets
@@ -165,8 +165,8 @@ def chunked_cross_entropy(
     """Return cross_entropy(hidden @ weight.T + bias, targets), summed over rows; softmax and sums in fp32 or wider.
 
     hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) int64; matrix products use `compute_dtype` (default:
-    hidden.dtype). Forward saves only each row's log-sum-exp, and backward computes the logits again. Both use slices of
-    the vocabulary, (N, slice), so each element of the head's gradient is one product over all rows, rounded once.
+    hidden.dtype). Forward saves its inputs and each row's log-sum-exp; backward computes the logits again. Both compute
+    (N, slice) logits at a time, so each element of the head's gradient is one sum over all rows, rounded once.
     """
     elements = slice_elements or SLICE_ELEMENTS.get(hidden.device.type, SLICE_ELEMENTS["cuda"])
     slices = vocabulary_slices(len(hidden), len(weight), elements)
@@ -175,7 +175,7 @@ def chunked_cross_entropy(
 
 
 def vocabulary_slices(num_rows: int, vocabulary: int, elements: int) -> list[slice]:
-    """Split the vocabulary into slices of about `elements` logits over `num_rows` rows, each at least one column."""
+    """Split the vocabulary into slices of about `elements` / `num_rows` columns, but at least one column."""
     width = max(1, elements // max(1, num_rows))
     width = width // 64 * 64 or width  # aligns the rows of each matrix product
     return [slice(first, min(first + width, vocabulary)) for first in range(0, vocabulary, width)]
@@ -196,7 +196,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if label_smoothing:
                     total += logits.sum(1, keepdim=True)
                 largest = logits.amax(1, keepdim=True).clamp(min=torch.finfo(sum_dtype).min)  # a slice may be all -inf
-                part_sum = logits.sub_(largest).exp_().sum(1, keepdim=True)  # in place: logsumexp makes a copy
+                part_sum = logits.sub_(largest).exp_().sum(1, keepdim=True)  # in place: logsumexp would copy
                 log_sum = torch.logaddexp(log_sum, largest + part_sum.log())
             losses = log_sum - (1 - label_smoothing) * at_target - label_smoothing / weight.shape[0] * total
         ctx.save_for_backward(hidden, weight, bias, targets, log_sum)
@@ -215,7 +215,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             states = hidden.to(ctx.compute_dtype)
             for part in ctx.slices:
-                # d loss / d logits, in place of the logits: softmax - (smoothed) one-hot target
+                # overwrite the logits with d loss / d logits = softmax - (smoothed) one-hot target
                 grad = _logits(states, weight, bias, part).to(log_sum.dtype)
                 grad = grad.sub_(log_sum).exp_()
                 if ctx.label_smoothing:

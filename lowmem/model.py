@@ -38,12 +38,12 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     on_meta: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a pretrained model, or build `model_config` with random weights from torch's generator; in training mode.
+    """Load a pretrained model or build a random one (torch's generator), in training mode, and load its tokenizer.
 
     `model_config` is a transformers config, its fields, the path of a config.json or a name in MODEL_SHAPES. Weights
-    become `dtype`. `on_meta` keeps them on the meta device until `parallelize` has sharded them; if the files cannot be
-    read tensor by tensor, it prints a line and loads them. Raises UsageError if something cannot be loaded, if weights
-    are missing, or if the tokenizer has more tokens than the model.
+    have `dtype`. With `on_meta`, they stay on the meta device until `parallelize` shards them; if the files cannot be
+    read tensor by tensor, a line is printed and all weights are loaded. Raises UsageError if something cannot be
+    loaded, if weights are missing, or if the tokenizer has more tokens than the model.
     """
     if (model_name_or_path is None) == (model_config is None):
         raise UsageError("load_model needs exactly one of model_name_or_path and model_config: set one of them")
@@ -67,7 +67,7 @@ def load_model(
 
 
 def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
-    """Freeze `parts`: "embeddings" (and a tied output head), "encoder" (without embeddings). Raises UsageError."""
+    """Freeze "embeddings" (and a tied output head) or "encoder" (without embeddings). Raises UsageError for others."""
     if unknown := sorted(set(parts) - {"embeddings", "encoder"}):
         raise UsageError(f"{', '.join(unknown)} cannot be frozen: choose from embeddings and encoder")
     embeddings = set(model.get_input_embeddings().parameters())
@@ -115,7 +115,7 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype, *, on_meta: bool)
 
 
 def _pretrained_on_meta(name: str, dtype: torch.dtype) -> PreTrainedModel | None:
-    """Build the model on the meta device. If its files cannot be read by tensor, print a line and return None."""
+    """Build the model on the meta device. If its files cannot be read per tensor, print a line and return None."""
     is_local = Path(name).is_dir()
     folder = Path(name if is_local else snapshot_download(name, allow_patterns=["*.safetensors*", "*.json"]))
     with _loading(name):
@@ -145,7 +145,7 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def config_of(model: str) -> PretrainedConfig:
-    """The config of a model folder, a hub name, a config.json or a name in MODEL_SHAPES. Raises UsageError."""
+    """Load the config of a model folder, hub name, config.json or name in MODEL_SHAPES, or raise UsageError."""
     if model in MODEL_SHAPES or Path(model).is_file():
         return _config_from(model)
     _check_exists(model, "config.json")
@@ -154,7 +154,7 @@ def config_of(model: str) -> PretrainedConfig:
 
 
 def build_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
-    """Build a model with random fp32 weights and the named transformers attention, in training mode."""
+    """Build a model with random fp32 weights and transformers' `attention` implementation, in training mode."""
     return _auto_class(config).from_config(config, dtype=torch.float32, attn_implementation=attention).train()
 
 
@@ -177,7 +177,7 @@ def _config_from(model_config: PretrainedConfig | Mapping[str, object] | str | P
 
 
 def _attention(config: PretrainedConfig) -> dict[str, str]:
-    # on CPU, torch's fused attention lacks a backward kernel for a learned bias (T5): steps are 1/8 longer with it
+    # torch's fused attention on CPU has no backward kernel for a learned bias (T5): a step takes 1/8 longer with it
     has_learned_bias = hasattr(config, "relative_attention_num_buckets")
     return {"attn_implementation": "eager"} if has_learned_bias and not torch.accelerator.is_available() else {}
 
@@ -204,7 +204,7 @@ def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
 
 
 def _is_byte_tokenizer(folder: Path) -> bool:
-    # AutoTokenizer may return an empty tokenizer of the model's type instead
+    # for a ByT5 folder, AutoTokenizer may return an empty tokenizer of the model's type
     try:
         return json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "ByT5Tokenizer"
     except (OSError, ValueError, KeyError):

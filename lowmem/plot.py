@@ -18,13 +18,13 @@ _SERIES = {
 }
 _UNITS = {"peak_device_bytes": 2**20, "peak_host_bytes": 2**20}
 
-_WIDTH, _LABELS, _ROWS = 80, 10, 4  # of a text chart: total columns, columns for labels, rows
+_WIDTH, _LABELS, _ROWS = 80, 10, 4  # of a text chart: all columns, label columns, rows
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 Points = list[tuple[int, float]]
 """(step, value) pairs in step order, without values that are not finite."""
 Curves = dict[str, Points]
-"""Points by title, without quantities that have no points."""
+"""The points of each quantity that has any, by title."""
 
 
 def plot(out: Sequence[str]) -> str:
@@ -37,7 +37,7 @@ def plot(out: Sequence[str]) -> str:
     names = [file.absolute().parent.name for file in files]
     if len(set(names)) < len(names):
         names = [str(file.parent) for file in files]
-    runs = dict(zip(names, curves, strict=True))  # a run named twice is drawn once
+    runs = dict(zip(names, curves, strict=True))  # a run given twice is drawn once
     picture = files[0].parent / "plot.png"
     try:
         draw(runs, picture)
@@ -50,7 +50,7 @@ def plot(out: Sequence[str]) -> str:
 
 
 def read_curves(file: Path) -> Curves:
-    """Read the curves of one metrics.jsonl, without a last line that is still being written."""
+    """Read the curves of one metrics.jsonl, ignoring a last line that is still being written."""
     try:
         *lines, _ = file.read_bytes().split(b"\n")
     except OSError as error:
@@ -107,7 +107,7 @@ def draw(runs: Mapping[str, Curves], picture: Path) -> None:
 
 
 def text_charts(runs: Mapping[str, Curves]) -> Iterator[str]:
-    """Yield the lines of a small chart for each quantity and run; the runs of a quantity share one scale."""
+    """Yield the lines of a small chart for each quantity and run; all charts of a quantity have the same scale."""
     for title in _titles(runs):
         shown = {name: curves[title] for name, curves in runs.items() if title in curves}
         all_points = [point for points in shown.values() for point in points]
@@ -118,7 +118,7 @@ def text_charts(runs: Mapping[str, Curves]) -> Iterator[str]:
             (first, first_value), (last, last_value) = points[0], points[-1]
             yield f"{title}{suffix}: {first_value:,.4g} at step {first}, {last_value:,.4g} at {last}"[:_WIDTH]
             columns = _columns(points, min(steps), max(steps))
-            # in eighths of a row; the lowest value gets one
+            # bar heights in eighths of a row; the lowest value gets one eighth
             heights = [
                 0 if x is None else 1 + round((x - low) / ((high - low) or 1) * (8 * _ROWS - 1)) for x in columns
             ]
@@ -134,7 +134,7 @@ def _titles(runs: Mapping[str, Curves]) -> list[str]:
 
 
 def _columns(points: Points, first: int, last: int) -> list[float | None]:
-    """The mean of the points in each column, or else the value before; None after the last point."""
+    """Return each column's mean; an empty column repeats the one before, or is None after the last point."""
     count = _WIDTH - _LABELS
     inside: list[list[float]] = [[] for _ in range(count)]
     for step, value in points:

@@ -18,7 +18,7 @@ class Halving(NamedTuple):
     rank: int
     """The first rank that ran out."""
     batch_size: int
-    """Rows of each micro-batch that was too large."""
+    """Rows per micro-batch until now; from now on, `smaller` rows in each of `micro_batches`."""
     smaller: int
     micro_batches: int
 
@@ -39,10 +39,10 @@ def fitting_step(
     tell: Callable[[Halving], object],
     **options,
 ) -> StepResult:
-    """Run `train_step` with `options`. If a rank runs out of memory in forward or backward, retry in smaller pieces.
+    """Run `train_step`. If a micro-batch runs out of memory in forward or backward on a rank, retry with smaller ones.
 
-    `batches` must be the latest of `state.stream`, which halves its micro-batches; then each rank calls `tell`. Rows,
-    position and, except for rounding and dropout, the gradient are the same. Raises OutOfMemory if a row is too large.
+    `batches` must be the latest of `state.stream`. Before a retry, the stream halves its micro-batches and each rank
+    calls `tell`; except for rounding and dropout, the gradient is the same. Raises OutOfMemory if one row is too large.
     """
     while True:
         try:

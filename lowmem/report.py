@@ -56,7 +56,7 @@ class MetricsLog:
     """metrics.jsonl: one JSON object per line, floats in full precision. If the disk is full, lines wait in memory.
 
     Opening the file deletes the records after `step` (None: all records), because a resumed run writes them again.
-    `resumed_at` merges the records of `step` itself.
+    `resumed_at` has the metrics of all records of `step`.
     """
 
     def __init__(self, path: Path, *, step: int | None):
@@ -97,7 +97,7 @@ def _is_kept(line: bytes, step: int) -> bool:
         record = json.loads(line)
     except ValueError:  # half a line, from a killed run
         return False
-    # a run resumed after its last step repeats the test and the end record
+    # a run that is resumed after its last step writes the test and end records again
     is_final = record.get("event") == "end" or any(name.startswith("test_") for name in record)
     return not is_final and record["step"] <= step
 
@@ -115,7 +115,7 @@ def _open_folder(folder: Path, settings: Mapping, resumed_step: int | None) -> M
 
 
 class Report:
-    """Reports a run from the main rank. The constructor opens `folder`; raises UsageError if it cannot be written."""
+    """Report a run from the main rank. The constructor opens `folder`, or raises UsageError if it cannot be written."""
 
     def __init__(
         self, folder: Path, settings: Mapping, accelerator: Accelerator, step: int, total_steps: int, *, resumed: bool
@@ -225,7 +225,7 @@ class Report:
         self.print_lines(f"preempted after step {self._step} of {self._total_steps}: {what_now}")
 
     def done(self, best: Mapping[str, float] | None) -> None:
-        """Record how the run ended. Counts start where the run started or resumed."""
+        """Record the end of the run. The counts cover only steps since this run started or resumed."""
         self._bar.close()
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self._counts.items() if count)
         if counts:

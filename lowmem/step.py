@@ -31,7 +31,7 @@ class TrainState:
     best: dict[str, float] | None = None
     """The best evaluation so far: {"step", "eval_loss"}."""
     seed: int = 0
-    """Seed of dropout (with step, rank and micro-batch) and of stochastic rounding in the memory tiers."""
+    """Seeds dropout (together with step, rank and micro-batch) and the memory tiers' stochastic rounding."""
 
     def note_best(self, eval_loss: float | None) -> None:
         """Set `best` to this step if its loss is the lowest so far. Ignores None, NaN and infinity."""
@@ -72,11 +72,11 @@ def train_step(
     """Update `state` in place with the gradient of the mean loss over all targets of `batches` on all ranks.
 
     All losses are divided by one token count, so any split of the same rows into micro-batches and ranks gives the same
-    gradient. If loss or gradient is not finite, no rank updates its weights (except with `release`): every rank raises
-    FloatingPointError with `nonfinite="stop"`, and counts the step with "skip", as it does if no rank has a target. If
-    a rank cannot read its rows or fails in forward or backward, every rank raises its error: StepTooLarge if it ran out
-    of memory (see `fitting_step`), OutOfMemory if the step cannot be repeated (sharded models, `release`, the update).
-    `state.model` may be wrapped by DDP, without using DDP's all-reduce. Raises ValueError if `Gradients` does.
+    gradient. If loss or gradient is not finite, no rank updates its weights (`release` has already updated them); every
+    rank raises FloatingPointError if `nonfinite` is "stop", or counts the step if it is "skip". A step without any
+    target is counted too. If a rank cannot read its rows or fails in forward or backward, every rank raises that rank's
+    error: after running out of memory, StepTooLarge (see `fitting_step`), or OutOfMemory if the step cannot be repeated
+    (sharded models, `release`, the update). DDP may wrap `state.model`. Raises ValueError if `Gradients` does.
     Cost: two small host collectives, one gradient reduction, one device sync.
     """
     num_tokens, preempted = agree_to_start(state, batches, preempted)
@@ -111,7 +111,7 @@ def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool)
     """Return the number of targets in all ranks' `batches`, and whether any rank is preempted.
 
     Runs one small collective before the first forward, so that every loss is divided by the same count. If a rank could
-    not read its rows, every rank raises its error.
+    not read its rows, every rank raises that rank's error.
     """
     at_step(state.step + 1)  # the number that metrics.jsonl and checkpoints give this step
     error = batches.error if isinstance(batches, UnreadableStep) else None

@@ -51,7 +51,7 @@ def train(
 ) -> Outcome:
     """Train from the start or from a checkpoint, and save the model in `output_dir`/model.
 
-    A signal on any rank ends the run on every rank, after the current step or evaluation and a checkpoint. If another
+    After a signal on any rank, all ranks finish the current step or evaluation, save a checkpoint and end. If another
     rank fails or stops responding, this rank calls `on_abort(message)` and exits. Each group of the config, such as
     `config.sharding`, contains the keyword arguments of one function.
     """
@@ -99,7 +99,7 @@ def train(
         # --- state: where to start, how far to go
         state = TrainState(wrapped, optimizer, stream, seed=config.seed)
         if checkpoint:
-            load_checkpoint(state, checkpoint, accelerator, verify=False)  # verified by checkpoint_to_resume
+            load_checkpoint(state, checkpoint, accelerator, verify=False)  # checkpoint_to_resume has verified it
         schedule = Schedule.of_run(stream.num_rows, stream.global_batch_size, **config.schedule)
         checkpoints, keep, can_save = output / "checkpoints", config.save_total_limit or None, not config.deepspeed
         check_space(state, checkpoints, saves=can_save * schedule.num_due(state.step, config.save_steps), keep=keep)
@@ -108,7 +108,7 @@ def train(
         report.resuming(checkpoint, changes, stream.changes, can_save)
         measure = make_evaluation(
             wrapped, tokenizer, encode, LOSSES[config.loss], accelerator, quarantine, report.bar, **config.evaluation
-        )  # rows -> (metrics, answers), without label smoothing so that the losses of runs are comparable
+        )  # rows -> (metrics, answers), without label smoothing, so that runs are comparable
         saving = {"tokenizer": tokenizer, "config": settings, "max_shard_size": config.max_shard_size}
         # fitting_step calls train_step and, if memory runs out, retries with smaller micro-batches
         take_step = deepspeed_step if config.deepspeed else partial(fitting_step, tell=report.halving)
@@ -163,7 +163,7 @@ def evaluate_first(
 ) -> None:
     """Evaluate at step 0 with `eval_on_start`, or after resuming from a step at which an evaluation was due.
 
-    A run that is preempted at such a step saves without evaluating. An evaluation in metrics.jsonl is not repeated.
+    (A run that is preempted at such a step saves without evaluating.) Reuses an evaluation found in metrics.jsonl.
     """
     if state.step == 0 and config.eval_on_start:
         report.evaluation(*measure(rows))

@@ -1,4 +1,4 @@
-"""Run every test on one thread: models are tiny, and results are bit-identical only at a fixed number of threads."""
+"""Run torch on one thread, because results are bit-identical only for a fixed number of threads; mark slow tests."""
 
 import gc
 
@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # so that garbage collection in a test does not scan every imported module
+    gc.freeze()  # garbage collection during the tests then skips the imported modules
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

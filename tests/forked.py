@@ -1,4 +1,4 @@
-"""Ranks of one gloo group, forked from an interpreter that has torch loaded."""
+"""Run the ranks of one gloo group as forks of an interpreter that has already imported torch."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from tests.processes import PROGRAM, ROOT, ended, environment, finish, free_port
 def started_ranks(
     world_size: int, function: Callable[..., object], *arguments: object, stderr: int = subprocess.STDOUT
 ) -> Iterator[list[Forked]]:
-    """Start processes of one group that call `function(*arguments)`; on exit, kill those that still run."""
+    """Start the ranks of one group, which each call `function(*arguments)`; on exit, kill the ranks still running."""
     group = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": free_port()}
     ranks = []
     with ExitStack() as stack:
@@ -28,9 +28,9 @@ def started_ranks(
 
 
 def fork_ranks(world_size: int, function: Callable[..., object], *arguments: object, timeout: float = 120) -> list[int]:
-    """Call `function(*arguments)` in `world_size` processes of one group, all within `timeout` seconds.
+    """Call `function(*arguments)` on each of `world_size` ranks, and wait at most `timeout` seconds for all of them.
 
-    Returns their exit codes, negative for signals, and prints their output.
+    Returns the exit codes of the ranks (-N if signal N killed a rank), and prints the output of all ranks.
     """
     limit = monotonic() + timeout
     with started_ranks(world_size, function, *arguments) as ranks:
@@ -42,6 +42,6 @@ def fork_ranks(world_size: int, function: Callable[..., object], *arguments: obj
 
 
 def train_ranks(world_size: int, *flags: object, program: Path = PROGRAM) -> list[subprocess.CompletedProcess]:
-    """Run `python train_low_mem.py ...` on every rank, as a launcher does."""
+    """Run `python train_low_mem.py ...` on every rank, as a launcher would."""
     with started_ranks(world_size, run_program, program, *flags, stderr=subprocess.PIPE) as ranks:
         return [finish(process) for process in ranks]

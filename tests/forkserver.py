@@ -1,4 +1,4 @@
-"""Start processes without waiting for imports: fork an interpreter that has loaded torch and lowmem."""
+"""Start processes quickly: fork them from an interpreter that has already imported torch and lowmem."""
 
 import atexit
 import os
@@ -11,16 +11,18 @@ from tempfile import NamedTemporaryFile
 
 import torch
 
-_CONTEXT = get_context("forkserver")  # it has no threads; pytest's own process has, so forking it is unsafe
+# pytest's own process has threads, so forking it is unsafe; the fork server has none
+_CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preloaded"])
-_SERVER_DIED = 255  # multiprocessing's exit code for a process if the fork server did not report one
+_SERVER_DIED = 255  # the exit code that multiprocessing reports if its fork server has died
 
 
 class Forked:
-    """Call `function(*arguments)` in a new process and session; has the part of `subprocess.Popen` that the tests use.
+    """Call `function(*arguments)` in a new process and session; offer the methods of `subprocess.Popen` that tests use.
 
-    Output goes to files, which are read after the process has ended. The process exits like an interpreter: SystemExit
-    sets the exit code, excepthook and atexit handlers run. Modules in `tests.preloaded` were imported without `env`.
+    Output goes to files, which are read after the process has ended. The process exits as an interpreter does:
+    SystemExit sets its exit code, and it runs sys.excepthook and the atexit handlers. Modules that `tests.preloaded`
+    imports do not see `env`, because they were imported before the fork.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ def _call(
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, stream)
         os.close(file)
-    sys.stdout.reconfigure(line_buffering=False)  # as when writing to a pipe
+    sys.stdout.reconfigure(line_buffering=False)  # buffer as Python does when stdout is a pipe
     torch.set_num_threads(1)
     try:
         function(*arguments)
@@ -91,4 +93,4 @@ def _call(
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
     finally:
-        atexit._run_exitfuncs()  # multiprocessing does not call them
+        atexit._run_exitfuncs()  # multiprocessing does not run the atexit handlers

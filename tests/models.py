@@ -1,4 +1,4 @@
-"""Small real models with random weights, and rows for them."""
+"""Build small real models with random weights, and rows to train them on."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
@@ -42,5 +42,5 @@ def build(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
 
 
 def qa_rows(count: int) -> list[dict[str, str]]:
-    """Make prompts and responses of very unequal lengths, all of them different."""
+    """Make `count` different rows, whose prompts and responses vary widely in length."""
     return [{"prompt": f"问题 {i} " + "a" * (i * 7 % 23), "response": f"{i}" * (1 + i * 5 % 9)} for i in range(count)]

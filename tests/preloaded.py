@@ -1,10 +1,10 @@
-"""Imports of the interpreter that test processes are forked from; see tests/forkserver.py."""
+"""Import what test processes need into the fork server that starts them; see tests/forkserver.py."""
 
 # ruff: noqa: F401
 import gc
 import os
 
-# libraries read these at import; an initialized CUDA does not survive a fork
+# libraries read these variables at import; GPUs are hidden because initialized CUDA does not survive a fork
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import transformers.generation
@@ -15,5 +15,5 @@ import lowmem.cli
 import lowmem.plan.command
 import lowmem.train
 
-# so that garbage collection in a fork does not scan these modules and copy their pages
+# otherwise, garbage collection in a fork would scan these modules and so copy their memory pages
 gc.freeze()

@@ -1,4 +1,4 @@
-"""Real processes for tests: command lines and free ports; every wait has a timeout."""
+"""Run command lines as real processes, and find free ports; every wait has a timeout."""
 
 import os
 import runpy
@@ -21,9 +21,9 @@ Process = subprocess.Popen | Forked
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Return this process's environment without launcher variables, with one thread and this checkout importable.
+    """Return this process's environment without launcher variables, set to one thread, with this checkout importable.
 
-    GPUs are hidden, because NCCL refuses ranks that share one.
+    GPUs are hidden, because NCCL refuses ranks that share a GPU.
     """
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     kept = {k: v for k, v in kept.items() if not k.startswith("ACCELERATE_")}
@@ -40,7 +40,7 @@ def free_port() -> int:
 
 @contextmanager
 def started(*command: object, cwd: Path = ROOT, **changes: str) -> Iterator[subprocess.Popen]:
-    """Start a command from the project's root; on exit, kill its processes that still run."""
+    """Start a command in the folder `cwd`; on exit, kill the command and its descendants."""
     process = subprocess.Popen(
         [str(word) for word in command],
         cwd=cwd,
@@ -56,27 +56,27 @@ def started(*command: object, cwd: Path = ROOT, **changes: str) -> Iterator[subp
 
 @contextmanager
 def started_train(*flags: object, program: Path = PROGRAM, cwd: Path = ROOT, **changes: str) -> Iterator[Forked]:
-    """Start `python train_low_mem.py ...` like `started`, but forked from an interpreter that has done its imports."""
+    """Start `python train_low_mem.py ...` as `started` does, but fork an interpreter that has done the imports."""
     with ended(Forked(run_program, program, *flags, env=environment(**changes), cwd=cwd)) as process:
         yield process
 
 
 def run_program(path: Path, *flags: object) -> None:
-    """Do in this process what `python path ...` does."""
+    """Run `python path ...` within this process."""
     sys.argv = [str(path), *map(str, flags)]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @contextmanager
 def ended(process: Process) -> Iterator[Process]:
-    """On exit, kill a process that was started in its own session, and its children."""
+    """On exit, kill `process`, which was started in its own session, and all its descendants."""
     try:
         yield process
     finally:
-        left = children(process) if process.poll() is None else []  # a launcher's children have their own sessions
+        left = children(process) if process.poll() is None else []  # killpg misses children in other sessions
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        for each in (process, *left):  # a fork may not have its session yet
+        for each in (process, *left):  # killpg also misses a new fork that has no session yet
             with suppress(psutil.NoSuchProcess):
                 each.kill()
         process.wait(timeout=30)
@@ -91,7 +91,7 @@ def finish(process: Process, timeout: float = 120) -> subprocess.CompletedProces
 
 
 def run(*command: object, timeout: float = 120, cwd: Path = ROOT, **changes: str) -> subprocess.CompletedProcess:
-    """Run a command from the project's root, then kill its process group; return its exit code and output as text."""
+    """Run a command in the folder `cwd`, then kill what remains of it; return its exit code and its output as text."""
     with started(*command, cwd=cwd, **changes) as process:
         return finish(process, timeout)
 
@@ -111,11 +111,14 @@ def wait_until(condition: Callable[[], bool], process: Process, timeout: float =
 
 
 def train(*flags: object, timeout: float = 120, **changes: object) -> subprocess.CompletedProcess:
-    """Run `started_train` to its end. Tests of the time before imports call `run(sys.executable, PROGRAM, ...)`."""
+    """Run `started_train` to its end.
+
+    Its process has already done the imports. A test of what precedes them calls `run(sys.executable, PROGRAM, ...)`.
+    """
     with started_train(*flags, **changes) as process:
         return finish(process, timeout)
 
 
 def module_command(module: str, *words: object) -> Sequence[str]:
-    """`python -m module ...`, for launchers that may not be on the PATH."""
+    """Return the command `python -m module ...`, because the launcher's script may not be on the PATH."""
     return [sys.executable, "-m", module, *map(str, words)]

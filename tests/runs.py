@@ -1,4 +1,4 @@
-"""Small training runs of the command line: input files, flags and outputs."""
+"""Write the input files, make the flags and read the outputs of small training runs."""
 
 import json
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ from tests.models import T5, qa_rows
 
 
 def write_files(folder: Path, *, num_rows: int, dropout_rate: float = 0.0) -> Path:
-    """Write rows.jsonl and t5.json, the config of a T5; return the folder."""
+    """Write rows.jsonl and t5.json (a T5 config) into `folder`; return `folder`."""
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in qa_rows(num_rows)))
     (folder / "t5.json").write_text(json.dumps(T5 | {"dropout_rate": dropout_rate}))
     return folder
 
 
 def settings(work: Path, name: str, **changes: object) -> dict[str, object]:
-    """Return the settings of a run on the files in `work`, with its output in `work/name` and every step logged."""
+    """Return the settings of a run that reads the files in `work`, writes to `work/name` and logs every step."""
     return {
         "train_file": work / "rows.jsonl",
         "model_config": work / "t5.json",
@@ -62,7 +62,7 @@ def exit_of(work: Path, name: str) -> dict[str, object]:
 
 
 def assert_same_run(work: Path, name: str, other: str) -> None:
-    """Assert that two runs end with bit-identical weights and logged the same losses."""
+    """Assert that two runs ended with bit-identical weights and logged the same losses."""
     mine, theirs = weights(work, name), weights(work, other)
     assert mine.keys() == theirs.keys()
     assert all(equal(mine[key], theirs[key]) for key in mine)

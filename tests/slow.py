@@ -1,6 +1,6 @@
-"""Tests that `python -m pytest` skips, and the seconds that each took; `python -m pytest -m slow` runs them.
+"""List the tests that `python -m pytest` skips, and how long each took; `python -m pytest -m slow` runs them.
 
-Each one repeats a faster test at full size, under another launcher or with another model.
+Each test repeats a faster test at full size, under another launcher or with another model.
 """
 
 SECONDS = {

@@ -1,4 +1,4 @@
-"""Before init, rank 0 computes a value for all ranks; each rank gets it, or the error, within a time limit."""
+"""Before the process group exists, rank 0 computes a value; each rank gets it or an error within a time limit."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.models import LLAMA
 
 
 def as_rank(folder, work):
-    """Call `work` on a rank: write stderr and the result to two files, and exit with the command line's code."""
+    """Call `work`; write this rank's stderr and result to two files; after an error, exit with the CLI's exit code."""
     rank = os.environ["RANK"]
     with open(folder / f"stderr-{rank}", "w") as stderr:
         os.dup2(stderr.fileno(), 2)
@@ -39,7 +39,7 @@ def find(folder, how):
     if how == "fails":
         raise OSError("no such device")
     if how == "dies":
-        time.sleep(2)  # so that the other ranks are waiting for it
+        time.sleep(2)  # by then, the other ranks are waiting for rank 0
         os._exit(9)
     if how == "hangs":
         time.sleep(6)
@@ -81,7 +81,7 @@ def test_a_failure_of_rank_0_ends_every_rank(how, codes, message, tmp_path):
         for rank in (1, 2):
             stderr = (tmp_path / f"stderr-{rank}").read_text()
             assert message in stderr, stderr
-    else:  # every rank has this user error, so only one on the host prints it
+    else:  # every rank raises this user error, so only one rank per host prints it
         assert [(tmp_path / f"stderr-{rank}").read_text() for rank in range(3)] == [f"error: {message}\n", "", ""]
 
 

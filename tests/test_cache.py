@@ -16,7 +16,7 @@ from lowmem.data.files.source import Source
 from lowmem.errors import UsageError
 from tests.processes import ROOT, environment, run
 
-# Code for other processes: copy the file in upper case, and append "begin" and "end" to a file next to it.
+# Code that other processes run: write an upper-case copy of the file, and append "begin" and "end" to FILE.notes.
 BUILDER = """
 import os, sys, time
 import numpy as np
@@ -59,7 +59,7 @@ def source(tmp_path):
 
 
 class Builder:
-    """Copies a file in upper case, indexes its size and first bytes, and counts its calls."""
+    """Writes an upper-case copy of a file, indexes its size and first bytes, and counts how often it is called."""
 
     def __init__(self, source):
         self.source, self.times = source, 0
@@ -213,7 +213,7 @@ def test_files_of_one_name_in_two_folders_share_nothing_in_the_cache(source, tmp
 
 @pytest.fixture
 def locked_folder():
-    """A folder that this process may read but not write; root becomes another user until the test ends."""
+    """Make a folder that this process can read but not write; root switches to another user until the test ends."""
     folder = Path(tempfile.mkdtemp())
     (folder / "rows").write_bytes(b"some rows")
     (folder / "home").mkdir(mode=0o777)

@@ -1,4 +1,4 @@
-"""Conversations as tokens, with a byte-level BPE tokenizer that is trained here and with the slow byte tokenizer."""
+"""Tokenize conversations with a byte-level BPE tokenizer, which is trained here, and with the slow ByT5 tokenizer."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Its first line writes nothing: transformers strips whitespace around a block that is alone on its line.
+# The first line renders as nothing: transformers strips the whitespace around a block that is alone on its line.
 TAGGED_CHATML = """  {% set end = '<|im_end|>' %}
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\n' }}
@@ -34,7 +34,7 @@ PLAIN = (
     "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
-# Like Qwen3's: only the last answer keeps its thinking.
+# Like Qwen3's template, this one writes a <think> block only into the last message.
 FORGETFUL = (
     "{% for message in messages %}{{ message.role + ': ' }}{% if loop.last %}{{ '<think></think>' }}{% endif %}"
     "{{ message.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -80,7 +80,7 @@ TOKENIZERS = {name: bpe(template) for name, template in TEMPLATES.items()}
 
 @pytest.fixture
 def switching_threads():
-    """Switch between threads after almost every instruction."""
+    """Make Python switch threads after almost every instruction."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -88,7 +88,7 @@ def switching_threads():
 
 
 def said(tokenizer, ids, is_said):
-    """Decode each contiguous span of tokens that the assistant says."""
+    """Decode each contiguous span of tokens that `is_said` marks as the assistant's."""
     spans, before = [], False
     for token, says in zip(ids, is_said, strict=True):
         if says and not before:
@@ -140,7 +140,7 @@ def test_generation_tags_mark_the_same_tokens_as_in_transformers(messages):
     assert chat_tokenizer(tokenizer)(messages)[1] == [mark == 1 for mark in encoded["assistant_masks"]]
 
 
-@pytest.mark.parametrize("name", ["chatml", "tagged", "llama-3"])  # in "plain" a space and a word share a token
+@pytest.mark.parametrize("name", ["chatml", "tagged", "llama-3"])  # in "plain", one token holds a space and a word
 def test_offsets_without_spaces_mark_the_same_tokens(name):
     trimmed = bpe(TEMPLATES[name], trim_offsets=True)
     for messages in CHATS:

@@ -1,4 +1,4 @@
-"""A checkpoint is complete or absent, and any reader finds whole tensors in it."""
+"""A checkpoint is complete or absent, and its files hold whole tensors that any safetensors reader can load."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def test_a_state_loads_into_a_tier_that_stores_no_more_bits(then, now, tmp_path)
             assert torch.equal(after[name], value), name
         else:
             assert torch.allclose(after[name], value, rtol=0.13, atol=1e-8 + 0.13 * value.abs().max().item() / 15), name
-    if now == "lean":  # rounded, and without bias
+    if now == "lean":  # rounding changes the values but has no bias
         error = after["shared.weight.weight"] - before["shared.weight.weight"]
         assert 0 < error.abs().max() and error.mean().abs() < error.abs().mean() / 20
     train(loaded, 1)
@@ -311,7 +311,7 @@ def test_only_the_newest_are_kept(tmp_path):
 
 
 def test_pruning_touches_neither_later_checkpoints_nor_other_folders(tmp_path):
-    """Steps 3 and 4 are damaged, so a run resumes from step 2 and saves step 3, which pruning must keep."""
+    """Checkpoints 3 and 4 are damaged, so a run resumes from step 2 and saves a new step 3, which pruning must keep."""
     state = new_state()
     paths = [save_checkpoint(train(state, 1), tmp_path, ACCELERATOR) for _ in range(4)]
     shutil.copytree(paths[0], tmp_path / "step-00000001-good")
@@ -343,7 +343,7 @@ def test_a_changed_manifest_is_refused_even_if_it_is_valid_json(tmp_path):
 
 def test_a_generation_config_that_transformers_refuses_to_save_is_saved(tmp_path):
     state = train(new_state("llama"), 1)
-    state.model.generation_config.temperature = 0.6  # with do_sample=False, as in published models
+    state.model.generation_config.temperature = 0.6  # refused with do_sample=False, but published models have it
     path = save_checkpoint(state, tmp_path, ACCELERATOR)
     assert AutoModelForCausalLM.from_pretrained(path / "model").generation_config.temperature == 0.6
 
@@ -352,10 +352,10 @@ def test_a_failed_save_leaves_the_older_checkpoints(tmp_path):
     state = train(new_state(), 1)
     first = save_checkpoint(state, tmp_path, ACCELERATOR, keep=1)
     train(state, 1)
-    # the system's limit on file size: every write beyond it fails, as on a full disk
+    # limits the size of files, so that a larger write fails as on a full disk
     run_with_small_files(lambda: save_checkpoint(state, tmp_path, ACCELERATOR, keep=1))
     assert latest_checkpoint(tmp_path) == first
-    assert os.listdir(tmp_path) == [first.name]  # nothing is left of the failed one
+    assert os.listdir(tmp_path) == [first.name]  # the failed save has left no file
     second = save_checkpoint(state, tmp_path, ACCELERATOR, keep=1)
     assert os.listdir(tmp_path) == [second.name]
 
@@ -406,7 +406,7 @@ def test_the_model_folder_is_replaced_as_a_whole(tmp_path):
 
 
 class Branches(torch.nn.Module):
-    """A model with a layer that the loss does not use, a frozen layer, a scalar and a parameter of three dimensions."""
+    """A model with an unused layer, a frozen layer, a scalar parameter and a three-dimensional parameter."""
 
     def __init__(self):
         super().__init__()

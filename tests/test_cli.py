@@ -1,4 +1,4 @@
-"""The command line as users see it: real processes, exit codes, errors of one line, nothing written."""
+"""Test the command line as users see it: real processes, exit codes, one-line errors, no files after an error."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def timed(*flags):
 def test_wrong_flags_end_at_once(arguments, message, tmp_path):
     output = tmp_path / "out"
     flags = [f"--output_dir={output}"] if arguments == ["train"] else []
-    # the command takes about a second; the limit leaves room for a loaded test machine
+    # the command takes about a second; the limit allows for a busy test machine
     assert_refused(timed(*arguments, *flags), message, output, seconds=5)
 
 
@@ -106,7 +106,7 @@ def test_help_explains_every_flag():
 
 @pytest.mark.parametrize("words", [["--help"], ["plan", "--model_config=llama.json", "--max_seq_len=16"]])
 def test_a_command_exits_quietly_when_its_pipe_is_closed(words, tmp_path):
-    """As in `--help | head -1`."""
+    """For example, `--help | head -1` closes the pipe early."""
     (tmp_path / "llama.json").write_text(json.dumps(LLAMA))
     with started(sys.executable, ROOT / "train_low_mem.py", *words, cwd=tmp_path) as process:
         process.stdout.close()
@@ -115,7 +115,7 @@ def test_a_command_exits_quietly_when_its_pipe_is_closed(words, tmp_path):
 
 
 def test_a_command_that_fails_keeps_its_exit_code_when_its_pipe_is_closed():
-    """As in `2>&1 | true`."""
+    """For example, `2>&1 | true` closes the pipe of both stdout and stderr."""
     reading, writing = os.pipe()
     os.close(reading)
     words = [sys.executable, ROOT / "train_low_mem.py", "train", "--x=1"]
@@ -169,7 +169,7 @@ def test_evaluate_takes_columns_lengths_and_precision_from_the_model_folder(prec
         result = train(command, *flags, "--max_predict_samples=2")
         assert result.returncode == 0, result.stderr
         printed = json.loads(result.stdout.splitlines()[-1])
-        # batches have another size here, so bf16 rounds slightly differently
+        # `evaluate` uses another batch size than the run, so bf16 rounds slightly differently
         expected = {name: value for name, value in measured.items() if name != "step"}
         assert printed == pytest.approx(expected, rel=1e-6 if precision == "no" else 1e-4)
 
@@ -213,7 +213,8 @@ def test_a_model_that_the_loss_does_not_support_is_refused_before_the_run_starts
     result = train("train", *flags, "--loss=plain", f"--output_dir={output}")
     assert result.returncode == 0, result.stderr
     (tmp_path / "rows.jsonl").write_text(json.dumps(qa_rows(1)[0]))
-    flags = [f"--model_name_or_path={output}/model", f"--test_file={tmp_path}/rows.jsonl"]  # which sets loss=plain
+    # model/lowmem.json sets loss=plain
+    flags = [f"--model_name_or_path={output}/model", f"--test_file={tmp_path}/rows.jsonl"]
     assert train("evaluate", *flags).returncode == 0
 
 

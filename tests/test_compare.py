@@ -1,4 +1,4 @@
-"""benchmarks/compare.py: all systems do the same work, and a missing system gets a line with the reason."""
+"""In benchmarks/compare.py, all systems do the same work, and the table says why a system could not run."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from tests.processes import run
 
 
 def compared(folder, *flags):
-    """Compare systems on a small model and rows of unequal lengths; return the records by system, and the table."""
+    """Run compare.py on a small model and rows of unequal lengths; return {system: record}, and the table as text."""
     rows = [{"prompt": "a" * (i % 23 + 1), "response": "b" * (i * 7 % 11 + 1)} for i in range(97)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = folder / "compared.jsonl"

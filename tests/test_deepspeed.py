@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO trains like one process, with less memory per rank, however it is configured."""
+"""Every ZeRO stage of DeepSpeed, with or without offload, trains like one process, with less memory per rank."""
 
 import json
 import math
@@ -34,7 +34,7 @@ from tests.processes import PROGRAM, ROOT, finish, free_port, module_command, ru
 pytest.importorskip("deepspeed")
 
 CPU = {"device": "cpu"}
-# with the defaults, stage 3 would not shard models as small as these
+# with DeepSpeed's defaults, stage 3 would not shard models as small as these
 STAGE_3 = {"stage": 3} | dict.fromkeys(
     (
         "stage3_param_persistence_threshold",
@@ -62,7 +62,7 @@ def batches_of(family, opened=open_stream, **options):
 def new_state(family, accelerator):
     model = build(family)
     optimizer = make_optimizer(model, memory="off", weight_decay=0.1)
-    # 7 rows per step: one of two ranks has micro-batches of 2 and 2, the other of 2 and 1
+    # 7 rows per step: of two ranks, one has micro-batches of 2 and 2 rows, the other has 2 and 1 rows
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     stream = batches_of(family, global_batch_size=7, collate=collate_of(family), **ranks)
     if accelerator.deepspeed_plugin is not None:
@@ -75,7 +75,7 @@ def collate_of(family):
 
 
 def zero_accelerator(zero, *, bf16=False):
-    AcceleratorState._reset_state()  # otherwise it keeps the previous strategy
+    AcceleratorState._reset_state()  # otherwise AcceleratorState would keep the previous strategy
     config = complete_zero_config(json.dumps({"zero_optimization": zero}), batch_size=2, max_grad_norm=1.0, bf16=bf16)
     return make_accelerator(config, on_cpu=True)
 
@@ -95,10 +95,10 @@ def bytes_of_state(optimizer):
 
 
 def results_of(state, family, loss, folder, accelerator):
-    """Return the curve, evaluation, answers and bytes to compare; save the weights."""
+    """Train, evaluate and save the weights; return the loss curve, metrics, answers and byte counts to compare."""
     results = {"curve": curve_of(state, LOSSES[loss], accelerator)}
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    # the third batch of 4 has only one row, so the second rank gets none
+    # two ranks share batches of 4 rows; the third batch has one row, so the second rank gets no row
     held_out = as_rows(qa_rows(9))
     encode = ENCODERS[family](ByT5Tokenizer(), max_seq_len=64)
     batches = open_eval(held_out, encode, batch_size=2, collate=collate_of(family), **ranks)
@@ -110,7 +110,7 @@ def results_of(state, family, loss, folder, accelerator):
     return results
 
 
-CASES = [("t5", "chunked"), ("llama", "plain")]  # t5's head is tied, so its weight is used twice
+CASES = [("t5", "chunked"), ("llama", "plain")]  # T5's head is tied to its embeddings, so one weight is used twice
 
 
 def train_with_every_strategy(folder):
@@ -160,7 +160,7 @@ def test_two_ranks_train_like_one_process(strategy, family, loss, trained, alone
     mine, theirs = (load_file(path / f"{family} {loss}" / "model.safetensors") for path in (trained / strategy, folder))
     assert mine.keys() == theirs.keys()
     for name in mine:
-        # Adam divides a gradient by its own magnitude, which near 0 is only rounding error
+        # Adam divides a gradient by its own magnitude, which magnifies the rounding errors of gradients near 0
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-4)
 
 
@@ -210,7 +210,7 @@ def in_fp32():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bf16_has_an_fp32_master(strategy, trained, in_fp32):
-    """At this learning rate most updates are too small for bf16 weights."""
+    """At this learning rate, bf16 weights lose most updates to rounding; only fp32 master weights give these losses."""
     curve = json.loads((trained / strategy / "bf16.json").read_text())
     for (loss, norm, _), (expected_loss, expected_norm, _) in zip(curve, in_fp32, strict=True):
         assert loss == pytest.approx(expected_loss, rel=5e-4)
@@ -239,7 +239,7 @@ LAUNCHERS = {
         "train_low_mem.py",
         "train",
     ),
-    # only its launcher: plain data parallel
+    # DeepSpeed's launcher without ZeRO: plain data parallelism
     "deepspeed": module_command(
         "deepspeed.launcher.runner", "--num_gpus=2", "--master_port=PORT", "train_low_mem.py", "train"
     ),

@@ -1,4 +1,4 @@
-"""The generated parts of README.md and docs/ are up to date; a character that is changed by hand is detected."""
+"""The generated parts of README.md and docs/ are up to date, and an edit by hand is detected."""
 
 import re
 import shutil

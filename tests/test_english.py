@@ -1,4 +1,4 @@
-"""No text of this project uses the dialect that it once had: one reads those words twice."""
+"""No text of this project uses the words listed in DIALECT, because they make a sentence hard to read."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.processes import ROOT
 
-# A pattern of words, and what to write instead.
+# Pattern of forbidden words: what to write instead.
 DIALECT = {
     r"anew|begun again": "again",
     r"alike": "identically, the same",
@@ -39,9 +39,9 @@ DIALECT = {
     r"(is|are) not built": "is not supported",
     r"divided over|gathered weights|weights that were gathered": "sharded, all-gathered",
 }
-# Lines with one of these texts are right as they are.
+# Pattern: texts that exempt a line from this pattern.
 EXCEPTIONS = {
-    "last words": ["last_words"],  # the keyword of `join`, which remains as an alias
+    "last words": ["last_words"],  # an argument of `join`, which remains as an alias of `init_distributed`
 }
 
 FILES = sorted(
@@ -53,7 +53,7 @@ FILES += sorted(path for folder in ("lowmem", "tests") for path in (ROOT / folde
 
 
 def dialect_in(text):
-    """Lines with a word of the dialect: (line number, words, what to write instead)."""
+    """Return (line number, words, what to write instead) for each forbidden use in `text`."""
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         for pattern, instead in DIALECT.items():

@@ -1,4 +1,4 @@
-"""`verify` reads every byte; `export` writes a model in another dtype, from fp32 master weights if it has them."""
+"""`verify` checks every byte; `export` writes a model in another dtype, from fp32 master weights where they exist."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.processes import run, train
 
 
 def saved(folder, family, memory="exact"):
-    """Save a checkpoint after one step; return its path, its weights, and those of fp32 AdamW after the same step."""
+    """Save a checkpoint after one step; return its path, its weights, and the weights of fp32 AdamW after that step."""
     model, twin = build(family), build(family)
     optimizer = make_optimizer(model, memory=memory)
     reference = make_optimizer(twin, memory="off")
@@ -57,7 +57,7 @@ def assert_equal(model, tensors):
     found = model.state_dict()
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        # transformers takes some of T5's weights as fp32 where a file has fp16
+        # transformers loads some of T5's weights in fp32 although their file has fp16
         assert found[name].dtype in (tensor.dtype, torch.float32) and equal(found[name].to(tensor.dtype), tensor), name
 
 
@@ -66,7 +66,7 @@ def assert_equal(model, tensors):
 def test_a_model_is_exported_in_each_dtype(family, max_shard_size, tmp_path, capsys):
     path, weights, master = saved(tmp_path / "run", family)
     for dtype, expected in {
-        "float32": master,  # bit-identical to training in fp32
+        "float32": master,  # the master weights are bit-identical to those of training in fp32
         "float16": {name: tensor.half() for name, tensor in master.items()},
         "bfloat16": weights,
         "None": weights,
@@ -103,7 +103,7 @@ def test_lean_has_master_weights_only_for_small_parameters(tmp_path):
 
 
 def test_any_model_folder_is_exported_without_its_other_files(tmp_path):
-    model = build("llama", vocab_size=140_001)  # its embedding is converted in two pieces
+    model = build("llama", vocab_size=140_001)  # so many tokens that the embedding is converted in two pieces
     model.save_pretrained(tmp_path / "in")
     ByT5Tokenizer().save_pretrained(tmp_path / "in")
     (tmp_path / "in" / "pytorch_model.bin").write_bytes(b"\x80\x04malicious")

@@ -26,11 +26,12 @@ from lowmem.step import TrainState
 from tests.forked import fork_ranks
 
 FAULTS = {"killed": None, "no space": errno.ENOSPC, "disk error": errno.EIO}
-REACHED, NOT_REACHED = 3, 4  # exit codes: whether a rank reached the failing operation, or saw another rank fail
+# Exit codes of a rank: REACHED if it reached the operation that fails or saw another rank fail, else NOT_REACHED.
+REACHED, NOT_REACHED = 3, 4
 
 
 def small_state(step):
-    """Make a state with moments; its values depend on the step."""
+    """Make a training state with optimizer moments; all its values depend on `step`."""
     model = nn.Linear(3, 2)
     optimizer = make_optimizer(model, memory="off")
     for parameter in model.parameters():
@@ -49,7 +50,7 @@ def assert_equal(state, other):
 
 
 def fail_at(point, fault):
-    """Fail at the `point`th disk operation from now on; return a list that records every operation."""
+    """Make the `point`th disk operation after this call fail; return a list to which every operation is appended."""
     seen = []
 
     def hook(event, arguments):
@@ -66,10 +67,11 @@ def fail_at(point, fault):
 
 
 def save_failing(folder, fault, point, failing_ranks):
-    """Save step 2 next to step 1, which is removed once step 2 is saved."""
+    """Save step 2 with a fault at one operation; a save that succeeds also removes step 1."""
     accelerator = Accelerator(cpu=True)
     if accelerator.num_processes > 1:
-        accelerator.wait_for_everyone()  # rank 0 hosts the store: if killed before this, it would end the others
+        # rank 0 hosts the store: if it were killed before all ranks have joined, the others would end too
+        accelerator.wait_for_everyone()
     seen = fail_at(point, fault) if accelerator.process_index in failing_ranks else []
     outcome = REACHED
     try:
@@ -80,12 +82,12 @@ def save_failing(folder, fault, point, failing_ranks):
         if len(seen) >= point and seen[point - 1][0] == "fsync":  # a failed fsync must not be retried
             assert seen.count(seen[point - 1]) == 1
     except RankError:
-        assert fault == "killed"  # this rank waited for the one that was killed
+        assert fault == "killed"  # this rank was waiting for the killed rank
     os._exit(outcome)
 
 
 def check_every_point(folder, fault, failing_ranks, attempt):
-    """Save repeatedly, failing at the first disk operation, then at the second and so on, until a save succeeds."""
+    """Save repeatedly: fail at the first disk operation, then at the second, and so on, until a save succeeds."""
     accelerator = Accelerator(cpu=True)
     old = save_checkpoint(small_state(1), folder / "first", accelerator)
     for point in count(1):
@@ -97,7 +99,7 @@ def check_every_point(folder, fault, failing_ranks, attempt):
         state = small_state(5)
         load_checkpoint(state, newest, accelerator)
         assert_equal(state, small_state(state.step))
-        if -signal.SIGKILL not in codes:  # after an error a save cleans up; what it cannot remove is renamed
+        if -signal.SIGKILL not in codes:  # after an error, only a renamed old checkpoint may remain
             left = {path.name for path in work.iterdir()} - {"step-00000001", "step-00000002"}
             assert not left or (newest.name == "step-00000002" and left == {".unfinished-removal-step-00000001"})
         after = save_checkpoint(small_state(3), work, accelerator, keep=1)
@@ -120,7 +122,7 @@ def fork_alone(function, *arguments):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_save_may_fail_at_any_operation(fault, tmp_path):
-    # in a process without threads, since it forks
+    # runs in a process without threads, because `check_every_point` forks
     assert fork_ranks(1, check_every_point, tmp_path, fault, [0], fork_alone) == [0]
 
 
@@ -131,7 +133,7 @@ def test_one_of_two_ranks_may_fail_at_any_operation(failing_rank, fault, tmp_pat
 
 
 def test_everything_is_on_disk_before_the_rename(tmp_path):
-    """The order: fsync files, fsync folders, rename, fsync the parent folder, remove the old checkpoint."""
+    """The order is: fsync files, fsync folders, rename, fsync the parent folder, remove the old checkpoint."""
     assert fork_ranks(1, save_in_order, tmp_path) == [0]
 
 

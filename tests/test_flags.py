@@ -61,10 +61,10 @@ def test_layers_override_each_other(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("use_large_config: true\nlearning_rate: 1.0e-3\nbatch_size: 4\nmixed_precision: no\n")
     config = resolve({"config": str(file), "batch_size": "3"})
-    assert config.batch_size == 3  # flag > file
-    assert config.learning_rate == 1e-3 and config.mixed_precision == "no"  # file > preset
-    assert config.recompute == "full" and config.model_config == "t5-base"  # preset > default
-    assert config.optimizer == "adamw"  # default
+    assert config.batch_size == 3  # the flag overrides the file
+    assert config.learning_rate == 1e-3 and config.mixed_precision == "no"  # the file overrides the preset
+    assert config.recompute == "full" and config.model_config == "t5-base"  # the preset overrides the default
+    assert config.optimizer == "adamw"  # the default
 
 
 def test_the_large_preset_is_t5_base_as_documented():

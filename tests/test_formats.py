@@ -1,4 +1,4 @@
-"""Storage formats for fp32 values: exact ones keep every bit, rounded ones are unbiased."""
+"""Storage formats for fp32 values: exact formats keep every bit, rounded formats are unbiased."""
 
 import math
 
@@ -39,7 +39,7 @@ def test_the_upper_half_is_the_nearest_bf16():
     high, _ = split(values)
     ties = values.view(torch.int32) & 0xFFFF == 0x8000
     assert torch.equal(high[~ties], values.bfloat16()[~ties])
-    tie = torch.tensor([1 + 2**-8, -1 - 2**-8])  # torch rounds ties to even, split away from zero
+    tie = torch.tensor([1 + 2**-8, -1 - 2**-8])  # torch rounds ties to even, `split` rounds them away from zero
     assert torch.equal(split(tie)[0].float(), torch.tensor([1 + 2**-7, -1 - 2**-7]))
 
 
@@ -58,7 +58,8 @@ def test_values_that_bf16_can_represent_are_never_rounded():
     values = torch.tensor([1.0, -2.5, 0.0, math.inf, -math.inf])
     for seed in range(20):
         assert torch.equal(round_stochastically(values, random_halves(values.shape, generator(seed))).float(), values)
-    bits = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32)  # NaN on a CPU, on CUDA, and with all bits set
+    # the NaN of a CPU, the NaN of CUDA, and a NaN with all bits set
+    bits = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32)
     assert round_stochastically(bits.view(torch.float32), torch.full((3,), 65535, dtype=torch.int32)).isnan().all()
 
 
@@ -90,11 +91,12 @@ def test_8_bit_floats_are_unbiased_and_relatively_precise(form, sign):
     for _ in range(DRAWS):
         write(tensors, "m", slice(None), values, random_halves(values.shape, source))
         kept = read(tensors, "m", slice(None)).double()
-        assert ((kept - values).abs() <= values.abs() / 7.9).all()  # 3 bits of mantissa
+        assert ((kept - values).abs() <= values.abs() / 7.9).all()  # the mantissa has 3 bits
         total += kept
         squares += (kept - values).square()
     spread = (squares / DRAWS).sqrt() / math.sqrt(DRAWS)
-    # a value exceeds 4 standard deviations once in 16,000, and there are 900, so the mean square is checked too
+    # by chance, one value in 16,000 is off by more than 4 standard deviations: 5 is a safe limit for these 900
+    # values, but a loose one, so their mean square is checked too
     distance = (total / DRAWS - values) / (spread + 1e-6 * values.abs())
     assert distance.abs().max() < 5 and distance.square().mean() < 1.3
 
@@ -108,11 +110,11 @@ def test_a_second_moment_never_becomes_zero_and_a_zero_stays_zero():
     assert 0 < kept[0, 1] < 1e-8 and (kept[1] == 0).all()
     first = zeros("m", values, "int8")
     write(first, "m", slice(None), values, torch.full(values.shape, 65535, dtype=torch.int32))
-    assert read(first, "m", slice(None))[0, 2] == 0  # a weight without gradient does not move
+    assert read(first, "m", slice(None))[0, 2] == 0  # so a weight without a gradient does not move
 
 
 def test_each_row_has_its_own_blocks():
-    """A row's codes do not depend on other rows, so that rows can be sharded."""
+    """The codes of a row do not depend on other rows, so a tensor can be sharded by rows."""
     values = torch.randn(6, 300, generator=generator()) * torch.logspace(-3, 3, 6).unsqueeze(1)
     random = random_halves(values.shape, generator(1))
     whole, part = zeros("m", values, "int8"), zeros("m", values, "int8")

@@ -1,4 +1,4 @@
-"""No rank waits forever, and every remaining rank names the failed one, its position and the cause."""
+"""No rank waits forever: each remaining rank reports which rank failed, at which step and phase, and why."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def end_a_rank(victim, number, folder):
     sum_over_ranks(1)
     if rank == int(victim):
         with heartbeat.phase("computing gradients"):
-            time.sleep(1)  # until the others have received this heartbeat
+            time.sleep(1)  # wait until the other ranks have received this heartbeat
             os.kill(os.getpid(), int(number))
     sum_over_ranks(2)
 
@@ -48,7 +48,7 @@ def test_a_rank_that_is_killed_or_stopped_is_named_by_all_others(victim, how, tm
         assert re.search(message, outputs[rank]), outputs[rank]
         assert "step 4, all-reducing" in outputs[rank]
         assert ranks[rank].returncode == 1
-        if how == signal.SIGSTOP:  # its connections stay open, so only the heartbeat can end the others
+        if how == signal.SIGSTOP:  # a stopped rank's connections stay open, so only the heartbeat can end the others
             assert re.search(message, (tmp_path / str(rank)).read_text())
 
 
@@ -57,7 +57,7 @@ def fail_alone():
     with heartbeat.phase("computing gradients"):
         if rank == 1:
             raise KeyError("no such row")
-        time.sleep(60)  # as in a GPU collective, which would raise no exception
+        time.sleep(60)  # blocks without an exception, as a GPU collective would
 
 
 def test_an_error_on_one_rank_alone_ends_the_others_with_its_cause():
@@ -70,13 +70,13 @@ def test_an_error_on_one_rank_alone_ends_the_others_with_its_cause():
 def wait_long_and_end_at_different_times(next_port):
     limit = 1.5
     join_and_watch(limit)
-    on_main_rank(lambda: time.sleep(2 * limit))  # the others wait in a collective
+    on_main_rank(lambda: time.sleep(2 * limit))  # the other ranks wait in a collective
     dist.destroy_process_group()
-    os.environ["MASTER_PORT"] = next_port  # at the old one a rank might still reach the store that is closing
-    rank = join_and_watch(limit)  # another group, with another heartbeat
+    os.environ["MASTER_PORT"] = next_port  # at the old port, a rank might still reach the first group's closing store
+    rank = join_and_watch(limit)  # a second group, with its own heartbeat
     if rank == 0:
         time.sleep(2 * limit)  # rank 1 ends during this time
-        dist.destroy_process_group()  # then this process ends, and the store with it
+        dist.destroy_process_group()  # rank 0 then ends, and so does the store that it hosts
     if rank == 2:
         time.sleep(4 * limit)
 
@@ -97,11 +97,11 @@ def be_stopped_for_a_while(folder):
 def test_a_rank_that_was_stopped_does_not_blame_the_others(tmp_path):
     with started_ranks(2, be_stopped_for_a_while, tmp_path) as ranks:
         wait_until((tmp_path / "runs").exists, ranks[1])
-        time.sleep(1)  # a few heartbeats
+        time.sleep(1)  # long enough for a few heartbeats
         ranks[1].send_signal(signal.SIGSTOP)
         time.sleep(LIMIT + 1.5)
         ranks[1].send_signal(signal.SIGCONT)
-        time.sleep(1)  # a few more
+        time.sleep(1)  # long enough for a few more
         (tmp_path / "continue").touch()
         outputs = [process.communicate(timeout=60)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outputs

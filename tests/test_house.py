@@ -1,4 +1,4 @@
-"""The structure of the code: imports go one way and stay light, and every public name and slow test exists."""
+"""Test the structure of the code: imports go one way and load no torch; public names and slow tests exist."""
 
 import ast
 import sys
@@ -9,7 +9,7 @@ import lowmem
 from tests.processes import ROOT, run
 from tests.slow import SECONDS
 
-# A module imports only from its own folder and from those before it in this list.
+# A module imports only from its own folder, and from folders and modules before it in this list.
 ORDER = (
     "errors config storage distributed data model optim memory loss step deepspeed_step recover evaluation checkpoint "
     "report train plan job plot cli"
@@ -24,7 +24,7 @@ MODULES = {
 def imports_of(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lowmem"):
-            for imported in (f"{node.module}.{alias.name}" for alias in node.names):  # a module, or a name in one
+            for imported in (f"{node.module}.{alias.name}" for alias in node.names):  # a module or a name in a module
                 yield imported if imported in MODULES else node.module
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("lowmem"))
@@ -42,7 +42,7 @@ def test_modules_import_only_from_their_folder_and_those_before_it():
         assert imported <= MODULES.keys(), f"{module} imports {imported - MODULES.keys()}"
         later = [other for other in imported if layer(other) > layer(module)]
         assert not later, f"{module} imports {later}"
-    list(TopologicalSorter(graph).static_order())  # no cycle within a folder either
+    list(TopologicalSorter(graph).static_order())  # raises CycleError if modules of one folder import each other
 
 
 def test_no_module_below_train_sees_the_config():

@@ -1,4 +1,4 @@
-"""Every launcher starts one process group of the requested size, and all give the same losses."""
+"""Every launcher starts one process group of the requested size, and the losses are the same under all of them."""
 
 import json
 import sys
@@ -128,7 +128,7 @@ def test_two_processes_train_like_one(launcher, files, alone, tmp_path):
 
 
 def test_two_processes_train_the_large_preset(tmp_path):
-    """T5-base at its real size, with smaller batch flags."""
+    """Train T5-base at its real size, on smaller batches and shorter rows than the preset's."""
     command = module_command(
         "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", f"--main_process_port={free_port()}"
     )
@@ -180,14 +180,14 @@ def test_accelerates_precision_is_used(files, tmp_path):
 
 
 def test_a_failing_rank_ends_the_run_with_its_exit_code(files, tmp_path):
-    """Plain python starts the processes itself, and a user error found only in them still exits with 2."""
+    """Plain python starts the ranks itself; a user error that only the ranks can detect still gives exit code 2."""
     flags = ["--num_processes=2", "--text_column=prompt", f"--output_dir={tmp_path}/out"]
     result = train("train", *files, *flags)
     assert result.returncode == 2, (result.returncode, result.stderr)
     assert "needs a causal model" in result.stderr
 
 
-# --num_processes (None: the file sets it), and the expected log line
+# Config file: --num_processes (None if the file sets it), and text that the log must contain.
 CONFIGS = {
     "cpu": (None, "on 2 x cpu, 40 rows"),
     "single_gpu": (None, "on 1 x cpu, 40 rows"),
@@ -214,7 +214,7 @@ def causal(files, tmp_path_factory):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_accelerate_config_trains_like_one_process(name, causal, tmp_path):
     path = ROOT / "accelerate_configs" / f"{name}.yaml"
-    assert path.read_text().startswith("# ")  # when to use it
+    assert path.read_text().startswith("# ")  # the first line says when to use the config
     flags, expected = causal
     processes, line = CONFIGS[name]
     command = module_command(

@@ -40,7 +40,7 @@ def all_locations(file):
 
 
 def reason(path, content, index=1):
-    """Return the location of a row of the first group, and why it is refused."""
+    """Return `location: error` for row `index` of the first group, which must be refused."""
     file = open_lines(path, content)
     with pytest.raises(ValueError) as caught:
         file.row(file.read_group(0), index)
@@ -55,7 +55,7 @@ def zstd(content):
 
 
 def random_lines(seed, num_lines, longest=300):
-    """Lines of letters, spaces and umlauts, about one in six of them blank, with every kind of line end."""
+    """Make lines of letters, spaces and umlauts; about one in six is blank, and each ends in LF or CRLF."""
     random = np.random.default_rng(seed)
     lines = []
     for _ in range(num_lines):
@@ -353,7 +353,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 
 class _CutsShort(SimpleHTTPRequestHandler):
-    """Serves files without range requests, as simple servers do, and only the first half of files named cut.*."""
+    """Supports no range requests, like many simple servers, and sends only the first half of files named cut.*."""
 
     def copyfile(self, source, outputfile):
         content = source.read()

@@ -39,7 +39,7 @@ def gradients(model):
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("elements", [1, 1000, 10**7])  # vocabulary entries per slice: 1, about 30, all
-@pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])  # tied and scaled, untied, tied
+@pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])  # output head: tied and scaled, untied, tied
 def test_chunked_loss_equals_plain_loss(family, elements, label_smoothing):
     model, batch = build(family), batch_of(family)
     results = []
@@ -79,11 +79,11 @@ def test_a_head_with_bias_has_torchs_gradients(label_smoothing):
     torch.testing.assert_close(*results)
 
 
-VOCABULARY = 151_936  # Qwen2.5's
+VOCABULARY = 151_936  # the vocabulary size of Qwen2.5
 
 
 def head_gradients(states, weight, targets, label_smoothing, loss, slice_elements=None):
-    """Return the summed loss, and the gradients of its mean over targets that count, in the states' dtype."""
+    """Compute in the dtype of `states`; return the summed loss, and the gradients of the mean loss per target."""
     states, weight = states.clone().requires_grad_(), weight.clone().requires_grad_()
     counting = targets != -100
     if loss == "chunked":
@@ -102,7 +102,7 @@ def head_gradients(states, weight, targets, label_smoothing, loss, slice_element
 
 
 def head(rows=48, width=16):
-    """Make an output head and states of 3 rows; the middle row has no target, every fifth target is ignored."""
+    """Make hidden states, a head's weight and targets; the middle third and every fifth of the targets are -100."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(rows, width, generator=generator)
     weight = torch.randn(VOCABULARY, width, generator=generator) * width**-0.5
@@ -115,7 +115,7 @@ def head(rows=48, width=16):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_gradients_of_a_large_vocabulary_in_fp32_and_bf16(label_smoothing):
     states, weight, targets = head()
-    # the reference takes the rounded inputs as exact, so that only rounding in the arithmetic counts
+    # the reference for bf16 starts from the rounded inputs, so only errors of the arithmetic are measured
     rounded = states.bfloat16(), weight.bfloat16()
     exact = head_gradients(states.double(), weight.double(), targets, label_smoothing, "plain")
     exact_of_rounded = head_gradients(*(x.double() for x in rounded), targets, label_smoothing, "plain")
@@ -158,7 +158,7 @@ def test_the_full_logits_are_never_in_memory():
             head_gradients(states, weight, targets, 0.1, "chunked") if gradients else (
                 chunked_cross_entropy(states, weight, None, targets.clamp(min=0), label_smoothing=0.1)
             )
-        # a slice of 2**22 logits and a copy or two, plus the head's gradient and the clone made here
+        # allowed: a slice of 2**22 fp32 logits and two copies, plus the gradient and the clone of the head's weight
         assert meter.peak_bytes < 3 * 2**22 * 4 + gradients * 2.2 * weight.nbytes < 480 * VOCABULARY * 4
 
 
@@ -242,7 +242,7 @@ def test_labels_of_another_length_than_the_hidden_states_are_refused():
 
 def test_a_model_that_sees_its_targets_is_refused():
     fields = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    # large weights, so that it attends to other tokens as a trained model does
+    # large weights make the model attend to other tokens, as a trained model does
     fields |= {"intermediate_size": 32, "initializer_range": 0.5}
     config = AutoConfig.for_model("bert", **fields)
     model = AutoModelForCausalLM.from_config(config)

@@ -1,4 +1,4 @@
-"""MemoryMeter against byte counts done by hand, and fake tensors against real ones."""
+"""Compare MemoryMeter with byte counts done by hand, and fake tensors with real tensors."""
 
 from contextlib import nullcontext
 
@@ -140,7 +140,7 @@ def test_backward_of_a_linear_layer(tensors):
             y = layer(x)
             assert meter.live_bytes - before == rows * narrow * FLOAT
             y.backward(torch.ones(()).expand(rows, narrow))
-            assert meter.live_bytes - before == (rows * narrow + weights) * FLOAT  # gradients stay
+            assert meter.live_bytes - before == (rows * narrow + weights) * FLOAT  # the gradients remain
 
 
 @either
@@ -149,7 +149,7 @@ def test_saved_activations_count_until_backward_and_checkpointing_avoids_them(te
     with tensors(), MemoryMeter() as meter:
 
         def three_saved(x):
-            return x.exp().exp().exp().sum()  # each saves its result
+            return x.exp().exp().exp().sum()  # each `exp` saves its result for backward
 
         x = torch.ones(1000, requires_grad=True)
         for run, saved in ((three_saved, 3), (lambda x: checkpoint(three_saved, x, use_reentrant=False), 0)):
@@ -165,9 +165,10 @@ def test_saved_activations_count_until_backward_and_checkpointing_avoids_them(te
 
 def two_steps(family, loss_fn, accelerator, *, memory="off", savers=(), micro_batches=2):
     """Return the peak bytes of the second optimizer step, and the bytes that remain after it."""
-    # transformers makes a mask if it cannot read the values that show it needs none, but not for unknown attention
+    # transformers makes an attention mask unless tensor values show that none is needed, and fake tensors have no
+    # values; it never makes a mask for an attention implementation that it does not know
     AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
-    shallow = {"num_layers": 1} if family == "t5" else {}  # its two stacks have two layers
+    shallow = {"num_layers": 1} if family == "t5" else {}  # T5's encoder and decoder then have two layers together
     model = build(family, attn_implementation="sdpa_without_mask", **shallow)
     tokens = torch.ones((2, 16), dtype=torch.int64)
     labels = tokens if family == "t5" else F.pad(tokens[:, 1:], (1, 0), value=-100)
@@ -205,7 +206,7 @@ def test_a_step_on_fake_tensors_takes_the_bytes_of_a_real_one(family, options):
 
 
 def test_a_step_on_fake_tensors_takes_the_bytes_of_a_real_one_under_autocast():
-    # in its own process: an Accelerator sets the precision of the whole process
+    # runs in its own process, because an Accelerator sets the precision of the whole process
     with ended(Forked(compare_under_autocast, env=environment(), cwd=ROOT)) as process:
         result = finish(process)
     assert result.returncode == 0, result.stderr

@@ -61,7 +61,7 @@ def test_t5_base_has_the_published_shape():
         from transformers import AutoModelForSeq2SeqLM
 
         model = AutoModelForSeq2SeqLM.from_config(config)
-    assert model.num_parameters() == 222_903_552  # google-t5/t5-base
+    assert model.num_parameters() == 222_903_552  # as in google-t5/t5-base
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
@@ -130,5 +130,5 @@ def test_learned_biases_use_fused_attention_only_on_a_gpu(tmp_path):
         assert model.config._attn_implementation == attention
         model.save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
-        assert "attn" not in (tmp_path / "config.json").read_text()  # the code that loads it chooses
+        assert "attn" not in (tmp_path / "config.json").read_text()  # the code that loads it chooses the attention
         assert load_model(tmp_path)[0].config._attn_implementation == attention

@@ -1,4 +1,4 @@
-"""Nothing is pickled or unpickled while a run saves and resumes, and no file that could hold a pickle is opened."""
+"""Saving and resuming neither pickle nor unpickle anything, and open no file that could hold a pickle."""
 
 import os
 import pickle
@@ -22,7 +22,7 @@ from tests.test_sharded import DDP, FSDP, new_state, train
 
 
 def save_and_load_unpickled(folder, sharding_strategy):
-    """Save and load on each rank, with pickling, unpickling and the opening of pickle files forbidden."""
+    """Save and load on each rank; raise if anything is pickled or unpickled, or if a pickle file is read."""
 
     def refuse(event, arguments):
         is_read = event == "open" and isinstance(arguments[0], str | os.PathLike) and arguments[1] != "w"

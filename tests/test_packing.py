@@ -15,7 +15,7 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 384, "n_embd": 32, "n_layer": 2, "n_
 
 
 def documents(lengths, seed=0):
-    """Make rows of these lengths with unequal numbers of targets; the id of row i is 100 + i."""
+    """Make rows of the given lengths with different numbers of targets; row i has the id 100 + i."""
     source, rows = random.Random(seed), []
     for number, length in enumerate(lengths):
         ids = [source.randrange(3, 384) for _ in range(length)]
@@ -34,7 +34,7 @@ def length(row):
 
 
 def unpacked(row):
-    """Split a packed row where its position ids restart; return its documents by row id."""
+    """Split a packed row where its position ids restart at 0; return {row id: (input_ids, labels)}."""
     starts = [index for index, position in enumerate(row["position_ids"]) if position == 0]
     parts = [slice(start, stop) for start, stop in zip(starts, [*starts[1:], length(row)], strict=True)]
     for part in parts:
@@ -75,7 +75,7 @@ def test_rows_of_one_length_keep_their_order():
 
 
 def padded_tokens(parts):
-    """Tokens of each micro-batch, padding included."""
+    """Return the number of tokens of each micro-batch, including padding."""
     return [len(part) * max(map(length, part)) for part in parts]
 
 
@@ -88,7 +88,7 @@ def test_little_of_packed_rows_is_padding(count, micro_batches, packed_padding, 
     packed = sum(padded_tokens(pack(documents(lengths), max_seq_len=2048, micro_batches=micro_batches)))
     assert 1 - sum(lengths) / packed < packed_padding
     in_order, size = sorted(lengths, reverse=True), count // micro_batches
-    unpacked = sum(size * in_order[first] for first in range(0, count, size))  # micro-batches without packing
+    unpacked = sum(size * in_order[first] for first in range(0, count, size))  # padded tokens without packing
     assert 1 - sum(lengths) / unpacked > unpacked_padding
 
 
@@ -184,7 +184,7 @@ def causal(model_type, **fields):
 
 @pytest.mark.parametrize(
     "fields",
-    [
+    [  # each comment names what lets packed documents see each other
         {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},  # recurrent state
         {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4},  # ALiBi
         {  # learned positions, and a mask that ignores position_ids

@@ -1,4 +1,4 @@
-"""The bytes that a plan predicts, compared with real tensors, and the configuration that it chooses to fit."""
+"""`plan` predicts the bytes of real training steps, and chooses a configuration that fits in memory."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def config_for(folder, family, tier="exact", **flags):
 
 
 def peak_of_two_steps(config, accelerator):
-    """Run two optimizer steps with the training code; return the peak bytes of this rank's tensors in the second."""
+    """Run two optimizer steps with the training code; return this rank's peak tensor bytes in the second one."""
     model = build_model(config_of(config.model_config), "eager" if "t5" in config.model_config else "sdpa")
     names = ("sharding_strategy", "shard_size", "cpu_offload", "tp_size")
     model = parallelize(model, accelerator, **{name: getattr(config, name) for name in names})
@@ -74,7 +74,7 @@ def peak_of_two_steps(config, accelerator):
 
 @pytest.fixture
 def restored_environment(monkeypatch):
-    """Restore the launcher's variables after the test: counting sets them, since it usually has its own process."""
+    """Restore the launcher's environment variables, which `count` sets because it usually runs in its own process."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
@@ -124,7 +124,7 @@ def test_a_prediction_on_two_processes_is_within_a_tenth(tmp_path, restored_envi
         config_for(tmp_path, "llama", tier, recompute="full", **options)
         for options in STRATEGIES
         for tier in ("exact", "lean")
-        if (tier, "tp_size" in options) != ("lean", True)  # this model has too few columns for it
+        if (tier, "tp_size" in options) != ("lean", True)  # this model has too few columns for lean with tp_size=2
     ]
     configs.append(dataclasses.replace(configs[2], offload_activations=True))
     configs.append(dataclasses.replace(configs[4], cpu_offload=True))
@@ -183,7 +183,7 @@ def names(rungs):
     return [rung.name for rung in rungs if not rung.refused]
 
 
-def test_the_ladder_keeps_rows_tier_and_what_a_flag_sets(tmp_path):
+def test_the_ladder_keeps_rows_per_step_and_tier_and_what_a_flag_sets(tmp_path):
     config = config_for(tmp_path, "llama")
     rungs = list(ladder(config, GPUS, fixed=()))
     assert names(rungs) == [
@@ -220,7 +220,7 @@ def test_the_ladder_keeps_rows_tier_and_what_a_flag_sets(tmp_path):
 
 
 def predictions(sizes):
-    """Return a `predict` for `choose` that looks up `sizes` by `recompute` and `batch_size`."""
+    """Return a `predict` function for `choose` that looks up device bytes in `sizes` by (recompute, batch_size)."""
 
     def predict(configs):
         return (Prediction({"all": sizes[config.recompute, config.batch_size]}, {"all": 5}, {}) for config in configs)
@@ -228,7 +228,7 @@ def predictions(sizes):
     return predict
 
 
-def test_the_first_rung_that_fits_is_chosen_and_each_is_reported(tmp_path):
+def test_the_first_rung_that_fits_is_chosen_and_every_tried_rung_is_reported(tmp_path):
     config = config_for(tmp_path, "llama", device_memory="3GB")
     sizes = {("off", 4): 9 * 10**9, ("cheap", 4): 4 * 10**9, ("full", 4): 3 * 10**9, ("full", 2): 2 * 10**9}
     sizes |= {("full", 1): 1 * 10**9, ("off", 2): 8 * 10**9, ("off", 1): 7 * 10**9}
@@ -246,7 +246,7 @@ def test_the_first_rung_that_fits_is_chosen_and_each_is_reported(tmp_path):
 
 
 def predict_two_parts(configs):
-    """Predict sizes of activations and state, in GB, that are easy to add up."""
+    """Predict activations and state in round numbers of GB."""
     for config in configs:
         activations = {"off": 4, "cheap": 2, "full": 1}[config.recompute] * config.batch_size
         activations *= 0.5 if config.offload_activations else 1
@@ -255,7 +255,7 @@ def predict_two_parts(configs):
         yield Prediction({"all": int((activations + state) * 10**9)}, {"all": 5}, {})
 
 
-def test_rungs_that_a_later_one_makes_unnecessary_are_undone_costliest_first(tmp_path):
+def test_rungs_that_a_later_rung_makes_unnecessary_are_undone_costliest_first(tmp_path):
     config, lines = config_for(tmp_path, "llama", device_memory="10GB"), []
     chosen, predicted = choose(config, GPUS, (), predict_two_parts, lines.append)
     assert [line.partition(":")[0].strip() for line in lines[6:]] == [
@@ -263,7 +263,7 @@ def test_rungs_that_a_later_one_makes_unnecessary_are_undone_costliest_first(tmp
         "without offload_activations",  # 7
         "without batch_size=1 x accumulation 8",  # 8
         "without batch_size=2 x accumulation 4",  # 10
-        "without recompute=full",  # 14: too much, so it stays and recompute=off is not tried
+        "without recompute=full",  # 14: too large, so recompute=full stays and recompute=off is not tried
     ]
     assert chosen == dataclasses.replace(config, recompute="full", sharding_strategy="SHARD_GRAD_OP")
     assert predicted.device_bytes == 10 * 10**9 and lines[-2].endswith("device 10.00 GB, host 0.00 MB; fits")
@@ -281,7 +281,7 @@ def test_rungs_that_a_later_one_makes_unnecessary_are_undone_costliest_first(tmp
             "2GB",
             (),
             {},
-            # cpu_offload needs FULL_SHARD, which was a separate rung
+            # FULL_SHARD has its own rung, and stays because cpu_offload needs it
             {"recompute": "full", "batch_size": 2, "gradient_accumulation_steps": 4}
             | {"sharding_strategy": "FULL_SHARD", "cpu_offload": True},
         ),

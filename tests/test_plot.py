@@ -35,19 +35,20 @@ def write(folder, records):
 
 @pytest.fixture
 def falling(tmp_path):
-    """A run whose loss falls from 17 to 10 in eight steps; at step 4 it is not finite."""
+    """Write the metrics of a run whose loss falls from 17 to 10 in eight steps, and is not finite at step 4."""
     records = [record(step, loss=None if step == 4 else float(18 - step)) for step in range(1, 9)]
     return write(tmp_path / "falling", [*records, {"step": 8, "eval_loss": 0.5}, {"event": "end", "steps": 8}])
 
 
-def test_a_known_curve_in_the_terminal(falling):
+def test_a_curve_is_drawn_in_the_terminal(falling):
     curves = read_curves(falling / "metrics.jsonl")
     assert curves["loss"] == [(1, 17.0), (2, 16.0), (3, 15.0), (5, 13.0), (6, 12.0), (7, 11.0), (8, 10.0)]
     assert curves["evaluation loss"] == [(8, 0.5)] and curves["peak host memory, MiB"][0] == (1, 3.0)
     lines = list(text_charts({"falling": curves}))
     assert lines[0] == "loss: 17 at step 1, 10 at 8"
-    assert max(map(len, lines)) <= 80 and len(lines) == 6 * 6  # quantities x lines
-    # eight steps over 70 columns; step 4 has no value, so step 3's continues; 10 + x is drawn as 1 + 31 x / 7 eighths
+    assert max(map(len, lines)) <= 80 and len(lines) == 6 * 6  # six quantities of six lines each
+    # Eight steps span 70 columns. Step 4 has no value, so the bar of step 3 continues. The bar of a loss of 10 + x is
+    # 1 + 31 x / 7 eighths of a line high.
     steps = [lines[row][10:] for row in range(1, 5)]
     assert lines[1].startswith("       17 ") and lines[4].startswith("       10 ")
     assert [[line.ljust(70)[column] for line in steps] for column in (0, 9, 19, 29, 40, 50, 60, 69)] == [
@@ -69,13 +70,13 @@ def test_without_matplotlib_several_runs_are_shown_on_one_scale(falling, tmp_pat
     lines = result.stdout.splitlines()
     assert lines[0] == "loss, falling: 17 at step 1, 10 at 8" and lines[5] == "loss, other: 24 at step 1, 17 at 16"
     assert lines[1].split() == ["24"] and lines[6].startswith("       24 ████")
-    assert len(lines[4]) == 10 + 1 + 7 * 69 // 15 and len(lines[9]) == 80  # steps 8 and 16
+    assert len(lines[4]) == 10 + 1 + 7 * 69 // 15 and len(lines[9]) == 80  # the curves end at steps 8 and 16
     assert lines[-1] == "matplotlib is not installed: for an image, pip install 'lowmem[plot]'"
     assert not (falling / "plot.png").exists()
 
 
 def pixels(png):
-    """Return the width and height of a PNG after checking each chunk's checksum and the number of bytes."""
+    """Check the checksum of each chunk of a PNG and the number of pixel bytes; return the width and height."""
     data = png.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     offset, image = 8, b""
@@ -92,7 +93,7 @@ def pixels(png):
     return width, height
 
 
-def test_a_picture_of_several_runs(falling, tmp_path, capsys):
+def test_several_runs_are_drawn_in_one_picture(falling, tmp_path, capsys):
     other = write(tmp_path / "other", [record(step, loss=3.0) for step in range(1, 100)])
     assert main(["plot", str(falling)]) == 0
     alone = (falling / "plot.png").read_bytes()
@@ -103,7 +104,7 @@ def test_a_picture_of_several_runs(falling, tmp_path, capsys):
     assert (falling / "plot.png").read_bytes() != alone and not list(falling.glob(".plot*"))
 
 
-def test_the_metrics_of_a_run_are_drawn(tmp_path):
+def test_all_curves_of_a_real_run_are_read(tmp_path):
     runs.write_files(tmp_path, num_rows=12)
     result = train("train", *runs.flags(tmp_path, "out", max_steps=2))
     assert result.returncode == 0, result.stderr
@@ -125,7 +126,7 @@ def test_what_cannot_be_drawn_is_reported(falling, tmp_path, capsys):
     assert "empty/metrics.jsonl contains no training step yet" in error_of(empty)
     path = falling / "metrics.jsonl"
     whole = path.read_bytes()
-    path.write_bytes(whole + b'{"step": 9, "lo')  # a run is writing it
+    path.write_bytes(whole + b'{"step": 9, "lo')  # a run is still writing this line
     assert main(["plot", str(falling)]) == 0
     for damage in (b'{"step": 9, "lo\n', b"[1]\n", b'{"loss": 1.0}\n', b'{"step": 9, "loss": "a"}\n', b"\xff\n"):
         path.write_bytes(whole + damage)

@@ -1,4 +1,4 @@
-"""A signal ends a run at a step that all ranks agree on, with one save; the resumed run continues it exactly."""
+"""A signal ends a run after a step that all ranks agree on, with one save; the run then resumes exactly."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ROWS = qa_rows(24)
 
 
 class Rows(list):
-    """Rows that call `action` just before read `number`, counted from one."""
+    """Rows that call `action` just before the `number`-th read of a row."""
 
     def __init__(self, rows, number=None, action=None):
         super().__init__(rows)
@@ -82,7 +82,7 @@ def assert_resumed_to_the_same_end(work, name, uninterrupted):
 
 
 def test_a_signal_between_saves_ends_the_run_after_the_current_step(work, uninterrupted):
-    """Step 4 is due for evaluation; time is short, so the resumed run evaluates it."""
+    """An evaluation is due at step 4, but the run saves and ends before it; the resumed run evaluates."""
     with catching_signals() as signals:
         rows = Rows(ROWS, 3 * 4 + 1, signalling(signals))  # while the rows of step 4 are read
         assert run_here(work, "between", rows, qa_rows(4), signals, save_steps=5) == (4, True)
@@ -112,8 +112,8 @@ sys.addaudithook(saving)
 
 
 @pytest.mark.parametrize(("reading", "step"), [(1, 2), (2 * 4 + 1, STEPS)])
-def test_a_signal_while_evaluating_ends_the_run_once_that_step_is_saved(reading, step, work, uninterrupted):
-    """This includes the last step: the resumed run then does the work that follows training."""
+def test_a_signal_while_evaluating_ends_the_run_after_that_step_is_saved(reading, step, work, uninterrupted):
+    """This holds for the last step too: only the resumed run then saves the model."""
     with catching_signals() as signals:
         held_out = Rows(qa_rows(4), reading, signalling(signals))
         name = f"evaluating {step}"
@@ -151,12 +151,12 @@ def be_signalled_on_one_rank(work):
         assert run_here(Path(work), "one rank", signals=signals) == (0, True)
 
 
-def test_a_signal_to_one_rank_before_training_ends_all_of_them(work):
+def test_a_signal_to_one_rank_before_training_ends_all_ranks(work):
     assert fork_ranks(2, be_signalled_on_one_rank, str(work)) == [0, 0]
 
 
 def block_saves(work, name):
-    """Make every save fail: a file has the name of the checkpoint folder."""
+    """Make every save fail: create a file where the checkpoint folder belongs."""
     (work / name).mkdir()
     (work / name / "checkpoints").touch()
 
@@ -170,7 +170,7 @@ def test_a_save_that_fails_ends_the_run(work):
 
 def test_with_on_save_error_continue_a_failed_save_is_reported_and_training_continues(work, capfd):
     block_saves(work, "continue")
-    rows = Rows(ROWS, 4 * 4 + 1, (work / "continue" / "checkpoints").unlink)  # saves work from step 5 on
+    rows = Rows(ROWS, 4 * 4 + 1, (work / "continue" / "checkpoints").unlink)  # from step 5 on, saves succeed
     assert run_here(work, "continue", rows, on_save_error="continue") == (STEPS, False)
     output = capfd.readouterr().out
     assert "step 2 is not saved, training continues: " in output and "step 4 is not saved" in output

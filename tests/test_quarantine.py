@@ -1,4 +1,4 @@
-"""A bad row raises an error on all ranks, or is skipped: counted and recorded, with its position consumed."""
+"""A bad row raises an error on all ranks, or is skipped: then it is counted and recorded, and the stream advances."""
 
 import itertools
 import json
@@ -48,19 +48,19 @@ def test_bad_rows_are_left_out_and_their_positions_consumed(tmp_path):
     for expected, found in zip(good, drawn(stream, 10), strict=True):
         assert found == [[row_id for row_id in expected[0] if row_id not in BAD]]
     assert stream.position == 80
-    assert len(quarantine) == len(BAD)  # each once, in two epochs
+    assert len(quarantine) == len(BAD)  # two epochs read each bad row, but it counts once
 
 
-def test_the_good_rows_of_a_step_are_split_into_as_many_micro_batches(tmp_path):
+def test_the_good_rows_of_a_step_are_split_into_the_usual_number_of_micro_batches(tmp_path):
     path = write(tmp_path / "rows.jsonl")
     options = {"batch_size": 2, "global_batch_size": 8, "shuffle": False, "quarantine": Quarantine(100)}
     stream = open_stream(path, ENCODE, **options)
-    assert [len(batch.row_ids) for batch in next(stream)] == [1, 1, 1, 0]  # 0, 1, 2 of 0 to 7
+    assert [len(batch.row_ids) for batch in next(stream)] == [1, 1, 1, 0]  # of rows 0 to 7, only 0, 1 and 2 are good
     assert [len(batch.row_ids) for batch in next(stream)] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("packed_seq_len", [None, 64])
-def test_a_micro_batch_without_a_good_row_counts_for_nothing_but_can_be_run(tmp_path, packed_seq_len):
+def test_a_micro_batch_without_a_good_row_has_no_targets_but_can_be_run(tmp_path, packed_seq_len):
     path = write(tmp_path / "rows.jsonl", bad=range(4))
     encode = encode_causal(ByT5Tokenizer(), max_seq_len=64)
     stream = open_stream(
@@ -126,7 +126,7 @@ def test_a_record_that_a_kill_cut_short_is_written_again(tmp_path):
     lines = log.read_bytes()
     for cut in range(lines.index(b"\n") + 1, len(lines)):
         log.write_bytes(lines[:cut])
-        for _ in range(2):  # two starts
+        for _ in range(2):  # two restarts
             again = Quarantine(9, log)
             for row in bad:
                 again.add(row)
@@ -156,7 +156,7 @@ def test_evaluation_leaves_bad_rows_out_too(tmp_path):
 
 
 def fail_on_rank_1(path: str) -> None:
-    """Rank 1 has a bad row: every rank raises an error that names it, in training and in evaluation."""
+    """Rank 1 has a bad row: every rank raises an error that names this row, in training and in evaluation."""
     accelerator = init_distributed()
     rank = accelerator.process_index
     model = build("t5")
@@ -178,7 +178,7 @@ def fail_on_rank_1(path: str) -> None:
     accelerator.end_training()
 
 
-def test_a_bad_row_on_one_rank_raises_an_error_that_names_it_on_all(tmp_path):
+def test_a_bad_row_on_one_rank_raises_an_error_that_names_the_row_on_all_ranks(tmp_path):
     path = write(tmp_path / "rows.jsonl", bad={17})
     assert fork_ranks(2, fail_on_rank_1, str(path)) == [0, 0]
 
@@ -190,7 +190,7 @@ def lose_the_file_on_rank_1(path: str) -> None:
     state = TrainState(model, make_optimizer(model, memory="off"))
     rows = open_rows(path)
     if rank == 0:
-        assert rows[0]  # loads the whole group of this row
+        assert rows[0]  # loads all rows of the group
     accelerator.wait_for_everyone()
     if rank == 1:
         Path(path).rename(f"{path}.gone")
@@ -201,7 +201,7 @@ def lose_the_file_on_rank_1(path: str) -> None:
     accelerator.end_training()
 
 
-def test_a_missing_file_ends_the_run_even_if_other_rows_are_left(tmp_path):
+def test_a_missing_file_ends_the_run_even_if_another_file_can_be_read(tmp_path):
     kept, lost = write(tmp_path / "a.jsonl", bad=()), write(tmp_path / "b.jsonl", bad=())
     rows = open_rows([kept, lost])
     lost.unlink()
@@ -224,6 +224,6 @@ def test_if_every_row_is_bad_the_first_is_reported_without_reading_all(tmp_path)
 
 
 def test_a_missing_file_is_not_a_bad_row_but_ends_the_run_on_all_ranks(tmp_path):
-    """Rank 0 has already loaded the group with its rows when the file disappears, so only rank 1 fails to read."""
+    """Rank 0 loads its group of rows before the file disappears, so only rank 1 fails to read."""
     path = write(tmp_path / "rows.jsonl", bad=())
     assert fork_ranks(2, lose_the_file_on_rank_1, str(path)) == [0, 0]

@@ -1,4 +1,4 @@
-"""What README.md and docs/ show runs as written."""
+"""The commands and the code in README.md and docs/ run as written."""
 
 import json
 import re
@@ -22,7 +22,7 @@ DOCUMENTS = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README
 
 
 def commands(text):
-    """The words of each command line in indented blocks, lines that end in a backslash joined."""
+    """Return the words of each indented command; a backslash at the end of a line continues the command."""
     lines = re.findall(r"^    (\S.*)$", text.replace("\\\n", " "), re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
@@ -34,7 +34,7 @@ def test_the_loop_in_your_own_code_runs_saves_and_resumes(processes, wrapping, t
     assert 20 <= len([line for line in loop.splitlines() if line.strip()]) <= 27
     (making,) = re.findall(r"optimizer = make_optimizer.*\n", loop)
     loop = loop.replace(making, making + wrapping)
-    # see tests/test_step.py: a DDP reducer must go before its group
+    # a DDP reducer must be freed before its process group, see tests/test_step.py
     loop = loop.replace(
         "accelerator.end_training()", "del model, state\naccelerator.free_memory(); accelerator.end_training()"
     )
@@ -100,7 +100,7 @@ def test_every_flag_and_file_that_is_named_exists(document):
         assert (ROOT / path).exists(), path
 
 
-def test_the_two_commands_come_first_and_the_readme_is_short():
+def test_the_readme_is_short_and_its_first_commands_train_and_test():
     assert re.findall(r"^    (\S.*)$", README, re.MULTILINE)[:2] == [
         "pip install -e . && python train_low_mem.py train",
         "pip install -e '.[test]' && python -m pytest",
@@ -108,7 +108,7 @@ def test_the_two_commands_come_first_and_the_readme_is_short():
     assert README.count("\n") <= 170
 
 
-def test_the_chinese_readme_shows_commands_of_the_readme():
+def test_all_commands_of_the_chinese_readme_are_in_the_english_one():
     shown = commands(CHINESE)
     assert len(shown) >= 7
     assert all(words in commands(README) for words in shown)

@@ -1,4 +1,4 @@
-"""After a step runs out of memory, all ranks repeat it in smaller micro-batches, or all end and report why."""
+"""After a step runs out of memory, all ranks repeat it in smaller micro-batches, or all of them exit and report why."""
 
 import json
 import os
@@ -51,9 +51,9 @@ def state_of(family, accelerator, *, memory="off", sharding_strategy="NO_SHARD",
 
 
 class RunsOut:
-    """A loss that runs out of memory in the backward of micro-batch 3 of step 7, as long as micro-batches have 4 rows.
+    """A loss function whose backward runs out of memory in micro-batch 3 of step 7, if micro-batches have 4 rows.
 
-    `left` counts the autograd graphs of that attempt that were still alive when the next attempt began.
+    `left` is the number of autograd graphs of the failed attempt that are still alive when the next attempt begins.
     """
 
     def __init__(self, model, *, step=FULL_AT, micro_batch=3, rows=4, is_here=True):
@@ -77,7 +77,7 @@ class RunsOut:
         return sum(graph() is not None for graph in self._graphs)
 
     def _hook_output(self, module, inputs, output):
-        hook = Hook(self._is_full)  # lives as long as its graph
+        hook = Hook(self._is_full)  # the graph keeps the hook alive
         self._graphs.append(weakref.ref(hook))
         output.register_hook(hook)
 
@@ -104,7 +104,7 @@ def losses(state, accelerator, loss_fn, *, until=STEPS, on_halving=pytest.fail):
 
 
 @pytest.mark.parametrize(("family", "memory"), [("t5", "off"), ("llama", "off"), ("llama", "exact")])
-def test_a_run_that_ran_out_of_memory_on_one_rank_has_the_losses_of_one_that_did_not(family, memory, tmp_path):
+def test_a_run_that_ran_out_of_memory_on_one_rank_has_the_losses_of_a_run_that_did_not(family, memory, tmp_path):
     assert fork_ranks(2, run_out_on_rank_1, family, memory, tmp_path) == [0, 0]
 
 
@@ -126,7 +126,7 @@ def run_out_on_rank_1(family, memory, folder):
     found += losses(state, accelerator, loss_fn, until=8, on_halving=check)
     save_checkpoint(state, folder, accelerator)
     found += losses(state, accelerator, loss_fn)
-    tolerance = 1e-6 if memory == "off" else 1e-2  # bf16 gradients of other micro-batches round differently
+    tolerance = 1e-6 if memory == "off" else 1e-2  # with other micro-batches, bf16 gradients round differently
     assert found == pytest.approx(expected, rel=tolerance) and found[-1] < 0.9 * found[0]
     (halving,) = halvings
     assert (halving.step, halving.rank, halving.batch_size, halving.smaller) == (FULL_AT, 1, 4, 2)
@@ -135,13 +135,13 @@ def run_out_on_rank_1(family, memory, folder):
         halving
     )
 
-    resumed = state_of(family, accelerator, memory=memory)  # in micro-batches of 4 rows
+    resumed = state_of(family, accelerator, memory=memory)  # starts with micro-batches of 4 rows again
     load_checkpoint(resumed, folder / "step-00000008", accelerator)
     assert losses(resumed, accelerator, chunked_loss) == pytest.approx(found[8:], rel=tolerance)
     accelerator.end_training()
 
 
-def test_a_step_that_fills_host_memory_is_halved_and_a_killed_run_resumes_after_it(tmp_path):
+def test_a_step_that_fills_host_memory_gets_smaller_micro_batches_and_a_killed_run_resumes_after_it(tmp_path):
     rows = qa_rows(40)
     for row_id in rows_at(4 * (FULL_AT - 1), 4 * FULL_AT, Groups.of([40]), seed=0):
         rows[row_id]["response"] = "long " * 100
@@ -164,7 +164,7 @@ def train_here(work, name):
 
 
 def measure_the_long_step(work):
-    """Write by how many bytes the long step raises the peak memory of the process."""
+    """Measure the bytes that the long step adds to the peak memory of the process, and write them to a file."""
     peaks = []
     for step in (FULL_AT - 1, FULL_AT + 1):
         at_save(step, lambda: peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
@@ -173,7 +173,7 @@ def measure_the_long_step(work):
 
 
 def train_with_three_quarters_of_those_bytes(work):
-    """Leave more memory than half of the rows need; kill the run when it saves its last step."""
+    """Allow 3/4 of the long step's bytes, enough for half of its rows; kill the run when it saves its last step."""
 
     def limit():
         held = int(re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -197,7 +197,7 @@ def at_save(step, action):
     sys.addaudithook(hook)
 
 
-def test_running_out_with_one_row_ends_all_ranks_and_reports_what_fills_memory():
+def test_running_out_of_memory_with_one_row_ends_all_ranks_and_reports_what_fills_it():
     assert fork_ranks(2, run_out_with_one_row) == [0, 0]
 
 
@@ -226,7 +226,7 @@ def run_out_with_one_row():
     accelerator.end_training()
 
 
-def test_a_sharded_model_that_runs_out_ends_both_ranks_and_reports_what_fills_memory():
+def test_a_sharded_model_that_runs_out_of_memory_ends_both_ranks_and_reports_what_fills_it():
     with started_ranks(2, run_out_sharded) as ranks:
         outputs = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1]
@@ -242,7 +242,7 @@ def run_out_sharded():
     losses(state, accelerator, loss_fn)
 
 
-def test_an_update_that_runs_out_ends_both_ranks_with_that_error():
+def test_an_update_that_runs_out_of_memory_ends_both_ranks_with_that_error():
     assert fork_ranks(2, run_out_in_the_update) == [0, 0]
 
 
@@ -281,7 +281,7 @@ def test_a_step_with_gradient_release_is_not_repeated():
     assert not isinstance(raised.value, StepTooLarge)
 
 
-def test_another_error_takes_precedence_over_one_that_all_could_recover_from():
+def test_another_error_takes_precedence_over_out_of_memory():
     assert fork_ranks(2, fail_in_two_ways) == [0, 0]
 
 
@@ -329,4 +329,4 @@ def test_a_stream_is_not_halved_if_a_process_would_have_an_empty_micro_batch():
     uneven = stream_of("t5", batch_size=2, gradient_accumulation_steps=1, global_batch_size=3, world_size=2)
     before = next(uneven)
     assert not uneven.halve() and (uneven.batch_size, uneven.micro_batches) == (2, 1)
-    assert next(uneven)[0].row_ids != before[0].row_ids  # the stream continues
+    assert next(uneven)[0].row_ids != before[0].row_ids  # other rows: the stream has continued

@@ -38,7 +38,8 @@ def test_a_reader_that_closes_the_pipe_does_not_end_the_run(streams, tmp_path):
 
 def write_on_a_full_disk(path, room):
     log = MetricsLog(path, step=None)
-    log.write({"step": 1, "padding": "x" * 1000})  # so that the limit leaves room for stdout, which is a file too
+    # a long record, because the file size limit below also applies to stdout, which is a file
+    log.write({"step": 1, "padding": "x" * 1000})
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, resource.RLIM_INFINITY))
     log.write({"step": 2, "loss": float("inf")})
     log.write({"step": 3, "loss": 3.0})

@@ -1,4 +1,4 @@
-"""Two processes that are signalled or killed, then started again by a launcher or process manager, are one run."""
+"""If two processes are signalled or killed, a launcher or process manager restarts them and they continue the run."""
 
 import os
 import signal
@@ -61,7 +61,7 @@ def end_by_sigkill(process):
 
 
 def test_a_run_that_a_process_manager_restarts_equals_an_uninterrupted_one(work, uninterrupted):
-    """Plain python starts the processes, so its exit code shows whether to start the run again."""
+    """`train` starts the processes without a launcher, so its exit code shows whether to start the run again."""
     ways = [end_by_sigterm_and_its_echo, end_by_sigusr1_to_one_worker, end_by_sigkill]
     codes, saved = [], 0
     while not codes or codes[-1] in (75, -signal.SIGKILL):
@@ -76,7 +76,7 @@ def test_a_run_that_a_process_manager_restarts_equals_an_uninterrupted_one(work,
         if codes[-1]:
             record = exit_of(work, "managed")
             assert (record["cause"], record["code"], record["rank"]) == ("preempted", 75, 0)
-            (checkpoint,) = (work / "managed" / "checkpoints").glob("step-*")  # the only save
+            (checkpoint,) = (work / "managed" / "checkpoints").glob("step-*")  # the run saves only when it is signalled
             assert int(checkpoint.name.removeprefix("step-")) == record["step"] == len(steps(work, "managed"))
             saved = record["step"]
     assert codes == [75, 75, -signal.SIGKILL, 0]
@@ -93,7 +93,7 @@ def test_torchrun_restarts_a_killed_worker_but_not_a_preempted_one(work, uninter
     assert result.returncode == 1
     record = exit_of(work, "elastic")
     assert record["cause"] == "preempted" and record["step"] == len(steps(work, "elastic"))
-    # up to three times: the launcher may end a process before it prints this
+    # stderr has this line one to three times, because the launcher may end a process before it prints the line
     assert f"not restarted, this launch has ended: preempted, step {record['step']} is saved" in result.stderr
     assert result.stdout.count("steps 0 to") == result.stdout.count(f"to {STEPS}, each of") == 1
     with started(*command) as process:
@@ -112,7 +112,7 @@ def is_importing_torch(process):
 
 def test_a_signal_while_starting_ends_the_run_at_once(work):
     with started(sys.executable, PROGRAM, "train", *flags(work, "starting", num_processes=1)) as process:
-        wait_until(partial(is_importing_torch, process), process)  # after it has locked its folder
+        wait_until(partial(is_importing_torch, process), process)  # by then the run has locked its folder
         os.kill(process.pid, signal.SIGINT)
         result = finish(process, timeout=10)
     assert result.returncode == 75, result.stderr
@@ -133,7 +133,7 @@ def test_a_launchers_sigterm_while_starting_is_not_a_preemption(work):
 
 @pytest.mark.parametrize("to_all", [True, False])
 def test_a_signal_while_processes_start_is_recorded_as_a_preemption(to_all, work):
-    """Send SIGTERM to the launcher, which its processes take for a failed launch, or SIGUSR1 to rank 1 alone."""
+    """Send SIGTERM to the launcher (its processes treat this as a failed launch), or SIGUSR1 to rank 1 only."""
     name = f"starting together {to_all}"
     with started(sys.executable, PROGRAM, "train", *flags(work, name, num_processes=2)) as process:
         wait_until((work / name / ".lock").exists, process)
@@ -171,8 +171,8 @@ def test_a_launched_process_ends_with_its_launcher(launcher):
         finish(process)
 
 
-def test_processes_of_deepspeeds_launcher_end_with_the_command_that_started_it():
-    """SIGTERM ends `deepspeed`, which does not pass it on to its launcher."""
+def test_processes_of_deepspeeds_launcher_end_when_the_deepspeed_command_ends():
+    """SIGTERM ends the `deepspeed` command, which does not forward the signal to its launcher."""
     launch = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[2:]])"
     words = ["-c", launch, "deepspeed", "-c", launch, "its launcher", "-c", LAUNCHED]
     with started(sys.executable, *words, CROSS_SIZE="1") as process:

@@ -1,4 +1,4 @@
-"""A run killed and resumed ends on the same bits, and reads the same rows on any number of processes."""
+"""A killed and resumed run ends with the same bits, and reads the same rows on any number of processes."""
 
 import json
 import os
@@ -35,8 +35,8 @@ def uninterrupted(work):
     return "whole"
 
 
-def test_killed_at_random_and_resumed_ends_with_the_same_bits(work):
-    """In the exact tier; fp32 is killed in test_restart.py, lean in test_soak.py."""
+def test_a_run_killed_at_random_and_resumed_ends_with_the_same_bits(work):
+    """This test uses the exact tier; test_restart.py kills a run in fp32, and test_soak.py one in the lean tier."""
     options, rng = {"mixed_precision": "bf16"}, random.Random(8)
     assert train("train", *flags(work, "whole exact", **options)).returncode == 0
     kills = 0
@@ -65,7 +65,7 @@ def wait_for_new_checkpoint(process, folder):
     return False
 
 
-def test_two_processes_continue_with_the_rows_of_one(work, uninterrupted):
+def test_two_processes_continue_a_run_of_one_process(work, uninterrupted):
     result = train("train", *flags(work, "elastic", max_steps=STEPS // 2))
     assert result.returncode == 0, result.stderr
     resumed, other = train_ranks(2, "train", *flags(work, "elastic", max_steps=STEPS, resume="auto"))
@@ -112,7 +112,7 @@ def test_flags_of_another_run_are_refused_on_resume(work, uninterrupted):
         result = train("train", *flags(work, uninterrupted, resume="auto", **changes))
         assert result.returncode == 2 and message in result.stderr, result.stderr
     kept = flags(work, uninterrupted, resume="auto", batch_size=4, gradient_accumulation_steps=2)
-    assert train("train", *kept).returncode == 0  # another split of the same 8 rows per step is the same run
+    assert train("train", *kept).returncode == 0  # the same 8 rows per step in other micro-batches are the same run
 
 
 def test_an_older_checkpoint_is_not_resumed_into_a_folder_with_later_ones(work, uninterrupted):

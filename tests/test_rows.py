@@ -35,7 +35,7 @@ def open_file(path):
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
-def test_any_row_is_read_in_any_order(tmp_path, suffix):
+def test_rows_are_read_in_any_order(tmp_path, suffix):
     rows = open_rows(write(tmp_path / f"rows{suffix}"), columns=["prompt", "response"])
     assert len(rows) == len(ROWS)
     assert rows.groups.num_rows == len(ROWS)
@@ -139,8 +139,8 @@ def rename_later(path, away):
     away.rename(path)
 
 
-def test_a_file_that_is_unreadable_for_a_moment_is_read(tmp_path):
-    """The disk error is real: /proc/self/mem gives it for a read of address 0."""
+def test_a_temporarily_unreadable_file_is_read(tmp_path):
+    """The disk error is real: reading address 0 of /proc/self/mem raises it."""
     path, away = write(tmp_path / "rows.jsonl", ROWS * 2), tmp_path / "away.jsonl"
     rows = open_rows(path)
     path.rename(away)
@@ -158,7 +158,7 @@ def test_a_lasting_disk_error_is_reported_with_the_file_after_the_last_retry(tmp
     rows = FileRows([open_file(path)], retry_seconds=(0.01, 0.02))
     path.unlink()
     path.symlink_to("/proc/self/mem")
-    for _ in range(2):  # the error is kept: the next row of the group does not wait again
+    for _ in range(2):  # the error is stored: the second read of the group does not wait for retries
         with pytest.raises(ReadError, match=r"rows.jsonl, .*cannot be read after 3 attempts: .*Input/output error"):
             rows[0]
 
@@ -176,7 +176,7 @@ def test_damage_is_a_bad_row_and_not_a_read_error(tmp_path):
     assert not isinstance(caught.value, ReadError)
 
 
-def test_held_out_rows_are_the_last_and_no_others(tmp_path):
+def test_held_out_rows_are_the_last_rows_and_only_those(tmp_path):
     train, held_out = split_rows(open_rows(write(tmp_path / "rows.parquet")), 33)
     assert [train[i] for i in range(len(train))] == ROWS[:-33]
     assert [held_out[i] for i in range(len(held_out))] == ROWS[-33:]
@@ -232,7 +232,7 @@ def test_a_file_named_twice_is_refused(tmp_path):
         open_rows(f"{path},{tmp_path}/*.parquet")
 
 
-def test_files_of_all_kinds_are_one_sequence(tmp_path):
+def test_files_of_all_kinds_form_one_sequence(tmp_path):
     half = write(tmp_path / "a.parquet", ROWS[:50])
     other = write(tmp_path / "b.jsonl", ROWS[50:])
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(other.read_bytes()))
@@ -242,7 +242,7 @@ def test_files_of_all_kinds_are_one_sequence(tmp_path):
     assert [name for name, _ in rows.fingerprints()] == [str(half), str(other), f"{tmp_path}/c.jsonl.gz"]
 
 
-def test_a_folder_that_datasets_saved_is_read_as_its_files(tmp_path):
+def test_a_folder_that_the_datasets_package_saved_is_read(tmp_path):
     Dataset = pytest.importorskip("datasets").Dataset
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved", num_shards=2)
     rows = open_rows(tmp_path / "saved", columns=["prompt"])
@@ -265,7 +265,7 @@ def test_a_replaced_file_is_reported_at_once_and_not_as_a_bad_row(tmp_path):
     assert time.monotonic() - start < 0.2
 
 
-def test_damage_is_not_read_again(tmp_path):
+def test_reading_a_damaged_row_is_not_retried(tmp_path):
     path = write(tmp_path / "rows.parquet")
     parquet.write_table(pa.Table.from_pylist(ROWS), path, write_page_checksum=True, use_dictionary=False)
     rows, data = open_rows(path), bytearray(path.read_bytes())

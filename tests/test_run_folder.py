@@ -21,7 +21,7 @@ HOLD = (
 )
 
 
-def test_a_second_run_is_refused_with_the_owner_of_the_folder(tmp_path):
+def test_a_second_run_is_refused_and_the_owner_of_the_folder_is_reported(tmp_path):
     output = tmp_path / "out"
     with lock_folder(output):
         result = train("train", f"--output_dir={output}")
@@ -43,11 +43,11 @@ def test_a_killed_owner_leaves_no_lock(tmp_path):
     assert (tmp_path / ".lock").exists()
     with lock_folder(tmp_path):
         assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
-    assert os.listdir(tmp_path) == []  # the folder existed before, so it stays
+    assert os.listdir(tmp_path) == []  # only the lock is removed, because the folder existed before
 
 
-def test_a_process_that_opened_a_lock_since_removed_takes_a_new_one(tmp_path):
-    """Otherwise it would lock a deleted file, and another run could lock a new file of the same name."""
+def test_a_process_that_opened_a_removed_lock_takes_a_new_one(tmp_path):
+    """If it locked the deleted file, another run could lock a new file of the same name."""
     with ExitStack() as owner:
         owner.enter_context(lock_folder(tmp_path))
         before_locking.action = owner.close
@@ -112,9 +112,9 @@ def test_an_exit_that_a_restart_cannot_change_is_final(cause, is_final, tmp_path
 def test_an_exit_of_another_launch_is_not_ours(tmp_path):
     write_exit(tmp_path, "preempted", step=3, rank=0)
     rewrite(tmp_path, launch={"since": "2020-01-01T00:00:00+00:00"}, time="2020-01-01T00:00:01+00:00")
-    assert final_exit(tmp_path) is None  # an earlier launcher with the same process id
+    assert final_exit(tmp_path) is None  # written under an earlier launcher with the same process id
     rewrite(tmp_path, launch={"host": "another"})
-    assert final_exit(tmp_path) is None  # the same run id (none), but older than our launcher
+    assert final_exit(tmp_path) is None  # both launches have no run id, but the exit is older than our launcher
     rewrite(tmp_path, time=datetime.now(UTC).isoformat())
     assert final_exit(tmp_path) is not None  # written on another host of this launch
     rewrite(tmp_path, launch={"run_id": "another"})

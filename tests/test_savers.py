@@ -1,4 +1,4 @@
-"""Savers change no loss and no gradient, take fewer bytes, rename nothing and leave nothing behind."""
+"""Memory savers change no loss and no gradient, need fewer bytes, rename no parameter and leave no hook."""
 
 import shutil
 from itertools import combinations
@@ -22,11 +22,11 @@ from tests.models import build, qa_rows
 DROPOUT = {"t5": {"dropout_rate": 0.1}, "llama": {"attention_dropout": 0.1}}
 DEEP = {"t5": {"num_layers": 6}, "llama": {"num_hidden_layers": 6}}
 
-# The largest fraction of a step's peak bytes above the weights that each saver may leave, with 6 layers. The first
-# three run on 8 rows, where activations are the peak (10 to 20 times the weights), release on one short row, where
-# gradients are.
+# For each saver, the largest allowed ratio of a step's peak bytes with the saver to those without it. The model has 6
+# layers, and its weights are not counted. The first three savers run on 8 rows, where activations dominate the peak (10
+# to 20 times the weights); release runs on one short row, where gradients dominate.
 ALONE = {recompute: 0.25, recompute_cheap: 0.60, offload_activations: 0.15, release: 0.80}
-PAIRS = [pair for pair in combinations(ALONE, 2) if pair != (recompute, recompute_cheap)]  # these exclude each other
+PAIRS = [pair for pair in combinations(ALONE, 2) if pair != (recompute, recompute_cheap)]  # they exclude each other
 SAVERS = [*((saver,) for saver in ALONE), *PAIRS]
 
 
@@ -40,7 +40,7 @@ def batch_of(family, rows=8):
 
 
 def step_of(family, savers, rows=8, **changes):
-    """Run an SGD step with dropout; return its loss, gradient norm, the new weights, and its peak bytes above them."""
+    """Run an SGD step with dropout; return loss, gradient norm, new weights, and peak bytes without the weights."""
     model, batch = build(family, **DROPOUT[family], **changes), batch_of(family, rows)
     optimizer = make_optimizer(model, name="sgd", memory="off")
     state = TrainState(model, optimizer, seed=3)
@@ -52,17 +52,17 @@ def step_of(family, savers, rows=8, **changes):
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
 @pytest.mark.parametrize("savers", SAVERS, ids=names_of)
-def test_savers_and_pairs_change_no_bit_with_dropout_on(savers, family):
+def test_savers_and_pairs_of_savers_change_no_bit_with_dropout(savers, family):
     loss, norm, weights, _ = step_of(family, [])
     same_loss, same_norm, same_weights, _ = step_of(family, savers)
     assert torch.equal(loss, same_loss)
-    torch.testing.assert_close(norm, same_norm, rtol=1e-6, atol=0)  # release adds the norms up in another order
+    torch.testing.assert_close(norm, same_norm, rtol=1e-6, atol=0)  # release sums the norm in another order
     for name, weight in weights.items():
-        assert torch.equal(weight, same_weights[name]), name  # SGD at rate 1: weights differ where gradients do
+        assert torch.equal(weight, same_weights[name]), name  # SGD at rate 1: equal weights mean equal gradients
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_savers_take_fewer_bytes_and_pairs_at_most_those_of_the_better_one(family):
+def test_savers_need_fewer_bytes_and_a_pair_at_most_those_of_the_better_saver(family):
     for rows, savers in (8, [recompute, recompute_cheap, offload_activations]), (1, [release]):
         plain = step_of(family, [], rows, **DEEP[family])[-1]
         alone = {saver: step_of(family, [saver], rows, **DEEP[family])[-1] for saver in ALONE}
@@ -70,15 +70,16 @@ def test_savers_take_fewer_bytes_and_pairs_at_most_those_of_the_better_one(famil
             assert alone[saver] <= ALONE[saver] * plain, (saver.__name__, alone[saver] / plain)
         for pair in PAIRS:
             together = step_of(family, pair, rows, **DEEP[family])[-1]
-            # Tensors that a layer recomputes for its own backward are not offloaded: they would be copied to the host
-            # and back at once, only to meet this bound. With `recompute`, the layers' inputs are offloaded.
+            # A recompute saver with offloading may need more bytes than offloading alone: offloading skips tensors that
+            # a layer recomputes for its own backward, because they would be copied to the host and back at once. With
+            # `recompute`, only the layers' inputs are offloaded.
             better = [saver for saver in pair if saver is not offload_activations or release in pair]
             assert together <= min(alone[saver] for saver in better), names_of(pair)
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
 @pytest.mark.parametrize("savers", SAVERS, ids=names_of)
-def test_savers_rename_nothing_and_are_gone_afterwards(savers, family):
+def test_savers_rename_no_parameter_and_leave_no_hook(savers, family):
     model, batch = build(family), batch_of(family)
     optimizer = make_optimizer(model, name="sgd", memory="off")
     state = TrainState(model, optimizer)
@@ -123,7 +124,7 @@ def test_recompute_does_not_differentiate_frozen_embeddings():
 
 
 def test_offloaded_activations_are_kept_when_their_memory_is_reused():
-    """A new tensor may reuse the memory of a freed one, and must not be given the old tensor's copy."""
+    """A new tensor may reuse the memory of a freed one; backward must not get the freed tensor's copy for it."""
     torch.manual_seed(0)
     weights = [torch.randn(64, 64, requires_grad=True) for _ in range(6)]
 
@@ -219,8 +220,8 @@ def test_release_says_that_weights_changed_before_a_gradient_was_not_finite():
     assert state.step == 0
 
 
-def test_parameters_that_no_loss_reached_are_updated_under_release_too():
-    """A gradient of zero still decays weights and moments."""
+def test_release_also_updates_parameters_that_the_loss_does_not_use():
+    """With a gradient of zero, weights and moments still decay."""
     results = []
     for savers in ([], [release]):
         model, batch = build("t5"), batch_of("t5")
@@ -237,7 +238,7 @@ def test_parameters_that_no_loss_reached_are_updated_under_release_too():
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_compiled_layers_with_recompute_inside_have_the_same_losses(family):
-    """Batches of many lengths, padded or not, never fall back to uncompiled layers."""
+    """Layers also stay compiled for batches of several lengths, padded or not."""
     losses = []
     for savers in ([], [recompute, compiled]):
         model = build(family)
@@ -263,6 +264,6 @@ def test_compile_refuses_a_machine_without_a_compiler(monkeypatch, tmp_path):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_compile_refuses_a_model_without_layers_it_knows():
+def test_compile_refuses_a_model_without_known_layers():
     with pytest.raises(UsageError, match="Linear has no layers"), compiled(torch.nn.Linear(2, 2)):
         pass

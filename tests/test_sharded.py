@@ -44,7 +44,7 @@ def new_state(accelerator, sharding_strategy, seed=0):
 
 
 def train(state, steps, accelerator):
-    """Train some steps; return the loss, the gradient norm and the rows of all ranks for each."""
+    """Train for `steps` steps; return the loss, the gradient norm and the row ids of all ranks for each step."""
     results = []
     for _ in range(steps):
         batches = next(iter(state.stream))
@@ -56,7 +56,7 @@ def train(state, steps, accelerator):
 
 
 def train_and_save(sharding_strategy, folder):
-    """Train two steps, save, train two more and write the results of those."""
+    """Train two steps, save, train two more steps, and write the results of the last two."""
     accelerator = init_distributed()
     state = new_state(accelerator, sharding_strategy)
     train(state, 2, accelerator)
@@ -68,7 +68,7 @@ def train_and_save(sharding_strategy, folder):
 
 
 def load_and_save(sharding_strategy, folder, name):
-    """Load, save again, and train two more steps."""
+    """Load the checkpoint, save it again, train two more steps, and write their results."""
     accelerator = init_distributed()
     state = new_state(accelerator, sharding_strategy, seed=5)
     load_checkpoint(state, folder / "saved" / "step-00000002", accelerator)
@@ -91,13 +91,13 @@ def saved(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("world_size", "sharding_strategy"), [(1, DDP), (2, FSDP), (2, DDP), (4, FSDP), (4, DDP)])
-def test_saved_on_three_ranks_it_loads_on_any_number(saved, world_size, sharding_strategy):
+def test_a_checkpoint_saved_on_three_ranks_loads_on_any_number(saved, world_size, sharding_strategy):
     name = f"{world_size} {sharding_strategy}"
     assert fork_ranks(world_size, load_and_save, sharding_strategy, saved, name) == [0] * world_size
     before, after = tensors_of(saved / "saved"), tensors_of(saved / name)
     assert before.keys() == after.keys() and len(before) == 4 * 47  # for each parameter: weight, two moments, step
     assert all(torch.equal(before[name], after[name]) for name in before)
-    # the optimizer has three quarters of the bytes, split so that no rank writes more than its share
+    # the optimizer has most of the bytes, and no optimizer file is larger than one rank's share of all bytes
     assert len([*(saved / name).rglob("optimizer*.safetensors")]) >= 0.75 * world_size
     results, expected = (json.loads((path / "results.json").read_text()) for path in (saved / name, saved))
     for (loss, norm, rows), (loss_then, norm_then, rows_then) in zip(results, expected, strict=True):
@@ -106,7 +106,7 @@ def test_saved_on_three_ranks_it_loads_on_any_number(saved, world_size, sharding
 
 
 def shard_in_two_dimensions(folder):
-    """Four ranks, two copies of two halves each (HSDP)."""
+    """Save and load a model on four ranks, which hold two replicas of two shards each (HSDP)."""
     accelerator = init_distributed()
     model = build("t5", d_ff=50)
     whole = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
@@ -143,7 +143,7 @@ def test_damage_that_one_rank_finds_is_raised_on_all(saved):
 
 
 def fail_on_one_disk(folder):
-    """Rank 1 has no space for its share: both ranks raise that error, train on and save again."""
+    """Rank 1 has no disk space for its share: both ranks raise this error, continue training, and save again."""
     accelerator = init_distributed()
     state = new_state(accelerator, FSDP)
     train(state, 1, accelerator)
@@ -157,7 +157,7 @@ def fail_on_one_disk(folder):
     accelerator.end_training()
 
 
-def test_a_full_disk_on_one_rank_blocks_no_other(tmp_path):
+def test_a_full_disk_on_one_rank_does_not_block_the_other(tmp_path):
     assert fork_ranks(2, fail_on_one_disk, tmp_path / "run") == [0, 0]
 
 

@@ -1,4 +1,4 @@
-"""Sharding weights, gradients and optimizer state trains the same run, in every strategy, tier and saver."""
+"""Sharded training has the results of unsharded training, with every strategy, tier and saver."""
 
 import json
 
@@ -25,8 +25,8 @@ from lowmem.step import TrainState, train_step
 from tests.forked import fork_ranks
 from tests.models import build, qa_rows
 
-FAMILIES = ["t5", "llama", "qwen2"]  # tied, untied, tied and without encoder
-# on 2 ranks; HYBRID_SHARD needs 4
+FAMILIES = ["t5", "llama", "qwen2"]  # embeddings: tied; untied; tied, without an encoder
+# strategies for 2 ranks; HYBRID_SHARD needs 4
 STRATEGIES = {
     "FULL_SHARD": {"sharding_strategy": "FULL_SHARD"},
     "SHARD_GRAD_OP": {"sharding_strategy": "SHARD_GRAD_OP"},
@@ -71,10 +71,11 @@ def train(
 
 
 def built(family, **changes):
-    return build(family, seed=1, **({"d_ff": 50} if family == "t5" else {}) | changes)  # 50 is no multiple of 4 ranks
+    return build(family, seed=1, **({"d_ff": 50} if family == "t5" else {}) | changes)  # 50 is not divisible by 4 ranks
 
 
-ONE_GRADIENT = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": None, "steps": 1}  # subtracted from the weights
+# one step that subtracts the gradient from the weights
+ONE_GRADIENT = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": None, "steps": 1}
 
 
 def train_alone(family, folder):
@@ -118,7 +119,7 @@ def train_in_exact(family):
     accelerator = init_distributed()
     runs = []
     for strategy in ("NO_SHARD", "FULL_SHARD"):
-        # one micro-batch, no clipping, two ranks: every sum has two terms, so their order does not matter
+        # with one micro-batch, two ranks and no clipping, every sum has two terms, so their order does not matter
         model = parallelize(built(family), accelerator, sharding_strategy=strategy)
         state, curve, num_bytes = train(
             accelerator, model, family, memory="exact", global_batch_size=4, max_grad_norm=None, steps=5
@@ -138,8 +139,8 @@ def train_in_exact(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_exact_has_the_same_bits_sharded_and_whole(family):
-    """Not with T5: fully_shard's hooks change the order in which its encoder's bf16 gradients add up."""
+def test_exact_has_the_same_bits_sharded_and_unsharded(family):
+    """T5 would differ: fully_shard's hooks change the order in which the bf16 gradients of its encoder add up."""
     assert fork_ranks(2, train_in_exact, family) == [0, 0]
 
 
@@ -155,7 +156,8 @@ def sum_on_four_ranks():
     for whole, sharded in zip(*moments, strict=True):
         local, first, _ = local_part(sharded)
         are_equal.append((local == whole[first : first + len(local)]).flatten())
-    # the order of four fp32 terms rarely changes their sum in bf16; a sum computed in bf16 would differ in every third
+    # The order of four fp32 terms rarely changes their sum after it is rounded to bf16. If they were added in bf16,
+    # every third element would differ.
     assert torch.cat(are_equal).float().mean() > 0.99
     accelerator.end_training()
 
@@ -173,7 +175,7 @@ def train_and_save_lean(folder):
     draws = state.optimizer._random(next(model.parameters()), 0)(torch.empty(8, 8))
     everyone = [torch.empty_like(draws) for _ in range(accelerator.num_processes)]
     torch.distributed.all_gather(everyone, draws)
-    assert not torch.equal(*everyone[:2])  # different rows, different random bits
+    assert not torch.equal(*everyone[:2])  # ranks have different rows of the weight, so they draw different random bits
     accelerator.end_training()
 
 
@@ -258,9 +260,9 @@ def fill(family, folder):
     fresh = load_model(**config)[0]
     torch.manual_seed(0)
     for model, source in (
-        (load_model(folder, on_meta=True)[0], expected),  # from the files
-        (load_model(**config, on_meta=rank > 0)[0], fresh),  # from rank 0
-        (load_model(**config)[0], None),  # all ranks have data; rank 0's is used
+        (load_model(folder, on_meta=True)[0], expected),  # filled from the files
+        (load_model(**config, on_meta=rank > 0)[0], fresh),  # filled from rank 0
+        (load_model(**config)[0], None),  # all ranks have weights; rank 0's are used
     ):
         is_on_meta = {parameter.is_meta for parameter in model.parameters()}
         assert is_on_meta == {source is not None and (source is expected or rank > 0)}
@@ -304,7 +306,7 @@ def fill_buffers_and_untied_weights(folder):
     accelerator.end_training()
 
 
-def test_buffers_are_filled_and_weights_that_the_files_untie_stay_untied(tmp_path):
+def test_buffers_are_filled_and_weights_that_are_untied_in_the_files_stay_untied(tmp_path):
     model = AutoModelForSeq2SeqLM.from_config(
         AutoConfig.for_model("bart", vocab_size=384, d_model=16, encoder_layers=1, decoder_layers=1)
     )
@@ -327,11 +329,13 @@ def answer(family, folder):
         rows = open_eval(  # the second rank has no rows in its last batch
             qa_rows(5), encoder(family), batch_size=2, rank=accelerator.process_index, world_size=2
         )
-        generate(model, ByT5Tokenizer(), rows, accelerator, max_new_tokens=2)  # the encoder runs on its own first
+        # before the first forward of the whole T5, this calls its encoder alone
+        generate(model, ByT5Tokenizer(), rows, accelerator, max_new_tokens=2)
         train(accelerator, model, family, steps=2)
         metrics = evaluate(model, rows, chunked_loss, accelerator)
         answers = generate(model, ByT5Tokenizer(), rows, accelerator, max_new_tokens=6)
-        assert all(strategy == "NO_SHARD" or hasattr(x, "full_tensor") for x in model.parameters())  # sharded again
+        # the weights are sharded again
+        assert all(strategy == "NO_SHARD" or hasattr(x, "full_tensor") for x in model.parameters())
         results.append((metrics["eval_loss"], answers))
     (loss, answers), *others = results
     assert len(answers) == 5
@@ -365,7 +369,7 @@ def refuse():
     accelerator.end_training()
 
 
-def test_strategies_that_do_not_fit_the_processes_are_refused():
+def test_strategies_that_do_not_fit_the_number_of_processes_are_refused():
     assert fork_ranks(3, refuse) == [0] * 3
 
 

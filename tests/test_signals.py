@@ -1,4 +1,4 @@
-"""Signals are noted even while the main thread is stuck; a second one that is not an echo ends the process."""
+"""Signals are noted even while the main thread is stuck; a second signal ends the process, unless it is an echo."""
 
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ import pytest
 from lowmem.distributed.signals import catching_signals
 from tests.processes import finish, run, started
 
-# The main thread waits in C for a lock that it holds itself, as in a collective whose peer has died.
+# The main thread blocks in C on a lock that it holds itself, as it would in a collective whose peer has died.
 STUCK = """
 import ctypes, sys, threading
 from lowmem.distributed.signals import catching_signals
@@ -29,7 +29,7 @@ with catching_signals() as signals:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="assumes that a pthread mutex of zeros is valid")
-def test_a_process_stuck_in_c_notes_a_signal_and_its_echo_and_ends_at_a_second_one():
+def test_a_process_stuck_in_c_notes_a_signal_and_its_echo_and_ends_at_a_second_signal():
     with started(sys.executable, "-c", STUCK) as process:
         assert process.stdout.readline() == "stuck\n"
         process.send_signal(signal.SIGUSR1)
@@ -45,7 +45,7 @@ def test_a_process_stuck_in_c_notes_a_signal_and_its_echo_and_ends_at_a_second_o
     assert result.stderr == "SIGTERM came after SIGUSR1: exits immediately, without saving\n"
 
 
-# stderr is a pipe that is full, or that its reader has closed.
+# stderr is a pipe that is full, or whose reader has closed it.
 WITHOUT_STDERR = """
 import os, signal, sys, time
 from lowmem.distributed import signals
@@ -79,7 +79,7 @@ def test_ignored_signals_do_nothing():
         assert signals.came is None
 
 
-def test_a_signal_to_a_fork_ends_the_fork_only():
+def test_a_signal_to_a_fork_ends_only_the_fork():
     with catching_signals() as signals:
         process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
         process.start()
@@ -108,7 +108,7 @@ def test_ctrl_c_with_nothing_to_save_prints_no_traceback(command, code, tmp_path
 
 
 def test_signal_handlers_are_restored():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent process may have ignored it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may have been started with SIGINT ignored
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     with catching_signals() as signals:
         assert signals.came is None

@@ -1,4 +1,4 @@
-"""A short run of benchmarks/soak.py: two processes, killed and resumed, end with the bits of a run never killed."""
+"""A short run of benchmarks/soak.py: a killed and resumed run ends with the bits of a run that is never killed."""
 
 from benchmarks.soak import VICTIMS, Kill, Soak, soak
 

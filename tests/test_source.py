@@ -53,7 +53,7 @@ def test_the_name_of_an_existing_file_may_contain_commas_and_wildcards(folder):
     assert Source("a?b.txt").suffixes == Source("https://a/b.txt?c.d").suffixes == [".txt"]
 
 
-def test_a_tilde_is_the_home(folder, monkeypatch):
+def test_a_tilde_expands_to_the_home_folder(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder / "home"))
     make("~/a.txt", "~/b.txt", "~/c,d.txt")
     expected = [f"{folder}/home/a.txt", f"{folder}/home/b.txt"]
@@ -85,7 +85,7 @@ def test_a_file_that_is_named_twice_is_refused_even_by_different_names(folder):
         ("nosuch://a.txt", "nosuch://a.txt cannot be opened .*name a local file"),
     ],
 )
-def test_what_names_no_file_is_refused(folder, files, message):
+def test_values_that_name_no_file_are_refused(folder, files, message):
     make("a.txt")
     with pytest.raises(UsageError, match=message):
         expand(files)
@@ -148,7 +148,7 @@ for look in (Source(url).open, Source(url).stamp):
     assert lost == ["ConnectionError"] * 2
 
 
-def test_errors_of_network_packages_are_lost_connections_and_others_are_unchanged():
+def test_errors_of_network_packages_become_connection_errors_and_others_are_unchanged():
     aiohttp = pytest.importorskip("aiohttp")
     with pytest.raises(ConnectionError, match="ClientPayloadError: cut off"), reading():
         raise aiohttp.ClientPayloadError("cut off")

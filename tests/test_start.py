@@ -1,4 +1,4 @@
-"""Several processes start as one run, or each reports in limited time why not and what differs between them."""
+"""Several processes start as one run, or each reports within a time limit why they cannot or what differs."""
 
 import json
 import os
@@ -28,7 +28,7 @@ LIMIT = 2.0
 
 
 def init_and_report(folder, changes, work=lambda: None):
-    """Initialize and work as the command line does: with stderr in a file for each rank and the exit code of `main`."""
+    """Initialize and call `work` like the CLI, and exit with its codes; the stderr of each rank goes to a file."""
     rank = os.environ["RANK"]
     with open(Path(folder, rank), "w") as output:
         os.dup2(output.fileno(), 2)
@@ -44,7 +44,7 @@ def init_and_report(folder, changes, work=lambda: None):
 
 
 def errors_of(folder, rank):
-    """Return the error lines of a rank, without the log of torch."""
+    """Return the error lines of a rank, without the lines that torch logs."""
     lines = (folder / str(rank)).read_text().splitlines()
     return [line for line in lines if line.startswith("error")]
 
@@ -113,7 +113,7 @@ def wait_longer_than_the_limit():
     if dist.get_rank() == 1:
         time.sleep(LIMIT + 0.5)
     assert sum_over_ranks(1) == [2]
-    store = dist.distributed_c10d._get_default_store()  # where NCCL's ranks exchange their addresses
+    store = dist.distributed_c10d._get_default_store()  # with NCCL, ranks exchange their addresses in this store
     if dist.get_rank() == 0:
         time.sleep(LIMIT + 0.5)
         store.set("late", "but here")
@@ -121,7 +121,7 @@ def wait_longer_than_the_limit():
     dist.all_reduce(torch.ones(1), group=dist.new_group())
 
 
-def test_once_started_ranks_may_wait_for_each_other_without_limit(tmp_path):
+def test_ranks_that_have_started_may_wait_for_each_other_without_limit(tmp_path):
     assert fork_ranks(2, init_and_report, tmp_path, {}, wait_longer_than_the_limit) == [0, 0]
 
 
@@ -135,7 +135,7 @@ def test_accelerates_debug_flag_lets_torch_compare_collectives(tmp_path):
     assert "Detected mismatch between collectives on ranks" in (tmp_path / "0").read_text()
 
 
-def test_a_launchers_store_may_hold_keys_of_dead_processes_and_ranks_may_differ_in_restarts(tmp_path):
+def test_a_launchers_store_may_hold_keys_of_dead_processes_and_restart_counts_may_differ(tmp_path):
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     agents = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     changes = {rank: agents | {"TORCHELASTIC_RESTART_COUNT": "0"} for rank in "01"}
@@ -171,7 +171,7 @@ def start(folder, work, **changes):
     return codes, [" ".join(errors_of(folder, rank)) for rank in range(2)]
 
 
-def test_different_rows_on_a_rank_are_reported_on_all(work, tmp_path):
+def test_different_rows_on_a_rank_are_reported_on_all_ranks(work, tmp_path):
     rows = qa_rows(40)
     rows[17]["response"] += "!"
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -184,7 +184,7 @@ def test_different_rows_on_a_rank_are_reported_on_all(work, tmp_path):
     assert not list((tmp_path / "out").glob(".seen-*"))
 
 
-def test_different_flags_on_a_rank_are_reported_on_all_together(work, tmp_path):
+def test_all_different_flags_of_a_rank_are_reported_on_all_ranks(work, tmp_path):
     codes, errors = start(tmp_path, work, learning_rate=0.5, seed=7)
     assert codes == [2, 2]
     for error in errors:
@@ -192,7 +192,7 @@ def test_different_flags_on_a_rank_are_reported_on_all_together(work, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_different_paths_to_the_same_files_are_no_difference(work, tmp_path):
+def test_different_paths_to_the_same_files_are_accepted(work, tmp_path):
     shutil.copy(work / "rows.jsonl", tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "out")
     (tmp_path / "out").mkdir()
@@ -200,7 +200,7 @@ def test_different_paths_to_the_same_files_are_no_difference(work, tmp_path):
     assert codes == [0, 0], errors
 
 
-def test_different_weights_or_tokenizers_on_a_rank_are_reported_on_all(work, tmp_path):
+def test_different_weights_or_tokenizers_on_a_rank_are_reported_on_all_ranks(work, tmp_path):
     from lowmem.model import load_model
 
     torch.manual_seed(0)
@@ -233,7 +233,7 @@ def test_evaluate_also_compares_the_rows_of_all_ranks(work, tmp_path):
 
 
 def ranks_on_hosts(stack, commands):
-    """Start one rank for each command, as if each was on its own host; return their results."""
+    """Start one rank for each command, as if each were on its own host; return their results."""
     port = str(free_port())
     ranks = [
         stack.enter_context(

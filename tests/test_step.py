@@ -1,4 +1,4 @@
-"""Accumulation and ranks do not change a step. Also: steps with errors or with numbers that are not finite."""
+"""A step does not depend on the number of micro-batches or ranks. Also: steps with errors or non-finite numbers."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def state_of(model, stream=None, **options):
 
 
 def gradient_of_step(model, batches, accelerator, loss_fn=chunked_loss):
-    """Return the step's full gradient, which SGD at learning rate 1 subtracts from the weights, and its result."""
+    """Take a step of SGD at learning rate 1; return the gradient that it subtracts from the weights, and its result."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     state = state_of(model, name="sgd")
     result = train_step(state, batches, loss_fn, accelerator, learning_rate=1.0)
@@ -46,13 +46,13 @@ def gradient_of_step(model, batches, accelerator, loss_fn=chunked_loss):
 def assert_same_gradient(mine, expected):
     assert mine.keys() == expected.keys()
     for name, gradient in expected.items():
-        # weights of size ~1 round away digits of the difference: compare to 1e-6 of the weights' scale
+        # these differences of weights have the rounding errors of weights of size ~1: hence the absolute tolerance
         torch.testing.assert_close(mine[name], gradient, rtol=0, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
 @pytest.mark.parametrize(("batch_size", "steps"), [(4, 2), (2, 4), (1, 8)])
-def test_unequal_micro_batches_equal_one_batch(family, batch_size, steps):
+def test_unequal_micro_batches_have_the_gradient_of_one_batch(family, batch_size, steps):
     accelerator = Accelerator(cpu=True)
     whole = next(stream_of(family, batch_size=8))
     parts = next(stream_of(family, batch_size=batch_size, gradient_accumulation_steps=steps))
@@ -66,8 +66,8 @@ def test_unequal_micro_batches_equal_one_batch(family, batch_size, steps):
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_the_step_is_the_gradient_of_the_mean_token_loss(family):
-    """Against transformers' own loss on all rows at once."""
+def test_a_step_has_the_gradient_of_the_mean_token_loss(family):
+    """Compare with the gradient of transformers' own loss on all rows at once."""
     (whole,) = next(stream_of(family, batch_size=8))
     model = build(family)
     model(**whole.inputs, use_cache=False).loss.backward()
@@ -78,7 +78,7 @@ def test_the_step_is_the_gradient_of_the_mean_token_loss(family):
 
 @pytest.mark.parametrize("wrapping", ["parallelize", "ddp"])
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_two_processes_with_unequal_target_counts_equal_one(family, wrapping, tmp_path):
+def test_two_processes_with_unequal_target_counts_have_the_gradient_of_one(family, wrapping, tmp_path):
     whole = next(stream_of(family, batch_size=8))
     expected, one = gradient_of_step(build(family), whole, Accelerator(cpu=True))
     assert fork_ranks(2, step_on_a_rank, family, wrapping, tmp_path) == [0, 0]
@@ -92,7 +92,7 @@ def test_two_processes_with_unequal_target_counts_equal_one(family, wrapping, tm
 
 def step_on_a_rank(family, wrapping, folder):
     accelerator = init_distributed()
-    # different weights on each rank: wrapping must replace them by rank 0's
+    # ranks start with different weights: wrapping must replace them with rank 0's
     model = build(family, seed=0 if accelerator.is_main_process else 1)
     model = parallelize(model, accelerator) if wrapping == "parallelize" else accelerator.prepare(model)
     rank = accelerator.process_index
@@ -106,7 +106,7 @@ def step_on_a_rank(family, wrapping, folder):
     }
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(summary, file)
-    # A DDP reducer that outlives its gloo group can wait forever in the group's destructor (torch 2.13), so free it.
+    # A DDP reducer that outlives its gloo group can wait forever in the group's destructor (torch 2.13): free it here.
     (model,) = accelerator.free_memory(model)
     accelerator.end_training()
 
@@ -128,7 +128,7 @@ def test_clipping_bounds_the_applied_gradient_and_reports_the_unclipped_norm():
 
 
 def test_dropout_differs_between_micro_batches_and_between_ranks(tmp_path):
-    """The same rows four times: if two of them shared a dropout mask, their losses would be equal."""
+    """Compute the loss of the same rows four times: with the same dropout mask, two losses would be equal."""
     assert fork_ranks(2, losses_of_the_same_rows, tmp_path) == [0, 0]
     losses = [loss for rank in range(2) for loss in json.loads((tmp_path / f"{rank}.json").read_text())]
     assert len(set(losses)) == len(losses) == 4
@@ -155,7 +155,7 @@ def test_dropout_is_a_function_of_seed_and_step():
     def loss(seed, step, disturb):
         torch.manual_seed(disturb)
         state = state_of(build("t5", dropout_rate=0.3), name="sgd")
-        torch.rand(disturb)  # other code may use the generator
+        torch.rand(disturb)  # other code may use the global generator
         state.seed, state.step = seed, step
         batches = next(stream_of("t5", batch_size=2, gradient_accumulation_steps=2))
         return train_step(state, batches, plain_loss, Accelerator(cpu=True), learning_rate=0.0).loss.item()
@@ -296,7 +296,7 @@ def test_a_step_without_any_target_changes_nothing_but_the_step_count():
     model, accelerator = build("t5"), Accelerator(cpu=True)
     state = state_of(model)
     train_step(state, next(stream_of("t5", batch_size=4)), chunked_loss, accelerator, learning_rate=0.1)
-    before = [parameter.detach().clone() for parameter in model.parameters()]  # momentum would move these
+    before = [parameter.detach().clone() for parameter in model.parameters()]  # momentum would change these
     result = train_step(state, [empty], chunked_loss, accelerator, learning_rate=0.1)
     assert result.loss == 0 and result.grad_norm == 0 and state.step == 2 and not result.updated
     assert result.reason == "no rank has a target token"

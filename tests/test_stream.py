@@ -91,7 +91,7 @@ def test_a_causal_loss_and_its_gradients_need_no_mask(family, loss_fn):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_t5_without_a_mask_is_t5_with_a_mask_of_ones(attention):
+def test_t5_without_a_mask_has_the_gradients_of_t5_with_a_mask_of_ones(attention):
     model = build("t5", attn_implementation=attention)
     rows = [ENCODE({"prompt": "a" * 13, "response": "b" * n}) for n in (1, 9, 30)]
     unmasked = collate(rows)
@@ -101,13 +101,13 @@ def test_t5_without_a_mask_is_t5_with_a_mask_of_ones(attention):
     torch.testing.assert_close(loss_and_gradients(model, unmasked, chunked_loss), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_causal_batch_counts_what_the_shifted_loss_sums():
+def test_a_causal_batch_counts_the_targets_of_the_shifted_loss():
     rows = [*ROWS[:3], {"prompt": "", "response": "nothing before it"}]
     batch = collate([encode_causal(ByT5Tokenizer(), max_seq_len=64)(row) for row in rows])
     assert batch.num_targets == int((batch.inputs["labels"][:, 1:] != IGNORED).sum())
 
 
-def test_every_split_has_the_same_number_of_targets_even_if_rows_copy_their_prompt():
+def test_the_number_of_targets_does_not_depend_on_the_split_even_if_a_response_repeats_its_prompt():
     rows = [ENCODE({"prompt": "yes", "response": "yes"}), ENCODE({"prompt": "a", "response": "bcd"})]
     assert collate(rows).num_targets == collate(rows[:1]).num_targets + collate(rows[1:]).num_targets == 8
 
@@ -130,7 +130,7 @@ def test_ranks_split_one_stream_of_rows(world_size):
         assert by_step(draw(stream, 9)) == by_step(row_ids[:, rank].tolist())
 
 
-def test_a_rank_cuts_its_rows_of_a_step_into_micro_batches_longest_first():
+def test_a_rank_splits_its_rows_of_a_step_into_micro_batches_longest_rows_first():
     options = {"batch_size": 3, "global_batch_size": 13, "world_size": 2, "seed": 5}
     lengths = [sum(map(len, ENCODE(row).values())) for row in ROWS]
     assert len(set(lengths)) < 50  # some are equal
@@ -146,7 +146,7 @@ def test_a_rank_cuts_its_rows_of_a_step_into_micro_batches_longest_first():
                 assert again.inputs["input_ids"].equal(batch.inputs["input_ids"])
 
 
-def test_the_length_of_a_custom_row_is_the_total_of_its_values():
+def test_the_length_of_a_custom_row_is_the_total_length_of_its_values():
     sizes = [(1, 2), (4, 4), (2, 0), (0, 7)]
 
     def encode(row):
@@ -198,10 +198,10 @@ def test_prefetch_does_not_move_the_position():
 def test_resumed_stream_continues_exactly():
     whole = open_stream(ROWS, ENCODE, batch_size=4, gradient_accumulation_steps=2, seed=9)
     expected = draw(whole, 20)
-    for stop in (0, 1, 6, 13):  # 6 steps end in epoch 1, 13 in epoch 2
+    for stop in (0, 1, 6, 13):  # after 6 steps the stream is in epoch 1, after 13 in epoch 2
         first = open_stream(ROWS, ENCODE, batch_size=4, gradient_accumulation_steps=2, seed=9)
         assert draw(first, stop) == expected[:stop]
-        next(first)  # read ahead, never trained on
+        next(first)  # this step is read ahead, but never trained on
         second = open_stream(ROWS, ENCODE, batch_size=4, gradient_accumulation_steps=2, seed=9)
         list(itertools.islice(second, 2))
         second.load_state_dict(first.state_dict())
@@ -220,7 +220,7 @@ def test_a_resume_near_the_end_of_3000_rows_crosses_the_epoch_exactly():
 
 
 class InGroups(list):
-    """Rows in groups of unequal size; a shuffling window holds one or two of them."""
+    """Rows in groups of unequal size; a shuffling window holds one or two groups."""
 
     groups = Groups.of([7, 1, 13, 0, 4, 25], [WINDOW_BYTES // 2] * 6)
 
@@ -334,7 +334,7 @@ def test_one_background_thread_encodes_rows_prefetch_steps_ahead(prefetch):
     deadline = time.monotonic() + 30
     while len(encoded) < 4 * (1 + prefetch) and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.2)  # for rows that it must not encode
+    time.sleep(0.2)  # time in which it must not encode further rows
     assert len(encoded) == 4 * (1 + prefetch)
     assert len(threads) == 1 and threading.main_thread() not in threads
 
@@ -352,7 +352,7 @@ def test_without_prefetch_a_step_is_encoded_when_it_is_requested():
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 7), (2, 4), (3, 5), (4, 16)])
-def test_evaluation_sees_each_row_once_in_equally_many_batches(world_size, batch_size):
+def test_evaluation_sees_each_row_once_in_the_same_number_of_batches_on_all_ranks(world_size, batch_size):
     passes = [
         open_eval(ROWS, ENCODE, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)
     ]
@@ -365,4 +365,4 @@ def test_evaluation_sees_each_row_once_in_equally_many_batches(world_size, batch
     for batch in itertools.chain(*batches):
         assert batch.num_targets == int((batch.inputs["labels"] != IGNORED).sum())
         assert batch.inputs["input_ids"].dtype == torch.int64
-    assert [batch.row_ids for batch in passes[0]] == [batch.row_ids for batch in batches[0]]  # it can be repeated
+    assert [batch.row_ids for batch in passes[0]] == [batch.row_ids for batch in batches[0]]  # a pass can be repeated

@@ -1,4 +1,4 @@
-"""Parquet and Arrow files against the rows that were written; damage, copies and memory with real files."""
+"""Parquet and Arrow files give the rows that were written. Also: damaged files, copies, and the memory of reading."""
 
 import json
 import sys
@@ -35,13 +35,13 @@ ROWS = [row(number) for number in range(205)]
 
 
 def table(rows=ROWS, text=None):
-    """Return the rows as a table with texts of the Arrow type `text`, and large lists if the texts are large."""
+    """Return the rows as a table whose texts have the Arrow type `text`; large_string texts are in large lists."""
     text = text or pa.string()
     large = pa.types.is_large_string(text)
     turn = pa.struct([("role", text), ("content", text)])
     chat = pa.large_list(turn) if large else pa.list_(turn)
     schema = pa.schema([("prompt", text), ("response", text), ("chat", chat), ("number", pa.int64())])
-    if pa.types.is_dictionary(text):  # pyarrow cannot build these within lists from Python values
+    if pa.types.is_dictionary(text):  # pyarrow cannot build dictionaries within lists from Python values
         return table(rows).cast(schema) if not rows else pa.Table.from_pylist(rows, table(rows).schema).cast(schema)
     return pa.Table.from_pylist(rows, schema)
 
@@ -73,7 +73,7 @@ def flip(path, offset, bit=1):
     path.write_bytes(data)
 
 
-# COPIED makes every row group and record batch too large, so files are copied; PIECES also makes small pieces.
+# With COPIED, every row group and record batch is too large, so files are copied; PIECES copies in small pieces.
 COPIED = TableLimits(row_group_bytes=0, batch_bytes=0)
 PIECES = replace(COPIED, piece_rows=40)
 
@@ -130,7 +130,7 @@ def test_an_arrow_stream_whose_dictionary_is_replaced_is_copied(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 @pytest.mark.parametrize("wanted", [WANTED, CHATS, None])
-def test_large_groups_are_copied_in_order_in_small_pieces_once(tmp_path, capsys, suffix, wanted):
+def test_large_groups_are_copied_once_in_order_and_in_small_pieces(tmp_path, capsys, suffix, wanted):
     path = tmp_path / f"rows.{suffix}"
     source = write_parquet(path, row_group_size=100) if suffix == "parquet" else write_arrow(path, max_rows=100)
     open_file = partial(ParquetFile if suffix == "parquet" else ArrowFile, limits=replace(PIECES, piece_bytes=2000))
@@ -157,7 +157,7 @@ def test_a_copy_is_made_again_when_its_file_changed(tmp_path):
     assert all_rows(ParquetFile(source, WANTED, limits=PIECES)) == only(WANTED, ROWS[50:])
 
 
-def test_empty_row_groups_are_fine(tmp_path):
+def test_empty_row_groups_are_accepted(tmp_path):
     source = Source(str(tmp_path / "rows.parquet"))
     with parquet.ParquetWriter(source.name, table().schema) as writer:
         for rows in ([], ROWS[:3], [], ROWS[3:5], []):
@@ -192,7 +192,7 @@ LONG = ["".join(map(chr, np.random.default_rng(i).integers(97, 123, 2000))) for 
     ],
     ids=["unique", "large", "repeated", "short", "chats"],
 )
-def test_group_bytes_are_about_what_a_group_takes_decoded(tmp_path, column, compression):
+def test_group_bytes_are_about_the_decoded_size_of_a_group(tmp_path, column, compression):
     path = tmp_path / "rows.parquet"
     parquet.write_table(pa.table({"text": column}), path, compression=compression)
     file = ParquetFile(Source(str(path)), None)
@@ -203,7 +203,7 @@ def test_group_bytes_are_about_what_a_group_takes_decoded(tmp_path, column, comp
 def test_group_bytes_count_wanted_columns_only(tmp_path):
     source = write_parquet(tmp_path / "rows.parquet")
     every, some = ParquetFile(source, None).group_bytes, [ParquetFile(source, w).group_bytes for w in (WANTED, CHATS)]
-    assert 0 < every - sum(some) < 8 * 205 + 200 * 4 + 2000  # the bytes of the numbers
+    assert 0 < every - sum(some) < 8 * 205 + 200 * 4 + 2000  # the bytes of the column `number`
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
@@ -226,7 +226,7 @@ def test_a_missing_column_or_one_of_another_type_is_refused(tmp_path, suffix, wa
 
 
 @pytest.mark.parametrize("turn", [{"role": "user"}, {"role": 1, "content": "x"}, "x"])
-def test_a_list_of_something_else_is_not_a_chat(tmp_path, turn):
+def test_a_list_that_does_not_hold_messages_is_not_a_chat(tmp_path, turn):
     parquet.write_table(pa.table({"chat": [[turn]]}), tmp_path / "rows.parquet")
     with pytest.raises(UsageError, match="column 'chat' must hold messages"):
         ParquetFile(Source(str(tmp_path / "rows.parquet")), CHATS)
@@ -257,7 +257,7 @@ def test_a_flipped_bit_in_a_page_is_detected_if_the_file_has_checksums(tmp_path)
     settings = {"write_page_checksum": True, "use_dictionary": False, "compression": "none"}
     source = write_parquet(tmp_path / "rows.parquet", **settings)
     flip(source.path, source.path.read_bytes().index("问题 7 ".encode()))
-    with pytest.raises(UsageError, match="rows.parquet cannot be read as parquet .*CRC"):  # while it is copied
+    with pytest.raises(UsageError, match="rows.parquet cannot be read as parquet .*CRC"):  # the copy fails
         ParquetFile(source, WANTED, limits=PIECES)
     with pytest.raises(OSError, match="CRC"):
         ParquetFile(source, WANTED).read_group(0)
@@ -357,7 +357,7 @@ def test_every_byte_of_a_parquet_footer_is_in_the_fingerprint(tmp_path):
         flip(source.path, offset)
 
 
-def test_remote_parquet_is_read_and_copied_and_remote_arrow_refused(tmp_path, monkeypatch):
+def test_remote_parquet_is_read_and_copied_and_remote_arrow_is_refused(tmp_path, monkeypatch):
     fsspec = pytest.importorskip("fsspec")
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
     url = f"memory://{tmp_path.name}/rows.parquet"
@@ -395,7 +395,7 @@ def test_a_folder_of_a_saved_dataset_names_its_files_in_order(tmp_path):
             dataset_files(tmp_path)
 
 
-def test_a_dataset_that_datasets_saved_is_read(tmp_path):
+def test_a_dataset_that_the_datasets_package_saved_is_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     saved = datasets.Dataset.from_list(only(["prompt", "chat"]))
     saved.save_to_disk(tmp_path / "one", num_shards=3)
@@ -433,7 +433,7 @@ def test_reading_needs_little_memory_for_row_groups_and_batches_of_any_size(tmp_
         assert count == 400_000
         print(peak() - before)
     """
-    for name, held in {"one.parquet": 64, "many.parquet": 6, "one.arrow": 64}.items():  # about 15 MiB
+    for name, held in {"one.parquet": 64, "many.parquet": 6, "one.arrow": 64}.items():  # `held` groups are about 15 MiB
         done = run(sys.executable, "-c", textwrap.dedent(code), tmp_path / name, held)
         assert done.returncode == 0, done.stderr
         mebibytes = float(done.stdout.split()[-1])
@@ -513,7 +513,7 @@ def test_a_file_of_very_many_groups_is_copied(tmp_path):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_dictionary_column_whose_values_do_not_repeat_is_read(tmp_path, nested):
-    """As pandas writes categories: the schema declares a dictionary, but the file holds plain values."""
+    """pandas writes such files for categories: the schema declares a dictionary, but the file holds plain values."""
     texts = pa.array([f"{number} {LONG[number % 10][:50]}" for number in range(40_000)])
     column = texts.dictionary_encode()
     if nested:
@@ -572,7 +572,7 @@ def test_group_bytes_of_a_column_exclude_those_of_a_column_with_the_same_prefix(
 
 @pytest.mark.parametrize(("suffix", "max_mebibytes"), [("parquet", 280), ("arrow", 30)])
 def test_copying_long_rows_needs_memory_for_a_few_of_them_only(tmp_path, suffix, max_mebibytes):
-    """A page of parquet is decoded whole, and pyarrow's writer makes no page of fewer than 1,024 rows."""
+    """Parquet needs more: a page is decoded whole, and pyarrow ends no page before row 1,024."""
     rows = pa.table({"x": [f"{number} {'q' * 400_000}" for number in range(300)]})
     path = tmp_path / f"rows.{suffix}"
     if suffix == "parquet":

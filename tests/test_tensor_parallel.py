@@ -1,4 +1,4 @@
-"""Tensor-parallel ranks compute what one process computes, and keep unsharded tensors identical."""
+"""Tensor-parallel ranks compute what one process computes, and keep unsharded tensors identical on all ranks."""
 
 from contextlib import nullcontext
 
@@ -31,7 +31,8 @@ from tests.forked import fork_ranks
 from tests.models import build, qa_rows
 from tests.test_sharded import tensors_of
 
-# starcoder2 has biases that are added after the sum, phi3 parts that all ranks compute, qwen3 norms within heads
+# starcoder2 has biases that are added after the all-reduce, phi3 has parts that every rank computes, and qwen3 has
+# norms within heads
 FAMILIES = {
     "llama": {},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 4},
@@ -50,7 +51,7 @@ def of_family(family, **changes):
 
 
 def batches(count, seed=0):
-    """Micro-batches of unequal lengths, a row of each padded."""
+    """Yield micro-batches of different lengths; one row of each is padded."""
     generator = torch.Generator().manual_seed(seed)
     for length in range(9, 9 + 4 * count, 4):
         ids = torch.randint(3, 384, (2, length), generator=generator)
@@ -105,7 +106,7 @@ def compare_with_one_process(family):
                     Shard(0),
                     Shard(1),
                 )
-                local = parameter.to_local()  # and the full tensor is not kept alive
+                local = parameter.to_local()  # its storage is local too: the full tensor is freed
                 assert local.untyped_storage().nbytes() == local.nbytes == 2 * parameter.numel(), name
             else:
                 assert_same_on_ranks(parameter.grad)
@@ -152,7 +153,7 @@ def compare_savers():
         found[saver] = (losses, gradients)
         for parameter in model.parameters():
             if not isinstance(parameter, DTensor):
-                assert_same_on_ranks(parameter.grad)  # with dropout too, which has the same seed on every rank
+                assert_same_on_ranks(parameter.grad)  # even with dropout: every rank has the same seed
     for saver in (recompute, recompute_cheap, offload_activations):
         assert found[saver][0] == found[None][0]
         assert all(map(torch.equal, found[saver][1], found[None][1])), saver
@@ -165,7 +166,7 @@ def test_recompute_and_offloading_change_no_bit():
 
 def generate_as_one_process():
     accelerator = init_distributed()
-    # large weights: with small ones a token's own embedding decides what comes next
+    # large weights, because with small ones the next token depends only on the last token's embedding
     reference, model = (build("qwen2", initializer_range=0.5).eval() for _ in range(2))
     apply_tensor_parallelism(model, init_device_mesh("cpu", (1, 2)))
     prompts = torch.tensor([[0, 5, 9, 14], [7, 8, 11, 200]])
@@ -181,7 +182,7 @@ def test_all_ranks_generate_what_one_process_generates():
 
 
 def compute_in_bf16():
-    """Convert weights to bf16 in place, as memory tiers do."""
+    """Compute losses and gradients after converting the weights to bf16 in place, as memory tiers do."""
     accelerator = init_distributed()
     exact, reference, model = (of_family("starcoder2") for _ in range(3))
     apply_tensor_parallelism(model, init_device_mesh("cpu", (1, 2)))
@@ -211,7 +212,7 @@ def start_from_other_weights():
     model = build("llama", seed=accelerator.process_index)
     model.model.layers[0].mlp.requires_grad_(False)
     if accelerator.process_index == 3:
-        model.to("meta")  # without data
+        model.to("meta")  # this rank has no weights
     parallelize(model, accelerator, tp_size=2)
     assert sum(isinstance(parameter, DTensor) for parameter in model.parameters()) == 14
     for name, parameter in model.named_parameters():
@@ -225,7 +226,7 @@ def test_every_rank_gets_the_weights_of_rank_0_and_frozen_ones_stay_frozen():
 
 
 def train_and_save(folder, seed):
-    """Take a step with torch's AdamW, on the same micro-batches on all data ranks, or load a checkpoint; then save."""
+    """Take an AdamW step (with the same rows on all data ranks) if `seed` is 0, else load a checkpoint; then save."""
     accelerator = init_distributed()
     model = build("llama", seed=seed, intermediate_size=36)
     if accelerator.num_processes > 1:
@@ -246,7 +247,7 @@ def train_and_save(folder, seed):
 
 
 @pytest.mark.parametrize(("saving", "loading"), [(1, 4), (4, 1), (4, 4)])
-def test_saved_in_one_layout_it_loads_in_another(tmp_path, saving, loading):
+def test_a_checkpoint_saved_in_one_layout_loads_in_another(tmp_path, saving, loading):
     assert fork_ranks(saving, train_and_save, tmp_path, 0) == [0] * saving
     (tmp_path / f"saved by {saving}" / "step-00000000").rename(tmp_path / "step-00000000")
     assert fork_ranks(loading, train_and_save, tmp_path, 1) == [0] * loading
@@ -278,12 +279,12 @@ def test_models_that_cannot_be_sharded_are_refused_with_the_reason(model, tp_siz
         check_plan(build(model[0], **model[1]), tp_size)
 
 
-# large enough for lean to round the sharded weights, and for each block of moments to be on one rank
+# large enough that lean rounds the sharded weights, and that no block of moments is split over ranks
 LARGE = {"hidden_size": 16, "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 512}
 
 
 def train_in_two_dimensions(folder):
-    """Train on two data ranks of two tensor-parallel ranks each as on four data ranks."""
+    """Compare training on two data ranks of two tensor-parallel ranks each with training on four data ranks."""
     accelerator = init_distributed()
     for memory in ("off", "exact", "lean"):
         curves = []
@@ -328,7 +329,7 @@ def train_in_two_dimensions(folder):
         for mine, expected in zip(of_shards, of_copies, strict=True):
             assert mine == pytest.approx(expected, rel=10 * size if expected is not of_copies[-1] else size)
             assert mine[0] == pytest.approx(expected[0], rel=size)
-        if memory == "exact":  # continues without tensor parallelism
+        if memory == "exact":  # the checkpoint also loads without tensor parallelism
             save_checkpoint(state, folder, accelerator)
             model = parallelize(of_family("qwen3", **LARGE), accelerator)
             again = TrainState(model, make_optimizer(model, memory=memory, weight_decay=0.1))

@@ -1,4 +1,4 @@
-"""The memory tiers: exact has the bits of torch's AdamW in fp32, lean stays near it, and ranks stay equal."""
+"""Memory tiers: exact has the bits of torch's fp32 AdamW, lean stays close to AdamW, and all ranks have equal bits."""
 
 import json
 
@@ -22,7 +22,7 @@ from tests.test_step import stream_of
 
 
 class Matrices(nn.Module):
-    """Sizes that are no multiples of anything, a vector, a scalar, and a parameter of three dimensions."""
+    """Parameters of irregular sizes: two matrices, a vector, a scalar, and one with three dimensions."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
@@ -33,7 +33,7 @@ class Matrices(nn.Module):
 
 
 def master(optimizer, parameter):
-    """The fp32 weight that a tier keeps."""
+    """Return the weight that a tier keeps, in fp32."""
     low = optimizer.state[parameter].get("weight_low")
     return parameter.detach().float() if low is None else merge_halves(parameter.detach(), low)
 
@@ -43,7 +43,7 @@ def set_gradients(step, dtype, *models):
     for parameters in zip(*(model.parameters() for model in models), strict=True):
         gradient = torch.randn(parameters[0].shape, generator=generator).to(dtype)
         for parameter in parameters:
-            parameter.grad_dtype = None  # any
+            parameter.grad_dtype = None  # gradients may have any dtype
             parameter.grad = gradient.to(dtype if parameter.dtype == torch.bfloat16 else torch.float32)
 
 
@@ -69,10 +69,10 @@ def test_exact_has_the_bits_of_torchs_adamw(gradients, slice_elements):
 
 
 @pytest.mark.parametrize("slice_elements", [64, 2**18])
-def test_exact_adafactor_is_torchs_adafactor(slice_elements):
+def test_exact_adafactor_has_the_weights_of_torchs_adafactor(slice_elements):
     mine, reference = Matrices(), Matrices()
     for model in (mine, reference):
-        del model.deep  # torch factors its last two dimensions, lowmem takes it as a matrix
+        del model.deep  # torch factors the last two dimensions, lowmem reshapes to a matrix
     optimizer = make_optimizer(mine, name="adafactor", weight_decay=0.1, slice_elements=slice_elements)
     theirs = make_optimizer(reference, name="adafactor", memory="off", weight_decay=0.1)
     for step in range(30):
@@ -91,7 +91,7 @@ def test_rounded_state_stays_near_adamw_and_small_parameters_have_its_bits(name,
     start = [parameter.detach().clone() for parameter in mine.parameters()]
     optimizer, theirs = make_optimizer(mine, name=name, memory=memory), make_optimizer(reference, memory="off")
     for step in range(200):
-        set_gradients(step % 5, torch.bfloat16, mine, reference)  # a gradient with a mean, so that weights go somewhere
+        set_gradients(step % 5, torch.bfloat16, mine, reference)  # five gradients repeat, so they do not cancel out
         for group in (*optimizer.param_groups, *theirs.param_groups):
             group["lr"] = 1e-3
         optimizer.step()
@@ -151,7 +151,7 @@ def test_bf16_weights_keep_their_values():
 
 @pytest.mark.parametrize("memory", ["exact", "lean"])
 def test_a_state_dict_keeps_its_dtypes(memory):
-    """torch's own load_state_dict would turn every tensor into the weight's dtype."""
+    """torch's own load_state_dict would convert every tensor to the weight's dtype."""
     optimizers = []
     for step in (1, 2):
         model = build("llama", hidden_size=64)
@@ -180,8 +180,8 @@ def gradients_of(model, batches):
 
 @pytest.mark.parametrize(("memory", "factor"), [("exact", 1.2), ("lean", 2.0)])
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_accumulated_gradients_are_as_good_as_those_of_one_batch(family, memory, factor):
-    """By their distance to fp64: exact sums micro-batches in fp32, lean rounds each sum once, up or down."""
+def test_accumulated_gradients_are_as_accurate_as_those_of_one_batch(family, memory, factor):
+    """Compare distances to fp64 gradients: exact sums micro-batches in fp32, lean rounds each sum stochastically."""
     batches = batches_of(family, 8)
     expected = gradients_of(build(family).double(), batches)
     at_once = gradients_of(build(family).bfloat16(), batches_of(family, 1))
@@ -311,13 +311,13 @@ def test_micro_batches_steps_and_ranks_round_sums_with_different_random_bits(mem
     for _ in range(2):
         train_step(state, batches_of("llama", 4), chunked_loss, Accelerator(cpu=True), learning_rate=1e-3)
     of_head = [key[1:] for key in keys if key[0] == id(model.lm_head.weight)]
-    # (micro-batch, step, rank) of each sum after the first, and (update,) of the weight
+    # (micro-batch, step, rank) for the sum after each micro-batch but the first, and (update,) for the weight
     expected = [(1, 0, 0), (2, 0, 0), (3, 0, 0), (1,), (1, 1, 0), (2, 1, 0), (3, 1, 0), (2,)]
     assert of_head == expected
 
 
 @pytest.mark.parametrize("memory", ["exact", "lean"])
-def test_a_parameter_that_one_rank_did_not_reach_is_reduced_like_all_others(memory, tmp_path):
+def test_a_parameter_that_the_loss_of_one_rank_does_not_use_is_reduced_like_all_others(memory, tmp_path):
     assert fork_ranks(2, step_with_an_idle_parameter, memory, tmp_path) == [0, 0]
     mine, theirs = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -348,7 +348,7 @@ def test_narrow_tensors_are_summed_over_ranks_in_fp32(tmp_path):
     assert fork_ranks(3, sum_of_a_rank, tmp_path) == [0, 0, 0]
     for rank in range(3):
         total = load_file(tmp_path / f"{rank}.safetensors")
-        assert (total["narrow"] == 258).all() and (total["wide"] == 3).all()  # bf16 would stay at 256 + 1 + 1 = 256
+        assert (total["narrow"] == 258).all() and (total["wide"] == 3).all()  # in bf16, 256 + 1 + 1 would be 256
 
 
 def sum_of_a_rank(folder):

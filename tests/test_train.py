@@ -1,4 +1,4 @@
-"""`train` does what a loop written by hand with torch and transformers does, with every flag."""
+"""`train` has the results of a loop written by hand with torch and transformers, with the same settings."""
 
 import json
 from contextlib import nullcontext
@@ -28,7 +28,7 @@ def files(tmp_path_factory):
 
 
 def by_hand(optimizer, precision):
-    """Return (loss, gradient norm, learning rate) of each step; its 2 micro-batches of 3 rows are one batch here."""
+    """Return (loss, gradient norm, learning rate) of each step; here, a step is one batch of 6 rows."""
     tokenizer, model = ByT5Tokenizer(), build("t5", seed=3)
     decayed = [p for name, p in model.named_parameters() if "bias" not in name and "layer_norm" not in name]
     others = [p for name, p in model.named_parameters() if "bias" in name or "layer_norm" in name]
@@ -76,7 +76,7 @@ def test_every_setting_reaches_the_run(files, optimizer, precision, tmp_path):
 
 
 def test_recompute_reaches_the_run(files, tmp_path):
-    """Compare the bytes that autograd saves in forward for backward."""
+    """Compare the bytes that autograd saves for backward."""
 
     def kept_bytes(recompute):
         kept = 0

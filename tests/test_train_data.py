@@ -1,4 +1,4 @@
-"""Runs from the command line on rows of every kind, good and bad: what they train on, count and refuse."""
+"""`train` from the command line on rows of every kind: it trains on good rows, and counts or refuses bad ones."""
 
 import json
 import re
@@ -60,7 +60,7 @@ def assert_done(result):
     assert result.returncode == 0, (result.stdout, result.stderr)
 
 
-def test_packed_rows_train_as_padded_ones(work):
+def test_packed_rows_have_the_losses_of_padded_rows(work):
     causal = {"model_config": work / "llama.json", "gradient_accumulation_steps": 2, "max_seq_len": 64}
     assert_done(train(*run_flags(work, "padded", **causal)))
     assert_done(train(*run_flags(work, "packed", **causal, packing=True)))
@@ -111,7 +111,7 @@ def test_invalid_flags_are_refused_and_nothing_is_written(work, changes, message
 def test_rows_that_are_cut_are_counted_and_reported(work):
     result = train(*run_flags(work, "cut", max_seq_len=16))
     assert_done(result)
-    # the tokens of an epoch: one for each byte of prompt and response, and an end token for each
+    # in an epoch, each prompt and each response has one token per byte, and an end token
     lengths = [[len(text.encode()) + 1 for text in row.values()] for row in ROWS]
     over = [sum(max(0, length - 16) for length in pair) for pair in lengths]
     end = records(work, "cut")[-1]
@@ -148,7 +148,8 @@ def test_skipped_rows_are_counted_over_all_ranks_and_recorded(work):
     assert locations == [f"{work}/broken.jsonl, line {line}" for line in (22, 8)]
     for again in train_ranks(2, *run_flags(work, "skipped", **skipping, max_steps=10, resume="auto")):
         assert_done(again)
-    assert records(work, "skipped")[-1]["bad_rows"] == 2  # found in the second epoch, since this start
+    # the resumed run counts from 0, and finds both rows again in epoch 2
+    assert records(work, "skipped")[-1]["bad_rows"] == 2
     too_many = train(*run_flags(work, "too-many", **skipping, max_bad_rows=1))
     assert too_many.returncode == 1 and "more than 1 of them" in too_many.stderr
     repaired = train(*run_flags(work, "too-many", max_steps=2))
@@ -163,7 +164,7 @@ def test_bad_held_out_rows_are_left_out_of_the_evaluation(work):
     assert evaluation["eval_rows"] == 38
 
 
-def test_a_bad_row_on_one_rank_ends_all_with_its_location(work):
+def test_a_bad_row_on_one_rank_ends_all_ranks_with_its_location(work):
     for rank in train_ranks(2, *run_flags(work, "two", train_file=broken(work), max_steps=5)):
         (line,) = rank.stderr.splitlines()
         assert rank.returncode == 1 and re.match(r"error(: rank 1| on rank 1, host \S+: ).*broken.jsonl, line ", line)

@@ -1,4 +1,4 @@
-"""Shared by the loops that use transformers: load the model, record a run, and two workarounds."""
+"""Code shared by the loops that use transformers: load a model, record a run, and choose arguments of Trainer."""
 
 import torch
 from accelerate import PartialState
@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 
 def load(folder: str, *, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
-    """Load the model of a folder with transformers."""
+    """Load the model in `folder` with transformers."""
     is_encoder_decoder = AutoConfig.from_pretrained(folder).is_encoder_decoder
     kind = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
     return kind.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
@@ -28,18 +28,19 @@ class Recorder(TrainerCallback):
 
 
 def device_arguments(system: System, mixed_precision: str) -> dict[str, object]:
-    """Arguments for TrainingArguments that select the device, including DeepSpeed on a CPU."""
+    """Return keyword arguments of TrainingArguments that select the device, including DeepSpeed on a CPU."""
     on_cuda = torch.cuda.is_available()
     if on_cuda or not system.zero_stage:
         return {"use_cpu": not on_cuda, "bf16": mixed_precision == "bf16"}
-    # With DeepSpeed but not `use_cpu`, accelerate sees one process; with both it ignores DeepSpeed.
-    # Trainer accepts bf16 only with a GPU or `use_cpu`, so `train` sets it afterwards.
+    # For DeepSpeed on a CPU, create accelerate's state here: otherwise accelerate ignores DeepSpeed with `use_cpu`, and
+    # sees only one process without `use_cpu`. Trainer accepts bf16 only on a GPU or with `use_cpu`; `train` sets it
+    # later.
     PartialState(cpu=True)
     return {"accelerator_config": {"use_configured_state": True}}
 
 
 def checkpointing_arguments(is_wanted: bool) -> dict[str, object]:
-    """Arguments for TrainingArguments that turn activation checkpointing on or off."""
+    """Return keyword arguments of TrainingArguments that turn activation checkpointing on or off."""
     from transformers import TrainingArguments
 
     # transformers 5.17 has only the older name, which later versions deprecate

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's full fine-tuning on rows that were encoded beforehand, otherwise with its defaults."""
+"""Train with LLaMA-Factory's full fine-tuning and defaults, except for shared settings and rows encoded beforehand."""
 
 import os
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""lowmem's loop: the training part of `lowmem.train`."""
+"""Train with lowmem: the same loop as in `lowmem.train`."""
 
 from functools import partial
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""A plain loop in the style of torchtune's recipes: bf16 weights, fused AdamW, logits converted to fp32 in chunks."""
+"""Train with a plain loop, as torchtune's recipes do: bf16 weights, fused AdamW, logits converted to fp32 in chunks."""
 
 from types import SimpleNamespace
 

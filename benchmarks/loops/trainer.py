@@ -1,4 +1,4 @@
-"""transformers' Trainer with its defaults except for the shared settings; rows are encoded beforehand."""
+"""Train with transformers' Trainer and its defaults, except for shared settings and rows encoded beforehand."""
 
 from types import SimpleNamespace
 
@@ -12,10 +12,10 @@ from lowmem import collate
 
 class SameObjective(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # The objective is the sum of a step's token losses / the number of its targets. Llama's loss divides by
-        # `num_items_in_batch`. T5's loss ignores it and is the micro-batch's mean, which Trainer does not divide again:
-        # loss and gradient would be `gradient_accumulation_steps` times too large. Weighting the mean by the
-        # micro-batch's share of the targets corrects this without changing the model's loss or its memory.
+        # The objective is the sum of a step's token losses / the number of its targets. Llama computes this: it divides
+        # the sum by `num_items_in_batch`. T5 ignores that argument and returns the micro-batch's mean. Trainer adds up
+        # these means, so loss and gradient would be `gradient_accumulation_steps` times too large. Weighting each mean
+        # by the micro-batch's share of the step's targets corrects this without changing the model's loss or memory.
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if not self.accelerator.unwrap_model(model).config.is_encoder_decoder:
             return loss

@@ -1,4 +1,4 @@
-"""The command `export`: write the model of a checkpoint, or any model, in another dtype."""
+"""The command `export`: write the model of a checkpoint, or any saved model, in another dtype."""
 
 import json
 import math
@@ -18,20 +18,20 @@ from lowmem.storage.atomic_folder import atomic_folder
 from lowmem.storage.files import free_bytes, to_json, write_file
 from lowmem.storage.tensor_files import StoredTensor, host_parts, open_shards, split_shards, write_index
 
-_ROW_ELEMENTS = 2**22  # converted at a time
-# Weights in other formats are not copied: they would differ from the exported ones, and some are pickles.
+_ROW_ELEMENTS = 2**22  # tensors are converted by slices of about this many elements
+# Weights in these formats are not copied: they would differ from the exported ones, and some formats are pickles.
 _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf"}
 
 
 class _Source(NamedTuple):
-    """A tensor to be exported: read, merged with its low half and converted, some rows at a time."""
+    """A tensor to export. `parts` reads it, merges it with its low half and converts it, some rows at a time."""
 
     stored: StoredTensor
     low: StoredTensor | None
     dtype: torch.dtype
 
     def parts(self) -> Iterator[memoryview]:
-        """Yield its bytes. Raises UsageError if a value is too large for the dtype."""
+        """Yield the bytes of the converted tensor. Raises UsageError if a value is too large for the dtype."""
         num_rows, *rest = self.stored.shape or [1]
         height = max(1, _ROW_ELEMENTS // max(1, math.prod(rest)))
         for first in range(0, num_rows, height):
@@ -50,10 +50,10 @@ class _Source(NamedTuple):
 
 
 def export(path: str | Path, out: str | Path, *, dtype: torch.dtype | None, max_shard_bytes: int) -> str:
-    """Write the model of `path`, a checkpoint (verified first) or a model folder, into the new folder `out`.
+    """Write the model in `path`, a checkpoint (verified first) or a model folder, into the new folder `out`.
 
-    `dtype` applies to all floating-point tensors; None keeps theirs. float32 and float16 use the fp32 master, if any.
-    Returns a summary. Raises UsageError if the model cannot be exported, SaveError if `out` cannot be written.
+    Converts all floating-point tensors to `dtype` (None: does not convert). float32 and float16 are converted from the
+    fp32 master, if any. Returns a summary. Raises UsageError if the export is impossible, SaveError if writing fails.
     """
     path, out = Path(path), Path(out)
     if out.exists():
@@ -98,7 +98,7 @@ def _source(stored: StoredTensor, low: StoredTensor | None, dtype: torch.dtype |
     if saved_as is None:
         raise UsageError(f"tensor {stored.name} is {stored.dtype}, which is not supported: use a model without it")
     to = dtype if dtype is not None and saved_as.is_floating_point else saved_as
-    return _Source(stored, None if to == torch.bfloat16 else low, to)  # the bf16 half is the master rounded to bf16
+    return _Source(stored, None if to == torch.bfloat16 else low, to)  # the stored half is the master rounded to bf16
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -114,7 +114,7 @@ def _read_config(folder: Path, dtype: torch.dtype | None) -> dict[str, object]:
         return config
     if "quantization_config" in config:
         raise UsageError(f"{folder} has quantized weights, which cannot be converted: set --dtype=None")
-    config.pop("torch_dtype", None)  # the older name of `dtype`
+    config.pop("torch_dtype", None)  # the former name of `dtype`
     return config | {"dtype": _name(dtype)}
 
 
@@ -129,7 +129,7 @@ def _open_model(folder: Path, files: list[str] | None) -> Mapping[str, StoredTen
 
 
 def _copy_others(folder: Path, files: list[str] | None, target: Path) -> None:
-    """Copy tokenizer, generation config, chat templates, lowmem.json: `files`, or everything in the model folder."""
+    """Copy what is not weights (tokenizer, chat templates, ...): `files` of `folder`, or (None) everything in it."""
     in_folder = chain(folder.iterdir(), folder.glob("additional_chat_templates/*"))
     for path in in_folder if files is None else [folder / name for name in files]:
         is_weights = path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json")

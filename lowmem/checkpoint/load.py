@@ -1,4 +1,4 @@
-"""Load a checkpoint into a training state: verify, check that it matches, fill. Each rank reads only its own rows."""
+"""Load a checkpoint into a training state: verify it, compare it with the model, then read; each rank its own part."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -22,12 +22,12 @@ _MOST_DIFFERENCES = 10
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint under `folder` that `verify_checkpoint` accepts; prints why it skips others."""
+    """Return the newest intact checkpoint in `folder`, or None. Prints why it skips newer ones."""
     return first_valid(reversed(checkpoints(Path(folder))), verify_checkpoint)
 
 
 def first_valid(paths: Iterable[Path], verify: Callable[[Path], None], *, silent: bool = False) -> Path | None:
-    """The first of `paths` for which `verify` raises no UsageError; unless `silent`, prints why it skips others."""
+    """Return the first path for which `verify` raises no UsageError. Unless `silent`, print why others are skipped."""
     for path in paths:
         try:
             verify(path)
@@ -40,7 +40,7 @@ def first_valid(paths: Iterable[Path], verify: Callable[[Path], None], *, silent
 
 
 def verify_together(path: str | Path) -> None:
-    """`verify_checkpoint` on all ranks at once: each hashes a share of the files, and all raise the same error."""
+    """Like `verify_checkpoint`, but each rank hashes only a share of the files, and all ranks raise if one does."""
     path, (rank, world_size) = Path(path), rank_and_world_size()
     with raise_on_all_ranks():
         records = read_manifest(path)["files"]
@@ -53,10 +53,10 @@ def verify_together(path: str | Path) -> None:
 def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerator, *, verify: bool = True) -> None:
     """Load the checkpoint `path` into `state`, in place, on every rank. World size and sharding may differ.
 
-    AdamW's state also loads into a smaller memory tier: off into exact (lossless), both into lean (rounded). Everything
-    is checked first: sizes and hashes (`verify` False: the caller has just called `verify_together`), and the names,
-    shapes and dtypes of weights and optimizer state (for torch's optimizers, only the class). Raises UsageError naming
-    the file or up to 10 differing tensors.
+    AdamW's state can also be loaded into a smaller memory tier: from off into exact (lossless), from both into lean
+    (rounded). First checks sizes and hashes (`verify=False`: the caller has checked them), then the names, shapes and
+    dtypes of weights and optimizer state (for torch's optimizers, only the class). Raises UsageError that names the
+    bad file or up to 10 differing tensors.
     """
     path = Path(path)
     if verify:
@@ -69,7 +69,7 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
         rounds = needs_rounding(path, saved["optimizer"], saved.get("memory"), state.optimizer)
         if rounds and any(map(is_in_columns, tensors.values())):
             raise UsageError(f"{path} was saved in a larger memory tier; rounding it needs full rows: set tp_size=1")
-        trained = set(saved.get("parameters", parameters))  # early checkpoints do not list them
+        trained = set(saved.get("parameters", parameters))  # checkpoints of early versions have no such list
         diff = parameters.keys() ^ trained
         differences = [
             *tensor_differences(weights, tensors, any_dtype=rounds),
@@ -97,7 +97,7 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
 
 
 def saved_settings(path: str | Path) -> tuple[dict, dict]:
-    """state.json of a checkpoint, and the `config` that it was saved with (empty if none)."""
+    """Return the contents of state.json, and the `config` that was passed to `save_checkpoint` ({} if none was)."""
     config = Path(path) / "model" / "lowmem.json"
     state = json.loads((Path(path) / "state.json").read_text())
     return state, json.loads(config.read_text()) if config.exists() else {}

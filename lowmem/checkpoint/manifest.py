@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, with the size and hash of every file; the checkpoints in a folder. Imports no torch."""
+"""List the checkpoints in a folder, and verify each by its manifest of file sizes and hashes. Imports no torch."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ _FORMAT = 1
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, intact or damaged, oldest first."""
+    """Return all checkpoints in `folder`, intact or damaged, oldest first."""
     named = (path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir())
     return sorted(named, key=step_of)
 
@@ -24,13 +24,13 @@ def step_of(path: Path) -> int:
 
 
 def write_manifest(folder: Path, step: int, records: Mapping[str, FileRecord]) -> None:
-    """Write the last file of a checkpoint: the records of all other files, and a hash of these records."""
+    """Write manifest.json, the last file of a checkpoint: `records` of all other files, and a hash of the manifest."""
     manifest = {"format": _FORMAT, "step": step, "files": dict(records)}
     write_file(folder / "manifest.json", [to_json({"manifest": manifest, "xxh3_128": _hash_of(manifest)})])
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Check that every file exists and has its size and hash. Raises UsageError naming the first that does not."""
+    """Check that every file has the size and hash in the manifest. Raises UsageError naming the first that has not."""
     records = read_manifest(path)["files"]
     check_sizes(Path(path), records)
     check_hashes(Path(path), records)
@@ -57,7 +57,7 @@ def check_hashes(path: Path, records: Mapping[str, FileRecord]) -> None:
 
 
 def read_manifest(path: str | Path) -> dict:
-    """{"format", "step", "files": {name: record}} of a checkpoint. Raises UsageError if it is missing or changed."""
+    """Return a manifest: {"format", "step", "files": {name: record}}. Raises UsageError if it is missing or changed."""
     path = Path(path)
     try:
         sealed = json.loads((path / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""Write one folder from all ranks at once, each its share of the bytes. The folder is complete or absent."""
+"""Write a folder from all ranks at once. Each writes a share of the bytes. The folder becomes complete or absent."""
 
 import errno
 import os
@@ -33,14 +33,14 @@ WriteRest = Callable[[Path, dict[str, FileRecord]], None]
 def write_together(
     path: Path, groups: Mapping[str, list[Shard]], write_rest: WriteRest, *, may_replace: Callable[[Path], bool]
 ) -> None:
-    """Write the shards of `groups` ({stem: shards}, names relative to `path`), each rank its share.
+    """Write the shards of `groups` ({stem: shards}) into `path`, each rank a share. Shard names are relative to `path`.
 
-    Rank 0 then calls `write_rest(temporary folder, records so far)`. Every rank raises SaveError if the disk fails.
+    Rank 0 then calls `write_rest(temporary folder, records so far)`. If the disk fails, every rank raises SaveError.
     """
     shards = [shard for group in groups.values() for shard in group]
     needed = sum(shard.num_bytes for shard in shards)
     unfinished, (rank, world_size) = unfinished_folder(path), rank_and_world_size()
-    with ExitStack() as stack:  # used on rank 0 only
+    with ExitStack() as stack:  # only rank 0 enters contexts in it
 
         def start() -> None:
             with _as_save_error(path, needed):
@@ -55,7 +55,7 @@ def write_together(
                 for stem, group in groups.items():
                     records |= write_index(group, unfinished, stem)
                 write_rest(unfinished, records)
-                stack.close()  # close here, so that every rank sees an error
+                stack.close()  # renames the folder: here, inside on_main_rank, an error is raised on every rank
 
         on_main_rank(start)
         with raise_on_all_ranks(), _as_save_error(path, needed):
@@ -65,7 +65,7 @@ def write_together(
 
 
 def assign_shards(shards: Sequence[Shard], world_size: int) -> list[list[Shard]]:
-    """The shards that each rank writes: the largest first, each to the rank with the fewest bytes."""
+    """Return the shards for each rank. Assigns the largest shards first, each to the rank with the fewest bytes."""
     shares: list[list[Shard]] = [[] for _ in range(world_size)]
     load = [0] * world_size
     for shard in sorted(shards, key=lambda shard: -shard.num_bytes):
@@ -83,14 +83,14 @@ def _write_share(shares: list[list[Shard]], unfinished: Path, rank: int) -> dict
             for shard in shares[rank]
         }
     finally:
-        for _ in parts:  # other ranks need this rank's pieces of their tensors, even if its own disk failed
+        for _ in parts:  # even if this rank's disk failed, send its pieces: other ranks wait for them
             pass
 
 
 def _whole_parts(queues: Sequence[Sequence[Tensor | Zero3Weight]], rank: int) -> Iterator[memoryview]:
-    """Yield the bytes of the tensors in this rank's queue, as `host_parts` does. All ranks pass the same `queues`.
+    """Yield the bytes of the unsharded tensors in `queues[rank]`, as `host_parts` does.
 
-    Consume all of it: it also sends this rank's pieces of other ranks' tensors, one tensor of each queue at a time.
+    All ranks pass the same `queues` and must exhaust the iterator, because it also sends pieces to the other ranks.
     """
     for tensors in zip_longest(*queues):
         for owner, tensor in enumerate(tensors):
@@ -107,7 +107,7 @@ def _whole_parts(queues: Sequence[Sequence[Tensor | Zero3Weight]], rank: int) ->
 
 
 def _send(tensor: Tensor | Zero3Weight | None, owner: int) -> dist.Work | None:
-    """Send this rank's piece of a sharded tensor."""
+    """Start sending this rank's piece of a sharded tensor to `owner`. Returns None if there is nothing to send."""
     if not isinstance(tensor, DTensor):
         return None
     rank = dist.get_rank()
@@ -124,7 +124,7 @@ def _parts(tensor: Tensor, rank: int) -> Iterator[memoryview]:
         for piece in every:
             yield from host_parts(_received(tensor, piece, rank))
     else:
-        whole = torch.empty(tensor.shape, dtype=tensor.dtype)  # its bytes interleave the columns of all ranks
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype)  # every row has columns of all ranks
         for piece in every:
             whole[:, piece.start : piece.stop] = _received(tensor, piece, rank)
         yield from host_parts(whole)
@@ -157,7 +157,7 @@ def _as_save_error(path: Path, needed: int) -> Iterator[None]:
         where = f" at {error.filename}" if error.filename else ""
         try:
             free = f"{free_bytes(path):,}"
-        except OSError:  # the disk does not answer
+        except OSError:  # the disk does not respond
             free = "an unknown number"
         found = f"{error.strerror or error}{where}; it takes {needed:,} bytes, {free} are free"
         raise SaveError(f"{path} could not be saved: {found}. Earlier checkpoints are intact: make room") from error

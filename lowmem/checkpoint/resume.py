@@ -1,4 +1,4 @@
-"""Find the checkpoint that a run resumes from, and check that it is still the same run."""
+"""Find the checkpoint that a run resumes from, and check that the settings of the run have not changed."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -11,9 +11,9 @@ from lowmem.optim.state import TIERS
 
 
 def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
-    """The checkpoint that `resume` (never, auto or a path) selects, the same on every rank, verified by all ranks.
+    """Return the checkpoint that `resume` (never, auto or a path) selects, verified and the same on every rank.
 
-    auto is the newest valid one in `output_dir`; None is a fresh start. Raises UsageError if a given path is damaged.
+    auto selects the newest intact one in `output_dir`. None means a fresh start. Raises UsageError for a damaged path.
     """
     if resume == "never":
         return None
@@ -26,9 +26,9 @@ def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
 
 
 def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: Collection[str]) -> list[str]:
-    """Compare settings with those of `checkpoint`. Returns a line for each change that a run may make on resume.
+    """Compare settings with those of `checkpoint`. Returns a text for each allowed change.
 
-    Raises UsageError if any in `fixed` differ, but with adamw, `memory` may change to a smaller tier.
+    Raises UsageError if a setting in `fixed` has changed. With adamw, `memory` may change to a smaller tier.
     """
     _, saved = saved_settings(checkpoint)
     changes = {
@@ -47,7 +47,7 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: C
 def rows_per_step(checkpoint: Path | None, world_size: int, **sizes: int | None) -> int:
     """Rows per optimizer step over all processes. A resumed run keeps this number on any number of processes.
 
-    Raises UsageError if `sizes`, the flags that set it, differ from those of `checkpoint` and result in another number.
+    `sizes` are the flags that set it. Raises UsageError if they changed since `checkpoint` and give another number.
     """
     wanted = sizes["global_batch_size"] or sizes["batch_size"] * sizes["gradient_accumulation_steps"] * world_size
     if checkpoint is None:

@@ -1,12 +1,12 @@
 """Save checkpoints: safetensors and JSON in a folder that is complete or absent.
 
 step-00000500/
-  model/            as transformers saves it: `from_pretrained` loads it
+  model/            in transformers' format: `from_pretrained` loads it
   optimizer.safetensors (or shards of it): "<parameter>.<state>" for every tensor of the optimizer's state
   state.json        step, best, seed, position of the stream, class and tier of the optimizer
   manifest.json     size and xxh3_128 of every other file; written last
 
-All ranks write at once, each a share of the files. Every tensor is saved unsharded.
+All ranks write at once, each a share of the files. Tensors that are sharded over ranks are saved whole.
 """
 
 import copy
@@ -50,17 +50,17 @@ def save_checkpoint(
     max_shard_size: int | str = "5GB",
     on_error: Callable[[SaveError], object] | None = None,
 ) -> Path | None:
-    """Write `folder`/step-XXXXXXXX and return it; then remove older ones, so that `keep` are left (None: all).
+    """Write `folder`/step-XXXXXXXX and return it, then remove the oldest checkpoints beyond `keep` (None: keep all).
 
-    The one of `state.best` is always kept. Call it on every rank: each writes a share of the bytes, with at most one
-    tensor in host memory. `config` is saved as model/lowmem.json. If the disk is full or fails, every rank raises
-    SaveError, or passes it to `on_error` and returns None: older checkpoints are intact, and the new one is removed.
+    The checkpoint of `state.best` is always kept. Call it on every rank: each writes a share of the bytes, with at most
+    one tensor in host memory. `config` is saved as model/lowmem.json. If the disk is full or fails, older checkpoints
+    stay intact, the new one is removed, and every rank raises SaveError, or passes it to `on_error` and returns None.
     """
     path = Path(folder) / f"step-{state.step:08d}"
     parameters = named_parameters(state.model, state.optimizer)
     weights, optimizer_state = model_tensors(state.model), optimizer_tensors(parameters, state.optimizer)
     max_bytes, (_, world_size) = parse_bytes(max_shard_size), rank_and_world_size()
-    share = -(-(num_bytes(weights) + num_bytes(optimizer_state)) // world_size)  # so that no rank writes more
+    share = -(-(num_bytes(weights) + num_bytes(optimizer_state)) // world_size)  # so no file exceeds a rank's share
     groups = {
         "model/model": split_shards(weights, "model/model", max_bytes),
         "optimizer": split_shards(optimizer_state, "optimizer", min(max_bytes, share)),
@@ -92,8 +92,8 @@ def save_checkpoint(
 def save_model(
     model: nn.Module, folder: str | Path, *, tokenizer=None, config: Config = None, max_shard_size: int | str = "5GB"
 ) -> Path:
-    """Save the model for `from_pretrained`; replace `folder` once all files are on disk. See `save_checkpoint`."""
-    path = Path(folder).resolve()  # if it is a link, its target is replaced
+    """Save the model for `from_pretrained`; replace `folder` once all files are on disk. Call it on every rank."""
+    path = Path(folder).resolve()  # if `folder` is a link, replace its target
     groups = {"model": split_shards(model_tensors(model), "model", parse_bytes(max_shard_size))}
 
     def write_rest(unfinished: Path, records: dict[str, FileRecord]) -> None:
@@ -104,9 +104,9 @@ def save_model(
 
 
 def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int | None) -> None:
-    """Check that the disk has room for `saves` checkpoints, keeping `keep`, and the model. Call it on every rank.
+    """Check that the disk has room for `saves` checkpoints (at most `keep` at a time) and the model. Call on all ranks.
 
-    Raises UsageError if it does not, or if a tensor's dtype or sharding cannot be saved.
+    Raises UsageError if there is too little room, or if the dtype or sharding of a tensor cannot be saved.
     """
     folder = Path(folder)
     tensors = model_tensors(state.model)
@@ -120,7 +120,7 @@ def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int 
 
     def check() -> None:
         clear_leftovers(folder / f"step-{state.step:08d}")
-        # an old one is removed only when its successor is complete
+        # an old checkpoint is removed only after the new one is complete
         most = saves if keep is None else min(saves, max(1, keep + 1 - len(checkpoints(folder))))
         needed, free = most * checkpoint + weights, free_bytes(folder)
         if needed > free:
@@ -131,11 +131,11 @@ def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int 
 
 
 def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config) -> dict[Path, FileRecord]:
-    """Write all of a model except its tensors, which `folder` already contains."""
+    """Write all files of a model except its weights, which are already in `folder`."""
     base, tensors = unwrapped(model), set(folder.iterdir())
     if hasattr(base, "config"):
         model_config = copy.deepcopy(base.config)
-        # fully_shard adds its own class before the model's
+        # fully_shard inserts its own class before the model's class
         written = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
         model_config.architectures = [written.__name__]
         model_config.dtype = base.dtype
@@ -148,7 +148,7 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
     records = {}
-    for path in sorted(set(filter(Path.is_file, folder.rglob("*"))) - tensors):  # transformers wrote them
+    for path in sorted(set(filter(Path.is_file, folder.rglob("*"))) - tensors):  # the files that transformers wrote
         sync(path)
         records[path] = record_file(path)
     if getattr(base, "generation_config", None) is not None:
@@ -161,7 +161,7 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
 
 
 def _prune(path: Path, keep: int, best: Mapping[str, float] | None) -> None:
-    """Keep `keep` checkpoints: `path`, the best one, and the newest before it. Ignore later ones (another branch)."""
+    """Keep `keep` checkpoints: `path`, the best one and the newest before `path`. Keep later ones (another branch)."""
     older = [old for old in checkpoints(path.parent) if step_of(old) < step_of(path)]
     kept = [old for old in older if best and step_of(old) == best["step"]]
     others = [old for old in older if old not in kept]

@@ -13,7 +13,7 @@ def _group(*names: str) -> property:
 
 
 class Groups:
-    """Properties that TrainConfig adds to its fields, for `train` to unpack."""
+    """Properties of TrainConfig that group its fields, for `train` to unpack as keyword arguments."""
 
     model_source = _group("model_name_or_path", "model_config", "tokenizer_name_or_path")
     """Where the model and its tokenizer come from."""

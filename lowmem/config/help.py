@@ -1,4 +1,4 @@
-"""The text of --help: commands, presets, and what the docstring of every field says. Imports no torch."""
+"""The text of --help: commands, presets, and each flag with the docstring of its field. Imports no torch."""
 
 import re
 from inspect import formatannotation, getsource
@@ -23,7 +23,7 @@ presets, which flags override; then all flags with default or choices, the defau
 
 
 def help_text(*, full: bool = False) -> str:
-    """The text of --help: a line per flag with its values and the first sentence of its docstring (`full`: all)."""
+    """Return the text of --help: a line per flag with the first sentence of its docstring (`full`: all sentences)."""
     lines = [_COMMANDS]
     for name, values in PRESETS.items():
         title = "without a preset and a model" if name == "tiny" else f"--{name}=True"

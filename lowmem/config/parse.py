@@ -22,10 +22,10 @@ _OTHER_NAMES |= {"per_device_train_batch_size": "batch_size", "resume_from_check
 
 
 def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None = None) -> TrainConfig:
-    """Merge defaults < preset < `given` < `config` file < flags into a checked TrainConfig.
+    """Merge defaults, a preset, `given`, a `config` file and flags, each overriding the earlier, into a TrainConfig.
 
     `flags` maps fields, presets, `config` (a YAML or JSON file) and `is_keep_training` to values or text; `given` has
-    fields from a launcher or a model's folder. Raises UsageError that lists all problems.
+    fields from a launcher or a model's folder. Checks the result, and raises one UsageError that lists all problems.
     """
     problems: list[str] = []
     file_switches, file_fields = _read(_read_config_file(flags.get("config"), problems), problems)
@@ -131,7 +131,7 @@ def _coerce(name: str, kind: object, value: object, problems: list[str]) -> obje
         return {"true": "auto", "false": "never"}.get(text.lower(), text)
     if name == "mixed_precision" and value is False:
         return "no"  # YAML reads a bare `no` as false
-    if text in ("True", "False"):  # Fire's value for a flag without one
+    if text in ("True", "False"):  # what Fire passes for a flag without a value
         problems.append(f"--{name} needs a value: --{name}=...")
     parts = value if isinstance(value, list | tuple) else text.split(",")
     return ",".join(str(part).strip() for part in parts)

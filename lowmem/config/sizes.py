@@ -6,7 +6,7 @@ from lowmem.errors import UsageError
 
 
 def parse_bytes(size: int | str) -> int:
-    """Convert a number, or text such as "500MB" (10**6), "5GB" (10**9) or "2GiB" (2**30), to bytes, at least 1."""
+    """Convert a number, or text such as "500MB" (10**6), "5GB" (10**9) or "2GiB" (2**30), to a number of bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", str(size).upper())
     if not match:
         raise UsageError(f"size {size!r} is not understood: write bytes, or 500MB, 5GB, 2GiB")

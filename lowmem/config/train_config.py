@@ -31,8 +31,8 @@ def setting(
 ) -> Any:
     """Make a field with rules.
 
-    `instead_of` names the fields that this one replaces; `fallback` is the value if none of them is set. A resumed run
-    must keep a `fixed` field, a `per_rank` field may differ between ranks, `evaluate` takes only `in_evaluate` fields.
+    `instead_of` names fields that this one replaces; `fallback` is its value if neither it nor an alternative is set.
+    A resumed run must keep `fixed` fields; `per_rank` fields may differ by rank; `evaluate` takes `in_evaluate` fields.
     """
     return dataclasses.field(default=default, metadata=locals())
 
@@ -72,7 +72,7 @@ class TrainConfig(Groups):
     max_seq_len: int = setting(512, at_least=1, on_resume="fixed", in_evaluate=True)
     """Maximum sequence length in tokens; longer rows are cut and counted. T5-like models: prompt and response each."""
     packing: bool = False
-    """Several rows in one sequence of at most max_seq_len tokens (causal models). The gradient stays the same."""
+    """Put several rows in a sequence of at most max_seq_len tokens (causal models). The gradient stays the same."""
     on_bad_row: str = setting("error", choices=["error", "skip"])
     """If a row cannot be read or encoded: end the run, or skip the row. skip writes it to bad_rows-RANK.jsonl."""
     max_bad_rows: int = setting(1000, at_least=0)
@@ -118,7 +118,7 @@ class TrainConfig(Groups):
     label_smoothing: float = setting(0.0, at_least=0, below=1, on_resume="fixed")
     """Probability mass spread evenly over the vocabulary (training loss only)."""
     loss: str = setting("chunked", choices=["chunked", "plain"], in_evaluate=True)
-    """chunked computes logits a slice at a time, plain all at once. plain is for heads that chunked refuses."""
+    """chunked computes logits a slice at a time, plain all at once. Use plain for heads that chunked rejects."""
 
     # --- exactness
     seed: int = setting(0, at_least=0, below=2**63, on_resume="fixed")
@@ -137,38 +137,38 @@ class TrainConfig(Groups):
     recompute: str = setting("off", choices=["off", "cheap", "full"])
     """Activation checkpointing; full keeps layer inputs, cheap also matrix products."""
     offload_activations: bool = False
-    """Keep activations for backward in host memory. A model on CPU: in memory-mapped temporary files."""
+    """Keep activations for backward in host memory. For a model on CPU: in memory-mapped temporary files."""
     release: bool = False
     """Gradient release: update weights in backward, free their gradients. One process, one micro-batch, no clipping."""
     compile: bool = False
-    """Compile each layer with torch.compile: faster after minutes; rounds differently."""
+    """torch.compile each layer: faster after minutes of compiling; changes rounding."""
     device_memory: str | None = setting(unit="bytes")
     """GPU memory per process, such as 20GB: use the fastest settings that fit. Flags that you set are kept."""
     host_memory: str | None = setting(unit="bytes")
-    """Host memory of all processes of a machine, such as 12GB, as device_memory."""
+    """Host memory for all processes on a machine, such as 12GB; used like device_memory."""
 
     # --- processes
     num_processes: int | None = setting(at_least=1, per_rank=True, in_evaluate=True)
-    """Number of processes. Default: set by the launcher; plain python: one per visible GPU, or one."""
+    """Number of processes. Default: set by the launcher; without a launcher, one per visible GPU, or one."""
     sharding_strategy: str = setting("NO_SHARD", choices=["NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"])
-    """Weights, gradients and optimizer state as whole copies or as shards. FULL_SHARD all-gathers a layer at a time,
-    SHARD_GRAD_OP until backward ends; HYBRID_SHARD shards within shard_size processes."""
+    """How to shard weights, gradients and optimizer state. FULL_SHARD all-gathers one layer's weights at a time,
+    SHARD_GRAD_OP keeps them until backward ends; HYBRID_SHARD shards within groups of shard_size processes."""
     shard_size: int | None = setting(at_least=1)
     """Processes that shard one copy of the model in HYBRID_SHARD. Default: those of one machine."""
     cpu_offload: bool = False
-    """Keep sharded weights and optimizer in host memory, and update them there."""
+    """Keep sharded weights and optimizer state in host memory, and update them there."""
     tp_size: int = setting(1, at_least=1)
-    """Tensor parallelism: processes that shard each layer and share rows. Neighbours; batch sizes are per group."""
+    """Tensor parallelism: this many neighbouring ranks shard each layer and share rows. Batch sizes are per group."""
     deepspeed: str | None = setting(on_resume="fixed")
     """DeepSpeed config (path or JSON) for ZeRO stage 1, 2 or 3; no checkpoints. `accelerate launch` can set it too."""
     heartbeat_timeout: int = setting(120, at_least=1)
-    """Abort the run after so many seconds without a heartbeat from a rank. The others name the rank."""
+    """Abort the run if a rank sends no heartbeat for this many seconds. The other ranks name it."""
 
     # --- evaluation
     eval_on_start: bool = False
     """Also evaluate before the first step."""
     max_predict_samples: int = setting(256, at_least=0, in_evaluate=True)
-    """Generate answers for so many evaluation rows, and count exact matches. First prompt/response rows; 0: none."""
+    """Generate answers for this many evaluation rows, and count exact matches. First prompt/response rows; 0: none."""
     generation_max_new_tokens: int = setting(64, at_least=1, in_evaluate=True)
     """Maximum number of tokens in a generated answer."""
 
@@ -195,7 +195,7 @@ class TrainConfig(Groups):
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
-# Pairs of fields of which at most one can be set.
+# Pairs of fields; at most one of a pair can be set.
 ALTERNATIVES = [(name, other) for name, field in FIELDS.items() for other in field.metadata.get("instead_of", ())]
 
 

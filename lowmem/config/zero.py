@@ -73,14 +73,14 @@ def complete_zero_config(source: str, *, batch_size: int, max_grad_norm: float, 
     values = read_zero_config(source)
     values |= {
         "train_micro_batch_size_per_gpu": batch_size,
-        "gradient_accumulation_steps": 1,  # the step marks its last micro-batch
+        "gradient_accumulation_steps": 1,  # `deepspeed_step` marks the last micro-batch instead
         "gradient_clipping": max_grad_norm,
-        # without immediate_grad_update, DeepSpeed 0.19.8 loses gradients (stage 1, bf16, several micro-batches a step)
+        # without immediate_grad_update, DeepSpeed 0.19.8 loses gradients (stage 1, bf16, several micro-batches)
         "bf16": values.get("bf16", {}) | {"enabled": bf16, "immediate_grad_update": True},
         "fp16": {"enabled": False},
         "zero_force_ds_cpu_optimizer": False,  # its CPU Adam would have to be compiled here
     }
-    values.pop("train_batch_size", None)  # the product of the others
+    values.pop("train_batch_size", None)  # DeepSpeed computes it from the others
     values.setdefault("communication_data_type", "fp32")
     values.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     return values

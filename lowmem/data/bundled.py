@@ -1,4 +1,4 @@
-"""Rows that need no file: three kinds of short questions, generated from the row number, all different."""
+"""Rows that need no file: short questions of three kinds, generated from the row number. No two rows are equal."""
 
 from dataclasses import dataclass
 from string import ascii_lowercase
@@ -10,7 +10,7 @@ _VARIETIES = (26**4, 90 * 90, 9_000)  # how many questions of each kind there ar
 
 
 def _question(kind: int, number: int) -> tuple[str, str]:
-    """Ask to spell a word backwards, for the larger of two numbers, or for the next number."""
+    """Return a question and its answer. Kinds: spell a word backwards, the larger of two numbers, the next number."""
     if kind == 0:
         word = "".join(ascii_lowercase[number // 26**i % 26] for i in range(4))
         return f"spell {word} backwards", word[::-1]
@@ -34,7 +34,7 @@ class BundledRows:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} bundled rows does not exist")
         number, kind = divmod(self.first + index, len(_VARIETIES))
-        # A permutation has no repeats, so held-out questions never occur in training.
+        # A permutation repeats no question, so held-out questions never occur in training.
         prompt, response = _question(kind, int(permute([number], _VARIETIES[kind], (kind,))[0]))
         return {"prompt": prompt, "response": response}
 

@@ -1,4 +1,4 @@
-"""A conversation -> token ids by the tokenizer's chat template, and which of them are the assistant's."""
+"""Encode a conversation by the tokenizer's chat template: token ids, and which tokens are the assistant's."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Messages = Sequence[Mapping[str, object]]
-Spans = list[tuple[int, int]]  # [start, stop) of characters, in order
+Spans = list[tuple[int, int]]  # [start, stop) of the assistant's characters, in order
 
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _HOW_TO_TAG = "put {% generation %} and {% endgeneration %} around the assistant's text in the chat template"
 
-# transformers caches compiled templates, and each records its tags' spans for one thread at a time. So we render our
-# own copy, under a lock; the comment that makes it different (and its newline) renders as nothing.
+# transformers caches compiled templates by text, and a compiled template records the spans of tags for only one thread.
+# So we render our own copy under a lock. A comment makes its text different, and renders as nothing.
 _COPY = "{#- lowmem's own copy #}\n"
 _COPY_IN_USE = Lock()
 
@@ -30,9 +30,9 @@ _COPY_IN_USE = Lock()
 def chat_tokenizer(tokenizer: Tokenizer) -> Callable[[Messages], tuple[list[int], list[bool]]]:
     """Make a thread-safe function `messages -> (ids, is_assistant)`, where `is_assistant` marks the assistant's tokens.
 
-    The assistant's text is what {% generation %} tags enclose or, without tags, what each assistant turn adds to the
-    turns before it and a generation prompt. A token belongs to its last character's turn. Raises UsageError without a
-    chat template; the function raises ValueError if the template rejects a conversation or the assistant has no text.
+    The assistant's text is what {% generation %} tags enclose. Without tags, it is what an assistant turn adds to the
+    earlier turns and a generation prompt. A token belongs to the turn of its last character. Raises UsageError without
+    a chat template. `tokenize` raises ValueError if the template rejects the messages or the assistant says nothing.
     """
     from jinja2 import TemplateError
 
@@ -45,7 +45,7 @@ def chat_tokenizer(tokenizer: Tokenizer) -> Callable[[Messages], tuple[list[int]
     to_tokens = _tokenize_whole if tokenizer.is_fast else _tokenize_pieces
 
     def tokenize(messages: Messages) -> tuple[list[int], list[bool]]:
-        # Parquet fills fields that a message lacks with None, which a template would render.
+        # In parquet, fields that a message lacks are None: a template would render them.
         messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
         turns = f"a conversation of turns {', '.join(str(message['role']) for message in messages)}"
         try:
@@ -69,7 +69,7 @@ def _by_tags(tokenizer: Tokenizer, template: str, messages: Messages) -> tuple[s
 
 
 def _by_prefixes(tokenizer: Tokenizer, template: str, messages: Messages) -> tuple[str, Spans]:
-    """Return the text, and the span of each assistant turn, found by rendering the turns before it."""
+    """Return the text and the span of each assistant turn: render the turns before it, then those up to it."""
     render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
     text, spans = render(messages), []
     for turn in (turn for turn, message in enumerate(messages) if message["role"] == "assistant"):
@@ -84,9 +84,9 @@ def _by_prefixes(tokenizer: Tokenizer, template: str, messages: Messages) -> tup
 
 
 def _tokenize_whole(tokenizer: Tokenizer, text: str, spans: Spans) -> tuple[list[int], list[bool]]:
-    # Without truncation or padding, which change a fast tokenizer's state: two threads share it.
+    # Truncation or padding would change the state of a fast tokenizer, which two threads share.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ends = [stop for _, stop in encoded["offset_mapping"]]  # not starts, where some tokenizers skip spaces
+    ends = [stop for _, stop in encoded["offset_mapping"]]  # not starts: some tokenizers exclude leading spaces
     is_assistant = [False] * len(ends)
     for start, stop in spans:
         first, last = bisect_right(ends, start), bisect_right(ends, stop)
@@ -95,7 +95,7 @@ def _tokenize_whole(tokenizer: Tokenizer, text: str, spans: Spans) -> tuple[list
 
 
 def _tokenize_pieces(tokenizer: Tokenizer, text: str, spans: Spans) -> tuple[list[int], list[bool]]:
-    # For tokenizers without offsets: no token may cross a turn's bounds.
+    # For tokenizers without offsets: tokenize each piece separately, so that no token crosses the bounds of a turn.
     ids, is_assistant = [], []
     bounds = [0, *chain.from_iterable(spans), len(text)]
     for piece, (start, stop) in enumerate(pairwise(bounds)):

@@ -1,7 +1,7 @@
-"""One row -> token ids. An encoder is any function `row -> {"input_ids": list[int], "labels": list[int]}`.
+"""Encode rows as token ids. An encoder is any function `row -> {"input_ids": list[int], "labels": list[int]}`.
 
-Labels are token ids, or IGNORED where there is nothing to learn. A causal model's labels are its input ids: the loss
-shifts them by one, and the first must be IGNORED, because nothing predicts the first token.
+Labels are token ids, or IGNORED where there is no target. For a causal model, they are the input ids, and the loss
+shifts them by one. The first label must be IGNORED, because nothing predicts the first token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Encode = Callable[[Mapping[str, object]], EncodedRow]
 
-# Translation tokenizers switch to the target language and back while they encode, and two threads share them.
+# Two threads share a tokenizer, and translation tokenizers switch to the target language and back during a call.
 _TOKENIZER_IN_USE = Lock()
 _MAX_ROWS_TRIED = 500
 _REMEDY = "fix the row or name another column"
@@ -40,7 +40,7 @@ def make_encoder(
     """Make an encoder for the given columns: text, messages, or (by default) prompts and responses.
 
     Raises UsageError for columns that exclude each other or do not fit the model, and for messages without a chat
-    template. All encoders raise ValueError for a row in which a column is missing or has another type.
+    template. The encoder raises ValueError for a row in which a column is missing or has the wrong type.
     """
     given = {"text_column": text_column, "messages_column": messages_column}
     named = [f"{name}={column}" for name, column in given.items() if column is not None]
@@ -59,9 +59,9 @@ def make_encoder(
 def encode_seq2seq(
     tokenizer: Tokenizer, *, max_seq_len: int, prompt_column: str = "prompt", response_column: str = "response"
 ) -> Encode:
-    """Encode prompt -> response for encoder-decoder models. Truncates both to `max_seq_len` but keeps end tokens."""
+    """Encode prompt -> response for encoder-decoder models. Truncates each to `max_seq_len`, but keeps end tokens."""
 
-    def cut(ids: list[int]) -> list[int]:  # truncation changes a fast tokenizer's state, which two threads share
+    def cut(ids: list[int]) -> list[int]:  # not by the tokenizer: this would change its state, shared by two threads
         end = ids[-1:] if ids[-1:] == [tokenizer.eos_token_id] else []
         return ids if len(ids) <= max_seq_len else ids[: max_seq_len - len(end)] + end
 
@@ -81,7 +81,7 @@ def encode_causal(
 ) -> Encode:
     """Concatenate prompt, response and end token without a separator, with the prompt masked out of the loss.
 
-    To fit `max_seq_len`, truncates the response, but not below half of that, then the prompt: a row keeps targets.
+    To fit `max_seq_len`, first truncates the response, but not below half of `max_seq_len`, then the prompt.
     """
 
     def encode(row: Mapping[str, object]) -> EncodedRow:
@@ -99,7 +99,7 @@ def encode_causal(
 
 
 def encode_text(tokenizer: Tokenizer, *, max_seq_len: int, text_column: str = "text") -> Encode:
-    """Encode text and an end token for causal models, truncated to `max_seq_len`. All but the first are targets."""
+    """Encode text + end token for causal models, truncated to `max_seq_len`. All tokens but the first are targets."""
 
     def encode(row: Mapping[str, object]) -> EncodedRow:
         ids = tokenizer(_text(row, text_column), verbose=False).input_ids
@@ -111,7 +111,7 @@ def encode_text(tokenizer: Tokenizer, *, max_seq_len: int, text_column: str = "t
 
 
 def encode_chat(tokenizer: Tokenizer, *, max_seq_len: int, messages_column: str = "messages") -> Encode:
-    """Encode chats for causal models, truncated to `max_seq_len`. Targets are the assistant's (`chat_tokenizer`)."""
+    """Encode chats for causal models, truncated to `max_seq_len`. Targets are the assistant's tokens."""
     tokenize = chat_tokenizer(tokenizer)
 
     def encode(row: Mapping[str, object]) -> EncodedRow:
@@ -162,7 +162,7 @@ def _found(row: Mapping[str, object], column: str) -> str:
 
 
 class BadRow(NamedTuple):
-    """A skipped row: its content, if it could be read, and the error, which names its location."""
+    """A bad row: its content (None if it cannot be read), and the error, which names the row's location."""
 
     content: Row | None
     error: RowError
@@ -171,9 +171,9 @@ class BadRow(NamedTuple):
 def encode_rows(
     rows: Rows, row_ids: Iterable[int], encode: Encode, *, may_skip: bool
 ) -> tuple[list[tuple[int, EncodedRow]], list[BadRow]]:
-    """Encode rows. Returns (row number, encoded row) pairs and, with `may_skip`, the bad rows.
+    """Encode rows. Returns pairs (row number, encoded row) and, with `may_skip`, the bad rows.
 
-    Without `may_skip`, raises RowError for a bad row. Always raises ReadError for a file that can no longer be read.
+    Without `may_skip`, raises RowError for a bad row. In any case, raises ReadError if a file is no longer readable.
     """
     encoded, bad = [], []
     for row_id in row_ids:
@@ -193,9 +193,9 @@ def encode_rows(
 
 
 def blank_row(rows: Rows, encode: Encode, *, near: int) -> EncodedRow:
-    """Make a row without targets: the first row from `near` that can be encoded, with all labels ignored.
+    """Make a row without targets from the first row at or after `near` that can be encoded. All labels are IGNORED.
 
-    Raises RowError if 500 rows cannot be encoded, or if the encoder returns no labels.
+    Raises RowError if all of the next 500 rows fail, or if the encoder returns no labels.
     """
     first_error = None
     for row_id in range(near, near + min(len(rows), _MAX_ROWS_TRIED)):

@@ -1,4 +1,4 @@
-"""Rows -> micro-batches for evaluation, once and in order."""
+"""Make micro-batches for evaluation: every row once, in order."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from lowmem.data.steps import batch_of
 
 @dataclass(frozen=True, eq=False)
 class EvalBatches:
-    """A repeatable pass over rows in order. Each row is on one rank; all ranks have equally many batches."""
+    """One pass over the rows, in order; repeatable. Each row is on one rank. All ranks have equally many batches."""
 
     batch_at: Callable[[int], Batch]
     num_batches: int
@@ -35,7 +35,7 @@ def open_eval(
     collate: Collate = collate,
     quarantine: Quarantine | None = None,
 ) -> EvalBatches:
-    """Open files or rows for evaluation. With a `quarantine`, rows that cannot be read or encoded are skipped."""
+    """Open files or rows for evaluation. With a `quarantine`, skip rows that cannot be read or encoded."""
     rows = as_rows(files)
 
     def batch_at(index: int) -> Batch:
@@ -44,7 +44,7 @@ def open_eval(
         encoded, bad_rows = encode_rows(rows, row_ids, encode, may_skip=quarantine is not None)
         for bad in bad_rows:
             quarantine.add(bad)
-        if not encoded:  # a row without targets keeps the number of forwards equal on every rank
+        if not encoded:  # use a row without targets, so that every rank runs equally many forwards
             encoded = [(None, blank_row(rows, encode, near=first % len(rows)))]
         return batch_of(*zip(*encoded, strict=True), collate)
 

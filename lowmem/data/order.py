@@ -1,8 +1,8 @@
-"""The row at each position: a pure function of (seed, position) that needs no memory per row.
+"""Compute the row at each position as a pure function of (seed, position), without memory per row.
 
-Positions count the rows a run has consumed, over all epochs and processes: `epoch, i = divmod(position, num_rows)`.
-Rows are shuffled on two levels, so that a reader needs only a few row groups in memory: row groups are permuted and cut
-into windows of at most WINDOW_BYTES, and rows are permuted within each window.
+Positions count the rows that a run consumed, over all epochs and processes: `epoch, i = divmod(position, num_rows)`.
+Row groups are permuted and split into windows of at most WINDOW_BYTES; then rows are permuted within each window. So a
+reader needs only the row groups of a window in memory.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ _ROUNDS = 8
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Groups of consecutive rows that are read together, in row order."""
+    """Groups of consecutive rows, in row order. The rows of a group are read together."""
 
     rows: np.ndarray
-    """Rows of each group, int64, shape (groups,)."""
+    """Number of rows in each group, int64, shape (groups,)."""
     bytes: np.ndarray
     """Approximate size of each group in memory, int64, shape (groups,)."""
 
     @classmethod
     def of(cls, rows: Sequence[int], bytes: Sequence[int] | None = None) -> "Groups":
-        """Make groups of `rows`. Without `bytes`, their size counts as 0, so that all fit into one window."""
+        """Make groups with these numbers of rows. Without `bytes`, sizes are 0, so that all fit into one window."""
         return cls(np.asarray(rows, np.int64), np.asarray([0] * len(rows) if bytes is None else bytes, np.int64))
 
     @cached_property
@@ -36,7 +36,7 @@ class Groups:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the groups: the order depends on nothing else of the rows."""
+        """A hash of the groups, which determine the order of the rows for a given seed."""
         return blake2b(self.rows.tobytes() + self.bytes.tobytes(), digest_size=8).hexdigest()
 
 
@@ -79,7 +79,7 @@ def _mix(values: np.ndarray, round_key: np.uint64) -> np.ndarray:
 def rows_at(
     start: int, stop: int, groups: Groups, *, seed: int, shuffle: bool = True, window_bytes: int = WINDOW_BYTES
 ) -> np.ndarray:
-    """Return row numbers (int64, shape (stop - start,)) at positions [start, stop). Every epoch has each row once."""
+    """Return the row numbers at positions [start, stop), int64, shape (stop - start,). An epoch has each row once."""
     if groups.num_rows == 0:
         raise ValueError("there are no rows to order: give at least one row")
     pieces = [np.empty(0, np.int64)]
@@ -96,14 +96,14 @@ def rows_at(
 
 @dataclass(frozen=True)
 class _Layout:
-    """The permuted groups of one epoch, cut into windows; int64 arrays."""
+    """The permuted groups of one epoch, split into windows, as int64 arrays."""
 
     first_rows: np.ndarray
-    """The first row of each group, shape (groups,)."""
+    """The number of each group's first row, shape (groups,)."""
     offsets: np.ndarray
-    """Where each group begins in the epoch, shape (groups,)."""
+    """The position in the epoch where each group begins, shape (groups,)."""
     window_ends: np.ndarray
-    """Where each window ends in the epoch, shape (windows,)."""
+    """The position in the epoch where each window ends, shape (windows,)."""
 
 
 def _rows_of_epoch(first: int, last: int, layout: _Layout, key: tuple[int, int]) -> list[np.ndarray]:
@@ -121,11 +121,11 @@ def _rows_of_epoch(first: int, last: int, layout: _Layout, key: tuple[int, int])
     return pieces
 
 
-@lru_cache(maxsize=2)  # a step may straddle two epochs
+@lru_cache(maxsize=2)  # a step may take rows from two epochs
 def _epoch_layout(epoch: int, groups: Groups, seed: int, window_bytes: int) -> _Layout:
     groups_here = permute(np.arange(len(groups.rows)), len(groups.rows), (seed, epoch))
     ends, byte_ends = np.cumsum(groups.rows[groups_here]), np.cumsum(groups.bytes[groups_here])
-    # A window takes groups while they fit, and at least one that has rows.
+    # A window gets groups as long as they fit, but at least one group that has rows.
     window_ends, closed, closed_bytes = [], 0, 0
     while closed < ends[-1]:
         fitting = int(np.searchsorted(byte_ends, closed_bytes + window_bytes, side="right")) - 1

@@ -15,20 +15,20 @@ from lowmem.errors import UsageError
 
 
 class PackedRow(EncodedRow):
-    """Concatenated documents: their tokens, labels, positions (from 0 in each document) and row numbers."""
+    """Concatenated documents: their tokens, labels, positions (each document starts at 0) and row numbers."""
 
     position_ids: list[int]
     row_ids: list[int | None]
 
 
-Document = tuple[int | None, EncodedRow]  # a row's number (None: a blank row), and the row
+Document = tuple[int | None, EncodedRow]  # (row number, or None for a blank row; encoded row)
 
 
 def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> list[list[PackedRow]]:
-    """Pack the encoded rows of one optimizer step on one rank into exactly `micro_batches` non-empty micro-batches.
+    """Pack one rank's encoded rows of an optimizer step into exactly `micro_batches` non-empty micro-batches.
 
-    A packed row has at most `max_seq_len` tokens; no row is split. Micro-batches differ by at most one packed row;
-    the largest comes first. Needs at least `micro_batches` rows. Raises ValueError for a row that cannot be packed.
+    Packed rows have at most `max_seq_len` tokens. No row is split. The sizes of micro-batches differ by at most one
+    packed row; the largest is first. Needs at least `micro_batches` rows. Raises ValueError if a row cannot be packed.
     """
     for document in rows:
         _check(*document, max_seq_len)
@@ -38,7 +38,7 @@ def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> l
         assert len(fullest) > 1, f"{len(rows)} rows cannot fill {micro_batches} micro-batches"
         bins.append(fullest[1::2])
         del fullest[1::2]
-    # Longest first, so that bins of similar length share a micro-batch; the remainder goes to the last, shortest ones.
+    # Sort by length, so that a micro-batch has bins of similar length. The last ones, with the shortest, get one more.
     bins.sort(key=_num_tokens, reverse=True)
     rest, (size, num_larger) = iter(bins), divmod(len(bins), micro_batches)
     parts = [list(islice(rest, size + (index >= micro_batches - num_larger))) for index in range(micro_batches)]
@@ -47,9 +47,9 @@ def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> l
 
 
 def check_packing(model: nn.Module) -> None:
-    """Raise UsageError for a model whose packed documents would attend to each other.
+    """Raise UsageError if packed documents would attend to each other in this model.
 
-    Compares the logits of packed and separate random documents, up to rounding. State-space models and ALiBi fail.
+    Compares the logits of packed and separate random documents, up to rounding. Rejects state-space models and ALiBi.
     """
     from lowmem.distributed.placement import unwrapped
 
@@ -58,7 +58,7 @@ def check_packing(model: nn.Module) -> None:
     if base.config.is_encoder_decoder:
         raise UsageError(f"{what} is an encoder-decoder: train it without packing")
     device = next(base.parameters()).device
-    generator = torch.Generator().manual_seed(0)  # its own, so that a run's random numbers do not change
+    generator = torch.Generator().manual_seed(0)  # a separate one, to not change the random numbers of the run
     rows = torch.randint(base.get_input_embeddings().num_embeddings, (2, 12), generator=generator).to(device)
     lengths = [(5, 7), (7, 5)]
     positions = torch.tensor([[*range(first), *range(second)] for first, second in lengths], device=device)
@@ -80,15 +80,15 @@ def check_packing(model: nn.Module) -> None:
     finally:
         base.train(was_training)
     seen, seen_as_one, size = (x.square().mean().sqrt() for x in (packed - apart, as_one - apart, apart))
-    # In every model tried, packed documents that see each other differ by at least 28 % of the difference of one joint
-    # document; rounding on a CPU is 1e-6 of that. The second term is for models whose tokens attend to nothing yet.
+    # In tests, leaks between documents gave `seen` >= 28 % of `seen_as_one` (the documents as one, without positions),
+    # and rounding on a CPU gave 1e-6 of it. The second term is for models whose tokens do not attend to others yet.
     if not seen <= 0.1 * seen_as_one + 1e-6 * size:
         kind = f"{type(base).__name__} with attn_implementation={base.config._attn_implementation}"
         raise UsageError(f"documents must not see each other, those of {kind} do: train without packing, or try sdpa")
 
 
 def _even_bins(rows: Sequence[Document], capacity: int, micro_batches: int) -> list[list[Document]]:
-    """Pack into the fewest bins that split evenly into micro-batches, each as short as possible to reduce padding."""
+    """Pack into the fewest bins that split evenly into micro-batches; to reduce padding, keep the longest bin short."""
     number = -(-len(_bins(rows, capacity)) // micro_batches) * micro_batches
     shortest = max(max(map(_length, rows)), -(-_num_tokens(rows) // number))
     capacities = range(shortest, capacity)
@@ -97,7 +97,7 @@ def _even_bins(rows: Sequence[Document], capacity: int, micro_batches: int) -> l
 
 
 def _bins(rows: Sequence[Document], capacity: int) -> list[list[Document]]:
-    """Pack by best-fit decreasing: at most 11/9 of the fewest possible bins (Johnson, 1974), in O(n log n)."""
+    """Pack by best-fit decreasing: uses at most 11/9 of the fewest possible bins (Johnson, 1974), in O(n log n)."""
     bins: list[list[Document]] = []
     rooms: list[tuple[int, int]] = []  # (room left, bin), ascending
     for document in sorted(rows, key=lambda document: -_length(document)):

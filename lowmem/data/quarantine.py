@@ -9,7 +9,7 @@ from lowmem.errors import RowError
 
 
 class Quarantine:
-    """The rows that a process skips, each counted once. `path` (JSON lines) also has the rows of earlier runs."""
+    """The rows that a process skips, each counted once. The file `path` (JSON lines) also has those of earlier runs."""
 
     def __init__(self, limit: int, path: str | Path | None = None):
         self.limit, self.path = limit, path if path is None else Path(path)
@@ -18,7 +18,7 @@ class Quarantine:
         return len(self._recorded)
 
     def add(self, bad: BadRow) -> None:
-        """Skip a row. Raises RowError if that exceeds the limit, OSError if `path` cannot be written."""
+        """Skip a row. Raises RowError if too many rows are skipped, OSError if `path` cannot be written."""
         error = str(bad.error)
         if error in self._recorded:
             return
@@ -33,12 +33,12 @@ class Quarantine:
 
     @cached_property
     def _recorded(self) -> set[str]:
-        """The errors of all skipped rows; each names its row."""
+        """The error messages of all skipped rows. Each message names its row."""
         if self.path is None:
             return set()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b") as file:
             file.seek(0)
             *lines, rest = file.read().split(b"\n")
-            file.truncate(file.tell() - len(rest))  # an incomplete line of a run that was killed while writing
+            file.truncate(file.tell() - len(rest))  # remove the incomplete line of a run that was killed while writing
         return {json.loads(line)["error"] for line in lines}

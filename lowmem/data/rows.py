@@ -1,4 +1,4 @@
-"""Random access to the rows of files by number, with a few groups of rows in memory."""
+"""Open files for random access by row number. Only a few groups of rows are in memory."""
 
 import time
 from collections import OrderedDict
@@ -18,7 +18,7 @@ from lowmem.errors import ChangedError, ReadError, RowError, UsageError
 
 
 class Rows(Protocol):
-    """Any sequence of rows: those of `open_rows`, a list of dicts, a map-style dataset."""
+    """Any sequence of rows: the result of `open_rows`, a list of dicts, a map-style dataset."""
 
     def __len__(self) -> int: ...
 
@@ -26,25 +26,25 @@ class Rows(Protocol):
 
 
 class RowSets(NamedTuple):
-    """The rows of a run; None where it has no such rows."""
+    """The rows of a run for each purpose; None if there are none."""
 
     training: Rows | None
     validation: Rows | None = None
     test: Rows | None = None
 
 
-# Files are read in groups of rows. `group_rows` and `group_bytes` (approximate size in memory) are int64, shape
-# (groups,), and depend only on the content. `row` and `location` take a row's number in its group.
+# A DataFile is read in groups of rows. Its `group_rows` (numbers of rows) and `group_bytes` (approximate sizes in
+# memory) are int64, shape (groups,), and depend only on its content. `row` and `location` count rows within a group.
 DataFile = ParquetFile | ArrowFile | JsonLinesFile | TextFile
 _FORMATS: dict[str, type[DataFile]] = {".parquet": ParquetFile, ".pq": ParquetFile, ".arrow": ArrowFile}
 _FORMATS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), JsonLinesFile) | dict.fromkeys((".txt", ".text"), TextFile)
 
 
 class FileRows:
-    """The rows of several files in order, by number; `first` and `stop` select a range.
+    """The rows of several files, numbered in order; `first` and `stop` select a range.
 
-    Keeps the most recently used groups in memory, up to `window_bytes`. Retries a failed read after each of
-    `retry_seconds`, unless the file is damaged.
+    Keeps the most recently used groups in memory, up to `window_bytes`. Repeats a failed read after each of the delays
+    in `retry_seconds`, unless the file is damaged or was changed.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class FileRows:
         rows = np.diff(np.clip(np.concatenate([[0], self._ends]), self._first, self._stop))
         self._bytes = np.concatenate([file.group_bytes for file in files])
         self.groups = Groups(rows[rows > 0], self._bytes[rows > 0])
-        # Groups in memory by number, least recently used first. A group that could not be read is its error.
+        # Groups in memory by number, least recently used first. For a group that could not be read, the error.
         self.loaded: OrderedDict[int, object] = OrderedDict()
         self.loaded_bytes = 0
         self._lock = Lock()  # a prefetch thread and the main thread may read the same rows
@@ -78,7 +78,7 @@ class FileRows:
         try:
             data = self._load(group, file, group_in_file)
             if isinstance(data, Exception):
-                raise data.with_traceback(None)  # a kept traceback would grow with every row that raises it
+                raise data.with_traceback(None)  # otherwise the traceback would grow each time it is raised
             return file.row(data, row)
         except (OSError, ValueError) as error:
             if is_damage(error):
@@ -91,7 +91,7 @@ class FileRows:
         return FileRows(self._files, self._first + first, self._first + stop, **limits)
 
     def where(self, index: int) -> str:
-        """Return the file of a row and the location in it, for messages."""
+        """Return a row's file and its location in the file, for messages."""
         _, file, group_in_file, row = self._find(index)
         return f"{file.source}, {file.location(group_in_file, row)}"
 
@@ -99,7 +99,7 @@ class FileRows:
         return [(str(file.source), file.fingerprint()) for file in self._files]
 
     def _find(self, index: int) -> tuple[int, DataFile, int, int]:
-        """Return a row's group, the group's file, the group's number in the file and the row's number in the group."""
+        """Return a row's group number, the file, the number of the group in the file, and of the row in the group."""
         row = self._first + index
         group = int(np.searchsorted(self._ends, row, side="right"))
         number = int(np.searchsorted(self._groups_before, group, side="right")) - 1
@@ -107,7 +107,7 @@ class FileRows:
         return group, self._files[number], group - int(self._groups_before[number]), row_in_group
 
     def _load(self, group: int, file: DataFile, group_in_file: int) -> object:
-        """Return a group, or the error of reading it: the group's next row must not wait for retries again."""
+        """Return a group, or the error from reading it. The error is kept, so that its other rows do not retry."""
         with self._lock:
             if group not in self.loaded:
                 while self.loaded and self.loaded_bytes + self._bytes[group] > self._window_bytes:
@@ -131,8 +131,8 @@ def open_rows(files: Files, *, columns: Sequence[str] | None = None, messages_co
     """Open parquet, Arrow, JSONL or text files as one sequence of rows (dicts).
 
     `files` is a path, a glob, a URL, a comma-separated list of these, a list of paths, or a folder that `datasets`
-    saved. Files must have `columns` of text and a `messages_column` of lists of {"role", "content"}; from tables, only
-    these are read (None: all). Raises UsageError for a file that is missing, empty, broken or lacks a column.
+    saved. Files must have `columns` of text and a `messages_column` of lists of {"role", "content"}. Of tables, only
+    these columns are read (none given: all). Raises UsageError if a file is missing, empty, broken or lacks a column.
     """
     wanted = {name: "text" for name in columns or ()} | ({messages_column: "messages"} if messages_column else {})
     opened = []

@@ -1,4 +1,4 @@
-"""Position -> the micro-batches of one optimizer step on this rank: a pure function."""
+"""Compute this rank's micro-batches of one optimizer step, as a pure function of the position."""
 
 import math
 from collections.abc import Iterable, Sequence, Sized
@@ -48,7 +48,7 @@ class Steps:
         return -(-self.global_batch_size // (self.micro_batches * self.world_size))
 
     def at(self, position: int) -> Step:
-        """Make this rank's micro-batches of the rows at positions [position, position + global_batch_size)."""
+        """Make this rank's micro-batches of the step with the rows at [position, position + global_batch_size)."""
         num_pieces = self.world_size * self.micro_batches
         pieces = range(self.rank * self.micro_batches, (self.rank + 1) * self.micro_batches + 1)
         bounds = [position + self.global_batch_size * piece // num_pieces for piece in pieces]
@@ -56,7 +56,7 @@ class Steps:
         rows, bad = encode_rows(self.rows, row_ids, self.encode, may_skip=self.may_skip)
         cuts = [row.get("num_cut", 0) for _, row in rows]
         counts = {"cut_rows": sum(cut > 0 for cut in cuts), "cut_tokens": sum(cuts), "bad_rows": len(bad)}
-        rows.sort(key=lambda row: -_num_ids(row[1]))  # reduces padding, and runs the largest micro-batch first
+        rows.sort(key=lambda row: -_num_ids(row[1]))  # to reduce padding and run the largest micro-batch first
         while len(rows) < self.micro_batches:
             rows.append((None, blank_row(self.rows, self.encode, near=row_ids[0])))
         if self.packed_seq_len is not None:
@@ -71,7 +71,7 @@ class Steps:
         return Step([batch.pin_memory() for batch in batches] if self.pin_memory else batches, bad, counts)
 
     def halved(self) -> "Steps | None":
-        """Return the same steps with half the rows per micro-batch; None if a micro-batch would be empty."""
+        """Return the same steps with half the rows per micro-batch; None if that would leave a micro-batch empty."""
         batch_size = -(-self.batch_size // 2)
         micro_batches = -(-self.global_batch_size // (batch_size * self.world_size))
         if batch_size == self.batch_size or micro_batches * self.world_size > self.global_batch_size:
@@ -80,11 +80,11 @@ class Steps:
 
 
 def batch_of(row_ids: Iterable[int | None], rows: Sequence[EncodedRow], collate: Collate) -> Batch:
-    """Collate rows and attach their row numbers, except for blank rows (None)."""
+    """Collate rows and attach their row numbers. Blank rows, whose number is None, are left out of these."""
     return replace(collate(rows), row_ids=[row_id for row_id in row_ids if row_id is not None])
 
 
 def _num_ids(row: EncodedRow) -> int:
-    """Return the total size of an encoded row's lists and arrays; texts and numbers do not count."""
+    """Return the total number of items in an encoded row's lists and arrays. Strings and numbers do not count."""
     values = (value for value in row.values() if isinstance(value, Sized) and not isinstance(value, str))
     return sum(math.prod(value.shape) if hasattr(value, "shape") else len(value) for value in values)

@@ -1,4 +1,4 @@
-"""Rows -> the micro-batches of one optimizer step, endlessly. The state of a stream is one integer."""
+"""An endless stream of optimizer steps, each a list of micro-batches. The state of a stream is one integer."""
 
 import time
 from collections import Counter, deque
@@ -19,8 +19,8 @@ from lowmem.errors import UsageError
 class Stream:
     """Endless iterator of `list[Batch]`: the micro-batches of one optimizer step on this rank.
 
-    `position` counts the rows that all ranks have trained on. Only `advance`, which the optimizer step calls, moves it;
-    `iter(stream)` starts there. A background thread encodes up to `prefetch` steps ahead.
+    `position` counts the rows that all ranks have trained on. Only `advance` increases it; the optimizer step calls
+    `advance`. `iter(stream)` starts at `position`. A background thread encodes up to `prefetch` steps ahead.
     """
 
     def __init__(self, steps: Steps, *, prefetch: int, quarantine: Quarantine | None, accept_changed_data: bool):
@@ -28,15 +28,15 @@ class Stream:
         self.num_rows = len(steps.rows)
         self.global_batch_size = steps.global_batch_size
         self.wait_seconds = 0.0  # total time that `next` has waited for rows
-        self.counts = Counter(cut_rows=0, cut_tokens=0, bad_rows=0)  # of this rank's rows: truncated, cut off, skipped
-        self.changes: list[str] = []  # differences from the saved stream, accepted by `load_state_dict`
+        self.counts = Counter(cut_rows=0, cut_tokens=0, bad_rows=0)  # this rank's truncated rows, cut tokens, bad rows
+        self.changes: list[str] = []  # differences from the saved stream that `load_state_dict` accepted
         self._steps, self._prefetch = steps, prefetch
         self._quarantine, self._accept_changed_data = quarantine, accept_changed_data
-        # Name and fingerprint of each file: read now, so that an unreadable file does not end a run at its first save.
+        # Name and fingerprint of each file. Read now: at the first save, an unreadable file would end the run.
         self._files: list[tuple[str, str]] = getattr(steps.rows, "fingerprints", list)()
         self._cursor = 0  # the position of the step that `next` will return
         self._ahead: deque[Future[Step]] = deque()  # prefetched steps, from the cursor on
-        self._last_counts: dict[str, int] = {}  # what the last step added to `counts`
+        self._last_counts: dict[str, int] = {}  # the counts of the step that `next` returned last
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lowmem-stream")
 
     @property
@@ -63,7 +63,7 @@ class Stream:
                 step = self._steps.at(self._cursor)
             for bad in step.bad_rows:
                 self._quarantine.add(bad)
-        except Exception as error:  # any error: the other ranks must not wait for this rank
+        except Exception as error:  # return any error as a step, so that the other ranks do not wait for this rank
             return UnreadableStep(error)
         finally:
             self._cursor += self.global_batch_size
@@ -73,31 +73,31 @@ class Stream:
         return step.batches
 
     def advance(self) -> None:
-        """Count one optimizer step's rows as trained on."""
+        """Add the rows of one optimizer step to `position`."""
         self.position += self.global_batch_size
 
     def halve(self) -> bool:
-        """Repeat the step at `position`, and continue, with half the rows per micro-batch; False if impossible."""
+        """Halve the rows per micro-batch from the step at `position` on, which is repeated. False if impossible."""
         halved = self._steps.halved()
         if halved is None:
             return False
-        if self._cursor != self.position:  # the step will be returned and counted again
+        if self._cursor != self.position:  # `next` will return the step again, and count it again
             self.counts.subtract(self._last_counts)
         self._steps = halved
         self._restart()
         return True
 
     def state_dict(self) -> dict[str, object]:
-        """Return the position, and everything that determines which rows it refers to."""
+        """Return the position, and all that determines to which rows the position refers."""
         steps, files = self._steps, [fingerprint for _, fingerprint in self._files]
         rows = {"num_rows": self.num_rows, "row_groups": steps.groups.digest, "files": files}
         order = {"shuffle": steps.shuffle, "seed": steps.seed, "global_batch_size": self.global_batch_size}
         return {"position": self.position} | rows | order
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Continue from a saved position. Raises UsageError if the rows, their order or rows per step have changed.
+        """Continue from a saved position. Raises UsageError if the rows, their order or the rows per step differ.
 
-        With `accept_changed_data`, only changed rows per step are an error; this epoch may repeat or miss rows.
+        With `accept_changed_data`, raises only if the rows per step differ. The epoch may then repeat or miss rows.
         """
         here, files = self.state_dict(), []
         if state.get("files") != here["files"]:
@@ -115,7 +115,7 @@ class Stream:
         self._restart()
 
     def close(self) -> None:
-        """Stop prefetching. Otherwise the process would exit only after the prefetched steps are encoded."""
+        """Stop prefetching. Without it, the process exits only after the prefetched steps are encoded."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _changed_files(self, saved: Sequence[str]) -> str:
@@ -155,11 +155,11 @@ def open_stream(
 ) -> Stream:
     """Open a Stream over files (see `open_rows`) or over rows that are already open.
 
-    An optimizer step takes `batch_size * gradient_accumulation_steps * world_size` rows, or `global_batch_size` in the
-    fewest equal micro-batches of at most `batch_size` rows. `rank` and `world_size` are data-parallel. `packed_seq_len`
-    packs causal rows into sequences of at most that many tokens (see `check_packing`). `prefetch` steps are encoded
-    ahead in a thread (0: none). With a `quarantine`, rows that cannot be read or encoded are skipped. With
-    `accept_changed_data`, `load_state_dict` accepts changed rows. `pin_memory` is for GPUs (None: if there are any).
+    A step takes `batch_size * gradient_accumulation_steps * world_size` rows, or `global_batch_size` rows in the fewest
+    equal micro-batches of at most `batch_size`. `rank` and `world_size` count data-parallel ranks. With
+    `packed_seq_len`, causal rows are packed into sequences of at most that many tokens (see `check_packing`). A thread
+    encodes `prefetch` steps ahead (0: no thread). With a `quarantine`, skips rows that cannot be read or encoded.
+    `accept_changed_data`: see `load_state_dict`. `pin_memory` is for GPUs (None: if there are any).
     """
     rows = as_rows(files)
     if global_batch_size is None:

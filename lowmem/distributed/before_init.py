@@ -12,19 +12,19 @@ from lowmem.errors import RankError, UsageError
 
 Found = Mapping[str, object]
 
-_open: list[dist.Store] = []  # kept open until exit: if rank 0 hosts the store, the process group uses it later
+_open: list[dist.Store] = []  # stores stay open until exit: if rank 0 hosts one, the process group uses it later
 
 
 def call_on_rank_0(find: Callable[[], Found], *, limit_seconds: float, start_seconds: float) -> Found:
-    """Call `find` on rank 0, before `start_group`, and return its result (passed as JSON) on every rank.
+    """Call `find` on rank 0 and return its result, sent as JSON, on every rank. Call it before `start_group`.
 
-    If `find` raises UsageError, every rank raises it. For any other error, or after `limit_seconds` in `find` or
-    `start_seconds` of waiting for each other, the other ranks raise RankError.
+    If `find` raises UsageError, every rank raises it. If `find` fails otherwise or takes longer than `limit_seconds`,
+    or if ranks wait longer than `start_seconds` for each other, the ranks other than 0 raise RankError.
     """
     launch = launch_from_environment()
     store = open_store(launch, start_seconds)
     _open.append(store)
-    # separate keys, so that a rank that is slow to leave this rendezvous does not join the group's
+    # a separate prefix: a rank still in this rendezvous must not join that of the process group, in the same store
     keys = dist.PrefixStore("ahead", store)
     if launch.rank == 0:
         return _find_and_send(find, keys, launch, start_seconds)
@@ -51,11 +51,11 @@ def _find_and_send(find: Callable[[], Found], keys: dist.Store, launch: Launch, 
         error, answer = caught, {"refused": str(caught)}
     except Exception as caught:
         error, answer = caught, {"failed": f"{type(caught).__name__}: {caught}"}
-    # an error on another rank must not hide the error of `find`
+    # if `find` failed, raise its error, even if another rank fails too
     with suppress(RankError, dist.DistError) if error else nullcontext():
         name = rendezvous(keys, launch, start_seconds)
         keys.set(f"{name}/found", json.dumps(answer))
-        # wait until all ranks have read it: this process may end next, and the store with it
+        # wait until all ranks have read the result: if this process ends, its store ends too
         heard = [f"{name}/heard by {rank}" for rank in range(1, launch.world_size)]
         keys.wait(heard, timedelta(seconds=start_seconds))
     if error:

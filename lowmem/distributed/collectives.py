@@ -1,4 +1,4 @@
-"""Small collectives on the host by which ranks agree. They exchange integers and bytes, and pickle nothing."""
+"""Small collectives on the host that let ranks agree. They exchange integers and bytes, and pickle nothing."""
 
 import json
 import os
@@ -17,17 +17,17 @@ from lowmem.errors import OutOfMemory, RankError, SaveError, StepTooLarge, Usage
 
 Result = TypeVar("Result")
 
-# Every rank raises these with their own class; for any other error, the other ranks raise RankError.
+# If one rank raises one of these, every rank raises the same class. For other errors, the other ranks raise RankError.
 _RAISED_ON_ALL = {kind.__name__: kind for kind in (UsageError, SaveError)}
 
 
 @contextmanager
 def collective(name: str) -> Iterator[None]:
-    """Run a collective in phase `name`. If it breaks, raise RankError naming the ranks that are silent or failed."""
+    """Run a collective as phase `name`. If it breaks, raise RankError naming the ranks that are silent or failed."""
     with heartbeat.phase(name):
         try:
             yield
-        except RuntimeError as error:  # torch raises it when a connection is closed or times out
+        except RuntimeError as error:  # torch raises RuntimeError when a connection is closed or times out
             raise _broken(heartbeat.suspects() or heartbeat.all_statuses(), error) from error
 
 
@@ -37,7 +37,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def sum_over_ranks(*counts: int) -> list[int]:
-    """The sum of each count over all ranks, on every rank. One small collective on the host."""
+    """Return the sum of each count over all ranks, on every rank. Runs one small collective on the host."""
     if not _is_distributed():
         return list(counts)
     totals = torch.tensor(counts, dtype=torch.int64)
@@ -47,12 +47,12 @@ def sum_over_ranks(*counts: int) -> list[int]:
 
 
 def any_rank(condition: object) -> bool:
-    """Whether `condition` is true on any rank, on every rank. One small collective on the host."""
+    """Return on every rank whether `condition` is true on any rank. Runs one small collective on the host."""
     return sum_over_ranks(bool(condition)) != [0]
 
 
 def gather_bytes(payload: bytes) -> list[bytes]:
-    """Every rank's payload, in rank order, on every rank."""
+    """Return the payloads of all ranks, in rank order, on every rank."""
     if not _is_distributed():
         return [payload]
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
@@ -67,12 +67,12 @@ def gather_bytes(payload: bytes) -> list[bytes]:
 
 
 def gather_json(value: object) -> list:
-    """Every rank's `value`, passed as JSON, in rank order, on every rank."""
+    """Return the values of all ranks, sent as JSON, in rank order, on every rank."""
     return [json.loads(payload) for payload in gather_bytes(json.dumps(value).encode())]
 
 
 def on_main_rank(function: Callable[[], Result]) -> Result | None:
-    """Run `function` on rank 0 only; return its result there and None elsewhere. If it raises, every rank does."""
+    """Run `function` on rank 0 only. Returns its result on rank 0, None on others. If it raises, every rank raises."""
     rank, _ = rank_and_world_size()
     with heartbeat.phase("waiting for rank 0" if rank else "working on rank 0 only"), raise_on_all_ranks():
         return function() if rank == 0 else None
@@ -80,9 +80,9 @@ def on_main_rank(function: Callable[[], Result]) -> Result | None:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """If any rank leaves this block with an error, every rank raises: see `raise_error_of_any_rank`.
+    """If an error leaves this block on any rank, every rank raises (see `raise_error_of_any_rank`).
 
-    Ends with one small collective, so the block must contain no collective that a failing rank would miss.
+    The exit runs a small collective. The block itself must contain none, because a failing rank would skip it.
     """
     error = None
     try:
@@ -95,13 +95,13 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 @contextmanager
 def report_failure() -> Iterator[None]:
-    """For a block with collectives, where a failing rank cannot synchronize: its heartbeat ends the others."""
+    """If a block with collectives fails on this rank, report it by heartbeat: the other ranks then exit."""
     try:
         yield
-    except RankError:  # already names another rank
+    except RankError:  # the error already names the rank that failed
         raise
     except Exception as error:
-        # a broken collective raises a plain RuntimeError, so check the other ranks
+        # torch raises RuntimeError for a broken collective, so check whether another rank is the cause
         may_be_broken = isinstance(error, RuntimeError) and not isinstance(error, OutOfMemory)
         if may_be_broken and (suspects := heartbeat.suspects()):
             raise _broken(suspects, error) from error
@@ -110,9 +110,9 @@ def report_failure() -> Iterator[None]:
 
 
 def raise_error_of_any_rank(error: Exception | None) -> None:
-    """Raise on every rank if any rank passes an error: its own error, else that of the first failing rank.
+    """If any rank passes an error, raise on every rank: its own error, else that of the lowest rank with one.
 
-    UsageError and SaveError keep their class, others become RankError. Any other error wins over StepTooLarge.
+    There, UsageError and SaveError keep their class; others become RankError. StepTooLarge yields to any other error.
     """
     mine = None
     if isinstance(error, StepTooLarge):
@@ -131,18 +131,18 @@ def raise_error_of_any_rank(error: Exception | None) -> None:
 
 
 def start_heartbeats(limit_seconds: float, on_abort: heartbeat.OnAbort = None) -> None:
-    """Start all heartbeats. A rank silent for `limit_seconds` ends all ranks, named on stderr and to `on_abort`."""
+    """Start all heartbeats. If a rank is silent for `limit_seconds`, all exit; stderr and `on_abort` get its name."""
     if not _is_distributed():
         return
     rank, world_size = rank_and_world_size()
     address, patience = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=max(60.0, limit_seconds))
-    # A separate store: the group's closes when rank 0 leaves the group, and may have keys of an earlier group.
+    # A separate store: the group's store closes when rank 0 leaves the group, and may have keys of an earlier group.
     store = on_main_rank(lambda: dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=patience))
     port, *_ = gather_json(store.port if rank == 0 else None)
     with raise_on_all_ranks():
         if rank == 0:
             for other in range(world_size):
-                store.set(str(other), heartbeat.FIRST)  # or reading it would block
+                store.set(str(other), heartbeat.FIRST)  # reading a key that was never set would block
         else:
             store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
     where = f"{address}:{port}"
@@ -159,12 +159,12 @@ def _named(error: Exception) -> str:
 
 
 def _is_distributed() -> bool:
-    # "fake" is one process that plays all ranks, for `lowmem.plan.rehearsal`
+    # with the "fake" backend (see `lowmem.plan.rehearsal`), one process simulates all ranks
     return dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake"
 
 
 def host_group() -> dist.ProcessGroup:
-    """The default group if it supports host tensors, else a gloo group."""
+    """Return the default group if its backend is gloo, else a gloo group of all ranks."""
     return dist.group.WORLD if dist.get_backend() == "gloo" else _gloo_group(dist.group.WORLD)
 
 

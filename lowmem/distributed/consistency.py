@@ -1,4 +1,4 @@
-"""Check before the first step that code, flags, data and weights are the same on all ranks."""
+"""Check before the first step that all ranks have the same code, flags, data and weights."""
 
 import json
 import os
@@ -19,15 +19,15 @@ from lowmem.distributed.fill import stored_weights
 from lowmem.errors import UsageError
 from lowmem.storage.files import make_folders, write_file
 
-_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")  # they affect numbers or tokens
+_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")  # their versions affect results or tokens
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
-_SECONDS_TO_APPEAR = 5.0  # for a file, on a network file system
-_MOST_CHARACTERS = 200  # of a value in a message
+_SECONDS_TO_APPEAR = 5.0  # a network file system may show a new file late
+_MOST_CHARACTERS = 200  # longer values are truncated in messages
 
 
 def check_same(what: Mapping[str, object]) -> None:
-    """Compare `what` across ranks, as text. Raises UsageError on every rank, listing all differences from rank 0."""
+    """Compare the values in `what` across ranks, as text. If any differ, every rank raises UsageError listing them."""
     mine = {name: str(value) for name, value in what.items()}
     (first_host, first), *others = gather_json([socket.gethostname(), mine])
     ranks_by_difference: dict[str, list[str]] = {}
@@ -42,14 +42,14 @@ def check_same(what: Mapping[str, object]) -> None:
 
 
 def check_same_inputs(flags: Mapping[str, object], rows: dict[str, Sized | None], output: Path | None = None) -> None:
-    """Run `check_same` on code, versions, `flags`, all `rows` that are not None and, if given, the output folder."""
+    """Run `check_same` on code, versions, `flags`, each of `rows` that is not None, and `output` unless it is None."""
     if rank_and_world_size()[1] > 1:
         digests = {f"{name} rows": rows_digest(each) for name, each in rows.items() if each is not None}
         check_same(code() | flags | digests | (shared_output_dir(output) if output else {}))
 
 
 def check_same_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, weights: bool) -> None:
-    """Run `check_same` on tokenizer and model, without `weights` if they are new: CPUs may draw them differently."""
+    """Run `check_same` on tokenizer and model. Set `weights=False` for random weights: they may differ between CPUs."""
     if rank_and_world_size()[1] > 1:
         check_same({"the model": model_digest(model, weights=weights), "the tokenizer": tokenizer_digest(tokenizer)})
 
@@ -60,7 +60,7 @@ def _value(values: Mapping[str, str], name: str) -> str:
 
 
 def code() -> dict[str, str]:
-    """For `check_same`: a hash of this package's files, and the versions of packages that affect numbers."""
+    """Return values for `check_same`: a hash of this package's code, and the versions of `_PACKAGES`."""
     root, digest = Path(__file__).parent.parent, xxhash.xxh3_64()
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -68,20 +68,20 @@ def code() -> dict[str, str]:
 
 
 def shared_output_dir(folder: Path) -> dict[str, str]:
-    """For `check_same`: rank 0's folder if this rank sees rank 0's token file in `folder`, else this rank's."""
+    """Return for `check_same` rank 0's path if this rank sees rank 0's token file in `folder`, else its own path."""
 
     def write_token() -> str:
         make_folders(folder)
-        for leftover in folder.glob(".seen-*"):  # of a run that was killed
+        for leftover in folder.glob(".seen-*"):  # token files of runs that were killed
             leftover.unlink()
-        token = folder / f".seen-{uuid4().hex}"  # a new name, so that no file system has cached that it is missing
+        token = folder / f".seen-{uuid4().hex}"  # a unique name: a file system may cache that a name does not exist
         write_file(token, [])
         return str(token)
 
     token = on_main_rank(write_token)
     token_of_first = Path(gather_json(token)[0])
     seen, limit = folder / token_of_first.name, time.monotonic() + _SECONDS_TO_APPEAR
-    while not (is_seen := os.path.exists(seen)) and time.monotonic() < limit:  # also False without permission
+    while not (is_seen := os.path.exists(seen)) and time.monotonic() < limit:  # exists: False without permission
         time.sleep(0.1)
     gather_json(None)  # wait until every rank has looked
     if token is not None:
@@ -90,7 +90,7 @@ def shared_output_dir(folder: Path) -> dict[str, str]:
 
 
 def rows_digest(rows: Sized) -> str:
-    """The number of rows, and a hash of the fingerprints of their files, if they come from files."""
+    """Return the number of rows and, if they come from files, a hash of the file fingerprints."""
     fingerprints = [fingerprint for _, fingerprint in getattr(rows, "fingerprints", list)()]
     return f"{len(rows):,}, fingerprint {_digest(fingerprints)}"
 
@@ -107,7 +107,7 @@ def _digest(value: object) -> str:
 
 
 def model_digest(model: nn.Module, *, weights: bool) -> str:
-    """A hash of names, shapes, dtypes and, with `weights`, samples: 16 x 4 KiB a tensor, or three rows of its file."""
+    """Hash names, shapes, dtypes; with `weights`, also 16 samples of 4 KiB per tensor (on meta: 3 rows of its file)."""
     digest = xxhash.xxh3_64()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

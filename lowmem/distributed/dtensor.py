@@ -1,4 +1,4 @@
-"""The local part of a sharded tensor (DTensor), and which rank has which part."""
+"""Sharded tensors (DTensors): which rank has which part, and reading or replacing this rank's part."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from lowmem.errors import UsageError
 
 
 class Piece(NamedTuple):
-    """A part of a tensor, from `start` to `stop` in dimension `dim`, and the first rank that has it."""
+    """The part of a tensor from `start` to `stop` in dimension `dim`; `rank` is the first rank that has this part."""
 
     rank: int
     dim: int
@@ -22,7 +22,7 @@ class Piece(NamedTuple):
 
 
 def pieces(tensor: DTensor) -> list[Piece]:
-    """All parts of a tensor, in order. Raises UsageError if it is sharded twice, or along a later dimension."""
+    """All parts of a tensor, in order. Raises UsageError unless one mesh dimension shards it, by rows or by columns."""
     mesh, sharded = tensor.device_mesh.mesh, _sharded_dims(tensor)
     if not sharded:
         return [Piece(int(mesh.flatten()[0]), 0, 0, len(tensor))]
@@ -35,12 +35,12 @@ def pieces(tensor: DTensor) -> list[Piece]:
     return [Piece(rank, dim, start, end) for rank, start, end in zip(ranks, [0, *ends], ends, strict=False)]
 
 
-def _sharded_dims(tensor: DTensor) -> list[int]:  # of the mesh
+def _sharded_dims(tensor: DTensor) -> list[int]:  # mesh dimensions, not tensor dimensions
     return [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, int, int]:
-    """The local part of a tensor, as a view, and its row and column offset in the full tensor."""
+    """The local part of a tensor, as a view, and the row and the column where it begins in the full tensor."""
     if not isinstance(tensor, DTensor) or not (sharded := _sharded_dims(tensor)):
         return local_of(tensor), 0, 0
     piece = pieces(tensor)[tensor.device_mesh.get_local_rank(sharded[0])]
@@ -53,7 +53,7 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def is_first_copy(tensor: DTensor) -> bool:
-    """Whether this rank is the first of those with identical copies: the one that sums over ranks count."""
+    """Whether this rank is the first of the ranks with the same part. Sums over ranks count only this one."""
     mesh = tensor.device_mesh
     return all(mesh.get_local_rank(i) == 0 for i, placement in enumerate(tensor.placements) if placement.is_replicate())
 
@@ -64,7 +64,7 @@ def is_in_columns(tensor: Tensor) -> bool:
 
 
 def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
-    """Wrap `local` as a DTensor sharded like `parameter`. Dimensions of another size must be split evenly."""
+    """Wrap `local` as a DTensor sharded like `parameter`. If its sharded size differs, all parts must be equal."""
     if not isinstance(parameter, DTensor):
         return local
     mesh, placements, part = parameter.device_mesh, parameter.placements, local_of(parameter)
@@ -79,12 +79,12 @@ def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
 
 @torch.no_grad()
 def set_local_(parameter: nn.Parameter, local: Tensor) -> None:
-    """Replace the local part of `parameter`, which stays the same object, by `local`, of any dtype."""
+    """Replace the local part of `parameter` by `local`, of any dtype. `parameter` remains the same object."""
     if not isinstance(parameter, DTensor):
         parameter.data = local
         return
     before = local_of(parameter).untyped_storage()
-    # assigning a DTensor's `data` would keep its old local tensor
+    # assigning to a DTensor's `data` would not replace its local tensor
     torch.utils.swap_tensors(parameter, nn.Parameter(sharded_like(parameter, local), parameter.requires_grad))
     if before._cdata != local.untyped_storage()._cdata and before.resizable():
-        before.resize_(0)  # fully_shard keeps it until it sees the new one: weights would take twice the memory
+        before.resize_(0)  # fully_shard holds the old storage until its next use: weights would take memory twice

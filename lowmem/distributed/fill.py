@@ -1,4 +1,4 @@
-"""Load or broadcast weights into a sharded model: each rank gets its own part, from files or from rank 0."""
+"""Fill a sharded model with weights: each rank gets its own part, read from files or broadcast from rank 0."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,16 +14,16 @@ from lowmem.distributed.dtensor import local_part
 from lowmem.errors import UsageError
 from lowmem.storage.tensor_files import StoredTensor, bytes_of, open_shards
 
-_PART_BYTES = 2**24  # of rank 0's weights, broadcast at a time
-_PART_ROWS = 2**10  # of two tensors in files, compared at a time
+_PART_BYTES = 2**24  # the most that rank 0 broadcasts at a time
+_PART_ROWS = 2**10  # two tensors in files are compared by this many rows at a time
 
 
 @contextmanager
 def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator[None]:
-    """Shard the model within this block. At its end, fill the parameters (on `device` or the host) and buffers.
+    """Shard the model inside this block. On exit, fill its parameters (on `device` or the host) and buffers.
 
-    If rank 0's model is on meta, each rank reads its own part from the files in `model.name_or_path`; otherwise rank 0
-    broadcasts it. Buffers in no file keep their values. Raises UsageError on every rank if the files lack a weight.
+    If rank 0's model has data, rank 0 broadcasts it. If it is on meta, each rank reads its own part from the files in
+    `model.name_or_path`; buffers in no file keep their values. If a weight is missing, every rank raises UsageError.
     """
     has_data = not any(parameter.is_meta for parameter in model.parameters())
     is_source = has_data and rank_and_world_size()[0] == 0
@@ -35,9 +35,9 @@ def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator
     elif not has_data:
         model.to_empty(device="cpu" if on_host else device)
         if isinstance(model, PreTrainedModel):
-            model.tie_weights()  # to_empty unties weights that are not sharded
+            model.tie_weights()  # to_empty unties tied weights that are not sharded
     for name, buffer in model.named_buffers():
-        built = buffers[name]  # to_empty clears buffers too
+        built = buffers[name]  # the value from before to_empty, which clears buffers too
         buffer.data = torch.empty_like(built, device=device) if built.is_meta else built.to(device)
     if gather_json(has_data)[0]:
         _broadcast(model, whole)
@@ -62,9 +62,9 @@ def read_local(tensor: Tensor, stored: StoredTensor) -> None:
 
 
 def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor] | None:
-    """Each parameter and persistent buffer, by its (first) name, as stored in `folder`.
+    """Return each parameter and persistent buffer as stored in `folder`, by name (tied weights: by the first name).
 
-    None if one is missing, or if tied weights differ in the files: transformers would untie them.
+    Returns None if one is missing, or if tied weights differ in the files: transformers would untie them.
     """
     files = open_shards(folder, "model")
     aliases: dict[Tensor, list[str]] = {}
@@ -85,7 +85,7 @@ def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _broadcast(model: nn.Module, whole: dict[str, Tensor]) -> None:
-    """Fill every rank's parameters and buffers from `whole` on rank 0 (elsewhere empty), 16 MiB at a time."""
+    """Fill every rank's parameters and buffers from rank 0's `whole` (empty on other ranks), 16 MiB at a time."""
     with collective("broadcasting the weights of rank 0"), torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             source = whole.pop(name, None)

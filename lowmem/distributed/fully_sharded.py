@@ -1,4 +1,4 @@
-"""torch's `fully_shard`, and every private name of it that we use. Tested with torch 2.11 and 2.13."""
+"""Use torch's `fully_shard`. Only this file uses its private names. Tested with torch 2.11 and 2.13."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,25 +14,25 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.distributed.dtensor import local_of
 
-# fully_shard warns about views that T5's layers return, in case they are modified in place. They are not.
+# fully_shard warns that T5's layers return views: modifying these in place would be wrong, but nothing does.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
 def shard_layers(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool, cpu_offload: bool) -> None:
-    """Shard the model over `mesh` in place, with or without data, one group per layer."""
+    """Shard the model over `mesh` in place, one group per layer. The model may be on meta."""
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
     options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32), "offload_policy": offload}
     for module, is_kept in _groups(model):
         fully_shard(module, reshard_after_forward=reshard_after_forward and not is_kept, **options)
-        # sums, not means: the step divides by the number of targets on all ranks
+        # sum gradients instead of averaging: the step divides by the number of targets on all ranks
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that multiplies by a factor
 
 
 def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
-    """The modules whose weights are all-gathered together, inner ones first. True: keep them for the whole step.
+    """Yield (module whose weights are all-gathered together, whether they stay so for the step), inner modules first.
 
-    Kept are the output head, which the chunked loss uses after the model's forward, and modules in no other group.
+    The output head stays gathered because the chunked loss uses it after forward. So do modules in no other group.
     """
     yield from ((module, False) for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
     if isinstance(model, PreTrainedModel):
@@ -44,13 +44,13 @@ def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
 
 
 def has_gathered(model: nn.Module) -> bool:
-    """Whether `fully_shard` has all-gathered weights already: from then on, their dtypes may not change."""
+    """Whether `fully_shard` has ever all-gathered weights. Once it has, their dtypes must not change."""
     return isinstance(model, FSDPModule) and model._get_fsdp_state()._is_root is not None
 
 
 def notice_new_parameters(model: nn.Module) -> None:
     """Make `fully_shard` use the current parameters, and free the previous tensors."""
-    model._apply(lambda tensor: tensor)  # `model.to` would also move buffers to the host with offloaded weights
+    model._apply(lambda tensor: tensor)  # not `model.to`: with offloaded weights, it moves buffers to the host
 
 
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
@@ -59,11 +59,11 @@ def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def resharding(model: nn.Module) -> Iterator[None]:
-    """Reshard all weights at the end of this block, for forwards without a backward (which would reshard them)."""
+    """Reshard all weights on exit, for a block with forwards only: otherwise, the backward would reshard them."""
     groups = _sharded_modules(model)
     if groups:
-        model._get_fsdp_state()._lazy_init()  # or an encoder that is called first would become the root
-        model.unshard()  # the root's own weights: an encoder may be called without the model
+        model._get_fsdp_state()._lazy_init()  # make the model the root, even if its encoder is called first
+        model.unshard()  # all-gather the root's own weights: a call of the encoder alone would not
     try:
         yield
     finally:
@@ -72,7 +72,7 @@ def resharding(model: nn.Module) -> Iterator[None]:
 
 
 def unsharded_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """Yield every parameter as used in computation, sharded ones all-gathered, always in the same storage."""
+    """Yield every parameter as forward uses it: all-gathered if sharded. Each call yields the same storages."""
     groups = _sharded_modules(model)
     for group in groups:
         group.unshard()

@@ -1,7 +1,7 @@
-"""Heartbeats: each rank reports every second that it is alive, and its phase. If one goes silent, all ranks exit.
+"""Heartbeats: every second, each rank reports that it is alive, and its phase. If a rank is silent, all ranks exit.
 
 A collective waits forever for a peer that was killed, stopped or disconnected, and no exception can interrupt it. So
-two threads watch the other ranks through a store on rank 0. Imports no torch.
+two threads on each rank watch the other ranks through a store on rank 0. Importing this module does not import torch.
 """
 
 import atexit
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 OnAbort = Callable[[str], None] | None
 
-_SECONDS_TO_REPORT = 5.0  # to the others, how this rank ended
-_SECONDS_TO_FOLLOW = 5.0  # for a rank to exit on its own after another one failed
-_BEATS_MISSED = 3  # until a rank is suspected of breaking a collective
+_SECONDS_TO_REPORT = 5.0  # the limit for reporting to other ranks how this one ended
+_SECONDS_TO_FOLLOW = 5.0  # after another rank failed, this rank has this long to exit by itself
+_BEATS_MISSED = 3  # a rank that missed this many beats is suspected of breaking a collective
 
 _step: int | None = None
 _phases: tuple[str, ...] = ()
@@ -37,7 +37,7 @@ def at_step(step: int) -> None:
 
 
 def current_step() -> int | None:
-    """The optimizer step of this rank, counted from 0; None before the first."""
+    """The optimizer step of this rank, counted from 0; None before the first step."""
     return _step
 
 
@@ -59,43 +59,43 @@ def status() -> str:
 
 
 def report_end(error: str = "") -> None:
-    """Report that this rank ends, normally or with `error`. Takes seconds if another rank does not answer."""
+    """Report that this rank ends, normally or with `error`. Takes up to 5 s if another rank does not respond."""
     if _heartbeat is not None:
         _heartbeat.end(error)
 
 
 def suspects() -> str:
-    """Wait a few beats and name ranks that are silent or have failed. Empty if none, or without a heartbeat."""
+    """Wait a few beats, and name the ranks that are silent or failed. Returns "" if none, or without a heartbeat."""
     return "" if _heartbeat is None else _heartbeat.suspects()
 
 
 def all_statuses() -> str:
-    """The status of every rank, as text. Empty without a heartbeat."""
+    """The status of every rank, as text; "" without a heartbeat."""
     return "" if _heartbeat is None else _heartbeat.all_statuses()
 
 
 class Beat(NamedTuple):
-    """What a rank reports, as JSON in the store."""
+    """One report of a rank. The store holds it as JSON."""
 
     number: int = 0
     status: str = "startup"
     end: str | None = None
-    """None while it runs, "" after a normal end, else its error."""
+    """None while the rank runs, "" after a normal end, else the rank's error."""
     knows_end: bool = False
-    """Whether it knows that rank 0 ended, and no longer needs its store."""
+    """Whether the rank knows that rank 0 ended, and so no longer needs rank 0's store."""
 
 
 FIRST = json.dumps(Beat())
 
 
 class Heartbeat:
-    """This rank's two threads: one exchanges beats through the store, which may block forever; one checks them."""
+    """This rank's two threads. One exchanges beats through the store, and may block forever; the other checks them."""
 
     def __init__(self, store: "Store", address: str, rank: int, world_size: int, limit: float, on_abort: OnAbort):
         self._address, self._rank, self._limit, self._on_abort = address, rank, limit, on_abort
         self._interval = min(1.0, limit / 10)
         self._beats = [Beat()] * world_size
-        # Seconds spent listening, not wall-clock time: while this process is stopped, no other rank counts as silent.
+        # Seconds in which this rank listened, not wall-clock time: while it was stopped, it could not hear the others.
         self._silence = [0.0] * world_size
         self._unanswered = self._known_failure = 0.0
         self._end: str | None = None
@@ -108,7 +108,7 @@ class Heartbeat:
     def end(self, error: str) -> None:
         """See `report_end`. Only the first call counts."""
         if os.getpid() != self._process:
-            return  # a forked process, which shares the connection but is not a rank
+            return  # this is a forked process: it shares the connection but is not a rank
         if self._end is None:
             self._end = error
         self._wake.set()
@@ -130,7 +130,7 @@ class Heartbeat:
         return f"no rank is silent: {'; '.join(clauses)}"
 
     def _exchange_beats(self, store: "Store") -> None:
-        """Exchange beats until this rank or rank 0 has ended; rank 0 continues until the others know that it has."""
+        """Exchange beats until this rank or rank 0 ends. Rank 0 continues until all other ranks know that it ended."""
         from torch import distributed
 
         keys = [str(rank) for rank in range(len(self._beats))]
@@ -164,7 +164,7 @@ class Heartbeat:
 
     def _watch(self) -> None:
         last = time.monotonic()
-        # After rank 0 ends normally there is no store, and nothing to watch.
+        # Once rank 0 has ended normally, its store is gone, so there is nothing to watch.
         while self._end is None and self._beats[0].end != "":
             time.sleep(self._interval)
             now = time.monotonic()
@@ -179,7 +179,7 @@ class Heartbeat:
                 self._end_process(f"error: {'; '.join(found)}. {here}: see the log of that rank, then resume")
 
     def _silent(self, seconds: float) -> list[str]:
-        """A clause for each running rank that sent no beat for `seconds`; only rank 0 if its store is silent."""
+        """Return a clause for each running rank without a beat for `seconds`; only rank 0 if its store is silent."""
         silence, name = dict(enumerate(self._silence)), "rank {}"
         if self._unanswered >= seconds:
             silence, name = {0: self._unanswered}, f"rank {{}}, which hosts the store at {self._address},"
@@ -203,7 +203,7 @@ class Heartbeat:
 
 
 def start(store: "Store", address: str, rank: int, world_size: int, *, limit_seconds: float, on_abort: OnAbort) -> None:
-    """Start this rank's heartbeat, replacing that of an earlier process group."""
+    """Start this rank's heartbeat. It replaces the heartbeat of an earlier process group."""
     global _heartbeat
     if _heartbeat is None:
         _report_process_end()

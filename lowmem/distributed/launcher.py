@@ -9,7 +9,7 @@ from lowmem.errors import UsageError
 
 def launched_processes() -> int | None:
     """The number of processes that a launcher started; None under plain python. Raises UsageError if it is invalid."""
-    # for a single process, accelerate sets no WORLD_SIZE, but it always sets the precision
+    # for a single process, accelerate sets the precision but not WORLD_SIZE
     single = "1" if "ACCELERATE_MIXED_PRECISION" in os.environ else None
     world_size = os.environ.get("WORLD_SIZE", single)
     if world_size is None:
@@ -20,12 +20,12 @@ def launched_processes() -> int | None:
 
 
 def launched_settings() -> dict[str, object]:
-    """The settings of `accelerate launch`, under lowmem's names. Raises UsageError for unsupported ones."""
+    """The settings of `accelerate launch`, by lowmem's names. Raises UsageError if one is not supported."""
     if _is_set("ACCELERATE_USE_MEGATRON_LM"):
         raise UsageError("accelerate is set to use Megatron-LM, which lowmem does not support: change distributed_type")
     settings: dict[str, object] = {}
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if precision != "no":  # accelerate always sets the variable, so "no" may be accelerate's default
+    if precision != "no":  # "no" may be accelerate's default: it always sets the variable
         settings["mixed_precision"] = precision
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if compiler not in ("no", "inductor"):
@@ -42,7 +42,7 @@ def launched_settings() -> dict[str, object]:
 
 
 def _fsdp_settings() -> dict[str, object]:
-    """Settings in fsdp_config, except those about wrapping layers and checkpoints."""
+    """Settings in fsdp_config. Ignores its settings for checkpoints and for the layers to wrap."""
     found = {k.removeprefix("FSDP_").lower(): x.lower() for k, x in os.environ.items() if k.startswith("FSDP_")}
     reshards, wraps = found.get("reshard_after_forward", "true"), "transformer_based_wrap"
     needs = {
@@ -63,7 +63,7 @@ def _fsdp_settings() -> dict[str, object]:
 
 
 def _parallelism_settings(settings: Mapping[str, object]) -> dict[str, object]:
-    """Settings in parallelism_config, given the `settings` in fsdp_config."""
+    """Settings in parallelism_config. `settings` are those that fsdp_config sets."""
     names = [f"PARALLELISM_CONFIG_{name}_SIZE" for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")]
     copies, shards, tensor, context, sequence = (int(os.environ.get(name, "1")) for name in names)
     if context > 1 or sequence > 1:

@@ -1,4 +1,4 @@
-"""How a model is distributed over ranks: its wrapper, the ranks that share it, and their data-parallel rank."""
+"""Query how a model is distributed over ranks: its wrapper, its sharding, and this process's data-parallel rank."""
 
 import sys
 from contextlib import AbstractContextManager
@@ -34,18 +34,18 @@ def uses_zero3(model: nn.Module) -> bool:
 
 
 class DataParallelRank(NamedTuple):
-    """This process's data-parallel rank. Ranks that share a model (tp_size) have the same one, and the same rows."""
+    """A data-parallel rank. Processes that share a model (tp_size) have the same one, and get the same rows."""
 
     rank: int
     size: int
     is_counted: bool
-    """Whether sums over all ranks count this process: true for one of those with the same `rank`."""
+    """Whether sums over all processes count this one: true for one process per data-parallel rank."""
     group: dist.ProcessGroup | None
-    """The ranks that have gradients of the same weights as this one; None: all."""
+    """The processes with gradients of the same weights; None: all."""
 
     @property
     def coordinates(self) -> dict[str, int]:
-        """`rank` and `world_size` as `open_stream` and `open_eval` take them."""
+        """The arguments `rank` and `world_size` of `open_stream` and `open_eval`."""
         return {"rank": self.rank, "world_size": self.size}
 
 
@@ -63,22 +63,22 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device that the model computes on, even while its sharded weights are in host memory."""
+    """The device on which the model computes, even if its sharded weights are in host memory."""
     parameter = next(model.parameters())
     return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
 
 
 def has_collectives(model: nn.Module) -> bool:
-    """Whether ranks shard the weights or layers, so that forward and backward have collectives."""
+    """Whether weights are sharded or layers split over ranks, so that forward and backward run collectives."""
     return is_sharded(model) or tensor_mesh(model) is not None
 
 
 def handle_rank_errors(model: nn.Module) -> AbstractContextManager[None]:
-    """Share an error in forward or backward with all ranks; through the heartbeat if the passes have collectives."""
+    """Report an error in forward or backward to all ranks, by the heartbeat if these passes run collectives."""
     return report_failure() if has_collectives(model) else raise_on_all_ranks()
 
 
 def tensor_mesh(model: nn.Module) -> DeviceMesh | None:
-    """The mesh of `apply_tensor_parallelism`; None if it was not applied."""
+    """The mesh that `apply_tensor_parallelism` used for `model`; None without tensor parallelism."""
     meshes = (parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor))
     return next((mesh for mesh in meshes if mesh.mesh_dim_names == TENSOR_PARALLEL_MESH), None)

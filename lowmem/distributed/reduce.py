@@ -1,4 +1,4 @@
-"""Sums over ranks in fp32, and norms of gradients that are whole, sharded or both."""
+"""Sum tensors over ranks in fp32, and compute the norm of a gradient."""
 
 from collections.abc import Iterable
 
@@ -9,13 +9,13 @@ from torch import Tensor
 from lowmem.distributed.collectives import collective
 
 _BUCKET_BYTES = 32 * 2**20
-_NORM_ELEMENTS = 2**20  # of a bf16 gradient, converted to fp32 at a time
+_NORM_ELEMENTS = 2**20  # a bf16 gradient is converted to fp32 in slices of this size
 
 
 def all_reduce_sum(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Sum each tensor over the ranks of `group` (None: all), in place, in 32 MiB buckets, in at least fp32.
+    """Sum each tensor in place over the ranks of `group` (None: all ranks), in fp32 or wider, in 32 MiB buckets.
 
-    Every rank passes the same shapes in the same order, and gets the same bits.
+    Every rank must pass the same shapes in the same order. All ranks get bitwise identical sums.
     """
     bucket: list[Tensor] = []
     room = _BUCKET_BYTES
@@ -31,7 +31,7 @@ def all_reduce_sum(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = 
 
 
 def _pieces(tensor: Tensor) -> Iterable[Tensor]:
-    """The tensor itself if it can be reduced in place, else slices that fill a bucket when converted to fp32."""
+    """Return the whole tensor if it is fp32 or wider or not contiguous, else slices that fill a bucket in fp32."""
     if tensor.dtype.itemsize >= 4 or not tensor.is_contiguous():
         return (tensor,)
     return tensor.view(-1).split(_BUCKET_BYTES // 4)
@@ -40,7 +40,7 @@ def _pieces(tensor: Tensor) -> Iterable[Tensor]:
 def _reduce_bucket(bucket: list[Tensor], group: dist.ProcessGroup | None) -> None:
     sum_dtype = torch.promote_types(bucket[0].dtype, torch.float32)
     if len(bucket) == 1 and bucket[0].is_contiguous() and bucket[0].dtype == sum_dtype:
-        _reduce(bucket[0], group)  # alone in its bucket: no copy needed
+        _reduce(bucket[0], group)  # the only tensor of its bucket needs no copy
         return
     flat = torch.cat([tensor.reshape(-1).to(sum_dtype) for tensor in bucket])
     _reduce(flat, group)
@@ -54,11 +54,11 @@ def _reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
 
 
 def gradient_norm(gradient: Tensor) -> Tensor:
-    """L2 norm of one gradient in fp32 (or wider), a scalar, without a copy of a large bf16 one."""
+    """Return the L2 norm of a gradient as an fp32 (or wider) scalar, without converting all of a bf16 one at once."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    if gradient.device.type != "cpu":  # GPU kernels sum in trees, and convert as they read
+    if gradient.device.type != "cpu":  # GPU kernels convert while reading, and add in a tree, which is accurate
         return torch.linalg.vector_norm(gradient, dtype=wide)
-    # per row, then over rows in fp64: the CPU kernel adds sequentially, and 16M squares in one fp32 sum lose 1e-3
+    # norms of rows first, then over rows in fp64: CPU kernels add sequentially, with an error of 1e-3 for 16M elements
     rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient.reshape(1, -1)
     pieces = [rows] if rows.dtype == wide else rows.split(max(1, _NORM_ELEMENTS // max(1, rows.shape[1])))
     of_rows = [torch.linalg.vector_norm(piece, dim=1, dtype=wide) for piece in pieces]

@@ -1,4 +1,4 @@
-"""Rendezvous: the processes of a run find each other and start their group, or report in time what is wrong."""
+"""Rendezvous: the processes of a run find each other and start their group, or report within a limit what is wrong."""
 
 import os
 import socket
@@ -26,7 +26,7 @@ _LOOPBACK = ("127.", "::1", "fe80:")
 
 
 class Launch(NamedTuple):
-    """Launcher settings: this process's rank, and the address of the store that rank 0 or the launcher hosts."""
+    """Launcher settings: this process's rank, and the address of the store. Rank 0 or the launcher hosts the store."""
 
     rank: int
     world_size: int
@@ -49,9 +49,9 @@ def launch_from_environment() -> Launch:
 
 
 def start_group(backend: str, *, limit_seconds: float) -> None:
-    """Start the process group described by the environment. No wait takes much longer than `limit_seconds`.
+    """Start the process group that the environment describes. No wait takes much longer than `limit_seconds`.
 
-    Raises StartError or, if a rank is missing, RankError. If a call hangs in C++, the process exits with code 1.
+    Raises RankError if a rank is missing, else StartError. If a call hangs in C++, the process exits with code 1.
     """
     launch = launch_from_environment()
     if os.environ.get("ACCELERATE_DEBUG_MODE", "false").lower() == "true":  # --debug: accelerate checks its collectives
@@ -73,13 +73,13 @@ def start_group(backend: str, *, limit_seconds: float) -> None:
             dist.init_process_group(backend, **options)
         except RuntimeError as error:
             raise StartError(f"{unconnected} ({_first_line(error)}): {_network()}") from error
-    store.set_timeout(_STORE_TIMEOUT)  # from here on, a rank may wait long for a rank that is working
+    store.set_timeout(_STORE_TIMEOUT)  # from here on, a rank may have to wait long while another one works
 
 
 def connect_ranks(device: torch.device, *, limit_seconds: float, on_abort: Callable[[str], None] | None = None) -> None:
-    """All-reduce once on the host and once on `device`: backends connect only then, and NCCL has no time limit.
+    """All-reduce once on the host and once on `device`. Backends connect only in a collective; NCCL without a limit.
 
-    After `limit_seconds` the process exits with a message on stderr, also passed to `on_abort`.
+    After `limit_seconds`, print a message to stderr, pass it to `on_abort` and exit.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     what = f"rank {rank} on {socket.gethostname()} got no result from its first all-reduce over {world_size} ranks"
@@ -94,7 +94,7 @@ def connect_ranks(device: torch.device, *, limit_seconds: float, on_abort: Calla
 
 
 def open_store(launch: Launch, limit_seconds: float) -> dist.Store:
-    """Connect to the store, on rank 0 unless a launcher hosts it. Raises StartError after `limit_seconds`."""
+    """Connect to the store. Rank 0 hosts it unless a launcher does. Raises StartError after `limit_seconds`."""
     is_host = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     where = f"{launch.address}:{launch.port} (MASTER_ADDR, MASTER_PORT)"
     advice = "on every rank, set both to the host of rank 0 and a free port there"
@@ -102,10 +102,10 @@ def open_store(launch: Launch, limit_seconds: float) -> dist.Store:
     options = {"timeout": timedelta(seconds=limit_seconds), "wait_for_workers": False, "multi_tenant": True}
     with _exit_after(limit_seconds + 1.0, unknown):  # torch waits for a first response without a limit
         try:
-            # on localhost, so that a wrong MASTER_ADDR fails when we connect to it
+            # host the store under "localhost": a wrong MASTER_ADDR then fails below, when this process connects
             hosted = dist.TCPStore("localhost", launch.port, is_master=True, **options) if is_host else None
             _reach(launch, where, limit_seconds)
-            # the same store: a process has one store per port
+            # on rank 0, this is the hosted store: with multi_tenant, a process has one store per port
             store = dist.TCPStore(launch.address, launch.port, is_master=is_host, **options)
             del hosted
         except dist.DistNetworkError as error:
@@ -116,7 +116,7 @@ def open_store(launch: Launch, limit_seconds: float) -> dist.Store:
 
 
 def _reach(launch: Launch, where: str, limit_seconds: float) -> None:
-    """Wait until something listens at the store's address. (torch would log stack traces and wait seconds.)"""
+    """Wait until a server listens at the store's address. (torch would log stack traces and retry more slowly.)"""
     deadline = time.monotonic() + limit_seconds
     while True:
         left = deadline - time.monotonic()
@@ -124,7 +124,7 @@ def _reach(launch: Launch, where: str, limit_seconds: float) -> None:
             socket.create_connection((launch.address, launch.port), timeout=max(1.0, left)).close()
             return
         except OSError as error:
-            # the store runs before rank 0 gets here, so a host that refuses rank 0 is the wrong host
+            # rank 0 or its launcher has started the store already, so a host that refuses rank 0 is the wrong host
             is_final = launch.rank == 0 and isinstance(error, ConnectionRefusedError)
             if is_final or left <= _SECONDS_BETWEEN_TRIES:
                 found = f"{launch} cannot connect to {where}: {error.strerror or error}. {_interfaces()}"
@@ -133,11 +133,11 @@ def _reach(launch: Launch, where: str, limit_seconds: float) -> None:
 
 
 def rendezvous(store: dist.Store, launch: Launch, limit_seconds: float, since: float | None = None) -> str:
-    """Wait for all ranks; the limit counts from `since`. Returns a name for this rendezvous, unique in the store.
+    """Wait for all ranks, up to `limit_seconds` from `since` (None: now). Returns a unique name for this rendezvous.
 
-    A launcher's store still has the keys of processes from before a restart. So rank 0 writes a new token. Every other
-    rank answers with that token and a new one of its own, then waits until rank 0's list contains its token. The token
-    of a dead process never matches.
+    After a restart, a launcher's store still has the keys of dead processes. So rank 0 writes a new token, and every
+    other rank answers with rank 0's token and a new one of its own, then waits until rank 0 lists its token. Tokens of
+    dead processes never match.
     """
     mine, others, start = uuid4().hex, range(1, launch.world_size), since or time.monotonic()
     answered, has_reported = "", False
@@ -151,7 +151,7 @@ def rendezvous(store: dist.Store, launch: Launch, limit_seconds: float, since: f
             answers = _answers(store, others, token)
             if all(answers):
                 store.set("lowmem/members", " ".join([token, *answers]))
-                store.set("lowmem/token", "")  # not deleted: a rank that has just seen it would block on reading it
+                store.set("lowmem/token", "")  # do not delete it: a rank between `check` and `get` would block
                 return mine
         elif token and token != answered:
             store.set(f"lowmem/{launch.rank}", f"{token} {mine}")
@@ -180,14 +180,14 @@ def _read(store: dist.Store, key: str) -> str:
 
 
 def _answers(store: dist.Store, ranks: range, token: str) -> list[str]:
-    """The token of each rank that has answered `token`, "" for the others."""
+    """Return the own token of each rank that has answered `token`, and "" for the other ranks."""
     answers = [_read(store, f"lowmem/{rank}").split() for rank in ranks]
     return [answer[1] if answer and answer[0] == token else "" for answer in answers]
 
 
 @contextmanager
 def _exit_after(limit_seconds: float, message: str, on_abort: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Exit with `message` if the block takes longer: it may hang in C++, which no exception can interrupt."""
+    """Exit with `message` if the block exceeds the limit: it may hang in C++, which no exception can interrupt."""
     is_done = Event()
 
     def watch() -> None:
@@ -203,7 +203,7 @@ def _exit_after(limit_seconds: float, message: str, on_abort: Callable[[str], No
 
 
 def _network() -> str:
-    """The network settings of this process for the backends, and what to set."""
+    """Return this process's network settings for gloo and NCCL, and advice on what to set."""
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE")
     found = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in names)
     advice = "set the first two to an interface all hosts reach, NCCL_IB_DISABLE=1 without InfiniBand, NCCL_DEBUG=INFO"
@@ -211,7 +211,7 @@ def _network() -> str:
 
 
 def _interfaces() -> str:
-    """The network interfaces of this host, external ones first."""
+    """List the network interfaces of this host, external ones first."""
     families = (socket.AF_INET, socket.AF_INET6)
     found = []
     for name, addresses in psutil.net_if_addrs().items():

@@ -4,5 +4,5 @@ from hashlib import blake2b
 
 
 def seed_of(*key: int | str) -> int:
-    """A 64-bit seed for a torch generator. Keys that differ in any part give unrelated seeds."""
+    """Return a 64-bit seed for a torch generator. Different keys give unrelated seeds."""
     return int.from_bytes(blake2b(",".join(map(str, key)).encode(), digest_size=8).digest(), "little")

@@ -27,7 +27,7 @@ def check_launch(num_processes: int | None) -> None:
 
 
 def processes_to_start(num_processes: int | None) -> int:
-    """Under plain python, `num_processes` or one per visible GPU (at least one); under a launcher, 1."""
+    """Under plain python, `num_processes` (None: one per visible GPU, at least one). Under a launcher, 1."""
     if launched_processes() is not None or num_processes == 1:
         return 1
     import torch
@@ -50,12 +50,12 @@ def init_distributed(
     on_abort: Callable[[str], None] | None = None,
     signals: "Signals | None" = None,
 ) -> "Accelerator":
-    """Join the process group described by the environment (gloo without a GPU). Return its Accelerator.
+    """Join the process group that the environment describes (with gloo if there is no GPU). Return its Accelerator.
 
-    `mixed_precision` None uses the setting of `accelerate launch`. `deepspeed` is a full DeepSpeed config, which also
-    sets the precision. Raises UsageError or RankError if ranks do not find each other in `heartbeat_timeout` seconds.
-    Later, a rank that fails or sends no heartbeat for that long ends all ranks with a message that names it, on stderr
-    and to `on_abort`. `signals.at_once` is cleared: the ranks can now agree on when to stop.
+    `mixed_precision=None` uses the setting of `accelerate launch`. `deepspeed` is a full DeepSpeed config, including
+    the precision. Raises UsageError or RankError if ranks do not find each other in `heartbeat_timeout` seconds. Later,
+    if a rank fails or is silent for that long, all ranks exit, and write its name to stderr and pass it to `on_abort`.
+    Sets `signals.at_once` to None, because the ranks can now agree on when to stop.
     """
     check_launch(None)
     if deepspeed is None and "deepspeed" in launched_settings():
@@ -68,7 +68,7 @@ def init_distributed(
     from lowmem.distributed.rendezvous import connect_ranks, start_group
 
     for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        os.environ.pop(variable, None)  # already in `launched_settings`; Accelerator would shard too
+        os.environ.pop(variable, None)  # lowmem applies these settings (`launched_settings`); Accelerator must not
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
     launched = launched_processes() or 1
     if launched > 1:
@@ -93,14 +93,14 @@ def init_distributed(
 
 
 def join(*, last_words: Callable[[str], None] | None = None, **options: object) -> "Accelerator":
-    """Former name of `init_distributed`, with `on_abort` as `last_words`."""
+    """Call `init_distributed` by its former name. `last_words` is the former name of `on_abort`."""
     return init_distributed(on_abort=last_words, **options)
 
 
 def make_deterministic(wanted: bool) -> None:
-    """If `wanted`, use only deterministic torch operations. Call it before any work on a GPU."""
+    """If `wanted`, let torch use only deterministic operations. Call it before any work on a GPU."""
     import torch
 
     if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
     torch.use_deterministic_algorithms(wanted)

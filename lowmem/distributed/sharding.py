@@ -27,18 +27,18 @@ def parallelize(
 ) -> nn.Module:
     """Move the model to this rank's device, with rank 0's weights and buffers. Its state dict keys do not change.
 
-    NO_SHARD replicates the model on every rank. The others use torch's `fully_shard`, one group per layer, with weights
-    sharded by rows, and gradients summed over ranks in fp32. FULL_SHARD all-gathers a layer's weights for forward and
-    again for backward; SHARD_GRAD_OP keeps them in between; HYBRID_SHARD is FULL_SHARD within groups of `shard_size`
-    adjacent ranks (None: those of this machine), with one replica per group. `cpu_offload` keeps the shards in host
-    memory and updates them there. `tp_size` adjacent ranks share layers by tensor parallelism, and need the same rows
-    (see `data_place`). A model to be sharded may be on meta (`load_model(..., on_meta=True)`). Raises UsageError for
-    options that do not fit the processes or the model.
+    NO_SHARD replicates the model on every rank. The other strategies use torch's `fully_shard`, one group per layer,
+    shard weights by rows and sum gradients over ranks in fp32. FULL_SHARD all-gathers a layer's weights for forward and
+    again for backward; SHARD_GRAD_OP keeps them in between. HYBRID_SHARD is FULL_SHARD within groups of `shard_size`
+    adjacent ranks (None: the ranks of a machine), with one replica per group. `cpu_offload` keeps the shards in host
+    memory and updates them there. With `tp_size`, that many adjacent ranks split layers by tensor parallelism and need
+    the same rows (see `data_place`). A model to be sharded may be on meta (`load_model(..., on_meta=True)`). Raises
+    UsageError for options that do not fit the processes or the model.
     """
     if sharding_strategy not in (strategies := choices("sharding_strategy")):
         raise UsageError(f"sharding_strategy={sharding_strategy} is unknown: set one of {', '.join(strategies)}")
     if accelerator.deepspeed_plugin is not None:
-        return model  # its engine moves it; at stage 3 no device holds the full model
+        return model  # DeepSpeed's engine moves the model; at stage 3, no device holds all of it
     if tp_size > 1 and sharding_strategy != "NO_SHARD":
         raise UsageError(f"tp_size={tp_size} was set with {sharding_strategy}, but they do not combine: remove one")
     if tp_size > 1 or sharding_strategy != "NO_SHARD":
@@ -57,11 +57,11 @@ def parallelize(
 
 
 def make_mesh(accelerator: Accelerator, sharding_strategy: str, shard_size: int | None, tp_size: int) -> DeviceMesh:
-    """A mesh of all ranks. HYBRID_SHARD: (copies, shards); tensor parallelism: (data ranks, `tp_size`)."""
+    """Make a mesh of all ranks, of shape (copies, shards) for HYBRID_SHARD, or (data ranks, tp_size) with tp_size."""
     world_size, kind = accelerator.num_processes, accelerator.device.type
     if tp_size > 1:
         return make_tensor_mesh(kind, world_size, tp_size)
-    if not dist.is_initialized():  # a single process, with offloaded weights
+    if not dist.is_initialized():  # a single process with cpu_offload
         dist.init_process_group(dist.get_default_backend_for_device(kind), store=dist.HashStore(), rank=0, world_size=1)
     if sharding_strategy != "HYBRID_SHARD":
         if shard_size not in (None, world_size):
@@ -76,7 +76,7 @@ def make_mesh(accelerator: Accelerator, sharding_strategy: str, shard_size: int 
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, *, sharding_strategy: str, cpu_offload: bool) -> None:
-    """Shard the model over `mesh` in place, with or without data, as `parallelize` does."""
+    """Shard the model over `mesh` in place, as `parallelize` does. The model may be on meta."""
     if mesh.mesh_dim_names == TENSOR_PARALLEL_MESH:
         apply_tensor_parallelism(model, mesh)
     else:

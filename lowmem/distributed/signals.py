@@ -1,4 +1,4 @@
-"""Catch SIGTERM, SIGINT and SIGUSR1, which ask a run to stop, even while the main thread is in a collective."""
+"""Catch signals that ask a run to stop (SIGTERM, SIGINT, SIGUSR1), even while the main thread is in a collective."""
 
 import os
 import select
@@ -11,16 +11,16 @@ from functools import partial
 from typing import NoReturn
 
 PREEMPTED = 75
-"""Exit code of a run that a signal stopped and that may be restarted: EX_TEMPFAIL in sysexits.h."""
+"""Exit code of a run that a signal stopped, and that can be resumed: EX_TEMPFAIL in sysexits.h."""
 
 _CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_ECHO_SECONDS = 5.0  # launchers forward a signal that has also reached us directly
+_ECHO_SECONDS = 5.0  # a signal may arrive twice, directly and from the launcher: ignore repeats for this long
 
 
 def print_and_exit(
     message: str, code: int, act: Callable[[], None] = lambda: None, *, limit_seconds: float = 10.0
 ) -> NoReturn:
-    """Print `message` to stderr, call `act` and exit with `code`, from any thread, within `limit_seconds`."""
+    """Print `message` to stderr, call `act`, and exit with `code` within `limit_seconds`. Works in any thread."""
     try:
         write = partial(os.write, 2, f"{message}\n".encode())
         threads = [threading.Thread(target=target, daemon=True) for target in (write, act)]
@@ -34,7 +34,7 @@ def print_and_exit(
 
 
 def ignore_closed_output() -> None:
-    """If the reader of stdout or stderr has gone (`| head -1`), discard all further output to it."""
+    """If stdout or stderr is a pipe whose reader has exited (`| head -1`), discard all further output to it."""
     poll = select.poll()
     for descriptor in (1, 2):
         poll.register(descriptor, 0)  # 0: report only errors and hang-ups
@@ -44,18 +44,18 @@ def ignore_closed_output() -> None:
 
 
 def end_as_signalled(name: str) -> NoReturn:
-    """Exit with the code that shells expect, 128 plus the signal number (130 for SIGINT)."""
+    """Exit with the code that shells expect after the signal `name`: 128 + its number (130 for SIGINT)."""
     os._exit(128 + signal.Signals[name])
 
 
 class Signals:
-    """Record the first signal in `came`, from `catch` until `release`. A second one after 5 s exits immediately.
+    """Catch signals from `catch` until `release`. The first is recorded in `came`; a later one, after 5 s, exits.
 
-    `at_once`, if set, is called with the first signal's name, in another thread, for when ranks cannot agree to stop.
+    If `at_once` is set, another thread calls it with the first signal's name. Set it while ranks cannot agree to stop.
     """
 
     came: str | None = None
-    """Name of the first signal, or None."""
+    """Name of the first signal; None before it."""
 
     def __init__(self, at_once: Callable[[str], None] | None = None):
         self.at_once = at_once
@@ -69,8 +69,8 @@ class Signals:
         """Start catching the three signals. Call it in the main thread."""
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
-        # Python runs its handlers only when the main thread leaves C code, which may be never. A thread that reads
-        # signal numbers from this pipe reacts anyway.
+        # Python runs signal handlers only when the main thread leaves C code, which may be never. But it writes each
+        # signal number to this pipe immediately, and another thread reads it.
         self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._handlers_before = {number: signal.signal(number, lambda *_: None) for number in _CAUGHT}
         _catching.append(self)
@@ -99,8 +99,8 @@ class Signals:
                     print_and_exit(f"{name} came after {self.came}: exits immediately, without saving", 1)
 
 
-# A forked process inherits the handlers and the pipe, but not the thread that reads it: a signal to it would reach its
-# parent. So it releases them, and signals are blocked until then.
+# A forked process inherits the handlers and the pipe, but not the thread that reads the pipe: its parent would get its
+# signals. So the child restores the previous handlers, and until then, signals are blocked.
 _catching: list[Signals] = []
 _forking = threading.local()
 
@@ -124,7 +124,7 @@ os.register_at_fork(before=_block_signals, after_in_parent=_restore_signal_mask,
 
 @contextmanager
 def catching_signals() -> Iterator[Signals]:
-    """Catch signals in the main thread within this block, but not in processes forked there: see `Signals`."""
+    """Catch signals within this block, but not in processes forked there (see `Signals`). Use it in the main thread."""
     signals = Signals()
     signals.catch()
     try:

@@ -1,8 +1,8 @@
-"""Tensor parallelism (Shoeybi et al., 2019): linear layers sharded by the plan that transformers has for a model.
+"""Tensor parallelism (Shoeybi et al., 2019): shard linear layers by the plan that transformers has for the model.
 
-Weights are DTensors, for checkpoints; computation uses their local tensors. Everything else is replicated, also the
-embedding and the output head. Ranks that share a model must get the same batches and dropout masks: then gradients of
-replicated parameters are complete and identical on each of them, without a sum.
+Sharded weights are DTensors, for checkpoints; computation uses their local tensors. All else is replicated, including
+the embedding and the output head. Ranks that share a model must get the same batches and dropout masks. Each of them
+then computes the complete gradients of replicated parameters, and these need no sum.
 """
 
 import re
@@ -26,14 +26,14 @@ Exchange = Callable[[Tensor, ProcessGroup], Tensor]
 
 
 def make_tensor_mesh(kind: str, world_size: int, tp_size: int) -> DeviceMesh:
-    """A mesh of (data ranks, `tp_size`), in which adjacent ranks share a model."""
+    """Make a mesh of shape (data ranks, `tp_size`), in which adjacent ranks share a model."""
     if world_size % tp_size:
         raise UsageError(f"tp_size={tp_size} was set, but it does not divide {world_size} processes: set a divisor")
     return init_device_mesh(kind, (world_size // tp_size, tp_size), mesh_dim_names=TENSOR_PARALLEL_MESH)
 
 
 def apply_tensor_parallelism(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard the layers in the model's plan over the second dimension of `mesh`, in place. See `check_plan`."""
+    """Shard the layers in the model's plan over the second dimension of `mesh`, in place. Raises as `check_plan`."""
     check_plan(model, mesh.size(1))
     group = mesh.get_group(1)
     for name, style in _planned(model).items():
@@ -41,7 +41,7 @@ def apply_tensor_parallelism(model: PreTrainedModel, mesh: DeviceMesh) -> None:
             _shard_linear(_part(model, name), _STYLES[style], mesh)
         else:
             for parameter in (x for x in _part(model, name).parameters() if x.requires_grad):
-                # the hook sees each gradient before it is accumulated
+                # torch calls the hook on each gradient before adding it to `grad`
                 parameter.register_hook(partial(_summed, group=group))
 
 
@@ -65,14 +65,14 @@ def check_plan(model: PreTrainedModel, tp_size: int) -> None:
 
 
 def _left_out(model: PreTrainedModel, planned: dict[str, str]) -> list[str]:
-    """Parameters that are not in the plan, in modules where ranks compute with different weights."""
+    """Parameters that the plan leaves out although they are in a module that it shards."""
     sharded = {name.rpartition(".")[0] for name, style in planned.items() if style == "colwise"}
     inside = {f"{name}.{x}" for name in sharded for x, _ in model.get_submodule(name).named_parameters()}
     return sorted({_generic(name) for name in inside if name.rpartition(".")[0] not in planned})
 
 
 def _uneven(model: PreTrainedModel, planned: dict[str, str], tp_size: int) -> list[str]:
-    """Sizes that are not multiples of `tp_size`. Attention needs whole heads, not only rows of a weight."""
+    """Sizes that are not multiples of `tp_size`. These include numbers of heads, because no head may be split."""
     config, found = model.config.get_text_config(), {}
     for name, style in planned.items():
         if style == "colwise" and "att" in name:
@@ -84,7 +84,7 @@ def _uneven(model: PreTrainedModel, planned: dict[str, str], tp_size: int) -> li
 
 
 def _planned(model: PreTrainedModel) -> dict[str, str]:
-    """The style of every module and parameter that the plan names, except embeddings and output head."""
+    """The style of every module and parameter that the plan names, except the embedding and the output head."""
     whole = (model.get_input_embeddings(), model.get_output_embeddings())
     left_out = {name for name, module in model.named_modules() if any(module is x for x in whole)}
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters()) if name not in left_out]
@@ -97,15 +97,15 @@ def _part(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
 
 
 def _generic(name: str) -> str:
-    """The name in a plan, with a star instead of the layer number."""
+    """The name as plans write it, with a star instead of the layer number."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _shard_linear(linear: nn.Linear, style: "_Style", mesh: DeviceMesh) -> None:
     group = mesh.get_group(1)
-    # a bias is sharded with the rows of its weight; if the weight is sharded by columns, it is replicated
+    # a bias is sharded if its weight is sharded by rows, and replicated if its weight is sharded by columns
     for name, whole in [(name, x) for name, x in linear.named_parameters() if x.dim() > style.dim]:
-        # None: do not broadcast, as some ranks may have no data
+        # src_data_rank=None: do not broadcast, because weights may be on meta on some ranks
         shard = distribute_tensor(whole.detach(), mesh, [Replicate(), Shard(style.dim)], src_data_rank=None)
         setattr(linear, name, nn.Parameter(shard, requires_grad=whole.requires_grad))
 
@@ -117,7 +117,7 @@ def _shard_linear(linear: nn.Linear, style: "_Style", mesh: DeviceMesh) -> None:
         result = F.linear(x, linear.weight.to_local(), local_bias)
         if style.after:
             result = _Exchange.apply(result, group, *style.after)
-        return result + bias if bias is not None and style.dim == 1 else result  # added once, not on every rank
+        return result + bias if bias is not None and style.dim == 1 else result  # add after the sum, so only once
 
     linear.forward = forward
 
@@ -129,7 +129,7 @@ def _summed(gradient: Tensor, *, group: ProcessGroup) -> Tensor:
 
 
 class _Exchange(torch.autograd.Function):
-    """Apply `function(tensor, group)` forward, and `of_gradient` to the gradient."""
+    """Apply `function(tensor, group)` in forward, and `of_gradient(gradient, group)` in backward."""
 
     @staticmethod
     def forward(ctx, x, group, function, of_gradient):
@@ -146,7 +146,7 @@ def _same(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _sum(x: Tensor, group: ProcessGroup) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)  # recompute_cheap keeps x and reduces it again
+    total = x.clone(memory_format=torch.contiguous_format)  # not in place: recompute_cheap reduces x again
     dist.all_reduce(total, group=group)
     return total
 
@@ -162,7 +162,7 @@ def _own_columns(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class _Style(NamedTuple):
-    """How a linear layer is sharded: `dim` of its weight, and the `_Exchange` functions of input and output."""
+    """How a linear layer is sharded: the sharded `dim` of its weight, and `_Exchange` functions for input, output."""
 
     dim: int
     before: tuple[Exchange, Exchange] | None
@@ -176,4 +176,4 @@ _STYLES = {
     "rowwise": _Style(1, None, (_sum, _same)),
     "rowwise_split_input": _Style(1, (_own_columns, _all_gather_columns), (_sum, _same)),
 }
-_REPLICATED = "replicated_with_grad_allreduce"  # norms of heads: each rank has the gradient of its own heads only
+_REPLICATED = "replicated_with_grad_allreduce"  # per-head norms: each rank has only the gradient from its own heads

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO, which shards optimizer state (stage 1), gradients (2) and weights (3). Imported only when used."""
+"""DeepSpeed's ZeRO: shards optimizer state (stage 1), gradients (2) and weights (3). Imports DeepSpeed only if used."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ class Zero3Weight:
         return self.shape.numel()
 
     def gather_to_host(self) -> Tensor:
-        """All-gather a copy to the host. Call it on every rank."""
+        """Return an all-gathered copy on the host. Call it on every rank."""
         import deepspeed
 
         with collective("all-gathering a weight"), deepspeed.zero.GatheredParameters([self._parameter]):
@@ -38,7 +38,7 @@ class Zero3Weight:
 
 
 def make_accelerator(config: Mapping[str, object], *, on_cpu: bool, **options: object) -> "Accelerator":
-    """An Accelerator for DeepSpeed with a full `config`, including precision. Raises UsageError if it is invalid."""
+    """Make an Accelerator for DeepSpeed. `config` is complete, with precision. Raises UsageError if it is invalid."""
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -51,43 +51,43 @@ def make_accelerator(config: Mapping[str, object], *, on_cpu: bool, **options: o
     except (DeepSpeedConfigError, ValueError) as error:
         raise UsageError(f"DeepSpeed refuses its config: {' '.join(str(error).split())}") from error
     if on_cpu:
-        # or it spends a minute compiling shared-memory collectives, which gloo already has
+        # do not spend a minute compiling DeepSpeed's shared-memory collectives: gloo has its own
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # with DeepSpeed, accelerate sees one process; with cpu=True too, it ignores DeepSpeed
+        # otherwise accelerate would see only one process; Accelerator(cpu=True) would ignore DeepSpeed
         PartialState(cpu=True)
-    # in every step, DeepSpeed calls collectives that newer torch deprecates
+    # DeepSpeed calls deprecated collectives in every step
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
-    # `config` already has the launcher's settings, and the plugin rejects both
+    # the plugin rejects this variable next to a config, and `config` already has the launcher's settings
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     plugin = DeepSpeedPlugin(hf_ds_config=dict(config), zero3_init_flag=False)
     accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="no", **options)
-    unset_hf_deepspeed_config()  # or transformers would build and load sharded models
+    unset_hf_deepspeed_config()  # otherwise transformers would shard the models that it builds and loads
     return accelerator
 
 
 def wrap(model: nn.Module, optimizer: Optimizer, accelerator: "Accelerator") -> nn.Module:
-    """Wrap both in DeepSpeed's engine, with rank 0's weights. `optimizer` then updates ZeRO's shards of them."""
+    """Wrap both in DeepSpeed's engine, with rank 0's weights. `optimizer` then updates ZeRO's shards of the weights."""
     import deepspeed
 
     plugin = accelerator.deepspeed_plugin
     if plugin.zero_stage == 3:
         if plugin.deepspeed_config["bf16"]["enabled"]:
-            model.to(torch.bfloat16)  # as the engine does for other stages
-        # shards each weight as it reaches the device; the engine would move all of them first
+            model.to(torch.bfloat16)  # the engine does this only at other stages
+        # Init shards each weight when it reaches the device; the engine would first move all weights there
         deepspeed.zero.Init(module=model, config_dict_or_path=plugin.deepspeed_config)
     engine, _ = accelerator.prepare(model, optimizer)
     return engine
 
 
 def backward(engine: nn.Module, loss: Tensor, *, world_size: int, is_last: bool) -> None:
-    """Add the gradient of `loss` to the step's gradient; `is_last` then sums it over ranks."""
+    """Add the gradient of `loss` to the step's gradient. If `is_last`, sum the step's gradient over ranks."""
     engine.set_gradient_accumulation_boundary(is_last)
     engine.backward(loss * world_size)  # the engine averages over ranks
 
 
 def update(engine: nn.Module) -> tuple[Tensor, bool]:
-    """Clip and update unless the gradient is not finite. Returns its norm before clipping, and whether it updated."""
+    """If the gradient is finite, clip it and update. Returns its norm before clipping, and whether it was finite."""
     engine.step()
     updated = engine.was_step_applied()
-    norm = engine.get_global_grad_norm() if updated else math.nan  # or it would be the norm of the previous step
+    norm = engine.get_global_grad_norm() if updated else math.nan  # DeepSpeed would return the previous step's norm
     return torch.as_tensor(norm, dtype=torch.float32, device=engine.device), updated

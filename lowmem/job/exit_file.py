@@ -22,7 +22,7 @@ _START_ERROR_SECONDS = 2.0  # process start times are accurate to about a second
 def write_exit(folder: Path, cause: str, message: str = "", *, step: int | None, rank: int) -> None:
     """Write `folder`/exit.json atomically, unless it exists: the first cause counts.
 
-    `cause` is a key of CODES, `step` the number of optimizer steps done, if known. Does nothing without a folder.
+    `cause` is a key of CODES, `step` the number of optimizer steps done, if known. Does nothing if `folder` is missing.
     """
     if not folder.is_dir():
         return
@@ -60,7 +60,7 @@ def final_exit(folder: Path) -> Mapping[str, object] | None:
 
 
 def this_launch() -> dict[str, object]:
-    """{"run_id", "host", "launcher": the parent's process id, "since": start of the parent or else this process}."""
+    """Return the run id, the host, and the parent's process id ("launcher") and start time ("since")."""
     try:
         since = psutil.Process(os.getppid()).create_time()
     except psutil.Error:  # the first process of a container has no parent
@@ -73,7 +73,7 @@ def this_launch() -> dict[str, object]:
 def _is_of_this_launch(launch: Mapping[str, object], time: str) -> bool:
     """Whether a record written in `launch` at `time` (ISO 8601) is from this process's launch.
 
-    All hosts share a run id. Ids may be reused: a record older than our launcher is from an earlier launch.
+    All hosts of a launch share its run id. Ids may be reused, so a record older than our launcher is not ours.
     """
     ours = this_launch()
     age = (datetime.fromisoformat(time) - datetime.fromisoformat(ours["since"])).total_seconds()

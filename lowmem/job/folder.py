@@ -18,7 +18,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def check_output(output: Path, resume: str) -> None:
-    """Raise UsageError if a run would mix with another run in `output`. `resume` is never, auto or a path."""
+    """Raise UsageError if a run would mix with another's files in `output`. `resume` is never, auto or a path."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output_dir={output} is a file: set a folder")
     present = sorted(path.name for path in output.glob("checkpoints/step-*"))
@@ -43,7 +43,7 @@ def check_output(output: Path, resume: str) -> None:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Make `folder` and lock it within this block; remove it at the end if it is empty.
+    """Make `folder` and lock it within this block; at the end, remove it if it was made here and is empty.
 
     The file .lock names this process. The lock (flock) ends with the process. Raises UsageError if `folder` cannot be
     written, or if another process holds the lock for 5 seconds; the message names that process.
@@ -58,13 +58,13 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         if is_same_file(folder / ".lock", lock):
-            os.unlink(folder / ".lock")  # while locked: a process that has it open sees that it is gone
+            os.unlink(folder / ".lock")  # while locked: another process that opened it sees that it is gone
         _remove_empty(made)
         os.close(lock)
 
 
 def _acquire_lock(folder: Path) -> int:
-    """Lock the file and return its descriptor."""
+    """Lock the file .lock in `folder` and return its descriptor."""
     path, deadline = folder / ".lock", time.monotonic() + _SECONDS_TO_LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)

@@ -23,14 +23,14 @@ _POLL_SECONDS = 0.5
 def start_processes(num_processes: int, arguments: Sequence[str], signals: Signals) -> int:
     """Run `python *arguments` in `num_processes` processes on this machine, and return the exit code.
 
-    When a process fails, the launcher ends the others and that process's code is returned. The first signal that
-    `signals` catches is forwarded; if it ended a process that did not catch it yet, its negated number is returned.
+    If a process fails, the launcher ends the others, and the failed process's code is returned. Forwards the first
+    signal that `signals` catches; if it kills a process that does not catch it yet, returns minus the signal's number.
     """
     forwarded: list[int] = []
 
     def forward(name: str) -> None:
         forwarded.append(signal.Signals[name])
-        # no children: they are about to start, or all have ended and this process is about to end too
+        # if there are no children, they are about to start, or all have ended and this process is about to end
         limit = time.monotonic() + _SECONDS_TO_START
         while not (processes := psutil.Process().children()) and time.monotonic() < limit:
             time.sleep(0.05)
@@ -59,21 +59,21 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
 
 
 def die_with_launcher() -> None:
-    """Under a launcher on Linux: receive SIGTERM, and so save, when the launcher dies, even by SIGKILL."""
-    # torchrun; `accelerate launch`, which starts a single process without an elastic launcher; `deepspeed`
+    """Under a launcher on Linux: get SIGTERM when the launcher dies, even by SIGKILL, so that the run still saves."""
+    # set by torchrun, by `accelerate launch` (even for one process, without torchrun), by `deepspeed`
     is_launched = not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "CROSS_SIZE"))
     if not is_launched or sys.platform != "linux":
         return
     launcher = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != launcher:  # it died before prctl
+    if os.getppid() != launcher:  # the launcher died before prctl
         os.kill(os.getpid(), signal.SIGTERM)
     if "CROSS_SIZE" in os.environ:
         _die_with_deepspeed(launcher)
 
 
 def _die_with_deepspeed(launcher: int) -> None:
-    """Send this process SIGTERM when the `deepspeed` command dies, because the launcher that it started survives it."""
+    """Send this process SIGTERM when the `deepspeed` command dies: its child, our launcher, would continue."""
 
     def watch(command: int) -> None:
         with suppress(psutil.Error):

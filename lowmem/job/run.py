@@ -23,7 +23,7 @@ _PLANNED = "LOWMEM_PLANNED"
 def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: frozenset[str] = frozenset()) -> int:
     """Run `command` (train or evaluate) and return the exit code. Catches signals for the rest of the process.
 
-    Started processes get the command line `arguments`. Fitting settings to memory changes no fields in `fixed`.
+    Processes that it starts get the command line `arguments`. Fitting settings to memory keeps the fields in `fixed`.
     """
     trains, output = command == "train", Path(config.output_dir)
     signals = Signals(at_once=end_at_once if trains else end_as_signalled)
@@ -76,7 +76,7 @@ def _open_all_rows(config: TrainConfig, trains: bool) -> RowSets:
 
 
 def _set_environment() -> None:
-    """Set environment variables that torch reads on import, unless they are set."""
+    """Set environment variables that torch reads on import, unless they are already set."""
     # PASSIVE: waiting OpenMP threads sleep. A tiny model loses a sixth of its speed on idle cores, but spinning threads
     # are at least five times slower as soon as anything else runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -16,7 +16,7 @@ from lowmem.errors import OutOfMemory, RankError, RowError, SaveError, StartErro
 from lowmem.job.exit_file import CODES, remove_exit, write_exit
 from lowmem.job.folder import has_files, lock_folder
 
-# printed as one line
+# errors that are printed in one line
 _WITHOUT_TRACEBACK = (UsageError, RowError, RankError, SaveError, OutOfMemory, FloatingPointError)
 _NOTHING_SAVED = "nothing is saved"
 
@@ -36,7 +36,7 @@ def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Sig
     with lock_folder(output) if rank == 0 else nullcontext():
         if rank == 0:
             remove_exit(output)
-            signals.at_once = partial(end_at_once, record=record)  # not sooner: the folder may be another run's
+            signals.at_once = partial(end_at_once, record=record)  # before the lock, the folder may be another run's
         try:
             step, preempted = train(signals=signals, on_abort=partial(record, "failed"))
         except Exception as error:
@@ -54,7 +54,7 @@ def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Sig
 
 
 def end_at_once(signal: str, record: Callable[..., None] | None = None) -> NoReturn:
-    """End on a signal that comes before the process group exists, so the ranks cannot agree on when to end."""
+    """Exit on a signal that comes before the process group exists: the ranks cannot agree yet on a step to end at."""
     # a launcher also sends SIGTERM to all processes when one fails, even if it restarts them
     from_launcher = signal == "SIGTERM" and not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "CROSS_SIZE"))
     if from_launcher and os.environ.get("LOCAL_RANK") != "0":

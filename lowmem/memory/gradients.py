@@ -26,7 +26,7 @@ from lowmem.memory.release import Released
 from lowmem.optim.tiers import TieredOptimizer
 
 # autocast would cache a bf16 copy of every weight until the loss is computed. Without activation checkpointing,
-# autograd keeps the copies anyway; with it, each weight is cast once in forward and once in backward.
+# autograd keeps the copies anyway; with it, no copy is kept, and each weight is cast in forward and in backward.
 _UNCACHED = AutocastKwargs(cache_enabled=False)
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -48,7 +48,7 @@ class Gradients:
         self._rank, self._is_sharded = data_place(model), is_sharded(model)
         self.released: Released | None = getattr(optimizer, "released", None)
         self.can_be_dropped = self.released is None and not has_collectives(model)
-        """Whether `accumulate` has no update and no collective, so that all ranks can drop a step."""
+        """Whether `accumulate` has no update and no collective, so that all ranks can drop the step after an error."""
         self._all: list[Tensor] = []
         self.clear()
 
@@ -58,7 +58,7 @@ class Gradients:
             self.released.begin(micro_batches, max_grad_norm, nonfinite)
 
     def accumulate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> list[Tensor]:
-        """Run forward and backward on each micro-batch; return each one's share of the mean loss, fp32 scalars."""
+        """Run forward and backward on each micro-batch; return the share of each in the mean loss, fp32 scalars."""
         losses: list[Tensor] = []
         is_ddp = isinstance(self._model, DistributedDataParallel)
         with self._sums(len(batches)):
@@ -71,7 +71,7 @@ class Gradients:
                         loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._num_tokens
                     loss.backward()
                 losses.append(loss.detach())
-        applied = self.released.parameters if self.released else ()  # all others get a gradient, if only zeros
+        applied = self.released.parameters if self.released else ()  # all others get a gradient, zeros if they had none
         for parameter in self._model.parameters():
             if parameter.requires_grad and parameter not in applied:
                 if parameter.grad is None:
@@ -119,7 +119,7 @@ class Gradients:
         return self._optimizer.summing(micro_batches, *key)
 
 
-@cache  # checks only once, not at every step
+@cache  # check the same values once, not at every step
 def _check(optimizer: type, mixed_precision: str, is_engine: bool) -> None:
     if is_engine:
         raise ValueError("the model is in DeepSpeed's engine, which reduces and applies gradients: use deepspeed_step")

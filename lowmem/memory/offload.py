@@ -21,7 +21,7 @@ class Offload:
     """The two hooks of `torch.autograd.graph.saved_tensors_hooks`, and the copies between them.
 
     A separate CUDA stream copies activations to pinned host memory, and back before backward needs them. On CPU,
-    `to_host` copies them into mapped files, which the system can write out. `kept` tensors are not copied.
+    `to_host` copies them into mapped files, which the system can write to disk. Tensors in `kept` are not copied.
     """
 
     def __init__(self, kept: Iterable[Tensor], to_host: ToHost):
@@ -39,7 +39,7 @@ class Offload:
         if tensor.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
         # Operations that save the same tensor (queries, keys and values save their input) share one copy. The weak
-        # reference keeps the storage's address from being reused, but does not keep its memory.
+        # reference keeps the storage's address from being reused, but lets its memory be freed.
         key = (reference.cdata, tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         copy = self._by_source.get(key)
         if copy is None:

@@ -1,4 +1,4 @@
-"""Recognize an out-of-memory error, report what used the memory and what needs less, and free memory."""
+"""Recognize an out-of-memory error, report what used the memory and which settings need less, and free memory."""
 
 import gc
 import re
@@ -42,7 +42,7 @@ def guarded(name: str, model: nn.Module, optimizer: Optimizer, *, together: bool
 
 @contextmanager
 def _explained(kind: type[OutOfMemory], model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """If memory runs out, raise `kind` with what used it and what needs less, and free what the failed calls held."""
+    """If memory runs out, free what the failed calls held; raise `kind` with what used memory and what needs less."""
     explanation, outer = "", sys.exception()
     try:
         yield
@@ -63,7 +63,7 @@ def _explained(kind: type[OutOfMemory], model: nn.Module, optimizer: Optimizer) 
 
 def free_failed_step() -> None:
     """Free what a failed step still holds: queued autograd nodes, reference cycles, the allocator's cache."""
-    # after a failed backward on CPU, its thread's queue keeps nodes and thus graphs until the next backward
+    # after a failed backward on CPU, autograd's queue keeps nodes, and so their graphs, until the next backward
     (torch.zeros((), requires_grad=True) * 1).backward()
     gc.collect()
     if torch.cuda.is_available():

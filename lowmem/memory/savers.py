@@ -20,7 +20,7 @@ from lowmem.memory.offload import Offload, ToHost, mapped_file
 from lowmem.memory.release import release
 
 _ATEN = torch.ops.aten
-# recompute_cheap keeps the results of these: matrix products and attention
+# recompute_cheap keeps the results of these operations: matrix products and attention
 _COSTLY = {
     *(_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default),
     _ATEN._scaled_dot_product_flash_attention.default,
@@ -28,7 +28,7 @@ _COSTLY = {
     _ATEN._scaled_dot_product_cudnn_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 }
-_RECOMPILE_LIMIT = 64  # over all layers; beyond it, torch.compile would run them uncompiled
+_RECOMPILE_LIMIT = 64  # for all layers together; beyond it, layers would run uncompiled
 
 Saver = Callable[[nn.Module, Optimizer], AbstractContextManager[None]]
 
@@ -58,7 +58,7 @@ def offload_activations(
 ) -> Iterator[None]:
     """Offload the activations that backward needs: from CUDA to pinned host memory, on CPU to mapped files.
 
-    With `recompute`, only copies the layers' inputs, not what `recompute_cheap` keeps. On CPU, `to_host` copies.
+    With `recompute` or `recompute_cheap`, copies only the layers' inputs. On CPU, `to_host` makes the copies.
     """
     offload = Offload(unsharded_parameters(model), to_host)
     with saved_tensors_hooks(offload.pack, offload.unpack):
@@ -77,7 +77,7 @@ def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[N
         raise UsageError(f"compile needs {'triton' if on_cuda else 'g++ or clang++'}: install it or remove compile")
     for layer in layers:
         layer.forward = _when_training(torch.compile(layer.forward, dynamic=True), layer.forward, layer)
-    # All layers share one cache: encoder and decoder, first and later layers, with and without a mask.
+    # All layers share the limit: encoder and decoder, first and later layers, with and without a mask.
     with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
         try:
             yield
@@ -87,7 +87,7 @@ def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[N
 
 
 def _when_training(compiled_forward: Callable, forward: Callable, layer: nn.Module) -> Callable:
-    # otherwise evaluation and generation would compile each length
+    # evaluation and generation would compile again for each length
     return lambda *args, **kwargs: (compiled_forward if layer.training else forward)(*args, **kwargs)
 
 
@@ -96,12 +96,12 @@ def _checkpointing(model: nn.Module, options: dict[str, object]) -> Iterator[Non
     base = unwrapped(model)
     if not getattr(base, "supports_gradient_checkpointing", False):
         raise UsageError(f"{type(base).__name__} does not support activation checkpointing: set recompute=off")
-    # transformers 5.17 has only the older name, which later ones deprecate
+    # transformers 5.17 has only the older name, which later versions deprecate
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
     enable(options)
-    # Only reentrant checkpointing needs gradients of the embeddings' output. Disable them: backward would run through a
-    # frozen encoder, and the hooks would stay.
+    # Only reentrant checkpointing needs gradients of the embeddings' output. Disable them, or backward would run
+    # through a frozen encoder, and the hooks would remain after this block.
     base.disable_input_require_grads()
     try:
         yield
@@ -110,7 +110,7 @@ def _checkpointing(model: nn.Module, options: dict[str, object]) -> Iterator[Non
 
 
 def _keep_costly(context: object, operation: torch._ops.OpOverload, *arguments, **options) -> CheckpointPolicy:
-    # A kept operation does not draw its mask again, which would change later masks: run attention with dropout again.
+    # Run attention with dropout again: with a kept result it would draw no mask, and so all later masks would change.
     if operation not in _COSTLY:
         return CheckpointPolicy.PREFER_RECOMPUTE
     names = (argument.name for argument in operation._schema.arguments)

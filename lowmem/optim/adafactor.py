@@ -12,7 +12,7 @@ from lowmem.optim.tiers import Group, Random, Tensors, TieredOptimizer
 class TieredAdafactor(TieredOptimizer):
     """Adafactor (Shazeer and Stern, 2018) like `torch.optim.Adafactor`, without its two host syncs per parameter.
 
-    Factors the second moment of a matrix; all dimensions after the first are columns. That of a vector is not factored.
+    Factors the second moment of matrices, but not of vectors. All dimensions after the first count as columns.
     """
 
     _LEAST_VARIANCE = torch.finfo(torch.float32).eps

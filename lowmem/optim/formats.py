@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 256  # 8-bit values that share a scale; a block never crosses a row
-_SPLIT_ELEMENTS = 2**22  # split at a time: int32 temporaries of a whole embedding would set the run's peak memory
+_SPLIT_ELEMENTS = 2**22  # to split at a time: int32 temporaries for a whole embedding would set the run's peak memory
 
 # An 8-bit float is bits 20 to 27 of an fp32 number: 3 mantissa bits and the lowest exponent bits, 4 for a first moment
 # (int8, with a separate sign) and 5 for a second moment (uint8). Moments need relative precision: evenly spaced codes
 # would round small second moments, which are divisors, to 0 and make their updates huge (Li et al., 2023).
 _CUT_BITS = 20
 _LARGEST = {torch.int8: 127, torch.uint8: 255}
-_LEAST = {torch.int8: 0, torch.uint8: 8}  # second moments stay above 0; codes below 8 are subnormal, slow on CPU
+_LEAST = {torch.int8: 0, torch.uint8: 8}  # second moments stay above 0; codes below 8 are subnormals, slow on CPU
 
 
 def keep(name: str, values: Tensor, form: str) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ def read(tensors: dict[str, Tensor], name: str, rows: slice) -> Tensor:
 
 
 def write(tensors: dict[str, Tensor], name: str, rows: slice, values: Tensor, random: Tensor | None) -> None:
-    """Store the `values` of some rows (no-op for fp32). `random` has 16 random bits per value, int32 in [0, 65536)."""
+    """Store `values` in some rows (no-op for fp32). `random` has 16 random bits per value, int32 in [0, 65536)."""
     kept = by_rows(tensors[name])[rows]
     if kept.dtype in _LARGEST:
         codes, scale = _to_8_bits(values, random, kept.dtype)

@@ -42,9 +42,9 @@ def make_optimizer(
     """Make an optimizer for the trainable parameters of `model`; biases and norms get no weight decay.
 
     The tiers "exact" and "lean" support adamw, adamw_bf16 (moments in bf16) and adafactor. They convert all weights to
-    bf16 in place: call `parallelize` first, and use an Accelerator without mixed precision. `memory="off"` makes one of
-    torch.optim. Set the learning rate at each step; `betas` and `eps` are for Adam's family. A tier updates
-    `slice_elements` at a time (default: chosen by device). Raises ValueError for a combination that is not supported.
+    bf16 in place: call `parallelize` first, and use an Accelerator without mixed precision. `memory="off"` makes an
+    optimizer of torch.optim. Set the learning rate at each step; `betas` and `eps` are for Adam's family. A tier
+    updates `slice_elements` elements at a time (default: by device). Raises ValueError for unsupported combinations.
     """
     if memory not in ("exact", "lean", "off"):
         raise ValueError(f"memory={memory!r} is unknown: use exact, lean or off")
@@ -52,7 +52,7 @@ def make_optimizer(
     if name not in names:
         raise ValueError(f"optimizer {name!r} is unknown with memory={memory}: use one of {', '.join(names)}")
     is_wrapped = isinstance(model, DistributedDataParallel)
-    if memory != "off" and (is_wrapped or has_gathered(model)):  # both keep the dtypes that they saw
+    if memory != "off" and (is_wrapped or has_gathered(model)):  # both keep using the earlier dtypes
         found = "DDP has wrapped the model" if is_wrapped else "the sharded model has already run"
         raise ValueError(f"memory={memory} changes dtypes, but {found}: make the optimizer first")
     trainable = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]

@@ -44,9 +44,9 @@ class Schedule:
 def learning_rate_at(
     step: int, *, total_steps: int, peak: float, warmup_steps: int = 0, schedule: str = "cosine"
 ) -> float:
-    """Return the learning rate of the update after `step` updates, like transformers' schedule of the same name.
+    """Return the learning rate of the update that follows `step` updates, like transformers' schedule of the same name.
 
-    Linear from 0 to `peak` over `warmup_steps`; then "cosine" or "linear" to 0 at `total_steps`, or "constant".
+    Rises linearly from 0 to `peak` over `warmup_steps`; then falls to 0 at `total_steps`, or stays if "constant".
     """
     if step < warmup_steps:
         return peak * step / warmup_steps

@@ -53,7 +53,7 @@ def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
 
 
 def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimizer: Optimizer) -> bool:
-    """Return whether saved state of this class and tier must be rounded. Raises UsageError if it does not fit."""
+    """Return whether state of the saved class and tier must be rounded. Raises UsageError if it cannot be loaded."""
     kind, memory = type(optimizer).__name__, getattr(optimizer, "memory", "off")
     saved_memory = saved_memory or memory
     if (saved_kind, saved_memory) == (kind, memory):
@@ -69,11 +69,11 @@ def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimi
 def state_differences(
     stored: Mapping[str, StoredTensor], parameters: Parameters, optimizer: Optimizer, *, rounds: bool
 ) -> list[str]:
-    """List differences of stored state from a tier's, a clause per name. (Torch's optimizers have no state yet.)"""
+    """List how stored state differs from a tier's, a clause per name; empty for torch's, which have none yet."""
     if not isinstance(optimizer, TieredOptimizer):
         return []
     tensors = optimizer_tensors(parameters, optimizer)
-    if rounds:  # compare names and shapes, not formats, of the parameters that have had a gradient
+    if rounds:  # compare only names and shapes, only of parameters that have had a gradient
         updated = _by_parameter(stored)
         tensors = {name: x for name, x in _values(tensors).items() if name.rpartition(".")[0] in updated}
         stored = _values(stored)
@@ -81,12 +81,12 @@ def state_differences(
 
 
 def fill_state(optimizer: Optimizer, parameters: Parameters, stored: Mapping[str, StoredTensor]) -> None:
-    """Load stored state into the optimizer. Allocates the state of torch's optimizers as their steps would."""
+    """Load stored state into the optimizer. Allocates the state of torch's optimizers as their first step would."""
     if not isinstance(optimizer, TieredOptimizer):
         by_parameter, names = _by_parameter(stored), {parameter: name for name, parameter in parameters.items()}
         optimizer.state.clear()
         for group in optimizer.param_groups:
-            on_host = not (group.get("fused") or group.get("capturable"))  # these read step counts on the device
+            on_host = not (group.get("fused") or group.get("capturable"))  # both need step counts on the device
             for parameter in (parameter for parameter in group["params"] if names[parameter] in by_parameter):
                 of_parameter = by_parameter[names[parameter]].items()
                 made = {key: _empty(tensor, parameter, counts_on_host=on_host) for key, tensor in of_parameter}

@@ -1,7 +1,7 @@
 """Optimizers for the memory tiers: AdamW with bf16 weights, and a base class shared with Adafactor. See `formats.py`.
 
 exact   weights split into bf16 and an int16 low half, together all bits of fp32; fp32 moments
-lean    weights in bf16 only, rounded stochastically; 8-bit moments. Small parameters as in exact.
+lean    weights in bf16 only, rounded stochastically; 8-bit moments. Small parameters are as in exact.
 
 An update converts one slice of rows at a time to fp32 and back, so no temporary is as large as the embedding.
 """
@@ -19,10 +19,10 @@ from lowmem.distributed.dtensor import local_of, local_part, set_local_, sharded
 from lowmem.distributed.seeds import seed_of
 from lowmem.optim.formats import by_rows, keep, random_halves, read, rows_and_columns, shuffled, write, zeros
 
-_SMALL = 4096  # vectors, and parameters of up to this many elements, stay in fp32: they take few bytes
+_SMALL = 4096  # lean stores vectors, and parameters of up to this many elements, as exact does: they take few bytes
 _CACHED_ELEMENTS = 2**19  # per slice on CPU: its temporaries fit into the cache
-_VECTOR = 16  # fp32 values in the widest vector of a CPU
-_LAUNCHED_ELEMENTS = (2**22, 2**24)  # per slice on a GPU, min and max: few kernel launches, small temporaries
+_VECTOR = 16  # fp32 values in a CPU's widest vector register
+_LAUNCHED_ELEMENTS = (2**22, 2**24)  # per slice on a GPU: minimum (few kernel launches) and maximum (small temporaries)
 
 Tensors = dict[str, Tensor]
 Group = dict[str, object]
@@ -69,7 +69,7 @@ class TieredOptimizer(Optimizer):
 
     @contextmanager
     def summing(self, micro_batches: int, *key: int) -> Iterator[None]:
-        """Sum gradients of several backward passes in fp32. Lean rounds large sums stochastically, seeded by `key`."""
+        """Sum gradients of several backward passes in fp32. Lean rounds sums of large parameters, seeded by `key`."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         sums: dict[nn.Parameter, Tensors] = {}
         count = dict.fromkeys(parameters, 0)
@@ -93,7 +93,7 @@ class TieredOptimizer(Optimizer):
         try:
             yield
             for parameter in parameters if hooks else ():
-                # of all parameters: a rank without a gradient all-reduces zeros, in the dtype of the other ranks' sums
+                # even without a sum: a rank without a gradient all-reduces zeros, in the dtype of the other ranks' sums
                 parameter.grad_dtype = torch.bfloat16 if self._is_rounded(parameter) else torch.float32
             for parameter, total in sums.items():
                 parameter.grad = sharded_like(parameter, total["sum"])
@@ -103,7 +103,7 @@ class TieredOptimizer(Optimizer):
 
     @torch.no_grad()
     def round_from(self, parameter: nn.Parameter, names: Iterable[str], values: Callable[[str, slice], Tensor]) -> None:
-        """Store `values(name, rows)`, fp32 rows of the full parameter, in the formats of `names` (weight, state)."""
+        """Store `values(name, rows)`, in fp32, in the format of each name; `rows` are rows of the full parameter."""
         tensors, (_, first, _) = _local_tensors(parameter, self.state[parameter]), local_part(parameter.data)
         draw = self._random(parameter, "round_from")
         for rows in self.slices(parameter):
@@ -149,7 +149,7 @@ class TieredOptimizer(Optimizer):
 
 
 class TieredAdamW(TieredOptimizer):
-    """AdamW (Loshchilov and Hutter, 2019) with torch's fused kernel; exact has the bits of `torch.optim.AdamW` in fp32.
+    """AdamW (Loshchilov and Hutter, 2019) with torch's fused kernel; exact equals `torch.optim.AdamW` in fp32 bitwise.
 
     `moments` "tier": fp32 in exact, 8 bits in lean; "bf16": rounded stochastically in both.
     """
@@ -178,7 +178,7 @@ class TieredAdamW(TieredOptimizer):
             random = draw(weight) if is_rounded else None
             write(tensors, "weight", rows, weight, random)
             write(tensors, "exp_avg_sq", rows, exp_avg_sq, random)
-            # different bits for the first moment, which is divided by the second
+            # the first moment gets different bits, because the update divides it by the second
             write(tensors, "exp_avg", rows, exp_avg, shuffled(random) if is_rounded else None)
 
 

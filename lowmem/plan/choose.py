@@ -1,4 +1,4 @@
-"""Choose the fastest settings that fit; list what other settings would take and cost."""
+"""Choose the fastest settings that fit the memory limits, and list alternative settings with their costs."""
 
 import dataclasses
 import os
@@ -14,21 +14,21 @@ from lowmem.plan.predict import Predict, Prediction, context_bytes, gigabytes, p
 
 
 class Rung(NamedTuple):
-    """One entry of the ladder."""
+    """One entry of the ladder: settings to try."""
 
     name: str
     changes: dict[str, object]
-    """The changes of this rung and of all before it."""
+    """The changes of this rung and of all earlier rungs."""
     own: Set[str] = frozenset()
     """The fields that this rung itself changes."""
     refused: str = ""
-    """Why it is not tried; empty if it is."""
+    """Why this rung is not tried; empty if it is tried."""
 
 
 def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Iterator[Rung]:
-    """Yield rungs from `config` to the least memory, cheapest first. Each keeps the changes of those before it.
+    """Yield rungs from `config` down to the least memory, cheapest change first. Each keeps the changes before it.
 
-    Fields in `fixed` do not change, nor do rows per optimizer step, the tier and the optimizer: the loss is the same.
+    No rung changes a field in `fixed`. No rung changes the loss: rows per step, tier and optimizer remain the same.
     """
     fixed, changes = set(fixed), {}
     yield Rung("no change", {})
@@ -55,7 +55,7 @@ def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Itera
         else:
             break
         if {"batch_size", "gradient_accumulation_steps"} & fixed:
-            break  # smaller ones would be refused for the same reason
+            break  # smaller batch sizes would be refused for the same reason
     if not config.offload_activations:
         yield rung("offload_activations", offload_activations=True)
     if not _may_shard(config):
@@ -81,15 +81,15 @@ class _Tried(NamedTuple):
     excess: Mapping[str, int]
     """For each limit, the bytes by which the prediction exceeds it."""
     why: str
-    """The same as text; empty if it fits."""
+    """The excess as text; empty if the prediction fits."""
 
 
 def choose(
     config: TrainConfig, cluster: Cluster, fixed: Iterable[str], predict: Predict, log: Callable[[str], None]
 ) -> tuple[TrainConfig, Prediction]:
-    """Return the first rung that fits `device_memory` and `host_memory`, without the changes that proved unnecessary.
+    """Find the first rung that fits `device_memory` and `host_memory`, and undo its unneeded changes.
 
-    Logs what it tries. Raises UsageError if no rung fits.
+    Returns its config and prediction. Logs what it tries. Raises UsageError if no rung fits.
     """
     _check_programs(config, cluster)
 
@@ -109,7 +109,7 @@ def choose(
         log(f"  {rung.name}: not tried, {rung.refused}")
     rungs = [rung for rung in all_rungs if not rung.refused]
     failed: list[_Tried] = []
-    width = max(1, min(4, len(os.sched_getaffinity(0))) // 2)  # each rung is counted in two processes
+    width = max(1, min(4, len(os.sched_getaffinity(0))) // 2)  # rungs predicted at a time; each uses two processes
     for start in range(0, len(rungs), width):
         for best in tried(rungs[start : start + width]):
             if not best.excess:
@@ -126,7 +126,7 @@ def choose(
 
 
 def _check_programs(config: TrainConfig, cluster: Cluster) -> None:
-    """Raise UsageError for limits that no setting can meet, before anything is counted."""
+    """Raise UsageError for a limit that no setting can meet, because the programs alone exceed it."""
     what = {"host_memory": f"Python and its libraries ({cluster.local_world_size} processes)"}
     what["device_memory"] = "CUDA and its libraries"
     needed = {"host_memory": programs_bytes(cluster), "device_memory": context_bytes(cluster)}
@@ -139,11 +139,11 @@ def _check_programs(config: TrainConfig, cluster: Cluster) -> None:
 def _undo_unneeded(
     best: _Tried, rungs: Sequence[Rung], tried: Callable[[Sequence[Rung]], Iterator[_Tried]]
 ) -> tuple[TrainConfig, Prediction]:
-    """Undo, costliest first, each change before `best` (the last of `rungs`) without which `best` still fits."""
+    """Try to undo each rung before the last, costliest first. Keep it undone if `best`, the last rung, still fits."""
     needed = set(best.rung.own)
     for before, rung in reversed(list(pairwise(rungs[:-1]))):
         if needed & rung.own:
-            continue  # a later value of the same field is needed, and an earlier one takes more
+            continue  # a later rung sets the same field and is needed; this rung's value takes more memory
         kept = {name: value for name, value in best.rung.changes.items() if name not in rung.own}
         kept |= {name: value for name, value in before.changes.items() if name in rung.own}
         (less,) = tried([Rung(f"without {rung.name}", kept)])
@@ -155,14 +155,14 @@ def _undo_unneeded(
 
 
 def _excess_bytes(config: TrainConfig, needed: Mapping[str, int]) -> dict[str, int]:
-    """How many of the `needed` bytes are above each limit, by its name. Limits that suffice are left out."""
+    """Return {limit: bytes by which `needed` exceeds it}, without the limits that are not exceeded."""
     limits = {name: getattr(config, name) for name in needed}
     over = {name: needed[name] - parse_bytes(limit) for name, limit in limits.items() if limit is not None}
     return {name: size for name, size in over.items() if size > 0}
 
 
 def variants(config: TrainConfig, cluster: Cluster) -> Sequence[tuple[str, str, TrainConfig]]:
-    """Return (name, cost, config) for `config` with every other tier, saver and sharding strategy."""
+    """Return (name, cost, config) for each change of the tier, a saver or the sharding strategy of `config`."""
     bf16, in_fp32 = {"mixed_precision": "bf16"}, config.mixed_precision != "bf16"
     prefix, forward = ("mixed_precision=bf16, ", "a forward in bf16; ") if in_fp32 else ("", "")
     exact = f"{forward}AdamW's curve over fp32 weights"

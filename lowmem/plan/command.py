@@ -1,4 +1,4 @@
-"""The command `plan`, and the choice of settings in `train` for --device_memory and --host_memory."""
+"""The command `plan`; also chooses the settings of `train` if --device_memory or --host_memory is set."""
 
 import dataclasses
 import os
@@ -16,11 +16,11 @@ from lowmem.plan.choose import choose, variants
 from lowmem.plan.parts import Cluster, Kind
 from lowmem.plan.predict import CONTEXT, Predict, Prediction, gigabytes, planners, predicting, visible_gpus
 
-_PLANNING_SECONDS = 900.0  # for which other ranks wait for rank 0 to plan; large models take far less
+_PLANNING_SECONDS = 900.0  # the limit for rank 0 to plan while other ranks wait; large models take far less
 
 
 def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
-    """Print the memory of `config` (changed to fit limits) and of each tier, saver and strategy; draw plan.png."""
+    """Print the memory of `config` (changed to fit its limits) and of its `variants`, and draw plan.png."""
     device_memory = config.device_memory
     with planners(config.host_memory) as pool:
         cluster = _cluster(config, pool)
@@ -37,9 +37,9 @@ def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
 
 
 def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
-    """Return `config` with the fastest settings that fit. Raises UsageError if none does.
+    """Return `config` with the fastest settings that fit its limits. Raises UsageError if none fit.
 
-    Under a launcher, rank 0 plans and broadcasts its choice: call it on every rank, before `init_distributed`.
+    Under a launcher, call it on every rank before `init_distributed`: rank 0 plans and sends its choice to all ranks.
     """
     check_launch(config.num_processes)
 
@@ -57,7 +57,7 @@ def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
 
 
 def _cluster(config: TrainConfig, pool: Executor) -> Cluster:
-    """The launcher's processes, or those that `train` would start; on GPUs if visible or if --device_memory is set."""
+    """The processes that the launcher or `train` starts, with GPUs if GPUs are visible or --device_memory is set."""
     launched = launched_processes()
     world_size = launched or config.num_processes
     gpus = visible_gpus(pool) if config.device_memory is None or world_size is None else 0
@@ -72,14 +72,14 @@ def _cluster(config: TrainConfig, pool: Executor) -> Cluster:
 
 
 def _chosen(config: TrainConfig, cluster: Cluster, fixed: Iterable[str], predict: Predict) -> TrainConfig:
-    """Run `choose`; print what it tries and what it chooses."""
+    """Run `choose`, and print what it tries and what it chooses."""
     fitting, _ = choose(config, cluster, fixed, predict, partial(print, flush=True))
     print(f"chosen: {', '.join(flags_between(config, fitting)) or 'no change'}", flush=True)
     return fitting
 
 
 def flags_between(before: TrainConfig, after: TrainConfig) -> list[str]:
-    """The flags that change `before` into `after`."""
+    """Return the flags that change `before` into `after`."""
     return [f"--{name}={value}" for name, value in _changes(before, after).items()]
 
 
@@ -88,7 +88,7 @@ def _changes(before: TrainConfig, after: TrainConfig) -> dict[str, object]:
 
 
 def table_of_parts(prediction: Prediction) -> list[str]:
-    """List what takes the bytes on a device, on the host and on disk."""
+    """List the bytes of each part on a device, on the host and on disk."""
     lines = []
     resources = {"device, peak per process": prediction.device, "host, this machine": prediction.host}
     for resource, parts in (resources | {"disk": prediction.disk}).items():
@@ -98,7 +98,7 @@ def table_of_parts(prediction: Prediction) -> list[str]:
 
 
 def table_of_variants(rows: Sequence[tuple[str, str, Prediction]]) -> list[str]:
-    """List what each setting takes (x: relative to the first row) and costs."""
+    """List the memory and the cost of each setting. Column x is its device memory relative to the first row."""
     first = rows[0][2].device_bytes
     lines = [f"{'':<34}{'device':>12}{'x':>7}{'host':>12}{'disk':>12}  costs"]
     for name, costs, prediction in rows:
@@ -109,7 +109,7 @@ def table_of_variants(rows: Sequence[tuple[str, str, Prediction]]) -> list[str]:
 
 
 def _draw(bars: Sequence[tuple[str, Prediction]], device_memory: str | None, output: Path) -> str:
-    """Draw each prediction's device bytes, and the limit, as plan.png; return a message with its path."""
+    """Draw each prediction's device bytes and the limit in plan.png. Return a message with the file's path."""
     if find_spec("matplotlib") is None:
         return "no chart: matplotlib is not installed (pip install 'lowmem[plot]')"
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Fake data, ranks, GPU and host memory, so that the bytes of a step of any size can be counted on a CPU.
+"""Fake tensors, ranks, GPU and host memory, to count on a CPU the bytes of a step of any size.
 
 Tested with torch 2.11 and 2.13. It depends on private parts of torch and accelerate: `torch._subclasses`,
 `torch.testing._internal`, the operator of memory-efficient attention, `AcceleratorState._reset_state`.
@@ -32,11 +32,11 @@ from lowmem.plan.parts import Cluster
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Create tensors with shape, dtype and storage but no data, so that a model of any size can be built and trained.
+    """Within this block, new tensors have shape, dtype and storage but no data: a model of any size can be trained.
 
     `.item()` returns True or 1, so that checks for finite numbers pass. Enter a MemoryMeter inside this context.
     """
-    with _FakeOnes(allow_non_fake_inputs=True):  # process groups and meshes have real tensors
+    with _FakeOnes(allow_non_fake_inputs=True):  # because process groups and meshes have real tensors
         yield
 
 
@@ -49,23 +49,23 @@ class _FakeOnes(FakeTensorMode):
 
 @contextmanager
 def fake_ranks(cluster: Cluster, *, mixed_precision: str, shards: bool) -> Iterator[Accelerator]:
-    """Yield the Accelerator of rank 0, on a CPU. Other ranks do not exist: collectives do nothing.
+    """Yield the Accelerator of rank 0, on a CPU. Other ranks do not exist, and collectives do nothing.
 
-    It changes the environment and accelerate's state: call it in a separate process. With `shards`, a single process
-    gets a process group too.
+    Call it in a separate process, because it changes the environment and accelerate's state. With `shards`, even a
+    single process gets a process group.
     """
     launch = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": cluster.world_size}
     launch |= {"LOCAL_WORLD_SIZE": cluster.local_world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
     for name in [name for name in os.environ if name.startswith("ACCELERATE_") or name in launch]:
         del os.environ[name]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or accelerate warns
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # otherwise accelerate warns
     if cluster.world_size > 1:
         os.environ.update({name: str(value) for name, value in launch.items()})
     if cluster.world_size > 1 or shards:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=cluster.world_size)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        # its default, cpu:0, is another device to fake tensors
+        # accelerate's default is cpu:0, which fake tensors treat as another device than cpu
         PartialState(cpu=True).device = torch.device("cpu")
         yield Accelerator(cpu=True, mixed_precision=mixed_precision)
     finally:
@@ -75,7 +75,7 @@ def fake_ranks(cluster: Cluster, *, mixed_precision: str, shards: bool) -> Itera
 
 
 class HostCopies:
-    """Bytes of the activations that `offload_activations` holds on the host, now and at their peak."""
+    """Count the bytes of the activations that `offload_activations` holds on the host: live bytes and their peak."""
 
     def __init__(self):
         self.live_bytes = self.peak_bytes = 0
@@ -85,13 +85,13 @@ class HostCopies:
 
     @property
     def savers(self) -> dict[str, Saver]:
-        """SAVERS, with an `offload_activations` that copies into this object."""
+        """SAVERS, but `offload_activations` makes copies that this object counts."""
         return SAVERS | {"offload_activations": partial(SAVERS["offload_activations"], to_host=self._take)}
 
     def _take(self, tensor: Tensor) -> "_Copy":
         copy = _Copy(tensor)
         self._add(tensor.nbytes)
-        finalize(copy, self._add, -tensor.nbytes)  # it counts until it is freed
+        finalize(copy, self._add, -tensor.nbytes)  # subtract its bytes when it is freed
         return copy
 
     def _add(self, num_bytes: int) -> None:
@@ -109,10 +109,10 @@ class _Copy:
 
 @contextmanager
 def few_slices() -> Iterator[None]:
-    """Compute only the first two slices of a weight's update and of the logits.
+    """Within this block, compute only the first two slices of each weight's update and of the logits.
 
-    That saves up to two thirds of the counting time and does not change the peak: what the first slice leaves behind is
-    alive in the second, as it would be in all others.
+    This saves up to two thirds of the counting time. The peak is the same: what the first slice leaves in memory is
+    live during the second, and later slices add nothing.
     """
     slices, vocabulary_slices = TieredOptimizer.slices, loss.vocabulary_slices
     TieredOptimizer.slices = lambda *given: islice(slices(*given), 2)
@@ -124,7 +124,7 @@ def few_slices() -> Iterator[None]:
 
 
 def attention_for(config: PretrainedConfig, *, on_gpu: bool, is_padded: bool) -> str:
-    """Register in transformers an attention that takes as many bytes as its own but reads no data. Return its name.
+    """Register an attention in transformers that uses as many bytes as the real one but reads no data. Return its name.
 
     transformers reads positions and masks to decide whether it needs a mask; without data it makes one that training
     would not have. Here a causal model gets none, and an encoder-decoder's mask hides padding if `is_padded`. On a GPU,
@@ -149,14 +149,14 @@ def _never_skipped(*args, **kwargs) -> Tensor:
 
 
 class _MemoryEfficient(TorchFunctionMode):
-    """Use the memory-efficient kernel for attention with a bias; a CPU would not choose it."""
+    """Use the memory-efficient kernel for attention with a bias, as a GPU does; on a CPU, torch would not choose it."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         options = dict(kwargs or {})
         if func is not scaled_dot_product_attention or options.get("attn_mask") is None:
             return func(*args, **options)
         tensors = (*args, options.pop("attn_mask"))
-        if torch.is_autocast_enabled("cpu"):  # autocast does not cover this operator
+        if torch.is_autocast_enabled("cpu"):  # autocast does not cast the inputs of this operator
             tensors = [tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors]
         query, key, value, bias = tensors
         bias = bias.to(query.dtype).expand(*query.shape[:3], key.shape[2])

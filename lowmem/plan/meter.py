@@ -1,7 +1,7 @@
-"""Count the bytes that tensors hold, now and at their peak, on any device and for fake tensors too.
+"""Count the live and peak bytes of tensors, real or fake, on any device.
 
 Tested with torch 2.11 and 2.13. It depends on private parts of torch: it replaces `UntypedStorage.resize_`, and reads
-`_cdata`, a storage's address.
+`_cdata`, the address of a storage.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,17 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowmem.distributed.dtensor import local_of
 from lowmem.plan.parts import Kind
 
-CUDA_BLOCK_BYTES = 512  # what CUDA's caching allocator rounds up to
+CUDA_BLOCK_BYTES = 512  # CUDA's caching allocator rounds sizes up to a multiple of this
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Count every storage that a torch operation creates inside this context, backward included, until it is freed.
+    """Count every storage that torch operations create inside this context, also in backward, until it is freed.
 
-    A storage counts once, however many tensors view it, as long as anything (also autograd) holds it, at its size
-    rounded up to `block_bytes`: 1 counts what was requested, CUDA_BLOCK_BYTES what a GPU allocates. Earlier storages
-    count only if `count` adds them; memory-mapped files never count. Set `kind` to label what is created from then on.
-    Not counted: what a kernel allocates and frees internally, fragmentation, workspaces of libraries, the device's
-    context, and operations in threads other than autograd's.
+    A storage counts once, even if many tensors view it, while anything (such as autograd) holds it. Its size is rounded
+    up to `block_bytes`: 1 counts requested bytes, CUDA_BLOCK_BYTES counts what a GPU allocates. Storages from before
+    count only after `count`; memory-mapped files never count. Set `kind` to label the storages created from then on.
+    Not counted: memory that a kernel allocates and frees internally, fragmentation, workspaces of libraries, the
+    device's context, and operations in threads other than autograd's.
     """
 
     def __init__(self, *, block_bytes: int = 1):
@@ -35,13 +35,13 @@ class MemoryMeter(TorchDispatchMode):
         """The largest `live_bytes` since creation or `reset_peak`."""
         self.kind = ""
         self.peak_by_kind: dict[str, int] = {}
-        """The `peak_bytes` by kind."""
+        """The live bytes of each kind at the peak; their sum is `peak_bytes`."""
         self._block_bytes = block_bytes
         self._live_by_kind: dict[str, int] = {}
-        self._storages: dict[int, tuple[ref, int, str]] = {}  # by address, unique while the storage is alive
+        self._storages: dict[int, tuple[ref, int, str]] = {}  # by address, which is unique while the storage is live
 
     def count(self, tensors: Iterable[Tensor], kind: str | None = None) -> None:
-        """Count existing storages, such as parameters and their state, as `kind` (None: unchanged)."""
+        """Count existing storages, such as those of parameters, as `kind` (None: known ones keep theirs)."""
         for tensor in tensors:
             self._update(local_of(tensor).untyped_storage(), kind)
 
@@ -76,7 +76,7 @@ class MemoryMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # torch.tensor creates its storage unseen, and passes it to this operation
+        # torch.tensor creates its storage without an operation, then passes it to lift_fresh
         is_literal = func is torch.ops.aten.lift_fresh.default
         given = [] if is_literal else [*_storages_of(args), *_storages_of(kwargs.values())]
         not_ours = {storage._cdata for storage in given} - self._storages.keys()
@@ -85,7 +85,7 @@ class MemoryMeter(TorchDispatchMode):
         for storage in [*given, *_storages_of([result])]:
             if storage._cdata not in not_ours:
                 self._update(storage, None if storage._cdata in self._storages else made_for)
-        if func.namespace == "fsdp":  # it all-gathers a layer's weights into the result of torch.empty
+        if func.namespace == "fsdp":  # fully_shard all-gathers weights into a torch.empty, passed as `out`
             for storage in _storages_of([kwargs.get("out")]):
                 if storage._cdata not in not_ours:
                     self._update(storage, Kind.COMMUNICATION)
@@ -117,7 +117,7 @@ class MemoryMeter(TorchDispatchMode):
 
 
 def _storages_of(values: Iterable[object]) -> Iterator[torch.UntypedStorage]:
-    """The storages of the tensors in `values` and its lists. (torch's pytree is slower than an operation.)"""
+    """Yield the storages of the tensors in `values` and in nested lists. (torch's pytree would be too slow.)"""
     for value in values:
         if isinstance(value, Tensor):
             yield local_of(value).untyped_storage()  # a DTensor's own storage has the size of the whole tensor

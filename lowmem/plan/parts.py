@@ -1,4 +1,4 @@
-"""The parts of a memory prediction: bytes by what they are for. Imports no torch."""
+"""The parts of a memory prediction: bytes by purpose. Imports no torch."""
 
 import copy
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Kind(StrEnum):
-    """What bytes are for, in the order in which `plan` prints them: longest-lived first."""
+    """Purposes of bytes. `plan` prints them in this order, the longest-lived first."""
 
     WEIGHTS = "weights"
     LOW_HALVES = "low halves"
@@ -28,23 +28,23 @@ Bytes = dict[str, int]
 
 
 class Cluster(NamedTuple):
-    """The processes that a run is planned for."""
+    """The processes of the planned run."""
 
     world_size: int
     local_world_size: int
     """Processes on each machine."""
     on_gpu: bool
-    """Whether each process has a GPU. If not, all compute on CPUs like this machine's."""
+    """Whether each process has a GPU. If not, all compute on CPUs like that of this machine."""
 
 
 @dataclass
 class Counted:
-    """Bytes on rank 0."""
+    """Bytes counted for rank 0."""
 
     peaks: dict[str, Bytes] = field(default_factory=dict)
-    """The peak of each phase of the step, by kind."""
+    """{phase of the step: {kind: bytes at the phase's peak}}."""
     model_bytes: int = 0
-    """Size of the model's files. A checkpoint, which also has the optimizer state, takes `checkpoint_bytes`."""
+    """Size of the model's files. `checkpoint_bytes` also includes the optimizer state."""
     checkpoint_bytes: int = 0
     num_parameters: int = 0
 

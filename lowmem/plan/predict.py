@@ -1,4 +1,4 @@
-"""Predict the memory of a run before it starts. Steps are counted in separate processes."""
+"""Predict the memory of a run before it starts. Separate processes count the bytes of its step."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -17,24 +17,24 @@ from lowmem.plan.parts import Bytes, Cluster, Counted, Kind, extrapolate
 CONTEXT = "context, fragments"
 
 _WITH_CPU_OFFLOAD = {Kind.WEIGHTS, Kind.LOW_HALVES, Kind.MOMENTS, Kind.GRADIENTS, Kind.UPDATE}
-# Estimates. Per process: interpreter, torch, transformers and prefetched rows; on a GPU, the same again for CUDA.
+# Estimates. Host memory per process: interpreter, torch, transformers, prefetched rows; on a GPU, as much for CUDA.
 _PROGRAM_BYTES = 600 * 2**20
-_CONTEXT_BYTES = 600 * 2**20  # of CUDA and its libraries, on the device
-_FRAGMENTS = 0.05  # of the bytes of tensors
-_PLANNER_BYTES = 500 * 2**20  # of a process that counts
-_WAITING_BYTES = 250 * 2**20  # of a rank that waits for the planners
+_CONTEXT_BYTES = 600 * 2**20  # device memory per process: CUDA and its libraries
+_FRAGMENTS = 0.05  # fragmentation, as a fraction of the bytes of tensors
+_PLANNER_BYTES = 500 * 2**20  # host memory of a process that counts
+_WAITING_BYTES = 250 * 2**20  # host memory of a rank that waits for the planners
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Peak bytes by what they are for."""
+    """Peak bytes by purpose."""
 
     device: Bytes
     """Bytes of one process on its device."""
     host: Bytes
-    """Bytes of all processes of a machine on its host."""
+    """Bytes of all processes of a machine in its host memory."""
     disk: Bytes
 
     @property
@@ -51,9 +51,9 @@ Predict = Callable[[Iterable[TrainConfig]], Iterator[Prediction]]
 
 @contextmanager
 def planners(host_memory: str | None = None) -> Iterator[Executor]:
-    """Processes that count, so that this one needs no torch: one per core, up to four, as many as fit `host_memory`."""
+    """Yield a pool of processes that count: one per core, up to 4, within `host_memory`. So this one needs no torch."""
     most = min(4, len(os.sched_getaffinity(0)))
-    if host_memory is not None:  # waiting ranks of a launcher need some of it
+    if host_memory is not None:  # the launcher's other ranks use some of it while they wait
         waiting = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * _WAITING_BYTES
         most = max(1, min(most, (parse_bytes(host_memory) - waiting) // _PLANNER_BYTES))
     pool = ProcessPoolExecutor(most, mp_context=get_context("spawn"))
@@ -69,7 +69,7 @@ def visible_gpus(pool: Executor) -> int:
 
 
 def predicting(pool: Executor, cluster: Cluster) -> Predict:
-    """Return a function that predicts the peaks of configs on `cluster`, and counts the bytes of each config once."""
+    """Return a function that predicts configs' peaks on `cluster`. It caches what it counts for each config."""
     counted: dict[TrainConfig, tuple[Future[Counted], Future[list[tuple[int, Counted]]]]] = {}
 
     def predict(configs: Iterable[TrainConfig]) -> Iterator[Prediction]:
@@ -112,7 +112,7 @@ def _count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Coun
 
 
 def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Prediction:
-    """Add to the counted bytes everything outside of a step: programs, loading, checkpoints."""
+    """Add what is outside of a step to the counted bytes: programs, loading, checkpoints."""
     on_host = {Kind.OFFLOADED} | (_WITH_CPU_OFFLOAD if config.cpu_offload and cluster.on_gpu else set())
     peaks = [{kind: parts[kind] for kind in Kind if kind in parts} for parts in counted.peaks.values()]
     device, host = (
@@ -123,13 +123,13 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
     if cluster.on_gpu:
         device[CONTEXT] = _CONTEXT_BYTES + int(_FRAGMENTS * _total(device))
         host = {f"{kind}, of all processes": size * processes for kind, size in host.items()}
-    else:  # the device is the host, and offloaded activations are in files
+    else:  # the host is the device; offloaded activations are in files, so they take no memory
         host = {"tensors, of all processes": _total(device) * processes}
     in_parts = config.is_sharded and config.model_name_or_path
     loading = 0 if in_parts else 4 * counted.num_parameters * (1 if config.is_sharded else processes)
     host["loading, beyond training"] = max(0, loading - _total(host))
     host["programs"] = programs_bytes(cluster)
-    keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # until the new one is complete
+    keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # one more while the new one is written
     name = f"{keeps} checkpoints" if config.save_total_limit else "each checkpoint"
     return Prediction(device, host, {name: keeps * counted.checkpoint_bytes, "model": counted.model_bytes})
 
@@ -139,7 +139,7 @@ def _total(parts: Bytes) -> int:
 
 
 def programs_bytes(cluster: Cluster) -> int:
-    """Host memory that the processes of a machine take for any model."""
+    """Host memory that the processes of a machine take without a model."""
     return _PROGRAM_BYTES * (1 + cluster.on_gpu) * cluster.local_world_size
 
 
@@ -149,5 +149,5 @@ def context_bytes(cluster: Cluster) -> int:
 
 
 def gigabytes(num_bytes: int) -> str:
-    """Format bytes as --device_memory accepts them."""
+    """Format bytes in the form that --device_memory accepts."""
     return f"{num_bytes / 10**9:.2f} GB" if num_bytes >= 10**8 else f"{num_bytes / 10**6:.2f} MB"

@@ -1,7 +1,7 @@
-"""Count the bytes of one optimizer step on fake tensors: the peak of each of its phases, by what the bytes are for.
+"""Count the bytes of one optimizer step on fake tensors: the peak of each phase of the step, by kind.
 
-The run is built by the functions that `train.py` uses, in the same order. A deep stack of equal layers is counted at
-two small depths (see `extrapolate`). It changes the environment and accelerate's state: call it in a separate process.
+Builds the run with the functions that `train.py` uses, in the same order. Counts a deep stack of equal layers at two
+small depths (see `extrapolate`). Call it in a separate process: it changes the environment and accelerate's state.
 """
 
 from contextlib import ExitStack
@@ -32,7 +32,7 @@ from lowmem.plan.parts import Bytes, Cluster, Counted, Kind
 from lowmem.step import LossFunction, TrainState, train_step
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
-_FEW = 2  # layers of a deeper stack that are counted
+_FEW = 2  # the number of layers that `count_shallow` counts in a deep stack
 
 
 def count_shallow(config: TrainConfig, cluster: Cluster) -> Counted:
@@ -42,13 +42,13 @@ def count_shallow(config: TrainConfig, cluster: Cluster) -> Counted:
 
 
 def count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Counted]]:
-    """For each depth of deep stacks: how many layers `count_shallow` leaves out, and a step with one layer more."""
+    """For each depth: the layers that `count_shallow` leaves out per stack, and a step with one layer more."""
     _, deeper = _depths(config)
     return [(times, count(config, cluster, shape)) for times, shape in deeper]
 
 
 def _depths(config: TrainConfig) -> tuple[PretrainedConfig, list[tuple[int, PretrainedConfig]]]:
-    """The shapes for `count_shallow` and `count_deeper`. Stacks of equal depth grow together: they may be the same."""
+    """The shapes for `count_shallow`, `count_deeper`. Fields of equal depth grow together: they may name one stack."""
     shape = config_of(config.model_name_or_path or config.model_config)
     deep: dict[int, list[str]] = {}
     for name in _DEPTHS:
@@ -67,7 +67,7 @@ def _depths(config: TrainConfig) -> tuple[PretrainedConfig, list[tuple[int, Pret
 
 
 def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Counted:
-    """Count a step of a model of this `shape`, with all layers."""
+    """Count a step of a model with this `shape`, without extrapolation."""
     with ExitStack() as stack:
         ranks = fake_ranks(cluster, mixed_precision=config.autocast, shards=config.is_sharded)
         accelerator = stack.enter_context(ranks)
@@ -88,7 +88,7 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
             loss_fn = partial(loss_fn, slice_elements=SLICE_ELEMENTS[device])
         timeline = _Timeline(MemoryMeter(block_bytes=CUDA_BLOCK_BYTES if cluster.on_gpu else 1))
         timeline.watch(model, optimizer)
-        # before the savers: one of them all-gathers the weights
+        # start before the savers, because one of them all-gathers the weights
         stack.enter_context(timeline.meter)
         savers = [timeline.host.savers[name] for name in config.savers if name != "compiled"]  # no kernels to compile
         stack.enter_context(entered(savers, model, optimizer))
@@ -109,7 +109,7 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
 
 
 def _make_state(optimizer: Optimizer) -> None:
-    """Take a first step, in which torch's optimizers create their state."""
+    """Run one step so that torch's optimizers, which create their state in it, have state."""
     if optimizer.state:
         return
     for group in optimizer.param_groups:
@@ -120,7 +120,7 @@ def _make_state(optimizer: Optimizer) -> None:
 
 
 def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[Batch]:
-    """Full micro-batches of a step, at most two: more have the same peak. All tokens are targets."""
+    """Make at most two full micro-batches: more would have the same peak. All tokens are targets."""
     data_ranks = cluster.world_size // config.tp_size
     rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps * data_ranks
     micro_batches = -(-rows // (config.batch_size * data_ranks))
@@ -135,7 +135,7 @@ def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[
 
 
 class _Timeline:
-    """Divide a step into phases with hooks, and keep the peak of each phase."""
+    """Split a step into phases by hooks, and record the peak of each phase."""
 
     def __init__(self, meter: MemoryMeter):
         self.meter, self.host = meter, HostCopies()
@@ -143,7 +143,7 @@ class _Timeline:
         self.peaks: dict[str, Bytes] = {}
 
     def end(self, phase: str, *, then: Kind) -> None:
-        """Record the peak of the phase that ends here. What is created next is of kind `then`."""
+        """Record the peak of the phase that ends here. Label what is created next with the kind `then`."""
         peak = {kind: size for kind, size in self.meter.peak_by_kind.items() if size}
         known = self.peaks.get(phase, {})
         on_host = max(known.get(Kind.OFFLOADED, 0), self.host.peak_bytes)
@@ -160,7 +160,7 @@ class _Timeline:
 
         def watched_loss(model: nn.Module, batch: Batch) -> Tensor:
             self.end("before", then=Kind.ACTIVATIONS)
-            self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)  # left by an earlier backward
+            self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)  # what an earlier backward left in memory
             loss = loss_fn(model, batch)
             self.end("loss", then=Kind.BACKWARD)
             return loss

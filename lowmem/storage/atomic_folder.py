@@ -19,7 +19,7 @@ def atomic_folder(path: Path, *, may_replace: Callable[[Path], bool] = lambda pa
     """Yield a temporary folder next to `path`, and rename it to `path` when the block ends without an error.
 
     Replaces an existing folder only if `may_replace(path)`; otherwise raises FileExistsError before writing anything.
-    After an error `path` is unchanged. One process enters this; others may write into `unfinished_folder(path)`.
+    After an error `path` is unchanged. Only one process enters this; others may write into `unfinished_folder(path)`.
     """
     unfinished = _begin(path, may_replace)
     try:
@@ -42,7 +42,7 @@ def _begin(path: Path, may_replace: Callable[[Path], bool]) -> Path:
     if path.exists() and not may_replace(path):
         raise FileExistsError(f"{path} already exists: save to another folder or move it")
     make_folders(path.parent)
-    if not path.exists() and _replaced(path).exists():  # killed between the two renames of `_finish`
+    if not path.exists() and _replaced(path).exists():  # a process was killed between the renames of `_finish`
         rename(_replaced(path), path)
     clear_leftovers(path)
     unfinished = unfinished_folder(path)
@@ -53,7 +53,7 @@ def _begin(path: Path, may_replace: Callable[[Path], bool]) -> Path:
 
 
 def _finish(path: Path) -> None:
-    """Sync the temporary folder and rename it to `path`. If killed between the renames, `_begin` undoes the first."""
+    """Sync the temporary folder and rename it to `path`. `_begin` recovers from a kill between the renames."""
     unfinished, replaced = unfinished_folder(path), _replaced(path)
     for folder in (unfinished, *filter(Path.is_dir, unfinished.rglob("*"))):
         sync(folder)
@@ -75,7 +75,7 @@ def _replaced(path: Path) -> Path:
 
 
 def clear_leftovers(path: Path) -> None:
-    """Remove what killed processes left of `path` and, if it is a checkpoint, of the checkpoints next to it."""
+    """Remove temporary folders that killed processes left for `path` or, if it is a checkpoint, for its siblings."""
     name = "step-*" if STEP_FOLDER.fullmatch(path.name) else escape(path.name)
     for kind in ("", "replaced-", "removal-"):
         for leftover in path.parent.glob(f"{_UNFINISHED}{kind}{name}"):
@@ -83,7 +83,7 @@ def clear_leftovers(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Rename a folder and remove it, so that a kill leaves no partial folder. If that fails, print a line."""
+    """Rename a folder, then remove it: a kill leaves no incomplete folder under its name. Prints a line on failure."""
     renamed = path.parent / f"{_UNFINISHED}removal-{path.name}"
     with _removing(path):
         rename(path, renamed)

@@ -1,4 +1,4 @@
-"""File operations of a checkpoint. Each first raises the auditing event "lowmem.disk" with (operation, path)."""
+"""File operations for checkpoints. Before each change, raises the audit event "lowmem.disk" with (operation, path)."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def remove_folder(path: Path) -> None:
 
 
 def is_same_file(path: Path, descriptor: int) -> bool:
-    """Whether an open file is still the file at `path`, which a process that held a lock may have removed."""
+    """Whether an open file is still the one at `path`: another process may have removed or replaced it."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:

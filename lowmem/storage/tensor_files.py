@@ -25,8 +25,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_PART_BYTES = 2**24  # of a tensor in host memory at a time, when writing or reading
-_MAPPED_BYTES = 2**25  # read before a file is reopened: its mapped pages count as our memory until it is closed
+_PART_BYTES = 2**24  # bytes of a tensor to write or read at a time, in host memory
+_MAPPED_BYTES = 2**25  # bytes to read before a file is reopened: until then, its mapped pages count as our memory
 
 
 class Shard(NamedTuple):
@@ -34,7 +34,7 @@ class Shard(NamedTuple):
 
     name: str
     tensors: dict[str, Tensor]
-    """In file order. The file contains the full tensor of a sharded one (DTensor)."""
+    """In file order. For a sharded tensor (DTensor), the file contains the full tensor."""
 
     @property
     def num_bytes(self) -> int:
@@ -42,7 +42,7 @@ class Shard(NamedTuple):
 
     @property
     def header(self) -> bytes:
-        """The bytes before the tensor data: the header length (8 bytes, little endian) and JSON. See `check_dtype`."""
+        """The bytes before the tensor data: the header length (8 bytes, little endian) and JSON. Checks the dtypes."""
         fields, end = {"__metadata__": {"format": "pt"}}, 0
         for name, tensor in self.tensors.items():
             check_dtype(name, tensor)
@@ -78,7 +78,7 @@ def split_shards(tensors: Mapping[str, Tensor], stem: str, max_shard_bytes: int)
 
 
 def write_index(shards: list[Shard], folder: Path, stem: str) -> dict[str, FileRecord]:
-    """If there are several files, write STEM.safetensors.index.json, mapping tensors to files. Returns its record."""
+    """If there are several files, write STEM.safetensors.index.json, a map from tensors to files; return its record."""
     if len(shards) == 1:
         return {}
     weight_map = {name: Path(shard.name).name for shard in shards for name in shard.tensors}
@@ -95,7 +95,7 @@ def host_parts(tensor: Tensor) -> Iterator[memoryview]:
 
 
 class _Reader:
-    """Keeps one file open at a time, and reopens it after `_MAPPED_BYTES`."""
+    """Keeps one file open at a time, and reopens it after reading `_MAPPED_BYTES`."""
 
     def __init__(self):
         self._path: Path | None = None
@@ -126,7 +126,7 @@ class StoredTensor(NamedTuple):
         return _DTYPES.get(self.dtype)
 
     def read(self, *part: slice) -> Tensor:
-        """The tensor, or some of its rows (and columns). It is memory-mapped: copy it."""
+        """Read the tensor, or some of its rows (and columns). The result is memory-mapped: copy it to keep it."""
         return self.reader.read(self.path, self.name, part if self.shape else ())
 
     def copy_part(self, target: Tensor, first: int = 0, column: int = 0) -> None:
@@ -143,7 +143,7 @@ class StoredTensor(NamedTuple):
 
 
 def open_shards(folder: Path, stem: str, files: Collection[str] | None = None) -> dict[str, StoredTensor]:
-    """Every tensor in the files of `stem`, by name; `files` limits which files are read (None: all in `folder`)."""
+    """Return every tensor in the files of `stem`, by name. `files` lists the files of `folder` (None: look there)."""
     index = f"{stem}.safetensors.index.json"
     is_sharded = (folder / index).exists() if files is None else index in files
     weight_map = json.loads((folder / index).read_text())["weight_map"] if is_sharded else {}

@@ -1,7 +1,7 @@
-"""Build once what random access to the rows of a data file needs: an index and, for some files, a converted copy.
+"""Build, once per data file, an index for random access to its rows and, for some files, a converted copy.
 
-Both are stored in the folder LOWMEM_CACHE. If it is not set, they are hidden files next to the data file, or are stored
-in ~/.cache/lowmem if the file is remote or its folder cannot be written. Files are written under temporary names and
+Both are stored in the folder LOWMEM_CACHE. If it is not set, they are hidden files next to the data file, or in
+~/.cache/lowmem if the data file is remote or its folder is not writable. Both are written under temporary names, then
 renamed, the index last. The index is built again if its checksum or the data file's size or time differs.
 """
 
@@ -29,26 +29,26 @@ from lowmem.errors import UsageError
 from lowmem.storage.files import is_same_file
 
 _FORMAT = "1"
-_SMALLEST_INDEXED_BYTES = 2**22  # smaller files are scanned at each start and leave nothing on disk
+_SMALLEST_INDEXED_BYTES = 2**22  # a smaller file is scanned at each start, and its index is not stored
 _LONGEST_NAME_BYTES = 255
-_ABANDONED_SECONDS = 24 * 3600  # a temporary file that was not written to for this long
+_ABANDONED_SECONDS = 24 * 3600  # a temporary file without a write for this long is abandoned
 
-# Writes the copy (None: no copy), reports progress in bytes, and returns the index: arrays by name.
+# A function `build(copy, report)` writes the copy (None: no copy), reports bytes done, and returns arrays by name.
 Build = Callable[[BinaryIO | None, Callable[[int], None]], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Derived:
-    """An index (arrays by name), and the copy that its offsets refer to; None if they refer to the data file."""
+    """An index (arrays by name). Its offsets refer to `copy` or, if that is None, to the data file."""
 
     index: dict[str, np.ndarray]
     copy: Path | None
 
 
 def derive(source: Source, build: Build, *, kind: str, copies: bool, num_bytes: int | None = None) -> Derived:
-    """Read the index (and with `copies` the copy) of `source`. Builds it if there is none, while other processes wait.
+    """Load the index (and with `copies` the copy) of `source`. Build them if there are none; other processes wait.
 
-    `kind` distinguishes the indexes of one file; `num_bytes` is the total that `build` reports (default: the file's
+    `kind` distinguishes several indexes of a file. `num_bytes` is the total that `build` will report (None: the file's
     size). Raises OSError, and UsageError if no folder can be written, the disk is full or the file changes.
     """
     stamp = _stamp(source)
@@ -84,7 +84,7 @@ def _stamp(source: Source) -> dict[str, str]:
 
 
 def _stems(source: Source, kind: str) -> list[Path]:
-    """List possible paths of the files, without suffixes; the first one in a writable folder is used."""
+    """List the possible paths of index and copy, without suffixes. `derive` uses the first in a writable folder."""
     named, stems = os.environ.get("LOWMEM_CACHE"), []
     path = None if source.path is None else source.path.resolve()
     if path is not None and not named:
@@ -98,23 +98,23 @@ def _stems(source: Source, kind: str) -> list[Path]:
 
 
 def _temporary(stem: Path) -> Path:
-    # Includes the host name: on some shared disks, a host does not see the locks of other hosts.
+    # Include the host name, because hosts do not see each other's locks on some shared disks.
     return Path(f"{stem}.{os.uname().nodename}.unfinished")
 
 
 def _can_write(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):  # on a shared disk, permission bits are not reliable
+        with TemporaryFile(dir=folder):  # write a file, because permission bits are not reliable on shared disks
             return True
     except OSError:
         return False
 
 
 def _remove_abandoned(stem: Path) -> None:
-    """Remove temporary files of processes killed on other hosts. A live process keeps writing to its file."""
+    """Remove temporary files of killed processes: files to which no process has written for a day."""
     for path in stem.parent.glob(f"{escape(stem.name)}.*.unfinished"):
-        with suppress(OSError):  # removed by another process, or owned by another user
+        with suppress(OSError):  # another process may have removed the file, or another user may own it
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()
 
@@ -133,7 +133,7 @@ def _load(stem: Path, stamp: dict[str, str], copies: bool) -> Derived | None:
 def _make(source: Source, stem: Path, stamp: dict[str, str], build: Callable, copies: bool) -> Derived:
     copy, whole = Path(f"{stem}.rows"), Path(f"{stem}.index")
     try:
-        whole.unlink(missing_ok=True)  # outdated: must not be used with a new copy
+        whole.unlink(missing_ok=True)  # the old index must not be used with the new copy
         with _replacing(copy, stem) if copies else nullcontext() as file:
             index = build(file)
         if _stamp(source) != stamp:
@@ -164,7 +164,7 @@ def _replacing(path: Path, stem: Path) -> Iterator[BinaryIO]:
 
 
 def _metadata(index: dict[str, np.ndarray], copy: Path | None) -> dict[str, str]:
-    """Return what an index records about its copy and itself."""
+    """Return the size of the copy and the checksum of the index, which the index file records."""
     digest = xxhash.xxh3_128()
     for name in sorted(index):
         digest.update(f"{name} {index[name].dtype} {index[name].shape} ".encode() + index[name].tobytes())
@@ -173,7 +173,7 @@ def _metadata(index: dict[str, np.ndarray], copy: Path | None) -> dict[str, str]
 
 @contextmanager
 def _locked(stem: Path, message: str) -> Iterator[None]:
-    """Lock out other processes on this host; print `message` once before waiting. Dead processes hold no lock."""
+    """Lock out other processes on this host. If another holds the lock, print `message` once. It is freed on exit."""
     lock = Path(f"{stem}.lock")
     while True:
         with open(lock, "wb") as file:
@@ -184,7 +184,7 @@ def _locked(stem: Path, message: str) -> Iterator[None]:
                     print(message, flush=True)
                 message = ""  # print it once, even if several processes hold the lock in sequence
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if is_same_file(lock, file.fileno()):  # otherwise the process we waited for removed it: lock a new one
+            if is_same_file(lock, file.fileno()):  # otherwise its last holder removed the file: lock a new one
                 try:
                     yield
                 finally:

@@ -1,4 +1,4 @@
-"""Check that a file has the wanted columns, each of the wanted kind: "text" or "messages"."""
+"""Check that a file has the wanted columns, and that each is of the wanted kind: "text" or "messages"."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def check_row(source: Source, row: Row, wanted: Mapping[str, str]) -> None:
-    """Raise UsageError if a row lacks a wanted column, ValueError if a column holds another type."""
+    """Raise UsageError if a row lacks a wanted column, ValueError if a column has the wrong type."""
     _check_present(source, wanted, list(row))
     for column, kind in wanted.items():
         value = row[column]

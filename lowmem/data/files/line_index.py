@@ -1,6 +1,6 @@
-"""Index a file of lines in one pass: find its rows, in groups that each take one read.
+"""Index a file of lines in one pass: find its rows, and divide them into groups. A group is read with one read.
 
-The same pass writes a decompressed copy of a compressed or remote file.
+If the file is compressed or remote, the same pass writes a decompressed local copy.
 """
 
 import codecs
@@ -14,8 +14,8 @@ import xxhash
 from lowmem.data.files.source import Source, is_damage, reading
 from lowmem.errors import UsageError
 
-LONGEST_LINE = 2**24  # bytes; a longer line is a group of its own, which readers must not load
-PIECE_BYTES = 2**20  # scanned at a time, fits in the CPU cache; the index does not depend on it
+LONGEST_LINE = 2**24  # bytes; a longer line is a separate group, which readers must not load
+PIECE_BYTES = 2**20  # bytes scanned at a time, to fit in the CPU cache; the index does not depend on it
 # A group ends after this many rows, or before the row that would exceed this many bytes.
 _ROWS_PER_GROUP = 256
 _BYTES_PER_GROUP = 2**20
@@ -24,7 +24,7 @@ _CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 
 def codec_of(source: Source) -> str | None:
-    """Return the compression of a file, by its last suffix; None if it is not compressed."""
+    """Return the compression that a file's last suffix indicates; None if it is not compressed."""
     return _CODECS.get("".join(source.suffixes[-1:]))
 
 
@@ -33,11 +33,11 @@ def index_lines(
 ) -> dict[str, np.ndarray]:
     """Index the groups of a file: first_byte, end_byte, rows, first_line (from 1) as int64, hash (xxh3_64) as uint64.
 
-    Each has shape (groups,) and refers to the decompressed file, which is written to `copy`; `report` gets the sizes of
-    the compressed reads. Raises OSError, and UsageError for a file that is damaged, truncated or being written to.
+    Each has shape (groups,) and refers to the decompressed bytes, which are written to `copy` unless it is None.
+    `report` gets the numbers of compressed bytes read. Raises OSError; UsageError if the file is damaged or incomplete.
     """
     found = array("Q")
-    pending, byte, line = bytearray(), 0, 1  # bytes not yet in a group, and the byte and the line where they begin
+    pending, byte, line = bytearray(), 0, 1  # the bytes not yet in a group; the byte and line where they begin
     pieces = _pieces(source, copy, report, piece_bytes)
     for piece in pieces:
         pending += piece
@@ -67,9 +67,9 @@ def index_lines(
 
 
 def find_lines(text: bytes | bytearray, *, is_whole: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return where lines begin, where they end (after the newline), and which are rows: not blank, or too long.
+    """Return where lines begin, where they end (after the newline), and which lines are rows.
 
-    A last line without a newline counts if the text `is_whole`.
+    All lines are rows except blank ones up to LONGEST_LINE. A last line without a newline counts if text `is_whole`.
     """
     data = np.frombuffer(text, np.uint8)
     ends = np.flatnonzero(data == ord("\n"))
@@ -79,13 +79,13 @@ def find_lines(text: bytes | bytearray, *, is_whole: bool = True) -> tuple[np.nd
     if not len(ends):
         return ends, ends, ends
     starts = np.concatenate([[0], ends[:-1]])
-    # Whitespace (and control characters 14 to 31) is bytes 9 to 32. Minus 9, all others are above 23: NUL wraps around.
+    # Bytes 9 to 32 are whitespace (and control characters). Minus 9, all others exceed 23: bytes 0 to 8 wrap around.
     is_blank = np.maximum.reduceat(data[: ends[-1]] - np.uint8(9), starts) <= 23
     return starts, ends, np.flatnonzero(~is_blank | (ends - starts > LONGEST_LINE))
 
 
 def _groups(starts: np.ndarray, ends: np.ndarray, more_from: int | None) -> Iterator[tuple[int, int]]:
-    """Yield the rows [first, stop) of each group that is complete, even if more bytes follow from `more_from`."""
+    """Yield the range [first, stop) of rows of each complete group. More rows may begin at `more_from` (None: no)."""
     first = 0
     while first < len(starts):
         limit = starts[first] + _BYTES_PER_GROUP
@@ -98,7 +98,7 @@ def _groups(starts: np.ndarray, ends: np.ndarray, more_from: int | None) -> Iter
 
 
 def _skip_line(begun: bytearray, pieces: Iterator[bytes]) -> tuple[int, int, bytearray]:
-    """Read to the end of a line without keeping it. Returns its size, its hash and the bytes read after it."""
+    """Read to the end of a line without storing it. Returns its size, its hash, and the bytes read beyond its end."""
     digest, size, rest = xxhash.xxh3_64(begun), len(begun), b""
     for piece in pieces:
         line, newline, rest = piece.partition(b"\n")
@@ -110,7 +110,7 @@ def _skip_line(begun: bytearray, pieces: Iterator[bytes]) -> tuple[int, int, byt
 
 
 def _pieces(source: Source, copy: BinaryIO | None, report: Callable[[int], None], piece_bytes: int) -> Iterator[bytes]:
-    """Yield the decompressed bytes of a file, and b"" at the end."""
+    """Yield the decompressed bytes of a file in pieces, and b"" at the end."""
     size, done, codec = source.stamp()[0], 0, codec_of(source)
     if codec:
         from pyarrow import CompressedInputStream, PythonFile

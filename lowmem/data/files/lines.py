@@ -1,4 +1,4 @@
-"""Files with one row per line, JSON objects or plain text: plain, compressed (.gz, .zst) or remote."""
+"""Read files with one row per line, a JSON object or plain text. Files may be compressed (.gz, .zst) or remote."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from lowmem.errors import UsageError
 
 @dataclass(frozen=True)
 class _Lines:
-    """A group that was read: its bytes (None for a line that is too long) and the offsets of its rows in them."""
+    """A group in memory: its bytes (None for a line that is too long), and the offsets where its rows begin."""
 
     text: bytes | None
     starts: np.ndarray
@@ -32,7 +32,7 @@ class _LineFile:
     `wanted` maps columns to "text" or "messages". Raises UsageError if no row of the first group has these columns.
     """
 
-    _parse: Callable[[bytes, int], Row]  # (line, byte where it begins) -> row; raises ValueError with the reason
+    _parse: Callable[[bytes, int], Row]  # (line, its first byte in the file) -> row; raises ValueError if it is bad
 
     def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, piece_bytes: int = PIECE_BYTES):
         self.source = source
@@ -43,7 +43,7 @@ class _LineFile:
             self._path, self._index = found.copy or source.path, found.index
             self.group_rows = self._index["rows"]
             self._num_bytes = self._index["end_byte"] - self._index["first_byte"]
-            # Each row also needs its offset in memory, each group some objects: this matters for short lines.
+            # Memory per row (its offset) and per group (Python objects), which matters if lines are short.
             held = np.where(self._num_bytes > LONGEST_LINE, 0, self._num_bytes)
             self.group_bytes = held + 8 * self.group_rows + 512
             if len(self.group_rows):
@@ -53,7 +53,7 @@ class _LineFile:
         return xxhash.xxh3_64_hexdigest(self._index["hash"].tobytes())
 
     def read_group(self, group: int) -> _Lines:
-        """Read and check a group. Raises OSError, and ValueError if its bytes are not those that were indexed."""
+        """Read a group. Raises OSError, and ValueError if the bytes have changed since they were indexed."""
         first, size = int(self._index["first_byte"][group]), int(self._num_bytes[group])
         if size > LONGEST_LINE:
             return _Lines(None, np.zeros(1, np.int64), first, size)
@@ -68,7 +68,7 @@ class _LineFile:
         return _Lines(text, starts[rows], first, size)
 
     def row(self, data: _Lines, index: int) -> Row:
-        """Row `index` of a group. Raises ValueError with the reason for a bad one."""
+        """Return row `index` of a group. Raises ValueError if it is bad."""
         if data.text is None:
             raise ValueError(f"the line has {data.num_bytes:,} bytes, the limit is {LONGEST_LINE:,}: split it")
         start = int(data.starts[index])
@@ -77,7 +77,7 @@ class _LineFile:
         return self._parse(line, data.first_byte + start)
 
     def location(self, group: int, index: int) -> str:
-        """Return the line (from 1) and byte (from 0) of a row, or of its group if the file can no longer be read."""
+        """Return the line (from 1) and byte (from 0) of a row or, if the file is no longer readable, of its group."""
         line, byte = int(self._index["first_line"][group]), int(self._index["first_byte"][group])
         unit = "decompressed byte" if self._is_packed else "byte"
         try:
@@ -89,8 +89,8 @@ class _LineFile:
         return f"line {line:,} ({unit} {byte + start:,})"
 
     def _check_columns(self, wanted: Mapping[str, str]) -> None:
-        """Raise the error of the first row, unless another row of its group is good: a single row may be bad."""
-        # the first group except lines that are too long
+        """Raise the first row's error if all rows of its group are bad. (Single bad rows are allowed here.)"""
+        # the first group that is not a single line over the limit
         problem, group = None, int(np.argmax(self._num_bytes <= LONGEST_LINE))
         data = self.read_group(group)
         for index in range(int(self.group_rows[group])):
@@ -121,7 +121,7 @@ class JsonLinesFile(_LineFile):
         with open(self._path, "rb") as file:
             file.seek(int(self._index["first_byte"][0]))
             line = file.readline(2**16).strip()
-        if line.startswith(b"[") and not line.endswith(b"]"):  # an array on one line may be a single bad row
+        if line.startswith(b"[") and not line.endswith(b"]"):  # an array that ends on its line may be one bad row
             raise UsageError(f"{self.source} holds a JSON array, which can only be read as a whole: {_ONE_PER_LINE}")
         super()._check_columns(wanted)
 
@@ -133,7 +133,7 @@ class JsonLinesFile(_LineFile):
         try:
             row = _JSON.decode(text)
             if _ESCAPED_SURROGATE.search(text):
-                json.dumps(row, ensure_ascii=False).encode()  # pairs are one character now, unpaired ones fail
+                json.dumps(row, ensure_ascii=False).encode()  # fails for unpaired surrogates; pairs were decoded
         except json.JSONDecodeError as error:
             reason = f"{error.msg.removesuffix(' at')} at byte {offset + len(text[: error.pos].encode()):,}"
             raise ValueError(f"{reason}: fix or remove the row, and write one object per line") from error

@@ -1,6 +1,6 @@
-"""Read Arrow record batches from disk by number, from an Arrow file or from a copy with small batches.
+"""Read Arrow record batches by number, from an Arrow file or from a copy with small batches.
 
-No file stays mapped: truncating a mapped file kills the process (SIGBUS), and touched pages count as resident memory.
+Files are not kept mapped: if a mapped file is truncated, SIGBUS kills the process, and read pages are resident memory.
 """
 
 import json
@@ -23,24 +23,24 @@ _END_MARK = b"\xff\xff\xff\xff\0\0\0\0"
 
 @dataclass(frozen=True)
 class TableLimits:
-    """A file that exceeds one of the first three limits is copied once, in pieces within the last two limits."""
+    """If a file exceeds one of the first three limits, it is copied once, in pieces within the last two limits."""
 
-    row_group_bytes: int = 9 * 2**20  # decoded; decoding a column needs several times its bytes
-    batch_bytes: int = 2**24  # a record batch needs no decoding
-    footer_bytes: int = 2**21  # unless row groups are larger: reading one reads the whole parquet footer first
+    row_group_bytes: int = 9 * 2**20  # size after decoding; decoding a column needs several times its bytes
+    batch_bytes: int = 2**24  # larger than row_group_bytes, because a record batch needs no decoding
+    footer_bytes: int = 2**21  # or the mean row group, if larger: every read of one also reads the parquet footer
     piece_rows: int = 1024
-    piece_bytes: int = 2**20  # unless one row takes more
+    piece_bytes: int = 2**20  # a single row may be larger
 
     def rows_per_piece(self, num_rows: int, num_bytes: int) -> int:
-        """Return the rows per piece, if all `num_rows` rows (`num_bytes` in total) have about the same size."""
+        """Return the number of rows per piece, for `num_rows` rows of about equal size and `num_bytes` in total."""
         return max(1, min(self.piece_rows, self.piece_bytes * num_rows // max(1, num_bytes)))
 
 
 @dataclass(frozen=True)
 class RecordBatches:
-    """Record batches, each an encapsulated IPC message of `sizes` bytes at `starts` that holds `rows` rows.
+    """The record batches of a file. Batch i is an IPC message of sizes[i] bytes at starts[i], and has rows[i] rows.
 
-    `hashes` are the XXH3 hashes of the first `hashed` bytes of each message. All arrays have shape (batches,).
+    hashes[i] is the XXH3 hash of its first hashed[i] bytes. All arrays have shape (batches,).
     """
 
     source: Source
@@ -53,7 +53,7 @@ class RecordBatches:
     remedy: str = "write it again"
 
     def read(self, number: int) -> "pa.RecordBatch":
-        """Read one batch. Raises OSError, and ValueError if it is damaged or not the batch that was indexed."""
+        """Read one batch. Raises OSError, and ValueError if it is damaged or has changed since it was indexed."""
         import pyarrow as pa
 
         start, size = int(self.starts[number]), int(self.sizes[number])
@@ -65,19 +65,19 @@ class RecordBatches:
             if len(message) < size or xxhash.xxh3_64_intdigest(head) != int(self.hashes[number]):
                 raise ValueError("they are not those that were indexed: the file was changed or is damaged")
             batch = pa.ipc.read_record_batch(message, self.schema)
-            batch.validate(full=True)  # pyarrow follows an offset that points outside its buffer
-        except (OSError, ValueError) as error:  # pyarrow reports damage as either
+            batch.validate(full=True)  # otherwise pyarrow would follow offsets that point outside their buffer
+        except (OSError, ValueError) as error:  # pyarrow raises either of them for damage
             where = f"bytes {start:,} to {start + size:,} of {self.source}"
             raise ValueError(f"{where} cannot be read ({error}): {self.remedy}") from error
         return batch
 
 
 def find_batches(source: Source) -> tuple[RecordBatches, bool]:
-    """Find the batches of a local Arrow file, and whether each can be read alone: no compression, no dictionary."""
+    """Find the batches of a local Arrow file, and whether each can be read alone (no compression, no dictionary)."""
     import pyarrow as pa
 
     found, alone = [], True
-    with pa.memory_map(str(source.path)) as file:  # finds bodies without reading them
+    with pa.memory_map(str(source.path)) as file:  # mapped, so that the bodies of messages are not read
         file.seek(ipc_start(file))
         schema = pa.ipc.read_schema(pa.ipc.read_message(file))
         while True:
@@ -89,8 +89,8 @@ def find_batches(source: Source) -> tuple[RecordBatches, bool]:
             size = file.tell() - start
             if message.type == "record batch" and alone:
                 batch = pa.ipc.read_record_batch(message, schema)
-                alone = batch.nbytes <= message.body.size  # larger: it was decompressed
-                # Hashing only headers detects another file, but not a flipped bit in a text.
+                alone = batch.nbytes <= message.body.size  # a batch larger than its message was decompressed
+                # Hash only headers: this detects another file, but not a flipped bit in a text.
                 head = file.read_at(size - message.body.size, start)
                 found.append((start, size, batch.num_rows, len(head), xxhash.xxh3_64_intdigest(head)))
             alone &= message.type != "dictionary"
@@ -100,7 +100,7 @@ def find_batches(source: Source) -> tuple[RecordBatches, bool]:
 
 
 def ipc_start(file: BinaryIO) -> int:
-    """Return the byte where messages begin: the file format is eight bytes, the stream format and a footer."""
+    """Return the byte where messages begin: the file format is a stream between an 8-byte header and a footer."""
     file.seek(0)
     return 8 if file.read(6) == b"ARROW1" else 0
 
@@ -108,10 +108,10 @@ def ipc_start(file: BinaryIO) -> int:
 def copy_in_pieces(
     source: Source, schema: "pa.Schema", batches: Iterable["pa.RecordBatch"], *, num_bytes: int, limits: TableLimits
 ) -> RecordBatches:
-    """Copy the rows of `batches` once, in order, into batches within `limits` that have the columns of `schema`.
+    """Copy the columns of `schema` from `batches`, in order, into new batches within `limits`. Copies only once.
 
-    Consumes `batches` (about `num_bytes` in total, each at most `limits.piece_rows` rows) only if there is no copy of
-    these columns yet. Decodes dictionaries to their values. Raises the errors of `derive` and `batches`.
+    If these columns were copied before, `batches` is not consumed. It has about `num_bytes` in total, and at most
+    `limits.piece_rows` rows per batch. Decodes dictionaries. Raises the errors of `derive` and `batches`.
     """
     import pyarrow as pa
 
@@ -120,7 +120,7 @@ def copy_in_pieces(
     def build(copy: BinaryIO | None, update: Callable[[int], None]) -> dict[str, np.ndarray]:
         found, start = [], 0
         for piece in _pieces((batch.select(schema.names).cast(schema) for batch in batches), limits):
-            piece.validate(full=True)  # otherwise a later error would blame the copy
+            piece.validate(full=True)  # find damage of the source now: later, an error would blame the copy
             message = piece.serialize()
             found.append((start, len(message), piece.num_rows, len(message), xxhash.xxh3_64_intdigest(message)))
             start += copy.write(message)
@@ -135,14 +135,14 @@ def copy_in_pieces(
 
 
 def _columns(found: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Convert one tuple per batch to the five arrays of RecordBatches."""
+    """Convert a list with one tuple per batch to the five arrays of RecordBatches."""
     names = [(name, np.int64) for name in ("starts", "sizes", "rows", "hashed")] + [("hashes", np.uint64)]
     table = np.array(found, names)
     return {name: np.ascontiguousarray(table[name]) for name, _ in names}
 
 
 def _pieces(batches: Iterable["pa.RecordBatch"], limits: TableLimits) -> Iterator["pa.RecordBatch"]:
-    """Yield the same rows in pieces within `limits`: halves large batches, and merges those of small row groups."""
+    """Yield the same rows in pieces within `limits`: split large batches in halves, and merge small ones."""
     import pyarrow as pa
 
     held, rows, num_bytes = [], 0, 0
@@ -166,7 +166,7 @@ def _halves(batch: "pa.RecordBatch", limits: TableLimits) -> Iterator["pa.Record
 
 
 def plain(schema: "pa.Schema") -> "pa.Schema":
-    """Return the schema without dictionaries and views, whose slices would keep all values of the whole column."""
+    """Return the schema without dictionaries and views: a slice of these would keep all values of its column."""
     import pyarrow as pa
 
     return pa.schema([(field.name, _plain(field.type)) for field in schema])

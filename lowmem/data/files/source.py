@@ -17,14 +17,14 @@ from lowmem.errors import UsageError
 Row = dict[str, object]
 Files = str | Path | Sequence[str | Path]
 
-# fsspec uses these for network access; their errors are not OSErrors.
+# fsspec uses these packages for network access, and their errors are not OSErrors.
 _NETWORK_PACKAGES = {"aiohttp", "httpx", "httpx2", "botocore"}
 _WHAT_TO_NAME = "name a parquet, Arrow, JSONL or text file, or a glob of them"
 
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Turn errors of network packages into ConnectionError, an OSError."""
+    """Convert errors of network packages to ConnectionError, which is an OSError."""
     try:
         yield
     except OSError:
@@ -37,12 +37,12 @@ def reading() -> Iterator[None]:
 
 def is_damage(error: Exception) -> bool:
     """Return whether a read failed because the content is damaged, not because of the system or the network."""
-    # pyarrow raises OSError for damage, too; OSErrors of the system have an errno or a subclass.
+    # pyarrow raises a plain OSError for damage; an OSError from the system has an errno or is of a subclass
     return isinstance(error, _damages()) or (type(error) is OSError and error.errno is None)
 
 
 def _damages() -> tuple[type[Exception], ...]:
-    pyarrow = sys.modules.get("pyarrow")  # if not imported, it raised nothing
+    pyarrow = sys.modules.get("pyarrow")  # if it is not imported, it cannot have raised an error
     return (ValueError, pyarrow.ArrowException) if pyarrow else (ValueError,)
 
 
@@ -73,7 +73,7 @@ class Source:
 
     @reading()
     def open(self) -> BinaryIO:
-        """Open the file for reading, seekable. Raises OSError, as do reads from it inside `reading`."""
+        """Open the file for reading, seekable. Raises OSError. Read it inside `reading`, so that reads do too."""
         if self.path is not None:
             return open(self.path, "rb")
         file_system, path = _remote(self.name)
@@ -81,18 +81,18 @@ class Source:
 
     @reading()
     def stamp(self) -> tuple[int, str]:
-        """Return the size, and text that changes when the file is rewritten (time, inode, ETag). Raises OSError."""
+        """Return the size, and a text that changes if the file is rewritten (time, inode, ETag). Raises OSError."""
         if self.path is not None:
             found = os.stat(self.path)
-            return found.st_size, f"{found.st_mtime_ns} {found.st_ino}"  # files of an archive may have the same time
+            return found.st_size, f"{found.st_mtime_ns} {found.st_ino}"  # unpacked files may have equal times
         file_system, path = _remote(self.name)
-        info = file_system.info(path)  # fsspec's ukey never changes over http
+        info = file_system.info(path)  # not fsspec's `ukey`, which never changes for http
         return info["size"], blake2b(repr(sorted(info.items())).encode(), digest_size=8).hexdigest()
 
 
 @contextmanager
 def opening(source: Source, kind: str = "") -> Iterator[None]:
-    """Turn read errors into a UsageError that names the file and the `kind` (such as " as parquet")."""
+    """Convert read errors to a UsageError that names the file and the `kind` (such as " as parquet")."""
     try:
         with reading():
             yield
@@ -107,10 +107,10 @@ def is_url(name: str) -> bool:
 
 
 def expand(files: Files) -> list[Source]:
-    """List the files that a path, a glob, a comma-separated list of both or a list of paths names.
+    """List the files that `files` names: a path, glob or URL, several separated by commas, or a list of them.
 
-    Keeps the given order; matches of a glob are sorted. Splits a string at commas unless a file has that name, but does
-    not split items of a list. Raises UsageError for a name that matches nothing and for a file named twice.
+    Keeps the given order; matches of a glob are sorted. Splits a string at commas unless a file has that name. Does not
+    split items of a list. Raises UsageError if a name matches nothing or a file is named twice.
     """
     items = [files] if isinstance(files, Path) else files
     if isinstance(files, str):
@@ -131,7 +131,7 @@ def _local_names(item: str) -> list[str]:
     try:
         is_glob = any(mark in item for mark in "*?[") and not path.exists()
         is_folder = path.is_dir()
-    except OSError as error:  # a name that is too long, a folder without permission
+    except OSError as error:  # the name is too long, or its folder is not accessible
         raise UsageError(f"{item} cannot be accessed ({error}): fix its name or its folder's permissions") from error
     if is_folder:
         found, reason = dataset_files(path) or [], "is a folder"
@@ -146,9 +146,9 @@ def _local_names(item: str) -> list[str]:
 
 
 def dataset_files(folder: Path) -> list[Path] | None:
-    """List the Arrow files of a folder that `datasets.save_to_disk` wrote, in order; None for any other folder.
+    """List the Arrow files of a folder that `datasets.save_to_disk` wrote, in order. None for any other folder.
 
-    Raises UsageError for several splits, and if the list of files is broken or names a missing file.
+    Raises UsageError if the folder has several splits, or if its list of files is broken or names a missing file.
     """
     splits, state = folder / "dataset_dict.json", folder / "state.json"
     try:
@@ -169,7 +169,7 @@ def _remote_names(item: str) -> list[str]:
     file_system, path = _remote(item)
     try:
         with reading():
-            if not any(mark in path.partition("?")[0] for mark in "*["):  # the ? of a query is not a pattern
+            if not any(mark in path.partition("?")[0] for mark in "*["):  # in a URL, "?" begins the query
                 file_system.info(path)
                 return [item]
             found = sorted(file_system.glob(path))
@@ -181,7 +181,7 @@ def _remote_names(item: str) -> list[str]:
 
 
 def _remote(name: str):
-    """Return the file system of a URL and the path in it. Raises UsageError if fsspec cannot open it."""
+    """Return the file system of a URL, and the path in the file system. Raises UsageError if fsspec cannot open it."""
     from fsspec.core import url_to_fs
 
     try:

@@ -1,4 +1,4 @@
-"""Read Parquet and Arrow files in groups of rows: row groups, record batches, or the pieces of a copy."""
+"""Read Parquet and Arrow files in groups of rows. A group is a row group, a record batch, or a piece of a copy."""
 
 import struct
 from collections.abc import Iterator, Mapping
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     Columns = dict[str, pa.Array | pa.ChunkedArray]
 
 _ROWS_PER_DECODE = 2**14
-_LARGEST_DICTIONARY_BYTES = 2**20  # writers stop using a dictionary when its page gets larger
+_LARGEST_DICTIONARY_BYTES = 2**20  # if a dictionary page would be larger, parquet writers store plain values
 _SAMPLES, _SAMPLE_BYTES = 64, 2**12
-# A small buffer: without one, each encoded column of a row group is read into memory at once.
+# Set a small buffer size: otherwise pyarrow reads a whole encoded column of a row group into memory at once.
 _SETTINGS = {"page_checksum_verification": True, "pre_buffer": False, "buffer_size": 2**16}
 
 
 class _TableFile:
-    """Shared by both formats: a group is its columns by name, a row is one item of each."""
+    """Code shared by both formats. In memory, a group is {name: column}; a row has one item of each column."""
 
     source: Source
     group_rows: np.ndarray
     group_bytes: np.ndarray
     _names: list[str]
-    _batches: RecordBatches | None = None  # an Arrow file's, or the copy's
+    _batches: RecordBatches | None = None  # of an Arrow file or a copy; None: read the parquet file
     _footer_bytes = 0
 
     def read_group(self, group: int) -> "Columns":
@@ -44,15 +44,15 @@ class _TableFile:
     def row(self, data: "Columns", index: int) -> Row:
         try:
             return {name: column[index].as_py() for name, column in data.items()}
-        except OverflowError as error:  # a time outside the range of Python's dates
+        except OverflowError as error:  # a time is outside the range of Python's datetime
             raise ValueError(f"{error}: fix the row, or remove this column from the file") from error
 
     def location(self, group: int, index: int) -> str:
         return f"row {int(self.group_rows[:group].sum()) + index}"
 
     def fingerprint(self) -> str:
-        """Hash the file's size, its footer and 64 evenly spaced samples of 4 KiB (all of a file up to 256 KiB)."""
-        # Misses a change between samples that keeps the footer. A sample of a remote file would fetch megabytes.
+        """Hash the file's size, its footer and 64 evenly spaced samples of 4 KiB (so all of a file up to 256 KiB)."""
+        # This misses a change between samples that keeps the footer. A sample of a remote file would fetch megabytes.
         with self.source.open() as file:
             size = file.seek(0, 2)
             digest = xxhash.xxh3_128(struct.pack("<q", size) + _footer(file, self._footer_bytes))
@@ -66,13 +66,13 @@ class _TableFile:
 
 
 class ParquetFile(_TableFile):
-    """A parquet file, local or remote; its groups are its row groups, or the pieces of its copy if one is large.
+    """A parquet file, local or remote. Its groups are its row groups or, if one is large, the pieces of its copy.
 
-    Reads only the `wanted` columns ("text" or "messages"); None means all, of any type. Raises UsageError if the file
-    cannot be read, lacks a wanted column or holds something else in it. (Some bit flips in a footer crash pyarrow.)
+    Reads only the columns in `wanted` ({name: "text" or "messages"}; None: all columns). Raises UsageError if the file
+    cannot be read, lacks a wanted column or has another type in it. (Some flipped bits in a footer crash pyarrow.)
     """
 
-    # The last parsed footer only: parsing takes milliseconds, and a footer takes 1 KiB for each column chunk.
+    # Keeps only the last parsed footer: parsing takes milliseconds, but a footer takes 1 KiB for each column chunk.
     _last_parsed: "ClassVar[tuple[ParquetFile | None, parquet.FileMetaData | None]]" = (None, None)
 
     def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, limits: TableLimits | None = None):
@@ -90,7 +90,7 @@ class ParquetFile(_TableFile):
             self.group_rows = np.array([group.num_rows for group in groups], np.int64)
             self.group_bytes = np.array([_decoded_bytes(group, self._names) for group in groups], np.int64)
             is_large = self.group_bytes.max(initial=0) > limits.row_group_bytes
-            # every read of a group also reads the footer, which pays only if groups are at least as large
+            # every read of a group also reads the footer, which is acceptable only if groups are at least as large
             if is_large or self._footer_bytes > max(limits.footer_bytes, self.group_bytes.mean()):
                 num_bytes = int(self.group_bytes.sum())
                 self._use(copy_in_pieces(source, schema, self._all_rows(limits), num_bytes=num_bytes, limits=limits))
@@ -101,7 +101,7 @@ class ParquetFile(_TableFile):
         import pyarrow as pa
         from pyarrow import parquet
 
-        # Open the file for each group: ten thousand files must not need ten thousand handles.
+        # Open the file for each group, because ten thousand open files would need ten thousand handles.
         with reading(), self.source.open() as file:
             if xxhash.xxh3_64_intdigest(_footer(file, self._footer_bytes)) != self._footer_hash:
                 raise ChangedError(f"{self.source} is not the file that was opened: do not change it, start again")
@@ -116,11 +116,11 @@ class ParquetFile(_TableFile):
                 raise ValueError(f"{where} cannot be decoded ({error}): write the file again") from error
 
     def _decode(self, file: BinaryIO, metadata: "parquet.FileMetaData", group: int, name: str) -> "pa.ChunkedArray":
-        """Decode one column of a group: one at a time needs half the memory of all at once."""
+        """Decode one column of a group. Decoding one at a time needs half the memory of decoding all at once."""
         import pyarrow as pa
         from pyarrow import parquet
 
-        # Repeated text is in the file once. Decoded as a dictionary, it is also in memory once.
+        # The file stores repeated text once, in a dictionary. Decode to a dictionary, to store it once in memory too.
         repeating = [chunk.path_in_schema for chunk in _chunks(metadata.row_group(group), [name]) if _repeats(chunk)]
         with parquet.ParquetFile(file, metadata=metadata, read_dictionary=repeating, **_SETTINGS) as opened:
             if repeating:
@@ -128,8 +128,8 @@ class ParquetFile(_TableFile):
             else:  # in pieces, because the buffer of a whole column grows by doubling
                 pieces = opened.iter_batches(_ROWS_PER_DECODE, row_groups=[group], columns=[name], use_threads=False)
                 column = pa.chunked_array([_in_own_mapping(piece).column(name) for piece in pieces])
-        column.validate(full=True)  # otherwise a text is not checked before its row is read
-        # Otherwise Arrow's allocator would keep freed memory: 100 MiB instead of 45 after a while.
+        column.validate(full=True)  # otherwise a bad text would fail only when its row is read
+        # Otherwise Arrow's allocator would keep freed memory: after a while, 100 MiB instead of 45 MiB.
         pa.default_memory_pool().release_unused()
         return column
 
@@ -143,10 +143,10 @@ class ParquetFile(_TableFile):
 
 
 class ArrowFile(_TableFile):
-    """A local Arrow file, in the stream format (`datasets.save_to_disk` writes it) or the file format.
+    """A local Arrow file, in the stream format (which `datasets.save_to_disk` writes) or the file format.
 
-    Its groups are its record batches, or the pieces of its copy if one is large, compressed or needs a dictionary.
-    Arguments and errors are those of ParquetFile. Without checksums, a flipped bit in a text may go undetected.
+    Its groups are its record batches or, if one is large, compressed or needs a dictionary, the pieces of its copy.
+    Arguments and errors are as for ParquetFile. Arrow has no checksums, so a flipped bit in a text may go undetected.
     """
 
     def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, limits: TableLimits | None = None):
@@ -165,7 +165,7 @@ class ArrowFile(_TableFile):
     def _all_rows(self, fields: list[int], limits: TableLimits) -> "Iterator[pa.RecordBatch]":
         import pyarrow as pa
 
-        # A batch may be the whole file: mapping it for this one pass keeps only the part being read in memory.
+        # A batch may be the whole file. Map the file for this one pass, so that only the part being read is in memory.
         with self.source.open() as file:
             mapped = mmap(file.fileno(), 0, access=ACCESS_READ)
             messages = pa.BufferReader(mapped)
@@ -184,11 +184,11 @@ def _footer(file: BinaryIO, num_bytes: int) -> bytes:
 
 
 def _in_own_mapping(batch: "pa.RecordBatch") -> "pa.RecordBatch":
-    """Copy a batch to its own memory mapping, which is freed with the batch; an allocator would keep the memory."""
+    """Copy a batch to a separate memory mapping, which is freed with the batch. An allocator would keep the memory."""
     import pyarrow as pa
 
-    if batch.schema != (schema := plain(batch.schema)):  # a dictionary would need a message of its own
-        batch = batch.cast(schema)  # loads 7 MiB of pyarrow, so only where needed
+    if batch.schema != (schema := plain(batch.schema)):  # a dictionary would need a separate message
+        batch = batch.cast(schema)  # only where needed, because it loads 7 MiB of pyarrow's code
     message = batch.serialize()
     memory = mmap(-1, message.size, flags=MAP_PRIVATE | MAP_ANONYMOUS)
     memory.write(message)
@@ -201,12 +201,12 @@ def _chunks(group: "parquet.RowGroupMetaData", names: list[str]) -> "list[parque
 
 
 def _decoded_bytes(group: "parquet.RowGroupMetaData", names: list[str]) -> int:
-    """Estimate the decoded size of the named columns: a dictionary adds four bytes per value to the file's size."""
+    """Estimate the decoded size of the named columns: the uncompressed size, and 4 bytes per value in dictionaries."""
     chunks = _chunks(group, names)
     return sum(chunk.total_uncompressed_size + 4 * chunk.num_values * _repeats(chunk) for chunk in chunks)
 
 
 def _repeats(chunk: "parquet.ColumnChunkMetaData") -> bool:
-    """Return whether a chunk is stored as a dictionary and indices, judged by its size."""
+    """Return whether a chunk is, judging by its size, stored entirely as a dictionary and indices."""
     has_dictionary = any("DICTIONARY" in kind for kind in chunk.encodings)
     return has_dictionary and chunk.total_uncompressed_size <= _LARGEST_DICTIONARY_BYTES + 4 * chunk.num_values
