@@ -89,10 +89,10 @@ def measure(flags: argparse.Namespace) -> Record:
     agreements = []
     for _ in range(AGREEMENTS):
         started = time.perf_counter()
-        sum_over_ranks(0, 0, 0)  # as at the start of a step; the next line is as after its last backward
+        sum_over_ranks(0, 0, 0)  # as a step does at its start; the next call is as after its last backward
         sum_over_ranks(0)
         agreements.append(time.perf_counter() - started)
-    idle = idle_cores()  # without the heartbeat: gloo's threads use CPU time too
+    idle = idle_cores()  # measured without the heartbeat first, because gloo's threads use CPU time too
     start_heartbeats(LIMIT_SECONDS)
     record = {"weights": num_weights, "seconds": seconds, "agreement_seconds": median(agreements)}
     return record | {"heartbeat_cores": idle_cores() - idle}

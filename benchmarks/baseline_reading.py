@@ -39,7 +39,7 @@ def streaming_draw(file: str, num_drawn: int, rank: int = 0, world_size: int = 1
 def streaming_pass(file: str, folder: str, num_rows: int) -> Record:
     """Read one uninterrupted epoch; save the order of its rows, and the stream's state at each of EPOCH_FRACTIONS.
 
-    If `data.py` kills this process at the time limit, the rows that were not reached are -1 in the saved order.
+    If `data.py` kills this process at the time limit, the saved order has -1 for each row that was not reached.
     """
     rows = open_streaming(file)
     order = np.lib.format.open_memmap(f"{folder}/order.npy", mode="w+", dtype=np.int64, shape=(num_rows,))
@@ -67,7 +67,7 @@ def streaming_resume(file: str, folder: str, fraction: float) -> Record:
     order = np.load(f"{folder}/order.npy", mmap_mode="r")
     position = int(len(order) * fraction)
     record = {"seconds": seconds, "same_rows": first == order[position : position + BATCH_SIZE].tolist()}
-    if fraction == max(EPOCH_FRACTIONS):  # from a smaller fraction, reading the rest takes too long
+    if fraction == max(EPOCH_FRACTIONS):  # only here, because reading the rest from a smaller fraction takes too long
         times = np.zeros(len(order), np.int64)
         np.add.at(times, [*order[:position], *first, *(number_of(row) for row in iterator)], 1)
         record |= {"lost_rows": int((times == 0).sum()), "repeated_rows": int((times > 1).sum())}

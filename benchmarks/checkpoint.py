@@ -165,7 +165,7 @@ def seconds(records: list[Record], action: str, *names: str) -> str:
 
 
 def mib(records: list[Record], action: str, name: str) -> str:
-    """Return the median memory in MiB that a save or load adds, without the optimizer state that a load creates."""
+    """Return the median memory in MiB that a save or load adds; optimizer state that a load creates does not count."""
     return f"{median(record[action][name] - record[action].get('made_bytes', 0) for record in records) / MIB:,.0f}"
 
 

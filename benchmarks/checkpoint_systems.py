@@ -27,14 +27,14 @@ VERSIONS = ("torch", "transformers", "accelerate", "safetensors")
 
 
 class Gauge:
-    """Measure seconds and host memory between `start`, which waits for all ranks, and `stop`."""
+    """Measure seconds and host memory from `start`, which waits for all ranks, to `stop`."""
 
     def __init__(self):
         self.record: Record = {}
 
     def start(self) -> None:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # or the save could reuse memory freed by the step without being counted
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise, a save could reuse memory freed by the step, uncounted
         barrier()
         self._watch, self._ended = Watch(), threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
@@ -118,7 +118,7 @@ def digest(model, optimizer) -> str:
     return whole.hexdigest()
 
 
-# --- the systems: each saves between gauge.start() and gauge.stop(), or calls gauge.start() and loads (`main` stops)
+# --- the systems: each saves between gauge.start() and gauge.stop(), or loads after gauge.start(); `main` then stops
 def run_lowmem(settings: SimpleNamespace, gauge: Gauge, memory: str):
     from lowmem import (
         TrainState,
@@ -277,7 +277,7 @@ def main() -> None:
     arguments = {"memory": system.memory} if system.memory else {}
     model, optimizer = system.run(settings, gauge, **arguments)
     if settings.is_load and settings.device == "cpu":
-        digest(model, optimizer)  # part of the load: a memory-mapped tensor is read only when it is used
+        digest(model, optimizer)  # is part of the load, because a memory-mapped tensor is read only when used
     if settings.is_load:
         gauge.stop()
     record = {"digest": digest(model, optimizer)}

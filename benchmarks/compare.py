@@ -45,7 +45,7 @@ def shapes() -> dict[str, dict[str, object]]:
     """Return the config fields of each model."""
     from lowmem.config.presets import MODEL_SHAPES
 
-    # no dropout: each system would draw different masks, so their losses could not be compared
+    # without dropout, because each system would draw other masks, so that losses could not be compared
     t5_shapes = {name: shape | {"dropout_rate": 0.0} for name, shape in MODEL_SHAPES.items()}
     return t5_shapes | {"llama-tiny": LLAMA_TINY, "llama-56m": LLAMA_56M}
 
@@ -59,7 +59,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         return int(text)
 
     def norm(text: str) -> float:
-        value = float(text)  # argparse reports what is not a number
+        value = float(text)  # if this raises ValueError, argparse reports it
         if not 0 <= value < math.inf:
             raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0")
         return value
@@ -122,7 +122,7 @@ def start(system: str, flags: argparse.Namespace, folder: Path, **more: object) 
     settings = {name: value for name, value in vars(flags).items() if name not in ("systems", "output", "command")}
     settings |= {"system": system, "folder": str(folder), "shape": shapes()[flags.model], "started": time.time()}
     settings |= {"rows_per_step": rows_per_step(flags), "num_rows": flags.steps * rows_per_step(flags)} | more
-    # no more GPUs than processes, or Trainer would wrap the model in DataParallel
+    # expose no more GPUs than processes: with more, Trainer would wrap the model in DataParallel
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(flags.processes)))).split(",")
     environment = {"OMP_NUM_THREADS": str(flags.threads), "CUDA_VISIBLE_DEVICES": ",".join(gpus[: flags.processes])}
     if not Path("/dev/nvidiactl").exists():
@@ -169,7 +169,7 @@ def left_out(system: System, flags: argparse.Namespace) -> str:
 def compare(flags: argparse.Namespace) -> Iterator[Record]:
     """Yield one record per run, in the order of the runs.
 
-    A system that cannot run has a single record, with the reason in `left_out`; a failed run has it in `failed`.
+    A system that cannot run has a single record, which has the reason in `left_out`. A failed run's has it in `failed`.
     """
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": flags.command}
     shared |= {"model": flags.model, "batch": flags.batch_size, "accumulation": flags.gradient_accumulation_steps}

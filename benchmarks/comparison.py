@@ -30,7 +30,7 @@ def reasons(records: Sequence[Record], system: str) -> list[str]:
 
 
 def pairs(runs: dict[str, list[Record]], system: str) -> list[tuple[Record, Record]]:
-    """Pair each record of a system with the reference's record of the same round: a slow machine slows both."""
+    """Pair each record of a system with the reference's of the same round, because a slow machine slows both."""
     reference = {record["repeat"]: record for record in runs.get(REFERENCE, [])}
     return [(record, reference[record["repeat"]]) for record in runs[system] if record["repeat"] in reference]
 
@@ -157,7 +157,7 @@ def _row(runs: dict[str, list[Record]], system: str) -> str:
 def draw(commands: Sequence[Sequence[Record]], picture: Path) -> None:
     """Draw the systems' tokens/s and memory relative to Trainer's, a row per command; do nothing without matplotlib."""
     try:
-        from matplotlib.figure import Figure  # not pyplot, which looks for a display
+        from matplotlib.figure import Figure  # instead of pyplot, which looks for a display
     except ModuleNotFoundError:
         return
     compared = [(records[0], runs) for records in commands if REFERENCE in (runs := by_system(records))]

@@ -110,7 +110,7 @@ class Arm:
     """Rounds a reference's fp32 masters to its bf16 weights. None: the arm trains with a memory tier."""
 
 
-CONTROL = "bf16-weights"  # no master, no stochastic rounding: its curve must differ visibly
+CONTROL = "bf16-weights"  # without master weights and stochastic rounding, so its curve must differ visibly
 ARMS = {
     "exact": Arm(memory="exact"),
     "reference": Arm(rounding=half_away_from_zero),
@@ -118,13 +118,13 @@ ARMS = {
     "autocast": Arm(memory="off", mixed_precision="bf16"),
     "lean": Arm(memory="lean"),
     CONTROL: Arm(memory="off", weights=torch.bfloat16),
-    # Adafactor scales its updates by each weight's magnitude, so its learning rate is larger
+    # Adafactor scales its updates by the weights' magnitude, so it needs a larger learning rate
     "exact-adafactor": Arm(memory="exact", optimizer="adafactor", learning_rate=10.0),
     "reference-adafactor": Arm(optimizer="adafactor", learning_rate=10.0, rounding=half_away_from_zero),
 }
 SAME_ARITHMETIC = [
     ("exact", "reference"),
-    ("reference-to-even", "reference"),  # should not be equal: shows the effect of rounding ties differently
+    ("reference-to-even", "reference"),  # not expected to be equal, but shows the effect of rounding ties differently
     ("exact-adafactor", "reference-adafactor"),
 ]
 SAME_CURVE = [("exact", "autocast"), ("lean", "exact"), ("lean", "autocast"), (CONTROL, "exact")]
@@ -179,7 +179,7 @@ def reference_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed
             for weight, master in zip(weights, masters, strict=True):
                 gradient, weight.grad = weight.grad.float(), None
                 master.grad = gradient if master.grad is None else master.grad + gradient
-        # not clip_grad_norm_, which sums in another order: the last bit of its norm may differ from train_step's
+        # not clip_grad_norm_: it sums in another order, so the last bit of its norm may differ from train_step's
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(master.grad) for master in masters]))
         clip_grads_with_norm_(masters, MAX_GRAD_NORM, norm)
         for group in optimizer.param_groups:
@@ -195,9 +195,9 @@ def reference_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed
 
 # --- one run
 def train(name: str, model_name: str, seed: int, flags: argparse.Namespace) -> Record:
-    """Train one arm. Initial weights and the order of rows depend only on `seed`: they are the same for every arm."""
+    """Train one arm. Initial weights and the order of rows depend only on `seed`, so all arms share them."""
     arm = ARMS[name]
-    AcceleratorState._reset_state(reset_partial_state=True)  # or every arm would get the first arm's precision
+    AcceleratorState._reset_state(reset_partial_state=True)  # otherwise, every arm would get the first arm's precision
     accelerator = init_distributed(mixed_precision=arm.mixed_precision)
     torch.manual_seed(seed)
     model, tokenizer = load_model(model_config=MODELS[model_name])
@@ -342,7 +342,7 @@ def tables(records: list[Record], settings: dict[str, object], command: str) -> 
 def draw(records: list[Record], path: Path) -> None:
     """Draw, for each model, the loss curves on the left and the differences of arms on the right.
 
-    Lines are means over seeds, bands are one standard deviation. The grey band is that of the first arm's loss.
+    Lines are means over seeds, bands are one standard deviation. The grey band shows the first arm's own spread.
     """
     import matplotlib
 

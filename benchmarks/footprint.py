@@ -16,7 +16,7 @@ from tempfile import gettempdir
 
 from systems import resident_bytes
 
-STEPS = 2  # the first step creates Trainer's moments, and later steps are like the second
+STEPS = 2  # the first step creates Trainer's moments; steps after the second are like the second
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class System:
     optimizer: str = "adamw"
     """A name for lowmem's make_optimizer. Trainer always uses torch's fused AdamW."""
     savers: tuple[str, ...] = ()
-    """Names in lowmem's SAVERS, except release: see Work. Trainer has only recompute (gradient checkpointing)."""
+    """Names in lowmem's SAVERS, except release (see Work). Trainer has only recompute (gradient checkpointing)."""
 
     @property
     def name(self) -> str:
@@ -62,7 +62,7 @@ class Work:
 def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: bool) -> dict[str, object]:
     """Train STEPS optimizer steps on real or fake tensors; return the peak bytes and the bytes left at the end.
 
-    Fake tensors predict the bytes on a GPU; with `for_this_machine`, on the CPU if this machine has no GPU.
+    Fake tensors predict the bytes on a GPU, but with `for_this_machine` those on the CPU if this machine has no GPU.
     """
     if not real:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # fake tensors are always CPU tensors
@@ -93,7 +93,7 @@ def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: b
                 if on_gpu:
                     torch.cuda.reset_peak_memory_stats()
                 elif real:
-                    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which building the model raised
+                    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which includes building the model
 
             kept_alive = train(model, spec, system, work, accelerator, begin)
             peaks = {"peak_bytes": meter.peak_bytes, "rest_bytes": meter.live_bytes}
@@ -136,7 +136,7 @@ def train_lowmem(
     real: bool,
     slices_of: str,
 ) -> object:
-    """Train with lowmem. Weights and logits are processed in slices of the size used on `slices_of`, cuda or cpu."""
+    """Train with lowmem. `slices_of` (cuda or cpu) gives the size of the slices of weights and logits."""
     from lowmem import Batch, TrainState, chunked_loss, make_optimizer, train_step
     from lowmem.loss import SLICE_ELEMENTS
     from lowmem.memory.savers import SAVERS, entered
@@ -188,7 +188,7 @@ def train_trainer(model, spec: Model, system: System, work: Work, accelerator, b
     )
     num_rows = STEPS * work.micro_batches * spec.batch_size
     rows = draw_tokens(model.config, num_rows, spec.seq_len)
-    # the model is already on its device, and `to` would swap its parameters: fake tensors do not support that
+    # the model is already on its device, and fake tensors do not support the swap of parameters that `to` does
     model.to = lambda *args, **kwargs: model
     trainer = Trainer(
         model=model,

@@ -83,7 +83,7 @@ def lowmem_draw(
 
 
 def lowmem_rows(file: str, num_drawn: int) -> Record:
-    """Draw rows in the order of a stream, but do not encode them: the other systems do not either."""
+    """Draw rows in the order of a stream, but do not encode them, because the other systems do not either."""
     from lowmem import open_rows
     from lowmem.data.order import rows_at
 

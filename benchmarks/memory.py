@@ -24,7 +24,7 @@ from records import MIB, Record, append
 from lowmem.config.presets import MODEL_SHAPES
 
 GIB = 2**30
-# Dropout is 0: its masks would add the same bytes to every system.
+# Dropout is 0, because its masks would only add the same bytes to every system.
 _T5 = {name: shape | {"dropout_rate": 0.0} for name, shape in MODEL_SHAPES.items()}
 _QWEN = {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}
 _QWEN |= {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
@@ -86,7 +86,7 @@ def in_a_new_process(function: Callable[..., Record], *arguments: object) -> Rec
 
 
 def records_of(flags: argparse.Namespace, command: str) -> Iterator[Record]:
-    """Yield one record per run. This process does not import torch: a child's peak starts at its parent's size."""
+    """Yield one record per run. This process imports no torch, because a child's peak starts at its parent's size."""
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command}
     for name, system, work in product(flags.models, SAVERS if flags.savers else SYSTEMS, WORKS):
         spec = MODELS[name]
@@ -116,7 +116,7 @@ def peaks_of(records: list[Record]) -> dict[tuple[str, str, str], int]:
 def table_of_predicted(records: list[Record]) -> Iterator[str]:
     """Predicted peaks on a GPU, GiB, and in parentheses x Trainer's with checkpointing.
 
-    One row per system, one column per model and work.
+    One row per system, one column for each model with each `Work` (settings of a step).
     """
     peaks = peaks_of(records)
     systems, models, works = (list(dict.fromkeys(names)) for names in zip(*peaks, strict=True))
@@ -135,7 +135,7 @@ def table_of_measured(records: list[Record]) -> Iterator[str]:
     """Predicted and measured peaks, MiB.
 
     One row per run: the predicted bytes, the bytes counted on real tensors, and those that the allocator or the kernel
-    reports. Resident memory excludes programs and libraries: all that is resident before training, except tensors.
+    reports. Resident memory excludes what was resident before training, except tensors: programs and libraries.
     """
     measured = [name for name in ("allocated_bytes", "reserved_bytes", "resident_bytes") if name in records[-1]]
     names = ("predicted", "counted", *(name.removesuffix("_bytes").replace("_", " ") for name in measured))

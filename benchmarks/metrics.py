@@ -38,7 +38,7 @@ class Watch:
         self._most = {name: max(value, self._most[name]) for name, value in memory().items()}
 
     def bytes(self) -> dict[str, int]:
-        """Return the largest values seen by `look`. `peak_bytes` is the kernel's: it misses nothing between looks."""
+        """Return the largest values seen by `look`. `peak_bytes` is the kernel's, so it counts peaks between looks."""
         self.look()
         before = self._before | {"peak": self._before["resident"]}
         return {f"{name}_bytes": value - before[name] for name, value in self._most.items()}
@@ -76,8 +76,8 @@ def drawn(watch: Watch, rows: Iterator[Record], count: int) -> Record:
 def quality(file: str, order_of: str) -> Record:
     """Measure how far an order moves rows, and from how many row groups the rows of a batch come.
 
-    `order_of` is "lowmem", "uniform" or a file of row numbers in the order read (-1: not reached). For
-    every order, groups are those of lowmem, which reads one group at a time.
+    `order_of` is "lowmem", "uniform", or a file of the row numbers in the order in which they were read, with -1
+    for rows not reached. For every order, row groups are those that lowmem reads, one at a time.
     """
     from lowmem import open_rows
     from lowmem.data.order import rows_at
@@ -92,7 +92,7 @@ def quality(file: str, order_of: str) -> Record:
         order = order[order >= 0]
     group = np.searchsorted(np.cumsum(groups.rows), order, side="right")
     batches = np.sort(group[: len(group) // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE), axis=1)
-    # in a sorted batch, a group has more than k rows if an entry equals the k-th entry after it
+    # in a sorted batch, some group has more than k rows if any entry equals the entry k places after it
     commonest = 1 + sum((batches[:, k:] == batches[:, :-k]).any(1) for k in range(1, BATCH_SIZE))
     return {
         "displacement": float(np.abs(order - np.arange(len(order))).mean() / groups.num_rows),

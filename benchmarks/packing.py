@@ -53,7 +53,7 @@ Count = tuple[int, int]
 SEED = 0
 IGNORED = -100
 MAX_SEQ_LEN = 512
-ROWS_PER_STEP = 96  # in the counts: a multiple of micro-batch x ranks, so that an epoch ends with a full step
+ROWS_PER_STEP = 96  # for the counts; a multiple of micro-batch x ranks, so that an epoch ends with a full step
 BATCH_SIZES = (4, 16, 32)
 TOLERANCE = 1e-5
 VOCAB_SIZE = 8192
@@ -110,7 +110,7 @@ def count_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> Count:
             row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         mask = encoded["assistant_masks"]
-    else:  # ByT5: each byte is a token. <|im_end|> is not in its vocabulary, so it is bytes too
+    else:  # each byte is a token of ByT5, also in <|im_end|>, which is not in its vocabulary
         num_targets = len((row["response"] + "<|im_end|>").encode())
         num_tokens = len(tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True)["input_ids"])
         mask = [0] * (num_tokens - num_targets - 1) + [1] * num_targets + [0]
@@ -224,7 +224,7 @@ def time_rounds(
 ) -> Iterator[Record]:
     """Time training on the same rows, packed and not, in interleaved rounds.
 
-    Yields a record per batch size and packing. The first round does not count. Encoding the rows is not timed.
+    Yields a record for each batch size, with and without packing. The first round and the encoding do not count.
     """
     for batch_size in BATCH_SIZES:
         both = {}

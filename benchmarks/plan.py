@@ -37,7 +37,7 @@ TIERS = {"fp32": {}, "exact": {"mixed_precision": "bf16"}, "lean": {"mixed_preci
 SIZES = {"max_seq_len": 160, "batch_size": 4, "gradient_accumulation_steps": 2}
 FULL, OFFLOAD = {"recompute": "full"}, {"offload_activations": True}
 RELEASE = {"release": True, "gradient_accumulation_steps": 1, "max_grad_norm": 0}
-# shape, tier, processes, other settings
+# model, memory tier, number of processes, other settings
 COMBINATIONS = [
     ("t5", "fp32", 1, {}),
     ("t5", "exact", 1, FULL | {"global_batch_size": 10}),  # micro-batches of 4, 3 and 3 rows
@@ -67,7 +67,7 @@ def config_for(shape: str, tier: str, flags: dict[str, object], folder: Path):
 
 
 def rows_for(config) -> list[dict[str, str]]:
-    """Return rows just below `max_seq_len`, which `plan` assumes. Their lengths differ, so that T5 needs a mask."""
+    """Return rows just below `max_seq_len`, the length that `plan` assumes. Lengths differ, so that T5 needs a mask."""
     lengths = [config.max_seq_len - 1 - number % 5 for number in range(64)]  # the tokenizer adds an end token
     columns = [config.text_column] if config.text_column else [config.prompt_column, config.response_column]
     return [{column: "x" * length for column in columns} for length in lengths]
@@ -87,7 +87,7 @@ def measure(rank: int, processes: int, port: int, config, on_gpu: bool, results)
     from lowmem.distributed.signals import Signals
     from lowmem.train import train
 
-    # makes the allocator keep one sum over all threads, because gloo's threads free memory that ours allocated
+    # the allocator must keep one sum over all threads, because gloo's threads free memory that our thread allocated
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage").value = True
     torch.set_num_threads(1)

@@ -32,9 +32,9 @@ from lowmem.config.presets import MODEL_SHAPES
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train_low_mem.py"
 SAVE_STEPS = 5
-MOST_SAVES = 2  # kill a launch at its second save at the latest; a kill at its first save loses all steps of the launch
+MOST_SAVES = 2  # a launch is killed at its second save at the latest; a kill at the first loses all its steps
 POLL_SECONDS = 0.0005
-LIMIT_SECONDS = 120  # for every wait
+LIMIT_SECONDS = 120  # the time limit of every wait
 
 VICTIMS = {"rank 0": (0,), "rank 1": (1,), "all": (0, 1)}
 """The ranks that each kind of kill hits; "all" includes the launcher."""
@@ -69,7 +69,7 @@ class Soak:
     def failures(self) -> list[str]:
         """Return one line for each requirement that is not met."""
         most = max(kill.step - kill.resumed_from for kill in self.kills)
-        lines = [f"a kill cost {most} steps, saves are {SAVE_STEPS} apart"] if most > SAVE_STEPS else []
+        lines = [f"a kill lost {most} steps, but the run saves every {SAVE_STEPS} steps"] if most > SAVE_STEPS else []
         lines += [] if self.same_weights else ["the final weights differ from those of the uninterrupted run"]
         return lines + ([] if self.same_losses else ["the losses differ from those of the uninterrupted run"])
 
@@ -83,9 +83,9 @@ def soak(folder: Path, *, kills: int, seed: int = 0, log: Callable[[str], None] 
     deck = [(list(VICTIMS)[number % 3], aims[(number + number // 3) % 2]) for number in range(kills)]
     chance.shuffle(deck)
     (folder / "t5.json").write_text(json.dumps(MODEL_SHAPES["t5-tiny"] | {"dropout_rate": 0.1}))
-    steps = (kills * MOST_SAVES + 2) * SAVE_STEPS  # enough that the run does not end before its last kill
+    steps = (kills * MOST_SAVES + 2) * SAVE_STEPS  # so many that the killed run does not end before its last kill
     done = []
-    with Run(folder, "whole", steps) as uninterrupted:  # runs in parallel, which does not change its bits
+    with Run(folder, "whole", steps) as uninterrupted:  # trains in parallel, which does not change its bits
         for number, (victim, aim) in enumerate(deck):
             with Run(folder, "killed", steps) as run:
                 run.advance(aim, chance)

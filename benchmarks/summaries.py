@@ -107,8 +107,8 @@ def rows(records: Sequence[Record]) -> list[str]:
     return [
         *grid([*head, "rows from the most common row group in a batch of 32"], [line(*reader) for reader in READERS]),
         "",
-        f"lowmem's peaks are measured while a BPE tokenizer encodes {min(speeds):,.0f} to {max(speeds):,.0f} rows/s in a "
-        f"thread. A small model spends {waits[2]:.1%} of its step time waiting for rows, and "
+        f"lowmem's peaks are measured while a thread encodes rows by a BPE tokenizer, {min(speeds):,.0f} to "
+        f"{max(speeds):,.0f} rows/s. A small model spends {waits[2]:.1%} of its step time waiting for rows, and "
         f"{waits[0]:.1%} with `--prefetch_steps=0`.",
         "",
         source(records, "Each row measured once"),
@@ -192,7 +192,7 @@ def comparison(records: Sequence[Record]) -> list[str]:
             number = [str(len(mine))] if mine else []
             lines.append([work, system, "; ".join([*number, *reasons(command, system)])])
             lines[-1] += _compared(mine, runs, system) if mine else [""] * 7
-            work = ""  # only in a command's first line
+            work = ""  # shown only in a command's first line
         about.append(next(iter(runs.values()))[0] | {"versions": versions(runs)})
     memory = "peak device memory" if records[0].get("peak_device_bytes") else "peak memory above imports"
     head = ["work:", "system", "runs", "tokens/s", "x `Trainer`", f"{memory}, MiB", "x `Trainer`"]
@@ -238,7 +238,7 @@ def plan(records: Sequence[Record]) -> list[str]:
 
 
 def launchers(records: Sequence[Record]) -> list[str]:
-    """Tabulate, per strategy over all launchers, the state per process and the largest differences from one process."""
+    """Tabulate, for each strategy, over all launchers: state per process, largest differences from a single process."""
     single = {(record["date"], record["model"]): record for record in records if record["processes"] == 1}
     several = [record for record in records if record["processes"] > 1]
     models = dict.fromkeys(record["model"] for record in several)

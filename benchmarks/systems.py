@@ -15,8 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-# Use this checkout's lowmem, installed or not. Functions import what they need themselves, because the imports of a
-# system count in its memory.
+# Use this checkout's lowmem, installed or not. Each function imports what it needs itself, because a system's memory
+# includes its imports.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # --- shared by all systems, in addition to the flags
@@ -167,8 +167,8 @@ def open_steps(settings: SimpleNamespace, rows, encode: Callable, **options):
 
 
 def build(settings: SimpleNamespace) -> None:
-    """Save what the systems load: initial weights, the byte tokenizer and, for systems other than lowmem, encoded
-    rows in the order in which lowmem trains on them."""
+    """Save what the systems load: initial weights, the byte tokenizer and, for systems other than lowmem, the
+    encoded rows in the order in which lowmem trains on them."""
     import torch
 
     from lowmem import load_model
@@ -203,7 +203,7 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    # not ru_maxrss, which starts at the parent's size in a child process
+    # not ru_maxrss, because in a child process it starts at the parent's size
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
@@ -221,7 +221,7 @@ def joules() -> float | None:
         try:
             import pynvml
         except ModuleNotFoundError:
-            return None  # without the GPUs, the sum would miss most of the energy
+            return None  # the sum without the GPUs would miss most of the energy
         pynvml.nvmlInit()
         for name in os.environ["CUDA_VISIBLE_DEVICES"].split(","):
             by_name = pynvml.nvmlDeviceGetHandleByUUID

@@ -54,7 +54,7 @@ def _plan(**flags: str) -> Job:
 def _evaluate(**flags: str) -> Job:
     _refuse("evaluate", flags.keys() - fields_where(in_evaluate=True) - {"local_rank"})
     if sharding := {"deepspeed", "sharding_strategy", "tp_size"} & launched_settings().keys():
-        found = f"accelerate is set to shard the model ({', '.join(sorted(sharding))})"
+        found = f"accelerate is configured to shard the model ({', '.join(sorted(sharding))})"
         raise UsageError(f"{found}, but `evaluate` needs the whole model in each process: launch with --multi_gpu")
     if missing := [f"--{name}" for name in ("model_name_or_path", "test_file") if not flags.get(name)]:
         raise UsageError(f"`evaluate` needs {' and '.join(missing)}")
@@ -103,7 +103,7 @@ _COMMANDS |= {"verify": _verify, "export": _export, "plot": _plot}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv) and return the exit code.
 
-    Exit codes: 0 done, 1 failed, 2 user error, 75 training was preempted, 128 + n signal n ended any other command.
+    Exit codes: 0 done, 1 failed, 2 user error, 75 training was preempted, 128 + n another command ended by signal n.
     `train` and `evaluate` catch signals until the process ends.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 code = _start(_parse(arguments), arguments)
         except Exception as error:
             code = report_error(error)
-        output.flush()  # or the interpreter's flush at exit would raise BrokenPipeError
+        output.flush()  # otherwise the interpreter's flush at exit would raise BrokenPipeError
     return code
 
 
@@ -164,7 +164,7 @@ def _resolve(flags: Mapping[str, str], given: Mapping[str, object] | None = None
     given = {**(given or {}), **(launched := launched_settings())}
     config = resolve({name: value for name, value in flags.items() if name != "local_rank"}, given=given)
     differ = [name for name, value in launched.items() if getattr(config, name) != value]
-    if problems := [f"{x}={getattr(config, x)} was set, but accelerate is set to {launched[x]}" for x in differ]:
+    if problems := [f"{x}={getattr(config, x)} was set, but accelerate has {x}={launched[x]}" for x in differ]:
         raise UsageError(f"{'; '.join(problems)}: remove one of the two settings")
     return config
 

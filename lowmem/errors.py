@@ -34,7 +34,7 @@ class RowError(ValueError):
 
 
 class ReadError(RowError):
-    """A file that was readable before can no longer be read: the row is not the cause."""
+    """A file that was readable before can no longer be read, so the row is not the cause."""
 
 
 class ChangedError(OSError):

@@ -157,7 +157,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _prompts(batch: Batch, *, is_encoder_decoder: bool) -> list[list[int]]:
     """Return each row's prompt: the tokens before the padding or, in a causal model, before the first target."""
     input_ids = batch.inputs["input_ids"]
-    mask = batch.inputs.get("attention_mask")  # without a mask, there is no padding, or only after the targets
+    mask = batch.inputs.get("attention_mask")  # without a mask, there is no padding before the last target
     lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
     prompts = []
     for ids, length, labels in zip(input_ids, lengths, batch.inputs["labels"], strict=True):

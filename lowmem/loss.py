@@ -82,10 +82,10 @@ def _call_with_head(
 
 
 def _pass_through(hidden: Tensor) -> Tensor:
-    # accelerate's autocast wrapper converts outputs to fp32, but returns a tensor that is already in fp32 unchanged
+    # convert to fp32 here, so that accelerate's autocast wrapper returns this same tensor instead of a converted copy
     hidden = hidden.float() if torch.is_autocast_enabled(hidden.device.type) else hidden
     if torch.is_grad_enabled() and not hidden.requires_grad:
-        # layers before the head are frozen: fully_shard reduces gradients only if backward passes a module's output
+        # even if all layers before are frozen, backward must pass this output, or fully_shard reduces no gradients
         hidden = hidden.detach().requires_grad_()
     return hidden
 
@@ -146,7 +146,7 @@ def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, objec
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
         targets = labels
     else:
-        # num_targets would count this label, but no position predicts it. This check does not sync the device
+        # num_targets would count this label, but no position predicts it. (The check does not sync the device.)
         torch._assert_async((labels[:, 0] == IGNORED).all(), "the first label of a causal row must be -100")
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return inputs | {"use_cache": False}, targets
@@ -196,7 +196,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if label_smoothing:
                     total += logits.sum(1, keepdim=True)
                 largest = logits.amax(1, keepdim=True).clamp(min=torch.finfo(sum_dtype).min)  # a slice may be all -inf
-                part_sum = logits.sub_(largest).exp_().sum(1, keepdim=True)  # in place: logsumexp would copy
+                part_sum = logits.sub_(largest).exp_().sum(1, keepdim=True)  # in place, because logsumexp would copy
                 log_sum = torch.logaddexp(log_sum, largest + part_sum.log())
             losses = log_sum - (1 - label_smoothing) * at_target - label_smoothing / weight.shape[0] * total
         ctx.save_for_backward(hidden, weight, bias, targets, log_sum)

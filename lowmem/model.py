@@ -95,7 +95,8 @@ def _check_exists(name: str, file: str) -> None:
         if not getproxies():
             socket.create_connection((address.hostname, address.port or 443), timeout=3).close()
     except OSError as error:
-        raise UsageError(f"{name} is not a folder, and the hub cannot be reached ({error}): use a folder") from error
+        found = f"{name} is not a folder, and the Hugging Face hub cannot be reached ({error})"
+        raise UsageError(f"{found}: set a local folder") from error
 
 
 @contextmanager
@@ -125,7 +126,7 @@ def _pretrained_on_meta(name: str, dtype: torch.dtype) -> PreTrainedModel | None
         if stored_weights(model, folder) is None:
             raise ValueError("the files have other tensor names, or tied weights differ")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        print(f"each process loads all weights of {name}, because it cannot read only its shard: {_first_line(error)}")
+        print(f"each process loads all weights of {name}, as its files cannot be read per tensor: {_first_line(error)}")
         return None
     model.name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
@@ -139,8 +140,8 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(name)
         model, info = _auto_class(config).from_pretrained(name, dtype=dtype, **safe, **_attention(config))
     if missing := sorted(info["missing_keys"]):
-        found = f"{name} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...)"
-        raise UsageError(f"the model {found}, which would start from random values: use a complete model")
+        found = f"the model {name} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...)"
+        raise UsageError(f"{found}; they would be initialized randomly: use a complete model")
     return model
 
 
@@ -177,7 +178,7 @@ def _config_from(model_config: PretrainedConfig | Mapping[str, object] | str | P
 
 
 def _attention(config: PretrainedConfig) -> dict[str, str]:
-    # torch's fused attention on CPU has no backward kernel for a learned bias (T5): a step takes 1/8 longer with it
+    # torch's fused attention on CPU has no backward kernel for a learned bias (T5), so a step takes 1/8 longer
     has_learned_bias = hasattr(config, "relative_attention_num_buckets")
     return {"attn_implementation": "eager"} if has_learned_bias and not torch.accelerator.is_available() else {}
 

@@ -18,7 +18,7 @@ _SERIES = {
 }
 _UNITS = {"peak_device_bytes": 2**20, "peak_host_bytes": 2**20}
 
-_WIDTH, _LABELS, _ROWS = 80, 10, 4  # of a text chart: all columns, label columns, rows
+_WIDTH, _LABELS, _ROWS = 80, 10, 4  # of a text chart: columns in all, columns for labels, rows
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 Points = list[tuple[int, float]]
@@ -78,7 +78,7 @@ def read_curves(file: Path) -> Curves:
 
 def draw(runs: Mapping[str, Curves], picture: Path) -> None:
     """Write a PNG with a panel per quantity and a line per run. Raises ModuleNotFoundError without matplotlib."""
-    from matplotlib.figure import Figure  # pyplot would look for a display
+    from matplotlib.figure import Figure  # not pyplot, which would look for a display
 
     titles = _titles(runs)
     columns = min(3, len(titles))
@@ -97,7 +97,7 @@ def draw(runs: Mapping[str, Curves], picture: Path) -> None:
         if title.startswith("peak"):
             panel.set_ylim(bottom=0)
     if len(runs) > 1:
-        panels[0].legend(fontsize=9)  # every run has a loss
+        panels[0].legend(fontsize=9)  # the panel of the loss, which every run has
     unfinished = picture.with_name(f".{picture.name}.{os.getpid()}")
     try:
         figure.savefig(unfinished, format="png")

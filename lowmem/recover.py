@@ -41,7 +41,7 @@ def fitting_step(
 ) -> StepResult:
     """Run `train_step`. If a micro-batch runs out of memory in forward or backward on a rank, retry with smaller ones.
 
-    `batches` must be the latest of `state.stream`. Before a retry, the stream halves its micro-batches and each rank
+    `batches` must be what `state.stream` gave last. Before a retry, the stream halves its micro-batches and each rank
     calls `tell`; except for rounding and dropout, the gradient is the same. Raises OutOfMemory if one row is too large.
     """
     while True:
@@ -50,7 +50,8 @@ def fitting_step(
         except StepTooLarge as error:
             stream, rank, too_large = state.stream, error.rank, str(error)
         if stream is None:
-            raise OutOfMemory(f"{too_large}. Without TrainState.stream, its rows cannot be split", rank)
+            why = "because TrainState.stream is None: set it, or use a smaller batch size"
+            raise OutOfMemory(f"{too_large}. The micro-batches cannot be split, {why}", rank)
         batch_size = stream.batch_size
         if not stream.halve():
             raise OutOfMemory(f"{too_large}. At batch_size={batch_size} micro-batches cannot be made smaller", rank)

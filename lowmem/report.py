@@ -82,7 +82,7 @@ class MetricsLog:
                 file.write(self._waiting)
         except OSError as error:
             if not was_waiting:
-                print_lines(f"{self._path} cannot be written ({error.strerror}): its records wait in memory")
+                print_lines(f"{self._path} cannot be written ({error.strerror}): keeping its records in memory for now")
         else:
             self._size, self._waiting = self._size + len(self._waiting), b""
 
@@ -97,7 +97,7 @@ def _is_kept(line: bytes, step: int) -> bool:
         record = json.loads(line)
     except ValueError:  # half a line, from a killed run
         return False
-    # a run that is resumed after its last step writes the test and end records again
+    # drop the test and end records: a run that is resumed after its last step writes them again
     is_final = record.get("event") == "end" or any(name.startswith("test_") for name in record)
     return not is_final and record["step"] <= step
 
@@ -106,7 +106,7 @@ def _open_folder(folder: Path, settings: Mapping, resumed_step: int | None) -> M
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if resumed_step is None:
-            for stale in folder.glob("bad_rows-*.jsonl"):  # from a run that saved no checkpoint
+            for stale in folder.glob("bad_rows-*.jsonl"):  # left by an earlier run that saved no checkpoint
                 stale.unlink()
         (folder / "config.json").write_text(json.dumps(dict(settings), indent=2))
         return MetricsLog(folder / "metrics.jsonl", step=resumed_step)
@@ -162,7 +162,7 @@ class Report:
     ) -> None:
         """Print the checkpoint that this run resumes, what changed since then, and whether this run can save."""
         if not can_save:
-            self.print_lines("no checkpoints under DeepSpeed: a run that ends early must restart from step 0")
+            self.print_lines("DeepSpeed runs save no checkpoints: a run that ends early must start again from step 0")
         if checkpoint:
             self.print_lines(f"resumed from {checkpoint}{', with ' if changes else ''}{', '.join(changes)}")
         self.print_lines(*(f"training rows differ from the checkpoint's: {change}" for change in row_changes))
@@ -217,7 +217,7 @@ class Report:
             print_lines(f"step {self._step}/{self._total_steps}: {', '.join(words)}")
 
     def unsaved(self, error: SaveError) -> None:
-        self.print_lines(f"step {self._step} is not saved, training continues: {error}")
+        self.print_lines(f"step {self._step}: the checkpoint was not saved, training continues: {error}")
 
     def preempted(self, can_save: bool) -> None:
         self._close()

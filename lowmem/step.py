@@ -42,7 +42,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of one step. `loss` and `grad_norm` stay on the device: call `.item()` only to log them, it syncs."""
+    """The result of one step. `loss` and `grad_norm` stay on the device: call `.item()` only to log, as it syncs."""
 
     loss: Tensor
     """Mean over the target tokens of all micro-batches and ranks, fp32."""
@@ -76,7 +76,7 @@ def train_step(
     rank raises FloatingPointError if `nonfinite` is "stop", or counts the step if it is "skip". A step without any
     target is counted too. If a rank cannot read its rows or fails in forward or backward, every rank raises that rank's
     error: after running out of memory, StepTooLarge (see `fitting_step`), or OutOfMemory if the step cannot be repeated
-    (sharded models, `release`, the update). DDP may wrap `state.model`. Raises ValueError if `Gradients` does.
+    (sharded, with `release`, or in the update). DDP may wrap `state.model`. Raises ValueError if `Gradients` does.
     Cost: two small host collectives, one gradient reduction, one device sync.
     """
     num_tokens, preempted = agree_to_start(state, batches, preempted)

@@ -74,7 +74,7 @@ def train(
     optimizer = make_optimizer(model, **config.optimizer_options)
     loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)  # (model, batch) -> summed loss
     check_model(model, loss_fn, packing=config.packing)
-    num_weights = model.num_parameters()  # also correct if sharded, but not after DeepSpeed wraps the model
+    num_weights = model.num_parameters()  # correct for a sharded model too, but not once DeepSpeed wraps it
     wrapped = zero.wrap(model, optimizer, accelerator) if config.deepspeed else model
 
     with ExitStack() as stack:

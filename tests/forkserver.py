@@ -11,7 +11,7 @@ from tempfile import NamedTemporaryFile
 
 import torch
 
-# pytest's own process has threads, so forking it is unsafe; the fork server has none
+# forks come from a fork server, which has no threads: forking pytest's own process, which has some, is unsafe
 _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preloaded"])
 _SERVER_DIED = 255  # the exit code that multiprocessing reports if its fork server has died
@@ -21,7 +21,7 @@ class Forked:
     """Call `function(*arguments)` in a new process and session; offer the methods of `subprocess.Popen` that tests use.
 
     Output goes to files, which are read after the process has ended. The process exits as an interpreter does:
-    SystemExit sets its exit code, and it runs sys.excepthook and the atexit handlers. Modules that `tests.preloaded`
+    SystemExit sets its exit code, and sys.excepthook and the atexit handlers run. Modules that `tests.preloaded`
     imports do not see `env`, because they were imported before the fork.
     """
 

@@ -15,5 +15,5 @@ import lowmem.cli
 import lowmem.plan.command
 import lowmem.train
 
-# otherwise, garbage collection in a fork would scan these modules and so copy their memory pages
+# otherwise, garbage collection in a fork would write to the memory pages of these modules and so copy them
 gc.freeze()

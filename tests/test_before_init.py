@@ -81,7 +81,7 @@ def test_a_failure_of_rank_0_ends_every_rank(how, codes, message, tmp_path):
         for rank in (1, 2):
             stderr = (tmp_path / f"stderr-{rank}").read_text()
             assert message in stderr, stderr
-    else:  # every rank raises this user error, so only one rank per host prints it
+    else:  # this user error is the same on every rank, so only one rank per host prints it
         assert [(tmp_path / f"stderr-{rank}").read_text() for rank in range(3)] == [f"error: {message}\n", "", ""]
 
 

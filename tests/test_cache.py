@@ -167,7 +167,7 @@ except UsageError as error: print(error)
     assert result.returncode == 0, result.stderr
     *_, copy, error = result.stdout.splitlines()
     assert copy == str(Path(source.name).with_name(".rows.lowmem-test.rows"))
-    message = "memory://a needs a copy of its rows, which cannot be written in a home folder, as there is none"
+    message = "memory://a needs a copy of its rows, but no folder is writable (there is no home folder): set"
     assert error.startswith(message)
 
 
@@ -238,7 +238,8 @@ def test_a_copy_that_cannot_be_written_next_to_the_file_is_in_the_cache(locked_f
 
 def test_if_no_folder_is_writable_the_error_names_both(locked_folder, monkeypatch):
     monkeypatch.setenv("HOME", str(locked_folder))
-    message = f"which cannot be written in {locked_folder} or {locked_folder}/.cache/lowmem: set LOWMEM_CACHE"
+    folders = f"{locked_folder} and {locked_folder}/.cache/lowmem"
+    message = rf"but no folder is writable \(tried {folders}\): set LOWMEM_CACHE"
     with pytest.raises(UsageError, match=message):
         Builder(Source(str(locked_folder / "rows"))).derive()
 
@@ -357,5 +358,5 @@ except UsageError as error:
 """
     result = run(sys.executable, "-c", BUILDER + code, source.name)
     assert f"{tmp_path} has no room for .rows.lowmem-test (File too large; " in result.stderr
-    assert "make room, or set LOWMEM_CACHE" in result.stderr
+    assert "free disk space, or set LOWMEM_CACHE" in result.stderr
     assert names(tmp_path) == ["rows", "rows.notes"]

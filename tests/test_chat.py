@@ -14,7 +14,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# The first line renders as nothing: transformers strips the whitespace around a block that is alone on its line.
+# The first line renders as nothing, because transformers strips the whitespace around a block alone on its line.
 TAGGED_CHATML = """  {% set end = '<|im_end|>' %}
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\n' }}
@@ -34,7 +34,7 @@ PLAIN = (
     "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
-# Like Qwen3's template, this one writes a <think> block only into the last message.
+# Like Qwen3's template, this template writes a <think> block only into the last message.
 FORGETFUL = (
     "{% for message in messages %}{{ message.role + ': ' }}{% if loop.last %}{{ '<think></think>' }}{% endif %}"
     "{{ message.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -140,7 +140,7 @@ def test_generation_tags_mark_the_same_tokens_as_in_transformers(messages):
     assert chat_tokenizer(tokenizer)(messages)[1] == [mark == 1 for mark in encoded["assistant_masks"]]
 
 
-@pytest.mark.parametrize("name", ["chatml", "tagged", "llama-3"])  # in "plain", one token holds a space and a word
+@pytest.mark.parametrize("name", ["chatml", "tagged", "llama-3"])  # not "plain", where a token holds a space and a word
 def test_offsets_without_spaces_mark_the_same_tokens(name):
     trimmed = bpe(TEMPLATES[name], trim_offsets=True)
     for messages in CHATS:
@@ -175,13 +175,13 @@ def test_spans_are_right_while_other_threads_render_the_same_template(switching_
 
 
 def test_a_tokenizer_without_a_template_is_refused_before_a_run():
-    with pytest.raises(UsageError, match="messages need a chat template, ByT5Tokenizer of .* has none: use"):
+    with pytest.raises(UsageError, match="messages need a chat template, but ByT5Tokenizer of .* has none: use"):
         chat_tokenizer(ByT5Tokenizer())
 
 
 @pytest.mark.parametrize("name", ["chatml", "tagged"])
 def test_a_conversation_in_which_the_assistant_says_nothing_is_refused(name):
-    with pytest.raises(ValueError, match="the assistant says nothing in a conversation of turns user, user"):
+    with pytest.raises(ValueError, match="no assistant text in a conversation of turns user, user"):
         chat_tokenizer(TOKENIZERS[name])([{"role": "user", "content": "a"}] * 2)
 
 

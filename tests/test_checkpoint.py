@@ -112,7 +112,7 @@ def test_a_state_loads_into_a_tier_that_stores_no_more_bits(then, now, tmp_path)
             assert torch.equal(after[name], value), name
         else:
             assert torch.allclose(after[name], value, rtol=0.13, atol=1e-8 + 0.13 * value.abs().max().item() / 15), name
-    if now == "lean":  # rounding changes the values but has no bias
+    if now == "lean":  # rounding to the lean formats changes single values, but hardly their mean
         error = after["shared.weight.weight"] - before["shared.weight.weight"]
         assert 0 < error.abs().max() and error.mean().abs() < error.abs().mean() / 20
     train(loaded, 1)
@@ -149,7 +149,7 @@ def test_from_pretrained_loads_the_model_folder_as_it_is(family, max_shard_size,
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert type(model) is type(state.model) and model.dtype == torch.float32
     assert_same_weights(state.model, model)
-    if family != "qwen2":  # AutoTokenizer makes an empty Qwen2Tokenizer here; load_model does not
+    if family != "qwen2":  # for qwen2, AutoTokenizer makes an empty Qwen2Tokenizer; load_model does not
         assert AutoTokenizer.from_pretrained(path / "model")("é").input_ids == ByT5Tokenizer()("é").input_ids
     assert load_model(path / "model")[1]("é").input_ids == ByT5Tokenizer()("é").input_ids
     sharded = (path / "model" / "model.safetensors.index.json").exists()
@@ -196,14 +196,14 @@ def test_files_that_are_not_part_of_a_checkpoint_are_ignored(tmp_path):
 
 def test_lack_of_space_is_reported_before_anything_is_written(tmp_path):
     with torch.device("meta"):
-        model = torch.nn.Linear(10**7, 10**7, bias=False)  # 400 TB
+        model = torch.nn.Linear(10**7, 10**7, bias=False)  # 400 TB of weights
     for optimizer, per_weight in [("adamw", 3), ("adafactor", 1), ("sgd", 1)]:
         state = TrainState(model, make_optimizer(model, name=optimizer, memory="off"), step=1)
         size = 4 * 10**14
         needed = (
             f"{3 * per_weight * size + size:,} bytes for 3 more checkpoints .{per_weight * size:,} each. and the model"
         )
-        with pytest.raises(UsageError, match=rf"run needs {needed}, [0-9,]+ are free: make room"):
+        with pytest.raises(UsageError, match=rf"run needs {needed}, but only [0-9,]+ are free: free disk space"):
             check_space(state, tmp_path / "run", saves=10, keep=2)
     with pytest.raises(SaveError, match="No space left on device; it takes 400,000,000,000,000 bytes"):
         save_checkpoint(state, tmp_path / "run", ACCELERATOR)
@@ -289,7 +289,7 @@ def test_another_model_is_refused_with_the_differences(tmp_path):
     with pytest.raises(UsageError, match="decoder.block.2.layer.0.SelfAttention.k.weight is not in the checkpoint"):
         load_checkpoint(TrainState(deeper, make_optimizer(deeper, memory="off")), path, ACCELERATOR)
     with pytest.raises(
-        UsageError, match="holds the state of AdamW with memory=off, the optimizer is SGD with memory=off"
+        UsageError, match="has the state of AdamW with memory=off, but the optimizer is SGD with memory=off"
     ):
         load_checkpoint(new_state(optimizer="sgd"), path, ACCELERATOR)
 
@@ -343,7 +343,7 @@ def test_a_changed_manifest_is_refused_even_if_it_is_valid_json(tmp_path):
 
 def test_a_generation_config_that_transformers_refuses_to_save_is_saved(tmp_path):
     state = train(new_state("llama"), 1)
-    state.model.generation_config.temperature = 0.6  # refused with do_sample=False, but published models have it
+    state.model.generation_config.temperature = 0.6  # transformers refuses it with do_sample=False
     path = save_checkpoint(state, tmp_path, ACCELERATOR)
     assert AutoModelForCausalLM.from_pretrained(path / "model").generation_config.temperature == 0.6
 
@@ -352,7 +352,7 @@ def test_a_failed_save_leaves_the_older_checkpoints(tmp_path):
     state = train(new_state(), 1)
     first = save_checkpoint(state, tmp_path, ACCELERATOR, keep=1)
     train(state, 1)
-    # limits the size of files, so that a larger write fails as on a full disk
+    # the process may write only small files, so this save fails as on a full disk
     run_with_small_files(lambda: save_checkpoint(state, tmp_path, ACCELERATOR, keep=1))
     assert latest_checkpoint(tmp_path) == first
     assert os.listdir(tmp_path) == [first.name]  # the failed save has left no file

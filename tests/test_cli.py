@@ -54,7 +54,7 @@ def timed(*flags):
 def test_wrong_flags_end_at_once(arguments, message, tmp_path):
     output = tmp_path / "out"
     flags = [f"--output_dir={output}"] if arguments == ["train"] else []
-    # the command takes about a second; the limit allows for a busy test machine
+    # the command takes about a second, but a busy test machine may need more
     assert_refused(timed(*arguments, *flags), message, output, seconds=5)
 
 
@@ -66,7 +66,7 @@ def test_wrong_files_end_before_anything_is_loaded_or_written(tmp_path):
     for flags, message in [
         ([f"--train_file={tmp_path}/missing.parquet"], "missing.parquet does not exist"),
         ([f"--train_file={tmp_path}/*.parquet"], "matches no file"),
-        ([f"--train_file={tmp_path}/empty.jsonl"], "empty.jsonl holds no rows"),
+        ([f"--train_file={tmp_path}/empty.jsonl"], "empty.jsonl contains no rows"),
         (
             [f"--train_file={tmp_path}/other.jsonl"],
             "has no column 'prompt' and no column 'response', it has 'question', 'answer'",
@@ -213,7 +213,7 @@ def test_a_model_that_the_loss_does_not_support_is_refused_before_the_run_starts
     result = train("train", *flags, "--loss=plain", f"--output_dir={output}")
     assert result.returncode == 0, result.stderr
     (tmp_path / "rows.jsonl").write_text(json.dumps(qa_rows(1)[0]))
-    # model/lowmem.json sets loss=plain
+    # without --loss: model/lowmem.json sets loss=plain
     flags = [f"--model_name_or_path={output}/model", f"--test_file={tmp_path}/rows.jsonl"]
     assert train("evaluate", *flags).returncode == 0
 

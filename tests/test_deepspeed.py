@@ -62,7 +62,7 @@ def batches_of(family, opened=open_stream, **options):
 def new_state(family, accelerator):
     model = build(family)
     optimizer = make_optimizer(model, memory="off", weight_decay=0.1)
-    # 7 rows per step: of two ranks, one has micro-batches of 2 and 2 rows, the other has 2 and 1 rows
+    # 7 rows per step: one of two ranks has micro-batches of 2 and 2 rows, the other of 2 and 1 rows
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     stream = batches_of(family, global_batch_size=7, collate=collate_of(family), **ranks)
     if accelerator.deepspeed_plugin is not None:
@@ -181,7 +181,7 @@ def skip_nonfinite_losses(folder):
 
         def loss_of(model, batch):
             is_bad = state.step == bad and rank == 1 and len(batch.row_ids) == 2  # noqa: B023
-            return plain_loss(model, batch) + (math.inf if is_bad else 0.0)  # the gradient stays finite
+            return plain_loss(model, batch) + (math.inf if is_bad else 0.0)  # the loss is infinite, its gradient finite
 
         with pytest.raises(FloatingPointError, match=r"the loss was not finite on rank 1 with rows"):
             curve_of(state, loss_of, accelerator, steps=1)
@@ -239,7 +239,7 @@ LAUNCHERS = {
         "train_low_mem.py",
         "train",
     ),
-    # DeepSpeed's launcher without ZeRO: plain data parallelism
+    # DeepSpeed's launcher without ZeRO starts plain data parallelism
     "deepspeed": module_command(
         "deepspeed.launcher.runner", "--num_gpus=2", "--master_port=PORT", "train_low_mem.py", "train"
     ),
@@ -254,7 +254,7 @@ def test_every_launcher_trains_like_one_process(launcher, work):
     assert "2 processes x 2 micro-batches of at most 2" in result.stdout
     assert runs.losses(work, launcher) == pytest.approx(runs.losses(work, "alone"), rel=1e-6)
     assert runs.weights(work, launcher).keys() == runs.weights(work, "alone").keys()
-    has_none = "no checkpoints under DeepSpeed" in result.stdout
+    has_none = "DeepSpeed runs save no checkpoints" in result.stdout
     assert has_none == (launcher != "deepspeed") == (not (work / launcher / "checkpoints").exists())
 
 
@@ -278,7 +278,7 @@ def test_a_preempted_run_of_one_process_reports_that_nothing_is_saved(work):
         ({"train_micro_batch_size_per_gpu": 4}, {}, "train_micro_batch_size_per_gpu=4, but --batch_size=2"),
         ({"bf16": {"enabled": True}}, {}, "bf16.enabled=true, but --mixed_precision=no"),
         ({"fp16": {"enabled": True}}, {}, "fp16, which lowmem does not support"),
-        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, {}, "every step reports the norm"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, {}, "every step reports the norm: remove"),
         ({"optimizer": {"type": "Adam"}}, {}, "set --optimizer or related flags instead"),
         ({"torch_autocast": {"enabled": True}}, {}, "set --mixed_precision or related flags instead"),
         ({"bf16": "auto"}, {}, 'bf16="auto": set it to an object {...}'),
@@ -289,7 +289,7 @@ def test_a_preempted_run_of_one_process_reports_that_nothing_is_saved(work):
         (
             {},
             {"memory": "exact", "mixed_precision": "bf16"},
-            "--deepspeed keeps its own optimizer state, not that of --memory=exact",
+            "--deepspeed has its own optimizer state and does not support --memory=exact",
         ),
         ({}, {"optimizer": "adafactor"}, "--optimizer=adafactor needs whole ones"),
         ({}, {"resume": "auto"}, "runs under DeepSpeed have no checkpoints"),
@@ -310,11 +310,11 @@ def test_contradictions_are_reported_before_anything_is_written(config, changes,
 @pytest.mark.parametrize(
     ("command", "flag", "message"),
     [
-        ("train", "--deepspeed=other.json", 'accelerate is set to {"zero_optimization":{"stage":2}}'),
+        ("train", "--deepspeed=other.json", 'accelerate has deepspeed={"zero_optimization":{"stage":2}}'),
         (
             "evaluate",
             "--model_name_or_path=m",
-            "set to shard the model (deepspeed), but `evaluate` needs the whole model",
+            "configured to shard the model (deepspeed), but `evaluate` needs the whole model",
         ),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_row_without_a_token_has_no_label():
     assert encode_text(tokenizer, max_seq_len=4)({"text": ""}) == {"input_ids": [], "labels": []}
 
 
-# --- conversations
+# --- encoding conversations
 CHAT = ByT5Tokenizer(
     chat_template="{% for m in messages %}{{ m.role[0] + ':' + m.content + ';' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"

@@ -57,7 +57,7 @@ def assert_equal(model, tensors):
     found = model.state_dict()
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        # transformers loads some of T5's weights in fp32 although their file has fp16
+        # transformers loads some of T5's weights in fp32, although the file stores fp16
         assert found[name].dtype in (tensor.dtype, torch.float32) and equal(found[name].to(tensor.dtype), tensor), name
 
 
@@ -66,7 +66,7 @@ def assert_equal(model, tensors):
 def test_a_model_is_exported_in_each_dtype(family, max_shard_size, tmp_path, capsys):
     path, weights, master = saved(tmp_path / "run", family)
     for dtype, expected in {
-        "float32": master,  # the master weights are bit-identical to those of training in fp32
+        "float32": master,  # the fp32 master weights are bit-identical to the weights of training in fp32
         "float16": {name: tensor.half() for name, tensor in master.items()},
         "bfloat16": weights,
         "None": weights,
@@ -133,7 +133,7 @@ def test_what_cannot_be_exported_is_reported_and_leaves_nothing(tmp_path, capsys
         ([path, path.parent / "out"], "is in a folder of checkpoints"),
         ([path], "`export` needs OUT"),
         ([path, out, "--dtype=int8"], "--dtype=int8 must be one of float32, bfloat16, float16, None"),
-        ([path, out, "--max_shard_size=many"], "is not understood"),
+        ([path, out, "--max_shard_size=many"], "is not valid: use a number of bytes"),
         ([path, out, "--shards=3"], "--shards: `export` has no such flag"),
     ]:
         assert command("export", *words) == 2

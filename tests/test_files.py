@@ -70,7 +70,7 @@ def save_failing(folder, fault, point, failing_ranks):
     """Save step 2 with a fault at one operation; a save that succeeds also removes step 1."""
     accelerator = Accelerator(cpu=True)
     if accelerator.num_processes > 1:
-        # rank 0 hosts the store: if it were killed before all ranks have joined, the others would end too
+        # if rank 0, which hosts the store, were killed before all ranks have joined, the others would end too
         accelerator.wait_for_everyone()
     seen = fail_at(point, fault) if accelerator.process_index in failing_ranks else []
     outcome = REACHED
@@ -82,7 +82,7 @@ def save_failing(folder, fault, point, failing_ranks):
         if len(seen) >= point and seen[point - 1][0] == "fsync":  # a failed fsync must not be retried
             assert seen.count(seen[point - 1]) == 1
     except RankError:
-        assert fault == "killed"  # this rank was waiting for the killed rank
+        assert fault == "killed"  # another rank was killed while this rank waited for it
     os._exit(outcome)
 
 
@@ -99,7 +99,7 @@ def check_every_point(folder, fault, failing_ranks, attempt):
         state = small_state(5)
         load_checkpoint(state, newest, accelerator)
         assert_equal(state, small_state(state.step))
-        if -signal.SIGKILL not in codes:  # after an error, only a renamed old checkpoint may remain
+        if -signal.SIGKILL not in codes:  # after an error, only the old checkpoint may remain, renamed
             left = {path.name for path in work.iterdir()} - {"step-00000001", "step-00000002"}
             assert not left or (newest.name == "step-00000002" and left == {".unfinished-removal-step-00000001"})
         after = save_checkpoint(small_state(3), work, accelerator, keep=1)
@@ -122,7 +122,7 @@ def fork_alone(function, *arguments):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_save_may_fail_at_any_operation(fault, tmp_path):
-    # runs in a process without threads, because `check_every_point` forks
+    # `check_every_point` forks, so call it in a process without threads
     assert fork_ranks(1, check_every_point, tmp_path, fault, [0], fork_alone) == [0]
 
 

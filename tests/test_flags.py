@@ -133,7 +133,7 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({"model_name_or_path": "./nowhere"}, "neither a folder nor the name of a model"),
         ({"freeze": "decoder"}, "'decoder' is not one of embeddings, encoder"),
         ({"optimizer": "sgd", "adam_beta1": "0.8"}, "does nothing with --optimizer=sgd"),
-        ({"max_shard_size": "5 apples"}, "is not understood"),
+        ({"max_shard_size": "5 apples"}, "is not valid: use a number of bytes"),
         ({"report_to": "printer"}, "--report_to=printer must be one of tensorboard"),
         ({"is_keep_training": "true", "resume": "never"}, "remove one"),
         ({"config": "/nowhere.yaml"}, "cannot be read"),

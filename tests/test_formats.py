@@ -39,7 +39,7 @@ def test_the_upper_half_is_the_nearest_bf16():
     high, _ = split(values)
     ties = values.view(torch.int32) & 0xFFFF == 0x8000
     assert torch.equal(high[~ties], values.bfloat16()[~ties])
-    tie = torch.tensor([1 + 2**-8, -1 - 2**-8])  # torch rounds ties to even, `split` rounds them away from zero
+    tie = torch.tensor([1 + 2**-8, -1 - 2**-8])  # torch rounds ties to even, but `split` rounds them away from zero
     assert torch.equal(split(tie)[0].float(), torch.tensor([1 + 2**-7, -1 - 2**-7]))
 
 
@@ -95,8 +95,8 @@ def test_8_bit_floats_are_unbiased_and_relatively_precise(form, sign):
         total += kept
         squares += (kept - values).square()
     spread = (squares / DRAWS).sqrt() / math.sqrt(DRAWS)
-    # by chance, one value in 16,000 is off by more than 4 standard deviations: 5 is a safe limit for these 900
-    # values, but a loose one, so their mean square is checked too
+    # By chance, one value in 16,000 is off by more than 4 standard deviations. So these 900 values are safe below a
+    # limit of 5. This limit is loose, so their mean square is checked too.
     distance = (total / DRAWS - values) / (spread + 1e-6 * values.abs())
     assert distance.abs().max() < 5 and distance.square().mean() < 1.3
 
@@ -110,7 +110,7 @@ def test_a_second_moment_never_becomes_zero_and_a_zero_stays_zero():
     assert 0 < kept[0, 1] < 1e-8 and (kept[1] == 0).all()
     first = zeros("m", values, "int8")
     write(first, "m", slice(None), values, torch.full(values.shape, 65535, dtype=torch.int32))
-    assert read(first, "m", slice(None))[0, 2] == 0  # so a weight without a gradient does not move
+    assert read(first, "m", slice(None))[0, 2] == 0  # otherwise, a weight without a gradient would move
 
 
 def test_each_row_has_its_own_blocks():

@@ -9,7 +9,7 @@ import lowmem
 from tests.processes import ROOT, run
 from tests.slow import SECONDS
 
-# A module imports only from its own folder, and from folders and modules before it in this list.
+# A module imports only from its own folder, and from folders and modules that are before it in this list.
 ORDER = (
     "errors config storage distributed data model optim memory loss step deepspeed_step recover evaluation checkpoint "
     "report train plan job plot cli"

@@ -153,7 +153,7 @@ def test_two_processes_train_the_large_preset(tmp_path):
         (
             FSDP2,
             "--sharding_strategy=NO_SHARD",
-            "sharding_strategy=NO_SHARD was set, but accelerate is set to FULL_SHARD",
+            "sharding_strategy=NO_SHARD was set, but accelerate has sharding_strategy=FULL_SHARD",
         ),
         (
             {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"},
@@ -162,7 +162,7 @@ def test_two_processes_train_the_large_preset(tmp_path):
         ),
         (SHARDS, "--seed=0", "2 shards in 2 replicas: also set distributed_type: FSDP"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "--seed=0", "accelerate has gradient_accumulation_steps=4"),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "--mixed_precision=no", "accelerate is set to bf16"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "--mixed_precision=no", "accelerate has mixed_precision=bf16"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "--seed=0", "fp16 needs loss scaling"),
     ],
 )
@@ -187,7 +187,7 @@ def test_a_failing_rank_ends_the_run_with_its_exit_code(files, tmp_path):
     assert "needs a causal model" in result.stderr
 
 
-# Config file: --num_processes (None if the file sets it), and text that the log must contain.
+# Config file: the value of --num_processes (None if the file sets it), and text that the log must contain.
 CONFIGS = {
     "cpu": (None, "on 2 x cpu, 40 rows"),
     "single_gpu": (None, "on 1 x cpu, 40 rows"),

@@ -128,7 +128,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
         (b'{"a": "\0"}', "line 2 (byte 9): Invalid control character at byte 16"),
         (b"\0\0\0", "line 2 (byte 9): a JSON object was expected, found '\\x00\\x00\\x00'"),
         (b"[1, 2]", "line 2 (byte 9): a JSON object was expected, found '[1, 2]': write one object per line"),
-        (b'{"a": ' + b"[" * 10**5, "line 2 (byte 9): its brackets are nested too deeply"),
+        (b'{"a": ' + b"[" * 10**5, "line 2 (byte 9): the JSON is nested too deeply"),
         (b'{"a": ' + b"1" * 5000 + b"}", "line 2 (byte 9): Exceeds the limit"),
     ],
 )
@@ -146,7 +146,7 @@ def test_escapes_that_are_whole_characters_are_read(tmp_path):
 
 def test_bad_text_is_refused_with_line_and_byte(tmp_path):
     message = reason(tmp_path / "a.txt", b"good\nbad\0\n")
-    assert message.startswith("line 2 (byte 5): text was expected, byte 8 is NUL")
+    assert message.startswith("line 2 (byte 5): expected text, but byte 8 is NUL")
     message = reason(tmp_path / "b.txt", b"good\n\xff\n")
     assert message.startswith("line 2 (byte 5): UTF-8 was expected, found byte 5 (0xff)")
 
@@ -243,7 +243,7 @@ def test_a_file_damaged_since_it_was_indexed_is_refused_at_the_start(tmp_path):
     with open(path, "r+b") as file:
         file.write(b"?")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(UsageError, match=f"{path} cannot be read .*are not those that were indexed"):
+    with pytest.raises(UsageError, match=f"{path} cannot be read .*differ from what was indexed"):
         open_lines(path)
 
 
@@ -314,7 +314,7 @@ def test_a_file_that_changes_or_disappears_while_it_is_read_is_reported(tmp_path
     with pytest.raises(ValueError, match=rf"bytes [\d,]+ to [\d,]+ of {path} are not those .*, write it again"):
         file.read_group(2)
     path.write_bytes(PLAIN[:6000])
-    with pytest.raises(ValueError, match="are not those that were indexed"):
+    with pytest.raises(ValueError, match="differ from what was indexed"):
         file.read_group(1)
     path.unlink()
     with pytest.raises(FileNotFoundError):
@@ -329,7 +329,7 @@ def test_a_damaged_copy_is_reported_and_made_again_once_it_is_removed(tmp_path):
     damaged = bytearray(PLAIN)
     damaged[100] ^= 1
     copy.write_bytes(damaged)
-    with pytest.raises(ValueError, match=f"{copy} are not those that were indexed: .* remove it and start again"):
+    with pytest.raises(ValueError, match=f"{copy} differ from what was indexed: .* remove it and start again"):
         file.read_group(0)
     copy.unlink()
     assert all_rows(open_lines(path)) == ROWS
@@ -353,7 +353,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 
 class _CutsShort(SimpleHTTPRequestHandler):
-    """Supports no range requests, like many simple servers, and sends only the first half of files named cut.*."""
+    """A server that, like many, supports no range requests; of files named cut.*, it sends only the first half."""
 
     def copyfile(self, source, outputfile):
         content = source.read()

@@ -24,7 +24,7 @@ def batch_of(family, rows=5, seed=0):
     for number in range(rows):
         prompt, response = ids(3, 20), ids(1, 12)
         if number == 2:
-            response = [-100] * len(response)  # a row without a target
+            response = [-100] * len(response)  # this row has no targets
         if family == "t5":
             encoded.append({"input_ids": prompt, "labels": response})
         else:
@@ -158,7 +158,7 @@ def test_the_full_logits_are_never_in_memory():
             head_gradients(states, weight, targets, 0.1, "chunked") if gradients else (
                 chunked_cross_entropy(states, weight, None, targets.clamp(min=0), label_smoothing=0.1)
             )
-        # allowed: a slice of 2**22 fp32 logits and two copies, plus the gradient and the clone of the head's weight
+        # allowed bytes: a slice of 2**22 fp32 logits and two copies, plus the head weight's gradient and its clone
         assert meter.peak_bytes < 3 * 2**22 * 4 + gradients * 2.2 * weight.nbytes < 480 * VOCABULARY * 4
 
 

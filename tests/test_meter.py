@@ -157,7 +157,7 @@ def test_saved_activations_count_until_backward_and_checkpointing_avoids_them(te
             meter.reset_peak()
             loss = run(x)
             assert meter.live_bytes == size + saved * size + FLOAT
-            loss.backward()  # autograd runs under the meter, so gradients and recomputed activations count
+            loss.backward()  # the meter also sees backward, so gradients and recomputed activations count
             assert meter.peak_bytes >= size + 3 * size
             del loss
             assert meter.live_bytes == 2 * size
@@ -165,8 +165,8 @@ def test_saved_activations_count_until_backward_and_checkpointing_avoids_them(te
 
 def two_steps(family, loss_fn, accelerator, *, memory="off", savers=(), micro_batches=2):
     """Return the peak bytes of the second optimizer step, and the bytes that remain after it."""
-    # transformers makes an attention mask unless tensor values show that none is needed, and fake tensors have no
-    # values; it never makes a mask for an attention implementation that it does not know
+    # Transformers makes an attention mask unless tensor values show that none is needed, but fake tensors have no
+    # values. For an attention implementation that it does not know, it never makes a mask.
     AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
     shallow = {"num_layers": 1} if family == "t5" else {}  # T5's encoder and decoder then have two layers together
     model = build(family, attn_implementation="sdpa_without_mask", **shallow)

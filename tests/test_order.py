@@ -71,7 +71,7 @@ def test_each_epoch_has_its_own_order():
 
 def test_consecutive_rows_come_from_the_groups_of_one_window_well_mixed():
     groups = rows_at(0, 80_000, ONE_BYTE_A_ROW, seed=0, window_bytes=99_999) // 20_000
-    assert len(set(groups)) == 4  # a fifth group would enlarge the window to 100,000 bytes
+    assert len(set(groups)) == 4  # with a fifth group, the window would have 100,000 bytes, one too many
     shares = np.bincount(groups[:4_000], minlength=40)
     assert sorted(shares)[-4:] == pytest.approx([1_000] * 4, rel=0.1)
 
@@ -99,7 +99,7 @@ def test_order_of_no_rows_is_refused():
 
 
 def test_the_order_is_that_of_existing_checkpoints():
-    """A saved position is valid only in this order, so a change to these numbers breaks every resume."""
+    """A saved position is valid only in this order: if these numbers change, existing runs cannot resume exactly."""
     assert permute(np.arange(5), 10, (1, 2)).tolist() == [1, 4, 3, 2, 5]
     assert permute(np.arange(4), 2**40, (3,)).tolist() == [255546647969, 435823828157, 92481491259, 41636616374]
     groups = Groups.of([3, 5, 0, 4, 7], [30, 50, 0, 40, 70])

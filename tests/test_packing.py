@@ -88,7 +88,7 @@ def test_little_of_packed_rows_is_padding(count, micro_batches, packed_padding, 
     packed = sum(padded_tokens(pack(documents(lengths), max_seq_len=2048, micro_batches=micro_batches)))
     assert 1 - sum(lengths) / packed < packed_padding
     in_order, size = sorted(lengths, reverse=True), count // micro_batches
-    unpacked = sum(size * in_order[first] for first in range(0, count, size))  # padded tokens without packing
+    unpacked = sum(size * in_order[first] for first in range(0, count, size))  # tokens and padding without packing
     assert 1 - sum(lengths) / unpacked > unpacked_padding
 
 
@@ -127,7 +127,7 @@ def test_a_packed_row_has_no_num_cut():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"input_ids": [5] * 9, "labels": [5] * 9}, "the limit is 8 tokens .max_seq_len., row 7 has 9: shorten it"),
+        ({"input_ids": [5] * 9, "labels": [5] * 9}, "row 7 has 9 tokens, but max_seq_len=8: shorten the row"),
         ({"input_ids": [5, 6], "labels": [6]}, "label for every token, row 7 has 1 labels and 2 tokens"),
         ({"input_ids": [5], "labels": [5], "weights": [1]}, "row 7 also has weights: remove these keys"),
     ],
@@ -184,7 +184,7 @@ def causal(model_type, **fields):
 
 @pytest.mark.parametrize(
     "fields",
-    [  # each comment names what lets packed documents see each other
+    [  # models that cannot be packed; each comment names what would let packed documents see each other
         {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},  # recurrent state
         {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4},  # ALiBi
         {  # learned positions, and a mask that ignores position_ids
@@ -201,7 +201,7 @@ def causal(model_type, **fields):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_whose_documents_see_each_other_are_refused(fields, dtype):
     model = causal(vocab_size=384, **fields).to(dtype).train()
-    message = f"must not see each other, those of {type(model).__name__} .* do: train without packing"
+    message = f"in {type(model).__name__} .*, packed documents affect each other: train without packing"
     with pytest.raises(UsageError, match=message):
         check_packing(model)
     assert model.training

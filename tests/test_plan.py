@@ -124,7 +124,7 @@ def test_a_prediction_on_two_processes_is_within_a_tenth(tmp_path, restored_envi
         config_for(tmp_path, "llama", tier, recompute="full", **options)
         for options in STRATEGIES
         for tier in ("exact", "lean")
-        if (tier, "tp_size" in options) != ("lean", True)  # this model has too few columns for lean with tp_size=2
+        if (tier, "tp_size" in options) != ("lean", True)  # with tp_size=2, this model has too few columns for lean
     ]
     configs.append(dataclasses.replace(configs[2], offload_activations=True))
     configs.append(dataclasses.replace(configs[4], cpu_offload=True))
@@ -238,7 +238,8 @@ def test_the_first_rung_that_fits_is_chosen_and_every_tried_rung_is_reported(tmp
     assert lines[0] == "  no change: device 9.00 GB, host 0.00 MB; 6.00 GB more than --device_memory=3GB"
     assert lines[-1].endswith("recompute=full: device 3.00 GB, host 0.00 MB; fits")
     tight = dataclasses.replace(config, device_memory="500MB")
-    with pytest.raises(UsageError, match="nothing fits: with batch_size=1 x accumulation 8.*0.50 GB more than"):
+    message = "nothing fits: the closest setting, batch_size=1 x accumulation 8.*0.50 GB more than"
+    with pytest.raises(UsageError, match=message):
         choose(tight, CPU, (), predictions(sizes), lines.append)
     advice = "--memory=lean .*; to try recompute=cheap, recompute=full, remove their flags"
     with pytest.raises(UsageError, match=advice):
@@ -263,7 +264,7 @@ def test_rungs_that_a_later_rung_makes_unnecessary_are_undone_costliest_first(tm
         "without offload_activations",  # 7
         "without batch_size=1 x accumulation 8",  # 8
         "without batch_size=2 x accumulation 4",  # 10
-        "without recompute=full",  # 14: too large, so recompute=full stays and recompute=off is not tried
+        "without recompute=full",  # 14 is too large, so recompute=full stays
     ]
     assert chosen == dataclasses.replace(config, recompute="full", sharding_strategy="SHARD_GRAD_OP")
     assert predicted.device_bytes == 10 * 10**9 and lines[-2].endswith("device 10.00 GB, host 0.00 MB; fits")
@@ -281,7 +282,7 @@ def test_rungs_that_a_later_rung_makes_unnecessary_are_undone_costliest_first(tm
             "2GB",
             (),
             {},
-            # FULL_SHARD has its own rung, and stays because cpu_offload needs it
+            # sharding_strategy=FULL_SHARD is an earlier rung, but is not undone, because cpu_offload needs it
             {"recompute": "full", "batch_size": 2, "gradient_accumulation_steps": 4}
             | {"sharding_strategy": "FULL_SHARD", "cpu_offload": True},
         ),
@@ -299,16 +300,16 @@ def test_host_memory_is_a_limit_too(tmp_path):
     def predict(configs):
         return (Prediction({"all": 1}, {"all": 3 * 10**9}, {}) for _ in configs)
 
-    with pytest.raises(UsageError, match="no change, the closest, it needs 0.40 GB more than --host_memory=2.6GB"):
+    with pytest.raises(UsageError, match="the closest setting, no change, needs 0.40 GB more than --host_memory=2.6GB"):
         choose(config, GPUS, (), predict, lambda line: None)
     small = dataclasses.replace(config, host_memory="2GB")
-    with pytest.raises(UsageError, match=r"libraries \(2 processes\) alone take 2.52 GB of the host, 0.52 GB more"):
+    with pytest.raises(UsageError, match=r"libraries \(2 processes\) alone need 2.52 GB of host memory, 0.52 GB more"):
         choose(small, GPUS, (), predict, lambda line: None)
 
 
 def test_a_device_smaller_than_its_context_is_refused_before_anything_is_counted(tmp_path):
     config = config_for(tmp_path, "llama", device_memory=20)
-    with pytest.raises(UsageError, match=r"CUDA and its libraries alone take .* of the device, .*=20 \(20 bytes\)"):
+    with pytest.raises(UsageError, match=r"CUDA and its libraries alone need .* of device memory, .*=20 \(20 bytes\)"):
         choose(config, GPUS, (), None, None)
 
 
@@ -332,7 +333,7 @@ def test_wrong_sizes_are_reported_before_torch_is_loaded():
     )
     result = run(sys.executable, "-c", code)
     assert result.returncode == 0, result.stderr
-    assert "--device_memory: size 'much' is not understood" in result.stderr and "--batch_size=0" in result.stderr
+    assert "--device_memory: size 'much' is not valid" in result.stderr and "--batch_size=0" in result.stderr
 
 
 def test_plan_prints_and_draws_and_writes_nothing_else(tmp_path):
@@ -357,7 +358,8 @@ def test_train_takes_what_fits_and_keeps_it_in_its_config(tmp_path):
     flags += ["--max_steps=1", "--max_seq_len=256", "--batch_size=16", f"--output_dir={tmp_path}/out"]
     refused = train("train", *flags, "--device_memory=630MB")
     assert refused.returncode == 2 and not (tmp_path / "out").exists()
-    assert "error: nothing fits: with" in refused.stderr and "more than --device_memory=630MB" in refused.stderr
+    assert "error: nothing fits: the closest setting, " in refused.stderr
+    assert "more than --device_memory=630MB" in refused.stderr
     result = train("train", *flags, "--device_memory=648MB")
     assert result.returncode == 0, result.stderr
     assert "no change: device" in result.stdout and "; fits" in result.stdout, result.stdout

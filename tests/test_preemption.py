@@ -113,7 +113,7 @@ sys.addaudithook(saving)
 
 @pytest.mark.parametrize(("reading", "step"), [(1, 2), (2 * 4 + 1, STEPS)])
 def test_a_signal_while_evaluating_ends_the_run_after_that_step_is_saved(reading, step, work, uninterrupted):
-    """This holds for the last step too: only the resumed run then saves the model."""
+    """This holds for the last step too: the first run then does not save the final model, but the resumed run does."""
     with catching_signals() as signals:
         held_out = Rows(qa_rows(4), reading, signalling(signals))
         name = f"evaluating {step}"
@@ -170,11 +170,12 @@ def test_a_save_that_fails_ends_the_run(work):
 
 def test_with_on_save_error_continue_a_failed_save_is_reported_and_training_continues(work, capfd):
     block_saves(work, "continue")
-    rows = Rows(ROWS, 4 * 4 + 1, (work / "continue" / "checkpoints").unlink)  # from step 5 on, saves succeed
+    rows = Rows(ROWS, 4 * 4 + 1, (work / "continue" / "checkpoints").unlink)  # later saves succeed
     assert run_here(work, "continue", rows, on_save_error="continue") == (STEPS, False)
     output = capfd.readouterr().out
-    assert "step 2 is not saved, training continues: " in output and "step 4 is not saved" in output
-    assert "step 6 is not saved" not in output
+    assert "step 2: the checkpoint was not saved, training continues: " in output
+    assert "step 4: the checkpoint was not saved" in output
+    assert "step 6: the checkpoint was not saved" not in output
     assert checkpoints(work, "continue") == [STEPS] and steps(work, "continue") == list(range(1, STEPS + 1))
 
 

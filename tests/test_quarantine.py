@@ -138,7 +138,8 @@ def test_more_bad_rows_than_allowed_end_the_run(tmp_path):
     stream = open_stream(path, ENCODE, batch_size=8, shuffle=False, quarantine=Quarantine(5, tmp_path / "bad.jsonl"))
     assert len(next(stream)[0].row_ids) == 3
     next(stream)
-    with pytest.raises(RowError, match=r"line 18 .*more than 5 of them .the others are in .*bad.jsonl.*--max_bad_rows"):
+    message = r"line 18 .*More than --max_bad_rows=5 rows are bad .the others are in .*bad.jsonl.*--max_bad_rows"
+    with pytest.raises(RowError, match=message):
         next(stream)[0]
 
 
@@ -218,7 +219,7 @@ def test_if_every_row_is_bad_the_first_is_reported_without_reading_all(tmp_path)
         raise ValueError("not this one")
 
     stream = open_stream(qa_rows(5000), encode, batch_size=4, shuffle=False, quarantine=Quarantine(3), prefetch=0)
-    with pytest.raises(RowError, match="row 0 cannot be encoded: not this one; the rows after it fail too"):
+    with pytest.raises(RowError, match="row 0 cannot be encoded: not this one; all rows read after it fail too"):
         next(stream)[0]
     assert len(encoded) < 1000
 

@@ -77,7 +77,7 @@ class RunsOut:
         return sum(graph() is not None for graph in self._graphs)
 
     def _hook_output(self, module, inputs, output):
-        hook = Hook(self._is_full)  # the graph keeps the hook alive
+        hook = Hook(self._is_full)  # only the graph keeps the hook alive, so a dead hook shows a freed graph
         self._graphs.append(weakref.ref(hook))
         output.register_hook(hook)
 
@@ -173,7 +173,7 @@ def measure_the_long_step(work):
 
 
 def train_with_three_quarters_of_those_bytes(work):
-    """Allow 3/4 of the long step's bytes, enough for half of its rows; kill the run when it saves its last step."""
+    """Allow 3/4 of the long step's bytes, which is enough for half of its rows. Kill the run at its last save."""
 
     def limit():
         held = int(re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -218,7 +218,8 @@ def run_out_with_one_row():
     message = str(raised.value)
     assert message.startswith("rank 1 ran out of memory at step 1, computing gradients (tried to allocate 2.00 GiB). ")
     weights = sum(parameter.nbytes for parameter in state.model.parameters()) / 2**20
-    assert f"It holds weights {weights:.1f} MiB, optimizer state {5 * weights:.1f} MiB, gradients" in message
+    held = f"weights {weights:.1f} MiB, optimizer state {5 * weights:.1f} MiB, gradients"
+    assert f"Rank 1 holds at most {held}" in message
     assert "--recompute=full, --loss=chunked" in message and "--memory=lean" in message
     assert message.endswith(". At batch_size=1 micro-batches cannot be made smaller")
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
@@ -230,7 +231,8 @@ def test_a_sharded_model_that_runs_out_of_memory_ends_both_ranks_and_reports_wha
     with started_ranks(2, run_out_sharded) as ranks:
         outputs = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1]
-    message = "rank 1 ran out of memory at step 1, computing gradients (tried to allocate 2.00 GiB). It holds weights "
+    message = "rank 1 ran out of memory at step 1, computing gradients (tried to allocate 2.00 GiB). "
+    message += "Rank 1 holds at most weights "
     assert f"errors.OutOfMemory: {message}" in outputs[1], outputs[1]
     assert f"rank 1 failed with OutOfMemory: {message}" in outputs[0], outputs[0]
 
@@ -249,7 +251,7 @@ def test_an_update_that_runs_out_of_memory_ends_both_ranks_with_that_error():
 def run_out_in_the_update():
     accelerator = init_distributed(heartbeat_timeout=10)
     state = state_of("t5", accelerator)
-    message = r"rank 1 ran out of memory at step 2, updating weights \(MemoryError: \)\. It holds weights"
+    message = r"rank 1 ran out of memory at step 2, updating weights \(MemoryError: \)\. Rank 1 holds at most weights"
 
     def run_out(*_):
         if accelerator.process_index == 1 and state.step == 1:
@@ -329,4 +331,4 @@ def test_a_stream_is_not_halved_if_a_process_would_have_an_empty_micro_batch():
     uneven = stream_of("t5", batch_size=2, gradient_accumulation_steps=1, global_batch_size=3, world_size=2)
     before = next(uneven)
     assert not uneven.halve() and (uneven.batch_size, uneven.micro_batches) == (2, 1)
-    assert next(uneven)[0].row_ids != before[0].row_ids  # other rows: the stream has continued
+    assert next(uneven)[0].row_ids != before[0].row_ids  # the stream has continued, so the rows are new

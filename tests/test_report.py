@@ -38,7 +38,7 @@ def test_a_reader_that_closes_the_pipe_does_not_end_the_run(streams, tmp_path):
 
 def write_on_a_full_disk(path, room):
     log = MetricsLog(path, step=None)
-    # a long record, because the file size limit below also applies to stdout, which is a file
+    # this record is long, because the limit of file sizes below also applies to stdout, which is a file too
     log.write({"step": 1, "padding": "x" * 1000})
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, resource.RLIM_INFINITY))
     log.write({"step": 2, "loss": float("inf")})
@@ -57,7 +57,7 @@ def test_records_that_a_full_disk_refuses_are_kept_until_there_is_room(room, tmp
         result = finish(process)
     assert result.returncode == 0, result.stderr
     (waits, *lost) = result.stdout.splitlines()
-    assert waits == f"{path} cannot be written (File too large): its records wait in memory"
+    assert waits == f"{path} cannot be written (File too large): keeping its records in memory for now"
     log = MetricsLog(path, step=10)
     written = [json.loads(line) for line in path.read_text().splitlines()]
     if room == "made":

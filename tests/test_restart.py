@@ -93,8 +93,8 @@ def test_torchrun_restarts_a_killed_worker_but_not_a_preempted_one(work, uninter
     assert result.returncode == 1
     record = exit_of(work, "elastic")
     assert record["cause"] == "preempted" and record["step"] == len(steps(work, "elastic"))
-    # stderr has this line one to three times, because the launcher may end a process before it prints the line
-    assert f"not restarted, this launch has ended: preempted, step {record['step']} is saved" in result.stderr
+    # stderr has this line one to three times, because the launcher may end a process that has not printed it yet
+    assert f"not restarting: this launch has ended (preempted: step {record['step']} is saved)" in result.stderr
     assert result.stdout.count("steps 0 to") == result.stdout.count(f"to {STEPS}, each of") == 1
     with started(*command) as process:
         wait_until(partial(has_trained, work, "elastic", record["step"] + 7), process)
@@ -116,7 +116,7 @@ def test_a_signal_while_starting_ends_the_run_at_once(work):
         os.kill(process.pid, signal.SIGINT)
         result = finish(process, timeout=10)
     assert result.returncode == 75, result.stderr
-    assert result.stderr == "SIGINT received, exiting at once: there is nothing to save yet\n"
+    assert result.stderr == "SIGINT received before training started: exiting now, nothing to save\n"
     assert exit_of(work, "starting")["cause"] == "preempted"
 
 
@@ -133,7 +133,7 @@ def test_a_launchers_sigterm_while_starting_is_not_a_preemption(work):
 
 @pytest.mark.parametrize("to_all", [True, False])
 def test_a_signal_while_processes_start_is_recorded_as_a_preemption(to_all, work):
-    """Send SIGTERM to the launcher (its processes treat this as a failed launch), or SIGUSR1 to rank 1 only."""
+    """Send SIGTERM to the launcher, whose processes take it for a failed launch, or send SIGUSR1 to rank 1 only."""
     name = f"starting together {to_all}"
     with started(sys.executable, PROGRAM, "train", *flags(work, name, num_processes=2)) as process:
         wait_until((work / name / ".lock").exists, process)

@@ -36,7 +36,7 @@ def uninterrupted(work):
 
 
 def test_a_run_killed_at_random_and_resumed_ends_with_the_same_bits(work):
-    """This test uses the exact tier; test_restart.py kills a run in fp32, and test_soak.py one in the lean tier."""
+    """This test kills a run in the exact tier, test_restart.py one in fp32, and test_soak.py one in the lean tier."""
     options, rng = {"mixed_precision": "bf16"}, random.Random(8)
     assert train("train", *flags(work, "whole exact", **options)).returncode == 0
     kills = 0
@@ -77,7 +77,7 @@ def test_two_processes_continue_a_run_of_one_process(work, uninterrupted):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_losses_continue_as_if_never_interrupted(work, processes, tmp_path):
-    """Without dropout (its masks depend on the rank) and at a constant learning rate, a resume changes no loss."""
+    """Here a resume changes no loss: the learning rate is constant, and no dropout masks depend on the rank."""
     (tmp_path / "t5.json").write_text(json.dumps(T5 | {"dropout_rate": 0.0}))
     common = {"model_config": tmp_path / "t5.json", "lr_scheduler_type": "constant", "output_dir": tmp_path / "out"}
     whole = common | {"output_dir": tmp_path / "whole"}
@@ -112,7 +112,7 @@ def test_flags_of_another_run_are_refused_on_resume(work, uninterrupted):
         result = train("train", *flags(work, uninterrupted, resume="auto", **changes))
         assert result.returncode == 2 and message in result.stderr, result.stderr
     kept = flags(work, uninterrupted, resume="auto", batch_size=4, gradient_accumulation_steps=2)
-    assert train("train", *kept).returncode == 0  # the same 8 rows per step in other micro-batches are the same run
+    assert train("train", *kept).returncode == 0  # still 8 rows per step, so the same run
 
 
 def test_an_older_checkpoint_is_not_resumed_into_a_folder_with_later_ones(work, uninterrupted):
@@ -122,7 +122,7 @@ def test_an_older_checkpoint_is_not_resumed_into_a_folder_with_later_ones(work, 
     mixed = train("train", *flags(work, "whole2", resume=older, max_steps=STEPS - 4))
     assert mixed.returncode == 0, mixed.stderr
     again = train("train", *flags(work, "whole2", resume=older))
-    assert again.returncode == 2 and "checkpoints of another run" in again.stderr
+    assert again.returncode == 2 and "is not one of them" in again.stderr
     result = train("train", *flags(work, "branch", resume=older))
     assert result.returncode == 0, result.stderr
     assert steps(work, "branch") == list(range(STEPS - 4, STEPS + 1))

@@ -158,7 +158,7 @@ def test_a_lasting_disk_error_is_reported_with_the_file_after_the_last_retry(tmp
     rows = FileRows([open_file(path)], retry_seconds=(0.01, 0.02))
     path.unlink()
     path.symlink_to("/proc/self/mem")
-    for _ in range(2):  # the error is stored: the second read of the group does not wait for retries
+    for _ in range(2):  # the error is stored, so that the second read of the group needs no retries
         with pytest.raises(ReadError, match=r"rows.jsonl, .*cannot be read after 3 attempts: .*Input/output error"):
             rows[0]
 
@@ -202,7 +202,7 @@ def test_bundled_rows_never_repeat_so_held_out_ones_are_new():
     [
         ("missing.parquet", None, "does not exist"),
         ("rows.csv", b"a,b", "must end in .parquet"),
-        ("empty.jsonl", b"", "holds no rows"),
+        ("empty.jsonl", b"", "contains no rows"),
         ("empty.parquet", b"", "cannot be read as parquet"),
         ("pretty.json", b'[\n  {"prompt": "a"}\n]', "one object per line"),
         ("array.json", b'[{"prompt": "a"}]', "one object per line"),

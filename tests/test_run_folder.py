@@ -28,8 +28,8 @@ def test_a_second_run_is_refused_and_the_owner_of_the_folder_is_reported(tmp_pat
         assert result.returncode == 2 and sorted(os.listdir(output)) == [".lock"]
     (line,) = result.stderr.splitlines()
     assert re.fullmatch(
-        rf"error: output_dir {output} is in use by process {os.getpid()} on host \S+ since [-\d]+ [:\d]+ UTC: "
-        "wait for it or set another --output_dir",
+        rf"error: --output_dir={output} is in use by process {os.getpid()} on host \S+ since [-\d]+ [:\d]+ UTC: "
+        "wait until it ends, or set another folder",
         line,
     )
     assert not output.exists()
@@ -47,7 +47,7 @@ def test_a_killed_owner_leaves_no_lock(tmp_path):
 
 
 def test_a_process_that_opened_a_removed_lock_takes_a_new_one(tmp_path):
-    """If it locked the deleted file, another run could lock a new file of the same name."""
+    """If the process locked the deleted file, another run could lock a new file of the same name."""
     with ExitStack() as owner:
         owner.enter_context(lock_folder(tmp_path))
         before_locking.action = owner.close
@@ -74,7 +74,7 @@ def test_a_folder_that_cannot_be_written_is_reported_at_the_start(tmp_path):
     for output in (tmp_path / "file" / "out", "/proc/out"):
         started_at = time.perf_counter()
         result = run(sys.executable, PROGRAM, "train", f"--output_dir={output}")
-        assert time.perf_counter() - started_at < 10  # no torch, no model
+        assert time.perf_counter() - started_at < 10  # neither torch nor a model is loaded
         assert result.returncode == 2
         assert f"error: --output_dir={output} cannot be written: No" in result.stderr, result.stderr
 
@@ -114,7 +114,7 @@ def test_an_exit_of_another_launch_is_not_ours(tmp_path):
     rewrite(tmp_path, launch={"since": "2020-01-01T00:00:00+00:00"}, time="2020-01-01T00:00:01+00:00")
     assert final_exit(tmp_path) is None  # written under an earlier launcher with the same process id
     rewrite(tmp_path, launch={"host": "another"})
-    assert final_exit(tmp_path) is None  # both launches have no run id, but the exit is older than our launcher
+    assert final_exit(tmp_path) is None  # neither launch has a run id, but the exit is older than our launcher
     rewrite(tmp_path, time=datetime.now(UTC).isoformat())
     assert final_exit(tmp_path) is not None  # written on another host of this launch
     rewrite(tmp_path, launch={"run_id": "another"})

@@ -22,11 +22,11 @@ from tests.models import build, qa_rows
 DROPOUT = {"t5": {"dropout_rate": 0.1}, "llama": {"attention_dropout": 0.1}}
 DEEP = {"t5": {"num_layers": 6}, "llama": {"num_hidden_layers": 6}}
 
-# For each saver, the largest allowed ratio of a step's peak bytes with the saver to those without it. The model has 6
-# layers, and its weights are not counted. The first three savers run on 8 rows, where activations dominate the peak (10
-# to 20 times the weights); release runs on one short row, where gradients dominate.
+# For each saver: a step's peak bytes with the saver may be at most this ratio of those without it. The model has 6
+# layers, and its weights are not counted. The first three savers run on 8 rows, where activations dominate the peak
+# with 10 to 20 times the bytes of the weights. release runs on one short row, where gradients dominate.
 ALONE = {recompute: 0.25, recompute_cheap: 0.60, offload_activations: 0.15, release: 0.80}
-PAIRS = [pair for pair in combinations(ALONE, 2) if pair != (recompute, recompute_cheap)]  # they exclude each other
+PAIRS = [pair for pair in combinations(ALONE, 2) if pair != (recompute, recompute_cheap)]  # which exclude each other
 SAVERS = [*((saver,) for saver in ALONE), *PAIRS]
 
 
@@ -58,7 +58,7 @@ def test_savers_and_pairs_of_savers_change_no_bit_with_dropout(savers, family):
     assert torch.equal(loss, same_loss)
     torch.testing.assert_close(norm, same_norm, rtol=1e-6, atol=0)  # release sums the norm in another order
     for name, weight in weights.items():
-        assert torch.equal(weight, same_weights[name]), name  # SGD at rate 1: equal weights mean equal gradients
+        assert torch.equal(weight, same_weights[name]), name  # with SGD at rate 1, equal weights mean equal gradients
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
@@ -89,7 +89,7 @@ def test_savers_rename_no_parameter_and_leave_no_hook(savers, family):
             train_step(state, [batch], chunked_loss, Accelerator(cpu=True), learning_rate=0.0)
         return meter.peak_bytes
 
-    before = bytes_of_a_step()  # transformers adds its own hooks in a model's first forward
+    before = bytes_of_a_step()  # in a model's first forward, transformers adds its own hooks
     keys, hooks, names = list(model.state_dict()), count_hooks(model), vars(optimizer).keys() | set()
     with entered(savers, model, optimizer):
         assert list(model.state_dict()) == keys
@@ -124,7 +124,7 @@ def test_recompute_does_not_differentiate_frozen_embeddings():
 
 
 def test_offloaded_activations_are_kept_when_their_memory_is_reused():
-    """A new tensor may reuse the memory of a freed one; backward must not get the freed tensor's copy for it."""
+    """A new tensor may reuse the memory of a freed tensor, but backward must not get the freed tensor's copy for it."""
     torch.manual_seed(0)
     weights = [torch.randn(64, 64, requires_grad=True) for _ in range(6)]
 
@@ -178,7 +178,7 @@ def test_release_refuses_what_needs_whole_gradients_before_anything_is_computed(
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with release(model, optimizer):
         for batches, options, message in [
-            ([batch] * 2, {}, "2 micro-batches a step .set gradient_accumulation_steps to 1"),
+            ([batch] * 2, {}, "2 micro-batches per step .set gradient_accumulation_steps to 1"),
             ([batch], {"max_grad_norm": 1.0}, "clipping at 1.0 .set max_grad_norm to 0"),
             ([batch], {"nonfinite": "skip"}, "set nonfinite to stop"),
         ]:
@@ -221,7 +221,7 @@ def test_release_says_that_weights_changed_before_a_gradient_was_not_finite():
 
 
 def test_release_also_updates_parameters_that_the_loss_does_not_use():
-    """With a gradient of zero, weights and moments still decay."""
+    """Their gradient is zero, but their weights and moments still decay."""
     results = []
     for savers in ([], [release]):
         model, batch = build("t5"), batch_of("t5")
@@ -238,7 +238,7 @@ def test_release_also_updates_parameters_that_the_loss_does_not_use():
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_compiled_layers_with_recompute_inside_have_the_same_losses(family):
-    """Layers also stay compiled for batches of several lengths, padded or not."""
+    """Also check that layers stay compiled for batches of several lengths, padded or not."""
     losses = []
     for savers in ([], [recompute, compiled]):
         model = build(family)

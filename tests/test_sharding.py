@@ -25,7 +25,7 @@ from lowmem.step import TrainState, train_step
 from tests.forked import fork_ranks
 from tests.models import build, qa_rows
 
-FAMILIES = ["t5", "llama", "qwen2"]  # embeddings: tied; untied; tied, without an encoder
+FAMILIES = ["t5", "llama", "qwen2"]  # t5 has tied embeddings, llama has untied ones, qwen2 has tied ones but no encoder
 # strategies for 2 ranks; HYBRID_SHARD needs 4
 STRATEGIES = {
     "FULL_SHARD": {"sharding_strategy": "FULL_SHARD"},
@@ -71,7 +71,7 @@ def train(
 
 
 def built(family, **changes):
-    return build(family, seed=1, **({"d_ff": 50} if family == "t5" else {}) | changes)  # 50 is not divisible by 4 ranks
+    return build(family, seed=1, **({"d_ff": 50} if family == "t5" else {}) | changes)  # 4 ranks cannot share 50 evenly
 
 
 # one step that subtracts the gradient from the weights
@@ -175,7 +175,7 @@ def train_and_save_lean(folder):
     draws = state.optimizer._random(next(model.parameters()), 0)(torch.empty(8, 8))
     everyone = [torch.empty_like(draws) for _ in range(accelerator.num_processes)]
     torch.distributed.all_gather(everyone, draws)
-    assert not torch.equal(*everyone[:2])  # ranks have different rows of the weight, so they draw different random bits
+    assert not torch.equal(*everyone[:2])  # each rank draws other random bits for its rows of the weight
     accelerator.end_training()
 
 
@@ -260,8 +260,8 @@ def fill(family, folder):
     fresh = load_model(**config)[0]
     torch.manual_seed(0)
     for model, source in (
-        (load_model(folder, on_meta=True)[0], expected),  # filled from the files
-        (load_model(**config, on_meta=rank > 0)[0], fresh),  # filled from rank 0
+        (load_model(folder, on_meta=True)[0], expected),  # all ranks load on meta: weights come from the files
+        (load_model(**config, on_meta=rank > 0)[0], fresh),  # only rank 0 has weights, which the others get
         (load_model(**config)[0], None),  # all ranks have weights; rank 0's are used
     ):
         is_on_meta = {parameter.is_meta for parameter in model.parameters()}
@@ -326,15 +326,15 @@ def answer(family, folder):
     results = []
     for strategy in ("NO_SHARD", "FULL_SHARD", "SHARD_GRAD_OP"):
         model = parallelize(built(family), accelerator, sharding_strategy=strategy)
-        rows = open_eval(  # the second rank has no rows in its last batch
+        rows = open_eval(  # rank 1's last batch is empty
             qa_rows(5), encoder(family), batch_size=2, rank=accelerator.process_index, world_size=2
         )
-        # before the first forward of the whole T5, this calls its encoder alone
+        # generate before training: it calls T5's encoder alone, before any forward of the whole model
         generate(model, ByT5Tokenizer(), rows, accelerator, max_new_tokens=2)
         train(accelerator, model, family, steps=2)
         metrics = evaluate(model, rows, chunked_loss, accelerator)
         answers = generate(model, ByT5Tokenizer(), rows, accelerator, max_new_tokens=6)
-        # the weights are sharded again
+        # after generating, the weights are sharded again
         assert all(strategy == "NO_SHARD" or hasattr(x, "full_tensor") for x in model.parameters())
         results.append((metrics["eval_loss"], answers))
     (loss, answers), *others = results

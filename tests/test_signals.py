@@ -42,7 +42,7 @@ def test_a_process_stuck_in_c_notes_a_signal_and_its_echo_and_ends_at_a_second_s
         process.send_signal(signal.SIGTERM)
         result = finish(process, timeout=10)
     assert result.returncode == 1
-    assert result.stderr == "SIGTERM came after SIGUSR1: exits immediately, without saving\n"
+    assert result.stderr == "SIGTERM received after SIGUSR1: exiting immediately, without saving\n"
 
 
 # stderr is a pipe that is full, or whose reader has closed it.
@@ -92,11 +92,11 @@ def test_a_signal_to_a_fork_ends_only_the_fork():
 
 @pytest.mark.parametrize(("command", "code"), [("train", 75), ("verify", 130)])
 def test_ctrl_c_with_nothing_to_save_prints_no_traceback(command, code, tmp_path):
-    """The signal is sent during imports. If it arrives after the program has ended, the test tries again."""
+    """The signal is sent during imports. If it arrives only after the program has ended, the test tries again."""
     for _ in range(5):
         with started(sys.executable, "-v", "train_low_mem.py", command, tmp_path) as process:
             for line in process.stderr:
-                if line.startswith("import 'lowmem.distributed.signals'"):  # many imports follow
+                if line.startswith("import 'lowmem.distributed.signals'"):  # many imports are still to come
                     break
             process.send_signal(signal.SIGINT)
             result = finish(process, timeout=20)

@@ -12,4 +12,4 @@ def test_a_run_killed_repeatedly_ends_with_the_bits_of_one_never_killed(tmp_path
 def test_a_soak_reports_every_failure():
     kill = Kill("all", in_save=False, step=14, resumed_from=5, seconds=0.1)
     lines = Soak([kill], 40, same_weights=False, same_losses=False).failures()
-    assert lines[0] == "a kill cost 9 steps, saves are 5 apart" and len(lines) == 3
+    assert lines[0] == "a kill lost 9 steps, but the run saves every 5 steps" and len(lines) == 3

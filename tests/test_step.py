@@ -46,7 +46,7 @@ def gradient_of_step(model, batches, accelerator, loss_fn=chunked_loss):
 def assert_same_gradient(mine, expected):
     assert mine.keys() == expected.keys()
     for name, gradient in expected.items():
-        # these differences of weights have the rounding errors of weights of size ~1: hence the absolute tolerance
+        # gradients are differences of weights of size ~1, whose rounding errors need an absolute tolerance
         torch.testing.assert_close(mine[name], gradient, rtol=0, atol=1e-6, msg=name)
 
 
@@ -56,7 +56,7 @@ def test_unequal_micro_batches_have_the_gradient_of_one_batch(family, batch_size
     accelerator = Accelerator(cpu=True)
     whole = next(stream_of(family, batch_size=8))
     parts = next(stream_of(family, batch_size=batch_size, gradient_accumulation_steps=steps))
-    assert len({batch.num_targets for batch in parts}) > 1  # otherwise this test proves nothing
+    assert len({batch.num_targets for batch in parts}) > 1  # equal numbers would prove nothing
     expected, one = gradient_of_step(build(family), whole, accelerator)
     mine, many = gradient_of_step(build(family), parts, accelerator)
     assert_same_gradient(mine, expected)
@@ -155,7 +155,7 @@ def test_dropout_is_a_function_of_seed_and_step():
     def loss(seed, step, disturb):
         torch.manual_seed(disturb)
         state = state_of(build("t5", dropout_rate=0.3), name="sgd")
-        torch.rand(disturb)  # other code may use the global generator
+        torch.rand(disturb)  # like other code, use the global generator
         state.seed, state.step = seed, step
         batches = next(stream_of("t5", batch_size=2, gradient_accumulation_steps=2))
         return train_step(state, batches, plain_loss, Accelerator(cpu=True), learning_rate=0.0).loss.item()
@@ -296,7 +296,7 @@ def test_a_step_without_any_target_changes_nothing_but_the_step_count():
     model, accelerator = build("t5"), Accelerator(cpu=True)
     state = state_of(model)
     train_step(state, next(stream_of("t5", batch_size=4)), chunked_loss, accelerator, learning_rate=0.1)
-    before = [parameter.detach().clone() for parameter in model.parameters()]  # momentum would change these
+    before = [parameter.detach().clone() for parameter in model.parameters()]  # momentum would change them
     result = train_step(state, [empty], chunked_loss, accelerator, learning_rate=0.1)
     assert result.loss == 0 and result.grad_norm == 0 and state.step == 2 and not result.updated
     assert result.reason == "no rank has a target token"

@@ -133,7 +133,7 @@ def test_ranks_split_one_stream_of_rows(world_size):
 def test_a_rank_splits_its_rows_of_a_step_into_micro_batches_longest_rows_first():
     options = {"batch_size": 3, "global_batch_size": 13, "world_size": 2, "seed": 5}
     lengths = [sum(map(len, ENCODE(row).values())) for row in ROWS]
-    assert len(set(lengths)) < 50  # some are equal
+    assert len(set(lengths)) < 50  # some rows have equal lengths
     for rank, (first, stop) in enumerate([(0, 6), (6, 13)]):
         stream = open_stream(ROWS, ENCODE, rank=rank, **options)
         for step, batches in enumerate(itertools.islice(stream, 8)):
@@ -181,7 +181,7 @@ def test_uneven_global_batches_give_micro_batches_that_differ_by_one_row_at_most
 def test_an_empty_micro_batch_is_refused():
     with pytest.raises(UsageError, match="empty"):
         open_stream(ROWS, ENCODE, batch_size=1, global_batch_size=3, world_size=2)
-    with pytest.raises(UsageError, match="give at least one row"):
+    with pytest.raises(UsageError, match="no rows found: pass at least one row"):
         open_stream([], ENCODE, batch_size=1)
 
 
@@ -201,7 +201,7 @@ def test_resumed_stream_continues_exactly():
     for stop in (0, 1, 6, 13):  # after 6 steps the stream is in epoch 1, after 13 in epoch 2
         first = open_stream(ROWS, ENCODE, batch_size=4, gradient_accumulation_steps=2, seed=9)
         assert draw(first, stop) == expected[:stop]
-        next(first)  # this step is read ahead, but never trained on
+        next(first)  # a step that is read ahead, but never trained on, does not advance the stream
         second = open_stream(ROWS, ENCODE, batch_size=4, gradient_accumulation_steps=2, seed=9)
         list(itertools.islice(second, 2))
         second.load_state_dict(first.state_dict())
@@ -308,7 +308,7 @@ class Grouped(list):
 def test_the_state_of_another_stream_is_refused(other):
     options = {"rows": Grouped(ROWS), "seed": 0, "batch_size": 4} | other
     saved = open_stream(Grouped(ROWS), ENCODE, batch_size=4).state_dict()
-    with pytest.raises(UsageError, match="this stream differs from the saved one"):
+    with pytest.raises(UsageError, match="this stream differs from the one in the checkpoint"):
         open_stream(options.pop("rows"), ENCODE, **options).load_state_dict(saved)
 
 
@@ -334,7 +334,7 @@ def test_one_background_thread_encodes_rows_prefetch_steps_ahead(prefetch):
     deadline = time.monotonic() + 30
     while len(encoded) < 4 * (1 + prefetch) and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.2)  # time in which it must not encode further rows
+    time.sleep(0.2)  # time in which the stream must not encode further rows
     assert len(encoded) == 4 * (1 + prefetch)
     assert len(threads) == 1 and threading.main_thread() not in threads
 

@@ -73,7 +73,7 @@ def flip(path, offset, bit=1):
     path.write_bytes(data)
 
 
-# With COPIED, every row group and record batch is too large, so files are copied; PIECES copies in small pieces.
+# With COPIED, every row group and record batch is too large, so files are copied; with PIECES, in small pieces.
 COPIED = TableLimits(row_group_bytes=0, batch_bytes=0)
 PIECES = replace(COPIED, piece_rows=40)
 
@@ -257,7 +257,7 @@ def test_a_flipped_bit_in_a_page_is_detected_if_the_file_has_checksums(tmp_path)
     settings = {"write_page_checksum": True, "use_dictionary": False, "compression": "none"}
     source = write_parquet(tmp_path / "rows.parquet", **settings)
     flip(source.path, source.path.read_bytes().index("问题 7 ".encode()))
-    with pytest.raises(UsageError, match="rows.parquet cannot be read as parquet .*CRC"):  # the copy fails
+    with pytest.raises(UsageError, match="rows.parquet cannot be read as parquet .*CRC"):  # found while copying
         ParquetFile(source, WANTED, limits=PIECES)
     with pytest.raises(OSError, match="CRC"):
         ParquetFile(source, WANTED).read_group(0)
@@ -275,7 +275,7 @@ def test_a_file_truncated_deleted_or_rewritten_after_it_was_opened_raises_an_err
     changed = ROWS[:-1] + [row(999)]
     write(path, changed if suffix == "parquet" else table(changed))
     kind = ChangedError if suffix == "parquet" else ValueError
-    with pytest.raises(kind, match="not the file that was opened|not those that were indexed"):
+    with pytest.raises(kind, match="not the file that was opened|the data differs from what was indexed"):
         file.read_group(len(file.group_rows) - 1)
     path.unlink()
     with pytest.raises(FileNotFoundError):
@@ -325,7 +325,7 @@ def test_flipped_bits_in_pages_without_checksums_raise_an_error_or_change_values
 
 def test_a_fingerprint_depends_on_the_content_alone(tmp_path):
     rows = [{"prompt": LONG[i % 10] + str(i), "response": "x", "chat": [], "number": i} for i in range(1000)]
-    for rows_written in (ROWS, rows):  # a small file and one of 2 MB
+    for rows_written in (ROWS, rows):  # the first file is small, the second has 2 MB
         source = write_parquet(tmp_path / "a.parquet", rows_written)
         first = ParquetFile(source, WANTED).fingerprint()
         (tmp_path / "b.parquet").write_bytes(source.path.read_bytes())
@@ -572,7 +572,7 @@ def test_group_bytes_of_a_column_exclude_those_of_a_column_with_the_same_prefix(
 
 @pytest.mark.parametrize(("suffix", "max_mebibytes"), [("parquet", 280), ("arrow", 30)])
 def test_copying_long_rows_needs_memory_for_a_few_of_them_only(tmp_path, suffix, max_mebibytes):
-    """Parquet needs more: a page is decoded whole, and pyarrow ends no page before row 1,024."""
+    """Parquet needs more memory: a page is decoded whole, and pyarrow writes all these rows to one page."""
     rows = pa.table({"x": [f"{number} {'q' * 400_000}" for number in range(300)]})
     path = tmp_path / f"rows.{suffix}"
     if suffix == "parquet":

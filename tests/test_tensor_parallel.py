@@ -45,7 +45,7 @@ FAMILIES = {
 def of_family(family, **changes):
     model = build("llama", **FAMILIES[family] | changes)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # zeros would hide a bias that is added twice
+        if name.endswith("bias"):  # biases of 0, the default, would hide that a bias is added twice
             torch.nn.init.normal_(parameter, std=0.1)
     return model
 
@@ -106,7 +106,7 @@ def compare_with_one_process(family):
                     Shard(0),
                     Shard(1),
                 )
-                local = parameter.to_local()  # its storage is local too: the full tensor is freed
+                local = parameter.to_local()  # not a view of the full tensor, which is freed
                 assert local.untyped_storage().nbytes() == local.nbytes == 2 * parameter.numel(), name
             else:
                 assert_same_on_ranks(parameter.grad)
@@ -153,7 +153,7 @@ def compare_savers():
         found[saver] = (losses, gradients)
         for parameter in model.parameters():
             if not isinstance(parameter, DTensor):
-                assert_same_on_ranks(parameter.grad)  # even with dropout: every rank has the same seed
+                assert_same_on_ranks(parameter.grad)  # equal even with dropout, because every rank has the same seed
     for saver in (recompute, recompute_cheap, offload_activations):
         assert found[saver][0] == found[None][0]
         assert all(map(torch.equal, found[saver][1], found[None][1])), saver
@@ -226,7 +226,7 @@ def test_every_rank_gets_the_weights_of_rank_0_and_frozen_ones_stay_frozen():
 
 
 def train_and_save(folder, seed):
-    """Take an AdamW step (with the same rows on all data ranks) if `seed` is 0, else load a checkpoint; then save."""
+    """If `seed` is 0, take an AdamW step on the same rows on all data ranks, else load a checkpoint; then save."""
     accelerator = init_distributed()
     model = build("llama", seed=seed, intermediate_size=36)
     if accelerator.num_processes > 1:
@@ -279,7 +279,7 @@ def test_models_that_cannot_be_sharded_are_refused_with_the_reason(model, tp_siz
         check_plan(build(model[0], **model[1]), tp_size)
 
 
-# large enough that lean rounds the sharded weights, and that no block of moments is split over ranks
+# large enough that lean rounds the sharded weights, and that each block of moments stays on one rank
 LARGE = {"hidden_size": 16, "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 512}
 
 

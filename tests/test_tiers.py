@@ -43,7 +43,7 @@ def set_gradients(step, dtype, *models):
     for parameters in zip(*(model.parameters() for model in models), strict=True):
         gradient = torch.randn(parameters[0].shape, generator=generator).to(dtype)
         for parameter in parameters:
-            parameter.grad_dtype = None  # gradients may have any dtype
+            parameter.grad_dtype = None  # let gradients have any dtype
             parameter.grad = gradient.to(dtype if parameter.dtype == torch.bfloat16 else torch.float32)
 
 
@@ -72,7 +72,7 @@ def test_exact_has_the_bits_of_torchs_adamw(gradients, slice_elements):
 def test_exact_adafactor_has_the_weights_of_torchs_adafactor(slice_elements):
     mine, reference = Matrices(), Matrices()
     for model in (mine, reference):
-        del model.deep  # torch factors the last two dimensions, lowmem reshapes to a matrix
+        del model.deep  # torch factors its last two dimensions, but lowmem makes it a matrix first
     optimizer = make_optimizer(mine, name="adafactor", weight_decay=0.1, slice_elements=slice_elements)
     theirs = make_optimizer(reference, name="adafactor", memory="off", weight_decay=0.1)
     for step in range(30):
@@ -91,7 +91,7 @@ def test_rounded_state_stays_near_adamw_and_small_parameters_have_its_bits(name,
     start = [parameter.detach().clone() for parameter in mine.parameters()]
     optimizer, theirs = make_optimizer(mine, name=name, memory=memory), make_optimizer(reference, memory="off")
     for step in range(200):
-        set_gradients(step % 5, torch.bfloat16, mine, reference)  # five gradients repeat, so they do not cancel out
+        set_gradients(step % 5, torch.bfloat16, mine, reference)  # gradients repeat every five steps, so they add up
         for group in (*optimizer.param_groups, *theirs.param_groups):
             group["lr"] = 1e-3
         optimizer.step()
@@ -117,7 +117,7 @@ def test_a_small_learning_rate_moves_lean_weights_that_bf16_alone_would_not():
         weight.grad, stuck.grad = torch.ones_like(weight), torch.ones_like(stuck)
         optimizer.step()
         nearest.step()
-    large = before.abs() > 1e-2  # where bf16 values are at least 3e-5 apart
+    large = before.abs() > 1e-2  # where bf16 values are at least 3e-5 apart, so an update of 1e-6 is lost
     assert torch.equal(stuck.detach().float()[large], stuck_before[large])
     assert (weight.detach().float() - before)[large].mean().item() == pytest.approx(-200e-6, rel=0.05)
 
@@ -181,7 +181,7 @@ def gradients_of(model, batches):
 @pytest.mark.parametrize(("memory", "factor"), [("exact", 1.2), ("lean", 2.0)])
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_accumulated_gradients_are_as_accurate_as_those_of_one_batch(family, memory, factor):
-    """Compare distances to fp64 gradients: exact sums micro-batches in fp32, lean rounds each sum stochastically."""
+    """Compare errors against fp64: `exact` sums micro-batches in fp32; `lean` rounds each sum stochastically."""
     batches = batches_of(family, 8)
     expected = gradients_of(build(family).double(), batches)
     at_once = gradients_of(build(family).bfloat16(), batches_of(family, 1))
@@ -229,7 +229,7 @@ def steps_of_a_rank(memory, folder):
     state, tensors, losses = TrainState(model, optimizer), {}, []
     stream = stream_of("t5", batch_size=2, gradient_accumulation_steps=2, rank=rank, world_size=2)
     for step, batches in zip(range(4), stream, strict=False):
-        if step == 3:  # one micro-batch: gradients are bf16
+        if step == 3:  # with a single micro-batch, gradients stay bf16
             batches = batches[:1]
         result = train_step(state, batches, chunked_loss, accelerator, learning_rate=1e-2, max_grad_norm=1.0)
         losses.append(result.loss.item())
@@ -311,7 +311,7 @@ def test_micro_batches_steps_and_ranks_round_sums_with_different_random_bits(mem
     for _ in range(2):
         train_step(state, batches_of("llama", 4), chunked_loss, Accelerator(cpu=True), learning_rate=1e-3)
     of_head = [key[1:] for key in keys if key[0] == id(model.lm_head.weight)]
-    # (micro-batch, step, rank) for the sum after each micro-batch but the first, and (update,) for the weight
+    # keys: (micro-batch, step, rank) for the sum after each micro-batch except the first, (update,) for the weight
     expected = [(1, 0, 0), (2, 0, 0), (3, 0, 0), (1,), (1, 1, 0), (2, 1, 0), (3, 1, 0), (2,)]
     assert of_head == expected
 

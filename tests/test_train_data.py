@@ -111,7 +111,7 @@ def test_invalid_flags_are_refused_and_nothing_is_written(work, changes, message
 def test_rows_that_are_cut_are_counted_and_reported(work):
     result = train(*run_flags(work, "cut", max_seq_len=16))
     assert_done(result)
-    # in an epoch, each prompt and each response has one token per byte, and an end token
+    # each prompt and each response has one token per byte, plus an end token
     lengths = [[len(text.encode()) + 1 for text in row.values()] for row in ROWS]
     over = [sum(max(0, length - 16) for length in pair) for pair in lengths]
     end = records(work, "cut")[-1]
@@ -176,7 +176,7 @@ def test_files_that_changed_are_refused_on_resume_unless_they_are_accepted(work)
     assert_done(train(*run_flags(work, "changing", train_file=data, max_steps=5)))
     moved = data.rename(work / "moved.jsonl")
     resumed = {"train_file": moved, "resume": "auto"}
-    assert_done(train(*run_flags(work, "changing", **resumed, max_steps=10)))  # another name, the same rows
+    assert_done(train(*run_flags(work, "changing", **resumed, max_steps=10)))  # renamed file, same rows
     text = moved.read_text()
     changed = text.replace('"response": "7', '"response": "8', 1)
     assert len(changed) == len(text) and changed != text

@@ -33,8 +33,8 @@ def device_arguments(system: System, mixed_precision: str) -> dict[str, object]:
     if on_cuda or not system.zero_stage:
         return {"use_cpu": not on_cuda, "bf16": mixed_precision == "bf16"}
     # For DeepSpeed on a CPU, create accelerate's state here: otherwise accelerate ignores DeepSpeed with `use_cpu`, and
-    # sees only one process without `use_cpu`. Trainer accepts bf16 only on a GPU or with `use_cpu`; `train` sets it
-    # later.
+    # sees only one process without `use_cpu`. Trainer accepts bf16 only on a GPU or with `use_cpu`, so `train` sets
+    # bf16 later.
     PartialState(cpu=True)
     return {"accelerator_config": {"use_configured_state": True}}
 
@@ -43,7 +43,7 @@ def checkpointing_arguments(is_wanted: bool) -> dict[str, object]:
     """Return keyword arguments of TrainingArguments that turn activation checkpointing on or off."""
     from transformers import TrainingArguments
 
-    # transformers 5.17 has only the older name, which later versions deprecate
+    # transformers 5.17 has only the older name below, which later versions deprecate
     name = "activation_checkpointing"
     if not hasattr(TrainingArguments, name):
         name = "gradient_checkpointing"

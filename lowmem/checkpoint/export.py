@@ -18,13 +18,13 @@ from lowmem.storage.atomic_folder import atomic_folder
 from lowmem.storage.files import free_bytes, to_json, write_file
 from lowmem.storage.tensor_files import StoredTensor, host_parts, open_shards, split_shards, write_index
 
-_ROW_ELEMENTS = 2**22  # tensors are converted by slices of about this many elements
+_ROW_ELEMENTS = 2**22  # tensors are converted in slices of about this many elements
 # Weights in these formats are not copied: they would differ from the exported ones, and some formats are pickles.
 _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf"}
 
 
 class _Source(NamedTuple):
-    """A tensor to export. `parts` reads it, merges it with its low half and converts it, some rows at a time."""
+    """A tensor to export. `parts` reads it, merges in `low` (the rest of its fp32 master) and converts it, by rows."""
 
     stored: StoredTensor
     low: StoredTensor | None
@@ -52,8 +52,8 @@ class _Source(NamedTuple):
 def export(path: str | Path, out: str | Path, *, dtype: torch.dtype | None, max_shard_bytes: int) -> str:
     """Write the model in `path`, a checkpoint (verified first) or a model folder, into the new folder `out`.
 
-    Converts all floating-point tensors to `dtype` (None: does not convert). float32 and float16 are converted from the
-    fp32 master, if any. Returns a summary. Raises UsageError if the export is impossible, SaveError if writing fails.
+    Converts all floating-point tensors to `dtype` (None: does not convert). float32 and float16 are made from the fp32
+    master, if any. Returns a summary. Raises UsageError if the export is impossible, SaveError if writing fails.
     """
     path, out = Path(path), Path(out)
     if out.exists():
@@ -76,7 +76,7 @@ def export(path: str | Path, out: str | Path, *, dtype: torch.dtype | None, max_
     needed = sum(shard.num_bytes for shard in shards)
     try:
         if needed > (free := free_bytes(out)):
-            raise SaveError(f"{out} needs {needed:,} bytes, {free:,} are free: make room or use another disk")
+            raise SaveError(f"{out} needs {needed:,} bytes, but only {free:,} are free: free space or use another disk")
         with atomic_folder(out) as unfinished:
             for shard in shards:
                 parts = chain.from_iterable(sources[name].parts() for name in shard.tensors)
@@ -98,7 +98,7 @@ def _source(stored: StoredTensor, low: StoredTensor | None, dtype: torch.dtype |
     if saved_as is None:
         raise UsageError(f"tensor {stored.name} is {stored.dtype}, which is not supported: use a model without it")
     to = dtype if dtype is not None and saved_as.is_floating_point else saved_as
-    return _Source(stored, None if to == torch.bfloat16 else low, to)  # the stored half is the master rounded to bf16
+    return _Source(stored, None if to == torch.bfloat16 else low, to)  # `stored` is the master rounded to bf16
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -129,7 +129,7 @@ def _open_model(folder: Path, files: list[str] | None) -> Mapping[str, StoredTen
 
 
 def _copy_others(folder: Path, files: list[str] | None, target: Path) -> None:
-    """Copy what is not weights (tokenizer, chat templates, ...): `files` of `folder`, or (None) everything in it."""
+    """Copy `files` of `folder` (None: all its files) to `target`, except weights: tokenizer, chat templates, etc."""
     in_folder = chain(folder.iterdir(), folder.glob("additional_chat_templates/*"))
     for path in in_folder if files is None else [folder / name for name in files]:
         is_weights = path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json")

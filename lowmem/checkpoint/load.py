@@ -1,4 +1,4 @@
-"""Load a checkpoint into a training state: verify it, compare it with the model, then read; each rank its own part."""
+"""Load a checkpoint into a training state: verify it, compare it with the model, then read this rank's part."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -40,7 +40,7 @@ def first_valid(paths: Iterable[Path], verify: Callable[[Path], None], *, silent
 
 
 def verify_together(path: str | Path) -> None:
-    """Like `verify_checkpoint`, but each rank hashes only a share of the files, and all ranks raise if one does."""
+    """Like `verify_checkpoint`, but each rank hashes only a share of the files, and if one rank raises, all do."""
     path, (rank, world_size) = Path(path), rank_and_world_size()
     with raise_on_all_ranks():
         records = read_manifest(path)["files"]
@@ -53,10 +53,10 @@ def verify_together(path: str | Path) -> None:
 def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerator, *, verify: bool = True) -> None:
     """Load the checkpoint `path` into `state`, in place, on every rank. World size and sharding may differ.
 
-    AdamW's state can also be loaded into a smaller memory tier: from off into exact (lossless), from both into lean
-    (rounded). First checks sizes and hashes (`verify=False`: the caller has checked them), then the names, shapes and
-    dtypes of weights and optimizer state (for torch's optimizers, only the class). Raises UsageError that names the
-    bad file or up to 10 differing tensors.
+    AdamW's state can also be loaded into a smaller memory tier: from off into exact (lossless), and from off or exact
+    into lean (rounded). First checks sizes and hashes, unless the caller has (`verify=False`). Then checks the names,
+    shapes and dtypes of weights and optimizer state (of torch's optimizers, only the class). Raises UsageError that
+    names the bad file or up to 10 differing tensors.
     """
     path = Path(path)
     if verify:

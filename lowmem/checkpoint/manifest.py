@@ -30,7 +30,7 @@ def write_manifest(folder: Path, step: int, records: Mapping[str, FileRecord]) -
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Check that every file has the size and hash in the manifest. Raises UsageError naming the first that has not."""
+    """Check that every file has the size and hash in the manifest. Raises UsageError naming the first that differs."""
     records = read_manifest(path)["files"]
     check_sizes(Path(path), records)
     check_hashes(Path(path), records)

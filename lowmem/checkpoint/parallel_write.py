@@ -1,4 +1,4 @@
-"""Write a folder from all ranks at once. Each writes a share of the bytes. The folder becomes complete or absent."""
+"""Write a folder from all ranks at once, each a share of the bytes. The folder ends up either complete or absent."""
 
 import errno
 import os
@@ -55,7 +55,7 @@ def write_together(
                 for stem, group in groups.items():
                     records |= write_index(group, unfinished, stem)
                 write_rest(unfinished, records)
-                stack.close()  # renames the folder: here, inside on_main_rank, an error is raised on every rank
+                stack.close()  # renames the folder; inside on_main_rank, so that every rank raises its error
 
         on_main_rank(start)
         with raise_on_all_ranks(), _as_save_error(path, needed):
@@ -124,7 +124,7 @@ def _parts(tensor: Tensor, rank: int) -> Iterator[memoryview]:
         for piece in every:
             yield from host_parts(_received(tensor, piece, rank))
     else:
-        whole = torch.empty(tensor.shape, dtype=tensor.dtype)  # every row has columns of all ranks
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype)  # no row is complete before all pieces are here
         for piece in every:
             whole[:, piece.start : piece.stop] = _received(tensor, piece, rank)
         yield from host_parts(whole)
@@ -159,5 +159,5 @@ def _as_save_error(path: Path, needed: int) -> Iterator[None]:
             free = f"{free_bytes(path):,}"
         except OSError:  # the disk does not respond
             free = "an unknown number"
-        found = f"{error.strerror or error}{where}; it takes {needed:,} bytes, {free} are free"
-        raise SaveError(f"{path} could not be saved: {found}. Earlier checkpoints are intact: make room") from error
+        why = f"{error.strerror or error}{where}; it takes {needed:,} bytes, {free} are free"
+        raise SaveError(f"{path} could not be saved: {why}. Earlier checkpoints are intact: free disk space") from error

@@ -26,7 +26,7 @@ def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
 
 
 def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: Collection[str]) -> list[str]:
-    """Compare settings with those of `checkpoint`. Returns a text for each allowed change.
+    """Compare `settings` with those of the run that saved `checkpoint`. Returns a text for each allowed change.
 
     Raises UsageError if a setting in `fixed` has changed. With adamw, `memory` may change to a smaller tier.
     """

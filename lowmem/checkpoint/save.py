@@ -60,7 +60,7 @@ def save_checkpoint(
     parameters = named_parameters(state.model, state.optimizer)
     weights, optimizer_state = model_tensors(state.model), optimizer_tensors(parameters, state.optimizer)
     max_bytes, (_, world_size) = parse_bytes(max_shard_size), rank_and_world_size()
-    share = -(-(num_bytes(weights) + num_bytes(optimizer_state)) // world_size)  # so no file exceeds a rank's share
+    share = -(-(num_bytes(weights) + num_bytes(optimizer_state)) // world_size)  # the limit for optimizer files
     groups = {
         "model/model": split_shards(weights, "model/model", max_bytes),
         "optimizer": split_shards(optimizer_state, "optimizer", min(max_bytes, share)),
@@ -124,8 +124,8 @@ def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int 
         most = saves if keep is None else min(saves, max(1, keep + 1 - len(checkpoints(folder))))
         needed, free = most * checkpoint + weights, free_bytes(folder)
         if needed > free:
-            required = f"{needed:,} bytes for {most} more checkpoints ({checkpoint:,} each) and the model"
-            raise UsageError(f"{folder} needs {required}, {free:,} are free: make room or lower save_total_limit")
+            what = f"{folder} needs {needed:,} bytes for {most} more checkpoints ({checkpoint:,} each) and the model"
+            raise UsageError(f"{what}, but only {free:,} are free: free disk space or lower save_total_limit")
 
     on_main_rank(check)
 
@@ -143,7 +143,7 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
     if tokenizer is not None:
         try:
             tokenizer.save_pretrained(folder)
-        except Exception as error:  # tokenizers (in Rust) reports the OS error number only in its message
+        except Exception as error:  # the library tokenizers gives the OS error number only as text
             if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
@@ -152,7 +152,7 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
         sync(path)
         records[path] = record_file(path)
     if getattr(base, "generation_config", None) is not None:
-        # not save_pretrained, which raises for settings that some pretrained models have
+        # not by save_pretrained, which raises for settings that some pretrained models have
         path = folder / "generation_config.json"
         records[path] = write_file(path, [base.generation_config.to_json_string().encode()])
     if config is not None:
@@ -161,7 +161,7 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
 
 
 def _prune(path: Path, keep: int, best: Mapping[str, float] | None) -> None:
-    """Keep `keep` checkpoints: `path`, the best one and the newest before `path`. Keep later ones (another branch)."""
+    """Keep `keep` checkpoints: `path`, the best one and the newest before `path`. Those of later steps stay too."""
     older = [old for old in checkpoints(path.parent) if step_of(old) < step_of(path)]
     kept = [old for old in older if best and step_of(old) == best["step"]]
     others = [old for old in older if old not in kept]

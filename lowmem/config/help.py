@@ -12,11 +12,11 @@ usage: train_low_mem.py train|plan|evaluate|test|verify|export|plot [--flag=valu
   train                                      trains a tiny T5 on bundled rows: no file, no network
   train --train_file=rows.parquet --model_name_or_path=FOLDER --output_dir=out
   plan ...flags of train...                  predicts memory and disk use, without training
-      with --device_memory=20GB --host_memory=12GB it chooses the fastest settings that fit; so does `train`
+      with --device_memory=20GB --host_memory=12GB, plan and train choose the fastest settings that fit
   evaluate (or test) --model_name_or_path=out/model --test_file=rows.parquet
-  verify PATH                                checks that a checkpoint, or every one of a run, is intact
-  export PATH OUT --dtype=float32            writes the model of a checkpoint or folder to a new folder; dtype: float32
-      (with memory=exact: the fp32 master weights), float16, bfloat16, None (as saved); --max_shard_size=5GB
+  verify PATH                                checks that a checkpoint, or each checkpoint of a run, is intact
+  export PATH OUT --dtype=float32            copies the model of a checkpoint or folder to a new folder; --dtype:
+      float32 (the fp32 master weights if memory=exact), float16, bfloat16, None (as saved); --max_shard_size=5GB
   plot OUT [OUT2 ...]                        draws curves of runs: OUT/plot.png, or text without matplotlib
 
 presets, which flags override; then all flags with default or choices, the default first (more in docs/flags.md):"""

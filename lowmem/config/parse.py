@@ -22,7 +22,7 @@ _OTHER_NAMES |= {"per_device_train_batch_size": "batch_size", "resume_from_check
 
 
 def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None = None) -> TrainConfig:
-    """Merge defaults, a preset, `given`, a `config` file and flags, each overriding the earlier, into a TrainConfig.
+    """Merge defaults, a preset, `given`, a `config` file and flags into a TrainConfig; later ones override earlier.
 
     `flags` maps fields, presets, `config` (a YAML or JSON file) and `is_keep_training` to values or text; `given` has
     fields from a launcher or a model's folder. Checks the result, and raises one UsageError that lists all problems.
@@ -82,7 +82,7 @@ def _read_config_file(path: object, problems: list[str]) -> dict[str, object]:
     else:
         if isinstance(values, dict) and all(isinstance(key, str) for key in values):
             return values
-        problems.append(f"--config={path} contains no `field: value` pairs: add one or remove --config")
+        problems.append(f"--config={path} must contain `field: value` pairs, but has none: add some or remove --config")
     return {}
 
 

@@ -21,7 +21,7 @@ _ELEMENTWISE = "adamw adam nadam radam adamax adadelta rmsprop sgd".split()
 _SHARDED = ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"]
 _TIERS = ["exact", "lean"]
 
-# A row: a flag, its values (None: any but the default), another flag, the values that it must then have, why
+# Each row: a flag, its values (None: all but the default), another flag, the values it must then have, and why
 NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("memory", _TIERS, "mixed_precision", ["bf16"], "keeps weights in bf16"),
     ("memory", _TIERS, "optimizer", TIERED_OPTIMIZERS, "does not support --optimizer={optimizer}"),
@@ -46,7 +46,7 @@ NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("deepspeed", None, "tp_size", [1], "already shards weights"),
     ("deepspeed", None, "device_memory", [None], "manages memory itself"),
     ("deepspeed", None, "host_memory", [None], "manages memory itself"),
-    ("deepspeed", None, "memory", ["off", None], "keeps its own optimizer state, not that of --memory={memory}"),
+    ("deepspeed", None, "memory", ["off", None], "has its own optimizer state and does not support --memory={memory}"),
     ("deepspeed", None, "optimizer", _ELEMENTWISE, "splits matrices, but --optimizer={optimizer} needs whole ones"),
     ("deepspeed", None, "release", [False], "manages gradients itself"),
     ("deepspeed", None, "compile", [False], "manages layers itself"),
@@ -75,16 +75,17 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
     causal = [f"--{name}" for name in ("packing", "text_column", "messages_column") if getattr(config, name)]
     causal += [f"--tp_size={config.tp_size}"] * ((config.tp_size or 1) > 1)
     if causal and config.model_config in MODEL_SHAPES:
-        problems.append(
-            f"{', '.join(causal)} need{'' if causal[1:] else 's'} a causal model, --model_config={config.model_config} "
-            "is a T5: set --model_name_or_path, or set --model_config to a config file"
-        )
+        found = f"{', '.join(causal)} need{'' if causal[1:] else 's'} a causal model"
+        advice = "set --model_name_or_path, or set --model_config to a config file"
+        problems.append(f"{found}, --model_config={config.model_config} is a T5: {advice}")
     if "is_finetune" in presets and not config.model_name_or_path:
         problems.append("--is_finetune freezes pretrained parts: set --model_name_or_path too")
     if config.on_bad_row == "error" and config.max_bad_rows != FIELDS["max_bad_rows"].default:
-        problems.append(f"--max_bad_rows={config.max_bad_rows} does nothing without --on_bad_row=skip: set it too")
+        found = f"--max_bad_rows={config.max_bad_rows} does nothing without --on_bad_row=skip"
+        problems.append(f"{found}: set --on_bad_row=skip or remove --max_bad_rows")
     if config.accept_changed_data and config.resume == "never":
-        problems.append("--accept_changed_data=True does nothing unless a run is resumed: set --resume too")
+        advice = "set --resume=auto or remove --accept_changed_data"
+        problems.append(f"--accept_changed_data=True does nothing unless a run is resumed: {advice}")
     return problems + zero_problems(vars(config))
 
 
@@ -101,7 +102,7 @@ def _out_of_range(config: TrainConfig) -> list[str]:
         if value == "" and not rules.get("may_be_empty"):
             problems.append(f"--{name} is empty: give it a value")
         if name == "mixed_precision" and value == "fp16":
-            problems.append("--mixed_precision=fp16 needs loss scaling, which lowmem does not do: use bf16 or no")
+            problems.append("--mixed_precision=fp16 needs loss scaling, which lowmem does not support: set bf16 or no")
         elif choices(name) and value is not None and value not in choices(name):
             problems.append(f"--{name}={value} must be one of {', '.join(choices(name))}")
         if rules.get("unit") == "bytes" and value is not None:

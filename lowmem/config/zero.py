@@ -16,7 +16,7 @@ _REPLACED |= {"torch_autocast": "--mixed_precision", "tensor_parallel": "--tp_si
 
 
 def read_zero_config(source: str) -> dict[str, object]:
-    """Parse the DeepSpeed config `source`, which is JSON text or a file name. Raises UsageError."""
+    """Parse the DeepSpeed config `source`, which is JSON text or a file name. Raises UsageError if it is invalid."""
     is_text = source.lstrip().startswith("{")
     name = "the DeepSpeed config" if is_text else f"--deepspeed={source}"
     try:
@@ -45,7 +45,8 @@ def zero_problems(flags: Mapping[str, object]) -> list[str]:
     for key, flag in _SAME.items():
         ours = flags[flag] == "bf16" if flag == "mixed_precision" else flags[flag]
         if (theirs := _value(values, key)) not in (None, "auto", ours):
-            problems.append(f'{key}={json.dumps(theirs)}, but --{flag}={flags[flag]}: set {key} to "auto"')
+            found = f"{key}={json.dumps(theirs)}, but --{flag}={flags[flag]}"
+            problems.append(f'{found}: set {key} to "auto", or make the two equal')
     for section, flag in _REPLACED.items():
         if section in values:
             problems.append(f"{section}: remove it and set {flag} or related flags instead")
@@ -62,14 +63,14 @@ def zero_problems(flags: Mapping[str, object]) -> list[str]:
         if part == "offload_param" and device not in (None, "none") and zero["stage"] != 3:
             problems.append(f"{part}, which does nothing below stage 3: remove it")
     if zero.get("compute_grad_norm") is False:
-        problems.append("compute_grad_norm to false, but every step reports the norm: remove it")
+        problems.append("compute_grad_norm to false, but every step reports the norm: remove compute_grad_norm")
     if values.get("zero_force_ds_cpu_optimizer"):
         problems.append("zero_force_ds_cpu_optimizer, an Adam that ignores the --adam_ flags: set it to false")
     return [f"the DeepSpeed config sets {problem}" for problem in problems]
 
 
 def complete_zero_config(source: str, *, batch_size: int, max_grad_norm: float, bf16: bool) -> dict[str, object]:
-    """Parse the DeepSpeed config `source` and complete it from our flags. By default gradients are summed in fp32."""
+    """Parse the DeepSpeed config `source` and complete it from our flags. Gradients are summed in fp32 by default."""
     values = read_zero_config(source)
     values |= {
         "train_micro_batch_size_per_gpu": batch_size,
@@ -78,9 +79,9 @@ def complete_zero_config(source: str, *, batch_size: int, max_grad_norm: float, 
         # without immediate_grad_update, DeepSpeed 0.19.8 loses gradients (stage 1, bf16, several micro-batches)
         "bf16": values.get("bf16", {}) | {"enabled": bf16, "immediate_grad_update": True},
         "fp16": {"enabled": False},
-        "zero_force_ds_cpu_optimizer": False,  # its CPU Adam would have to be compiled here
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's CPU Adam would have to be compiled here
     }
-    values.pop("train_batch_size", None)  # DeepSpeed computes it from the others
+    values.pop("train_batch_size", None)  # DeepSpeed computes it from the other sizes
     values.setdefault("communication_data_type", "fp32")
     values.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     return values

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-_PAD_TO_MULTIPLE_OF = 8  # for tensor cores
+_PAD_TO_MULTIPLE_OF = 8  # multiples of 8 are faster on tensor cores
 
 
 class EncodedRow(TypedDict):
@@ -16,7 +16,7 @@ class EncodedRow(TypedDict):
 
     input_ids: list[int]
     labels: list[int]
-    num_cut: NotRequired[int]  # number of truncated tokens, of inputs and labels; absent if 0
+    num_cut: NotRequired[int]  # number of tokens that truncation removed; absent if 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def collate(rows: Sequence[EncodedRow], *, causal: bool = False) -> Batch:
 
     Returns int64 `input_ids` (rows, input length), `labels` (rows, label length) and, if needed, `attention_mask` or
     (packed rows) `position_ids`, shaped like `input_ids`. Widths are multiples of 8 unless all inputs are equally long.
-    Set `causal` if the model's tokens never attend to later ones: then padding needs no mask.
+    Set `causal` if the model's tokens never attend to later ones, because padding on the right then needs no mask.
     """
     lengths = [len(row["input_ids"]) for row in rows]
     # the same multiple for inputs and labels, because a causal row needs a label for each token
@@ -65,12 +65,12 @@ def collate(rows: Sequence[EncodedRow], *, causal: bool = False) -> Batch:
     labels = _pad([row["labels"] for row in rows], IGNORED, multiple)
     inputs = {"input_ids": input_ids, "labels": labels}
     width, is_target = input_ids.shape[1], labels != IGNORED
-    # In a packed row, padding becomes one more document. With a mask, models would not separate the documents.
+    # Packed rows get no mask, because with one, models would not separate the documents. Padding is one more document.
     if "position_ids" in rows[0]:
         positions = [[*row["position_ids"], *range(width - len(row["position_ids"]))] for row in rows]
         inputs["position_ids"] = torch.tensor(positions, dtype=torch.int64)
-    # A mask rules out attention kernels that support only causal masks, and costs T5 a bias per row and layer.
-    # Rows without targets (prompts) keep the mask, because it shows `generate` where they end.
+    # Add a mask only if needed: it rules out kernels with only causal masks, and costs T5 a bias per row and layer.
+    # Rows without targets are prompts. They keep the mask, because it shows `generate` where they end.
     elif min(lengths) < width and not (causal and is_target.any(1).all()):
         inputs["attention_mask"] = _pad([[1] * length for length in lengths], 0, multiple)
     return Batch(inputs, num_targets=int(is_target.sum()), row_ids=[])

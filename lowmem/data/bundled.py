@@ -10,7 +10,7 @@ _VARIETIES = (26**4, 90 * 90, 9_000)  # how many questions of each kind there ar
 
 
 def _question(kind: int, number: int) -> tuple[str, str]:
-    """Return a question and its answer. Kinds: spell a word backwards, the larger of two numbers, the next number."""
+    """Return a question and its answer. Kinds: a word backwards, the larger of two numbers, a number's successor."""
     if kind == 0:
         word = "".join(ascii_lowercase[number // 26**i % 26] for i in range(4))
         return f"spell {word} backwards", word[::-1]
@@ -34,7 +34,7 @@ class BundledRows:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} bundled rows does not exist")
         number, kind = divmod(self.first + index, len(_VARIETIES))
-        # A permutation repeats no question, so held-out questions never occur in training.
+        # Choose questions by a permutation, which repeats none, so held-out questions never occur in training.
         prompt, response = _question(kind, int(permute([number], _VARIETIES[kind], (kind,))[0]))
         return {"prompt": prompt, "response": response}
 

@@ -1,4 +1,4 @@
-"""Encode a conversation by the tokenizer's chat template: token ids, and which tokens are the assistant's."""
+"""Encode a conversation by the tokenizer's chat template: return token ids, and which of them are the assistant's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _HOW_TO_TAG = "put {% generation %} and {% endgeneration %} around the assistant's text in the chat template"
 
 # transformers caches compiled templates by text, and a compiled template records the spans of tags for only one thread.
-# So we render our own copy under a lock. A comment makes its text different, and renders as nothing.
+# So we render our own copy under a lock. A comment, which renders as nothing, makes the copy's text different.
 _COPY = "{#- lowmem's own copy #}\n"
 _COPY_IN_USE = Lock()
 
@@ -30,9 +30,9 @@ _COPY_IN_USE = Lock()
 def chat_tokenizer(tokenizer: Tokenizer) -> Callable[[Messages], tuple[list[int], list[bool]]]:
     """Make a thread-safe function `messages -> (ids, is_assistant)`, where `is_assistant` marks the assistant's tokens.
 
-    The assistant's text is what {% generation %} tags enclose. Without tags, it is what an assistant turn adds to the
+    The assistant's text is what {% generation %} tags enclose. Without tags, it is what an assistant turn appends to
     earlier turns and a generation prompt. A token belongs to the turn of its last character. Raises UsageError without
-    a chat template. `tokenize` raises ValueError if the template rejects the messages or the assistant says nothing.
+    a chat template. The function raises ValueError if the template rejects the messages or the assistant says nothing.
     """
     from jinja2 import TemplateError
 
@@ -40,12 +40,12 @@ def chat_tokenizer(tokenizer: Tokenizer) -> Callable[[Messages], tuple[list[int]
         template = tokenizer.get_chat_template()
     except ValueError as error:  # no template, or several without a default
         kind = f"{type(tokenizer).__name__} of {tokenizer.name_or_path!r}"
-        raise UsageError(f"messages need a chat template, {kind} has none: use an instruct model") from error
+        raise UsageError(f"messages need a chat template, but {kind} has none: use an instruct model") from error
     render = _by_tags if _GENERATION_TAG.search(template) else _by_prefixes
     to_tokens = _tokenize_whole if tokenizer.is_fast else _tokenize_pieces
 
     def tokenize(messages: Messages) -> tuple[list[int], list[bool]]:
-        # In parquet, fields that a message lacks are None: a template would render them.
+        # In parquet, fields that a message lacks are None. Remove them, because a template would render them.
         messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
         turns = f"a conversation of turns {', '.join(str(message['role']) for message in messages)}"
         try:
@@ -53,7 +53,7 @@ def chat_tokenizer(tokenizer: Tokenizer) -> Callable[[Messages], tuple[list[int]
         except TemplateError as error:
             raise ValueError(f"the chat template rejects {turns} ({error}): fix the row") from error
         if not any(start < stop for start, stop in spans):
-            raise ValueError(f"the assistant says nothing in {turns}: remove the row or fix its roles")
+            raise ValueError(f"no assistant text in {turns}: remove the row or fix its roles")
         return to_tokens(tokenizer, text, spans)
 
     return tokenize
@@ -69,7 +69,7 @@ def _by_tags(tokenizer: Tokenizer, template: str, messages: Messages) -> tuple[s
 
 
 def _by_prefixes(tokenizer: Tokenizer, template: str, messages: Messages) -> tuple[str, Spans]:
-    """Return the text and the span of each assistant turn: render the turns before it, then those up to it."""
+    """Return the text and each assistant turn's span, found by rendering all turns before it and up to it."""
     render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
     text, spans = render(messages), []
     for turn in (turn for turn, message in enumerate(messages) if message["role"] == "assistant"):
@@ -84,9 +84,9 @@ def _by_prefixes(tokenizer: Tokenizer, template: str, messages: Messages) -> tup
 
 
 def _tokenize_whole(tokenizer: Tokenizer, text: str, spans: Spans) -> tuple[list[int], list[bool]]:
-    # Truncation or padding would change the state of a fast tokenizer, which two threads share.
+    # Do not truncate or pad: this would change the state of the fast tokenizer, which two threads share.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ends = [stop for _, stop in encoded["offset_mapping"]]  # not starts: some tokenizers exclude leading spaces
+    ends = [stop for _, stop in encoded["offset_mapping"]]  # not starts, which may exclude leading spaces
     is_assistant = [False] * len(ends)
     for start, stop in spans:
         first, last = bisect_right(ends, start), bisect_right(ends, stop)
@@ -95,11 +95,11 @@ def _tokenize_whole(tokenizer: Tokenizer, text: str, spans: Spans) -> tuple[list
 
 
 def _tokenize_pieces(tokenizer: Tokenizer, text: str, spans: Spans) -> tuple[list[int], list[bool]]:
-    # For tokenizers without offsets: tokenize each piece separately, so that no token crosses the bounds of a turn.
+    # Slow tokenizers give no offsets. Tokenize each piece separately, so that no token crosses the bounds of a turn.
     ids, is_assistant = [], []
     bounds = [0, *chain.from_iterable(spans), len(text)]
     for piece, (start, stop) in enumerate(pairwise(bounds)):
         tokens = tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
         ids += tokens
-        is_assistant += [piece % 2 == 1] * len(tokens)  # outside, inside, outside, ...
+        is_assistant += [piece % 2 == 1] * len(tokens)  # pieces alternate: outside a span, inside, outside, ...
     return ids, is_assistant

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Encode = Callable[[Mapping[str, object]], EncodedRow]
 
-# Two threads share a tokenizer, and translation tokenizers switch to the target language and back during a call.
+# A lock, because two threads share a tokenizer, and translation tokenizers switch languages during a call.
 _TOKENIZER_IN_USE = Lock()
 _MAX_ROWS_TRIED = 500
 _REMEDY = "fix the row or name another column"
@@ -61,7 +61,7 @@ def encode_seq2seq(
 ) -> Encode:
     """Encode prompt -> response for encoder-decoder models. Truncates each to `max_seq_len`, but keeps end tokens."""
 
-    def cut(ids: list[int]) -> list[int]:  # not by the tokenizer: this would change its state, shared by two threads
+    def cut(ids: list[int]) -> list[int]:  # `truncation=True` would change the tokenizer, which two threads share
         end = ids[-1:] if ids[-1:] == [tokenizer.eos_token_id] else []
         return ids if len(ids) <= max_seq_len else ids[: max_seq_len - len(end)] + end
 
@@ -179,7 +179,7 @@ def encode_rows(
     for row_id in row_ids:
         row = None
         try:
-            row = rows[row_id]  # raises RowError itself
+            row = rows[row_id]  # raises RowError if it is unreadable
             try:
                 encoded.append((row_id, encode(row)))
             except Exception as error:
@@ -205,4 +205,4 @@ def blank_row(rows: Rows, encode: Encode, *, near: int) -> EncodedRow:
                 raise RowError(f"a blank row needs `labels` to ignore, this one has {', '.join(row)}: remove bad rows")
             return {**row, "labels": [IGNORED] * len(row["labels"])}
         first_error = first_error or bad[0].error
-    raise RowError(f"{first_error}; the rows after it fail too: fix the rows or the encoder") from first_error
+    raise RowError(f"{first_error}; all rows read after it fail too: fix the rows or the encoder") from first_error

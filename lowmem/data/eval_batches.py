@@ -13,7 +13,7 @@ from lowmem.data.steps import batch_of
 
 @dataclass(frozen=True, eq=False)
 class EvalBatches:
-    """One pass over the rows, in order; repeatable. Each row is on one rank. All ranks have equally many batches."""
+    """Micro-batches of one pass over the rows, in order, on one rank. All ranks have equally many. Can be repeated."""
 
     batch_at: Callable[[int], Batch]
     num_batches: int

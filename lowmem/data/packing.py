@@ -1,6 +1,6 @@
 """Pack several short documents into one row of a causal model, so that there is almost no padding.
 
-Positions restart in each document: without a mask, transformers lets tokens attend only within their document.
+Positions restart in each document. If there is no mask, transformers then lets tokens attend only within a document.
 """
 
 from bisect import bisect_left, insort
@@ -38,7 +38,7 @@ def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> l
         assert len(fullest) > 1, f"{len(rows)} rows cannot fill {micro_batches} micro-batches"
         bins.append(fullest[1::2])
         del fullest[1::2]
-    # Sort by length, so that a micro-batch has bins of similar length. The last ones, with the shortest, get one more.
+    # Sort, so that a micro-batch has bins of similar length. Bins left over go to the last ones, whose bins are short.
     bins.sort(key=_num_tokens, reverse=True)
     rest, (size, num_larger) = iter(bins), divmod(len(bins), micro_batches)
     parts = [list(islice(rest, size + (index >= micro_batches - num_larger))) for index in range(micro_batches)]
@@ -58,7 +58,7 @@ def check_packing(model: nn.Module) -> None:
     if base.config.is_encoder_decoder:
         raise UsageError(f"{what} is an encoder-decoder: train it without packing")
     device = next(base.parameters()).device
-    generator = torch.Generator().manual_seed(0)  # a separate one, to not change the random numbers of the run
+    generator = torch.Generator().manual_seed(0)  # its own, so that the random numbers of the run do not change
     rows = torch.randint(base.get_input_embeddings().num_embeddings, (2, 12), generator=generator).to(device)
     lengths = [(5, 7), (7, 5)]
     positions = torch.tensor([[*range(first), *range(second)] for first, second in lengths], device=device)
@@ -80,15 +80,15 @@ def check_packing(model: nn.Module) -> None:
     finally:
         base.train(was_training)
     seen, seen_as_one, size = (x.square().mean().sqrt() for x in (packed - apart, as_one - apart, apart))
-    # In tests, leaks between documents gave `seen` >= 28 % of `seen_as_one` (the documents as one, without positions),
-    # and rounding on a CPU gave 1e-6 of it. The second term is for models whose tokens do not attend to others yet.
+    # In tests, `seen` was at least 28 % of `seen_as_one` if documents affected each other, otherwise 1e-6 of it, from
+    # rounding. The second term is for models in which no token affects another yet, so that both are only rounding.
     if not seen <= 0.1 * seen_as_one + 1e-6 * size:
         kind = f"{type(base).__name__} with attn_implementation={base.config._attn_implementation}"
-        raise UsageError(f"documents must not see each other, those of {kind} do: train without packing, or try sdpa")
+        raise UsageError(f"in {kind}, packed documents affect each other: train without packing, or try sdpa attention")
 
 
 def _even_bins(rows: Sequence[Document], capacity: int, micro_batches: int) -> list[list[Document]]:
-    """Pack into the fewest bins that split evenly into micro-batches; to reduce padding, keep the longest bin short."""
+    """Pack into the fewest bins that split evenly into micro-batches. Keep the longest bin short, to reduce padding."""
     number = -(-len(_bins(rows, capacity)) // micro_batches) * micro_batches
     shortest = max(max(map(_length, rows)), -(-_num_tokens(rows) // number))
     capacities = range(shortest, capacity)
@@ -99,7 +99,7 @@ def _even_bins(rows: Sequence[Document], capacity: int, micro_batches: int) -> l
 def _bins(rows: Sequence[Document], capacity: int) -> list[list[Document]]:
     """Pack by best-fit decreasing: uses at most 11/9 of the fewest possible bins (Johnson, 1974), in O(n log n)."""
     bins: list[list[Document]] = []
-    rooms: list[tuple[int, int]] = []  # (room left, bin), ascending
+    rooms: list[tuple[int, int]] = []  # (room left in a bin, number of the bin), ascending
     for document in sorted(rows, key=lambda document: -_length(document)):
         best = bisect_left(rooms, (_length(document), 0))
         if best < len(rooms):
@@ -116,7 +116,7 @@ def _packed(documents: Sequence[Document]) -> PackedRow:
     encoded = [row for _, row in documents]
     return PackedRow(
         input_ids=list(chain.from_iterable(row["input_ids"] for row in encoded)),
-        # nothing in a document predicts its first token
+        # the first token is no target, because nothing in its document predicts it
         labels=[label if index else IGNORED for row in encoded for index, label in enumerate(row["labels"])],
         position_ids=list(chain.from_iterable(range(len(row["input_ids"])) for row in encoded)),
         row_ids=[row_id for row_id, _ in documents],
@@ -139,4 +139,4 @@ def _check(row_id: int | None, row: EncodedRow, max_seq_len: int) -> None:
         what = f"packing needs a label for every token, row {row_id} has {num_labels} labels and {num_tokens} tokens"
         raise ValueError(f"{what}: use {IGNORED} for tokens without a target")
     if num_tokens > max_seq_len:
-        raise ValueError(f"the limit is {max_seq_len} tokens (max_seq_len), row {row_id} has {num_tokens}: shorten it")
+        raise ValueError(f"row {row_id} has {num_tokens} tokens, but max_seq_len={max_seq_len}: shorten the row")

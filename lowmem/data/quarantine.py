@@ -9,7 +9,7 @@ from lowmem.errors import RowError
 
 
 class Quarantine:
-    """The rows that a process skips, each counted once. The file `path` (JSON lines) also has those of earlier runs."""
+    """The rows that a process skips, each counted once. The file `path` also has rows skipped in earlier runs."""
 
     def __init__(self, limit: int, path: str | Path | None = None):
         self.limit, self.path = limit, path if path is None else Path(path)
@@ -24,8 +24,8 @@ class Quarantine:
             return
         if len(self._recorded) >= self.limit:
             where = f" (the others are in {self.path})" if self.path and self.limit else ""
-            what = f"{error}. Bad rows are skipped, but there are more than {self.limit} of them{where}"
-            raise RowError(f"{what}: fix them, or set --max_bad_rows higher") from bad.error
+            what = f"{error}. More than --max_bad_rows={self.limit} rows are bad{where}"
+            raise RowError(f"{what}: fix them, or raise --max_bad_rows") from bad.error
         self._recorded.add(error)
         if self.path is not None:
             with open(self.path, "a") as file:

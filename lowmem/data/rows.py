@@ -26,7 +26,7 @@ class Rows(Protocol):
 
 
 class RowSets(NamedTuple):
-    """The rows of a run for each purpose; None if there are none."""
+    """The rows of a run for each purpose; None for a purpose without rows."""
 
     training: Rows | None
     validation: Rows | None = None
@@ -63,10 +63,10 @@ class FileRows:
         rows = np.diff(np.clip(np.concatenate([[0], self._ends]), self._first, self._stop))
         self._bytes = np.concatenate([file.group_bytes for file in files])
         self.groups = Groups(rows[rows > 0], self._bytes[rows > 0])
-        # Groups in memory by number, least recently used first. For a group that could not be read, the error.
+        # Group number -> group in memory or, if it could not be read, the error. The least recently used is first.
         self.loaded: OrderedDict[int, object] = OrderedDict()
         self.loaded_bytes = 0
-        self._lock = Lock()  # a prefetch thread and the main thread may read the same rows
+        self._lock = Lock()  # a prefetch thread and the main thread may read at the same time
 
     def __len__(self) -> int:
         return self._stop - self._first
@@ -78,7 +78,7 @@ class FileRows:
         try:
             data = self._load(group, file, group_in_file)
             if isinstance(data, Exception):
-                raise data.with_traceback(None)  # otherwise the traceback would grow each time it is raised
+                raise data.with_traceback(None)  # otherwise its traceback would grow with each raise
             return file.row(data, row)
         except (OSError, ValueError) as error:
             if is_damage(error):
@@ -99,7 +99,7 @@ class FileRows:
         return [(str(file.source), file.fingerprint()) for file in self._files]
 
     def _find(self, index: int) -> tuple[int, DataFile, int, int]:
-        """Return a row's group number, the file, the number of the group in the file, and of the row in the group."""
+        """Return a row's group number, its file, the group's number in the file, and the row's number in the group."""
         row = self._first + index
         group = int(np.searchsorted(self._ends, row, side="right"))
         number = int(np.searchsorted(self._groups_before, group, side="right")) - 1
@@ -107,7 +107,7 @@ class FileRows:
         return group, self._files[number], group - int(self._groups_before[number]), row_in_group
 
     def _load(self, group: int, file: DataFile, group_in_file: int) -> object:
-        """Return a group, or the error from reading it. The error is kept, so that its other rows do not retry."""
+        """Return a group, or the error from reading it, which is kept, so that the group's other rows do not retry."""
         with self._lock:
             if group not in self.loaded:
                 while self.loaded and self.loaded_bytes + self._bytes[group] > self._window_bytes:
@@ -131,8 +131,8 @@ def open_rows(files: Files, *, columns: Sequence[str] | None = None, messages_co
     """Open parquet, Arrow, JSONL or text files as one sequence of rows (dicts).
 
     `files` is a path, a glob, a URL, a comma-separated list of these, a list of paths, or a folder that `datasets`
-    saved. Files must have `columns` of text and a `messages_column` of lists of {"role", "content"}. Of tables, only
-    these columns are read (none given: all). Raises UsageError if a file is missing, empty, broken or lacks a column.
+    saved. `columns` must hold text, and `messages_column` lists of {"role", "content"}. From parquet and Arrow files,
+    only these are read (none given: all). Raises UsageError if a file is missing, empty, broken or lacks a column.
     """
     wanted = {name: "text" for name in columns or ()} | ({messages_column: "messages"} if messages_column else {})
     opened = []
@@ -142,7 +142,7 @@ def open_rows(files: Files, *, columns: Sequence[str] | None = None, messages_co
             raise UsageError(f"{source} must end in {', '.join(_FORMATS)}: convert the file")
         file = _FORMATS[suffixes[-1]](source, wanted or None)
         if not file.group_rows.sum():
-            raise UsageError(f"{source} holds no rows: remove it or write it again")
+            raise UsageError(f"{source} contains no rows: remove it or write it again")
         opened.append(file)
     return FileRows(opened)
 
@@ -154,7 +154,7 @@ def as_rows(files: Files | Rows) -> Rows:
     if not hasattr(rows, "__len__"):
         raise UsageError(f"{type(rows).__name__} has no random access: write it to parquet, or name files")
     if len(rows) == 0:
-        raise UsageError("a run needs rows, found none: give at least one row")
+        raise UsageError("no rows found: pass at least one row")
     return rows
 
 

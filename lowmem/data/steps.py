@@ -80,7 +80,7 @@ class Steps:
 
 
 def batch_of(row_ids: Iterable[int | None], rows: Sequence[EncodedRow], collate: Collate) -> Batch:
-    """Collate rows and attach their row numbers. Blank rows, whose number is None, are left out of these."""
+    """Collate rows and attach their row numbers. Blank rows have the number None, which is left out."""
     return replace(collate(rows), row_ids=[row_id for row_id in row_ids if row_id is not None])
 
 

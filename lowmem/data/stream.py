@@ -32,7 +32,7 @@ class Stream:
         self.changes: list[str] = []  # differences from the saved stream that `load_state_dict` accepted
         self._steps, self._prefetch = steps, prefetch
         self._quarantine, self._accept_changed_data = quarantine, accept_changed_data
-        # Name and fingerprint of each file. Read now: at the first save, an unreadable file would end the run.
+        # Name and fingerprint of each file. Read now, because an unreadable file would end the run at the first save.
         self._files: list[tuple[str, str]] = getattr(steps.rows, "fingerprints", list)()
         self._cursor = 0  # the position of the step that `next` will return
         self._ahead: deque[Future[Step]] = deque()  # prefetched steps, from the cursor on
@@ -77,7 +77,7 @@ class Stream:
         self.position += self.global_batch_size
 
     def halve(self) -> bool:
-        """Halve the rows per micro-batch from the step at `position` on, which is repeated. False if impossible."""
+        """Halve the rows per micro-batch, from a repeat of the step at `position` on. Returns False if impossible."""
         halved = self._steps.halved()
         if halved is None:
             return False
@@ -88,7 +88,7 @@ class Stream:
         return True
 
     def state_dict(self) -> dict[str, object]:
-        """Return the position, and all that determines to which rows the position refers."""
+        """Return the position, and everything that determines which rows it refers to."""
         steps, files = self._steps, [fingerprint for _, fingerprint in self._files]
         rows = {"num_rows": self.num_rows, "row_groups": steps.groups.digest, "files": files}
         order = {"shuffle": steps.shuffle, "seed": steps.seed, "global_batch_size": self.global_batch_size}
@@ -110,12 +110,13 @@ class Stream:
             what = f"the data files have changed since the checkpoint ({files[0]})"
             raise UsageError(f"{what}: restore the files, or set --accept_changed_data=True to continue with them")
         elif changes:
-            raise UsageError(f"this stream differs from the saved one ({', '.join(changes)}): open the same rows")
+            what = f"this stream differs from the one in the checkpoint ({', '.join(changes)})"
+            raise UsageError(f"{what}: open it with the same rows and settings")
         self.position = state["position"]
         self._restart()
 
     def close(self) -> None:
-        """Stop prefetching. Without it, the process exits only after the prefetched steps are encoded."""
+        """Stop prefetching. If this is not called, the process exits only after the prefetched steps are encoded."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _changed_files(self, saved: Sequence[str]) -> str:
@@ -159,7 +160,7 @@ def open_stream(
     equal micro-batches of at most `batch_size`. `rank` and `world_size` count data-parallel ranks. With
     `packed_seq_len`, causal rows are packed into sequences of at most that many tokens (see `check_packing`). A thread
     encodes `prefetch` steps ahead (0: no thread). With a `quarantine`, skips rows that cannot be read or encoded.
-    `accept_changed_data`: see `load_state_dict`. `pin_memory` is for GPUs (None: if there are any).
+    `accept_changed_data`: see `load_state_dict`. `pin_memory` pins batches for copies to a GPU (None: if there is one).
     """
     rows = as_rows(files)
     if global_batch_size is None:

@@ -12,19 +12,19 @@ from lowmem.errors import RankError, UsageError
 
 Found = Mapping[str, object]
 
-_open: list[dist.Store] = []  # stores stay open until exit: if rank 0 hosts one, the process group uses it later
+_open: list[dist.Store] = []  # keeps stores open until exit: a store on rank 0 later serves the process group
 
 
 def call_on_rank_0(find: Callable[[], Found], *, limit_seconds: float, start_seconds: float) -> Found:
     """Call `find` on rank 0 and return its result, sent as JSON, on every rank. Call it before `start_group`.
 
-    If `find` raises UsageError, every rank raises it. If `find` fails otherwise or takes longer than `limit_seconds`,
+    If `find` raises UsageError, every rank raises it. If it raises another error or takes longer than `limit_seconds`,
     or if ranks wait longer than `start_seconds` for each other, the ranks other than 0 raise RankError.
     """
     launch = launch_from_environment()
     store = open_store(launch, start_seconds)
     _open.append(store)
-    # a separate prefix: a rank still in this rendezvous must not join that of the process group, in the same store
+    # a prefix of our own: the process group's later rendezvous in the same store must not mix with this one
     keys = dist.PrefixStore("ahead", store)
     if launch.rank == 0:
         return _find_and_send(find, keys, launch, start_seconds)
@@ -51,11 +51,11 @@ def _find_and_send(find: Callable[[], Found], keys: dist.Store, launch: Launch, 
         error, answer = caught, {"refused": str(caught)}
     except Exception as caught:
         error, answer = caught, {"failed": f"{type(caught).__name__}: {caught}"}
-    # if `find` failed, raise its error, even if another rank fails too
+    # if `find` failed, ignore errors of the exchange, because the error of `find` is raised below
     with suppress(RankError, dist.DistError) if error else nullcontext():
         name = rendezvous(keys, launch, start_seconds)
         keys.set(f"{name}/found", json.dumps(answer))
-        # wait until all ranks have read the result: if this process ends, its store ends too
+        # wait until all ranks have read the result, because a store that this process hosts ends with it
         heard = [f"{name}/heard by {rank}" for rank in range(1, launch.world_size)]
         keys.wait(heard, timedelta(seconds=start_seconds))
     if error:

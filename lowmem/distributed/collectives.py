@@ -82,7 +82,7 @@ def on_main_rank(function: Callable[[], Result]) -> Result | None:
 def raise_on_all_ranks() -> Iterator[None]:
     """If an error leaves this block on any rank, every rank raises (see `raise_error_of_any_rank`).
 
-    The exit runs a small collective. The block itself must contain none, because a failing rank would skip it.
+    Leaving the block runs a small collective. The block itself must run none, because a failing rank would skip it.
     """
     error = None
     try:
@@ -95,7 +95,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 @contextmanager
 def report_failure() -> Iterator[None]:
-    """If a block with collectives fails on this rank, report it by heartbeat: the other ranks then exit."""
+    """If a block with collectives fails on this rank, report it by heartbeat, so that the other ranks exit."""
     try:
         yield
     except RankError:  # the error already names the rank that failed
@@ -110,9 +110,9 @@ def report_failure() -> Iterator[None]:
 
 
 def raise_error_of_any_rank(error: Exception | None) -> None:
-    """If any rank passes an error, raise on every rank: its own error, else that of the lowest rank with one.
+    """If any rank passes an error, every rank raises: its own error, else a copy of that of the lowest failed rank.
 
-    There, UsageError and SaveError keep their class; others become RankError. StepTooLarge yields to any other error.
+    A copy of a UsageError or SaveError keeps its class; others are RankErrors. StepTooLarge yields to any other error.
     """
     mine = None
     if isinstance(error, StepTooLarge):
@@ -131,12 +131,12 @@ def raise_error_of_any_rank(error: Exception | None) -> None:
 
 
 def start_heartbeats(limit_seconds: float, on_abort: heartbeat.OnAbort = None) -> None:
-    """Start all heartbeats. If a rank is silent for `limit_seconds`, all exit; stderr and `on_abort` get its name."""
+    """Start the heartbeats. If a rank is silent for `limit_seconds`, all print its name, call `on_abort` and exit."""
     if not _is_distributed():
         return
     rank, world_size = rank_and_world_size()
     address, patience = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=max(60.0, limit_seconds))
-    # A separate store: the group's store closes when rank 0 leaves the group, and may have keys of an earlier group.
+    # Use a separate store: the process group's closes when rank 0 leaves it, and may have keys of an earlier group.
     store = on_main_rank(lambda: dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=patience))
     port, *_ = gather_json(store.port if rank == 0 else None)
     with raise_on_all_ranks():
@@ -145,8 +145,7 @@ def start_heartbeats(limit_seconds: float, on_abort: heartbeat.OnAbort = None) -
                 store.set(str(other), heartbeat.FIRST)  # reading a key that was never set would block
         else:
             store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
-    where = f"{address}:{port}"
-    heartbeat.start(store, where, rank, world_size, limit_seconds=limit_seconds, on_abort=on_abort)
+    heartbeat.start(store, f"{address}:{port}", rank, world_size, limit_seconds=limit_seconds, on_abort=on_abort)
 
 
 def _broken(suspects: str, error: RuntimeError) -> RankError:

@@ -1,4 +1,4 @@
-"""Sharded tensors (DTensors): which rank has which part, and reading or replacing this rank's part."""
+"""Sharded tensors (DTensors): find which rank has which part, and read or replace this rank's part."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ class Piece(NamedTuple):
 
 
 def pieces(tensor: DTensor) -> list[Piece]:
-    """All parts of a tensor, in order. Raises UsageError unless one mesh dimension shards it, by rows or by columns."""
+    """All parts of a tensor, in order. Raises UsageError if it is sharded other than by rows or by columns."""
     mesh, sharded = tensor.device_mesh.mesh, _sharded_dims(tensor)
     if not sharded:
         return [Piece(int(mesh.flatten()[0]), 0, 0, len(tensor))]
@@ -53,7 +53,7 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def is_first_copy(tensor: DTensor) -> bool:
-    """Whether this rank is the first of the ranks with the same part. Sums over ranks count only this one."""
+    """Whether this rank is the first that holds its part. Sums over ranks skip the others, so each part counts once."""
     mesh = tensor.device_mesh
     return all(mesh.get_local_rank(i) == 0 for i, placement in enumerate(tensor.placements) if placement.is_replicate())
 
@@ -64,7 +64,7 @@ def is_in_columns(tensor: Tensor) -> bool:
 
 
 def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
-    """Wrap `local` as a DTensor sharded like `parameter`. If its sharded size differs, all parts must be equal."""
+    """Wrap `local` as a DTensor sharded like `parameter`. If the sharded size differs, all ranks must agree on it."""
     if not isinstance(parameter, DTensor):
         return local
     mesh, placements, part = parameter.device_mesh, parameter.placements, local_of(parameter)
@@ -87,4 +87,4 @@ def set_local_(parameter: nn.Parameter, local: Tensor) -> None:
     # assigning to a DTensor's `data` would not replace its local tensor
     torch.utils.swap_tensors(parameter, nn.Parameter(sharded_like(parameter, local), parameter.requires_grad))
     if before._cdata != local.untyped_storage()._cdata and before.resizable():
-        before.resize_(0)  # fully_shard holds the old storage until its next use: weights would take memory twice
+        before.resize_(0)  # otherwise fully_shard would hold the old storage until its next use

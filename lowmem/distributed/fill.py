@@ -15,15 +15,15 @@ from lowmem.errors import UsageError
 from lowmem.storage.tensor_files import StoredTensor, bytes_of, open_shards
 
 _PART_BYTES = 2**24  # the most that rank 0 broadcasts at a time
-_PART_ROWS = 2**10  # two tensors in files are compared by this many rows at a time
+_PART_ROWS = 2**10  # rows read at a time to compare two stored tensors
 
 
 @contextmanager
 def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator[None]:
-    """Shard the model inside this block. On exit, fill its parameters (on `device` or the host) and buffers.
+    """The caller shards the model in this block. Then fill its parameters (in host memory if `on_host`) and buffers.
 
-    If rank 0's model has data, rank 0 broadcasts it. If it is on meta, each rank reads its own part from the files in
-    `model.name_or_path`; buffers in no file keep their values. If a weight is missing, every rank raises UsageError.
+    If rank 0's model has data, rank 0 broadcasts it. If that model is on meta, each rank reads its own part from files
+    in `model.name_or_path`, and buffers in no file keep their values. All raise UsageError if a weight is missing.
     """
     has_data = not any(parameter.is_meta for parameter in model.parameters())
     is_source = has_data and rank_and_world_size()[0] == 0
@@ -56,7 +56,7 @@ def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator
 
 
 def read_local(tensor: Tensor, stored: StoredTensor) -> None:
-    """Read the local part of `tensor` in place."""
+    """Fill the local part of `tensor` from `stored`, in place."""
     local, row, column = local_part(tensor)
     stored.copy_part(local, row, column)
 
@@ -64,7 +64,7 @@ def read_local(tensor: Tensor, stored: StoredTensor) -> None:
 def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor] | None:
     """Return each parameter and persistent buffer as stored in `folder`, by name (tied weights: by the first name).
 
-    Returns None if one is missing, or if tied weights differ in the files: transformers would untie them.
+    Returns None if one is missing, or if tied weights differ in the files, because transformers would untie them.
     """
     files = open_shards(folder, "model")
     aliases: dict[Tensor, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Use torch's `fully_shard`. Only this file uses its private names. Tested with torch 2.11 and 2.13."""
+"""Shard with torch's `fully_shard`. Only this file uses private names of FSDP. Tested with torch 2.11 and 2.13."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.distributed.dtensor import local_of
 
-# fully_shard warns that T5's layers return views: modifying these in place would be wrong, but nothing does.
+# fully_shard warns that T5's layers return views, which must not be modified in place. No code modifies them.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
@@ -24,15 +24,15 @@ def shard_layers(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: b
     options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32), "offload_policy": offload}
     for module, is_kept in _groups(model):
         fully_shard(module, reshard_after_forward=reshard_after_forward and not is_kept, **options)
-        # sum gradients instead of averaging: the step divides by the number of targets on all ranks
+        # sum gradients instead of averaging them, because the step divides by the number of targets on all ranks
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that multiplies by a factor
 
 
 def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
-    """Yield (module whose weights are all-gathered together, whether they stay so for the step), inner modules first.
+    """Yield each module to shard as one group, inner ones first, and whether the group stays all-gathered for the step.
 
-    The output head stays gathered because the chunked loss uses it after forward. So do modules in no other group.
+    The output head stays gathered because the chunked loss uses it after forward. So do all modules outside the groups.
     """
     yield from ((module, False) for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
     if isinstance(model, PreTrainedModel):
@@ -50,7 +50,7 @@ def has_gathered(model: nn.Module) -> bool:
 
 def notice_new_parameters(model: nn.Module) -> None:
     """Make `fully_shard` use the current parameters, and free the previous tensors."""
-    model._apply(lambda tensor: tensor)  # not `model.to`: with offloaded weights, it moves buffers to the host
+    model._apply(lambda tensor: tensor)  # with offloaded weights, `model.to` would move buffers to the host
 
 
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
@@ -59,11 +59,11 @@ def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def resharding(model: nn.Module) -> Iterator[None]:
-    """Reshard all weights on exit, for a block with forwards only: otherwise, the backward would reshard them."""
+    """Reshard all weights at the end of a block with forwards only, because no backward does it there."""
     groups = _sharded_modules(model)
     if groups:
         model._get_fsdp_state()._lazy_init()  # make the model the root, even if its encoder is called first
-        model.unshard()  # all-gather the root's own weights: a call of the encoder alone would not
+        model.unshard()  # all-gather the root's own weights, because a call of the encoder alone would not
     try:
         yield
     finally:

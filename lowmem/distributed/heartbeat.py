@@ -1,4 +1,4 @@
-"""Heartbeats: every second, each rank reports that it is alive, and its phase. If a rank is silent, all ranks exit.
+"""Heartbeats: every second, each rank reports its phase to the others. If a rank stays silent, all ranks exit.
 
 A collective waits forever for a peer that was killed, stopped or disconnected, and no exception can interrupt it. So
 two threads on each rank watch the other ranks through a store on rank 0. Importing this module does not import torch.
@@ -43,7 +43,7 @@ def current_step() -> int | None:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Report `name` as this rank's phase within this block: "evaluating", "summing gradients"."""
+    """Report `name` as this rank's phase within this block, for example "evaluating" or "summing gradients"."""
     global _phases
     outer = _phases
     _phases = (*outer, name)
@@ -65,7 +65,7 @@ def report_end(error: str = "") -> None:
 
 
 def suspects() -> str:
-    """Wait a few beats, and name the ranks that are silent or failed. Returns "" if none, or without a heartbeat."""
+    """Wait a few beats, and name the ranks that are silent or failed. Returns "" if none, or if no heartbeat runs."""
     return "" if _heartbeat is None else _heartbeat.suspects()
 
 
@@ -89,13 +89,13 @@ FIRST = json.dumps(Beat())
 
 
 class Heartbeat:
-    """This rank's two threads. One exchanges beats through the store, and may block forever; the other checks them."""
+    """This rank's two threads. One exchanges beats through the store, and may block forever; the other checks beats."""
 
     def __init__(self, store: "Store", address: str, rank: int, world_size: int, limit: float, on_abort: OnAbort):
         self._address, self._rank, self._limit, self._on_abort = address, rank, limit, on_abort
         self._interval = min(1.0, limit / 10)
         self._beats = [Beat()] * world_size
-        # Seconds in which this rank listened, not wall-clock time: while it was stopped, it could not hear the others.
+        # How long each rank was silent while this process ran: while it is stopped, it cannot hear the others.
         self._silence = [0.0] * world_size
         self._unanswered = self._known_failure = 0.0
         self._end: str | None = None
@@ -179,7 +179,7 @@ class Heartbeat:
                 self._end_process(f"error: {'; '.join(found)}. {here}: see the log of that rank, then resume")
 
     def _silent(self, seconds: float) -> list[str]:
-        """Return a clause for each running rank without a beat for `seconds`; only rank 0 if its store is silent."""
+        """Return a clause per running rank without a beat for `seconds`, or only for rank 0 if its store is silent."""
         silence, name = dict(enumerate(self._silence)), "rank {}"
         if self._unanswered >= seconds:
             silence, name = {0: self._unanswered}, f"rank {{}}, which hosts the store at {self._address},"

@@ -10,8 +10,7 @@ from lowmem.errors import UsageError
 def launched_processes() -> int | None:
     """The number of processes that a launcher started; None under plain python. Raises UsageError if it is invalid."""
     # for a single process, accelerate sets the precision but not WORLD_SIZE
-    single = "1" if "ACCELERATE_MIXED_PRECISION" in os.environ else None
-    world_size = os.environ.get("WORLD_SIZE", single)
+    world_size = os.environ.get("WORLD_SIZE", "1" if "ACCELERATE_MIXED_PRECISION" in os.environ else None)
     if world_size is None:
         return None
     if not world_size.isdecimal() or world_size == "0":
@@ -25,7 +24,7 @@ def launched_settings() -> dict[str, object]:
         raise UsageError("accelerate is set to use Megatron-LM, which lowmem does not support: change distributed_type")
     settings: dict[str, object] = {}
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if precision != "no":  # "no" may be accelerate's default: it always sets the variable
+    if precision != "no":  # "no" may be a mere default, because accelerate always sets the variable
         settings["mixed_precision"] = precision
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if compiler not in ("no", "inductor"):
@@ -42,7 +41,7 @@ def launched_settings() -> dict[str, object]:
 
 
 def _fsdp_settings() -> dict[str, object]:
-    """Settings in fsdp_config. Ignores its settings for checkpoints and for the layers to wrap."""
+    """lowmem's settings for accelerate's fsdp_config. What that sets for checkpoints and layers to wrap is ignored."""
     found = {k.removeprefix("FSDP_").lower(): x.lower() for k, x in os.environ.items() if k.startswith("FSDP_")}
     reshards, wraps = found.get("reshard_after_forward", "true"), "transformer_based_wrap"
     needs = {
@@ -63,7 +62,7 @@ def _fsdp_settings() -> dict[str, object]:
 
 
 def _parallelism_settings(settings: Mapping[str, object]) -> dict[str, object]:
-    """Settings in parallelism_config. `settings` are those that fsdp_config sets."""
+    """lowmem's settings for accelerate's parallelism_config. `settings` holds those from fsdp_config."""
     names = [f"PARALLELISM_CONFIG_{name}_SIZE" for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")]
     copies, shards, tensor, context, sequence = (int(os.environ.get(name, "1")) for name in names)
     if context > 1 or sequence > 1:

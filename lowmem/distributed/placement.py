@@ -34,14 +34,14 @@ def uses_zero3(model: nn.Module) -> bool:
 
 
 class DataParallelRank(NamedTuple):
-    """A data-parallel rank. Processes that share a model (tp_size) have the same one, and get the same rows."""
+    """A data-parallel rank. Processes that share a model (tp_size) have the same rank here, and get the same rows."""
 
     rank: int
     size: int
     is_counted: bool
-    """Whether sums over all processes count this one: true for one process per data-parallel rank."""
+    """Whether sums over all processes count this process: true for one process per data-parallel rank."""
     group: dist.ProcessGroup | None
-    """The processes with gradients of the same weights; None: all."""
+    """The processes that sum their gradients, because they hold the same weights. None: all processes."""
 
     @property
     def coordinates(self) -> dict[str, int]:

@@ -31,7 +31,7 @@ def all_reduce_sum(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = 
 
 
 def _pieces(tensor: Tensor) -> Iterable[Tensor]:
-    """Return the whole tensor if it is fp32 or wider or not contiguous, else slices that fill a bucket in fp32."""
+    """Return slices that fill a bucket in fp32, or the whole tensor if it is fp32 or wider, or not contiguous."""
     if tensor.dtype.itemsize >= 4 or not tensor.is_contiguous():
         return (tensor,)
     return tensor.view(-1).split(_BUCKET_BYTES // 4)
@@ -54,11 +54,11 @@ def _reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
 
 
 def gradient_norm(gradient: Tensor) -> Tensor:
-    """Return the L2 norm of a gradient as an fp32 (or wider) scalar, without converting all of a bf16 one at once."""
+    """Return the L2 norm of a gradient as an fp32 (or wider) scalar. Converts a bf16 gradient part by part."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     if gradient.device.type != "cpu":  # GPU kernels convert while reading, and add in a tree, which is accurate
         return torch.linalg.vector_norm(gradient, dtype=wide)
-    # norms of rows first, then over rows in fp64: CPU kernels add sequentially, with an error of 1e-3 for 16M elements
+    # the norm of each row, then the norm of these in fp64: CPU kernels add in sequence, off by 1e-3 for 16M values
     rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient.reshape(1, -1)
     pieces = [rows] if rows.dtype == wide else rows.split(max(1, _NORM_ELEMENTS // max(1, rows.shape[1])))
     of_rows = [torch.linalg.vector_norm(piece, dim=1, dtype=wide) for piece in pieces]

@@ -1,4 +1,4 @@
-"""Rendezvous: the processes of a run find each other and start their group, or report within a limit what is wrong."""
+"""Rendezvous: the processes of a run find each other and start their group, or report in limited time what is wrong."""
 
 import os
 import socket
@@ -51,7 +51,7 @@ def launch_from_environment() -> Launch:
 def start_group(backend: str, *, limit_seconds: float) -> None:
     """Start the process group that the environment describes. No wait takes much longer than `limit_seconds`.
 
-    Raises RankError if a rank is missing, else StartError. If a call hangs in C++, the process exits with code 1.
+    Raises RankError if a rank is missing, StartError otherwise. If a call hangs in C++, the process exits with code 1.
     """
     launch = launch_from_environment()
     if os.environ.get("ACCELERATE_DEBUG_MODE", "false").lower() == "true":  # --debug: accelerate checks its collectives
@@ -77,9 +77,9 @@ def start_group(backend: str, *, limit_seconds: float) -> None:
 
 
 def connect_ranks(device: torch.device, *, limit_seconds: float, on_abort: Callable[[str], None] | None = None) -> None:
-    """All-reduce once on the host and once on `device`. Backends connect only in a collective; NCCL without a limit.
+    """All-reduce once on the host and once on `device`: backends connect only in a collective, NCCL with no time limit.
 
-    After `limit_seconds`, print a message to stderr, pass it to `on_abort` and exit.
+    If this takes longer than `limit_seconds`, print a message to stderr, pass it to `on_abort` and exit.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     what = f"rank {rank} on {socket.gethostname()} got no result from its first all-reduce over {world_size} ranks"
@@ -100,7 +100,7 @@ def open_store(launch: Launch, limit_seconds: float) -> dist.Store:
     advice = "on every rank, set both to the host of rank 0 and a free port there"
     unknown = f"{launch} reached a server at {where} that is not this run's store: {advice}"
     options = {"timeout": timedelta(seconds=limit_seconds), "wait_for_workers": False, "multi_tenant": True}
-    with _exit_after(limit_seconds + 1.0, unknown):  # torch waits for a first response without a limit
+    with _exit_after(limit_seconds + 1.0, unknown):  # torch waits for a first response without a time limit
         try:
             # host the store under "localhost": a wrong MASTER_ADDR then fails below, when this process connects
             hosted = dist.TCPStore("localhost", launch.port, is_master=True, **options) if is_host else None
@@ -116,7 +116,7 @@ def open_store(launch: Launch, limit_seconds: float) -> dist.Store:
 
 
 def _reach(launch: Launch, where: str, limit_seconds: float) -> None:
-    """Wait until a server listens at the store's address. (torch would log stack traces and retry more slowly.)"""
+    """Wait until a server listens at the store's address. torch alone would log stack traces and retry more slowly."""
     deadline = time.monotonic() + limit_seconds
     while True:
         left = deadline - time.monotonic()
@@ -136,7 +136,7 @@ def rendezvous(store: dist.Store, launch: Launch, limit_seconds: float, since: f
     """Wait for all ranks, up to `limit_seconds` from `since` (None: now). Returns a unique name for this rendezvous.
 
     After a restart, a launcher's store still has the keys of dead processes. So rank 0 writes a new token, and every
-    other rank answers with rank 0's token and a new one of its own, then waits until rank 0 lists its token. Tokens of
+    other rank answers with rank 0's token and a new one of its own, then waits until rank 0 lists the latter. Tokens of
     dead processes never match.
     """
     mine, others, start = uuid4().hex, range(1, launch.world_size), since or time.monotonic()
@@ -151,7 +151,7 @@ def rendezvous(store: dist.Store, launch: Launch, limit_seconds: float, since: f
             answers = _answers(store, others, token)
             if all(answers):
                 store.set("lowmem/members", " ".join([token, *answers]))
-                store.set("lowmem/token", "")  # do not delete it: a rank between `check` and `get` would block
+                store.set("lowmem/token", "")  # not deleted: a rank between `check` and `get` would block
                 return mine
         elif token and token != answered:
             store.set(f"lowmem/{launch.rank}", f"{token} {mine}")
@@ -180,7 +180,7 @@ def _read(store: dist.Store, key: str) -> str:
 
 
 def _answers(store: dist.Store, ranks: range, token: str) -> list[str]:
-    """Return the own token of each rank that has answered `token`, and "" for the other ranks."""
+    """Return for each rank its own token if it has answered `token`, else ""."""
     answers = [_read(store, f"lowmem/{rank}").split() for rank in ranks]
     return [answer[1] if answer and answer[0] == token else "" for answer in answers]
 

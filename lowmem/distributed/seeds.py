@@ -1,4 +1,4 @@
-"""Seeds that every rank computes on its own."""
+"""Seeds from keys: all ranks get the same seed without communication."""
 
 from hashlib import blake2b
 

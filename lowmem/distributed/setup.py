@@ -27,7 +27,7 @@ def check_launch(num_processes: int | None) -> None:
 
 
 def processes_to_start(num_processes: int | None) -> int:
-    """Under plain python, `num_processes` (None: one per visible GPU, at least one). Under a launcher, 1."""
+    """How many processes to run: `num_processes` (None: one per visible GPU, at least one), or 1 under a launcher."""
     if launched_processes() is not None or num_processes == 1:
         return 1
     import torch
@@ -68,7 +68,7 @@ def init_distributed(
     from lowmem.distributed.rendezvous import connect_ranks, start_group
 
     for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        os.environ.pop(variable, None)  # lowmem applies these settings (`launched_settings`); Accelerator must not
+        os.environ.pop(variable, None)  # lowmem applies these settings itself, so Accelerator must not
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
     launched = launched_processes() or 1
     if launched > 1:
@@ -102,5 +102,5 @@ def make_deterministic(wanted: bool) -> None:
     import torch
 
     if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(wanted)

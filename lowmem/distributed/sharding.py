@@ -57,7 +57,7 @@ def parallelize(
 
 
 def make_mesh(accelerator: Accelerator, sharding_strategy: str, shard_size: int | None, tp_size: int) -> DeviceMesh:
-    """Make a mesh of all ranks, of shape (copies, shards) for HYBRID_SHARD, or (data ranks, tp_size) with tp_size."""
+    """Make a mesh of all ranks: (data ranks, tp_size) if tp_size > 1, (copies, shards) for HYBRID_SHARD, else 1-D."""
     world_size, kind = accelerator.num_processes, accelerator.device.type
     if tp_size > 1:
         return make_tensor_mesh(kind, world_size, tp_size)

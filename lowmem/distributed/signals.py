@@ -49,13 +49,13 @@ def end_as_signalled(name: str) -> NoReturn:
 
 
 class Signals:
-    """Catch signals from `catch` until `release`. The first is recorded in `came`; a later one, after 5 s, exits.
+    """Catch signals from `catch` until `release`. `came` names the first. One over 5 s later ends the process.
 
     If `at_once` is set, another thread calls it with the first signal's name. Set it while ranks cannot agree to stop.
     """
 
     came: str | None = None
-    """Name of the first signal; None before it."""
+    """Name of the first signal; None until one comes."""
 
     def __init__(self, at_once: Callable[[str], None] | None = None):
         self.at_once = at_once
@@ -96,11 +96,11 @@ class Signals:
                     if (act := self.at_once) is not None:
                         act(name)
                 elif time.monotonic() - first > _ECHO_SECONDS:
-                    print_and_exit(f"{name} came after {self.came}: exits immediately, without saving", 1)
+                    print_and_exit(f"{name} received after {self.came}: exiting immediately, without saving", 1)
 
 
-# A forked process inherits the handlers and the pipe, but not the thread that reads the pipe: its parent would get its
-# signals. So the child restores the previous handlers, and until then, signals are blocked.
+# A forked child inherits handlers and pipe, but the thread that reads the pipe runs only in the parent, which would get
+# the child's signals. So the child restores the previous handlers, and signals are blocked until then.
 _catching: list[Signals] = []
 _forking = threading.local()
 

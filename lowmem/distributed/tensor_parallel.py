@@ -1,8 +1,8 @@
 """Tensor parallelism (Shoeybi et al., 2019): shard linear layers by the plan that transformers has for the model.
 
-Sharded weights are DTensors, for checkpoints; computation uses their local tensors. All else is replicated, including
-the embedding and the output head. Ranks that share a model must get the same batches and dropout masks. Each of them
-then computes the complete gradients of replicated parameters, and these need no sum.
+Sharded weights are DTensors only so that checkpoints know their parts; computation uses their local tensors. All other
+weights are replicated, including the embedding and the output head. Ranks that share a model must get the same batches
+and dropout masks. Each then computes complete gradients of replicated weights, which need no sum over ranks.
 """
 
 import re
@@ -33,7 +33,7 @@ def make_tensor_mesh(kind: str, world_size: int, tp_size: int) -> DeviceMesh:
 
 
 def apply_tensor_parallelism(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard the layers in the model's plan over the second dimension of `mesh`, in place. Raises as `check_plan`."""
+    """Shard the layers in the model's plan over the second dimension of `mesh`, in place. Raises like `check_plan`."""
     check_plan(model, mesh.size(1))
     group = mesh.get_group(1)
     for name, style in _planned(model).items():
@@ -117,7 +117,7 @@ def _shard_linear(linear: nn.Linear, style: "_Style", mesh: DeviceMesh) -> None:
         result = F.linear(x, linear.weight.to_local(), local_bias)
         if style.after:
             result = _Exchange.apply(result, group, *style.after)
-        return result + bias if bias is not None and style.dim == 1 else result  # add after the sum, so only once
+        return result + bias if bias is not None and style.dim == 1 else result  # bias added once, after the sum
 
     linear.forward = forward
 
@@ -146,7 +146,7 @@ def _same(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _sum(x: Tensor, group: ProcessGroup) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)  # not in place: recompute_cheap reduces x again
+    total = x.clone(memory_format=torch.contiguous_format)  # not in place, because recompute_cheap sums x again
     dist.all_reduce(total, group=group)
     return total
 
@@ -162,18 +162,18 @@ def _own_columns(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class _Style(NamedTuple):
-    """How a linear layer is sharded: the sharded `dim` of its weight, and `_Exchange` functions for input, output."""
+    """How a linear layer is sharded: the sharded `dim` of its weight, and what `_Exchange` does to input and output."""
 
     dim: int
     before: tuple[Exchange, Exchange] | None
     after: tuple[Exchange, Exchange] | None
 
 
-# by the names in transformers' plans
+# keys: the names that transformers' plans have for these styles
 _STYLES = {
     "colwise": _Style(0, (_same, _sum), None),
     "colwise_gather_output": _Style(0, (_same, _sum), (_all_gather_columns, _own_columns)),
     "rowwise": _Style(1, None, (_sum, _same)),
     "rowwise_split_input": _Style(1, (_own_columns, _all_gather_columns), (_sum, _same)),
 }
-_REPLICATED = "replicated_with_grad_allreduce"  # per-head norms: each rank has only the gradient from its own heads
+_REPLICATED = "replicated_with_grad_allreduce"  # per-head norms: a rank's gradient covers only its own heads

@@ -38,7 +38,7 @@ class Zero3Weight:
 
 
 def make_accelerator(config: Mapping[str, object], *, on_cpu: bool, **options: object) -> "Accelerator":
-    """Make an Accelerator for DeepSpeed. `config` is complete, with precision. Raises UsageError if it is invalid."""
+    """Make an Accelerator for DeepSpeed. `config` must include the precision. Raises UsageError if it is invalid."""
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -53,11 +53,11 @@ def make_accelerator(config: Mapping[str, object], *, on_cpu: bool, **options: o
     if on_cpu:
         # do not spend a minute compiling DeepSpeed's shared-memory collectives: gloo has its own
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # otherwise accelerate would see only one process; Accelerator(cpu=True) would ignore DeepSpeed
+        # set the CPU here, or accelerate would see only one process; Accelerator(cpu=True) would ignore DeepSpeed
         PartialState(cpu=True)
     # DeepSpeed calls deprecated collectives in every step
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
-    # the plugin rejects this variable next to a config, and `config` already has the launcher's settings
+    # the plugin rejects this variable together with a config, and `config` already has the launcher's settings
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     plugin = DeepSpeedPlugin(hf_ds_config=dict(config), zero3_init_flag=False)
     accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="no", **options)
@@ -66,14 +66,14 @@ def make_accelerator(config: Mapping[str, object], *, on_cpu: bool, **options: o
 
 
 def wrap(model: nn.Module, optimizer: Optimizer, accelerator: "Accelerator") -> nn.Module:
-    """Wrap both in DeepSpeed's engine, with rank 0's weights. `optimizer` then updates ZeRO's shards of the weights."""
+    """Wrap model and optimizer in DeepSpeed's engine, with rank 0's weights. `optimizer` then updates ZeRO's shards."""
     import deepspeed
 
     plugin = accelerator.deepspeed_plugin
     if plugin.zero_stage == 3:
         if plugin.deepspeed_config["bf16"]["enabled"]:
             model.to(torch.bfloat16)  # the engine does this only at other stages
-        # Init shards each weight when it reaches the device; the engine would first move all weights there
+        # Init shards each weight as soon as it reaches the device; the engine alone would first move all weights there
         deepspeed.zero.Init(module=model, config_dict_or_path=plugin.deepspeed_config)
     engine, _ = accelerator.prepare(model, optimizer)
     return engine
@@ -82,11 +82,11 @@ def wrap(model: nn.Module, optimizer: Optimizer, accelerator: "Accelerator") -> 
 def backward(engine: nn.Module, loss: Tensor, *, world_size: int, is_last: bool) -> None:
     """Add the gradient of `loss` to the step's gradient. If `is_last`, sum the step's gradient over ranks."""
     engine.set_gradient_accumulation_boundary(is_last)
-    engine.backward(loss * world_size)  # the engine averages over ranks
+    engine.backward(loss * world_size)  # the engine divides the sum by world_size
 
 
 def update(engine: nn.Module) -> tuple[Tensor, bool]:
-    """If the gradient is finite, clip it and update. Returns its norm before clipping, and whether it was finite."""
+    """If the gradient is finite, clip it and update weights. Returns its norm before clipping, and if it was finite."""
     engine.step()
     updated = engine.was_step_applied()
     norm = engine.get_global_grad_norm() if updated else math.nan  # DeepSpeed would return the previous step's norm

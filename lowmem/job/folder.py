@@ -18,32 +18,33 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def check_output(output: Path, resume: str) -> None:
-    """Raise UsageError if a run would mix with another's files in `output`. `resume` is never, auto or a path."""
+    """Raise UsageError if a run would mix its files with others in `output`. `resume` is never, auto or a path."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output_dir={output} is a file: set a folder")
     present = sorted(path.name for path in output.glob("checkpoints/step-*"))
     model = output / "model"
+    replaced = "would be replaced at the end of the run: set another --output_dir"
     if model.exists() and not (model / "lowmem.json").is_file():
-        raise UsageError(f"{model} is not from a lowmem run and would be replaced at the end: set another --output_dir")
+        raise UsageError(f"{model} was not written by lowmem and {replaced}")
     if resume == "never" and present:
         found = f"--output_dir={output} already contains checkpoints ({', '.join(present)})"
-        raise UsageError(f"{found}: set --resume=auto to resume from the newest, or another --output_dir")
+        raise UsageError(f"{found}: set --resume=auto to resume from the newest one, or set another --output_dir")
     if resume == "never" and model.exists():
-        raise UsageError(f"{model} is from another run and would be replaced at the end: set another --output_dir")
+        raise UsageError(f"{model} is from another run and {replaced}")
     if resume not in ("never", "auto"):
         path = Path(resume)
         if not (path / "manifest.json").is_file():
             raise UsageError(f"--resume={path} is not a checkpoint: set never, auto, or a folder with a manifest.json")
         if present and path.resolve().parent != (output / "checkpoints").resolve():
-            raise UsageError(f"{output} contains checkpoints of another run than {path}: set another --output_dir")
+            raise UsageError(f"{output} contains checkpoints, but {path} is not one of them: set another --output_dir")
         if later := [name for name in present if name > path.name]:
             found = f"{output} contains later checkpoints than {path.name} ({', '.join(later)})"
-            raise UsageError(f"{found}: move them, or set another --output_dir")
+            raise UsageError(f"{found}: move them out of the folder, or set another --output_dir")
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Make `folder` and lock it within this block; at the end, remove it if it was made here and is empty.
+    """Make `folder` and lock it within this block. At the end, remove the folder if this call made it and it is empty.
 
     The file .lock names this process. The lock (flock) ends with the process. Raises UsageError if `folder` cannot be
     written, or if another process holds the lock for 5 seconds; the message names that process.
@@ -58,7 +59,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         if is_same_file(folder / ".lock", lock):
-            os.unlink(folder / ".lock")  # while locked: another process that opened it sees that it is gone
+            os.unlink(folder / ".lock")  # while still locked: a process that has opened the file finds it gone
         _remove_empty(made)
         os.close(lock)
 
@@ -77,7 +78,7 @@ def _acquire_lock(folder: Path) -> int:
         owner = os.read(lock, 1000).decode() or "another process"
         os.close(lock)
         if time.monotonic() > deadline:
-            raise UsageError(f"output_dir {folder} is in use by {owner}: wait for it or set another --output_dir")
+            raise UsageError(f"--output_dir={folder} is in use by {owner}: wait until it ends, or set another folder")
         time.sleep(0.1)
 
 
@@ -89,7 +90,7 @@ def _is_locked(lock: int, path: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        print(f"{path} cannot be locked ({error.strerror}): two runs in this folder would not notice each other")
+        print(f"{path} cannot be locked ({error.strerror}): make sure that no other run uses this folder")
     return True
 
 
@@ -100,5 +101,5 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def has_files(folder: Path) -> bool:
-    """Whether `folder` contains anything but our lock."""
+    """Whether `folder` contains anything but the file .lock."""
     return folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir())

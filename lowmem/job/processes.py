@@ -24,7 +24,7 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
     """Run `python *arguments` in `num_processes` processes on this machine, and return the exit code.
 
     If a process fails, the launcher ends the others, and the failed process's code is returned. Forwards the first
-    signal that `signals` catches; if it kills a process that does not catch it yet, returns minus the signal's number.
+    signal that `signals` catches. Returns minus its number if it kills a process that does not catch signals yet.
     """
     forwarded: list[int] = []
 
@@ -46,7 +46,7 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
     print(f"starting {num_processes} processes on this machine", flush=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid4().hex}
-    # the launcher kills its processes 30 s after a signal that it handles: too soon to save a large model
+    # do not let the launcher handle our signals: it would kill its processes 30 s later, too soon for a large save
     options = {"max_restarts": 0, "signals_to_handle": "SIGHUP,SIGQUIT"}
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=num_processes, **rendezvous, **options)
     end_unstarted, signals.at_once = signals.at_once, forward
@@ -60,7 +60,7 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
 
 def die_with_launcher() -> None:
     """Under a launcher on Linux: get SIGTERM when the launcher dies, even by SIGKILL, so that the run still saves."""
-    # set by torchrun, by `accelerate launch` (even for one process, without torchrun), by `deepspeed`
+    # torchrun, `accelerate launch` (even of one process, without torchrun) and `deepspeed` each set one of these
     is_launched = not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "CROSS_SIZE"))
     if not is_launched or sys.platform != "linux":
         return
@@ -73,7 +73,7 @@ def die_with_launcher() -> None:
 
 
 def _die_with_deepspeed(launcher: int) -> None:
-    """Send this process SIGTERM when the `deepspeed` command dies: its child, our launcher, would continue."""
+    """Send this process SIGTERM when the `deepspeed` command dies, because its child, our launcher, would continue."""
 
     def watch(command: int) -> None:
         with suppress(psutil.Error):

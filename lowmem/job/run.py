@@ -23,7 +23,7 @@ _PLANNED = "LOWMEM_PLANNED"
 def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: frozenset[str] = frozenset()) -> int:
     """Run `command` (train or evaluate) and return the exit code. Catches signals for the rest of the process.
 
-    Processes that it starts get the command line `arguments`. Fitting settings to memory keeps the fields in `fixed`.
+    Processes that it starts get the command line `arguments`. Fitting settings to memory never changes `fixed` fields.
     """
     trains, output = command == "train", Path(config.output_dir)
     signals = Signals(at_once=end_at_once if trains else end_as_signalled)
@@ -32,7 +32,7 @@ def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: f
     is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # after a process failed
     if trains and is_restarted and (ended := final_exit(output)):
         if os.environ["LOCAL_RANK"] == "0":
-            print(f"not restarted, this launch has ended: {ended['cause']}, {ended['message']}", file=sys.stderr)
+            print(f"not restarting: this launch has ended ({ended['cause']}: {ended['message']})", file=sys.stderr)
         return ended["code"]
     check_launch(config.num_processes)
     if trains:

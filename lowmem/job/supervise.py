@@ -54,14 +54,13 @@ def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Sig
 
 
 def end_at_once(signal: str, record: Callable[..., None] | None = None) -> NoReturn:
-    """Exit on a signal that comes before the process group exists: the ranks cannot agree yet on a step to end at."""
+    """Exit on a signal that comes before the process group exists, because ranks cannot agree on a last step yet."""
     # a launcher also sends SIGTERM to all processes when one fails, even if it restarts them
     from_launcher = signal == "SIGTERM" and not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "CROSS_SIZE"))
     if from_launcher and os.environ.get("LOCAL_RANK") != "0":
         os._exit(PREEMPTED)  # the failed process, or local rank 0, reports
-    records = record is not None and not from_launcher
-    act = partial(record, "preempted", _NOTHING_SAVED) if records else lambda: None
-    print_and_exit(f"{signal} received, exiting at once: there is nothing to save yet", PREEMPTED, act)
+    act = partial(record, "preempted", _NOTHING_SAVED) if record and not from_launcher else lambda: None
+    print_and_exit(f"{signal} received before training started: exiting now, nothing to save", PREEMPTED, act)
 
 
 def record_preempted(output: Path) -> None:
@@ -74,7 +73,7 @@ def report_error(error: Exception) -> int:
     """Print `error`, report it to the other ranks, and return the exit code."""
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" or isinstance(error, StartError) else f" on rank {rank}, host {socket.gethostname()}"
-    # before the process group exists, all processes of a host have the same user error: one prints it
+    # before the process group exists, all processes of a host have the same user error, so only one prints it
     same_on_host = isinstance(error, UsageError) and not isinstance(error, StartError) and not has_process_group()
     if os.environ.get("LOCAL_RANK", "0") == "0" or not same_on_host:
         lines = traceback.format_exception(error)

@@ -25,8 +25,8 @@ from lowmem.distributed.seeds import seed_of
 from lowmem.memory.release import Released
 from lowmem.optim.tiers import TieredOptimizer
 
-# autocast would cache a bf16 copy of every weight until the loss is computed. Without activation checkpointing,
-# autograd keeps the copies anyway; with it, no copy is kept, and each weight is cast in forward and in backward.
+# The cache of autocast would hold a bf16 copy of every weight until the loss is computed. Without activation
+# checkpointing, autograd keeps the copies anyway. With it, no copy stays, but each weight is cast again in backward.
 _UNCACHED = AutocastKwargs(cache_enabled=False)
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -58,14 +58,14 @@ class Gradients:
             self.released.begin(micro_batches, max_grad_norm, nonfinite)
 
     def accumulate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> list[Tensor]:
-        """Run forward and backward on each micro-batch; return the share of each in the mean loss, fp32 scalars."""
+        """Run forward and backward on each micro-batch; return each one's share of the mean loss, an fp32 scalar."""
         losses: list[Tensor] = []
         is_ddp = isinstance(self._model, DistributedDataParallel)
         with self._sums(len(batches)):
             for index, batch in enumerate(batches if self._num_tokens else ()):
                 # seeds all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
                 torch.manual_seed(seed_of(self._seed, self._step, self._rank.rank, index))
-                # DDP must not all-reduce in backward
+                # DDP must not all-reduce in backward, because `all_reduce` does that once for all micro-batches
                 with self._model.no_sync() if is_ddp else nullcontext():
                     with self._accelerator.autocast(_UNCACHED):
                         loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._num_tokens
@@ -119,13 +119,13 @@ class Gradients:
         return self._optimizer.summing(micro_batches, *key)
 
 
-@cache  # check the same values once, not at every step
+@cache  # check each combination of values once, not at every step
 def _check(optimizer: type, mixed_precision: str, is_engine: bool) -> None:
     if is_engine:
         raise ValueError("the model is in DeepSpeed's engine, which reduces and applies gradients: use deepspeed_step")
     if mixed_precision == "fp16":
         raise ValueError("fp16 needs loss scaling, which is not supported: set mixed_precision=bf16 or no")
     if issubclass(optimizer, AcceleratedOptimizer):
-        raise ValueError("the optimizer is wrapped by accelerator.prepare: pass the one that make_optimizer returned")
+        raise ValueError("the optimizer is wrapped by accelerator.prepare: pass the unwrapped one from make_optimizer")
     if issubclass(optimizer, TieredOptimizer) and mixed_precision != "no":
         raise ValueError(f"memory tiers need the Accelerator's mixed_precision=no, got {mixed_precision}: set it to no")

@@ -18,7 +18,7 @@ ToHost = Callable[[Tensor], Tensor]
 
 
 class Offload:
-    """The two hooks of `torch.autograd.graph.saved_tensors_hooks`, and the copies between them.
+    """The two hooks for `torch.autograd.graph.saved_tensors_hooks`, which copy activations to the host and back.
 
     A separate CUDA stream copies activations to pinned host memory, and back before backward needs them. On CPU,
     `to_host` copies them into mapped files, which the system can write to disk. Tensors in `kept` are not copied.
@@ -74,7 +74,7 @@ class _Copy:
             with torch.cuda.stream(stream):
                 self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
                 self._host.copy_(tensor, non_blocking=True)
-            tensor.record_stream(stream)  # do not reuse its memory before the copy is done
+            tensor.record_stream(stream)  # keeps the allocator from reusing the memory before the copy is done
 
     def fetch(self) -> None:
         if self._fetched is None and (self._taken is None or self._taken() is None):
@@ -91,7 +91,7 @@ class _Copy:
             tensor, self._fetched = self._fetched, None
             if self._stream is not None:
                 current = torch.cuda.current_stream(self._device)
-                current.wait_event(self._arrived)  # does not wait for later copies
+                current.wait_event(self._arrived)  # waits for this copy, but not for later ones
                 tensor.record_stream(current)
             self._taken = weakref.ref(tensor)
         return tensor
@@ -101,7 +101,7 @@ def mapped_file(tensor: Tensor) -> Tensor:
     """Copy `tensor` into a memory-mapped temporary file. Raises OSError if the disk is full."""
     with tempfile.NamedTemporaryFile(prefix="lowmem-activation-") as file:  # the mapping outlives the file name
         try:
-            os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # or a full disk would kill the process later (SIGBUS)
+            os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # or a full disk could later kill the process (SIGBUS)
         except OSError as error:
             needs = f"offload_activations needs {tensor.nbytes:,} more bytes in {tempfile.gettempdir()}"
             message = f"{needs}: {error.strerror}; set TMPDIR to a folder on a larger disk, or remove the flag"

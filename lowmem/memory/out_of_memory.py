@@ -32,8 +32,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def guarded(name: str, model: nn.Module, optimizer: Optimizer, *, together: bool) -> Iterator[None]:
     """Run a phase of a step. If it fails on one rank, every rank stops.
 
-    With `together`, the phase has no update and no collective, so all ranks raise the same error at its end:
-    StepTooLarge if memory ran out. Otherwise the failing rank reports through its heartbeat and raises OutOfMemory.
+    `together` is for a phase without update or collective. All ranks then raise the same error at its end, StepTooLarge
+    if memory ran out. Without it, the failing rank reports by heartbeat, and raises OutOfMemory if memory ran out.
     """
     errors = raise_on_all_ranks() if together else report_failure()
     with phase(name), errors, _explained(StepTooLarge if together else OutOfMemory, model, optimizer):
@@ -42,7 +42,7 @@ def guarded(name: str, model: nn.Module, optimizer: Optimizer, *, together: bool
 
 @contextmanager
 def _explained(kind: type[OutOfMemory], model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """If memory runs out, free what the failed calls held; raise `kind` with what used memory and what needs less."""
+    """If memory runs out, free what the failed calls held, and raise `kind` with the memory use and advice."""
     explanation, outer = "", sys.exception()
     try:
         yield
@@ -75,11 +75,11 @@ def _memory_use(model: nn.Module, optimizer: Optimizer) -> str:
     state = (x for held in optimizer.state.values() for x in held.values() if isinstance(x, Tensor))
     memory = getattr(optimizer, "memory", "off")
     held = {"weights": _num_bytes(model.parameters()), "optimizer state": _num_bytes(state)}
-    held["gradients"] = _num_bytes(trained) * (2 if memory == "exact" else 1)  # exact sums them in fp32
+    held["gradients"] = _num_bytes(trained) * (2 if memory == "exact" else 1)  # exact sums bf16 gradients in fp32
     known = ", ".join(f"{name} {num_bytes / 2**20:,.1f} MiB" for name, num_bytes in held.items())
     device = next(model.parameters()).device
     of_all = f" of {torch.cuda.mem_get_info(device)[1] / 2**20:,.0f} MiB" if device.type == "cuda" else ""
-    _, world_size = rank_and_world_size()
+    rank, world_size = rank_and_world_size()
     less = {
         "--recompute=full": not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         "--loss=chunked": True,
@@ -90,8 +90,8 @@ def _memory_use(model: nn.Module, optimizer: Optimizer) -> str:
         "--sharding_strategy=FULL_SHARD": world_size > 1 and not has_collectives(model),
     }
     helps = ", ".join(flag for flag, is_left in less.items() if is_left)
-    rest = f"the rest{of_all} was activations, logits and temporaries"
-    return f"It holds {known} at most; {rest}. These settings use less memory, if not set yet: {helps}"
+    rest = f"activations, logits and temporaries used the rest{of_all}"
+    return f"Rank {rank} holds at most {known}; {rest}. Settings that use less memory, if not set yet: {helps}"
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:

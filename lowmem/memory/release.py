@@ -16,9 +16,8 @@ from lowmem.errors import UsageError
 def release(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     """Update each parameter inside backward and free its gradient (Lv et al., 2023). Supports one process only."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise UsageError(
-            f"release leaves no gradient to sum over {dist.get_world_size()} processes: start one, or remove release"
-        )
+        found = f"release frees gradients before they can be summed over {dist.get_world_size()} processes"
+        raise UsageError(f"{found}: start one process, or remove release")
     released = Released(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     hooks = [parameter.register_post_accumulate_grad_hook(released.update) for parameter in parameters]
@@ -43,12 +42,12 @@ class Released:
     def begin(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
         """Start a step. Raises UsageError for options that need all gradients at once."""
         problems = {
-            f"{micro_batches} micro-batches a step (set gradient_accumulation_steps to 1)": micro_batches > 1,
+            f"{micro_batches} micro-batches per step (set gradient_accumulation_steps to 1)": micro_batches > 1,
             f"clipping at {max_grad_norm} (set max_grad_norm to 0)": bool(max_grad_norm),
             "skipping updates that are not finite (set nonfinite to stop)": nonfinite != "stop",
         }
         if found := [problem for problem, is_found in problems.items() if is_found]:
-            raise UsageError(f"release updates weights inside backward, one at a time: it excludes {', '.join(found)}")
+            raise UsageError(f"release updates each weight inside backward, so it does not support {', '.join(found)}")
         self.parameters.clear()
         self.norms.clear()
 
@@ -56,5 +55,5 @@ class Released:
     def update(self, parameter: nn.Parameter) -> None:
         self.norms.append(gradient_norm(parameter.grad))
         self.parameters.add(parameter)
-        self._optimizer.step()  # skips the other parameters, which have no gradient
+        self._optimizer.step()  # skips all other parameters, because they have no gradient
         parameter.grad = None

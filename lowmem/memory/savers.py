@@ -1,4 +1,4 @@
-"""Trade time for memory: each saver is a context manager over (model, optimizer), and they combine."""
+"""Trade time for memory. Each saver is a context manager that takes (model, optimizer); savers can be combined."""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -77,7 +77,7 @@ def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[N
         raise UsageError(f"compile needs {'triton' if on_cuda else 'g++ or clang++'}: install it or remove compile")
     for layer in layers:
         layer.forward = _when_training(torch.compile(layer.forward, dynamic=True), layer.forward, layer)
-    # All layers share the limit: encoder and decoder, first and later layers, with and without a mask.
+    # All variants share the limit: layers of encoder and decoder, first and later layers, with and without a mask.
     with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
         try:
             yield
@@ -87,7 +87,7 @@ def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[N
 
 
 def _when_training(compiled_forward: Callable, forward: Callable, layer: nn.Module) -> Callable:
-    # evaluation and generation would compile again for each length
+    # evaluation and generation run uncompiled, because they would compile again for each length
     return lambda *args, **kwargs: (compiled_forward if layer.training else forward)(*args, **kwargs)
 
 
@@ -110,7 +110,7 @@ def _checkpointing(model: nn.Module, options: dict[str, object]) -> Iterator[Non
 
 
 def _keep_costly(context: object, operation: torch._ops.OpOverload, *arguments, **options) -> CheckpointPolicy:
-    # Run attention with dropout again: with a kept result it would draw no mask, and so all later masks would change.
+    # Recompute attention with dropout: if its result were kept, it would draw no mask, and later masks would change.
     if operation not in _COSTLY:
         return CheckpointPolicy.PREFER_RECOMPUTE
     names = (argument.name for argument in operation._schema.arguments)

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 256  # 8-bit values that share a scale; a block never crosses a row
-_SPLIT_ELEMENTS = 2**22  # to split at a time: int32 temporaries for a whole embedding would set the run's peak memory
+BLOCK = 256  # 8-bit values that share a scale; a block never spans two rows
+_SPLIT_ELEMENTS = 2**22  # to split at a time, because int32 temporaries of a whole embedding would set the peak memory
 
 # An 8-bit float is bits 20 to 27 of an fp32 number: 3 mantissa bits and the lowest exponent bits, 4 for a first moment
 # (int8, with a separate sign) and 5 for a second moment (uint8). Moments need relative precision: evenly spaced codes
 # would round small second moments, which are divisors, to 0 and make their updates huge (Li et al., 2023).
 _CUT_BITS = 20
 _LARGEST = {torch.int8: 127, torch.uint8: 255}
-_LEAST = {torch.int8: 0, torch.uint8: 8}  # second moments stay above 0; codes below 8 are subnormals, slow on CPU
+_LEAST = {torch.int8: 0, torch.uint8: 8}  # second moments stay above 0; codes below 8 are subnormal floats, slow on CPU
 
 
 def keep(name: str, values: Tensor, form: str) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ def zeros(name: str, like: Tensor, form: str) -> dict[str, Tensor]:
 
 
 def read(tensors: dict[str, Tensor], name: str, rows: slice) -> Tensor:
-    """Return the fp32 values of some rows, (rows, columns). For the format fp32, this is a view to update in place."""
+    """Return the fp32 values of some rows, (rows, columns). In the format fp32, they are a view to update in place."""
     kept = by_rows(tensors[name])[rows]
     if kept.dtype == torch.float32:
         return kept

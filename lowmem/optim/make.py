@@ -18,12 +18,12 @@ from lowmem.optim.adafactor import TieredAdafactor
 from lowmem.optim.formats import BLOCK
 from lowmem.optim.tiers import TieredAdamW, is_large
 
-# for memory="off": optimizers without a closure, for dense gradients and parameters of any shape
+# for memory="off": torch's optimizers that need no closure and accept dense gradients and parameters of any shape
 OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "nadam": optim.NAdam, "radam": optim.RAdam}
 OPTIMIZERS |= {"adamax": optim.Adamax, "adafactor": optim.Adafactor, "adagrad": optim.Adagrad}
 OPTIMIZERS |= {"adadelta": optim.Adadelta, "rmsprop": optim.RMSprop, "sgd": optim.SGD}
 
-_FUSED_SHARDED = ("adamw", "adam")  # their fused kernels accept DTensors
+_FUSED_SHARDED = ("adamw", "adam")  # optimizers whose fused kernels accept DTensors
 
 # names of biases and norms, which get no weight decay, as in transformers' Trainer
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
@@ -52,16 +52,16 @@ def make_optimizer(
     if name not in names:
         raise ValueError(f"optimizer {name!r} is unknown with memory={memory}: use one of {', '.join(names)}")
     is_wrapped = isinstance(model, DistributedDataParallel)
-    if memory != "off" and (is_wrapped or has_gathered(model)):  # both keep using the earlier dtypes
+    if memory != "off" and (is_wrapped or has_gathered(model)):  # both would keep using the old dtypes
         found = "DDP has wrapped the model" if is_wrapped else "the sharded model has already run"
         raise ValueError(f"memory={memory} changes dtypes, but {found}: make the optimizer first")
     trainable = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
-        raise ValueError("nothing to optimize, every parameter is frozen: unfreeze a part")
+        raise ValueError("every parameter is frozen, so there is nothing to optimize: unfreeze a part")
     is_divided = any(isinstance(parameter, DTensor) for _, parameter in trainable)
     if name == "adafactor" and is_divided:
         raise ValueError("adafactor needs whole matrices, but this model is sharded: use adamw or NO_SHARD")
-    kinds = defaultdict(list)  # torch's kernels do not accept DTensors and plain tensors together
+    kinds = defaultdict(list)  # separate groups, as torch's kernels do not accept DTensors and plain tensors together
     for path, parameter in trainable:
         owner = model.get_submodule(path.rpartition(".")[0])
         is_bias_or_norm = isinstance(owner, nn.LayerNorm) or _NO_DECAY.search(path) is not None

@@ -31,7 +31,8 @@ def optimizer_tensors(parameters: Parameters, optimizer: Optimizer) -> dict[str,
             if isinstance(value, Tensor):
                 tensors[f"{name}.{key}"] = value
             elif value is not None:
-                raise UsageError(f"the optimizer keeps {key}={value!r} for {name}: only tensors can be saved")
+                found = f"the optimizer state of {name} has {key}={value!r}, which is not a tensor and cannot be saved"
+                raise UsageError(f"{found}: use an optimizer whose state is tensors")
     return tensors
 
 
@@ -39,7 +40,7 @@ def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
     """Return the bytes of the optimizer's state, even before torch's optimizers allocate it in their first step."""
     if known := sum(map(bytes_of, optimizer_tensors(parameters, optimizer).values())):
         return known
-    assert all(parameter.grad is None for parameter in parameters.values())  # or the step below would update them
+    assert all(parameter.grad is None for parameter in parameters.values())  # else the step below would update them
     probe = nn.Parameter(torch.zeros(2, 2))
     probe.grad = torch.zeros_like(probe)
     optimizer.add_param_group({"params": [probe]})
@@ -53,27 +54,26 @@ def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
 
 
 def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimizer: Optimizer) -> bool:
-    """Return whether state of the saved class and tier must be rounded. Raises UsageError if it cannot be loaded."""
+    """Return whether state of the saved class and tier must be rounded to load. Raises UsageError if it cannot load."""
     kind, memory = type(optimizer).__name__, getattr(optimizer, "memory", "off")
     saved_memory = saved_memory or memory
     if (saved_kind, saved_memory) == (kind, memory):
         return False
     if {kind, saved_kind} <= {"AdamW", "TieredAdamW"} and TIERS.index(saved_memory) < TIERS.index(memory):
         return True
-    raise UsageError(
-        f"{path} holds the state of {saved_kind} with memory={saved_memory}, the optimizer is {kind} with memory="
-        f"{memory}: use the same (adamw's state also loads into a tier with less precision, off > exact > lean)"
-    )
+    found = f"{path} has the state of {saved_kind} with memory={saved_memory}"
+    advice = "use the same optimizer and memory (adamw's state also loads into a less precise tier: off > exact > lean)"
+    raise UsageError(f"{found}, but the optimizer is {kind} with memory={memory}: {advice}")
 
 
 def state_differences(
     stored: Mapping[str, StoredTensor], parameters: Parameters, optimizer: Optimizer, *, rounds: bool
 ) -> list[str]:
-    """List how stored state differs from a tier's, a clause per name; empty for torch's, which have none yet."""
+    """List how `stored` differs from a tier's state, one clause per name; [] for torch's optimizers (no state yet)."""
     if not isinstance(optimizer, TieredOptimizer):
         return []
     tensors = optimizer_tensors(parameters, optimizer)
-    if rounds:  # compare only names and shapes, only of parameters that have had a gradient
+    if rounds:  # compare only names and shapes, and only for parameters that have had a gradient
         updated = _by_parameter(stored)
         tensors = {name: x for name, x in _values(tensors).items() if name.rpartition(".")[0] in updated}
         stored = _values(stored)
@@ -103,7 +103,7 @@ def round_state(
     *,
     seed: int,
 ) -> None:
-    """Load the weights and state of a more precise tier; round them stochastically, seeded by `seed`."""
+    """Load the weights and state of a more precise tier, and round them stochastically, seeded by `seed`."""
     optimizer.seed = seed
     by_parameter = _by_parameter(stored)
     for name, parameter in parameters.items():
@@ -133,7 +133,7 @@ def _by_parameter(stored: Mapping[str, StoredTensor]) -> dict[str, dict[str, Sto
 
 
 def _empty(stored: StoredTensor, parameter: Tensor, *, counts_on_host: bool) -> Tensor:
-    if stored.shape == [*parameter.shape]:  # sharded if the parameter is
+    if stored.shape == [*parameter.shape]:  # the new tensor is sharded if the parameter is
         return torch.empty_like(parameter, dtype=stored.torch_dtype, requires_grad=False)
     device = "cpu" if counts_on_host and not stored.shape else parameter.device
     return torch.empty(stored.shape, dtype=stored.torch_dtype, device=device)

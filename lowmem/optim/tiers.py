@@ -19,8 +19,8 @@ from lowmem.distributed.dtensor import local_of, local_part, set_local_, sharded
 from lowmem.distributed.seeds import seed_of
 from lowmem.optim.formats import by_rows, keep, random_halves, read, rows_and_columns, shuffled, write, zeros
 
-_SMALL = 4096  # lean stores vectors, and parameters of up to this many elements, as exact does: they take few bytes
-_CACHED_ELEMENTS = 2**19  # per slice on CPU: its temporaries fit into the cache
+_SMALL = 4096  # lean stores vectors, and parameters of up to this many elements, like exact, as they take few bytes
+_CACHED_ELEMENTS = 2**19  # elements per slice on CPU, so that the slice's temporaries fit into the cache
 _VECTOR = 16  # fp32 values in a CPU's widest vector register
 _LAUNCHED_ELEMENTS = (2**22, 2**24)  # per slice on a GPU: minimum (few kernel launches) and maximum (small temporaries)
 
@@ -30,7 +30,7 @@ Random = Callable[[Tensor], Tensor]
 
 
 class TieredOptimizer(Optimizer):
-    """Base class for the optimizers of the memory tiers: formats, slices, random bits and gradient sums.
+    """Base class for the optimizers of the memory tiers. It handles formats, slices, random bits and gradient sums.
 
     Converts the trainable weights to the tier's format in place, and allocates all state: "step" (on the host) and the
     tensors of each format. Groups hold (name, parameter) pairs. Random bits are a function of (`seed`, update, name). A
@@ -93,7 +93,7 @@ class TieredOptimizer(Optimizer):
         try:
             yield
             for parameter in parameters if hooks else ():
-                # even without a sum: a rank without a gradient all-reduces zeros, in the dtype of the other ranks' sums
+                # also for a parameter without a sum: its zeros are all-reduced in the dtype of the other ranks' sums
                 parameter.grad_dtype = torch.bfloat16 if self._is_rounded(parameter) else torch.float32
             for parameter, total in sums.items():
                 parameter.grad = sharded_like(parameter, total["sum"])
@@ -103,7 +103,7 @@ class TieredOptimizer(Optimizer):
 
     @torch.no_grad()
     def round_from(self, parameter: nn.Parameter, names: Iterable[str], values: Callable[[str, slice], Tensor]) -> None:
-        """Store `values(name, rows)`, in fp32, in the format of each name; `rows` are rows of the full parameter."""
+        """Store the fp32 tensor `values(name, rows)` in each name's format; `rows` are rows of the full parameter."""
         tensors, (_, first, _) = _local_tensors(parameter, self.state[parameter]), local_part(parameter.data)
         draw = self._random(parameter, "round_from")
         for rows in self.slices(parameter):
@@ -128,14 +128,14 @@ class TieredOptimizer(Optimizer):
         """Split the rows of this rank's shard of a parameter into the slices to update one at a time."""
         rows, columns = rows_and_columns(local_of(parameter))
         height = max(1, self._slice_elements // max(1, columns))
-        # a multiple of the vector width: the fused kernel may round a remainder differently
+        # Slices are multiples of the vector width if possible: the fused kernel may round a remainder differently.
         whole = _VECTOR // math.gcd(_VECTOR, columns)
         height = height // whole * whole or height
         return (slice(first, min(first + height, rows)) for first in range(0, rows, height))
 
     def _random(self, parameter: nn.Parameter, *key: int | str) -> Random:
-        """Return a function that draws 16 random bits per element, identically on every rank with this shard."""
-        generator = None  # created on first use: exact never draws
+        """Return a function that draws 16 random bits per element, the same bits on every rank that has this shard."""
+        generator = None  # created on first use, because exact never draws
         _, *corner = local_part(parameter.data)
 
         def draw(values: Tensor) -> Tensor:
@@ -149,9 +149,9 @@ class TieredOptimizer(Optimizer):
 
 
 class TieredAdamW(TieredOptimizer):
-    """AdamW (Loshchilov and Hutter, 2019) with torch's fused kernel; exact equals `torch.optim.AdamW` in fp32 bitwise.
+    """AdamW (Loshchilov and Hutter, 2019) with torch's fused kernel; exact equals fp32 `torch.optim.AdamW` bit for bit.
 
-    `moments` "tier": fp32 in exact, 8 bits in lean; "bf16": rounded stochastically in both.
+    With `moments` "tier", moments are fp32 in exact and 8-bit in lean; "bf16" rounds them stochastically in both.
     """
 
     def __init__(self, groups, *, betas: tuple[float, float], eps: float, moments: str, **options):

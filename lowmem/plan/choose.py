@@ -26,7 +26,7 @@ class Rung(NamedTuple):
 
 
 def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Iterator[Rung]:
-    """Yield rungs from `config` down to the least memory, cheapest change first. Each keeps the changes before it.
+    """Yield rungs from `config` down to the least memory, cheapest change first. Each includes earlier changes.
 
     No rung changes a field in `fixed`. No rung changes the loss: rows per step, tier and optimizer remain the same.
     """
@@ -122,28 +122,28 @@ def choose(
     if refused:
         names = ", ".join(rung.name for rung in refused)
         advice += f"; to try {names}, remove their flags"
-    raise UsageError(f"nothing fits: with {nearest.rung.name}, the closest, it needs {nearest.why}. Use {advice}")
+    raise UsageError(f"nothing fits: the closest setting, {nearest.rung.name}, needs {nearest.why}. Use {advice}")
 
 
 def _check_programs(config: TrainConfig, cluster: Cluster) -> None:
-    """Raise UsageError for a limit that no setting can meet, because the programs alone exceed it."""
+    """Raise UsageError if the programs alone exceed a limit, because then no setting can meet it."""
     what = {"host_memory": f"Python and its libraries ({cluster.local_world_size} processes)"}
     what["device_memory"] = "CUDA and its libraries"
     needed = {"host_memory": programs_bytes(cluster), "device_memory": context_bytes(cluster)}
     for name, over in _excess_bytes(config, needed).items():
         limit = f"--{name}={getattr(config, name)} ({parse_bytes(getattr(config, name)):,} bytes)"
-        alone = f"{what[name]} alone take {gigabytes(needed[name])} of the {name.partition('_')[0]}"
-        raise UsageError(f"nothing fits: {alone}, {gigabytes(over)} more than {limit}: raise it")
+        alone = f"{what[name]} alone need {gigabytes(needed[name])} of {name.replace('_', ' ')}"
+        raise UsageError(f"nothing fits: {alone}, {gigabytes(over)} more than {limit}: raise the limit")
 
 
 def _undo_unneeded(
     best: _Tried, rungs: Sequence[Rung], tried: Callable[[Sequence[Rung]], Iterator[_Tried]]
 ) -> tuple[TrainConfig, Prediction]:
-    """Try to undo each rung before the last, costliest first. Keep it undone if `best`, the last rung, still fits."""
+    """Undo changes of earlier rungs, costliest first, as far as `best`, the last rung, still fits without them."""
     needed = set(best.rung.own)
     for before, rung in reversed(list(pairwise(rungs[:-1]))):
         if needed & rung.own:
-            continue  # a later rung sets the same field and is needed; this rung's value takes more memory
+            continue  # a later rung that sets the same field is needed, and this rung's value takes more memory
         kept = {name: value for name, value in best.rung.changes.items() if name not in rung.own}
         kept |= {name: value for name, value in before.changes.items() if name in rung.own}
         (less,) = tried([Rung(f"without {rung.name}", kept)])
@@ -155,7 +155,7 @@ def _undo_unneeded(
 
 
 def _excess_bytes(config: TrainConfig, needed: Mapping[str, int]) -> dict[str, int]:
-    """Return {limit: bytes by which `needed` exceeds it}, without the limits that are not exceeded."""
+    """Return {limit: bytes by which `needed` exceeds it} for each limit that is exceeded."""
     limits = {name: getattr(config, name) for name in needed}
     over = {name: needed[name] - parse_bytes(limit) for name, limit in limits.items() if limit is not None}
     return {name: size for name, size in over.items() if size > 0}

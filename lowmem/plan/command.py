@@ -16,7 +16,7 @@ from lowmem.plan.choose import choose, variants
 from lowmem.plan.parts import Cluster, Kind
 from lowmem.plan.predict import CONTEXT, Predict, Prediction, gigabytes, planners, predicting, visible_gpus
 
-_PLANNING_SECONDS = 900.0  # the limit for rank 0 to plan while other ranks wait; large models take far less
+_PLANNING_SECONDS = 900.0  # time limit for rank 0 to plan while other ranks wait; large models take far less
 
 
 def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
@@ -98,7 +98,7 @@ def table_of_parts(prediction: Prediction) -> list[str]:
 
 
 def table_of_variants(rows: Sequence[tuple[str, str, Prediction]]) -> list[str]:
-    """List the memory and the cost of each setting. Column x is its device memory relative to the first row."""
+    """List the memory and the cost of each setting. Column x: device memory as a multiple of the first row's."""
     first = rows[0][2].device_bytes
     lines = [f"{'':<34}{'device':>12}{'x':>7}{'host':>12}{'disk':>12}  costs"]
     for name, costs, prediction in rows:

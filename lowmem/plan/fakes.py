@@ -1,4 +1,4 @@
-"""Fake tensors, ranks, GPU and host memory, to count on a CPU the bytes of a step of any size.
+"""Fake tensors, ranks, GPU and host memory. With them, a CPU can count the bytes of a step of any model size.
 
 Tested with torch 2.11 and 2.13. It depends on private parts of torch and accelerate: `torch._subclasses`,
 `torch.testing._internal`, the operator of memory-efficient attention, `AcceleratorState._reset_state`.
@@ -65,7 +65,7 @@ def fake_ranks(cluster: Cluster, *, mixed_precision: str, shards: bool) -> Itera
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=cluster.world_size)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        # accelerate's default is cpu:0, which fake tensors treat as another device than cpu
+        # accelerate's default is cpu:0, which fake tensors treat as a different device from cpu
         PartialState(cpu=True).device = torch.device("cpu")
         yield Accelerator(cpu=True, mixed_precision=mixed_precision)
     finally:
@@ -85,13 +85,13 @@ class HostCopies:
 
     @property
     def savers(self) -> dict[str, Saver]:
-        """SAVERS, but `offload_activations` makes copies that this object counts."""
+        """SAVERS, with an `offload_activations` whose copies this object counts."""
         return SAVERS | {"offload_activations": partial(SAVERS["offload_activations"], to_host=self._take)}
 
     def _take(self, tensor: Tensor) -> "_Copy":
         copy = _Copy(tensor)
         self._add(tensor.nbytes)
-        finalize(copy, self._add, -tensor.nbytes)  # subtract its bytes when it is freed
+        finalize(copy, self._add, -tensor.nbytes)  # subtract the copy's bytes when it is freed
         return copy
 
     def _add(self, num_bytes: int) -> None:
@@ -111,8 +111,8 @@ class _Copy:
 def few_slices() -> Iterator[None]:
     """Within this block, compute only the first two slices of each weight's update and of the logits.
 
-    This saves up to two thirds of the counting time. The peak is the same: what the first slice leaves in memory is
-    live during the second, and later slices add nothing.
+    This saves up to two thirds of the counting time. The peak is the same, because what the first slice leaves in
+    memory is live during the second, and later slices add nothing.
     """
     slices, vocabulary_slices = TieredOptimizer.slices, loss.vocabulary_slices
     TieredOptimizer.slices = lambda *given: islice(slices(*given), 2)
@@ -126,9 +126,9 @@ def few_slices() -> Iterator[None]:
 def attention_for(config: PretrainedConfig, *, on_gpu: bool, is_padded: bool) -> str:
     """Register an attention in transformers that uses as many bytes as the real one but reads no data. Return its name.
 
-    transformers reads positions and masks to decide whether it needs a mask; without data it makes one that training
-    would not have. Here a causal model gets none, and an encoder-decoder's mask hides padding if `is_padded`. On a GPU,
-    a learned bias (T5's) uses the memory-efficient kernel; on a CPU, which has no kernel for it, attention is eager.
+    transformers decides by the values of positions and masks if attention needs a mask. Fakes have no values, so it
+    would make a mask that training does not have. Here only an encoder-decoder gets one, for padding, if `is_padded`.
+    On a GPU, a learned bias (T5's) uses the memory-efficient kernel; a CPU has no such kernel and uses eager attention.
     """
     if not on_gpu and hasattr(config, "relative_attention_num_buckets"):
         return "eager"

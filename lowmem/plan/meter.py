@@ -21,9 +21,9 @@ CUDA_BLOCK_BYTES = 512  # CUDA's caching allocator rounds sizes up to a multiple
 class MemoryMeter(TorchDispatchMode):
     """Count every storage that torch operations create inside this context, also in backward, until it is freed.
 
-    A storage counts once, even if many tensors view it, while anything (such as autograd) holds it. Its size is rounded
-    up to `block_bytes`: 1 counts requested bytes, CUDA_BLOCK_BYTES counts what a GPU allocates. Storages from before
-    count only after `count`; memory-mapped files never count. Set `kind` to label the storages created from then on.
+    A storage counts once, even if many tensors view it, for as long as anything (such as autograd) holds it. Its size
+    is rounded up to `block_bytes`: 1 counts requested bytes, CUDA_BLOCK_BYTES counts what a GPU allocates. Storages
+    created earlier count only after `count`; memory-mapped files never do. Set `kind` to label what is created next.
     Not counted: memory that a kernel allocates and frees internally, fragmentation, workspaces of libraries, the
     device's context, and operations in threads other than autograd's.
     """
@@ -41,7 +41,7 @@ class MemoryMeter(TorchDispatchMode):
         self._storages: dict[int, tuple[ref, int, str]] = {}  # by address, which is unique while the storage is live
 
     def count(self, tensors: Iterable[Tensor], kind: str | None = None) -> None:
-        """Count existing storages, such as those of parameters, as `kind` (None: known ones keep theirs)."""
+        """Count existing storages, such as those of parameters, as `kind` (None: keep the kind of known ones)."""
         for tensor in tensors:
             self._update(local_of(tensor).untyped_storage(), kind)
 
@@ -58,7 +58,7 @@ class MemoryMeter(TorchDispatchMode):
         self.peak_bytes, self.peak_by_kind = self.live_bytes, dict(self._live_by_kind)
 
     def __enter__(self):
-        # fully_shard frees all-gathered weights by a resize, which is not a torch operation
+        # fully_shard frees all-gathered weights by resizing their storage, which is not a torch operation
         self._resize = resize = torch.UntypedStorage.resize_
 
         def resize_and_count(storage: torch.UntypedStorage, num_bytes: int) -> torch.UntypedStorage:
@@ -85,7 +85,7 @@ class MemoryMeter(TorchDispatchMode):
         for storage in [*given, *_storages_of([result])]:
             if storage._cdata not in not_ours:
                 self._update(storage, None if storage._cdata in self._storages else made_for)
-        if func.namespace == "fsdp":  # fully_shard all-gathers weights into a torch.empty, passed as `out`
+        if func.namespace == "fsdp":  # fully_shard all-gathers into a torch.empty that it passes as `out`
             for storage in _storages_of([kwargs.get("out")]):
                 if storage._cdata not in not_ours:
                     self._update(storage, Kind.COMMUNICATION)

@@ -17,11 +17,11 @@ from lowmem.plan.parts import Bytes, Cluster, Counted, Kind, extrapolate
 CONTEXT = "context, fragments"
 
 _WITH_CPU_OFFLOAD = {Kind.WEIGHTS, Kind.LOW_HALVES, Kind.MOMENTS, Kind.GRADIENTS, Kind.UPDATE}
-# Estimates. Host memory per process: interpreter, torch, transformers, prefetched rows; on a GPU, as much for CUDA.
+# Estimates. Host memory per process: interpreter, torch, transformers, prefetched rows; on a GPU, twice this.
 _PROGRAM_BYTES = 600 * 2**20
 _CONTEXT_BYTES = 600 * 2**20  # device memory per process: CUDA and its libraries
 _FRAGMENTS = 0.05  # fragmentation, as a fraction of the bytes of tensors
-_PLANNER_BYTES = 500 * 2**20  # host memory of a process that counts
+_PLANNER_BYTES = 500 * 2**20  # host memory of a process that counts the bytes of a step
 _WAITING_BYTES = 250 * 2**20  # host memory of a rank that waits for the planners
 
 Result = TypeVar("Result")
@@ -51,9 +51,9 @@ Predict = Callable[[Iterable[TrainConfig]], Iterator[Prediction]]
 
 @contextmanager
 def planners(host_memory: str | None = None) -> Iterator[Executor]:
-    """Yield a pool of processes that count: one per core, up to 4, within `host_memory`. So this one needs no torch."""
+    """Yield a pool of up to 4 processes (one per core, within `host_memory`) that count, so this one needs no torch."""
     most = min(4, len(os.sched_getaffinity(0)))
-    if host_memory is not None:  # the launcher's other ranks use some of it while they wait
+    if host_memory is not None:  # the launcher's other ranks use a part of `host_memory` while they wait
         waiting = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * _WAITING_BYTES
         most = max(1, min(most, (parse_bytes(host_memory) - waiting) // _PLANNER_BYTES))
     pool = ProcessPoolExecutor(most, mp_context=get_context("spawn"))
@@ -87,10 +87,8 @@ def _result(found: Future[Result]) -> Result:
     try:
         return found.result()
     except BrokenProcessPool as error:
-        raise UsageError(
-            f"a prediction process ended early; each needs {gigabytes(_PLANNER_BYTES)} of host memory: free some, or "
-            "set --host_memory so that fewer processes run"
-        ) from error
+        found = f"a prediction process ended early; each needs {gigabytes(_PLANNER_BYTES)} of host memory"
+        raise UsageError(f"{found}: free some, or set --host_memory so that fewer processes run") from error
 
 
 def _num_gpus() -> int:
@@ -112,7 +110,7 @@ def _count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Coun
 
 
 def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Prediction:
-    """Add what is outside of a step to the counted bytes: programs, loading, checkpoints."""
+    """Add the bytes that are not part of a step (programs, loading, checkpoints) to the counted bytes."""
     on_host = {Kind.OFFLOADED} | (_WITH_CPU_OFFLOAD if config.cpu_offload and cluster.on_gpu else set())
     peaks = [{kind: parts[kind] for kind in Kind if kind in parts} for parts in counted.peaks.values()]
     device, host = (
@@ -129,7 +127,7 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
     loading = 0 if in_parts else 4 * counted.num_parameters * (1 if config.is_sharded else processes)
     host["loading, beyond training"] = max(0, loading - _total(host))
     host["programs"] = programs_bytes(cluster)
-    keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # one more while the new one is written
+    keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # one more while a new one is written
     name = f"{keeps} checkpoints" if config.save_total_limit else "each checkpoint"
     return Prediction(device, host, {name: keeps * counted.checkpoint_bytes, "model": counted.model_bytes})
 

@@ -42,13 +42,13 @@ def count_shallow(config: TrainConfig, cluster: Cluster) -> Counted:
 
 
 def count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Counted]]:
-    """For each depth: the layers that `count_shallow` leaves out per stack, and a step with one layer more."""
+    """For each depth, return how many layers `count_shallow` leaves out, and count a step with one more layer."""
     _, deeper = _depths(config)
     return [(times, count(config, cluster, shape)) for times, shape in deeper]
 
 
 def _depths(config: TrainConfig) -> tuple[PretrainedConfig, list[tuple[int, PretrainedConfig]]]:
-    """The shapes for `count_shallow`, `count_deeper`. Fields of equal depth grow together: they may name one stack."""
+    """Return the shallow and the deeper shapes. Fields of equal depth may name one stack, so they grow together."""
     shape = config_of(config.model_name_or_path or config.model_config)
     deep: dict[int, list[str]] = {}
     for name in _DEPTHS:
@@ -71,14 +71,14 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
     with ExitStack() as stack:
         ranks = fake_ranks(cluster, mixed_precision=config.autocast, shards=config.is_sharded)
         accelerator = stack.enter_context(ranks)
-        if config.is_sharded:  # a mesh needs real tensors
+        if config.is_sharded:  # before `fake_tensors`, because a mesh needs real tensors
             mesh = make_mesh(accelerator, config.sharding_strategy, config.shard_size, config.tp_size)
         stack.enter_context(few_slices())
         stack.enter_context(fake_tensors())
         model = build_model(shape, attention_for(shape, on_gpu=cluster.on_gpu, is_padded=True))
         freeze(model, parts=config.frozen_parts)
         if config.is_sharded:
-            shard(model, mesh, sharding_strategy=config.sharding_strategy, cpu_offload=False)  # the CPU is the device
+            shard(model, mesh, sharding_strategy=config.sharding_strategy, cpu_offload=False)  # tensors are on the CPU
         device, trained = "cuda" if cluster.on_gpu else "cpu", [x for x in model.parameters() if x.requires_grad]
         slice_elements = slice_elements_for(trained, device)
         optimizer = make_optimizer(model, **config.optimizer_options, slice_elements=slice_elements)
@@ -90,7 +90,7 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         timeline.watch(model, optimizer)
         # start before the savers, because one of them all-gathers the weights
         stack.enter_context(timeline.meter)
-        savers = [timeline.host.savers[name] for name in config.savers if name != "compiled"]  # no kernels to compile
+        savers = [timeline.host.savers[name] for name in config.savers if name != "compiled"]  # no kernels run here
         stack.enter_context(entered(savers, model, optimizer))
         batches = _batches(config, cluster, is_causal=not shape.is_encoder_decoder)
         timeline.meter.reset_peak()
@@ -109,7 +109,7 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
 
 
 def _make_state(optimizer: Optimizer) -> None:
-    """Run one step so that torch's optimizers, which create their state in it, have state."""
+    """Run one step, because torch's optimizers create their state in their first step."""
     if optimizer.state:
         return
     for group in optimizer.param_groups:
@@ -120,7 +120,7 @@ def _make_state(optimizer: Optimizer) -> None:
 
 
 def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[Batch]:
-    """Make at most two full micro-batches: more would have the same peak. All tokens are targets."""
+    """Make at most two full micro-batches, because more would have the same peak. All tokens are targets."""
     data_ranks = cluster.world_size // config.tp_size
     rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps * data_ranks
     micro_batches = -(-rows // (config.batch_size * data_ranks))
@@ -143,7 +143,7 @@ class _Timeline:
         self.peaks: dict[str, Bytes] = {}
 
     def end(self, phase: str, *, then: Kind) -> None:
-        """Record the peak of the phase that ends here. Label what is created next with the kind `then`."""
+        """Record the peak of the phase that ends here. Label the storages created from now on as `then`."""
         peak = {kind: size for kind, size in self.meter.peak_by_kind.items() if size}
         known = self.peaks.get(phase, {})
         on_host = max(known.get(Kind.OFFLOADED, 0), self.host.peak_bytes)
@@ -156,11 +156,11 @@ class _Timeline:
         self.host.reset_peak()
 
     def watched(self, loss_fn: LossFunction) -> LossFunction:
-        """Wrap `loss_fn` to end a phase before and after it."""
+        """Wrap `loss_fn` so that one phase ends before each call, and another after it."""
 
         def watched_loss(model: nn.Module, batch: Batch) -> Tensor:
             self.end("before", then=Kind.ACTIVATIONS)
-            self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)  # what an earlier backward left in memory
+            self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)  # what an earlier backward left in memory is gradients
             loss = loss_fn(model, batch)
             self.end("loss", then=Kind.BACKWARD)
             return loss

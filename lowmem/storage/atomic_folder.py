@@ -19,7 +19,7 @@ def atomic_folder(path: Path, *, may_replace: Callable[[Path], bool] = lambda pa
     """Yield a temporary folder next to `path`, and rename it to `path` when the block ends without an error.
 
     Replaces an existing folder only if `may_replace(path)`; otherwise raises FileExistsError before writing anything.
-    After an error `path` is unchanged. Only one process enters this; others may write into `unfinished_folder(path)`.
+    After an error `path` is unchanged. Only one process may enter it; others may write into `unfinished_folder(path)`.
     """
     unfinished = _begin(path, may_replace)
     try:
@@ -53,7 +53,7 @@ def _begin(path: Path, may_replace: Callable[[Path], bool]) -> Path:
 
 
 def _finish(path: Path) -> None:
-    """Sync the temporary folder and rename it to `path`. `_begin` recovers from a kill between the renames."""
+    """Sync the temporary folder and rename it to `path`. If killed between the renames, `_begin` recovers."""
     unfinished, replaced = unfinished_folder(path), _replaced(path)
     for folder in (unfinished, *filter(Path.is_dir, unfinished.rglob("*"))):
         sync(folder)
@@ -83,7 +83,7 @@ def clear_leftovers(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Rename a folder, then remove it: a kill leaves no incomplete folder under its name. Prints a line on failure."""
+    """Rename a folder, then remove it, so that a kill leaves no part of it under its name. Prints a line on failure."""
     renamed = path.parent / f"{_UNFINISHED}removal-{path.name}"
     with _removing(path):
         rename(path, renamed)

@@ -28,7 +28,7 @@ def write_file(path: Path, parts: Iterable[Bytes]) -> FileRecord:
             left = memoryview(part)
             while left:
                 left = left[file.write(left) :]
-        # Only once: a failed fsync may drop unwritten data, and a second fsync would then succeed without it.
+        # Sync only once: a failed fsync may drop unwritten data, and a second one would then succeed without that data.
         _announce("fsync", path)
         os.fsync(file.fileno())
     return {"bytes": size, "xxh3_128": digest.hexdigest()}

@@ -26,7 +26,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PART_BYTES = 2**24  # bytes of a tensor to write or read at a time, in host memory
-_MAPPED_BYTES = 2**25  # bytes to read before a file is reopened: until then, its mapped pages count as our memory
+_MAPPED_BYTES = 2**25  # a file is reopened after reading this many bytes, because its mapped pages count as our memory
 
 
 class Shard(NamedTuple):
@@ -70,7 +70,7 @@ def split_shards(tensors: Mapping[str, Tensor], stem: str, max_shard_bytes: int)
             room = max_shard_bytes
         groups[-1][name] = tensor
         room -= bytes_of(tensor)
-    # wide types first: each tensor then starts at a multiple of its element size
+    # sort wide types first, so that each tensor starts at a multiple of its element size
     groups = [dict(sorted(group.items(), key=lambda item: -item[1].dtype.itemsize)) for group in groups]
     if len(groups) == 1:
         return [Shard(f"{stem}.safetensors", groups[0])]
@@ -88,7 +88,7 @@ def write_index(shards: list[Shard], folder: Path, stem: str) -> dict[str, FileR
 
 
 def host_parts(tensor: Tensor) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor on the host, in element order, 16 MiB at a time."""
+    """Copy a tensor to the host and yield its bytes, in element order, 16 MiB at a time."""
     flat = tensor.detach().contiguous().view(-1)
     for part in flat.split(_PART_BYTES // flat.dtype.itemsize):
         yield part.cpu().view(torch.uint8).numpy().data
@@ -122,7 +122,7 @@ class StoredTensor(NamedTuple):
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """None for a dtype that checkpoints do not use, such as 8-bit floats."""
+        """The dtype in torch; None for one that checkpoints do not use, such as 8-bit floats."""
         return _DTYPES.get(self.dtype)
 
     def read(self, *part: slice) -> Tensor:
@@ -130,7 +130,7 @@ class StoredTensor(NamedTuple):
         return self.reader.read(self.path, self.name, part if self.shape else ())
 
     def copy_part(self, target: Tensor, first: int = 0, column: int = 0) -> None:
-        """Fill `target`, on any device, with the part that starts at row `first` and `column`, 16 MiB at a time."""
+        """Fill `target`, on any device, with the part from row `first` and column `column` on, 16 MiB at a time."""
         if target.dim() == 0:
             target.copy_(self.read())
         if target.dim() == 0 or target.numel() == 0:
@@ -143,7 +143,7 @@ class StoredTensor(NamedTuple):
 
 
 def open_shards(folder: Path, stem: str, files: Collection[str] | None = None) -> dict[str, StoredTensor]:
-    """Return every tensor in the files of `stem`, by name. `files` lists the files of `folder` (None: look there)."""
+    """Return every tensor in the files of `stem`, by name. `files` lists the files of `folder` (None: those found)."""
     index = f"{stem}.safetensors.index.json"
     is_sharded = (folder / index).exists() if files is None else index in files
     weight_map = json.loads((folder / index).read_text())["weight_map"] if is_sharded else {}

@@ -2,7 +2,7 @@
 
 Both are stored in the folder LOWMEM_CACHE. If it is not set, they are hidden files next to the data file, or in
 ~/.cache/lowmem if the data file is remote or its folder is not writable. Both are written under temporary names, then
-renamed, the index last. The index is built again if its checksum or the data file's size or time differs.
+renamed, the copy before the index. The index is built again if its checksum or the data file's size or time differs.
 """
 
 import errno
@@ -68,8 +68,8 @@ def derive(source: Source, build: Build, *, kind: str, copies: bool, num_bytes: 
     what = f"{'a copy' if copies else 'an index'} of its rows"
     stem = next((stem for stem in stems if _can_write(stem.parent)), None)
     if stem is None:
-        folders = " or ".join(str(stem.parent) for stem in stems) or "a home folder, as there is none"
-        raise UsageError(f"{source} needs {what}, which cannot be written in {folders}: set LOWMEM_CACHE to a folder")
+        tried = f"tried {' and '.join(str(stem.parent) for stem in stems)}" if stems else "there is no home folder"
+        raise UsageError(f"{source} needs {what}, but no folder is writable ({tried}): set LOWMEM_CACHE to a folder")
     with _locked(stem, f"{source}: waiting for another process, which is making {what}"):
         _remove_abandoned(stem)
         if found := _load(stem, stamp, copies):
@@ -84,7 +84,7 @@ def _stamp(source: Source) -> dict[str, str]:
 
 
 def _stems(source: Source, kind: str) -> list[Path]:
-    """List the possible paths of index and copy, without suffixes. `derive` uses the first in a writable folder."""
+    """List the possible paths of index and copy, without suffixes. `derive` writes to the first writable folder."""
     named, stems = os.environ.get("LOWMEM_CACHE"), []
     path = None if source.path is None else source.path.resolve()
     if path is not None and not named:
@@ -147,7 +147,7 @@ def _make(source: Source, stem: Path, stamp: dict[str, str], build: Callable, co
             raise
         free_bytes = shutil.disk_usage(stem.parent).free
         what = f"{stem.parent} has no room for {stem.name} ({error.strerror}; {free_bytes:,} bytes are free)"
-        raise UsageError(f"{what}: make room, or set LOWMEM_CACHE to another folder") from error
+        raise UsageError(f"{what}: free disk space, or set LOWMEM_CACHE to another folder") from error
     finally:
         _temporary(stem).unlink(missing_ok=True)
         if not whole.exists():
@@ -173,7 +173,7 @@ def _metadata(index: dict[str, np.ndarray], copy: Path | None) -> dict[str, str]
 
 @contextmanager
 def _locked(stem: Path, message: str) -> Iterator[None]:
-    """Lock out other processes on this host. If another holds the lock, print `message` once. It is freed on exit."""
+    """Lock out other processes on this host. If one holds the lock, print `message` once. Frees the lock on exit."""
     lock = Path(f"{stem}.lock")
     while True:
         with open(lock, "wb") as file:
@@ -184,7 +184,7 @@ def _locked(stem: Path, message: str) -> Iterator[None]:
                     print(message, flush=True)
                 message = ""  # print it once, even if several processes hold the lock in sequence
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if is_same_file(lock, file.fileno()):  # otherwise its last holder removed the file: lock a new one
+            if is_same_file(lock, file.fileno()):  # if not, the last holder removed it: lock a new file
                 try:
                     yield
                 finally:

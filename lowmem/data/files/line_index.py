@@ -1,4 +1,4 @@
-"""Index a file of lines in one pass: find its rows, and divide them into groups. A group is read with one read.
+"""Index a file of lines in one pass: find its rows, and divide them into groups. A group is read in one call.
 
 If the file is compressed or remote, the same pass writes a decompressed local copy.
 """
@@ -33,8 +33,8 @@ def index_lines(
 ) -> dict[str, np.ndarray]:
     """Index the groups of a file: first_byte, end_byte, rows, first_line (from 1) as int64, hash (xxh3_64) as uint64.
 
-    Each has shape (groups,) and refers to the decompressed bytes, which are written to `copy` unless it is None.
-    `report` gets the numbers of compressed bytes read. Raises OSError; UsageError if the file is damaged or incomplete.
+    Each array has shape (groups,) and refers to the decompressed bytes, which are written to `copy` unless it is None.
+    Each read reports its compressed bytes to `report`. Raises OSError, and UsageError for damaged or incomplete files.
     """
     found = array("Q")
     pending, byte, line = bytearray(), 0, 1  # the bytes not yet in a group; the byte and line where they begin
@@ -69,7 +69,7 @@ def index_lines(
 def find_lines(text: bytes | bytearray, *, is_whole: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return where lines begin, where they end (after the newline), and which lines are rows.
 
-    All lines are rows except blank ones up to LONGEST_LINE. A last line without a newline counts if text `is_whole`.
+    A line is a row if it is not blank or exceeds LONGEST_LINE. A last line without a newline counts if `is_whole`.
     """
     data = np.frombuffer(text, np.uint8)
     ends = np.flatnonzero(data == ord("\n"))
@@ -79,13 +79,13 @@ def find_lines(text: bytes | bytearray, *, is_whole: bool = True) -> tuple[np.nd
     if not len(ends):
         return ends, ends, ends
     starts = np.concatenate([[0], ends[:-1]])
-    # Bytes 9 to 32 are whitespace (and control characters). Minus 9, all others exceed 23: bytes 0 to 8 wrap around.
+    # Blank lines have only bytes 9 to 32. Minus 9, these are at most 23; all others exceed 23, as 0 to 8 wrap around.
     is_blank = np.maximum.reduceat(data[: ends[-1]] - np.uint8(9), starts) <= 23
     return starts, ends, np.flatnonzero(~is_blank | (ends - starts > LONGEST_LINE))
 
 
 def _groups(starts: np.ndarray, ends: np.ndarray, more_from: int | None) -> Iterator[tuple[int, int]]:
-    """Yield the range [first, stop) of rows of each complete group. More rows may begin at `more_from` (None: no)."""
+    """Yield the range [first, stop) of rows of each complete group. More rows may begin at `more_from`, if given."""
     first = 0
     while first < len(starts):
         limit = starts[first] + _BYTES_PER_GROUP

@@ -32,7 +32,7 @@ class _LineFile:
     `wanted` maps columns to "text" or "messages". Raises UsageError if no row of the first group has these columns.
     """
 
-    _parse: Callable[[bytes, int], Row]  # (line, its first byte in the file) -> row; raises ValueError if it is bad
+    _parse: Callable[[bytes, int], Row]  # (line, its offset in the file) -> row; raises ValueError for a bad line
 
     def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, piece_bytes: int = PIECE_BYTES):
         self.source = source
@@ -43,7 +43,7 @@ class _LineFile:
             self._path, self._index = found.copy or source.path, found.index
             self.group_rows = self._index["rows"]
             self._num_bytes = self._index["end_byte"] - self._index["first_byte"]
-            # Memory per row (its offset) and per group (Python objects), which matters if lines are short.
+            # Add the memory of offsets (per row) and of Python objects (per group), which matters if lines are short.
             held = np.where(self._num_bytes > LONGEST_LINE, 0, self._num_bytes)
             self.group_bytes = held + 8 * self.group_rows + 512
             if len(self.group_rows):
@@ -62,8 +62,8 @@ class _LineFile:
             text = file.read(size)
         if xxhash.xxh3_64_intdigest(text) != int(self._index["hash"][group]):
             remedy = "write it again" if self._path == self.source.path else "remove it"
-            where = f"bytes {first:,} to {first + size:,} of {self._path}"
-            raise ValueError(f"{where} are not those that were indexed: changed or damaged, {remedy} and start again")
+            what = f"bytes {first:,} to {first + size:,} of {self._path} differ from what was indexed"
+            raise ValueError(f"{what}: the file was changed or is damaged; {remedy} and start again")
         starts, _, rows = find_lines(text)
         return _Lines(text, starts[rows], first, size)
 
@@ -97,7 +97,7 @@ class _LineFile:
             try:
                 check_row(self.source, self.row(data, index), wanted)
                 return
-            except UsageError as error:  # already names the file
+            except UsageError as error:  # its message already names the file
                 problem = problem or str(error)
             except ValueError as error:
                 problem = problem or f"{self.source}, {self.location(group, index)}: {error}"
@@ -110,7 +110,7 @@ class TextFile(_LineFile):
     @staticmethod
     def _parse(line: bytes, offset: int) -> Row:
         if (nul := line.find(b"\0")) >= 0:
-            raise ValueError(f"text was expected, byte {offset + nul:,} is NUL: the file is damaged or not text")
+            raise ValueError(f"expected text, but byte {offset + nul:,} is NUL: the file is damaged or is not text")
         return {"text": _decode(line.removesuffix(b"\r"), offset)}
 
 
@@ -121,7 +121,7 @@ class JsonLinesFile(_LineFile):
         with open(self._path, "rb") as file:
             file.seek(int(self._index["first_byte"][0]))
             line = file.readline(2**16).strip()
-        if line.startswith(b"[") and not line.endswith(b"]"):  # an array that ends on its line may be one bad row
+        if line.startswith(b"[") and not line.endswith(b"]"):  # an array that ends here may be one bad row
             raise UsageError(f"{self.source} holds a JSON array, which can only be read as a whole: {_ONE_PER_LINE}")
         super()._check_columns(wanted)
 
@@ -133,7 +133,7 @@ class JsonLinesFile(_LineFile):
         try:
             row = _JSON.decode(text)
             if _ESCAPED_SURROGATE.search(text):
-                json.dumps(row, ensure_ascii=False).encode()  # fails for unpaired surrogates; pairs were decoded
+                json.dumps(row, ensure_ascii=False).encode()  # fails for unpaired surrogates; the decoder joined pairs
         except json.JSONDecodeError as error:
             reason = f"{error.msg.removesuffix(' at')} at byte {offset + len(text[: error.pos].encode()):,}"
             raise ValueError(f"{reason}: fix or remove the row, and write one object per line") from error
@@ -141,7 +141,7 @@ class JsonLinesFile(_LineFile):
             code = ord(error.object[error.start])
             raise ValueError(f"\\u{code:04x} is an unpaired surrogate: fix or remove the row") from error
         except RecursionError as error:
-            raise ValueError("its brackets are nested too deeply: fix or remove the row") from error
+            raise ValueError("the JSON is nested too deeply: fix or remove the row") from error
         return row
 
 

@@ -1,6 +1,6 @@
 """Read Arrow record batches by number, from an Arrow file or from a copy with small batches.
 
-Files are not kept mapped: if a mapped file is truncated, SIGBUS kills the process, and read pages are resident memory.
+Files do not stay memory-mapped: truncating a mapped file kills the process (SIGBUS), and its pages count as memory.
 """
 
 import json
@@ -25,9 +25,9 @@ _END_MARK = b"\xff\xff\xff\xff\0\0\0\0"
 class TableLimits:
     """If a file exceeds one of the first three limits, it is copied once, in pieces within the last two limits."""
 
-    row_group_bytes: int = 9 * 2**20  # size after decoding; decoding a column needs several times its bytes
-    batch_bytes: int = 2**24  # larger than row_group_bytes, because a record batch needs no decoding
-    footer_bytes: int = 2**21  # or the mean row group, if larger: every read of one also reads the parquet footer
+    row_group_bytes: int = 9 * 2**20  # decoded size; low, because decoding a column needs several times its bytes
+    batch_bytes: int = 2**24  # higher than row_group_bytes, because a record batch needs no decoding
+    footer_bytes: int = 2**21  # or a mean row group, if larger, because each read of a group also reads the footer
     piece_rows: int = 1024
     piece_bytes: int = 2**20  # a single row may be larger
 
@@ -40,7 +40,7 @@ class TableLimits:
 class RecordBatches:
     """The record batches of a file. Batch i is an IPC message of sizes[i] bytes at starts[i], and has rows[i] rows.
 
-    hashes[i] is the XXH3 hash of its first hashed[i] bytes. All arrays have shape (batches,).
+    hashes[i] is the XXH3 hash of the message's first hashed[i] bytes. All arrays have shape (batches,).
     """
 
     source: Source
@@ -63,7 +63,7 @@ class RecordBatches:
         try:
             head = message[: int(self.hashed[number])]
             if len(message) < size or xxhash.xxh3_64_intdigest(head) != int(self.hashes[number]):
-                raise ValueError("they are not those that were indexed: the file was changed or is damaged")
+                raise ValueError("the data differs from what was indexed: the file was changed or is damaged")
             batch = pa.ipc.read_record_batch(message, self.schema)
             batch.validate(full=True)  # otherwise pyarrow would follow offsets that point outside their buffer
         except (OSError, ValueError) as error:  # pyarrow raises either of them for damage
@@ -89,7 +89,7 @@ def find_batches(source: Source) -> tuple[RecordBatches, bool]:
             size = file.tell() - start
             if message.type == "record batch" and alone:
                 batch = pa.ipc.read_record_batch(message, schema)
-                alone = batch.nbytes <= message.body.size  # a batch larger than its message was decompressed
+                alone = batch.nbytes <= message.body.size  # if a batch is larger than its message, it was compressed
                 # Hash only headers: this detects another file, but not a flipped bit in a text.
                 head = file.read_at(size - message.body.size, start)
                 found.append((start, size, batch.num_rows, len(head), xxhash.xxh3_64_intdigest(head)))
@@ -110,8 +110,8 @@ def copy_in_pieces(
 ) -> RecordBatches:
     """Copy the columns of `schema` from `batches`, in order, into new batches within `limits`. Copies only once.
 
-    If these columns were copied before, `batches` is not consumed. It has about `num_bytes` in total, and at most
-    `limits.piece_rows` rows per batch. Decodes dictionaries. Raises the errors of `derive` and `batches`.
+    If a copy of these columns exists, does not read `batches`. These have about `num_bytes` in total, and at most
+    `limits.piece_rows` rows each. Decodes dictionaries. Raises the errors of `derive` and `batches`.
     """
     import pyarrow as pa
 
@@ -120,7 +120,7 @@ def copy_in_pieces(
     def build(copy: BinaryIO | None, update: Callable[[int], None]) -> dict[str, np.ndarray]:
         found, start = [], 0
         for piece in _pieces((batch.select(schema.names).cast(schema) for batch in batches), limits):
-            piece.validate(full=True)  # find damage of the source now: later, an error would blame the copy
+            piece.validate(full=True)  # find damage of the source now, because later an error would blame the copy
             message = piece.serialize()
             found.append((start, len(message), piece.num_rows, len(message), xxhash.xxh3_64_intdigest(message)))
             start += copy.write(message)
@@ -166,7 +166,7 @@ def _halves(batch: "pa.RecordBatch", limits: TableLimits) -> Iterator["pa.Record
 
 
 def plain(schema: "pa.Schema") -> "pa.Schema":
-    """Return the schema without dictionaries and views: a slice of these would keep all values of its column."""
+    """Return the schema without dictionaries and views, because a slice of such a column would keep all its values."""
     import pyarrow as pa
 
     return pa.schema([(field.name, _plain(field.type)) for field in schema])

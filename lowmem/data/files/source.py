@@ -73,7 +73,7 @@ class Source:
 
     @reading()
     def open(self) -> BinaryIO:
-        """Open the file for reading, seekable. Raises OSError. Read it inside `reading`, so that reads do too."""
+        """Open the file for reading and seeking. Raises OSError, and so do later reads if they are inside `reading`."""
         if self.path is not None:
             return open(self.path, "rb")
         file_system, path = _remote(self.name)
@@ -84,7 +84,7 @@ class Source:
         """Return the size, and a text that changes if the file is rewritten (time, inode, ETag). Raises OSError."""
         if self.path is not None:
             found = os.stat(self.path)
-            return found.st_size, f"{found.st_mtime_ns} {found.st_ino}"  # unpacked files may have equal times
+            return found.st_size, f"{found.st_mtime_ns} {found.st_ino}"  # inode, as unpacked files may share times
         file_system, path = _remote(self.name)
         info = file_system.info(path)  # not fsspec's `ukey`, which never changes for http
         return info["size"], blake2b(repr(sorted(info.items())).encode(), digest_size=8).hexdigest()
@@ -107,7 +107,7 @@ def is_url(name: str) -> bool:
 
 
 def expand(files: Files) -> list[Source]:
-    """List the files that `files` names: a path, glob or URL, several separated by commas, or a list of them.
+    """List the files that `files` names: a path, glob or URL, several of these separated by commas, or a list.
 
     Keeps the given order; matches of a glob are sorted. Splits a string at commas unless a file has that name. Does not
     split items of a list. Raises UsageError if a name matches nothing or a file is named twice.

@@ -33,7 +33,7 @@ class _TableFile:
     group_rows: np.ndarray
     group_bytes: np.ndarray
     _names: list[str]
-    _batches: RecordBatches | None = None  # of an Arrow file or a copy; None: read the parquet file
+    _batches: RecordBatches | None = None  # of an Arrow file or a copy; None if the parquet file itself is read
     _footer_bytes = 0
 
     def read_group(self, group: int) -> "Columns":
@@ -51,8 +51,8 @@ class _TableFile:
         return f"row {int(self.group_rows[:group].sum()) + index}"
 
     def fingerprint(self) -> str:
-        """Hash the file's size, its footer and 64 evenly spaced samples of 4 KiB (so all of a file up to 256 KiB)."""
-        # This misses a change between samples that keeps the footer. A sample of a remote file would fetch megabytes.
+        """Hash the file's size, its footer and 64 evenly spaced samples of 4 KiB (a file up to 256 KiB as a whole)."""
+        # Misses changes between samples that keep the footer. Remote files get no samples: each fetches megabytes.
         with self.source.open() as file:
             size = file.seek(0, 2)
             digest = xxhash.xxh3_128(struct.pack("<q", size) + _footer(file, self._footer_bytes))
@@ -69,10 +69,10 @@ class ParquetFile(_TableFile):
     """A parquet file, local or remote. Its groups are its row groups or, if one is large, the pieces of its copy.
 
     Reads only the columns in `wanted` ({name: "text" or "messages"}; None: all columns). Raises UsageError if the file
-    cannot be read, lacks a wanted column or has another type in it. (Some flipped bits in a footer crash pyarrow.)
+    cannot be read, lacks a wanted column or has a wrong type in one. (Some flipped bits in a footer crash pyarrow.)
     """
 
-    # Keeps only the last parsed footer: parsing takes milliseconds, but a footer takes 1 KiB for each column chunk.
+    # Only the last parsed footer is kept: parsing takes milliseconds, but a footer takes 1 KiB per column chunk.
     _last_parsed: "ClassVar[tuple[ParquetFile | None, parquet.FileMetaData | None]]" = (None, None)
 
     def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, limits: TableLimits | None = None):
@@ -129,7 +129,7 @@ class ParquetFile(_TableFile):
                 pieces = opened.iter_batches(_ROWS_PER_DECODE, row_groups=[group], columns=[name], use_threads=False)
                 column = pa.chunked_array([_in_own_mapping(piece).column(name) for piece in pieces])
         column.validate(full=True)  # otherwise a bad text would fail only when its row is read
-        # Otherwise Arrow's allocator would keep freed memory: after a while, 100 MiB instead of 45 MiB.
+        # Arrow's allocator would keep freed memory, and the process would grow to 100 MiB instead of 45 MiB.
         pa.default_memory_pool().release_unused()
         return column
 
@@ -137,7 +137,7 @@ class ParquetFile(_TableFile):
         from pyarrow import parquet
 
         with self.source.open() as file, parquet.ParquetFile(file, **_SETTINGS) as opened:
-            for group in range(opened.num_row_groups):  # pyarrow cannot read text in lists from several groups
+            for group in range(opened.num_row_groups):  # pyarrow cannot read lists of text from several groups at once
                 rows = limits.rows_per_piece(int(self.group_rows[group]), int(self.group_bytes[group]))
                 yield from opened.iter_batches(rows, row_groups=[group], columns=self._names, use_threads=False)
 
@@ -188,7 +188,7 @@ def _in_own_mapping(batch: "pa.RecordBatch") -> "pa.RecordBatch":
     import pyarrow as pa
 
     if batch.schema != (schema := plain(batch.schema)):  # a dictionary would need a separate message
-        batch = batch.cast(schema)  # only where needed, because it loads 7 MiB of pyarrow's code
+        batch = batch.cast(schema)  # only if needed, because `cast` loads 7 MiB of pyarrow's code
     message = batch.serialize()
     memory = mmap(-1, message.size, flags=MAP_PRIVATE | MAP_ANONYMOUS)
     memory.write(message)
