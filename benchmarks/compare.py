@@ -169,7 +169,7 @@ def left_out(system: System, flags: argparse.Namespace) -> str:
 def compare(flags: argparse.Namespace) -> Iterator[Record]:
     """Yield one record per run, in the order of the runs.
 
-    A system that cannot run has a single record, which has the reason in `left_out`. A failed run's has it in `failed`.
+    If a system cannot run, its only record has the reason in `left_out`. The record of a failed run has it in `failed`.
     """
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": flags.command}
     shared |= {"model": flags.model, "batch": flags.batch_size, "accumulation": flags.gradient_accumulation_steps}

@@ -160,7 +160,7 @@ class Run:
         _, alive = psutil.wait_procs([self._launcher, *self._ranks.values()], timeout=LIMIT_SECONDS)
         if alive:
             tail = self._log_tail()
-            raise RuntimeError(f"{LIMIT_SECONDS} s after the kill of {victim} {len(alive)} processes still run: {tail}")
+            raise RuntimeError(f"{LIMIT_SECONDS} s after killing {victim}, {len(alive)} processes still run: {tail}")
         return Kill(victim, in_save, self._logged_step(), self._newest_step(), time.monotonic() - started)
 
     def _newest_step(self) -> int:

@@ -153,7 +153,7 @@ def open_work(settings: SimpleNamespace, tokenizer, config) -> tuple[object, Cal
 
 
 def open_steps(settings: SimpleNamespace, rows, encode: Callable, **options):
-    """Open lowmem's stream, which sorts a step's rows by length. Every system trains on its micro-batches."""
+    """Open lowmem's stream, which sorts a step's rows by length. Every system trains on the stream's micro-batches."""
     from lowmem import open_stream
 
     return open_stream(

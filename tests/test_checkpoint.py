@@ -125,7 +125,9 @@ def test_a_state_loads_into_a_tier_that_stores_no_more_bits(then, now, tmp_path)
 def test_a_state_does_not_load_into_a_tier_that_stores_more_bits(then, now, tmp_path):
     path = save_checkpoint(train(new_state(memory=then), 1), tmp_path, ACCELERATOR)
     state, untouched = new_state(memory=now), new_state(memory=now)
-    with pytest.raises(UsageError, match=f"TieredAdamW with memory={then}, the optimizer is .*AdamW with memory={now}"):
+    with pytest.raises(
+        UsageError, match=f"TieredAdamW with memory={then}, but the optimizer is .*AdamW with memory={now}"
+    ):
         load_checkpoint(state, path, ACCELERATOR)
     assert_same_weights(state.model, untouched.model)
     assert state.stream.position == 0
@@ -283,7 +285,7 @@ def test_another_model_is_refused_with_the_differences(tmp_path):
         load_checkpoint(state, path, ACCELERATOR)
     message = str(caught.value)
     assert "decoder.block.0.layer.0.SelfAttention.k.weight was F32[32, 32] and is F32[32, 16]" in message
-    assert "more. Build the saved model, and its optimizer in the same memory tier" in message
+    assert "more. Build the model that was saved, with its optimizer in the same memory tier" in message
     assert message.count(";") == 9
     deeper = build("t5", num_layers=3)
     with pytest.raises(UsageError, match="decoder.block.2.layer.0.SelfAttention.k.weight is not in the checkpoint"):

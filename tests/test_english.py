@@ -63,7 +63,11 @@ def dialect_in(text):
     return found
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.name != "test_english.py"], ids=str)
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if path.name != "test_english.py"],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
 def test_text_is_plain_english(path):
     assert dialect_in(path.read_text()) == []
 

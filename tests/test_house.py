@@ -1,4 +1,4 @@
-"""Test the structure of the code: imports go one way and load no torch; public names and slow tests exist."""
+"""Test the code's structure: import order; `import lowmem` loads no torch; public names and listed slow tests exist."""
 
 import ast
 import sys

@@ -89,7 +89,7 @@ def test_savers_rename_no_parameter_and_leave_no_hook(savers, family):
             train_step(state, [batch], chunked_loss, Accelerator(cpu=True), learning_rate=0.0)
         return meter.peak_bytes
 
-    before = bytes_of_a_step()  # in a model's first forward, transformers adds its own hooks
+    before = bytes_of_a_step()  # before hooks are counted: in a model's first forward, transformers adds its own
     keys, hooks, names = list(model.state_dict()), count_hooks(model), vars(optimizer).keys() | set()
     with entered(savers, model, optimizer):
         assert list(model.state_dict()) == keys

@@ -79,7 +79,7 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
         if differences:
             more, found = len(differences) - _MOST_DIFFERENCES, "; ".join(differences[:_MOST_DIFFERENCES])
             found += f" and {more} more" * (more > 0)
-            advice = "Build the saved model, and its optimizer in the same memory tier"
+            advice = "Build the model that was saved, with its optimizer in the same memory tier"
             raise UsageError(f"{path} does not match the model: {found}. {advice}")
         if state.stream is not None:
             if saved["stream"] is None:

@@ -71,7 +71,7 @@ def make_mesh(accelerator: Accelerator, sharding_strategy: str, shard_size: int 
     shard_size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if shard_size >= world_size or world_size % shard_size:
         found = f"shard_size={shard_size} for {world_size} processes"
-        raise UsageError(f"HYBRID_SHARD needs several equal groups, got {found}: set a smaller divisor or FULL_SHARD")
+        raise UsageError(f"HYBRID_SHARD needs several equal groups, got {found}: set another shard_size or FULL_SHARD")
     return init_device_mesh(kind, (world_size // shard_size, shard_size), mesh_dim_names=("copies", "shards"))
 
 

@@ -42,7 +42,7 @@ def count_shallow(config: TrainConfig, cluster: Cluster) -> Counted:
 
 
 def count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Counted]]:
-    """For each depth, return how many layers `count_shallow` leaves out, and count a step with one more layer."""
+    """For each stack depth, return how many layers `count_shallow` leaves out and the bytes of a step with one more."""
     _, deeper = _depths(config)
     return [(times, count(config, cluster, shape)) for times, shape in deeper]
 

@@ -53,7 +53,7 @@ def _begin(path: Path, may_replace: Callable[[Path], bool]) -> Path:
 
 
 def _finish(path: Path) -> None:
-    """Sync the temporary folder and rename it to `path`. If killed between the renames, `_begin` recovers."""
+    """Sync the new folder, move any old one away, and rename the new one to `path`. `_begin` recovers from a kill."""
     unfinished, replaced = unfinished_folder(path), _replaced(path)
     for folder in (unfinished, *filter(Path.is_dir, unfinished.rglob("*"))):
         sync(folder)
