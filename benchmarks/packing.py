@@ -123,7 +123,7 @@ TASKS: dict[str, tuple[dict[str, object], Callable[[Row, PreTrainedTokenizerBase
     "text": ({"is_encoder_decoder": False, "text_column": "text"}, count_text),
     "chat": ({"is_encoder_decoder": False, "messages_column": "messages"}, count_chat),
 }
-"""For each task: the arguments of `make_encoder`, and the function that counts a row as a reference."""
+"""For each task: the arguments of `make_encoder`, and the function that gives a row's reference counts."""
 
 
 class Counter:

@@ -259,10 +259,11 @@ def launchers(records: Sequence[Record]) -> list[str]:
         ]
 
     head = ["MiB of weights and optimizer per process:", *(f"{model}, {number} processes" for model, number in columns)]
-    head += ["largest relative difference of a step's loss from one process", "of the first gradient norm", "runs"]
-    unsharded = {model: f"{model} {record['state_bytes'] / MIB:.1f} MiB" for (_, model), record in single.items()}
+    largest = "largest relative difference from one process:"
+    head += [f"{largest} loss of a step", f"{largest} first gradient norm", "runs"]
+    unsharded = {model: f"{record['state_bytes'] / MIB:.1f} MiB ({model})" for (_, model), record in single.items()}
     names = ", ".join(dict.fromkeys(record["launcher"] for record in several))
-    how = f"fp32; one run each; one process holds {', '.join(unsharded.values())}; launchers: {names}"
+    how = f"fp32; one run each; one process holds {' or '.join(unsharded.values())}; launchers: {names}"
     strategies = [strategy for strategy in STRATEGIES if (strategy,) in by(several, "strategy")]
     return [*grid(head, list(map(line, strategies))), "", source(records, how)]
 

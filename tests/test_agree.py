@@ -46,7 +46,7 @@ def be_late():
     group = dist.new_group(timeout=timedelta(seconds=2))
     if accelerator.process_index == 0:
         with heartbeat.phase("writing"):
-            sum_over_ranks(1)  # rank 1 waits in another group, so rank 0 waits here, but it is alive
+            sum_over_ranks(1)  # rank 1 waits in another group, so this call waits, but both ranks are alive
     else:
         message = (
             "^step 7, summing gradients: no rank is silent: rank 0 is at step 7, writing, all-reducing; rank 1 is at"

@@ -124,7 +124,7 @@ def test_recompute_does_not_differentiate_frozen_embeddings():
 
 
 def test_offloaded_activations_are_kept_when_their_memory_is_reused():
-    """A new tensor may reuse the memory of a freed tensor, but backward must not get the freed tensor's copy for it."""
+    """If a new tensor reuses a freed tensor's memory, backward must get the new tensor's copy, not the old one's."""
     torch.manual_seed(0)
     weights = [torch.randn(64, 64, requires_grad=True) for _ in range(6)]
 

@@ -38,7 +38,7 @@ def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> l
         assert len(fullest) > 1, f"{len(rows)} rows cannot fill {micro_batches} micro-batches"
         bins.append(fullest[1::2])
         del fullest[1::2]
-    # Sort, so that a micro-batch has bins of similar length. Bins left over go to the last ones, whose bins are short.
+    # Sort, so that a micro-batch has bins of similar length. Leftover bins go to the last micro-batches (short bins).
     bins.sort(key=_num_tokens, reverse=True)
     rest, (size, num_larger) = iter(bins), divmod(len(bins), micro_batches)
     parts = [list(islice(rest, size + (index >= micro_batches - num_larger))) for index in range(micro_batches)]

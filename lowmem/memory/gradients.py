@@ -25,8 +25,8 @@ from lowmem.distributed.seeds import seed_of
 from lowmem.memory.release import Released
 from lowmem.optim.tiers import TieredOptimizer
 
-# The cache of autocast would hold a bf16 copy of every weight until the loss is computed. Without activation
-# checkpointing, autograd keeps the copies anyway. With it, no copy stays, but each weight is cast again in backward.
+# The cache of autocast would hold a bf16 copy of every weight until the loss is computed. Without it, no copy
+# stays under activation checkpointing, and backward casts each weight again (otherwise autograd keeps the copies).
 _UNCACHED = AutocastKwargs(cache_enabled=False)
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]

@@ -52,7 +52,7 @@ def make_optimizer(
     if name not in names:
         raise ValueError(f"optimizer {name!r} is unknown with memory={memory}: use one of {', '.join(names)}")
     is_wrapped = isinstance(model, DistributedDataParallel)
-    if memory != "off" and (is_wrapped or has_gathered(model)):  # both would keep using the old dtypes
+    if memory != "off" and (is_wrapped or has_gathered(model)):  # either would keep the old dtypes
         found = "DDP has wrapped the model" if is_wrapped else "the sharded model has already run"
         raise ValueError(f"memory={memory} changes dtypes, but {found}: make the optimizer first")
     trainable = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]

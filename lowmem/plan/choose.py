@@ -143,7 +143,7 @@ def _undo_unneeded(
     needed = set(best.rung.own)
     for before, rung in reversed(list(pairwise(rungs[:-1]))):
         if needed & rung.own:
-            continue  # a later rung that sets the same field is needed, and this rung's value takes more memory
+            continue  # nothing to undo: a later, needed rung sets the same field, to a value that takes less memory
         kept = {name: value for name, value in best.rung.changes.items() if name not in rung.own}
         kept |= {name: value for name, value in before.changes.items() if name in rung.own}
         (less,) = tried([Rung(f"without {rung.name}", kept)])

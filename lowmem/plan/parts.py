@@ -34,7 +34,7 @@ class Cluster(NamedTuple):
     local_world_size: int
     """Processes on each machine."""
     on_gpu: bool
-    """Whether each process has a GPU. If not, all compute on CPUs like that of this machine."""
+    """Whether each process has a GPU. If not, every process computes on a CPU like this machine's."""
 
 
 @dataclass

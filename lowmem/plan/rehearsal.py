@@ -160,7 +160,7 @@ class _Timeline:
 
         def watched_loss(model: nn.Module, batch: Batch) -> Tensor:
             self.end("before", then=Kind.ACTIVATIONS)
-            self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)  # what an earlier backward left in memory is gradients
+            self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)  # an earlier backward has left only gradients
             loss = loss_fn(model, batch)
             self.end("loss", then=Kind.BACKWARD)
             return loss

@@ -85,7 +85,7 @@ def find_lines(text: bytes | bytearray, *, is_whole: bool = True) -> tuple[np.nd
 
 
 def _groups(starts: np.ndarray, ends: np.ndarray, more_from: int | None) -> Iterator[tuple[int, int]]:
-    """Yield the range [first, stop) of rows of each complete group. More rows may begin at `more_from`, if given."""
+    """Yield each group's row range [first, stop), except the last if a row at `more_from` could still join it."""
     first = 0
     while first < len(starts):
         limit = starts[first] + _BYTES_PER_GROUP

@@ -101,7 +101,7 @@ class ParquetFile(_TableFile):
         import pyarrow as pa
         from pyarrow import parquet
 
-        # Open the file for each group, because ten thousand open files would need ten thousand handles.
+        # Open the file again for each group: keeping ten thousand files open would take ten thousand handles.
         with reading(), self.source.open() as file:
             if xxhash.xxh3_64_intdigest(_footer(file, self._footer_bytes)) != self._footer_hash:
                 raise ChangedError(f"{self.source} is not the file that was opened: do not change it, start again")
