@@ -47,7 +47,7 @@ def parse_flags() -> argparse.Namespace:
 
 # --- in each rank
 def new_step(flags: argparse.Namespace) -> tuple[Callable[[], None], int]:
-    """Return a function that takes one optimizer step, and the model's number of weights. Starts no heartbeat."""
+    """Return a function that takes one optimizer step (without a heartbeat), and the model's number of weights."""
     from accelerate import Accelerator
 
     from lowmem import TrainState, chunked_loss, load_model, make_optimizer, parallelize, train_step
@@ -89,10 +89,10 @@ def measure(flags: argparse.Namespace) -> Record:
     agreements = []
     for _ in range(AGREEMENTS):
         started = time.perf_counter()
-        sum_over_ranks(0, 0, 0)  # as a step does at its start; the next call is as after its last backward
+        sum_over_ranks(0, 0, 0)  # the agreement at the start of a step; the next line: that after its last backward
         sum_over_ranks(0)
         agreements.append(time.perf_counter() - started)
-    idle = idle_cores()  # measured without the heartbeat first, because gloo's threads use CPU time too
+    idle = idle_cores()  # without the heartbeat: the CPU use of gloo's threads, to be subtracted below
     start_heartbeats(LIMIT_SECONDS)
     record = {"weights": num_weights, "seconds": seconds, "agreement_seconds": median(agreements)}
     return record | {"heartbeat_cores": idle_cores() - idle}

@@ -1,4 +1,4 @@
-"""Read the files of `data.py` with `datasets` (streamed, or from its cache on disk) and as one table in memory.
+"""Read the files of `data.py` by three methods: `datasets` streaming, `datasets` on disk, and one table in memory.
 
 `data.py` runs each measurement in its own process.
 """
@@ -67,7 +67,7 @@ def streaming_resume(file: str, folder: str, fraction: float) -> Record:
     order = np.load(f"{folder}/order.npy", mmap_mode="r")
     position = int(len(order) * fraction)
     record = {"seconds": seconds, "same_rows": first == order[position : position + BATCH_SIZE].tolist()}
-    if fraction == max(EPOCH_FRACTIONS):  # only here, because reading the rest from a smaller fraction takes too long
+    if fraction == max(EPOCH_FRACTIONS):  # from a smaller fraction, reading the rest takes too long
         times = np.zeros(len(order), np.int64)
         np.add.at(times, [*order[:position], *first, *(number_of(row) for row in iterator)], 1)
         record |= {"lost_rows": int((times == 0).sum()), "repeated_rows": int((times > 1).sum())}

@@ -78,7 +78,7 @@ def run(system: str, folder: Path, flags: argparse.Namespace, *, is_load: bool) 
     settings |= {"device": flags.device, "shape": MODEL_SHAPES[flags.model]}
     command = [sys.executable, Path(__file__).with_name("checkpoint_systems.py"), json.dumps(settings)]
     world_size = SYSTEMS[system].processes
-    # expose a single GPU: with more, Trainer would wrap the model in DataParallel
+    # expose a single GPU, because Trainer would wrap the model in DataParallel if it saw several
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if flags.device == "cuda" else ""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": devices, "HF_HUB_OFFLINE": "1"}
     group = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost"}
@@ -160,12 +160,12 @@ def _holds_pickle(path: Path) -> bool:
 
 # --- the report
 def seconds(records: list[Record], action: str, *names: str) -> str:
-    """Return the median over one system's repeats of the sum of these times."""
+    """Add up the times `names` in each record of one system, and return the median of the sums."""
     return f"{median(sum(record[action][name] for name in names) for record in records):.2f}"
 
 
 def mib(records: list[Record], action: str, name: str) -> str:
-    """Return the median memory in MiB that a save or load adds; optimizer state that a load creates does not count."""
+    """Return the median MiB that a save or load adds, without the optimizer state that a load creates."""
     return f"{median(record[action][name] - record[action].get('made_bytes', 0) for record in records) / MIB:,.0f}"
 
 

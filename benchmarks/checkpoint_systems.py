@@ -34,7 +34,7 @@ class Gauge:
 
     def start(self) -> None:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # otherwise, a save could reuse memory freed by the step, uncounted
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise, a save could reuse freed memory that is still resident
         barrier()
         self._watch, self._ended = Watch(), threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
@@ -69,7 +69,7 @@ def barrier() -> None:
 
 # --- the same for all systems
 def build(settings: SimpleNamespace):
-    """Build the model in fp32. Weights differ between save and load, so equal digests prove that the load worked."""
+    """Build the model in fp32. Save and load start with different weights, so equal digests prove the load."""
     import torch
 
     from lowmem import load_model
@@ -118,7 +118,8 @@ def digest(model, optimizer) -> str:
     return whole.hexdigest()
 
 
-# --- the systems: each saves between gauge.start() and gauge.stop(), or loads after gauge.start(); `main` then stops
+# --- the systems: each calls gauge.start() before a save or load. It calls gauge.stop() only after a save; `main` does
+# so after a load
 def run_lowmem(settings: SimpleNamespace, gauge: Gauge, memory: str):
     from lowmem import (
         TrainState,
@@ -282,7 +283,7 @@ def main() -> None:
         gauge.stop()
     record = {"digest": digest(model, optimizer)}
     if settings.is_load:
-        # lowmem's exact and lean optimizers create their state at once, torch's optimizers in the first step or load
+        # torch's optimizers create their state in the first step or load; lowmem's exact and lean ones when constructed
         is_made = system.memory not in ("exact", "lean") and settings.device == "cpu"
         state = sum(tensor.nbytes for tensor in tensors_of(model, optimizer))
         weights = sum(parameter.nbytes for parameter in model.parameters())

@@ -45,7 +45,7 @@ def shapes() -> dict[str, dict[str, object]]:
     """Return the config fields of each model."""
     from lowmem.config.presets import MODEL_SHAPES
 
-    # without dropout, because each system would draw other masks, so that losses could not be compared
+    # without dropout, because each system would draw other masks, and their losses could not be compared
     t5_shapes = {name: shape | {"dropout_rate": 0.0} for name, shape in MODEL_SHAPES.items()}
     return t5_shapes | {"llama-tiny": LLAMA_TINY, "llama-56m": LLAMA_56M}
 
@@ -115,14 +115,14 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 
 def start(system: str, flags: argparse.Namespace, folder: Path, **more: object) -> list[Record]:
-    """Train one system in new processes and return each process's record, or write the shared inputs for "build".
+    """Train `system` in new processes and return each one's record. The name "build" writes the shared inputs instead.
 
     Raises RuntimeError if a process fails.
     """
     settings = {name: value for name, value in vars(flags).items() if name not in ("systems", "output", "command")}
     settings |= {"system": system, "folder": str(folder), "shape": shapes()[flags.model], "started": time.time()}
     settings |= {"rows_per_step": rows_per_step(flags), "num_rows": flags.steps * rows_per_step(flags)} | more
-    # expose no more GPUs than processes: with more, Trainer would wrap the model in DataParallel
+    # expose no more GPUs than processes, because Trainer would wrap the model in DataParallel if it saw more
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(flags.processes)))).split(",")
     environment = {"OMP_NUM_THREADS": str(flags.threads), "CUDA_VISIBLE_DEVICES": ",".join(gpus[: flags.processes])}
     if not Path("/dev/nvidiactl").exists():
@@ -169,7 +169,7 @@ def left_out(system: System, flags: argparse.Namespace) -> str:
 def compare(flags: argparse.Namespace) -> Iterator[Record]:
     """Yield one record per run, in the order of the runs.
 
-    If a system cannot run, its only record has the reason in `left_out`. The record of a failed run has it in `failed`.
+    A system that cannot run has one record, with the reason in `left_out`. A failed run has its error in `failed`.
     """
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": flags.command}
     shared |= {"model": flags.model, "batch": flags.batch_size, "accumulation": flags.gradient_accumulation_steps}

@@ -22,7 +22,7 @@ def by_system(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def reasons(records: Sequence[Record], system: str) -> list[str]:
-    """List the reasons why a system has fewer runs than others, each reason once."""
+    """List why a system has fewer runs than others, without repeating a reason."""
     mine = [record for record in records if record["system"] == system]
     found = [record["left_out"] for record in mine if "left_out" in record]
     found += [f"failed: {record['failed']}" for record in mine if "failed" in record]
@@ -30,7 +30,7 @@ def reasons(records: Sequence[Record], system: str) -> list[str]:
 
 
 def pairs(runs: dict[str, list[Record]], system: str) -> list[tuple[Record, Record]]:
-    """Pair each record of a system with the reference's of the same round, because a slow machine slows both."""
+    """Pair a system's records with the reference's by round, because a slow phase of the machine affects both."""
     reference = {record["repeat"]: record for record in runs.get(REFERENCE, [])}
     return [(record, reference[record["repeat"]]) for record in runs[system] if record["repeat"] in reference]
 
@@ -48,7 +48,7 @@ def memory_field(record: Record) -> str:
 def versions(runs: dict[str, list[Record]]) -> dict[str, str]:
     """Return the version of each package.
 
-    If a later system uses other versions, its own package lists them: "llamafactory": "0.9.5 (with torch 2.4.0)".
+    If a later system uses other versions, they follow its own package: "llamafactory": "0.9.5 (with torch 2.4.0)".
     """
     found: dict[str, str] = {}
     for of in runs.values():
@@ -157,7 +157,7 @@ def _row(runs: dict[str, list[Record]], system: str) -> str:
 def draw(commands: Sequence[Sequence[Record]], picture: Path) -> None:
     """Draw the systems' tokens/s and memory relative to Trainer's, a row per command; do nothing without matplotlib."""
     try:
-        from matplotlib.figure import Figure  # instead of pyplot, which looks for a display
+        from matplotlib.figure import Figure  # not pyplot, which would look for a display
     except ModuleNotFoundError:
         return
     compared = [(records[0], runs) for records in commands if REFERENCE in (runs := by_system(records))]

@@ -31,7 +31,7 @@ def texts(generator: np.random.Generator, num_rows: int, fewest: int, most: int)
     """Return a pyarrow array of texts of `fewest` to `most` words. Some words are far more frequent than others."""
     import pyarrow as pa
 
-    # each word with a space after it, then each without: only the last word of a text has no space
+    # each word followed by a space and, for the end of a text, each word without a space
     written = [word + b" " for word in words()] + words()
     lengths = np.array([len(word) for word in written])
     starts = np.cumsum(lengths) - lengths
@@ -47,7 +47,7 @@ def texts(generator: np.random.Generator, num_rows: int, fewest: int, most: int)
 
 
 def block(number: int):
-    """Return a table of _BLOCK_ROWS rows of about 75 bytes. A prompt starts with its row's number, for `number_of`."""
+    """Return a table of _BLOCK_ROWS rows of about 75 bytes. A prompt starts with its number, read by `number_of`."""
     import pyarrow as pa
     from pyarrow import compute
 

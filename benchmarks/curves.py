@@ -79,7 +79,7 @@ MODELS = {
 WEIGHT_DECAY = 0.1  # except for biases and norms
 WARM_UP_STEPS = 20
 MAX_GRAD_NORM = 1.0
-WINDOW = 50  # steps: arms are compared over the first 50, and a run's result is its mean loss over the last 50
+WINDOW = 50  # steps: losses are compared over the first 50, and a run's result is its mean loss over the last 50
 SMOOTHED = 10  # steps in the figure's running mean
 
 
@@ -102,7 +102,7 @@ class Arm:
     """lowmem's tier. A reference does not use it."""
     optimizer: str = "adamw"
     learning_rate: float = 1.0
-    """A factor by which --learning_rate is multiplied."""
+    """The factor by which --learning_rate is multiplied for this arm."""
     mixed_precision: str = "no"
     weights: torch.dtype = torch.float32
     """The dtype to which the initial weights are converted."""
@@ -124,14 +124,14 @@ ARMS = {
 }
 SAME_ARITHMETIC = [
     ("exact", "reference"),
-    ("reference-to-even", "reference"),  # not expected to be equal, but shows the effect of rounding ties differently
+    ("reference-to-even", "reference"),  # these two need not be equal: they show the effect of rounding ties
     ("exact-adafactor", "reference-adafactor"),
 ]
 SAME_CURVE = [("exact", "autocast"), ("lean", "exact"), ("lean", "autocast"), (CONTROL, "exact")]
 
 
 def library_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed: int) -> TakeStep:
-    """Return a function that takes optimizer steps by `train_step`, with a memory tier."""
+    """Return a function that takes optimizer steps with `train_step` and the memory tier of `arm`."""
     optimizer = make_optimizer(model, name=arm.optimizer, memory=arm.memory, weight_decay=WEIGHT_DECAY)
     state = TrainState(model, optimizer, seed=seed)
 
@@ -172,7 +172,7 @@ def reference_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed
         num_targets = sum(batch.num_targets for batch in batches)
         loss = torch.zeros((), device=accelerator.device)
         for index, batch in enumerate(batches):
-            torch.manual_seed(seed_of(seed, step, accelerator.process_index, index))  # the dropout masks of train_step
+            torch.manual_seed(seed_of(seed, step, accelerator.process_index, index))  # train_step's dropout masks
             batch_loss = chunked_loss(model, batch.to(accelerator.device)) / num_targets
             batch_loss.backward()
             loss += batch_loss.detach()
@@ -320,7 +320,7 @@ def curve_table(records: list[Record], model: str) -> list[str]:
 
 
 def pairs(records: list[Record], model: str, wanted: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return those pairs of arms of which both were trained."""
+    """Return the pairs in `wanted` whose arms were both trained."""
     return [pair for pair in wanted if all(len(losses_of(records, model, arm)) for arm in pair)]
 
 
@@ -342,7 +342,7 @@ def tables(records: list[Record], settings: dict[str, object], command: str) -> 
 def draw(records: list[Record], path: Path) -> None:
     """Draw, for each model, the loss curves on the left and the differences of arms on the right.
 
-    Lines are means over seeds, bands are one standard deviation. The grey band shows the first arm's own spread.
+    Lines are means over seeds, bands are one standard deviation. The grey band is the spread of the first arm's loss.
     """
     import matplotlib
 

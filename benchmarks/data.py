@@ -93,7 +93,7 @@ class Session:
     def measure(
         self, what: str, system: str, kind: str, num_rows: int, function: Callable, processes: int = 1, **arguments
     ) -> None:
-        """Run, print and record one measurement. With several processes (ranks), each value is its worst rank's."""
+        """Run, print and record one measurement. With several ranks, each value is the worst of all ranks."""
         arguments = {"file": str(self.file(kind, num_rows)), **arguments}
         ranks = [{"rank": rank, "world_size": processes} for rank in range(processes)] if processes > 1 else [{}]
         found = self.run([(function, arguments | rank) for rank in ranks], self.flags.limit_seconds)
@@ -156,7 +156,7 @@ def measure_streaming(session: Session, measure: Callable, count: int, fractions
     for processes in session.process_counts:
         measure("draw", function=streaming_draw, processes=processes, num_drawn=count)
     saved = {fraction: Path(folder, f"{fraction}.json") for fraction in EPOCH_FRACTIONS}
-    for path in saved.values():  # states saved while reading the previous file
+    for path in saved.values():  # remove the states saved while reading the previous file
         path.unlink(missing_ok=True)
     kind, num_rows = (measure.keywords[name] for name in ("kind", "num_rows"))
     arguments = {"file": str(session.file(kind, num_rows)), "folder": folder, "num_rows": num_rows}

@@ -26,7 +26,7 @@ class Model:
     shape: dict[str, object]
     batch_size: int
     seq_len: int
-    """Tokens per row (T5: of the input and of the target each)."""
+    """Tokens per row. For T5, the input and the target have this many tokens each."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,19 @@ class System:
 
 @dataclass(frozen=True)
 class Work:
-    """The settings of an optimizer step. More than two micro-batches take no more memory than two."""
+    """The settings of an optimizer step. Two micro-batches suffice, because more take no more memory."""
 
     micro_batches: int
     max_grad_norm: float
-    """0: no clipping."""
+    """The largest gradient norm; 0: no clipping."""
     savers: tuple[str, ...]
-    """Additional savers for lowmem that require these settings of a step."""
+    """Savers that lowmem uses in addition to the system's; they require these settings of a step."""
 
 
 def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: bool) -> dict[str, object]:
     """Train STEPS optimizer steps on real or fake tensors; return the peak bytes and the bytes left at the end.
 
-    Fake tensors predict the bytes on a GPU, but with `for_this_machine` those on the CPU if this machine has no GPU.
+    Fake tensors predict the bytes on a GPU. With `for_this_machine`, they predict those on a CPU if there is no GPU.
     """
     if not real:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # fake tensors are always CPU tensors
@@ -136,7 +136,7 @@ def train_lowmem(
     real: bool,
     slices_of: str,
 ) -> object:
-    """Train with lowmem. `slices_of` (cuda or cpu) gives the size of the slices of weights and logits."""
+    """Train with lowmem. Weights and logits are sliced as on the device `slices_of` (cuda or cpu)."""
     from lowmem import Batch, TrainState, chunked_loss, make_optimizer, train_step
     from lowmem.loss import SLICE_ELEMENTS
     from lowmem.memory.savers import SAVERS, entered
@@ -165,7 +165,7 @@ def train_lowmem(
 
 
 def train_trainer(model, spec: Model, system: System, work: Work, accelerator, begin: Callable[[], None]) -> object:
-    """Train the same steps with transformers' Trainer; all other settings keep its defaults."""
+    """Train the same steps with transformers' Trainer; settings not given here are its defaults."""
     import torch
     from loops.around import checkpointing_arguments
     from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -188,7 +188,7 @@ def train_trainer(model, spec: Model, system: System, work: Work, accelerator, b
     )
     num_rows = STEPS * work.micro_batches * spec.batch_size
     rows = draw_tokens(model.config, num_rows, spec.seq_len)
-    # the model is already on its device, and fake tensors do not support the swap of parameters that `to` does
+    # do nothing: the model is on its device, and fake tensors do not support the swap of parameters in `to`
     model.to = lambda *args, **kwargs: model
     trainer = Trainer(
         model=model,

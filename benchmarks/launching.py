@@ -44,7 +44,7 @@ def run_to_end(command: Sequence[object], *, seconds: float, env: Mapping[str, s
         try:
             output, _ = process.communicate(timeout=seconds)
         except BaseException as error:
-            # the workers have sessions of their own, so kill each of them
+            # each worker has a session of its own, so killing the launcher's process group would miss it
             left = psutil.Process(process.pid).children(recursive=True)
             process.kill()
             for child in left:

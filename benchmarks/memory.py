@@ -24,7 +24,7 @@ from records import MIB, Record, append
 from lowmem.config.presets import MODEL_SHAPES
 
 GIB = 2**30
-# Dropout is 0, because its masks would only add the same bytes to every system.
+# Dropout is 0, because dropout masks would only add the same bytes to every system.
 _T5 = {name: shape | {"dropout_rate": 0.0} for name, shape in MODEL_SHAPES.items()}
 _QWEN = {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}
 _QWEN |= {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
@@ -86,7 +86,7 @@ def in_a_new_process(function: Callable[..., Record], *arguments: object) -> Rec
 
 
 def records_of(flags: argparse.Namespace, command: str) -> Iterator[Record]:
-    """Yield one record per run. This process imports no torch, because a child's peak starts at its parent's size."""
+    """Yield one record per run. This process imports no torch: its size would count in a child's peak."""
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command}
     for name, system, work in product(flags.models, SAVERS if flags.savers else SYSTEMS, WORKS):
         spec = MODELS[name]
@@ -135,7 +135,7 @@ def table_of_measured(records: list[Record]) -> Iterator[str]:
     """Predicted and measured peaks, MiB.
 
     One row per run: the predicted bytes, the bytes counted on real tensors, and those that the allocator or the kernel
-    reports. Resident memory excludes what was resident before training, except tensors: programs and libraries.
+    reports. Resident memory excludes programs and libraries loaded before training, but includes tensors.
     """
     measured = [name for name in ("allocated_bytes", "reserved_bytes", "resident_bytes") if name in records[-1]]
     names = ("predicted", "counted", *(name.removesuffix("_bytes").replace("_", " ") for name in measured))

@@ -23,11 +23,11 @@ def memory() -> dict[str, int]:
 
 
 class Watch:
-    """Measure the seconds since its creation, and the memory above that at its creation."""
+    """Measure the seconds since this object was created, and the memory above that at its creation."""
 
     def __init__(self):
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's peak
+        Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's peak of this process
         self._before, self._most = memory(), memory()
         self._started = time.perf_counter()
 
@@ -49,7 +49,7 @@ def disk_bytes(folder: str) -> int:
 
 
 def import_all() -> None:
-    """Import the modules that lowmem needs to read, so that they do not count as memory of reading."""
+    """Import the modules with which lowmem reads rows, so that their memory is not measured as that of reading."""
     import pyarrow.json  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch
@@ -61,7 +61,7 @@ def import_all() -> None:
 
 # --- reading
 def drawn(watch: Watch, rows: Iterator[Record], count: int) -> Record:
-    """Read a batch and then `count` rows; return the seconds until that batch, rows per second and memory."""
+    """Read a batch, then `count` rows; return the seconds until the first batch, rows per second and memory."""
     start, began = None, 0.0
     for number, row in enumerate(islice(rows, count + BATCH_SIZE)):
         number_of(row)
@@ -77,7 +77,7 @@ def quality(file: str, order_of: str) -> Record:
     """Measure how far an order moves rows, and from how many row groups the rows of a batch come.
 
     `order_of` is "lowmem", "uniform", or a file of the row numbers in the order in which they were read, with -1
-    for rows not reached. For every order, row groups are those that lowmem reads, one at a time.
+    for rows not reached. The row groups are always those that lowmem reads as a unit.
     """
     from lowmem import open_rows
     from lowmem.data.order import rows_at
@@ -92,7 +92,7 @@ def quality(file: str, order_of: str) -> Record:
         order = order[order >= 0]
     group = np.searchsorted(np.cumsum(groups.rows), order, side="right")
     batches = np.sort(group[: len(group) // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE), axis=1)
-    # in a sorted batch, some group has more than k rows if any entry equals the entry k places after it
+    # batches are sorted by group: if an entry equals the one k places later, a group has more than k rows in the batch
     commonest = 1 + sum((batches[:, k:] == batches[:, :-k]).any(1) for k in range(1, BATCH_SIZE))
     return {
         "displacement": float(np.abs(order - np.arange(len(order))).mean() / groups.num_rows),

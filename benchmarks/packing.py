@@ -53,7 +53,7 @@ Count = tuple[int, int]
 SEED = 0
 IGNORED = -100
 MAX_SEQ_LEN = 512
-ROWS_PER_STEP = 96  # for the counts; a multiple of micro-batch x ranks, so that an epoch ends with a full step
+ROWS_PER_STEP = 96  # in `check_counts`; the number of rows is a multiple of it, so that an epoch ends with a full step
 BATCH_SIZES = (4, 16, 32)
 TOLERANCE = 1e-5
 VOCAB_SIZE = 8192
@@ -104,13 +104,13 @@ def count_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Count:
 
 
 def count_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> Count:
-    """Count with transformers' mask of assistant tokens or, for a slow tokenizer, count bytes."""
+    """Count by transformers' mask of assistant tokens or, for a slow tokenizer (ByT5), by bytes."""
     if tokenizer.is_fast:
         encoded = tokenizer.apply_chat_template(
             row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         mask = encoded["assistant_masks"]
-    else:  # each byte is a token of ByT5, also in <|im_end|>, which is not in its vocabulary
+    else:  # for ByT5, each byte is a token, even in <|im_end|>, which is not in the vocabulary
         num_targets = len((row["response"] + "<|im_end|>").encode())
         num_tokens = len(tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True)["input_ids"])
         mask = [0] * (num_tokens - num_targets - 1) + [1] * num_targets + [0]
@@ -145,7 +145,7 @@ class Counter:
 def open_counted(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, task: str = "causal", *, packed: bool, **settings: object
 ) -> tuple[Stream, Counter]:
-    """Open a stream of `task` without prefetching; return it, and the counter of what it yields."""
+    """Open a stream of `task` without prefetching; also return the counter of what the stream yields."""
     arguments, _ = TASKS[task]
     encode = make_encoder(tokenizer, max_seq_len=MAX_SEQ_LEN, **arguments)
     counter = Counter(causal=not arguments["is_encoder_decoder"])
@@ -224,7 +224,7 @@ def time_rounds(
 ) -> Iterator[Record]:
     """Time training on the same rows, packed and not, in interleaved rounds.
 
-    Yields a record for each batch size, with and without packing. The first round and the encoding do not count.
+    Yields a record for each batch size, with and without packing. The times exclude the first round and encoding.
     """
     for batch_size in BATCH_SIZES:
         both = {}

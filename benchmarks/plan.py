@@ -37,7 +37,7 @@ TIERS = {"fp32": {}, "exact": {"mixed_precision": "bf16"}, "lean": {"mixed_preci
 SIZES = {"max_seq_len": 160, "batch_size": 4, "gradient_accumulation_steps": 2}
 FULL, OFFLOAD = {"recompute": "full"}, {"offload_activations": True}
 RELEASE = {"release": True, "gradient_accumulation_steps": 1, "max_grad_norm": 0}
-# model, memory tier, number of processes, other settings
+# each run: model, memory tier, number of processes, other settings
 COMBINATIONS = [
     ("t5", "fp32", 1, {}),
     ("t5", "exact", 1, FULL | {"global_batch_size": 10}),  # micro-batches of 4, 3 and 3 rows
@@ -48,7 +48,7 @@ COMBINATIONS = [
     ("llama", "exact", 2, {"recompute": "cheap", "sharding_strategy": "FULL_SHARD"}),
     ("llama", "lean", 1, FULL | RELEASE),
     ("qwen2", "fp32", 2, {}),
-    ("qwen2", "exact", 1, FULL | {"batch_size": 3, "global_batch_size": 7}),  # 3, 2 and 2 rows
+    ("qwen2", "exact", 1, FULL | {"batch_size": 3, "global_batch_size": 7}),  # micro-batches of 3, 2 and 2
     ("qwen2", "lean", 1, {}),
     ("qwen2", "lean", 2, FULL | OFFLOAD | {"sharding_strategy": "FULL_SHARD"}),
     ("llama", "exact", 4, FULL | {"sharding_strategy": "HYBRID_SHARD", "shard_size": 2}),
@@ -92,7 +92,7 @@ def measure(rank: int, processes: int, port: int, config, on_gpu: bool, results)
     ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage").value = True
     torch.set_num_threads(1)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities, profile_memory=True) as profiler:  # starts before the model is built
+    with profile(activities=activities, profile_memory=True) as profiler:  # so early that it records the model too
         train(config, RowSets(rows_for(config)), signals=Signals())
     kind = "cuda" if on_gpu else "cpu"
     sums, cleared = [], []
@@ -103,8 +103,8 @@ def measure(rank: int, processes: int, port: int, config, on_gpu: bool, results)
         if event.name.startswith("Optimizer.zero_grad"):
             cleared.append((event.start_time_ns, event.end_time_ns))
         elif event.name == "[memory]" and event.extra_fields.device.type == kind:
-            sums.append((event.start_time_ns, event.extra_fields.total_allocated))  # 0 for a memory-mapped file
-    (_, _, (begin, _), (_, end)) = sorted(cleared)  # a step begins and ends with zero_grad
+            sums.append((event.start_time_ns, event.extra_fields.total_allocated))  # the sum is 0 for a mapped file
+    (_, _, (begin, _), (_, end)) = sorted(cleared)  # zero_grad is called as each step begins and ends; take step 2
     before = max(each for each in sums if each[0] < begin)
     results.put((rank, max(num_bytes for moment, num_bytes in [before, *sums] if before[0] <= moment <= end)))
 

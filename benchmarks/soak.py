@@ -32,7 +32,7 @@ from lowmem.config.presets import MODEL_SHAPES
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train_low_mem.py"
 SAVE_STEPS = 5
-MOST_SAVES = 2  # a launch is killed at its second save at the latest; a kill at the first loses all its steps
+MOST_SAVES = 2  # the most saves that a launch starts before its kill; a kill in the first loses all the launch's steps
 POLL_SECONDS = 0.0005
 LIMIT_SECONDS = 120  # the time limit of every wait
 
@@ -57,7 +57,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Soak:
-    """The result of comparing a run that was killed with an uninterrupted run."""
+    """The result: the kills, and how the killed run compares with an uninterrupted one."""
 
     kills: list[Kill]
     steps: int
@@ -77,7 +77,7 @@ class Soak:
 def soak(folder: Path, *, kills: int, seed: int = 0, log: Callable[[str], None] = print) -> Soak:
     """Train in `folder` once without kills and once with `kills` kills, and compare the results.
 
-    Raises RuntimeError if a run fails or makes no progress for LIMIT_SECONDS, UsageError if a checkpoint is damaged.
+    Raises RuntimeError if a run fails or stalls for LIMIT_SECONDS, and UsageError if a checkpoint is damaged.
     """
     chance, aims = random.Random(seed), ("a save", "a step")
     deck = [(list(VICTIMS)[number % 3], aims[(number + number // 3) % 2]) for number in range(kills)]
@@ -85,7 +85,7 @@ def soak(folder: Path, *, kills: int, seed: int = 0, log: Callable[[str], None] 
     (folder / "t5.json").write_text(json.dumps(MODEL_SHAPES["t5-tiny"] | {"dropout_rate": 0.1}))
     steps = (kills * MOST_SAVES + 2) * SAVE_STEPS  # so many that the killed run does not end before its last kill
     done = []
-    with Run(folder, "whole", steps) as uninterrupted:  # trains in parallel, which does not change its bits
+    with Run(folder, "whole", steps) as uninterrupted:  # trains at the same time; its bits do not depend on it
         for number, (victim, aim) in enumerate(deck):
             with Run(folder, "killed", steps) as run:
                 run.advance(aim, chance)

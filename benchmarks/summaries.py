@@ -1,6 +1,6 @@
 """Render the tables of README.md and docs/: each function turns the records of one results file into Markdown lines.
 
-`documents.py` writes the tables. Every number comes from the file; a line under a table names machine and versions.
+`documents.py` writes the tables. Every number comes from the results file; `source` writes the line under a table.
 """
 
 import re
@@ -74,7 +74,7 @@ def source(records: Sequence[Record], how: str) -> str:
 
 # --- one function per table
 def rows(records: Sequence[Record]) -> list[str]:
-    """Tabulate start, memory, speed and resume for the largest files, with the smallest files' peaks in parentheses."""
+    """Tabulate start, memory, speed and resume for the largest files, with the peaks of the smallest in parentheses."""
     most, least = (choose(record["rows"] for record in records) for choose in (max, min))
     fraction = max(EPOCH_FRACTIONS)
 
@@ -144,7 +144,7 @@ def memory(records: Sequence[Record]) -> list[str]:
 
 
 def checkpoint(records: Sequence[Record]) -> list[str]:
-    """Tabulate time and memory of saving and loading on one process, and what a flipped bit or a kill does."""
+    """Tabulate time and memory of saving and loading on one process, and the effect of a flipped bit and of a kill."""
     of = by(records, "system")
 
     def line(system: str) -> list[str]:
@@ -192,7 +192,7 @@ def comparison(records: Sequence[Record]) -> list[str]:
             number = [str(len(mine))] if mine else []
             lines.append([work, system, "; ".join([*number, *reasons(command, system)])])
             lines[-1] += _compared(mine, runs, system) if mine else [""] * 7
-            work = ""  # shown only in a command's first line
+            work = ""  # shown only in the first row of a command
         about.append(next(iter(runs.values()))[0] | {"versions": versions(runs)})
     memory = "peak device memory" if records[0].get("peak_device_bytes") else "peak memory above imports"
     head = ["work:", "system", "runs", "tokens/s", "x `Trainer`", f"{memory}, MiB", "x `Trainer`"]

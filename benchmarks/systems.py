@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 SEED = 0
 OPTIMIZER = {"weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}  # no weight decay for biases and norms
 SCHEDULE = {"peak": 1e-4, "warmup_steps": 1, "schedule": "cosine"}
-WARM_UP_STEPS = 2  # not timed: AdamW creates its moments, and allocators and thread pools warm up
+WARM_UP_STEPS = 2  # not timed, because in them AdamW creates its moments, and allocators and thread pools warm up
 
 
 # --- the systems
@@ -40,7 +40,7 @@ class System:
     weights: str = "float32"
     """The dtype in which Trainer's model is loaded. lowmem's model is loaded in float32, and its tier converts it."""
     recompute: str | None = None
-    """full, cheap or off. None: the value of --recompute."""
+    """What to recompute: full, cheap or off. None: the value of --recompute."""
     savers: tuple[str, ...] = ()
     """lowmem's other savers: offload_activations, release."""
     attention: str = "sdpa"
@@ -50,7 +50,7 @@ class System:
     zero_stage: int = 0
     """The ZeRO stage of DeepSpeed under Trainer; 0: no DeepSpeed."""
     launcher: str = "torchrun"
-    """torchrun (one process needs only python) or accelerate."""
+    """torchrun or accelerate. With torchrun, a single process is started by python alone."""
 
     @property
     def has_bf16_weights(self) -> bool:
@@ -113,7 +113,7 @@ class Run:
     losses: list[float] = field(default_factory=list)
     """Mean loss over the targets of each optimizer step, in fp32."""
     marks: list[Mark] = field(default_factory=list)
-    """One mark at the end of each optimizer step."""
+    """One `Mark` for each optimizer step, taken at its end."""
     first_step_at: float = 0.0
     """When the first step ended, in seconds since the epoch."""
     peak_rss_bytes: int = 0
@@ -138,7 +138,7 @@ _ENCODED_ROWS = "rows.jsonl"
 
 
 def open_work(settings: SimpleNamespace, tokenizer, config) -> tuple[object, Callable]:
-    """Return rows and their encoder: the rows of `train_file`, or generated rows of exactly `seq_len` random tokens."""
+    """Return rows and their encoder. Without `train_file`, the rows are generated and have `seq_len` random tokens."""
     from lowmem import make_encoder, open_rows
 
     if settings.train_file:
@@ -178,7 +178,7 @@ def build(settings: SimpleNamespace) -> None:
     model.save_pretrained(settings.folder)
     tokenizer.save_pretrained(settings.folder)
     rows, encode = open_work(settings, tokenizer, model.config)
-    # in the order of a sequential distributed sampler: for each micro-batch, the rows of rank 0, then those of rank 1
+    # in the order of a sequential distributed sampler: in each micro-batch, rank 0's rows come first, then rank 1's
     ranks = [
         open_steps(settings, rows, encode, rank=rank, world_size=settings.processes)
         for rank in range(settings.processes)
@@ -221,7 +221,7 @@ def joules() -> float | None:
         try:
             import pynvml
         except ModuleNotFoundError:
-            return None  # the sum without the GPUs would miss most of the energy
+            return None  # a sum without the GPUs would miss most of the energy
         pynvml.nvmlInit()
         for name in os.environ["CUDA_VISIBLE_DEVICES"].split(","):
             by_name = pynvml.nvmlDeviceGetHandleByUUID

@@ -37,7 +37,7 @@ class Job:
     options: Mapping[str, object]
 
 
-@SetParseFn(str)  # keep every value as text: `resolve` converts it
+@SetParseFn(str)  # keep every value as text, for `resolve` to convert
 def _train(**flags: str) -> Job:
     return Job("train", {"config": _resolve(flags), "fixed": named_fields(flags)})
 
@@ -103,8 +103,8 @@ _COMMANDS |= {"verify": _verify, "export": _export, "plot": _plot}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv) and return the exit code.
 
-    Exit codes: 0 done, 1 failed, 2 user error, 75 training was preempted, 128 + n another command ended by signal n.
-    `train` and `evaluate` catch signals until the process ends.
+    Exit codes: 0 done, 1 failed, 2 user error, 75 training preempted, 128 + n: signal n ended another command.
+    `train` and `evaluate` leave their signal handlers installed until the process ends.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and re.match("--local[_-]rank=", arguments[0]):  # old launchers put this flag before the command

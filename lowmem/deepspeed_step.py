@@ -1,4 +1,4 @@
-"""`train_step` for a model in DeepSpeed's engine, which reduces, clips and applies gradients itself."""
+"""`train_step` for a model wrapped in DeepSpeed's engine, which reduces, clips and applies gradients itself."""
 
 import math
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ def deepspeed_step(
 ) -> StepResult:
     """Update `state` in place as `train_step` does. `state.model` must come from `distributed.zero.wrap`.
 
-    Ignores `max_grad_norm`: the engine's own config sets it. Raises OutOfMemory where `train_step` raises StepTooLarge,
-    because the engine cannot repeat a step.
+    Ignores `max_grad_norm`, because the engine clips to the value in its own config. Where `train_step` raises
+    StepTooLarge, this raises OutOfMemory, because the engine cannot repeat a step.
     """
     num_tokens, preempted = agree_to_start(state, batches, preempted)
     for group in state.optimizer.param_groups:
@@ -46,7 +46,7 @@ def deepspeed_step(
             if is_last:
                 loss = sum(losses)
                 all_reduce_sum([loss] if accelerator.num_processes > 1 else [])
-                # the engine checks only gradients: if the loss is not finite, make them NaN so that it skips the update
+                # the engine looks only at gradients: if the loss is not finite, NaN gradients make it skip the update
                 batch_loss = batch_loss * torch.where(loss.isfinite(), 1.0, math.nan)
             backward(state.model, batch_loss, world_size=accelerator.num_processes, is_last=is_last)
         if num_tokens:

@@ -75,7 +75,7 @@ def generate(
     """Answer the prompts of all ranks' batches by greedy decoding. Every rank returns all answers, in row order."""
     base = unwrapped(model)
     is_encoder_decoder, is_collective = base.config.is_encoder_decoder, is_sharded(model)
-    # encoders pad on the right; causal models append tokens, so they pad on the left
+    # pad an encoder's prompts on the right, a causal model's on the left, because it appends tokens on the right
     padding = {"padding_side": "right" if is_encoder_decoder else "left", "return_tensors": "pt"}
     greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": tokenizer.pad_token_id}
     limits = {"max_new_tokens": max_new_tokens, "synced_gpus": is_collective}
@@ -127,7 +127,7 @@ def make_evaluation(
     num_answers: int,
     max_new_tokens: int,
 ) -> Measure:
-    """Return `measure(rows, prefix="eval") -> (metrics, answers)`; `bar` wraps the batches to show progress."""
+    """Return a function `measure(rows, prefix="eval") -> (metrics, answers)`; `bar` wraps batches to show progress."""
     collate_rows = partial(collate, causal=not unwrapped(model).config.is_encoder_decoder)
     batching = {"batch_size": batch_size, "collate": collate_rows, "quarantine": quarantine}
     open_batches = partial(open_eval, encode=encode, **data_place(model).coordinates, **batching)
@@ -157,7 +157,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _prompts(batch: Batch, *, is_encoder_decoder: bool) -> list[list[int]]:
     """Return each row's prompt: the tokens before the padding or, in a causal model, before the first target."""
     input_ids = batch.inputs["input_ids"]
-    mask = batch.inputs.get("attention_mask")  # without a mask, there is no padding before the last target
+    mask = batch.inputs.get("attention_mask")  # without a mask, padding is only after the last target
     lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
     prompts = []
     for ids, length, labels in zip(input_ids, lengths, batch.inputs["labels"], strict=True):

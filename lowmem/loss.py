@@ -1,6 +1,6 @@
 """Losses: functions `(model, batch) -> sum of token losses`, an fp32 scalar. The caller divides by the token count.
 
-An encoder-decoder shifts its own labels; in a causal model position i predicts label i + 1. Labels of -100 are ignored.
+An encoder-decoder model shifts labels itself; in a causal model, position i predicts label i + 1. -100 is no target.
 """
 
 import math
@@ -35,7 +35,7 @@ def chunked_loss(
 ) -> Tensor:
     """Compute `plain_loss` from `slice_elements` logits at a time (default: SLICE_ELEMENTS), in forward and backward.
 
-    Calls the whole model, so that its wrapper's hooks run, but replaces the output head's forward: only
+    Calls the whole model, so that its wrapper's hooks run, but replaces the output head's forward, so that only
     positions with a target get logits. Raises UsageError if the head is not linear or if the model changes its logits
     after the head, and RuntimeError if `batch.num_targets` is not the number of targets.
     """
@@ -46,7 +46,7 @@ def chunked_loss(
         raise UsageError(f"chunked loss needs a linear output head, {name} has {type(head).__name__}: set --loss=plain")
     options = {"label_smoothing": label_smoothing, "slice_elements": slice_elements}
     loss_of = partial(_loss_of, head=head, targets=targets, num_targets=batch.num_targets, **options)
-    if uses_zero3(model):  # DeepSpeed all-gathers the head's weight inside the head's forward and backward
+    if uses_zero3(model):  # DeepSpeed has the head's full weight only within the head's forward and backward
         return _call_with_head(loss_of, model, head, inputs)
     return loss_of(_call_with_head(_pass_through, model, head, inputs))
 
@@ -70,12 +70,12 @@ def _call_with_head(
     try:
         logits = model(**inputs).logits
     except RuntimeError as error:
-        if "size of tensor" in str(error):  # a vector of the vocabulary's size, such as BART's bias, was added
+        if "size of tensor" in str(error):  # the model added a vector of the vocabulary's size, such as BART's bias
             raise changes from error
         raise
     finally:
         del head.forward
-    # DeepSpeed's hooks return a new tensor that shares memory with the logits
+    # unchanged logits are the same tensor or, after DeepSpeed's hooks, a new tensor that shares its memory
     if logits is not returned and not (uses_zero3(model) and logits.data_ptr() == returned.data_ptr()):
         raise changes
     return logits
@@ -85,7 +85,7 @@ def _pass_through(hidden: Tensor) -> Tensor:
     # convert to fp32 here, so that accelerate's autocast wrapper returns this same tensor instead of a converted copy
     hidden = hidden.float() if torch.is_autocast_enabled(hidden.device.type) else hidden
     if torch.is_grad_enabled() and not hidden.requires_grad:
-        # even if all layers before are frozen, backward must pass this output, or fully_shard reduces no gradients
+        # fully_shard reduces gradients only if backward passes this output, even if all layers before it are frozen
         hidden = hidden.detach().requires_grad_()
     return hidden
 
@@ -95,11 +95,11 @@ def _loss_of(hidden: Tensor, *, head: nn.Linear, targets: Tensor, num_targets: i
         found = f"hidden states of shape {tuple(hidden.shape[:-1])} but labels of shape {tuple(targets.shape)}"
         raise ValueError(f"{found}: give every position a label, -100 for a position to ignore")
     is_target, targets = (targets != IGNORED).flatten(), targets.flatten()
-    # no device sync: the host knows the number of targets, and the device only checks it and selects their positions
+    # no device sync: the host knows the number of targets; the device only checks it and finds the targets' positions
     torch._assert_async(is_target.sum() == num_targets, "batch.num_targets must be the number of labels except -100")
     positions = is_target.to(torch.uint8).argsort(descending=True, stable=True)[:num_targets]
     hidden, targets = hidden.flatten(0, 1).index_select(0, positions), targets[positions]
-    weight, bias = head.weight, head.bias  # full tensors: a sharded model keeps them all-gathered after its forward
+    weight, bias = head.weight, head.bias  # full tensors, because a sharded model keeps them gathered after its forward
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
         bias = bias if bias is None else bias.detach()
@@ -116,7 +116,7 @@ def check_model(model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor],
 
 
 def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) -> None:
-    """Run `loss_fn` on two tokens. Raises UsageError if it rejects the model or if a causal model sees its targets."""
+    """Raise UsageError if `loss_fn`, run on two tokens, rejects the model, or if a causal model sees its targets."""
     device, base = device_of(model), unwrapped(model)
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
     labels = torch.full_like(tokens, IGNORED)
@@ -146,7 +146,7 @@ def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, objec
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
         targets = labels
     else:
-        # num_targets would count this label, but no position predicts it. (The check does not sync the device.)
+        # no position predicts the first label, but num_targets would count it; this check needs no device sync
         torch._assert_async((labels[:, 0] == IGNORED).all(), "the first label of a causal row must be -100")
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return inputs | {"use_cache": False}, targets
@@ -162,11 +162,11 @@ def chunked_cross_entropy(
     compute_dtype: torch.dtype | None = None,
     slice_elements: int | None = None,
 ) -> Tensor:
-    """Return cross_entropy(hidden @ weight.T + bias, targets), summed over rows; softmax and sums in fp32 or wider.
+    """Return cross_entropy(hidden @ weight.T + bias, targets), summed over rows, with softmax and sums in fp32 or more.
 
     hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) int64; matrix products use `compute_dtype` (default:
-    hidden.dtype). Forward saves its inputs and each row's log-sum-exp; backward computes the logits again. Both compute
-    (N, slice) logits at a time, so each element of the head's gradient is one sum over all rows, rounded once.
+    hidden.dtype). Forward saves its inputs and each row's log-sum-exp; backward computes the logits again. Both take
+    one slice of the vocabulary at a time for all rows, so each element of the head's gradient is one sum, rounded once.
     """
     elements = slice_elements or SLICE_ELEMENTS.get(hidden.device.type, SLICE_ELEMENTS["cuda"])
     slices = vocabulary_slices(len(hidden), len(weight), elements)
@@ -177,7 +177,7 @@ def chunked_cross_entropy(
 def vocabulary_slices(num_rows: int, vocabulary: int, elements: int) -> list[slice]:
     """Split the vocabulary into slices of about `elements` / `num_rows` columns, but at least one column."""
     width = max(1, elements // max(1, num_rows))
-    width = width // 64 * 64 or width  # aligns the rows of each matrix product
+    width = width // 64 * 64 or width  # if possible a multiple of 64, to align the rows of each matrix product
     return [slice(first, min(first + width, vocabulary)) for first in range(0, vocabulary, width)]
 
 

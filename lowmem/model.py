@@ -38,12 +38,12 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     on_meta: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a pretrained model or build a random one (torch's generator), in training mode, and load its tokenizer.
+    """Return a model in training mode, loaded or built with random weights (from torch's generator), and its tokenizer.
 
-    `model_config` is a transformers config, its fields, the path of a config.json or a name in MODEL_SHAPES. Weights
-    have `dtype`. With `on_meta`, they stay on the meta device until `parallelize` shards them; if the files cannot be
-    read tensor by tensor, a line is printed and all weights are loaded. Raises UsageError if something cannot be
-    loaded, if weights are missing, or if the tokenizer has more tokens than the model.
+    `model_config` is a transformers config, a mapping of its fields, a path of a config.json or a name in MODEL_SHAPES.
+    Weights have `dtype`. With `on_meta`, they stay on the meta device until `parallelize` shards them; if the files
+    cannot be read tensor by tensor, a line is printed and all weights are loaded. Raises UsageError if something cannot
+    be loaded, if weights are missing, or if the tokenizer has more tokens than the model has embeddings.
     """
     if (model_name_or_path is None) == (model_config is None):
         raise UsageError("load_model needs exactly one of model_name_or_path and model_config: set one of them")
@@ -67,7 +67,7 @@ def load_model(
 
 
 def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
-    """Freeze "embeddings" (and a tied output head) or "encoder" (without embeddings). Raises UsageError for others."""
+    """Freeze "embeddings" (with a tied output head) or "encoder" (without embeddings); other names raise UsageError."""
     if unknown := sorted(set(parts) - {"embeddings", "encoder"}):
         raise UsageError(f"{', '.join(unknown)} cannot be frozen: choose from embeddings and encoder")
     embeddings = set(model.get_input_embeddings().parameters())
@@ -178,7 +178,7 @@ def _config_from(model_config: PretrainedConfig | Mapping[str, object] | str | P
 
 
 def _attention(config: PretrainedConfig) -> dict[str, str]:
-    # torch's fused attention on CPU has no backward kernel for a learned bias (T5), so a step takes 1/8 longer
+    # with torch's fused attention, which has no CPU backward kernel for a learned bias (T5), a step takes 1/8 longer
     has_learned_bias = hasattr(config, "relative_attention_num_buckets")
     return {"attn_implementation": "eager"} if has_learned_bias and not torch.accelerator.is_available() else {}
 
@@ -189,7 +189,7 @@ def _auto_class(config: PretrainedConfig) -> type:
 
 def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
     if name is None:
-        return ByT5Tokenizer()  # byte-level, needs no file
+        return ByT5Tokenizer()  # works on bytes, so it needs no file
     if _is_byte_tokenizer(Path(name)):
         return ByT5Tokenizer.from_pretrained(str(name))
     if not Path(name).is_dir():
@@ -205,7 +205,7 @@ def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
 
 
 def _is_byte_tokenizer(folder: Path) -> bool:
-    # for a ByT5 folder, AutoTokenizer may return an empty tokenizer of the model's type
+    # for a ByT5 folder, AutoTokenizer may return an empty tokenizer of the model's type, so check its class here
     try:
         return json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "ByT5Tokenizer"
     except (OSError, ValueError, KeyError):

@@ -18,7 +18,7 @@ _SERIES = {
 }
 _UNITS = {"peak_device_bytes": 2**20, "peak_host_bytes": 2**20}
 
-_WIDTH, _LABELS, _ROWS = 80, 10, 4  # of a text chart: columns in all, columns for labels, rows
+_WIDTH, _LABELS, _ROWS = 80, 10, 4  # a text chart's columns in all, columns for labels, and rows
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 Points = list[tuple[int, float]]
@@ -97,7 +97,7 @@ def draw(runs: Mapping[str, Curves], picture: Path) -> None:
         if title.startswith("peak"):
             panel.set_ylim(bottom=0)
     if len(runs) > 1:
-        panels[0].legend(fontsize=9)  # the panel of the loss, which every run has
+        panels[0].legend(fontsize=9)  # the loss panel, because every run has a loss
     unfinished = picture.with_name(f".{picture.name}.{os.getpid()}")
     try:
         figure.savefig(unfinished, format="png")
@@ -134,7 +134,7 @@ def _titles(runs: Mapping[str, Curves]) -> list[str]:
 
 
 def _columns(points: Points, first: int, last: int) -> list[float | None]:
-    """Return each column's mean; an empty column repeats the one before, or is None after the last point."""
+    """Return each chart column's mean; an empty column repeats the one before, or is None after the last point."""
     count = _WIDTH - _LABELS
     inside: list[list[float]] = [[] for _ in range(count)]
     for step, value in points:

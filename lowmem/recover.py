@@ -16,9 +16,9 @@ class Halving(NamedTuple):
 
     step: int
     rank: int
-    """The first rank that ran out."""
+    """The first rank that ran out of memory."""
     batch_size: int
-    """Rows per micro-batch until now; from now on, `smaller` rows in each of `micro_batches`."""
+    """Rows per micro-batch until now. Each step now has `micro_batches` micro-batches of at most `smaller` rows."""
     smaller: int
     micro_batches: int
 
@@ -39,7 +39,7 @@ def fitting_step(
     tell: Callable[[Halving], object],
     **options,
 ) -> StepResult:
-    """Run `train_step`. If a micro-batch runs out of memory in forward or backward on a rank, retry with smaller ones.
+    """Run `train_step`. If forward or backward runs out of memory on any rank, retry with smaller micro-batches.
 
     `batches` must be what `state.stream` gave last. Before a retry, the stream halves its micro-batches and each rank
     calls `tell`; except for rounding and dropout, the gradient is the same. Raises OutOfMemory if one row is too large.

@@ -44,7 +44,7 @@ def print_answers(answers: Sequence[Answer]) -> None:
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """The peak memory of this process: tensors on its GPU (0 without one), and resident host memory."""
+    """This process's peak memory: of tensors on its GPU (0 without a GPU), and of resident host memory."""
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024
     return {
         "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
@@ -53,9 +53,9 @@ def peak_memory_bytes() -> dict[str, int]:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object per line, floats in full precision. If the disk is full, lines wait in memory.
+    """metrics.jsonl: one JSON object per line, with floats in full precision. On a full disk, lines wait in memory.
 
-    Opening the file deletes the records after `step` (None: all records), because a resumed run writes them again.
+    Opening deletes the records after `step`, where the run resumes and writes them again (None: deletes all records).
     `resumed_at` has the metrics of all records of `step`.
     """
 
@@ -225,7 +225,7 @@ class Report:
         self.print_lines(f"preempted after step {self._step} of {self._total_steps}: {what_now}")
 
     def done(self, best: Mapping[str, float] | None) -> None:
-        """Record the end of the run. The counts cover only steps since this run started or resumed."""
+        """Record the end of the run. Its row counts cover only the steps since this run started or resumed."""
         self._bar.close()
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self._counts.items() if count)
         if counts:

@@ -25,13 +25,13 @@ class TrainState:
     model: nn.Module
     optimizer: Optimizer
     stream: Iterator[Sequence[Batch]] | None = None
-    """What `open_stream` returns. A step calls `advance()`, a checkpoint calls `state_dict()`."""
+    """What `open_stream` returns. A step calls its `advance()`, a checkpoint its `state_dict()`."""
     step: int = 0
     """Optimizer steps done."""
     best: dict[str, float] | None = None
     """The best evaluation so far: {"step", "eval_loss"}."""
     seed: int = 0
-    """Seeds dropout (together with step, rank and micro-batch) and the memory tiers' stochastic rounding."""
+    """The seed of dropout (together with step, rank and micro-batch) and of the memory tiers' stochastic rounding."""
 
     def note_best(self, eval_loss: float | None) -> None:
         """Set `best` to this step if its loss is the lowest so far. Ignores None, NaN and infinity."""
@@ -42,16 +42,16 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of one step. `loss` and `grad_norm` stay on the device: call `.item()` only to log, as it syncs."""
+    """The result of one step. `loss` and `grad_norm` stay on the device; call `.item()`, which syncs, only to log."""
 
     loss: Tensor
-    """Mean over the target tokens of all micro-batches and ranks, fp32."""
+    """Mean loss per target token over all micro-batches and ranks, fp32."""
     grad_norm: Tensor
     """Global L2 norm of the gradient before clipping."""
     num_tokens: Tensor
     """Target tokens over all micro-batches and ranks, int64, on the host."""
     updated: bool
-    """False if the update was skipped because loss or gradient was not finite or there was no target."""
+    """False if the update was skipped because the loss or gradient was not finite, or because there was no target."""
     reason: str = ""
     """Why the update was skipped, the same text on every rank."""
     preempted: bool = False
@@ -72,11 +72,11 @@ def train_step(
     """Update `state` in place with the gradient of the mean loss over all targets of `batches` on all ranks.
 
     All losses are divided by one token count, so any split of the same rows into micro-batches and ranks gives the same
-    gradient. If loss or gradient is not finite, no rank updates its weights (`release` has already updated them); every
+    gradient. If loss or gradient is not finite, no rank updates weights (but `release` has already done so), and every
     rank raises FloatingPointError if `nonfinite` is "stop", or counts the step if it is "skip". A step without any
     target is counted too. If a rank cannot read its rows or fails in forward or backward, every rank raises that rank's
     error: after running out of memory, StepTooLarge (see `fitting_step`), or OutOfMemory if the step cannot be repeated
-    (sharded, with `release`, or in the update). DDP may wrap `state.model`. Raises ValueError if `Gradients` does.
+    (sharded model, `release`, or during the update). DDP may wrap `state.model`. Raises ValueError if `Gradients` does.
     Cost: two small host collectives, one gradient reduction, one device sync.
     """
     num_tokens, preempted = agree_to_start(state, batches, preempted)
@@ -126,7 +126,7 @@ def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool)
 def why_no_update(
     loss: Tensor, grad_norm: Tensor, losses: Sequence[Tensor], batches: Sequence[Batch], num_tokens: int
 ) -> str:
-    """Return why this step must not update the weights, the same text on every rank; empty if it may.
+    """Return why this step must not update the weights, or "" if it may; the text is the same on every rank.
 
     For a loss or gradient that is not finite, the text names the ranks and the rows of the affected micro-batches. Only
     such a step needs the additional collectives and syncs.

@@ -74,7 +74,7 @@ def train(
     optimizer = make_optimizer(model, **config.optimizer_options)
     loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)  # (model, batch) -> summed loss
     check_model(model, loss_fn, packing=config.packing)
-    num_weights = model.num_parameters()  # correct for a sharded model too, but not once DeepSpeed wraps it
+    num_weights = model.num_parameters()  # of all shards; taken here because it is wrong once DeepSpeed wraps the model
     wrapped = zero.wrap(model, optimizer, accelerator) if config.deepspeed else model
 
     with ExitStack() as stack:
@@ -147,7 +147,7 @@ def train(
 
     # --- the end
     if preempted:
-        signals.ignore()  # the launcher terminates the other processes when the first one exits
+        signals.ignore()  # a launcher sends SIGTERM to the other processes when the first one exits
         report.preempted(can_save)
     else:
         if rows.test:
@@ -163,7 +163,7 @@ def evaluate_first(
 ) -> None:
     """Evaluate at step 0 with `eval_on_start`, or after resuming from a step at which an evaluation was due.
 
-    (A run that is preempted at such a step saves without evaluating.) Reuses an evaluation found in metrics.jsonl.
+    (A run preempted at such a step has saved without evaluating.) An evaluation found in metrics.jsonl is reused.
     """
     if state.step == 0 and config.eval_on_start:
         report.evaluation(*measure(rows))

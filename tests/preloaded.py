@@ -4,7 +4,7 @@
 import gc
 import os
 
-# libraries read these variables at import; GPUs are hidden because initialized CUDA does not survive a fork
+# libraries read these variables when imported below; GPUs are hidden because initialized CUDA does not survive a fork
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import transformers.generation

@@ -113,7 +113,7 @@ def wait_until(condition: Callable[[], bool], process: Process, timeout: float =
 def train(*flags: object, timeout: float = 120, **changes: object) -> subprocess.CompletedProcess:
     """Run `started_train` to its end.
 
-    The process starts with its imports done. To test what happens before, call `run(sys.executable, PROGRAM, ...)`.
+    The process starts with its imports done. For one that does the imports, call `run(sys.executable, PROGRAM, ...)`.
     """
     with started_train(*flags, **changes) as process:
         return finish(process, timeout)

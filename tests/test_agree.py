@@ -25,7 +25,7 @@ def fail_somewhere() -> None:
             if rank == failing:
                 raise kind("what was wrong")
     with raise_on_all_ranks():
-        pass  # no rank failed
+        pass  # no rank fails here
     with pytest.raises(ZeroDivisionError if rank == 0 else RankError, match="rank 0 failed|division"):
         on_main_rank(lambda: 1 / 0)
     accelerator.end_training()
@@ -46,7 +46,7 @@ def be_late():
     group = dist.new_group(timeout=timedelta(seconds=2))
     if accelerator.process_index == 0:
         with heartbeat.phase("writing"):
-            sum_over_ranks(1)  # rank 1 waits in another group, so this call waits, but both ranks are alive
+            sum_over_ranks(1)  # waits for rank 1, which waits in another group; both ranks are alive
     else:
         message = (
             "^step 7, summing gradients: no rank is silent: rank 0 is at step 7, writing, all-reducing; rank 1 is at"

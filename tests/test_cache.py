@@ -16,7 +16,7 @@ from lowmem.data.files.source import Source
 from lowmem.errors import UsageError
 from tests.processes import ROOT, environment, run
 
-# Code that other processes run: write an upper-case copy of the file, and append "begin" and "end" to FILE.notes.
+# Other processes run this code. It writes an upper-case copy of FILE, and appends "begin" and "end" to FILE.notes.
 BUILDER = """
 import os, sys, time
 import numpy as np
@@ -213,7 +213,7 @@ def test_files_of_one_name_in_two_folders_share_nothing_in_the_cache(source, tmp
 
 @pytest.fixture
 def locked_folder():
-    """Make a folder that this process can read but not write; root switches to another user until the test ends."""
+    """Make a folder that this process can read but not write; as root, it becomes another user during the test."""
     folder = Path(tempfile.mkdtemp())
     (folder / "rows").write_bytes(b"some rows")
     (folder / "home").mkdir(mode=0o777)

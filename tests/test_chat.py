@@ -14,7 +14,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# The first line renders as nothing, because transformers strips the whitespace around a block alone on its line.
+# The first line renders as nothing, because transformers strips whitespace around a block that is alone on its line.
 TAGGED_CHATML = """  {% set end = '<|im_end|>' %}
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\n' }}

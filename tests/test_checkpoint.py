@@ -112,7 +112,7 @@ def test_a_state_loads_into_a_tier_that_stores_no_more_bits(then, now, tmp_path)
             assert torch.equal(after[name], value), name
         else:
             assert torch.allclose(after[name], value, rtol=0.13, atol=1e-8 + 0.13 * value.abs().max().item() / 15), name
-    if now == "lean":  # rounding to the lean formats changes single values, but hardly their mean
+    if now == "lean":  # rounding to the lean formats changes individual values, but hardly their mean
         error = after["shared.weight.weight"] - before["shared.weight.weight"]
         assert 0 < error.abs().max() and error.mean().abs() < error.abs().mean() / 20
     train(loaded, 1)
@@ -151,7 +151,7 @@ def test_from_pretrained_loads_the_model_folder_as_it_is(family, max_shard_size,
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert type(model) is type(state.model) and model.dtype == torch.float32
     assert_same_weights(state.model, model)
-    if family != "qwen2":  # for qwen2, AutoTokenizer makes an empty Qwen2Tokenizer; load_model does not
+    if family != "qwen2":  # for qwen2, AutoTokenizer makes an empty Qwen2Tokenizer, but load_model loads ByT5's
         assert AutoTokenizer.from_pretrained(path / "model")("é").input_ids == ByT5Tokenizer()("é").input_ids
     assert load_model(path / "model")[1]("é").input_ids == ByT5Tokenizer()("é").input_ids
     sharded = (path / "model" / "model.safetensors.index.json").exists()
@@ -345,7 +345,7 @@ def test_a_changed_manifest_is_refused_even_if_it_is_valid_json(tmp_path):
 
 def test_a_generation_config_that_transformers_refuses_to_save_is_saved(tmp_path):
     state = train(new_state("llama"), 1)
-    state.model.generation_config.temperature = 0.6  # transformers refuses it with do_sample=False
+    state.model.generation_config.temperature = 0.6  # transformers refuses to save this with do_sample=False
     path = save_checkpoint(state, tmp_path, ACCELERATOR)
     assert AutoModelForCausalLM.from_pretrained(path / "model").generation_config.temperature == 0.6
 
@@ -354,7 +354,7 @@ def test_a_failed_save_leaves_the_older_checkpoints(tmp_path):
     state = train(new_state(), 1)
     first = save_checkpoint(state, tmp_path, ACCELERATOR, keep=1)
     train(state, 1)
-    # the process may write only small files, so this save fails as on a full disk
+    # this process may write only small files, so the save fails, as it would on a full disk
     run_with_small_files(lambda: save_checkpoint(state, tmp_path, ACCELERATOR, keep=1))
     assert latest_checkpoint(tmp_path) == first
     assert os.listdir(tmp_path) == [first.name]  # the failed save has left no file

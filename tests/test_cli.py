@@ -169,7 +169,7 @@ def test_evaluate_takes_columns_lengths_and_precision_from_the_model_folder(prec
         result = train(command, *flags, "--max_predict_samples=2")
         assert result.returncode == 0, result.stderr
         printed = json.loads(result.stdout.splitlines()[-1])
-        # `evaluate` uses another batch size than the run, so bf16 rounds slightly differently
+        # `evaluate` uses another batch size than the run, so in bf16 its results differ slightly
         expected = {name: value for name, value in measured.items() if name != "step"}
         assert printed == pytest.approx(expected, rel=1e-6 if precision == "no" else 1e-4)
 
@@ -213,7 +213,7 @@ def test_a_model_that_the_loss_does_not_support_is_refused_before_the_run_starts
     result = train("train", *flags, "--loss=plain", f"--output_dir={output}")
     assert result.returncode == 0, result.stderr
     (tmp_path / "rows.jsonl").write_text(json.dumps(qa_rows(1)[0]))
-    # without --loss: model/lowmem.json sets loss=plain
+    # `evaluate` needs no --loss, because model/lowmem.json sets loss=plain
     flags = [f"--model_name_or_path={output}/model", f"--test_file={tmp_path}/rows.jsonl"]
     assert train("evaluate", *flags).returncode == 0
 

@@ -1,4 +1,4 @@
-"""Every ZeRO stage of DeepSpeed, with or without offload, trains like one process, with less memory per rank."""
+"""Every ZeRO stage of DeepSpeed, with or without offload, trains like one process, and uses less memory per rank."""
 
 import json
 import math
@@ -75,7 +75,7 @@ def collate_of(family):
 
 
 def zero_accelerator(zero, *, bf16=False):
-    AcceleratorState._reset_state()  # otherwise AcceleratorState would keep the previous strategy
+    AcceleratorState._reset_state()  # without this, the singleton AcceleratorState would keep the previous strategy
     config = complete_zero_config(json.dumps({"zero_optimization": zero}), batch_size=2, max_grad_norm=1.0, bf16=bf16)
     return make_accelerator(config, on_cpu=True)
 
@@ -110,7 +110,7 @@ def results_of(state, family, loss, folder, accelerator):
     return results
 
 
-CASES = [("t5", "chunked"), ("llama", "plain")]  # T5's head is tied to its embeddings, so one weight is used twice
+CASES = [("t5", "chunked"), ("llama", "plain")]  # T5's output head is its embedding, so one weight is used twice
 
 
 def train_with_every_strategy(folder):
@@ -181,7 +181,7 @@ def skip_nonfinite_losses(folder):
 
         def loss_of(model, batch):
             is_bad = state.step == bad and rank == 1 and len(batch.row_ids) == 2  # noqa: B023
-            return plain_loss(model, batch) + (math.inf if is_bad else 0.0)  # the loss is infinite, its gradient finite
+            return plain_loss(model, batch) + (math.inf if is_bad else 0.0)  # infinite loss, but finite gradients
 
         with pytest.raises(FloatingPointError, match=r"the loss was not finite on rank 1 with rows"):
             curve_of(state, loss_of, accelerator, steps=1)
@@ -239,7 +239,7 @@ LAUNCHERS = {
         "train_low_mem.py",
         "train",
     ),
-    # DeepSpeed's launcher without ZeRO starts plain data parallelism
+    # without a ZeRO config, a run under DeepSpeed's launcher uses plain data parallelism
     "deepspeed": module_command(
         "deepspeed.launcher.runner", "--num_gpus=2", "--master_port=PORT", "train_low_mem.py", "train"
     ),

@@ -39,9 +39,9 @@ DIALECT = {
     r"(is|are) not built": "is not supported",
     r"divided over|gathered weights|weights that were gathered": "sharded, all-gathered",
 }
-# Pattern: texts that exempt a line from this pattern.
+# For a pattern in DIALECT, texts that exempt a line from it.
 EXCEPTIONS = {
-    "last words": ["last_words"],  # an argument of `join`, which remains as an alias of `init_distributed`
+    "last words": ["last_words"],  # an argument of `join`; `join` remains as an alias of `init_distributed`
 }
 
 FILES = sorted(

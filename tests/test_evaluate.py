@@ -48,7 +48,8 @@ def test_dropout_is_off_during_evaluation_and_on_again_after():
 )
 def test_answers_of_a_batch_are_those_of_each_row_alone(family, causal):
     model = build(family)
-    # batches have 3 rows of unequal lengths, except one batch of equal prompt lengths and one of equal total lengths
+    # Each batch has 3 rows. Their lengths differ, except in two batches: one has prompts of equal length, the other
+    # has rows of equal total length.
     even = [{"prompt": f"number {i}", "response": f"{i}" * (i + 1)} for i in range(3)]
     even += [{"prompt": f"{i}" * (1 + i), "response": f"{i}" * (3 - i)} for i in range(3)]
     rows = ROWS[:21] + even

@@ -22,7 +22,7 @@ from tests.processes import run, train
 
 
 def saved(folder, family, memory="exact"):
-    """Save a checkpoint after one step; return its path, its weights, and the weights of fp32 AdamW after that step."""
+    """Save a checkpoint after one step; return its path, its weights, and the weights that fp32 AdamW would give."""
     model, twin = build(family), build(family)
     optimizer = make_optimizer(model, memory=memory)
     reference = make_optimizer(twin, memory="off")
@@ -66,7 +66,7 @@ def assert_equal(model, tensors):
 def test_a_model_is_exported_in_each_dtype(family, max_shard_size, tmp_path, capsys):
     path, weights, master = saved(tmp_path / "run", family)
     for dtype, expected in {
-        "float32": master,  # the fp32 master weights are bit-identical to the weights of training in fp32
+        "float32": master,  # the fp32 master weights are bit-identical to weights trained in fp32
         "float16": {name: tensor.half() for name, tensor in master.items()},
         "bfloat16": weights,
         "None": weights,

@@ -26,7 +26,7 @@ from lowmem.step import TrainState
 from tests.forked import fork_ranks
 
 FAULTS = {"killed": None, "no space": errno.ENOSPC, "disk error": errno.EIO}
-# Exit codes of a rank: REACHED if it reached the operation that fails or saw another rank fail, else NOT_REACHED.
+# A rank exits with REACHED if it reached the operation that fails or saw another rank fail, else with NOT_REACHED.
 REACHED, NOT_REACHED = 3, 4
 
 
@@ -67,10 +67,10 @@ def fail_at(point, fault):
 
 
 def save_failing(folder, fault, point, failing_ranks):
-    """Save step 2 with a fault at one operation; a save that succeeds also removes step 1."""
+    """Save step 2, and fail at the `point`th disk operation; a save that succeeds also removes step 1."""
     accelerator = Accelerator(cpu=True)
     if accelerator.num_processes > 1:
-        # if rank 0, which hosts the store, were killed before all ranks have joined, the others would end too
+        # rank 0 hosts the store: if it were killed before all ranks have joined, the others could not join
         accelerator.wait_for_everyone()
     seen = fail_at(point, fault) if accelerator.process_index in failing_ranks else []
     outcome = REACHED
@@ -99,7 +99,7 @@ def check_every_point(folder, fault, failing_ranks, attempt):
         state = small_state(5)
         load_checkpoint(state, newest, accelerator)
         assert_equal(state, small_state(state.step))
-        if -signal.SIGKILL not in codes:  # after an error, only the old checkpoint may remain, renamed
+        if -signal.SIGKILL not in codes:  # an error leaves no other folder, except perhaps the old one, renamed
             left = {path.name for path in work.iterdir()} - {"step-00000001", "step-00000002"}
             assert not left or (newest.name == "step-00000002" and left == {".unfinished-removal-step-00000001"})
         after = save_checkpoint(small_state(3), work, accelerator, keep=1)
@@ -122,7 +122,7 @@ def fork_alone(function, *arguments):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_save_may_fail_at_any_operation(fault, tmp_path):
-    # `check_every_point` forks, so call it in a process without threads
+    # `check_every_point` forks, which is unsafe in pytest's own process, because that has threads: use a new process
     assert fork_ranks(1, check_every_point, tmp_path, fault, [0], fork_alone) == [0]
 
 

@@ -58,7 +58,7 @@ def test_values_that_bf16_can_represent_are_never_rounded():
     values = torch.tensor([1.0, -2.5, 0.0, math.inf, -math.inf])
     for seed in range(20):
         assert torch.equal(round_stochastically(values, random_halves(values.shape, generator(seed))).float(), values)
-    # the NaN of a CPU, the NaN of CUDA, and a NaN with all bits set
+    # the NaN that a CPU computes, the NaN that CUDA computes, and a NaN with all bits set
     bits = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32)
     assert round_stochastically(bits.view(torch.float32), torch.full((3,), 65535, dtype=torch.int32)).isnan().all()
 
@@ -71,7 +71,7 @@ def test_shuffled_bits_are_the_same_bits_in_another_order():
 
 
 def test_stochastic_rounding_keeps_updates_that_rounding_to_nearest_loses():
-    steps, change = 3000, 2.0**-13  # 1/64 of the gap between 1 and the next bf16 value
+    steps, change = 3000, 2.0**-13  # `change` is 1/64 of the gap between 1 and the next bf16 value
     tensors, frozen = keep("x", torch.ones(64, 64), "bf16"), torch.ones(64, 64, dtype=torch.bfloat16)
     source = generator()
     for _ in range(steps):
@@ -91,12 +91,12 @@ def test_8_bit_floats_are_unbiased_and_relatively_precise(form, sign):
     for _ in range(DRAWS):
         write(tensors, "m", slice(None), values, random_halves(values.shape, source))
         kept = read(tensors, "m", slice(None)).double()
-        assert ((kept - values).abs() <= values.abs() / 7.9).all()  # the mantissa has 3 bits
+        assert ((kept - values).abs() <= values.abs() / 7.9).all()  # because the mantissa has 3 bits
         total += kept
         squares += (kept - values).square()
     spread = (squares / DRAWS).sqrt() / math.sqrt(DRAWS)
-    # By chance, one value in 16,000 is off by more than 4 standard deviations. So these 900 values are safe below a
-    # limit of 5. This limit is loose, so their mean square is checked too.
+    # By chance, one value in 16,000 is off by more than 4 standard deviations, so a limit of 5 is safe for these 900
+    # values. Because this limit is loose, the mean square of the deviations is checked too.
     distance = (total / DRAWS - values) / (spread + 1e-6 * values.abs())
     assert distance.abs().max() < 5 and distance.square().mean() < 1.3
 
@@ -110,11 +110,11 @@ def test_a_second_moment_never_becomes_zero_and_a_zero_stays_zero():
     assert 0 < kept[0, 1] < 1e-8 and (kept[1] == 0).all()
     first = zeros("m", values, "int8")
     write(first, "m", slice(None), values, torch.full(values.shape, 65535, dtype=torch.int32))
-    assert read(first, "m", slice(None))[0, 2] == 0  # otherwise, a weight without a gradient would move
+    assert read(first, "m", slice(None))[0, 2] == 0  # otherwise, a weight with a gradient of 0 would move
 
 
 def test_each_row_has_its_own_blocks():
-    """The codes of a row do not depend on other rows, so a tensor can be sharded by rows."""
+    """The 8-bit codes of a row do not depend on other rows, so a tensor can be sharded by rows."""
     values = torch.randn(6, 300, generator=generator()) * torch.logspace(-3, 3, 6).unsqueeze(1)
     random = random_halves(values.shape, generator(1))
     whole, part = zeros("m", values, "int8"), zeros("m", values, "int8")

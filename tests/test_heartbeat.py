@@ -30,7 +30,7 @@ def end_a_rank(victim, number, folder):
     sum_over_ranks(1)
     if rank == int(victim):
         with heartbeat.phase("computing gradients"):
-            time.sleep(1)  # wait until the other ranks have received this heartbeat
+            time.sleep(1)  # during this time, a heartbeat tells the others this phase
             os.kill(os.getpid(), int(number))
     sum_over_ranks(2)
 
@@ -48,7 +48,7 @@ def test_a_rank_that_is_killed_or_stopped_is_named_by_all_others(victim, how, tm
         assert re.search(message, outputs[rank]), outputs[rank]
         assert "step 4, all-reducing" in outputs[rank]
         assert ranks[rank].returncode == 1
-        if how == signal.SIGSTOP:  # its connections stay open, so only the heartbeat can end the other ranks
+        if how == signal.SIGSTOP:  # a stopped rank's connections stay open, so only the heartbeat can end the others
             assert re.search(message, (tmp_path / str(rank)).read_text())
 
 
@@ -57,7 +57,7 @@ def fail_alone():
     with heartbeat.phase("computing gradients"):
         if rank == 1:
             raise KeyError("no such row")
-        time.sleep(60)  # blocks without an exception, as a GPU collective would
+        time.sleep(60)  # rank 0 blocks here without an exception, as it would in a GPU collective
 
 
 def test_an_error_on_one_rank_alone_ends_the_others_with_its_cause():
@@ -70,7 +70,7 @@ def test_an_error_on_one_rank_alone_ends_the_others_with_its_cause():
 def wait_long_and_end_at_different_times(next_port):
     limit = 1.5
     join_and_watch(limit)
-    on_main_rank(lambda: time.sleep(2 * limit))  # the other ranks wait in a collective
+    on_main_rank(lambda: time.sleep(2 * limit))  # only rank 0 sleeps; the other ranks wait in a collective
     dist.destroy_process_group()
     os.environ["MASTER_PORT"] = next_port  # at the old port, a rank might still reach the first group's store
     rank = join_and_watch(limit)  # a second group, with its own heartbeat

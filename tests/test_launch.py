@@ -187,7 +187,7 @@ def test_a_failing_rank_ends_the_run_with_its_exit_code(files, tmp_path):
     assert "needs a causal model" in result.stderr
 
 
-# Config file: the value of --num_processes (None if the file sets it), and text that the log must contain.
+# For each config file, the value of --num_processes (None if the file sets it), and text that the log must contain.
 CONFIGS = {
     "cpu": (None, "on 2 x cpu, 40 rows"),
     "single_gpu": (None, "on 1 x cpu, 40 rows"),

@@ -40,7 +40,7 @@ def all_locations(file):
 
 
 def reason(path, content, index=1):
-    """Return `location: error` for row `index` of the first group, which must be refused."""
+    """Return `location: error` for the error that reading row `index` of the first group must raise."""
     file = open_lines(path, content)
     with pytest.raises(ValueError) as caught:
         file.row(file.read_group(0), index)
@@ -355,7 +355,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 
 class _CutsShort(SimpleHTTPRequestHandler):
-    """A server that, like many, supports no range requests; of files named cut.*, it sends only the first half."""
+    """A server without range requests, like many servers; it sends only the first half of files named cut.*."""
 
     def copyfile(self, source, outputfile):
         content = source.read()

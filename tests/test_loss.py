@@ -24,7 +24,7 @@ def batch_of(family, rows=5, seed=0):
     for number in range(rows):
         prompt, response = ids(3, 20), ids(1, 12)
         if number == 2:
-            response = [-100] * len(response)  # this row has no targets
+            response = [-100] * len(response)  # the third row has no targets
         if family == "t5":
             encoded.append({"input_ids": prompt, "labels": response})
         else:
@@ -39,7 +39,7 @@ def gradients(model):
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("elements", [1, 1000, 10**7])  # vocabulary entries per slice: 1, about 30, all
-@pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])  # output head: tied and scaled, untied, tied
+@pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])  # their output heads: tied and scaled, untied, tied
 def test_chunked_loss_equals_plain_loss(family, elements, label_smoothing):
     model, batch = build(family), batch_of(family)
     results = []
@@ -83,7 +83,7 @@ VOCABULARY = 151_936  # the vocabulary size of Qwen2.5
 
 
 def head_gradients(states, weight, targets, label_smoothing, loss, slice_elements=None):
-    """Compute in the dtype of `states`; return the summed loss, and the gradients of the mean loss per target."""
+    """Return the summed loss, and the gradients of the mean loss per target, computed in the dtype of `states`."""
     states, weight = states.clone().requires_grad_(), weight.clone().requires_grad_()
     counting = targets != -100
     if loss == "chunked":
@@ -102,7 +102,7 @@ def head_gradients(states, weight, targets, label_smoothing, loss, slice_element
 
 
 def head(rows=48, width=16):
-    """Make hidden states, a head's weight and targets; the middle third and every fifth of the targets are -100."""
+    """Make hidden states, a head's weight and targets; every fifth target and all in the middle third are -100."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(rows, width, generator=generator)
     weight = torch.randn(VOCABULARY, width, generator=generator) * width**-0.5
@@ -115,7 +115,7 @@ def head(rows=48, width=16):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_gradients_of_a_large_vocabulary_in_fp32_and_bf16(label_smoothing):
     states, weight, targets = head()
-    # the reference for bf16 starts from the rounded inputs, so only errors of the arithmetic are measured
+    # the reference for bf16 also starts from the rounded inputs, so that their rounding does not count as an error
     rounded = states.bfloat16(), weight.bfloat16()
     exact = head_gradients(states.double(), weight.double(), targets, label_smoothing, "plain")
     exact_of_rounded = head_gradients(*(x.double() for x in rounded), targets, label_smoothing, "plain")
@@ -242,7 +242,7 @@ def test_labels_of_another_length_than_the_hidden_states_are_refused():
 
 def test_a_model_that_sees_its_targets_is_refused():
     fields = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    # large weights make the model attend to other tokens, as a trained model does
+    # initialize large weights, so that the model attends to other tokens, as a trained model does
     fields |= {"intermediate_size": 32, "initializer_range": 0.5}
     config = AutoConfig.for_model("bert", **fields)
     model = AutoModelForCausalLM.from_config(config)

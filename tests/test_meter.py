@@ -31,7 +31,7 @@ def test_results_count_until_they_are_freed_and_peak_is_the_largest_sum(tensors)
     with tensors(), MemoryMeter() as meter:
         a, b = torch.ones(100), torch.ones(100)
         assert meter.live_bytes == 200 * FLOAT
-        c = (a * b).exp()  # the product is freed once its exponential exists
+        c = (a * b).exp()  # `a * b` is freed once its exponential exists
         assert (meter.live_bytes, meter.peak_bytes) == (300 * FLOAT, 400 * FLOAT)
         del a, b
         assert (meter.live_bytes, meter.peak_bytes) == (100 * FLOAT, 400 * FLOAT)
@@ -140,7 +140,7 @@ def test_backward_of_a_linear_layer(tensors):
             y = layer(x)
             assert meter.live_bytes - before == rows * narrow * FLOAT
             y.backward(torch.ones(()).expand(rows, narrow))
-            assert meter.live_bytes - before == (rows * narrow + weights) * FLOAT  # the gradients remain
+            assert meter.live_bytes - before == (rows * narrow + weights) * FLOAT  # y and the weights' gradients
 
 
 @either
@@ -157,7 +157,7 @@ def test_saved_activations_count_until_backward_and_checkpointing_avoids_them(te
             meter.reset_peak()
             loss = run(x)
             assert meter.live_bytes == size + saved * size + FLOAT
-            loss.backward()  # the meter also sees backward, so gradients and recomputed activations count
+            loss.backward()  # the meter also counts backward's gradients and recomputed activations
             assert meter.peak_bytes >= size + 3 * size
             del loss
             assert meter.live_bytes == 2 * size
@@ -165,10 +165,10 @@ def test_saved_activations_count_until_backward_and_checkpointing_avoids_them(te
 
 def two_steps(family, loss_fn, accelerator, *, memory="off", savers=(), micro_batches=2):
     """Return the peak bytes of the second optimizer step, and the bytes that remain after it."""
-    # Transformers makes an attention mask unless tensor values show that none is needed, but fake tensors have no
-    # values. For an attention implementation that it does not know, it never makes a mask.
+    # Transformers makes an attention mask unless tensor values show that none is needed, and fake tensors have no
+    # values. It never makes one for attention that is registered under a name that it does not know, as here.
     AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
-    shallow = {"num_layers": 1} if family == "t5" else {}  # T5's encoder and decoder then have two layers together
+    shallow = {"num_layers": 1} if family == "t5" else {}  # one encoder and one decoder layer: two in total
     model = build(family, attn_implementation="sdpa_without_mask", **shallow)
     tokens = torch.ones((2, 16), dtype=torch.int64)
     labels = tokens if family == "t5" else F.pad(tokens[:, 1:], (1, 0), value=-100)
@@ -206,7 +206,7 @@ def test_a_step_on_fake_tensors_takes_the_bytes_of_a_real_one(family, options):
 
 
 def test_a_step_on_fake_tensors_takes_the_bytes_of_a_real_one_under_autocast():
-    # runs in its own process, because an Accelerator sets the precision of the whole process
+    # compare in another process, because an Accelerator sets the precision of the whole process
     with ended(Forked(compare_under_autocast, env=environment(), cwd=ROOT)) as process:
         result = finish(process)
     assert result.returncode == 0, result.stderr

@@ -84,7 +84,7 @@ def test_a_frozen_encoder_leaves_the_decoder_and_the_shared_embeddings():
 
 
 def test_a_tokenizer_without_its_files_is_refused(tmp_path):
-    build("qwen2").save_pretrained(tmp_path)  # AutoTokenizer silently makes an empty tokenizer from this folder
+    build("qwen2").save_pretrained(tmp_path)  # with no tokenizer files, AutoTokenizer silently makes an empty one
     with pytest.raises(UsageError, match="produces no tokens"):
         load_model(tmp_path)
 
@@ -130,5 +130,5 @@ def test_learned_biases_use_fused_attention_only_on_a_gpu(tmp_path):
         assert model.config._attn_implementation == attention
         model.save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
-        assert "attn" not in (tmp_path / "config.json").read_text()  # the code that loads it chooses the attention
+        assert "attn" not in (tmp_path / "config.json").read_text()  # not saved, because `load_model` chooses it
         assert load_model(tmp_path)[0].config._attn_implementation == attention

@@ -22,7 +22,7 @@ def test_permutation_depends_on_every_part_of_the_key():
 def test_permutation_moves_rows_far():
     n = 100_000
     displacement = np.abs(permute(np.arange(n), n, (3,)) - np.arange(n)).mean()
-    assert displacement == pytest.approx(n / 3, rel=0.02)  # the mean of a uniform permutation
+    assert displacement == pytest.approx(n / 3, rel=0.02)  # as for uniformly random permutations
 
 
 NUM_ROWS = sorted({size for k in range(1, 11) for size in (1, 2, 2**k - 1, 2**k, 2**k + 1)})
@@ -71,7 +71,7 @@ def test_each_epoch_has_its_own_order():
 
 def test_consecutive_rows_come_from_the_groups_of_one_window_well_mixed():
     groups = rows_at(0, 80_000, ONE_BYTE_A_ROW, seed=0, window_bytes=99_999) // 20_000
-    assert len(set(groups)) == 4  # with a fifth group, the window would have 100,000 bytes, one too many
+    assert len(set(groups)) == 4  # a fifth group of 20,000 bytes would exceed the window by one byte
     shares = np.bincount(groups[:4_000], minlength=40)
     assert sorted(shares)[-4:] == pytest.approx([1_000] * 4, rel=0.1)
 
@@ -84,7 +84,7 @@ def test_a_window_keeps_to_its_size_unless_it_is_one_larger_group():
     drawn = of_row[rows_at(0, groups.num_rows, groups, seed=3)]
     last_seen = {group: position for position, group in enumerate(drawn)}
     first_seen = {group: position for position, group in reversed(list(enumerate(drawn)))}
-    for position in range(len(drawn)):  # check the groups that a reader holds at this position
+    for position in range(len(drawn)):  # a reader holds each group from its first to its last row
         held = [group for group in first_seen if first_seen[group] <= position <= last_seen[group]]
         assert len(held) == 1 or groups.bytes[held].sum() <= WINDOW_BYTES
 
@@ -99,7 +99,7 @@ def test_order_of_no_rows_is_refused():
 
 
 def test_the_order_is_that_of_existing_checkpoints():
-    """A saved position is valid only in this order: if these numbers change, existing runs cannot resume exactly."""
+    """Checkpoints store a position in this order, so if these numbers change, existing runs cannot resume exactly."""
     assert permute(np.arange(5), 10, (1, 2)).tolist() == [1, 4, 3, 2, 5]
     assert permute(np.arange(4), 2**40, (3,)).tolist() == [255546647969, 435823828157, 92481491259, 41636616374]
     groups = Groups.of([3, 5, 0, 4, 7], [30, 50, 0, 40, 70])

@@ -45,7 +45,7 @@ def config_for(folder, family, tier="exact", **flags):
 
 
 def peak_of_two_steps(config, accelerator):
-    """Run two optimizer steps with the training code; return this rank's peak tensor bytes in the second one."""
+    """Run two optimizer steps with the training code; return this rank's peak tensor bytes in the second step."""
     model = build_model(config_of(config.model_config), "eager" if "t5" in config.model_config else "sdpa")
     names = ("sharding_strategy", "shard_size", "cpu_offload", "tp_size")
     model = parallelize(model, accelerator, **{name: getattr(config, name) for name in names})
@@ -124,7 +124,7 @@ def test_a_prediction_on_two_processes_is_within_a_tenth(tmp_path, restored_envi
         config_for(tmp_path, "llama", tier, recompute="full", **options)
         for options in STRATEGIES
         for tier in ("exact", "lean")
-        if (tier, "tp_size" in options) != ("lean", True)  # with tp_size=2, this model has too few columns for lean
+        if (tier, "tp_size" in options) != ("lean", True)  # with tp_size=2, shards are too narrow for lean's blocks
     ]
     configs.append(dataclasses.replace(configs[2], offload_activations=True))
     configs.append(dataclasses.replace(configs[4], cpu_offload=True))
@@ -220,7 +220,7 @@ def test_the_ladder_keeps_rows_per_step_and_tier_and_what_a_flag_sets(tmp_path):
 
 
 def predictions(sizes):
-    """Return a `predict` function for `choose` that looks up device bytes in `sizes` by (recompute, batch_size)."""
+    """Return a `predict` function for `choose` that takes device bytes from `sizes[recompute, batch_size]`."""
 
     def predict(configs):
         return (Prediction({"all": sizes[config.recompute, config.batch_size]}, {"all": 5}, {}) for config in configs)
@@ -260,11 +260,11 @@ def test_rungs_that_a_later_rung_makes_unnecessary_are_undone_costliest_first(tm
     config, lines = config_for(tmp_path, "llama", device_memory="10GB"), []
     chosen, predicted = choose(config, GPUS, (), predict_two_parts, lines.append)
     assert [line.partition(":")[0].strip() for line in lines[6:]] == [
-        "sharding_strategy=SHARD_GRAD_OP",  # 6.5 GB
-        "without offload_activations",  # 7
-        "without batch_size=1 x accumulation 8",  # 8
-        "without batch_size=2 x accumulation 4",  # 10
-        "without recompute=full",  # 14 is too large, so recompute=full stays
+        "sharding_strategy=SHARD_GRAD_OP",  # needs 6.5 GB
+        "without offload_activations",  # 7 GB
+        "without batch_size=1 x accumulation 8",  # 8 GB
+        "without batch_size=2 x accumulation 4",  # 10 GB
+        "without recompute=full",  # 14 GB is too much, so recompute=full stays
     ]
     assert chosen == dataclasses.replace(config, recompute="full", sharding_strategy="SHARD_GRAD_OP")
     assert predicted.device_bytes == 10 * 10**9 and lines[-2].endswith("device 10.00 GB, host 0.00 MB; fits")
@@ -282,7 +282,7 @@ def test_rungs_that_a_later_rung_makes_unnecessary_are_undone_costliest_first(tm
             "2GB",
             (),
             {},
-            # sharding_strategy=FULL_SHARD is an earlier rung, but is not undone, because cpu_offload needs it
+            # the earlier rung sharding_strategy=FULL_SHARD is not undone, because cpu_offload needs it
             {"recompute": "full", "batch_size": 2, "gradient_accumulation_steps": 4}
             | {"sharding_strategy": "FULL_SHARD", "cpu_offload": True},
         ),

@@ -46,9 +46,9 @@ def test_a_curve_is_drawn_in_the_terminal(falling):
     assert curves["evaluation loss"] == [(8, 0.5)] and curves["peak host memory, MiB"][0] == (1, 3.0)
     lines = list(text_charts({"falling": curves}))
     assert lines[0] == "loss: 17 at step 1, 10 at 8"
-    assert max(map(len, lines)) <= 80 and len(lines) == 6 * 6  # six quantities of six lines each
-    # Eight steps span 70 columns. Step 4 has no value, so the bar of step 3 continues. The bar of a loss of 10 + x is
-    # 1 + 31 x / 7 eighths of a line high.
+    assert max(map(len, lines)) <= 80 and len(lines) == 6 * 6  # six curves of six lines each
+    # Eight steps span 70 columns. Step 4 has no value, so its columns repeat the bar of step 3. A loss of 10 + x has a
+    # bar whose height is 1 + 31 x / 7 eighths of a line.
     steps = [lines[row][10:] for row in range(1, 5)]
     assert lines[1].startswith("       17 ") and lines[4].startswith("       10 ")
     assert [[line.ljust(70)[column] for line in steps] for column in (0, 9, 19, 29, 40, 50, 60, 69)] == [
@@ -70,7 +70,7 @@ def test_without_matplotlib_several_runs_are_shown_on_one_scale(falling, tmp_pat
     lines = result.stdout.splitlines()
     assert lines[0] == "loss, falling: 17 at step 1, 10 at 8" and lines[5] == "loss, other: 24 at step 1, 17 at 16"
     assert lines[1].split() == ["24"] and lines[6].startswith("       24 ████")
-    assert len(lines[4]) == 10 + 1 + 7 * 69 // 15 and len(lines[9]) == 80  # the curves end at steps 8 and 16
+    assert len(lines[4]) == 10 + 1 + 7 * 69 // 15 and len(lines[9]) == 80  # the runs end at steps 8 and 16
     assert lines[-1] == "matplotlib is not installed: for an image, pip install 'lowmem[plot]'"
     assert not (falling / "plot.png").exists()
 
@@ -126,7 +126,7 @@ def test_what_cannot_be_drawn_is_reported(falling, tmp_path, capsys):
     assert "empty/metrics.jsonl contains no training step yet" in error_of(empty)
     path = falling / "metrics.jsonl"
     whole = path.read_bytes()
-    path.write_bytes(whole + b'{"step": 9, "lo')  # a run is still writing this line
+    path.write_bytes(whole + b'{"step": 9, "lo')  # as if a run were still writing this line
     assert main(["plot", str(falling)]) == 0
     for damage in (b'{"step": 9, "lo\n', b"[1]\n", b'{"loss": 1.0}\n', b'{"step": 9, "loss": "a"}\n', b"\xff\n"):
         path.write_bytes(whole + damage)

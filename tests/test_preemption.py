@@ -24,7 +24,7 @@ ROWS = qa_rows(24)
 
 
 class Rows(list):
-    """Rows that call `action` just before the `number`-th read of a row."""
+    """A list of rows that calls `action` just before its `number`-th read of a row."""
 
     def __init__(self, rows, number=None, action=None):
         super().__init__(rows)
@@ -113,7 +113,7 @@ sys.addaudithook(saving)
 
 @pytest.mark.parametrize(("reading", "step"), [(1, 2), (2 * 4 + 1, STEPS)])
 def test_a_signal_while_evaluating_ends_the_run_after_that_step_is_saved(reading, step, work, uninterrupted):
-    """This holds for the last step too: the first run then does not save the final model, but the resumed run does."""
+    """If the signal comes at the last step, the first run does not save the final model, but the resumed run does."""
     with catching_signals() as signals:
         held_out = Rows(qa_rows(4), reading, signalling(signals))
         name = f"evaluating {step}"
@@ -170,7 +170,7 @@ def test_a_save_that_fails_ends_the_run(work):
 
 def test_with_on_save_error_continue_a_failed_save_is_reported_and_training_continues(work, capfd):
     block_saves(work, "continue")
-    rows = Rows(ROWS, 4 * 4 + 1, (work / "continue" / "checkpoints").unlink)  # later saves succeed
+    rows = Rows(ROWS, 4 * 4 + 1, (work / "continue" / "checkpoints").unlink)  # unblocks later saves
     assert run_here(work, "continue", rows, on_save_error="continue") == (STEPS, False)
     output = capfd.readouterr().out
     assert "step 2: the checkpoint was not saved, training continues: " in output

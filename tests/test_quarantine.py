@@ -1,4 +1,4 @@
-"""A bad row raises an error on all ranks, or is skipped: then it is counted and recorded, and the stream advances."""
+"""A bad row raises an error on all ranks, or it is skipped, counted and recorded, and the stream continues."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ def write(path, bad=BAD, count=40):
 
 
 def drawn(stream, steps):
-    """Yield the sorted row ids of the next steps, advancing the stream after each."""
+    """Yield the sorted row ids of each of the next `steps` steps; advance the stream after each step."""
     for batches in itertools.islice(stream, steps):
         yield [sorted(batch.row_ids) for batch in batches]
         stream.advance()
@@ -48,7 +48,7 @@ def test_bad_rows_are_left_out_and_their_positions_consumed(tmp_path):
     for expected, found in zip(good, drawn(stream, 10), strict=True):
         assert found == [[row_id for row_id in expected[0] if row_id not in BAD]]
     assert stream.position == 80
-    assert len(quarantine) == len(BAD)  # two epochs read each bad row, but it counts once
+    assert len(quarantine) == len(BAD)  # each bad row was read in two epochs, but counts once
 
 
 def test_the_good_rows_of_a_step_are_split_into_the_usual_number_of_micro_batches(tmp_path):
@@ -157,7 +157,7 @@ def test_evaluation_leaves_bad_rows_out_too(tmp_path):
 
 
 def fail_on_rank_1(path: str) -> None:
-    """Rank 1 has a bad row: every rank raises an error that names this row, in training and in evaluation."""
+    """Only rank 1 has a bad row, but every rank raises an error that names this row, in training and evaluation."""
     accelerator = init_distributed()
     rank = accelerator.process_index
     model = build("t5")

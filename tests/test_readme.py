@@ -22,7 +22,7 @@ DOCUMENTS = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README
 
 
 def commands(text):
-    """Return the words of each indented command; a backslash at the end of a line continues the command."""
+    """Return the words of each indented command; a backslash at a line end joins the next line to it."""
     lines = re.findall(r"^    (\S.*)$", text.replace("\\\n", " "), re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
@@ -34,7 +34,7 @@ def test_the_loop_in_your_own_code_runs_saves_and_resumes(processes, wrapping, t
     assert 20 <= len([line for line in loop.splitlines() if line.strip()]) <= 27
     (making,) = re.findall(r"optimizer = make_optimizer.*\n", loop)
     loop = loop.replace(making, making + wrapping)
-    # a DDP reducer must be freed before its process group, see tests/test_step.py
+    # free a DDP reducer before its process group ends; tests/test_step.py explains why
     loop = loop.replace(
         "accelerator.end_training()", "del model, state\naccelerator.free_memory(); accelerator.end_training()"
     )

@@ -51,7 +51,7 @@ def state_of(family, accelerator, *, memory="off", sharding_strategy="NO_SHARD",
 
 
 class RunsOut:
-    """A loss function whose backward runs out of memory in micro-batch 3 of step 7, if micro-batches have 4 rows.
+    """A loss function whose backward runs out of memory, by default in micro-batch 3 of step 7 if that has 4 rows.
 
     `left` is the number of autograd graphs of the failed attempt that are still alive when the next attempt begins.
     """
@@ -77,7 +77,7 @@ class RunsOut:
         return sum(graph() is not None for graph in self._graphs)
 
     def _hook_output(self, module, inputs, output):
-        hook = Hook(self._is_full)  # only the graph keeps the hook alive, so a dead hook shows a freed graph
+        hook = Hook(self._is_full)  # only the graph refers to the hook, so the hook is freed with it
         self._graphs.append(weakref.ref(hook))
         output.register_hook(hook)
 
@@ -126,7 +126,7 @@ def run_out_on_rank_1(family, memory, folder):
     found += losses(state, accelerator, loss_fn, until=8, on_halving=check)
     save_checkpoint(state, folder, accelerator)
     found += losses(state, accelerator, loss_fn)
-    tolerance = 1e-6 if memory == "off" else 1e-2  # with other micro-batches, bf16 gradients round differently
+    tolerance = 1e-6 if memory == "off" else 1e-2  # bf16 gradients of other micro-batches round differently
     assert found == pytest.approx(expected, rel=tolerance) and found[-1] < 0.9 * found[0]
     (halving,) = halvings
     assert (halving.step, halving.rank, halving.batch_size, halving.smaller) == (FULL_AT, 1, 4, 2)
@@ -135,7 +135,7 @@ def run_out_on_rank_1(family, memory, folder):
         halving
     )
 
-    resumed = state_of(family, accelerator, memory=memory)  # starts with micro-batches of 4 rows again
+    resumed = state_of(family, accelerator, memory=memory)  # a new stream, with micro-batches of 4 rows again
     load_checkpoint(resumed, folder / "step-00000008", accelerator)
     assert losses(resumed, accelerator, chunked_loss) == pytest.approx(found[8:], rel=tolerance)
     accelerator.end_training()
@@ -164,7 +164,7 @@ def train_here(work, name):
 
 
 def measure_the_long_step(work):
-    """Measure the bytes that the long step adds to the peak memory of the process, and write them to a file."""
+    """Measure by how many bytes the long step raises the peak memory of the process; write this number to a file."""
     peaks = []
     for step in (FULL_AT - 1, FULL_AT + 1):
         at_save(step, lambda: peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
@@ -173,7 +173,7 @@ def measure_the_long_step(work):
 
 
 def train_with_three_quarters_of_those_bytes(work):
-    """Allow 3/4 of the long step's bytes, which is enough for half of its rows. Kill the run at its last save."""
+    """Limit memory to 3/4 of the long step's bytes, enough for half of its rows. Kill the run at its last save."""
 
     def limit():
         held = int(re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -331,4 +331,4 @@ def test_a_stream_is_not_halved_if_a_process_would_have_an_empty_micro_batch():
     uneven = stream_of("t5", batch_size=2, gradient_accumulation_steps=1, global_batch_size=3, world_size=2)
     before = next(uneven)
     assert not uneven.halve() and (uneven.batch_size, uneven.micro_batches) == (2, 1)
-    assert next(uneven)[0].row_ids != before[0].row_ids  # the stream has continued, so the rows are new
+    assert next(uneven)[0].row_ids != before[0].row_ids  # the stream continues with new rows after the refusal

@@ -1,4 +1,4 @@
-"""Logging survives a closed pipe and a full disk, and a resumed run logs nothing twice."""
+"""A run continues to log after a closed pipe or a full disk, and a resumed run logs nothing twice."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_a_reader_that_closes_the_pipe_does_not_end_the_run(streams, tmp_path):
 
 def write_on_a_full_disk(path, room):
     log = MetricsLog(path, step=None)
-    # this record is long, because the limit of file sizes below also applies to stdout, which is a file too
+    # this record is long, because stdout is a file too, and the limit of file sizes below must leave room for its text
     log.write({"step": 1, "padding": "x" * 1000})
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, resource.RLIM_INFINITY))
     log.write({"step": 2, "loss": float("inf")})

@@ -61,7 +61,7 @@ def end_by_sigkill(process):
 
 
 def test_a_run_that_a_process_manager_restarts_equals_an_uninterrupted_one(work, uninterrupted):
-    """`train` starts the processes without a launcher, so its exit code shows whether to start the run again."""
+    """No launcher is used: `train` starts the processes itself, and its exit code says whether to run it again."""
     ways = [end_by_sigterm_and_its_echo, end_by_sigusr1_to_one_worker, end_by_sigkill]
     codes, saved = [], 0
     while not codes or codes[-1] in (75, -signal.SIGKILL):
@@ -76,7 +76,7 @@ def test_a_run_that_a_process_manager_restarts_equals_an_uninterrupted_one(work,
         if codes[-1]:
             record = exit_of(work, "managed")
             assert (record["cause"], record["code"], record["rank"]) == ("preempted", 75, 0)
-            (checkpoint,) = (work / "managed" / "checkpoints").glob("step-*")  # the run saves only when it is signalled
+            (checkpoint,) = (work / "managed" / "checkpoints").glob("step-*")  # only a signal makes this run save
             assert int(checkpoint.name.removeprefix("step-")) == record["step"] == len(steps(work, "managed"))
             saved = record["step"]
     assert codes == [75, 75, -signal.SIGKILL, 0]
@@ -93,7 +93,7 @@ def test_torchrun_restarts_a_killed_worker_but_not_a_preempted_one(work, uninter
     assert result.returncode == 1
     record = exit_of(work, "elastic")
     assert record["cause"] == "preempted" and record["step"] == len(steps(work, "elastic"))
-    # stderr has this line one to three times, because the launcher may end a process that has not printed it yet
+    # this line is in stderr one to three times, because the launcher may end a process before it prints the line
     assert f"not restarting: this launch has ended (preempted: step {record['step']} is saved)" in result.stderr
     assert result.stdout.count("steps 0 to") == result.stdout.count(f"to {STEPS}, each of") == 1
     with started(*command) as process:
@@ -121,7 +121,7 @@ def test_a_signal_while_starting_ends_the_run_at_once(work):
 
 
 def test_a_launchers_sigterm_while_starting_is_not_a_preemption(work):
-    """DeepSpeed's launcher sends SIGTERM to all processes when one fails, as torchrun does."""
+    """When one process fails, DeepSpeed's launcher sends SIGTERM to all others, and so does torchrun."""
     deepspeed = {"CROSS_SIZE": "1", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
     with started(sys.executable, PROGRAM, "train", *flags(work, "ended"), **deepspeed) as process:
         wait_until(partial(is_importing_torch, process), process)
@@ -133,7 +133,7 @@ def test_a_launchers_sigterm_while_starting_is_not_a_preemption(work):
 
 @pytest.mark.parametrize("to_all", [True, False])
 def test_a_signal_while_processes_start_is_recorded_as_a_preemption(to_all, work):
-    """Send SIGTERM to the launcher, whose processes take it for a failed launch, or send SIGUSR1 to rank 1 only."""
+    """Send SIGTERM to `train`, whose ranks take it for the end of a failed launch, or send SIGUSR1 to rank 1 only."""
     name = f"starting together {to_all}"
     with started(sys.executable, PROGRAM, "train", *flags(work, name, num_processes=2)) as process:
         wait_until((work / name / ".lock").exists, process)
@@ -172,7 +172,7 @@ def test_a_launched_process_ends_with_its_launcher(launcher):
 
 
 def test_processes_of_deepspeeds_launcher_end_when_the_deepspeed_command_ends():
-    """SIGTERM ends the `deepspeed` command, which does not forward the signal to its launcher."""
+    """SIGTERM ends the `deepspeed` command, which does not forward the signal to the launcher that it started."""
     launch = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[2:]])"
     words = ["-c", launch, "deepspeed", "-c", launch, "its launcher", "-c", LAUNCHED]
     with started(sys.executable, *words, CROSS_SIZE="1") as process:

@@ -1,4 +1,4 @@
-"""A killed and resumed run ends with the same bits, and reads the same rows on any number of processes."""
+"""A killed and resumed run ends with the bits of one never killed, and any number of processes reads the same rows."""
 
 import json
 import os
@@ -36,13 +36,13 @@ def uninterrupted(work):
 
 
 def test_a_run_killed_at_random_and_resumed_ends_with_the_same_bits(work):
-    """This test kills a run in the exact tier, test_restart.py one in fp32, and test_soak.py one in the lean tier."""
+    """The run uses the exact tier here, fp32 in test_restart.py, and the lean tier in test_soak.py."""
     options, rng = {"mixed_precision": "bf16"}, random.Random(8)
     assert train("train", *flags(work, "whole exact", **options)).returncode == 0
     kills = 0
     for _ in range(12):
         with started_train("train", *flags(work, "killed exact", resume="auto", **options)) as process:
-            # three kills, each at a random time after a new checkpoint
+            # kill the run three times, each time shortly after a new checkpoint, at random
             if kills < 3 and wait_for_new_checkpoint(process, work / "killed exact" / "checkpoints"):
                 time.sleep(rng.uniform(0, 0.1))
                 process.kill()
@@ -77,7 +77,7 @@ def test_two_processes_continue_a_run_of_one_process(work, uninterrupted):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_losses_continue_as_if_never_interrupted(work, processes, tmp_path):
-    """Here a resume changes no loss: the learning rate is constant, and no dropout masks depend on the rank."""
+    """Here a resume changes no loss, because the learning rate is constant, and dropout is off."""
     (tmp_path / "t5.json").write_text(json.dumps(T5 | {"dropout_rate": 0.0}))
     common = {"model_config": tmp_path / "t5.json", "lr_scheduler_type": "constant", "output_dir": tmp_path / "out"}
     whole = common | {"output_dir": tmp_path / "whole"}
@@ -112,7 +112,7 @@ def test_flags_of_another_run_are_refused_on_resume(work, uninterrupted):
         result = train("train", *flags(work, uninterrupted, resume="auto", **changes))
         assert result.returncode == 2 and message in result.stderr, result.stderr
     kept = flags(work, uninterrupted, resume="auto", batch_size=4, gradient_accumulation_steps=2)
-    assert train("train", *kept).returncode == 0  # still 8 rows per step, so the same run
+    assert train("train", *kept).returncode == 0  # accepted, because a step still has 8 rows
 
 
 def test_an_older_checkpoint_is_not_resumed_into_a_folder_with_later_ones(work, uninterrupted):

@@ -140,7 +140,7 @@ def rename_later(path, away):
 
 
 def test_a_temporarily_unreadable_file_is_read(tmp_path):
-    """The disk error is real: reading address 0 of /proc/self/mem raises it."""
+    """The disk error comes from the system: reading address 0 of /proc/self/mem fails."""
     path, away = write(tmp_path / "rows.jsonl", ROWS * 2), tmp_path / "away.jsonl"
     rows = open_rows(path)
     path.rename(away)
@@ -158,7 +158,7 @@ def test_a_lasting_disk_error_is_reported_with_the_file_after_the_last_retry(tmp
     rows = FileRows([open_file(path)], retry_seconds=(0.01, 0.02))
     path.unlink()
     path.symlink_to("/proc/self/mem")
-    for _ in range(2):  # the error is stored, so that the second read of the group needs no retries
+    for _ in range(2):  # the second read raises the stored error, without retries
         with pytest.raises(ReadError, match=r"rows.jsonl, .*cannot be read after 3 attempts: .*Input/output error"):
             rows[0]
 

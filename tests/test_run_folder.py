@@ -43,11 +43,11 @@ def test_a_killed_owner_leaves_no_lock(tmp_path):
     assert (tmp_path / ".lock").exists()
     with lock_folder(tmp_path):
         assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
-    assert os.listdir(tmp_path) == []  # only the lock is removed, because the folder existed before
+    assert os.listdir(tmp_path) == []  # the lock is removed, but not the folder, which existed before
 
 
 def test_a_process_that_opened_a_removed_lock_takes_a_new_one(tmp_path):
-    """If the process locked the deleted file, another run could lock a new file of the same name."""
+    """If locking the deleted file counted, another run could lock a new file of the same name at the same time."""
     with ExitStack() as owner:
         owner.enter_context(lock_folder(tmp_path))
         before_locking.action = owner.close
@@ -74,7 +74,7 @@ def test_a_folder_that_cannot_be_written_is_reported_at_the_start(tmp_path):
     for output in (tmp_path / "file" / "out", "/proc/out"):
         started_at = time.perf_counter()
         result = run(sys.executable, PROGRAM, "train", f"--output_dir={output}")
-        assert time.perf_counter() - started_at < 10  # neither torch nor a model is loaded
+        assert time.perf_counter() - started_at < 10  # reported before torch or a model is loaded
         assert result.returncode == 2
         assert f"error: --output_dir={output} cannot be written: No" in result.stderr, result.stderr
 
@@ -112,11 +112,11 @@ def test_an_exit_that_a_restart_cannot_change_is_final(cause, is_final, tmp_path
 def test_an_exit_of_another_launch_is_not_ours(tmp_path):
     write_exit(tmp_path, "preempted", step=3, rank=0)
     rewrite(tmp_path, launch={"since": "2020-01-01T00:00:00+00:00"}, time="2020-01-01T00:00:01+00:00")
-    assert final_exit(tmp_path) is None  # written under an earlier launcher with the same process id
+    assert final_exit(tmp_path) is None  # as if an earlier launcher with our launcher's process id wrote it
     rewrite(tmp_path, launch={"host": "another"})
-    assert final_exit(tmp_path) is None  # neither launch has a run id, but the exit is older than our launcher
+    assert final_exit(tmp_path) is None  # without run ids, times decide: the exit is older than our launcher
     rewrite(tmp_path, time=datetime.now(UTC).isoformat())
-    assert final_exit(tmp_path) is not None  # written on another host of this launch
+    assert final_exit(tmp_path) is not None  # as if another host of this launch wrote it
     rewrite(tmp_path, launch={"run_id": "another"})
     assert final_exit(tmp_path) is None
     (tmp_path / "exit.json").write_text('{"cause": "preempted"')

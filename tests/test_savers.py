@@ -22,11 +22,11 @@ from tests.models import build, qa_rows
 DROPOUT = {"t5": {"dropout_rate": 0.1}, "llama": {"attention_dropout": 0.1}}
 DEEP = {"t5": {"num_layers": 6}, "llama": {"num_hidden_layers": 6}}
 
-# For each saver: a step's peak bytes with the saver may be at most this ratio of those without it. The model has 6
-# layers, and its weights are not counted. The first three savers run on 8 rows, where activations dominate the peak
-# with 10 to 20 times the bytes of the weights. release runs on one short row, where gradients dominate.
+# For each saver, the largest allowed ratio of a step's peak bytes with the saver to those without it. The model has 6
+# layers, and its weights are not counted. The first three savers run on 8 rows, whose activations dominate the peak
+# with 10 to 20 times the bytes of the weights. `release` runs on one short row, where gradients dominate the peak.
 ALONE = {recompute: 0.25, recompute_cheap: 0.60, offload_activations: 0.15, release: 0.80}
-PAIRS = [pair for pair in combinations(ALONE, 2) if pair != (recompute, recompute_cheap)]  # which exclude each other
+PAIRS = [pair for pair in combinations(ALONE, 2) if pair != (recompute, recompute_cheap)]  # not allowed together
 SAVERS = [*((saver,) for saver in ALONE), *PAIRS]
 
 
@@ -56,7 +56,7 @@ def test_savers_and_pairs_of_savers_change_no_bit_with_dropout(savers, family):
     loss, norm, weights, _ = step_of(family, [])
     same_loss, same_norm, same_weights, _ = step_of(family, savers)
     assert torch.equal(loss, same_loss)
-    torch.testing.assert_close(norm, same_norm, rtol=1e-6, atol=0)  # release sums the norm in another order
+    torch.testing.assert_close(norm, same_norm, rtol=1e-6, atol=0)  # release adds up the norm in another order
     for name, weight in weights.items():
         assert torch.equal(weight, same_weights[name]), name  # with SGD at rate 1, equal weights mean equal gradients
 
@@ -70,8 +70,8 @@ def test_savers_need_fewer_bytes_and_a_pair_at_most_those_of_the_better_saver(fa
             assert alone[saver] <= ALONE[saver] * plain, (saver.__name__, alone[saver] / plain)
         for pair in PAIRS:
             together = step_of(family, pair, rows, **DEEP[family])[-1]
-            # A recompute saver with offloading may need more bytes than offloading alone: offloading skips tensors that
-            # a layer recomputes for its own backward, because they would be copied to the host and back at once. With
+            # A recompute saver with offloading may need more bytes than offloading alone, because tensors that a layer
+            # recomputes for its own backward are not offloaded: they would be copied to the host and back at once. With
             # `recompute`, only the layers' inputs are offloaded.
             better = [saver for saver in pair if saver is not offload_activations or release in pair]
             assert together <= min(alone[saver] for saver in better), names_of(pair)
@@ -89,7 +89,7 @@ def test_savers_rename_no_parameter_and_leave_no_hook(savers, family):
             train_step(state, [batch], chunked_loss, Accelerator(cpu=True), learning_rate=0.0)
         return meter.peak_bytes
 
-    before = bytes_of_a_step()  # before hooks are counted: in a model's first forward, transformers adds its own
+    before = bytes_of_a_step()  # before counting hooks, as a first forward adds hooks of transformers
     keys, hooks, names = list(model.state_dict()), count_hooks(model), vars(optimizer).keys() | set()
     with entered(savers, model, optimizer):
         assert list(model.state_dict()) == keys
@@ -124,7 +124,7 @@ def test_recompute_does_not_differentiate_frozen_embeddings():
 
 
 def test_offloaded_activations_are_kept_when_their_memory_is_reused():
-    """If a new tensor reuses a freed tensor's memory, backward must get the new tensor's copy, not the old one's."""
+    """If a new tensor reuses a freed tensor's memory, backward must get the copy of the new tensor, not of the old."""
     torch.manual_seed(0)
     weights = [torch.randn(64, 64, requires_grad=True) for _ in range(6)]
 
@@ -221,7 +221,7 @@ def test_release_says_that_weights_changed_before_a_gradient_was_not_finite():
 
 
 def test_release_also_updates_parameters_that_the_loss_does_not_use():
-    """Their gradient is zero, but their weights and moments still decay."""
+    """Such parameters get a gradient of zero, but weight decay still changes them, and their moments decay."""
     results = []
     for savers in ([], [release]):
         model, batch = build("t5"), batch_of("t5")
@@ -233,12 +233,12 @@ def test_release_also_updates_parameters_that_the_loss_does_not_use():
     assert torch.equal(*results) and results[0].float().mean() < 0.96
 
 
-# torch's compiler reads .grad of tensors that are not leaves (torch 2.13)
+# ignore this warning, because torch's own compiler causes it (torch 2.13)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_compiled_layers_with_recompute_inside_have_the_same_losses(family):
-    """Also check that layers stay compiled for batches of several lengths, padded or not."""
+    """Also check that torch keeps using compiled layers when batches differ in length and padding."""
     losses = []
     for savers in ([], [recompute, compiled]):
         model = build(family)

@@ -56,7 +56,7 @@ def train(state, steps, accelerator):
 
 
 def train_and_save(sharding_strategy, folder):
-    """Train two steps, save, train two more steps, and write the results of the last two."""
+    """Train two steps, save, train two more steps, and write the results of these two to a file."""
     accelerator = init_distributed()
     state = new_state(accelerator, sharding_strategy)
     train(state, 2, accelerator)
@@ -68,7 +68,7 @@ def train_and_save(sharding_strategy, folder):
 
 
 def load_and_save(sharding_strategy, folder, name):
-    """Load the checkpoint, save it again, train two more steps, and write their results."""
+    """Load the checkpoint, save it again, train two more steps, and write their results to a file."""
     accelerator = init_distributed()
     state = new_state(accelerator, sharding_strategy, seed=5)
     load_checkpoint(state, folder / "saved" / "step-00000002", accelerator)
@@ -97,7 +97,7 @@ def test_a_checkpoint_saved_on_three_ranks_loads_on_any_number(saved, world_size
     before, after = tensors_of(saved / "saved"), tensors_of(saved / name)
     assert before.keys() == after.keys() and len(before) == 4 * 47  # for each parameter: weight, two moments, step
     assert all(torch.equal(before[name], after[name]) for name in before)
-    # the optimizer has most of the bytes, and no optimizer file is larger than one rank's share of all bytes
+    # most bytes are optimizer state, and a file holds at most one rank's share of all bytes, so there are several files
     assert len([*(saved / name).rglob("optimizer*.safetensors")]) >= 0.75 * world_size
     results, expected = (json.loads((path / "results.json").read_text()) for path in (saved / name, saved))
     for (loss, norm, rows), (loss_then, norm_then, rows_then) in zip(results, expected, strict=True):
@@ -143,7 +143,7 @@ def test_damage_that_one_rank_finds_is_raised_on_all(saved):
 
 
 def fail_on_one_disk(folder):
-    """Rank 1 has no disk space for its share: both ranks raise this error, continue training, and save again."""
+    """Rank 1 has no disk space for its share, so both ranks raise its error; they continue to train, and save again."""
     accelerator = init_distributed()
     state = new_state(accelerator, FSDP)
     train(state, 1, accelerator)
@@ -151,7 +151,7 @@ def fail_on_one_disk(folder):
     with pytest.raises(SaveError, match="No space left on device"):
         save_checkpoint(state, folder, accelerator)
     assert len(operations) == accelerator.process_index * 3
-    assert accelerator.process_index or not any(folder.iterdir())  # rank 0 has cleaned up
+    assert accelerator.process_index or not any(folder.iterdir())  # rank 0 has removed the files
     train(state, 1, accelerator)
     verify_checkpoint(save_checkpoint(state, folder, accelerator))
     accelerator.end_training()

@@ -25,8 +25,8 @@ from lowmem.step import TrainState, train_step
 from tests.forked import fork_ranks
 from tests.models import build, qa_rows
 
-FAMILIES = ["t5", "llama", "qwen2"]  # t5 has tied embeddings, llama has untied ones, qwen2 has tied ones but no encoder
-# strategies for 2 ranks; HYBRID_SHARD needs 4
+FAMILIES = ["t5", "llama", "qwen2"]  # tied embeddings: t5 (with an encoder), qwen2 (without); untied: llama
+# strategies for 2 ranks; HYBRID_SHARD is missing because it needs 4
 STRATEGIES = {
     "FULL_SHARD": {"sharding_strategy": "FULL_SHARD"},
     "SHARD_GRAD_OP": {"sharding_strategy": "SHARD_GRAD_OP"},
@@ -71,10 +71,10 @@ def train(
 
 
 def built(family, **changes):
-    return build(family, seed=1, **({"d_ff": 50} if family == "t5" else {}) | changes)  # 4 ranks cannot share 50 evenly
+    return build(family, seed=1, **({"d_ff": 50} if family == "t5" else {}) | changes)  # 50 is not divisible by 4 ranks
 
 
-# one step that subtracts the gradient from the weights
+# options for a step of SGD at learning rate 1: the weights change by exactly the gradient
 ONE_GRADIENT = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": None, "steps": 1}
 
 
@@ -119,7 +119,7 @@ def train_in_exact(family):
     accelerator = init_distributed()
     runs = []
     for strategy in ("NO_SHARD", "FULL_SHARD"):
-        # with one micro-batch, two ranks and no clipping, every sum has two terms, so their order does not matter
+        # with one micro-batch, two ranks and no clipping, sums over ranks have two terms, whose order does not matter
         model = parallelize(built(family), accelerator, sharding_strategy=strategy)
         state, curve, num_bytes = train(
             accelerator, model, family, memory="exact", global_batch_size=4, max_grad_norm=None, steps=5
@@ -140,7 +140,7 @@ def train_in_exact(family):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_exact_has_the_same_bits_sharded_and_unsharded(family):
-    """T5 would differ: fully_shard's hooks change the order in which the bf16 gradients of its encoder add up."""
+    """T5 is left out: fully_shard's hooks change the order in which its encoder's bf16 gradients are added."""
     assert fork_ranks(2, train_in_exact, family) == [0, 0]
 
 
@@ -156,8 +156,8 @@ def sum_on_four_ranks():
     for whole, sharded in zip(*moments, strict=True):
         local, first, _ = local_part(sharded)
         are_equal.append((local == whole[first : first + len(local)]).flatten())
-    # The order of four fp32 terms rarely changes their sum after it is rounded to bf16. If they were added in bf16,
-    # every third element would differ.
+    # The order of four fp32 terms rarely changes their sum once it is rounded to bf16. If the terms were added in bf16,
+    # a third of the elements would differ.
     assert torch.cat(are_equal).float().mean() > 0.99
     accelerator.end_training()
 
@@ -260,8 +260,8 @@ def fill(family, folder):
     fresh = load_model(**config)[0]
     torch.manual_seed(0)
     for model, source in (
-        (load_model(folder, on_meta=True)[0], expected),  # all ranks load on meta: weights come from the files
-        (load_model(**config, on_meta=rank > 0)[0], fresh),  # only rank 0 has weights, which the others get
+        (load_model(folder, on_meta=True)[0], expected),  # all ranks load on meta, so weights come from the files
+        (load_model(**config, on_meta=rank > 0)[0], fresh),  # only rank 0 has weights, and the others get them
         (load_model(**config)[0], None),  # all ranks have weights; rank 0's are used
     ):
         is_on_meta = {parameter.is_meta for parameter in model.parameters()}
@@ -329,7 +329,7 @@ def answer(family, folder):
         rows = open_eval(  # rank 1's last batch is empty
             qa_rows(5), encoder(family), batch_size=2, rank=accelerator.process_index, world_size=2
         )
-        # generate before training: it calls T5's encoder alone, before any forward of the whole model
+        # generate before training, because T5's encoder must also work before any forward of the whole model
         generate(model, ByT5Tokenizer(), rows, accelerator, max_new_tokens=2)
         train(accelerator, model, family, steps=2)
         metrics = evaluate(model, rows, chunked_loss, accelerator)

@@ -11,7 +11,7 @@ import pytest
 from lowmem.distributed.signals import catching_signals
 from tests.processes import finish, run, started
 
-# The main thread blocks in C on a lock that it holds itself, as it would in a collective whose peer has died.
+# The main thread waits in C for a lock that it already holds, so forever, as in a collective whose peer has died.
 STUCK = """
 import ctypes, sys, threading
 from lowmem.distributed.signals import catching_signals
@@ -45,7 +45,7 @@ def test_a_process_stuck_in_c_notes_a_signal_and_its_echo_and_ends_at_a_second_s
     assert result.stderr == "SIGTERM received after SIGUSR1: exiting immediately, without saving\n"
 
 
-# stderr is a pipe that is full, or whose reader has closed it.
+# In this program, stderr is a pipe that is full or that its reader has closed.
 WITHOUT_STDERR = """
 import os, signal, sys, time
 from lowmem.distributed import signals
@@ -92,11 +92,11 @@ def test_a_signal_to_a_fork_ends_only_the_fork():
 
 @pytest.mark.parametrize(("command", "code"), [("train", 75), ("verify", 130)])
 def test_ctrl_c_with_nothing_to_save_prints_no_traceback(command, code, tmp_path):
-    """The signal is sent during imports. If it arrives only after the program has ended, the test tries again."""
+    """The signal is sent during imports. If the program ended before the signal arrived, the test tries again."""
     for _ in range(5):
         with started(sys.executable, "-v", "train_low_mem.py", command, tmp_path) as process:
             for line in process.stderr:
-                if line.startswith("import 'lowmem.distributed.signals'"):  # many imports are still to come
+                if line.startswith("import 'lowmem.distributed.signals'"):  # many imports follow this one
                     break
             process.send_signal(signal.SIGINT)
             result = finish(process, timeout=20)
@@ -108,7 +108,7 @@ def test_ctrl_c_with_nothing_to_save_prints_no_traceback(command, code, tmp_path
 
 
 def test_signal_handlers_are_restored():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may have been started with SIGINT ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in case pytest was started with SIGINT ignored
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     with catching_signals() as signals:
         assert signals.came is None

@@ -1,4 +1,4 @@
-"""Several processes start as one run, or each reports within a time limit why they cannot or what differs."""
+"""Several processes start as one run, or each reports, within a time limit, why they cannot do so."""
 
 import json
 import os
@@ -28,7 +28,7 @@ LIMIT = 2.0
 
 
 def init_and_report(folder, changes, work=lambda: None):
-    """Initialize and call `work` like the CLI, and exit with its codes; the stderr of each rank goes to a file."""
+    """Initialize, call `work`, and exit with the exit codes of the CLI; write the stderr of each rank to a file."""
     rank = os.environ["RANK"]
     with open(Path(folder, rank), "w") as output:
         os.dup2(output.fileno(), 2)
@@ -159,7 +159,7 @@ def work(tmp_path_factory):
 
 
 def start(folder, work, **changes):
-    """Start two ranks, the second with `changes` to its flags; return their exit codes and their errors."""
+    """Start two ranks, the second with `changes` to its flags; return the exit codes and errors of both."""
     common = settings(work, "out", max_steps=1, global_batch_size=4, output_dir=folder / "out") | changes.pop(
         "common", {}
     )

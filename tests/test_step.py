@@ -1,4 +1,4 @@
-"""A step does not depend on the number of micro-batches or ranks. Also: steps with errors or non-finite numbers."""
+"""The result of a step does not depend on the number of micro-batches or ranks. Also tested: steps that fail."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def state_of(model, stream=None, **options):
 
 
 def gradient_of_step(model, batches, accelerator, loss_fn=chunked_loss):
-    """Take a step of SGD at learning rate 1; return the gradient that it subtracts from the weights, and its result."""
+    """Take a step of SGD at learning rate 1; return the gradient that it subtracts, and the step result."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     state = state_of(model, name="sgd")
     result = train_step(state, batches, loss_fn, accelerator, learning_rate=1.0)
@@ -46,7 +46,7 @@ def gradient_of_step(model, batches, accelerator, loss_fn=chunked_loss):
 def assert_same_gradient(mine, expected):
     assert mine.keys() == expected.keys()
     for name, gradient in expected.items():
-        # gradients are differences of weights of size ~1, whose rounding errors need an absolute tolerance
+        # a gradient is the difference of weights of size ~1, and their rounding errors need an absolute tolerance
         torch.testing.assert_close(mine[name], gradient, rtol=0, atol=1e-6, msg=name)
 
 
@@ -56,7 +56,7 @@ def test_unequal_micro_batches_have_the_gradient_of_one_batch(family, batch_size
     accelerator = Accelerator(cpu=True)
     whole = next(stream_of(family, batch_size=8))
     parts = next(stream_of(family, batch_size=batch_size, gradient_accumulation_steps=steps))
-    assert len({batch.num_targets for batch in parts}) > 1  # equal numbers would prove nothing
+    assert len({batch.num_targets for batch in parts}) > 1  # with equal numbers, wrong averaging would pass
     expected, one = gradient_of_step(build(family), whole, accelerator)
     mine, many = gradient_of_step(build(family), parts, accelerator)
     assert_same_gradient(mine, expected)
@@ -92,7 +92,7 @@ def test_two_processes_with_unequal_target_counts_have_the_gradient_of_one(famil
 
 def step_on_a_rank(family, wrapping, folder):
     accelerator = init_distributed()
-    # ranks start with different weights: wrapping must replace them with rank 0's
+    # ranks start with different weights, because wrapping must replace them with rank 0's
     model = build(family, seed=0 if accelerator.is_main_process else 1)
     model = parallelize(model, accelerator) if wrapping == "parallelize" else accelerator.prepare(model)
     rank = accelerator.process_index
@@ -128,7 +128,7 @@ def test_clipping_bounds_the_applied_gradient_and_reports_the_unclipped_norm():
 
 
 def test_dropout_differs_between_micro_batches_and_between_ranks(tmp_path):
-    """Compute the loss of the same rows four times: with the same dropout mask, two losses would be equal."""
+    """Compute the loss of the same rows four times; two losses would be equal if their dropout masks were."""
     assert fork_ranks(2, losses_of_the_same_rows, tmp_path) == [0, 0]
     losses = [loss for rank in range(2) for loss in json.loads((tmp_path / f"{rank}.json").read_text())]
     assert len(set(losses)) == len(losses) == 4
@@ -155,7 +155,7 @@ def test_dropout_is_a_function_of_seed_and_step():
     def loss(seed, step, disturb):
         torch.manual_seed(disturb)
         state = state_of(build("t5", dropout_rate=0.3), name="sgd")
-        torch.rand(disturb)  # like other code, use the global generator
+        torch.rand(disturb)  # as other code may, draw from the global generator
         state.seed, state.step = seed, step
         batches = next(stream_of("t5", batch_size=2, gradient_accumulation_steps=2))
         return train_step(state, batches, plain_loss, Accelerator(cpu=True), learning_rate=0.0).loss.item()
@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(nonfinite):
         assert "not finite on rank 0 with rows [0, 1, 2, 3" in result.reason and not result.updated
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in model.parameters())
-    if nonfinite == "skip":  # the next step, without that row, updates the weights
+    if nonfinite == "skip":  # the next step has no poisoned row, so it updates the weights
         train_step(state, next(stream), poisoned, accelerator, learning_rate=0.1, nonfinite="skip")
         assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -296,7 +296,8 @@ def test_a_step_without_any_target_changes_nothing_but_the_step_count():
     model, accelerator = build("t5"), Accelerator(cpu=True)
     state = state_of(model)
     train_step(state, next(stream_of("t5", batch_size=4)), chunked_loss, accelerator, learning_rate=0.1)
-    before = [parameter.detach().clone() for parameter in model.parameters()]  # momentum would change them
+    # AdamW has momentum from this first step, so an update with a gradient of zero would change the weights
+    before = [parameter.detach().clone() for parameter in model.parameters()]
     result = train_step(state, [empty], chunked_loss, accelerator, learning_rate=0.1)
     assert result.loss == 0 and result.grad_norm == 0 and state.step == 2 and not result.updated
     assert result.reason == "no rank has a target token"

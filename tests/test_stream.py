@@ -26,7 +26,7 @@ ENCODE = encode_seq2seq(ByT5Tokenizer(), max_seq_len=64)
 
 
 def draw(stream, steps):
-    """Return the row ids of the next steps in the order of their micro-batches; advance the stream after each."""
+    """Return the row ids of each of the next `steps` steps, in micro-batch order; advance the stream after each."""
     drawn = []
     for batches in itertools.islice(stream, steps):
         drawn.append([row_id for batch in batches for row_id in batch.row_ids])
@@ -35,7 +35,7 @@ def draw(stream, steps):
 
 
 def by_step(drawn):
-    """Sort the row ids of each step."""
+    """Return the row ids of each step, sorted."""
     return [sorted(step) for step in drawn]
 
 
@@ -114,7 +114,7 @@ def test_the_number_of_targets_does_not_depend_on_the_split_even_if_a_response_r
 
 def test_each_epoch_holds_each_row_once():
     stream = open_stream(ROWS, ENCODE, batch_size=4, gradient_accumulation_steps=2)
-    drawn = draw(stream, 25)  # 200 rows are 4 epochs
+    drawn = draw(stream, 25)  # 25 steps of 8 rows are 4 epochs of 50
     assert by_step(drawn) == by_step(rows_at(0, 200, ALL, seed=0).reshape(25, 8).tolist())
     assert Counter(itertools.chain(*drawn)) == Counter(list(range(50)) * 4)
 
@@ -232,7 +232,7 @@ class InGroups(list):
 )
 @example([(2, 4), (3, 1), (1, 3), (4, 9)], 50, 0)  # resumes 2 rows before the end of epoch 1, then twice in epoch 2
 @example([(2, 1), (3, 1), (1, 4), (2, 6)], 12, 0)  # each step is an epoch
-@example([(3, 2), (2, 2), (1, 2)], 1, 0)  # a single row, twelve times in each step
+@example([(3, 2), (2, 2), (1, 2)], 1, 0)  # one row, which each step reads twelve times
 @settings(deadline=None, derandomize=True, max_examples=25)
 def test_a_run_resumed_on_any_numbers_of_processes_sees_one_sequence_of_global_batches(plan, num_rows, seed):
     rows = InGroups(ROWS[:num_rows])
@@ -334,7 +334,7 @@ def test_one_background_thread_encodes_rows_prefetch_steps_ahead(prefetch):
     deadline = time.monotonic() + 30
     while len(encoded) < 4 * (1 + prefetch) and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.2)  # time in which the stream must not encode further rows
+    time.sleep(0.2)  # give the stream time to encode more rows than it may
     assert len(encoded) == 4 * (1 + prefetch)
     assert len(threads) == 1 and threading.main_thread() not in threads
 
@@ -365,4 +365,4 @@ def test_evaluation_sees_each_row_once_in_the_same_number_of_batches_on_all_rank
     for batch in itertools.chain(*batches):
         assert batch.num_targets == int((batch.inputs["labels"] != IGNORED).sum())
         assert batch.inputs["input_ids"].dtype == torch.int64
-    assert [batch.row_ids for batch in passes[0]] == [batch.row_ids for batch in batches[0]]  # a pass can be repeated
+    assert [batch.row_ids for batch in passes[0]] == [batch.row_ids for batch in batches[0]]  # a pass repeats exactly

@@ -1,4 +1,4 @@
-"""Parquet and Arrow files give the rows that were written. Also: damaged files, copies, and the memory of reading."""
+"""Parquet and Arrow files give the rows that were written. Also tested: damage, copies, and memory use."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ ROWS = [row(number) for number in range(205)]
 
 
 def table(rows=ROWS, text=None):
-    """Return the rows as a table whose texts have the Arrow type `text`; large_string texts are in large lists."""
+    """Return the rows as a table whose texts have the Arrow type `text`; with large_string, chats are large lists."""
     text = text or pa.string()
     large = pa.types.is_large_string(text)
     turn = pa.struct([("role", text), ("content", text)])
@@ -73,7 +73,7 @@ def flip(path, offset, bit=1):
     path.write_bytes(data)
 
 
-# With COPIED, every row group and record batch is too large, so files are copied; with PIECES, in small pieces.
+# COPIED makes every row group and record batch too large, so files are copied. PIECES copies them in small pieces.
 COPIED = TableLimits(row_group_bytes=0, batch_bytes=0)
 PIECES = replace(COPIED, piece_rows=40)
 
@@ -257,7 +257,7 @@ def test_a_flipped_bit_in_a_page_is_detected_if_the_file_has_checksums(tmp_path)
     settings = {"write_page_checksum": True, "use_dictionary": False, "compression": "none"}
     source = write_parquet(tmp_path / "rows.parquet", **settings)
     flip(source.path, source.path.read_bytes().index("问题 7 ".encode()))
-    with pytest.raises(UsageError, match="rows.parquet cannot be read as parquet .*CRC"):  # found while copying
+    with pytest.raises(UsageError, match="rows.parquet cannot be read as parquet .*CRC"):  # raised while copying
         ParquetFile(source, WANTED, limits=PIECES)
     with pytest.raises(OSError, match="CRC"):
         ParquetFile(source, WANTED).read_group(0)
@@ -302,7 +302,7 @@ def test_flipped_bits_in_an_arrow_file_raise_an_error_or_change_values_only(tmp_
         try:
             rows = all_rows(ArrowFile(source, None))
             assert len(rows) == 205 and rows[0].keys() == ROWS[0].keys()
-        except ValueError as error:  # from opening the file (UsageError) or from reading a group
+        except ValueError as error:  # raised by opening the file (UsageError) or reading a group
             num_errors += 1
             assert "rows.arrow" in str(error)
         flip(source.path, offset, bit=64)
@@ -433,7 +433,7 @@ def test_reading_needs_little_memory_for_row_groups_and_batches_of_any_size(tmp_
         assert count == 400_000
         print(peak() - before)
     """
-    for name, held in {"one.parquet": 64, "many.parquet": 6, "one.arrow": 64}.items():  # `held` groups are about 15 MiB
+    for name, held in {"one.parquet": 64, "many.parquet": 6, "one.arrow": 64}.items():  # `held` groups: some 15 MiB
         done = run(sys.executable, "-c", textwrap.dedent(code), tmp_path / name, held)
         assert done.returncode == 0, done.stderr
         mebibytes = float(done.stdout.split()[-1])
@@ -572,7 +572,7 @@ def test_group_bytes_of_a_column_exclude_those_of_a_column_with_the_same_prefix(
 
 @pytest.mark.parametrize(("suffix", "max_mebibytes"), [("parquet", 280), ("arrow", 30)])
 def test_copying_long_rows_needs_memory_for_a_few_of_them_only(tmp_path, suffix, max_mebibytes):
-    """Parquet needs more memory: a page is decoded whole, and pyarrow writes all these rows to one page."""
+    """Parquet needs more memory, because a page is decoded whole, and pyarrow writes all these rows to one page."""
     rows = pa.table({"x": [f"{number} {'q' * 400_000}" for number in range(300)]})
     path = tmp_path / f"rows.{suffix}"
     if suffix == "parquet":

@@ -33,7 +33,7 @@ class Matrices(nn.Module):
 
 
 def master(optimizer, parameter):
-    """Return the weight that a tier keeps, in fp32."""
+    """Return the weight in fp32, with the low bits that a tier may keep in the optimizer state."""
     low = optimizer.state[parameter].get("weight_low")
     return parameter.detach().float() if low is None else merge_halves(parameter.detach(), low)
 
@@ -72,7 +72,7 @@ def test_exact_has_the_bits_of_torchs_adamw(gradients, slice_elements):
 def test_exact_adafactor_has_the_weights_of_torchs_adafactor(slice_elements):
     mine, reference = Matrices(), Matrices()
     for model in (mine, reference):
-        del model.deep  # torch factors its last two dimensions, but lowmem makes it a matrix first
+        del model.deep  # torch factors the last two of its dimensions, but lowmem reshapes it to a matrix first
     optimizer = make_optimizer(mine, name="adafactor", weight_decay=0.1, slice_elements=slice_elements)
     theirs = make_optimizer(reference, name="adafactor", memory="off", weight_decay=0.1)
     for step in range(30):
@@ -91,7 +91,7 @@ def test_rounded_state_stays_near_adamw_and_small_parameters_have_its_bits(name,
     start = [parameter.detach().clone() for parameter in mine.parameters()]
     optimizer, theirs = make_optimizer(mine, name=name, memory=memory), make_optimizer(reference, memory="off")
     for step in range(200):
-        set_gradients(step % 5, torch.bfloat16, mine, reference)  # gradients repeat every five steps, so they add up
+        set_gradients(step % 5, torch.bfloat16, mine, reference)  # the same every five steps, so moves add up
         for group in (*optimizer.param_groups, *theirs.param_groups):
             group["lr"] = 1e-3
         optimizer.step()
@@ -101,7 +101,7 @@ def test_rounded_state_stays_near_adamw_and_small_parameters_have_its_bits(name,
         if tiers.is_large(parameter):
             assert (moved - wanted).norm() < 0.25 * wanted.norm()
             along = (moved * wanted).sum() / wanted.square().sum()
-            assert along == pytest.approx(1, abs=0.02)  # on average, weights move as far as the reference's
+            assert along == pytest.approx(1, abs=0.02)  # on average, weights move as far as in the reference
         else:
             assert torch.equal(moved, wanted)
 
@@ -117,7 +117,7 @@ def test_a_small_learning_rate_moves_lean_weights_that_bf16_alone_would_not():
         weight.grad, stuck.grad = torch.ones_like(weight), torch.ones_like(stuck)
         optimizer.step()
         nearest.step()
-    large = before.abs() > 1e-2  # where bf16 values are at least 3e-5 apart, so an update of 1e-6 is lost
+    large = before.abs() > 1e-2  # bf16 values of this size are at least 3e-5 apart, so bf16 loses an update of 1e-6
     assert torch.equal(stuck.detach().float()[large], stuck_before[large])
     assert (weight.detach().float() - before)[large].mean().item() == pytest.approx(-200e-6, rel=0.05)
 
@@ -151,7 +151,7 @@ def test_bf16_weights_keep_their_values():
 
 @pytest.mark.parametrize("memory", ["exact", "lean"])
 def test_a_state_dict_keeps_its_dtypes(memory):
-    """torch's own load_state_dict would convert every tensor to the weight's dtype."""
+    """The optimizer needs its own load_state_dict, because torch's would convert every tensor to the weight's dtype."""
     optimizers = []
     for step in (1, 2):
         model = build("llama", hidden_size=64)
@@ -181,7 +181,7 @@ def gradients_of(model, batches):
 @pytest.mark.parametrize(("memory", "factor"), [("exact", 1.2), ("lean", 2.0)])
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_accumulated_gradients_are_as_accurate_as_those_of_one_batch(family, memory, factor):
-    """Compare errors against fp64: `exact` sums micro-batches in fp32; `lean` rounds each sum stochastically."""
+    """Compare errors against fp64. `exact` adds micro-batches in fp32, and `lean` rounds each sum stochastically."""
     batches = batches_of(family, 8)
     expected = gradients_of(build(family).double(), batches)
     at_once = gradients_of(build(family).bfloat16(), batches_of(family, 1))
@@ -229,7 +229,7 @@ def steps_of_a_rank(memory, folder):
     state, tensors, losses = TrainState(model, optimizer), {}, []
     stream = stream_of("t5", batch_size=2, gradient_accumulation_steps=2, rank=rank, world_size=2)
     for step, batches in zip(range(4), stream, strict=False):
-        if step == 3:  # with a single micro-batch, gradients stay bf16
+        if step == 3:  # a single micro-batch, whose gradients stay in bf16
             batches = batches[:1]
         result = train_step(state, batches, chunked_loss, accelerator, learning_rate=1e-2, max_grad_norm=1.0)
         losses.append(result.loss.item())
@@ -267,7 +267,7 @@ def wrap_before_and_after(folder):
     assert not torch.equal(master(optimizer, model.shared.weight), start)
     kept = {name: master(optimizer, parameter) for name, parameter in model.named_parameters()}
     save_file(kept, f"{folder}/{rank}.safetensors")
-    # a DDP reducer that outlives its gloo group can wait forever in the group's destructor (torch 2.13)
+    # free it here: a DDP reducer that outlives its gloo group can wait forever in the group's destructor (torch 2.13)
     del state
     accelerator.free_memory(early, wrapped)
     del early, wrapped
@@ -311,7 +311,7 @@ def test_micro_batches_steps_and_ranks_round_sums_with_different_random_bits(mem
     for _ in range(2):
         train_step(state, batches_of("llama", 4), chunked_loss, Accelerator(cpu=True), learning_rate=1e-3)
     of_head = [key[1:] for key in keys if key[0] == id(model.lm_head.weight)]
-    # keys: (micro-batch, step, rank) for the sum after each micro-batch except the first, (update,) for the weight
+    # keys: (micro-batch, step, rank) for the sum after each micro-batch but the first, then (update,) for the weight
     expected = [(1, 0, 0), (2, 0, 0), (3, 0, 0), (1,), (1, 1, 0), (2, 1, 0), (3, 1, 0), (2,)]
     assert of_head == expected
 

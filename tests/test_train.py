@@ -28,7 +28,7 @@ def files(tmp_path_factory):
 
 
 def by_hand(optimizer, precision):
-    """Return (loss, gradient norm, learning rate) of each step; here, a step is one batch of 6 rows."""
+    """Train without lowmem, with one batch of 6 rows per step; return each step's loss, gradient norm and rate."""
     tokenizer, model = ByT5Tokenizer(), build("t5", seed=3)
     decayed = [p for name, p in model.named_parameters() if "bias" not in name and "layer_norm" not in name]
     others = [p for name, p in model.named_parameters() if "bias" in name or "layer_norm" in name]
@@ -76,7 +76,7 @@ def test_every_setting_reaches_the_run(files, optimizer, precision, tmp_path):
 
 
 def test_recompute_reaches_the_run(files, tmp_path):
-    """Compare the bytes that autograd saves for backward."""
+    """Compare how many bytes autograd saves for backward with and without the flag."""
 
     def kept_bytes(recompute):
         kept = 0

@@ -1,4 +1,4 @@
-"""`train` from the command line on rows of every kind: it trains on good rows, and counts or refuses bad ones."""
+"""The `train` command trains on good rows of every kind, and refuses bad rows or skips and counts them."""
 
 import json
 import re
@@ -111,7 +111,7 @@ def test_invalid_flags_are_refused_and_nothing_is_written(work, changes, message
 def test_rows_that_are_cut_are_counted_and_reported(work):
     result = train(*run_flags(work, "cut", max_seq_len=16))
     assert_done(result)
-    # each prompt and each response has one token per byte, plus an end token
+    # a prompt or response has one token for each byte, and an end token
     lengths = [[len(text.encode()) + 1 for text in row.values()] for row in ROWS]
     over = [sum(max(0, length - 16) for length in pair) for pair in lengths]
     end = records(work, "cut")[-1]
@@ -148,7 +148,7 @@ def test_skipped_rows_are_counted_over_all_ranks_and_recorded(work):
     assert locations == [f"{work}/broken.jsonl, line {line}" for line in (22, 8)]
     for again in train_ranks(2, *run_flags(work, "skipped", **skipping, max_steps=10, resume="auto")):
         assert_done(again)
-    # the resumed run counts from 0, and finds both rows again in epoch 2
+    # the resumed run counts bad rows from 0, and finds both again in epoch 2
     assert records(work, "skipped")[-1]["bad_rows"] == 2
     too_many = train(*run_flags(work, "too-many", **skipping, max_bad_rows=1))
     assert too_many.returncode == 1 and "More than --max_bad_rows=1 rows are bad" in too_many.stderr
@@ -176,7 +176,7 @@ def test_files_that_changed_are_refused_on_resume_unless_they_are_accepted(work)
     assert_done(train(*run_flags(work, "changing", train_file=data, max_steps=5)))
     moved = data.rename(work / "moved.jsonl")
     resumed = {"train_file": moved, "resume": "auto"}
-    assert_done(train(*run_flags(work, "changing", **resumed, max_steps=10)))  # renamed file, same rows
+    assert_done(train(*run_flags(work, "changing", **resumed, max_steps=10)))  # renamed, but the rows are the same
     text = moved.read_text()
     changed = text.replace('"response": "7', '"response": "8', 1)
     assert len(changed) == len(text) and changed != text

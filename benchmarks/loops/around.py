@@ -32,9 +32,9 @@ def device_arguments(system: System, mixed_precision: str) -> dict[str, object]:
     on_cuda = torch.cuda.is_available()
     if on_cuda or not system.zero_stage:
         return {"use_cpu": not on_cuda, "bf16": mixed_precision == "bf16"}
-    # For DeepSpeed on a CPU, create accelerate's state here: otherwise accelerate ignores DeepSpeed with `use_cpu`, and
-    # sees only one process without `use_cpu`. Trainer accepts bf16 only on a GPU or with `use_cpu`, so `train` sets
-    # bf16 later.
+    # For DeepSpeed on a CPU, create accelerate's state here, because `use_cpu` does not work: if it is True,
+    # accelerate ignores DeepSpeed; if it is False, accelerate sees only one process. `train` sets bf16 later, because
+    # TrainingArguments accept bf16 on a CPU only if `use_cpu` is True.
     PartialState(cpu=True)
     return {"accelerator_config": {"use_configured_state": True}}
 
@@ -43,7 +43,7 @@ def checkpointing_arguments(is_wanted: bool) -> dict[str, object]:
     """Return keyword arguments of TrainingArguments that turn activation checkpointing on or off."""
     from transformers import TrainingArguments
 
-    # transformers 5.17 has only the older name below, which later versions deprecate
+    # transformers 5.17 has only the name `gradient_checkpointing`, which later versions deprecate
     name = "activation_checkpointing"
     if not hasattr(TrainingArguments, name):
         name = "gradient_checkpointing"

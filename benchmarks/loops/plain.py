@@ -1,4 +1,4 @@
-"""Train with a plain loop, as torchtune's recipes do: bf16 weights, fused AdamW, logits converted to fp32 in chunks."""
+"""Train with a loop like torchtune's recipes: bf16 weights, fused AdamW, logits converted to fp32 in chunks."""
 
 from types import SimpleNamespace
 

@@ -19,12 +19,12 @@ from lowmem.storage.files import free_bytes, to_json, write_file
 from lowmem.storage.tensor_files import StoredTensor, host_parts, open_shards, split_shards, write_index
 
 _ROW_ELEMENTS = 2**22  # tensors are converted in slices of about this many elements
-# Weights in these formats are not copied: they would differ from the exported ones, and some formats are pickles.
+# Weight files with these suffixes are not copied, as they would differ from the exported ones. Some are pickles too.
 _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf"}
 
 
 class _Source(NamedTuple):
-    """A tensor to export. `parts` reads it, merges in `low` (the rest of its fp32 master) and converts it, by rows."""
+    """A tensor to export. By rows, `parts` reads `stored`, merges in `low` (rest of the fp32 master) and converts."""
 
     stored: StoredTensor
     low: StoredTensor | None
@@ -52,8 +52,8 @@ class _Source(NamedTuple):
 def export(path: str | Path, out: str | Path, *, dtype: torch.dtype | None, max_shard_bytes: int) -> str:
     """Write the model in `path`, a checkpoint (verified first) or a model folder, into the new folder `out`.
 
-    Converts all floating-point tensors to `dtype` (None: does not convert). float32 and float16 are made from the fp32
-    master, if any. Returns a summary. Raises UsageError if the export is impossible, SaveError if writing fails.
+    Converts floating-point tensors to `dtype` (None: does not convert). If there is an fp32 master, float32 and float16
+    are made from it. Returns a summary. Raises UsageError if the export is impossible, SaveError if writing fails.
     """
     path, out = Path(path), Path(out)
     if out.exists():
@@ -98,7 +98,7 @@ def _source(stored: StoredTensor, low: StoredTensor | None, dtype: torch.dtype |
     if saved_as is None:
         raise UsageError(f"tensor {stored.name} is {stored.dtype}, which is not supported: use a model without it")
     to = dtype if dtype is not None and saved_as.is_floating_point else saved_as
-    return _Source(stored, None if to == torch.bfloat16 else low, to)  # `stored` is the master rounded to bf16
+    return _Source(stored, None if to == torch.bfloat16 else low, to)  # for bf16, `stored` suffices: the rounded master
 
 
 def _name(dtype: torch.dtype) -> str:

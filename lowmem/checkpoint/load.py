@@ -22,7 +22,7 @@ _MOST_DIFFERENCES = 10
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest intact checkpoint in `folder`, or None. Prints why it skips newer ones."""
+    """Return the newest intact checkpoint in `folder`, or None. Prints why it skips newer, damaged ones."""
     return first_valid(reversed(checkpoints(Path(folder))), verify_checkpoint)
 
 
@@ -40,7 +40,7 @@ def first_valid(paths: Iterable[Path], verify: Callable[[Path], None], *, silent
 
 
 def verify_together(path: str | Path) -> None:
-    """Like `verify_checkpoint`, but each rank hashes only a share of the files, and if one rank raises, all do."""
+    """Like `verify_checkpoint`, but each rank hashes only a share of the files. If one rank raises, all raise."""
     path, (rank, world_size) = Path(path), rank_and_world_size()
     with raise_on_all_ranks():
         records = read_manifest(path)["files"]
@@ -54,9 +54,9 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
     """Load the checkpoint `path` into `state`, in place, on every rank. World size and sharding may differ.
 
     AdamW's state can also be loaded into a smaller memory tier: from off into exact (lossless), and from off or exact
-    into lean (rounded). First checks sizes and hashes, unless the caller has (`verify=False`). Then checks the names,
-    shapes and dtypes of weights and optimizer state (of torch's optimizers, only the class). Raises UsageError that
-    names the bad file or up to 10 differing tensors.
+    into lean (rounded). First checks sizes and hashes of the files, unless `verify` is False. Then compares the names,
+    shapes and dtypes of weights and optimizer state with `state`; for torch's optimizers, only the class. Raises a
+    UsageError that names the bad file or up to 10 differing tensors.
     """
     path = Path(path)
     if verify:

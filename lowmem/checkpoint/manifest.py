@@ -1,4 +1,4 @@
-"""List the checkpoints in a folder, and verify each by its manifest of file sizes and hashes. Imports no torch."""
+"""List checkpoints in a folder, and verify them by their manifests of file sizes and hashes. Imports no torch."""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def step_of(path: Path) -> int:
 
 
 def write_manifest(folder: Path, step: int, records: Mapping[str, FileRecord]) -> None:
-    """Write manifest.json, the last file of a checkpoint: `records` of all other files, and a hash of the manifest."""
+    """Write manifest.json, the last file of a checkpoint. It has `records` of all other files, and its own hash."""
     manifest = {"format": _FORMAT, "step": step, "files": dict(records)}
     write_file(folder / "manifest.json", [to_json({"manifest": manifest, "xxh3_128": _hash_of(manifest)})])
 
@@ -37,7 +37,7 @@ def verify_checkpoint(path: str | Path) -> None:
 
 
 def check_sizes(path: Path, records: Mapping[str, FileRecord]) -> None:
-    """Raise UsageError naming the first file of `records` that is missing or has another size."""
+    """Raise UsageError naming the first file of `records` that is missing or has a different size."""
     for name, record in records.items():
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != record["bytes"]:

@@ -1,4 +1,4 @@
-"""Write a folder from all ranks at once, each a share of the bytes. The folder ends up either complete or absent."""
+"""Write a folder from all ranks at once. Each writes a share of the bytes. The folder ends up complete or absent."""
 
 import errno
 import os
@@ -33,14 +33,14 @@ WriteRest = Callable[[Path, dict[str, FileRecord]], None]
 def write_together(
     path: Path, groups: Mapping[str, list[Shard]], write_rest: WriteRest, *, may_replace: Callable[[Path], bool]
 ) -> None:
-    """Write the shards of `groups` ({stem: shards}) into `path`, each rank a share. Shard names are relative to `path`.
+    """Write the shards of `groups` ({stem: shards}) into `path`, each rank a share. Shard names are paths in `path`.
 
     Rank 0 then calls `write_rest(temporary folder, records so far)`. If the disk fails, every rank raises SaveError.
     """
     shards = [shard for group in groups.values() for shard in group]
     needed = sum(shard.num_bytes for shard in shards)
     unfinished, (rank, world_size) = unfinished_folder(path), rank_and_world_size()
-    with ExitStack() as stack:  # only rank 0 enters contexts in it
+    with ExitStack() as stack:  # only rank 0 enters contexts in this stack
 
         def start() -> None:
             with _as_save_error(path, needed):
@@ -55,7 +55,7 @@ def write_together(
                 for stem, group in groups.items():
                     records |= write_index(group, unfinished, stem)
                 write_rest(unfinished, records)
-                stack.close()  # renames the folder; inside on_main_rank, so that every rank raises its error
+                stack.close()  # renames the folder; here in on_main_rank, so that all ranks raise if it fails
 
         on_main_rank(start)
         with raise_on_all_ranks(), _as_save_error(path, needed):
@@ -83,14 +83,14 @@ def _write_share(shares: list[list[Shard]], unfinished: Path, rank: int) -> dict
             for shard in shares[rank]
         }
     finally:
-        for _ in parts:  # even if this rank's disk failed, send its pieces: other ranks wait for them
+        for _ in parts:  # even if this rank's disk failed, send its pieces, because other ranks wait for them
             pass
 
 
 def _whole_parts(queues: Sequence[Sequence[Tensor | Zero3Weight]], rank: int) -> Iterator[memoryview]:
-    """Yield the bytes of the unsharded tensors in `queues[rank]`, as `host_parts` does.
+    """Yield the bytes of the tensors in `queues[rank]`, gathered whole from all ranks, as `host_parts` does.
 
-    All ranks pass the same `queues` and must exhaust the iterator, because it also sends pieces to the other ranks.
+    All ranks pass the same `queues` and must exhaust the iterator, because it also sends their pieces to other ranks.
     """
     for tensors in zip_longest(*queues):
         for owner, tensor in enumerate(tensors):
@@ -124,7 +124,7 @@ def _parts(tensor: Tensor, rank: int) -> Iterator[memoryview]:
         for piece in every:
             yield from host_parts(_received(tensor, piece, rank))
     else:
-        whole = torch.empty(tensor.shape, dtype=tensor.dtype)  # no row is complete before all pieces are here
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype)  # pieces are columns: rows are complete only at the end
         for piece in every:
             whole[:, piece.start : piece.stop] = _received(tensor, piece, rank)
         yield from host_parts(whole)

@@ -26,7 +26,7 @@ def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
 
 
 def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: Collection[str]) -> list[str]:
-    """Compare `settings` with those of the run that saved `checkpoint`. Returns a text for each allowed change.
+    """Compare `settings` with those of the run that saved `checkpoint`. Returns a message for each allowed change.
 
     Raises UsageError if a setting in `fixed` has changed. With adamw, `memory` may change to a smaller tier.
     """
@@ -45,9 +45,9 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: C
 
 
 def rows_per_step(checkpoint: Path | None, world_size: int, **sizes: int | None) -> int:
-    """Rows per optimizer step over all processes. A resumed run keeps this number on any number of processes.
+    """Return the rows per optimizer step over all processes. A resumed run keeps this total on any number of them.
 
-    `sizes` are the flags that set it. Raises UsageError if they changed since `checkpoint` and give another number.
+    `sizes` are the flags that set it. Raises UsageError if they have changed since `checkpoint` and the result differs.
     """
     wanted = sizes["global_batch_size"] or sizes["batch_size"] * sizes["gradient_accumulation_steps"] * world_size
     if checkpoint is None:

@@ -3,10 +3,10 @@
 step-00000500/
   model/            in transformers' format: `from_pretrained` loads it
   optimizer.safetensors (or shards of it): "<parameter>.<state>" for every tensor of the optimizer's state
-  state.json        step, best, seed, position of the stream, class and tier of the optimizer
+  state.json        step, best, seed, position in the data stream, class and tier of the optimizer
   manifest.json     size and xxh3_128 of every other file; written last
 
-All ranks write at once, each a share of the files. Tensors that are sharded over ranks are saved whole.
+All ranks write at once, each a share of the files. A tensor that is sharded over ranks is saved whole, by one rank.
 """
 
 import copy
@@ -60,7 +60,7 @@ def save_checkpoint(
     parameters = named_parameters(state.model, state.optimizer)
     weights, optimizer_state = model_tensors(state.model), optimizer_tensors(parameters, state.optimizer)
     max_bytes, (_, world_size) = parse_bytes(max_shard_size), rank_and_world_size()
-    share = -(-(num_bytes(weights) + num_bytes(optimizer_state)) // world_size)  # the limit for optimizer files
+    share = -(-(num_bytes(weights) + num_bytes(optimizer_state)) // world_size)  # the size limit of an optimizer file
     groups = {
         "model/model": split_shards(weights, "model/model", max_bytes),
         "optimizer": split_shards(optimizer_state, "optimizer", min(max_bytes, share)),
@@ -92,7 +92,7 @@ def save_checkpoint(
 def save_model(
     model: nn.Module, folder: str | Path, *, tokenizer=None, config: Config = None, max_shard_size: int | str = "5GB"
 ) -> Path:
-    """Save the model for `from_pretrained`; replace `folder` once all files are on disk. Call it on every rank."""
+    """Save the model for `from_pretrained`. Replaces `folder` once all files are on disk. Call this on every rank."""
     path = Path(folder).resolve()  # if `folder` is a link, replace its target
     groups = {"model": split_shards(model_tensors(model), "model", parse_bytes(max_shard_size))}
 
@@ -104,7 +104,7 @@ def save_model(
 
 
 def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int | None) -> None:
-    """Check that the disk has room for `saves` checkpoints (at most `keep` at a time) and the model. Call on all ranks.
+    """Check that the disk has room for `saves` checkpoints (at most `keep` at a time) and a model. Call on every rank.
 
     Raises UsageError if there is too little room, or if the dtype or sharding of a tensor cannot be saved.
     """
@@ -135,7 +135,7 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
     base, tensors = unwrapped(model), set(folder.iterdir())
     if hasattr(base, "config"):
         model_config = copy.deepcopy(base.config)
-        # fully_shard inserts its own class before the model's class
+        # fully_shard replaces the model's class by a subclass of it and FSDPModule
         written = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
         model_config.architectures = [written.__name__]
         model_config.dtype = base.dtype
@@ -143,7 +143,7 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
     if tokenizer is not None:
         try:
             tokenizer.save_pretrained(folder)
-        except Exception as error:  # the library tokenizers gives the OS error number only as text
+        except Exception as error:  # the `tokenizers` library gives the OS error number only as text
             if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
@@ -152,7 +152,7 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
         sync(path)
         records[path] = record_file(path)
     if getattr(base, "generation_config", None) is not None:
-        # not by save_pretrained, which raises for settings that some pretrained models have
+        # not by GenerationConfig.save_pretrained, which raises for settings that some pretrained models have
         path = folder / "generation_config.json"
         records[path] = write_file(path, [base.generation_config.to_json_string().encode()])
     if config is not None:
@@ -161,7 +161,7 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
 
 
 def _prune(path: Path, keep: int, best: Mapping[str, float] | None) -> None:
-    """Keep `keep` checkpoints: `path`, the best one and the newest before `path`. Those of later steps stay too."""
+    """Keep `keep` checkpoints: `path`, the best, and the newest before `path`. Those after `path` are never removed."""
     older = [old for old in checkpoints(path.parent) if step_of(old) < step_of(path)]
     kept = [old for old in older if best and step_of(old) == best["step"]]
     others = [old for old in older if old not in kept]

@@ -49,7 +49,7 @@ class Groups:
 
     @property
     def sharding_summary(self) -> str:
-        """How processes share the model, for the log; empty if each has a full copy."""
+        """How processes share the model, for the log; empty if each process has a full copy."""
         if self.tp_size > 1:
             return f"tp_size={self.tp_size}"
         return self.sharding_strategy if self.is_sharded else ""

@@ -26,7 +26,7 @@ def help_text(*, full: bool = False) -> str:
     """Return the text of --help: a line per flag with the first sentence of its docstring (`full`: all sentences)."""
     lines = [_COMMANDS]
     for name, values in PRESETS.items():
-        title = "without a preset and a model" if name == "tiny" else f"--{name}=True"
+        title = "with neither a preset nor a model" if name == "tiny" else f"--{name}=True"
         fields = ", ".join(f"{field}={value}" for field, value in values.items())
         lines += wrap(f"  {title}: {fields}", 120, subsequent_indent=" " * 6)
     lines.append("  --is_keep_training=True: resume=auto")

@@ -22,10 +22,10 @@ _OTHER_NAMES |= {"per_device_train_batch_size": "batch_size", "resume_from_check
 
 
 def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None = None) -> TrainConfig:
-    """Merge defaults, a preset, `given`, a `config` file and flags into a TrainConfig; later ones override earlier.
+    """Merge defaults, a preset, `given`, a `config` file and flags into a TrainConfig; later ones win.
 
-    `flags` maps fields, presets, `config` (a YAML or JSON file) and `is_keep_training` to values or text; `given` has
-    fields from a launcher or a model's folder. Checks the result, and raises one UsageError that lists all problems.
+    `flags` maps names of fields and presets, `config` (a YAML or JSON file) and `is_keep_training` to values or text;
+    `given` has fields from a launcher or a model's folder. Raises one UsageError that lists all problems.
     """
     problems: list[str] = []
     file_switches, file_fields = _read(_read_config_file(flags.get("config"), problems), problems)

@@ -21,7 +21,7 @@ _ELEMENTWISE = "adamw adam nadam radam adamax adadelta rmsprop sgd".split()
 _SHARDED = ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"]
 _TIERS = ["exact", "lean"]
 
-# Each row: a flag, its values (None: all but the default), another flag, the values it must then have, and why
+# Each row: a flag, some of its values (None: all but the default), another flag, what its value must then be, and why
 NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("memory", _TIERS, "mixed_precision", ["bf16"], "keeps weights in bf16"),
     ("memory", _TIERS, "optimizer", TIERED_OPTIMIZERS, "does not support --optimizer={optimizer}"),

@@ -1,4 +1,4 @@
-"""Encoded rows -> one micro-batch."""
+"""Collate encoded rows into one micro-batch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ class Batch:
 
 
 class UnreadableStep(Sequence[Batch]):
-    """A step whose rows could not be read. Any access raises the error; `train_step` raises it on all ranks."""
+    """A step whose rows could not be read. Any access raises the error, and `train_step` makes all ranks raise it."""
 
     def __init__(self, error: Exception):
         self.error = error
@@ -58,19 +58,19 @@ def collate(rows: Sequence[EncodedRow], *, causal: bool = False) -> Batch:
     Set `causal` if the model's tokens never attend to later ones, because padding on the right then needs no mask.
     """
     lengths = [len(row["input_ids"]) for row in rows]
-    # the same multiple for inputs and labels, because a causal row needs a label for each token
+    # Use the same multiple for inputs and labels, because a causal row needs a label for each token.
     multiple = 1 if min(lengths) == max(lengths) else _PAD_TO_MULTIPLE_OF
-    # No target attends to the padding, so it can be any token. Every vocabulary has a token 0.
+    # No target attends to the padding, so any token will do. Use 0, which every vocabulary has.
     input_ids = _pad([row["input_ids"] for row in rows], 0, multiple)
     labels = _pad([row["labels"] for row in rows], IGNORED, multiple)
     inputs = {"input_ids": input_ids, "labels": labels}
     width, is_target = input_ids.shape[1], labels != IGNORED
-    # Packed rows get no mask, because with one, models would not separate the documents. Padding is one more document.
+    # Packed rows get no mask, because with a mask, models would not separate documents. Padding is one more document.
     if "position_ids" in rows[0]:
         positions = [[*row["position_ids"], *range(width - len(row["position_ids"]))] for row in rows]
         inputs["position_ids"] = torch.tensor(positions, dtype=torch.int64)
-    # Add a mask only if needed: it rules out kernels with only causal masks, and costs T5 a bias per row and layer.
-    # Rows without targets are prompts. They keep the mask, because it shows `generate` where they end.
+    # Add a mask only if needed: causal-only attention kernels reject a mask, and T5 needs a bias per row for one.
+    # Rows without targets are prompts. They need the mask, because it shows `generate` where each prompt ends.
     elif min(lengths) < width and not (causal and is_target.any(1).all()):
         inputs["attention_mask"] = _pad([[1] * length for length in lengths], 0, multiple)
     return Batch(inputs, num_targets=int(is_target.sum()), row_ids=[])

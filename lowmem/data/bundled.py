@@ -34,7 +34,7 @@ class BundledRows:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} bundled rows does not exist")
         number, kind = divmod(self.first + index, len(_VARIETIES))
-        # Choose questions by a permutation, which repeats none, so held-out questions never occur in training.
+        # A permutation picks each question at most once, so held-out questions never occur in training.
         prompt, response = _question(kind, int(permute([number], _VARIETIES[kind], (kind,))[0]))
         return {"prompt": prompt, "response": response}
 

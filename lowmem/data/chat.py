@@ -22,7 +22,7 @@ _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _HOW_TO_TAG = "put {% generation %} and {% endgeneration %} around the assistant's text in the chat template"
 
 # transformers caches compiled templates by text, and a compiled template records the spans of tags for only one thread.
-# So we render our own copy under a lock. A comment, which renders as nothing, makes the copy's text different.
+# So render a copy under a lock. A comment, which renders as nothing, makes its text differ, so it is cached separately.
 _COPY = "{#- lowmem's own copy #}\n"
 _COPY_IN_USE = Lock()
 
@@ -30,9 +30,9 @@ _COPY_IN_USE = Lock()
 def chat_tokenizer(tokenizer: Tokenizer) -> Callable[[Messages], tuple[list[int], list[bool]]]:
     """Make a thread-safe function `messages -> (ids, is_assistant)`, where `is_assistant` marks the assistant's tokens.
 
-    The assistant's text is what {% generation %} tags enclose. Without tags, it is what an assistant turn appends to
-    earlier turns and a generation prompt. A token belongs to the turn of its last character. Raises UsageError without
-    a chat template. The function raises ValueError if the template rejects the messages or the assistant says nothing.
+    The assistant's text is what {% generation %} tags enclose. Without tags, it is what an assistant turn adds to the
+    text of earlier turns plus generation prompt. A token belongs to the turn of its last character. Raises UsageError
+    without a chat template. The function raises ValueError if the template rejects turns or the assistant is silent.
     """
     from jinja2 import TemplateError
 
@@ -84,9 +84,9 @@ def _by_prefixes(tokenizer: Tokenizer, template: str, messages: Messages) -> tup
 
 
 def _tokenize_whole(tokenizer: Tokenizer, text: str, spans: Spans) -> tuple[list[int], list[bool]]:
-    # Do not truncate or pad: this would change the state of the fast tokenizer, which two threads share.
+    # Do not truncate or pad, because either changes the state of the fast tokenizer, which two threads share.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ends = [stop for _, stop in encoded["offset_mapping"]]  # not starts, which may exclude leading spaces
+    ends = [stop for _, stop in encoded["offset_mapping"]]  # use ends, because starts may exclude leading spaces
     is_assistant = [False] * len(ends)
     for start, stop in spans:
         first, last = bisect_right(ends, start), bisect_right(ends, stop)

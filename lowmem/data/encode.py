@@ -1,7 +1,7 @@
 """Encode rows as token ids. An encoder is any function `row -> {"input_ids": list[int], "labels": list[int]}`.
 
-Labels are token ids, or IGNORED where there is no target. For a causal model, they are the input ids, and the loss
-shifts them by one. The first label must be IGNORED, because nothing predicts the first token.
+Labels are token ids, or IGNORED where there is no target. For a causal model, a target's label is its own input id; the
+loss shifts labels by one. The first label must be IGNORED, because nothing predicts the first token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Encode = Callable[[Mapping[str, object]], EncodedRow]
 
-# A lock, because two threads share a tokenizer, and translation tokenizers switch languages during a call.
+# The lock is needed because two threads share a tokenizer, and translation tokenizers switch languages during a call.
 _TOKENIZER_IN_USE = Lock()
 _MAX_ROWS_TRIED = 500
 _REMEDY = "fix the row or name another column"
@@ -173,13 +173,13 @@ def encode_rows(
 ) -> tuple[list[tuple[int, EncodedRow]], list[BadRow]]:
     """Encode rows. Returns pairs (row number, encoded row) and, with `may_skip`, the bad rows.
 
-    Without `may_skip`, raises RowError for a bad row. In any case, raises ReadError if a file is no longer readable.
+    Without `may_skip`, raises RowError for a bad row. In both cases, raises ReadError if a file is no longer readable.
     """
     encoded, bad = [], []
     for row_id in row_ids:
         row = None
         try:
-            row = rows[row_id]  # raises RowError if it is unreadable
+            row = rows[row_id]  # raises RowError if the row is unreadable
             try:
                 encoded.append((row_id, encode(row)))
             except Exception as error:

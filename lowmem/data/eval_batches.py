@@ -13,7 +13,7 @@ from lowmem.data.steps import batch_of
 
 @dataclass(frozen=True, eq=False)
 class EvalBatches:
-    """Micro-batches of one pass over the rows, in order, on one rank. All ranks have equally many. Can be repeated."""
+    """One rank's micro-batches of a pass over the rows, in order. Each rank has equally many. Can be iterated again."""
 
     batch_at: Callable[[int], Batch]
     num_batches: int

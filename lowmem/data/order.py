@@ -1,4 +1,4 @@
-"""Compute the row at each position as a pure function of (seed, position), without memory per row.
+"""Compute the row at each position as a pure function of (seed, position), without storing anything per row.
 
 Positions count the rows that a run consumed, over all epochs and processes: `epoch, i = divmod(position, num_rows)`.
 Row groups are permuted and split into windows of at most WINDOW_BYTES; then rows are permuted within each window. So a
@@ -121,11 +121,11 @@ def _rows_of_epoch(first: int, last: int, layout: _Layout, key: tuple[int, int])
     return pieces
 
 
-@lru_cache(maxsize=2)  # a step may take rows from two epochs
+@lru_cache(maxsize=2)  # two epochs, because a step may take rows from both
 def _epoch_layout(epoch: int, groups: Groups, seed: int, window_bytes: int) -> _Layout:
     groups_here = permute(np.arange(len(groups.rows)), len(groups.rows), (seed, epoch))
     ends, byte_ends = np.cumsum(groups.rows[groups_here]), np.cumsum(groups.bytes[groups_here])
-    # A window gets groups as long as they fit, but at least one group that has rows.
+    # A window takes groups while they fit into `window_bytes`, and in any case one group that has rows.
     window_ends, closed, closed_bytes = [], 0, 0
     while closed < ends[-1]:
         fitting = int(np.searchsorted(byte_ends, closed_bytes + window_bytes, side="right")) - 1

@@ -1,6 +1,6 @@
 """Pack several short documents into one row of a causal model, so that there is almost no padding.
 
-Positions restart in each document. If there is no mask, transformers then lets tokens attend only within a document.
+Positions restart in each document. If there is no mask, transformers uses them to keep attention within a document.
 """
 
 from bisect import bisect_left, insort
@@ -49,7 +49,7 @@ def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> l
 def check_packing(model: nn.Module) -> None:
     """Raise UsageError if packed documents would attend to each other in this model.
 
-    Compares the logits of packed and separate random documents, up to rounding. Rejects state-space models and ALiBi.
+    Compares logits of random documents, packed and separate, up to rounding. This rejects state-space models and ALiBi.
     """
     from lowmem.distributed.placement import unwrapped
 
@@ -58,7 +58,7 @@ def check_packing(model: nn.Module) -> None:
     if base.config.is_encoder_decoder:
         raise UsageError(f"{what} is an encoder-decoder: train it without packing")
     device = next(base.parameters()).device
-    generator = torch.Generator().manual_seed(0)  # its own, so that the random numbers of the run do not change
+    generator = torch.Generator().manual_seed(0)  # separate, to leave the run's random numbers unchanged
     rows = torch.randint(base.get_input_embeddings().num_embeddings, (2, 12), generator=generator).to(device)
     lengths = [(5, 7), (7, 5)]
     positions = torch.tensor([[*range(first), *range(second)] for first, second in lengths], device=device)
@@ -81,14 +81,14 @@ def check_packing(model: nn.Module) -> None:
         base.train(was_training)
     seen, seen_as_one, size = (x.square().mean().sqrt() for x in (packed - apart, as_one - apart, apart))
     # In tests, `seen` was at least 28 % of `seen_as_one` if documents affected each other, otherwise 1e-6 of it, from
-    # rounding. The second term is for models in which no token affects another yet, so that both are only rounding.
+    # rounding. The second term is for models in which no token affects another yet: both are then rounding errors.
     if not seen <= 0.1 * seen_as_one + 1e-6 * size:
         kind = f"{type(base).__name__} with attn_implementation={base.config._attn_implementation}"
         raise UsageError(f"in {kind}, packed documents affect each other: train without packing, or try sdpa attention")
 
 
 def _even_bins(rows: Sequence[Document], capacity: int, micro_batches: int) -> list[list[Document]]:
-    """Pack into the fewest bins that split evenly into micro-batches. Keep the longest bin short, to reduce padding."""
+    """Pack into the fewest bins that split evenly into micro-batches. Minimize the longest bin, to reduce padding."""
     number = -(-len(_bins(rows, capacity)) // micro_batches) * micro_batches
     shortest = max(max(map(_length, rows)), -(-_num_tokens(rows) // number))
     capacities = range(shortest, capacity)

@@ -9,7 +9,7 @@ from lowmem.errors import RowError
 
 
 class Quarantine:
-    """The rows that a process skips, each counted once. The file `path` also has rows skipped in earlier runs."""
+    """The rows that a process has skipped, each counted once, with those that earlier runs wrote to the file `path`."""
 
     def __init__(self, limit: int, path: str | Path | None = None):
         self.limit, self.path = limit, path if path is None else Path(path)

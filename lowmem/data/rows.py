@@ -34,14 +34,14 @@ class RowSets(NamedTuple):
 
 
 # A DataFile is read in groups of rows. Its `group_rows` (numbers of rows) and `group_bytes` (approximate sizes in
-# memory) are int64, shape (groups,), and depend only on its content. `row` and `location` count rows within a group.
+# memory) are int64, shape (groups,), and depend only on its content. `row` and `location` number rows within a group.
 DataFile = ParquetFile | ArrowFile | JsonLinesFile | TextFile
 _FORMATS: dict[str, type[DataFile]] = {".parquet": ParquetFile, ".pq": ParquetFile, ".arrow": ArrowFile}
 _FORMATS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), JsonLinesFile) | dict.fromkeys((".txt", ".text"), TextFile)
 
 
 class FileRows:
-    """The rows of several files, numbered in order; `first` and `stop` select a range.
+    """The rows of several files, numbered consecutively in file order; `first` and `stop` select a range.
 
     Keeps the most recently used groups in memory, up to `window_bytes`. Repeats a failed read after each of the delays
     in `retry_seconds`, unless the file is damaged or was changed.
@@ -63,7 +63,7 @@ class FileRows:
         rows = np.diff(np.clip(np.concatenate([[0], self._ends]), self._first, self._stop))
         self._bytes = np.concatenate([file.group_bytes for file in files])
         self.groups = Groups(rows[rows > 0], self._bytes[rows > 0])
-        # Group number -> group in memory or, if it could not be read, the error. The least recently used is first.
+        # Group number -> group or, if it could not be read, the error. The least recently used is first.
         self.loaded: OrderedDict[int, object] = OrderedDict()
         self.loaded_bytes = 0
         self._lock = Lock()  # a prefetch thread and the main thread may read at the same time
@@ -78,7 +78,7 @@ class FileRows:
         try:
             data = self._load(group, file, group_in_file)
             if isinstance(data, Exception):
-                raise data.with_traceback(None)  # otherwise its traceback would grow with each raise
+                raise data.with_traceback(None)  # otherwise the error's traceback would grow with each raise
             return file.row(data, row)
         except (OSError, ValueError) as error:
             if is_damage(error):
@@ -107,7 +107,7 @@ class FileRows:
         return group, self._files[number], group - int(self._groups_before[number]), row_in_group
 
     def _load(self, group: int, file: DataFile, group_in_file: int) -> object:
-        """Return a group, or the error from reading it, which is kept, so that the group's other rows do not retry."""
+        """Return a group, or the error from reading it. The error is kept, so the group is not read for each row."""
         with self._lock:
             if group not in self.loaded:
                 while self.loaded and self.loaded_bytes + self._bytes[group] > self._window_bytes:
@@ -132,7 +132,7 @@ def open_rows(files: Files, *, columns: Sequence[str] | None = None, messages_co
 
     `files` is a path, a glob, a URL, a comma-separated list of these, a list of paths, or a folder that `datasets`
     saved. `columns` must hold text, and `messages_column` lists of {"role", "content"}. From parquet and Arrow files,
-    only these are read (none given: all). Raises UsageError if a file is missing, empty, broken or lacks a column.
+    only these are read (all if none is named). Raises UsageError if a file is missing, empty, broken or lacks a column.
     """
     wanted = {name: "text" for name in columns or ()} | ({messages_column: "messages"} if messages_column else {})
     opened = []

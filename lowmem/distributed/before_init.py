@@ -12,19 +12,19 @@ from lowmem.errors import RankError, UsageError
 
 Found = Mapping[str, object]
 
-_open: list[dist.Store] = []  # keeps stores open until exit: a store on rank 0 later serves the process group
+_open: list[dist.Store] = []  # keeps stores open until exit, because the process group later uses rank 0's store
 
 
 def call_on_rank_0(find: Callable[[], Found], *, limit_seconds: float, start_seconds: float) -> Found:
     """Call `find` on rank 0 and return its result, sent as JSON, on every rank. Call it before `start_group`.
 
-    If `find` raises UsageError, every rank raises it. If it raises another error or takes longer than `limit_seconds`,
+    If `find` raises UsageError, every rank raises it. On any other error, if `find` takes longer than `limit_seconds`,
     or if ranks wait longer than `start_seconds` for each other, the ranks other than 0 raise RankError.
     """
     launch = launch_from_environment()
     store = open_store(launch, start_seconds)
     _open.append(store)
-    # a prefix of our own: the process group's later rendezvous in the same store must not mix with this one
+    # a separate key prefix, so that the process group's later rendezvous in this store does not mix with this one
     keys = dist.PrefixStore("ahead", store)
     if launch.rank == 0:
         return _find_and_send(find, keys, launch, start_seconds)
@@ -55,7 +55,7 @@ def _find_and_send(find: Callable[[], Found], keys: dist.Store, launch: Launch, 
     with suppress(RankError, dist.DistError) if error else nullcontext():
         name = rendezvous(keys, launch, start_seconds)
         keys.set(f"{name}/found", json.dumps(answer))
-        # wait until all ranks have read the result, because a store that this process hosts ends with it
+        # wait until all ranks have read the result, because a store hosted here closes when this process exits
         heard = [f"{name}/heard by {rank}" for rank in range(1, launch.world_size)]
         keys.wait(heard, timedelta(seconds=start_seconds))
     if error:

@@ -110,9 +110,9 @@ def report_failure() -> Iterator[None]:
 
 
 def raise_error_of_any_rank(error: Exception | None) -> None:
-    """If any rank passes an error, every rank raises: its own error, else a copy of that of the lowest failed rank.
+    """If any rank passes an error, every rank raises: its own error, else a copy of the lowest failed rank's error.
 
-    A copy of a UsageError or SaveError keeps its class; others are RankErrors. StepTooLarge yields to any other error.
+    A copy of a UsageError or SaveError keeps its class; others are RankErrors. StepTooLarge is raised if no other is.
     """
     mine = None
     if isinstance(error, StepTooLarge):
@@ -131,7 +131,7 @@ def raise_error_of_any_rank(error: Exception | None) -> None:
 
 
 def start_heartbeats(limit_seconds: float, on_abort: heartbeat.OnAbort = None) -> None:
-    """Start the heartbeats. If a rank is silent for `limit_seconds`, all print its name, call `on_abort` and exit."""
+    """Start heartbeats. If a rank is silent for `limit_seconds`, all ranks print its name, call `on_abort` and exit."""
     if not _is_distributed():
         return
     rank, world_size = rank_and_world_size()
@@ -169,4 +169,4 @@ def host_group() -> dist.ProcessGroup:
 
 @cache
 def _gloo_group(_default_group: dist.ProcessGroup) -> dist.ProcessGroup:
-    return dist.new_group(backend="gloo")  # cached per default group
+    return dist.new_group(backend="gloo")  # cached, so that each default group gets only one

@@ -49,7 +49,7 @@ def check_same_inputs(flags: Mapping[str, object], rows: dict[str, Sized | None]
 
 
 def check_same_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, weights: bool) -> None:
-    """Run `check_same` on tokenizer and model. Set `weights=False` for random weights, which may differ by CPU."""
+    """Run `check_same` on tokenizer and model. Set `weights=False` for random weights, which can differ across CPUs."""
     if rank_and_world_size()[1] > 1:
         check_same({"the model": model_digest(model, weights=weights), "the tokenizer": tokenizer_digest(tokenizer)})
 
@@ -68,20 +68,20 @@ def code() -> dict[str, str]:
 
 
 def shared_output_dir(folder: Path) -> dict[str, str]:
-    """Return a text for `check_same`: the same on all ranks that see rank 0's token file in `folder`, else another."""
+    """Return a text for `check_same` that equals rank 0's only if this rank sees rank 0's token file in `folder`."""
 
     def write_token() -> str:
         make_folders(folder)
         for leftover in folder.glob(".seen-*"):  # token files of runs that were killed
             leftover.unlink()
-        token = folder / f".seen-{uuid4().hex}"  # a new name each time: a file system may cache that an old one is gone
+        token = folder / f".seen-{uuid4().hex}"  # a new name, because file systems may cache that an old one is gone
         write_file(token, [])
         return str(token)
 
     token = on_main_rank(write_token)
     token_of_first = Path(gather_json(token)[0])
     seen, limit = folder / token_of_first.name, time.monotonic() + _SECONDS_TO_APPEAR
-    while not (is_seen := os.path.exists(seen)) and time.monotonic() < limit:  # without permission, exists is False
+    while not (is_seen := os.path.exists(seen)) and time.monotonic() < limit:  # exists is False without permission, too
         time.sleep(0.1)
     gather_json(None)  # wait until every rank has looked
     if token is not None:
@@ -107,7 +107,7 @@ def _digest(value: object) -> str:
 
 
 def model_digest(model: nn.Module, *, weights: bool) -> str:
-    """Hash names, shapes and dtypes. `weights` adds 16 samples of 4 KiB per tensor (for one on meta, 3 stored rows)."""
+    """Hash names, shapes and dtypes. `weights` adds 16 samples of 4 KiB per tensor (if on meta, 3 rows from files)."""
     digest = xxhash.xxh3_64()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

@@ -53,7 +53,7 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def is_first_copy(tensor: DTensor) -> bool:
-    """Whether this rank is the first that holds its part. Sums over ranks skip the others, so each part counts once."""
+    """Whether this rank is the first that holds its part. Sums over ranks skip later copies, so parts count once."""
     mesh = tensor.device_mesh
     return all(mesh.get_local_rank(i) == 0 for i, placement in enumerate(tensor.placements) if placement.is_replicate())
 
@@ -64,7 +64,7 @@ def is_in_columns(tensor: Tensor) -> bool:
 
 
 def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
-    """Wrap `local` as a DTensor sharded like `parameter`. If the sharded size differs, all ranks must agree on it."""
+    """Wrap `local` as a DTensor sharded like `parameter`. Ranks must agree on a new size of the sharded dimension."""
     if not isinstance(parameter, DTensor):
         return local
     mesh, placements, part = parameter.device_mesh, parameter.placements, local_of(parameter)
@@ -87,4 +87,4 @@ def set_local_(parameter: nn.Parameter, local: Tensor) -> None:
     # assigning to a DTensor's `data` would not replace its local tensor
     torch.utils.swap_tensors(parameter, nn.Parameter(sharded_like(parameter, local), parameter.requires_grad))
     if before._cdata != local.untyped_storage()._cdata and before.resizable():
-        before.resize_(0)  # otherwise fully_shard would hold the old storage until its next use
+        before.resize_(0)  # otherwise fully_shard would hold the old storage until it next uses the parameter

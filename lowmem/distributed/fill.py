@@ -20,10 +20,10 @@ _PART_ROWS = 2**10  # rows read at a time to compare two stored tensors
 
 @contextmanager
 def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator[None]:
-    """The caller shards the model in this block. Then fill its parameters (in host memory if `on_host`) and buffers.
+    """After this block, in which the caller shards the model, fill parameters (on the host if `on_host`) and buffers.
 
     If rank 0's model has data, rank 0 broadcasts it. If that model is on meta, each rank reads its own part from files
-    in `model.name_or_path`, and buffers in no file keep their values. All raise UsageError if a weight is missing.
+    in `model.name_or_path`; buffers in no file keep their values. All ranks raise UsageError if a weight is missing.
     """
     has_data = not any(parameter.is_meta for parameter in model.parameters())
     is_source = has_data and rank_and_world_size()[0] == 0
@@ -62,9 +62,9 @@ def read_local(tensor: Tensor, stored: StoredTensor) -> None:
 
 
 def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor] | None:
-    """Return each parameter and persistent buffer as stored in `folder`, by name (tied weights: by the first name).
+    """Return each parameter and persistent buffer as stored in `folder`, by name (tied weights: by their first name).
 
-    Returns None if one is missing, or if tied weights differ in the files, because transformers would untie them.
+    Returns None if one is missing, or if tied weights differ in the files, because transformers would then untie them.
     """
     files = open_shards(folder, "model")
     aliases: dict[Tensor, list[str]] = {}

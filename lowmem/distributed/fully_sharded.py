@@ -32,7 +32,7 @@ def shard_layers(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: b
 def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
     """Yield each module to shard as one group, inner ones first, and whether the group stays all-gathered for the step.
 
-    The output head stays gathered because the chunked loss uses it after forward. So do all modules outside the groups.
+    The output head stays gathered because the chunked loss uses it after forward. The last group (the rest) stays too.
     """
     yield from ((module, False) for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
     if isinstance(model, PreTrainedModel):
@@ -44,13 +44,13 @@ def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
 
 
 def has_gathered(model: nn.Module) -> bool:
-    """Whether `fully_shard` has ever all-gathered weights. Once it has, their dtypes must not change."""
+    """Whether `fully_shard` has ever all-gathered weights. From then on, the weights' dtypes must not change."""
     return isinstance(model, FSDPModule) and model._get_fsdp_state()._is_root is not None
 
 
 def notice_new_parameters(model: nn.Module) -> None:
     """Make `fully_shard` use the current parameters, and free the previous tensors."""
-    model._apply(lambda tensor: tensor)  # with offloaded weights, `model.to` would move buffers to the host
+    model._apply(lambda tensor: tensor)  # not `model.to`, which would move buffers to the host if weights are offloaded
 
 
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
@@ -59,7 +59,7 @@ def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def resharding(model: nn.Module) -> Iterator[None]:
-    """Reshard all weights at the end of a block with forwards only, because no backward does it there."""
+    """Reshard all weights at the end of a block that runs forward only, because no backward reshards them."""
     groups = _sharded_modules(model)
     if groups:
         model._get_fsdp_state()._lazy_init()  # make the model the root, even if its encoder is called first

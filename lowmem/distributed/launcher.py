@@ -8,8 +8,8 @@ from lowmem.errors import UsageError
 
 
 def launched_processes() -> int | None:
-    """The number of processes that a launcher started; None under plain python. Raises UsageError if it is invalid."""
-    # for a single process, accelerate sets the precision but not WORLD_SIZE
+    """How many processes a launcher started; None under plain python. Raises UsageError if WORLD_SIZE is invalid."""
+    # for a single process, accelerate sets ACCELERATE_MIXED_PRECISION but not WORLD_SIZE
     world_size = os.environ.get("WORLD_SIZE", "1" if "ACCELERATE_MIXED_PRECISION" in os.environ else None)
     if world_size is None:
         return None
@@ -41,7 +41,7 @@ def launched_settings() -> dict[str, object]:
 
 
 def _fsdp_settings() -> dict[str, object]:
-    """lowmem's settings for accelerate's fsdp_config. What that sets for checkpoints and layers to wrap is ignored."""
+    """lowmem's settings for accelerate's fsdp_config. Ignores its fields for checkpoints and layers to wrap."""
     found = {k.removeprefix("FSDP_").lower(): x.lower() for k, x in os.environ.items() if k.startswith("FSDP_")}
     reshards, wraps = found.get("reshard_after_forward", "true"), "transformer_based_wrap"
     needs = {

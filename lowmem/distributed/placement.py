@@ -41,7 +41,7 @@ class DataParallelRank(NamedTuple):
     is_counted: bool
     """Whether sums over all processes count this process: true for one process per data-parallel rank."""
     group: dist.ProcessGroup | None
-    """The processes that sum their gradients, because they hold the same weights. None: all processes."""
+    """The processes with which this one sums gradients, because they hold the same weights. None: all processes."""
 
     @property
     def coordinates(self) -> dict[str, int]:
@@ -58,7 +58,7 @@ def data_place(model: nn.Module) -> DataParallelRank:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` or ZeRO stage 3 shards the weights, so that each backward sums over ranks."""
+    """Whether `fully_shard` or ZeRO stage 3 shards the weights, so that each backward sums gradients over ranks."""
     return isinstance(unwrapped(model), FSDPModule) or uses_zero3(model)
 
 
@@ -74,7 +74,7 @@ def has_collectives(model: nn.Module) -> bool:
 
 
 def handle_rank_errors(model: nn.Module) -> AbstractContextManager[None]:
-    """Report an error in forward or backward to all ranks, by the heartbeat if these passes run collectives."""
+    """Tell all ranks of errors in forward or backward: by heartbeat if these run collectives, else by a collective."""
     return report_failure() if has_collectives(model) else raise_on_all_ranks()
 
 

@@ -58,7 +58,7 @@ def gradient_norm(gradient: Tensor) -> Tensor:
     wide = torch.promote_types(gradient.dtype, torch.float32)
     if gradient.device.type != "cpu":  # GPU kernels convert while reading, and add in a tree, which is accurate
         return torch.linalg.vector_norm(gradient, dtype=wide)
-    # the norm of each row, then the norm of these in fp64: CPU kernels add in sequence, off by 1e-3 for 16M values
+    # take each row's norm, then the norm of these in fp64: CPU kernels add in sequence, so 16M values are off by 1e-3
     rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient.reshape(1, -1)
     pieces = [rows] if rows.dtype == wide else rows.split(max(1, _NORM_ELEMENTS // max(1, rows.shape[1])))
     of_rows = [torch.linalg.vector_norm(piece, dim=1, dtype=wide) for piece in pieces]

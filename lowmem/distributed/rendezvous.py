@@ -54,7 +54,7 @@ def start_group(backend: str, *, limit_seconds: float) -> None:
     Raises RankError if a rank is missing, StartError otherwise. If a call hangs in C++, the process exits with code 1.
     """
     launch = launch_from_environment()
-    if os.environ.get("ACCELERATE_DEBUG_MODE", "false").lower() == "true":  # --debug: accelerate checks its collectives
+    if os.environ.get("ACCELERATE_DEBUG_MODE", "false").lower() == "true":  # set by accelerate launch --debug
         os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
         dist.set_debug_level_from_env()
         if launch.rank == 0:
@@ -102,10 +102,10 @@ def open_store(launch: Launch, limit_seconds: float) -> dist.Store:
     options = {"timeout": timedelta(seconds=limit_seconds), "wait_for_workers": False, "multi_tenant": True}
     with _exit_after(limit_seconds + 1.0, unknown):  # torch waits for a first response without a time limit
         try:
-            # host the store under "localhost": a wrong MASTER_ADDR then fails below, when this process connects
+            # host the store under "localhost", so that a wrong MASTER_ADDR fails below, when this process connects
             hosted = dist.TCPStore("localhost", launch.port, is_master=True, **options) if is_host else None
             _reach(launch, where, limit_seconds)
-            # on rank 0, this is the hosted store: with multi_tenant, a process has one store per port
+            # on rank 0, this is the hosted store, because with multi_tenant a process has one store per port
             store = dist.TCPStore(launch.address, launch.port, is_master=is_host, **options)
             del hosted
         except dist.DistNetworkError as error:
@@ -151,7 +151,7 @@ def rendezvous(store: dist.Store, launch: Launch, limit_seconds: float, since: f
             answers = _answers(store, others, token)
             if all(answers):
                 store.set("lowmem/members", " ".join([token, *answers]))
-                store.set("lowmem/token", "")  # not deleted: a rank between `check` and `get` would block
+                store.set("lowmem/token", "")  # not deleted, or a rank between `check` and `get` would block
                 return mine
         elif token and token != answered:
             store.set(f"lowmem/{launch.rank}", f"{token} {mine}")
@@ -187,7 +187,7 @@ def _answers(store: dist.Store, ranks: range, token: str) -> list[str]:
 
 @contextmanager
 def _exit_after(limit_seconds: float, message: str, on_abort: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Exit with `message` if the block exceeds the limit: it may hang in C++, which no exception can interrupt."""
+    """Exit with `message` if the block exceeds its limit, because it may hang in C++, which no exception can stop."""
     is_done = Event()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""Seeds from keys: all ranks get the same seed without communication."""
+"""Derive seeds from keys, so that all ranks get the same seed without communication."""
 
 from hashlib import blake2b
 

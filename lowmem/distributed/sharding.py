@@ -28,8 +28,8 @@ def parallelize(
     """Move the model to this rank's device, with rank 0's weights and buffers. Its state dict keys do not change.
 
     NO_SHARD replicates the model on every rank. The other strategies use torch's `fully_shard`, one group per layer,
-    shard weights by rows and sum gradients over ranks in fp32. FULL_SHARD all-gathers a layer's weights for forward and
-    again for backward; SHARD_GRAD_OP keeps them in between. HYBRID_SHARD is FULL_SHARD within groups of `shard_size`
+    to shard weights by rows and sum gradients over ranks in fp32. FULL_SHARD all-gathers a layer's weights for forward
+    and again for backward; SHARD_GRAD_OP keeps them in between. HYBRID_SHARD is FULL_SHARD in groups of `shard_size`
     adjacent ranks (None: the ranks of a machine), with one replica per group. `cpu_offload` keeps the shards in host
     memory and updates them there. With `tp_size`, that many adjacent ranks split layers by tensor parallelism and need
     the same rows (see `data_place`). A model to be sharded may be on meta (`load_model(..., on_meta=True)`). Raises
@@ -38,7 +38,7 @@ def parallelize(
     if sharding_strategy not in (strategies := choices("sharding_strategy")):
         raise UsageError(f"sharding_strategy={sharding_strategy} is unknown: set one of {', '.join(strategies)}")
     if accelerator.deepspeed_plugin is not None:
-        return model  # DeepSpeed's engine moves the model; at stage 3, no device holds all of it
+        return model  # DeepSpeed's engine moves the model; at stage 3, no device holds the whole model
     if tp_size > 1 and sharding_strategy != "NO_SHARD":
         raise UsageError(f"tp_size={tp_size} was set with {sharding_strategy}, but they do not combine: remove one")
     if tp_size > 1 or sharding_strategy != "NO_SHARD":

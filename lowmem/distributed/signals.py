@@ -49,9 +49,9 @@ def end_as_signalled(name: str) -> NoReturn:
 
 
 class Signals:
-    """Catch signals from `catch` until `release`. `came` names the first. One over 5 s later ends the process.
+    """Catch signals from `catch` until `release`. `came` names the first. Another, over 5 s later, ends the process.
 
-    If `at_once` is set, another thread calls it with the first signal's name. Set it while ranks cannot agree to stop.
+    If `at_once` is set, another thread calls it with the first signal's name. Set it until ranks can agree to stop.
     """
 
     came: str | None = None
@@ -62,15 +62,15 @@ class Signals:
         self._are_ignored = False
 
     def ignore(self) -> None:
-        """Ignore further signals: the process is about to exit with the right code."""
+        """Ignore further signals, so that they do not change the code with which the process is about to exit."""
         self._are_ignored = True
 
     def catch(self) -> None:
         """Start catching the three signals. Call it in the main thread."""
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
-        # Python runs signal handlers only when the main thread leaves C code, which may be never. But it writes each
-        # signal number to this pipe immediately, and another thread reads it.
+        # Python runs signal handlers only when the main thread leaves C code, which may be never. But Python writes
+        # each signal number to this pipe immediately, and another thread reads it.
         self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._handlers_before = {number: signal.signal(number, lambda *_: None) for number in _CAUGHT}
         _catching.append(self)
@@ -100,7 +100,7 @@ class Signals:
 
 
 # A forked child inherits handlers and pipe, but the thread that reads the pipe runs only in the parent, which would get
-# the child's signals. So the child restores the previous handlers, and signals are blocked until then.
+# the child's signals as its own. So the child restores the previous handlers, and signals are blocked until then.
 _catching: list[Signals] = []
 _forking = threading.local()
 

@@ -1,8 +1,8 @@
 """Tensor parallelism (Shoeybi et al., 2019): shard linear layers by the plan that transformers has for the model.
 
-Sharded weights are DTensors only so that checkpoints know their parts; computation uses their local tensors. All other
+Sharded weights are DTensors only to tell checkpoints which part a rank has; computation uses local tensors. All other
 weights are replicated, including the embedding and the output head. Ranks that share a model must get the same batches
-and dropout masks. Each then computes complete gradients of replicated weights, which need no sum over ranks.
+and dropout masks. Each rank then computes complete gradients of replicated weights, which need no sum over ranks.
 """
 
 import re
@@ -146,7 +146,7 @@ def _same(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _sum(x: Tensor, group: ProcessGroup) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)  # not in place, because recompute_cheap sums x again
+    total = x.clone(memory_format=torch.contiguous_format)  # a copy, because recompute_cheap keeps x and sums it again
     dist.all_reduce(total, group=group)
     return total
 
@@ -176,4 +176,4 @@ _STYLES = {
     "rowwise": _Style(1, None, (_sum, _same)),
     "rowwise_split_input": _Style(1, (_own_columns, _all_gather_columns), (_sum, _same)),
 }
-_REPLICATED = "replicated_with_grad_allreduce"  # per-head norms: a rank's gradient covers only its own heads
+_REPLICATED = "replicated_with_grad_allreduce"  # for per-head norms: a rank's gradient covers only its heads

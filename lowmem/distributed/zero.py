@@ -38,7 +38,7 @@ class Zero3Weight:
 
 
 def make_accelerator(config: Mapping[str, object], *, on_cpu: bool, **options: object) -> "Accelerator":
-    """Make an Accelerator for DeepSpeed. `config` must include the precision. Raises UsageError if it is invalid."""
+    """Make an Accelerator for DeepSpeed. `config` must include the precision. Raises UsageError for an invalid one."""
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -51,7 +51,7 @@ def make_accelerator(config: Mapping[str, object], *, on_cpu: bool, **options: o
     except (DeepSpeedConfigError, ValueError) as error:
         raise UsageError(f"DeepSpeed refuses its config: {' '.join(str(error).split())}") from error
     if on_cpu:
-        # do not spend a minute compiling DeepSpeed's shared-memory collectives: gloo has its own
+        # do not spend a minute compiling DeepSpeed's shared-memory collectives, because gloo has its own
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # set the CPU here, or accelerate would see only one process; Accelerator(cpu=True) would ignore DeepSpeed
         PartialState(cpu=True)
@@ -86,7 +86,7 @@ def backward(engine: nn.Module, loss: Tensor, *, world_size: int, is_last: bool)
 
 
 def update(engine: nn.Module) -> tuple[Tensor, bool]:
-    """If the gradient is finite, clip it and update weights. Returns its norm before clipping, and if it was finite."""
+    """If the gradient is finite, clip it and update weights. Returns the norm before clipping, and if it was finite."""
     engine.step()
     updated = engine.was_step_applied()
     norm = engine.get_global_grad_norm() if updated else math.nan  # DeepSpeed would return the previous step's norm

@@ -60,7 +60,7 @@ def final_exit(folder: Path) -> Mapping[str, object] | None:
 
 
 def this_launch() -> dict[str, object]:
-    """Return the run id, the host, and the parent's process id ("launcher") and start time ("since")."""
+    """Identify this launch by run id, host, and the process id ("launcher") and start time ("since") of our parent."""
     try:
         since = psutil.Process(os.getppid()).create_time()
     except psutil.Error:  # the first process of a container has no parent
@@ -73,7 +73,7 @@ def this_launch() -> dict[str, object]:
 def _is_of_this_launch(launch: Mapping[str, object], time: str) -> bool:
     """Whether a record written in `launch` at `time` (ISO 8601) is from this process's launch.
 
-    All hosts of a launch share its run id. Ids may be reused, so a record older than our launcher is not ours.
+    Hosts of a launch share its run id. Run and process ids may repeat, so a record older than our launcher is not ours.
     """
     ours = this_launch()
     age = (datetime.fromisoformat(time) - datetime.fromisoformat(ours["since"])).total_seconds()

@@ -24,13 +24,13 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
     """Run `python *arguments` in `num_processes` processes on this machine, and return the exit code.
 
     If a process fails, the launcher ends the others, and the failed process's code is returned. Forwards the first
-    signal that `signals` catches. Returns minus its number if it kills a process that does not catch signals yet.
+    signal that `signals` catches. If it kills a process that cannot catch it yet, returns minus the signal's number.
     """
     forwarded: list[int] = []
 
     def forward(name: str) -> None:
         forwarded.append(signal.Signals[name])
-        # if there are no children, they are about to start, or all have ended and this process is about to end
+        # children may be about to start, so wait; or all have ended, and this process is about to end too
         limit = time.monotonic() + _SECONDS_TO_START
         while not (processes := psutil.Process().children()) and time.monotonic() < limit:
             time.sleep(0.05)
@@ -84,5 +84,5 @@ def _die_with_deepspeed(launcher: int) -> None:
     with suppress(psutil.Error):
         if parent := psutil.Process(launcher).parent():
             program, *words = parent.cmdline()
-            if "python" in Path(program).name and any("deepspeed" in word for word in words[:3]):  # not a shell
+            if "python" in Path(program).name and any("deepspeed" in word for word in words[:3]):  # not, say, a shell
                 Thread(target=watch, args=(parent.pid,), daemon=True, name="lowmem-launcher").start()

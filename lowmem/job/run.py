@@ -29,7 +29,7 @@ def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: f
     signals = Signals(at_once=end_at_once if trains else end_as_signalled)
     signals.catch()  # never released: a launcher may forward a signal after the run is done
     die_with_launcher()
-    is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # after a process failed
+    is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by the launcher, after a process failed
     if trains and is_restarted and (ended := final_exit(output)):
         if os.environ["LOCAL_RANK"] == "0":
             print(f"not restarting: this launch has ended ({ended['cause']}: {ended['message']})", file=sys.stderr)
@@ -44,7 +44,7 @@ def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: f
 
         requested, config = config, fitted(config, fixed)
         arguments = [*arguments, *flags_between(requested, config)]
-        os.environ[_PLANNED] = "1"  # started processes do not plan again
+        os.environ[_PLANNED] = "1"  # so that started processes do not fit the settings again
 
     processes = processes_to_start(config.num_processes)
     # DeepSpeed needs a process group even for one process
@@ -77,8 +77,8 @@ def _open_all_rows(config: TrainConfig, trains: bool) -> RowSets:
 
 def _set_environment() -> None:
     """Set environment variables that torch reads on import, unless they are already set."""
-    # PASSIVE: waiting OpenMP threads sleep. A tiny model loses a sixth of its speed on idle cores, but spinning threads
-    # are at least five times slower as soon as anything else runs.
+    # With PASSIVE, waiting OpenMP threads sleep instead of spinning. A tiny model then loses a sixth of its speed on
+    # idle cores, but with spinning threads it is at least five times slower as soon as anything else runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # batches of varying lengths fragment the CUDA allocator's memory; expandable segments avoid that
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():

@@ -36,12 +36,12 @@ def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Sig
     with lock_folder(output) if rank == 0 else nullcontext():
         if rank == 0:
             remove_exit(output)
-            signals.at_once = partial(end_at_once, record=record)  # before the lock, the folder may be another run's
+            signals.at_once = partial(end_at_once, record=record)  # not before: it might be another run's folder
         try:
             step, preempted = train(signals=signals, on_abort=partial(record, "failed"))
         except Exception as error:
             cause = cause_of(error)
-            # until the main rank has locked the folder, it may be another run's
+            # the folder is ours once rank 0 has locked it, which it does before it joins the process group
             is_ours = rank == 0 or has_process_group()
             if is_ours and (cause != "mistake" or has_files(output)):
                 record(cause, message_of(error))
@@ -55,7 +55,7 @@ def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Sig
 
 def end_at_once(signal: str, record: Callable[..., None] | None = None) -> NoReturn:
     """Exit on a signal that comes before the process group exists, because ranks cannot agree on a last step yet."""
-    # a launcher also sends SIGTERM to all processes when one fails, even if it restarts them
+    # a launcher also sends SIGTERM after one process failed, and may then restart all, so it is not recorded
     from_launcher = signal == "SIGTERM" and not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "CROSS_SIZE"))
     if from_launcher and os.environ.get("LOCAL_RANK") != "0":
         os._exit(PREEMPTED)  # the failed process, or local rank 0, reports
@@ -79,7 +79,7 @@ def report_error(error: Exception) -> int:
         lines = traceback.format_exception(error)
         if isinstance(error, _WITHOUT_TRACEBACK):
             lines = [f"error{where}: {error}\n"]
-        with suppress(OSError):  # stderr is closed
+        with suppress(OSError):  # stderr may be closed
             print(*lines, sep="", end="", file=sys.stderr, flush=True)
     heartbeat.report_end(message_of(error))
     return CODES[cause_of(error)]

@@ -1,6 +1,6 @@
 """The gradients of one optimizer step: summed over micro-batches, reduced over ranks, clipped, applied.
 
-Before the update, gradients are in `.grad`, in fp32 or stochastically rounded sums (memory tiers), in shards
+Before the update, gradients are in `.grad`, in sums in fp32 or with stochastic rounding (memory tiers), in shards
 (fully_shard), or already applied (gradient release). `train_step` handles all of them in the same way.
 """
 
@@ -25,8 +25,8 @@ from lowmem.distributed.seeds import seed_of
 from lowmem.memory.release import Released
 from lowmem.optim.tiers import TieredOptimizer
 
-# The cache of autocast would hold a bf16 copy of every weight until the loss is computed. Without it, no copy
-# stays under activation checkpointing, and backward casts each weight again (otherwise autograd keeps the copies).
+# Autocast's cache would hold a bf16 copy of every weight until the loss is computed. Without the cache, activation
+# checkpointing keeps no copies and casts weights again in backward; without checkpointing, autograd keeps the copies.
 _UNCACHED = AutocastKwargs(cache_enabled=False)
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -34,7 +34,7 @@ LossFunction = Callable[[nn.Module, Batch], Tensor]
 
 
 class Gradients:
-    """The gradients of one step over `num_tokens` targets. Clears gradients left by a failed step.
+    """The gradients of one step over `num_tokens` targets. Its constructor clears gradients left by a failed step.
 
     Raises ValueError for fp16, for mixed precision with a memory tier, and for an optimizer wrapped by accelerate.
     """
@@ -71,7 +71,7 @@ class Gradients:
                         loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._num_tokens
                     loss.backward()
                 losses.append(loss.detach())
-        applied = self.released.parameters if self.released else ()  # all others get a gradient, zeros if they had none
+        applied = self.released.parameters if self.released else ()  # all others get zeros if they have no gradient
         for parameter in self._model.parameters():
             if parameter.requires_grad and parameter not in applied:
                 if parameter.grad is None:
@@ -114,7 +114,7 @@ class Gradients:
         if not isinstance(self._optimizer, TieredOptimizer):
             return nullcontext()
         self._optimizer.seed = self._seed
-        # HSDP replicas hold equal sums, so they must round with the same random bits
+        # HYBRID_SHARD replicas hold equal sums, so they must round with the same random bits
         key = (self._step,) if self._is_sharded else (self._step, self._rank.rank)
         return self._optimizer.summing(micro_batches, *key)
 

@@ -18,7 +18,7 @@ from lowmem.distributed.heartbeat import phase
 from lowmem.distributed.placement import has_collectives
 from lowmem.errors import OutOfMemory, StepTooLarge
 
-# Messages of out-of-memory errors that are not torch.OutOfMemoryError or MemoryError.
+# Phrases in out-of-memory errors whose type is neither torch.OutOfMemoryError nor MemoryError.
 _WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")
 
 

@@ -28,7 +28,7 @@ _COSTLY = {
     _ATEN._scaled_dot_product_cudnn_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 }
-_RECOMPILE_LIMIT = 64  # for all layers together; beyond it, layers would run uncompiled
+_RECOMPILE_LIMIT = 64  # of compiled variants of all layers together; beyond it, layers would run uncompiled
 
 Saver = Callable[[nn.Module, Optimizer], AbstractContextManager[None]]
 
@@ -96,12 +96,12 @@ def _checkpointing(model: nn.Module, options: dict[str, object]) -> Iterator[Non
     base = unwrapped(model)
     if not getattr(base, "supports_gradient_checkpointing", False):
         raise UsageError(f"{type(base).__name__} does not support activation checkpointing: set recompute=off")
-    # transformers 5.17 has only the older name, which later versions deprecate
+    # transformers 5.17 has only the older names (gradient_...), which later versions deprecate
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
     enable(options)
     # Only reentrant checkpointing needs gradients of the embeddings' output. Disable them, or backward would run
-    # through a frozen encoder, and the hooks would remain after this block.
+    # through a frozen encoder, and the hooks for them would remain after this block.
     base.disable_input_require_grads()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Adafactor for the memory tiers: bf16 weights and a second moment factored into rows and columns."""
+"""Adafactor for the memory tiers. Weights are bf16, and the second moment is factored into rows and columns."""
 
 from collections.abc import Callable
 
@@ -10,9 +10,9 @@ from lowmem.optim.tiers import Group, Random, Tensors, TieredOptimizer
 
 
 class TieredAdafactor(TieredOptimizer):
-    """Adafactor (Shazeer and Stern, 2018) like `torch.optim.Adafactor`, without its two host syncs per parameter.
+    """Adafactor (Shazeer and Stern, 2018) like `torch.optim.Adafactor`, but without two host syncs per parameter.
 
-    Factors the second moment of matrices, but not of vectors. All dimensions after the first count as columns.
+    Factors the second moment of matrices, but not of vectors. All dimensions after the first together are the columns.
     """
 
     _LEAST_VARIANCE = torch.finfo(torch.float32).eps

@@ -18,7 +18,7 @@ from lowmem.optim.adafactor import TieredAdafactor
 from lowmem.optim.formats import BLOCK
 from lowmem.optim.tiers import TieredAdamW, is_large
 
-# for memory="off": torch's optimizers that need no closure and accept dense gradients and parameters of any shape
+# for memory="off": those of torch's optimizers that need no closure and accept dense gradients and any shape
 OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "nadam": optim.NAdam, "radam": optim.RAdam}
 OPTIMIZERS |= {"adamax": optim.Adamax, "adafactor": optim.Adafactor, "adagrad": optim.Adagrad}
 OPTIMIZERS |= {"adadelta": optim.Adadelta, "rmsprop": optim.RMSprop, "sgd": optim.SGD}
@@ -61,7 +61,7 @@ def make_optimizer(
     is_divided = any(isinstance(parameter, DTensor) for _, parameter in trainable)
     if name == "adafactor" and is_divided:
         raise ValueError("adafactor needs whole matrices, but this model is sharded: use adamw or NO_SHARD")
-    kinds = defaultdict(list)  # separate groups, as torch's kernels do not accept DTensors and plain tensors together
+    kinds = defaultdict(list)  # split by type too, as torch's kernels cannot mix DTensors and plain tensors
     for path, parameter in trainable:
         owner = model.get_submodule(path.rpartition(".")[0])
         is_bias_or_norm = isinstance(owner, nn.LayerNorm) or _NO_DECAY.search(path) is not None
@@ -95,7 +95,7 @@ def _of_torch(
     if "betas" in accepted:
         options |= {"betas": betas, "eps": eps}
     if "fused" in accepted and is_fused:
-        options["fused"] = True  # one pass over each parameter, without temporaries of the model's size
+        options["fused"] = True  # updates in one pass, without temporaries of the model's size
     else:
         options["foreach"] = False
     return kind([group | {"params": [parameter for _, parameter in group["params"]]} for group in groups], **options)

@@ -34,7 +34,7 @@ class Schedule:
         return learning_rate_at(step, **vars(self))
 
     def is_due(self, step: int, every: int) -> bool:
-        """Whether `step` is the last one or a multiple of `every`."""
+        """Return whether `step` is the last step or a multiple of `every`."""
         return step == self.total_steps or step % every == 0
 
     def num_due(self, step: int, every: int) -> int:
@@ -46,7 +46,7 @@ def learning_rate_at(
 ) -> float:
     """Return the learning rate of the update that follows `step` updates, like transformers' schedule of the same name.
 
-    Rises linearly from 0 to `peak` over `warmup_steps`; then falls to 0 at `total_steps` or, if "constant", stays.
+    It rises linearly from 0 to `peak` over `warmup_steps`. Then it falls to 0 at `total_steps` ("constant": stays).
     """
     if step < warmup_steps:
         return peak * step / warmup_steps

@@ -1,6 +1,6 @@
 """Optimizer state as tensors named "<parameter>.<key>": list, measure, compare and load it.
 
-State of AdamW can also be rounded to a memory tier with less precision.
+AdamW's state can also be rounded on loading, to a memory tier with less precision.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
     """Return the bytes of the optimizer's state, even before torch's optimizers allocate it in their first step."""
     if known := sum(map(bytes_of, optimizer_tensors(parameters, optimizer).values())):
         return known
-    assert all(parameter.grad is None for parameter in parameters.values())  # else the step below would update them
+    assert all(parameter.grad is None for parameter in parameters.values())  # or the step below would update them
     probe = nn.Parameter(torch.zeros(2, 2))
     probe.grad = torch.zeros_like(probe)
     optimizer.add_param_group({"params": [probe]})
@@ -54,7 +54,7 @@ def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
 
 
 def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimizer: Optimizer) -> bool:
-    """Return whether state of the saved class and tier must be rounded to load. Raises UsageError if it cannot load."""
+    """Return whether the saved state must be rounded to load. Raises UsageError if its class or tier does not fit."""
     kind, memory = type(optimizer).__name__, getattr(optimizer, "memory", "off")
     saved_memory = saved_memory or memory
     if (saved_kind, saved_memory) == (kind, memory):
@@ -69,11 +69,11 @@ def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimi
 def state_differences(
     stored: Mapping[str, StoredTensor], parameters: Parameters, optimizer: Optimizer, *, rounds: bool
 ) -> list[str]:
-    """List how `stored` differs from a tier's state, one clause per name; [] for torch's optimizers (no state yet)."""
+    """List how `stored` differs from a tier's state, one clause per name; [] for torch's optimizers: no state yet."""
     if not isinstance(optimizer, TieredOptimizer):
         return []
     tensors = optimizer_tensors(parameters, optimizer)
-    if rounds:  # compare only names and shapes, and only for parameters that have had a gradient
+    if rounds:  # compare names and shapes, not dtypes, only for parameters that have had a gradient
         updated = _by_parameter(stored)
         tensors = {name: x for name, x in _values(tensors).items() if name.rpartition(".")[0] in updated}
         stored = _values(stored)
@@ -86,7 +86,7 @@ def fill_state(optimizer: Optimizer, parameters: Parameters, stored: Mapping[str
         by_parameter, names = _by_parameter(stored), {parameter: name for name, parameter in parameters.items()}
         optimizer.state.clear()
         for group in optimizer.param_groups:
-            on_host = not (group.get("fused") or group.get("capturable"))  # both need step counts on the device
+            on_host = not (group.get("fused") or group.get("capturable"))  # both count steps on the device
             for parameter in (parameter for parameter in group["params"] if names[parameter] in by_parameter):
                 of_parameter = by_parameter[names[parameter]].items()
                 made = {key: _empty(tensor, parameter, counts_on_host=on_host) for key, tensor in of_parameter}
@@ -103,7 +103,7 @@ def round_state(
     *,
     seed: int,
 ) -> None:
-    """Load the weights and state of a more precise tier, and round them stochastically, seeded by `seed`."""
+    """Load the weights and state of a more precise tier, and round both stochastically, seeded by `seed`."""
     optimizer.seed = seed
     by_parameter = _by_parameter(stored)
     for name, parameter in parameters.items():
@@ -133,7 +133,7 @@ def _by_parameter(stored: Mapping[str, StoredTensor]) -> dict[str, dict[str, Sto
 
 
 def _empty(stored: StoredTensor, parameter: Tensor, *, counts_on_host: bool) -> Tensor:
-    if stored.shape == [*parameter.shape]:  # the new tensor is sharded if the parameter is
+    if stored.shape == [*parameter.shape]:  # state is sharded as its parameter is
         return torch.empty_like(parameter, dtype=stored.torch_dtype, requires_grad=False)
     device = "cpu" if counts_on_host and not stored.shape else parameter.device
     return torch.empty(stored.shape, dtype=stored.torch_dtype, device=device)

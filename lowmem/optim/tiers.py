@@ -1,7 +1,7 @@
 """Optimizers for the memory tiers: AdamW with bf16 weights, and a base class shared with Adafactor. See `formats.py`.
 
 exact   weights split into bf16 and an int16 low half, together all bits of fp32; fp32 moments
-lean    weights in bf16 only, rounded stochastically; 8-bit moments. Small parameters are as in exact.
+lean    weights in bf16 only, rounded stochastically; 8-bit moments. Small parameters are stored as in exact.
 
 An update converts one slice of rows at a time to fp32 and back, so no temporary is as large as the embedding.
 """
@@ -19,10 +19,10 @@ from lowmem.distributed.dtensor import local_of, local_part, set_local_, sharded
 from lowmem.distributed.seeds import seed_of
 from lowmem.optim.formats import by_rows, keep, random_halves, read, rows_and_columns, shuffled, write, zeros
 
-_SMALL = 4096  # lean stores vectors, and parameters of up to this many elements, like exact, as they take few bytes
+_SMALL = 4096  # lean stores vectors and parameters of up to this many elements as exact does: they take few bytes
 _CACHED_ELEMENTS = 2**19  # elements per slice on CPU, so that the slice's temporaries fit into the cache
 _VECTOR = 16  # fp32 values in a CPU's widest vector register
-_LAUNCHED_ELEMENTS = (2**22, 2**24)  # per slice on a GPU: minimum (few kernel launches) and maximum (small temporaries)
+_LAUNCHED_ELEMENTS = (2**22, 2**24)  # per slice on a GPU: the minimum (few launches) and maximum (small temporaries)
 
 Tensors = dict[str, Tensor]
 Group = dict[str, object]
@@ -33,7 +33,7 @@ class TieredOptimizer(Optimizer):
     """Base class for the optimizers of the memory tiers. It handles formats, slices, random bits and gradient sums.
 
     Converts the trainable weights to the tier's format in place, and allocates all state: "step" (on the host) and the
-    tensors of each format. Groups hold (name, parameter) pairs. Random bits are a function of (`seed`, update, name). A
+    tensors of each format. Groups hold (name, parameter) pairs. Random bits depend only on (seed, update, name). A
     subclass allocates moments in `_new_moments`, and updates weight and state slice by slice in `_update`.
     """
 
@@ -93,7 +93,7 @@ class TieredOptimizer(Optimizer):
         try:
             yield
             for parameter in parameters if hooks else ():
-                # also for a parameter without a sum: its zeros are all-reduced in the dtype of the other ranks' sums
+                # set it even without a sum, because then this rank all-reduces zeros, in other ranks' dtype
                 parameter.grad_dtype = torch.bfloat16 if self._is_rounded(parameter) else torch.float32
             for parameter, total in sums.items():
                 parameter.grad = sharded_like(parameter, total["sum"])
@@ -115,7 +115,7 @@ class TieredOptimizer(Optimizer):
                     write(tensors, name, rows, new, None if f"{name}_low" in tensors else draw(new))
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Copy a saved state. (torch's own would convert every tensor to the weight's dtype.)"""
+        """Copy a saved state into this optimizer. (torch's method would convert every tensor to the weight's dtype.)"""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, tensors in state_dict["state"].items():
             for key, tensor in tensors.items():
@@ -134,8 +134,8 @@ class TieredOptimizer(Optimizer):
         return (slice(first, min(first + height, rows)) for first in range(0, rows, height))
 
     def _random(self, parameter: nn.Parameter, *key: int | str) -> Random:
-        """Return a function that draws 16 random bits per element, the same bits on every rank that has this shard."""
-        generator = None  # created on first use, because exact never draws
+        """Return a function that draws 16 random bits per element, the same on every rank that has this shard."""
+        generator = None  # created on first use, because the tier exact never draws
         _, *corner = local_part(parameter.data)
 
         def draw(values: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class TieredAdamW(TieredOptimizer):
             random = draw(weight) if is_rounded else None
             write(tensors, "weight", rows, weight, random)
             write(tensors, "exp_avg_sq", rows, exp_avg_sq, random)
-            # the first moment gets different bits, because the update divides it by the second
+            # use other bits for the first moment: the update divides it by the second, so errors must not correlate
             write(tensors, "exp_avg", rows, exp_avg, shuffled(random) if is_rounded else None)
 
 
@@ -187,7 +187,7 @@ def _local_tensors(parameter: nn.Parameter, state: Tensors) -> Tensors:
 
 
 def slice_elements_for(parameters: list[nn.Parameter], device_type: str) -> int:
-    """Return how many elements of a parameter to update at a time on a device of this type."""
+    """Return how many elements a tier should update at a time on a device of this type."""
     if device_type == "cpu":
         return _CACHED_ELEMENTS
     least, most = _LAUNCHED_ELEMENTS

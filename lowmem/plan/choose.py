@@ -14,7 +14,7 @@ from lowmem.plan.predict import Predict, Prediction, context_bytes, gigabytes, p
 
 
 class Rung(NamedTuple):
-    """One entry of the ladder: settings to try."""
+    """One step of the ladder: a set of changes to the config that `choose` may try."""
 
     name: str
     changes: dict[str, object]
@@ -26,7 +26,7 @@ class Rung(NamedTuple):
 
 
 def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Iterator[Rung]:
-    """Yield rungs from `config` down to the least memory, cheapest change first. Each includes earlier changes.
+    """Yield rungs from `config` down to the least memory, cheapest change first. Each includes all changes before it.
 
     No rung changes a field in `fixed`. No rung changes the loss: rows per step, tier and optimizer remain the same.
     """
@@ -55,7 +55,7 @@ def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Itera
         else:
             break
         if {"batch_size", "gradient_accumulation_steps"} & fixed:
-            break  # smaller batch sizes would be refused for the same reason
+            break  # this rung is refused, and smaller batch sizes would be too
     if not config.offload_activations:
         yield rung("offload_activations", offload_activations=True)
     if not _may_shard(config):
@@ -79,9 +79,9 @@ class _Tried(NamedTuple):
     config: TrainConfig
     predicted: Prediction
     excess: Mapping[str, int]
-    """For each limit, the bytes by which the prediction exceeds it."""
+    """For each exceeded limit, the bytes by which the prediction exceeds it."""
     why: str
-    """The excess as text; empty if the prediction fits."""
+    """`excess` as text; empty if the prediction fits."""
 
 
 def choose(
@@ -89,7 +89,7 @@ def choose(
 ) -> tuple[TrainConfig, Prediction]:
     """Find the first rung that fits `device_memory` and `host_memory`, and undo its unneeded changes.
 
-    Returns its config and prediction. Logs what it tries. Raises UsageError if no rung fits.
+    Returns the resulting config and its prediction. Logs the rungs that it tries. Raises UsageError if no rung fits.
     """
     _check_programs(config, cluster)
 
@@ -126,7 +126,7 @@ def choose(
 
 
 def _check_programs(config: TrainConfig, cluster: Cluster) -> None:
-    """Raise UsageError if the programs alone exceed a limit, because then no setting can meet it."""
+    """Raise UsageError if the programs without a model exceed a limit, as then no setting can meet it."""
     what = {"host_memory": f"Python and its libraries ({cluster.local_world_size} processes)"}
     what["device_memory"] = "CUDA and its libraries"
     needed = {"host_memory": programs_bytes(cluster), "device_memory": context_bytes(cluster)}
@@ -139,7 +139,7 @@ def _check_programs(config: TrainConfig, cluster: Cluster) -> None:
 def _undo_unneeded(
     best: _Tried, rungs: Sequence[Rung], tried: Callable[[Sequence[Rung]], Iterator[_Tried]]
 ) -> tuple[TrainConfig, Prediction]:
-    """Undo changes of earlier rungs, costliest first, as far as `best`, the last rung, still fits without them."""
+    """Undo each change of an earlier rung, costliest first, if `best` (the rung that fits) still fits without it."""
     needed = set(best.rung.own)
     for before, rung in reversed(list(pairwise(rungs[:-1]))):
         if needed & rung.own:

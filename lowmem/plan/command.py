@@ -16,11 +16,11 @@ from lowmem.plan.choose import choose, variants
 from lowmem.plan.parts import Cluster, Kind
 from lowmem.plan.predict import CONTEXT, Predict, Prediction, gigabytes, planners, predicting, visible_gpus
 
-_PLANNING_SECONDS = 900.0  # time limit for rank 0 to plan while other ranks wait; large models take far less
+_PLANNING_SECONDS = 900.0  # how long other ranks wait for rank 0 to plan; even large models take far less
 
 
 def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
-    """Print the memory of `config` (changed to fit its limits) and of its `variants`, and draw plan.png."""
+    """Fit `config` to its limits, print the memory that it and its `variants` take, and draw plan.png."""
     device_memory = config.device_memory
     with planners(config.host_memory) as pool:
         cluster = _cluster(config, pool)
@@ -39,7 +39,7 @@ def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
 def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
     """Return `config` with the fastest settings that fit its limits. Raises UsageError if none fit.
 
-    Under a launcher, call it on every rank before `init_distributed`: rank 0 plans and sends its choice to all ranks.
+    Under a launcher, call this on every rank before `init_distributed`: rank 0 plans and sends its choice to all ranks.
     """
     check_launch(config.num_processes)
 
@@ -57,7 +57,7 @@ def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
 
 
 def _cluster(config: TrainConfig, pool: Executor) -> Cluster:
-    """The processes that the launcher or `train` starts, with GPUs if GPUs are visible or --device_memory is set."""
+    """Return the processes that the launcher or `train` starts: on GPUs if any is visible or --device_memory is set."""
     launched = launched_processes()
     world_size = launched or config.num_processes
     gpus = visible_gpus(pool) if config.device_memory is None or world_size is None else 0
@@ -98,7 +98,7 @@ def table_of_parts(prediction: Prediction) -> list[str]:
 
 
 def table_of_variants(rows: Sequence[tuple[str, str, Prediction]]) -> list[str]:
-    """List the memory and the cost of each setting. Column x: device memory as a multiple of the first row's."""
+    """List the memory and the cost of each setting. The column x is device memory relative to the first row."""
     first = rows[0][2].device_bytes
     lines = [f"{'':<34}{'device':>12}{'x':>7}{'host':>12}{'disk':>12}  costs"]
     for name, costs, prediction in rows:
@@ -109,7 +109,7 @@ def table_of_variants(rows: Sequence[tuple[str, str, Prediction]]) -> list[str]:
 
 
 def _draw(bars: Sequence[tuple[str, Prediction]], device_memory: str | None, output: Path) -> str:
-    """Draw each prediction's device bytes and the limit in plan.png. Return a message with the file's path."""
+    """Draw each prediction's device bytes and the limit into plan.png. Return a message with the file's path."""
     if find_spec("matplotlib") is None:
         return "no chart: matplotlib is not installed (pip install 'lowmem[plot]')"
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Fake tensors, ranks, GPU and host memory. With them, a CPU can count the bytes of a step of any model size.
+"""Fake tensors, ranks, GPU and host memory. With them, a CPU can count the bytes of a training step of any model.
 
 Tested with torch 2.11 and 2.13. It depends on private parts of torch and accelerate: `torch._subclasses`,
 `torch.testing._internal`, the operator of memory-efficient attention, `AcceleratorState._reset_state`.
@@ -32,9 +32,9 @@ from lowmem.plan.parts import Cluster
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Within this block, new tensors have shape, dtype and storage but no data: a model of any size can be trained.
+    """Within this block, new tensors have shape, dtype and storage but no data, so a model of any size fits.
 
-    `.item()` returns True or 1, so that checks for finite numbers pass. Enter a MemoryMeter inside this context.
+    `.item()` returns True or 1, so that checks for finite numbers pass. Enter any MemoryMeter inside this block.
     """
     with _FakeOnes(allow_non_fake_inputs=True):  # because process groups and meshes have real tensors
         yield
@@ -51,14 +51,14 @@ class _FakeOnes(FakeTensorMode):
 def fake_ranks(cluster: Cluster, *, mixed_precision: str, shards: bool) -> Iterator[Accelerator]:
     """Yield the Accelerator of rank 0, on a CPU. Other ranks do not exist, and collectives do nothing.
 
-    Call it in a separate process, because it changes the environment and accelerate's state. With `shards`, even a
+    Call this in a separate process, because it changes the environment and accelerate's state. With `shards`, even a
     single process gets a process group.
     """
     launch = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": cluster.world_size}
     launch |= {"LOCAL_WORLD_SIZE": cluster.local_world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
     for name in [name for name in os.environ if name.startswith("ACCELERATE_") or name in launch]:
         del os.environ[name]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # otherwise accelerate warns
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # if it is not set, accelerate warns
     if cluster.world_size > 1:
         os.environ.update({name: str(value) for name, value in launch.items()})
     if cluster.world_size > 1 or shards:
@@ -75,7 +75,7 @@ def fake_ranks(cluster: Cluster, *, mixed_precision: str, shards: bool) -> Itera
 
 
 class HostCopies:
-    """Count the bytes of the activations that `offload_activations` holds on the host: live bytes and their peak."""
+    """Count the live and peak bytes of the activations that `offload_activations` holds on the host."""
 
     def __init__(self):
         self.live_bytes = self.peak_bytes = 0
@@ -85,7 +85,7 @@ class HostCopies:
 
     @property
     def savers(self) -> dict[str, Saver]:
-        """SAVERS, with an `offload_activations` whose copies this object counts."""
+        """Return SAVERS with an `offload_activations` whose copies this object counts."""
         return SAVERS | {"offload_activations": partial(SAVERS["offload_activations"], to_host=self._take)}
 
     def _take(self, tensor: Tensor) -> "_Copy":
@@ -126,7 +126,7 @@ def few_slices() -> Iterator[None]:
 def attention_for(config: PretrainedConfig, *, on_gpu: bool, is_padded: bool) -> str:
     """Register an attention in transformers that uses as many bytes as the real one but reads no data. Return its name.
 
-    transformers decides by the values of positions and masks if attention needs a mask. Fakes have no values, so it
+    From the values of positions and masks, transformers decides if attention needs a mask. Fakes have no values, so it
     would make a mask that training does not have. Here only an encoder-decoder gets one, for padding, if `is_padded`.
     On a GPU, a learned bias (T5's) uses the memory-efficient kernel; a CPU has no such kernel and uses eager attention.
     """
@@ -149,7 +149,7 @@ def _never_skipped(*args, **kwargs) -> Tensor:
 
 
 class _MemoryEfficient(TorchFunctionMode):
-    """Use the memory-efficient kernel for attention with a bias, as a GPU does; on a CPU, torch would not choose it."""
+    """Use the memory-efficient kernel for attention with a bias, as on a GPU. On a CPU, torch would not choose it."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         options = dict(kwargs or {})

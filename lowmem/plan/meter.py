@@ -15,15 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowmem.distributed.dtensor import local_of
 from lowmem.plan.parts import Kind
 
-CUDA_BLOCK_BYTES = 512  # CUDA's caching allocator rounds sizes up to a multiple of this
+CUDA_BLOCK_BYTES = 512  # torch's allocator for CUDA rounds sizes up to a multiple of this
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Count every storage that torch operations create inside this context, also in backward, until it is freed.
+    """Count each storage that torch operations create in this context, backward included, until it is freed.
 
     A storage counts once, even if many tensors view it, for as long as anything (such as autograd) holds it. Its size
-    is rounded up to `block_bytes`: 1 counts requested bytes, CUDA_BLOCK_BYTES counts what a GPU allocates. Storages
-    created earlier count only after `count`; memory-mapped files never do. Set `kind` to label what is created next.
+    is rounded up to a multiple of `block_bytes`; CUDA_BLOCK_BYTES gives the bytes that a GPU allocates. Storages
+    created earlier count only after `count`; memory-mapped files never do. Set `kind` to label storages created next.
     Not counted: memory that a kernel allocates and frees internally, fragmentation, workspaces of libraries, the
     device's context, and operations in threads other than autograd's.
     """
@@ -41,7 +41,7 @@ class MemoryMeter(TorchDispatchMode):
         self._storages: dict[int, tuple[ref, int, str]] = {}  # by address, which is unique while the storage is live
 
     def count(self, tensors: Iterable[Tensor], kind: str | None = None) -> None:
-        """Count existing storages, such as those of parameters, as `kind` (None: keep the kind of known ones)."""
+        """Count existing storages, such as those of parameters, as `kind` (None: counted ones keep theirs)."""
         for tensor in tensors:
             self._update(local_of(tensor).untyped_storage(), kind)
 
@@ -54,7 +54,7 @@ class MemoryMeter(TorchDispatchMode):
         self._live_by_kind[new_kind] = self._live_by_kind.get(new_kind, 0) + moved
 
     def reset_peak(self) -> None:
-        """Reset the peak to the live bytes."""
+        """Set the peak to the bytes that are live now."""
         self.peak_bytes, self.peak_by_kind = self.live_bytes, dict(self._live_by_kind)
 
     def __enter__(self):
@@ -76,7 +76,7 @@ class MemoryMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # torch.tensor creates its storage without an operation, then passes it to lift_fresh
+        # torch.tensor makes its storage without an operation; lift_fresh, which it calls next, is where we first see it
         is_literal = func is torch.ops.aten.lift_fresh.default
         given = [] if is_literal else [*_storages_of(args), *_storages_of(kwargs.values())]
         not_ours = {storage._cdata for storage in given} - self._storages.keys()
@@ -85,7 +85,7 @@ class MemoryMeter(TorchDispatchMode):
         for storage in [*given, *_storages_of([result])]:
             if storage._cdata not in not_ours:
                 self._update(storage, None if storage._cdata in self._storages else made_for)
-        if func.namespace == "fsdp":  # fully_shard all-gathers into a torch.empty that it passes as `out`
+        if func.namespace == "fsdp":  # fully_shard passes an empty tensor to all-gather into as `out`
             for storage in _storages_of([kwargs.get("out")]):
                 if storage._cdata not in not_ours:
                     self._update(storage, Kind.COMMUNICATION)
@@ -117,7 +117,7 @@ class MemoryMeter(TorchDispatchMode):
 
 
 def _storages_of(values: Iterable[object]) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages of the tensors in `values` and in nested lists. (torch's pytree would be too slow.)"""
+    """Yield the storages of the tensors in `values` and in nested lists. (torch's pytree utilities are too slow.)"""
     for value in values:
         if isinstance(value, Tensor):
             yield local_of(value).untyped_storage()  # a DTensor's own storage has the size of the whole tensor

@@ -1,4 +1,4 @@
-"""Predict the memory of a run before it starts. Separate processes count the bytes of its step."""
+"""Predict the memory of a run before it starts. Separate processes count the bytes of one training step."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ from lowmem.plan.parts import Bytes, Cluster, Counted, Kind, extrapolate
 CONTEXT = "context, fragments"
 
 _WITH_CPU_OFFLOAD = {Kind.WEIGHTS, Kind.LOW_HALVES, Kind.MOMENTS, Kind.GRADIENTS, Kind.UPDATE}
-# Estimates. Host memory per process: interpreter, torch, transformers, prefetched rows; on a GPU, twice this.
+# These constants are estimates. Host memory of a process: Python, torch, libraries, prefetched rows; doubled on GPUs.
 _PROGRAM_BYTES = 600 * 2**20
 _CONTEXT_BYTES = 600 * 2**20  # device memory per process: CUDA and its libraries
 _FRAGMENTS = 0.05  # fragmentation, as a fraction of the bytes of tensors
@@ -34,7 +34,7 @@ class Prediction:
     device: Bytes
     """Bytes of one process on its device."""
     host: Bytes
-    """Bytes of all processes of a machine in its host memory."""
+    """Bytes in the host memory of a machine, of all its processes."""
     disk: Bytes
 
     @property
@@ -51,9 +51,9 @@ Predict = Callable[[Iterable[TrainConfig]], Iterator[Prediction]]
 
 @contextmanager
 def planners(host_memory: str | None = None) -> Iterator[Executor]:
-    """Yield a pool of up to 4 processes (one per core, within `host_memory`) that count, so this one needs no torch."""
+    """Yield a pool of up to 4 processes (one per core, within `host_memory`) that count; this one needs no torch."""
     most = min(4, len(os.sched_getaffinity(0)))
-    if host_memory is not None:  # the launcher's other ranks use a part of `host_memory` while they wait
+    if host_memory is not None:  # the launcher's ranks take a part of it while they wait
         waiting = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * _WAITING_BYTES
         most = max(1, min(most, (parse_bytes(host_memory) - waiting) // _PLANNER_BYTES))
     pool = ProcessPoolExecutor(most, mp_context=get_context("spawn"))
@@ -64,12 +64,12 @@ def planners(host_memory: str | None = None) -> Iterator[Executor]:
 
 
 def visible_gpus(pool: Executor) -> int:
-    """The number of GPUs that a process on this machine sees."""
+    """Return the number of GPUs that a process on this machine sees."""
     return _result(pool.submit(_num_gpus))
 
 
 def predicting(pool: Executor, cluster: Cluster) -> Predict:
-    """Return a function that predicts configs' peaks on `cluster`. It caches what it counts for each config."""
+    """Return a function that predicts configs' peaks on `cluster`. It caches the counted bytes of each config."""
     counted: dict[TrainConfig, tuple[Future[Counted], Future[list[tuple[int, Counted]]]]] = {}
 
     def predict(configs: Iterable[TrainConfig]) -> Iterator[Prediction]:
@@ -110,7 +110,7 @@ def _count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Coun
 
 
 def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Prediction:
-    """Add the bytes that are not part of a step (programs, loading, checkpoints) to the counted bytes."""
+    """Add the bytes outside a step (programs, loading, checkpoints) to the `counted` bytes of a step."""
     on_host = {Kind.OFFLOADED} | (_WITH_CPU_OFFLOAD if config.cpu_offload and cluster.on_gpu else set())
     peaks = [{kind: parts[kind] for kind in Kind if kind in parts} for parts in counted.peaks.values()]
     device, host = (
@@ -121,13 +121,13 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
     if cluster.on_gpu:
         device[CONTEXT] = _CONTEXT_BYTES + int(_FRAGMENTS * _total(device))
         host = {f"{kind}, of all processes": size * processes for kind, size in host.items()}
-    else:  # the host is the device; offloaded activations are in files, so they take no memory
+    else:  # the CPU is the device; it offloads activations to files, which take no memory
         host = {"tensors, of all processes": _total(device) * processes}
     in_parts = config.is_sharded and config.model_name_or_path
     loading = 0 if in_parts else 4 * counted.num_parameters * (1 if config.is_sharded else processes)
     host["loading, beyond training"] = max(0, loading - _total(host))
     host["programs"] = programs_bytes(cluster)
-    keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # one more while a new one is written
+    keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # one more exists while a new one is written
     name = f"{keeps} checkpoints" if config.save_total_limit else "each checkpoint"
     return Prediction(device, host, {name: keeps * counted.checkpoint_bytes, "model": counted.model_bytes})
 
@@ -137,12 +137,12 @@ def _total(parts: Bytes) -> int:
 
 
 def programs_bytes(cluster: Cluster) -> int:
-    """Host memory that the processes of a machine take without a model."""
+    """Return the host memory that the processes of a machine take without a model."""
     return _PROGRAM_BYTES * (1 + cluster.on_gpu) * cluster.local_world_size
 
 
 def context_bytes(cluster: Cluster) -> int:
-    """Device memory that CUDA takes before any tensor is created."""
+    """Return the device memory that CUDA takes before any tensor is created."""
     return _CONTEXT_BYTES if cluster.on_gpu else 0
 
 

@@ -1,7 +1,7 @@
 """Count the bytes of one optimizer step on fake tensors: the peak of each phase of the step, by kind.
 
 Builds the run with the functions that `train.py` uses, in the same order. Counts a deep stack of equal layers at two
-small depths (see `extrapolate`). Call it in a separate process: it changes the environment and accelerate's state.
+small depths (see `extrapolate`). Call it in a new process: counting changes the environment and accelerate's state.
 """
 
 from contextlib import ExitStack
@@ -48,14 +48,14 @@ def count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Count
 
 
 def _depths(config: TrainConfig) -> tuple[PretrainedConfig, list[tuple[int, PretrainedConfig]]]:
-    """Return the shallow and the deeper shapes. Fields of equal depth may name one stack, so they grow together."""
+    """Return the shallow and deeper shapes. Fields of equal depth may describe one stack, so they change together."""
     shape = config_of(config.model_name_or_path or config.model_config)
     deep: dict[int, list[str]] = {}
     for name in _DEPTHS:
         if (depth := getattr(shape, name, None) or 0) > _FEW + 2:
             deep.setdefault(depth, []).append(name)
     if not deep or len(set(getattr(shape, "layer_types", None) or ())) > 1:
-        return shape, []  # the layers differ, so one does not predict the others
+        return shape, []  # layers of different types: one does not predict another
 
     def with_depth(names: list[str], depth: int) -> PretrainedConfig:
         fields = shape.to_dict() | dict.fromkeys(chain(*deep.values()), _FEW) | dict.fromkeys(names, depth)
@@ -88,9 +88,9 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
             loss_fn = partial(loss_fn, slice_elements=SLICE_ELEMENTS[device])
         timeline = _Timeline(MemoryMeter(block_bytes=CUDA_BLOCK_BYTES if cluster.on_gpu else 1))
         timeline.watch(model, optimizer)
-        # start before the savers, because one of them all-gathers the weights
+        # start the meter before the savers, because one of them all-gathers the weights
         stack.enter_context(timeline.meter)
-        savers = [timeline.host.savers[name] for name in config.savers if name != "compiled"]  # no kernels run here
+        savers = [timeline.host.savers[name] for name in config.savers if name != "compiled"]  # fakes run no kernels
         stack.enter_context(entered(savers, model, optimizer))
         batches = _batches(config, cluster, is_causal=not shape.is_encoder_decoder)
         timeline.meter.reset_peak()
@@ -120,7 +120,7 @@ def _make_state(optimizer: Optimizer) -> None:
 
 
 def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[Batch]:
-    """Make at most two full micro-batches, because more would have the same peak. All tokens are targets."""
+    """Make at most two full micro-batches, because more would not raise the peak. All tokens are targets."""
     data_ranks = cluster.world_size // config.tp_size
     rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps * data_ranks
     micro_batches = -(-rows // (config.batch_size * data_ranks))
@@ -135,7 +135,7 @@ def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[
 
 
 class _Timeline:
-    """Split a step into phases by hooks, and record the peak of each phase."""
+    """Split a step into phases with hooks on the model, and record the memory peak of each phase."""
 
     def __init__(self, meter: MemoryMeter):
         self.meter, self.host = meter, HostCopies()
@@ -156,7 +156,7 @@ class _Timeline:
         self.host.reset_peak()
 
     def watched(self, loss_fn: LossFunction) -> LossFunction:
-        """Wrap `loss_fn` so that one phase ends before each call, and another after it."""
+        """Wrap `loss_fn` so that a phase ends before each call, and another one after it."""
 
         def watched_loss(model: nn.Module, batch: Batch) -> Tensor:
             self.end("before", then=Kind.ACTIVATIONS)

@@ -19,7 +19,7 @@ def atomic_folder(path: Path, *, may_replace: Callable[[Path], bool] = lambda pa
     """Yield a temporary folder next to `path`, and rename it to `path` when the block ends without an error.
 
     Replaces an existing folder only if `may_replace(path)`; otherwise raises FileExistsError before writing anything.
-    After an error `path` is unchanged. Only one process may enter it; others may write into `unfinished_folder(path)`.
+    After an error `path` is unchanged. Only one process may enter; others may write to `unfinished_folder(path)`.
     """
     unfinished = _begin(path, may_replace)
     try:
@@ -83,7 +83,7 @@ def clear_leftovers(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Rename a folder, then remove it, so that a kill leaves no part of it under its name. Prints a line on failure."""
+    """Rename a folder, then remove it, so that a kill leaves no partial folder at `path`. Prints a line on failure."""
     renamed = path.parent / f"{_UNFINISHED}removal-{path.name}"
     with _removing(path):
         rename(path, renamed)

@@ -34,7 +34,7 @@ class Shard(NamedTuple):
 
     name: str
     tensors: dict[str, Tensor]
-    """In file order. For a sharded tensor (DTensor), the file contains the full tensor."""
+    """In the order of the file. For a sharded tensor (DTensor), the file contains the full tensor."""
 
     @property
     def num_bytes(self) -> int:
@@ -95,7 +95,7 @@ def host_parts(tensor: Tensor) -> Iterator[memoryview]:
 
 
 class _Reader:
-    """Keeps one file open at a time, and reopens it after reading `_MAPPED_BYTES`."""
+    """Keeps one file open at a time, and reopens it after reading `_MAPPED_BYTES`, to free its mapped pages."""
 
     def __init__(self):
         self._path: Path | None = None
@@ -122,7 +122,7 @@ class StoredTensor(NamedTuple):
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """The dtype in torch; None for one that checkpoints do not use, such as 8-bit floats."""
+        """The tensor's dtype in torch, or None if checkpoints do not use it (8-bit floats, for example)."""
         return _DTYPES.get(self.dtype)
 
     def read(self, *part: slice) -> Tensor:
@@ -130,7 +130,7 @@ class StoredTensor(NamedTuple):
         return self.reader.read(self.path, self.name, part if self.shape else ())
 
     def copy_part(self, target: Tensor, first: int = 0, column: int = 0) -> None:
-        """Fill `target`, on any device, with the part from row `first` and column `column` on, 16 MiB at a time."""
+        """Fill `target`, on any device, with the part starting at row `first` and column `column`, 16 MiB at a time."""
         if target.dim() == 0:
             target.copy_(self.read())
         if target.dim() == 0 or target.numel() == 0:
@@ -143,7 +143,7 @@ class StoredTensor(NamedTuple):
 
 
 def open_shards(folder: Path, stem: str, files: Collection[str] | None = None) -> dict[str, StoredTensor]:
-    """Return every tensor in the files of `stem`, by name. `files` lists the files of `folder` (None: those found)."""
+    """Return every tensor in the files of `stem`, by name. `files` lists the files of `folder` (None: look there)."""
     index = f"{stem}.safetensors.index.json"
     is_sharded = (folder / index).exists() if files is None else index in files
     weight_map = json.loads((folder / index).read_text())["weight_map"] if is_sharded else {}
@@ -160,7 +160,7 @@ def open_shards(folder: Path, stem: str, files: Collection[str] | None = None) -
 def tensor_differences(
     stored: Mapping[str, StoredTensor], tensors: Mapping[str, Tensor], *, any_dtype: bool
 ) -> list[str]:
-    """List why `stored` cannot fill `tensors`: a clause per tensor, sorted."""
+    """List why `stored` cannot fill `tensors`: one clause for each tensor that differs, sorted."""
     differences = [f"{name} is only in the checkpoint" for name in stored.keys() - tensors.keys()]
     for name, tensor in tensors.items():
         then, now = stored.get(name), (_NAMES.get(tensor.dtype, tensor.dtype), [*tensor.shape])

@@ -1,7 +1,7 @@
 """Build, once per data file, an index for random access to its rows and, for some files, a converted copy.
 
-Both are stored in the folder LOWMEM_CACHE. If it is not set, they are hidden files next to the data file, or in
-~/.cache/lowmem if the data file is remote or its folder is not writable. Both are written under temporary names, then
+Both are stored in the folder that LOWMEM_CACHE names. If it is not set, they are hidden files next to the data file, or
+in ~/.cache/lowmem if the data file is remote or its folder is not writable. Both are written to temporary files, then
 renamed, the copy before the index. The index is built again if its checksum or the data file's size or time differs.
 """
 
@@ -33,7 +33,7 @@ _SMALLEST_INDEXED_BYTES = 2**22  # a smaller file is scanned at each start, and 
 _LONGEST_NAME_BYTES = 255
 _ABANDONED_SECONDS = 24 * 3600  # a temporary file without a write for this long is abandoned
 
-# A function `build(copy, report)` writes the copy (None: no copy), reports bytes done, and returns arrays by name.
+# A function `build(copy, report)` writes to `copy` unless it is None, reports bytes done, and returns the index.
 Build = Callable[[BinaryIO | None, Callable[[int], None]], dict[str, np.ndarray]]
 
 
@@ -46,7 +46,7 @@ class Derived:
 
 
 def derive(source: Source, build: Build, *, kind: str, copies: bool, num_bytes: int | None = None) -> Derived:
-    """Load the index (and with `copies` the copy) of `source`. Build them if there are none; other processes wait.
+    """Load the index (and with `copies` the copy) of `source`. Build them if there are none, while others wait.
 
     `kind` distinguishes several indexes of a file. `num_bytes` is the total that `build` will report (None: the file's
     size). Raises OSError, and UsageError if no folder can be written, the disk is full or the file changes.
@@ -89,7 +89,7 @@ def _stems(source: Source, kind: str) -> list[Path]:
     path = None if source.path is None else source.path.resolve()
     if path is not None and not named:
         stems.append(path.with_name(f".{path.name}.lowmem-{kind}"))
-    with suppress(RuntimeError):  # there is no home folder
+    with suppress(RuntimeError):  # raised if there is no home folder
         cache = Path(named or "~/.cache/lowmem").expanduser().absolute()
         name = source.file_name if path is None else path.name
         end_of_name = os.fsencode(name)[-80:].decode(errors="ignore")
@@ -173,7 +173,7 @@ def _metadata(index: dict[str, np.ndarray], copy: Path | None) -> dict[str, str]
 
 @contextmanager
 def _locked(stem: Path, message: str) -> Iterator[None]:
-    """Lock out other processes on this host. If one holds the lock, print `message` once. Frees the lock on exit."""
+    """Lock out other processes on this host. If one holds the lock, print `message` and wait. Unlocks on exit."""
     lock = Path(f"{stem}.lock")
     while True:
         with open(lock, "wb") as file:
@@ -184,7 +184,7 @@ def _locked(stem: Path, message: str) -> Iterator[None]:
                     print(message, flush=True)
                 message = ""  # print it once, even if several processes hold the lock in sequence
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if is_same_file(lock, file.fileno()):  # if not, the last holder removed it: lock a new file
+            if is_same_file(lock, file.fileno()):  # if not, its last holder removed it: lock a new file
                 try:
                     yield
                 finally:

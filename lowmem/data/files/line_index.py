@@ -1,4 +1,4 @@
-"""Index a file of lines in one pass: find its rows, and divide them into groups. A group is read in one call.
+"""Index a file of lines in one pass: find its rows, and divide them into groups. Readers load one group at a time.
 
 If the file is compressed or remote, the same pass writes a decompressed local copy.
 """
@@ -15,8 +15,8 @@ from lowmem.data.files.source import Source, is_damage, reading
 from lowmem.errors import UsageError
 
 LONGEST_LINE = 2**24  # bytes; a longer line is a separate group, which readers must not load
-PIECE_BYTES = 2**20  # bytes scanned at a time, to fit in the CPU cache; the index does not depend on it
-# A group ends after this many rows, or before the row that would exceed this many bytes.
+PIECE_BYTES = 2**20  # bytes scanned at a time, to fit in the CPU cache; the index does not depend on this
+# A group ends after _ROWS_PER_GROUP rows, or before a row that would make it exceed _BYTES_PER_GROUP.
 _ROWS_PER_GROUP = 256
 _BYTES_PER_GROUP = 2**20
 _COLUMNS = ("first_byte", "end_byte", "rows", "first_line", "hash")
@@ -34,7 +34,7 @@ def index_lines(
     """Index the groups of a file: first_byte, end_byte, rows, first_line (from 1) as int64, hash (xxh3_64) as uint64.
 
     Each array has shape (groups,) and refers to the decompressed bytes, which are written to `copy` unless it is None.
-    Each read reports its compressed bytes to `report`. Raises OSError, and UsageError for damaged or incomplete files.
+    Each read passes its compressed size to `report`. Raises OSError, and UsageError for damaged or incomplete files.
     """
     found = array("Q")
     pending, byte, line = bytearray(), 0, 1  # the bytes not yet in a group; the byte and line where they begin
@@ -85,7 +85,7 @@ def find_lines(text: bytes | bytearray, *, is_whole: bool = True) -> tuple[np.nd
 
 
 def _groups(starts: np.ndarray, ends: np.ndarray, more_from: int | None) -> Iterator[tuple[int, int]]:
-    """Yield each group's row range [first, stop), except the last if a row at `more_from` could still join it."""
+    """Yield each group's range of rows [first, stop). Omit the last group if a row at `more_from` may still join it."""
     first = 0
     while first < len(starts):
         limit = starts[first] + _BYTES_PER_GROUP

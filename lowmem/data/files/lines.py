@@ -1,4 +1,4 @@
-"""Read files with one row per line, a JSON object or plain text. Files may be compressed (.gz, .zst) or remote."""
+"""Read files with one row per line: JSON objects or plain text. Files may be compressed (.gz, .zst) or remote."""
 
 import json
 import re
@@ -89,8 +89,8 @@ class _LineFile:
         return f"line {line:,} ({unit} {byte + start:,})"
 
     def _check_columns(self, wanted: Mapping[str, str]) -> None:
-        """Raise the first row's error if all rows of its group are bad. (Single bad rows are allowed here.)"""
-        # the first group that is not a single line over the limit
+        """Raise UsageError with the first row's error if all rows of a group are bad. (Here, some may be bad.)"""
+        # Check the first group that is not just one line over the limit.
         problem, group = None, int(np.argmax(self._num_bytes <= LONGEST_LINE))
         data = self.read_group(group)
         for index in range(int(self.group_rows[group])):
@@ -115,13 +115,13 @@ class TextFile(_LineFile):
 
 
 class JsonLinesFile(_LineFile):
-    """One JSON object per line, parsed strictly: no duplicate keys, no NaN, no unpaired surrogates."""
+    """One JSON object per line, parsed strictly: a duplicate key, NaN or an unpaired surrogate is an error."""
 
     def _check_columns(self, wanted: Mapping[str, str]) -> None:
         with open(self._path, "rb") as file:
             file.seek(int(self._index["first_byte"][0]))
             line = file.readline(2**16).strip()
-        if line.startswith(b"[") and not line.endswith(b"]"):  # an array that ends here may be one bad row
+        if line.startswith(b"[") and not line.endswith(b"]"):  # an array within one line may be just a bad row
             raise UsageError(f"{self.source} holds a JSON array, which can only be read as a whole: {_ONE_PER_LINE}")
         super()._check_columns(wanted)
 

@@ -1,6 +1,6 @@
 """Read Arrow record batches by number, from an Arrow file or from a copy with small batches.
 
-Files do not stay memory-mapped: truncating a mapped file kills the process (SIGBUS), and its pages count as memory.
+Files do not stay mapped, because truncating a mapped file kills the process (SIGBUS), and its pages count as memory.
 """
 
 import json
@@ -27,7 +27,7 @@ class TableLimits:
 
     row_group_bytes: int = 9 * 2**20  # decoded size; low, because decoding a column needs several times its bytes
     batch_bytes: int = 2**24  # higher than row_group_bytes, because a record batch needs no decoding
-    footer_bytes: int = 2**21  # or a mean row group, if larger, because each read of a group also reads the footer
+    footer_bytes: int = 2**21  # or the mean row group's size, if larger: each read of a group also reads the footer
     piece_rows: int = 1024
     piece_bytes: int = 2**20  # a single row may be larger
 
@@ -90,7 +90,7 @@ def find_batches(source: Source) -> tuple[RecordBatches, bool]:
             if message.type == "record batch" and alone:
                 batch = pa.ipc.read_record_batch(message, schema)
                 alone = batch.nbytes <= message.body.size  # if a batch is larger than its message, it was compressed
-                # Hash only headers: this detects another file, but not a flipped bit in a text.
+                # Hash only headers, to leave bodies unread: detects another file, but not a flipped bit in a text.
                 head = file.read_at(size - message.body.size, start)
                 found.append((start, size, batch.num_rows, len(head), xxhash.xxh3_64_intdigest(head)))
             alone &= message.type != "dictionary"
@@ -100,7 +100,7 @@ def find_batches(source: Source) -> tuple[RecordBatches, bool]:
 
 
 def ipc_start(file: BinaryIO) -> int:
-    """Return the byte where messages begin: the file format is a stream between an 8-byte header and a footer."""
+    """Return the byte where messages begin. The file format wraps a stream in an 8-byte header and a footer."""
     file.seek(0)
     return 8 if file.read(6) == b"ARROW1" else 0
 
@@ -108,10 +108,10 @@ def ipc_start(file: BinaryIO) -> int:
 def copy_in_pieces(
     source: Source, schema: "pa.Schema", batches: Iterable["pa.RecordBatch"], *, num_bytes: int, limits: TableLimits
 ) -> RecordBatches:
-    """Copy the columns of `schema` from `batches`, in order, into new batches within `limits`. Copies only once.
+    """Copy the columns of `schema` from `batches`, in order, into new batches within `limits`, only once.
 
-    If a copy of these columns exists, does not read `batches`. These have about `num_bytes` in total, and at most
-    `limits.piece_rows` rows each. Decodes dictionaries. Raises the errors of `derive` and `batches`.
+    If a copy of these columns exists, uses it and does not read `batches`, which have about `num_bytes` in total and
+    at most `limits.piece_rows` rows each. Decodes dictionaries. Raises the errors of `derive` and `batches`.
     """
     import pyarrow as pa
 

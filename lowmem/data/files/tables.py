@@ -33,7 +33,7 @@ class _TableFile:
     group_rows: np.ndarray
     group_bytes: np.ndarray
     _names: list[str]
-    _batches: RecordBatches | None = None  # of an Arrow file or a copy; None if the parquet file itself is read
+    _batches: RecordBatches | None = None  # those of an Arrow file or a copy; None if parquet is read in place
     _footer_bytes = 0
 
     def read_group(self, group: int) -> "Columns":
@@ -52,7 +52,7 @@ class _TableFile:
 
     def fingerprint(self) -> str:
         """Hash the file's size, its footer and 64 evenly spaced samples of 4 KiB (a file up to 256 KiB as a whole)."""
-        # Misses changes between samples that keep the footer. Remote files get no samples: each fetches megabytes.
+        # Misses changes between samples if the footer is the same. Remote files get no samples: each fetches megabytes.
         with self.source.open() as file:
             size = file.seek(0, 2)
             digest = xxhash.xxh3_128(struct.pack("<q", size) + _footer(file, self._footer_bytes))
@@ -72,7 +72,7 @@ class ParquetFile(_TableFile):
     cannot be read, lacks a wanted column or has a wrong type in one. (Some flipped bits in a footer crash pyarrow.)
     """
 
-    # Only the last parsed footer is kept: parsing takes milliseconds, but a footer takes 1 KiB per column chunk.
+    # Keep only the last parsed footer: it takes 1 KiB per column chunk, while parsing again takes only milliseconds.
     _last_parsed: "ClassVar[tuple[ParquetFile | None, parquet.FileMetaData | None]]" = (None, None)
 
     def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, limits: TableLimits | None = None):
@@ -116,7 +116,7 @@ class ParquetFile(_TableFile):
                 raise ValueError(f"{where} cannot be decoded ({error}): write the file again") from error
 
     def _decode(self, file: BinaryIO, metadata: "parquet.FileMetaData", group: int, name: str) -> "pa.ChunkedArray":
-        """Decode one column of a group. Decoding one at a time needs half the memory of decoding all at once."""
+        """Decode one column of a group. This needs half the memory of decoding all columns at once."""
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -125,11 +125,11 @@ class ParquetFile(_TableFile):
         with parquet.ParquetFile(file, metadata=metadata, read_dictionary=repeating, **_SETTINGS) as opened:
             if repeating:
                 column = opened.read_row_group(group, columns=[name], use_threads=False).column(name)
-            else:  # in pieces, because the buffer of a whole column grows by doubling
+            else:  # decode in pieces, because the buffer of a whole column grows by doubling
                 pieces = opened.iter_batches(_ROWS_PER_DECODE, row_groups=[group], columns=[name], use_threads=False)
                 column = pa.chunked_array([_in_own_mapping(piece).column(name) for piece in pieces])
         column.validate(full=True)  # otherwise a bad text would fail only when its row is read
-        # Arrow's allocator would keep freed memory, and the process would grow to 100 MiB instead of 45 MiB.
+        # Otherwise Arrow's allocator keeps freed memory, and the process grows to 100 MiB instead of 45 MiB.
         pa.default_memory_pool().release_unused()
         return column
 
@@ -187,7 +187,7 @@ def _in_own_mapping(batch: "pa.RecordBatch") -> "pa.RecordBatch":
     """Copy a batch to a separate memory mapping, which is freed with the batch. An allocator would keep the memory."""
     import pyarrow as pa
 
-    if batch.schema != (schema := plain(batch.schema)):  # a dictionary would need a separate message
+    if batch.schema != (schema := plain(batch.schema)):  # cast: a dictionary would need a separate message
         batch = batch.cast(schema)  # only if needed, because `cast` loads 7 MiB of pyarrow's code
     message = batch.serialize()
     memory = mmap(-1, message.size, flags=MAP_PRIVATE | MAP_ANONYMOUS)
