@@ -93,7 +93,7 @@ def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: b
                 if on_gpu:
                     torch.cuda.reset_peak_memory_stats()
                 elif real:
-                    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which includes building the model
+                    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
 
             kept_alive = train(model, spec, system, work, accelerator, begin)
             peaks = {"peak_bytes": meter.peak_bytes, "rest_bytes": meter.live_bytes}

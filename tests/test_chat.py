@@ -140,7 +140,8 @@ def test_generation_tags_mark_the_same_tokens_as_in_transformers(messages):
     assert chat_tokenizer(tokenizer)(messages)[1] == [mark == 1 for mark in encoded["assistant_masks"]]
 
 
-@pytest.mark.parametrize("name", ["chatml", "tagged", "llama-3"])  # not "plain", where a token holds a space and a word
+# Not "plain", where one token can hold both the template's space after "role:" and the first word of the message.
+@pytest.mark.parametrize("name", ["chatml", "tagged", "llama-3"])
 def test_offsets_without_spaces_mark_the_same_tokens(name):
     trimmed = bpe(TEMPLATES[name], trim_offsets=True)
     for messages in CHATS:

@@ -53,8 +53,8 @@ class TrainConfig(Groups):
 
     # --- data
     train_file: str | None = setting(per_rank=True)
-    """Training rows: paths, globs or URLs, comma-separated. None: the bundled rows. Parquet, Arrow, JSONL, text, or a
-    folder saved by `datasets`; URLs are hf://, s3://, https://."""
+    """Training rows: paths, globs or URLs, comma-separated. Formats: Parquet, Arrow, JSONL, text, or a folder saved by
+    `datasets`. URLs: hf://, s3://, https://. None: the bundled rows."""
     validation_file: str | None = setting(instead_of=["validation_rows"], per_rank=True)
     """Rows to evaluate on during training."""
     validation_rows: int | None = setting(at_least=0, fallback=0, on_resume="fixed")

@@ -81,7 +81,7 @@ def check_packing(model: nn.Module) -> None:
         base.train(was_training)
     seen, seen_as_one, size = (x.square().mean().sqrt() for x in (packed - apart, as_one - apart, apart))
     # In tests, `seen` was at least 28 % of `seen_as_one` if documents affected each other, otherwise 1e-6 of it, from
-    # rounding. The second term is for models in which no token affects another yet: both are then rounding errors.
+    # rounding. If no token affects another yet, `seen` and `seen_as_one` are both just rounding; hence the second term.
     if not seen <= 0.1 * seen_as_one + 1e-6 * size:
         kind = f"{type(base).__name__} with attn_implementation={base.config._attn_implementation}"
         raise UsageError(f"in {kind}, packed documents affect each other: train without packing, or try sdpa attention")

@@ -107,7 +107,7 @@ class FileRows:
         return group, self._files[number], group - int(self._groups_before[number]), row_in_group
 
     def _load(self, group: int, file: DataFile, group_in_file: int) -> object:
-        """Return a group, or the error from reading it. The error is kept, so the group is not read for each row."""
+        """Return a group, or the error from reading it. The error is kept, so a bad group is not read again per row."""
         with self._lock:
             if group not in self.loaded:
                 while self.loaded and self.loaded_bytes + self._bytes[group] > self._window_bytes:

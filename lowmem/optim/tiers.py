@@ -69,7 +69,7 @@ class TieredOptimizer(Optimizer):
 
     @contextmanager
     def summing(self, micro_batches: int, *key: int) -> Iterator[None]:
-        """Sum gradients of several backward passes in fp32. Lean rounds sums of large parameters, seeded by `key`."""
+        """Sum gradients over micro-batches in fp32 (lean: large ones in bf16, stochastic rounding seeded by `key`)."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         sums: dict[nn.Parameter, Tensors] = {}
         count = dict.fromkeys(parameters, 0)

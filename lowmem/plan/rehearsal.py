@@ -48,7 +48,7 @@ def count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Count
 
 
 def _depths(config: TrainConfig) -> tuple[PretrainedConfig, list[tuple[int, PretrainedConfig]]]:
-    """Return the shallow and deeper shapes. Fields of equal depth may describe one stack, so they change together."""
+    """Return the shallow and deeper shapes. Depth fields of equal value change together: they may be of one stack."""
     shape = config_of(config.model_name_or_path or config.model_config)
     deep: dict[int, list[str]] = {}
     for name in _DEPTHS:
@@ -67,7 +67,7 @@ def _depths(config: TrainConfig) -> tuple[PretrainedConfig, list[tuple[int, Pret
 
 
 def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Counted:
-    """Count a step of a model with this `shape`, without extrapolation."""
+    """Count the bytes of one step of a model with this `shape`, without extrapolation."""
     with ExitStack() as stack:
         ranks = fake_ranks(cluster, mixed_precision=config.autocast, shards=config.is_sharded)
         accelerator = stack.enter_context(ranks)

@@ -69,7 +69,7 @@ def index_lines(
 def find_lines(text: bytes | bytearray, *, is_whole: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return where lines begin, where they end (after the newline), and which lines are rows.
 
-    A line is a row if it is not blank or exceeds LONGEST_LINE. A last line without a newline counts if `is_whole`.
+    A line is a row if it exceeds LONGEST_LINE or is not blank. A last line without a newline counts if `is_whole`.
     """
     data = np.frombuffer(text, np.uint8)
     ends = np.flatnonzero(data == ord("\n"))
