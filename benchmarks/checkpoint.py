@@ -32,7 +32,7 @@ from lowmem.config.presets import MODEL_SHAPES
 
 LIMIT_SECONDS = 600
 
-# These answers are not measured: they come from the source and documentation of the measured versions.
+# Two columns of the table are not measured: they come from the source and documentation of the measured versions.
 KNOWN = {
     "lowmem": ("yes", "yes"),
     "accelerate": ("no", "weights and optimizer, not random state and rows"),
@@ -58,7 +58,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     flags.systems = flags.systems.split(",")
     if unknown := [name for name in flags.systems if name not in SYSTEMS]:
         parser.error(f"--systems has unknown names {', '.join(unknown)}: choose from {', '.join(SYSTEMS)}")
-    if flags.device == "cuda":  # on a GPU, measure only systems with one process
+    if flags.device == "cuda":  # `run` exposes a single GPU, so leave out the systems with two processes
         flags.systems = [name for name in flags.systems if SYSTEMS[name].processes == 1]
     if flags.repeats < 1:
         parser.error(f"--repeats={flags.repeats} measures nothing: set 1 or more")
@@ -70,7 +70,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(system: str, folder: Path, flags: argparse.Namespace, *, is_load: bool) -> Record:
-    """Save into `folder` or load from it in new processes; return a record with the largest value of any rank.
+    """Save into `folder` or load from it, in new processes; each value of the record is the largest of any rank.
 
     Raises RuntimeError with the last line that the first failed rank printed to stderr.
     """
@@ -160,7 +160,7 @@ def _holds_pickle(path: Path) -> bool:
 
 # --- the report
 def seconds(records: list[Record], action: str, *names: str) -> str:
-    """Add up the times `names` in each record of one system, and return the median of the sums."""
+    """In each record of one system, add up the seconds in the fields `names`; return the median of these sums."""
     return f"{median(sum(record[action][name] for name in names) for record in records):.2f}"
 
 

@@ -69,7 +69,7 @@ def barrier() -> None:
 
 # --- the same for all systems
 def build(settings: SimpleNamespace):
-    """Build the model in fp32. Save and load start with different weights, so equal digests prove the load."""
+    """Build the model in fp32. A load starts from other weights than the save, so equal digests prove the load."""
     import torch
 
     from lowmem import load_model
@@ -118,8 +118,8 @@ def digest(model, optimizer) -> str:
     return whole.hexdigest()
 
 
-# --- the systems: each calls gauge.start() before a save or load. It calls gauge.stop() only after a save; `main` does
-# so after a load
+# --- the systems: each calls gauge.start() before its save or load, and gauge.stop() after a save. After a load, `main`
+# calls gauge.stop()
 def run_lowmem(settings: SimpleNamespace, gauge: Gauge, memory: str):
     from lowmem import (
         TrainState,
@@ -162,7 +162,7 @@ def run_accelerate(settings: SimpleNamespace, gauge: Gauge):
 
 
 def run_trainer(settings: SimpleNamespace, gauge: Gauge):
-    """Trainer saves between `on_step_end` and `on_save`, and has finished loading when it calls `on_train_begin`."""
+    """Time Trainer's save from `on_step_end` to `on_save`, and its load up to `on_train_begin`."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Loaded(Exception):
@@ -278,12 +278,12 @@ def main() -> None:
     arguments = {"memory": system.memory} if system.memory else {}
     model, optimizer = system.run(settings, gauge, **arguments)
     if settings.is_load and settings.device == "cpu":
-        digest(model, optimizer)  # is part of the load, because a memory-mapped tensor is read only when used
+        digest(model, optimizer)  # counts as part of the load, because a memory-mapped tensor is read only when used
     if settings.is_load:
         gauge.stop()
     record = {"digest": digest(model, optimizer)}
     if settings.is_load:
-        # torch's optimizers create their state in the first step or load; lowmem's exact and lean ones when constructed
+        # a load creates the state of torch's optimizers; lowmem's exact and lean ones create theirs when constructed
         is_made = system.memory not in ("exact", "lean") and settings.device == "cpu"
         state = sum(tensor.nbytes for tensor in tensors_of(model, optimizer))
         weights = sum(parameter.nbytes for parameter in model.parameters())

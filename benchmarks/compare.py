@@ -45,7 +45,7 @@ def shapes() -> dict[str, dict[str, object]]:
     """Return the config fields of each model."""
     from lowmem.config.presets import MODEL_SHAPES
 
-    # without dropout, because each system would draw other masks, and their losses could not be compared
+    # without dropout: each system would draw different masks, so the losses could not be compared
     t5_shapes = {name: shape | {"dropout_rate": 0.0} for name, shape in MODEL_SHAPES.items()}
     return t5_shapes | {"llama-tiny": LLAMA_TINY, "llama-56m": LLAMA_56M}
 
@@ -115,7 +115,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 
 def start(system: str, flags: argparse.Namespace, folder: Path, **more: object) -> list[Record]:
-    """Train `system` in new processes and return each one's record. The name "build" writes the shared inputs instead.
+    """Train `system` in new processes; return a record per process. As `system`, "build" only writes shared inputs.
 
     Raises RuntimeError if a process fails.
     """

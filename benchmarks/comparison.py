@@ -22,7 +22,7 @@ def by_system(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def reasons(records: Sequence[Record], system: str) -> list[str]:
-    """List why a system has fewer runs than others, without repeating a reason."""
+    """List the distinct reasons for which runs of a system are missing."""
     mine = [record for record in records if record["system"] == system]
     found = [record["left_out"] for record in mine if "left_out" in record]
     found += [f"failed: {record['failed']}" for record in mine if "failed" in record]
@@ -30,13 +30,13 @@ def reasons(records: Sequence[Record], system: str) -> list[str]:
 
 
 def pairs(runs: dict[str, list[Record]], system: str) -> list[tuple[Record, Record]]:
-    """Pair a system's records with the reference's by round, because a slow phase of the machine affects both."""
+    """Pair a system's records with the reference's of the same round: a slow phase of the machine affects both."""
     reference = {record["repeat"]: record for record in runs.get(REFERENCE, [])}
     return [(record, reference[record["repeat"]]) for record in runs[system] if record["repeat"] in reference]
 
 
 def ratios(runs: dict[str, list[Record]], system: str, name: str) -> list[float]:
-    """Return the ratios of the field `name` to the reference's, one per round."""
+    """For each round, divide the system's value of the field `name` by the reference's."""
     return [mine[name] / theirs[name] for mine, theirs in pairs(runs, system)]
 
 
@@ -48,7 +48,7 @@ def memory_field(record: Record) -> str:
 def versions(runs: dict[str, list[Record]]) -> dict[str, str]:
     """Return the version of each package.
 
-    If a later system uses other versions, they follow its own package: "llamafactory": "0.9.5 (with torch 2.4.0)".
+    If a later system has other versions, they are listed after its package: "llamafactory": "0.9.5 (with torch 2.4.0)".
     """
     found: dict[str, str] = {}
     for of in runs.values():

@@ -31,7 +31,7 @@ def texts(generator: np.random.Generator, num_rows: int, fewest: int, most: int)
     """Return a pyarrow array of texts of `fewest` to `most` words. Some words are far more frequent than others."""
     import pyarrow as pa
 
-    # each word followed by a space and, for the end of a text, each word without a space
+    # each word twice: with a space after it and, for the end of a text, without
     written = [word + b" " for word in words()] + words()
     lengths = np.array([len(word) for word in written])
     starts = np.cumsum(lengths) - lengths
@@ -47,7 +47,7 @@ def texts(generator: np.random.Generator, num_rows: int, fewest: int, most: int)
 
 
 def block(number: int):
-    """Return a table of _BLOCK_ROWS rows of about 75 bytes. A prompt starts with its number, read by `number_of`."""
+    """Return a table of _BLOCK_ROWS rows of about 75 bytes. Prompts start with the row's number, for `number_of`."""
     import pyarrow as pa
     from pyarrow import compute
 
@@ -62,7 +62,7 @@ def number_of(row: dict[str, str]) -> int:
 
 
 def tables(num_rows: int, rows_each: int) -> Iterator:
-    """Yield the first `num_rows` rows in tables of `rows_each` rows. The rows do not depend on `rows_each`."""
+    """Yield the first `num_rows` rows in tables of `rows_each` rows. `rows_each` does not change the rows."""
     import pyarrow as pa
 
     rest = block(0).slice(0, 0)

@@ -124,7 +124,7 @@ ARMS = {
 }
 SAME_ARITHMETIC = [
     ("exact", "reference"),
-    ("reference-to-even", "reference"),  # these two need not be equal: they show the effect of rounding ties
+    ("reference-to-even", "reference"),  # may differ: this pair shows the effect of rounding ties
     ("exact-adafactor", "reference-adafactor"),
 ]
 SAME_CURVE = [("exact", "autocast"), ("lean", "exact"), ("lean", "autocast"), (CONTROL, "exact")]
@@ -146,7 +146,7 @@ def library_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed: 
 
 
 def reference_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed: int) -> TakeStep:
-    """Return a function that takes the steps that the exact tier must reproduce, in plain torch with fp32 masters.
+    """Return a function that takes a step in plain torch with fp32 masters. The exact tier must reproduce it.
 
     It sums the bf16 gradients of the micro-batches in fp32, clips the sums, updates the masters with torch's
     optimizer, and rounds the masters to the weights of the bf16 model.
@@ -172,7 +172,7 @@ def reference_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed
         num_targets = sum(batch.num_targets for batch in batches)
         loss = torch.zeros((), device=accelerator.device)
         for index, batch in enumerate(batches):
-            torch.manual_seed(seed_of(seed, step, accelerator.process_index, index))  # train_step's dropout masks
+            torch.manual_seed(seed_of(seed, step, accelerator.process_index, index))  # same masks as train_step
             batch_loss = chunked_loss(model, batch.to(accelerator.device)) / num_targets
             batch_loss.backward()
             loss += batch_loss.detach()
@@ -225,7 +225,7 @@ def train(name: str, model_name: str, seed: int, flags: argparse.Namespace) -> R
         losses.append(take_step(step, batches, schedule(step)).item())
         marks.append(time.perf_counter())
     return {
-        "loss": [float(str(np.float32(loss))) for loss in losses],  # as few digits as identify an fp32 number
+        "loss": [float(str(np.float32(loss))) for loss in losses],  # the fewest digits that identify the fp32 number
         "weights": digest(model),
         "seconds_per_step": median(after - before for before, after in zip(marks, marks[1:], strict=False)),
     }

@@ -46,7 +46,7 @@ VERSIONS = ("torch", "transformers", "tokenizers", "pyarrow", "datasets")
 def run_all(calls: list[tuple[Callable, dict[str, object]]], folder: Path, limit: float | None) -> list[Record] | None:
     """Call all functions at once, each in its own process; return their records, or None after `limit` seconds.
 
-    A child process finds its function by name among this file's imports. The functions write their caches to `folder`.
+    A child process looks up its function by name in this file. The functions write their caches to `folder`.
     Raises RuntimeError if a function fails.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -203,7 +203,7 @@ def markdown(title: str, head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def cell(record: Record | None, name: str, form: str = ",.0f", unit: float = 1) -> str:
-    """Format a field of a record: "-" if it is missing, "> N s" if the measurement exceeded its limit."""
+    """Format a field of a record, or return "-" if the field is missing and "> N s" if the time limit was exceeded."""
     if record is None or name not in record and "over_limit_seconds" not in record:
         return "-"
     return f"{record[name] / unit:{form}}" if name in record else f"> {record['over_limit_seconds']:.0f} s"

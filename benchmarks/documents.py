@@ -36,7 +36,7 @@ _PART = re.compile(r"<!-- begin (\w+),[^>]*-->\n.*?<!-- end \1 -->", re.DOTALL)
 
 
 def render(name: str, summary: summaries.Summary, file: str) -> str:
-    """Render a part from its file, including the comments around it."""
+    """Render a part from the results file `file`, and add the two comments around the part."""
     text = (ROOT / file).read_text()
     lines = summary(list(map(json.loads, text.splitlines())) if file.endswith(".jsonl") else text)
     begin = f"<!-- begin {name}, written by benchmarks/documents.py from {file}: do not edit -->"
@@ -44,7 +44,7 @@ def render(name: str, summary: summaries.Summary, file: str) -> str:
 
 
 def parts_in(text: str, document: str) -> dict[str, str]:
-    """Return the document's parts with their comments. Raises ValueError if any is missing, repeated or unknown."""
+    """Return the document's parts with their two comments. Raises ValueError if one is missing, repeated or unknown."""
     found = list(_PART.finditer(text))
     expected = PARTS[document]
     if sorted(match[1] for match in found) != sorted(expected):

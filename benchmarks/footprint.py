@@ -62,7 +62,7 @@ class Work:
 def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: bool) -> dict[str, object]:
     """Train STEPS optimizer steps on real or fake tensors; return the peak bytes and the bytes left at the end.
 
-    Fake tensors predict the bytes on a GPU. With `for_this_machine`, they predict those on a CPU if there is no GPU.
+    Fake tensors predict the bytes on a GPU or, with `for_this_machine` and without a GPU, those on a CPU.
     """
     if not real:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # fake tensors are always CPU tensors
@@ -136,7 +136,7 @@ def train_lowmem(
     real: bool,
     slices_of: str,
 ) -> object:
-    """Train with lowmem. Weights and logits are sliced as on the device `slices_of` (cuda or cpu)."""
+    """Train with lowmem. Weights and logits are cut into the slices for the device `slices_of` (cuda or cpu)."""
     from lowmem import Batch, TrainState, chunked_loss, make_optimizer, train_step
     from lowmem.loss import SLICE_ELEMENTS
     from lowmem.memory.savers import SAVERS, entered
@@ -188,7 +188,7 @@ def train_trainer(model, spec: Model, system: System, work: Work, accelerator, b
     )
     num_rows = STEPS * work.micro_batches * spec.batch_size
     rows = draw_tokens(model.config, num_rows, spec.seq_len)
-    # do nothing: the model is on its device, and fake tensors do not support the swap of parameters in `to`
+    # make `to` do nothing: the model is on its device, and `to` swaps parameters, which fake tensors do not support
     model.to = lambda *args, **kwargs: model
     trainer = Trainer(
         model=model,
@@ -209,5 +209,5 @@ def draw_tokens(config, batch_size: int, seq_len: int):
     ids, labels = (torch.randint(3, config.vocab_size, (batch_size, seq_len)) for _ in range(2))
     if not config.is_encoder_decoder:
         labels = ids.clone()
-        labels[:, 0] = -100  # no token precedes the first one to predict it
+        labels[:, 0] = -100  # the first token has no earlier token that could predict it
     return {"input_ids": ids, "labels": labels}

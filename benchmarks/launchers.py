@@ -212,7 +212,7 @@ def main() -> None:
         for model, fields in MODELS.items():
             (folder / f"{model}.json").write_text(json.dumps(COMMON | fields))
         for stage in (2, 3):
-            # 0 shards all weights: by default, ZeRO-3 leaves weights as small as these unsharded
+            # with threshold 0, ZeRO-3 shards these small weights too, which it leaves whole by default
             kept = {
                 "stage3_param_persistence_threshold": 0,
                 "stage3_max_live_parameters": 0,

@@ -44,7 +44,7 @@ def run_to_end(command: Sequence[object], *, seconds: float, env: Mapping[str, s
         try:
             output, _ = process.communicate(timeout=seconds)
         except BaseException as error:
-            # each worker has a session of its own, so killing the launcher's process group would miss it
+            # list the workers now: each has its own session, so killing the launcher's process group would miss them
             left = psutil.Process(process.pid).children(recursive=True)
             process.kill()
             for child in left:

@@ -16,7 +16,7 @@ from records import Record
 
 
 def make_encode(encoder: str, folder: str) -> Callable:
-    """Return an encoder. `number` encodes a row as one token, its number; `bpe` and `byt5` use real tokenizers."""
+    """Return an encoder. `number` encodes a row as one token, the row number; `bpe` and `byt5` use real tokenizers."""
     if encoder == "number":
         return lambda row: {"input_ids": [number_of(row)], "labels": [0]}
     from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
@@ -83,7 +83,7 @@ def lowmem_draw(
 
 
 def lowmem_rows(file: str, num_drawn: int) -> Record:
-    """Draw rows in the order of a stream, but do not encode them, because the other systems do not either."""
+    """Draw rows in the order of a stream. They are not encoded, because the other systems encode nothing either."""
     from lowmem import open_rows
     from lowmem.data.order import rows_at
 

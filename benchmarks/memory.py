@@ -24,7 +24,7 @@ from records import MIB, Record, append
 from lowmem.config.presets import MODEL_SHAPES
 
 GIB = 2**30
-# Dropout is 0, because dropout masks would only add the same bytes to every system.
+# Dropout is 0: its masks would only add the same bytes to every system.
 _T5 = {name: shape | {"dropout_rate": 0.0} for name, shape in MODEL_SHAPES.items()}
 _QWEN = {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}
 _QWEN |= {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
@@ -86,7 +86,7 @@ def in_a_new_process(function: Callable[..., Record], *arguments: object) -> Rec
 
 
 def records_of(flags: argparse.Namespace, command: str) -> Iterator[Record]:
-    """Yield one record per run. This process imports no torch: its size would count in a child's peak."""
+    """Yield one record per run. This process does not import torch, because a child's peak would include it."""
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command}
     for name, system, work in product(flags.models, SAVERS if flags.savers else SYSTEMS, WORKS):
         spec = MODELS[name]

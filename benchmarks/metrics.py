@@ -23,7 +23,7 @@ def memory() -> dict[str, int]:
 
 
 class Watch:
-    """Measure the seconds since this object was created, and the memory above that at its creation."""
+    """Measure the seconds since this object was created, and the memory added since then."""
 
     def __init__(self):
         gc.collect()
@@ -49,7 +49,7 @@ def disk_bytes(folder: str) -> int:
 
 
 def import_all() -> None:
-    """Import the modules with which lowmem reads rows, so that their memory is not measured as that of reading."""
+    """Import the modules with which lowmem reads rows, so that later measurements exclude their memory."""
     import pyarrow.json  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch
@@ -92,7 +92,7 @@ def quality(file: str, order_of: str) -> Record:
         order = order[order >= 0]
     group = np.searchsorted(np.cumsum(groups.rows), order, side="right")
     batches = np.sort(group[: len(group) // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE), axis=1)
-    # batches are sorted by group: if an entry equals the one k places later, a group has more than k rows in the batch
+    # each batch is sorted by group, so two equal entries k places apart mean that a group has more than k rows in it
     commonest = 1 + sum((batches[:, k:] == batches[:, :-k]).any(1) for k in range(1, BATCH_SIZE))
     return {
         "displacement": float(np.abs(order - np.arange(len(order))).mean() / groups.num_rows),

@@ -53,7 +53,7 @@ Count = tuple[int, int]
 SEED = 0
 IGNORED = -100
 MAX_SEQ_LEN = 512
-ROWS_PER_STEP = 96  # in `check_counts`; the number of rows is a multiple of it, so that an epoch ends with a full step
+ROWS_PER_STEP = 96  # in `check_counts`; the number of rows is a multiple of this, so an epoch ends with a full step
 BATCH_SIZES = (4, 16, 32)
 TOLERANCE = 1e-5
 VOCAB_SIZE = 8192
@@ -104,13 +104,13 @@ def count_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Count:
 
 
 def count_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> Count:
-    """Count by transformers' mask of assistant tokens or, for a slow tokenizer (ByT5), by bytes."""
+    """Count targets by transformers' mask of assistant tokens or, for a slow tokenizer (ByT5), as answer bytes."""
     if tokenizer.is_fast:
         encoded = tokenizer.apply_chat_template(
             row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         mask = encoded["assistant_masks"]
-    else:  # for ByT5, each byte is a token, even in <|im_end|>, which is not in the vocabulary
+    else:  # for ByT5, each byte is a token; this includes the bytes of <|im_end|>, which is not in its vocabulary
         num_targets = len((row["response"] + "<|im_end|>").encode())
         num_tokens = len(tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True)["input_ids"])
         mask = [0] * (num_tokens - num_targets - 1) + [1] * num_targets + [0]
@@ -206,7 +206,7 @@ def check_losses(
 
 
 def new_state(shape: Mapping[str, object], accelerator: Accelerator) -> TrainState:
-    """Return a model, with the same random weights at each call, and its AdamW optimizer."""
+    """Return the state of a new model and its AdamW optimizer. Every call draws the same random weights."""
     torch.manual_seed(SEED)
     model: nn.Module = load_model(model_config=shape)[0]
     model = parallelize(model, accelerator)
@@ -224,7 +224,7 @@ def time_rounds(
 ) -> Iterator[Record]:
     """Time training on the same rows, packed and not, in interleaved rounds.
 
-    Yields a record for each batch size, with and without packing. The times exclude the first round and encoding.
+    Yields a record for each batch size, with and without packing. The first round and the encoding are not timed.
     """
     for batch_size in BATCH_SIZES:
         both = {}

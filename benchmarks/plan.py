@@ -67,7 +67,7 @@ def config_for(shape: str, tier: str, flags: dict[str, object], folder: Path):
 
 
 def rows_for(config) -> list[dict[str, str]]:
-    """Return rows just below `max_seq_len`, the length that `plan` assumes. Lengths differ, so that T5 needs a mask."""
+    """Return rows almost as long as `max_seq_len`, which `plan` assumes. Their lengths differ, so T5 needs a mask."""
     lengths = [config.max_seq_len - 1 - number % 5 for number in range(64)]  # the tokenizer adds an end token
     columns = [config.text_column] if config.text_column else [config.prompt_column, config.response_column]
     return [{column: "x" * length for column in columns} for length in lengths]
@@ -87,12 +87,12 @@ def measure(rank: int, processes: int, port: int, config, on_gpu: bool, results)
     from lowmem.distributed.signals import Signals
     from lowmem.train import train
 
-    # the allocator must keep one sum over all threads, because gloo's threads free memory that our thread allocated
+    # make the allocator keep one sum for all threads, because gloo's threads free memory that this thread allocated
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage").value = True
     torch.set_num_threads(1)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities, profile_memory=True) as profiler:  # so early that it records the model too
+    with profile(activities=activities, profile_memory=True) as profiler:  # records building the model, too
         train(config, RowSets(rows_for(config)), signals=Signals())
     kind = "cuda" if on_gpu else "cpu"
     sums, cleared = [], []
@@ -103,8 +103,8 @@ def measure(rank: int, processes: int, port: int, config, on_gpu: bool, results)
         if event.name.startswith("Optimizer.zero_grad"):
             cleared.append((event.start_time_ns, event.end_time_ns))
         elif event.name == "[memory]" and event.extra_fields.device.type == kind:
-            sums.append((event.start_time_ns, event.extra_fields.total_allocated))  # the sum is 0 for a mapped file
-    (_, _, (begin, _), (_, end)) = sorted(cleared)  # zero_grad is called as each step begins and ends; take step 2
+            sums.append((event.start_time_ns, event.extra_fields.total_allocated))  # for a mapped file, this sum is 0
+    (_, _, (begin, _), (_, end)) = sorted(cleared)  # a step begins and ends with zero_grad; take the second step
     before = max(each for each in sums if each[0] < begin)
     results.put((rank, max(num_bytes for moment, num_bytes in [before, *sums] if before[0] <= moment <= end)))
 

@@ -77,7 +77,7 @@ def main() -> None:
     loop = import_module(f"loops.{system.loop}")
     reader = "pyarrow.parquet" if system.loop == "lowmem" and settings.train_file else None
     for package in filter(None, [system.package, reader]):
-        import_module(package)  # otherwise, importing the package would count as memory of training
+        import_module(package)  # import now, so that imports do not count as memory of training
     run = Run(imported_bytes=resident_bytes())
     loop.train(settings, system, run)
     record = {"settings": asdict(system), **measured(run, settings)}

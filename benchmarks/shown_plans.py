@@ -37,7 +37,7 @@ def plan(name: str) -> str:
         if result.returncode:
             raise SystemExit(f"{shlex.join(command)} failed with exit code {result.returncode}: {result.stderr}")
         shutil.move(Path(folder, "plan.png"), RESULTS / f"plan-{name}.png")
-    lines = result.stdout.splitlines()[:-1]  # without the last line, the path of the figure
+    lines = result.stdout.splitlines()[:-1]  # the last line is the path of the figure
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "accelerate"))
     head = [f"$ {shlex.join(['python', *command])}", f"# {datetime.now(UTC):%Y-%m-%d}; {versions}"]
     text = "\n".join([*head, *lines, ""])

@@ -32,7 +32,7 @@ from lowmem.config.presets import MODEL_SHAPES
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train_low_mem.py"
 SAVE_STEPS = 5
-MOST_SAVES = 2  # the most saves that a launch starts before its kill; a kill in the first loses all the launch's steps
+MOST_SAVES = 2  # saves that a launch may start before its kill; a kill in the first loses all steps of the launch
 POLL_SECONDS = 0.0005
 LIMIT_SECONDS = 120  # the time limit of every wait
 
@@ -57,7 +57,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Soak:
-    """The result: the kills, and how the killed run compares with an uninterrupted one."""
+    """The result of the program: all kills, and whether the killed run equals an uninterrupted one."""
 
     kills: list[Kill]
     steps: int
@@ -83,9 +83,9 @@ def soak(folder: Path, *, kills: int, seed: int = 0, log: Callable[[str], None] 
     deck = [(list(VICTIMS)[number % 3], aims[(number + number // 3) % 2]) for number in range(kills)]
     chance.shuffle(deck)
     (folder / "t5.json").write_text(json.dumps(MODEL_SHAPES["t5-tiny"] | {"dropout_rate": 0.1}))
-    steps = (kills * MOST_SAVES + 2) * SAVE_STEPS  # so many that the killed run does not end before its last kill
+    steps = (kills * MOST_SAVES + 2) * SAVE_STEPS  # enough that the killed run does not finish before its last kill
     done = []
-    with Run(folder, "whole", steps) as uninterrupted:  # trains at the same time; its bits do not depend on it
+    with Run(folder, "whole", steps) as uninterrupted:  # trains at the same time; its bits stay the same
         for number, (victim, aim) in enumerate(deck):
             with Run(folder, "killed", steps) as run:
                 run.advance(aim, chance)

@@ -17,7 +17,7 @@ from records import MIB, Record
 
 from lowmem.config.help import help_text
 
-# For each benchmark: the names of its systems in the documents, in the order of the rows.
+# For each benchmark, the names under which the tables show its systems, in the order of the tables' rows.
 READERS = {
     ("lowmem", "parquet-100k"): "parquet, {groups:,} row groups",
     ("lowmem", "parquet-default"): "parquet, pyarrow's default row groups, copied once in {seconds:.1f} s",
@@ -74,7 +74,7 @@ def source(records: Sequence[Record], how: str) -> str:
 
 # --- one function per table
 def rows(records: Sequence[Record]) -> list[str]:
-    """Tabulate start, memory, speed and resume for the largest files, with the peaks of the smallest in parentheses."""
+    """Tabulate start, memory, speed and resume for the largest files, and in parentheses the smallest files' peaks."""
     most, least = (choose(record["rows"] for record in records) for choose in (max, min))
     fraction = max(EPOCH_FRACTIONS)
 
@@ -144,7 +144,7 @@ def memory(records: Sequence[Record]) -> list[str]:
 
 
 def checkpoint(records: Sequence[Record]) -> list[str]:
-    """Tabulate time and memory of saving and loading on one process, and the effect of a flipped bit and of a kill."""
+    """Tabulate time and memory of saving and loading on one process, and what a flipped bit and a kill do."""
     of = by(records, "system")
 
     def line(system: str) -> list[str]:
@@ -238,7 +238,7 @@ def plan(records: Sequence[Record]) -> list[str]:
 
 
 def launchers(records: Sequence[Record]) -> list[str]:
-    """Tabulate, for each strategy, over all launchers: state per process, largest differences from a single process."""
+    """For each strategy, over all launchers: tabulate state per process and largest differences from one process."""
     single = {(record["date"], record["model"]): record for record in records if record["processes"] == 1}
     several = [record for record in records if record["processes"] > 1]
     models = dict.fromkeys(record["model"] for record in several)

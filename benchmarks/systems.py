@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 SEED = 0
 OPTIMIZER = {"weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}  # no weight decay for biases and norms
 SCHEDULE = {"peak": 1e-4, "warmup_steps": 1, "schedule": "cosine"}
-WARM_UP_STEPS = 2  # not timed, because in them AdamW creates its moments, and allocators and thread pools warm up
+WARM_UP_STEPS = 2  # not timed: in them, AdamW creates its moments, and allocators and thread pools warm up
 
 
 # --- the systems
@@ -178,7 +178,7 @@ def build(settings: SimpleNamespace) -> None:
     model.save_pretrained(settings.folder)
     tokenizer.save_pretrained(settings.folder)
     rows, encode = open_work(settings, tokenizer, model.config)
-    # in the order of a sequential distributed sampler: in each micro-batch, rank 0's rows come first, then rank 1's
+    # a sequential distributed sampler reads the file in this order: per micro-batch, rank 0's rows, then rank 1's
     ranks = [
         open_steps(settings, rows, encode, rank=rank, world_size=settings.processes)
         for rank in range(settings.processes)
@@ -221,7 +221,7 @@ def joules() -> float | None:
         try:
             import pynvml
         except ModuleNotFoundError:
-            return None  # a sum without the GPUs would miss most of the energy
+            return None  # without the GPUs' counters, the sum would miss most of the energy
         pynvml.nvmlInit()
         for name in os.environ["CUDA_VISIBLE_DEVICES"].split(","):
             by_name = pynvml.nvmlDeviceGetHandleByUUID

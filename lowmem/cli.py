@@ -103,7 +103,7 @@ _COMMANDS |= {"verify": _verify, "export": _export, "plot": _plot}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv) and return the exit code.
 
-    Exit codes: 0 done, 1 failed, 2 user error, 75 training preempted, 128 + n: signal n ended another command.
+    Exit codes: 0 done, 1 failed, 2 user error, 75 training preempted; 128 + n if signal n ended any other command.
     `train` and `evaluate` leave their signal handlers installed until the process ends.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _PipeSafeStream:
-    """A text stream that discards its output once the reader has closed the pipe (`| head -1`)."""
+    """A text stream that discards its output once the reader has closed the pipe (as `| head -1` does)."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

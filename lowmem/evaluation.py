@@ -75,7 +75,7 @@ def generate(
     """Answer the prompts of all ranks' batches by greedy decoding. Every rank returns all answers, in row order."""
     base = unwrapped(model)
     is_encoder_decoder, is_collective = base.config.is_encoder_decoder, is_sharded(model)
-    # pad an encoder's prompts on the right, a causal model's on the left, because it appends tokens on the right
+    # pad an encoder's prompts on the right, but a causal model's on the left, because new tokens follow on the right
     padding = {"padding_side": "right" if is_encoder_decoder else "left", "return_tensors": "pt"}
     greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": tokenizer.pad_token_id}
     limits = {"max_new_tokens": max_new_tokens, "synced_gpus": is_collective}
@@ -157,7 +157,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _prompts(batch: Batch, *, is_encoder_decoder: bool) -> list[list[int]]:
     """Return each row's prompt: the tokens before the padding or, in a causal model, before the first target."""
     input_ids = batch.inputs["input_ids"]
-    mask = batch.inputs.get("attention_mask")  # without a mask, padding is only after the last target
+    mask = batch.inputs.get("attention_mask")  # without a mask, any padding comes after the last target
     lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
     prompts = []
     for ids, length, labels in zip(input_ids, lengths, batch.inputs["labels"], strict=True):

@@ -1,6 +1,6 @@
 """Losses: functions `(model, batch) -> sum of token losses`, an fp32 scalar. The caller divides by the token count.
 
-An encoder-decoder model shifts labels itself; in a causal model, position i predicts label i + 1. -100 is no target.
+An encoder-decoder model shifts labels itself; position i of a causal one predicts label i + 1. Label -100: no target.
 """
 
 import math
@@ -46,7 +46,7 @@ def chunked_loss(
         raise UsageError(f"chunked loss needs a linear output head, {name} has {type(head).__name__}: set --loss=plain")
     options = {"label_smoothing": label_smoothing, "slice_elements": slice_elements}
     loss_of = partial(_loss_of, head=head, targets=targets, num_targets=batch.num_targets, **options)
-    if uses_zero3(model):  # DeepSpeed has the head's full weight only within the head's forward and backward
+    if uses_zero3(model):  # DeepSpeed gathers the head's weight only for the head's forward and backward
         return _call_with_head(loss_of, model, head, inputs)
     return loss_of(_call_with_head(_pass_through, model, head, inputs))
 
@@ -75,7 +75,7 @@ def _call_with_head(
         raise
     finally:
         del head.forward
-    # unchanged logits are the same tensor or, after DeepSpeed's hooks, a new tensor that shares its memory
+    # a model that keeps the logits returns this tensor or, after DeepSpeed's hooks, a new one that shares its memory
     if logits is not returned and not (uses_zero3(model) and logits.data_ptr() == returned.data_ptr()):
         raise changes
     return logits
@@ -85,7 +85,7 @@ def _pass_through(hidden: Tensor) -> Tensor:
     # convert to fp32 here, so that accelerate's autocast wrapper returns this same tensor instead of a converted copy
     hidden = hidden.float() if torch.is_autocast_enabled(hidden.device.type) else hidden
     if torch.is_grad_enabled() and not hidden.requires_grad:
-        # fully_shard reduces gradients only if backward passes this output, even if all layers before it are frozen
+        # needed after frozen layers, because fully_shard reduces gradients only if backward reaches this output
         hidden = hidden.detach().requires_grad_()
     return hidden
 
@@ -95,7 +95,7 @@ def _loss_of(hidden: Tensor, *, head: nn.Linear, targets: Tensor, num_targets: i
         found = f"hidden states of shape {tuple(hidden.shape[:-1])} but labels of shape {tuple(targets.shape)}"
         raise ValueError(f"{found}: give every position a label, -100 for a position to ignore")
     is_target, targets = (targets != IGNORED).flatten(), targets.flatten()
-    # no device sync: the host knows the number of targets; the device only checks it and finds the targets' positions
+    # to avoid a device sync, take the number of targets from the host; the device checks it and finds their positions
     torch._assert_async(is_target.sum() == num_targets, "batch.num_targets must be the number of labels except -100")
     positions = is_target.to(torch.uint8).argsort(descending=True, stable=True)[:num_targets]
     hidden, targets = hidden.flatten(0, 1).index_select(0, positions), targets[positions]
@@ -166,7 +166,7 @@ def chunked_cross_entropy(
 
     hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) int64; matrix products use `compute_dtype` (default:
     hidden.dtype). Forward saves its inputs and each row's log-sum-exp; backward computes the logits again. Both take
-    one slice of the vocabulary at a time for all rows, so each element of the head's gradient is one sum, rounded once.
+    all rows of one vocabulary slice at a time, so each element of the head's gradient is one sum, rounded once.
     """
     elements = slice_elements or SLICE_ELEMENTS.get(hidden.device.type, SLICE_ELEMENTS["cuda"])
     slices = vocabulary_slices(len(hidden), len(weight), elements)
@@ -195,7 +195,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 at_target += logits.gather(1, column).where(inside, 0)
                 if label_smoothing:
                     total += logits.sum(1, keepdim=True)
-                largest = logits.amax(1, keepdim=True).clamp(min=torch.finfo(sum_dtype).min)  # a slice may be all -inf
+                largest = logits.amax(1, keepdim=True).clamp(min=torch.finfo(sum_dtype).min)  # a row may be all -inf
                 part_sum = logits.sub_(largest).exp_().sum(1, keepdim=True)  # in place, because logsumexp would copy
                 log_sum = torch.logaddexp(log_sum, largest + part_sum.log())
             losses = log_sum - (1 - label_smoothing) * at_target - label_smoothing / weight.shape[0] * total

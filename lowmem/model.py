@@ -38,7 +38,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     on_meta: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a model in training mode, loaded or built with random weights (from torch's generator), and its tokenizer.
+    """Return a model in training mode, loaded or built with random weights (by torch's generator), and its tokenizer.
 
     `model_config` is a transformers config, a mapping of its fields, a path of a config.json or a name in MODEL_SHAPES.
     Weights have `dtype`. With `on_meta`, they stay on the meta device until `parallelize` shards them; if the files
@@ -67,7 +67,7 @@ def load_model(
 
 
 def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
-    """Freeze "embeddings" (with a tied output head) or "encoder" (without embeddings); other names raise UsageError."""
+    """Freeze "embeddings" (with a tied output head) or "encoder" (not its embeddings). Others raise UsageError."""
     if unknown := sorted(set(parts) - {"embeddings", "encoder"}):
         raise UsageError(f"{', '.join(unknown)} cannot be frozen: choose from embeddings and encoder")
     embeddings = set(model.get_input_embeddings().parameters())
@@ -111,12 +111,12 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype, *, on_meta: bool)
     with init_empty_weights() if on_meta else nullcontext():
         model = _auto_class(config).from_config(config, dtype=dtype, **_attention(config))
     if on_meta:
-        model.tie_weights()  # init_empty_weights unties weights
+        model.tie_weights()  # because init_empty_weights has untied the weights
     return model
 
 
 def _pretrained_on_meta(name: str, dtype: torch.dtype) -> PreTrainedModel | None:
-    """Build the model on the meta device. If its files cannot be read per tensor, print a line and return None."""
+    """Build the model on the meta device. Print a line and return None if its files cannot be read tensor by tensor."""
     is_local = Path(name).is_dir()
     folder = Path(name if is_local else snapshot_download(name, allow_patterns=["*.safetensors*", "*.json"]))
     with _loading(name):
@@ -178,7 +178,7 @@ def _config_from(model_config: PretrainedConfig | Mapping[str, object] | str | P
 
 
 def _attention(config: PretrainedConfig) -> dict[str, str]:
-    # with torch's fused attention, which has no CPU backward kernel for a learned bias (T5), a step takes 1/8 longer
+    # torch's fused attention has no CPU backward kernel for a learned bias (T5): it would make a step 1/8 slower
     has_learned_bias = hasattr(config, "relative_attention_num_buckets")
     return {"attn_implementation": "eager"} if has_learned_bias and not torch.accelerator.is_available() else {}
 
@@ -205,7 +205,7 @@ def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
 
 
 def _is_byte_tokenizer(folder: Path) -> bool:
-    # for a ByT5 folder, AutoTokenizer may return an empty tokenizer of the model's type, so check its class here
+    # AutoTokenizer may load a ByT5 folder as an empty tokenizer of the model's type, so check the folder's class here
     try:
         return json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "ByT5Tokenizer"
     except (OSError, ValueError, KeyError):

@@ -18,7 +18,7 @@ _SERIES = {
 }
 _UNITS = {"peak_device_bytes": 2**20, "peak_host_bytes": 2**20}
 
-_WIDTH, _LABELS, _ROWS = 80, 10, 4  # a text chart's columns in all, columns for labels, and rows
+_WIDTH, _LABELS, _ROWS = 80, 10, 4  # a text chart's width and label width (columns), and its height (rows)
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 Points = list[tuple[int, float]]

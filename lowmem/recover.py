@@ -41,7 +41,7 @@ def fitting_step(
 ) -> StepResult:
     """Run `train_step`. If forward or backward runs out of memory on any rank, retry with smaller micro-batches.
 
-    `batches` must be what `state.stream` gave last. Before a retry, the stream halves its micro-batches and each rank
+    `batches` must be the last from `state.stream`. Before a retry, the stream halves its micro-batches and each rank
     calls `tell`; except for rounding and dropout, the gradient is the same. Raises OutOfMemory if one row is too large.
     """
     while True:

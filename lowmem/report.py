@@ -55,7 +55,7 @@ def peak_memory_bytes() -> dict[str, int]:
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, with floats in full precision. On a full disk, lines wait in memory.
 
-    Opening deletes the records after `step`, where the run resumes and writes them again (None: deletes all records).
+    Opening deletes the records after `step`, because a run that resumes there writes them again (None: deletes all).
     `resumed_at` has the metrics of all records of `step`.
     """
 
@@ -97,7 +97,7 @@ def _is_kept(line: bytes, step: int) -> bool:
         record = json.loads(line)
     except ValueError:  # half a line, from a killed run
         return False
-    # drop the test and end records: a run that is resumed after its last step writes them again
+    # drop the test and end records, because a run that is resumed after its last step writes them again
     is_final = record.get("event") == "end" or any(name.startswith("test_") for name in record)
     return not is_final and record["step"] <= step
 

@@ -72,7 +72,7 @@ def train_step(
     """Update `state` in place with the gradient of the mean loss over all targets of `batches` on all ranks.
 
     All losses are divided by one token count, so any split of the same rows into micro-batches and ranks gives the same
-    gradient. If loss or gradient is not finite, no rank updates weights (but `release` has already done so), and every
+    gradient. If loss or gradient is not finite, no rank updates weights (`release` has already updated some), and every
     rank raises FloatingPointError if `nonfinite` is "stop", or counts the step if it is "skip". A step without any
     target is counted too. If a rank cannot read its rows or fails in forward or backward, every rank raises that rank's
     error: after running out of memory, StepTooLarge (see `fitting_step`), or OutOfMemory if the step cannot be repeated

@@ -74,7 +74,7 @@ def train(
     optimizer = make_optimizer(model, **config.optimizer_options)
     loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)  # (model, batch) -> summed loss
     check_model(model, loss_fn, packing=config.packing)
-    num_weights = model.num_parameters()  # of all shards; taken here because it is wrong once DeepSpeed wraps the model
+    num_weights = model.num_parameters()  # of all shards; counted here, because DeepSpeed's wrapper makes it wrong
     wrapped = zero.wrap(model, optimizer, accelerator) if config.deepspeed else model
 
     with ExitStack() as stack:

@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # so that garbage collection during the tests skips the imported modules
+    gc.freeze()  # garbage collection during the tests then skips the imported modules
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

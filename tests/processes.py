@@ -56,7 +56,7 @@ def started(*command: object, cwd: Path = ROOT, **changes: str) -> Iterator[subp
 
 @contextmanager
 def started_train(*flags: object, program: Path = PROGRAM, cwd: Path = ROOT, **changes: str) -> Iterator[Forked]:
-    """Start `python train_low_mem.py ...` as `started` does, but fork an interpreter that has done the imports."""
+    """Like `started` for `python train_low_mem.py ...`, but fork an interpreter that has already imported lowmem."""
     with ended(Forked(run_program, program, *flags, env=environment(**changes), cwd=cwd)) as process:
         yield process
 
@@ -113,7 +113,7 @@ def wait_until(condition: Callable[[], bool], process: Process, timeout: float =
 def train(*flags: object, timeout: float = 120, **changes: object) -> subprocess.CompletedProcess:
     """Run `started_train` to its end.
 
-    The process starts with its imports done. For one that does the imports, call `run(sys.executable, PROGRAM, ...)`.
+    The process starts with its imports done. To test the imports too, call `run(sys.executable, PROGRAM, ...)`.
     """
     with started_train(*flags, **changes) as process:
         return finish(process, timeout)

@@ -1,6 +1,6 @@
 """List the tests that `python -m pytest` skips, and how long each took; `python -m pytest -m slow` runs them.
 
-Each test repeats a faster test at full size, under another launcher or with another model.
+Each of them repeats a faster test, but at full size, under another launcher or with another model.
 """
 
 SECONDS = {

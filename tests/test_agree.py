@@ -46,7 +46,7 @@ def be_late():
     group = dist.new_group(timeout=timedelta(seconds=2))
     if accelerator.process_index == 0:
         with heartbeat.phase("writing"):
-            sum_over_ranks(1)  # waits for rank 1, which waits in another group; both ranks are alive
+            sum_over_ranks(1)  # rank 0 waits for rank 1, which is alive but waits in another group
     else:
         message = (
             "^step 7, summing gradients: no rank is silent: rank 0 is at step 7, writing, all-reducing; rank 1 is at"

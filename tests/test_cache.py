@@ -213,7 +213,7 @@ def test_files_of_one_name_in_two_folders_share_nothing_in_the_cache(source, tmp
 
 @pytest.fixture
 def locked_folder():
-    """Make a folder that this process can read but not write; as root, it becomes another user during the test."""
+    """Make a folder that this process can read but not write; a process of root becomes another user for this."""
     folder = Path(tempfile.mkdtemp())
     (folder / "rows").write_bytes(b"some rows")
     (folder / "home").mkdir(mode=0o777)

@@ -140,7 +140,7 @@ def test_generation_tags_mark_the_same_tokens_as_in_transformers(messages):
     assert chat_tokenizer(tokenizer)(messages)[1] == [mark == 1 for mark in encoded["assistant_masks"]]
 
 
-# Not "plain", where one token can hold both the template's space after "role:" and the first word of the message.
+# The "plain" template is left out: one token can hold both its space after "role:" and the first word of a message.
 @pytest.mark.parametrize("name", ["chatml", "tagged", "llama-3"])
 def test_offsets_without_spaces_mark_the_same_tokens(name):
     trimmed = bpe(TEMPLATES[name], trim_offsets=True)

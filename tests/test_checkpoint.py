@@ -112,7 +112,7 @@ def test_a_state_loads_into_a_tier_that_stores_no_more_bits(then, now, tmp_path)
             assert torch.equal(after[name], value), name
         else:
             assert torch.allclose(after[name], value, rtol=0.13, atol=1e-8 + 0.13 * value.abs().max().item() / 15), name
-    if now == "lean":  # rounding to the lean formats changes individual values, but hardly their mean
+    if now == "lean":  # rounding to lean's formats changes values, but hardly their mean
         error = after["shared.weight.weight"] - before["shared.weight.weight"]
         assert 0 < error.abs().max() and error.mean().abs() < error.abs().mean() / 20
     train(loaded, 1)

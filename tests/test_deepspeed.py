@@ -34,7 +34,7 @@ from tests.processes import PROGRAM, ROOT, finish, free_port, module_command, ru
 pytest.importorskip("deepspeed")
 
 CPU = {"device": "cpu"}
-# with DeepSpeed's defaults, stage 3 would not shard models as small as these
+# without these settings, stage 3 would not shard models as small as these
 STAGE_3 = {"stage": 3} | dict.fromkeys(
     (
         "stage3_param_persistence_threshold",
@@ -160,7 +160,7 @@ def test_two_ranks_train_like_one_process(strategy, family, loss, trained, alone
     mine, theirs = (load_file(path / f"{family} {loss}" / "model.safetensors") for path in (trained / strategy, folder))
     assert mine.keys() == theirs.keys()
     for name in mine:
-        # Adam divides a gradient by its own magnitude, which magnifies the rounding errors of gradients near 0
+        # Adam divides each gradient by its magnitude. For gradients near 0, this magnifies rounding errors.
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-4)
 
 

@@ -26,7 +26,7 @@ from lowmem.step import TrainState
 from tests.forked import fork_ranks
 
 FAULTS = {"killed": None, "no space": errno.ENOSPC, "disk error": errno.EIO}
-# A rank exits with REACHED if it reached the operation that fails or saw another rank fail, else with NOT_REACHED.
+# Exit codes: REACHED if this rank reached the operation that fails, or saw another rank fail; NOT_REACHED otherwise.
 REACHED, NOT_REACHED = 3, 4
 
 
@@ -122,7 +122,7 @@ def fork_alone(function, *arguments):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_save_may_fail_at_any_operation(fault, tmp_path):
-    # `check_every_point` forks, which is unsafe in pytest's own process, because that has threads: use a new process
+    # run `check_every_point` in a new process: it forks, which is unsafe in pytest's own process with its threads
     assert fork_ranks(1, check_every_point, tmp_path, fault, [0], fork_alone) == [0]
 
 

@@ -128,7 +128,7 @@ def test_two_processes_train_like_one(launcher, files, alone, tmp_path):
 
 
 def test_two_processes_train_the_large_preset(tmp_path):
-    """Train T5-base at its real size, on smaller batches and shorter rows than the preset's."""
+    """Train T5-base at its real size, with batches smaller and rows shorter than the preset's."""
     command = module_command(
         "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", f"--main_process_port={free_port()}"
     )
@@ -180,7 +180,7 @@ def test_accelerates_precision_is_used(files, tmp_path):
 
 
 def test_a_failing_rank_ends_the_run_with_its_exit_code(files, tmp_path):
-    """Plain python starts the ranks itself; a user error that only the ranks can detect still gives exit code 2."""
+    """Without a launcher, `train` starts the ranks. It exits with their code: 2 for an error that only ranks detect."""
     flags = ["--num_processes=2", "--text_column=prompt", f"--output_dir={tmp_path}/out"]
     result = train("train", *files, *flags)
     assert result.returncode == 2, (result.returncode, result.stderr)

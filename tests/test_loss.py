@@ -38,8 +38,8 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("elements", [1, 1000, 10**7])  # vocabulary entries per slice: 1, about 30, all
-@pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])  # their output heads: tied and scaled, untied, tied
+@pytest.mark.parametrize("elements", [1, 1000, 10**7])  # a slice then has 1, about 30, or all vocabulary entries
+@pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])  # output heads: tied and scaled, untied, tied
 def test_chunked_loss_equals_plain_loss(family, elements, label_smoothing):
     model, batch = build(family), batch_of(family)
     results = []
@@ -102,7 +102,7 @@ def head_gradients(states, weight, targets, label_smoothing, loss, slice_element
 
 
 def head(rows=48, width=16):
-    """Make hidden states, a head's weight and targets; every fifth target and all in the middle third are -100."""
+    """Make hidden states, a head's weight and targets; every fifth target, and each in the middle third, is -100."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(rows, width, generator=generator)
     weight = torch.randn(VOCABULARY, width, generator=generator) * width**-0.5

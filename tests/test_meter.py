@@ -140,7 +140,7 @@ def test_backward_of_a_linear_layer(tensors):
             y = layer(x)
             assert meter.live_bytes - before == rows * narrow * FLOAT
             y.backward(torch.ones(()).expand(rows, narrow))
-            assert meter.live_bytes - before == (rows * narrow + weights) * FLOAT  # y and the weights' gradients
+            assert meter.live_bytes - before == (rows * narrow + weights) * FLOAT  # of y and weight gradients
 
 
 @either

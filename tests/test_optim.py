@@ -34,7 +34,7 @@ def test_learning_rate_ends_at_zero_and_stays_there():
 def test_the_same_weights_decay_as_in_trainer(family, memory):
     model = build(family)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    # Trainer lists a tied weight under both of its names, but `names` has only one of them
+    # Trainer lists a tied weight under both of its names, and `names` under one, so keep only those in `names`
     expected = set(Trainer.get_decay_parameter_names(None, model)) & set(names.values())
     optimizer = make_optimizer(model, memory=memory, weight_decay=0.1)
     decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}

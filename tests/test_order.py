@@ -99,7 +99,7 @@ def test_order_of_no_rows_is_refused():
 
 
 def test_the_order_is_that_of_existing_checkpoints():
-    """Checkpoints store a position in this order, so if these numbers change, existing runs cannot resume exactly."""
+    """A checkpoint stores only a position in this order: if the order changed, old runs could not resume exactly."""
     assert permute(np.arange(5), 10, (1, 2)).tolist() == [1, 4, 3, 2, 5]
     assert permute(np.arange(4), 2**40, (3,)).tolist() == [255546647969, 435823828157, 92481491259, 41636616374]
     groups = Groups.of([3, 5, 0, 4, 7], [30, 50, 0, 40, 70])

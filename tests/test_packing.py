@@ -88,7 +88,7 @@ def test_little_of_packed_rows_is_padding(count, micro_batches, packed_padding, 
     packed = sum(padded_tokens(pack(documents(lengths), max_seq_len=2048, micro_batches=micro_batches)))
     assert 1 - sum(lengths) / packed < packed_padding
     in_order, size = sorted(lengths, reverse=True), count // micro_batches
-    unpacked = sum(size * in_order[first] for first in range(0, count, size))  # tokens, plus padding, without packing
+    unpacked = sum(size * in_order[first] for first in range(0, count, size))  # without packing, including padding
     assert 1 - sum(lengths) / unpacked > unpacked_padding
 
 
@@ -184,7 +184,7 @@ def causal(model_type, **fields):
 
 @pytest.mark.parametrize(
     "fields",
-    [  # models that do not support packing; each comment says why packed documents would affect each other
+    [  # Models without support for packing; each comment names what would let packed documents affect each other.
         {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},  # recurrent state
         {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4},  # ALiBi
         {  # learned positions, and a mask that ignores position_ids

@@ -118,13 +118,13 @@ def write_peaks(folder, configs):
     (folder / f"peaks-{accelerator.process_index}").write_text(json.dumps(peaks))
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # see lowmem.distributed.fully_sharded
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # lowmem.distributed.fully_sharded explains the warning
 def test_a_prediction_on_two_processes_is_within_a_tenth(tmp_path, restored_environment):
     configs = [
         config_for(tmp_path, "llama", tier, recompute="full", **options)
         for options in STRATEGIES
         for tier in ("exact", "lean")
-        if (tier, "tp_size" in options) != ("lean", True)  # with tp_size=2, shards are too narrow for lean's blocks
+        if (tier, "tp_size" in options) != ("lean", True)  # lean's blocks do not fit in the shards of tp_size=2
     ]
     configs.append(dataclasses.replace(configs[2], offload_activations=True))
     configs.append(dataclasses.replace(configs[4], cpu_offload=True))
@@ -220,7 +220,7 @@ def test_the_ladder_keeps_rows_per_step_and_tier_and_what_a_flag_sets(tmp_path):
 
 
 def predictions(sizes):
-    """Return a `predict` function for `choose` that takes device bytes from `sizes[recompute, batch_size]`."""
+    """Return a fake `predict` for `choose`: `sizes[recompute, batch_size]` are the device bytes that it predicts."""
 
     def predict(configs):
         return (Prediction({"all": sizes[config.recompute, config.batch_size]}, {"all": 5}, {}) for config in configs)
@@ -322,7 +322,7 @@ def test_host_memory_counts_all_processes_and_cpu_offload_moves_the_state(tmp_pa
     assert sum(size for kind, size in predicted.host.items() if kind.endswith("processes")) == 2 * (10 + 40 + 3)
     assert predicted.disk == {"3 checkpoints": 300, "model": 20}
     kept = prediction(dataclasses.replace(config, cpu_offload=False), GPUS, counted)
-    assert list(kept.device) == ["weights", "moments", "activations", CONTEXT]  # persistent parts first
+    assert list(kept.device) == ["weights", "moments", "activations", CONTEXT]  # persistent parts are first
 
 
 def test_wrong_sizes_are_reported_before_torch_is_loaded():

@@ -1,4 +1,4 @@
-"""`plot` draws metrics.jsonl, as a picture or in the terminal, or reports why it cannot."""
+"""`plot` draws metrics.jsonl as a picture or in the terminal, or reports why it cannot draw."""
 
 import json
 import struct
@@ -70,7 +70,7 @@ def test_without_matplotlib_several_runs_are_shown_on_one_scale(falling, tmp_pat
     lines = result.stdout.splitlines()
     assert lines[0] == "loss, falling: 17 at step 1, 10 at 8" and lines[5] == "loss, other: 24 at step 1, 17 at 16"
     assert lines[1].split() == ["24"] and lines[6].startswith("       24 ████")
-    assert len(lines[4]) == 10 + 1 + 7 * 69 // 15 and len(lines[9]) == 80  # the runs end at steps 8 and 16
+    assert len(lines[4]) == 10 + 1 + 7 * 69 // 15 and len(lines[9]) == 80  # one run ends at step 8, the other at 16
     assert lines[-1] == "matplotlib is not installed: for an image, pip install 'lowmem[plot]'"
     assert not (falling / "plot.png").exists()
 

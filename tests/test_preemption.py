@@ -82,7 +82,7 @@ def assert_resumed_to_the_same_end(work, name, uninterrupted):
 
 
 def test_a_signal_between_saves_ends_the_run_after_the_current_step(work, uninterrupted):
-    """An evaluation is due at step 4, but the run saves and ends before it; the resumed run evaluates."""
+    """An evaluation is due at step 4, but the run saves and ends without it; the resumed run does the evaluation."""
     with catching_signals() as signals:
         rows = Rows(ROWS, 3 * 4 + 1, signalling(signals))  # while the rows of step 4 are read
         assert run_here(work, "between", rows, qa_rows(4), signals, save_steps=5) == (4, True)
@@ -170,7 +170,7 @@ def test_a_save_that_fails_ends_the_run(work):
 
 def test_with_on_save_error_continue_a_failed_save_is_reported_and_training_continues(work, capfd):
     block_saves(work, "continue")
-    rows = Rows(ROWS, 4 * 4 + 1, (work / "continue" / "checkpoints").unlink)  # unblocks later saves
+    rows = Rows(ROWS, 4 * 4 + 1, (work / "continue" / "checkpoints").unlink)  # once step 5 begins, saves succeed again
     assert run_here(work, "continue", rows, on_save_error="continue") == (STEPS, False)
     output = capfd.readouterr().out
     assert "step 2: the checkpoint was not saved, training continues: " in output

@@ -55,7 +55,7 @@ def test_the_good_rows_of_a_step_are_split_into_the_usual_number_of_micro_batche
     path = write(tmp_path / "rows.jsonl")
     options = {"batch_size": 2, "global_batch_size": 8, "shuffle": False, "quarantine": Quarantine(100)}
     stream = open_stream(path, ENCODE, **options)
-    assert [len(batch.row_ids) for batch in next(stream)] == [1, 1, 1, 0]  # of rows 0 to 7, only 0, 1 and 2 are good
+    assert [len(batch.row_ids) for batch in next(stream)] == [1, 1, 1, 0]  # of its rows 0 to 7, only 3 are good
     assert [len(batch.row_ids) for batch in next(stream)] == [2, 2, 2, 2]
 
 
@@ -191,7 +191,7 @@ def lose_the_file_on_rank_1(path: str) -> None:
     state = TrainState(model, make_optimizer(model, memory="off"))
     rows = open_rows(path)
     if rank == 0:
-        assert rows[0]  # loads all rows of the group
+        assert rows[0]  # reading one row loads all rows of its group
     accelerator.wait_for_everyone()
     if rank == 1:
         Path(path).rename(f"{path}.gone")

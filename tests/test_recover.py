@@ -126,7 +126,7 @@ def run_out_on_rank_1(family, memory, folder):
     found += losses(state, accelerator, loss_fn, until=8, on_halving=check)
     save_checkpoint(state, folder, accelerator)
     found += losses(state, accelerator, loss_fn)
-    tolerance = 1e-6 if memory == "off" else 1e-2  # bf16 gradients of other micro-batches round differently
+    tolerance = 1e-6 if memory == "off" else 1e-2  # bf16 gradients round differently when micro-batches are smaller
     assert found == pytest.approx(expected, rel=tolerance) and found[-1] < 0.9 * found[0]
     (halving,) = halvings
     assert (halving.step, halving.rank, halving.batch_size, halving.smaller) == (FULL_AT, 1, 4, 2)
@@ -173,7 +173,10 @@ def measure_the_long_step(work):
 
 
 def train_with_three_quarters_of_those_bytes(work):
-    """Limit memory to 3/4 of the long step's bytes, enough for half of its rows. Kill the run at its last save."""
+    """Before the long step, limit memory to 3/4 of the bytes that it needs. Kill the run at its last save.
+
+    Half of the step's rows fit within this limit.
+    """
 
     def limit():
         held = int(re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -331,4 +334,4 @@ def test_a_stream_is_not_halved_if_a_process_would_have_an_empty_micro_batch():
     uneven = stream_of("t5", batch_size=2, gradient_accumulation_steps=1, global_batch_size=3, world_size=2)
     before = next(uneven)
     assert not uneven.halve() and (uneven.batch_size, uneven.micro_batches) == (2, 1)
-    assert next(uneven)[0].row_ids != before[0].row_ids  # the stream continues with new rows after the refusal
+    assert next(uneven)[0].row_ids != before[0].row_ids  # after `halve` refuses, the stream continues with new rows

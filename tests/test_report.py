@@ -38,7 +38,8 @@ def test_a_reader_that_closes_the_pipe_does_not_end_the_run(streams, tmp_path):
 
 def write_on_a_full_disk(path, room):
     log = MetricsLog(path, step=None)
-    # this record is long, because stdout is a file too, and the limit of file sizes below must leave room for its text
+    # The limit below holds for every file, including the one that stdout goes to. This record makes the metrics file
+    # long, so that a limit at its size leaves room for the text on stdout.
     log.write({"step": 1, "padding": "x" * 1000})
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, resource.RLIM_INFINITY))
     log.write({"step": 2, "loss": float("inf")})

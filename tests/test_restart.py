@@ -76,7 +76,7 @@ def test_a_run_that_a_process_manager_restarts_equals_an_uninterrupted_one(work,
         if codes[-1]:
             record = exit_of(work, "managed")
             assert (record["cause"], record["code"], record["rank"]) == ("preempted", 75, 0)
-            (checkpoint,) = (work / "managed" / "checkpoints").glob("step-*")  # only a signal makes this run save
+            (checkpoint,) = (work / "managed" / "checkpoints").glob("step-*")  # only signals make this run save
             assert int(checkpoint.name.removeprefix("step-")) == record["step"] == len(steps(work, "managed"))
             saved = record["step"]
     assert codes == [75, 75, -signal.SIGKILL, 0]

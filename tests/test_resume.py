@@ -1,4 +1,4 @@
-"""A killed and resumed run ends with the bits of one never killed, and any number of processes reads the same rows."""
+"""A killed and resumed run has the bits of a run never killed; the rows do not depend on the number of processes."""
 
 import json
 import os
@@ -36,13 +36,13 @@ def uninterrupted(work):
 
 
 def test_a_run_killed_at_random_and_resumed_ends_with_the_same_bits(work):
-    """The run uses the exact tier here, fp32 in test_restart.py, and the lean tier in test_soak.py."""
+    """This test uses the exact tier; similar tests use fp32 (test_restart.py) and the lean tier (test_soak.py)."""
     options, rng = {"mixed_precision": "bf16"}, random.Random(8)
     assert train("train", *flags(work, "whole exact", **options)).returncode == 0
     kills = 0
     for _ in range(12):
         with started_train("train", *flags(work, "killed exact", resume="auto", **options)) as process:
-            # kill the run three times, each time shortly after a new checkpoint, at random
+            # kill the run three times, each time at a random moment shortly after a new checkpoint
             if kills < 3 and wait_for_new_checkpoint(process, work / "killed exact" / "checkpoints"):
                 time.sleep(rng.uniform(0, 0.1))
                 process.kill()

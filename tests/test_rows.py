@@ -140,7 +140,7 @@ def rename_later(path, away):
 
 
 def test_a_temporarily_unreadable_file_is_read(tmp_path):
-    """The disk error comes from the system: reading address 0 of /proc/self/mem fails."""
+    """The disk error is real, not a mock: reading address 0 of /proc/self/mem fails with it."""
     path, away = write(tmp_path / "rows.jsonl", ROWS * 2), tmp_path / "away.jsonl"
     rows = open_rows(path)
     path.rename(away)

@@ -47,7 +47,7 @@ def test_a_killed_owner_leaves_no_lock(tmp_path):
 
 
 def test_a_process_that_opened_a_removed_lock_takes_a_new_one(tmp_path):
-    """If locking the deleted file counted, another run could lock a new file of the same name at the same time."""
+    """A lock on the deleted file is worthless, because another run can create and lock a new file of the same name."""
     with ExitStack() as owner:
         owner.enter_context(lock_folder(tmp_path))
         before_locking.action = owner.close
@@ -112,9 +112,9 @@ def test_an_exit_that_a_restart_cannot_change_is_final(cause, is_final, tmp_path
 def test_an_exit_of_another_launch_is_not_ours(tmp_path):
     write_exit(tmp_path, "preempted", step=3, rank=0)
     rewrite(tmp_path, launch={"since": "2020-01-01T00:00:00+00:00"}, time="2020-01-01T00:00:01+00:00")
-    assert final_exit(tmp_path) is None  # as if an earlier launcher with our launcher's process id wrote it
+    assert final_exit(tmp_path) is None  # as if written under an earlier launcher with our launcher's process id
     rewrite(tmp_path, launch={"host": "another"})
-    assert final_exit(tmp_path) is None  # without run ids, times decide: the exit is older than our launcher
+    assert final_exit(tmp_path) is None  # without run ids, times decide, and this exit is older than our launcher
     rewrite(tmp_path, time=datetime.now(UTC).isoformat())
     assert final_exit(tmp_path) is not None  # as if another host of this launch wrote it
     rewrite(tmp_path, launch={"run_id": "another"})

@@ -56,7 +56,7 @@ def test_savers_and_pairs_of_savers_change_no_bit_with_dropout(savers, family):
     loss, norm, weights, _ = step_of(family, [])
     same_loss, same_norm, same_weights, _ = step_of(family, savers)
     assert torch.equal(loss, same_loss)
-    torch.testing.assert_close(norm, same_norm, rtol=1e-6, atol=0)  # release adds up the norm in another order
+    torch.testing.assert_close(norm, same_norm, rtol=1e-6, atol=0)  # release sums the norm in another order
     for name, weight in weights.items():
         assert torch.equal(weight, same_weights[name]), name  # with SGD at rate 1, equal weights mean equal gradients
 
@@ -71,8 +71,8 @@ def test_savers_need_fewer_bytes_and_a_pair_at_most_those_of_the_better_saver(fa
         for pair in PAIRS:
             together = step_of(family, pair, rows, **DEEP[family])[-1]
             # A recompute saver with offloading may need more bytes than offloading alone, because tensors that a layer
-            # recomputes for its own backward are not offloaded: they would be copied to the host and back at once. With
-            # `recompute`, only the layers' inputs are offloaded.
+            # recomputes for its own backward are not offloaded (they would be copied to the host and back at once), so
+            # with `recompute`, only the layers' inputs are offloaded.
             better = [saver for saver in pair if saver is not offload_activations or release in pair]
             assert together <= min(alone[saver] for saver in better), names_of(pair)
 
@@ -89,7 +89,8 @@ def test_savers_rename_no_parameter_and_leave_no_hook(savers, family):
             train_step(state, [batch], chunked_loss, Accelerator(cpu=True), learning_rate=0.0)
         return meter.peak_bytes
 
-    before = bytes_of_a_step()  # before counting hooks, as a first forward adds hooks of transformers
+    # take a step before counting hooks, because transformers adds hooks in a model's first forward
+    before = bytes_of_a_step()
     keys, hooks, names = list(model.state_dict()), count_hooks(model), vars(optimizer).keys() | set()
     with entered(savers, model, optimizer):
         assert list(model.state_dict()) == keys

@@ -143,7 +143,7 @@ def test_damage_that_one_rank_finds_is_raised_on_all(saved):
 
 
 def fail_on_one_disk(folder):
-    """Rank 1 has no disk space for its share, so both ranks raise its error; they continue to train, and save again."""
+    """Rank 1 has no disk space, so both ranks raise its error; then they continue to train, and can save again."""
     accelerator = init_distributed()
     state = new_state(accelerator, FSDP)
     train(state, 1, accelerator)

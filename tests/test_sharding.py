@@ -71,7 +71,7 @@ def train(
 
 
 def built(family, **changes):
-    return build(family, seed=1, **({"d_ff": 50} if family == "t5" else {}) | changes)  # 50 is not divisible by 4 ranks
+    return build(family, seed=1, **({"d_ff": 50} if family == "t5" else {}) | changes)  # 4 ranks cannot split 50 evenly
 
 
 # options for a step of SGD at learning rate 1: the weights change by exactly the gradient
@@ -175,7 +175,7 @@ def train_and_save_lean(folder):
     draws = state.optimizer._random(next(model.parameters()), 0)(torch.empty(8, 8))
     everyone = [torch.empty_like(draws) for _ in range(accelerator.num_processes)]
     torch.distributed.all_gather(everyone, draws)
-    assert not torch.equal(*everyone[:2])  # each rank draws other random bits for its rows of the weight
+    assert not torch.equal(*everyone[:2])  # each rank draws different random bits for its rows of the weight
     accelerator.end_training()
 
 
@@ -260,8 +260,8 @@ def fill(family, folder):
     fresh = load_model(**config)[0]
     torch.manual_seed(0)
     for model, source in (
-        (load_model(folder, on_meta=True)[0], expected),  # all ranks load on meta, so weights come from the files
-        (load_model(**config, on_meta=rank > 0)[0], fresh),  # only rank 0 has weights, and the others get them
+        (load_model(folder, on_meta=True)[0], expected),  # weights on meta on all ranks are read from the files
+        (load_model(**config, on_meta=rank > 0)[0], fresh),  # only rank 0 has weights, and the other ranks receive them
         (load_model(**config)[0], None),  # all ranks have weights; rank 0's are used
     ):
         is_on_meta = {parameter.is_meta for parameter in model.parameters()}
@@ -329,7 +329,8 @@ def answer(family, folder):
         rows = open_eval(  # rank 1's last batch is empty
             qa_rows(5), encoder(family), batch_size=2, rank=accelerator.process_index, world_size=2
         )
-        # generate before training, because T5's encoder must also work before any forward of the whole model
+        # generate before training, because generating calls T5's encoder alone, and this must work even if no forward
+        # of the whole model came before it
         generate(model, ByT5Tokenizer(), rows, accelerator, max_new_tokens=2)
         train(accelerator, model, family, steps=2)
         metrics = evaluate(model, rows, chunked_loss, accelerator)

@@ -11,7 +11,8 @@ import pytest
 from lowmem.distributed.signals import catching_signals
 from tests.processes import finish, run, started
 
-# The main thread waits in C for a lock that it already holds, so forever, as in a collective whose peer has died.
+# The main thread waits forever in C code, for a lock that it already holds. A collective whose peer has died also
+# waits like this.
 STUCK = """
 import ctypes, sys, threading
 from lowmem.distributed.signals import catching_signals

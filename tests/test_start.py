@@ -113,7 +113,8 @@ def wait_longer_than_the_limit():
     if dist.get_rank() == 1:
         time.sleep(LIMIT + 0.5)
     assert sum_over_ranks(1) == [2]
-    store = dist.distributed_c10d._get_default_store()  # with NCCL, ranks exchange their addresses in this store
+    # in this store, ranks that use NCCL exchange their addresses
+    store = dist.distributed_c10d._get_default_store()
     if dist.get_rank() == 0:
         time.sleep(LIMIT + 0.5)
         store.set("late", "but here")

@@ -35,7 +35,7 @@ def state_of(model, stream=None, **options):
 
 
 def gradient_of_step(model, batches, accelerator, loss_fn=chunked_loss):
-    """Take a step of SGD at learning rate 1; return the gradient that it subtracts, and the step result."""
+    """Take a step of SGD at learning rate 1; return the gradient that SGD subtracts, and the step result."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     state = state_of(model, name="sgd")
     result = train_step(state, batches, loss_fn, accelerator, learning_rate=1.0)
@@ -128,7 +128,7 @@ def test_clipping_bounds_the_applied_gradient_and_reports_the_unclipped_norm():
 
 
 def test_dropout_differs_between_micro_batches_and_between_ranks(tmp_path):
-    """Compute the loss of the same rows four times; two losses would be equal if their dropout masks were."""
+    """Compute the loss of the same rows four times. Losses are equal only if their dropout masks are equal."""
     assert fork_ranks(2, losses_of_the_same_rows, tmp_path) == [0, 0]
     losses = [loss for rank in range(2) for loss in json.loads((tmp_path / f"{rank}.json").read_text())]
     assert len(set(losses)) == len(losses) == 4
@@ -155,7 +155,7 @@ def test_dropout_is_a_function_of_seed_and_step():
     def loss(seed, step, disturb):
         torch.manual_seed(disturb)
         state = state_of(build("t5", dropout_rate=0.3), name="sgd")
-        torch.rand(disturb)  # as other code may, draw from the global generator
+        torch.rand(disturb)  # change the global generator's state, as other code may do
         state.seed, state.step = seed, step
         batches = next(stream_of("t5", batch_size=2, gradient_accumulation_steps=2))
         return train_step(state, batches, plain_loss, Accelerator(cpu=True), learning_rate=0.0).loss.item()

@@ -230,7 +230,7 @@ class InGroups(list):
     st.integers(1, 50),
     st.integers(0, 99),
 )
-@example([(2, 4), (3, 1), (1, 3), (4, 9)], 50, 0)  # resumes 2 rows before the end of epoch 1, then twice in epoch 2
+@example([(2, 4), (3, 1), (1, 3), (4, 9)], 50, 0)  # resume 2 rows before the end of epoch 1, and twice in epoch 2
 @example([(2, 1), (3, 1), (1, 4), (2, 6)], 12, 0)  # each step is an epoch
 @example([(3, 2), (2, 2), (1, 2)], 1, 0)  # one row, which each step reads twelve times
 @settings(deadline=None, derandomize=True, max_examples=25)
@@ -334,7 +334,7 @@ def test_one_background_thread_encodes_rows_prefetch_steps_ahead(prefetch):
     deadline = time.monotonic() + 30
     while len(encoded) < 4 * (1 + prefetch) and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.2)  # give the stream time to encode more rows than it may
+    time.sleep(0.2)  # enough time to encode too many rows, if nothing stopped the stream
     assert len(encoded) == 4 * (1 + prefetch)
     assert len(threads) == 1 and threading.main_thread() not in threads
 

@@ -325,7 +325,7 @@ def test_flipped_bits_in_pages_without_checksums_raise_an_error_or_change_values
 
 def test_a_fingerprint_depends_on_the_content_alone(tmp_path):
     rows = [{"prompt": LONG[i % 10] + str(i), "response": "x", "chat": [], "number": i} for i in range(1000)]
-    for rows_written in (ROWS, rows):  # the first file is small, the second has 2 MB
+    for rows_written in (ROWS, rows):  # the first file is small, and the second, with 2 MB, replaces it
         source = write_parquet(tmp_path / "a.parquet", rows_written)
         first = ParquetFile(source, WANTED).fingerprint()
         (tmp_path / "b.parquet").write_bytes(source.path.read_bytes())
@@ -572,7 +572,7 @@ def test_group_bytes_of_a_column_exclude_those_of_a_column_with_the_same_prefix(
 
 @pytest.mark.parametrize(("suffix", "max_mebibytes"), [("parquet", 280), ("arrow", 30)])
 def test_copying_long_rows_needs_memory_for_a_few_of_them_only(tmp_path, suffix, max_mebibytes):
-    """Parquet needs more memory, because a page is decoded whole, and pyarrow writes all these rows to one page."""
+    """Parquet needs more memory than Arrow: it decodes whole pages, and pyarrow writes all these rows to one page."""
     rows = pa.table({"x": [f"{number} {'q' * 400_000}" for number in range(300)]})
     path = tmp_path / f"rows.{suffix}"
     if suffix == "parquet":

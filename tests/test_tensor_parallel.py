@@ -31,8 +31,8 @@ from tests.forked import fork_ranks
 from tests.models import build, qa_rows
 from tests.test_sharded import tensors_of
 
-# Families with special cases: starcoder2 adds biases after the all-reduce, phi3 gathers fused
-# projections, so every rank computes all of what follows them, and qwen3 has norms within heads.
+# Families with special cases: starcoder2 adds biases after the all-reduce. phi3 gathers the outputs of fused
+# projections, so that every rank then computes with all of them. qwen3 has norms within heads.
 FAMILIES = {
     "llama": {},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 4},
@@ -106,7 +106,7 @@ def compare_with_one_process(family):
                     Shard(0),
                     Shard(1),
                 )
-                local = parameter.to_local()  # must not be a view of the full tensor, which would keep it alive
+                local = parameter.to_local()  # a view of the full tensor would keep all of it in memory
                 assert local.untyped_storage().nbytes() == local.nbytes == 2 * parameter.numel(), name
             else:
                 assert_same_on_ranks(parameter.grad)
@@ -153,7 +153,7 @@ def compare_savers():
         found[saver] = (losses, gradients)
         for parameter in model.parameters():
             if not isinstance(parameter, DTensor):
-                assert_same_on_ranks(parameter.grad)  # even with dropout: all ranks use one seed
+                assert_same_on_ranks(parameter.grad)  # even with dropout, because all ranks use one seed
     for saver in (recompute, recompute_cheap, offload_activations):
         assert found[saver][0] == found[None][0]
         assert all(map(torch.equal, found[saver][1], found[None][1])), saver
@@ -226,7 +226,7 @@ def test_every_rank_gets_the_weights_of_rank_0_and_frozen_ones_stay_frozen():
 
 
 def train_and_save(folder, seed):
-    """If `seed` is 0, all data ranks take an AdamW step on the same rows; else, load a checkpoint. Then save."""
+    """If `seed` is 0, take an AdamW step on the same rows on all data ranks; else, load a checkpoint. Then save."""
     accelerator = init_distributed()
     model = build("llama", seed=seed, intermediate_size=36)
     if accelerator.num_processes > 1:
@@ -279,7 +279,7 @@ def test_models_that_cannot_be_sharded_are_refused_with_the_reason(model, tp_siz
         check_plan(build(model[0], **model[1]), tp_size)
 
 
-# sizes for which lean rounds the sharded weights, and no block of moments is split between ranks
+# these sizes are large enough that lean rounds the sharded weights, and that no block of moments is split among ranks
 LARGE = {"hidden_size": 16, "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 512}
 
 

@@ -91,7 +91,7 @@ def test_rounded_state_stays_near_adamw_and_small_parameters_have_its_bits(name,
     start = [parameter.detach().clone() for parameter in mine.parameters()]
     optimizer, theirs = make_optimizer(mine, name=name, memory=memory), make_optimizer(reference, memory="off")
     for step in range(200):
-        set_gradients(step % 5, torch.bfloat16, mine, reference)  # the same every five steps, so moves add up
+        set_gradients(step % 5, torch.bfloat16, mine, reference)  # gradients repeat every five steps, so updates add up
         for group in (*optimizer.param_groups, *theirs.param_groups):
             group["lr"] = 1e-3
         optimizer.step()
@@ -181,7 +181,7 @@ def gradients_of(model, batches):
 @pytest.mark.parametrize(("memory", "factor"), [("exact", 1.2), ("lean", 2.0)])
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_accumulated_gradients_are_as_accurate_as_those_of_one_batch(family, memory, factor):
-    """Compare errors against fp64. `exact` adds micro-batches in fp32, and `lean` rounds each sum stochastically."""
+    """Compare errors against fp64. `exact` adds gradients in fp32, and `lean` rounds each sum stochastically."""
     batches = batches_of(family, 8)
     expected = gradients_of(build(family).double(), batches)
     at_once = gradients_of(build(family).bfloat16(), batches_of(family, 1))
@@ -311,7 +311,8 @@ def test_micro_batches_steps_and_ranks_round_sums_with_different_random_bits(mem
     for _ in range(2):
         train_step(state, batches_of("llama", 4), chunked_loss, Accelerator(cpu=True), learning_rate=1e-3)
     of_head = [key[1:] for key in keys if key[0] == id(model.lm_head.weight)]
-    # keys: (micro-batch, step, rank) for the sum after each micro-batch but the first, then (update,) for the weight
+    # Two kinds of keys: (micro-batch, step, rank) to round the sum of gradients after each micro-batch but the first,
+    # and (update,) to round the weight.
     expected = [(1, 0, 0), (2, 0, 0), (3, 0, 0), (1,), (1, 1, 0), (2, 1, 0), (3, 1, 0), (2,)]
     assert of_head == expected
 

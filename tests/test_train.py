@@ -67,7 +67,7 @@ def test_every_setting_reaches_the_run(files, optimizer, precision, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     mine = [(r["loss"], r["grad_norm"], r["learning_rate"]) for r in records if "loss" in r]
     expected = by_hand(optimizer, precision)
-    assert mine[0][2] == 0 and mine[2][2] == 1e-2  # warm-up starts at 0
+    assert mine[0][2] == 0 and mine[2][2] == 1e-2  # warm-up starts at learning rate 0
     for step, (found, wanted) in enumerate(zip(mine, expected, strict=True)):
         assert found == pytest.approx(wanted, rel=1e-5 if precision == "no" else 2e-2), step
     if precision == "bf16":

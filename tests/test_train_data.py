@@ -148,7 +148,7 @@ def test_skipped_rows_are_counted_over_all_ranks_and_recorded(work):
     assert locations == [f"{work}/broken.jsonl, line {line}" for line in (22, 8)]
     for again in train_ranks(2, *run_flags(work, "skipped", **skipping, max_steps=10, resume="auto")):
         assert_done(again)
-    # the resumed run counts bad rows from 0, and finds both again in epoch 2
+    # the resumed run starts its count at 0, and counts both bad rows when it reads them in epoch 2
     assert records(work, "skipped")[-1]["bad_rows"] == 2
     too_many = train(*run_flags(work, "too-many", **skipping, max_bad_rows=1))
     assert too_many.returncode == 1 and "More than --max_bad_rows=1 rows are bad" in too_many.stderr
@@ -176,7 +176,7 @@ def test_files_that_changed_are_refused_on_resume_unless_they_are_accepted(work)
     assert_done(train(*run_flags(work, "changing", train_file=data, max_steps=5)))
     moved = data.rename(work / "moved.jsonl")
     resumed = {"train_file": moved, "resume": "auto"}
-    assert_done(train(*run_flags(work, "changing", **resumed, max_steps=10)))  # renamed, but the rows are the same
+    assert_done(train(*run_flags(work, "changing", **resumed, max_steps=10)))  # renamed, but with the same rows
     text = moved.read_text()
     changed = text.replace('"response": "7', '"response": "8', 1)
     assert len(changed) == len(text) and changed != text

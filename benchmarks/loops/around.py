@@ -28,7 +28,7 @@ class Recorder(TrainerCallback):
 
 
 def device_arguments(system: System, mixed_precision: str) -> dict[str, object]:
-    """Return keyword arguments of TrainingArguments that select the device, including DeepSpeed on a CPU."""
+    """Return keyword arguments of TrainingArguments that select the device. They also let DeepSpeed run on a CPU."""
     on_cuda = torch.cuda.is_available()
     if on_cuda or not system.zero_stage:
         return {"use_cpu": not on_cuda, "bf16": mixed_precision == "bf16"}

@@ -19,12 +19,12 @@ from lowmem.storage.files import free_bytes, to_json, write_file
 from lowmem.storage.tensor_files import StoredTensor, host_parts, open_shards, split_shards, write_index
 
 _ROW_ELEMENTS = 2**22  # tensors are converted in slices of about this many elements
-# Weight files with these suffixes are not copied, as they would differ from the exported ones. Some are pickles too.
+# Files with these suffixes are not copied: their weights would differ from the exported ones, and some are pickles.
 _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf"}
 
 
 class _Source(NamedTuple):
-    """A tensor to export. By rows, `parts` reads `stored`, merges in `low` (rest of the fp32 master) and converts."""
+    """A tensor to export. `parts` reads rows of `stored`, merges them with `low` (low half of fp32) and converts."""
 
     stored: StoredTensor
     low: StoredTensor | None
@@ -98,7 +98,7 @@ def _source(stored: StoredTensor, low: StoredTensor | None, dtype: torch.dtype |
     if saved_as is None:
         raise UsageError(f"tensor {stored.name} is {stored.dtype}, which is not supported: use a model without it")
     to = dtype if dtype is not None and saved_as.is_floating_point else saved_as
-    return _Source(stored, None if to == torch.bfloat16 else low, to)  # for bf16, `stored` suffices: the rounded master
+    return _Source(stored, None if to == torch.bfloat16 else low, to)  # `stored` is the master, rounded to bf16
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -114,7 +114,7 @@ def _read_config(folder: Path, dtype: torch.dtype | None) -> dict[str, object]:
         return config
     if "quantization_config" in config:
         raise UsageError(f"{folder} has quantized weights, which cannot be converted: set --dtype=None")
-    config.pop("torch_dtype", None)  # the former name of `dtype`
+    config.pop("torch_dtype", None)  # transformers' former name for `dtype`
     return config | {"dtype": _name(dtype)}
 
 
@@ -129,7 +129,7 @@ def _open_model(folder: Path, files: list[str] | None) -> Mapping[str, StoredTen
 
 
 def _copy_others(folder: Path, files: list[str] | None, target: Path) -> None:
-    """Copy `files` of `folder` (None: all its files) to `target`, except weights: tokenizer, chat templates, etc."""
+    """Copy `files` of `folder` (None: all) to `target`, such as tokenizer and chat templates, but no weights."""
     in_folder = chain(folder.iterdir(), folder.glob("additional_chat_templates/*"))
     for path in in_folder if files is None else [folder / name for name in files]:
         is_weights = path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json")

@@ -22,12 +22,12 @@ _MOST_DIFFERENCES = 10
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest intact checkpoint in `folder`, or None. Prints why it skips newer, damaged ones."""
+    """Return the newest intact checkpoint in `folder`, or None. For each newer one, prints its damage."""
     return first_valid(reversed(checkpoints(Path(folder))), verify_checkpoint)
 
 
 def first_valid(paths: Iterable[Path], verify: Callable[[Path], None], *, silent: bool = False) -> Path | None:
-    """Return the first path for which `verify` raises no UsageError. Unless `silent`, print why others are skipped."""
+    """Return the first path for which `verify` raises no UsageError. Unless `silent`, print why earlier ones fail."""
     for path in paths:
         try:
             verify(path)
@@ -55,8 +55,8 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
 
     AdamW's state can also be loaded into a smaller memory tier: from off into exact (lossless), and from off or exact
     into lean (rounded). First checks sizes and hashes of the files, unless `verify` is False. Then compares the names,
-    shapes and dtypes of weights and optimizer state with `state`; for torch's optimizers, only the class. Raises a
-    UsageError that names the bad file or up to 10 differing tensors.
+    shapes and dtypes of weights and optimizer state with `state`. Of a torch optimizer, it compares only the class.
+    Raises a UsageError that names the damaged file or up to 10 differing tensors.
     """
     path = Path(path)
     if verify:

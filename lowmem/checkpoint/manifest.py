@@ -24,13 +24,13 @@ def step_of(path: Path) -> int:
 
 
 def write_manifest(folder: Path, step: int, records: Mapping[str, FileRecord]) -> None:
-    """Write manifest.json, the last file of a checkpoint. It has `records` of all other files, and its own hash."""
+    """Write manifest.json, the last file of a checkpoint. It holds `records` of all other files and its own hash."""
     manifest = {"format": _FORMAT, "step": step, "files": dict(records)}
     write_file(folder / "manifest.json", [to_json({"manifest": manifest, "xxh3_128": _hash_of(manifest)})])
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Check that every file has the size and hash in the manifest. Raises UsageError naming the first that differs."""
+    """Check that every file has the size and hash in the manifest. Raises UsageError naming the first bad file."""
     records = read_manifest(path)["files"]
     check_sizes(Path(path), records)
     check_hashes(Path(path), records)

@@ -1,4 +1,4 @@
-"""Write a folder from all ranks at once. Each writes a share of the bytes. The folder ends up complete or absent."""
+"""Write a folder from all ranks at once, each a share of the bytes. The folder ends up complete or absent."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ WriteRest = Callable[[Path, dict[str, FileRecord]], None]
 def write_together(
     path: Path, groups: Mapping[str, list[Shard]], write_rest: WriteRest, *, may_replace: Callable[[Path], bool]
 ) -> None:
-    """Write the shards of `groups` ({stem: shards}) into `path`, each rank a share. Shard names are paths in `path`.
+    """Write the shards of `groups` ({stem: shards}) into `path`. Each rank writes some. Shard names are relative paths.
 
     Rank 0 then calls `write_rest(temporary folder, records so far)`. If the disk fails, every rank raises SaveError.
     """
@@ -55,7 +55,7 @@ def write_together(
                 for stem, group in groups.items():
                     records |= write_index(group, unfinished, stem)
                 write_rest(unfinished, records)
-                stack.close()  # renames the folder; here in on_main_rank, so that all ranks raise if it fails
+                stack.close()  # renames the folder. `end` runs in on_main_rank, so if this fails, all ranks raise
 
         on_main_rank(start)
         with raise_on_all_ranks(), _as_save_error(path, needed):
@@ -88,9 +88,9 @@ def _write_share(shares: list[list[Shard]], unfinished: Path, rank: int) -> dict
 
 
 def _whole_parts(queues: Sequence[Sequence[Tensor | Zero3Weight]], rank: int) -> Iterator[memoryview]:
-    """Yield the bytes of the tensors in `queues[rank]`, gathered whole from all ranks, as `host_parts` does.
+    """Gather the tensors in `queues[rank]` whole from all ranks, and yield their bytes in parts, like `host_parts`.
 
-    All ranks pass the same `queues` and must exhaust the iterator, because it also sends their pieces to other ranks.
+    All ranks pass the same `queues` and must exhaust the iterator, because it also sends this rank's pieces to others.
     """
     for tensors in zip_longest(*queues):
         for owner, tensor in enumerate(tensors):
@@ -124,7 +124,7 @@ def _parts(tensor: Tensor, rank: int) -> Iterator[memoryview]:
         for piece in every:
             yield from host_parts(_received(tensor, piece, rank))
     else:
-        whole = torch.empty(tensor.shape, dtype=tensor.dtype)  # pieces are columns: rows are complete only at the end
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype)  # pieces are columns: no row is complete before the end
         for piece in every:
             whole[:, piece.start : piece.stop] = _received(tensor, piece, rank)
         yield from host_parts(whole)

@@ -13,7 +13,7 @@ from lowmem.optim.state import TIERS
 def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
     """Return the checkpoint that `resume` (never, auto or a path) selects, verified and the same on every rank.
 
-    auto selects the newest intact one in `output_dir`. None means a fresh start. Raises UsageError for a damaged path.
+    auto means the newest intact one in `output_dir`. None means a fresh start. Raises UsageError if a path is damaged.
     """
     if resume == "never":
         return None
@@ -45,9 +45,9 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: C
 
 
 def rows_per_step(checkpoint: Path | None, world_size: int, **sizes: int | None) -> int:
-    """Return the rows per optimizer step over all processes. A resumed run keeps this total on any number of them.
+    """Return the rows per optimizer step over all processes. A resumed run keeps it on any number of processes.
 
-    `sizes` are the flags that set it. Raises UsageError if they have changed since `checkpoint` and the result differs.
+    The flags `sizes` set this number. Raises UsageError if they have changed since `checkpoint` and would change it.
     """
     wanted = sizes["global_batch_size"] or sizes["batch_size"] * sizes["gradient_accumulation_steps"] * world_size
     if checkpoint is None:

@@ -52,15 +52,15 @@ def save_checkpoint(
 ) -> Path | None:
     """Write `folder`/step-XXXXXXXX and return it, then remove the oldest checkpoints beyond `keep` (None: keep all).
 
-    The checkpoint of `state.best` is always kept. Call it on every rank: each writes a share of the bytes, with at most
-    one tensor in host memory. `config` is saved as model/lowmem.json. If the disk is full or fails, older checkpoints
+    The checkpoint of `state.best` is always kept. Call it on every rank: each writes a share, with at most one whole
+    tensor in host memory. `config` is saved as model/lowmem.json. If the disk is full or fails, older checkpoints
     stay intact, the new one is removed, and every rank raises SaveError, or passes it to `on_error` and returns None.
     """
     path = Path(folder) / f"step-{state.step:08d}"
     parameters = named_parameters(state.model, state.optimizer)
     weights, optimizer_state = model_tensors(state.model), optimizer_tensors(parameters, state.optimizer)
     max_bytes, (_, world_size) = parse_bytes(max_shard_size), rank_and_world_size()
-    share = -(-(num_bytes(weights) + num_bytes(optimizer_state)) // world_size)  # the size limit of an optimizer file
+    share = -(-(num_bytes(weights) + num_bytes(optimizer_state)) // world_size)  # a limit for optimizer files
     groups = {
         "model/model": split_shards(weights, "model/model", max_bytes),
         "optimizer": split_shards(optimizer_state, "optimizer", min(max_bytes, share)),
@@ -120,7 +120,7 @@ def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int 
 
     def check() -> None:
         clear_leftovers(folder / f"step-{state.step:08d}")
-        # an old checkpoint is removed only after the new one is complete
+        # room for keep + 1, because an old checkpoint is removed only after the new one is complete
         most = saves if keep is None else min(saves, max(1, keep + 1 - len(checkpoints(folder))))
         needed, free = most * checkpoint + weights, free_bytes(folder)
         if needed > free:
@@ -135,7 +135,7 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
     base, tensors = unwrapped(model), set(folder.iterdir())
     if hasattr(base, "config"):
         model_config = copy.deepcopy(base.config)
-        # fully_shard replaces the model's class by a subclass of it and FSDPModule
+        # the original class: fully_shard replaces it by a subclass of both it and FSDPModule
         written = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
         model_config.architectures = [written.__name__]
         model_config.dtype = base.dtype
@@ -152,7 +152,7 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
         sync(path)
         records[path] = record_file(path)
     if getattr(base, "generation_config", None) is not None:
-        # not by GenerationConfig.save_pretrained, which raises for settings that some pretrained models have
+        # written without GenerationConfig.save_pretrained, which raises for settings that some pretrained models have
         path = folder / "generation_config.json"
         records[path] = write_file(path, [base.generation_config.to_json_string().encode()])
     if config is not None:
@@ -161,7 +161,7 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
 
 
 def _prune(path: Path, keep: int, best: Mapping[str, float] | None) -> None:
-    """Keep `keep` checkpoints: `path`, the best, and the newest before `path`. Those after `path` are never removed."""
+    """Keep `keep` checkpoints: `path`, the best, and the newest before `path`. Never remove those of later steps."""
     older = [old for old in checkpoints(path.parent) if step_of(old) < step_of(path)]
     kept = [old for old in older if best and step_of(old) == best["step"]]
     others = [old for old in older if old not in kept]

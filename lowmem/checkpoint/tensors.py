@@ -10,7 +10,7 @@ from lowmem.storage.tensor_files import bytes_of
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor | Zero3Weight]:
-    """Return parameters and persistent buffers by name, tied ones by the first. Wraps ZeRO-3 weights in Zero3Weight."""
+    """Return parameters and persistent buffers by (first, if tied) name. Wraps ZeRO-3 weights in Zero3Weight."""
     seen: set[int] = set()
     tensors = unwrapped(model).state_dict(keep_vars=True).items()
     once = {name: x for name, x in tensors if id(x) not in seen and not seen.add(id(x))}
@@ -18,7 +18,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor | Zero3Weight]:
 
 
 def named_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """Return {name in `model`: parameter} for the parameters of `optimizer`, in its order. Fails under DeepSpeed."""
+    """Return {name in `model`: parameter} for the parameters of `optimizer`, in that order. Fails under DeepSpeed."""
     if is_engine(model):
         raise UsageError("ZeRO's optimizer state cannot be saved: save the weights alone, with save_model")
     names = {id(tensor): name for name, tensor in model_tensors(model).items()}

@@ -16,7 +16,7 @@ from lowmem.errors import UsageError
 TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio".split()
 
 _WITH_BETAS = "adamw adamw_bf16 adam nadam radam adamax".split()
-# ZeRO flattens all weights and splits them evenly, so the update of an element must not depend on other elements.
+# DeepSpeed's ZeRO flattens and splits all weights, so the update of an element must not depend on other elements.
 _ELEMENTWISE = "adamw adam nadam radam adamax adadelta rmsprop sgd".split()
 _SHARDED = ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"]
 _TIERS = ["exact", "lean"]

@@ -70,16 +70,16 @@ def zero_problems(flags: Mapping[str, object]) -> list[str]:
 
 
 def complete_zero_config(source: str, *, batch_size: int, max_grad_norm: float, bf16: bool) -> dict[str, object]:
-    """Parse the DeepSpeed config `source` and complete it from our flags. Unless set, gradients are summed in fp32."""
+    """Parse the DeepSpeed config `source` and complete it from our flags. By default gradients are summed in fp32."""
     values = read_zero_config(source)
     values |= {
         "train_micro_batch_size_per_gpu": batch_size,
-        "gradient_accumulation_steps": 1,  # `deepspeed_step` tells the engine which micro-batch is last
+        "gradient_accumulation_steps": 1,  # because `deepspeed_step` tells the engine which micro-batch is last
         "gradient_clipping": max_grad_norm,
         # without immediate_grad_update, DeepSpeed 0.19.8 loses gradients (stage 1, bf16, several micro-batches)
         "bf16": values.get("bf16", {}) | {"enabled": bf16, "immediate_grad_update": True},
         "fp16": {"enabled": False},
-        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's CPU Adam would have to be compiled on this machine
+        "zero_force_ds_cpu_optimizer": False,  # because DeepSpeed's CPU Adam would have to be compiled on this machine
     }
     values.pop("train_batch_size", None)  # DeepSpeed computes it from the other sizes
     values.setdefault("communication_data_type", "fp32")

@@ -60,16 +60,16 @@ def collate(rows: Sequence[EncodedRow], *, causal: bool = False) -> Batch:
     lengths = [len(row["input_ids"]) for row in rows]
     # Use the same multiple for inputs and labels, because a causal row needs a label for each token.
     multiple = 1 if min(lengths) == max(lengths) else _PAD_TO_MULTIPLE_OF
-    # No target attends to the padding, so any token will do. Use 0, which every vocabulary has.
+    # No target attends to the padding, so any token id will do. Use 0, which every vocabulary has.
     input_ids = _pad([row["input_ids"] for row in rows], 0, multiple)
     labels = _pad([row["labels"] for row in rows], IGNORED, multiple)
     inputs = {"input_ids": input_ids, "labels": labels}
     width, is_target = input_ids.shape[1], labels != IGNORED
-    # Packed rows get no mask, because with a mask, models would not separate documents. Padding is one more document.
+    # Packed rows get no mask: given one, models do not separate documents. The padding counts as one more document.
     if "position_ids" in rows[0]:
         positions = [[*row["position_ids"], *range(width - len(row["position_ids"]))] for row in rows]
         inputs["position_ids"] = torch.tensor(positions, dtype=torch.int64)
-    # Add a mask only if needed: causal-only attention kernels reject a mask, and T5 needs a bias per row for one.
+    # Add a mask only if needed: causal-only attention kernels reject masks, and a mask makes T5 need a bias per row.
     # Rows without targets are prompts. They need the mask, because it shows `generate` where each prompt ends.
     elif min(lengths) < width and not (causal and is_target.any(1).all()):
         inputs["attention_mask"] = _pad([[1] * length for length in lengths], 0, multiple)

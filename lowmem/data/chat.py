@@ -22,7 +22,7 @@ _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _HOW_TO_TAG = "put {% generation %} and {% endgeneration %} around the assistant's text in the chat template"
 
 # transformers caches compiled templates by text, and a compiled template records the spans of tags for only one thread.
-# So render a copy under a lock. A comment, which renders as nothing, makes its text differ, so it is cached separately.
+# So render a copy under a lock. This comment renders as nothing but changes the text, so the copy is cached separately.
 _COPY = "{#- lowmem's own copy #}\n"
 _COPY_IN_USE = Lock()
 
@@ -30,9 +30,9 @@ _COPY_IN_USE = Lock()
 def chat_tokenizer(tokenizer: Tokenizer) -> Callable[[Messages], tuple[list[int], list[bool]]]:
     """Make a thread-safe function `messages -> (ids, is_assistant)`, where `is_assistant` marks the assistant's tokens.
 
-    The assistant's text is what {% generation %} tags enclose. Without tags, it is what an assistant turn adds to the
-    text of earlier turns plus generation prompt. A token belongs to the turn of its last character. Raises UsageError
-    without a chat template. The function raises ValueError if the template rejects turns or the assistant is silent.
+    The assistant's text is what {% generation %} tags enclose. Without tags, it is what each assistant turn adds to
+    the earlier turns and the generation prompt. A token belongs to the turn of its last character. Raises UsageError if
+    there is no chat template. The function raises ValueError if the template rejects turns or there is no such text.
     """
     from jinja2 import TemplateError
 
@@ -69,7 +69,7 @@ def _by_tags(tokenizer: Tokenizer, template: str, messages: Messages) -> tuple[s
 
 
 def _by_prefixes(tokenizer: Tokenizer, template: str, messages: Messages) -> tuple[str, Spans]:
-    """Return the text and each assistant turn's span, found by rendering all turns before it and up to it."""
+    """Return the text and each assistant turn's span, found by rendering the turns before it, without and with it."""
     render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
     text, spans = render(messages), []
     for turn in (turn for turn, message in enumerate(messages) if message["role"] == "assistant"):
@@ -86,7 +86,7 @@ def _by_prefixes(tokenizer: Tokenizer, template: str, messages: Messages) -> tup
 def _tokenize_whole(tokenizer: Tokenizer, text: str, spans: Spans) -> tuple[list[int], list[bool]]:
     # Do not truncate or pad, because either changes the state of the fast tokenizer, which two threads share.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ends = [stop for _, stop in encoded["offset_mapping"]]  # use ends, because starts may exclude leading spaces
+    ends = [stop for _, stop in encoded["offset_mapping"]]  # not starts, which may exclude a leading space
     is_assistant = [False] * len(ends)
     for start, stop in spans:
         first, last = bisect_right(ends, start), bisect_right(ends, stop)

@@ -1,7 +1,7 @@
 """Encode rows as token ids. An encoder is any function `row -> {"input_ids": list[int], "labels": list[int]}`.
 
-Labels are token ids, or IGNORED where there is no target. For a causal model, a target's label is its own input id; the
-loss shifts labels by one. The first label must be IGNORED, because nothing predicts the first token.
+Labels are token ids, or IGNORED where there is no target. For a causal model, a label equals the input id at its place;
+the loss shifts labels by one. The first label must be IGNORED, because nothing predicts the first token.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def encode_rows(
 def blank_row(rows: Rows, encode: Encode, *, near: int) -> EncodedRow:
     """Make a row without targets from the first row at or after `near` that can be encoded. All labels are IGNORED.
 
-    Raises RowError if all of the next 500 rows fail, or if the encoder returns no labels.
+    Raises RowError if none of the next 500 rows can be encoded, or if the encoder returns no labels.
     """
     first_error = None
     for row_id in range(near, near + min(len(rows), _MAX_ROWS_TRIED)):

@@ -13,7 +13,7 @@ from lowmem.data.steps import batch_of
 
 @dataclass(frozen=True, eq=False)
 class EvalBatches:
-    """One rank's micro-batches of a pass over the rows, in order. Each rank has equally many. Can be iterated again."""
+    """One rank's micro-batches of one pass over the rows. All ranks have equally many. Can be iterated again."""
 
     batch_at: Callable[[int], Batch]
     num_batches: int
@@ -44,7 +44,7 @@ def open_eval(
         encoded, bad_rows = encode_rows(rows, row_ids, encode, may_skip=quarantine is not None)
         for bad in bad_rows:
             quarantine.add(bad)
-        if not encoded:  # use a row without targets, so that every rank runs equally many forwards
+        if not encoded:  # use a row without targets, so that all ranks run equally many forward passes
             encoded = [(None, blank_row(rows, encode, near=first % len(rows)))]
         return batch_of(*zip(*encoded, strict=True), collate)
 

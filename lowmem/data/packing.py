@@ -1,6 +1,6 @@
 """Pack several short documents into one row of a causal model, so that there is almost no padding.
 
-Positions restart in each document. If there is no mask, transformers uses them to keep attention within a document.
+Positions restart in each document. Without a mask, transformers uses positions to keep attention within documents.
 """
 
 from bisect import bisect_left, insort
@@ -80,8 +80,8 @@ def check_packing(model: nn.Module) -> None:
     finally:
         base.train(was_training)
     seen, seen_as_one, size = (x.square().mean().sqrt() for x in (packed - apart, as_one - apart, apart))
-    # In tests, `seen` was at least 28 % of `seen_as_one` if documents affected each other, otherwise 1e-6 of it, from
-    # rounding. If no token affects another yet, `seen` and `seen_as_one` are both just rounding; hence the second term.
+    # In tests, `seen` was at least 28 % of `seen_as_one` if documents affected each other, else 1e-6 of it (rounding).
+    # The second term is for a model in which no token affects another yet, so that both are just rounding.
     if not seen <= 0.1 * seen_as_one + 1e-6 * size:
         kind = f"{type(base).__name__} with attn_implementation={base.config._attn_implementation}"
         raise UsageError(f"in {kind}, packed documents affect each other: train without packing, or try sdpa attention")

@@ -9,7 +9,7 @@ from lowmem.errors import RowError
 
 
 class Quarantine:
-    """The rows that a process has skipped, each counted once, with those that earlier runs wrote to the file `path`."""
+    """The rows that a process has skipped, each counted once, and those that earlier runs wrote to the file `path`."""
 
     def __init__(self, limit: int, path: str | Path | None = None):
         self.limit, self.path = limit, path if path is None else Path(path)

@@ -19,8 +19,8 @@ from lowmem.errors import UsageError
 class Stream:
     """Endless iterator of `list[Batch]`: the micro-batches of one optimizer step on this rank.
 
-    `position` counts the rows that all ranks together have trained on. Only `advance` increases it; each optimizer step
-    calls `advance`. `iter(stream)` starts at `position`. A background thread encodes up to `prefetch` steps ahead.
+    `position` counts the rows that all ranks together have trained on. Only `advance`, called by each optimizer step,
+    increases it. `iter(stream)` starts at `position`. A background thread encodes up to `prefetch` steps ahead.
     """
 
     def __init__(self, steps: Steps, *, prefetch: int, quarantine: Quarantine | None, accept_changed_data: bool):
@@ -32,7 +32,7 @@ class Stream:
         self.changes: list[str] = []  # differences from the saved stream that `load_state_dict` accepted
         self._steps, self._prefetch = steps, prefetch
         self._quarantine, self._accept_changed_data = quarantine, accept_changed_data
-        # Name and fingerprint of each file. Read now, or an unreadable file would end the run at the first save.
+        # Name and fingerprint of each file. Read now: otherwise, an unreadable file would end the run at a save.
         self._files: list[tuple[str, str]] = getattr(steps.rows, "fingerprints", list)()
         self._cursor = 0  # the position of the step that `next` will return
         self._ahead: deque[Future[Step]] = deque()  # prefetched steps, from the cursor on
@@ -77,11 +77,11 @@ class Stream:
         self.position += self.global_batch_size
 
     def halve(self) -> bool:
-        """Halve the rows per micro-batch from the step at `position` on, and repeat it. Returns False if impossible."""
+        """Halve the rows per micro-batch, and go back to the step at `position`. Returns False if impossible."""
         halved = self._steps.halved()
         if halved is None:
             return False
-        if self._cursor != self.position:  # `next` has returned this step, and will return and count it again
+        if self._cursor != self.position:  # `next` has returned this step, and will now return and count it again
             self.counts.subtract(self._last_counts)
         self._steps = halved
         self._restart()

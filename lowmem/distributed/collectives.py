@@ -1,4 +1,4 @@
-"""Small collectives on the host that let ranks agree. They exchange integers and bytes, and pickle nothing."""
+"""Small collectives on the host, by which ranks share values and errors. They send integers and bytes, not pickles."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 @contextmanager
 def report_failure() -> Iterator[None]:
-    """If a block with collectives fails on this rank, report it by heartbeat, so that the other ranks exit."""
+    """If a block with collectives fails on this rank, report the error by heartbeat, so that the other ranks exit."""
     try:
         yield
     except RankError:  # the error already names the rank that failed
@@ -112,7 +112,7 @@ def report_failure() -> Iterator[None]:
 def raise_error_of_any_rank(error: Exception | None) -> None:
     """If any rank passes an error, every rank raises: its own error, else a copy of the lowest failed rank's error.
 
-    A copy of a UsageError or SaveError keeps its class; others are RankErrors. StepTooLarge is raised if no other is.
+    A copied UsageError or SaveError keeps its class, others become RankErrors. Other errors win over StepTooLarge.
     """
     mine = None
     if isinstance(error, StepTooLarge):
@@ -136,7 +136,7 @@ def start_heartbeats(limit_seconds: float, on_abort: heartbeat.OnAbort = None) -
         return
     rank, world_size = rank_and_world_size()
     address, patience = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=max(60.0, limit_seconds))
-    # Use a separate store: the process group's closes when rank 0 leaves it, and may have keys of an earlier group.
+    # Use a separate store, because the group's store closes when rank 0 leaves the group, and may have outdated keys.
     store = on_main_rank(lambda: dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=patience))
     port, *_ = gather_json(store.port if rank == 0 else None)
     with raise_on_all_ranks():
@@ -169,4 +169,4 @@ def host_group() -> dist.ProcessGroup:
 
 @cache
 def _gloo_group(_default_group: dist.ProcessGroup) -> dist.ProcessGroup:
-    return dist.new_group(backend="gloo")  # cached, so that each default group gets only one
+    return dist.new_group(backend="gloo")  # cached, so that there is one gloo group per default group

@@ -35,7 +35,7 @@ def pieces(tensor: DTensor) -> list[Piece]:
     return [Piece(rank, dim, start, end) for rank, start, end in zip(ranks, [0, *ends], ends, strict=False)]
 
 
-def _sharded_dims(tensor: DTensor) -> list[int]:  # mesh dimensions, not tensor dimensions
+def _sharded_dims(tensor: DTensor) -> list[int]:  # returns mesh dimensions, not tensor dimensions
     return [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
 
 
@@ -53,7 +53,7 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def is_first_copy(tensor: DTensor) -> bool:
-    """Whether this rank is the first that holds its part. Sums over ranks skip later copies, so parts count once."""
+    """Whether this rank is the first that holds its part. Sums over ranks skip the others, so a part counts once."""
     mesh = tensor.device_mesh
     return all(mesh.get_local_rank(i) == 0 for i, placement in enumerate(tensor.placements) if placement.is_replicate())
 
@@ -79,7 +79,7 @@ def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
 
 @torch.no_grad()
 def set_local_(parameter: nn.Parameter, local: Tensor) -> None:
-    """Replace the local part of `parameter` by `local`, of any dtype. `parameter` remains the same object."""
+    """Replace the local part of `parameter` by `local`. The dtype may change; `parameter` remains the same object."""
     if not isinstance(parameter, DTensor):
         parameter.data = local
         return

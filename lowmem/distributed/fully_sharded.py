@@ -32,7 +32,7 @@ def shard_layers(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: b
 def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
     """Yield each module to shard as one group, inner ones first, and whether the group stays all-gathered for the step.
 
-    The output head stays gathered because the chunked loss uses it after forward. The last group (the rest) stays too.
+    The output head stays because the chunked loss uses it after forward. The last group (all other weights) stays too.
     """
     yield from ((module, False) for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
     if isinstance(model, PreTrainedModel):

@@ -65,7 +65,7 @@ def report_end(error: str = "") -> None:
 
 
 def suspects() -> str:
-    """Wait a few beats, and name the ranks that are silent or failed. Returns "" if there are none, or no heartbeat."""
+    """Wait a few beats, and name the ranks that are silent or failed. Returns "" if none is, or without a heartbeat."""
     return "" if _heartbeat is None else _heartbeat.suspects()
 
 
@@ -89,13 +89,13 @@ FIRST = json.dumps(Beat())
 
 
 class Heartbeat:
-    """This rank's two threads. One exchanges beats through the store, and may block forever; the other checks them."""
+    """This rank's two threads. One exchanges beats through the store and may block forever; the other checks beats."""
 
     def __init__(self, store: "Store", address: str, rank: int, world_size: int, limit: float, on_abort: OnAbort):
         self._address, self._rank, self._limit, self._on_abort = address, rank, limit, on_abort
         self._interval = min(1.0, limit / 10)
         self._beats = [Beat()] * world_size
-        # How long each rank was silent. Omits time in which this process was stopped, and so could not hear the others.
+        # How long each rank was silent, without the time in which this process was stopped and could not hear others.
         self._silence = [0.0] * world_size
         self._unanswered = self._known_failure = 0.0
         self._end: str | None = None
@@ -130,7 +130,7 @@ class Heartbeat:
         return f"no rank is silent: {'; '.join(clauses)}"
 
     def _exchange_beats(self, store: "Store") -> None:
-        """Exchange beats until this rank or rank 0 ends. Rank 0 then waits until others know this or are silent."""
+        """Exchange beats until this rank or rank 0 ends. Rank 0 goes on until the others know this or are silent."""
         from torch import distributed
 
         keys = [str(rank) for rank in range(len(self._beats))]
@@ -179,7 +179,7 @@ class Heartbeat:
                 self._end_process(f"error: {'; '.join(found)}. {here}: see the log of that rank, then resume")
 
     def _silent(self, seconds: float) -> list[str]:
-        """Return a clause per running rank without a beat for `seconds`; only for rank 0 if the store is silent."""
+        """Return a clause per running rank that sent no beat for `seconds`; if the store is silent, only for rank 0."""
         silence, name = dict(enumerate(self._silence)), "rank {}"
         if self._unanswered >= seconds:
             silence, name = {0: self._unanswered}, f"rank {{}}, which hosts the store at {self._address},"

@@ -24,7 +24,7 @@ def launched_settings() -> dict[str, object]:
         raise UsageError("accelerate is set to use Megatron-LM, which lowmem does not support: change distributed_type")
     settings: dict[str, object] = {}
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if precision != "no":  # "no" may be a mere default, because accelerate always sets the variable
+    if precision != "no":  # accelerate always sets the variable, so "no" may be only its default
         settings["mixed_precision"] = precision
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if compiler not in ("no", "inductor"):

@@ -31,7 +31,7 @@ def all_reduce_sum(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = 
 
 
 def _pieces(tensor: Tensor) -> Iterable[Tensor]:
-    """Return slices that fill a bucket in fp32, or the whole tensor if it is fp32 or wider, or not contiguous."""
+    """Return slices that each fill a bucket in fp32, or the whole tensor if it is not contiguous or fp32 or wider."""
     if tensor.dtype.itemsize >= 4 or not tensor.is_contiguous():
         return (tensor,)
     return tensor.view(-1).split(_BUCKET_BYTES // 4)
@@ -40,7 +40,7 @@ def _pieces(tensor: Tensor) -> Iterable[Tensor]:
 def _reduce_bucket(bucket: list[Tensor], group: dist.ProcessGroup | None) -> None:
     sum_dtype = torch.promote_types(bucket[0].dtype, torch.float32)
     if len(bucket) == 1 and bucket[0].is_contiguous() and bucket[0].dtype == sum_dtype:
-        _reduce(bucket[0], group)  # the only tensor of its bucket needs no copy
+        _reduce(bucket[0], group)  # a bucket of one tensor of this dtype needs no copy
         return
     flat = torch.cat([tensor.reshape(-1).to(sum_dtype) for tensor in bucket])
     _reduce(flat, group)
@@ -58,7 +58,7 @@ def gradient_norm(gradient: Tensor) -> Tensor:
     wide = torch.promote_types(gradient.dtype, torch.float32)
     if gradient.device.type != "cpu":  # GPU kernels convert while reading, and add in a tree, which is accurate
         return torch.linalg.vector_norm(gradient, dtype=wide)
-    # take each row's norm, then the norm of these in fp64: CPU kernels add in sequence, so 16M values are off by 1e-3
+    # take each row's norm, then the norm of these in fp64, because CPU kernels add in sequence (16M values: 1e-3 off)
     rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient.reshape(1, -1)
     pieces = [rows] if rows.dtype == wide else rows.split(max(1, _NORM_ELEMENTS // max(1, rows.shape[1])))
     of_rows = [torch.linalg.vector_norm(piece, dim=1, dtype=wide) for piece in pieces]

@@ -51,7 +51,7 @@ def launch_from_environment() -> Launch:
 def start_group(backend: str, *, limit_seconds: float) -> None:
     """Start the process group that the environment describes. No wait takes much longer than `limit_seconds`.
 
-    Raises RankError if a rank is missing, StartError otherwise. If a call hangs in C++, the process exits with code 1.
+    Raises RankError if a rank is missing, StartError for other errors. If a call hangs in C++, exits with code 1.
     """
     launch = launch_from_environment()
     if os.environ.get("ACCELERATE_DEBUG_MODE", "false").lower() == "true":  # set by accelerate launch --debug
@@ -151,7 +151,7 @@ def rendezvous(store: dist.Store, launch: Launch, limit_seconds: float, since: f
             answers = _answers(store, others, token)
             if all(answers):
                 store.set("lowmem/members", " ".join([token, *answers]))
-                store.set("lowmem/token", "")  # not deleted, or a rank between `check` and `get` would block
+                store.set("lowmem/token", "")  # if it were deleted, a rank between `check` and `get` would block
                 return mine
         elif token and token != answered:
             store.set(f"lowmem/{launch.rank}", f"{token} {mine}")
@@ -187,7 +187,7 @@ def _answers(store: dist.Store, ranks: range, token: str) -> list[str]:
 
 @contextmanager
 def _exit_after(limit_seconds: float, message: str, on_abort: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Exit with `message` if the block exceeds its limit, because it may hang in C++, which no exception can stop."""
+    """Exit with `message` if the block exceeds the limit. It may hang in C++ code, which no exception can interrupt."""
     is_done = Event()
 
     def watch() -> None:

@@ -27,7 +27,7 @@ def check_launch(num_processes: int | None) -> None:
 
 
 def processes_to_start(num_processes: int | None) -> int:
-    """How many processes to run: `num_processes` (None: one per visible GPU, at least one), or 1 under a launcher."""
+    """How many processes to run: `num_processes` (None: one per visible GPU, at least one); 1 under a launcher."""
     if launched_processes() is not None or num_processes == 1:
         return 1
     import torch
@@ -50,7 +50,7 @@ def init_distributed(
     on_abort: Callable[[str], None] | None = None,
     signals: "Signals | None" = None,
 ) -> "Accelerator":
-    """Join the process group that the environment describes (with gloo if there is no GPU). Return its Accelerator.
+    """Join the process group that the environment describes (with gloo if there is no GPU). Return an Accelerator.
 
     `mixed_precision=None` uses the setting of `accelerate launch`. `deepspeed` is a full DeepSpeed config, including
     the precision. Raises UsageError or RankError if ranks do not find each other in `heartbeat_timeout` seconds. Later,

@@ -49,9 +49,9 @@ def end_as_signalled(name: str) -> NoReturn:
 
 
 class Signals:
-    """Catch signals from `catch` until `release`. `came` names the first. A signal over 5 s after it ends the process.
+    """Catch signals from `catch` until `release`. `came` names the first. Another, over 5 s later, ends the process.
 
-    If `at_once` is set, another thread calls it with the first signal's name. Set it until ranks can agree to stop.
+    If `at_once` is set, another thread calls it with the first signal's name. Unset it once ranks can agree to stop.
     """
 
     came: str | None = None

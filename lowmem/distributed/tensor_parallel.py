@@ -72,7 +72,7 @@ def _left_out(model: PreTrainedModel, planned: dict[str, str]) -> list[str]:
 
 
 def _uneven(model: PreTrainedModel, planned: dict[str, str], tp_size: int) -> list[str]:
-    """Sizes that are not multiples of `tp_size`. These include numbers of heads, because no head may be split."""
+    """Sizes that are not multiples of `tp_size`. Numbers of heads are checked too, because no head may be split."""
     config, found = model.config.get_text_config(), {}
     for name, style in planned.items():
         if style == "colwise" and "att" in name:
@@ -117,7 +117,7 @@ def _shard_linear(linear: nn.Linear, style: "_Style", mesh: DeviceMesh) -> None:
         result = F.linear(x, linear.weight.to_local(), local_bias)
         if style.after:
             result = _Exchange.apply(result, group, *style.after)
-        return result + bias if bias is not None and style.dim == 1 else result  # bias added once, after the sum
+        return result + bias if bias is not None and style.dim == 1 else result  # add the bias once, after the sum
 
     linear.forward = forward
 
@@ -176,4 +176,4 @@ _STYLES = {
     "rowwise": _Style(1, None, (_sum, _same)),
     "rowwise_split_input": _Style(1, (_own_columns, _all_gather_columns), (_sum, _same)),
 }
-_REPLICATED = "replicated_with_grad_allreduce"  # for per-head norms: a rank's gradient covers only its heads
+_REPLICATED = "replicated_with_grad_allreduce"  # for norms per head: a rank's gradient covers only its own heads

@@ -38,7 +38,7 @@ class Zero3Weight:
 
 
 def make_accelerator(config: Mapping[str, object], *, on_cpu: bool, **options: object) -> "Accelerator":
-    """Make an Accelerator for DeepSpeed. `config` must include the precision. Raises UsageError for an invalid one."""
+    """Make an Accelerator for DeepSpeed. `config` must include the precision. Raises UsageError if it is invalid."""
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -53,9 +53,9 @@ def make_accelerator(config: Mapping[str, object], *, on_cpu: bool, **options: o
     if on_cpu:
         # do not spend a minute compiling DeepSpeed's shared-memory collectives, because gloo has its own
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # set the CPU here, or accelerate would see only one process; Accelerator(cpu=True) would ignore DeepSpeed
+        # choose the CPU here: otherwise accelerate would see one process, or with Accelerator(cpu=True) no DeepSpeed
         PartialState(cpu=True)
-    # DeepSpeed calls deprecated collectives in every step
+    # DeepSpeed calls deprecated collectives, so torch would warn in every step
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     # the plugin rejects this variable together with a config, and `config` already has the launcher's settings
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
@@ -86,7 +86,7 @@ def backward(engine: nn.Module, loss: Tensor, *, world_size: int, is_last: bool)
 
 
 def update(engine: nn.Module) -> tuple[Tensor, bool]:
-    """If the gradient is finite, clip it and update weights. Returns the norm before clipping, and if it was finite."""
+    """If the gradient is finite, clip it and update weights. Returns the unclipped norm, and whether it is finite."""
     engine.step()
     updated = engine.was_step_applied()
     norm = engine.get_global_grad_norm() if updated else math.nan  # DeepSpeed would return the previous step's norm

@@ -33,7 +33,7 @@ def write_exit(folder: Path, cause: str, message: str = "", *, step: int | None,
     try:
         unfinished.write_text(json.dumps(record, indent=2) + "\n")
         try:
-            os.link(unfinished, path)  # a rename would replace an earlier file
+            os.link(unfinished, path)  # not a rename, which would replace an earlier exit.json
         except FileExistsError:
             pass
         except OSError:  # a file system without hard links

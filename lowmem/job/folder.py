@@ -13,12 +13,12 @@ from pathlib import Path
 from lowmem.errors import UsageError
 from lowmem.storage.files import is_same_file
 
-_SECONDS_TO_LOCK = 5.0  # time for a killed process to let go of its lock, once its memory is freed
+_SECONDS_TO_LOCK = 5.0  # how long to wait for a lock, because a killed process keeps its lock until its memory is freed
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def check_output(output: Path, resume: str) -> None:
-    """Raise UsageError if a run would mix its files with another's in `output`. `resume` is never, auto or a path."""
+    """Raise UsageError if a run would mix its files with another's in `output`. `resume`: "never", "auto" or a path."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output_dir={output} is a file: set a folder")
     present = sorted(path.name for path in output.glob("checkpoints/step-*"))

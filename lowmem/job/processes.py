@@ -24,13 +24,13 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
     """Run `python *arguments` in `num_processes` processes on this machine, and return the exit code.
 
     If a process fails, the launcher ends the others, and the failed process's code is returned. Forwards the first
-    signal that `signals` catches. If it kills a process that cannot catch it yet, returns minus the signal's number.
+    signal that `signals` catches. If that signal kills a process that cannot catch it yet, returns minus its number.
     """
     forwarded: list[int] = []
 
     def forward(name: str) -> None:
         forwarded.append(signal.Signals[name])
-        # children may be about to start, so wait; or all have ended, and this process is about to end too
+        # if children are about to start, wait for them; if all have ended, this process is about to end too
         limit = time.monotonic() + _SECONDS_TO_START
         while not (processes := psutil.Process().children()) and time.monotonic() < limit:
             time.sleep(0.05)
@@ -73,7 +73,7 @@ def die_with_launcher() -> None:
 
 
 def _die_with_deepspeed(launcher: int) -> None:
-    """Send this process SIGTERM when the `deepspeed` command dies, because its child, our launcher, would continue."""
+    """Send this process SIGTERM when the `deepspeed` command dies, because our launcher, its child, would go on."""
 
     def watch(command: int) -> None:
         with suppress(psutil.Error):

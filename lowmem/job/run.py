@@ -23,7 +23,7 @@ _PLANNED = "LOWMEM_PLANNED"
 def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: frozenset[str] = frozenset()) -> int:
     """Run `command` (train or evaluate) and return the exit code. Catches signals for the rest of the process.
 
-    Processes that it starts get the command line `arguments`. Fitting settings to memory never changes `fixed` fields.
+    Started processes get the command line `arguments`. Fitting settings to memory never changes the fields in `fixed`.
     """
     trains, output = command == "train", Path(config.output_dir)
     signals = Signals(at_once=end_at_once if trains else end_as_signalled)

@@ -36,7 +36,7 @@ def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Sig
     with lock_folder(output) if rank == 0 else nullcontext():
         if rank == 0:
             remove_exit(output)
-            signals.at_once = partial(end_at_once, record=record)  # not before: it might be another run's folder
+            signals.at_once = partial(end_at_once, record=record)  # once locked: the folder is now this run's
         try:
             step, preempted = train(signals=signals, on_abort=partial(record, "failed"))
         except Exception as error:
@@ -55,10 +55,10 @@ def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Sig
 
 def end_at_once(signal: str, record: Callable[..., None] | None = None) -> NoReturn:
     """Exit on a signal that comes before the process group exists, because ranks cannot agree on a last step yet."""
-    # a launcher also sends SIGTERM after one process failed, and may then restart all, so it is not recorded
+    # a launcher also sends SIGTERM after one process failed, and may then restart all, so do not record that signal
     from_launcher = signal == "SIGTERM" and not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "CROSS_SIZE"))
     if from_launcher and os.environ.get("LOCAL_RANK") != "0":
-        os._exit(PREEMPTED)  # the failed process, or local rank 0, reports
+        os._exit(PREEMPTED)  # without a report, which the failed process or local rank 0 makes
     act = partial(record, "preempted", _NOTHING_SAVED) if record and not from_launcher else lambda: None
     print_and_exit(f"{signal} received before training started: exiting now, nothing to save", PREEMPTED, act)
 

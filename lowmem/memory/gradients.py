@@ -1,6 +1,6 @@
 """The gradients of one optimizer step: summed over micro-batches, reduced over ranks, clipped, applied.
 
-Before the update, gradients are in `.grad`, in sums in fp32 or with stochastic rounding (memory tiers), in shards
+Before the update, gradients are in `.grad`, in fp32 or stochastically rounded sums (memory tiers), in shards
 (fully_shard), or already applied (gradient release). `train_step` handles all of them in the same way.
 """
 
@@ -71,7 +71,7 @@ class Gradients:
                         loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._num_tokens
                     loss.backward()
                 losses.append(loss.detach())
-        applied = self.released.parameters if self.released else ()  # all others get zeros if they have no gradient
+        applied = self.released.parameters if self.released else ()  # any other without a gradient gets zeros
         for parameter in self._model.parameters():
             if parameter.requires_grad and parameter not in applied:
                 if parameter.grad is None:

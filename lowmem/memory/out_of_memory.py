@@ -75,7 +75,7 @@ def _memory_use(model: nn.Module, optimizer: Optimizer) -> str:
     state = (x for held in optimizer.state.values() for x in held.values() if isinstance(x, Tensor))
     memory = getattr(optimizer, "memory", "off")
     held = {"weights": _num_bytes(model.parameters()), "optimizer state": _num_bytes(state)}
-    held["gradients"] = _num_bytes(trained) * (2 if memory == "exact" else 1)  # exact sums bf16 gradients in fp32
+    held["gradients"] = _num_bytes(trained) * (2 if memory == "exact" else 1)  # "exact" sums bf16 in fp32
     known = ", ".join(f"{name} {num_bytes / 2**20:,.1f} MiB" for name, num_bytes in held.items())
     device = next(model.parameters()).device
     of_all = f" of {torch.cuda.mem_get_info(device)[1] / 2**20:,.0f} MiB" if device.type == "cuda" else ""

@@ -28,7 +28,7 @@ _COSTLY = {
     _ATEN._scaled_dot_product_cudnn_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 }
-_RECOMPILE_LIMIT = 64  # of compiled variants of all layers together; beyond it, layers would run uncompiled
+_RECOMPILE_LIMIT = 64  # of compiled variants, all layers together; beyond this, torch would run layers uncompiled
 
 Saver = Callable[[nn.Module, Optimizer], AbstractContextManager[None]]
 
@@ -77,7 +77,7 @@ def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[N
         raise UsageError(f"compile needs {'triton' if on_cuda else 'g++ or clang++'}: install it or remove compile")
     for layer in layers:
         layer.forward = _when_training(torch.compile(layer.forward, dynamic=True), layer.forward, layer)
-    # All variants share the limit: layers of encoder and decoder, first and later layers, with and without a mask.
+    # The limit covers all variants: layers of encoder and decoder, first and later layers, with and without a mask.
     with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
         try:
             yield
@@ -87,7 +87,7 @@ def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[N
 
 
 def _when_training(compiled_forward: Callable, forward: Callable, layer: nn.Module) -> Callable:
-    # evaluation and generation run uncompiled, because they would compile again for each length
+    # evaluation and generation run uncompiled, because torch would compile again for each length
     return lambda *args, **kwargs: (compiled_forward if layer.training else forward)(*args, **kwargs)
 
 
@@ -96,7 +96,7 @@ def _checkpointing(model: nn.Module, options: dict[str, object]) -> Iterator[Non
     base = unwrapped(model)
     if not getattr(base, "supports_gradient_checkpointing", False):
         raise UsageError(f"{type(base).__name__} does not support activation checkpointing: set recompute=off")
-    # transformers 5.17 has only the older names (gradient_...), which later versions deprecate
+    # transformers 5.17 has only the older method names (gradient_...), which later versions deprecate
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
     enable(options)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 256  # 8-bit values that share a scale; a block never spans two rows
-_SPLIT_ELEMENTS = 2**22  # elements split at a time: int32 temporaries of a whole embedding would set the peak
+_SPLIT_ELEMENTS = 2**22  # elements split at a time, because int32 temporaries of an embedding would set the peak
 
 # An 8-bit float is bits 20 to 27 of an fp32 number: 3 mantissa bits and the lowest exponent bits, 4 for a first moment
 # (int8, with a separate sign) and 5 for a second moment (uint8). Moments need relative precision: evenly spaced codes
@@ -61,7 +61,7 @@ def read(tensors: dict[str, Tensor], name: str, rows: slice) -> Tensor:
 
 
 def write(tensors: dict[str, Tensor], name: str, rows: slice, values: Tensor, random: Tensor | None) -> None:
-    """Store `values` in some rows (fp32: nothing to do). `random` has 16 random bits per value, int32 in [0, 65536)."""
+    """Store `values` in some rows (in fp32, `read` returned a view, so do nothing). `random`: from `random_halves`."""
     kept = by_rows(tensors[name])[rows]
     if kept.dtype in _LARGEST:
         codes, scale = _to_8_bits(values, random, kept.dtype)
@@ -101,11 +101,11 @@ def round_stochastically(values: Tensor, random: Tensor) -> Tensor:
     """Round fp32 to bf16 stochastically; `random` as in `write`. Infinity and NaN are unchanged."""
     bits = (values.view(torch.int32) + random).bitwise_right_shift_(16)
     rounded = bits.to(torch.int16).view(torch.bfloat16)
-    return rounded.masked_fill_(values.isnan(), math.nan)  # CUDA's NaN has all bits set: `random` overflows it to -0
+    return rounded.masked_fill_(values.isnan(), math.nan)  # adding `random` makes CUDA's NaN, 0x7FFFFFFF, a -0
 
 
 def random_halves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Draw 16 random bits per element, as int32 in [0, 65536). Draws 64 bits at a time, 4x as fast on CPU."""
+    """Draw 16 random bits per element, as int32 in [0, 65536). Draws 64 bits at a time, which is 4x as fast on CPU."""
     count = math.prod(shape)
     drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
     halves = drawn.random_(-(2**63), None, generator=generator).view(torch.int16)[:count].view(shape)

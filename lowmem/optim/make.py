@@ -44,7 +44,7 @@ def make_optimizer(
     The tiers "exact" and "lean" support adamw, adamw_bf16 (moments in bf16) and adafactor. They convert all weights to
     bf16 in place: call `parallelize` first, and use an Accelerator without mixed precision. `memory="off"` makes an
     optimizer of torch.optim. Set the learning rate at each step; `betas` and `eps` are for Adam's family. A tier
-    updates `slice_elements` elements at a time (default: by device). Raises ValueError for unsupported combinations.
+    updates `slice_elements` elements at a time (None: set by device). Raises ValueError for unsupported combinations.
     """
     if memory not in ("exact", "lean", "off"):
         raise ValueError(f"memory={memory!r} is unknown: use exact, lean or off")
@@ -61,7 +61,7 @@ def make_optimizer(
     is_divided = any(isinstance(parameter, DTensor) for _, parameter in trainable)
     if name == "adafactor" and is_divided:
         raise ValueError("adafactor needs whole matrices, but this model is sharded: use adamw or NO_SHARD")
-    kinds = defaultdict(list)  # split by type too, as torch's kernels cannot mix DTensors and plain tensors
+    kinds = defaultdict(list)  # also by type, because torch's kernels cannot mix DTensors and plain tensors
     for path, parameter in trainable:
         owner = model.get_submodule(path.rpartition(".")[0])
         is_bias_or_norm = isinstance(owner, nn.LayerNorm) or _NO_DECAY.search(path) is not None

@@ -46,7 +46,7 @@ def learning_rate_at(
 ) -> float:
     """Return the learning rate of the update that follows `step` updates, like transformers' schedule of the same name.
 
-    It rises linearly from 0 to `peak` over `warmup_steps`. Then it falls to 0 at `total_steps` ("constant": stays).
+    It rises linearly from 0 to `peak` over `warmup_steps`. Then it falls to 0 at `total_steps` ("constant": it stays).
     """
     if step < warmup_steps:
         return peak * step / warmup_steps

@@ -54,7 +54,7 @@ def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
 
 
 def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimizer: Optimizer) -> bool:
-    """Return whether the saved state must be rounded to load. Raises UsageError if its class or tier does not fit."""
+    """Return whether loading the saved state must round it. Raises UsageError if its class or tier does not fit."""
     kind, memory = type(optimizer).__name__, getattr(optimizer, "memory", "off")
     saved_memory = saved_memory or memory
     if (saved_kind, saved_memory) == (kind, memory):
@@ -69,11 +69,11 @@ def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimi
 def state_differences(
     stored: Mapping[str, StoredTensor], parameters: Parameters, optimizer: Optimizer, *, rounds: bool
 ) -> list[str]:
-    """List how `stored` differs from a tier's state, one clause per name; [] for torch's optimizers: no state yet."""
+    """List how `stored` differs from a tier's state, one clause per name; [] for torch's optimizers (no state yet)."""
     if not isinstance(optimizer, TieredOptimizer):
         return []
     tensors = optimizer_tensors(parameters, optimizer)
-    if rounds:  # compare names and shapes, not dtypes, only for parameters that have had a gradient
+    if rounds:  # compare names and shapes, not dtypes, of parameters with stored state (that had a gradient)
         updated = _by_parameter(stored)
         tensors = {name: x for name, x in _values(tensors).items() if name.rpartition(".")[0] in updated}
         stored = _values(stored)
@@ -86,7 +86,7 @@ def fill_state(optimizer: Optimizer, parameters: Parameters, stored: Mapping[str
         by_parameter, names = _by_parameter(stored), {parameter: name for name, parameter in parameters.items()}
         optimizer.state.clear()
         for group in optimizer.param_groups:
-            on_host = not (group.get("fused") or group.get("capturable"))  # both count steps on the device
+            on_host = not (group.get("fused") or group.get("capturable"))  # these two count steps on the device
             for parameter in (parameter for parameter in group["params"] if names[parameter] in by_parameter):
                 of_parameter = by_parameter[names[parameter]].items()
                 made = {key: _empty(tensor, parameter, counts_on_host=on_host) for key, tensor in of_parameter}

@@ -1,6 +1,6 @@
 """Optimizers for the memory tiers: AdamW with bf16 weights, and a base class shared with Adafactor. See `formats.py`.
 
-exact   weights split into bf16 and an int16 low half, together all bits of fp32; fp32 moments
+exact   weights split into bf16 and an int16 low half, which together hold all bits of fp32; fp32 moments
 lean    weights in bf16 only, rounded stochastically; 8-bit moments. Small parameters are stored as in exact.
 
 An update converts one slice of rows at a time to fp32 and back, so no temporary is as large as the embedding.
@@ -19,10 +19,10 @@ from lowmem.distributed.dtensor import local_of, local_part, set_local_, sharded
 from lowmem.distributed.seeds import seed_of
 from lowmem.optim.formats import by_rows, keep, random_halves, read, rows_and_columns, shuffled, write, zeros
 
-_SMALL = 4096  # lean stores vectors and parameters of up to this many elements as exact does: they take few bytes
+_SMALL = 4096  # lean stores vectors and parameters of up to this many elements as exact does: these take few bytes
 _CACHED_ELEMENTS = 2**19  # elements per slice on CPU, so that the slice's temporaries fit into the cache
 _VECTOR = 16  # fp32 values in a CPU's widest vector register
-_LAUNCHED_ELEMENTS = (2**22, 2**24)  # per slice on a GPU: the minimum (few launches) and maximum (small temporaries)
+_LAUNCHED_ELEMENTS = (2**22, 2**24)  # elements per slice on a GPU: minimum (few launches), maximum (small temporaries)
 
 Tensors = dict[str, Tensor]
 Group = dict[str, object]
@@ -69,7 +69,7 @@ class TieredOptimizer(Optimizer):
 
     @contextmanager
     def summing(self, micro_batches: int, *key: int) -> Iterator[None]:
-        """Sum gradients over micro-batches in fp32 (lean: large ones in bf16, stochastic rounding seeded by `key`)."""
+        """Sum gradients over micro-batches in fp32. In lean, sum large ones in bf16 with rounding seeded by `key`."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         sums: dict[nn.Parameter, Tensors] = {}
         count = dict.fromkeys(parameters, 0)
@@ -93,7 +93,7 @@ class TieredOptimizer(Optimizer):
         try:
             yield
             for parameter in parameters if hooks else ():
-                # set it even without a sum, because then this rank all-reduces zeros, in other ranks' dtype
+                # set it even without a sum: this rank then all-reduces zeros, which need the other ranks' dtype
                 parameter.grad_dtype = torch.bfloat16 if self._is_rounded(parameter) else torch.float32
             for parameter, total in sums.items():
                 parameter.grad = sharded_like(parameter, total["sum"])
@@ -151,7 +151,7 @@ class TieredOptimizer(Optimizer):
 class TieredAdamW(TieredOptimizer):
     """AdamW (Loshchilov and Hutter, 2019) with torch's fused kernel; exact equals fp32 `torch.optim.AdamW` bit for bit.
 
-    With `moments` "tier", moments are fp32 in exact and 8-bit in lean; "bf16" rounds them stochastically in both.
+    With `moments` "tier", large moments are fp32 in exact, 8-bit in lean; with "bf16", bf16 in both tiers.
     """
 
     def __init__(self, groups, *, betas: tuple[float, float], eps: float, moments: str, **options):
@@ -178,7 +178,7 @@ class TieredAdamW(TieredOptimizer):
             random = draw(weight) if is_rounded else None
             write(tensors, "weight", rows, weight, random)
             write(tensors, "exp_avg_sq", rows, exp_avg_sq, random)
-            # use other bits for the first moment: the update divides it by the second, so errors must not correlate
+            # use other bits: the update divides the first moment by the second, so their errors must not correlate
             write(tensors, "exp_avg", rows, exp_avg, shuffled(random) if is_rounded else None)
 
 

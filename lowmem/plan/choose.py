@@ -26,7 +26,7 @@ class Rung(NamedTuple):
 
 
 def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Iterator[Rung]:
-    """Yield rungs from `config` down to the least memory, cheapest change first. Each includes all changes before it.
+    """Yield rungs from `config` down to the least memory, cheapest change first. Each keeps all earlier changes.
 
     No rung changes a field in `fixed`. No rung changes the loss: rows per step, tier and optimizer remain the same.
     """
@@ -87,7 +87,7 @@ class _Tried(NamedTuple):
 def choose(
     config: TrainConfig, cluster: Cluster, fixed: Iterable[str], predict: Predict, log: Callable[[str], None]
 ) -> tuple[TrainConfig, Prediction]:
-    """Find the first rung that fits `device_memory` and `host_memory`, and undo its unneeded changes.
+    """Find the first rung whose prediction fits both memory limits of `config`, and undo its unneeded changes.
 
     Returns the resulting config and its prediction. Logs the rungs that it tries. Raises UsageError if no rung fits.
     """
@@ -126,7 +126,7 @@ def choose(
 
 
 def _check_programs(config: TrainConfig, cluster: Cluster) -> None:
-    """Raise UsageError if the programs without a model exceed a limit, as then no setting can meet it."""
+    """Raise UsageError if the programs exceed a limit even without a model, because then no setting can help."""
     what = {"host_memory": f"Python and its libraries ({cluster.local_world_size} processes)"}
     what["device_memory"] = "CUDA and its libraries"
     needed = {"host_memory": programs_bytes(cluster), "device_memory": context_bytes(cluster)}
@@ -162,7 +162,7 @@ def _excess_bytes(config: TrainConfig, needed: Mapping[str, int]) -> dict[str, i
 
 
 def variants(config: TrainConfig, cluster: Cluster) -> Sequence[tuple[str, str, TrainConfig]]:
-    """Return (name, cost, config) for each change of the tier, a saver or the sharding strategy of `config`."""
+    """Return (name, cost, config) for each config with another tier, saver or sharding strategy than `config`."""
     bf16, in_fp32 = {"mixed_precision": "bf16"}, config.mixed_precision != "bf16"
     prefix, forward = ("mixed_precision=bf16, ", "a forward in bf16; ") if in_fp32 else ("", "")
     exact = f"{forward}loss curve of AdamW with fp32 weights"

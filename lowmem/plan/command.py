@@ -1,4 +1,4 @@
-"""The command `plan`; also chooses the settings of `train` if --device_memory or --host_memory is set."""
+"""The command `plan`, and the choice of settings for `train` if --device_memory or --host_memory is set."""
 
 import dataclasses
 import os
@@ -57,7 +57,7 @@ def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
 
 
 def _cluster(config: TrainConfig, pool: Executor) -> Cluster:
-    """Return the processes that the launcher or `train` starts: on GPUs if any is visible or --device_memory is set."""
+    """Return (and print) the processes of the run. They are on GPUs if there are any or --device_memory is set."""
     launched = launched_processes()
     world_size = launched or config.num_processes
     gpus = visible_gpus(pool) if config.device_memory is None or world_size is None else 0
@@ -98,7 +98,7 @@ def table_of_parts(prediction: Prediction) -> list[str]:
 
 
 def table_of_variants(rows: Sequence[tuple[str, str, Prediction]]) -> list[str]:
-    """List the memory and the cost of each setting. The column x is device memory relative to the first row."""
+    """List the memory and the cost of each setting. Column "x" is device memory relative to the first row."""
     first = rows[0][2].device_bytes
     lines = [f"{'':<34}{'device':>12}{'x':>7}{'host':>12}{'disk':>12}  costs"]
     for name, costs, prediction in rows:

@@ -1,6 +1,6 @@
 """Fake tensors, ranks, GPU and host memory. With them, a CPU can count the bytes of a training step of any model.
 
-Tested with torch 2.11 and 2.13. It depends on private parts of torch and accelerate: `torch._subclasses`,
+Tested with torch 2.11 and 2.13. This module uses private parts of torch and accelerate: `torch._subclasses`,
 `torch.testing._internal`, the operator of memory-efficient attention, `AcceleratorState._reset_state`.
 """
 
@@ -36,7 +36,7 @@ def fake_tensors() -> Iterator[None]:
 
     `.item()` returns True or 1, so that checks for finite numbers pass. Enter any MemoryMeter inside this block.
     """
-    with _FakeOnes(allow_non_fake_inputs=True):  # because process groups and meshes have real tensors
+    with _FakeOnes(allow_non_fake_inputs=True):  # real inputs come from process groups and meshes
         yield
 
 
@@ -126,9 +126,9 @@ def few_slices() -> Iterator[None]:
 def attention_for(config: PretrainedConfig, *, on_gpu: bool, is_padded: bool) -> str:
     """Register an attention in transformers that uses as many bytes as the real one but reads no data. Return its name.
 
-    From the values of positions and masks, transformers decides if attention needs a mask. Fakes have no values, so it
-    would make a mask that training does not have. Here only an encoder-decoder gets one, for padding, if `is_padded`.
-    On a GPU, a learned bias (T5's) uses the memory-efficient kernel; a CPU has no such kernel and uses eager attention.
+    transformers decides by the values of positions and masks if attention needs a mask. Fake tensors have no values, so
+    it would add masks that training does not need. Here only encoder-decoders get one, for padding, if `is_padded`.
+    For a learned bias (as in T5), a GPU has the memory-efficient kernel. A CPU has none and uses eager attention.
     """
     if not on_gpu and hasattr(config, "relative_attention_num_buckets"):
         return "eager"
@@ -156,7 +156,7 @@ class _MemoryEfficient(TorchFunctionMode):
         if func is not scaled_dot_product_attention or options.get("attn_mask") is None:
             return func(*args, **options)
         tensors = (*args, options.pop("attn_mask"))
-        if torch.is_autocast_enabled("cpu"):  # autocast does not cast the inputs of this operator
+        if torch.is_autocast_enabled("cpu"):  # cast here, because autocast does not cast for this operator
             tensors = [tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors]
         query, key, value, bias = tensors
         bias = bias.to(query.dtype).expand(*query.shape[:3], key.shape[2])

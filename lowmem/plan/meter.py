@@ -1,6 +1,6 @@
 """Count the live and peak bytes of tensors, real or fake, on any device.
 
-Tested with torch 2.11 and 2.13. It depends on private parts of torch: it replaces `UntypedStorage.resize_`, and reads
+Tested with torch 2.11 and 2.13. It uses private parts of torch: it replaces `UntypedStorage.resize_`, and reads
 `_cdata`, the address of a storage.
 """
 
@@ -25,7 +25,7 @@ class MemoryMeter(TorchDispatchMode):
     is rounded up to a multiple of `block_bytes`; CUDA_BLOCK_BYTES gives the bytes that a GPU allocates. Storages
     created earlier count only after `count`; memory-mapped files never do. Set `kind` to label storages created next.
     Not counted: memory that a kernel allocates and frees internally, fragmentation, workspaces of libraries, the
-    device's context, and operations in threads other than autograd's.
+    device's context, and storages created by threads other than autograd's.
     """
 
     def __init__(self, *, block_bytes: int = 1):
@@ -41,7 +41,7 @@ class MemoryMeter(TorchDispatchMode):
         self._storages: dict[int, tuple[ref, int, str]] = {}  # by address, which is unique while the storage is live
 
     def count(self, tensors: Iterable[Tensor], kind: str | None = None) -> None:
-        """Count existing storages, such as those of parameters, as `kind` (None: counted ones keep theirs)."""
+        """Count existing storages, such as those of parameters, as `kind` (None: keep their kind if counted)."""
         for tensor in tensors:
             self._update(local_of(tensor).untyped_storage(), kind)
 
@@ -58,7 +58,7 @@ class MemoryMeter(TorchDispatchMode):
         self.peak_bytes, self.peak_by_kind = self.live_bytes, dict(self._live_by_kind)
 
     def __enter__(self):
-        # fully_shard frees all-gathered weights by resizing their storage, which is not a torch operation
+        # fully_shard frees all-gathered weights by resizing their storage, which no dispatch mode sees
         self._resize = resize = torch.UntypedStorage.resize_
 
         def resize_and_count(storage: torch.UntypedStorage, num_bytes: int) -> torch.UntypedStorage:
@@ -76,7 +76,7 @@ class MemoryMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # torch.tensor makes its storage without an operation; lift_fresh, which it calls next, is where we first see it
+        # torch.tensor makes its storage without an operation, so the storage first appears here as input of lift_fresh
         is_literal = func is torch.ops.aten.lift_fresh.default
         given = [] if is_literal else [*_storages_of(args), *_storages_of(kwargs.values())]
         not_ours = {storage._cdata for storage in given} - self._storages.keys()
@@ -85,7 +85,7 @@ class MemoryMeter(TorchDispatchMode):
         for storage in [*given, *_storages_of([result])]:
             if storage._cdata not in not_ours:
                 self._update(storage, None if storage._cdata in self._storages else made_for)
-        if func.namespace == "fsdp":  # fully_shard passes an empty tensor to all-gather into as `out`
+        if func.namespace == "fsdp":  # `out` is the tensor that fully_shard gathers into; it is created empty
             for storage in _storages_of([kwargs.get("out")]):
                 if storage._cdata not in not_ours:
                     self._update(storage, Kind.COMMUNICATION)

@@ -39,7 +39,7 @@ class Cluster(NamedTuple):
 
 @dataclass
 class Counted:
-    """Bytes counted for rank 0."""
+    """The bytes of rank 0 in one step."""
 
     peaks: dict[str, Bytes] = field(default_factory=dict)
     """{phase of the step: {kind: bytes at the phase's peak}}."""
@@ -50,7 +50,7 @@ class Counted:
 
 
 def extrapolate(shallow: Counted, deeper: Iterable[tuple[int, Counted]]) -> Counted:
-    """Add n x (deep - shallow) to `shallow` for each (n, deep) in `deeper`, as peaks are linear in a stack's depth."""
+    """For each (n, deep) in `deeper`, add n x (deep - shallow) to `shallow`: peaks are linear in a stack's depth."""
     total = copy.deepcopy(shallow)
     for times, deep in deeper:
         for name in ("model_bytes", "checkpoint_bytes", "num_parameters"):

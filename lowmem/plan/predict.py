@@ -17,7 +17,7 @@ from lowmem.plan.parts import Bytes, Cluster, Counted, Kind, extrapolate
 CONTEXT = "context, fragments"
 
 _WITH_CPU_OFFLOAD = {Kind.WEIGHTS, Kind.LOW_HALVES, Kind.MOMENTS, Kind.GRADIENTS, Kind.UPDATE}
-# These constants are estimates. Host memory of a process: Python, torch, libraries, prefetched rows; doubled on GPUs.
+# Estimates. _PROGRAM_BYTES is a process's host memory for libraries and prefetched rows; with a GPU it is doubled.
 _PROGRAM_BYTES = 600 * 2**20
 _CONTEXT_BYTES = 600 * 2**20  # device memory per process: CUDA and its libraries
 _FRAGMENTS = 0.05  # fragmentation, as a fraction of the bytes of tensors
@@ -51,9 +51,9 @@ Predict = Callable[[Iterable[TrainConfig]], Iterator[Prediction]]
 
 @contextmanager
 def planners(host_memory: str | None = None) -> Iterator[Executor]:
-    """Yield a pool of up to 4 processes (one per core, within `host_memory`) that count; this one needs no torch."""
+    """Yield a pool of up to 4 counting processes (one per core, within `host_memory`). Only they import torch."""
     most = min(4, len(os.sched_getaffinity(0)))
-    if host_memory is not None:  # the launcher's ranks take a part of it while they wait
+    if host_memory is not None:  # the ranks that wait for this pool also use host memory
         waiting = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * _WAITING_BYTES
         most = max(1, min(most, (parse_bytes(host_memory) - waiting) // _PLANNER_BYTES))
     pool = ProcessPoolExecutor(most, mp_context=get_context("spawn"))
@@ -64,12 +64,12 @@ def planners(host_memory: str | None = None) -> Iterator[Executor]:
 
 
 def visible_gpus(pool: Executor) -> int:
-    """Return the number of GPUs that a process on this machine sees."""
+    """Return how many GPUs torch sees. A process of `pool` looks, so that this one need not import torch."""
     return _result(pool.submit(_num_gpus))
 
 
 def predicting(pool: Executor, cluster: Cluster) -> Predict:
-    """Return a function that predicts configs' peaks on `cluster`. It caches the counted bytes of each config."""
+    """Return a function that predicts configs' peaks on `cluster`. The function caches the bytes of each config."""
     counted: dict[TrainConfig, tuple[Future[Counted], Future[list[tuple[int, Counted]]]]] = {}
 
     def predict(configs: Iterable[TrainConfig]) -> Iterator[Prediction]:
@@ -121,13 +121,13 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
     if cluster.on_gpu:
         device[CONTEXT] = _CONTEXT_BYTES + int(_FRAGMENTS * _total(device))
         host = {f"{kind}, of all processes": size * processes for kind, size in host.items()}
-    else:  # the CPU is the device; it offloads activations to files, which take no memory
+    else:  # the CPU is the device; offload_activations then writes files, which take no memory
         host = {"tensors, of all processes": _total(device) * processes}
     in_parts = config.is_sharded and config.model_name_or_path
     loading = 0 if in_parts else 4 * counted.num_parameters * (1 if config.is_sharded else processes)
     host["loading, beyond training"] = max(0, loading - _total(host))
     host["programs"] = programs_bytes(cluster)
-    keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # one more exists while a new one is written
+    keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # a new one is written before one is removed
     name = f"{keeps} checkpoints" if config.save_total_limit else "each checkpoint"
     return Prediction(device, host, {name: keeps * counted.checkpoint_bytes, "model": counted.model_bytes})
 

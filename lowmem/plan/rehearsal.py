@@ -1,7 +1,7 @@
 """Count the bytes of one optimizer step on fake tensors: the peak of each phase of the step, by kind.
 
 Builds the run with the functions that `train.py` uses, in the same order. Counts a deep stack of equal layers at two
-small depths (see `extrapolate`). Call it in a new process: counting changes the environment and accelerate's state.
+small depths (see `extrapolate`). Call this module in a new process: it changes the environment and accelerate's state.
 """
 
 from contextlib import ExitStack
@@ -36,26 +36,26 @@ _FEW = 2  # the number of layers that `count_shallow` counts in a deep stack
 
 
 def count_shallow(config: TrainConfig, cluster: Cluster) -> Counted:
-    """Count a step with few layers in each deep stack of equal layers, and all layers of other stacks."""
+    """Count the bytes of a step with _FEW layers in each deep stack of equal layers and all layers of other stacks."""
     shallow, _ = _depths(config)
     return count(config, cluster, shallow)
 
 
 def count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Counted]]:
-    """For each stack depth, return how many layers `count_shallow` leaves out and the bytes of a step with one more."""
+    """For each stack depth, return how many layers `count_shallow` omits, and the bytes with one layer more."""
     _, deeper = _depths(config)
     return [(times, count(config, cluster, shape)) for times, shape in deeper]
 
 
 def _depths(config: TrainConfig) -> tuple[PretrainedConfig, list[tuple[int, PretrainedConfig]]]:
-    """Return the shallow and deeper shapes. Depth fields of equal value change together: they may be of one stack."""
+    """Return the shallow and deeper shapes. Equal depth fields change together: they may describe one stack."""
     shape = config_of(config.model_name_or_path or config.model_config)
     deep: dict[int, list[str]] = {}
     for name in _DEPTHS:
         if (depth := getattr(shape, name, None) or 0) > _FEW + 2:
             deep.setdefault(depth, []).append(name)
     if not deep or len(set(getattr(shape, "layer_types", None) or ())) > 1:
-        return shape, []  # layers of different types: one does not predict another
+        return shape, []  # count all layers: those of different types need different bytes
 
     def with_depth(names: list[str], depth: int) -> PretrainedConfig:
         fields = shape.to_dict() | dict.fromkeys(chain(*deep.values()), _FEW) | dict.fromkeys(names, depth)
@@ -78,7 +78,7 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         model = build_model(shape, attention_for(shape, on_gpu=cluster.on_gpu, is_padded=True))
         freeze(model, parts=config.frozen_parts)
         if config.is_sharded:
-            shard(model, mesh, sharding_strategy=config.sharding_strategy, cpu_offload=False)  # tensors are on the CPU
+            shard(model, mesh, sharding_strategy=config.sharding_strategy, cpu_offload=False)  # fakes are on the CPU
         device, trained = "cuda" if cluster.on_gpu else "cpu", [x for x in model.parameters() if x.requires_grad]
         slice_elements = slice_elements_for(trained, device)
         optimizer = make_optimizer(model, **config.optimizer_options, slice_elements=slice_elements)
@@ -109,7 +109,7 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
 
 
 def _make_state(optimizer: Optimizer) -> None:
-    """Run one step, because torch's optimizers create their state in their first step."""
+    """Unless the state exists, run one step: torch's optimizers create their state in their first step."""
     if optimizer.state:
         return
     for group in optimizer.param_groups:
@@ -156,7 +156,7 @@ class _Timeline:
         self.host.reset_peak()
 
     def watched(self, loss_fn: LossFunction) -> LossFunction:
-        """Wrap `loss_fn` so that a phase ends before each call, and another one after it."""
+        """Wrap `loss_fn` so that the phase "before" ends at the start of each call and the phase "loss" at its end."""
 
         def watched_loss(model: nn.Module, batch: Batch) -> Tensor:
             self.end("before", then=Kind.ACTIVATIONS)
@@ -168,7 +168,7 @@ class _Timeline:
         return watched_loss
 
     def watch(self, model: PreTrainedModel, optimizer: Optimizer) -> None:
-        """Count weights and state, and add hooks. Phases are forward (encoder, decoder), loss, backward and update."""
+        """Count weights and state. Add hooks that end the phases encoder, forward, backward, reduction and update."""
         self.meter.count(map(local_of, (*model.parameters(), *model.buffers())), Kind.WEIGHTS)
         for tensors in optimizer.state.values():
             for name, tensor in tensors.items():

@@ -78,7 +78,7 @@ def split_shards(tensors: Mapping[str, Tensor], stem: str, max_shard_bytes: int)
 
 
 def write_index(shards: list[Shard], folder: Path, stem: str) -> dict[str, FileRecord]:
-    """If there are several files, write STEM.safetensors.index.json, a map from tensors to files; return its record."""
+    """If there are several files, write STEM.safetensors.index.json, which maps tensors to files. Return its record."""
     if len(shards) == 1:
         return {}
     weight_map = {name: Path(shard.name).name for shard in shards for name in shard.tensors}
@@ -143,7 +143,7 @@ class StoredTensor(NamedTuple):
 
 
 def open_shards(folder: Path, stem: str, files: Collection[str] | None = None) -> dict[str, StoredTensor]:
-    """Return every tensor in the files of `stem`, by name. `files` lists the files of `folder` (None: look there)."""
+    """Return every tensor in the files of `stem`, by name. `files` has the file names in `folder` (None: list it)."""
     index = f"{stem}.safetensors.index.json"
     is_sharded = (folder / index).exists() if files is None else index in files
     weight_map = json.loads((folder / index).read_text())["weight_map"] if is_sharded else {}

@@ -2,7 +2,7 @@
 
 Both are stored in the folder that LOWMEM_CACHE names. If it is not set, they are hidden files next to the data file, or
 in ~/.cache/lowmem if the data file is remote or its folder is not writable. Both are written to temporary files, then
-renamed, the copy before the index. The index is built again if its checksum or the data file's size or time differs.
+renamed, the copy first. Both are built again if index checksum, copy size, or the data file's size or time differ.
 """
 
 import errno
@@ -33,7 +33,7 @@ _SMALLEST_INDEXED_BYTES = 2**22  # a smaller file is scanned at each start, and 
 _LONGEST_NAME_BYTES = 255
 _ABANDONED_SECONDS = 24 * 3600  # a temporary file without a write for this long is abandoned
 
-# A function `build(copy, report)` writes to `copy` unless it is None, reports bytes done, and returns the index.
+# `build(copy, report)` writes the converted file to `copy` (unless None), reports bytes done, and returns the index.
 Build = Callable[[BinaryIO | None, Callable[[int], None]], dict[str, np.ndarray]]
 
 
@@ -46,7 +46,7 @@ class Derived:
 
 
 def derive(source: Source, build: Build, *, kind: str, copies: bool, num_bytes: int | None = None) -> Derived:
-    """Load the index (and with `copies` the copy) of `source`. Build them if there are none, while others wait.
+    """Load the index (and with `copies` the copy) of `source`. Build them if missing; other processes wait meanwhile.
 
     `kind` distinguishes several indexes of a file. `num_bytes` is the total that `build` will report (None: the file's
     size). Raises OSError, and UsageError if no folder can be written, the disk is full or the file changes.
@@ -84,7 +84,7 @@ def _stamp(source: Source) -> dict[str, str]:
 
 
 def _stems(source: Source, kind: str) -> list[Path]:
-    """List the possible paths of index and copy, without suffixes. `derive` writes to the first writable folder."""
+    """List the possible paths of index and copy, without suffixes. `derive` uses the first in a writable folder."""
     named, stems = os.environ.get("LOWMEM_CACHE"), []
     path = None if source.path is None else source.path.resolve()
     if path is not None and not named:
@@ -184,7 +184,7 @@ def _locked(stem: Path, message: str) -> Iterator[None]:
                     print(message, flush=True)
                 message = ""  # print it once, even if several processes hold the lock in sequence
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if is_same_file(lock, file.fileno()):  # if not, its last holder removed it: lock a new file
+            if is_same_file(lock, file.fileno()):  # if not, its last holder removed it, so lock a new one
                 try:
                     yield
                 finally:

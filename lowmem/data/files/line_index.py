@@ -34,7 +34,7 @@ def index_lines(
     """Index the groups of a file: first_byte, end_byte, rows, first_line (from 1) as int64, hash (xxh3_64) as uint64.
 
     Each array has shape (groups,) and refers to the decompressed bytes, which are written to `copy` unless it is None.
-    Each read passes its compressed size to `report`. Raises OSError, and UsageError for damaged or incomplete files.
+    `report` gets the compressed size of each read. Raises OSError, and UsageError for damaged or incomplete files.
     """
     found = array("Q")
     pending, byte, line = bytearray(), 0, 1  # the bytes not yet in a group; the byte and line where they begin
@@ -79,7 +79,7 @@ def find_lines(text: bytes | bytearray, *, is_whole: bool = True) -> tuple[np.nd
     if not len(ends):
         return ends, ends, ends
     starts = np.concatenate([[0], ends[:-1]])
-    # Blank lines have only bytes 9 to 32. Minus 9, these are at most 23; all others exceed 23, as 0 to 8 wrap around.
+    # Blank lines have only bytes 9 to 32. Subtracting 9 makes these at most 23, and all others larger (0 to 8 wrap).
     is_blank = np.maximum.reduceat(data[: ends[-1]] - np.uint8(9), starts) <= 23
     return starts, ends, np.flatnonzero(~is_blank | (ends - starts > LONGEST_LINE))
 

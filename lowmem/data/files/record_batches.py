@@ -1,6 +1,6 @@
 """Read Arrow record batches by number, from an Arrow file or from a copy with small batches.
 
-Files do not stay mapped, because truncating a mapped file kills the process (SIGBUS), and its pages count as memory.
+Files do not stay mapped, because truncating a mapped file kills the process (SIGBUS), and mapped pages count as memory.
 """
 
 import json
@@ -27,7 +27,7 @@ class TableLimits:
 
     row_group_bytes: int = 9 * 2**20  # decoded size; low, because decoding a column needs several times its bytes
     batch_bytes: int = 2**24  # higher than row_group_bytes, because a record batch needs no decoding
-    footer_bytes: int = 2**21  # or the mean row group's size, if larger: each read of a group also reads the footer
+    footer_bytes: int = 2**21  # or the mean row group's size, if larger; each read of a group also reads the footer
     piece_rows: int = 1024
     piece_bytes: int = 2**20  # a single row may be larger
 
@@ -90,7 +90,7 @@ def find_batches(source: Source) -> tuple[RecordBatches, bool]:
             if message.type == "record batch" and alone:
                 batch = pa.ipc.read_record_batch(message, schema)
                 alone = batch.nbytes <= message.body.size  # if a batch is larger than its message, it was compressed
-                # Hash only headers, to leave bodies unread: detects another file, but not a flipped bit in a text.
+                # Hash only headers, to leave bodies unread. This detects another file, but no flipped bit in a text.
                 head = file.read_at(size - message.body.size, start)
                 found.append((start, size, batch.num_rows, len(head), xxhash.xxh3_64_intdigest(head)))
             alone &= message.type != "dictionary"
@@ -108,10 +108,10 @@ def ipc_start(file: BinaryIO) -> int:
 def copy_in_pieces(
     source: Source, schema: "pa.Schema", batches: Iterable["pa.RecordBatch"], *, num_bytes: int, limits: TableLimits
 ) -> RecordBatches:
-    """Copy the columns of `schema` from `batches`, in order, into new batches within `limits`, only once.
+    """Copy the columns of `schema` from `batches`, in order, into new batches within `limits`.
 
-    If a copy of these columns exists, uses it and does not read `batches`, which have about `num_bytes` in total and
-    at most `limits.piece_rows` rows each. Decodes dictionaries. Raises the errors of `derive` and `batches`.
+    If an earlier call has made this copy, uses it and reads no batch. `batches` have about `num_bytes` in total and at
+    most `limits.piece_rows` rows each. Decodes dictionaries. Raises the errors of `derive` and those of `batches`.
     """
     import pyarrow as pa
 
@@ -120,7 +120,7 @@ def copy_in_pieces(
     def build(copy: BinaryIO | None, update: Callable[[int], None]) -> dict[str, np.ndarray]:
         found, start = [], 0
         for piece in _pieces((batch.select(schema.names).cast(schema) for batch in batches), limits):
-            piece.validate(full=True)  # find damage of the source now, because later an error would blame the copy
+            piece.validate(full=True)  # find damage in the source now; later, the error would blame the copy
             message = piece.serialize()
             found.append((start, len(message), piece.num_rows, len(message), xxhash.xxh3_64_intdigest(message)))
             start += copy.write(message)
@@ -185,7 +185,7 @@ def _plain(kind: "pa.DataType") -> "pa.DataType":
         return struct([field.with_type(_plain(field.type)) for field in kind])
     if types.is_map(kind):
         return map_(_plain(kind.key_type), _plain(kind.item_type))
-    if types.is_list_view(kind) or types.is_large_list_view(kind):  # pyarrow 26 casts them to broken lists
+    if types.is_list_view(kind) or types.is_large_list_view(kind):  # pyarrow 26 casts views to broken lists
         raise ValueError(f"{kind} cannot be copied in small pieces: use lists instead of views")
     if types.is_large_list(kind):
         return large_list(kind.value_field.with_type(_plain(kind.value_type)))

@@ -37,7 +37,7 @@ def reading() -> Iterator[None]:
 
 def is_damage(error: Exception) -> bool:
     """Return whether a read failed because the content is damaged, not because of the system or the network."""
-    # pyarrow raises a plain OSError for damage; an OSError from the system has an errno or is of a subclass
+    # pyarrow raises a plain OSError for damage; the system's OSErrors have an errno or are of a subclass
     return isinstance(error, _damages()) or (type(error) is OSError and error.errno is None)
 
 
@@ -84,7 +84,7 @@ class Source:
         """Return the size, and a text that changes if the file is rewritten (time, inode, ETag). Raises OSError."""
         if self.path is not None:
             found = os.stat(self.path)
-            return found.st_size, f"{found.st_mtime_ns} {found.st_ino}"  # inode, as unpacked files may share times
+            return found.st_size, f"{found.st_mtime_ns} {found.st_ino}"  # inode too, as unpacked files may share times
         file_system, path = _remote(self.name)
         info = file_system.info(path)  # not fsspec's `ukey`, which never changes for http
         return info["size"], blake2b(repr(sorted(info.items())).encode(), digest_size=8).hexdigest()

@@ -33,7 +33,7 @@ class _TableFile:
     group_rows: np.ndarray
     group_bytes: np.ndarray
     _names: list[str]
-    _batches: RecordBatches | None = None  # those of an Arrow file or a copy; None if parquet is read in place
+    _batches: RecordBatches | None = None  # the Arrow file's or the copy's; None if parquet is read without a copy
     _footer_bytes = 0
 
     def read_group(self, group: int) -> "Columns":
@@ -52,7 +52,7 @@ class _TableFile:
 
     def fingerprint(self) -> str:
         """Hash the file's size, its footer and 64 evenly spaced samples of 4 KiB (a file up to 256 KiB as a whole)."""
-        # Misses changes between samples if the footer is the same. Remote files get no samples: each fetches megabytes.
+        # Misses changes between samples if the footer is the same. Remote files get none: each would fetch megabytes.
         with self.source.open() as file:
             size = file.seek(0, 2)
             digest = xxhash.xxh3_128(struct.pack("<q", size) + _footer(file, self._footer_bytes))
@@ -90,7 +90,7 @@ class ParquetFile(_TableFile):
             self.group_rows = np.array([group.num_rows for group in groups], np.int64)
             self.group_bytes = np.array([_decoded_bytes(group, self._names) for group in groups], np.int64)
             is_large = self.group_bytes.max(initial=0) > limits.row_group_bytes
-            # every read of a group also reads the footer, which is acceptable only if groups are at least as large
+            # each read of a group also reads the footer, which is acceptable only if it is no larger than a group
             if is_large or self._footer_bytes > max(limits.footer_bytes, self.group_bytes.mean()):
                 num_bytes = int(self.group_bytes.sum())
                 self._use(copy_in_pieces(source, schema, self._all_rows(limits), num_bytes=num_bytes, limits=limits))
@@ -129,7 +129,7 @@ class ParquetFile(_TableFile):
                 pieces = opened.iter_batches(_ROWS_PER_DECODE, row_groups=[group], columns=[name], use_threads=False)
                 column = pa.chunked_array([_in_own_mapping(piece).column(name) for piece in pieces])
         column.validate(full=True)  # otherwise a bad text would fail only when its row is read
-        # Otherwise Arrow's allocator keeps freed memory, and the process grows to 100 MiB instead of 45 MiB.
+        # Without this call, Arrow's allocator keeps freed memory, and the process grows to 100 MiB instead of 45 MiB.
         pa.default_memory_pool().release_unused()
         return column
 
@@ -187,8 +187,8 @@ def _in_own_mapping(batch: "pa.RecordBatch") -> "pa.RecordBatch":
     """Copy a batch to a separate memory mapping, which is freed with the batch. An allocator would keep the memory."""
     import pyarrow as pa
 
-    if batch.schema != (schema := plain(batch.schema)):  # cast: a dictionary would need a separate message
-        batch = batch.cast(schema)  # only if needed, because `cast` loads 7 MiB of pyarrow's code
+    if batch.schema != (schema := plain(batch.schema)):  # a dictionary would need a separate message
+        batch = batch.cast(schema)  # cast only if needed, because `cast` loads 7 MiB of pyarrow's code
     message = batch.serialize()
     memory = mmap(-1, message.size, flags=MAP_PRIVATE | MAP_ANONYMOUS)
     memory.write(message)
