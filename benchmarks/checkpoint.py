@@ -35,7 +35,7 @@ LIMIT_SECONDS = 600
 # Two columns of the table are not measured: they come from the source and documentation of the measured versions.
 KNOWN = {
     "lowmem": ("yes", "yes"),
-    "accelerate": ("no", "weights and optimizer, not random state and rows"),
+    "accelerate": ("no", "weights and optimizer, but neither the random state nor the position in the rows"),
     "trainer": ("no", "weights and optimizer, not random state"),
     "torch.save": ("no", "up to the caller"),
     "dcp": ("its .metadata is written last", "yes"),

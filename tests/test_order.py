@@ -26,7 +26,7 @@ def test_permutation_moves_rows_far():
 
 
 NUM_ROWS = sorted({size for k in range(1, 11) for size in (1, 2, 2**k - 1, 2**k, 2**k + 1)})
-WINDOWS = {"1": 1, "3": 3, "all": 10**9}  # window sizes in bytes; each group has one byte
+WINDOWS = {"1": 1, "3": 3, "all": 10**9}  # window sizes in bytes, and in groups: `orders` gives each group one byte
 
 
 @st.composite

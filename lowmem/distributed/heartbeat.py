@@ -130,7 +130,7 @@ class Heartbeat:
         return f"no rank is silent: {'; '.join(clauses)}"
 
     def _exchange_beats(self, store: "Store") -> None:
-        """Exchange beats until this rank or rank 0 ends. Rank 0 goes on until the others know this or are silent."""
+        """Exchange beats until this rank or rank 0 ends. Rank 0 continues until the others know this or are silent."""
         from torch import distributed
 
         keys = [str(rank) for rank in range(len(self._beats))]

@@ -87,7 +87,7 @@ class _Tried(NamedTuple):
 def choose(
     config: TrainConfig, cluster: Cluster, fixed: Iterable[str], predict: Predict, log: Callable[[str], None]
 ) -> tuple[TrainConfig, Prediction]:
-    """Find the first rung whose prediction fits both memory limits of `config`, and undo its unneeded changes.
+    """Find the first rung whose prediction fits both memory limits of `config`, and undo changes that it does not need.
 
     Returns the resulting config and its prediction. Logs the rungs that it tries. Raises UsageError if no rung fits.
     """

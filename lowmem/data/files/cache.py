@@ -46,7 +46,7 @@ class Derived:
 
 
 def derive(source: Source, build: Build, *, kind: str, copies: bool, num_bytes: int | None = None) -> Derived:
-    """Load the index (and with `copies` the copy) of `source`. Build them if missing; other processes wait meanwhile.
+    """Load the index (and with `copies` the copy) of `source`. Build them if missing, while other processes wait.
 
     `kind` distinguishes several indexes of a file. `num_bytes` is the total that `build` will report (None: the file's
     size). Raises OSError, and UsageError if no folder can be written, the disk is full or the file changes.
