@@ -63,17 +63,18 @@ def main() -> int:
         parts = {document: parts_in(text, document) for document, text in texts.items()}
     except ValueError as error:
         parser.error(str(error))
-    differs = False
+    changed = dict(texts)
     for document, old in parts.items():
         for name, (summary, file) in PARTS[document].items():
-            if (new := render(name, summary, file)) == old[name]:
-                continue
-            differs = True
-            print(f"{name} in {document}: {'differs from' if flags.check else 'rewritten from'} {file}")
-            texts[document] = texts[document].replace(old[name], new)
-        if not flags.check:
-            (flags.root / document).write_text(texts[document])
-    return int(differs and flags.check)
+            if (new := render(name, summary, file)) != old[name]:
+                print(f"{name} in {document}: {'differs from' if flags.check else 'rewritten from'} {file}")
+                changed[document] = changed[document].replace(old[name], new)
+    if flags.check:
+        return int(changed != texts)
+    for document, text in changed.items():
+        if text != texts[document]:
+            (flags.root / document).write_text(text)
+    return 0
 
 
 if __name__ == "__main__":

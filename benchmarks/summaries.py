@@ -117,12 +117,12 @@ def rows(records: Sequence[Record]) -> list[str]:
 
 def peaks(records: Sequence[Record]) -> list[str]:
     """Tabulate the predicted peaks, in GiB, of Trainer and of both tiers, with accumulation and clipping."""
-    peaks = peaks_of(records)
+    found = peaks_of(records)
     systems = {"`Trainer`, gradient checkpointing": BASELINE.name}
     systems |= {f"`--memory={tier}`": f"lowmem {tier}, recompute" for tier in ("exact", "lean")}
     sizes = {each["model"]: f"{each['model']}, {each['batch']} x {each['seq_len']} tokens" for each in records}
     lines = [
-        [size, *(f"{peaks[system, model, 'accumulated'] / GIB:.1f}" for system in systems.values())]
+        [size, *(f"{found[system, model, 'accumulated'] / GIB:.1f}" for system in systems.values())]
         for model, size in sizes.items()
     ]
     return grid(["GiB, bf16, `--recompute=full`:", *systems], lines)
@@ -130,13 +130,13 @@ def peaks(records: Sequence[Record]) -> list[str]:
 
 def memory(records: Sequence[Record]) -> list[str]:
     """Tabulate the predicted peaks, in GiB and relative to Trainer's with gradient checkpointing."""
-    peaks = peaks_of(records)
+    found = peaks_of(records)
     sizes = {record["model"]: f"{record['model']} {record['batch']} x {record['seq_len']}" for record in records}
-    columns = list(product(sizes, dict.fromkeys(work for _, _, work in peaks)))
+    columns = list(product(sizes, dict.fromkeys(work for _, _, work in found)))
 
     def peak(system: str, column: tuple[str, str]) -> str:
-        ratio = f", {peaks[system, *column] / peaks[BASELINE.name, *column]:.2f} x" if system != BASELINE.name else ""
-        return f"{peaks[system, *column] / GIB:.1f}{ratio}"
+        ratio = f", {found[system, *column] / found[BASELINE.name, *column]:.2f} x" if system != BASELINE.name else ""
+        return f"{found[system, *column] / GIB:.1f}{ratio}"
 
     lines = [[name, *(peak(system, column) for column in columns)] for system, name in PREDICTED.items()]
     head = ["GiB:", *(f"{sizes[model]}, {work}" for model, work in columns)]

@@ -55,9 +55,18 @@ def started(*command: object, cwd: Path = ROOT, **changes: str) -> Iterator[subp
 
 
 @contextmanager
+def started_function(
+    function: Callable[..., object], *arguments: object, cwd: Path = ROOT, **changes: str
+) -> Iterator[Forked]:
+    """Call `function(*arguments)` in a process that is forked from an interpreter with the imports loaded."""
+    with ended(Forked(function, *arguments, env=environment(**changes), cwd=cwd)) as process:
+        yield process
+
+
+@contextmanager
 def started_train(*flags: object, program: Path = PROGRAM, cwd: Path = ROOT, **changes: str) -> Iterator[Forked]:
     """Like `started` for `python train_low_mem.py ...`, but fork an interpreter that has already imported lowmem."""
-    with ended(Forked(run_program, program, *flags, env=environment(**changes), cwd=cwd)) as process:
+    with started_function(run_program, program, *flags, cwd=cwd, **changes) as process:
         yield process
 
 

@@ -18,9 +18,8 @@ from lowmem.optim.make import make_optimizer
 from lowmem.plan.fakes import fake_tensors
 from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter
 from lowmem.step import TrainState, train_step
-from tests.forkserver import Forked
 from tests.models import build
-from tests.processes import ROOT, ended, environment, finish
+from tests.processes import finish, started_function
 
 FLOAT = 4
 either = pytest.mark.parametrize("tensors", [nullcontext, fake_tensors], ids=["real", "fake"])
@@ -207,7 +206,7 @@ def test_a_step_on_fake_tensors_takes_the_bytes_of_a_real_one(family, options):
 
 def test_a_step_on_fake_tensors_takes_the_bytes_of_a_real_one_under_autocast():
     # compare in another process, because an Accelerator sets the precision of the whole process
-    with ended(Forked(compare_under_autocast, env=environment(), cwd=ROOT)) as process:
+    with started_function(compare_under_autocast) as process:
         result = finish(process)
     assert result.returncode == 0, result.stderr
 

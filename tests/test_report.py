@@ -9,8 +9,7 @@ import time
 import pytest
 
 from lowmem.report import MetricsLog, print_lines
-from tests.forkserver import Forked
-from tests.processes import ROOT, ended, environment, finish
+from tests.processes import finish, started_function
 
 
 def print_to_a_closed_pipe(pipe, gone, streams):
@@ -29,7 +28,7 @@ def print_to_a_closed_pipe(pipe, gone, streams):
 def test_a_reader_that_closes_the_pipe_does_not_end_the_run(streams, tmp_path):
     pipe, gone = tmp_path / "pipe", tmp_path / "gone"
     os.mkfifo(pipe)
-    with ended(Forked(print_to_a_closed_pipe, pipe, gone, streams, env=environment(), cwd=ROOT)) as process:
+    with started_function(print_to_a_closed_pipe, pipe, gone, streams) as process:
         pipe.open().close()
         gone.touch()
         result = finish(process)
@@ -54,7 +53,7 @@ def write_on_a_full_disk(path, room):
 @pytest.mark.parametrize("room", ["made", "never made"])
 def test_records_that_a_full_disk_refuses_are_kept_until_there_is_room(room, tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with ended(Forked(write_on_a_full_disk, path, room, env=environment(), cwd=ROOT)) as process:
+    with started_function(write_on_a_full_disk, path, room) as process:
         result = finish(process)
     assert result.returncode == 0, result.stderr
     (waits, *lost) = result.stdout.splitlines()

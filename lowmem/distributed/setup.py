@@ -93,7 +93,7 @@ def init_distributed(
 
 
 def join(*, last_words: Callable[[str], None] | None = None, **options: object) -> "Accelerator":
-    """Call `init_distributed` by its former name. `last_words` is the former name of `on_abort`."""
+    """Alias of `init_distributed`, with its former name and `last_words` for `on_abort`."""
     return init_distributed(on_abort=last_words, **options)
 
 
