@@ -7,5 +7,5 @@ if __name__ == "__main__":
         from lowmem.cli import main  # takes long enough to be interrupted by Ctrl-C
 
         sys.exit(main())
-    except KeyboardInterrupt:  # the run has not started, or the command saves nothing
+    except KeyboardInterrupt:  # Ctrl-C before the run starts, or in a command that saves nothing
         sys.exit(75 if sys.argv[1:2] == ["train"] else 130)

@@ -63,7 +63,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     if flags.repeats < 1:
         parser.error(f"--repeats={flags.repeats} measures nothing: set 1 or more")
     if flags.output and flags.output.suffix != ".jsonl":
-        parser.error(f"--output={flags.output} must end in .jsonl: a table of the same name ends in .md")
+        parser.error(f"--output={flags.output} must end in .jsonl; the table goes to a .md file of the same name")
     if flags.quick:
         flags.model, flags.repeats = "t5-tiny", 1
     return flags

@@ -110,7 +110,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     if flags.train_file and not Path(flags.train_file).is_file():
         parser.error(f"--train_file={flags.train_file} is not a file: name a parquet or JSONL file")
     if flags.output and flags.output.suffix != ".jsonl":
-        parser.error(f"--output={flags.output} must end in .jsonl: a table of the same name ends in .md")
+        parser.error(f"--output={flags.output} must end in .jsonl; the table goes to a .md file of the same name")
     return flags
 
 

@@ -422,7 +422,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, default=os.cpu_count())
     flags = parser.parse_args(arguments)
     if flags.output.suffix != ".jsonl":
-        parser.error(f"--output={flags.output} must end in .jsonl: figure and tables get the same name")
+        parser.error(f"--output={flags.output} must end in .jsonl: a .png and .md are written next to it")
     if not Path(flags.train_file).is_file():
         parser.error(f"--train_file={flags.train_file} is not a file: name a parquet or JSONL file")
     if flags.steps < 2:

@@ -330,7 +330,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     flags.rows = flags.rows or (200_000 if flags.quick else 10_000_000)
     flags.kinds = flags.kinds or (["parquet-100k", "jsonl"] if flags.quick else list(KINDS))
     if flags.output and flags.output.suffix != ".jsonl":
-        parser.error(f"--output={flags.output} must end in .jsonl: a table of the same name ends in .md")
+        parser.error(f"--output={flags.output} must end in .jsonl; the table goes to a .md file of the same name")
     return flags
 
 

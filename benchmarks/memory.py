@@ -76,7 +76,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     if unknown := [name for name in flags.models if name not in MODELS]:
         parser.error(f"--models has unknown names {', '.join(unknown)}: choose from {', '.join(MODELS)}")
     if flags.output and flags.output.suffix != ".jsonl":
-        parser.error(f"--output={flags.output} must end in .jsonl: a table of the same name ends in .md")
+        parser.error(f"--output={flags.output} must end in .jsonl; the table goes to a .md file of the same name")
     return flags
 
 

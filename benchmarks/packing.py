@@ -303,7 +303,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     if not Path(flags.train_file).is_file():
         parser.error(f"--train_file={flags.train_file} is not a file: name a parquet or JSONL file")
     if flags.output and flags.output.suffix != ".jsonl":
-        parser.error(f"--output={flags.output} must end in .jsonl: a table of the same name ends in .md")
+        parser.error(f"--output={flags.output} must end in .jsonl; the table goes to a .md file of the same name")
     flags.rows = open_rows(flags.train_file, columns=["prompt", "response"])
     if len(flags.rows) < 2 * ROWS_PER_STEP:
         parser.error(f"--train_file={flags.train_file} has {len(flags.rows)} rows: at least {2 * ROWS_PER_STEP} needed")

@@ -74,7 +74,7 @@ def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
     frozen = embeddings if "embeddings" in parts else set()
     if "encoder" in parts:
         if not model.config.is_encoder_decoder:
-            raise UsageError(f"freeze=encoder needs an encoder, but {type(model).__name__} has none: remove encoder")
+            raise UsageError(f"freeze=encoder needs an encoder, but {type(model).__name__} has none: freeze embeddings")
         frozen = frozen | set(model.get_encoder().parameters()) - embeddings
     for parameter in frozen:
         parameter.requires_grad_(False)

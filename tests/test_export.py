@@ -102,7 +102,7 @@ def test_lean_has_master_weights_only_for_small_parameters(tmp_path):
         assert name in small or equal(exported[name], weight.float()), name
 
 
-def test_any_model_folder_is_exported_without_its_other_files(tmp_path):
+def test_export_copies_weights_config_and_tokenizer_and_no_other_files(tmp_path):
     model = build("llama", vocab_size=140_001)  # so many tokens that the embedding is converted in two pieces
     model.save_pretrained(tmp_path / "in")
     ByT5Tokenizer().save_pretrained(tmp_path / "in")

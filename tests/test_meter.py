@@ -82,7 +82,7 @@ def test_tensors_in_lists_and_keyword_arguments_count_like_others(tensors):
 
 
 @either
-def test_a_literal_counts(tensors):
+def test_a_tensor_made_from_a_list_is_counted(tensors):
     with tensors(), MemoryMeter() as meter:
         literal = torch.tensor([1.0, 2.0])
         assert meter.live_bytes == literal.nbytes == 2 * FLOAT

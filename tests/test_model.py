@@ -124,7 +124,7 @@ def test_missing_weights_are_refused(tmp_path):
         load_model(tmp_path, tokenizer_name_or_path=saved_tokenizer(tmp_path))
 
 
-def test_learned_biases_use_fused_attention_only_on_a_gpu(tmp_path):
+def test_a_model_with_learned_position_biases_uses_fused_attention_only_on_a_gpu(tmp_path):
     for fields, attention in ((T5, "sdpa" if torch.accelerator.is_available() else "eager"), (LLAMA, "sdpa")):
         model, tokenizer = load_model(model_config=fields)
         assert model.config._attn_implementation == attention

@@ -132,7 +132,7 @@ def test_a_packed_row_has_no_num_cut():
         ({"input_ids": [5], "labels": [5], "weights": [1]}, "row 7 also has weights: remove these keys"),
     ],
 )
-def test_rows_that_cannot_be_packed_are_refused_by_row_id(row, message):
+def test_a_row_that_cannot_be_packed_is_refused_with_its_row_id(row, message):
     with pytest.raises(ValueError, match=message):
         pack([(3, {"input_ids": [5], "labels": [5]}), (7, row)], max_seq_len=8, micro_batches=1)
 

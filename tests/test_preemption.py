@@ -168,7 +168,7 @@ def test_a_save_that_fails_ends_the_run(work):
     assert steps(work, "stop") == [1, 2]
 
 
-def test_with_on_save_error_continue_a_failed_save_is_reported_and_training_continues(work, capfd):
+def test_on_save_error_continue_reports_a_failed_save_and_trains_on(work, capfd):
     block_saves(work, "continue")
     rows = Rows(ROWS, 4 * 4 + 1, (work / "continue" / "checkpoints").unlink)  # once step 5 begins, saves succeed again
     assert run_here(work, "continue", rows, on_save_error="continue") == (STEPS, False)

@@ -34,7 +34,7 @@ def write(path, bad=BAD, count=40):
 
 
 def drawn(stream, steps):
-    """Yield the sorted row ids of each of the next `steps` steps; advance the stream after each step."""
+    """For each of the next `steps` steps, yield the sorted row ids of each micro-batch, then advance the stream."""
     for batches in itertools.islice(stream, steps):
         yield [sorted(batch.row_ids) for batch in batches]
         stream.advance()
@@ -84,7 +84,7 @@ def test_a_micro_batch_without_a_good_row_has_no_targets_but_can_be_run(tmp_path
     assert model.lm_head.weight.equal(before) and stream.position == 4
 
 
-def test_a_placeholder_micro_batch_needs_labels_to_ignore(tmp_path):
+def test_a_placeholder_for_a_bad_row_needs_labels(tmp_path):
     path = write(tmp_path / "rows.jsonl", bad=range(4))
     stream = open_stream(
         path, lambda row: {"chosen": [1]}, batch_size=4, shuffle=False, quarantine=Quarantine(9), collate=None

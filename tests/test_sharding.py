@@ -108,7 +108,7 @@ def AutoModel(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_strategy_has_the_losses_of_one_process_in_half_its_bytes(family, tmp_path):
+def test_sharding_on_two_ranks_has_the_losses_of_one_process_in_half_the_bytes(family, tmp_path):
     assert fork_ranks(1, train_alone, family, tmp_path) == [0]
     assert fork_ranks(2, train_sharded, family, tmp_path, STRATEGIES) == [0, 0]
     hybrid = {"HYBRID_SHARD": {"sharding_strategy": "HYBRID_SHARD", "shard_size": 2}}

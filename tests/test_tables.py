@@ -559,7 +559,7 @@ def test_a_time_that_python_has_no_date_for_is_a_bad_row(tmp_path):
         file.row(data, 1)
 
 
-def test_runs_whose_first_column_is_the_same_have_their_own_copies(tmp_path):
+def test_files_opened_for_different_columns_have_their_own_copies(tmp_path):
     source = write_parquet(tmp_path / "rows.parquet")
     for wanted in ({"prompt": "text"}, WANTED, {"prompt": "text"}):
         assert all_rows(ParquetFile(source, wanted, limits=PIECES)) == only(wanted)

@@ -242,7 +242,7 @@ def steps_of_a_rank(memory, folder):
     accelerator.end_training()
 
 
-def test_a_model_wrapped_by_ddp_is_refused_and_one_wrapped_afterwards_trains(tmp_path):
+def test_prepare_refuses_a_ddp_model_and_ddp_may_wrap_a_prepared_one(tmp_path):
     assert fork_ranks(2, wrap_before_and_after, tmp_path) == [0, 0]
     mine, theirs = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)

@@ -206,7 +206,7 @@ def _network() -> str:
     """Return this process's network settings for gloo and NCCL, and advice on what to set."""
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE")
     found = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in names)
-    advice = "set the first two to an interface all hosts reach, NCCL_IB_DISABLE=1 without InfiniBand, NCCL_DEBUG=INFO"
+    advice = "set the first two to an interface that all hosts reach; set NCCL_IB_DISABLE=1 if there is no InfiniBand"
     return f"{found}. {_interfaces()}; {advice}"
 
 

@@ -59,7 +59,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         if is_same_file(folder / ".lock", lock):
-            os.unlink(folder / ".lock")  # while still locked: a process that has opened the file finds it gone
+            os.unlink(folder / ".lock")  # before unlocking, so that a process waiting for this lock finds its file gone
         _remove_empty(made)
         os.close(lock)
 

@@ -171,7 +171,7 @@ def variants(config: TrainConfig, cluster: Cluster) -> Sequence[tuple[str, str, 
         found += [
             ("memory=off", "nothing", {"memory": "off", "optimizer": config.optimizer.removesuffix("_bf16")}),
             (f"{prefix}memory=exact", exact if in_fp32 else f"nothing: {exact}", bf16 | {"memory": "exact"}),
-            (f"{prefix}memory=lean", f"{forward}rounding: within the spread of seeds", bf16 | {"memory": "lean"}),
+            (f"{prefix}memory=lean", f"{forward}rounding, at most the spread of seeds", bf16 | {"memory": "lean"}),
         ]
     found += [
         ("recompute=off", "nothing", {"recompute": "off"}),
