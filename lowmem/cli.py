@@ -109,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and re.match("--local[_-]rank=", arguments[0]):  # old launchers put this flag before the command
         del arguments[0]
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that cannot show a path's characters
     with contextlib.redirect_stdout(_PipeSafeStream(sys.stdout)) as output:
         try:
             if not arguments or {"-h", "--help", "help"} & set(arguments):

@@ -2,28 +2,36 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem.data.batch import IGNORED, Batch, collate
 from lowmem.data.encode import Encode
 from lowmem.data.eval_batches import EvalBatches, open_eval
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import FileRows
-from lowmem.distributed.collectives import gather_bytes, sum_over_ranks
+from lowmem.distributed.collectives import any_rank, gather_bytes, raise_on_all_ranks, sum_over_ranks
 from lowmem.distributed.fully_sharded import resharding
 from lowmem.distributed.heartbeat import phase
 from lowmem.distributed.placement import data_place, handle_rank_errors, is_sharded, unwrapped
 from lowmem.distributed.reduce import all_reduce_sum
+from lowmem.errors import UsageError
 from lowmem.memory.gradients import LossFunction
+
+# What a model needs to start and end an answer. Other generation settings of the model (sampling, beams, stop strings,
+# several answers per prompt, ...) are not used: answers are greedy, so that runs are comparable.
+_KEPT_IN_GENERATION = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
 
 class Answer(NamedTuple):
@@ -35,15 +43,15 @@ class Answer(NamedTuple):
     prediction: str
 
 
-Measure = Callable[..., tuple[dict[str, float], list[Answer]]]
-
-
 @phase("evaluating")
 @torch.no_grad()
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], loss_fn: LossFunction, accelerator: Accelerator, *, prefix: str = "eval"
 ) -> dict[str, float]:
-    """Return mean loss per target token, perplexity and row count. All ranks need the same number of batches."""
+    """Return mean loss per target token, perplexity and row count. All ranks need the same number of batches.
+
+    Raises UsageError if no row of any rank has a target.
+    """
     loss = torch.zeros((), device=accelerator.device)
     num_targets = num_rows = 0
     with _evaluating(model), accelerator.autocast(), handle_rank_errors(model):
@@ -56,7 +64,7 @@ def evaluate(
         all_reduce_sum([loss], rank.group)
     num_targets, num_rows = sum_over_ranks(*((num_targets, num_rows) if rank.is_counted else (0, 0)))
     if num_targets == 0:
-        raise ValueError("the evaluation rows have no target token: check their responses")
+        raise UsageError("the evaluation rows have no target token: check their responses")
     mean = loss.item() / num_targets
     perplexity = math.exp(min(mean, 700.0))
     return {f"{prefix}_loss": mean, f"{prefix}_perplexity": perplexity, f"{prefix}_rows": num_rows}
@@ -72,30 +80,30 @@ def generate(
     *,
     max_new_tokens: int,
 ) -> list[Answer]:
-    """Answer the prompts of all ranks' batches by greedy decoding. Every rank returns all answers, in row order."""
+    """Answer the prompts of all ranks' batches by greedy decoding. Every rank returns all answers, in row order.
+
+    Of the model's generation settings, only its start and end tokens count. Answers end where the model's positions do.
+    """
     base = unwrapped(model)
     is_encoder_decoder, is_collective = base.config.is_encoder_decoder, is_sharded(model)
-    # pad an encoder's prompts on the right, but a causal model's on the left, because new tokens follow on the right
-    padding = {"padding_side": "right" if is_encoder_decoder else "left", "return_tensors": "pt"}
-    greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": tokenizer.pad_token_id}
-    limits = {"max_new_tokens": max_new_tokens, "synced_gpus": is_collective}
-    answers = []
-    with _evaluating(model), accelerator.autocast(), handle_rank_errors(model):
+    greedy = _greedy(base, tokenizer)
+    written = []
+    with _evaluating(model), _own_settings(base, greedy), accelerator.autocast(), handle_rank_errors(model):
         for batch in batches:
             if not batch.row_ids and not is_collective:
                 continue
-            # the forward of a sharded model has collectives, so a rank without rows runs a dummy prompt
-            prompts = _prompts(batch, is_encoder_decoder=is_encoder_decoder) or [[tokenizer.eos_token_id]]
-            padded = tokenizer.pad({"input_ids": prompts}, **padding).to(accelerator.device)
-            written = base.generate(**padded, **greedy, **limits)
-            if not batch.row_ids:
-                continue
-            if not is_encoder_decoder:
-                written = written[:, padded["input_ids"].shape[1] :]
-            references = [row[row != IGNORED] for row in batch.inputs["labels"]]
-            sequences = (prompts, references, written)
-            texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in part] for part in sequences]
-            answers += zip(batch.row_ids, *texts, strict=True)
+            # The forward of a sharded model has collectives, so a rank without rows runs a dummy prompt. A prompt
+            # without tokens gets one too, because `generate` needs something to continue.
+            prompts = [prompt or [greedy.pad_token_id] for prompt in _prompts(batch, is_encoder_decoder)]
+            # pad an encoder's prompts on the right, but a causal model's on the left, because new tokens follow them
+            padded = _padded(prompts or [[greedy.pad_token_id]], greedy.pad_token_id, on_left=not is_encoder_decoder)
+            width = 0 if is_encoder_decoder else padded["input_ids"].shape[1]
+            greedy.max_new_tokens = max(1, min(max_new_tokens, _num_positions(base) - width))
+            on_device = {name: tensor.to(accelerator.device) for name, tensor in padded.items()}
+            tokens = base.generate(**on_device, generation_config=greedy, synced_gpus=is_collective)
+            references = [row[row != IGNORED].tolist() for row in batch.inputs["labels"]]
+            written += zip(batch.row_ids, prompts, references, tokens[:, width:].tolist(), strict=False)
+    answers = [(row_id, *(_text(tokenizer, ids) for ids in sequences)) for row_id, *sequences in written]
     gathered = gather_bytes(json.dumps(answers if data_place(model).is_counted else []).encode())
     return sorted(Answer(*answer) for part in gathered for answer in json.loads(part))
 
@@ -114,33 +122,69 @@ def text_metrics(answers: Sequence[Answer], *, prefix: str = "eval") -> dict[str
     return metrics
 
 
-def make_evaluation(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    encode: Encode,
-    loss_fn: LossFunction,
-    accelerator: Accelerator,
-    quarantine: Quarantine | None = None,
-    bar: Callable[[EvalBatches, str], Iterable[Batch]] = lambda batches, name: batches,
-    *,
-    batch_size: int,
-    num_answers: int,
-    max_new_tokens: int,
-) -> Measure:
-    """Return a function `measure(rows, prefix="eval") -> (metrics, answers)`; `bar` wraps batches to show progress."""
-    collate_rows = partial(collate, causal=not unwrapped(model).config.is_encoder_decoder)
-    batching = {"batch_size": batch_size, "collate": collate_rows, "quarantine": quarantine}
-    open_batches = partial(open_eval, encode=encode, **data_place(model).coordinates, **batching)
+class Evaluation:
+    """Measure the loss on held-out rows, and answer the first `num_answers` of them.
 
-    def measure(rows: FileRows, prefix: str = "eval") -> tuple[dict[str, float], list[Answer]]:
-        metrics = evaluate(model, bar(open_batches(rows), prefix), loss_fn, accelerator, prefix=prefix)
-        if not num_answers:
+    `bar` wraps batches to show progress. `tell` gets a message if the model cannot answer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        encode: Encode,
+        loss_fn: LossFunction,
+        accelerator: Accelerator,
+        quarantine: Quarantine | None = None,
+        *,
+        batch_size: int,
+        num_answers: int,
+        max_new_tokens: int,
+        max_seq_len: int | None = None,
+        bar: Callable[[EvalBatches, str], Iterable[Batch]] = lambda batches, name: batches,
+        tell: Callable[[str], None] = print,
+    ):
+        pad = partial(collate, causal=not unwrapped(model).config.is_encoder_decoder, max_seq_len=max_seq_len)
+        batching = {"batch_size": batch_size, "collate": pad, "quarantine": quarantine}
+        self._open = partial(open_eval, encode=encode, **data_place(model).coordinates, **batching)
+        self._loss = partial(evaluate, model, loss_fn=loss_fn, accelerator=accelerator)
+        self._answers = partial(generate, model, tokenizer, accelerator=accelerator)
+        self._num_answers, self._max_new_tokens, self._bar, self._tell = num_answers, max_new_tokens, bar, tell
+
+    def __call__(self, rows: FileRows, prefix: str = "eval") -> tuple[dict[str, float], list[Answer]]:
+        """Return the metrics and answers. If answering fails, tell why, and return the loss without answers."""
+        metrics = self._loss(self._bar(self._open(rows), prefix), prefix=prefix)
+        if not self._num_answers:
             return metrics, []
-        batches = bar(open_batches(rows.slice(0, min(len(rows), num_answers))), prefix)
-        answers = generate(model, tokenizer, batches, accelerator, max_new_tokens=max_new_tokens)
+        try:
+            answers = self._answers(self._bar(self._to_answer(rows), prefix), max_new_tokens=self._max_new_tokens)
+        except Exception as error:
+            self._tell(f"no answers, because the model cannot generate: {error}")
+            return metrics, []
         return metrics | text_metrics(answers, prefix=prefix), answers
 
-    return measure
+    def check(self, rows: FileRows, name: str) -> None:
+        """Try before a run what an evaluation will need: encode all rows, run one batch, and write two-token answers.
+
+        Raises RowError for a bad row unless a quarantine skips it, and UsageError if the rows have no target or the
+        model cannot answer.
+        """
+        tried = None
+        with raise_on_all_ranks():
+            for batch in self._bar(self._open(rows), f"checking {name} rows"):
+                tried = batch if tried is None or not tried.num_targets else tried  # the first with a target, if any
+        if not any_rank(tried.num_targets):
+            found = f"none of the {len(rows):,} {name} rows has a target token"
+            raise UsageError(f"{found}: check their responses, or raise --max_seq_len if it cuts them off")
+        self._loss([tried])
+        if self._num_answers:
+            try:
+                self._answers(islice(self._to_answer(rows), 1), max_new_tokens=2)
+            except Exception as error:
+                raise UsageError(f"the model cannot generate answers ({error}): set --max_predict_samples=0") from error
+
+    def _to_answer(self, rows: FileRows) -> EvalBatches:
+        return self._open(rows.slice(0, min(len(rows), self._num_answers)))
 
 
 @contextmanager
@@ -154,7 +198,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _prompts(batch: Batch, *, is_encoder_decoder: bool) -> list[list[int]]:
+def _prompts(batch: Batch, is_encoder_decoder: bool) -> list[list[int]]:
     """Return each row's prompt: the tokens before the padding or, in a causal model, before the first target."""
     input_ids = batch.inputs["input_ids"]
     mask = batch.inputs.get("attention_mask")  # without a mask, any padding comes after the last target
@@ -164,3 +208,49 @@ def _prompts(batch: Batch, *, is_encoder_decoder: bool) -> list[list[int]]:
         targets = (labels != IGNORED).nonzero()
         prompts.append(ids[: length if is_encoder_decoder or not len(targets) else int(targets[0])].tolist())
     return prompts
+
+
+def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Make settings for greedy decoding, with the start and end tokens of the model's own settings."""
+    given = getattr(model, "generation_config", None)
+    kept = {name: getattr(given, name, None) for name in _KEPT_IN_GENERATION}
+    if kept["eos_token_id"] is None:
+        kept["eos_token_id"] = tokenizer.eos_token_id
+    ends = kept["eos_token_id"] if isinstance(kept["eos_token_id"], list) else [kept["eos_token_id"]]
+    # without a pad token, any token will do: the mask hides it in prompts, and an answer without end needs none
+    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
+    return GenerationConfig(**kept, pad_token_id=pad, do_sample=False, num_beams=1)
+
+
+@contextmanager
+def _own_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    # `generate` fills what `settings` leaves open from the model's own generation config, so replace that too
+    given = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = given
+
+
+def _num_positions(model: PreTrainedModel) -> int:
+    """Return how many positions the config gives the decoder, or the largest integer if it does not say."""
+    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else sys.maxsize
+
+
+def _padded(sequences: Sequence[Sequence[int]], pad: int, *, on_left: bool) -> dict[str, torch.Tensor]:
+    side = "left" if on_left else "right"
+    pad_to_longest = partial(pad_sequence, batch_first=True, padding_side=side)
+    ids = [torch.tensor(sequence) for sequence in sequences]
+    mask = pad_to_longest([torch.ones_like(sequence) for sequence in ids])
+    return {"input_ids": pad_to_longest(ids, padding_value=pad), "attention_mask": mask}
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Decode an answer. A model may have more tokens than its tokenizer, which cannot decode those."""
+    known = [token for token in ids if token < len(tokenizer)]
+    try:
+        return tokenizer.decode(known, skip_special_tokens=True)
+    except Exception as error:
+        return f"<{len(ids)} tokens that cannot be decoded: {error}>"

@@ -4,13 +4,16 @@ An encoder-decoder model shifts labels itself; position i of a causal one predic
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from lowmem.data.batch import IGNORED, Batch
 from lowmem.data.packing import check_packing
@@ -108,30 +111,83 @@ def _loss_of(hidden: Tensor, *, head: nn.Linear, targets: Tensor, num_targets: i
     return chunked_cross_entropy(hidden, weight, bias, targets, compute_dtype=compute_dtype, **options)
 
 
-def check_model(model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor], *, packing: bool) -> None:
-    """Raise UsageError if `loss_fn` does not support the model or, with `packing`, if `check_packing` fails."""
+def check_model(
+    model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor], *, packing: bool, max_seq_len: int
+) -> None:
+    """Raise UsageError if the model cannot be trained with this loss, at this length or with packing, or adds a loss itself."""
+    base = unwrapped(model)
+    if getattr(base.config.get_text_config(), "output_router_logits", False):
+        what = f"with output_router_logits=True, {type(base).__name__} adds a router loss, which is not trained here"
+        raise UsageError(f"{what}: set it to false in the model's config.json")
     check_loss(loss_fn, model)
+    _check_positions(loss_fn, model, max_seq_len)
     if packing:
         check_packing(model)
 
 
 def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) -> None:
-    """Raise UsageError if `loss_fn`, run on two tokens, rejects the model, or if a causal model sees its targets."""
+    """Run `loss_fn` on two tokens. Raise UsageError if it rejects the model or returns a mean instead of a sum, or if
+    a causal model sees its targets.
+    """
     device, base = device_of(model), unwrapped(model)
-    tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
-    labels = torch.full_like(tokens, IGNORED)
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
-    with torch.no_grad(), resharding(model):
-        loss_fn(model, Batch(inputs, num_targets=0, row_ids=[]))
+    with _in_eval_mode(model):
+        loss_fn(model, _zeros(device, rows=1, length=2, num_targets=0))
+        once, twice = (loss_fn(model, _zeros(device, rows=rows, length=2, num_targets=rows)) for rows in (1, 2))
+        if abs(twice - 2 * once) > 0.1 * abs(once):
+            found = f"it is {once.item():.4g} for a row and {twice.item():.4g} for that row twice"
+            raise UsageError(f"the loss must be a sum over target tokens, but {found}: sum the losses, do not average")
         if not base.config.is_encoder_decoder:
-            was_training = base.training
             tokens = torch.tensor([[0, 0], [0, 1]], device=device)
-            logits = base.eval()(input_ids=tokens, use_cache=False).logits.float()
-            base.train(was_training)
+            logits = base(input_ids=tokens, use_cache=False).logits.float()
             at_first, at_second = (logits[0] - logits[1]).abs().amax(1)
             if at_first > 0.02 * at_second:  # except for rounding, the first logits must not depend on the second token
                 name = type(base).__name__
                 raise UsageError(f"{name} sees the tokens that it must predict: use a causal or encoder-decoder model")
+
+
+def _check_positions(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module, max_seq_len: int) -> None:
+    """Raise UsageError if the model fails on a row of `max_seq_len` tokens, such as for lack of position embeddings."""
+    try:
+        with _in_eval_mode(model), _CheckedEmbeddings():
+            loss_fn(model, _zeros(device_of(model), rows=1, length=max_seq_len, num_targets=1))
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError) as error:
+        what = f"{type(unwrapped(model)).__name__} fails on a row of max_seq_len={max_seq_len} tokens"
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{what} ({reason}): lower --max_seq_len to the model's number of positions") from error
+
+
+class _CheckedEmbeddings(TorchFunctionMode):
+    """Raise IndexError for a missing embedding. On CUDA, the lookup itself would end the process."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.embedding and not any(isinstance(tensor, DTensor) for tensor in args[:2]):
+            indices, weight = args[:2]
+            if indices.numel() and indices.max() >= len(weight):
+                raise IndexError(f"index {indices.max().item()} of {len(weight)} embeddings")
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    base = unwrapped(model)
+    was_training = base.training
+    base.eval()
+    try:
+        with torch.no_grad(), resharding(model):
+            yield
+    finally:
+        base.train(was_training)
+
+
+def _zeros(device: torch.device, *, rows: int, length: int, num_targets: int) -> Batch:
+    """Make rows of token 0, of which the last token of the first `num_targets` rows is a target."""
+    tokens = torch.zeros((rows, length), dtype=torch.int64, device=device)
+    labels = torch.full_like(tokens, IGNORED)
+    labels[:num_targets, -1] = 0 if length > 1 else IGNORED  # nothing predicts the first token
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+    return Batch(inputs, num_targets=num_targets if length > 1 else 0, row_ids=[])
 
 
 LOSSES = {"chunked": chunked_loss, "plain": plain_loss}

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from lowmem.config.presets import MODEL_SHAPES
+from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.fill import stored_weights
 from lowmem.errors import UsageError
 
@@ -42,8 +43,9 @@ def load_model(
 
     `model_config` is a transformers config, a mapping of its fields, a path of a config.json or a name in MODEL_SHAPES.
     Weights have `dtype`. With `on_meta`, they stay on the meta device until `parallelize` shards them; if the files
-    cannot be read tensor by tensor, a line is printed and all weights are loaded. Raises UsageError if something cannot
-    be loaded, if weights are missing, or if the tokenizer has more tokens than the model has embeddings.
+    cannot be read tensor by tensor, a line is printed and all weights are loaded. Without a tokenizer, a new model is
+    for bytes. Raises UsageError if something cannot be loaded, if weights are missing, or if `model_config` is plainly
+    for another vocabulary than bytes.
     """
     if (model_name_or_path is None) == (model_config is None):
         raise UsageError("load_model needs exactly one of model_name_or_path and model_config: set one of them")
@@ -55,15 +57,18 @@ def load_model(
         model = model or _from_pretrained(str(model_name_or_path), dtype)
     else:
         config = _config_from(model_config)
+        if tokenizer_name_or_path is None and str(model_config) not in MODEL_SHAPES:
+            _check_bytes(config, tokenizer)
         _adopt_special_tokens(config, tokenizer)
         model = _from_config(config, dtype, on_meta=on_meta)
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > num_embeddings:
-        found = f"the tokenizer has {len(tokenizer)} tokens, but the model has {num_embeddings} embeddings"
-        raise UsageError(f"{found}: set tokenizer_name_or_path to the model's tokenizer, or set a larger vocab_size")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.train(), tokenizer
+
+
+def num_embeddings(model: PreTrainedModel) -> int:
+    """Return the number of token ids that the model can embed."""
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
@@ -83,7 +88,7 @@ def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
 def _check_exists(name: str, file: str) -> None:
     """Raise UsageError if the folder `name` lacks `file`, or if `name` is not cached and the hub is unreachable."""
     if Path(name).is_dir():
-        if not (Path(name) / file).is_file():
+        if not _is_config_of_model(Path(name) / file):
             inside = sorted(path.parent for path in Path(name).glob(f"*/{file}"))
             hint = f"did you mean {inside[0]}?" if inside else "use another folder"
             raise UsageError(f"{name} does not contain {file}, so it is not a model: {hint}")
@@ -97,6 +102,13 @@ def _check_exists(name: str, file: str) -> None:
     except OSError as error:
         found = f"{name} is not a folder, and the Hugging Face hub cannot be reached ({error})"
         raise UsageError(f"{found}: set a local folder") from error
+
+
+def _is_config_of_model(path: Path) -> bool:
+    """Whether `path` exists and, if there is also a folder model/, is not the config.json of a run (an output_dir)."""
+    if not path.is_file() or path.name != "config.json" or not (path.parent / "model" / path.name).is_file():
+        return path.is_file()
+    return "model_type" in json.loads(path.read_text())
 
 
 @contextmanager
@@ -157,6 +169,17 @@ def config_of(model: str) -> PretrainedConfig:
 def build_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
     """Build a model with random fp32 weights and transformers' `attention` implementation, in training mode."""
     return _auto_class(config).from_config(config, dtype=torch.float32, attn_implementation=attention).train()
+
+
+def _check_bytes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say that a config without a tokenizer trains on bytes. Raise UsageError if its vocabulary is much too large."""
+    what = f"without tokenizer_name_or_path, text becomes bytes ({len(tokenizer)} tokens)"
+    vocabulary = config.get_text_config().vocab_size
+    if vocabulary > 4 * len(tokenizer):
+        found = f"model_config has a vocabulary of {vocabulary:,} tokens, so it is another tokenizer's"
+        raise UsageError(f"{what}, but {found}: set tokenizer_name_or_path, or vocab_size={len(tokenizer)}")
+    if rank_and_world_size()[0] == 0:
+        print(f"{what}; set it to train on a tokenizer's tokens", flush=True)
 
 
 def _config_from(model_config: PretrainedConfig | Mapping[str, object] | str | Path) -> PretrainedConfig:

@@ -30,10 +30,11 @@ _SHOWN_IF_ANY = ("cut_rows", "cut_tokens", "bad_rows")
 
 
 def print_lines(*lines: str) -> None:
-    """Print lines above the progress bar; ignore a closed stdout."""
+    """Print lines above the progress bar; ignore a closed stdout. Characters that it cannot show become escapes."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         for line in lines:
-            tqdm.write(line, file=sys.stdout)
+            tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
     except OSError:
         ignore_closed_output()

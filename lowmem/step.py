@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowmem.data.batch import Batch, UnreadableStep
+from lowmem.data.batch import Batch, UnreadableStep, check_batches
 from lowmem.distributed.collectives import gather_json, raise_error_of_any_rank, sum_over_ranks
 from lowmem.distributed.heartbeat import at_step
 from lowmem.distributed.placement import data_place
@@ -28,6 +28,8 @@ class TrainState:
     """What `open_stream` returns. A step calls its `advance()`, a checkpoint its `state_dict()`."""
     step: int = 0
     """Optimizer steps done."""
+    updates: int = 0
+    """Steps that updated the weights; the other steps were skipped."""
     best: dict[str, float] | None = None
     """The best evaluation so far: {"step", "eval_loss"}."""
     seed: int = 0
@@ -114,7 +116,7 @@ def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool)
     not read its rows, every rank raises that rank's error.
     """
     at_step(state.step + 1)  # the number that metrics.jsonl and checkpoints give this step
-    error = batches.error if isinstance(batches, UnreadableStep) else None
+    error = batches.error if isinstance(batches, UnreadableStep) else check_batches(batches)
     is_counted = error is None and data_place(state.model).is_counted
     num_targets = sum(batch.num_targets for batch in batches) if is_counted else 0
     num_targets, num_failed, num_preempted = sum_over_ranks(num_targets, error is not None, preempted)
@@ -157,6 +159,7 @@ def not_finite(state: TrainState, reason: str, *, is_released: bool = False) -> 
 def finish(state: TrainState, result: StepResult) -> StepResult:
     """Count the step, and advance the stream past its rows."""
     state.step += 1
+    state.updates += result.updated
     if state.stream is not None:
         state.stream.advance()
     return result

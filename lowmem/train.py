@@ -10,10 +10,17 @@ from typing import NamedTuple
 import torch
 
 from lowmem.checkpoint.load import load_checkpoint
-from lowmem.checkpoint.resume import check_same_run, checkpoint_to_resume, rows_per_step
-from lowmem.checkpoint.save import check_space, save_checkpoint, save_model
+from lowmem.checkpoint.resume import (
+    check_same_run,
+    check_same_tokenizer,
+    checkpoint_to_resume,
+    rows_per_step,
+    template_time,
+)
+from lowmem.checkpoint.save import check_space, prune_checkpoints, save_checkpoint, save_model
 from lowmem.config.train_config import TrainConfig, fields_where
 from lowmem.data.batch import collate
+from lowmem.data.chat import prints_time
 from lowmem.data.encode import make_encoder
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import Rows, RowSets
@@ -26,10 +33,11 @@ from lowmem.distributed.placement import data_place
 from lowmem.distributed.setup import init_distributed, make_deterministic
 from lowmem.distributed.sharding import parallelize
 from lowmem.distributed.signals import Signals
-from lowmem.evaluation import Measure, make_evaluation
+from lowmem.errors import UsageError
+from lowmem.evaluation import Evaluation
 from lowmem.loss import LOSSES, check_model
 from lowmem.memory.savers import SAVERS, entered
-from lowmem.model import freeze, load_model
+from lowmem.model import freeze, load_model, num_embeddings
 from lowmem.optim.make import make_optimizer
 from lowmem.optim.schedule import Schedule
 from lowmem.recover import fitting_step
@@ -56,10 +64,12 @@ def train(
     `config.sharding`, contains the keyword arguments of one function.
     """
     # --- processes
-    output, settings = Path(config.output_dir), dataclasses.asdict(config)
+    output = Path(config.output_dir)
     accelerator = init_distributed(**config.distributed, output_dir=output, on_abort=on_abort, signals=signals)
     check_same_inputs(config.shared_flags, rows._asdict(), output)
     checkpoint = checkpoint_to_resume(config.resume, output)
+    config = dataclasses.replace(config, template_time=config.template_time or template_time(checkpoint))
+    settings = dataclasses.asdict(config)
     changes = check_same_run(checkpoint, settings, fixed=fields_where(on_resume="fixed")) if checkpoint else []
     make_deterministic(config.deterministic)
 
@@ -68,27 +78,31 @@ def train(
     # with sharding, only rank 0 initializes new weights, and each rank reads only its shard of saved weights
     on_meta = config.is_sharded and (config.model_name_or_path is not None or not accelerator.is_main_process)
     model, tokenizer = load_model(**config.model_source, on_meta=on_meta)
+    if checkpoint:
+        changes += check_same_tokenizer(checkpoint, tokenizer, accept=config.accept_changed_data)
     freeze(model, parts=config.frozen_parts)
     check_same_model(model, tokenizer, weights=config.model_name_or_path is not None)
     model = parallelize(model, accelerator, **config.sharding)
     optimizer = make_optimizer(model, **config.optimizer_options)
     loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)  # (model, batch) -> summed loss
-    check_model(model, loss_fn, packing=config.packing)
-    num_weights = model.num_parameters()  # of all shards; counted here, because DeepSpeed's wrapper makes it wrong
+    check_model(model, loss_fn, packing=config.packing, max_seq_len=config.max_seq_len)
+    # of all shards; counted here, because DeepSpeed's wrapper makes them wrong
+    num_weights, vocabulary = model.num_parameters(), num_embeddings(model)
     wrapped = zero.wrap(model, optimizer, accelerator) if config.deepspeed else model
 
     with ExitStack() as stack:
         stack.enter_context(entered([SAVERS[name] for name in config.savers], model, optimizer))
         # --- rows
         rank, is_causal = data_place(model), not model.config.is_encoder_decoder
-        encode = make_encoder(tokenizer, is_encoder_decoder=not is_causal, **config.encoding)  # row -> token ids
+        shape = {"is_encoder_decoder": not is_causal, "num_embeddings": vocabulary}
+        encode = make_encoder(tokenizer, **shape, **config.encoding)  # row -> token ids
         bad_rows = output / f"bad_rows-{accelerator.process_index}.jsonl"
         quarantine = Quarantine(config.max_bad_rows, bad_rows) if config.on_bad_row == "skip" else None
         stream = open_stream(
             rows.training,
             encode,
             global_batch_size=rows_per_step(checkpoint, rank.size, **config.step_size),
-            collate=partial(collate, causal=is_causal),
+            collate=partial(collate, causal=is_causal, max_seq_len=config.max_seq_len),
             quarantine=quarantine,
             pin_memory=accelerator.device.type == "cuda",
             **rank.coordinates,
@@ -106,10 +120,17 @@ def train(
         report = Report(output, settings, accelerator, state.step, schedule.total_steps, resumed=checkpoint is not None)
         report.opening(model, num_weights, stream, rank, tier=config.memory or "off", sharding=config.sharding_summary)
         report.resuming(checkpoint, changes, stream.changes, can_save)
-        measure = make_evaluation(
-            wrapped, tokenizer, encode, LOSSES[config.loss], accelerator, quarantine, report.bar, **config.evaluation
+        if config.messages_column and prints_time(tokenizer):
+            report.print_lines(f"the chat template prints the time: --template_time={config.template_time}")
+        reporting = {"bar": report.bar, "tell": report.print_lines}
+        measure = Evaluation(
+            wrapped, tokenizer, encode, LOSSES[config.loss], accelerator, quarantine, **config.evaluation, **reporting
         )  # rows -> (metrics, answers), without label smoothing, so that runs are comparable
+        for name in ("validation", "test"):
+            if held_out := getattr(rows, name):
+                measure.check(held_out, name)
         saving = {"tokenizer": tokenizer, "config": settings, "max_shard_size": config.max_shard_size}
+        save = partial(save_checkpoint, state, checkpoints, accelerator, **saving)
         # fitting_step calls train_step and, if memory runs out, retries with smaller micro-batches
         take_step = deepspeed_step if config.deepspeed else partial(fitting_step, tell=report.halving)
 
@@ -135,13 +156,18 @@ def train(
             report.count(result, stream)
             if schedule.is_due(state.step, config.logging_steps):
                 report.training(result, stream, rank, schedule(step))
+            saved = None
+            if can_save and (preempted or schedule.is_due(state.step, config.save_steps)):
+                on_error = report.unsaved if config.on_save_error == "continue" and not preempted else None
+                saved = save(on_error=on_error)  # before the evaluation, which may fail
+                preempted = preempted or (saved is not None and any_rank(signals.came))
             if rows.validation and not preempted and schedule.is_due(state.step, config.eval_steps):
                 state.note_best(report.evaluation(*measure(rows.validation))["eval_loss"])
                 preempted = any_rank(signals.came)
-            if can_save and (preempted or schedule.is_due(state.step, config.save_steps)):
-                on_error = report.unsaved if config.on_save_error == "continue" and not preempted else None
-                saved = save_checkpoint(state, checkpoints, accelerator, keep=keep, on_error=on_error, **saving)
-                preempted = preempted or (saved is not None and any_rank(signals.came))
+                if preempted and can_save and not saved:
+                    saved = save()
+            if saved and keep:
+                prune_checkpoints(state, checkpoints, keep=keep)  # after the evaluation, which may find a better one
             if preempted:
                 break
 
@@ -150,20 +176,24 @@ def train(
         signals.ignore()  # a launcher sends SIGTERM to the other processes when the first one exits
         report.preempted(can_save)
     else:
+        if not state.updates:
+            raise UsageError(
+                f"none of the {state.step} steps updated the weights (each printed why): no model is saved"
+            )
+        save_model(wrapped, output / "model", **saving)
         if rows.test:
             report.evaluation(*measure(rows.test, "test"))
-        save_model(wrapped, output / "model", **saving)
         report.done(state.best)
     accelerator.end_training()
     return Outcome(state.step if can_save or not preempted else 0, preempted)
 
 
 def evaluate_first(
-    state: TrainState, rows: Rows, measure: Measure, report: Report, schedule: Schedule, config: TrainConfig
+    state: TrainState, rows: Rows, measure: Evaluation, report: Report, schedule: Schedule, config: TrainConfig
 ) -> None:
     """Evaluate at step 0 with `eval_on_start`, or after resuming from a step at which an evaluation was due.
 
-    (A run preempted at such a step has saved without evaluating.) An evaluation found in metrics.jsonl is reused.
+    (A run saves before it evaluates, and may end in between.) An evaluation found in metrics.jsonl is reused.
     """
     if state.step == 0 and config.eval_on_start:
         report.evaluation(*measure(rows))

@@ -1,5 +1,7 @@
 """Tokenize conversations with a byte-level BPE tokenizer, which is trained here, and with the slow ByT5 tokenizer."""
 
+import json
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -34,12 +36,13 @@ PLAIN = (
     "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
-# Like Qwen3's template, this template writes a <think> block only into the last message.
+# This template writes a <think> block only into the last message.
 FORGETFUL = (
     "{% for message in messages %}{{ message.role + ': ' }}{% if loop.last %}{{ '<think></think>' }}{% endif %}"
     "{{ message.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-SPECIAL = ["<|begin|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SPECIAL = ["<|User|>", "<|Assistant|>", "<|end|>", "<|call|>", "<|output|>", "<start_of_turn>", "<end_of_turn>"]
+SPECIAL += ["<|begin|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
 def turns(*contents, first="user"):
@@ -186,20 +189,197 @@ def test_a_conversation_in_which_the_assistant_says_nothing_is_refused(name):
         chat_tokenizer(TOKENIZERS[name])([{"role": "user", "content": "a"}] * 2)
 
 
-def test_a_template_that_changes_earlier_text_is_refused_with_the_turn():
-    tokenize = chat_tokenizer(bpe(FORGETFUL))
-    with pytest.raises(ValueError, match=r"changes earlier text at turn 1 \(the assistant's\): put {% generation %}"):
-        tokenize(CHATS[2])
+def test_a_template_whose_assistant_text_cannot_be_found_is_refused():
+    twice = CHATML.replace("message.content +", "message.content + ' / ' + message.content +") + "{{ messages|length }}"
+    with pytest.raises(UsageError, match=r"of turn 1 cannot be found in what the template renders: put {% generation"):
+        chat_tokenizer(bpe(twice))
 
 
-def test_a_template_without_tags_needs_a_turn_before_the_first_assistant_turn():
+def test_a_conversation_may_begin_with_the_assistant():
     messages = [{"role": "assistant", "content": "hello"}, *turns("a", "b")]
-    with pytest.raises(ValueError, match="turn 0 is the assistant's, with no turn before it"):
-        chat_tokenizer(TOKENIZERS["chatml"])(messages)
-    assert said(TOKENIZERS["tagged"], *chat_tokenizer(TOKENIZERS["tagged"])(messages)) == [
-        "hello<|im_end|>",
-        "b<|im_end|>",
+    for name in ("chatml", "tagged"):
+        spans = said(TOKENIZERS[name], *chat_tokenizer(TOKENIZERS[name])(messages))
+        assert [span.rstrip("\n") for span in spans] == ["hello<|im_end|>", "b<|im_end|>"]
+
+
+# Templates written like those of well-known models. Each conversation's text is written by hand, with the assistant's
+# tokens between « and ».
+QWEN_3 = """{%- if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}
+{%- set ns = namespace(last=0) %}
+{%- for message in messages %}{% if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for message in messages %}
+{%- set content = message.content or '' %}
+{%- if message.role == 'assistant' %}
+{%- set thought = message.reasoning_content or '' %}
+{%- if '</think>' in content %}
+{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip() %}
+{%- set content = content.split('</think>')[-1].lstrip() %}
+{%- endif %}
+{{- '<|im_start|>assistant\n' }}
+{%- if loop.index0 > ns.last and (loop.last or thought) %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}
+{{- content }}
+{%- for call in message.tool_calls or [] %}
+{%- if content or not loop.first %}{{ '\n' }}{% endif %}
+{{- '<tool_call>' + (call.function | tojson) + '</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\n' }}
+{%- elif message.role == 'tool' %}{{ '<|im_start|>user\n<tool_response>' + content + '</tool_response><|im_end|>\n' }}
+{%- else %}{{ '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+R1 = """{{- bos_token }}{% for message in messages %}
+{%- if message.role == 'user' %}{{ '<|User|>' + message.content }}{% endif %}
+{%- if message.role == 'assistant' and message.tool_calls %}{{ '<|Assistant|>' }}
+{%- for call in message.tool_calls %}{{ '<|call|>' + call.function.name + ' ' + (call.function.arguments | tojson) }}
+{%- endfor %}{{ '<|end|>' }}
+{%- elif message.role == 'assistant' %}{{ '<|Assistant|>' + message.content.split('</think>')[-1] + '<|end|>' }}
+{%- elif message.role == 'tool' %}{{ '<|output|>' + message.content }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"""
+MISTRAL = """{{- bos_token }}{% for message in messages %}
+{%- if message.role == 'user' %}
+{%- if tools and loop.index0 == messages | map(attribute='role') | list | join(' ') | wordcount - 2 %}
+{{- '[TOOLS]' + (tools | tojson) + '[/TOOLS]' }}{% endif %}
+{{- '[INST] ' + message.content + '[/INST]' }}
+{%- elif message.role == 'assistant' %}{{ ' ' + message.content | trim + '<|end|>' }}{% endif %}
+{%- endfor %}"""
+GEMMA = """{{- bos_token }}{% for message in messages %}
+{{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' }}
+{{- message.content | trim + '<end_of_turn>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
+LOOK = {"type": "function", "function": {"name": "look", "arguments": {"city": "A"}}}
+CALLS = [
+    {"role": "user", "content": "look"},
+    {"role": "assistant", "content": None, "tool_calls": [LOOK]},
+    {"role": "tool", "content": "7"},
+    {"role": "assistant", "content": "seven"},
+    *turns("more", "8"),
+]
+LOOKED = '{"name": "look", "arguments": {"city": "A"}}'
+SPANS = {
+    "qwen 3": (
+        QWEN_3,
+        turns("hi", "<think>\nwhy\n</think>\n\nred", "more", "<think>\nso\n</think>\n\nblue"),
+        None,
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«red<|im_end|>\n»<|im_start|>user\nmore<|im_end|>\n"
+        "<|im_start|>assistant\n«<think>\nso\n</think>\n\nblue<|im_end|>\n»",
+    ),
+    "qwen 3, without thoughts": (
+        QWEN_3,
+        turns("hi", "red", "more", "blue"),
+        None,
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«red<|im_end|>\n»<|im_start|>user\nmore<|im_end|>\n"
+        "<|im_start|>assistant\n«<think>\n\n</think>\n\nblue<|im_end|>\n»",
+    ),
+    "qwen 3, with tools": (
+        QWEN_3,
+        CALLS,
+        [LOOK],
+        '<|im_start|>system\n{"type": "function", "function": '
+        + LOOKED
+        + "}\n<|im_end|>\n<|im_start|>user\nlook<|im_end|>\n"
+        "<|im_start|>assistant\n«<tool_call>" + LOOKED + "</tool_call><|im_end|>\n»"
+        "<|im_start|>user\n<tool_response>7</tool_response><|im_end|>\n<|im_start|>assistant\n«seven<|im_end|>\n»"
+        "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n«<think>\n\n</think>\n\n8<|im_end|>\n»",
+    ),
+    "r1": (
+        R1,
+        turns("hi", "red", "s", "<think>why</think>blue"),
+        None,
+        "<|begin|><|User|>hi<|Assistant|>«red<|end|>»<|User|>s<|Assistant|>«blue<|end|>»",
+    ),
+    "r1, with tools": (
+        R1,
+        CALLS,
+        None,
+        '<|begin|><|User|>look<|Assistant|>«<|call|>look {"city": "A"}<|end|>»<|output|>7<|Assistant|>«seven<|end|>»'
+        "<|User|>more<|Assistant|>«8<|end|>»",
+    ),
+    "mistral, with tools": (
+        MISTRAL,
+        turns("hi", " red ", "more", "blue"),
+        [LOOK],
+        "<|begin|>[INST] hi[/INST]« red<|end|>»[TOOLS][" + '{"type": "function", "function": ' + LOOKED + "}"
+        "][/TOOLS][INST] more[/INST]« blue<|end|>»",
+    ),
+    "gemma": (
+        GEMMA,
+        turns("hi", "red", "more", "blue"),
+        None,
+        "<|begin|><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n«red<end_of_turn>\n»"
+        "<start_of_turn>user\nmore<end_of_turn>\n<start_of_turn>model\n«blue<end_of_turn>\n»",
+    ),
+    "llama 3": (
+        LLAMA_3,
+        turns("hi", "red", "more", "blue"),
+        None,
+        "<|begin|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        "«red<|eot_id|>»<|start_header_id|>user<|end_header_id|>\n\nmore<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«blue<|eot_id|>»",
+    ),
+    "chatml": (
+        CHATML,
+        turns("hi", "red", "more", "blue"),
+        None,
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«red<|im_end|>\n»<|im_start|>user\nmore<|im_end|>\n"
+        "<|im_start|>assistant\n«blue<|im_end|>\n»",
+    ),
+    "a template that forgets": (
+        FORGETFUL,
+        turns("hi", "red", "more", "blue"),
+        None,
+        "user: hi\nassistant: «red\n»user: more\nassistant: «<think></think>blue\n»",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_the_assistants_tokens_are_those_marked_by_hand(name):
+    template, messages, tools, expected = SPANS[name]
+    tokenizer = bpe(template)
+    ids, is_assistant = [], []
+    # every piece ends where a special token or a byte ends, so tokenizing pieces separately gives the same characters
+    for piece in re.split("(«.*?»)", expected, flags=re.DOTALL):
+        ids.append(piece.strip("«»"))
+        is_assistant.append(piece.startswith("«"))
+    found, marks = chat_tokenizer(tokenizer)(messages, tools)
+    assert tokenizer.decode(found) == "".join(ids)
+    assert said(tokenizer, found, marks) == [text for text, wanted in zip(ids, is_assistant, strict=True) if wanted]
+
+
+def test_a_template_prints_the_given_time():
+    tokenizer = bpe("{{ 'today ' + strftime_now('%d %b %Y') + '\n' }}" + CHATML)
+    ids, _ = chat_tokenizer(tokenizer, time="2026-01-31T12:00:00")(turns("a", "b"))
+    assert tokenizer.decode(ids).startswith("today 31 Jan 2026\n<|im_start|>user")
+    with pytest.raises(UsageError, match="--template_time=noon is not a time such as 2026-01-31T12:00:00"):
+        chat_tokenizer(tokenizer, time="noon")
+    with pytest.raises(UsageError, match="a computed format"):
+        chat_tokenizer(bpe("{{ strftime_now(bos_token) }}" + CHATML))
+
+
+def test_tools_that_the_template_does_not_use_are_an_error():
+    with pytest.raises(ValueError, match="the row has tools, but the chat template does not use them"):
+        chat_tokenizer(TOKENIZERS["chatml"])(turns("a", "b"), [LOOK])
+
+
+def test_tool_calls_lose_the_keys_that_arrow_filled_and_contents_may_be_parts_or_null():
+    tokenizer = bpe(QWEN_3)
+    tokenize = chat_tokenizer(tokenizer)
+    filled = {"type": "function", "function": {"name": "look", "arguments": {"city": "A", "x": None}}, "id": None}
+    parts = [{"type": "text", "text": "lo"}, {"type": "text", "text": "ok", "image": None}]
+    as_in_arrow = [
+        {"role": "user", "content": parts, "tool_calls": None},
+        CALLS[1] | {"tool_calls": [filled]},
+        *CALLS[2:],
     ]
+    schemas = json.dumps([LOOK])
+    assert tokenize(as_in_arrow, schemas) == tokenize(CALLS, [LOOK])
+    ids, _ = chat_tokenizer(TOKENIZERS["chatml"])([{"role": "user", "content": "a"}, CALLS[1], *turns("b", "c")])
+    assert "assistant\n<|im_end|>" in TOKENIZERS["chatml"].decode(ids)  # not "None"
 
 
 @pytest.mark.parametrize("tag", ["", "{% generation %}{% endgeneration %}"])

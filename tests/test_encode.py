@@ -112,7 +112,7 @@ def test_the_first_token_is_no_target_even_if_the_assistant_says_it():
     [
         ("hi", r"must hold messages, \[{'role': ..., 'content': ...}, ...\], found str 'hi': fix the row"),
         ([], r"found list \[\]"),
-        (["hi"], "whose role and content are text, turn 0 is 'hi': fix the row"),
+        (["hi"], "with a role and text or tool calls, turn 0 is 'hi': fix the row"),
         ([*MESSAGES, {"role": "user", "content": None}], "turn 4 is {'role': 'user', 'content': None}"),
         ([{"role": "user", "content": 3}], "turn 0 is {'role': 'user', 'content': 3}"),
         ([{"from": "human", "value": "hi"}], "turn 0 is {'from': 'human'"),
@@ -159,3 +159,12 @@ def test_the_column_flag_selects_the_encoder():
     assert make(messages_column="chat")(row) == encode_chat(CHAT, max_seq_len=64)({"messages": MESSAGES})
     assert make(text_column="text")(row) == encode_text(CHAT, max_seq_len=64)(row)
     assert make()(row) == encode_causal(CHAT, max_seq_len=64)(row)
+
+
+def test_a_token_beyond_the_embeddings_is_an_error_that_names_it():
+    encode = make_encoder(TOKENIZER, is_encoder_decoder=True, max_seq_len=9, num_embeddings=200)
+    assert encode({"prompt": "a", "response": "b"})["input_ids"]
+    with pytest.raises(
+        ValueError, match=r"has the id \d+, but the model has 200 embeddings: use the model's own tokeni"
+    ):
+        encode({"prompt": "好", "response": "b"})

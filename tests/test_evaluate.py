@@ -1,18 +1,20 @@
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import ByT5Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, GenerationConfig
 
 from lowmem import init_distributed
 from lowmem.data.batch import collate
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.eval_batches import open_eval
 from lowmem.data.rows import open_rows
-from lowmem.evaluation import Answer, evaluate, generate, make_evaluation, text_metrics
+from lowmem.errors import RowError, UsageError
+from lowmem.evaluation import Answer, Evaluation, evaluate, generate, text_metrics
 from lowmem.loss import chunked_loss, plain_loss
 from tests.forked import fork_ranks
 from tests.models import build, qa_rows
@@ -91,7 +93,7 @@ def test_two_ranks_measure_what_one_measures(family, tmp_path):
 
 def measure_rows(family, folder, accelerator):
     options = {"batch_size": 4, "num_answers": 11, "max_new_tokens": 5}
-    measure = make_evaluation(build(family), TOKENIZER, encoder(family), chunked_loss, accelerator, **options)
+    measure = Evaluation(build(family), TOKENIZER, encoder(family), chunked_loss, accelerator, **options)
     return measure(open_rows(f"{folder}/rows.jsonl"))
 
 
@@ -115,3 +117,77 @@ def test_rows_without_a_target_are_refused():
     batches = [collate([{"input_ids": [4], "labels": [-100]}])]
     with pytest.raises(ValueError, match="no target token"):
         evaluate(build("t5"), batches, chunked_loss, Accelerator(cpu=True))
+
+
+GPT2 = {"vocab_size": 384, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"stop_strings": ["a"]},
+        {"num_return_sequences": 3, "num_beams": 3},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"do_sample": True, "temperature": 2.0},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_answers_are_greedy_whatever_the_models_own_settings_are(settings):
+    batches = [replace(collate([encoder("llama")(row) for row in ROWS[:3]], causal=True), row_ids=[0, 1, 2])]
+    model = build("llama")
+    expected = generate(model, TOKENIZER, batches, Accelerator(cpu=True), max_new_tokens=4)
+    own = GenerationConfig(**settings)
+    model.generation_config = own
+    assert generate(model, TOKENIZER, batches, Accelerator(cpu=True), max_new_tokens=4) == expected
+    assert model.generation_config is own
+
+
+def test_answers_end_at_the_last_position():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **GPT2))
+    rows = [{"input_ids": [5] * 14 + [6], "labels": [-100] * 14 + [6]}]
+    answers = generate(
+        model, TOKENIZER, [replace(collate(rows), row_ids=[0])], Accelerator(cpu=True), max_new_tokens=64
+    )
+    assert len(answers) == 1
+
+
+def test_a_tokenizer_without_special_tokens_and_an_empty_prompt_are_answered():
+    tokenizer = ByT5Tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    rows = [{"input_ids": [], "labels": [70]}, {"input_ids": [70, 71], "labels": [72]}]
+    model = build("t5")
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    answers = generate(
+        model, tokenizer, [replace(collate(rows), row_ids=[0, 1])], Accelerator(cpu=True), max_new_tokens=3
+    )
+    assert [answer.row_id for answer in answers] == [0, 1]
+
+
+def evaluation(folder, rows, **options):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    defaults = {"batch_size": 2, "num_answers": 2, "max_new_tokens": 4}
+    parts = (build("llama"), TOKENIZER, encoder("llama"), chunked_loss, Accelerator(cpu=True))
+    return Evaluation(*parts, **defaults | options), open_rows(path)
+
+
+def test_the_check_finds_bad_rows_rows_without_targets_and_a_model_that_cannot_answer(tmp_path):
+    measure, rows = evaluation(tmp_path, ROWS)
+    measure.check(rows, "validation")
+    measure, rows = evaluation(tmp_path, [*ROWS, {"prompt": "a", "response": None}])
+    with pytest.raises(RowError, match="cannot be encoded: column 'response' must hold text, found NoneType None"):
+        measure.check(rows, "validation")
+    measure, rows = evaluation(tmp_path, ROWS)
+    measure._answers.args[0].prepare_inputs_for_generation = None
+    with pytest.raises(UsageError, match="the model cannot generate answers .*: set --max_predict_samples=0"):
+        measure.check(rows, "validation")
+
+
+def test_an_evaluation_that_cannot_answer_returns_the_loss_and_says_why(tmp_path):
+    messages = []
+    measure, rows = evaluation(tmp_path, ROWS, tell=messages.append)
+    measure._answers.args[0].prepare_inputs_for_generation = None
+    metrics, answers = measure(rows)
+    assert metrics["eval_loss"] > 0 and answers == []
+    assert messages[0].startswith("no answers, because the model cannot generate: ")

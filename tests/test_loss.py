@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lowmem.data.batch import collate
 from lowmem.errors import UsageError
-from lowmem.loss import check_loss, chunked_cross_entropy, chunked_loss, plain_loss, vocabulary_slices
+from lowmem.loss import check_loss, check_model, chunked_cross_entropy, chunked_loss, plain_loss, vocabulary_slices
 from lowmem.plan.meter import MemoryMeter
 from tests.models import LLAMA, build
 
@@ -249,3 +249,27 @@ def test_a_model_that_sees_its_targets_is_refused():
     with pytest.raises(UsageError, match="BertLMHeadModel sees the tokens that it must predict"):
         check_loss(plain_loss, model)
     check_loss(plain_loss, AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **fields, is_decoder=True)))
+
+
+def test_a_mean_instead_of_a_sum_is_refused_before_the_run():
+    def mean_loss(model, batch):
+        return plain_loss(model, batch) / max(1, batch.num_targets)
+
+    for family in ("t5", "llama"):
+        with pytest.raises(UsageError, match="must be a sum over target tokens"):
+            check_loss(mean_loss, build(family))
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused():
+    fields = {"vocab_size": 99, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 20}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **fields))
+    check_model(model, chunked_loss, packing=False, max_seq_len=20)
+    with pytest.raises(UsageError, match="GPT2LMHeadModel fails on a row of max_seq_len=21 tokens .index 20 of 20"):
+        check_model(model, chunked_loss, packing=False, max_seq_len=21)
+
+
+def test_a_loss_that_the_model_adds_itself_is_refused():
+    model = build("llama")
+    model.config.output_router_logits = True
+    with pytest.raises(UsageError, match="with output_router_logits=True, .* adds a router loss"):
+        check_model(model, plain_loss, packing=False, max_seq_len=8)

@@ -99,18 +99,27 @@ def test_user_errors_are_reported(tmp_path):
         load_model(tmp_path / "inside")
     with pytest.raises(UsageError, match="no tokenizer can be loaded|produces no tokens"):
         load_model(tmp_path / "inside" / "model")
-    tokenizer = saved_tokenizer(tmp_path)
+    saved_tokenizer(tmp_path)
     (tmp_path / "tokenizer" / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="cannot be loaded"):
         load_model(tmp_path / "tokenizer")
     with pytest.raises(UsageError, match="has no model_type"):
         load_model(model_config={"vocab_size": 9})
-    with pytest.raises(UsageError, match="has 384 tokens, but the model has 100 embeddings"):
-        load_model(model_config=LLAMA | {"vocab_size": 100}, tokenizer_name_or_path=tokenizer)
+    with pytest.raises(
+        UsageError, match="text becomes bytes .384 tokens., but model_config has a vocabulary of 32,000"
+    ):
+        load_model(model_config=LLAMA | {"vocab_size": 32_000})
     with pytest.raises(UsageError, match="transformers does not accept model_config"):
         load_model(model_config={"model_type": "t6"})
     with pytest.raises(UsageError, match="cannot be read"):
         load_model(model_config=tmp_path / "missing.json")
+
+
+def test_the_folder_of_a_run_is_refused_with_a_hint_at_its_model(tmp_path):
+    build("llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "config.json").write_text('{"seed": 0}')  # the settings of the run
+    with pytest.raises(UsageError, match=f"did you mean {tmp_path}/model"):
+        load_model(tmp_path)
 
 
 def test_missing_weights_are_refused(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from lowmem.config.parse import resolve
 from lowmem.data.rows import RowSets
 from lowmem.distributed.signals import Signals, catching_signals
-from lowmem.errors import SaveError
+from lowmem.errors import RowError, SaveError
 from lowmem.job.supervise import supervise
 from lowmem.train import train as train_here
 from tests.forked import fork_ranks
@@ -111,7 +111,7 @@ saving.action = None
 sys.addaudithook(saving)
 
 
-@pytest.mark.parametrize(("reading", "step"), [(1, 2), (2 * 4 + 1, STEPS)])
+@pytest.mark.parametrize(("reading", "step"), [(4 + 1, 2), (4 + 2 * 4 + 1, STEPS)])
 def test_a_signal_while_evaluating_ends_the_run_after_that_step_is_saved(reading, step, work, uninterrupted):
     """If the signal comes at the last step, the first run does not save the final model, but the resumed run does."""
     with catching_signals() as signals:
@@ -120,6 +120,21 @@ def test_a_signal_while_evaluating_ends_the_run_after_that_step_is_saved(reading
         assert run_here(work, name, ROWS, held_out, signals, save_steps=5) == (step, True)
     assert checkpoints(work, name)[-1] == step and not (work / name / "model").exists()
     assert evaluations(work, name)[-1][0] == step
+    assert_resumed_to_the_same_end(work, name, uninterrupted)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, ValueError, MemoryError, KeyboardInterrupt])
+def test_an_evaluation_that_fails_loses_no_step_and_changes_no_result(error, work, uninterrupted):
+    def fail():
+        raise error("from the test")
+
+    name = f"fails-{error.__name__}"
+    held_out = Rows(qa_rows(4), 4 + 2, fail)  # the check before the run reads 4 rows
+    with pytest.raises((error, RowError)):
+        run_here(work, name, held_out=held_out)
+    assert checkpoints(work, name) == [2] and evaluations(work, name) == []
+    assert run_here(work, name, held_out=qa_rows(4)) == (STEPS, False)
+    assert evaluations(work, name) == evaluations(work, uninterrupted)
     assert_resumed_to_the_same_end(work, name, uninterrupted)
 
 

@@ -52,8 +52,16 @@ def test_rows_of_one_input_length_are_neither_padded_nor_masked(causal):
     batch = collate([{"input_ids": [5] * 9, "labels": [6]}, {"input_ids": [7] * 9, "labels": [8] * 3}], causal=causal)
     assert batch.inputs.keys() == {"input_ids", "labels"}
     assert batch.inputs["input_ids"].tolist() == [[5] * 9, [7] * 9]
-    assert batch.inputs["labels"].tolist() == [[6, IGNORED, IGNORED], [8] * 3]
-    assert batch.num_targets == 4
+    first = IGNORED if causal else 8  # nothing predicts a causal row's first token
+    assert batch.inputs["labels"].tolist() == [[IGNORED if causal else 6, IGNORED, IGNORED], [first, 8, 8]]
+    assert batch.num_targets == (2 if causal else 4)
+
+
+def test_padding_stops_at_max_seq_len():
+    rows = [{"input_ids": [5] * n, "labels": [6] * n} for n in (11, 3)]
+    assert collate(rows).inputs["input_ids"].shape[1] == 16
+    assert collate(rows, max_seq_len=12).inputs["input_ids"].shape[1] == 12
+    assert collate(rows, max_seq_len=9).inputs["input_ids"].shape[1] == 11
 
 
 def test_a_row_without_tokens_becomes_masked_padding():

@@ -94,6 +94,7 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
         else:
             fill_state(state.optimizer, parameters, optimizer_state)
     state.step, state.best, state.seed = saved["step"], saved["best"], saved["seed"]
+    state.updates = saved.get("updates", saved["step"])  # checkpoints of early versions have no such number
 
 
 def saved_settings(path: str | Path) -> tuple[dict, dict]:

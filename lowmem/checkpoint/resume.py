@@ -1,11 +1,15 @@
 """Find the checkpoint that a run resumes from, and check that the settings of the run have not changed."""
 
 from collections.abc import Collection, Mapping
+from datetime import datetime
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from lowmem.checkpoint.load import first_valid, saved_settings, verify_together
 from lowmem.checkpoint.manifest import checkpoints
 from lowmem.distributed.collectives import gather_json, on_main_rank, rank_and_world_size
+from lowmem.distributed.consistency import tokenizer_digest
 from lowmem.errors import UsageError
 from lowmem.optim.state import TIERS
 
@@ -42,6 +46,23 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: C
     if refused := [change for name, change in changes.items() if name in fixed]:
         raise UsageError(f"{checkpoint} is from another run: {'; '.join(refused)}. Restore these values or start over")
     return list(changes.values())
+
+
+def check_same_tokenizer(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, *, accept: bool) -> list[str]:
+    """Raise UsageError if `checkpoint` was saved with another tokenizer, or return a message if `accept` is set."""
+    saved = saved_settings(checkpoint)[0].get("tokenizer")  # None in checkpoints of early versions
+    if saved in (None, tokenizer_digest(tokenizer)):
+        return []
+    if accept:
+        return ["another tokenizer or chat template"]
+    what = f"{checkpoint} was trained with another tokenizer or chat template"
+    raise UsageError(f"{what}: restore it, or set --accept_changed_data=True to continue with this one")
+
+
+def template_time(checkpoint: Path | None) -> str:
+    """Return the time that chat templates print: that of the run which saved `checkpoint`, or rank 0's current time."""
+    saved = checkpoint and saved_settings(checkpoint)[1].get("template_time")
+    return saved or gather_json(datetime.now().isoformat(timespec="seconds"))[0]
 
 
 def rows_per_step(checkpoint: Path | None, world_size: int, **sizes: int | None) -> int:

@@ -3,7 +3,8 @@
 step-00000500/
   model/            in transformers' format: `from_pretrained` loads it
   optimizer.safetensors (or shards of it): "<parameter>.<state>" for every tensor of the optimizer's state
-  state.json        step, best, seed, position in the data stream, class and tier of the optimizer
+  state.json        step, updates, best, seed, position in the data stream, class and tier of the optimizer,
+                    and a hash of the tokenizer
   manifest.json     size and xxh3_128 of every other file; written last
 
 All ranks write at once, each a share of the files. A tensor that is sharded over ranks is saved whole, by one rank.
@@ -25,6 +26,7 @@ from lowmem.checkpoint.parallel_write import write_together
 from lowmem.checkpoint.tensors import model_tensors, named_parameters, num_bytes
 from lowmem.config.sizes import parse_bytes
 from lowmem.distributed.collectives import on_main_rank, rank_and_world_size
+from lowmem.distributed.consistency import tokenizer_digest
 from lowmem.distributed.dtensor import pieces
 from lowmem.distributed.heartbeat import phase
 from lowmem.distributed.placement import unwrapped
@@ -68,7 +70,8 @@ def save_checkpoint(
 
     def write_rest(unfinished: Path, records: dict[str, FileRecord]) -> None:
         stream = state.stream and state.stream.state_dict()
-        training = {"step": state.step, "best": state.best, "seed": state.seed, "stream": stream}
+        training = {"step": state.step, "updates": state.updates, "best": state.best, "seed": state.seed}
+        training |= {"stream": stream, "tokenizer": None if tokenizer is None else tokenizer_digest(tokenizer)}
         kind, memory = type(state.optimizer).__name__, getattr(state.optimizer, "memory", "off")
         training |= {"optimizer": kind, "memory": memory, "parameters": [*parameters]}
         for file, record in _write_model_files(unfinished / "model", state.model, tokenizer, config).items():
@@ -84,8 +87,16 @@ def save_checkpoint(
         on_error(error)
         return None
     if keep:
-        on_main_rank(lambda: _prune(path, keep, state.best))
+        prune_checkpoints(state, folder, keep=keep)
     return path
+
+
+def prune_checkpoints(state: TrainState, folder: str | Path, *, keep: int) -> None:
+    """Keep `keep` checkpoints: this step's, the best, and the newest before this step. Call it on every rank.
+
+    Checkpoints of later steps are never removed.
+    """
+    on_main_rank(lambda: _prune(Path(folder), keep, state.step, state.best))
 
 
 @phase("saving the model")
@@ -160,9 +171,8 @@ def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config
     return records
 
 
-def _prune(path: Path, keep: int, best: Mapping[str, float] | None) -> None:
-    """Keep `keep` checkpoints: `path`, the best, and the newest before `path`. Never remove those of later steps."""
-    older = [old for old in checkpoints(path.parent) if step_of(old) < step_of(path)]
+def _prune(folder: Path, keep: int, step: int, best: Mapping[str, float] | None) -> None:
+    older = [old for old in checkpoints(folder) if step_of(old) < step]
     kept = [old for old in older if best and step_of(old) == best["step"]]
     others = [old for old in older if old not in kept]
     for old in others[: max(0, len(others) - max(0, keep - 1 - len(kept)))]:

@@ -19,7 +19,9 @@ class Groups:
     """Where the model and its tokenizer come from."""
     sharding = _group("sharding_strategy", "shard_size", "cpu_offload", "tp_size")
     """The options of `parallelize`."""
-    encoding = _group("max_seq_len", "prompt_column", "response_column", "text_column", "messages_column")
+    encoding = _group(
+        "max_seq_len", "prompt_column", "response_column", "text_column", "messages_column", "template_time"
+    )
     """The options of `make_encoder`."""
     step_size = _group("batch_size", "gradient_accumulation_steps", "global_batch_size")
     """The options of `rows_per_step`."""
@@ -96,10 +98,10 @@ class Groups:
 
     @property
     def evaluation(self) -> dict[str, object]:
-        """The options of `make_evaluation`."""
+        """The options of `Evaluation`."""
         num_answers = self.max_predict_samples if self.prompt_column else 0
         answers = {"num_answers": num_answers, "max_new_tokens": self.generation_max_new_tokens}
-        return {"batch_size": self.batch_size} | answers
+        return self._some("batch_size", "max_seq_len") | answers
 
     @property
     def trackers(self) -> list[str]:

@@ -69,6 +69,8 @@ class TrainConfig(Groups):
     """Instead of prompt and response: a column of plain text. Every token is a target (causal models)."""
     messages_column: str | None = setting(instead_of=[*_PROMPTS, "text_column"], **_FIXED_IN_EVALUATE)
     """Instead: a column of chats, lists of {"role", "content"}. Assistant messages are targets (causal models)."""
+    template_time: str | None = setting(on_resume="fixed", in_evaluate=True)
+    """The time that chat templates print, such as 2026-01-31T12:00:00. Default: when the run started."""
     max_seq_len: int = setting(512, at_least=1, on_resume="fixed", in_evaluate=True)
     """Maximum sequence length in tokens; longer rows are cut and counted. T5-like models: prompt and response each."""
     packing: bool = False

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NotRequired, TypedDict
 
 import torch
@@ -47,22 +48,32 @@ class UnreadableStep(Sequence[Batch]):
         raise self.error
 
 
+def check_batches(batches: Sequence[Batch]) -> TypeError | None:
+    """Return the error for a micro-batch that is not a Batch, for all ranks to raise; None if there is none."""
+    found = next((type(batch).__name__ for batch in batches if not isinstance(batch, Batch)), None)
+    return found and TypeError(f"a micro-batch must be a lowmem.Batch, found {found}: make it with lowmem.collate")
+
+
 Collate = Callable[[Sequence[EncodedRow]], Batch]
 
 
-def collate(rows: Sequence[EncodedRow], *, causal: bool = False) -> Batch:
+def collate(rows: Sequence[EncodedRow], *, causal: bool = False, max_seq_len: int | None = None) -> Batch:
     """Pad encoded rows on the right to the longest, count their targets, and add a mask if one is needed.
 
     Returns int64 `input_ids` (rows, input length), `labels` (rows, label length) and, if needed, `attention_mask` or
-    (packed rows) `position_ids`, shaped like `input_ids`. Widths are multiples of 8 unless all inputs are equally long.
-    Set `causal` if the model's tokens never attend to later ones, because padding on the right then needs no mask.
+    (packed rows) `position_ids`, shaped like `input_ids`. Widths are multiples of 8, unless all inputs are equally long
+    or that would pad beyond `max_seq_len`. Set `causal` if the model's tokens never attend to later ones: padding on
+    the right then needs no mask, and the first label of each row is no target, because nothing predicts it.
     """
     lengths = [len(row["input_ids"]) for row in rows]
     # Use the same multiple for inputs and labels, because a causal row needs a label for each token.
     multiple = 1 if min(lengths) == max(lengths) else _PAD_TO_MULTIPLE_OF
+    pad = partial(_pad, multiple=multiple, max_width=max_seq_len)
     # No target attends to the padding, so any token id will do. Use 0, which every vocabulary has.
-    input_ids = _pad([row["input_ids"] for row in rows], 0, multiple)
-    labels = _pad([row["labels"] for row in rows], IGNORED, multiple)
+    input_ids = pad([row["input_ids"] for row in rows], 0)
+    labels = pad([row["labels"] for row in rows], IGNORED)
+    if causal:
+        labels[:, 0] = IGNORED
     inputs = {"input_ids": input_ids, "labels": labels}
     width, is_target = input_ids.shape[1], labels != IGNORED
     # Packed rows get no mask: given one, models do not separate documents. The padding counts as one more document.
@@ -72,12 +83,14 @@ def collate(rows: Sequence[EncodedRow], *, causal: bool = False) -> Batch:
     # Add a mask only if needed: causal-only attention kernels reject masks, and a mask makes T5 need a bias per row.
     # Rows without targets are prompts. They need the mask, because it shows `generate` where each prompt ends.
     elif min(lengths) < width and not (causal and is_target.any(1).all()):
-        inputs["attention_mask"] = _pad([[1] * length for length in lengths], 0, multiple)
+        inputs["attention_mask"] = pad([[1] * length for length in lengths], 0)
     return Batch(inputs, num_targets=int(is_target.sum()), row_ids=[])
 
 
-def _pad(sequences: Sequence[Sequence[int]], value: int, multiple: int) -> Tensor:
-    width = -(-max(1, *map(len, sequences)) // multiple) * multiple
+def _pad(sequences: Sequence[Sequence[int]], value: int, *, multiple: int, max_width: int | None) -> Tensor:
+    longest = max(1, *map(len, sequences))
+    width = -(-longest // multiple) * multiple
+    width = width if max_width is None else max(longest, min(width, max_width))
     padded = torch.full((len(sequences), width), value, dtype=torch.int64)
     for row, sequence in zip(padded, sequences, strict=True):
         row[: len(sequence)] = torch.tensor(sequence, dtype=torch.int64)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from itertools import chain, pairwise
+from os.path import commonprefix
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -15,11 +18,15 @@ from lowmem.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-Messages = Sequence[Mapping[str, object]]
+Message = Mapping[str, object]
+Messages = Sequence[Message]
 Spans = list[tuple[int, int]]  # [start, stop) of the assistant's characters, in order
+Render = Callable[..., str]  # (messages, add_generation_prompt=False) -> text
 
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_TIME_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _HOW_TO_TAG = "put {% generation %} and {% endgeneration %} around the assistant's text in the chat template"
+_MARK, _MARK_BEFORE = "lowmem0mark0here", "lowmem0mark0before"  # words that no conversation contains
 
 # transformers caches compiled templates by text, and a compiled template records the spans of tags for only one thread.
 # So render a copy under a lock. This comment renders as nothing but changes the text, so the copy is cached separately.
@@ -27,30 +34,35 @@ _COPY = "{#- lowmem's own copy #}\n"
 _COPY_IN_USE = Lock()
 
 
-def chat_tokenizer(tokenizer: Tokenizer) -> Callable[[Messages], tuple[list[int], list[bool]]]:
-    """Make a thread-safe function `messages -> (ids, is_assistant)`, where `is_assistant` marks the assistant's tokens.
+def chat_tokenizer(
+    tokenizer: Tokenizer, *, time: str | None = None
+) -> Callable[[Messages, Sequence | None], tuple[list[int], list[bool]]]:
+    """Make a thread-safe function `(messages, tools) -> (ids, is_assistant)`; `is_assistant` marks his tokens.
 
-    The assistant's text is what {% generation %} tags enclose. Without tags, it is what each assistant turn adds to
-    the earlier turns and the generation prompt. A token belongs to the turn of its last character. Raises UsageError if
-    there is no chat template. The function raises ValueError if the template rejects turns or there is no such text.
+    The assistant's text is what {% generation %} tags enclose. Without tags, it is what each assistant turn adds to the
+    generation prompt, found in the final text, in which templates may render earlier turns differently. A token belongs to the turn of its last
+    character. Templates that print the time print `time` (ISO 8601; None: now). Raises UsageError if there is no chat
+    template, or if the assistant's text cannot be found in what it renders. The returned function raises ValueError if
+    the template rejects the turns, if it has no use for `tools`, or if there is no assistant text.
     """
     from jinja2 import TemplateError
 
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as error:  # no template, or several without a default
-        kind = f"{type(tokenizer).__name__} of {tokenizer.name_or_path!r}"
-        raise UsageError(f"messages need a chat template, but {kind} has none: use an instruct model") from error
-    render = _by_tags if _GENERATION_TAG.search(template) else _by_prefixes
+    template = _frozen(_template_of(tokenizer), time)
+    has_tags, takes_tools = bool(_GENERATION_TAG.search(template)), "tools" in template
     to_tokens = _tokenize_whole if tokenizer.is_fast else _tokenize_pieces
+    if not has_tags:
+        _check_template(partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False))
 
-    def tokenize(messages: Messages) -> tuple[list[int], list[bool]]:
-        # In parquet, fields that a message lacks are None. Remove them, because a template would render them.
-        messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    def tokenize(messages: Messages, tools: Sequence | None = None) -> tuple[list[int], list[bool]]:
         turns = f"a conversation of turns {', '.join(str(message['role']) for message in messages)}"
+        if tools and not takes_tools:
+            raise ValueError("the row has tools, but the chat template does not use them: remove the column 'tools'")
+        tools = _plain_tools(tools) if tools else None
+        render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False, tools=tools)
         try:
-            text, spans = render(tokenizer, template, messages)
-        except TemplateError as error:
+            messages = _plain_messages(messages, render)
+            text, spans = _by_tags(tokenizer, template, messages, tools) if has_tags else _by_turns(render, messages)
+        except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template rejects {turns} ({error}): fix the row") from error
         if not any(start < stop for start, stop in spans):
             raise ValueError(f"no assistant text in {turns}: remove the row or fix its roles")
@@ -59,28 +71,127 @@ def chat_tokenizer(tokenizer: Tokenizer) -> Callable[[Messages], tuple[list[int]
     return tokenize
 
 
-def _by_tags(tokenizer: Tokenizer, template: str, messages: Messages) -> tuple[str, Spans]:
+def prints_time(tokenizer: Tokenizer) -> bool:
+    return "strftime_now" in _template_of(tokenizer)
+
+
+def _template_of(tokenizer: Tokenizer) -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:  # no template, or several without a default
+        kind = f"{type(tokenizer).__name__} of {tokenizer.name_or_path!r}"
+        raise UsageError(f"messages need a chat template, but {kind} has none: use an instruct model") from error
+
+
+def _frozen(template: str, time: str | None) -> str:
+    """Replace calls of transformers' `strftime_now`, so that every row of a run, also resumed, has the same time."""
+    try:
+        moment = datetime.now() if time is None else datetime.fromisoformat(time)
+    except ValueError as error:
+        raise UsageError(f"--template_time={time} is not a time such as 2026-01-31T12:00:00: {error}") from error
+    frozen = _TIME_CALL.sub(lambda call: json.dumps(moment.strftime(call[2]), ensure_ascii=False), template)
+    if "strftime_now(" in frozen:
+        raise UsageError("the chat template prints the time in a computed format: write a constant format into it")
+    return frozen
+
+
+def _plain_messages(messages: Messages, render: Render) -> Messages:
+    """Join text parts, and drop keys that are None: in Arrow, fields that a message or tool call lacks are None.
+
+    A message of tool calls has no content then or, if the template needs one, the content "".
+    """
+    messages = [_without_nulls(message) for message in messages]
+    for message in messages:
+        if isinstance(parts := message.get("content"), list):
+            message["content"] = "".join(part if isinstance(part, str) else part["text"] for part in parts)
+    blank = [{"content": ""} | message for message in messages]
+    try:
+        if messages != blank:
+            render(messages)
+    except Exception:
+        return blank
+    return messages
+
+
+def _without_nulls(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _plain_tools(tools: object) -> list:
+    """Return tools as a list of JSON schemas. Each, or the whole list, may be JSON text, which suits Arrow."""
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return [json.loads(tool) if isinstance(tool, str) else _without_nulls(tool) for tool in tools]
+
+
+def _by_tags(tokenizer: Tokenizer, template: str, messages: Messages, tools: Sequence | None) -> tuple[str, Spans]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    options = {"chat_template": _COPY + template, "return_assistant_tokens_mask": True}
+    options = {"chat_template": _COPY + template, "return_assistant_tokens_mask": True, "tools": tools}
     with _COPY_IN_USE:
         texts, spans = render_jinja_template([messages], **options, **tokenizer.special_tokens_map)
     return texts[0], spans[0]
 
 
-def _by_prefixes(tokenizer: Tokenizer, template: str, messages: Messages) -> tuple[str, Spans]:
-    """Return the text and each assistant turn's span, found by rendering the turns before it, without and with it."""
-    render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
+def _by_turns(render: Render, messages: Messages) -> tuple[str, Spans]:
+    """Return the text, and the span from each assistant turn's generation prompt to the turn's end."""
     text, spans = render(messages), []
     for turn in (turn for turn, message in enumerate(messages) if message["role"] == "assistant"):
-        if turn == 0:
-            raise ValueError(f"turn 0 is the assistant's, with no turn before it: add a user's turn, or {_HOW_TO_TAG}")
-        before = render(messages[:turn], add_generation_prompt=True)
+        before = render(messages[:turn], add_generation_prompt=True) if turn else ""
         through = render(messages[: turn + 1])
-        if not (through.startswith(before) and text.startswith(through)):
-            raise ValueError(f"the template changes earlier text at turn {turn} (the assistant's): {_HOW_TO_TAG}")
-        spans.append((len(before), len(through)))
+        is_prefix = turn and through.startswith(before) and text.startswith(through)
+        spans.append((len(before), len(through)) if is_prefix else _span(render, messages, turn, text))
     return text, spans
+
+
+def _span(render: Render, messages: Messages, turn: int, text: str) -> tuple[int, int]:
+    """Find an assistant turn in `text`, in which the template renders turns otherwise than without the later ones.
+
+    Qwen3's, for instance, drops the thoughts of earlier turns. So replace the turn's content by a mark: what the text
+    has in common before and after the mark is not the turn's. Marking the turn before it, too, shows where it begins.
+    """
+    marked = _with_mark(messages, turn, _MARK)
+    head, *tails = render(marked).split(_MARK)
+    if turn:
+        both = _with_mark(marked, turn - 1, _MARK_BEFORE)
+        gap = render(both).partition(_MARK_BEFORE)[2].partition(_MARK)[0]  # the turn's header, and what comes before it
+        prompt = render(both[:turn], add_generation_prompt=True).partition(_MARK_BEFORE)[2]
+    else:
+        gap = prompt = ""
+    start = len(head) - len(gap) + len(commonprefix([gap, prompt]))
+    rest = len(text) - len(tails[0]) if len(tails) == 1 else -1  # where the text continues as after the mark
+    if not (head.endswith(gap) and text.startswith(head[:start]) and start <= rest and text.endswith(tails[0])):
+        raise ValueError(
+            f"the assistant's text of turn {turn} cannot be found in what the template renders: {_HOW_TO_TAG}"
+        )
+    ending = commonprefix([tails[0], render(marked[: turn + 1]).partition(_MARK)[2]])  # such as an end token
+    return start, rest + len(ending)
+
+
+def _with_mark(messages: Messages, turn: int, mark: str) -> Messages:
+    """Put a mark in place of a turn's content or, if it only calls tools, of the name of the first called function."""
+    message = messages[turn]
+    if message.get("content") or not message.get("tool_calls"):
+        message = {**message, "content": mark}
+    else:
+        first, *others = message["tool_calls"]
+        named = {"function": {**first["function"], "name": mark}} if "function" in first else {"name": mark}
+        message = {**message, "tool_calls": [{**first, **named}, *others]}
+    return [*messages[:turn], message, *messages[turn + 1 :]]
+
+
+def _check_template(render: Render) -> None:
+    """Raise UsageError if the assistant's text cannot be found even in a simple conversation."""
+    from jinja2 import TemplateError
+
+    turns = [{"role": role, "content": f"{role} {number}"} for number in (1, 2) for role in ("user", "assistant")]
+    try:
+        _by_turns(render, turns)
+    except (TemplateError, TypeError):  # the template takes other conversations, which rows may have
+        return
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _tokenize_whole(tokenizer: Tokenizer, text: str, spans: Spans) -> tuple[list[int], list[bool]]:

@@ -7,12 +7,13 @@ the loss shifts labels by one. The first label must be IGNORED, because nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 from lowmem.data.batch import IGNORED, EncodedRow
 from lowmem.data.chat import Messages, chat_tokenizer
-from lowmem.data.files.columns import is_message
+from lowmem.data.files.columns import TOOLS_COLUMN, is_message
 from lowmem.data.rows import Row, Rows
 from lowmem.errors import ReadError, RowError, UsageError
 
@@ -36,11 +37,14 @@ def make_encoder(
     response_column: str | None = "response",
     text_column: str | None = None,
     messages_column: str | None = None,
+    template_time: str | None = None,
+    num_embeddings: int | None = None,
 ) -> Encode:
     """Make an encoder for the given columns: text, messages, or (by default) prompts and responses.
 
     Raises UsageError for columns that exclude each other or do not fit the model, and for messages without a chat
-    template. The encoder raises ValueError for a row in which a column is missing or has the wrong type.
+    template. The encoder raises ValueError for a row in which a column is missing or has the wrong type, or whose
+    tokens exceed `num_embeddings`, the model's number of embeddings.
     """
     given = {"text_column": text_column, "messages_column": messages_column}
     named = [f"{name}={column}" for name, column in given.items() if column is not None]
@@ -49,11 +53,27 @@ def make_encoder(
     if named and is_encoder_decoder:
         raise UsageError(f"{named[0]} needs a causal model, got an encoder-decoder: set prompt_column, response_column")
     if text_column is not None:
-        return encode_text(tokenizer, max_seq_len=max_seq_len, text_column=text_column)
-    if messages_column is not None:
-        return encode_chat(tokenizer, max_seq_len=max_seq_len, messages_column=messages_column)
-    encode = encode_seq2seq if is_encoder_decoder else encode_causal
-    return encode(tokenizer, max_seq_len=max_seq_len, prompt_column=prompt_column, response_column=response_column)
+        kind, columns = encode_text, {"text_column": text_column}
+    elif messages_column is not None:
+        kind, columns = encode_chat, {"messages_column": messages_column, "template_time": template_time}
+    else:
+        kind = encode_seq2seq if is_encoder_decoder else encode_causal
+        columns = {"prompt_column": prompt_column, "response_column": response_column}
+    encode = kind(tokenizer, max_seq_len=max_seq_len, **columns)
+    return encode if num_embeddings is None else _checked(encode, tokenizer, num_embeddings)
+
+
+def _checked(encode: Encode, tokenizer: Tokenizer, num_embeddings: int) -> Encode:
+    def encode_and_check(row: Mapping[str, object]) -> EncodedRow:
+        encoded = encode(row)
+        largest = max(chain(encoded["input_ids"], encoded["labels"]), default=0)
+        if largest >= num_embeddings:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            what = f"token {token!r} has the id {largest}, but the model has {num_embeddings} embeddings"
+            raise ValueError(f"{what}: use the model's own tokenizer, or remove this token from the row")
+        return encoded
+
+    return encode_and_check
 
 
 def encode_seq2seq(
@@ -110,12 +130,17 @@ def encode_text(tokenizer: Tokenizer, *, max_seq_len: int, text_column: str = "t
     return encode
 
 
-def encode_chat(tokenizer: Tokenizer, *, max_seq_len: int, messages_column: str = "messages") -> Encode:
-    """Encode chats for causal models, truncated to `max_seq_len`. Targets are the assistant's tokens."""
-    tokenize = chat_tokenizer(tokenizer)
+def encode_chat(
+    tokenizer: Tokenizer, *, max_seq_len: int, messages_column: str = "messages", template_time: str | None = None
+) -> Encode:
+    """Encode chats for causal models, truncated to `max_seq_len`. Targets are the assistant's tokens.
+
+    A row may have a column "tools" for the template. Templates print `template_time` (ISO 8601) as the current time.
+    """
+    tokenize = chat_tokenizer(tokenizer, time=template_time)
 
     def encode(row: Mapping[str, object]) -> EncodedRow:
-        ids, is_assistant = tokenize(_messages(row, messages_column))
+        ids, is_assistant = tokenize(_messages(row, messages_column), row.get(TOOLS_COLUMN))
         labels = [token if is_target else IGNORED for token, is_target in zip(ids, is_assistant, strict=True)]
         labels[0] = IGNORED
         return _encoded(ids[:max_seq_len], labels[:max_seq_len], num_cut=max(0, len(ids) - max_seq_len))
@@ -151,7 +176,7 @@ def _messages(row: Mapping[str, object], column: str) -> Messages:
         raise ValueError(f"{what}, [{{'role': ..., 'content': ...}}, ...], found {_found(row, column)}")
     for turn, message in enumerate(value):
         if not is_message(message):
-            raise ValueError(f"{what} whose role and content are text, turn {turn} is {message!r:.80}: {_REMEDY}")
+            raise ValueError(f"{what} with a role and text or tool calls, turn {turn} is {message!r:.80}: {_REMEDY}")
     return value
 
 

@@ -9,6 +9,7 @@ from lowmem.data.files.source import Files
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import Rows, as_rows
 from lowmem.data.steps import batch_of
+from lowmem.distributed.placement import given_or_only_rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +31,13 @@ def open_eval(
     encode: Encode,
     *,
     batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
+    rank: int | None = None,
+    world_size: int | None = None,
     collate: Collate = collate,
     quarantine: Quarantine | None = None,
 ) -> EvalBatches:
     """Open files or rows for evaluation. With a `quarantine`, skip rows that cannot be read or encoded."""
-    rows = as_rows(files)
+    rows, (rank, world_size) = as_rows(files), given_or_only_rank(rank, world_size)
 
     def batch_at(index: int) -> Batch:
         first = (index * world_size + rank) * batch_size

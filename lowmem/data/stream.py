@@ -13,6 +13,7 @@ from lowmem.data.files.source import Files
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import Rows, as_rows
 from lowmem.data.steps import Step, Steps
+from lowmem.distributed.placement import given_or_only_rank
 from lowmem.errors import UsageError
 
 
@@ -144,8 +145,8 @@ def open_stream(
     gradient_accumulation_steps: int = 1,
     global_batch_size: int | None = None,
     seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
+    rank: int | None = None,
+    world_size: int | None = None,
     shuffle: bool = True,
     collate: Collate = collate,
     packed_seq_len: int | None = None,
@@ -157,12 +158,13 @@ def open_stream(
     """Open a Stream over files (see `open_rows`) or over rows that are already open.
 
     A step takes `batch_size * gradient_accumulation_steps * world_size` rows, or `global_batch_size` rows in the fewest
-    equal micro-batches of at most `batch_size`. `rank` and `world_size` count data-parallel ranks. With
+    equal micro-batches of at most `batch_size`. `rank` and `world_size` count data-parallel ranks (see `data_place`;
+    None is for one process). With
     `packed_seq_len`, causal rows are packed into sequences of at most that many tokens (see `check_packing`). A thread
     encodes `prefetch` steps ahead (0: no thread). With a `quarantine`, skips rows that cannot be read or encoded.
     `accept_changed_data`: see `load_state_dict`. `pin_memory` pins batches for copies to a GPU (None: if there is one).
     """
-    rows = as_rows(files)
+    rows, (rank, world_size) = as_rows(files), given_or_only_rank(rank, world_size)
     if global_batch_size is None:
         global_batch_size = batch_size * gradient_accumulation_steps * world_size
     elif gradient_accumulation_steps != 1:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lowmem.distributed.collectives import raise_on_all_ranks, rank_and_world_size, report_failure
+from lowmem.errors import UsageError
 
 TENSOR_PARALLEL_MESH = ("data", "tensor")
 """Names of the mesh dimensions under tensor parallelism."""
@@ -55,6 +56,18 @@ def data_place(model: nn.Module) -> DataParallelRank:
     if mesh is None:
         return DataParallelRank(*rank_and_world_size(), is_counted=True, group=None)
     return DataParallelRank(mesh.get_local_rank(0), mesh.size(0), mesh.get_local_rank(1) == 0, mesh.get_group(0))
+
+
+def given_or_only_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Return the given coordinates or, if none are given and there is only one process, (0, 1). Else raise UsageError.
+
+    With several processes, the default would silently give each of them all rows.
+    """
+    num_processes = rank_and_world_size()[1]
+    if rank is None and world_size is None and num_processes > 1:
+        what = f"{num_processes} processes need rank and world_size, so that each reads its own rows"
+        raise UsageError(f"{what}: pass **data_place(model).coordinates")
+    return rank or 0, world_size or 1
 
 
 def is_sharded(model: nn.Module) -> bool:

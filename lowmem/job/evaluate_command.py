@@ -10,7 +10,7 @@ from lowmem.data.rows import Rows
 from lowmem.distributed.consistency import check_same_inputs, check_same_model
 from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
-from lowmem.evaluation import make_evaluation
+from lowmem.evaluation import Evaluation
 from lowmem.loss import LOSSES
 from lowmem.model import load_model
 from lowmem.report import print_answers, print_lines
@@ -24,7 +24,9 @@ def evaluate_model(config: TrainConfig, test_rows: Rows) -> None:
     check_same_model(model, tokenizer, weights=True)
     model = parallelize(model, accelerator)
     encode = make_encoder(tokenizer, is_encoder_decoder=model.config.is_encoder_decoder, **config.encoding)
-    measure = make_evaluation(model, tokenizer, encode, LOSSES[config.loss], accelerator, **config.evaluation)
+    measure = Evaluation(
+        model, tokenizer, encode, LOSSES[config.loss], accelerator, tell=print_lines, **config.evaluation
+    )
     metrics, answers = measure(test_rows, "test")
     if accelerator.is_main_process:
         print_answers(answers)

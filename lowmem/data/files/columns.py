@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 from lowmem.data.files.source import Row, Source
 from lowmem.errors import UsageError
 
+TOOLS_COLUMN = "tools"
+"""Chat rows may have this column: the tools that the assistant can call, as JSON schemas."""
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -35,6 +38,8 @@ def select_columns(source: Source, schema: "pa.Schema", wanted: Mapping[str, str
         if not _holds(found, kind):
             what = "text" if kind == "text" else "messages (lists of structs with text role and content)"
             raise UsageError(f"{source}: column {column!r} must hold {what}, found {found}: name another column")
+    if "messages" in (wanted or {}).values():
+        names = names + [name for name in (TOOLS_COLUMN,) if name in schema.names and name not in names]
     return pa.schema([schema.field(name) for name in names])
 
 
@@ -45,7 +50,17 @@ def _check_present(source: Source, wanted: Iterable[str], present: Sequence[str]
 
 
 def is_message(value: object) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(value.get(name), str) for name in ("role", "content"))
+    """Whether `value` has a role, and either text, a list of text parts, or tool calls without content."""
+    if not (isinstance(value, Mapping) and isinstance(value.get("role"), str)):
+        return False
+    content = value.get("content")
+    if isinstance(content, list):
+        return all(isinstance(part, str) or _is_text_part(part) for part in content)
+    return isinstance(content, str) or (content is None and bool(value.get("tool_calls")))
+
+
+def _is_text_part(value: object) -> bool:
+    return isinstance(value, Mapping) and value.get("type", "text") == "text" and isinstance(value.get("text"), str)
 
 
 def _holds(found: "pa.DataType", kind: str) -> bool:
@@ -55,5 +70,10 @@ def _holds(found: "pa.DataType", kind: str) -> bool:
         found = found.value_type if types.is_dictionary(found) else found
         return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
     is_list = types.is_list(found) or types.is_large_list(found)
-    fields = found.value_type if is_list and types.is_struct(found.value_type) else ()
-    return {"role", "content"} <= {field.name for field in fields if _holds(field.type, "text")}
+    fields = (
+        {field.name: field.type for field in found.value_type} if is_list and types.is_struct(found.value_type) else {}
+    )
+    if not {"role", "content"} <= fields.keys() or not _holds(fields["role"], "text"):
+        return False
+    content = fields["content"]
+    return _holds(content, "text") or types.is_null(content) or types.is_list(content) or types.is_large_list(content)
