@@ -33,7 +33,7 @@ def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) 
 def chunked_loss(
     model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0, slice_elements: int | None = None
 ) -> Tensor:
-    """Compute `plain_loss` from `slice_elements` logits at a time (default: SLICE_ELEMENTS), in forward and backward.
+    """Compute `plain_loss` from about `slice_elements` (None: SLICE_ELEMENTS) logits at once, in forward and backward.
 
     Calls the whole model, so that its wrapper's hooks run, but replaces the output head's forward, so that only
     positions with a target get logits. Raises UsageError if the head is not linear or if the model changes its logits
@@ -75,7 +75,7 @@ def _call_with_head(
         raise
     finally:
         del head.forward
-    # a model that keeps the logits returns this tensor or, after DeepSpeed's hooks, a new one that shares its memory
+    # a model that does not change logits returns this tensor or, after DeepSpeed's hooks, one that shares its memory
     if logits is not returned and not (uses_zero3(model) and logits.data_ptr() == returned.data_ptr()):
         raise changes
     return logits

@@ -112,7 +112,7 @@ sys.addaudithook(saving)
 
 
 @pytest.mark.parametrize(("reading", "step"), [(1, 2), (2 * 4 + 1, STEPS)])
-def test_a_signal_while_evaluating_ends_the_run_after_that_step_is_saved(reading, step, work, uninterrupted):
+def test_a_signal_while_evaluating_a_step_ends_the_run_after_that_step_is_saved(reading, step, work, uninterrupted):
     """If the signal comes at the last step, the first run does not save the final model, but the resumed run does."""
     with catching_signals() as signals:
         held_out = Rows(qa_rows(4), reading, signalling(signals))
@@ -123,7 +123,7 @@ def test_a_signal_while_evaluating_ends_the_run_after_that_step_is_saved(reading
     assert_resumed_to_the_same_end(work, name, uninterrupted)
 
 
-def test_a_signal_before_training_saves_nothing_and_evaluates_nothing(work, uninterrupted):
+def test_a_run_signalled_before_training_saves_nothing_and_evaluates_nothing(work, uninterrupted):
     with catching_signals() as signals:
         signalling(signals)()
         assert run_here(work, "before", ROWS, qa_rows(4), signals, eval_on_start=True) == (0, True)

@@ -35,7 +35,7 @@ class Batch:
 
 
 class UnreadableStep(Sequence[Batch]):
-    """A step whose rows could not be read. Any access raises the error, and `train_step` makes all ranks raise it."""
+    """A step whose rows could not be prepared. Using it raises the error, and `train_step` makes all ranks raise."""
 
     def __init__(self, error: Exception):
         self.error = error
@@ -51,11 +51,11 @@ Collate = Callable[[Sequence[EncodedRow]], Batch]
 
 
 def collate(rows: Sequence[EncodedRow], *, causal: bool = False) -> Batch:
-    """Pad encoded rows on the right to the longest, count their targets, and add a mask if one is needed.
+    """Pad encoded rows on the right, count their targets, and add a mask if one is needed.
 
-    Returns int64 `input_ids` (rows, input length), `labels` (rows, label length) and, if needed, `attention_mask` or
+    Makes int64 `input_ids` (rows, input length), `labels` (rows, label length) and, if needed, `attention_mask` or
     (packed rows) `position_ids`, shaped like `input_ids`. Widths are multiples of 8 unless all inputs are equally long.
-    Set `causal` if the model's tokens never attend to later ones, because padding on the right then needs no mask.
+    Set `causal` if the model's tokens never attend to later ones, because padding after targets then needs no mask.
     """
     lengths = [len(row["input_ids"]) for row in rows]
     # Use the same multiple for inputs and labels, because a causal row needs a label for each token.
@@ -70,7 +70,7 @@ def collate(rows: Sequence[EncodedRow], *, causal: bool = False) -> Batch:
         positions = [[*row["position_ids"], *range(width - len(row["position_ids"]))] for row in rows]
         inputs["position_ids"] = torch.tensor(positions, dtype=torch.int64)
     # Add a mask only if needed: causal-only attention kernels reject masks, and a mask makes T5 need a bias per row.
-    # Rows without targets are prompts. They need the mask, because it shows `generate` where each prompt ends.
+    # Rows without targets may be prompts, which need the mask, because it shows `generate` where each prompt ends.
     elif min(lengths) < width and not (causal and is_target.any(1).all()):
         inputs["attention_mask"] = _pad([[1] * length for length in lengths], 0, multiple)
     return Batch(inputs, num_targets=int(is_target.sum()), row_ids=[])

@@ -21,8 +21,8 @@ Spans = list[tuple[int, int]]  # [start, stop) of the assistant's characters, in
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _HOW_TO_TAG = "put {% generation %} and {% endgeneration %} around the assistant's text in the chat template"
 
-# transformers caches compiled templates by text, and a compiled template records the spans of tags for only one thread.
-# So render a copy under a lock. This comment renders as nothing but changes the text, so the copy is cached separately.
+# transformers caches compiled templates by text, and each can record tagged spans for only one thread at a time. So
+# render a copy under a lock. Its comment renders as nothing, yet changes the text, so the copy is cached separately.
 _COPY = "{#- lowmem's own copy #}\n"
 _COPY_IN_USE = Lock()
 
@@ -31,8 +31,8 @@ def chat_tokenizer(tokenizer: Tokenizer) -> Callable[[Messages], tuple[list[int]
     """Make a thread-safe function `messages -> (ids, is_assistant)`, where `is_assistant` marks the assistant's tokens.
 
     The assistant's text is what {% generation %} tags enclose. Without tags, it is what each assistant turn adds to
-    the earlier turns and the generation prompt. A token belongs to the turn of its last character. Raises UsageError if
-    there is no chat template. The function raises ValueError if the template rejects turns or there is no such text.
+    the earlier turns and the generation prompt. A token belongs to the turn of its last character. Raises UsageError
+    without a chat template. The returned function raises ValueError if turns are rejected or lack assistant text.
     """
     from jinja2 import TemplateError
 

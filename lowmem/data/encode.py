@@ -1,7 +1,7 @@
 """Encode rows as token ids. An encoder is any function `row -> {"input_ids": list[int], "labels": list[int]}`.
 
-Labels are token ids, or IGNORED where there is no target. For a causal model, a label equals the input id at its place;
-the loss shifts labels by one. The first label must be IGNORED, because nothing predicts the first token.
+Labels are token ids, or IGNORED where there is no target. For causal models, a target equals the input id at its place;
+the loss shifts labels by one, and the first must be IGNORED, because nothing predicts the first token.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def make_encoder(
 ) -> Encode:
     """Make an encoder for the given columns: text, messages, or (by default) prompts and responses.
 
-    Raises UsageError for columns that exclude each other or do not fit the model, and for messages without a chat
+    Raises UsageError for columns that exclude each other or do not fit the model, and for messages if there is no chat
     template. The encoder raises ValueError for a row in which a column is missing or has the wrong type.
     """
     given = {"text_column": text_column, "messages_column": messages_column}

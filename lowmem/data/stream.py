@@ -1,4 +1,4 @@
-"""An endless stream of optimizer steps, each a list of micro-batches. The state of a stream is one integer."""
+"""An endless stream of optimizer steps, each a list of micro-batches. The position in a stream is one integer."""
 
 import time
 from collections import Counter, deque
@@ -19,8 +19,8 @@ from lowmem.errors import UsageError
 class Stream:
     """Endless iterator of `list[Batch]`: the micro-batches of one optimizer step on this rank.
 
-    `position` counts the rows that all ranks together have trained on. Only `advance`, called by each optimizer step,
-    increases it. `iter(stream)` starts at `position`. A background thread encodes up to `prefetch` steps ahead.
+    `position` counts the rows of the steps done, over all ranks. Each optimizer step calls `advance` to increase it.
+    `iter(stream)` starts at `position`. A background thread encodes up to `prefetch` steps ahead.
     """
 
     def __init__(self, steps: Steps, *, prefetch: int, quarantine: Quarantine | None, accept_changed_data: bool):
@@ -157,7 +157,7 @@ def open_stream(
     """Open a Stream over files (see `open_rows`) or over rows that are already open.
 
     A step takes `batch_size * gradient_accumulation_steps * world_size` rows, or `global_batch_size` rows in the fewest
-    equal micro-batches of at most `batch_size`. `rank` and `world_size` count data-parallel ranks. With
+    micro-batches of nearly equal size, at most `batch_size`. `rank` and `world_size` count data-parallel ranks. With
     `packed_seq_len`, causal rows are packed into sequences of at most that many tokens (see `check_packing`). A thread
     encodes `prefetch` steps ahead (0: no thread). With a `quarantine`, skips rows that cannot be read or encoded.
     `accept_changed_data`: see `load_state_dict`. `pin_memory` pins batches for copies to a GPU (None: if there is one).
