@@ -47,7 +47,7 @@ def parse_flags() -> argparse.Namespace:
 
 # --- in each rank
 def new_step(flags: argparse.Namespace) -> tuple[Callable[[], None], int]:
-    """Return a function that takes one optimizer step (without a heartbeat), and the model's number of weights."""
+    """Return a function that takes one optimizer step, and the model's number of weights. Starts no heartbeat."""
     from accelerate import Accelerator
 
     from lowmem import TrainState, chunked_loss, load_model, make_optimizer, parallelize, train_step
@@ -162,7 +162,7 @@ def table(records: list[Record]) -> str:
     step, agreement, cores = median(without), record["agreement_seconds"], record["heartbeat_cores"]
     rounds = len(record["seconds"]["with"])
     lines += [
-        f"{len(with_it)} steps each in {rounds} interleaved rounds; {WORLD_SIZE} processes, one thread each; medians.",
+        f"Medians: {len(with_it)} steps of each kind, {rounds} interleaved rounds; {WORLD_SIZE} one-thread processes.",
         "",
         "| | | share of a step |",
         "|---|---:|---:|",

@@ -39,7 +39,7 @@ def streaming_draw(file: str, num_drawn: int, rank: int = 0, world_size: int = 1
 def streaming_pass(file: str, folder: str, num_rows: int) -> Record:
     """Read one uninterrupted epoch; save the order of its rows, and the stream's state at each of EPOCH_FRACTIONS.
 
-    If `data.py` kills this process at the time limit, the saved order has -1 for each row that was not reached.
+    If `data.py` kills this process at the time limit, the saved order has -1 at each position that was not reached.
     """
     rows = open_streaming(file)
     order = np.lib.format.open_memmap(f"{folder}/order.npy", mode="w+", dtype=np.int64, shape=(num_rows,))
@@ -53,7 +53,7 @@ def streaming_pass(file: str, folder: str, num_rows: int) -> Record:
 
 
 def streaming_resume(file: str, folder: str, fraction: float) -> Record:
-    """Time the first batch after loading a saved state; at the largest fraction, also count lost and repeated rows."""
+    """Time a resume up to its first batch; at the largest fraction, also count lost and repeated rows."""
     import datasets  # noqa: F401
 
     import_all()
@@ -67,7 +67,7 @@ def streaming_resume(file: str, folder: str, fraction: float) -> Record:
     order = np.load(f"{folder}/order.npy", mmap_mode="r")
     position = int(len(order) * fraction)
     record = {"seconds": seconds, "same_rows": first == order[position : position + BATCH_SIZE].tolist()}
-    if fraction == max(EPOCH_FRACTIONS):  # only there, because otherwise the rest of the epoch takes too long
+    if fraction == max(EPOCH_FRACTIONS):  # at smaller fractions, the rest of the epoch takes too long
         times = np.zeros(len(order), np.int64)
         np.add.at(times, [*order[:position], *first, *(number_of(row) for row in iterator)], 1)
         record |= {"lost_rows": int((times == 0).sum()), "repeated_rows": int((times > 1).sum())}
@@ -108,7 +108,7 @@ def on_disk_draw(file: str, cache: str, num_drawn: int, rank: int = 0, world_siz
 
 
 def on_disk_resume(file: str, cache: str, fraction: float) -> Record:
-    """Time the first batch after resuming as Trainer does, by skipping the loader's first batches."""
+    """Time a resume up to its first batch, as in Trainer: it skips the loader's first batches."""
     import datasets  # noqa: F401
     import torch
     from accelerate import skip_first_batches

@@ -3,7 +3,7 @@
     python benchmarks/checkpoint.py --folder=/tmp/checkpoints --output=benchmarks/results/checkpoint.jsonl
     python benchmarks/checkpoint.py --quick
 
-Appends JSON lines to --output, and writes a table of medians to the .md file of the same name. See README.md.
+Appends JSON lines to --output, and writes tables (of medians) to the .md file of the same name. See README.md.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from lowmem.config.presets import MODEL_SHAPES
 
 LIMIT_SECONDS = 600
 
-# Two columns of the table are not measured: they come from the source and documentation of the measured versions.
+# Two columns of the second table are not measured, but come from source and documentation of the measured versions.
 KNOWN = {
     "lowmem": ("yes", "yes"),
     "accelerate": ("no", "weights and optimizer, but neither the random state nor the position in the rows"),
@@ -70,7 +70,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(system: str, folder: Path, flags: argparse.Namespace, *, is_load: bool) -> Record:
-    """Save into `folder` or load from it, in new processes; each value of the record is the largest of any rank.
+    """Save into `folder` or load from it, in new processes; seconds and bytes are the largest of any rank.
 
     Raises RuntimeError with the last line that the first failed rank printed to stderr.
     """

@@ -48,7 +48,7 @@ def memory_field(record: Record) -> str:
 def versions(runs: dict[str, list[Record]]) -> dict[str, str]:
     """Return the version of each package.
 
-    If a later system has other versions, they are listed after its package: "llamafactory": "0.9.5 (with torch 2.4.0)".
+    A later system's package is followed by the system's differing versions: "llamafactory": "0.9.5 (with torch 2.4.0)".
     """
     found: dict[str, str] = {}
     for of in runs.values():

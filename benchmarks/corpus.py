@@ -47,7 +47,7 @@ def texts(generator: np.random.Generator, num_rows: int, fewest: int, most: int)
 
 
 def block(number: int):
-    """Return a table of _BLOCK_ROWS rows of about 75 bytes. Prompts start with the row's number, for `number_of`."""
+    """Return a table of _BLOCK_ROWS rows of about 75 bytes. A prompt starts with 10**8 + its row's number."""
     import pyarrow as pa
     from pyarrow import compute
 
@@ -62,7 +62,7 @@ def number_of(row: dict[str, str]) -> int:
 
 
 def tables(num_rows: int, rows_each: int) -> Iterator:
-    """Yield the first `num_rows` rows in tables of `rows_each` rows. `rows_each` does not change the rows."""
+    """Yield the first `num_rows` rows, the same for any `rows_each`, in tables of at most `rows_each` rows."""
     import pyarrow as pa
 
     rest = block(0).slice(0, 0)

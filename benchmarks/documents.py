@@ -36,7 +36,7 @@ _PART = re.compile(r"<!-- begin (\w+),[^>]*-->\n.*?<!-- end \1 -->", re.DOTALL)
 
 
 def render(name: str, summary: summaries.Summary, file: str) -> str:
-    """Render a part from the results file `file`, and add the two comments around the part."""
+    """Render a part from `file`, and add the two comments around the part."""
     text = (ROOT / file).read_text()
     lines = summary(list(map(json.loads, text.splitlines())) if file.endswith(".jsonl") else text)
     begin = f"<!-- begin {name}, written by benchmarks/documents.py from {file}: do not edit -->"

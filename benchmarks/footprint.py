@@ -31,7 +31,7 @@ class Model:
 
 @dataclass(frozen=True)
 class System:
-    """The settings of one run."""
+    """The settings of one system."""
 
     loop: str
     """lowmem or trainer."""
@@ -50,7 +50,7 @@ class System:
 
 @dataclass(frozen=True)
 class Work:
-    """The settings of an optimizer step. Two micro-batches suffice, because more take no more memory."""
+    """The settings of an optimizer step. More than two micro-batches take no more memory than two."""
 
     micro_batches: int
     max_grad_norm: float

@@ -12,9 +12,9 @@ import psutil
 
 
 def launch_command(launcher: str, processes: int, *options: str, interpreter: str = sys.executable) -> list[str]:
-    """Return the command, up to the script's name, that starts a script in `processes` processes on a free port.
+    """Return the command, up to the script's name, that starts a script in `processes` processes (python: in one).
 
-    `options` are flags of the launcher. The launcher comes from the Python environment of `interpreter`.
+    The launcher uses a free port and the flags `options`. It comes from the Python environment of `interpreter`.
     """
     with socket.socket() as listener:
         listener.bind(("localhost", 0))

@@ -96,7 +96,7 @@ def lowmem_rows(file: str, num_drawn: int) -> Record:
 
 
 def lowmem_resume(file: str, folder: str, fraction: float) -> Record:
-    """Time the first batch after a resume at `fraction` epochs; compare its rows with an uninterrupted run's."""
+    """Time a resume at `fraction` epochs up to its first batch; compare the batch with an uninterrupted run's."""
     import_all()
     from lowmem.data.order import rows_at
 
@@ -136,7 +136,7 @@ def lowmem_wait(file: str, prefetch: int, num_steps: int) -> Record:
     _, stream = open_lowmem(file, encode, prefetch=prefetch)
     state = TrainState(model, make_optimizer(model), stream)
     for step, batches in enumerate(islice(stream, num_steps)):
-        if step == 2:  # the first two steps opened the file and filled the first window
+        if step == 2:  # the first two steps also fill the first window of rows
             started, waited = time.perf_counter(), stream.wait_seconds
         train_step(state, batches, plain_loss, accelerator, learning_rate=1e-4)
     seconds = time.perf_counter() - started

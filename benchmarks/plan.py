@@ -67,7 +67,7 @@ def config_for(shape: str, tier: str, flags: dict[str, object], folder: Path):
 
 
 def rows_for(config) -> list[dict[str, str]]:
-    """Return rows almost as long as `max_seq_len`, which `plan` assumes. Their lengths differ, so T5 needs a mask."""
+    """Return rows a little shorter than `plan` assumes (`max_seq_len`). Their lengths differ, so T5 needs a mask."""
     lengths = [config.max_seq_len - 1 - number % 5 for number in range(64)]  # the tokenizer adds an end token
     columns = [config.text_column] if config.text_column else [config.prompt_column, config.response_column]
     return [{column: "x" * length for column in columns} for length in lengths]
@@ -87,7 +87,7 @@ def measure(rank: int, processes: int, port: int, config, on_gpu: bool, results)
     from lowmem.distributed.signals import Signals
     from lowmem.train import train
 
-    # make the allocator keep one sum for all threads, because gloo's threads free memory that this thread allocated
+    # make the allocator count all threads' bytes in one sum, because gloo's threads free what this thread allocated
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage").value = True
     torch.set_num_threads(1)

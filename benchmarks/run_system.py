@@ -20,7 +20,7 @@ from systems import SYSTEMS, WARM_UP_STEPS, Run, build, machine, resident_bytes
 
 
 def measured(run: Run, settings: SimpleNamespace) -> dict[str, object]:
-    """Return this process's record. Times and tokens exclude the first WARM_UP_STEPS steps."""
+    """Return this process's record. Speeds, CPU use and energy exclude the first WARM_UP_STEPS steps."""
     import torch
 
     assert len(run.losses) == len(run.marks) == settings.steps, "the system ran a different number of steps"

@@ -34,7 +34,7 @@ PROGRAM = Path(__file__).resolve().parents[1] / "train_low_mem.py"
 SAVE_STEPS = 5
 MOST_SAVES = 2  # saves that a launch may start before its kill; a kill in the first loses all steps of the launch
 POLL_SECONDS = 0.0005
-LIMIT_SECONDS = 120  # the time limit of every wait
+LIMIT_SECONDS = 120  # the time limit of a wait; `Run.end` waits ten times as long
 
 VICTIMS = {"rank 0": (0,), "rank 1": (1,), "all": (0, 1)}
 """The ranks that each kind of kill hits; "all" includes the launcher."""
@@ -77,7 +77,7 @@ class Soak:
 def soak(folder: Path, *, kills: int, seed: int = 0, log: Callable[[str], None] = print) -> Soak:
     """Train in `folder` once without kills and once with `kills` kills, and compare the results.
 
-    Raises RuntimeError if a run fails or stalls for LIMIT_SECONDS, and UsageError if a checkpoint is damaged.
+    Raises RuntimeError if a run fails or a wait exceeds LIMIT_SECONDS, and UsageError if a checkpoint is damaged.
     """
     chance, aims = random.Random(seed), ("a save", "a step")
     deck = [(list(VICTIMS)[number % 3], aims[(number + number // 3) % 2]) for number in range(kills)]

@@ -29,7 +29,7 @@ WARM_UP_STEPS = 2  # not timed: in them, AdamW creates its moments, and allocato
 # --- the systems
 @dataclass(frozen=True)
 class System:
-    """The settings of one system. All other settings come from the flags and are the same for every system."""
+    """The settings of one system. All other settings are the same for every system."""
 
     loop: str
     """A module of `loops`."""
@@ -58,7 +58,7 @@ class System:
 
     @property
     def package(self) -> str | None:
-        """The package to install in addition to lowmem's dependencies."""
+        """The package to install in addition to lowmem's dependencies, if any."""
         return "llamafactory" if self.loop == "llamafactory" else "deepspeed" if self.zero_stage else None
 
     def cannot(self, *, is_causal: bool, processes: int) -> str:
@@ -111,7 +111,7 @@ class Run:
     imported_bytes: int
     """Resident bytes after imports, before the model is loaded."""
     losses: list[float] = field(default_factory=list)
-    """Mean loss over the targets of each optimizer step, in fp32."""
+    """Mean loss over the targets of each optimizer step, as the system reports it."""
     marks: list[Mark] = field(default_factory=list)
     """One `Mark` for each optimizer step, taken at its end."""
     first_step_at: float = 0.0
@@ -213,7 +213,7 @@ def machine() -> dict[str, object]:
 
 
 def joules() -> float | None:
-    """Return the joules used so far by CPU packages (RAPL) and this process's GPUs (pynvml); None without counters."""
+    """Return the joules used so far by CPU packages (RAPL) and the run's GPUs (pynvml); None without counters."""
     counters = [Path(zone, "energy_uj") for zone in Path("/sys/class/powercap").glob("intel-rapl:*[0-9]")]
     packages = [counter for counter in counters if counter.parent.name.count(":") == 1 and os.access(counter, os.R_OK)]
     counted = [int(counter.read_text()) / 1e6 for counter in packages]

@@ -33,7 +33,7 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name: str):
-    # PEP 562 calls this, so that `import lowmem` takes milliseconds and unused modules are never imported
+    # Python calls this (PEP 562), so that `import lowmem` takes milliseconds and imports none of these modules
     if name not in _MODULES:
         raise AttributeError(f"module 'lowmem' has no attribute {name!r}")
     return getattr(import_module(f"lowmem.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""The errors that lowmem raises on purpose. Each message says what was requested, what was found, and what to do."""
+"""The error classes of lowmem. Most messages say what was requested, what was found, and what to do."""
 
 
 class UsageError(ValueError):
@@ -10,11 +10,11 @@ class StartError(UsageError):
 
 
 class RankError(RuntimeError):
-    """Another rank failed; the message names that rank and its error."""
+    """Another rank failed or stopped responding; the message names it and its error, if known."""
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written; existing checkpoints are intact."""
+    """A checkpoint or model could not be written; existing ones are intact."""
 
 
 class OutOfMemory(RuntimeError):

@@ -109,7 +109,7 @@ def generate(
 
 
 def text_metrics(answers: Sequence[Answer], *, prefix: str = "eval") -> dict[str, float]:
-    """Return the fraction of exact matches (outer spaces ignored) and, with sacrebleu, chrF (0-100; Popovic, 2015)."""
+    """Return the fraction of exact matches (outer whitespace cut) and, with sacrebleu, chrF (0-100; Popovic, 2015)."""
     if not answers:
         return {}
     exact = [answer.prediction.strip() == answer.reference.strip() for answer in answers]

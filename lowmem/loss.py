@@ -36,7 +36,7 @@ def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) 
 def chunked_loss(
     model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0, slice_elements: int | None = None
 ) -> Tensor:
-    """Compute `plain_loss` from `slice_elements` logits at a time (default: SLICE_ELEMENTS), in forward and backward.
+    """Compute `plain_loss` from about `slice_elements` (None: SLICE_ELEMENTS) logits at once, in forward and backward.
 
     Calls the whole model, so that its wrapper's hooks run, but replaces the output head's forward, so that only
     positions with a target get logits. Raises UsageError if the head is not linear or if the model changes its logits
@@ -78,7 +78,7 @@ def _call_with_head(
         raise
     finally:
         del head.forward
-    # a model that keeps the logits returns this tensor or, after DeepSpeed's hooks, a new one that shares its memory
+    # a model that does not change logits returns this tensor or, after DeepSpeed's hooks, one that shares its memory
     if logits is not returned and not (uses_zero3(model) and logits.data_ptr() == returned.data_ptr()):
         raise changes
     return logits
@@ -114,7 +114,7 @@ def _loss_of(hidden: Tensor, *, head: nn.Linear, targets: Tensor, num_targets: i
 def check_model(
     model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor], *, packing: bool, max_seq_len: int
 ) -> None:
-    """Raise UsageError if the model cannot be trained with this loss, at this length or with packing, or adds a loss itself."""
+    """Raise UsageError if the model adds a loss itself, or does not support this loss, this length or packing."""
     base = unwrapped(model)
     if getattr(base.config.get_text_config(), "output_router_logits", False):
         what = f"with output_router_logits=True, {type(base).__name__} adds a router loss, which is not trained here"

@@ -1,4 +1,4 @@
-"""Build or load a model and its tokenizer; freeze parts of it."""
+"""Build or load a model and its tokenizer; freeze parts of the model."""
 
 import copy
 import json
@@ -72,7 +72,7 @@ def num_embeddings(model: PreTrainedModel) -> int:
 
 
 def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
-    """Freeze "embeddings" (with a tied output head) or "encoder" (not its embeddings). Others raise UsageError."""
+    """Freeze `parts`: "embeddings" (and a tied output head), "encoder" (not embeddings). Others raise UsageError."""
     if unknown := sorted(set(parts) - {"embeddings", "encoder"}):
         raise UsageError(f"{', '.join(unknown)} cannot be frozen: choose from embeddings and encoder")
     embeddings = set(model.get_input_embeddings().parameters())
@@ -228,7 +228,7 @@ def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
 
 
 def _is_byte_tokenizer(folder: Path) -> bool:
-    # AutoTokenizer may load a ByT5 folder as an empty tokenizer of the model's type, so check the folder's class here
+    # AutoTokenizer may load a ByT5 folder as an empty tokenizer of the model's type, so check the saved class here
     try:
         return json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "ByT5Tokenizer"
     except (OSError, ValueError, KeyError):

@@ -134,7 +134,7 @@ def _titles(runs: Mapping[str, Curves]) -> list[str]:
 
 
 def _columns(points: Points, first: int, last: int) -> list[float | None]:
-    """Return each chart column's mean; an empty column repeats the one before, or is None after the last point."""
+    """Return each chart column's mean; an empty one repeats the one before, or is None outside the points."""
     count = _WIDTH - _LABELS
     inside: list[list[float]] = [[] for _ in range(count)]
     for step, value in points:

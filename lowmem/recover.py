@@ -16,7 +16,7 @@ class Halving(NamedTuple):
 
     step: int
     rank: int
-    """The first rank that ran out of memory."""
+    """The lowest rank that ran out of memory."""
     batch_size: int
     """Rows per micro-batch until now. Each step now has `micro_batches` micro-batches of at most `smaller` rows."""
     smaller: int
@@ -26,7 +26,7 @@ class Halving(NamedTuple):
         return (
             f"step {self.step}: rank {self.rank} ran out of memory with micro-batches of {self.batch_size} rows. "
             f"Each process continues with {self.micro_batches} micro-batches of at most {self.smaller} rows: the same "
-            f"rows and, except for dropout, the same gradient. Set --batch_size={self.smaller} to avoid the retry"
+            f"rows and (up to rounding and dropout) gradient. Set --batch_size={self.smaller} to avoid the retry"
         )
 
 
@@ -41,8 +41,8 @@ def fitting_step(
 ) -> StepResult:
     """Run `train_step`. If forward or backward runs out of memory on any rank, retry with smaller micro-batches.
 
-    `batches` must be the last from `state.stream`. Before a retry, the stream halves its micro-batches and each rank
-    calls `tell`; except for rounding and dropout, the gradient is the same. Raises OutOfMemory if one row is too large.
+    `batches` must be what `state.stream` returned last. Before a retry, the stream halves its micro-batches and each
+    rank calls `tell`; except for rounding and dropout, the gradient is the same. Raises OutOfMemory if it cannot retry.
     """
     while True:
         try:

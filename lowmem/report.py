@@ -56,8 +56,7 @@ def peak_memory_bytes() -> dict[str, int]:
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, with floats in full precision. On a full disk, lines wait in memory.
 
-    Opening deletes the records after `step`, because a run that resumes there writes them again (None: deletes all).
-    `resumed_at` has the metrics of all records of `step`.
+    Opening deletes the records that a run resumed at `step` writes again (None: all). `resumed_at`: metrics of `step`.
     """
 
     def __init__(self, path: Path, *, step: int | None):
@@ -161,7 +160,7 @@ class Report:
     def resuming(
         self, checkpoint: Path | None, changes: Sequence[str], row_changes: Sequence[str], can_save: bool
     ) -> None:
-        """Print the checkpoint that this run resumes, what changed since then, and whether this run can save."""
+        """Print which checkpoint this run resumes, what changed since then, and a warning if this run cannot save."""
         if not can_save:
             self.print_lines("DeepSpeed runs save no checkpoints: a run that ends early must start again from step 0")
         if checkpoint:

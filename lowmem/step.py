@@ -74,12 +74,12 @@ def train_step(
     """Update `state` in place with the gradient of the mean loss over all targets of `batches` on all ranks.
 
     All losses are divided by one token count, so any split of the same rows into micro-batches and ranks gives the same
-    gradient. If loss or gradient is not finite, no rank updates weights (`release` has already updated some), and every
-    rank raises FloatingPointError if `nonfinite` is "stop", or counts the step if it is "skip". A step without any
-    target is counted too. If a rank cannot read its rows or fails in forward or backward, every rank raises that rank's
-    error: after running out of memory, StepTooLarge (see `fitting_step`), or OutOfMemory if the step cannot be repeated
-    (sharded model, `release`, or during the update). DDP may wrap `state.model`. Raises ValueError if `Gradients` does.
-    Cost: two small host collectives, one gradient reduction, one device sync.
+    gradient, except for rounding and dropout. If loss or gradient is not finite, no rank updates weights (`release` has
+    already updated some), and every rank raises FloatingPointError if `nonfinite` is "stop", or counts the step if it
+    is "skip". A step without any target is counted too. If a rank cannot read its rows or fails in forward or backward,
+    every rank raises its error, StepTooLarge if memory ran out (see `fitting_step`). A failure in a sharded model, with
+    `release` or in the update is raised on its rank only, OutOfMemory if memory ran out. DDP may wrap `state.model`.
+    Raises ValueError if `Gradients` does. Cost: two small host collectives, one gradient reduction, one device sync.
     """
     num_tokens, preempted = agree_to_start(state, batches, preempted)
     for group in state.optimizer.param_groups:
@@ -130,8 +130,8 @@ def why_no_update(
 ) -> str:
     """Return why this step must not update the weights, or "" if it may; the text is the same on every rank.
 
-    For a loss or gradient that is not finite, the text names the ranks and the rows of the affected micro-batches. Only
-    such a step needs the additional collectives and syncs.
+    For a loss or gradient that is not finite, the text names the ranks and rows of the micro-batches with such a loss
+    or, if there is none, of all. Only then are more collectives and syncs needed.
     """
     if torch.isfinite(loss + grad_norm).item():
         return "" if num_tokens else "no rank has a target token"

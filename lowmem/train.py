@@ -1,4 +1,4 @@
-"""The training loop, which uses every part of the library in order. Copy this file and change what you like."""
+"""The training loop, which uses the parts of the library in order. Copy this file and change what you like."""
 
 import dataclasses
 from collections.abc import Callable
@@ -59,9 +59,9 @@ def train(
 ) -> Outcome:
     """Train from the start or from a checkpoint, and save the model in `output_dir`/model.
 
-    After a signal on any rank, all ranks finish the current step or evaluation, save a checkpoint and end. If another
-    rank fails or stops responding, this rank calls `on_abort(message)` and exits. Each group of the config, such as
-    `config.sharding`, contains the keyword arguments of one function.
+    After a signal on any rank, all ranks finish the current step or evaluation, save a checkpoint (not with DeepSpeed)
+    and end. If another rank fails or is silent, this rank raises an error, or calls `on_abort(message)` and exits.
+    A group of the config, such as `config.sharding`, contains keyword arguments of one function.
     """
     # --- processes
     output = Path(config.output_dir)

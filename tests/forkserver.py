@@ -21,8 +21,8 @@ class Forked:
     """Call `function(*arguments)` in a new process and session; offer the methods of `subprocess.Popen` that tests use.
 
     Output goes to files, which are read after the process has ended. The process exits as an interpreter does:
-    SystemExit sets its exit code, and sys.excepthook and the atexit handlers run. Modules that `tests.preloaded`
-    imports do not see `env`, because they were imported before the fork.
+    SystemExit sets its exit code, and sys.excepthook and the atexit handlers run. `tests.preloaded`
+    imports modules before the fork, so code that runs at their import does not see `env`.
     """
 
     def __init__(

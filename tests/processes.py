@@ -1,4 +1,4 @@
-"""Run command lines as real processes, and find free ports; every wait has a timeout."""
+"""Run commands and functions in real processes, and find free ports; every wait has a timeout."""
 
 import os
 import runpy
@@ -21,7 +21,7 @@ Process = subprocess.Popen | Forked
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Return this process's environment without launcher variables, set to one thread, with this checkout importable.
+    """Return this process's environment without launcher variables, for one thread, with this checkout importable.
 
     GPUs are hidden, because NCCL refuses ranks that share a GPU.
     """
@@ -58,7 +58,7 @@ def started(*command: object, cwd: Path = ROOT, **changes: str) -> Iterator[subp
 def started_function(
     function: Callable[..., object], *arguments: object, cwd: Path = ROOT, **changes: str
 ) -> Iterator[Forked]:
-    """Call `function(*arguments)` in a process that is forked from an interpreter with the imports loaded."""
+    """Call `function(*arguments)` in a process that is forked from an interpreter that has imported lowmem."""
     with ended(Forked(function, *arguments, env=environment(**changes), cwd=cwd)) as process:
         yield process
 
@@ -78,7 +78,7 @@ def run_program(path: Path, *flags: object) -> None:
 
 @contextmanager
 def ended(process: Process) -> Iterator[Process]:
-    """On exit, kill `process`, which was started in its own session, and all its descendants."""
+    """On exit, kill `process`, which was started in its own session, and its descendants."""
     try:
         yield process
     finally:
@@ -120,7 +120,7 @@ def wait_until(condition: Callable[[], bool], process: Process, timeout: float =
 
 
 def train(*flags: object, timeout: float = 120, **changes: object) -> subprocess.CompletedProcess:
-    """Run `started_train` to its end.
+    """Run a process of `started_train` to its end.
 
     The process starts with its imports done. To test the imports too, call `run(sys.executable, PROGRAM, ...)`.
     """
@@ -129,5 +129,5 @@ def train(*flags: object, timeout: float = 120, **changes: object) -> subprocess
 
 
 def module_command(module: str, *words: object) -> Sequence[str]:
-    """Return the command `python -m module ...`, because the launcher's script may not be on the PATH."""
+    """Return the command `python -m module ...`, which needs no script of the launcher on the PATH."""
     return [sys.executable, "-m", module, *map(str, words)]

@@ -1,26 +1,26 @@
-"""List the tests that `python -m pytest` skips, and how long each took; `python -m pytest -m slow` runs them.
+"""List the tests that `python -m pytest` skips, and how many seconds each took; `python -m pytest -m slow` runs them.
 
-Each of them repeats a faster test, but at full size, under another launcher or with another model.
+Most of them repeat a faster test, but at full size, under another launcher or with another model.
 """
 
 SECONDS = {
     "test_before_init.py::test_one_rank_plans_and_every_rank_takes_its_choice_or_its_error": 47,
     "test_cli.py::test_a_command_exits_quietly_when_its_pipe_is_closed[words1]": 20,
-    "test_compare.py::test_in_fp32_all_systems_have_the_same_losses": 40,
+    "test_compare.py::test_in_fp32_three_systems_have_the_same_losses": 40,
     "test_compare.py::test_two_processes_share_the_rows_of_a_step": 25,
     "test_deepspeed.py::test_every_launcher_trains_like_one_process[--deepspeed]": 22,
     "test_deepspeed.py::test_every_launcher_trains_like_one_process[accelerate]": 24,
     "test_deepspeed.py::test_every_launcher_trains_like_one_process[deepspeed]": 21,
     "test_files.py::test_one_of_two_ranks_may_fail_at_any_operation[0-killed]": 32,
     "test_files.py::test_one_of_two_ranks_may_fail_at_any_operation[0-no space]": 16,
-    "test_first_run.py::test_a_run_without_flags_learns_held_out_rows_and_prints_predictions": 60,
-    "test_launch.py::test_every_accelerate_config_trains_like_one_process[cpu]": 20,
-    "test_launch.py::test_every_accelerate_config_trains_like_one_process[fsdp2]": 25,
-    "test_launch.py::test_every_accelerate_config_trains_like_one_process[fsdp2_offload]": 15,
-    "test_launch.py::test_every_accelerate_config_trains_like_one_process[hsdp]": 25,
-    "test_launch.py::test_every_accelerate_config_trains_like_one_process[multi_gpu]": 18,
-    "test_launch.py::test_every_accelerate_config_trains_like_one_process[single_gpu]": 15,
-    "test_launch.py::test_every_accelerate_config_trains_like_one_process[tensor_parallel]": 26,
+    "test_first_run.py::test_a_run_with_default_settings_answers_held_out_rows_and_prints_predictions": 60,
+    "test_launch.py::test_every_config_without_deepspeed_trains_like_one_process[cpu]": 20,
+    "test_launch.py::test_every_config_without_deepspeed_trains_like_one_process[fsdp2]": 25,
+    "test_launch.py::test_every_config_without_deepspeed_trains_like_one_process[fsdp2_offload]": 15,
+    "test_launch.py::test_every_config_without_deepspeed_trains_like_one_process[hsdp]": 25,
+    "test_launch.py::test_every_config_without_deepspeed_trains_like_one_process[multi_gpu]": 18,
+    "test_launch.py::test_every_config_without_deepspeed_trains_like_one_process[single_gpu]": 15,
+    "test_launch.py::test_every_config_without_deepspeed_trains_like_one_process[tensor_parallel]": 26,
     "test_launch.py::test_two_processes_train_like_one[torch.distributed.launch]": 19,
     "test_launch.py::test_two_processes_train_like_one[torchrun]": 12,
     "test_launch.py::test_two_processes_train_the_large_preset": 101,
@@ -34,11 +34,11 @@ SECONDS = {
     "test_plan.py::test_train_takes_what_fits_and_keeps_it_in_its_config": 39,
     "test_restart.py::test_a_run_that_a_process_manager_restarts_equals_an_uninterrupted_one": 81,
     "test_restart.py::test_torchrun_restarts_a_killed_worker_but_not_a_preempted_one": 61,
-    "test_savers.py::test_compiled_layers_with_recompute_inside_have_the_same_losses[llama]": 20,
-    "test_savers.py::test_compiled_layers_with_recompute_inside_have_the_same_losses[t5]": 120,
+    "test_savers.py::test_compiled_and_recomputed_layers_have_the_same_losses[llama]": 20,
+    "test_savers.py::test_compiled_and_recomputed_layers_have_the_same_losses[t5]": 120,
     "test_sharding.py::test_savers_keep_the_bits_of_a_sharded_run[t5]": 16,
-    "test_sharding.py::test_sharding_on_two_ranks_has_the_losses_of_one_process_in_half_the_bytes[qwen2]": 12,
-    "test_sharding.py::test_sharding_on_two_ranks_has_the_losses_of_one_process_in_half_the_bytes[t5]": 16,
+    "test_sharding.py::test_two_shards_have_the_losses_of_one_process_in_half_the_bytes_each[qwen2]": 12,
+    "test_sharding.py::test_two_shards_have_the_losses_of_one_process_in_half_the_bytes_each[t5]": 16,
     "test_soak.py::test_a_run_killed_repeatedly_ends_with_the_bits_of_one_never_killed": 50,
     "test_start.py::test_different_code_and_a_folder_that_is_not_shared_are_reported": 16,
     "test_start.py::test_launchers_on_two_hosts_train_one_run[accelerate]": 24,

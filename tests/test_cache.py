@@ -16,7 +16,7 @@ from lowmem.data.files.source import Source
 from lowmem.errors import UsageError
 from tests.processes import ROOT, environment, run
 
-# Other processes run this code. It writes an upper-case copy of FILE, and appends "begin" and "end" to FILE.notes.
+# Other processes run this code. build() copies FILE (argument 1) in upper case, and notes its begin and end.
 BUILDER = """
 import os, sys, time
 import numpy as np
@@ -59,7 +59,7 @@ def source(tmp_path):
 
 
 class Builder:
-    """Writes an upper-case copy of a file, indexes its size and first bytes, and counts how often it is called."""
+    """Builds an upper-case copy and an index (size and first bytes) of a file, and counts how often it builds."""
 
     def __init__(self, source):
         self.source, self.times = source, 0
@@ -107,7 +107,7 @@ def test_a_copy_is_made_once_and_again_when_the_file_has_changed(source, tmp_pat
     assert builder.times == 2
 
 
-def test_an_index_with_any_bit_flipped_is_made_again(source):
+def test_an_index_with_a_bit_flipped_in_any_byte_is_made_again(source):
     builder = Builder(source)
     path = builder.derive().copy.with_suffix(".index")
     whole = path.read_bytes()
@@ -204,7 +204,7 @@ def test_unfinished_files_of_killed_processes_are_removed_after_a_day(source, tm
     assert (old.exists(), new.exists(), other.exists()) == (False, True, True)
 
 
-def test_files_of_one_name_in_two_folders_share_nothing_in_the_cache(source, tmp_path, monkeypatch):
+def test_files_of_one_name_in_two_folders_have_separate_copies_in_the_cache(source, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "b").mkdir()
     other = Source(str(shutil.copy2(source.name, tmp_path / "b")))
@@ -236,7 +236,7 @@ def test_a_copy_that_cannot_be_written_next_to_the_file_is_in_the_cache(locked_f
     assert builder.times == 1
 
 
-def test_if_no_folder_is_writable_the_error_names_both(locked_folder, monkeypatch):
+def test_if_neither_folder_is_writable_the_error_names_both(locked_folder, monkeypatch):
     monkeypatch.setenv("HOME", str(locked_folder))
     folders = f"{locked_folder} and {locked_folder}/.cache/lowmem"
     message = rf"but no folder is writable \(tried {folders}\): set LOWMEM_CACHE"
@@ -302,7 +302,7 @@ for _ in range(8):
 
 
 @pytest.mark.parametrize("is_restored", [False, True])
-def test_a_build_killed_at_any_file_operation_leaves_a_complete_copy_or_none(source, tmp_path, is_restored):
+def test_the_copy_is_right_after_a_kill_at_any_open_rename_or_removal(source, tmp_path, is_restored):
     code = """
 seen = 0
 def kill(event, words):
@@ -347,7 +347,7 @@ def test_a_copy_that_a_kill_left_incomplete_is_not_used(source, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [20, 100])
-def test_on_a_full_disk_the_error_names_the_folder_and_nothing_is_left(source, tmp_path, limit):
+def test_at_a_file_size_limit_the_error_names_the_folder_and_nothing_is_left(source, tmp_path, limit):
     code = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))

@@ -83,7 +83,7 @@ TOKENIZERS = {name: bpe(template) for name, template in TEMPLATES.items()}
 
 @pytest.fixture
 def switching_threads():
-    """Make Python switch threads after almost every instruction."""
+    """Make Python switch threads very often."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -131,7 +131,7 @@ def test_the_assistant_says_its_content_and_the_end_of_its_turn(name, expected, 
 
 @pytest.mark.parametrize("messages", CHATS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_slow_tokenizers_see_the_whole_text(name, messages):
+def test_tokens_of_a_slow_tokenizer_are_those_of_apply_chat_template(name, messages):
     tokenizer = ByT5Tokenizer(bos_token="<|begin|>", chat_template=TEMPLATES[name])
     assert chat_tokenizer(tokenizer)(messages)[0] == tokenizer.apply_chat_template(messages)["input_ids"]
 
@@ -178,7 +178,7 @@ def test_spans_are_right_while_other_threads_render_the_same_template(switching_
     rendering.result()
 
 
-def test_a_tokenizer_without_a_template_is_refused_before_a_run():
+def test_a_tokenizer_without_a_template_is_refused():
     with pytest.raises(UsageError, match="messages need a chat template, but ByT5Tokenizer of .* has none: use"):
         chat_tokenizer(ByT5Tokenizer())
 

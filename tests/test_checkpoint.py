@@ -90,7 +90,7 @@ def test_every_optimizer_continues_bit_for_bit(optimizer, memory, tmp_path):
 
 
 def values_of(state):
-    """Return the weights and optimizer state in fp32, for any memory tier."""
+    """Return the weights and AdamW's state in fp32, for any memory tier."""
     values = {}
     for name, parameter in named_parameters(state.model, state.optimizer).items():
         kept = {"weight": parameter.data, **state.optimizer.state[parameter]}
@@ -101,7 +101,7 @@ def values_of(state):
 
 
 @pytest.mark.parametrize(("then", "now"), [("off", "exact"), ("off", "lean"), ("exact", "lean")])
-def test_a_state_loads_into_a_tier_that_stores_no_more_bits(then, now, tmp_path):
+def test_a_state_loads_into_a_smaller_tier(then, now, tmp_path):
     state = train(new_state(memory=then), 3)
     loaded = new_state(seed=5, memory=now)
     load_checkpoint(loaded, save_checkpoint(state, tmp_path, ACCELERATOR), ACCELERATOR)
@@ -122,7 +122,7 @@ def test_a_state_loads_into_a_tier_that_stores_no_more_bits(then, now, tmp_path)
 @pytest.mark.parametrize(
     ("then", "now"), [("lean", "exact"), ("lean", "off"), ("exact", "off")], ids=lambda memory: memory
 )
-def test_a_state_does_not_load_into_a_tier_that_stores_more_bits(then, now, tmp_path):
+def test_a_state_does_not_load_into_a_larger_tier(then, now, tmp_path):
     path = save_checkpoint(train(new_state(memory=then), 1), tmp_path, ACCELERATOR)
     state, untouched = new_state(memory=now), new_state(memory=now)
     with pytest.raises(
@@ -133,7 +133,7 @@ def test_a_state_does_not_load_into_a_tier_that_stores_more_bits(then, now, tmp_
     assert state.stream.position == 0
 
 
-def test_the_model_folder_of_a_tier_is_in_bf16(tmp_path):
+def test_the_model_folder_of_the_exact_tier_is_in_bf16(tmp_path):
     state = train(new_state(memory="exact"), 1)
     path = save_checkpoint(state, tmp_path, ACCELERATOR)
     model = AutoModelForSeq2SeqLM.from_pretrained(path / "model")
@@ -235,7 +235,7 @@ FILES = ["manifest.json", "state.json", "optimizer.safetensors", "model/model.sa
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["a bit flipped", "cut", "grown", "missing"])
-def test_any_damage_is_found_and_named(name, damage, tmp_path):
+def test_a_damaged_file_is_found_and_named(name, damage, tmp_path):
     path = save_checkpoint(train(new_state(), 1), tmp_path, ACCELERATOR)
     file = path / name
     data = bytearray(file.read_bytes())
@@ -463,7 +463,7 @@ def test_an_optimizer_with_frozen_parameters_continues(tmp_path):
     assert_same_weights(state.model, loaded.model)
 
 
-def test_state_keeps_its_dtype_over_weights_in_bf16(tmp_path):
+def test_optimizer_state_of_bf16_weights_keeps_its_dtypes(tmp_path):
     models = (build("llama").bfloat16() for _ in range(2))
     state, loaded = (TrainState(model, make_optimizer(model, name="nadam", memory="off")) for model in models)
     for parameter in state.model.parameters():
@@ -514,7 +514,7 @@ def test_links_and_unusual_names_do_not_break_a_save(tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_disk_that_is_full_only_for_the_tokenizer_gives_the_same_error(tmp_path):
+def test_a_save_error_is_raised_if_only_the_tokenizer_cannot_be_written(tmp_path):
     tokenizer = Tokenizer(WordLevel({f"word{i}": i for i in range(9000)}, unk_token="word0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     state = TrainState(torch.nn.Linear(2, 2), None)

@@ -1,4 +1,4 @@
-"""Test the command line as users see it: real processes, exit codes, one-line errors, no files after an error."""
+"""Test the command line as users see it: real processes, exit codes, one-line errors, no output folder if refused."""
 
 import json
 import os
@@ -51,14 +51,14 @@ def timed(*flags):
         (["evaluate", "--test_file=a.jsonl"], "needs --model_name_or_path"),
     ],
 )
-def test_wrong_flags_end_at_once(arguments, message, tmp_path):
+def test_wrong_flags_are_refused_at_once(arguments, message, tmp_path):
     output = tmp_path / "out"
     flags = [f"--output_dir={output}"] if arguments == ["train"] else []
     # the command takes about one second, or up to five on a busy test machine
     assert_refused(timed(*arguments, *flags), message, output, seconds=5)
 
 
-def test_wrong_files_end_before_anything_is_loaded_or_written(tmp_path):
+def test_wrong_files_are_refused_in_seconds_and_nothing_is_written(tmp_path):
     output = tmp_path / "out"
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "other.jsonl").write_text('{"question": "a", "answer": "b"}\n')
@@ -84,7 +84,7 @@ def test_wrong_files_end_before_anything_is_loaded_or_written(tmp_path):
     assert "is a file: set a folder" in result.stderr and result.returncode == 2
 
 
-def test_torch_is_not_imported_for_flags_files_and_help(tmp_path):
+def test_help_and_refusals_of_flags_and_files_import_no_torch(tmp_path):
     code = (
         "import sys, lowmem, lowmem.cli as cli\n"
         "codes = [cli.main(a.split()) for a in ('--help', 'train --x=1', 'train --train_file=/nowhere.parquet')]\n"
@@ -124,7 +124,7 @@ def test_a_command_that_fails_keeps_its_exit_code_when_its_pipe_is_closed():
         assert process.wait(timeout=60) == 2
 
 
-def test_a_run_writes_the_documented_files_and_refuses_to_overwrite_them(tmp_path):
+def test_a_run_writes_the_documented_files_and_another_refuses_to_overwrite_them(tmp_path):
     output = tmp_path / "out"
     result = train("train", *SHORT, f"--output_dir={output}", "--report_to=tensorboard")
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""Every ZeRO stage of DeepSpeed, with or without offload, trains like one process, and uses less memory per rank."""
+"""Under five ZeRO strategies of DeepSpeed, two ranks train like one process, and each holds its shard of the state."""
 
 import json
 import math
@@ -34,7 +34,7 @@ from tests.processes import PROGRAM, ROOT, finish, free_port, module_command, ru
 pytest.importorskip("deepspeed")
 
 CPU = {"device": "cpu"}
-# without these settings, stage 3 would not shard models as small as these
+# without these settings, stage 3 would keep models as small as these whole on every rank
 STAGE_3 = {"stage": 3} | dict.fromkeys(
     (
         "stage3_param_persistence_threshold",
@@ -95,7 +95,7 @@ def bytes_of_state(optimizer):
 
 
 def results_of(state, family, loss, folder, accelerator):
-    """Train, evaluate and save the weights; return the loss curve, metrics, answers and byte counts to compare."""
+    """Train, evaluate and save the weights; return the curve, metrics, answers and sizes to compare."""
     results = {"curve": curve_of(state, LOSSES[loss], accelerator)}
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     # two ranks share batches of 4 rows; the third batch has one row, so the second rank gets no row
@@ -110,7 +110,7 @@ def results_of(state, family, loss, folder, accelerator):
     return results
 
 
-CASES = [("t5", "chunked"), ("llama", "plain")]  # T5's output head is its embedding, so one weight is used twice
+CASES = [("t5", "chunked"), ("llama", "plain")]  # T5's output head is its embedding, so one weight serves as both
 
 
 def train_with_every_strategy(folder):
@@ -297,7 +297,7 @@ def test_a_preempted_run_of_one_process_reports_that_nothing_is_saved(work):
         (None, {}, "cannot be read: No such file"),
     ],
 )
-def test_contradictions_are_reported_before_anything_is_written(config, changes, message, work, tmp_path):
+def test_unusable_configs_and_flags_are_reported_before_anything_is_written(config, changes, message, work, tmp_path):
     path = tmp_path / "zero.json"
     if config is not None:
         values = {"zero_optimization": {"stage": 2}} | config if isinstance(config, dict) else None
@@ -327,5 +327,5 @@ def test_settings_from_accelerate_are_not_ignored(command, flag, message, work, 
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero2_offload", "zero3", "zero3_offload"])
-def test_every_accelerate_config_says_when_to_use_it(name):
+def test_every_deepspeed_config_begins_with_a_comment(name):
     assert (ROOT / "accelerate_configs" / f"deepspeed_{name}.yaml").read_text().startswith("# ")

@@ -137,7 +137,7 @@ def test_columns_have_the_names_that_the_caller_gives():
 
 
 @pytest.mark.parametrize("row", [{"response": "b"}, {"prompt": None, "response": "b"}, {"prompt": 3, "response": "b"}])
-def test_a_row_without_text_is_refused_with_its_column(row):
+def test_the_error_for_a_row_without_text_names_the_column(row):
     with pytest.raises(ValueError, match="column 'prompt' must hold text, found"):
         encode_seq2seq(TOKENIZER, max_seq_len=9)(row)
 
@@ -153,7 +153,7 @@ def test_text_and_messages_at_once_are_refused():
         make_encoder(CHAT, is_encoder_decoder=False, max_seq_len=9, text_column="x", messages_column="y")
 
 
-def test_the_column_flag_selects_the_encoder():
+def test_the_column_argument_selects_the_encoder():
     make = partial(make_encoder, CHAT, is_encoder_decoder=False, max_seq_len=64)
     row = {"chat": MESSAGES, "text": "t", "prompt": "p", "response": "r"}
     assert make(messages_column="chat")(row) == encode_chat(CHAT, max_seq_len=64)({"messages": MESSAGES})

@@ -1,4 +1,4 @@
-"""No text of this project uses the words listed in DIALECT, because they make a sentence hard to read."""
+"""The files in FILES, except this one, contain no words of DIALECT, which make a sentence hard to read."""
 
 import re
 
@@ -56,7 +56,7 @@ FILES += sorted(path for folder in ("lowmem", "tests") for path in (ROOT / folde
 
 
 def dialect_in(text):
-    """Return (line number, words, what to write instead) for each forbidden use in `text`."""
+    """Return (line number, words, what to write instead) for each line of `text` and pattern in it."""
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.replace("_", " ")

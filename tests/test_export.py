@@ -1,4 +1,4 @@
-"""`verify` checks every byte; `export` writes a model in another dtype, from fp32 master weights where they exist."""
+"""`verify` checks every byte; `export` converts a model, to fp32 and fp16 from its fp32 master weights if any exist."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def test_lean_has_master_weights_only_for_small_parameters(tmp_path):
         assert name in small or equal(exported[name], weight.float()), name
 
 
-def test_export_copies_weights_config_and_tokenizer_and_no_other_files(tmp_path):
+def test_export_leaves_out_only_pickled_weights_and_checkpoints(tmp_path):
     model = build("llama", vocab_size=140_001)  # so many tokens that the embedding is converted in two pieces
     model.save_pretrained(tmp_path / "in")
     ByT5Tokenizer().save_pretrained(tmp_path / "in")
@@ -142,7 +142,7 @@ def test_what_cannot_be_exported_is_reported_and_leaves_nothing(tmp_path, capsys
     assert command("export", f"--path={path}", f"--out={out}", "--dtype", "bfloat16") == 0
 
 
-def test_a_disk_that_fails_leaves_no_partial_export(tmp_path):
+def test_an_export_that_cannot_be_written_is_reported(tmp_path):
     path, _, _ = saved(tmp_path / "run", "llama")
     (tmp_path / "file").touch()
     with pytest.raises(SaveError, match="could not be written"):
@@ -179,7 +179,7 @@ def test_verify_reports_one_checkpoint_or_all_of_a_run_and_any_damage(tmp_path, 
         assert message in capsys.readouterr().err
 
 
-def test_verify_imports_no_torch_and_both_commands_are_explained(tmp_path):
+def test_verify_imports_no_torch_and_help_lists_verify_and_export(tmp_path):
     path, _, _ = saved(tmp_path, "llama")
     code = "import sys, lowmem.cli as cli; assert cli.main(sys.argv[1:]) == 0 and 'torch' not in sys.modules"
     result = run(sys.executable, "-c", code, "verify", path)

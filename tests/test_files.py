@@ -1,4 +1,4 @@
-"""A kill or an error at any disk operation loses no checkpoint."""
+"""After a kill or an error at any disk operation of a save, an intact checkpoint or model remains."""
 
 import errno
 import os
@@ -87,7 +87,7 @@ def save_failing(folder, fault, point, failing_ranks):
 
 
 def check_every_point(folder, fault, failing_ranks, attempt):
-    """Save repeatedly: fail at the first disk operation, then at the second, and so on, until a save succeeds."""
+    """Save once per disk operation, which fails, and once without a failure; check what each save leaves."""
     accelerator = Accelerator(cpu=True)
     old = save_checkpoint(small_state(1), folder / "first", accelerator)
     for point in count(1):

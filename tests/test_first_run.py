@@ -1,11 +1,11 @@
-"""A run without flags, on one thread, learns to answer held-out rows in under two minutes."""
+"""A run whose only flag is --output_dir learns, on one thread, to answer at least a fifth of the held-out rows."""
 
 import json
 
 from tests.processes import train
 
 
-def test_a_run_without_flags_learns_held_out_rows_and_prints_predictions(tmp_path):
+def test_a_run_with_default_settings_answers_held_out_rows_and_prints_predictions(tmp_path):
     result = train("train", f"--output_dir={tmp_path}", timeout=600)
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

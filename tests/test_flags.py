@@ -57,7 +57,7 @@ def test_a_value_that_is_not_an_integer_is_refused(typed):
     assert f"--batch_size={typed} is not an int" in problems_of(batch_size=typed)
 
 
-def test_layers_override_each_other(tmp_path):
+def test_flags_override_the_file_which_overrides_presets_which_override_defaults(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("use_large_config: true\nlearning_rate: 1.0e-3\nbatch_size: 4\nmixed_precision: no\n")
     config = resolve({"config": str(file), "batch_size": "3"})
@@ -101,7 +101,7 @@ def test_bf16_means_the_exact_tier_where_the_optimizer_has_it():
     assert resolve(BF16 | RELEASE | {"memory": "lean"}).release
 
 
-def test_unknown_flags_are_refused_with_the_nearest_name():
+def test_unknown_flags_are_refused_with_the_nearest_name_if_any():
     assert "unknown flag --batchsize: did you mean --batch_size?" in problems_of(batchsize="3")
     assert "unknown flag --zzz: `--help` lists all flags" in problems_of(zzz="3")
 
@@ -173,7 +173,7 @@ def test_a_preset_of_the_file_is_switched_off_by_a_flag(tmp_path):
     assert config == resolve({"use_small_config": "True"})
 
 
-def test_launcher_settings_override_presets_but_not_the_file(tmp_path):
+def test_launcher_settings_override_defaults_but_not_the_file(tmp_path):
     (tmp_path / "run.yaml").write_text("mixed_precision: no\n")
     assert resolve({}, given={"mixed_precision": "bf16"}).mixed_precision == "bf16"
     assert resolve({"config": tmp_path / "run.yaml"}, given={"mixed_precision": "bf16"}).mixed_precision == "no"
@@ -201,7 +201,7 @@ def test_sizes_are_read_as_people_write_them():
     ]
 
 
-def test_every_rule_names_real_fields():
+def test_alternatives_needs_and_presets_name_real_fields():
     named = {name for pair in ALTERNATIVES for name in pair}
     named |= {name for flag, _, needed, *_ in NEEDS for name in (flag, needed)}
     named |= {name for preset in PRESETS.values() for name in preset}

@@ -58,12 +58,12 @@ def test_values_that_bf16_can_represent_are_never_rounded():
     values = torch.tensor([1.0, -2.5, 0.0, math.inf, -math.inf])
     for seed in range(20):
         assert torch.equal(round_stochastically(values, random_halves(values.shape, generator(seed))).float(), values)
-    # the NaN that a CPU computes, the NaN that CUDA computes, and a NaN with all bits set
+    # a NaN that a CPU computes, the NaN that CUDA computes, and a NaN with all bits set
     bits = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32)
     assert round_stochastically(bits.view(torch.float32), torch.full((3,), 65535, dtype=torch.int32)).isnan().all()
 
 
-def test_shuffled_bits_are_the_same_bits_in_another_order():
+def test_shuffled_numbers_are_a_permutation_without_correlation():
     bits = torch.arange(65536, dtype=torch.int32)
     other = shuffled(bits)
     assert torch.equal(other.sort().values, bits)
@@ -101,7 +101,7 @@ def test_8_bit_floats_are_unbiased_and_relatively_precise(form, sign):
     assert distance.abs().max() < 5 and distance.square().mean() < 1.3
 
 
-def test_a_second_moment_never_becomes_zero_and_a_zero_stays_zero():
+def test_a_tiny_second_moment_stays_above_zero_and_a_zero_first_moment_stays_zero():
     values = torch.tensor([[1.0, 1e-30, 0.0] + [0.5] * 7, [0.0] * 10])
     tensors = zeros("v", values, "uint8")
     assert (read(tensors, "v", slice(None)) == 0).all()
@@ -127,7 +127,7 @@ def test_each_row_has_its_own_blocks():
 
 @pytest.mark.parametrize(("form", "byte_count"), [("fp32", 4), ("split", 4), ("bf16", 2), ("int8", 1.0157)])
 @pytest.mark.parametrize("shape", [(128, 512), (7,), ()])
-def test_bytes_of_each_form(form, byte_count, shape):
+def test_the_shape_and_bytes_of_a_form(form, byte_count, shape):
     like = torch.zeros(shape)
     tensors = (zeros if form in ("fp32", "int8") else keep)("x", like, form)
     assert tensors["x"].shape == shape

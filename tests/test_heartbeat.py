@@ -107,6 +107,6 @@ def test_a_rank_that_was_stopped_does_not_blame_the_others(tmp_path):
     assert [process.returncode for process in ranks] == [0, 0], outputs
 
 
-def test_importing_it_imports_no_torch():
+def test_importing_the_heartbeat_imports_no_torch():
     result = run(sys.executable, "-c", "import lowmem.distributed.heartbeat, sys; assert 'torch' not in sys.modules")
     assert result.returncode == 0, result.stderr

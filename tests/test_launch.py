@@ -71,7 +71,7 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAG
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a positive integer"),
     ],
 )
-def test_unsupported_accelerate_settings_are_refused(environment, message, monkeypatch):
+def test_unsupported_launcher_settings_are_refused(environment, message, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError) as refused:
@@ -166,7 +166,7 @@ def test_two_processes_train_the_large_preset(tmp_path):
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "--seed=0", "fp16 needs loss scaling"),
     ],
 )
-def test_a_contradicting_environment_is_reported(environment, flag, message, tmp_path):
+def test_an_environment_that_is_unsupported_or_contradicts_a_flag_is_reported(environment, flag, message, tmp_path):
     result = train("train", flag, f"--output_dir={tmp_path}/out", **environment)
     assert result.returncode == 2 and message in result.stderr, result.stderr
     assert not (tmp_path / "out").exists()
@@ -212,7 +212,7 @@ def causal(files, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_accelerate_config_trains_like_one_process(name, causal, tmp_path):
+def test_every_config_without_deepspeed_trains_like_one_process(name, causal, tmp_path):
     path = ROOT / "accelerate_configs" / f"{name}.yaml"
     assert path.read_text().startswith("# ")  # the first line says when to use the config
     flags, expected = causal

@@ -80,7 +80,7 @@ def test_rows_and_locations_do_not_depend_on_the_piece_size(tmp_path, piece):
     assert all_locations(file) == locations
 
 
-def test_groups_depend_only_on_the_content(tmp_path):
+def test_groups_do_not_depend_on_the_piece_size(tmp_path):
     path = tmp_path / "rows.txt"
     lines = random_lines(2, 3000) + [b"l" * size + b"\n" for size in (2**20, 2**19 - 1, 2**19 - 1, 2**20 - 1, 3, 2**21)]
     path.write_bytes(b"".join(lines) + b" \n" * 2**20 + b"the end")
@@ -151,7 +151,7 @@ def test_bad_text_is_refused_with_line_and_byte(tmp_path):
     assert message.startswith("line 2 (byte 5): UTF-8 was expected, found byte 5 (0xff)")
 
 
-def test_a_line_of_100_megabytes_is_a_bad_row_that_is_never_in_memory(tmp_path):
+def test_a_line_of_100_megabytes_is_a_bad_row_and_never_whole_in_memory(tmp_path):
     path = tmp_path / "rows.jsonl"
     with open(path, "wb") as out:
         out.write(b'{"a": 1}\n{"a": "')
@@ -201,7 +201,7 @@ def test_a_line_may_have_the_maximum_length_but_not_one_byte_more(tmp_path, piec
         ({"a": [{"role": "user"}]}, {"a": "messages"}, "found list [{'role': 'user'}]"),
     ],
 )
-def test_the_first_row_must_have_the_wanted_columns(tmp_path, row, wanted, message):
+def test_a_row_of_the_first_group_must_have_the_wanted_columns(tmp_path, row, wanted, message):
     path = tmp_path / "rows.jsonl"
     with pytest.raises(UsageError) as caught:
         open_lines(path, b"\n" + json.dumps(row).encode(), wanted)
@@ -321,7 +321,7 @@ def test_a_file_that_changes_or_disappears_while_it_is_read_is_reported(tmp_path
     path.unlink()
     with pytest.raises(FileNotFoundError):
         file.read_group(0)
-    assert file.location(1, 3).startswith("row 3 of the group at line 257 (byte ")
+    assert file.location(1, 3).startswith("row 3 from line 257 on (byte ")
 
 
 def test_a_damaged_copy_is_reported_and_made_again_once_it_is_removed(tmp_path):
@@ -376,7 +376,7 @@ def url(tmp_path):
     server.server_close()
 
 
-def test_remote_files_are_copied_once(tmp_path, url):
+def test_remote_files_are_read_from_a_copy(tmp_path, url):
     (tmp_path / "rows.jsonl").write_bytes(PLAIN)
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(PLAIN))
     for name in ("rows.jsonl", "rows.jsonl.gz"):

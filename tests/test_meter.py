@@ -40,7 +40,7 @@ def test_results_count_until_they_are_freed_and_peak_is_the_largest_sum(tensors)
 
 
 @either
-def test_views_and_in_place_operations_add_nothing_but_views_keep_their_base_alive(tensors):
+def test_views_and_in_place_operations_add_nothing_and_a_view_keeps_its_base_alive(tensors):
     with tensors(), MemoryMeter() as meter:
         whole = torch.zeros(10, 10)
         part = whole[2:4].t()
@@ -54,7 +54,7 @@ def test_views_and_in_place_operations_add_nothing_but_views_keep_their_base_ali
 
 
 @either
-def test_existing_tensors_count_once_they_are_added(tensors):
+def test_existing_tensors_count_only_after_they_are_added(tensors):
     with tensors():
         before = torch.zeros(100)
         with MemoryMeter() as meter:

@@ -22,7 +22,7 @@ def test_a_saved_model_is_loaded_in_training_mode(family, tmp_path):
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-def test_a_bf16_folder_trains_fp32_weights(tmp_path):
+def test_a_folder_in_bf16_is_loaded_in_fp32(tmp_path):
     build("llama").bfloat16().save_pretrained(tmp_path)
     model, _ = load_model(tmp_path, tokenizer_name_or_path=saved_tokenizer(tmp_path))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -55,7 +55,7 @@ def test_the_same_seed_builds_the_same_model():
     assert torch.equal(first_weight(0), first_weight(0)) and not torch.equal(first_weight(0), first_weight(1))
 
 
-def test_t5_base_has_the_published_shape():
+def test_t5_base_has_the_published_number_of_parameters():
     config = AutoConfig.for_model(**MODEL_SHAPES["t5-base"])
     with torch.device("meta"):
         from transformers import AutoModelForSeq2SeqLM
@@ -72,7 +72,7 @@ def test_freezing_embeddings_freezes_a_tied_head(family):
     assert model.get_output_embeddings().weight.requires_grad == (family == "llama")
 
 
-def test_a_frozen_encoder_leaves_the_decoder_and_the_shared_embeddings():
+def test_freezing_the_encoder_leaves_decoder_and_shared_embeddings_trainable():
     model = build("t5")
     freeze(model, parts=["encoder"])
     trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""Saving and resuming neither pickle nor unpickle anything, and open no file that could hold a pickle."""
+"""Saving and resuming neither pickle nor unpickle anything, and read no pickle file."""
 
 import os
 import pickle

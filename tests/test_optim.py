@@ -22,7 +22,7 @@ def test_schedules_are_those_of_transformers(schedule, warmup_steps):
         scheduler.step()
 
 
-def test_learning_rate_ends_at_zero_and_stays_there():
+def test_cosine_and_linear_schedules_end_at_zero_and_an_unknown_one_is_refused():
     assert learning_rate_at(50, total_steps=50, peak=1.0) == pytest.approx(0)
     assert learning_rate_at(60, total_steps=50, peak=1.0, schedule="linear") == 0
     with pytest.raises(ValueError, match="use cosine, linear or constant"):

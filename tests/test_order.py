@@ -31,7 +31,7 @@ WINDOWS = {"1": 1, "3": 3, "all": 10**9}  # window sizes in bytes, and in groups
 
 @st.composite
 def orders(draw):
-    """Draw groups of rows (some are empty), a number of groups per window, and a seed."""
+    """Draw groups of rows (some may be empty), a number of groups per window, and a seed."""
     num_rows = draw(st.sampled_from(NUM_ROWS))
     cuts = sorted(draw(st.lists(st.integers(0, num_rows), max_size=12)))
     bounds = [0, *cuts, num_rows]
@@ -76,7 +76,7 @@ def test_consecutive_rows_come_from_the_groups_of_one_window_well_mixed():
     assert sorted(shares)[-4:] == pytest.approx([1_000] * 4, rel=0.1)
 
 
-def test_a_window_keeps_to_its_size_unless_it_is_one_larger_group():
+def test_only_a_window_of_a_single_group_exceeds_the_limit():
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 50, 300)
     groups = Groups.of(sizes, np.where(rng.random(300) < 0.05, 2 * WINDOW_BYTES, sizes * 50_000))
@@ -99,7 +99,7 @@ def test_order_of_no_rows_is_refused():
 
 
 def test_the_order_is_that_of_existing_checkpoints():
-    """A checkpoint stores only a position in this order: if the order changed, old runs could not resume exactly."""
+    """A checkpoint stores a position in this order, not the order: if it changed, old runs could not resume exactly."""
     assert permute(np.arange(5), 10, (1, 2)).tolist() == [1, 4, 3, 2, 5]
     assert permute(np.arange(4), 2**40, (3,)).tolist() == [255546647969, 435823828157, 92481491259, 41636616374]
     groups = Groups.of([3, 5, 0, 4, 7], [30, 50, 0, 40, 70])

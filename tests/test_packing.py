@@ -97,7 +97,7 @@ def test_best_fit_takes_the_fewest_rows_where_first_come_first_served_does_not()
     assert [length(row) for row in packed[0]] == [64, 64, 64]
 
 
-def test_micro_batches_are_equal_to_within_a_hundredth_and_the_largest_comes_first():
+def test_the_largest_micro_batch_comes_first_and_exceeds_the_mean_by_at_most_a_hundredth():
     packed = padded_tokens(pack(documents(lognormal(500, longest=256)), max_seq_len=256, micro_batches=6))
     assert packed == sorted(packed, reverse=True)
     assert packed[0] <= 1.01 * sum(packed) / 6
@@ -209,7 +209,7 @@ def test_models_whose_documents_see_each_other_are_refused(fields, dtype):
 
 def test_a_model_that_takes_no_positions_is_refused():
     class Positionless(torch.nn.Module):
-        """A custom model that takes neither position_ids nor other keyword arguments."""
+        """A custom model that takes neither position_ids nor **kwargs."""
 
         def __init__(self):
             super().__init__()

@@ -100,7 +100,7 @@ def test_a_prediction_is_within_a_tenth_of_the_measured_peak(family, tmp_path, r
 
 
 @pytest.mark.parametrize(("tier", "options"), [("fp32", SAVERS[0]), ("exact", SAVERS[2]), ("lean", SAVERS[4])])
-def test_a_prediction_for_a_tier_with_one_saver_is_within_a_tenth(tier, options, tmp_path, restored_environment):
+def test_a_prediction_for_llama_in_each_tier_is_within_a_tenth(tier, options, tmp_path, restored_environment):
     assert_within_a_tenth(config_for(tmp_path, "llama", tier, **options))
 
 
@@ -247,7 +247,7 @@ def test_the_first_rung_that_fits_is_chosen_and_every_tried_rung_is_reported(tmp
 
 
 def predict_two_parts(configs):
-    """Predict activations and state in round numbers of GB."""
+    """Predict the sum of activations and state, a multiple of 0.5 GB."""
     for config in configs:
         activations = {"off": 4, "cheap": 2, "full": 1}[config.recompute] * config.batch_size
         activations *= 0.5 if config.offload_activations else 1

@@ -55,7 +55,7 @@ def test_the_good_rows_of_a_step_are_split_into_the_usual_number_of_micro_batche
     path = write(tmp_path / "rows.jsonl")
     options = {"batch_size": 2, "global_batch_size": 8, "shuffle": False, "quarantine": Quarantine(100)}
     stream = open_stream(path, ENCODE, **options)
-    assert [len(batch.row_ids) for batch in next(stream)] == [1, 1, 1, 0]  # of its rows 0 to 7, only 3 are good
+    assert [len(batch.row_ids) for batch in next(stream)] == [1, 1, 1, 0]  # of rows 0 to 7, only 0 to 2 are good
     assert [len(batch.row_ids) for batch in next(stream)] == [2, 2, 2, 2]
 
 
@@ -157,7 +157,7 @@ def test_evaluation_leaves_bad_rows_out_too(tmp_path):
 
 
 def fail_on_rank_1(path: str) -> None:
-    """Only rank 1 has a bad row, but every rank raises an error that names this row, in training and evaluation."""
+    """Only rank 1 has a bad row, but every rank raises an error that names it: in training, evaluation, generation."""
     accelerator = init_distributed()
     rank = accelerator.process_index
     model = build("t5")
@@ -179,7 +179,7 @@ def fail_on_rank_1(path: str) -> None:
     accelerator.end_training()
 
 
-def test_a_bad_row_on_one_rank_raises_an_error_that_names_the_row_on_all_ranks(tmp_path):
+def test_all_ranks_raise_an_error_that_names_the_bad_row_of_one_rank(tmp_path):
     path = write(tmp_path / "rows.jsonl", bad={17})
     assert fork_ranks(2, fail_on_rank_1, str(path)) == [0, 0]
 
@@ -225,6 +225,6 @@ def test_if_every_row_is_bad_the_first_is_reported_without_reading_all(tmp_path)
 
 
 def test_a_missing_file_is_not_a_bad_row_but_ends_the_run_on_all_ranks(tmp_path):
-    """Rank 0 loads its group of rows before the file disappears, so only rank 1 fails to read."""
+    """Rank 0 loads all rows before the file disappears, so only rank 1 fails to read."""
     path = write(tmp_path / "rows.jsonl", bad=())
     assert fork_ranks(2, lose_the_file_on_rank_1, str(path)) == [0, 0]

@@ -1,4 +1,4 @@
-"""The commands and the code in README.md and docs/ run as written."""
+"""Code and commands of README.md run; flags and links in README.md and docs/ are valid."""
 
 import json
 import re
@@ -22,7 +22,7 @@ DOCUMENTS = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README
 
 
 def commands(text):
-    """Return the words of each indented command; a backslash at a line end joins the next line to it."""
+    """Return the words of each indented command; a line that ends in a backslash continues on the next."""
     lines = re.findall(r"^    (\S.*)$", text.replace("\\\n", " "), re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
@@ -69,7 +69,7 @@ def test_the_commands_for_your_own_rows_run(tmp_path):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_the_flags_of_every_command_are_accepted(document, tmp_path, monkeypatch):
+def test_the_flags_of_train_and_plan_commands_are_accepted(document, tmp_path, monkeypatch):
     (tmp_path / "path/to/t5").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for words in commands(DOCUMENTS[document].read_text()):
@@ -80,7 +80,7 @@ def test_the_flags_of_every_command_are_accepted(document, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_flag_and_file_that_is_named_exists(document):
+def test_flags_links_and_accelerate_configs_exist(document):
     of_others = (
         "multi_gpu nproc_per_node config_file help dtype signal requeue open nnodes rdzv_backend rdzv_id rdzv_endpoint "
         "max_restarts signals_to_handle shutdown_timeout node_rank master_addr master_port num_machines machine_rank "

@@ -51,9 +51,9 @@ def state_of(family, accelerator, *, memory="off", sharding_strategy="NO_SHARD",
 
 
 class RunsOut:
-    """A loss function whose backward runs out of memory, by default in micro-batch 3 of step 7 if that has 4 rows.
+    """A loss function whose backward runs out of memory, by default in micro-batch 3 (if it has 4 rows) of step 7.
 
-    `left` is the number of autograd graphs of the failed attempt that are still alive when the next attempt begins.
+    `left` is the number of hooks in the failed attempt's autograd graphs that are alive when the next attempt begins.
     """
 
     def __init__(self, model, *, step=FULL_AT, micro_batch=3, rows=4, is_here=True):
@@ -173,7 +173,7 @@ def measure_the_long_step(work):
 
 
 def train_with_three_quarters_of_those_bytes(work):
-    """Before the long step, limit memory to 3/4 of the bytes that it needs. Kill the run at its last save.
+    """Before the long step, let memory grow by only 3/4 of the measured bytes. Kill the run at its last save.
 
     Half of the step's rows fit within this limit.
     """

@@ -38,7 +38,7 @@ def test_a_reader_that_closes_the_pipe_does_not_end_the_run(streams, tmp_path):
 def write_on_a_full_disk(path, room):
     log = MetricsLog(path, step=None)
     # The limit below holds for every file, including the one that stdout goes to. This record makes the metrics file
-    # long, so that a limit at its size leaves room for the text on stdout.
+    # long, so that a limit near its size leaves room for the text on stdout.
     log.write({"step": 1, "padding": "x" * 1000})
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, resource.RLIM_INFINITY))
     log.write({"step": 2, "loss": float("inf")})
@@ -51,7 +51,7 @@ def write_on_a_full_disk(path, room):
 
 
 @pytest.mark.parametrize("room", ["made", "never made"])
-def test_records_that_a_full_disk_refuses_are_kept_until_there_is_room(room, tmp_path):
+def test_records_that_cannot_be_written_are_kept_until_there_is_room(room, tmp_path):
     path = tmp_path / "metrics.jsonl"
     with started_function(write_on_a_full_disk, path, room) as process:
         result = finish(process)

@@ -1,4 +1,4 @@
-"""If two processes are signalled or killed, a launcher or process manager restarts them and they continue the run."""
+"""A run that is signalled or killed continues exactly when a launcher or process manager restarts it."""
 
 import os
 import signal

@@ -42,7 +42,7 @@ def test_a_run_killed_at_random_and_resumed_ends_with_the_same_bits(work):
     kills = 0
     for _ in range(12):
         with started_train("train", *flags(work, "killed exact", resume="auto", **options)) as process:
-            # kill the run three times, each time at a random moment shortly after a new checkpoint
+            # kill the run up to three times, each time at a random moment shortly after a new checkpoint
             if kills < 3 and wait_for_new_checkpoint(process, work / "killed exact" / "checkpoints"):
                 time.sleep(rng.uniform(0, 0.1))
                 process.kill()
@@ -89,7 +89,7 @@ def test_the_losses_continue_as_if_never_interrupted(work, processes, tmp_path):
     assert steps(tmp_path, "out") == list(range(1, 17))
 
 
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(work, uninterrupted):
+def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_one_before(work, uninterrupted):
     assert train("train", *flags(work, "damaged")).returncode == 0
     newest = work / "damaged" / "checkpoints" / f"step-{STEPS:08d}"
     with open(newest / "optimizer.safetensors", "r+b") as file:

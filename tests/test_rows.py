@@ -232,7 +232,7 @@ def test_a_file_named_twice_is_refused(tmp_path):
         open_rows(f"{path},{tmp_path}/*.parquet")
 
 
-def test_files_of_all_kinds_form_one_sequence(tmp_path):
+def test_files_of_different_kinds_form_one_sequence(tmp_path):
     half = write(tmp_path / "a.parquet", ROWS[:50])
     other = write(tmp_path / "b.jsonl", ROWS[50:])
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(other.read_bytes()))

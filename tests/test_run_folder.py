@@ -35,7 +35,7 @@ def test_a_second_run_is_refused_and_the_owner_of_the_folder_is_reported(tmp_pat
     assert not output.exists()
 
 
-def test_a_killed_owner_leaves_no_lock(tmp_path):
+def test_the_lock_of_a_killed_owner_is_free(tmp_path):
     with started(sys.executable, "-c", HOLD + "print('held', flush=True); time.sleep(60)", tmp_path) as process:
         assert process.stdout.readline() == "held\n"
         os.kill(process.pid, signal.SIGKILL)
@@ -43,10 +43,10 @@ def test_a_killed_owner_leaves_no_lock(tmp_path):
     assert (tmp_path / ".lock").exists()
     with lock_folder(tmp_path):
         assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
-    assert os.listdir(tmp_path) == []  # the lock is removed, but not the folder, which existed before
+    assert os.listdir(tmp_path) == []  # the lock file is removed, but not the folder, which existed before
 
 
-def test_a_process_that_opened_a_removed_lock_takes_a_new_one(tmp_path):
+def test_a_process_that_opened_a_lock_file_before_its_removal_locks_a_new_one(tmp_path):
     """A lock on the deleted file is worthless, because another run can create and lock a new file of the same name."""
     with ExitStack() as owner:
         owner.enter_context(lock_folder(tmp_path))
@@ -133,7 +133,7 @@ def can_unshare():
         return False
 
 
-@pytest.mark.skipif(not can_unshare(), reason="needs a process namespace, as containers have")
+@pytest.mark.skipif(not can_unshare(), reason="needs permission to make a process namespace")
 def test_the_first_process_of_a_container_records_its_exit(tmp_path):
     code = "import sys; from pathlib import Path; from lowmem.job.exit_file import write_exit; "
     code += "write_exit(Path(sys.argv[1]), 'done', step=3, rank=0)"

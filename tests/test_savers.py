@@ -1,4 +1,4 @@
-"""Memory savers change no loss and no gradient, need fewer bytes, rename no parameter and leave no hook."""
+"""Except `compiled`, savers change no loss and no gradient, need fewer bytes, rename no parameter and leave no hook."""
 
 import shutil
 from itertools import combinations
@@ -22,9 +22,9 @@ from tests.models import build, qa_rows
 DROPOUT = {"t5": {"dropout_rate": 0.1}, "llama": {"attention_dropout": 0.1}}
 DEEP = {"t5": {"num_layers": 6}, "llama": {"num_hidden_layers": 6}}
 
-# For each saver, the largest allowed ratio of a step's peak bytes with the saver to those without it. The model has 6
-# layers, and its weights are not counted. The first three savers run on 8 rows, whose activations dominate the peak
-# with 10 to 20 times the bytes of the weights. `release` runs on one short row, where gradients dominate the peak.
+# For each saver, the largest allowed ratio of a step's peak bytes with the saver to those without it. The models have 6
+# layers (T5: 6 + 6), and weights are not counted. The first three savers run on 8 rows, where the peak is 20 to 26
+# times the weights' bytes, mostly activations. `release` runs on one short row, where gradients dominate the peak.
 ALONE = {recompute: 0.25, recompute_cheap: 0.60, offload_activations: 0.15, release: 0.80}
 PAIRS = [pair for pair in combinations(ALONE, 2) if pair != (recompute, recompute_cheap)]  # not allowed together
 SAVERS = [*((saver,) for saver in ALONE), *PAIRS]
@@ -52,17 +52,17 @@ def step_of(family, savers, rows=8, **changes):
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
 @pytest.mark.parametrize("savers", SAVERS, ids=names_of)
-def test_savers_and_pairs_of_savers_change_no_bit_with_dropout(savers, family):
+def test_savers_and_their_pairs_keep_the_bits_of_loss_and_weights_with_dropout(savers, family):
     loss, norm, weights, _ = step_of(family, [])
     same_loss, same_norm, same_weights, _ = step_of(family, savers)
     assert torch.equal(loss, same_loss)
     torch.testing.assert_close(norm, same_norm, rtol=1e-6, atol=0)  # release sums the norm in another order
     for name, weight in weights.items():
-        assert torch.equal(weight, same_weights[name]), name  # with SGD at rate 1, equal weights mean equal gradients
+        assert torch.equal(weight, same_weights[name]), name  # SGD at rate 1 subtracts the gradient
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_savers_need_fewer_bytes_and_a_pair_at_most_those_of_the_better_saver(family):
+def test_savers_and_pairs_of_savers_need_fewer_bytes(family):
     for rows, savers in (8, [recompute, recompute_cheap, offload_activations]), (1, [release]):
         plain = step_of(family, [], rows, **DEEP[family])[-1]
         alone = {saver: step_of(family, [saver], rows, **DEEP[family])[-1] for saver in ALONE}
@@ -70,9 +70,9 @@ def test_savers_need_fewer_bytes_and_a_pair_at_most_those_of_the_better_saver(fa
             assert alone[saver] <= ALONE[saver] * plain, (saver.__name__, alone[saver] / plain)
         for pair in PAIRS:
             together = step_of(family, pair, rows, **DEEP[family])[-1]
-            # A recompute saver with offloading may need more bytes than offloading alone, because tensors that a layer
-            # recomputes for its own backward are not offloaded (they would be copied to the host and back at once), so
-            # with `recompute`, only the layers' inputs are offloaded.
+            # A recompute saver with offloading may need more bytes than offloading alone, because then only the layers'
+            # inputs are offloaded: a tensor that a layer recomputes for its own backward would be copied to the host
+            # and back at once.
             better = [saver for saver in pair if saver is not offload_activations or release in pair]
             assert together <= min(alone[saver] for saver in better), names_of(pair)
 
@@ -147,7 +147,7 @@ def test_offloaded_activations_are_kept_when_their_memory_is_reused():
     ("name", "memory"), [("adamw", "exact"), ("adamw", "lean"), ("adafactor", "lean"), ("adam", "off")]
 )
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_release_trains_to_the_same_bits_with_every_optimizer(family, name, memory):
+def test_release_trains_to_the_same_bits_in_every_tier(family, name, memory):
     results = []
     for savers in ([], [release]):
         model, batch = build(family, **DROPOUT[family]), batch_of(family)
@@ -172,7 +172,7 @@ def test_release_holds_one_gradient_at_a_time():
     assert set(held) == {1} and len(held) == len(list(model.parameters()))
 
 
-def test_release_refuses_what_needs_whole_gradients_before_anything_is_computed():
+def test_before_computing_anything_release_refuses_options_that_need_all_gradients_at_once():
     model, batch = build("t5"), batch_of("t5")
     optimizer = make_optimizer(model)
     state, accelerator = TrainState(model, optimizer), Accelerator(cpu=True)
@@ -205,7 +205,7 @@ def release_on_a_rank(folder):
     accelerator.end_training()
 
 
-def test_release_says_that_weights_changed_before_a_gradient_was_not_finite():
+def test_release_says_that_weights_have_changed_if_the_loss_is_not_finite():
     model, batch = build("t5"), batch_of("t5")
     optimizer = make_optimizer(model)
     state = TrainState(model, optimizer)
@@ -238,7 +238,7 @@ def test_release_also_updates_parameters_that_the_loss_does_not_use():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_compiled_layers_with_recompute_inside_have_the_same_losses(family):
+def test_compiled_and_recomputed_layers_have_the_same_losses(family):
     """Also check that torch keeps using compiled layers when batches differ in length and padding."""
     losses = []
     for savers in ([], [recompute, compiled]):

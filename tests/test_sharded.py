@@ -91,13 +91,13 @@ def saved(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("world_size", "sharding_strategy"), [(1, DDP), (2, FSDP), (2, DDP), (4, FSDP), (4, DDP)])
-def test_a_checkpoint_saved_on_three_ranks_loads_on_any_number(saved, world_size, sharding_strategy):
+def test_a_checkpoint_saved_on_three_ranks_loads_on_one_two_and_four(saved, world_size, sharding_strategy):
     name = f"{world_size} {sharding_strategy}"
     assert fork_ranks(world_size, load_and_save, sharding_strategy, saved, name) == [0] * world_size
     before, after = tensors_of(saved / "saved"), tensors_of(saved / name)
     assert before.keys() == after.keys() and len(before) == 4 * 47  # for each parameter: weight, two moments, step
     assert all(torch.equal(before[name], after[name]) for name in before)
-    # most bytes are optimizer state, and a file holds at most one rank's share of all bytes, so there are several files
+    # most bytes are optimizer state; as a file has at most one rank's share of all bytes, several ranks fill several
     assert len([*(saved / name).rglob("optimizer*.safetensors")]) >= 0.75 * world_size
     results, expected = (json.loads((path / "results.json").read_text()) for path in (saved / name, saved))
     for (loss, norm, rows), (loss_then, norm_then, rows_then) in zip(results, expected, strict=True):
@@ -122,7 +122,7 @@ def shard_in_two_dimensions(folder):
     accelerator.end_training()
 
 
-def test_copies_of_shards_are_saved_once_and_loaded_everywhere(tmp_path):
+def test_replicas_of_shards_are_saved_as_whole_tensors_and_loaded_everywhere(tmp_path):
     assert fork_ranks(4, shard_in_two_dimensions, tmp_path) == [0] * 4
 
 

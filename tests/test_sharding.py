@@ -1,4 +1,4 @@
-"""Sharded training has the results of unsharded training, with every strategy, tier and saver."""
+"""Sharded training has the results of unsharded training. Also tested: loading, evaluation, refusals."""
 
 import json
 
@@ -74,7 +74,7 @@ def built(family, **changes):
     return build(family, seed=1, **({"d_ff": 50} if family == "t5" else {}) | changes)  # 4 ranks cannot split 50 evenly
 
 
-# options for a step of SGD at learning rate 1: the weights change by exactly the gradient
+# options for a step of SGD at learning rate 1: the weights change by the gradient
 ONE_GRADIENT = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": None, "steps": 1}
 
 
@@ -108,7 +108,7 @@ def AutoModel(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sharding_on_two_ranks_has_the_losses_of_one_process_in_half_the_bytes(family, tmp_path):
+def test_two_shards_have_the_losses_of_one_process_in_half_the_bytes_each(family, tmp_path):
     assert fork_ranks(1, train_alone, family, tmp_path) == [0]
     assert fork_ranks(2, train_sharded, family, tmp_path, STRATEGIES) == [0, 0]
     hybrid = {"HYBRID_SHARD": {"sharding_strategy": "HYBRID_SHARD", "shard_size": 2}}
@@ -370,7 +370,7 @@ def refuse():
     accelerator.end_training()
 
 
-def test_strategies_that_do_not_fit_the_number_of_processes_are_refused():
+def test_what_sharding_does_not_support_is_refused():
     assert fork_ranks(3, refuse) == [0] * 3
 
 

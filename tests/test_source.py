@@ -91,7 +91,7 @@ def test_values_that_name_no_file_are_refused(folder, files, message):
         expand(files)
 
 
-def test_urls_are_files_and_their_globs_are_sorted():
+def test_urls_name_files_and_their_globs_are_sorted():
     for name in ("b.txt", "a.txt", "a.txt?mark=[x]", "c,d.txt"):
         with fsspec.open(f"memory://globs/{name}", "wb") as file:
             file.write(b"far away")
@@ -148,7 +148,7 @@ for look in (Source(url).open, Source(url).stamp):
     assert lost == ["ConnectionError"] * 2
 
 
-def test_errors_of_network_packages_become_connection_errors_and_others_are_unchanged():
+def test_only_network_errors_that_are_not_os_errors_become_connection_errors():
     aiohttp = pytest.importorskip("aiohttp")
     with pytest.raises(ConnectionError, match="ClientPayloadError: cut off"), reading():
         raise aiohttp.ClientPayloadError("cut off")
@@ -158,7 +158,7 @@ def test_errors_of_network_packages_become_connection_errors_and_others_are_unch
         assert caught.value is error
 
 
-def test_damage_is_distinguished_from_system_errors():
+def test_damage_is_distinguished_from_other_errors():
     for damage in (
         OSError("Couldn't deserialize thrift"),
         pa.ArrowInvalid("a"),

@@ -28,7 +28,7 @@ LIMIT = 2.0
 
 
 def init_and_report(folder, changes, work=lambda: None):
-    """Initialize, call `work`, and exit with the exit codes of the CLI; write the stderr of each rank to a file."""
+    """Initialize, call `work`, and exit with the CLI's exit codes; write stderr to a file named after the rank."""
     rank = os.environ["RANK"]
     with open(Path(folder, rank), "w") as output:
         os.dup2(output.fileno(), 2)
@@ -62,13 +62,13 @@ def test_a_rank_reports_its_wrong_address_and_the_other_reports_a_missing_rank(t
     assert re.search(r"rank 0 on \S+ timed out after 2 s waiting for rank 1 of 2 at localhost:\d+", error)
 
 
-def test_an_unknown_host_name_is_reported_on_every_rank(tmp_path):
+def test_an_unknown_host_name_is_a_usage_error_on_every_rank(tmp_path):
     changes = {rank: {"MASTER_ADDR": "no-such-host.invalid"} for rank in "01"}
     assert fork_ranks(2, init_and_report, tmp_path, changes) == [2, 2]
     assert "rank 0" in errors_of(tmp_path, 0)[0] and "no-such-host.invalid:" in errors_of(tmp_path, 0)[0]
 
 
-def test_a_taken_port_is_reported_at_once_and_a_silent_listener_within_the_limit(tmp_path):
+def test_a_taken_port_and_a_silent_listener_are_reported(tmp_path):
     with socket.socket() as listener:
         listener.bind(("", 0))
         listener.listen()
@@ -78,7 +78,7 @@ def test_a_taken_port_is_reported_at_once_and_a_silent_listener_within_the_limit
     assert "rank 1" in errors_of(tmp_path, 1)[0] and "that is not this run's store" in errors_of(tmp_path, 1)[0]
 
 
-def test_a_rank_that_never_starts_is_named(tmp_path):
+def test_ranks_that_never_start_are_named(tmp_path):
     changes = {rank: {"WORLD_SIZE": "4"} for rank in "01"}
     assert fork_ranks(2, init_and_report, tmp_path, changes) == [1, 1]
     assert "timed out after 2 s waiting for rank 2, 3 of 4" in errors_of(tmp_path, 0)[0]
@@ -103,7 +103,7 @@ def test_a_missing_network_interface_is_reported_with_the_existing_ones(tmp_path
 
 
 @pytest.mark.parametrize(("name", "value"), [("MASTER_ADDR", None), ("MASTER_PORT", "http"), ("RANK", "7")])
-def test_invalid_environment_variables_are_reported(name, value, tmp_path):
+def test_unset_and_invalid_environment_variables_are_reported(name, value, tmp_path):
     codes = fork_ranks(2, init_and_report, tmp_path, {rank: {name: value} for rank in "01"})
     assert codes == [2, 2]
     assert name in errors_of(tmp_path, 0)[0]
@@ -122,7 +122,7 @@ def wait_longer_than_the_limit():
     dist.all_reduce(torch.ones(1), group=dist.new_group())
 
 
-def test_ranks_that_have_started_may_wait_for_each_other_without_limit(tmp_path):
+def test_ranks_that_have_started_may_wait_longer_than_the_limit(tmp_path):
     assert fork_ranks(2, init_and_report, tmp_path, {}, wait_longer_than_the_limit) == [0, 0]
 
 
@@ -160,7 +160,7 @@ def work(tmp_path_factory):
 
 
 def start(folder, work, **changes):
-    """Start two ranks, the second with `changes` to its flags; return the exit codes and errors of both."""
+    """Start two ranks; `common` changes flags of both, the rest those of rank 1 only; return exit codes and errors."""
     common = settings(work, "out", max_steps=1, global_batch_size=4, output_dir=folder / "out") | changes.pop(
         "common", {}
     )
@@ -193,7 +193,7 @@ def test_all_different_flags_of_a_rank_are_reported_on_all_ranks(work, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_different_paths_to_the_same_files_are_accepted(work, tmp_path):
+def test_different_paths_to_equal_rows_and_to_one_output_dir_are_accepted(work, tmp_path):
     shutil.copy(work / "rows.jsonl", tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "out")
     (tmp_path / "out").mkdir()
@@ -274,7 +274,7 @@ def test_different_code_and_a_folder_that_is_not_shared_are_reported(work, tmp_p
     for result in results:
         assert result.returncode == 2, result.stderr
         assert re.search(
-            r"rank 1 on \S+ has lowmem's code (\w+) \(rank 0: (?!\1)\w+\); output_dir a different folder, ",
+            r"rank 1 on \S+ has lowmem's code (\w+) \(rank 0: (?!\1)\w+\); output_dir \S+, which is another folder",
             result.stderr,
         )
     assert not output.exists()

@@ -1,4 +1,4 @@
-"""The result of a step does not depend on the number of micro-batches or ranks. Also tested: steps that fail."""
+"""Without dropout, no number of micro-batches or ranks changes a step's result. Also tested: steps that fail."""
 
 import json
 import re
@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(nonfinite):
         assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_a_nan_on_one_rank_is_raised_by_both_before_the_update():
+def test_a_nan_on_one_rank_raises_an_error_on_both_before_the_update():
     assert fork_ranks(2, step_with_nan_on_one_rank) == [0, 0]
 
 
@@ -269,7 +269,7 @@ def fail_on_one_rank():
     accelerator.end_training()
 
 
-def test_an_error_within_a_sharded_forward_ends_both_ranks_with_that_error():
+def test_an_error_on_one_rank_of_a_sharded_model_ends_both_ranks_with_that_error():
     with started_ranks(2, fail_in_a_sharded_forward) as ranks:
         outputs = [process.communicate(timeout=60)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1]
@@ -290,7 +290,7 @@ def fail_in_a_sharded_forward():
     train_step(state_of(model), batches, failing, accelerator, learning_rate=0.1)
 
 
-def test_a_step_without_any_target_changes_nothing_but_the_step_count():
+def test_a_step_without_any_target_is_counted_but_changes_no_weight():
     empty = collate([{"input_ids": [5], "labels": [-100]}])
     assert empty.num_targets == 0
     model, accelerator = build("t5"), Accelerator(cpu=True)

@@ -39,7 +39,7 @@ def by_step(drawn):
     return [sorted(step) for step in drawn]
 
 
-def test_batches_are_padded_to_their_own_longest_row():
+def test_batches_are_padded_to_the_multiple_of_8_that_fits_their_longest_row():
     batch = collate([{"input_ids": [5] * 9, "labels": [6]}, {"input_ids": [7], "labels": [8] * 8}])
     assert batch.inputs["input_ids"].tolist() == [[5] * 9 + [0] * 7, [7] + [0] * 15]
     assert batch.inputs["attention_mask"].tolist() == [[1] * 9 + [0] * 7, [1] + [0] * 15]
@@ -48,7 +48,7 @@ def test_batches_are_padded_to_their_own_longest_row():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_rows_of_one_input_length_are_neither_padded_nor_masked(causal):
+def test_inputs_of_one_length_are_neither_padded_nor_masked(causal):
     batch = collate([{"input_ids": [5] * 9, "labels": [6]}, {"input_ids": [7] * 9, "labels": [8] * 3}], causal=causal)
     assert batch.inputs.keys() == {"input_ids", "labels"}
     assert batch.inputs["input_ids"].tolist() == [[5] * 9, [7] * 9]
@@ -69,7 +69,7 @@ def test_a_row_without_tokens_becomes_masked_padding():
     assert batch.inputs["input_ids"].tolist() == [[0]] and batch.inputs["attention_mask"].tolist() == [[0]]
 
 
-def test_causal_rows_are_masked_only_where_a_prompt_without_target_ends_in_padding():
+def test_padded_causal_rows_get_a_mask_only_if_one_has_no_target():
     rows = [{"input_ids": [5] * n, "labels": [IGNORED] + [5] * (n - 1)} for n in (9, 3)]
     whole = collate(rows)
     batch = collate(rows, causal=True)
@@ -154,7 +154,7 @@ def test_a_rank_splits_its_rows_of_a_step_into_micro_batches_longest_rows_first(
                 assert again.inputs["input_ids"].equal(batch.inputs["input_ids"])
 
 
-def test_the_length_of_a_custom_row_is_the_total_length_of_its_values():
+def test_the_length_of_a_custom_row_is_the_total_length_of_its_lists_and_tensors():
     sizes = [(1, 2), (4, 4), (2, 0), (0, 7)]
 
     def encode(row):
@@ -206,7 +206,7 @@ def test_prefetch_does_not_move_the_position():
 def test_resumed_stream_continues_exactly():
     whole = open_stream(ROWS, ENCODE, batch_size=4, gradient_accumulation_steps=2, seed=9)
     expected = draw(whole, 20)
-    for stop in (0, 1, 6, 13):  # after 6 steps the stream is in epoch 1, after 13 in epoch 2
+    for stop in (0, 1, 6, 13):  # after 6 steps, 2 rows of epoch 1 remain; after 13, epoch 3 has begun
         first = open_stream(ROWS, ENCODE, batch_size=4, gradient_accumulation_steps=2, seed=9)
         assert draw(first, stop) == expected[:stop]
         next(first)  # a step that is read ahead, but never trained on, does not advance the stream
@@ -272,7 +272,7 @@ def test_changed_rows_may_be_accepted_but_not_another_number_of_rows_per_step():
         open_stream(ROWS, ENCODE, batch_size=5, accept_changed_data=True).load_state_dict(saved)
 
 
-def test_an_error_of_any_kind_is_raised_when_the_step_is_read():
+def test_an_error_in_collate_is_raised_when_the_step_is_read():
     stream = open_stream(ROWS, ENCODE, batch_size=4, collate=lambda rows: 1 / 0)
     for _ in range(2):
         batches = next(stream)

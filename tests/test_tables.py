@@ -92,7 +92,7 @@ def test_a_parquet_file_gives_the_rows_that_were_written(tmp_path, size, wanted,
 @pytest.mark.parametrize("text", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
 @pytest.mark.parametrize("wanted", [WANTED, CHATS])
 @pytest.mark.parametrize("limits", [TableLimits(), PIECES], ids=["as it is", "copied"])
-def test_texts_of_any_arrow_type_are_read(tmp_path, text, wanted, limits):
+def test_large_viewed_and_dictionary_texts_are_read(tmp_path, text, wanted, limits):
     rows = table(text=text)
     source = write_arrow(tmp_path / "rows.arrow", rows, max_rows=1000)
     assert all_rows(ArrowFile(source, wanted, limits=limits)) == only(wanted)
@@ -119,7 +119,7 @@ def test_a_compressed_arrow_file_is_copied(tmp_path, make, compression, capsys):
     assert capsys.readouterr().out.count("rows.arrow: making") == 1
 
 
-def test_an_arrow_stream_whose_dictionary_is_replaced_is_copied(tmp_path):
+def test_an_arrow_stream_whose_dictionary_is_replaced_is_read(tmp_path):
     source = Source(str(tmp_path / "rows.arrow"))
     parts = [pa.record_batch({"prompt": pa.array(texts).dictionary_encode()}) for texts in (["a", "b"], ["c", "d"])]
     with pa.ipc.new_stream(source.name, parts[0].schema) as writer:
@@ -144,7 +144,7 @@ def test_large_groups_are_copied_once_in_order_and_in_small_pieces(tmp_path, cap
     assert (again.group_rows == file.group_rows).all() and (again.group_bytes == file.group_bytes).all()
 
 
-def test_runs_that_read_other_columns_have_their_own_copies(tmp_path):
+def test_readers_of_different_columns_do_not_share_a_copy(tmp_path):
     source = write_parquet(tmp_path / "rows.parquet")
     prompts, chats = ParquetFile(source, WANTED, limits=PIECES), ParquetFile(source, CHATS, limits=PIECES)
     assert all_rows(prompts) == only(WANTED) and all_rows(chats) == only(CHATS)
@@ -169,7 +169,7 @@ def test_empty_row_groups_are_accepted(tmp_path):
     assert copy.group_rows.tolist() == [5] and all_rows(copy) == only(WANTED, ROWS[:5])
 
 
-def test_files_without_rows_have_no_groups_to_read(tmp_path):
+def test_files_without_rows_can_be_opened(tmp_path):
     empty = write_parquet(tmp_path / "rows.parquet", []), write_arrow(tmp_path / "rows.arrow", table([]))
     for source, open_file in zip(empty, (ParquetFile, ArrowFile), strict=True):
         assert open_file(source, WANTED, limits=PIECES).group_rows.sum() == 0
@@ -282,7 +282,7 @@ def test_a_file_truncated_deleted_or_rewritten_after_it_was_opened_raises_an_err
         file.read_group(0)
 
 
-def test_any_flipped_bit_in_a_copy_is_detected(tmp_path):
+def test_flipped_bits_in_a_copy_are_detected(tmp_path):
     file = ParquetFile(write_parquet(tmp_path / "rows.parquet"), WANTED, limits=PIECES)
     (copy,) = tmp_path.glob(".*copy*.rows")
     for offset in np.random.default_rng(0).integers(0, copy.stat().st_size, 100).tolist():
@@ -334,7 +334,7 @@ def test_a_fingerprint_depends_on_the_content_alone(tmp_path):
         assert ParquetFile(source, WANTED).fingerprint() != first
 
 
-def test_every_byte_of_a_small_file_is_in_its_fingerprint(tmp_path):
+def test_flipped_bits_anywhere_in_a_small_file_change_its_fingerprint(tmp_path):
     for rows in (ROWS[:1], ROWS):
         source = write_arrow(tmp_path / "rows.arrow", table(rows))
         file = ArrowFile(source, None)
@@ -345,7 +345,7 @@ def test_every_byte_of_a_small_file_is_in_its_fingerprint(tmp_path):
             flip(source.path, offset)
 
 
-def test_every_byte_of_a_parquet_footer_is_in_the_fingerprint(tmp_path):
+def test_flipped_bits_anywhere_in_a_parquet_footer_change_the_fingerprint(tmp_path):
     source = write_parquet(tmp_path / "rows.parquet", ROWS * 10, row_group_size=2)
     file = ParquetFile(source, None)
     first, size = file.fingerprint(), source.path.stat().st_size
@@ -403,11 +403,11 @@ def test_a_dataset_that_the_datasets_package_saved_is_read(tmp_path):
     assert len(files) == 3
     assert [row for file in files for row in all_rows(file)] == only(["prompt", "chat"])
     datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "two")
-    with pytest.raises(UsageError, match=f"several splits of a dataset: name one of {tmp_path}/two/train"):
+    with pytest.raises(UsageError, match=f"holds the splits of a dataset: name one of {tmp_path}/two/train"):
         dataset_files(tmp_path / "two")
 
 
-def test_reading_needs_little_memory_for_row_groups_and_batches_of_any_size(tmp_path):
+def test_reading_needs_little_memory_for_one_large_or_many_small_groups(tmp_path):
     rows = pa.table({"prompt": [f"{number} {LONG[number % 10][:100]}" for number in range(400_000)]})
     rows = rows.append_column("response", rows.column("prompt"))
     assert rows.nbytes > 85e6
@@ -433,7 +433,7 @@ def test_reading_needs_little_memory_for_row_groups_and_batches_of_any_size(tmp_
         assert count == 400_000
         print(peak() - before)
     """
-    for name, held in {"one.parquet": 64, "many.parquet": 6, "one.arrow": 64}.items():  # `held` groups: some 15 MiB
+    for name, held in {"one.parquet": 64, "many.parquet": 6, "one.arrow": 64}.items():  # `held` groups take 15 MiB
         done = run(sys.executable, "-c", textwrap.dedent(code), tmp_path / name, held)
         assert done.returncode == 0, done.stderr
         mebibytes = float(done.stdout.split()[-1])
@@ -458,7 +458,7 @@ def test_a_copy_holds_the_wanted_columns_in_any_order(tmp_path, suffix, write, o
     ],
     ids=str,
 )
-def test_a_copy_of_any_type_is_not_much_larger_than_its_rows(tmp_path, kind, copied):
+def test_a_copy_is_less_than_ten_times_as_large_as_its_rows(tmp_path, kind, copied):
     values = {
         "binary_view": b"%d",
         "map<string, dictionary<values=string, indices=int32, ordered=0>>": [("k", "%d")],
@@ -493,7 +493,7 @@ def test_invalid_utf8_is_reported_for_the_file_and_not_for_its_copy(tmp_path):
     assert not list(tmp_path.glob(".*.rows"))
 
 
-def test_a_footer_is_parsed_once_for_consecutive_groups(tmp_path):
+def test_a_footer_is_parsed_once_for_consecutive_reads_of_a_file(tmp_path):
     source = write_parquet(tmp_path / "rows.parquet", ROWS * 10, row_group_size=2)
     file = ParquetFile(source, WANTED)
     file.read_group(0)
@@ -513,7 +513,7 @@ def test_a_file_of_very_many_groups_is_copied(tmp_path):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_dictionary_column_whose_values_do_not_repeat_is_read(tmp_path, nested):
-    """pandas writes such files for categories: the schema declares a dictionary, but the file holds plain values."""
+    """pandas writes such files for categories: the schema declares a dictionary, but the file also has plain values."""
     texts = pa.array([f"{number} {LONG[number % 10][:50]}" for number in range(40_000)])
     column = texts.dictionary_encode()
     if nested:
@@ -559,7 +559,7 @@ def test_a_time_that_python_has_no_date_for_is_a_bad_row(tmp_path):
         file.row(data, 1)
 
 
-def test_files_opened_for_different_columns_have_their_own_copies(tmp_path):
+def test_a_file_copied_for_some_columns_can_be_opened_for_others(tmp_path):
     source = write_parquet(tmp_path / "rows.parquet")
     for wanted in ({"prompt": "text"}, WANTED, {"prompt": "text"}):
         assert all_rows(ParquetFile(source, wanted, limits=PIECES)) == only(wanted)
@@ -571,7 +571,7 @@ def test_group_bytes_of_a_column_exclude_those_of_a_column_with_the_same_prefix(
 
 
 @pytest.mark.parametrize(("suffix", "max_mebibytes"), [("parquet", 280), ("arrow", 30)])
-def test_copying_long_rows_needs_memory_for_a_few_of_them_only(tmp_path, suffix, max_mebibytes):
+def test_copying_long_rows_needs_little_memory_for_arrow_and_more_for_parquet(tmp_path, suffix, max_mebibytes):
     """Parquet needs more memory than Arrow: it decodes whole pages, and pyarrow writes all these rows to one page."""
     rows = pa.table({"x": [f"{number} {'q' * 400_000}" for number in range(300)]})
     path = tmp_path / f"rows.{suffix}"

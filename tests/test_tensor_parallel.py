@@ -136,7 +136,7 @@ def compare_in_two_dimensions():
     accelerator.end_training()
 
 
-def test_tensor_parallel_gradients_are_summed_over_data_ranks_only():
+def test_tensor_parallel_gradients_need_a_sum_over_data_ranks_only():
     assert fork_ranks(4, compare_in_two_dimensions) == [0] * 4
 
 
@@ -247,7 +247,7 @@ def train_and_save(folder, seed):
 
 
 @pytest.mark.parametrize(("saving", "loading"), [(1, 4), (4, 1), (4, 4)])
-def test_a_checkpoint_saved_in_one_layout_loads_in_another(tmp_path, saving, loading):
+def test_a_checkpoint_loads_in_its_own_or_another_layout(tmp_path, saving, loading):
     assert fork_ranks(saving, train_and_save, tmp_path, 0) == [0] * saving
     (tmp_path / f"saved by {saving}" / "step-00000000").rename(tmp_path / "step-00000000")
     assert fork_ranks(loading, train_and_save, tmp_path, 1) == [0] * loading

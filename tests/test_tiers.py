@@ -117,7 +117,7 @@ def test_a_small_learning_rate_moves_lean_weights_that_bf16_alone_would_not():
         weight.grad, stuck.grad = torch.ones_like(weight), torch.ones_like(stuck)
         optimizer.step()
         nearest.step()
-    large = before.abs() > 1e-2  # bf16 values of this size are at least 3e-5 apart, so bf16 loses an update of 1e-6
+    large = before.abs() > 1e-2  # bf16 values of this size are at least 6e-5 apart, so bf16 loses an update of 1e-6
     assert torch.equal(stuck.detach().float()[large], stuck_before[large])
     assert (weight.detach().float() - before)[large].mean().item() == pytest.approx(-200e-6, rel=0.05)
 
@@ -151,7 +151,7 @@ def test_bf16_weights_keep_their_values():
 
 @pytest.mark.parametrize("memory", ["exact", "lean"])
 def test_a_state_dict_keeps_its_dtypes(memory):
-    """The optimizer needs its own load_state_dict, because torch's would convert every tensor to the weight's dtype."""
+    """The optimizer needs its own load_state_dict, because torch's would convert state to the weight's dtype."""
     optimizers = []
     for step in (1, 2):
         model = build("llama", hidden_size=64)
@@ -180,7 +180,7 @@ def gradients_of(model, batches):
 
 @pytest.mark.parametrize(("memory", "factor"), [("exact", 1.2), ("lean", 2.0)])
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_accumulated_gradients_are_as_accurate_as_those_of_one_batch(family, memory, factor):
+def test_accumulated_gradients_have_less_than_twice_the_error_of_one_batch(family, memory, factor):
     """Compare errors against fp64. `exact` adds gradients in fp32, and `lean` rounds each sum stochastically."""
     batches = batches_of(family, 8)
     expected = gradients_of(build(family).double(), batches)
@@ -242,7 +242,7 @@ def steps_of_a_rank(memory, folder):
     accelerator.end_training()
 
 
-def test_prepare_refuses_a_ddp_model_and_ddp_may_wrap_a_prepared_one(tmp_path):
+def test_make_optimizer_refuses_a_ddp_model_and_ddp_may_wrap_the_model_later(tmp_path):
     assert fork_ranks(2, wrap_before_and_after, tmp_path) == [0, 0]
     mine, theirs = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -267,14 +267,14 @@ def wrap_before_and_after(folder):
     assert not torch.equal(master(optimizer, model.shared.weight), start)
     kept = {name: master(optimizer, parameter) for name, parameter in model.named_parameters()}
     save_file(kept, f"{folder}/{rank}.safetensors")
-    # free it here: a DDP reducer that outlives its gloo group can wait forever in the group's destructor (torch 2.13)
+    # free DDP models: a reducer that outlives its gloo group can wait forever in the group's destructor (torch 2.13)
     del state
     accelerator.free_memory(early, wrapped)
     del early, wrapped
     accelerator.end_training()
 
 
-def test_rounding_is_a_function_of_seed_update_and_name():
+def test_rounding_depends_on_the_optimizers_seed_but_not_on_torchs():
     def weight(seed, disturb):
         model = build("llama")
         optimizer = make_optimizer(model, memory="lean")
@@ -302,7 +302,7 @@ def test_each_parameter_update_and_seed_has_its_own_random_bits():
 
 
 @pytest.mark.parametrize("memory", ["exact", "lean"])
-def test_micro_batches_steps_and_ranks_round_sums_with_different_random_bits(memory):
+def test_the_keys_of_random_bits_name_micro_batch_step_and_rank_or_the_update(memory):
     model = build("llama")
     optimizer, keys = make_optimizer(model, memory=memory), []
     drawn = optimizer._random

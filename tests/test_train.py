@@ -28,7 +28,7 @@ def files(tmp_path_factory):
 
 
 def by_hand(optimizer, precision):
-    """Train without lowmem, with one batch of 6 rows per step; return each step's loss, gradient norm and rate."""
+    """Train with plain torch in lowmem's row order, 6 rows per step; return losses, gradient norms, learning rates."""
     tokenizer, model = ByT5Tokenizer(), build("t5", seed=3)
     decayed = [p for name, p in model.named_parameters() if "bias" not in name and "layer_norm" not in name]
     others = [p for name, p in model.named_parameters() if "bias" in name or "layer_norm" in name]
@@ -57,7 +57,7 @@ def by_hand(optimizer, precision):
 
 
 @pytest.mark.parametrize(("optimizer", "precision"), [("adamw", "no"), ("sgd", "no"), ("adamw", "bf16")])
-def test_every_setting_reaches_the_run(files, optimizer, precision, tmp_path):
+def test_optimizer_schedule_loss_and_precision_flags_reach_the_run(files, optimizer, precision, tmp_path):
     adam = ["--adam_beta1=0.8", "--adam_beta2=0.95", "--adam_epsilon=1e-6"] if optimizer == "adamw" else []
     flags = ["--batch_size=3", "--gradient_accumulation_steps=2", f"--max_steps={STEPS}", "--learning_rate=1e-2"]
     flags += ["--lr_scheduler_type=linear", "--warmup_steps=2", "--weight_decay=0.1", "--max_grad_norm=0.5"]
@@ -76,7 +76,7 @@ def test_every_setting_reaches_the_run(files, optimizer, precision, tmp_path):
 
 
 def test_recompute_reaches_the_run(files, tmp_path):
-    """Compare how many bytes autograd saves for backward with and without the flag."""
+    """Compare how many bytes autograd saves for backward with recompute=full and recompute=off."""
 
     def kept_bytes(recompute):
         kept = 0

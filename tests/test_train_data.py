@@ -1,4 +1,4 @@
-"""The `train` command trains on good rows of every kind, and refuses bad rows or skips and counts them."""
+"""The `train` command trains on padded, packed and chat rows, and refuses bad rows or skips and counts them."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Train with lowmem: the same loop as in `lowmem.train`."""
+"""Train with lowmem: the loop of `lowmem.train`, without evaluation, checkpoints and retries."""
 
 from functools import partial
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The command `export`: write the model of a checkpoint, or any saved model, in another dtype."""
+"""The command `export`: copy the model of a checkpoint or of a model folder, and change its dtype if wanted."""
 
 import json
 import math
@@ -24,7 +24,7 @@ _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5",
 
 
 class _Source(NamedTuple):
-    """A tensor to export. `parts` reads rows of `stored`, merges them with `low` (low half of fp32) and converts."""
+    """A tensor to export. `parts` reads rows of `stored`, merges any `low` (low half of fp32) and converts."""
 
     stored: StoredTensor
     low: StoredTensor | None
@@ -98,7 +98,7 @@ def _source(stored: StoredTensor, low: StoredTensor | None, dtype: torch.dtype |
     if saved_as is None:
         raise UsageError(f"tensor {stored.name} is {stored.dtype}, which is not supported: use a model without it")
     to = dtype if dtype is not None and saved_as.is_floating_point else saved_as
-    return _Source(stored, None if to == torch.bfloat16 else low, to)  # `stored` is the master, rounded to bf16
+    return _Source(stored, None if to == torch.bfloat16 else low, to)  # with `low`, `stored` is the master in bf16
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -129,7 +129,7 @@ def _open_model(folder: Path, files: list[str] | None) -> Mapping[str, StoredTen
 
 
 def _copy_others(folder: Path, files: list[str] | None, target: Path) -> None:
-    """Copy `files` of `folder` (None: all) to `target`, such as tokenizer and chat templates, but no weights."""
+    """Copy `files` of `folder` (None: at its top, and chat templates) to `target`, except weights and hidden ones."""
     in_folder = chain(folder.iterdir(), folder.glob("additional_chat_templates/*"))
     for path in in_folder if files is None else [folder / name for name in files]:
         is_weights = path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json")

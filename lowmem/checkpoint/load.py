@@ -51,11 +51,11 @@ def verify_together(path: str | Path) -> None:
 
 @phase("loading a checkpoint")
 def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerator, *, verify: bool = True) -> None:
-    """Load the checkpoint `path` into `state`, in place, on every rank. World size and sharding may differ.
+    """Load the checkpoint `path` into `state`, in place, on every rank. World size and sharding may have changed.
 
     AdamW's state can also be loaded into a smaller memory tier: from off into exact (lossless), and from off or exact
     into lean (rounded). First checks sizes and hashes of the files, unless `verify` is False. Then compares the names,
-    shapes and dtypes of weights and optimizer state with `state`. Of a torch optimizer, it compares only the class.
+    shapes and dtypes of weights and optimizer state with `state`. Of a torch optimizer, compares only the class.
     Raises a UsageError that names the damaged file or up to 10 differing tensors.
     """
     path = Path(path)

@@ -14,7 +14,7 @@ _FORMAT = 1
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return all checkpoints in `folder`, intact or damaged, oldest first."""
+    """Return all checkpoints in `folder`, intact or damaged, ordered by step."""
     named = (path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir())
     return sorted(named, key=step_of)
 
@@ -24,13 +24,13 @@ def step_of(path: Path) -> int:
 
 
 def write_manifest(folder: Path, step: int, records: Mapping[str, FileRecord]) -> None:
-    """Write manifest.json, the last file of a checkpoint. It holds `records` of all other files and its own hash."""
+    """Write manifest.json, the last file of a checkpoint. It holds `records` of all other files, sealed by a hash."""
     manifest = {"format": _FORMAT, "step": step, "files": dict(records)}
     write_file(folder / "manifest.json", [to_json({"manifest": manifest, "xxh3_128": _hash_of(manifest)})])
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Check that every file has the size and hash in the manifest. Raises UsageError naming the first bad file."""
+    """Check that every file of the manifest has the recorded size and hash. Raises UsageError naming a bad file."""
     records = read_manifest(path)["files"]
     check_sizes(Path(path), records)
     check_hashes(Path(path), records)
@@ -57,14 +57,14 @@ def check_hashes(path: Path, records: Mapping[str, FileRecord]) -> None:
 
 
 def read_manifest(path: str | Path) -> dict:
-    """Return a manifest: {"format", "step", "files": {name: record}}. Raises UsageError if it is missing or changed."""
+    """Return {"format", "step", "files": {name: record}}. Raises UsageError if it is missing, changed or too new."""
     path = Path(path)
     try:
         sealed = json.loads((path / "manifest.json").read_text())
         manifest, seal = sealed["manifest"], sealed["xxh3_128"]
     except (FileNotFoundError, NotADirectoryError):
         found = "has no manifest.json, so it is not a complete checkpoint" if path.exists() else "does not exist"
-        raise UsageError(f"{path} {found}: use another one") from None
+        raise UsageError(f"{path} {found}: use another checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path / 'manifest.json'} is damaged ({error}): use another checkpoint") from error
     if seal != _hash_of(manifest):

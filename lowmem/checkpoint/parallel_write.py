@@ -1,4 +1,4 @@
-"""Write a folder from all ranks at once, each a share of the bytes. The folder ends up complete or absent."""
+"""Write a folder from all ranks at once, each a share of the files. The folder ends up complete or absent."""
 
 import errno
 import os
@@ -33,9 +33,9 @@ WriteRest = Callable[[Path, dict[str, FileRecord]], None]
 def write_together(
     path: Path, groups: Mapping[str, list[Shard]], write_rest: WriteRest, *, may_replace: Callable[[Path], bool]
 ) -> None:
-    """Write the shards of `groups` ({stem: shards}) into `path`. Each rank writes some. Shard names are relative paths.
+    """Write the shards of `groups` ({stem: shards}) into `path`, each on one rank. Shard names are relative paths.
 
-    Rank 0 then calls `write_rest(temporary folder, records so far)`. If the disk fails, every rank raises SaveError.
+    Rank 0 then calls `write_rest(temporary folder, records so far)`. If a write fails, every rank raises SaveError.
     """
     shards = [shard for group in groups.values() for shard in group]
     needed = sum(shard.num_bytes for shard in shards)
@@ -157,7 +157,7 @@ def _as_save_error(path: Path, needed: int) -> Iterator[None]:
         where = f" at {error.filename}" if error.filename else ""
         try:
             free = f"{free_bytes(path):,}"
-        except OSError:  # the disk does not respond
+        except OSError:  # the disk cannot be queried
             free = "an unknown number"
         why = f"{error.strerror or error}{where}; it takes {needed:,} bytes, {free} are free"
         raise SaveError(f"{path} could not be saved: {why}. Earlier checkpoints are intact: free disk space") from error

@@ -1,4 +1,4 @@
-"""Find the checkpoint that a run resumes from, and check that the settings of the run have not changed."""
+"""Find the checkpoint that a run resumes from, and compare the settings of the run with the saved ones."""
 
 from collections.abc import Collection, Mapping
 from datetime import datetime
@@ -17,7 +17,7 @@ from lowmem.optim.state import TIERS
 def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
     """Return the checkpoint that `resume` (never, auto or a path) selects, verified and the same on every rank.
 
-    auto means the newest intact one in `output_dir`. None means a fresh start. Raises UsageError if a path is damaged.
+    auto means the newest intact one of `output_dir`. None means a fresh start. Raises UsageError for a damaged path.
     """
     if resume == "never":
         return None
@@ -32,7 +32,8 @@ def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
 def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: Collection[str]) -> list[str]:
     """Compare `settings` with those of the run that saved `checkpoint`. Returns a message for each allowed change.
 
-    Raises UsageError if a setting in `fixed` has changed. With adamw, `memory` may change to a smaller tier.
+    Ignores resume, output_dir and num_processes. Raises UsageError if a setting in `fixed` has changed. With adamw,
+    `memory` may change to a smaller tier.
     """
     _, saved = saved_settings(checkpoint)
     changes = {
@@ -66,7 +67,7 @@ def template_time(checkpoint: Path | None) -> str:
 
 
 def rows_per_step(checkpoint: Path | None, world_size: int, **sizes: int | None) -> int:
-    """Return the rows per optimizer step over all processes. A resumed run keeps it on any number of processes.
+    """Return the rows per optimizer step over all processes. A resumed run keeps this number on any world size.
 
     The flags `sizes` set this number. Raises UsageError if they have changed since `checkpoint` and would change it.
     """

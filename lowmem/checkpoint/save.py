@@ -7,7 +7,7 @@ step-00000500/
                     and a hash of the tokenizer
   manifest.json     size and xxh3_128 of every other file; written last
 
-All ranks write at once, each a share of the files. A tensor that is sharded over ranks is saved whole, by one rank.
+All ranks write tensor files at once; rank 0 then writes the others. A sharded tensor is saved whole, by one rank.
 """
 
 import copy
@@ -52,7 +52,7 @@ def save_checkpoint(
     max_shard_size: int | str = "5GB",
     on_error: Callable[[SaveError], object] | None = None,
 ) -> Path | None:
-    """Write `folder`/step-XXXXXXXX and return it, then remove the oldest checkpoints beyond `keep` (None: keep all).
+    """Write `folder`/step-XXXXXXXX, remove the oldest checkpoints beyond `keep` (None: keep all), return the new one.
 
     The checkpoint of `state.best` is always kept. Call it on every rank: each writes a share, with at most one whole
     tensor in host memory. `config` is saved as model/lowmem.json. If the disk is full or fails, older checkpoints
@@ -115,7 +115,7 @@ def save_model(
 
 
 def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int | None) -> None:
-    """Check that the disk has room for `saves` checkpoints (at most `keep` at a time) and a model. Call on every rank.
+    """Check that the disk has room for `saves` checkpoints (up to `keep` + 1 at once) and a model. Call on every rank.
 
     Raises UsageError if there is too little room, or if the dtype or sharding of a tensor cannot be saved.
     """

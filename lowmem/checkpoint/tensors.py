@@ -18,7 +18,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor | Zero3Weight]:
 
 
 def named_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """Return {name in `model`: parameter} for the parameters of `optimizer`, in that order. Fails under DeepSpeed."""
+    """Return {name in `model`: parameter} in `optimizer`'s order. Raises UsageError under DeepSpeed."""
     if is_engine(model):
         raise UsageError("ZeRO's optimizer state cannot be saved: save the weights alone, with save_model")
     names = {id(tensor): name for name, tensor in model_tensors(model).items()}

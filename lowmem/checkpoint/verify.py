@@ -8,7 +8,7 @@ from lowmem.errors import UsageError
 
 
 def verify(path: str | Path) -> Iterator[str]:
-    """Yield a line per intact checkpoint of `path` (a checkpoint or a run), then raise UsageError if one is damaged."""
+    """Yield a line per intact checkpoint of `path` (a checkpoint or a run), then raise UsageError if any is damaged."""
     path = Path(path)
     found = checkpoints(path / "checkpoints") or checkpoints(path)
     if not found:

@@ -13,7 +13,7 @@ def _group(*names: str) -> property:
 
 
 class Groups:
-    """Properties of TrainConfig that group its fields, for `train` to unpack as keyword arguments."""
+    """Properties of TrainConfig: groups of keyword arguments for `train` to unpack, and values made from fields."""
 
     model_source = _group("model_name_or_path", "model_config", "tokenizer_name_or_path")
     """Where the model and its tokenizer come from."""
@@ -51,7 +51,7 @@ class Groups:
 
     @property
     def sharding_summary(self) -> str:
-        """How processes share the model, for the log; empty if each process has a full copy."""
+        """How lowmem shards the model over processes, for the log; empty if it does not."""
         if self.tp_size > 1:
             return f"tp_size={self.tp_size}"
         return self.sharding_strategy if self.is_sharded else ""

@@ -32,7 +32,7 @@ def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None =
     switches, fields = _read({name: value for name, value in flags.items() if name != "config"}, problems)
     presets = sorted(name for name, is_on in (file_switches | switches).items() if is_on)
     if len(presets) > 1:
-        problems.append(f"{' and '.join('--' + name for name in presets)} were both set: choose one preset")
+        problems.append(f"{' and '.join('--' + name for name in presets)} were set together: choose one preset")
     layers = [dict(given or {}), file_fields, fields]
     names_model = any(layer.get("model_name_or_path") or layer.get("model_config") for layer in layers)
     preset = PRESETS[presets[0]] if presets else {} if names_model else PRESETS["tiny"]
@@ -82,7 +82,7 @@ def _read_config_file(path: object, problems: list[str]) -> dict[str, object]:
     else:
         if isinstance(values, dict) and all(isinstance(key, str) for key in values):
             return values
-        problems.append(f"--config={path} must contain `field: value` pairs, but has none: add some or remove --config")
+        problems.append(f"--config={path} must contain only `field: value` pairs: rewrite it or remove --config")
     return {}
 
 
@@ -106,7 +106,7 @@ def _read(values: Mapping[str, object], problems: list[str]) -> tuple[dict[str, 
 
 
 def _coerce(name: str, kind: object, value: object, problems: list[str]) -> object:
-    """Convert `value` to `kind`, or add a problem. Text comes from a command line, other types from YAML or Python."""
+    """Convert `value` to `kind`, or add a problem. A command line gives only text, YAML and Python also other types."""
     if isinstance(kind, types.UnionType):
         if value is None or str(value).lower() in ("none", "null"):
             return None

@@ -55,7 +55,7 @@ NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
 
 
 def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
-    """List every value that is out of range, and every pair of values that contradict each other."""
+    """List values that are out of range, and pairs of values that contradict each other."""
     problems = _out_of_range(config)
     for name, values, other, needed, why in NEEDS:
         value, found, default = getattr(config, name), getattr(config, other), FIELDS[other].default

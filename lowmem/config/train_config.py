@@ -39,7 +39,7 @@ def setting(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Groups):
-    """Every setting of a run. After `resolve`, None in a field means that another field decides."""
+    """Every setting of a run. After `resolve`, None means: not set, or an alternative is set instead."""
 
     # --- model
     model_name_or_path: str | None = setting(instead_of=["model_config"], per_rank=True, **_FIXED_IN_EVALUATE)
@@ -47,7 +47,7 @@ class TrainConfig(Groups):
     model_config: str | None = setting(on_resume="fixed")
     """Shape of a new model: t5-tiny, t5-small, t5-base, or the path of a config.json."""
     tokenizer_name_or_path: str | None = setting(on_resume="fixed", per_rank=True, in_evaluate=True)
-    """Tokenizer folder. None: the model's own; for a new model, bytes (ByT5, needs no file)."""
+    """Tokenizer: a folder or hub name. None: the model's own; for a new model, bytes (ByT5, needs no file)."""
     freeze: str = setting("", may_be_empty=True, on_resume="fixed")
     """Parts to freeze, comma-separated: embeddings (and a tied output head), encoder."""
 
@@ -58,15 +58,15 @@ class TrainConfig(Groups):
     validation_file: str | None = setting(instead_of=["validation_rows"], per_rank=True)
     """Rows to evaluate on during training."""
     validation_rows: int | None = setting(at_least=0, fallback=0, on_resume="fixed")
-    """Without validation_file: hold out this many rows from the end of train_file. 0: no evaluation."""
+    """Without validation_file: hold out this many training rows, the last ones, to evaluate on. 0: none."""
     test_file: str | None = setting(per_rank=True, in_evaluate=True)
-    """Rows to evaluate on once: after training (`train`), or alone (`evaluate`, `test`)."""
+    """Rows to evaluate on once: after training (`train`), or without training (`evaluate`, `test`)."""
     prompt_column: str | None = setting(fallback="prompt", on_resume="fixed", in_evaluate=True)
     """Column that the model reads."""
     response_column: str | None = setting(fallback="response", on_resume="fixed", in_evaluate=True)
     """Column that the model learns to write."""
     text_column: str | None = setting(instead_of=_PROMPTS, **_FIXED_IN_EVALUATE)
-    """Instead of prompt and response: a column of plain text. Every token is a target (causal models)."""
+    """Instead of prompt and response: a column of plain text. Every token but the first is a target (causal models)."""
     messages_column: str | None = setting(instead_of=[*_PROMPTS, "text_column"], **_FIXED_IN_EVALUATE)
     """Instead: a column of chats, lists of {"role", "content"}. Assistant messages are targets (causal models)."""
     template_time: str | None = setting(on_resume="fixed", in_evaluate=True)
@@ -102,13 +102,13 @@ class TrainConfig(Groups):
     learning_rate: float = setting(5e-5, above=0)
     """Peak learning rate."""
     lr_scheduler_type: str = setting("cosine", choices=["cosine", "linear", "constant"])
-    """Learning rate after warm-up: cosine and linear fall to 0 at the last step."""
+    """Learning rate after warm-up: cosine and linear fall, and would be 0 one step after the last."""
     warmup_steps: int | None = setting(at_least=0, fallback=0)
     """Steps over which the learning rate rises linearly from 0."""
     warmup_ratio: float | None = setting(at_least=0, below=1, instead_of=["warmup_steps"])
     """Instead of warmup_steps: this fraction of all steps."""
     weight_decay: float = setting(0.0, at_least=0, on_resume="fixed")
-    """Weight decay; biases and norms get none. Decoupled in adamw and adafactor, else as the optimizer defines it."""
+    """Weight decay; biases and norms get none. Decoupled in adamw, adamw_bf16, adafactor; else as in torch."""
     adam_beta1: float = setting(0.9, at_least=0, below=1, on_resume="fixed")
     """Decay of the first moment."""
     adam_beta2: float = setting(0.999, at_least=0, below=1, on_resume="fixed")
@@ -135,7 +135,7 @@ class TrainConfig(Groups):
     """Precision of forward and backward; no means fp32. `accelerate launch --mixed_precision` sets it too."""
     memory: str | None = setting(choices=["exact", "lean", "off"], on_resume="fixed")
     """Memory tier of bf16 training. exact: bf16 weights plus the low 16 bits of fp32; lean: bf16 alone, with 8-bit
-    moments; off: fp32, cast at each use (autocast). Default: exact if the optimizer supports it, else off."""
+    moments for adamw; off: fp32, cast at each use (autocast). Default: exact if the optimizer supports it, else off."""
     recompute: str = setting("off", choices=["off", "cheap", "full"])
     """Activation checkpointing; full keeps layer inputs, cheap also matrix products."""
     offload_activations: bool = False
@@ -160,7 +160,7 @@ class TrainConfig(Groups):
     cpu_offload: bool = False
     """Keep sharded weights and optimizer state in host memory, and update them there."""
     tp_size: int = setting(1, at_least=1)
-    """Tensor parallelism: this many neighbouring ranks shard each layer and share rows. Batch sizes are per group."""
+    """Tensor parallelism: this many neighbouring ranks shard each layer and share rows. batch_size is per group."""
     deepspeed: str | None = setting(on_resume="fixed")
     """DeepSpeed config (path or JSON) for ZeRO stage 1, 2 or 3; no checkpoints. `accelerate launch` can set it too."""
     heartbeat_timeout: int = setting(120, at_least=1)
@@ -170,13 +170,13 @@ class TrainConfig(Groups):
     eval_on_start: bool = False
     """Also evaluate before the first step."""
     max_predict_samples: int = setting(256, at_least=0, in_evaluate=True)
-    """Generate answers for this many evaluation rows, and count exact matches. First prompt/response rows; 0: none."""
+    """Generate answers for this many rows, an evaluation's first, and count exact matches. Needs prompts; 0: none."""
     generation_max_new_tokens: int = setting(64, at_least=1, in_evaluate=True)
     """Maximum number of tokens in a generated answer."""
 
     # --- reports and checkpoints
     logging_steps: int = setting(10, at_least=1)
-    """Steps between two records in metrics.jsonl."""
+    """Steps between two training records in metrics.jsonl."""
     eval_steps: int = setting(500, at_least=1)
     """Steps between two evaluations (the last step is always evaluated)."""
     save_steps: int = setting(500, at_least=1)

@@ -16,7 +16,7 @@ _REPLACED |= {"torch_autocast": "--mixed_precision", "tensor_parallel": "--tp_si
 
 
 def read_zero_config(source: str) -> dict[str, object]:
-    """Parse the DeepSpeed config `source`, which is JSON text or a file name. Raises UsageError if it is invalid."""
+    """Parse a DeepSpeed config (`source`: JSON or file name). Raises UsageError unless it is JSON with a ZeRO stage."""
     is_text = source.lstrip().startswith("{")
     name = "the DeepSpeed config" if is_text else f"--deepspeed={source}"
     try:
@@ -27,7 +27,7 @@ def read_zero_config(source: str) -> dict[str, object]:
         raise UsageError(f"{name} is not JSON: {error}") from error
     if (stage := _value(values, "zero_optimization.stage")) not in (1, 2, 3):
         needs = f"{name} needs zero_optimization with a stage of 1, 2 or 3 (found: {stage})"
-        raise UsageError(f"{needs}; without ZeRO each process holds the whole model: remove --deepspeed")
+        raise UsageError(f"{needs}; without ZeRO nothing is sharded: remove --deepspeed")
     return values
 
 

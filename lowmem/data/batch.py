@@ -36,7 +36,7 @@ class Batch:
 
 
 class UnreadableStep(Sequence[Batch]):
-    """A step whose rows could not be read. Any access raises the error, and `train_step` makes all ranks raise it."""
+    """A step whose rows could not be prepared. Using it raises the error, and `train_step` makes all ranks raise."""
 
     def __init__(self, error: Exception):
         self.error = error
@@ -81,7 +81,7 @@ def collate(rows: Sequence[EncodedRow], *, causal: bool = False, max_seq_len: in
         positions = [[*row["position_ids"], *range(width - len(row["position_ids"]))] for row in rows]
         inputs["position_ids"] = torch.tensor(positions, dtype=torch.int64)
     # Add a mask only if needed: causal-only attention kernels reject masks, and a mask makes T5 need a bias per row.
-    # Rows without targets are prompts. They need the mask, because it shows `generate` where each prompt ends.
+    # Rows without targets may be prompts, which need the mask, because it shows `generate` where each prompt ends.
     elif min(lengths) < width and not (causal and is_target.any(1).all()):
         inputs["attention_mask"] = pad([[1] * length for length in lengths], 0)
     return Batch(inputs, num_targets=int(is_target.sum()), row_ids=[])

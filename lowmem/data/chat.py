@@ -28,8 +28,8 @@ _TIME_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _HOW_TO_TAG = "put {% generation %} and {% endgeneration %} around the assistant's text in the chat template"
 _MARK, _MARK_BEFORE = "lowmem0mark0here", "lowmem0mark0before"  # words that no conversation contains
 
-# transformers caches compiled templates by text, and a compiled template records the spans of tags for only one thread.
-# So render a copy under a lock. This comment renders as nothing but changes the text, so the copy is cached separately.
+# transformers caches compiled templates by text, and each can record tagged spans for only one thread at a time. So
+# render a copy under a lock. Its comment renders as nothing, yet changes the text, so the copy is cached separately.
 _COPY = "{#- lowmem's own copy #}\n"
 _COPY_IN_USE = Lock()
 
@@ -37,13 +37,13 @@ _COPY_IN_USE = Lock()
 def chat_tokenizer(
     tokenizer: Tokenizer, *, time: str | None = None
 ) -> Callable[[Messages, Sequence | None], tuple[list[int], list[bool]]]:
-    """Make a thread-safe function `(messages, tools) -> (ids, is_assistant)`; `is_assistant` marks his tokens.
+    """Make a thread-safe function `(messages, tools) -> (ids, is_assistant)`; the latter marks the assistant's tokens.
 
     The assistant's text is what {% generation %} tags enclose. Without tags, it is what each assistant turn adds to the
-    generation prompt, found in the final text, in which templates may render earlier turns differently. A token belongs to the turn of its last
-    character. Templates that print the time print `time` (ISO 8601; None: now). Raises UsageError if there is no chat
-    template, or if the assistant's text cannot be found in what it renders. The returned function raises ValueError if
-    the template rejects the turns, if it has no use for `tools`, or if there is no assistant text.
+    generation prompt. A token belongs to the turn of its last character. A template that asks for the current time gets
+    `time` (ISO 8601; None: now). Raises UsageError without a chat template, or if the assistant's text cannot be found
+    in what it renders. The returned function raises ValueError if the template rejects the turns or does not use
+    `tools`, or if there is no assistant text.
     """
     from jinja2 import TemplateError
 

@@ -1,7 +1,7 @@
 """Encode rows as token ids. An encoder is any function `row -> {"input_ids": list[int], "labels": list[int]}`.
 
-Labels are token ids, or IGNORED where there is no target. For a causal model, a label equals the input id at its place;
-the loss shifts labels by one. The first label must be IGNORED, because nothing predicts the first token.
+Labels are token ids, or IGNORED where there is no target. For causal models, a target equals the input id at its place;
+the loss shifts labels by one, and the first must be IGNORED, because nothing predicts the first token.
 """
 
 from __future__ import annotations

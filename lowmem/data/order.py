@@ -1,8 +1,8 @@
-"""Compute the row at each position as a pure function of (seed, position), without storing anything per row.
+"""Compute the row at each position as a pure function of (groups, seed, position), storing nothing per row.
 
 Positions count the rows that a run consumed, over all epochs and processes: `epoch, i = divmod(position, num_rows)`.
-Row groups are permuted and split into windows of at most WINDOW_BYTES; then rows are permuted within each window. So a
-reader needs only the row groups of a window in memory.
+Row groups are permuted and split into windows of at most WINDOW_BYTES, or of one larger group; then rows are permuted
+within each window. So a reader needs only the row groups of a window in memory.
 """
 
 from collections.abc import Sequence
@@ -43,8 +43,8 @@ class Groups:
 def permute(indices: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
     """Return the images of `indices` (int64, each in [0, n)) under a permutation of [0, n) that `key` selects.
 
-    Uses a Feistel network of 8 rounds over the smallest power of two that is at least n, with cycle walking until the
-    image is below n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    Uses a Feistel network of 8 rounds over the smallest power of two that is at least max(n, 2), with cycle walking
+    until the image is below n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
     width = max(1, (n - 1).bit_length())
     low_bits = width // 2

@@ -27,8 +27,8 @@ Document = tuple[int | None, EncodedRow]  # (row number, or None for a blank row
 def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> list[list[PackedRow]]:
     """Pack one rank's encoded rows of an optimizer step into exactly `micro_batches` non-empty micro-batches.
 
-    Packed rows have at most `max_seq_len` tokens. No row is split. The sizes of micro-batches differ by at most one
-    packed row; the largest is first. Needs at least `micro_batches` rows. Raises ValueError if a row cannot be packed.
+    Packed rows have at most `max_seq_len` tokens. No row is split. Micro-batches differ by at most one packed row; the
+    first is the largest (padded). Needs at least `micro_batches` rows. Raises ValueError if a row cannot be packed.
     """
     for document in rows:
         _check(*document, max_seq_len)
@@ -47,7 +47,7 @@ def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> l
 
 
 def check_packing(model: nn.Module) -> None:
-    """Raise UsageError if packed documents would attend to each other in this model.
+    """Raise UsageError if the model is not causal, or if packed documents would affect each other in it.
 
     Compares logits of random documents, packed and separate, up to rounding. This rejects state-space models and ALiBi.
     """
@@ -88,7 +88,7 @@ def check_packing(model: nn.Module) -> None:
 
 
 def _even_bins(rows: Sequence[Document], capacity: int, micro_batches: int) -> list[list[Document]]:
-    """Pack into the fewest bins that split evenly into micro-batches. Minimize the longest bin, to reduce padding."""
+    """Pack with the least capacity, to reduce padding, that does not raise the number of bins per micro-batch."""
     number = -(-len(_bins(rows, capacity)) // micro_batches) * micro_batches
     shortest = max(max(map(_length, rows)), -(-_num_tokens(rows) // number))
     capacities = range(shortest, capacity)
@@ -97,7 +97,7 @@ def _even_bins(rows: Sequence[Document], capacity: int, micro_batches: int) -> l
 
 
 def _bins(rows: Sequence[Document], capacity: int) -> list[list[Document]]:
-    """Pack by best-fit decreasing: uses at most 11/9 of the fewest possible bins (Johnson, 1974), in O(n log n)."""
+    """Pack by best-fit decreasing: at most 11/9 of the fewest bins + 4 (Johnson, 1974), in O(n log n) comparisons."""
     bins: list[list[Document]] = []
     rooms: list[tuple[int, int]] = []  # (room left in a bin, number of the bin), ascending
     for document in sorted(rows, key=lambda document: -_length(document)):

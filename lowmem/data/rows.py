@@ -1,4 +1,4 @@
-"""Open files for random access by row number. Only a few groups of rows are in memory."""
+"""Open files for random access by row number. Only recently used groups of rows are in memory."""
 
 import time
 from collections import OrderedDict
@@ -43,8 +43,8 @@ _FORMATS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), JsonLinesFile) | dict.
 class FileRows:
     """The rows of several files, numbered consecutively in file order; `first` and `stop` select a range.
 
-    Keeps the most recently used groups in memory, up to `window_bytes`. Repeats a failed read after each of the delays
-    in `retry_seconds`, unless the file is damaged or was changed.
+    Keeps the most recently used groups in memory, up to `window_bytes` or one group. Repeats a failed read after each
+    of the delays in `retry_seconds`, unless the file is damaged or was changed.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class FileRows:
         return group, self._files[number], group - int(self._groups_before[number]), row_in_group
 
     def _load(self, group: int, file: DataFile, group_in_file: int) -> object:
-        """Return a group, or the error from reading it. The error is kept, so a bad group is not read again per row."""
+        """Return a group, or the error from reading it. The error is kept, so no row reads a bad group again."""
         with self._lock:
             if group not in self.loaded:
                 while self.loaded and self.loaded_bytes + self._bytes[group] > self._window_bytes:
@@ -130,8 +130,8 @@ class FileRows:
 def open_rows(files: Files, *, columns: Sequence[str] | None = None, messages_column: str | None = None) -> FileRows:
     """Open parquet, Arrow, JSONL or text files as one sequence of rows (dicts).
 
-    `files` is a path, a glob, a URL, a comma-separated list of these, a list of paths, or a folder that `datasets`
-    saved. `columns` must hold text, and `messages_column` lists of {"role", "content"}. From parquet and Arrow files,
+    `files` is a path, a glob, a URL or a folder that `datasets` saved; or several of these, separated by commas or as a
+    list. `columns` must hold text, and `messages_column` lists of {"role", "content"}. From parquet and Arrow files,
     only these are read (all if none is named). Raises UsageError if a file is missing, empty, broken or lacks a column.
     """
     wanted = {name: "text" for name in columns or ()} | ({messages_column: "messages"} if messages_column else {})

@@ -1,4 +1,4 @@
-"""An endless stream of optimizer steps, each a list of micro-batches. The state of a stream is one integer."""
+"""An endless stream of optimizer steps, each a list of micro-batches. The position in a stream is one integer."""
 
 import time
 from collections import Counter, deque
@@ -20,8 +20,8 @@ from lowmem.errors import UsageError
 class Stream:
     """Endless iterator of `list[Batch]`: the micro-batches of one optimizer step on this rank.
 
-    `position` counts the rows that all ranks together have trained on. Only `advance`, called by each optimizer step,
-    increases it. `iter(stream)` starts at `position`. A background thread encodes up to `prefetch` steps ahead.
+    `position` counts the rows of the steps done, over all ranks. Each optimizer step calls `advance` to increase it.
+    `iter(stream)` starts at `position`. A background thread encodes up to `prefetch` steps ahead.
     """
 
     def __init__(self, steps: Steps, *, prefetch: int, quarantine: Quarantine | None, accept_changed_data: bool):

@@ -16,10 +16,10 @@ _open: list[dist.Store] = []  # keeps stores open until exit, because the proces
 
 
 def call_on_rank_0(find: Callable[[], Found], *, limit_seconds: float, start_seconds: float) -> Found:
-    """Call `find` on rank 0 and return its result, sent as JSON, on every rank. Call it before `start_group`.
+    """Call `find` on rank 0 and return its result, sent as JSON, on every rank. Use this before `start_group`.
 
-    If `find` raises UsageError, every rank raises it. On any other error, if `find` takes longer than `limit_seconds`,
-    or if ranks wait longer than `start_seconds` for each other, the ranks other than 0 raise RankError.
+    If `find` raises UsageError, every rank raises it; if another error, the ranks other than 0 raise RankError.
+    All raise RankError if `find` takes longer than `limit_seconds`, or ranks wait over `start_seconds` for each other.
     """
     launch = launch_from_environment()
     store = open_store(launch, start_seconds)

@@ -17,7 +17,7 @@ from lowmem.errors import OutOfMemory, RankError, SaveError, StepTooLarge, Usage
 
 Result = TypeVar("Result")
 
-# If one rank raises one of these, every rank raises the same class. For other errors, the other ranks raise RankError.
+# If one rank raises one of these (or StepTooLarge), the others raise the same class; for other errors, RankError.
 _RAISED_ON_ALL = {kind.__name__: kind for kind in (UsageError, SaveError)}
 
 
@@ -112,7 +112,7 @@ def report_failure() -> Iterator[None]:
 def raise_error_of_any_rank(error: Exception | None) -> None:
     """If any rank passes an error, every rank raises: its own error, else a copy of the lowest failed rank's error.
 
-    A copied UsageError or SaveError keeps its class, others become RankErrors. Other errors win over StepTooLarge.
+    A copied UsageError, SaveError or StepTooLarge keeps its class, others become RankErrors. StepTooLarge comes last.
     """
     mine = None
     if isinstance(error, StepTooLarge):
@@ -131,7 +131,7 @@ def raise_error_of_any_rank(error: Exception | None) -> None:
 
 
 def start_heartbeats(limit_seconds: float, on_abort: heartbeat.OnAbort = None) -> None:
-    """Start heartbeats. If a rank is silent for `limit_seconds`, all ranks print its name, call `on_abort` and exit."""
+    """Start heartbeats. If a rank is silent for `limit_seconds`, the others name it, call `on_abort` and exit."""
     if not _is_distributed():
         return
     rank, world_size = rank_and_world_size()

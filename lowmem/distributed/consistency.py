@@ -68,7 +68,7 @@ def code() -> dict[str, str]:
 
 
 def shared_output_dir(folder: Path) -> dict[str, str]:
-    """Return a text for `check_same` that equals rank 0's only if this rank sees rank 0's token file in `folder`."""
+    """Return {"output_dir": text}. The text equals rank 0's only if this rank sees rank 0's token file in `folder`."""
 
     def write_token() -> str:
         make_folders(folder)
@@ -86,11 +86,11 @@ def shared_output_dir(folder: Path) -> dict[str, str]:
     gather_json(None)  # wait until every rank has looked
     if token is not None:
         token_of_first.unlink(missing_ok=True)
-    return {"output_dir": str(token_of_first.parent) if is_seen else f"a different folder, {folder}"}
+    return {"output_dir": str(token_of_first.parent) if is_seen else f"{folder}, which is another folder"}
 
 
 def rows_digest(rows: Sized) -> str:
-    """Return the number of rows and, if they come from files, a hash of the file fingerprints."""
+    """Return the number of rows and a hash of the fingerprints of their files, if they have any."""
     fingerprints = [fingerprint for _, fingerprint in getattr(rows, "fingerprints", list)()]
     return f"{len(rows):,}, fingerprint {_digest(fingerprints)}"
 

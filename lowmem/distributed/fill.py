@@ -14,7 +14,7 @@ from lowmem.distributed.dtensor import local_part
 from lowmem.errors import UsageError
 from lowmem.storage.tensor_files import StoredTensor, bytes_of, open_shards
 
-_PART_BYTES = 2**24  # the most that rank 0 broadcasts at a time
+_PART_BYTES = 2**24  # rank 0 broadcasts at most this, or one larger row, at a time
 _PART_ROWS = 2**10  # rows read at a time to compare two stored tensors
 
 
@@ -85,7 +85,7 @@ def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _broadcast(model: nn.Module, whole: dict[str, Tensor]) -> None:
-    """Fill every rank's parameters and buffers from rank 0's `whole` (empty on other ranks), 16 MiB at a time."""
+    """Fill every rank's parameters and buffers from rank 0's `whole` (empty elsewhere), by 16 MiB or one larger row."""
     with collective("broadcasting the weights of rank 0"), torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             source = whole.pop(name, None)

@@ -19,7 +19,7 @@ warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tenso
 
 
 def shard_layers(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool, cpu_offload: bool) -> None:
-    """Shard the model over `mesh` in place, one group per layer. The model may be on meta."""
+    """Shard the model over `mesh` in place, in the groups of `_groups`. The model may be on meta."""
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
     options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32), "offload_policy": offload}
     for module, is_kept in _groups(model):
@@ -72,7 +72,7 @@ def resharding(model: nn.Module) -> Iterator[None]:
 
 
 def unsharded_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """Yield every parameter as forward uses it: all-gathered if sharded. Each call yields the same storages."""
+    """Yield every parameter as forward uses it: all-gathered if FSDP shards it. Each call yields the same storages."""
     groups = _sharded_modules(model)
     for group in groups:
         group.unshard()

@@ -1,4 +1,4 @@
-"""Heartbeats: every second, each rank reports its phase to the others. If a rank stays silent, all ranks exit.
+"""Heartbeats: at least every second, each rank reports its phase to the others. If a rank stays silent, all ranks exit.
 
 A collective waits forever for a peer that was killed, stopped or disconnected, and no exception can interrupt it. So
 two threads on each rank watch the other ranks through a store on rank 0. Importing this module does not import torch.
@@ -37,7 +37,7 @@ def at_step(step: int) -> None:
 
 
 def current_step() -> int | None:
-    """The optimizer step of this rank, counted from 0; None before the first step."""
+    """The optimizer step of this rank, counted from 1; None before the first step."""
     return _step
 
 
@@ -65,7 +65,7 @@ def report_end(error: str = "") -> None:
 
 
 def suspects() -> str:
-    """Wait a few beats, and name the ranks that are silent or failed. Returns "" if none is, or without a heartbeat."""
+    """Name the ranks that are silent or failed ("" if none is, or without a heartbeat). Waits up to 5 beats for one."""
     return "" if _heartbeat is None else _heartbeat.suspects()
 
 
@@ -130,7 +130,7 @@ class Heartbeat:
         return f"no rank is silent: {'; '.join(clauses)}"
 
     def _exchange_beats(self, store: "Store") -> None:
-        """Exchange beats until this rank or rank 0 ends. Rank 0 continues until the others know this or are silent."""
+        """Exchange beats until this rank or rank 0 ends. Rank 0 waits until all others know this, end or are silent."""
         from torch import distributed
 
         keys = [str(rank) for rank in range(len(self._beats))]

@@ -9,13 +9,13 @@ from torch import Tensor
 from lowmem.distributed.collectives import collective
 
 _BUCKET_BYTES = 32 * 2**20
-_NORM_ELEMENTS = 2**20  # a bf16 gradient is converted to fp32 in slices of this size
+_NORM_ELEMENTS = 2**20  # a bf16 gradient is converted to fp32 in slices of about this size
 
 
 def all_reduce_sum(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Sum each tensor in place over the ranks of `group` (None: all ranks), in fp32 or wider, in 32 MiB buckets.
+    """Sum each tensor in place over the ranks of `group` (None: all ranks), in fp32 or wider.
 
-    Every rank must pass the same shapes in the same order. All ranks get bitwise identical sums.
+    Small tensors share 32 MiB buckets. Ranks must pass equal shapes and dtypes in order, and get bitwise equal sums.
     """
     bucket: list[Tensor] = []
     room = _BUCKET_BYTES
@@ -31,7 +31,7 @@ def all_reduce_sum(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = 
 
 
 def _pieces(tensor: Tensor) -> Iterable[Tensor]:
-    """Return slices that each fill a bucket in fp32, or the whole tensor if it is not contiguous or fp32 or wider."""
+    """Return slices of at most one bucket in fp32; the whole tensor if it is fp32, wider or not contiguous."""
     if tensor.dtype.itemsize >= 4 or not tensor.is_contiguous():
         return (tensor,)
     return tensor.view(-1).split(_BUCKET_BYTES // 4)

@@ -18,7 +18,7 @@ from lowmem.distributed.collectives import sum_over_ranks
 from lowmem.distributed.signals import print_and_exit
 from lowmem.errors import RankError, StartError
 
-_STORE_TIMEOUT = timedelta(minutes=30)  # torch's default, used once the group has started
+_STORE_TIMEOUT = timedelta(minutes=30)  # torch's default except for NCCL, used once the group has started
 _SECONDS_BETWEEN_TRIES = 0.1
 _SECONDS_BETWEEN_LOOKS = 0.02
 _SECONDS_UNTIL_REPORT = 10.0
@@ -51,7 +51,7 @@ def launch_from_environment() -> Launch:
 def start_group(backend: str, *, limit_seconds: float) -> None:
     """Start the process group that the environment describes. No wait takes much longer than `limit_seconds`.
 
-    Raises RankError if a rank is missing, StartError for other errors. If a call hangs in C++, exits with code 1.
+    Raises RankError if a rank is missing or the store lost, else StartError. If a call hangs in C++, exits with code 1.
     """
     launch = launch_from_environment()
     if os.environ.get("ACCELERATE_DEBUG_MODE", "false").lower() == "true":  # set by accelerate launch --debug
@@ -77,7 +77,7 @@ def start_group(backend: str, *, limit_seconds: float) -> None:
 
 
 def connect_ranks(device: torch.device, *, limit_seconds: float, on_abort: Callable[[str], None] | None = None) -> None:
-    """All-reduce once on the host and once on `device`: backends connect only in a collective, NCCL with no time limit.
+    """All-reduce on the host and on `device` (unless a CPU): NCCL connects only in a collective, with no time limit.
 
     If this takes longer than `limit_seconds`, print a message to stderr, pass it to `on_abort` and exit.
     """
@@ -94,7 +94,7 @@ def connect_ranks(device: torch.device, *, limit_seconds: float, on_abort: Calla
 
 
 def open_store(launch: Launch, limit_seconds: float) -> dist.Store:
-    """Connect to the store. Rank 0 hosts it unless a launcher does. Raises StartError after `limit_seconds`."""
+    """Connect to the store, or raise StartError within `limit_seconds`. Rank 0 hosts it unless a launcher does."""
     is_host = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     where = f"{launch.address}:{launch.port} (MASTER_ADDR, MASTER_PORT)"
     advice = "on every rank, set both to the host of rank 0 and a free port there"

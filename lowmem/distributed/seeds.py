@@ -1,4 +1,4 @@
-"""Derive seeds from keys, so that all ranks get the same seed without communication."""
+"""Derive seeds from keys: ranks with the same key get the same seed without communication."""
 
 from hashlib import blake2b
 

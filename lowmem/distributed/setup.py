@@ -54,7 +54,7 @@ def init_distributed(
 
     `mixed_precision=None` uses the setting of `accelerate launch`. `deepspeed` is a full DeepSpeed config, including
     the precision. Raises UsageError or RankError if ranks do not find each other in `heartbeat_timeout` seconds. Later,
-    if a rank fails or is silent for that long, all ranks write its name to stderr, pass it to `on_abort`, and exit.
+    if a rank fails or is silent for that long, the others name it on stderr, call `on_abort(message)` and exit.
     Sets `signals.at_once` to None, because the ranks can now agree on when to stop.
     """
     check_launch(None)

@@ -61,7 +61,7 @@ def make_mesh(accelerator: Accelerator, sharding_strategy: str, shard_size: int 
     world_size, kind = accelerator.num_processes, accelerator.device.type
     if tp_size > 1:
         return make_tensor_mesh(kind, world_size, tp_size)
-    if not dist.is_initialized():  # a single process with cpu_offload
+    if not dist.is_initialized():  # a single process
         dist.init_process_group(dist.get_default_backend_for_device(kind), store=dist.HashStore(), rank=0, world_size=1)
     if sharding_strategy != "HYBRID_SHARD":
         if shard_size not in (None, world_size):

@@ -1,8 +1,8 @@
 """Tensor parallelism (Shoeybi et al., 2019): shard linear layers by the plan that transformers has for the model.
 
-Sharded weights are DTensors only to tell checkpoints which part a rank has; computation uses local tensors. All other
-weights are replicated, including the embedding and the output head. Ranks that share a model must get the same batches
-and dropout masks. Each rank then computes complete gradients of replicated weights, which need no sum over ranks.
+Sharded weights are DTensors only to record which part a rank has; computation uses local tensors. All other weights are
+replicated, including the embedding and the output head. Ranks that share a model must get the same batches and dropout
+masks. Each rank then computes complete gradients of replicated weights; only those of norms per head must be summed.
 """
 
 import re
@@ -65,7 +65,7 @@ def check_plan(model: PreTrainedModel, tp_size: int) -> None:
 
 
 def _left_out(model: PreTrainedModel, planned: dict[str, str]) -> list[str]:
-    """Parameters that the plan leaves out although they are in a module that it shards."""
+    """Parameters that the plan leaves out although it shards other parameters of the same module."""
     sharded = {name.rpartition(".")[0] for name, style in planned.items() if style == "colwise"}
     inside = {f"{name}.{x}" for name in sharded for x, _ in model.get_submodule(name).named_parameters()}
     return sorted({_generic(name) for name in inside if name.rpartition(".")[0] not in planned})

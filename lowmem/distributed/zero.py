@@ -80,7 +80,7 @@ def wrap(model: nn.Module, optimizer: Optimizer, accelerator: "Accelerator") -> 
 
 
 def backward(engine: nn.Module, loss: Tensor, *, world_size: int, is_last: bool) -> None:
-    """Add the gradient of `loss` to the step's gradient. If `is_last`, sum the step's gradient over ranks."""
+    """Add the gradient of `loss` to the step's gradient, summed over all ranks when the call with `is_last` returns."""
     engine.set_gradient_accumulation_boundary(is_last)
     engine.backward(loss * world_size)  # the engine divides the sum by world_size
 

@@ -23,7 +23,7 @@ _POLL_SECONDS = 0.5
 def start_processes(num_processes: int, arguments: Sequence[str], signals: Signals) -> int:
     """Run `python *arguments` in `num_processes` processes on this machine, and return the exit code.
 
-    If a process fails, the launcher ends the others, and the failed process's code is returned. Forwards the first
+    If a process fails, the launcher ends the others; returns the failed one's code (1 if killed). Forwards the first
     signal that `signals` catches. If that signal kills a process that cannot catch it yet, returns minus its number.
     """
     forwarded: list[int] = []
@@ -60,7 +60,7 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
 
 def die_with_launcher() -> None:
     """Under a launcher on Linux: get SIGTERM when the launcher dies, even by SIGKILL, so that the run still saves."""
-    # torchrun, `accelerate launch` (even of one process, without torchrun) and `deepspeed` each set one of these
+    # torchrun, `accelerate launch` (even of one process, without torchrun), `deepspeed`: each sets at least one
     is_launched = not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "CROSS_SIZE"))
     if not is_launched or sys.platform != "linux":
         return

@@ -1,7 +1,7 @@
 """The gradients of one optimizer step: summed over micro-batches, reduced over ranks, clipped, applied.
 
-Before the update, gradients are in `.grad`, in fp32 or stochastically rounded sums (memory tiers), in shards
-(fully_shard), or already applied (gradient release). `train_step` handles all of them in the same way.
+Before the update, `.grad` holds gradients in fp32, stochastically rounded sums (memory tiers) or shards (fully_shard),
+unless they are already applied (gradient release). `train_step` handles all of them in the same way.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ LossFunction = Callable[[nn.Module, Batch], Tensor]
 class Gradients:
     """The gradients of one step over `num_tokens` targets. Its constructor clears gradients left by a failed step.
 
-    Raises ValueError for fp16, for mixed precision with a memory tier, and for an optimizer wrapped by accelerate.
+    Raises ValueError for DeepSpeed, fp16, mixed precision with a memory tier, or an optimizer wrapped by accelerate.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Gradients:
                         loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._num_tokens
                     loss.backward()
                 losses.append(loss.detach())
-        applied = self.released.parameters if self.released else ()  # any other without a gradient gets zeros
+        applied = self.released.parameters if self.released else ()  # any other parameter without a gradient gets zeros
         for parameter in self._model.parameters():
             if parameter.requires_grad and parameter not in applied:
                 if parameter.grad is None:

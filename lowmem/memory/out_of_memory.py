@@ -32,8 +32,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def guarded(name: str, model: nn.Module, optimizer: Optimizer, *, together: bool) -> Iterator[None]:
     """Run a phase of a step. If it fails on one rank, every rank stops.
 
-    `together` is for a phase without update or collective. All ranks then raise the same error at its end, StepTooLarge
-    if memory ran out. Without it, the failing rank reports by heartbeat, and raises OutOfMemory if memory ran out.
+    `together` is for a phase without update or collective. All ranks then raise an error at its end, StepTooLarge if
+    memory ran out. Without it, the failing rank reports by heartbeat, and raises OutOfMemory if memory ran out.
     """
     errors = raise_on_all_ranks() if together else report_failure()
     with phase(name), errors, _explained(StepTooLarge if together else OutOfMemory, model, optimizer):

@@ -1,4 +1,4 @@
-"""Trade time for memory. Each saver is a context manager that takes (model, optimizer); savers can be combined."""
+"""Save memory or time. Each saver is a function (model, optimizer) -> context manager; savers can be combined."""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -47,7 +47,7 @@ def recompute(model: nn.Module, optimizer: Optimizer | None = None) -> AbstractC
 
 
 def recompute_cheap(model: nn.Module, optimizer: Optimizer | None = None) -> AbstractContextManager[None]:
-    """Keep each layer's input and matrix products; compute norms, activations and dropout again in backward."""
+    """Keep each layer's input, matrix products and attention without dropout; compute the rest again in backward."""
     contexts = partial(create_selective_checkpoint_contexts, _keep_costly)
     return _checkpointing(model, {"use_reentrant": False, "context_fn": contexts})
 
@@ -58,7 +58,7 @@ def offload_activations(
 ) -> Iterator[None]:
     """Offload the activations that backward needs: from CUDA to pinned host memory, on CPU to mapped files.
 
-    With `recompute` or `recompute_cheap`, copies only the layers' inputs. On CPU, `to_host` makes the copies.
+    With `recompute` or `recompute_cheap`, copies the input of a layer, nothing inside it. On CPU, `to_host` copies.
     """
     offload = Offload(unsharded_parameters(model), to_host)
     with saved_tensors_hooks(offload.pack, offload.unpack):

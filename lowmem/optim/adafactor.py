@@ -1,4 +1,4 @@
-"""Adafactor for the memory tiers. Weights are bf16, and the second moment is factored into rows and columns."""
+"""Adafactor for the memory tiers. Weights are bf16, and a matrix's second moment is factored into rows and columns."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Storage formats for fp32 values, 1 to 8 bytes each. A format is a set of tensors under one name in a dict:
+"""Storage formats for fp32 values, about 1 to 4 bytes each. A format is a set of tensors under one name in a dict:
 
     {name: fp32}                               the values
     {name: bf16, name_low: int16}              split: all bits of fp32; the upper half is the bf16 weight
@@ -113,7 +113,7 @@ def random_halves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def shuffled(random: Tensor) -> Tensor:
-    """Permute the values in [0, 65536), so that the random bits of one rounding can serve a second one."""
+    """Apply a permutation of [0, 65536) to each value, so that the random bits of one rounding can serve another."""
     return (random * 40503).bitwise_and_(0xFFFF)
 
 

@@ -18,7 +18,7 @@ from lowmem.optim.adafactor import TieredAdafactor
 from lowmem.optim.formats import BLOCK
 from lowmem.optim.tiers import TieredAdamW, is_large
 
-# for memory="off": those of torch's optimizers that need no closure and accept dense gradients and any shape
+# for memory="off": optimizers of torch.optim that need no closure and accept dense gradients and any shape
 OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "nadam": optim.NAdam, "radam": optim.RAdam}
 OPTIMIZERS |= {"adamax": optim.Adamax, "adafactor": optim.Adafactor, "adagrad": optim.Adagrad}
 OPTIMIZERS |= {"adadelta": optim.Adadelta, "rmsprop": optim.RMSprop, "sgd": optim.SGD}
@@ -44,7 +44,7 @@ def make_optimizer(
     The tiers "exact" and "lean" support adamw, adamw_bf16 (moments in bf16) and adafactor. They convert all weights to
     bf16 in place: call `parallelize` first, and use an Accelerator without mixed precision. `memory="off"` makes an
     optimizer of torch.optim. Set the learning rate at each step; `betas` and `eps` are for Adam's family. A tier
-    updates `slice_elements` elements at a time (None: set by device). Raises ValueError for unsupported combinations.
+    updates `slice_elements` elements at a time (None: by device, size). Raises ValueError for unsupported combinations.
     """
     if memory not in ("exact", "lean", "off"):
         raise ValueError(f"memory={memory!r} is unknown: use exact, lean or off")

@@ -1,6 +1,6 @@
 """Optimizer state as tensors named "<parameter>.<key>": list, measure, compare and load it.
 
-AdamW's state can also be rounded on loading, to a memory tier with less precision.
+AdamW's state can also be loaded into a smaller memory tier, which may round it.
 """
 
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ from lowmem.optim.tiers import TieredOptimizer
 from lowmem.storage.tensor_files import StoredTensor, bytes_of, tensor_differences
 
 TIERS = ("off", "exact", "lean")
-"""In order of decreasing precision of AdamW's state. A tier can load the state of all tiers before it."""
+"""In order of decreasing memory use. A tier can load AdamW's state from all tiers before it."""
 
 Parameters = Mapping[str, nn.Parameter]
 
 
 def optimizer_tensors(parameters: Parameters, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state. Raises UsageError for a value that is not a tensor."""
+    """Return the optimizer's state. Raises UsageError for a value that is neither a tensor nor None."""
     tensors = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -37,7 +37,7 @@ def optimizer_tensors(parameters: Parameters, optimizer: Optimizer) -> dict[str,
 
 
 def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
-    """Return the bytes of the optimizer's state, even before torch's optimizers allocate it in their first step."""
+    """Return the bytes of the optimizer's state; if it is not allocated yet, only those of weight-shaped tensors."""
     if known := sum(map(bytes_of, optimizer_tensors(parameters, optimizer).values())):
         return known
     assert all(parameter.grad is None for parameter in parameters.values())  # or the step below would update them
@@ -54,7 +54,7 @@ def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
 
 
 def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimizer: Optimizer) -> bool:
-    """Return whether loading the saved state must round it. Raises UsageError if its class or tier does not fit."""
+    """Return whether `round_state` must load the saved state. Raises UsageError if its class or tier does not fit."""
     kind, memory = type(optimizer).__name__, getattr(optimizer, "memory", "off")
     saved_memory = saved_memory or memory
     if (saved_kind, saved_memory) == (kind, memory):
@@ -62,7 +62,7 @@ def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimi
     if {kind, saved_kind} <= {"AdamW", "TieredAdamW"} and TIERS.index(saved_memory) < TIERS.index(memory):
         return True
     found = f"{path} has the state of {saved_kind} with memory={saved_memory}"
-    advice = "use the same optimizer and memory (adamw's state also loads into a less precise tier: off > exact > lean)"
+    advice = "use the same optimizer and memory (adamw's state also loads into a smaller tier: off > exact > lean)"
     raise UsageError(f"{found}, but the optimizer is {kind} with memory={memory}: {advice}")
 
 
@@ -73,7 +73,7 @@ def state_differences(
     if not isinstance(optimizer, TieredOptimizer):
         return []
     tensors = optimizer_tensors(parameters, optimizer)
-    if rounds:  # compare names and shapes, not dtypes, of parameters with stored state (that had a gradient)
+    if rounds:  # compare names and shapes, not dtypes, for the parameters with stored state (others had no gradient)
         updated = _by_parameter(stored)
         tensors = {name: x for name, x in _values(tensors).items() if name.rpartition(".")[0] in updated}
         stored = _values(stored)
@@ -103,7 +103,7 @@ def round_state(
     *,
     seed: int,
 ) -> None:
-    """Load the weights and state of a more precise tier, and round both stochastically, seeded by `seed`."""
+    """Load the weights and state of a larger tier. Rounding, where needed, is stochastic, seeded by `seed`."""
     optimizer.seed = seed
     by_parameter = _by_parameter(stored)
     for name, parameter in parameters.items():

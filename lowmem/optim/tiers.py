@@ -3,7 +3,7 @@
 exact   weights split into bf16 and an int16 low half, which together hold all bits of fp32; fp32 moments
 lean    weights in bf16 only, rounded stochastically; 8-bit moments. Small parameters are stored as in exact.
 
-An update converts one slice of rows at a time to fp32 and back, so no temporary is as large as the embedding.
+An update converts one slice of rows at a time to fp32 and back, so temporaries have the size of a slice.
 """
 
 import math
@@ -33,8 +33,8 @@ class TieredOptimizer(Optimizer):
     """Base class for the optimizers of the memory tiers. It handles formats, slices, random bits and gradient sums.
 
     Converts the trainable weights to the tier's format in place, and allocates all state: "step" (on the host) and the
-    tensors of each format. Groups hold (name, parameter) pairs. Random bits depend only on (seed, update, name). A
-    subclass allocates moments in `_new_moments`, and updates weight and state slice by slice in `_update`.
+    tensors of each format. Groups hold (name, parameter) pairs. Random bits depend only on (seed, update, name, shard).
+    A subclass allocates moments in `_new_moments`, and updates weight and state slice by slice in `_update`.
     """
 
     def __init__(self, groups: list[Group], defaults: Group, *, memory: str, slice_elements: int | None = None):
@@ -93,7 +93,7 @@ class TieredOptimizer(Optimizer):
         try:
             yield
             for parameter in parameters if hooks else ():
-                # set it even without a sum: this rank then all-reduces zeros, which need the other ranks' dtype
+                # set the dtype even without a sum: this rank then all-reduces zeros, which need the other ranks' dtype
                 parameter.grad_dtype = torch.bfloat16 if self._is_rounded(parameter) else torch.float32
             for parameter, total in sums.items():
                 parameter.grad = sharded_like(parameter, total["sum"])
@@ -115,7 +115,7 @@ class TieredOptimizer(Optimizer):
                     write(tensors, name, rows, new, None if f"{name}_low" in tensors else draw(new))
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Copy a saved state into this optimizer. (torch's method would convert every tensor to the weight's dtype.)"""
+        """Copy a saved state into this optimizer. (torch's method would convert moments to the weight's dtype.)"""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, tensors in state_dict["state"].items():
             for key, tensor in tensors.items():
@@ -135,7 +135,7 @@ class TieredOptimizer(Optimizer):
 
     def _random(self, parameter: nn.Parameter, *key: int | str) -> Random:
         """Return a function that draws 16 random bits per element, the same on every rank that has this shard."""
-        generator = None  # created on first use, because the tier exact never draws
+        generator = None  # created on first use, because not every update draws
         _, *corner = local_part(parameter.data)
 
         def draw(values: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class TieredOptimizer(Optimizer):
 
 
 class TieredAdamW(TieredOptimizer):
-    """AdamW (Loshchilov and Hutter, 2019) with torch's fused kernel; exact equals fp32 `torch.optim.AdamW` bit for bit.
+    """AdamW (Loshchilov and Hutter, 2019) by torch's fused kernel; exact with fp32 moments equals fp32 AdamW bitwise.
 
     With `moments` "tier", large moments are fp32 in exact, 8-bit in lean; with "bf16", bf16 in both tiers.
     """
@@ -195,5 +195,5 @@ def slice_elements_for(parameters: list[nn.Parameter], device_type: str) -> int:
 
 
 def is_large(parameter: Tensor) -> bool:
-    """Return whether the parameter has enough elements for lean to round it."""
+    """Return whether lean rounds the parameter: it is not a vector and has more than `_SMALL` elements."""
     return parameter.dim() > 1 and parameter.numel() > _SMALL

@@ -165,7 +165,7 @@ def variants(config: TrainConfig, cluster: Cluster) -> Sequence[tuple[str, str, 
     """Return (name, cost, config) for each config with another tier, saver or sharding strategy than `config`."""
     bf16, in_fp32 = {"mixed_precision": "bf16"}, config.mixed_precision != "bf16"
     prefix, forward = ("mixed_precision=bf16, ", "a forward in bf16; ") if in_fp32 else ("", "")
-    exact = f"{forward}loss curve of AdamW with fp32 weights"
+    exact = f"{forward}loss curve of fp32 weights"
     found = []
     if config.optimizer in ("adamw", "adamw_bf16", "adafactor"):
         found += [

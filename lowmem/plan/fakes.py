@@ -1,4 +1,4 @@
-"""Fake tensors, ranks, GPU and host memory. With them, a CPU can count the bytes of a training step of any model.
+"""Fake tensors, ranks, GPU and host memory. With them, a CPU can count the bytes of a training step of any size.
 
 Tested with torch 2.11 and 2.13. This module uses private parts of torch and accelerate: `torch._subclasses`,
 `torch.testing._internal`, the operator of memory-efficient attention, `AcceleratorState._reset_state`.
@@ -128,7 +128,7 @@ def attention_for(config: PretrainedConfig, *, on_gpu: bool, is_padded: bool) ->
 
     transformers decides by the values of positions and masks if attention needs a mask. Fake tensors have no values, so
     it would add masks that training does not need. Here only encoder-decoders get one, for padding, if `is_padded`.
-    For a learned bias (as in T5), a GPU has the memory-efficient kernel. A CPU has none and uses eager attention.
+    For a learned bias (as in T5), a GPU has the memory-efficient kernel. A CPU lacks it and uses eager attention.
     """
     if not on_gpu and hasattr(config, "relative_attention_num_buckets"):
         return "eager"

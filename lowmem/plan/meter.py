@@ -1,6 +1,6 @@
 """Count the live and peak bytes of tensors, real or fake, on any device.
 
-Tested with torch 2.11 and 2.13. It uses private parts of torch: it replaces `UntypedStorage.resize_`, and reads
+Tested with torch 2.11 and 2.13. The meter uses torch's internals: it replaces `UntypedStorage.resize_`, and reads
 `_cdata`, the address of a storage.
 """
 
@@ -25,7 +25,7 @@ class MemoryMeter(TorchDispatchMode):
     is rounded up to a multiple of `block_bytes`; CUDA_BLOCK_BYTES gives the bytes that a GPU allocates. Storages
     created earlier count only after `count`; memory-mapped files never do. Set `kind` to label storages created next.
     Not counted: memory that a kernel allocates and frees internally, fragmentation, workspaces of libraries, the
-    device's context, and storages created by threads other than autograd's.
+    device's context, and storages created by threads other than this one and autograd's.
     """
 
     def __init__(self, *, block_bytes: int = 1):

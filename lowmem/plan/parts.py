@@ -50,7 +50,7 @@ class Counted:
 
 
 def extrapolate(shallow: Counted, deeper: Iterable[tuple[int, Counted]]) -> Counted:
-    """For each (n, deep) in `deeper`, add n x (deep - shallow) to `shallow`: peaks are linear in a stack's depth."""
+    """Return `shallow` plus n x (deep - shallow) for each (n, deep) in `deeper`: peaks are linear in stack depth."""
     total = copy.deepcopy(shallow)
     for times, deep in deeper:
         for name in ("model_bytes", "checkpoint_bytes", "num_parameters"):

@@ -42,7 +42,7 @@ def count_shallow(config: TrainConfig, cluster: Cluster) -> Counted:
 
 
 def count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Counted]]:
-    """For each stack depth, return how many layers `count_shallow` omits, and the bytes with one layer more."""
+    """For each depth of deep stacks, return how many layers `count_shallow` omits, and the bytes with one more."""
     _, deeper = _depths(config)
     return [(times, count(config, cluster, shape)) for times, shape in deeper]
 
@@ -120,7 +120,7 @@ def _make_state(optimizer: Optimizer) -> None:
 
 
 def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[Batch]:
-    """Make at most two full micro-batches, because more would not raise the peak. All tokens are targets."""
+    """Make 1 or 2 full micro-batches; more do not raise the peak. All tokens but a causal row's first are targets."""
     data_ranks = cluster.world_size // config.tp_size
     rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps * data_ranks
     micro_batches = -(-rows // (config.batch_size * data_ranks))
@@ -135,7 +135,7 @@ def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[
 
 
 class _Timeline:
-    """Split a step into phases with hooks on the model, and record the memory peak of each phase."""
+    """Split a step into phases with hooks, and record the memory peak of each phase."""
 
     def __init__(self, meter: MemoryMeter):
         self.meter, self.host = meter, HostCopies()
@@ -143,7 +143,7 @@ class _Timeline:
         self.peaks: dict[str, Bytes] = {}
 
     def end(self, phase: str, *, then: Kind) -> None:
-        """Record the peak of the phase that ends here. Label the storages created from now on as `then`."""
+        """Record the peak of the phase that ends here if it is the highest. Label storages made after it as `then`."""
         peak = {kind: size for kind, size in self.meter.peak_by_kind.items() if size}
         known = self.peaks.get(phase, {})
         on_host = max(known.get(Kind.OFFLOADED, 0), self.host.peak_bytes)

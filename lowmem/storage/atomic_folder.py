@@ -19,7 +19,7 @@ def atomic_folder(path: Path, *, may_replace: Callable[[Path], bool] = lambda pa
     """Yield a temporary folder next to `path`, and rename it to `path` when the block ends without an error.
 
     Replaces an existing folder only if `may_replace(path)`; otherwise raises FileExistsError before writing anything.
-    After an error `path` is unchanged. Only one process may enter the block; others may write to `unfinished_folder`.
+    If the block fails, `path` is unchanged. Only one process may enter it; others may write to `unfinished_folder`.
     """
     unfinished = _begin(path, may_replace)
     try:
@@ -75,7 +75,7 @@ def _replaced(path: Path) -> Path:
 
 
 def clear_leftovers(path: Path) -> None:
-    """Remove temporary folders that killed processes left for `path` or, if it is a checkpoint, for its siblings."""
+    """Remove temporary folders that killed processes left for `path` and, if it is a checkpoint, for its siblings."""
     name = "step-*" if STEP_FOLDER.fullmatch(path.name) else escape(path.name)
     for kind in ("", "replaced-", "removal-"):
         for leftover in path.parent.glob(f"{_UNFINISHED}{kind}{name}"):

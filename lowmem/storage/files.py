@@ -1,4 +1,4 @@
-"""File operations for checkpoints. Before each change, raises the audit event "lowmem.disk" with (operation, path)."""
+"""Checkpoint file operations. Each change or sync first raises the audit event "lowmem.disk" with (operation, path)."""
 
 import json
 import os

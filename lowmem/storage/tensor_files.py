@@ -54,9 +54,9 @@ class Shard(NamedTuple):
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:
-    """Raise UsageError if safetensors does not support the tensor's dtype."""
+    """Raise UsageError if checkpoints do not support the tensor's dtype."""
     if tensor.dtype not in _NAMES:
-        found = f"safetensors does not support {tensor.dtype}"
+        found = f"checkpoints do not support {tensor.dtype}"
         raise UsageError(f"tensor {name} cannot be saved ({found}): give it another dtype or make it non-persistent")
 
 
@@ -126,7 +126,7 @@ class StoredTensor(NamedTuple):
         return _DTYPES.get(self.dtype)
 
     def read(self, *part: slice) -> Tensor:
-        """Read the tensor, or some of its rows (and columns). The result is memory-mapped: copy it to keep it."""
+        """Read all or some rows (and columns). While the memory-mapped result is held, its pages count as memory."""
         return self.reader.read(self.path, self.name, part if self.shape else ())
 
     def copy_part(self, target: Tensor, first: int = 0, column: int = 0) -> None:
@@ -143,7 +143,7 @@ class StoredTensor(NamedTuple):
 
 
 def open_shards(folder: Path, stem: str, files: Collection[str] | None = None) -> dict[str, StoredTensor]:
-    """Return every tensor in the files of `stem`, by name. `files` has the file names in `folder` (None: list it)."""
+    """Return every tensor in the files of `stem`, by name. `files` has the names in `folder` (None: look there)."""
     index = f"{stem}.safetensors.index.json"
     is_sharded = (folder / index).exists() if files is None else index in files
     weight_map = json.loads((folder / index).read_text())["weight_map"] if is_sharded else {}

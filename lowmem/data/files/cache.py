@@ -1,8 +1,8 @@
 """Build, once per data file, an index for random access to its rows and, for some files, a converted copy.
 
-Both are stored in the folder that LOWMEM_CACHE names. If it is not set, they are hidden files next to the data file, or
-in ~/.cache/lowmem if the data file is remote or its folder is not writable. Both are written to temporary files, then
-renamed, the copy first. Both are built again if index checksum, copy size, or the data file's size or time differ.
+Both are stored in the folder that LOWMEM_CACHE names. If it is not set, they are next to the data file (hidden), or in
+~/.cache/lowmem if the data file is remote or its folder is not writable. Both are written to temporary files, then
+renamed, the copy first. Both are built again if index checksum, copy size or data file differ from the index's record.
 """
 
 import errno
@@ -29,7 +29,7 @@ from lowmem.errors import UsageError
 from lowmem.storage.files import is_same_file
 
 _FORMAT = "1"
-_SMALLEST_INDEXED_BYTES = 2**22  # a smaller file is scanned at each start, and its index is not stored
+_SMALLEST_INDEXED_BYTES = 2**22  # a smaller file that needs no copy is indexed at each start, in memory
 _LONGEST_NAME_BYTES = 255
 _ABANDONED_SECONDS = 24 * 3600  # a temporary file without a write for this long is abandoned
 
@@ -84,7 +84,7 @@ def _stamp(source: Source) -> dict[str, str]:
 
 
 def _stems(source: Source, kind: str) -> list[Path]:
-    """List the possible paths of index and copy, without suffixes. `derive` uses the first in a writable folder."""
+    """List the possible paths of index and copy, without suffixes. `derive` writes in the first writable folder."""
     named, stems = os.environ.get("LOWMEM_CACHE"), []
     path = None if source.path is None else source.path.resolve()
     if path is not None and not named:
@@ -105,7 +105,7 @@ def _temporary(stem: Path) -> Path:
 def _can_write(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):  # write a file, because permission bits are not reliable on shared disks
+        with TemporaryFile(dir=folder):  # create a file, because permission bits are not reliable on shared disks
             return True
     except OSError:
         return False

@@ -26,7 +26,7 @@ def check_row(source: Source, row: Row, wanted: Mapping[str, str]) -> None:
 
 
 def select_columns(source: Source, schema: "pa.Schema", wanted: Mapping[str, str] | None) -> "pa.Schema":
-    """Return the wanted columns of a table (None: all). Raises UsageError for missing, repeated or mistyped ones."""
+    """Return the schema of wanted columns (None: all). Raises UsageError if one is missing, repeated or mistyped."""
     import pyarrow as pa
 
     names = schema.names if wanted is None else list(wanted)

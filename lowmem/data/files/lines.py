@@ -29,7 +29,7 @@ class _Lines:
 class _LineFile:
     """The rows of one file, read in groups. Blank lines are not rows, but count in line numbers.
 
-    `wanted` maps columns to "text" or "messages". Raises UsageError if no row of the first group has these columns.
+    `wanted` maps columns to "text" or "messages". Raises UsageError if no row of the first readable group has them.
     """
 
     _parse: Callable[[bytes, int], Row]  # (line, its offset in the file) -> row; raises ValueError for a bad line

@@ -1,6 +1,6 @@
 """Read Arrow record batches by number, from an Arrow file or from a copy with small batches.
 
-Files do not stay mapped, because truncating a mapped file kills the process (SIGBUS), and mapped pages count as memory.
+Files do not stay mapped, because reading a truncated one kills the process (SIGBUS), and mapped pages count as memory.
 """
 
 import json

@@ -17,7 +17,7 @@ from lowmem.errors import UsageError
 Row = dict[str, object]
 Files = str | Path | Sequence[str | Path]
 
-# fsspec uses these packages for network access, and their errors are not OSErrors.
+# fsspec uses these packages for network access, and not all of their errors are OSErrors.
 _NETWORK_PACKAGES = {"aiohttp", "httpx", "httpx2", "botocore"}
 _WHAT_TO_NAME = "name a parquet, Arrow, JSONL or text file, or a glob of them"
 
@@ -109,7 +109,7 @@ def is_url(name: str) -> bool:
 def expand(files: Files) -> list[Source]:
     """List the files that `files` names: a path, glob or URL, several of these separated by commas, or a list.
 
-    Keeps the given order; matches of a glob are sorted. Splits a string at commas unless a file has that name. Does not
+    Keeps the given order; matches of a glob are sorted. Splits a string at commas unless it exists as a path. Does not
     split items of a list. Raises UsageError if a name matches nothing or a file is named twice.
     """
     items = [files] if isinstance(files, Path) else files
@@ -148,13 +148,13 @@ def _local_names(item: str) -> list[str]:
 def dataset_files(folder: Path) -> list[Path] | None:
     """List the Arrow files of a folder that `datasets.save_to_disk` wrote, in order. None for any other folder.
 
-    Raises UsageError if the folder has several splits, or if its list of files is broken or names a missing file.
+    Raises UsageError if the folder has splits, or if its list of files is broken or names a missing file.
     """
     splits, state = folder / "dataset_dict.json", folder / "state.json"
     try:
         if splits.is_file():
             names = ", ".join(str(folder / name) for name in json.loads(splits.read_text("utf-8"))["splits"])
-            raise UsageError(f"{folder} holds several splits of a dataset: name one of {names}")
+            raise UsageError(f"{folder} holds the splits of a dataset: name one of {names}")
         if not state.is_file():
             return None
         files = [folder / entry["filename"] for entry in json.loads(state.read_text("utf-8"))["_data_files"]]
@@ -181,7 +181,7 @@ def _remote_names(item: str) -> list[str]:
 
 
 def _remote(name: str):
-    """Return the file system of a URL, and the path in the file system. Raises UsageError if fsspec cannot open it."""
+    """Return the file system of a URL, and the path in it. Raises UsageError if fsspec cannot use the protocol."""
     from fsspec.core import url_to_fs
 
     try:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Columns = dict[str, pa.Array | pa.ChunkedArray]
 
 _ROWS_PER_DECODE = 2**14
-_LARGEST_DICTIONARY_BYTES = 2**20  # if a dictionary page would be larger, parquet writers store plain values
+_LARGEST_DICTIONARY_BYTES = 2**20  # parquet writers usually store plain values if the dictionary would be larger
 _SAMPLES, _SAMPLE_BYTES = 64, 2**12
 # Set a small buffer size: otherwise pyarrow reads a whole encoded column of a row group into memory at once.
 _SETTINGS = {"page_checksum_verification": True, "pre_buffer": False, "buffer_size": 2**16}
@@ -51,7 +51,7 @@ class _TableFile:
         return f"row {int(self.group_rows[:group].sum()) + index}"
 
     def fingerprint(self) -> str:
-        """Hash the file's size, its footer and 64 evenly spaced samples of 4 KiB (a file up to 256 KiB as a whole)."""
+        """Hash the size, parquet's footer and 64 evenly spaced samples of 4 KiB (a file up to 256 KiB as a whole)."""
         # Misses changes between samples if the footer is the same. Remote files get none: each would fetch megabytes.
         with self.source.open() as file:
             size = file.seek(0, 2)
@@ -66,13 +66,13 @@ class _TableFile:
 
 
 class ParquetFile(_TableFile):
-    """A parquet file, local or remote. Its groups are its row groups or, if one is large, the pieces of its copy.
+    """A parquet file, local or remote. Its groups are row groups or, if one or the footer is large, pieces of a copy.
 
     Reads only the columns in `wanted` ({name: "text" or "messages"}; None: all columns). Raises UsageError if the file
     cannot be read, lacks a wanted column or has a wrong type in one. (Some flipped bits in a footer crash pyarrow.)
     """
 
-    # Keep only the last parsed footer: it takes 1 KiB per column chunk, while parsing again takes only milliseconds.
+    # Keep only the last parsed footer: each takes 1 KiB per column chunk, but parsing it again takes only milliseconds.
     _last_parsed: "ClassVar[tuple[ParquetFile | None, parquet.FileMetaData | None]]" = (None, None)
 
     def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, limits: TableLimits | None = None):
@@ -90,7 +90,7 @@ class ParquetFile(_TableFile):
             self.group_rows = np.array([group.num_rows for group in groups], np.int64)
             self.group_bytes = np.array([_decoded_bytes(group, self._names) for group in groups], np.int64)
             is_large = self.group_bytes.max(initial=0) > limits.row_group_bytes
-            # each read of a group also reads the footer, which is acceptable only if it is no larger than a group
+            # each read of a group also reads the footer, so copy if the footer is large, and larger than a mean group
             if is_large or self._footer_bytes > max(limits.footer_bytes, self.group_bytes.mean()):
                 num_bytes = int(self.group_bytes.sum())
                 self._use(copy_in_pieces(source, schema, self._all_rows(limits), num_bytes=num_bytes, limits=limits))
@@ -116,11 +116,11 @@ class ParquetFile(_TableFile):
                 raise ValueError(f"{where} cannot be decoded ({error}): write the file again") from error
 
     def _decode(self, file: BinaryIO, metadata: "parquet.FileMetaData", group: int, name: str) -> "pa.ChunkedArray":
-        """Decode one column of a group. This needs half the memory of decoding all columns at once."""
+        """Decode one column of a group. This can take half the memory of decoding all columns at once."""
         import pyarrow as pa
         from pyarrow import parquet
 
-        # The file stores repeated text once, in a dictionary. Decode to a dictionary, to store it once in memory too.
+        # If the file stores repeated text once, in a dictionary, decode to a dictionary to hold it once in memory too.
         repeating = [chunk.path_in_schema for chunk in _chunks(metadata.row_group(group), [name]) if _repeats(chunk)]
         with parquet.ParquetFile(file, metadata=metadata, read_dictionary=repeating, **_SETTINGS) as opened:
             if repeating:
@@ -129,7 +129,7 @@ class ParquetFile(_TableFile):
                 pieces = opened.iter_batches(_ROWS_PER_DECODE, row_groups=[group], columns=[name], use_threads=False)
                 column = pa.chunked_array([_in_own_mapping(piece).column(name) for piece in pieces])
         column.validate(full=True)  # otherwise a bad text would fail only when its row is read
-        # Without this call, Arrow's allocator keeps freed memory, and the process grows to 100 MiB instead of 45 MiB.
+        # Without this call, Arrow's allocator keeps freed memory, and a process grew to 100 MiB instead of 45 MiB.
         pa.default_memory_pool().release_unused()
         return column
 
@@ -137,7 +137,7 @@ class ParquetFile(_TableFile):
         from pyarrow import parquet
 
         with self.source.open() as file, parquet.ParquetFile(file, **_SETTINGS) as opened:
-            for group in range(opened.num_row_groups):  # pyarrow cannot read lists of text from several groups at once
+            for group in range(opened.num_row_groups):  # one at a time: several fail for lists of dictionary values
                 rows = limits.rows_per_piece(int(self.group_rows[group]), int(self.group_bytes[group]))
                 yield from opened.iter_batches(rows, row_groups=[group], columns=self._names, use_threads=False)
 
@@ -184,7 +184,7 @@ def _footer(file: BinaryIO, num_bytes: int) -> bytes:
 
 
 def _in_own_mapping(batch: "pa.RecordBatch") -> "pa.RecordBatch":
-    """Copy a batch to a separate memory mapping, which is freed with the batch. An allocator would keep the memory."""
+    """Copy a batch to a separate memory mapping, which is freed with the copy. An allocator would keep the memory."""
     import pyarrow as pa
 
     if batch.schema != (schema := plain(batch.schema)):  # a dictionary would need a separate message
@@ -201,7 +201,7 @@ def _chunks(group: "parquet.RowGroupMetaData", names: list[str]) -> "list[parque
 
 
 def _decoded_bytes(group: "parquet.RowGroupMetaData", names: list[str]) -> int:
-    """Estimate the decoded size of the named columns: the uncompressed size, and 4 bytes per value in dictionaries."""
+    """Estimate the decoded size of the named columns: the uncompressed size, and 4 bytes per dictionary index."""
     chunks = _chunks(group, names)
     return sum(chunk.total_uncompressed_size + 4 * chunk.num_values * _repeats(chunk) for chunk in chunks)
 
