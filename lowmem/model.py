@@ -43,9 +43,9 @@ def load_model(
 
     `model_config` is a transformers config, a mapping of its fields, a path of a config.json or a name in MODEL_SHAPES.
     Weights have `dtype`. With `on_meta`, they stay on the meta device until `parallelize` shards them; if the files
-    cannot be read tensor by tensor, a line is printed and all weights are loaded. Without a tokenizer, a new model is
-    for bytes. Raises UsageError if something cannot be loaded, if weights are missing, or if `model_config` is plainly
-    for another vocabulary than bytes.
+    cannot be read tensor by tensor, a line is printed and all weights are loaded. Without a tokenizer, text
+    becomes bytes. Raises UsageError if something cannot be loaded, if weights are missing, or if a config file without
+    a tokenizer has a much larger vocabulary than bytes.
     """
     if (model_name_or_path is None) == (model_config is None):
         raise UsageError("load_model needs exactly one of model_name_or_path and model_config: set one of them")
@@ -57,7 +57,8 @@ def load_model(
         model = model or _from_pretrained(str(model_name_or_path), dtype)
     else:
         config = _config_from(model_config)
-        if tokenizer_name_or_path is None and str(model_config) not in MODEL_SHAPES:
+        is_file = isinstance(model_config, str | Path) and str(model_config) not in MODEL_SHAPES
+        if is_file and tokenizer_name_or_path is None:
             _check_bytes(config, tokenizer)
         _adopt_special_tokens(config, tokenizer)
         model = _from_config(config, dtype, on_meta=on_meta)

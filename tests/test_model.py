@@ -89,6 +89,16 @@ def test_a_tokenizer_without_its_files_is_refused(tmp_path):
         load_model(tmp_path)
 
 
+def write_config(folder, **fields):
+    (folder / "llama.json").write_text(json.dumps(LLAMA | fields))
+    return folder / "llama.json"
+
+
+def test_a_config_file_without_a_tokenizer_is_said_to_train_on_bytes(tmp_path, capsys):
+    load_model(model_config=write_config(tmp_path))
+    assert "text becomes bytes (384 tokens); set it to train on a tokenizer's tokens" in capsys.readouterr().out
+
+
 def test_user_errors_are_reported(tmp_path):
     with pytest.raises(UsageError, match="set one of them"):
         load_model()
@@ -108,7 +118,7 @@ def test_user_errors_are_reported(tmp_path):
     with pytest.raises(
         UsageError, match="text becomes bytes .384 tokens., but model_config has a vocabulary of 32,000"
     ):
-        load_model(model_config=LLAMA | {"vocab_size": 32_000})
+        load_model(model_config=write_config(tmp_path, vocab_size=32_000))
     with pytest.raises(UsageError, match="transformers does not accept model_config"):
         load_model(model_config={"model_type": "t6"})
     with pytest.raises(UsageError, match="cannot be read"):

@@ -147,6 +147,7 @@ def test_a_step_that_fills_host_memory_gets_smaller_micro_batches_and_a_killed_r
         rows[row_id]["response"] = "long " * 100
     (tmp_path / "llama.json").write_text(json.dumps(LLAMA | {"vocab_size": 16384, "max_position_embeddings": 1024}))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ByT5Tokenizer().save_pretrained(tmp_path / "tokenizer")
     assert fork_ranks(1, measure_the_long_step, tmp_path) == [0]
     assert fork_ranks(1, train_with_three_quarters_of_those_bytes, tmp_path) == [-signal.SIGKILL]
     assert runs.steps(tmp_path, "full")[-1] == STEPS
@@ -158,6 +159,7 @@ def test_a_step_that_fills_host_memory_gets_smaller_micro_batches_and_a_killed_r
 
 def train_here(work, name):
     settings = {"train_file": work / "rows.jsonl", "model_config": work / "llama.json", "loss": "plain"}
+    settings |= {"tokenizer_name_or_path": work / "tokenizer"}
     settings |= {"batch_size": 4, "max_steps": STEPS, "save_steps": 2, "logging_steps": 1, "output_dir": work / name}
     config = resolve(settings | {"resume": "auto"})
     train(config, RowSets(open_rows(str(work / "rows.jsonl"))), signals=Signals())

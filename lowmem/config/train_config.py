@@ -58,9 +58,9 @@ class TrainConfig(Groups):
     validation_file: str | None = setting(instead_of=["validation_rows"], per_rank=True)
     """Rows to evaluate on during training."""
     validation_rows: int | None = setting(at_least=0, fallback=0, on_resume="fixed")
-    """Without validation_file: hold out this many training rows, the last ones, to evaluate on. 0: none."""
+    """Without validation_file: evaluate on this many rows from the end of train_file. 0: none."""
     test_file: str | None = setting(per_rank=True, in_evaluate=True)
-    """Rows to evaluate on once: after training (`train`), or without training (`evaluate`, `test`)."""
+    """Rows to evaluate on once: after `train`, or without training (`evaluate`, `test`)."""
     prompt_column: str | None = setting(fallback="prompt", on_resume="fixed", in_evaluate=True)
     """Column that the model reads."""
     response_column: str | None = setting(fallback="response", on_resume="fixed", in_evaluate=True)
@@ -102,7 +102,7 @@ class TrainConfig(Groups):
     learning_rate: float = setting(5e-5, above=0)
     """Peak learning rate."""
     lr_scheduler_type: str = setting("cosine", choices=["cosine", "linear", "constant"])
-    """Learning rate after warm-up: cosine and linear fall, and would be 0 one step after the last."""
+    """Learning rate after warm-up: cosine and linear fall to 0 just after the last step."""
     warmup_steps: int | None = setting(at_least=0, fallback=0)
     """Steps over which the learning rate rises linearly from 0."""
     warmup_ratio: float | None = setting(at_least=0, below=1, instead_of=["warmup_steps"])
@@ -170,7 +170,7 @@ class TrainConfig(Groups):
     eval_on_start: bool = False
     """Also evaluate before the first step."""
     max_predict_samples: int = setting(256, at_least=0, in_evaluate=True)
-    """Generate answers for this many rows, an evaluation's first, and count exact matches. Needs prompts; 0: none."""
+    """Generate answers for the first rows of an evaluation. Counts exact matches. Needs prompts; 0: none."""
     generation_max_new_tokens: int = setting(64, at_least=1, in_evaluate=True)
     """Maximum number of tokens in a generated answer."""
 
