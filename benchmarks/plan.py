@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from systems import machine
+from transformers import ByT5Tokenizer
 
 from lowmem import resolve
 from lowmem.plan.parts import Cluster
@@ -58,11 +59,13 @@ COMBINATIONS = [
 def config_for(shape: str, tier: str, flags: dict[str, object], folder: Path):
     path = folder / f"{shape}.json"
     path.write_text(json.dumps(SHAPES[shape]))
+    ByT5Tokenizer().save_pretrained(folder / "tokenizer")
     text = {} if shape == "t5" else {"text_column": "text"}
     sizes = {name: size for name, size in SIZES.items() if name not in flags}
     if "global_batch_size" in flags:
         del sizes["gradient_accumulation_steps"]
     run = {"max_steps": 2, "validation_rows": 0, "output_dir": folder / "out"}
+    run["tokenizer_name_or_path"] = folder / "tokenizer"
     return resolve({"model_config": path, **text, **sizes, **TIERS[tier], **flags, **run})
 
 
