@@ -8,15 +8,16 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import ByT5Tokenizer
 
 from lowmem.config.parse import resolve
 from lowmem.data.rows import RowSets
 from lowmem.distributed.signals import Signals, catching_signals
-from lowmem.errors import RowError, SaveError
+from lowmem.errors import RowError, SaveError, UsageError
 from lowmem.job.supervise import supervise
 from lowmem.train import train as train_here
 from tests.forked import fork_ranks
-from tests.models import qa_rows
+from tests.models import LLAMA, qa_rows
 from tests.runs import assert_same_run, evaluations, records, settings, steps, write_files
 
 STEPS = 6
@@ -199,3 +200,24 @@ def test_a_preempted_run_that_cannot_be_saved_fails(work):
         rows = Rows(ROWS, 4 * 2 + 1, signalling(signals))
         run_here(work, "lost", rows, None, signals, on_save_error="continue")
     assert steps(work, "lost") == [1, 2, 3]
+
+
+def test_a_resume_with_another_tokenizer_is_refused_unless_accepted(work, capfd):
+    tokenizer = ByT5Tokenizer()
+    tokenizer.save_pretrained(work / "tokenizer")
+    flags = {"tokenizer_name_or_path": work / "tokenizer"}
+    run_here(work, "tokens", max_steps=2, **flags)
+    tokenizer.chat_template = "another"
+    tokenizer.save_pretrained(work / "tokenizer")
+    with pytest.raises(UsageError, match="step-00000002 was trained with another tokenizer or chat template: restore"):
+        run_here(work, "tokens", **flags)
+    assert run_here(work, "tokens", accept_changed_data=True, **flags) == (STEPS, False)
+    assert "another tokenizer or chat template" in capfd.readouterr().out
+
+
+def test_a_run_without_any_update_ends_with_an_error_and_no_model(work):
+    (work / "llama.json").write_text(json.dumps(LLAMA))
+    flags = {"model_config": work / "llama.json", "max_seq_len": 1}  # one token is no target
+    with pytest.raises(UsageError, match="none of the 6 steps updated the weights"):
+        run_here(work, "nothing", **flags)
+    assert checkpoints(work, "nothing") == [4, 6] and not (work / "nothing" / "model").exists()

@@ -1,5 +1,6 @@
 """A run continues to log after a closed pipe or a full disk, and a resumed run logs nothing twice."""
 
+import io
 import json
 import os
 import resource
@@ -8,7 +9,8 @@ import time
 
 import pytest
 
-from lowmem.report import MetricsLog, print_lines
+from lowmem.evaluation import Answer
+from lowmem.report import MetricsLog, print_answers, print_lines
 from tests.processes import finish, started_function
 
 
@@ -75,3 +77,10 @@ def test_a_run_resumed_at_its_end_logs_its_test_loss_and_end_once(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", step=1)
     assert log.resumed_at == {"step": 1, "loss": 2.0}
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+def test_characters_that_the_terminal_cannot_show_become_escapes(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    print_answers([Answer(0, "四", "十", "a")])
+    assert terminal.buffer.getvalue() == b"  '\\u56db' -> 'a' (expected '\\u5341')\n"

@@ -321,3 +321,22 @@ def step_in_bf16(folder):
     batches = next(stream_of("t5", batch_size=4))
     train_step(state_of(build("t5")), batches, looking, accelerator, learning_rate=0.1)
     accelerator.end_training()
+
+
+def test_a_dict_instead_of_a_batch_is_an_error_that_names_the_remedy():
+    model = build("t5")
+    state = TrainState(model, make_optimizer(model, name="adamw", memory="off"))
+    (batch,) = next(stream_of("t5", batch_size=4))
+    with pytest.raises(TypeError, match="must be a lowmem.Batch, found dict: make it with lowmem.collate"):
+        train_step(state, [batch.inputs], plain_loss, Accelerator(cpu=True), learning_rate=0.1)
+
+
+def open_a_stream_without_coordinates(folder):
+    accelerator = init_distributed()
+    with pytest.raises(UsageError, match=r"2 processes need rank and world_size.*: pass \*\*data_place"):
+        stream_of("t5", batch_size=4)
+    accelerator.end_training()
+
+
+def test_a_stream_on_several_processes_needs_its_coordinates(tmp_path):
+    assert fork_ranks(2, open_a_stream_without_coordinates, tmp_path) == [0, 0]
