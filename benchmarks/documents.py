@@ -3,7 +3,7 @@
     python benchmarks/documents.py            # rewrites the parts that differ
     python benchmarks/documents.py --check    # changes nothing; prints what differs, with exit code 1
 
-Each part is between two comments, and the first comment names it. See README.md.
+Each part is between two comments, and the first comment names it. See benchmarks/README.md.
 """
 
 import argparse

@@ -12,7 +12,7 @@ import psutil
 
 
 def launch_command(launcher: str, processes: int, *options: str, interpreter: str = sys.executable) -> list[str]:
-    """Return the command, up to the script's name, that starts a script in `processes` processes (python: in one).
+    """Return the command to start a script in `processes` processes (python: one), without the script's name.
 
     The launcher uses a free port and the flags `options`. It comes from the Python environment of `interpreter`.
     """

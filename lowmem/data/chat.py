@@ -98,7 +98,7 @@ def _frozen(template: str, time: str | None) -> str:
 def _plain_messages(messages: Messages, render: Render) -> Messages:
     """Join text parts, and drop keys that are None: in Arrow, fields that a message or tool call lacks are None.
 
-    A message of tool calls has no content then or, if the template needs one, the content "".
+    If the template fails on messages without content (tool calls may have none), these get the content "".
     """
     messages = [_without_nulls(message) for message in messages]
     for message in messages:
@@ -160,7 +160,7 @@ def _span(render: Render, messages: Messages, turn: int, text: str) -> tuple[int
     else:
         gap = prompt = ""
     start = len(head) - len(gap) + len(commonprefix([gap, prompt]))
-    rest = len(text) - len(tails[0]) if len(tails) == 1 else -1  # where the text continues as after the mark
+    rest = len(text) - len(tails[0]) if len(tails) == 1 else -1  # where in `text` the part after the mark begins
     if not (head.endswith(gap) and text.startswith(head[:start]) and start <= rest and text.endswith(tails[0])):
         raise ValueError(
             f"the assistant's text of turn {turn} cannot be found in what the template renders: {_HOW_TO_TAG}"
