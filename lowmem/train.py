@@ -197,6 +197,7 @@ def evaluate_first(
     """
     if state.step == 0 and config.eval_on_start:
         report.evaluation(*measure(rows))
+    elif "eval_loss" in report.resumed_at:
+        state.note_best(report.resumed_at["eval_loss"])
     elif state.step and schedule.is_due(state.step, config.eval_steps):
-        known = "eval_loss" in report.resumed_at
-        state.note_best((report.resumed_at if known else report.evaluation(*measure(rows)))["eval_loss"])
+        state.note_best(report.evaluation(*measure(rows))["eval_loss"])

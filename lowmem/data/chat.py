@@ -55,9 +55,9 @@ def chat_tokenizer(
 
     def tokenize(messages: Messages, tools: Sequence | None = None) -> tuple[list[int], list[bool]]:
         turns = f"a conversation of turns {', '.join(str(message['role']) for message in messages)}"
+        tools = (_plain_tools(tools) or None) if tools else None
         if tools and not takes_tools:
             raise ValueError("the row has tools, but the chat template does not use them: remove the column 'tools'")
-        tools = _plain_tools(tools) if tools else None
         render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False, tools=tools)
         try:
             messages = _plain_messages(messages, render)
