@@ -22,7 +22,7 @@ from lowmem.data.eval_batches import EvalBatches, open_eval
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import FileRows
 from lowmem.distributed.collectives import any_rank, gather_bytes, raise_on_all_ranks, sum_over_ranks
-from lowmem.distributed.fully_sharded import resharding
+from lowmem.distributed.fully_sharded import forward_only
 from lowmem.distributed.heartbeat import phase
 from lowmem.distributed.placement import data_place, handle_rank_errors, is_sharded, unwrapped
 from lowmem.distributed.reduce import all_reduce_sum
@@ -44,7 +44,6 @@ class Answer(NamedTuple):
 
 
 @phase("evaluating")
-@torch.no_grad()
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], loss_fn: LossFunction, accelerator: Accelerator, *, prefix: str = "eval"
 ) -> dict[str, float]:
@@ -54,7 +53,7 @@ def evaluate(
     """
     loss = torch.zeros((), device=accelerator.device)
     num_targets = num_rows = 0
-    with _evaluating(model), accelerator.autocast(), handle_rank_errors(model):
+    with forward_only(model), accelerator.autocast(), handle_rank_errors(model):
         for batch in batches:
             loss += loss_fn(model, batch.to(accelerator.device))
             num_targets += batch.num_targets
@@ -71,7 +70,6 @@ def evaluate(
 
 
 @phase("answering prompts")
-@torch.no_grad()
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -88,7 +86,7 @@ def generate(
     is_encoder_decoder, is_collective = base.config.is_encoder_decoder, is_sharded(model)
     greedy = _greedy(base, tokenizer)
     written = []
-    with _evaluating(model), _own_settings(base, greedy), accelerator.autocast(), handle_rank_errors(model):
+    with forward_only(model), _own_settings(base, greedy), accelerator.autocast(), handle_rank_errors(model):
         for batch in batches:
             if not batch.row_ids and not is_collective:
                 continue
@@ -185,17 +183,6 @@ class Evaluation:
 
     def _to_answer(self, rows: FileRows) -> EvalBatches:
         return self._open(rows.slice(0, min(len(rows), self._num_answers)))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with resharding(model):
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _prompts(batch: Batch, is_encoder_decoder: bool) -> list[list[int]]:

@@ -4,8 +4,7 @@ An encoder-decoder model shifts labels itself; position i of a causal one predic
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from lowmem.data.batch import IGNORED, Batch
 from lowmem.data.packing import check_packing
-from lowmem.distributed.fully_sharded import resharding
+from lowmem.distributed.fully_sharded import forward_only
 from lowmem.distributed.placement import device_of, unwrapped, uses_zero3
 from lowmem.errors import UsageError
 
@@ -130,7 +129,7 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
     a causal model sees its targets.
     """
     device, base = device_of(model), unwrapped(model)
-    with _in_eval_mode(model):
+    with forward_only(model):
         loss_fn(model, _zeros(device, rows=1, length=2, num_targets=0))
         once, twice = (loss_fn(model, _zeros(device, rows=rows, length=2, num_targets=rows)) for rows in (1, 2))
         if abs(twice - 2 * once) > 0.1 * abs(once):
@@ -148,8 +147,8 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
 def _check_positions(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module, max_seq_len: int) -> None:
     """Raise UsageError if the model fails on a row of `max_seq_len` tokens, such as for lack of position embeddings."""
     try:
-        with _in_eval_mode(model), _CheckedEmbeddings():
-            loss_fn(model, _zeros(device_of(model), rows=1, length=max_seq_len, num_targets=1))
+        with forward_only(model), _CheckedEmbeddings():
+            loss_fn(model, _zeros(device_of(model), rows=1, length=max_seq_len, num_targets=min(1, max_seq_len - 1)))
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError) as error:
@@ -169,25 +168,13 @@ class _CheckedEmbeddings(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    base = unwrapped(model)
-    was_training = base.training
-    base.eval()
-    try:
-        with torch.no_grad(), resharding(model):
-            yield
-    finally:
-        base.train(was_training)
-
-
 def _zeros(device: torch.device, *, rows: int, length: int, num_targets: int) -> Batch:
     """Make rows of token 0, of which the last token of the first `num_targets` rows is a target."""
     tokens = torch.zeros((rows, length), dtype=torch.int64, device=device)
     labels = torch.full_like(tokens, IGNORED)
-    labels[:num_targets, -1] = 0 if length > 1 else IGNORED  # nothing predicts the first token
+    labels[:num_targets, -1] = 0
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
-    return Batch(inputs, num_targets=num_targets if length > 1 else 0, row_ids=[])
+    return Batch(inputs, num_targets=num_targets, row_ids=[])
 
 
 LOSSES = {"chunked": chunked_loss, "plain": plain_loss}

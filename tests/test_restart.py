@@ -158,7 +158,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl, which only Linux has")
 @pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "CROSS_SIZE"])
 def test_a_launched_process_ends_with_its_launcher(launcher):
     launch = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"

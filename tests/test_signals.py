@@ -29,7 +29,7 @@ with catching_signals() as signals:
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="assumes that a pthread mutex of zeros is valid")
+@pytest.mark.skipif(sys.platform != "linux", reason="locks a pthread mutex of zeros, which is valid only on Linux")
 def test_a_process_stuck_in_c_notes_a_signal_ignores_its_echoes_and_ends_at_a_second_signal():
     with started(sys.executable, "-c", STUCK) as process:
         assert process.stdout.readline() == "stuck\n"

@@ -18,8 +18,7 @@ from lowmem.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-Message = Mapping[str, object]
-Messages = Sequence[Message]
+Messages = Sequence[Mapping[str, object]]
 Spans = list[tuple[int, int]]  # [start, stop) of the assistant's characters, in order
 Render = Callable[..., str]  # (messages, add_generation_prompt=False) -> text
 

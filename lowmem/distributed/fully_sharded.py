@@ -58,17 +58,20 @@ def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 @contextmanager
-def resharding(model: nn.Module) -> Iterator[None]:
-    """Reshard all weights at the end of a block that runs forward only, because no backward reshards them."""
-    groups = _sharded_modules(model)
+def forward_only(model: nn.Module) -> Iterator[None]:
+    """Run a block in evaluation mode, without gradients. Reshard all weights at its end, as no backward does it."""
+    was_training, groups = model.training, _sharded_modules(model)
     if groups:
         model._get_fsdp_state()._lazy_init()  # make the model the root, even if its encoder is called first
         model.unshard()  # all-gather the root's own weights, because a call of the encoder alone would not
+    model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for group in groups:
             group.reshard()
+        model.train(was_training)
 
 
 def unsharded_parameters(model: nn.Module) -> Iterator[Tensor]:

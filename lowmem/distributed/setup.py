@@ -93,7 +93,7 @@ def init_distributed(
 
 
 def join(*, last_words: Callable[[str], None] | None = None, **options: object) -> "Accelerator":
-    """Alias of `init_distributed`, with its former name and `last_words` for `on_abort`."""
+    """The former name of `init_distributed`, and of its argument `on_abort`."""
     return init_distributed(on_abort=last_words, **options)
 
 
