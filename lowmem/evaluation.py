@@ -24,7 +24,7 @@ from lowmem.data.rows import FileRows
 from lowmem.distributed.collectives import any_rank, gather_bytes, raise_on_all_ranks, sum_over_ranks
 from lowmem.distributed.fully_sharded import forward_only
 from lowmem.distributed.heartbeat import phase
-from lowmem.distributed.placement import data_place, handle_rank_errors, is_sharded, unwrapped
+from lowmem.distributed.placement import data_place, handle_rank_errors, has_collectives, is_sharded, unwrapped
 from lowmem.distributed.reduce import all_reduce_sum
 from lowmem.errors import UsageError
 from lowmem.memory.gradients import LossFunction
@@ -147,16 +147,22 @@ class Evaluation:
         self._open = partial(open_eval, encode=encode, **data_place(model).coordinates, **batching)
         self._loss = partial(evaluate, model, loss_fn=loss_fn, accelerator=accelerator)
         self._answers = partial(generate, model, tokenizer, accelerator=accelerator)
+        self._has_collectives = has_collectives(model)
         self._num_answers, self._max_new_tokens, self._bar, self._tell = num_answers, max_new_tokens, bar, tell
 
     def __call__(self, rows: FileRows, prefix: str = "eval") -> tuple[dict[str, float], list[Answer]]:
-        """Return the metrics and answers. If answering fails, tell why, and return the loss without answers."""
+        """Return the metrics and answers. If answering fails, tell why, and return the loss without answers.
+
+        With sharding or tensor parallelism, the error is raised, because the other ranks wait in collectives.
+        """
         metrics = self._loss(self._bar(self._open(rows), prefix), prefix=prefix)
         if not self._num_answers:
             return metrics, []
         try:
             answers = self._answers(self._bar(self._to_answer(rows), prefix), max_new_tokens=self._max_new_tokens)
         except Exception as error:
+            if self._has_collectives:
+                raise
             self._tell(f"no answers, because the model cannot generate: {error}")
             return metrics, []
         return metrics | text_metrics(answers, prefix=prefix), answers

@@ -175,7 +175,7 @@ def build_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
 def _check_bytes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Say that a config without a tokenizer trains on bytes. Raise UsageError if its vocabulary is much too large."""
     what = f"without tokenizer_name_or_path, text becomes bytes ({len(tokenizer)} tokens)"
-    vocabulary = config.get_text_config().vocab_size
+    vocabulary = getattr(config.get_text_config(decoder=True), "vocab_size", 0)  # bark's config has none
     if vocabulary > 4 * len(tokenizer):
         found = f"model_config has a vocabulary of {vocabulary:,} tokens, so it is another tokenizer's"
         raise UsageError(f"{what}, but {found}: set tokenizer_name_or_path, or vocab_size={len(tokenizer)}")

@@ -28,7 +28,7 @@ from lowmem.data.stream import open_stream
 from lowmem.deepspeed_step import deepspeed_step
 from lowmem.distributed import zero
 from lowmem.distributed.collectives import any_rank
-from lowmem.distributed.consistency import check_same_inputs, check_same_model
+from lowmem.distributed.consistency import check_same_inputs, check_same_model, tokenizer_digest
 from lowmem.distributed.placement import data_place
 from lowmem.distributed.setup import init_distributed, make_deterministic
 from lowmem.distributed.sharding import parallelize
@@ -78,8 +78,9 @@ def train(
     # with sharding, only rank 0 initializes new weights, and each rank reads only its shard of saved weights
     on_meta = config.is_sharded and (config.model_name_or_path is not None or not accelerator.is_main_process)
     model, tokenizer = load_model(**config.model_source, on_meta=on_meta)
+    tokenizer_hash = tokenizer_digest(tokenizer)  # once: a translation tokenizer's state changes in use
     if checkpoint:
-        changes += check_same_tokenizer(checkpoint, tokenizer, accept=config.accept_changed_data)
+        changes += check_same_tokenizer(checkpoint, tokenizer_hash, accept=config.accept_changed_data)
     freeze(model, parts=config.frozen_parts)
     check_same_model(model, tokenizer, weights=config.model_name_or_path is not None)
     model = parallelize(model, accelerator, **config.sharding)
@@ -130,7 +131,7 @@ def train(
             if held_out := getattr(rows, name):
                 measure.check(held_out, name)
         saving = {"tokenizer": tokenizer, "config": settings, "max_shard_size": config.max_shard_size}
-        save = partial(save_checkpoint, state, checkpoints, accelerator, **saving)
+        save = partial(save_checkpoint, state, checkpoints, accelerator, tokenizer_hash=tokenizer_hash, **saving)
         # fitting_step calls train_step and, if memory runs out, retries with smaller micro-batches
         take_step = deepspeed_step if config.deepspeed else partial(fitting_step, tell=report.halving)
 

@@ -4,12 +4,9 @@ from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from lowmem.checkpoint.load import first_valid, saved_settings, verify_together
 from lowmem.checkpoint.manifest import checkpoints
 from lowmem.distributed.collectives import gather_json, on_main_rank, rank_and_world_size
-from lowmem.distributed.consistency import tokenizer_digest
 from lowmem.errors import UsageError
 from lowmem.optim.state import TIERS
 
@@ -49,10 +46,10 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: C
     return list(changes.values())
 
 
-def check_same_tokenizer(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, *, accept: bool) -> list[str]:
+def check_same_tokenizer(checkpoint: Path, tokenizer_hash: str, *, accept: bool) -> list[str]:
     """Raise UsageError if `checkpoint` was saved with another tokenizer, or return a message if `accept` is set."""
     saved = saved_settings(checkpoint)[0].get("tokenizer")  # None in checkpoints of early versions
-    if saved in (None, tokenizer_digest(tokenizer)):
+    if saved in (None, tokenizer_hash):
         return []
     if accept:
         return ["another tokenizer or chat template"]

@@ -26,7 +26,6 @@ from lowmem.checkpoint.parallel_write import write_together
 from lowmem.checkpoint.tensors import model_tensors, named_parameters, num_bytes
 from lowmem.config.sizes import parse_bytes
 from lowmem.distributed.collectives import on_main_rank, rank_and_world_size
-from lowmem.distributed.consistency import tokenizer_digest
 from lowmem.distributed.dtensor import pieces
 from lowmem.distributed.heartbeat import phase
 from lowmem.distributed.placement import unwrapped
@@ -48,6 +47,7 @@ def save_checkpoint(
     *,
     tokenizer=None,
     config: Config = None,
+    tokenizer_hash: str | None = None,
     keep: int | None = None,
     max_shard_size: int | str = "5GB",
     on_error: Callable[[SaveError], object] | None = None,
@@ -55,8 +55,9 @@ def save_checkpoint(
     """Write `folder`/step-XXXXXXXX, remove the oldest checkpoints beyond `keep` (None: keep all), return the new one.
 
     The checkpoint of `state.best` is always kept. Call it on every rank: each writes a share, with at most one whole
-    tensor in host memory. `config` is saved as model/lowmem.json. If the disk is full or fails, older checkpoints
-    stay intact, the new one is removed, and every rank raises SaveError, or passes it to `on_error` and returns None.
+    tensor in host memory. `config` is saved as model/lowmem.json, and `tokenizer_hash`, which a resume compares, in
+    state.json. If the disk is full or fails, older checkpoints stay intact, the new one is removed, and every rank
+    raises SaveError, or passes it to `on_error` and returns None.
     """
     path = Path(folder) / f"step-{state.step:08d}"
     parameters = named_parameters(state.model, state.optimizer)
@@ -71,7 +72,7 @@ def save_checkpoint(
     def write_rest(unfinished: Path, records: dict[str, FileRecord]) -> None:
         stream = state.stream and state.stream.state_dict()
         training = {"step": state.step, "updates": state.updates, "best": state.best, "seed": state.seed}
-        training |= {"stream": stream, "tokenizer": None if tokenizer is None else tokenizer_digest(tokenizer)}
+        training |= {"stream": stream, "tokenizer": tokenizer_hash}
         kind, memory = type(state.optimizer).__name__, getattr(state.optimizer, "memory", "off")
         training |= {"optimizer": kind, "memory": memory, "parameters": [*parameters]}
         for file, record in _write_model_files(unfinished / "model", state.model, tokenizer, config).items():
