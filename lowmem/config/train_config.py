@@ -31,7 +31,7 @@ def setting(
 ) -> Any:
     """Make a field with rules.
 
-    `instead_of` names fields that this one replaces; `fallback` is its value if neither it nor an alternative is set.
+    `instead_of` lists the fields that this field replaces. `fallback` is this field's value if none of them is set.
     A resumed run must keep `fixed` fields; `per_rank` fields may differ by rank; `evaluate` takes `in_evaluate` fields.
     """
     return dataclasses.field(default=default, metadata=locals())

@@ -112,7 +112,8 @@ def report_failure() -> Iterator[None]:
 def raise_error_of_any_rank(error: Exception | None) -> None:
     """If any rank passes an error, every rank raises: its own error, else a copy of the lowest failed rank's error.
 
-    A copied UsageError, SaveError or StepTooLarge keeps its class, others become RankErrors. StepTooLarge comes last.
+    A copy is a UsageError or SaveError if the original is one, else a RankError. StepTooLarge is raised only if no rank
+    has any other error.
     """
     mine = None
     if isinstance(error, StepTooLarge):

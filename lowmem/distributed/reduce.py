@@ -9,7 +9,7 @@ from torch import Tensor
 from lowmem.distributed.collectives import collective
 
 _BUCKET_BYTES = 32 * 2**20
-_NORM_ELEMENTS = 2**20  # a bf16 gradient is converted to fp32 in slices of about this size
+_NORM_ELEMENTS = 2**20  # on a CPU, gradient_norm converts about this many elements at a time
 
 
 def all_reduce_sum(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -54,7 +54,7 @@ def _reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
 
 
 def gradient_norm(gradient: Tensor) -> Tensor:
-    """Return the L2 norm of a gradient as an fp32 (or wider) scalar. Converts a bf16 gradient part by part."""
+    """Return the L2 norm of a gradient as an fp32 (or wider) scalar, without an fp32 copy of all of a bf16 gradient."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     if gradient.device.type != "cpu":  # GPU kernels convert while reading, and add in a tree, which is accurate
         return torch.linalg.vector_norm(gradient, dtype=wide)

@@ -149,7 +149,9 @@ class TieredOptimizer(Optimizer):
 
 
 class TieredAdamW(TieredOptimizer):
-    """AdamW (Loshchilov and Hutter, 2019) by torch's fused kernel; exact with fp32 moments equals fp32 AdamW bitwise.
+    """AdamW (Loshchilov and Hutter, 2019) with torch's fused kernel.
+
+    The exact tier with fp32 moments gives the same weights as AdamW in fp32, bit for bit.
 
     With `moments` "tier", large moments are fp32 in exact, 8-bit in lean; with "bf16", bf16 in both tiers.
     """
