@@ -227,7 +227,7 @@ def table(records: list[Record]) -> str:
 def main() -> None:
     flags = parse_flags(sys.argv[1:])
     shown = list(sys.argv)
-    if flags.folder:  # keep local paths out of the results
+    if flags.folder:  # keep the folder's path out of the results
         shown = [argument.replace(str(flags.folder), "FOLDER") for argument in shown]
         flags.folder.mkdir(parents=True, exist_ok=True)
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(["python", *shown])}

@@ -311,7 +311,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 
 def records_of(flags: argparse.Namespace) -> Iterator[Record]:
-    """Run all checks and timings, and print each record."""
+    """Run all checks and timings; print and yield each record."""
     num_rows = 2 * ROWS_PER_STEP if flags.quick else len(flags.rows) // ROWS_PER_STEP * ROWS_PER_STEP
     rows = ChatRows(flags.rows.slice(0, num_rows))
     tokenizer = fast_tokenizer([rows[number]["text"] for number in range(num_rows)], VOCAB_SIZE)

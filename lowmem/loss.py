@@ -3,6 +3,7 @@
 An encoder-decoder model shifts labels itself; position i of a causal one predicts label i + 1. Label -100: no target.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from lowmem.data.packing import check_packing
 from lowmem.distributed.fully_sharded import forward_only
 from lowmem.distributed.placement import device_of, unwrapped, uses_zero3
 from lowmem.errors import UsageError
+from lowmem.memory.out_of_memory import is_out_of_memory
 
 SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
 """Logits per slice, by device: few enough to fit a CPU's cache, or enough that a GPU launches few kernels."""
@@ -149,23 +151,29 @@ def _check_positions(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Mo
     try:
         with forward_only(model), _CheckedEmbeddings():
             loss_fn(model, _zeros(device_of(model), rows=1, length=max_seq_len, num_targets=min(1, max_seq_len - 1)))
-    except torch.OutOfMemoryError:
-        raise
     except (IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         what = f"{type(unwrapped(model)).__name__} fails on a row of max_seq_len={max_seq_len} tokens"
         reason = str(error).partition("\n")[0]
         raise UsageError(f"{what} ({reason}): lower --max_seq_len to the model's number of positions") from error
+
+
+_EMBEDDING = inspect.signature(F.embedding)
 
 
 class _CheckedEmbeddings(TorchFunctionMode):
     """Raise IndexError for a missing embedding. On CUDA, the lookup itself would end the process."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.embedding and not any(isinstance(tensor, DTensor) for tensor in args[:2]):
-            indices, weight = args[:2]
-            if indices.numel() and indices.max() >= len(weight):
+        kwargs = kwargs or {}
+        if function is F.embedding:
+            bound = _EMBEDDING.bind(*args, **kwargs).arguments
+            indices, weight = bound["input"], bound["weight"]
+            is_split = isinstance(indices, DTensor) or isinstance(weight, DTensor)
+            if not is_split and indices.numel() and indices.max() >= len(weight):
                 raise IndexError(f"index {indices.max().item()} of {len(weight)} embeddings")
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def _zeros(device: torch.device, *, rows: int, length: int, num_targets: int) -> Batch:

@@ -29,7 +29,7 @@ from lowmem.deepspeed_step import deepspeed_step
 from lowmem.distributed import zero
 from lowmem.distributed.collectives import any_rank
 from lowmem.distributed.consistency import check_same_inputs, check_same_model, tokenizer_digest
-from lowmem.distributed.placement import data_place
+from lowmem.distributed.placement import data_place, handle_rank_errors
 from lowmem.distributed.setup import init_distributed, make_deterministic
 from lowmem.distributed.sharding import parallelize
 from lowmem.distributed.signals import Signals
@@ -86,7 +86,8 @@ def train(
     model = parallelize(model, accelerator, **config.sharding)
     optimizer = make_optimizer(model, **config.optimizer_options)
     loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)  # (model, batch) -> summed loss
-    check_model(model, loss_fn, packing=config.packing, max_seq_len=config.max_seq_len)
+    with handle_rank_errors(model):
+        check_model(model, loss_fn, packing=config.packing, max_seq_len=config.max_seq_len)
     # of all shards; counted here, because DeepSpeed's wrapper makes them wrong
     num_weights, vocabulary = model.num_parameters(), num_embeddings(model)
     wrapped = zero.wrap(model, optimizer, accelerator) if config.deepspeed else model

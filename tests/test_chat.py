@@ -240,6 +240,9 @@ R1 = """{{- bos_token }}{% for message in messages %}
 {%- elif message.role == 'tool' %}{{ '<|output|>' + message.content }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"""
+R1_NULL = R1.replace("and message.tool_calls", "and message.content is none").replace(
+    "elif message.role == 'assistant'", "elif message.role == 'assistant' and message.content is not none"
+)
 MISTRAL = """{{- bos_token }}{% for message in messages %}
 {%- if message.role == 'user' %}
 {%- if tools and loop.index0 == messages | map(attribute='role') | list | join(' ') | wordcount - 2 %}
@@ -378,8 +381,23 @@ def test_tool_calls_lose_the_keys_that_arrow_filled_and_contents_may_be_parts_or
     ]
     schemas = json.dumps([LOOK])
     assert tokenize(as_in_arrow, schemas) == tokenize(CALLS, [LOOK])
-    ids, _ = chat_tokenizer(TOKENIZERS["chatml"])([{"role": "user", "content": "a"}, CALLS[1], *turns("b", "c")])
-    assert "assistant\n<|im_end|>" in TOKENIZERS["chatml"].decode(ids)  # not "None"
+
+
+def test_tool_calls_that_the_template_does_not_print_are_an_error():
+    tokenize = chat_tokenizer(TOKENIZERS["chatml"])
+    with pytest.raises(ValueError, match="the chat template does not print the tool calls: use one that does"):
+        tokenize([{"role": "user", "content": "look"}, CALLS[1], *turns("b", "c")])
+    with pytest.raises(ValueError, match="does not print the tool calls"):
+        tokenize([{"role": "user", "content": "look"}, CALLS[1] | {"content": "I call look"}, *turns("b", "c")])
+
+
+@pytest.mark.parametrize("none", [None, ""])
+def test_a_template_may_test_for_null_content_or_take_its_length(none):
+    tokenizer, plain = bpe(R1_NULL), bpe(R1)
+    messages = [*CALLS[:1], CALLS[1] | {"content": none}, *CALLS[2:]]
+    assert chat_tokenizer(tokenizer)(messages) == chat_tokenizer(plain)(messages)
+    tokenizer = bpe(R1.replace("message.content.split", "message.content[:99].split"))
+    assert chat_tokenizer(tokenizer)(messages) == chat_tokenizer(plain)(messages)
 
 
 @pytest.mark.parametrize("tag", ["", "{% generation %}{% endgeneration %}"])

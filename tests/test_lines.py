@@ -321,7 +321,7 @@ def test_a_file_that_changes_or_disappears_while_it_is_read_is_reported(tmp_path
     path.unlink()
     with pytest.raises(FileNotFoundError):
         file.read_group(0)
-    assert file.location(1, 3).startswith("row 3 from line 257 on (byte ")
+    assert file.location(1, 3).startswith("row 4 from line 257 on (byte ")
 
 
 def test_a_damaged_copy_is_reported_and_made_again_once_it_is_removed(tmp_path):

@@ -268,6 +268,12 @@ def test_more_tokens_than_the_model_has_positions_are_refused():
         check_model(model, chunked_loss, packing=False, max_seq_len=21)
 
 
+def test_out_of_memory_at_the_longest_row_is_not_reported_as_missing_positions():
+    with pytest.raises(RuntimeError, match="allocate") as raised:
+        check_model(build("llama"), plain_loss, packing=False, max_seq_len=2**46)
+    assert not isinstance(raised.value, UsageError)
+
+
 def test_a_loss_that_the_model_adds_itself_is_refused():
     model = build("llama")
     model.config.output_router_logits = True

@@ -165,7 +165,7 @@ def test_saved_activations_count_until_backward_and_checkpointing_avoids_them(te
 def two_steps(family, loss_fn, accelerator, *, memory="off", savers=(), micro_batches=2):
     """Return the peak bytes of the second optimizer step, and the bytes that remain after it."""
     # Transformers makes an attention mask unless tensor values show that none is needed, and fake tensors have no
-    # values. It never makes one for attention that is registered under a name that it does not know, as here.
+    # values. It makes none for an attention function without a mask function of the same name, as here.
     AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
     shallow = {"num_layers": 1} if family == "t5" else {}  # one encoder and one decoder layer: two in total
     model = build(family, attn_implementation="sdpa_without_mask", **shallow)

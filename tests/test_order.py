@@ -26,7 +26,11 @@ def test_permutation_moves_rows_far():
 
 
 NUM_ROWS = sorted({size for k in range(1, 11) for size in (1, 2, 2**k - 1, 2**k, 2**k + 1)})
-WINDOWS = {"1": 1, "3": 3, "all": 10**9}  # window sizes in bytes, and in groups: `orders` gives each group one byte
+WINDOWS = {
+    "1": 1,
+    "3": 3,
+    "all": 10**9,
+}  # bytes per window, which are also its groups: `orders` gives each group one byte
 
 
 @st.composite

@@ -175,7 +175,7 @@ def measure_the_long_step(work):
 
 
 def train_with_three_quarters_of_those_bytes(work):
-    """Before the long step, let memory grow by only 3/4 of the measured bytes. Kill the run at its last save.
+    """In the long step, let memory grow by only 3/4 of the measured bytes. Kill the run at its last save.
 
     Half of the step's rows fit within this limit.
     """

@@ -70,9 +70,8 @@ def test_savers_and_pairs_of_savers_need_fewer_bytes(family):
             assert alone[saver] <= ALONE[saver] * plain, (saver.__name__, alone[saver] / plain)
         for pair in PAIRS:
             together = step_of(family, pair, rows, **DEEP[family])[-1]
-            # A recompute saver with offloading may need more bytes than offloading alone, because then only the layers'
-            # inputs are offloaded: a tensor that a layer recomputes for its own backward would be copied to the host
-            # and back at once.
+            # A recompute saver with offloading may need more bytes than offloading alone. Then only the layers' inputs
+            # are offloaded; what a layer recomputes stays, because the layer's own backward uses it at once.
             better = [saver for saver in pair if saver is not offload_activations or release in pair]
             assert together <= min(alone[saver] for saver in better), names_of(pair)
 

@@ -14,7 +14,8 @@ from lowmem.optim.state import TIERS
 def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
     """Return the checkpoint that `resume` (never, auto or a path) selects, verified and the same on every rank.
 
-    auto means the newest intact one of `output_dir`. None means a fresh start. Raises UsageError for a damaged path.
+    auto: the newest intact one in `output_dir`. Returns None for a fresh start. Raises UsageError if the checkpoint at
+    a path cannot be used.
     """
     if resume == "never":
         return None

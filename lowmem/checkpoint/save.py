@@ -3,8 +3,8 @@
 step-00000500/
   model/            in transformers' format: `from_pretrained` loads it
   optimizer.safetensors (or shards of it): "<parameter>.<state>" for every tensor of the optimizer's state
-  state.json        step, updates, best, seed, position in the data stream, class and tier of the optimizer,
-                    and a hash of the tokenizer
+  state.json        step, updates, best, seed, state of the data stream; the optimizer's class, tier and parameter
+                    names; a hash of the tokenizer
   manifest.json     size and xxh3_128 of every other file; written last
 
 All ranks write tensor files at once; rank 0 then writes the others. A sharded tensor is saved whole, by one rank.

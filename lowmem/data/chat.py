@@ -50,14 +50,14 @@ def chat_tokenizer(
     has_tags, takes_tools = bool(_GENERATION_TAG.search(template)), "tools" in template
     to_tokens = _tokenize_whole if tokenizer.is_fast else _tokenize_pieces
     if not has_tags:
-        _check_template(partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False))
+        _check_template(partial(_text, tokenizer, template))
 
     def tokenize(messages: Messages, tools: Sequence | None = None) -> tuple[list[int], list[bool]]:
         turns = f"a conversation of turns {', '.join(str(message['role']) for message in messages)}"
         tools = (_plain_tools(tools) or None) if tools else None
         if tools and not takes_tools:
             raise ValueError("the row has tools, but the chat template does not use them: remove the column 'tools'")
-        render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False, tools=tools)
+        render = partial(_text, tokenizer, template, tools=tools)
         try:
             messages = _plain_messages(messages, render)
             text, spans = _by_tags(tokenizer, template, messages, tools) if has_tags else _by_turns(render, messages)
@@ -97,19 +97,35 @@ def _frozen(template: str, time: str | None) -> str:
 def _plain_messages(messages: Messages, render: Render) -> Messages:
     """Join text parts, and drop keys that are None: in Arrow, fields that a message or tool call lacks are None.
 
-    If the template fails on messages without content (tool calls may have none), these get the content "".
+    Messages that only call tools have no content. Templates differ in how they expect that: this tries a message
+    without the key, then "", then None. Raises ValueError if the template does not print the calls.
     """
+    from jinja2 import TemplateError
+
     messages = [_without_nulls(message) for message in messages]
     for message in messages:
         if isinstance(parts := message.get("content"), list):
             message["content"] = "".join(part if isinstance(part, str) else part["text"] for part in parts)
-    blank = [{"content": ""} | message for message in messages]
-    try:
-        if messages != blank:
-            render(messages)
-    except Exception:
-        return blank
-    return messages
+    num_calls = sum(len(message.get("tool_calls") or []) for message in messages)
+    if not num_calls and all(message.get("content") for message in messages):
+        return messages
+    errors = []
+    forms = messages, _fill_content(messages, ""), _fill_content(messages, None)
+    for form in forms:
+        try:
+            text = render([_with_function_name(message, _MARK) for message in form])
+        except (TemplateError, TypeError) as error:
+            errors.append(error)
+            continue
+        if text.count(_MARK) >= num_calls:
+            return form
+    if len(errors) == len(forms):
+        raise errors[0]
+    raise ValueError("the chat template does not print the tool calls: use one that does")
+
+
+def _fill_content(messages: Messages, none: str | None) -> Messages:
+    return [{**message, "content": message.get("content") or none} for message in messages]
 
 
 def _without_nulls(value: object) -> object:
@@ -124,13 +140,24 @@ def _plain_tools(tools: object) -> list:
     return [json.loads(tool) if isinstance(tool, str) else _without_nulls(tool) for tool in tools]
 
 
+def _text(tokenizer: Tokenizer, template: str, messages: Messages, **options: object) -> str:
+    return _texts_and_spans(tokenizer, template, messages, **options)[0][0]
+
+
 def _by_tags(tokenizer: Tokenizer, template: str, messages: Messages, tools: Sequence | None) -> tuple[str, Spans]:
+    options = {"tools": tools, "return_assistant_tokens_mask": True}
+    with _COPY_IN_USE:
+        texts, spans = _texts_and_spans(tokenizer, _COPY + template, messages, **options)
+    return texts[0], spans[0]
+
+
+def _texts_and_spans(
+    tokenizer: Tokenizer, template: str, messages: Messages, **options: object
+) -> tuple[list[str], list[Spans]]:
+    # not by the tokenizer's apply_chat_template, which drops a content of None, although some templates test for it
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    options = {"chat_template": _COPY + template, "return_assistant_tokens_mask": True, "tools": tools}
-    with _COPY_IN_USE:
-        texts, spans = render_jinja_template([messages], **options, **tokenizer.special_tokens_map)
-    return texts[0], spans[0]
+    return render_jinja_template([messages], chat_template=template, **tokenizer.special_tokens_map, **options)
 
 
 def _by_turns(render: Render, messages: Messages) -> tuple[str, Spans]:
@@ -145,7 +172,7 @@ def _by_turns(render: Render, messages: Messages) -> tuple[str, Spans]:
 
 
 def _span(render: Render, messages: Messages, turn: int, text: str) -> tuple[int, int]:
-    """Find an assistant turn in `text`, in which the template renders turns otherwise than without the later ones.
+    """Find an assistant turn in `text`, for templates that render a turn differently if later turns follow it.
 
     Qwen3's, for instance, drops the thoughts of earlier turns. So replace the turn's content by a mark: what the text
     has in common before and after the mark is not the turn's. Marking the turn before it, too, shows where it begins.
@@ -169,15 +196,22 @@ def _span(render: Render, messages: Messages, turn: int, text: str) -> tuple[int
 
 
 def _with_mark(messages: Messages, turn: int, mark: str) -> Messages:
-    """Put a mark in place of a turn's content or, if it only calls tools, of the name of the first called function."""
+    """Replace a turn's content by a mark. If the turn only calls tools, replace the first function's name instead."""
     message = messages[turn]
-    if message.get("content") or not message.get("tool_calls"):
-        message = {**message, "content": mark}
-    else:
-        first, *others = message["tool_calls"]
-        named = {"function": {**first["function"], "name": mark}} if "function" in first else {"name": mark}
-        message = {**message, "tool_calls": [{**first, **named}, *others]}
-    return [*messages[:turn], message, *messages[turn + 1 :]]
+    only_calls = message.get("tool_calls") and not message.get("content")
+    marked = _with_function_name(message, mark, calls=1) if only_calls else {**message, "content": mark}
+    return [*messages[:turn], marked, *messages[turn + 1 :]]
+
+
+def _with_function_name(message: Mapping[str, object], name: str, calls: int | None = None) -> Mapping[str, object]:
+    """Replace the names of the functions that the first `calls` (None: all) tool calls call."""
+    if not (all_calls := message.get("tool_calls")):
+        return message
+    renamed = [
+        {**call, "function": {**call["function"], "name": name}} if "function" in call else {**call, "name": name}
+        for call in all_calls[:calls]
+    ]
+    return {**message, "tool_calls": renamed + all_calls[len(renamed) :]}
 
 
 def _check_template(render: Render) -> None:

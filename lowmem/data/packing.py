@@ -88,7 +88,7 @@ def check_packing(model: nn.Module) -> None:
 
 
 def _even_bins(rows: Sequence[Document], capacity: int, micro_batches: int) -> list[list[Document]]:
-    """Pack with the least capacity, to reduce padding, that does not raise the number of bins per micro-batch."""
+    """To reduce padding, pack with the least capacity that does not raise the number of bins per micro-batch."""
     number = -(-len(_bins(rows, capacity)) // micro_batches) * micro_batches
     shortest = max(max(map(_length, rows)), -(-_num_tokens(rows) // number))
     capacities = range(shortest, capacity)

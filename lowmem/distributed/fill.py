@@ -20,7 +20,7 @@ _PART_ROWS = 2**10  # rows read at a time to compare two stored tensors
 
 @contextmanager
 def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator[None]:
-    """Fill the model after this block, in which the caller shards it: parameters (on host if `on_host`) and buffers.
+    """After this block, which shards the model, fill its parameters (on host if `on_host`) and buffers.
 
     If rank 0's model has data, rank 0 broadcasts it. If that model is on meta, each rank reads its own part from files
     in `model.name_or_path`; buffers in no file keep their values. All ranks raise UsageError if a weight is missing.

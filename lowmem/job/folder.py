@@ -18,7 +18,10 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def check_output(output: Path, resume: str) -> None:
-    """Raise UsageError if a run would mix its files with another's in `output`. `resume`: "never", "auto" or a path."""
+    """Raise UsageError if a run cannot use `output`, or would mix its files with another run's there.
+
+    `resume` is "never", "auto" or the path of a checkpoint.
+    """
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output_dir={output} is a file: set a folder")
     present = sorted(path.name for path in output.glob("checkpoints/step-*"))

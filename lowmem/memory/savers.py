@@ -1,4 +1,4 @@
-"""Save memory or time. Each saver is a function (model, optimizer) -> context manager; savers can be combined."""
+"""Save memory or time. Each saver is a function (model, optimizer) -> context manager; most can be combined."""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -67,7 +67,7 @@ def offload_activations(
 
 @contextmanager
 def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
-    """Train each layer with torch.compile, which changes rounding. Raises UsageError without a compiler."""
+    """Train each layer with torch.compile, which changes rounding. Raises UsageError if it cannot."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         name = type(unwrapped(model)).__name__

@@ -126,7 +126,7 @@ def choose(
 
 
 def _check_programs(config: TrainConfig, cluster: Cluster) -> None:
-    """Raise UsageError if the programs exceed a limit even without a model, because then no setting can help."""
+    """Raise UsageError if Python, CUDA and their libraries alone exceed a limit, because then no rung can help."""
     what = {"host_memory": f"Python and its libraries ({cluster.local_world_size} processes)"}
     what["device_memory"] = "CUDA and its libraries"
     needed = {"host_memory": programs_bytes(cluster), "device_memory": context_bytes(cluster)}

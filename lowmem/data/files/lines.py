@@ -83,7 +83,7 @@ class _LineFile:
         try:
             data = self.read_group(group)
         except (OSError, ValueError):
-            return f"row {index} from line {line:,} on ({unit} {byte:,})"
+            return f"row {index + 1} from line {line:,} on ({unit} {byte:,})"
         start = int(data.starts[index])
         line += data.text.count(b"\n", 0, start) if start else 0
         return f"line {line:,} ({unit} {byte + start:,})"
