@@ -64,7 +64,7 @@ def is_in_columns(tensor: Tensor) -> bool:
 
 
 def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
-    """Wrap `local` as a DTensor sharded like `parameter`. Its sharded dimension may be resized, equally on all ranks."""
+    """Wrap `local` as a DTensor sharded like `parameter`. Ranks may resize the sharded dimension, but all equally."""
     if not isinstance(parameter, DTensor):
         return local
     mesh, placements, part = parameter.device_mesh, parameter.placements, local_of(parameter)

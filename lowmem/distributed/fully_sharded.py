@@ -44,7 +44,7 @@ def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
 
 
 def has_gathered(model: nn.Module) -> bool:
-    """Whether the model has run sharded (or entered `forward_only`). From then on, its weights' dtypes must not change."""
+    """Whether the model has run sharded (or entered `forward_only`). From then on, weights must keep their dtypes."""
     return isinstance(model, FSDPModule) and model._get_fsdp_state()._is_root is not None
 
 
