@@ -60,7 +60,7 @@ def test_the_commands_for_your_own_rows_run(tmp_path):
     build("t5").save_pretrained(tmp_path / "path/to/t5")
     ByT5Tokenizer().save_pretrained(tmp_path / "path/to/t5")
     section = README[README.index("## Train on your rows") :]
-    first, *others = (words for words in commands(section[: section.index("Start several processes")]) if words[2] != "plan")
+    first, *others = (words for words in commands(section[: section.index("Start several")]) if words[2] != "plan")
     assert [words[2] for words in (first, *others)] == ["train", "evaluate", "plot"]
     for words in ([*first, "--max_steps=2", "--max_predict_samples=0"], *others):
         result = train(*words[2:], cwd=tmp_path)
