@@ -4,6 +4,7 @@ An encoder-decoder model shifts labels itself; position i of a causal one predic
 """
 
 import inspect
+import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -112,14 +113,20 @@ def _loss_of(hidden: Tensor, *, head: nn.Linear, targets: Tensor, num_targets: i
     return chunked_cross_entropy(hidden, weight, bias, targets, compute_dtype=compute_dtype, **options)
 
 
+# settings with which models of transformers add a loss to the cross-entropy, and the values with which they do not
+_WITHOUT_OWN_LOSS = {"output_router_logits": False, "z_loss_coefficient": 0.0, "disable_ngram_loss": True}
+
+
 def check_model(
     model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor], *, packing: bool, max_seq_len: int
 ) -> None:
     """Raise UsageError if the model adds a loss itself, or does not support this loss, this length or packing."""
     base = unwrapped(model)
-    if getattr(base.config.get_text_config(), "output_router_logits", False):
-        what = f"with output_router_logits=True, {type(base).__name__} adds a router loss, which is not trained here"
-        raise UsageError(f"{what}: set it to false in the model's config.json")
+    text_config = base.config.get_text_config()
+    for name, wanted in _WITHOUT_OWN_LOSS.items():
+        if (found := getattr(text_config, name, None)) not in (None, wanted):
+            what = f"with {name}={found}, {type(base).__name__} adds a loss of its own, which is not trained here"
+            raise UsageError(f"{what}: set it to {json.dumps(wanted)} in the model's config.json")
     check_loss(loss_fn, model)
     _check_positions(loss_fn, model, max_seq_len)
     if packing:

@@ -277,5 +277,13 @@ def test_out_of_memory_at_the_longest_row_is_not_reported_as_missing_positions()
 def test_a_loss_that_the_model_adds_itself_is_refused():
     model = build("llama")
     model.config.output_router_logits = True
-    with pytest.raises(UsageError, match="with output_router_logits=True, .* adds a router loss"):
+    with pytest.raises(UsageError, match="with output_router_logits=True, .* adds a loss of its own.*set it to false"):
         check_model(model, plain_loss, packing=False, max_seq_len=8)
+    fields = {"vocab_size": 99, "hidden_size": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    fields |= {"num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2}
+    fields |= {"num_encoder_layers": 1, "num_decoder_layers": 1}
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("prophetnet", **fields))
+    with pytest.raises(UsageError, match="with disable_ngram_loss=False, .* set it to true"):
+        check_model(model, plain_loss, packing=False, max_seq_len=8)
+    model.config.disable_ngram_loss = True
+    check_model(model, plain_loss, packing=False, max_seq_len=8)

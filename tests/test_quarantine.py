@@ -143,13 +143,14 @@ def test_more_bad_rows_than_allowed_end_the_run(tmp_path):
         next(stream)[0]
 
 
-def test_evaluation_leaves_bad_rows_out_too(tmp_path):
+def test_evaluation_leaves_bad_rows_out_too_and_counts_each_once(tmp_path):
     path = write(tmp_path / "rows.jsonl")
-    quarantine = Quarantine(100)
+    quarantine = Quarantine(len(BAD))  # so a row counted twice would be an error
     passes = [
         open_eval(path, ENCODE, batch_size=3, rank=rank, world_size=2, quarantine=quarantine) for rank in range(2)
     ]
-    batches = [list(one) for one in passes]
+    for _ in range(2):
+        batches = [list(one) for one in passes]
     assert len(batches[0]) == len(batches[1]) == 7
     seen = [row_id for batch in itertools.chain(*batches) for row_id in batch.row_ids]
     assert sorted(seen) == sorted(set(range(40)) - BAD)

@@ -51,6 +51,7 @@ def check_packing(model: nn.Module) -> None:
 
     Compares logits of random documents, packed and separate, up to rounding. This rejects state-space models and ALiBi.
     """
+    from lowmem.distributed.fully_sharded import forward_only
     from lowmem.distributed.placement import unwrapped
 
     base = unwrapped(model)
@@ -66,10 +67,8 @@ def check_packing(model: nn.Module) -> None:
     def logits(input_ids: Tensor, **inputs: Tensor) -> Tensor:
         return base(input_ids=input_ids, use_cache=False, **inputs).logits.float()
 
-    was_training = base.training
-    base.eval()
     try:
-        with torch.no_grad():
+        with forward_only(model):
             packed, as_one = logits(rows, position_ids=positions), logits(rows)
             documents = [row[None].split(parts, dim=1) for row, parts in zip(rows, lengths, strict=True)]
             apart = torch.cat([torch.cat([logits(part) for part in parts], dim=1) for parts in documents])
@@ -77,8 +76,6 @@ def check_packing(model: nn.Module) -> None:
         if "position_ids" in str(error):
             raise UsageError(f"{what} does not: train it without packing") from error
         raise
-    finally:
-        base.train(was_training)
     seen, seen_as_one, size = (x.square().mean().sqrt() for x in (packed - apart, as_one - apart, apart))
     # In tests, `seen` was at least 28 % of `seen_as_one` if documents affected each other, else 1e-6 of it (rounding).
     # The second term is for a model in which no token affects another yet, so that both are just rounding.
