@@ -383,6 +383,15 @@ def test_tool_calls_lose_the_keys_that_arrow_filled_and_contents_may_be_parts_or
     assert tokenize(as_in_arrow, schemas) == tokenize(CALLS, [LOOK])
 
 
+def test_rows_with_tools_use_the_template_that_is_for_tools():
+    tokenizer = bpe({"default": CHATML, "tool_use": QWEN_3})
+    tokenize = chat_tokenizer(tokenizer)
+    assert tokenize(CALLS, [LOOK]) == chat_tokenizer(bpe(QWEN_3))(CALLS, [LOOK])
+    assert tokenize(turns("a", "b")) == chat_tokenizer(bpe(CHATML))(turns("a", "b"))
+    with pytest.raises(UsageError, match="has several chat templates .a, b.: name one of them 'default'"):
+        chat_tokenizer(bpe({"a": CHATML, "b": CHATML}))
+
+
 def test_tool_calls_that_the_template_does_not_print_are_an_error():
     tokenize = chat_tokenizer(TOKENIZERS["chatml"])
     with pytest.raises(ValueError, match="the chat template does not print the tool calls: use one that does"):

@@ -46,21 +46,25 @@ def chat_tokenizer(
     """
     from jinja2 import TemplateError
 
-    template = _frozen(_template_of(tokenizer), time)
-    has_tags, takes_tools = bool(_GENERATION_TAG.search(template)), "tools" in template
+    templates = [_frozen(template, time) for template in _templates_of(tokenizer)]
     to_tokens = _tokenize_whole if tokenizer.is_fast else _tokenize_pieces
-    if not has_tags:
-        _check_template(partial(_text, tokenizer, template))
+    for template in templates:
+        if not _GENERATION_TAG.search(template):
+            _check_template(partial(_text, tokenizer, template))
 
     def tokenize(messages: Messages, tools: Sequence | None = None) -> tuple[list[int], list[bool]]:
         turns = f"a conversation of turns {', '.join(str(message['role']) for message in messages)}"
         tools = (_plain_tools(tools) or None) if tools else None
-        if tools and not takes_tools:
+        template = templates[bool(tools)]
+        if tools and "tools" not in template:
             raise ValueError("the row has tools, but the chat template does not use them: remove the column 'tools'")
         render = partial(_text, tokenizer, template, tools=tools)
         try:
             messages = _plain_messages(messages, render)
-            text, spans = _by_tags(tokenizer, template, messages, tools) if has_tags else _by_turns(render, messages)
+            if _GENERATION_TAG.search(template):
+                text, spans = _by_tags(tokenizer, template, messages, tools)
+            else:
+                text, spans = _by_turns(render, messages)
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template rejects {turns} ({error}): fix the row") from error
         if not any(start < stop for start, stop in spans):
@@ -71,14 +75,18 @@ def chat_tokenizer(
 
 
 def prints_time(tokenizer: Tokenizer) -> bool:
-    return "strftime_now" in _template_of(tokenizer)
+    return any("strftime_now" in template for template in _templates_of(tokenizer))
 
 
-def _template_of(tokenizer: Tokenizer) -> str:
+def _templates_of(tokenizer: Tokenizer) -> tuple[str, str]:
+    """Return the templates for conversations without and with tools, which most tokenizers have in one."""
     try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:  # no template, or several without a default
+        return tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[])
+    except ValueError as error:
         kind = f"{type(tokenizer).__name__} of {tokenizer.name_or_path!r}"
+        if isinstance(tokenizer.chat_template, dict):
+            names = ", ".join(tokenizer.chat_template)
+            raise UsageError(f"{kind} has several chat templates ({names}): name one of them 'default'") from error
         raise UsageError(f"messages need a chat template, but {kind} has none: use an instruct model") from error
 
 
