@@ -89,10 +89,10 @@ def measure(flags: argparse.Namespace) -> Record:
     agreements = []
     for _ in range(AGREEMENTS):
         started = time.perf_counter()
-        sum_over_ranks(0, 0, 0)  # the agreement at a step's start; the next line is the one after its last backward
-        sum_over_ranks(0)
+        sum_over_ranks(0, 0, 0)  # the agreement at a step's start
+        sum_over_ranks(0)  # the agreement after a step's last backward
         agreements.append(time.perf_counter() - started)
-    idle = idle_cores()  # before the heartbeat starts: only gloo's threads use the CPU; subtracted below
+    idle = idle_cores()  # without a heartbeat, only gloo's threads use the CPU; subtracted below
     start_heartbeats(LIMIT_SECONDS)
     record = {"weights": num_weights, "seconds": seconds, "agreement_seconds": median(agreements)}
     return record | {"heartbeat_cores": idle_cores() - idle}
@@ -148,7 +148,7 @@ def start(flags: argparse.Namespace) -> Record:
 
 
 def table(records: list[Record]) -> str:
-    """Return Markdown for the records of one command: always a single record."""
+    """Return Markdown for one command, which has a single record."""
     (record,) = records
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     lines = [f"## {record['model']}, {record['weights']:,} weights, {record['batch_size']} rows of {record['seq_len']}"]

@@ -67,7 +67,7 @@ def streaming_resume(file: str, folder: str, fraction: float) -> Record:
     order = np.load(f"{folder}/order.npy", mmap_mode="r")
     position = int(len(order) * fraction)
     record = {"seconds": seconds, "same_rows": first == order[position : position + BATCH_SIZE].tolist()}
-    if fraction == max(EPOCH_FRACTIONS):  # at smaller fractions, the rest of the epoch takes too long
+    if fraction == max(EPOCH_FRACTIONS):  # at smaller fractions, reading the rest of the epoch takes too long
         times = np.zeros(len(order), np.int64)
         np.add.at(times, [*order[:position], *first, *(number_of(row) for row in iterator)], 1)
         record |= {"lost_rows": int((times == 0).sum()), "repeated_rows": int((times > 1).sum())}
@@ -108,7 +108,7 @@ def on_disk_draw(file: str, cache: str, num_drawn: int, rank: int = 0, world_siz
 
 
 def on_disk_resume(file: str, cache: str, fraction: float) -> Record:
-    """Time a resume up to its first batch, as in Trainer: it skips the loader's first batches."""
+    """Time a resume up to its first batch. Like Trainer's, it skips the loader's first batches."""
     import datasets  # noqa: F401
     import torch
     from accelerate import skip_first_batches

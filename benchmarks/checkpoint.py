@@ -70,7 +70,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(system: str, folder: Path, flags: argparse.Namespace, *, is_load: bool) -> Record:
-    """Save into `folder` or load from it, in new processes; seconds and bytes are the largest of any rank.
+    """Save into `folder` or load from it, in new processes. The record has the largest seconds and bytes of any rank.
 
     Raises RuntimeError with the last line that the first failed rank printed to stderr.
     """
@@ -104,7 +104,7 @@ def run(system: str, folder: Path, flags: argparse.Namespace, *, is_load: bool) 
         if process.returncode:
             raise RuntimeError((errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
     records = [json.loads(folder.with_name(f"record-{rank}.json").read_text()) for rank in range(world_size)]
-    assert len({record["digest"] for record in records}) == 1, f"{system}: the ranks hold different weights"
+    assert len({record["digest"] for record in records}) == 1, f"{system}: the ranks hold different states"
     numbers = [name for name in records[0] if name.endswith(("_bytes", "seconds"))]
     return records[0] | {name: max(record.get(name, 0) for record in records) for name in numbers}
 

@@ -45,7 +45,7 @@ def shapes() -> dict[str, dict[str, object]]:
     """Return the config fields of each model."""
     from lowmem.config.presets import MODEL_SHAPES
 
-    # without dropout, because systems would draw different masks, and their losses could not be compared
+    # no dropout: with it, systems would draw different masks, and their losses could not be compared
     t5_shapes = {name: shape | {"dropout_rate": 0.0} for name, shape in MODEL_SHAPES.items()}
     return t5_shapes | {"llama-tiny": LLAMA_TINY, "llama-56m": LLAMA_56M}
 
@@ -92,7 +92,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     for name in flags.systems:
         system = SYSTEMS[name]
         if system.recompute == flags.recompute == "off":
-            parser.error(f"--recompute=off makes {name} the same as {name.partition('-no-')[0]}: remove it")
+            parser.error(f"--recompute=off makes {name} the same as {name.partition('-no-')[0]}: remove {name}")
         if system.has_bf16_weights and flags.mixed_precision == "no":
             parser.error(f"{name} has bf16 weights: set --mixed_precision=bf16, or remove it from --systems")
         if "release" in system.savers and (flags.gradient_accumulation_steps > 1 or flags.max_grad_norm):
@@ -115,9 +115,9 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 
 def start(system: str, flags: argparse.Namespace, folder: Path, **more: object) -> list[Record]:
-    """Train `system` in new processes; return a record per process. As `system`, "build" only writes shared inputs.
+    """Train `system` in new processes; return a record per process.
 
-    Raises RuntimeError if a process fails or the time limit passes.
+    If `system` is "build", only write the shared inputs. Raises RuntimeError if a process fails or exceeds the limit.
     """
     settings = {name: value for name, value in vars(flags).items() if name not in ("systems", "output", "command")}
     settings |= {"system": system, "folder": str(folder), "shape": shapes()[flags.model], "started": time.time()}

@@ -30,7 +30,7 @@ def reasons(records: Sequence[Record], system: str) -> list[str]:
 
 
 def pairs(runs: dict[str, list[Record]], system: str) -> list[tuple[Record, Record]]:
-    """Pair a system's records with the reference's of the same round: a slow phase of the machine affects both."""
+    """Pair each record of a system with the reference's of the same round, so that a slow machine affects both."""
     reference = {record["repeat"]: record for record in runs.get(REFERENCE, [])}
     return [(record, reference[record["repeat"]]) for record in runs[system] if record["repeat"] in reference]
 
@@ -48,7 +48,7 @@ def memory_field(record: Record) -> str:
 def versions(runs: dict[str, list[Record]]) -> dict[str, str]:
     """Return the version of each package.
 
-    A later system's package is followed by the system's differing versions: "llamafactory": "0.9.5 (with torch 2.4.0)".
+    If a later system has other versions of some, its own package's version lists them: "0.9.5 (with torch 2.4.0)".
     """
     found: dict[str, str] = {}
     for of in runs.values():

@@ -62,7 +62,7 @@ def number_of(row: dict[str, str]) -> int:
 
 
 def tables(num_rows: int, rows_each: int) -> Iterator:
-    """Yield the first `num_rows` rows, the same for any `rows_each`, in tables of at most `rows_each` rows."""
+    """Yield the first `num_rows` rows in tables of at most `rows_each` rows. `rows_each` does not change the rows."""
     import pyarrow as pa
 
     rest = block(0).slice(0, 0)

@@ -96,7 +96,7 @@ def half_to_even(master: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: a memory tier or, with `rounding`, a reference: plain torch with lowmem's loss."""
+    """One way to train: a memory tier or, if `rounding` is set, a reference (plain torch with lowmem's loss)."""
 
     memory: str = "off"
     """lowmem's tier. A reference does not use it."""
@@ -127,7 +127,7 @@ SAME_ARITHMETIC = [
     ("reference-to-even", "reference"),  # may differ: this pair shows the effect of rounding ties
     ("exact-adafactor", "reference-adafactor"),
 ]
-SAME_CURVE = [("exact", "autocast"), ("lean", "exact"), ("lean", "autocast"), (CONTROL, "exact")]  # CONTROL: must not
+SAME_CURVE = [("exact", "autocast"), ("lean", "exact"), ("lean", "autocast"), (CONTROL, "exact")]  # the last differs
 
 
 def library_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed: int) -> TakeStep:

@@ -1,4 +1,4 @@
-"""Measure how lowmem and other libraries read ten million rows: start, memory, speed, resume and shuffling.
+"""Measure start, memory, speed, resume and shuffling of lowmem and other libraries that read ten million rows.
 
     python benchmarks/data.py --folder=/tmp/rows --output=benchmarks/results/data.jsonl
     python benchmarks/data.py --quick
@@ -44,7 +44,7 @@ VERSIONS = ("torch", "transformers", "tokenizers", "pyarrow", "datasets")
 
 # --- processes
 def run_all(calls: list[tuple[Callable, dict[str, object]]], folder: Path, limit: float | None) -> list[Record] | None:
-    """Call all functions at once, each in its own process; return their records, or None after `limit` seconds.
+    """Call all functions in parallel, each in its own process; return their records, or None after `limit` seconds.
 
     A child process looks up its function by name in this file. The functions write their caches to `folder`.
     Raises RuntimeError if a function fails.
@@ -203,7 +203,7 @@ def markdown(title: str, head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def cell(record: Record | None, name: str, form: str = ",.0f", unit: float = 1) -> str:
-    """Format a field of a record, or return "-" if the field is missing and "> N s" if the time limit was exceeded."""
+    """Format a field of a record. If missing, return "> N s" if the time limit was exceeded, and otherwise "-"."""
     if record is None or name not in record and "over_limit_seconds" not in record:
         return "-"
     return f"{record[name] / unit:{form}}" if name in record else f"> {record['over_limit_seconds']:.0f} s"

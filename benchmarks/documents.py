@@ -44,7 +44,7 @@ def render(name: str, summary: summaries.Summary, file: str) -> str:
 
 
 def parts_in(text: str, document: str) -> dict[str, str]:
-    """Return the document's parts with their two comments. Raises ValueError if one is missing, repeated or unknown."""
+    """Return the document's parts with their comments. Raises ValueError if a part is missing, repeated or unknown."""
     found = list(_PART.finditer(text))
     expected = PARTS[document]
     if sorted(match[1] for match in found) != sorted(expected):

@@ -56,13 +56,13 @@ class Work:
     max_grad_norm: float
     """The largest gradient norm; 0: no clipping."""
     savers: tuple[str, ...]
-    """Savers that lowmem uses in addition to the system's; they require these settings of a step."""
+    """Savers that lowmem uses in addition to the system's. They work only with these settings of a step."""
 
 
 def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: bool) -> dict[str, object]:
     """Train STEPS optimizer steps on real or fake tensors; return the peak bytes and the bytes left at the end.
 
-    Fake tensors predict the bytes on a GPU or, with `for_this_machine` and without a GPU, those on a CPU.
+    Fake tensors predict the bytes on a GPU. If `for_this_machine` is set and there is no GPU, they predict a CPU's.
     """
     if not real:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # fake tensors are always CPU tensors
@@ -136,7 +136,7 @@ def train_lowmem(
     real: bool,
     slices_of: str,
 ) -> object:
-    """Train with lowmem. Weights and logits are cut into the slices for the device `slices_of` (cuda or cpu)."""
+    """Train with lowmem. Slices of weights and logits are as large as on the device `slices_of` (cuda or cpu)."""
     from lowmem import Batch, TrainState, chunked_loss, make_optimizer, train_step
     from lowmem.loss import SLICE_ELEMENTS
     from lowmem.memory.savers import SAVERS, entered

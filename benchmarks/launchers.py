@@ -49,7 +49,7 @@ STRATEGIES = {
 
 
 def applies(model: str, strategy: str, processes: int) -> bool:
-    """Return False for TP-2 with T5 (transformers has no plan for it) and for HYBRID_SHARD on two processes."""
+    """Return False for TP-2 with T5 (transformers has no tensor-parallel plan) and HYBRID_SHARD on two processes."""
     return not (strategy == "TP-2" and model == "t5") and not (strategy == "HYBRID_SHARD" and processes < 4)
 
 

@@ -36,7 +36,7 @@ def launch_command(launcher: str, processes: int, *options: str, interpreter: st
 def run_to_end(command: Sequence[object], *, seconds: float, env: Mapping[str, str], **options: object) -> str:
     """Run a launcher's command and return the combined output of all processes.
 
-    Raises RuntimeError with the reason if the command fails or exceeds `seconds`; a timeout kills all its processes.
+    Raises RuntimeError with the reason if the command fails or exceeds `seconds`. A timeout kills all of its processes.
     """
     words = [str(word) for word in command]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -136,7 +136,7 @@ def lowmem_wait(file: str, prefetch: int, num_steps: int) -> Record:
     _, stream = open_lowmem(file, encode, prefetch=prefetch)
     state = TrainState(model, make_optimizer(model), stream)
     for step, batches in enumerate(islice(stream, num_steps)):
-        if step == 2:  # the first two steps also fill the first window of rows
+        if step == 2:  # the first two steps also read the first row groups
             started, waited = time.perf_counter(), stream.wait_seconds
         train_step(state, batches, plain_loss, accelerator, learning_rate=1e-4)
     seconds = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Predict the peak memory of training, for models of any size and without a GPU, or compare it with measurements.
+"""Predict the peak memory of training models of any size without a GPU, or compare predictions with measurements.
 
     python benchmarks/memory.py --output=benchmarks/results/memory.jsonl
     python benchmarks/memory.py --savers --models=t5-base
@@ -24,7 +24,7 @@ from records import MIB, Record, append
 from lowmem.config.presets import MODEL_SHAPES
 
 GIB = 2**30
-# Dropout is 0: its masks would only add the same bytes to every system.
+# Dropout is 0, because its masks add the same bytes to every system.
 _T5 = {name: shape | {"dropout_rate": 0.0} for name, shape in MODEL_SHAPES.items()}
 _QWEN = {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}
 _QWEN |= {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
@@ -68,7 +68,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     default = "t5-base,qwen2.5-0.5b,llama-3.1-8b"
     parser.add_argument("--models", default=default, help=f"comma list of {', '.join(MODELS)}")
-    parser.add_argument("--savers", action="store_true", help="each tier with each saver, instead of whole systems")
+    parser.add_argument("--savers", action="store_true", help="each tier with each kind of recomputation and offload")
     parser.add_argument("--measure", action="store_true", help="also train on real tensors, on the GPU if there is one")
     parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
     flags = parser.parse_args(arguments)
@@ -86,7 +86,7 @@ def in_a_new_process(function: Callable[..., Record], *arguments: object) -> Rec
 
 
 def records_of(flags: argparse.Namespace, command: str) -> Iterator[Record]:
-    """Yield one record per run. This process does not import torch, because a child's peak would include it."""
+    """Yield one record per run. Torch is imported only in children, because a child's peak includes its parent's."""
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command}
     for name, system, work in product(flags.models, SAVERS if flags.savers else SYSTEMS, WORKS):
         spec = MODELS[name]
@@ -114,7 +114,7 @@ def peaks_of(records: list[Record]) -> dict[tuple[str, str, str], int]:
 
 
 def table_of_predicted(records: list[Record]) -> Iterator[str]:
-    """Predicted peaks on a GPU, GiB, and in parentheses x Trainer's with checkpointing.
+    """Predicted peaks on a GPU in GiB, and in parentheses their ratio to Trainer's with checkpointing.
 
     One row per system, one column for each model with each `Work` (settings of a step).
     """

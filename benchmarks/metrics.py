@@ -38,7 +38,7 @@ class Watch:
         self._most = {name: max(value, self._most[name]) for name, value in memory().items()}
 
     def bytes(self) -> dict[str, int]:
-        """Return the largest increases that `look` saw. `peak_bytes` is the kernel's: it counts peaks between looks."""
+        """Return the largest increases that `look` saw. The kernel's `peak_bytes` includes peaks between looks."""
         self.look()
         before = self._before | {"peak": self._before["resident"]}
         return {f"{name}_bytes": value - before[name] for name, value in self._most.items()}
@@ -92,7 +92,7 @@ def quality(file: str, order_of: str) -> Record:
         order = order[order >= 0]
     group = np.searchsorted(np.cumsum(groups.rows), order, side="right")
     batches = np.sort(group[: len(group) // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE), axis=1)
-    # a batch is sorted by group, so two equal entries k places apart are of a group with more than k rows in the batch
+    # a batch is sorted by group, so two equal entries k apart belong to a group with more than k rows in the batch
     commonest = 1 + sum((batches[:, k:] == batches[:, :-k]).any(1) for k in range(1, BATCH_SIZE))
     return {
         "displacement": float(np.abs(order - np.arange(len(order))).mean() / groups.num_rows),

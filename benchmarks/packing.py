@@ -104,7 +104,7 @@ def count_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Count:
 
 
 def count_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> Count:
-    """Count targets by transformers' mask of assistant tokens or, for a slow tokenizer (ByT5), as answer bytes."""
+    """Count the targets in transformers' mask of assistant tokens. The slow ByT5 has no mask: count answer bytes."""
     if tokenizer.is_fast:
         encoded = tokenizer.apply_chat_template(
             row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -222,7 +222,7 @@ def time_rounds(
     rounds: int,
     rows_per_round: int,
 ) -> Iterator[Record]:
-    """Time training on the same rows, packed and not, in interleaved rounds.
+    """Time training on the same rows, packed and unpacked, in interleaved rounds.
 
     Yields a record for each batch size, with and without packing. The first round and the encoding are not timed.
     """

@@ -77,7 +77,7 @@ def rows_for(config) -> list[dict[str, str]]:
 
 
 def measure(rank: int, processes: int, port: int, config, on_gpu: bool, results) -> None:
-    """Train two steps, and put the allocator's peak bytes in the second step on this rank into `results`."""
+    """Train two steps. Put `rank` and its allocator's peak bytes in the second step into `results`."""
     os.environ |= {"OMP_NUM_THREADS": "1"} | ({} if on_gpu else {"ACCELERATE_USE_CPU": "true"})
     if processes > 1:
         launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}

@@ -23,7 +23,7 @@ def measured(run: Run, settings: SimpleNamespace) -> dict[str, object]:
     """Return this process's record. Speeds, CPU use and energy exclude the first WARM_UP_STEPS steps."""
     import torch
 
-    assert len(run.losses) == len(run.marks) == settings.steps, "the system ran a different number of steps"
+    assert len(run.losses) == len(run.marks) == settings.steps, "the system did not take --steps steps"
     marks = run.marks[WARM_UP_STEPS - 1 :]
     first, last = marks[0], marks[-1]
     wall = last.wall - first.wall

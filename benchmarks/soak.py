@@ -32,7 +32,7 @@ from lowmem.config.presets import MODEL_SHAPES
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train_low_mem.py"
 SAVE_STEPS = 5
-MOST_SAVES = 2  # saves that a launch may start before its kill; a kill in the first loses all steps of the launch
+MOST_SAVES = 2  # saves that a launch may start before its kill; a kill during the first loses all steps of the launch
 POLL_SECONDS = 0.0005
 LIMIT_SECONDS = 120  # the time limit of a wait; `Run.end` waits ten times as long
 
@@ -77,7 +77,8 @@ class Soak:
 def soak(folder: Path, *, kills: int, seed: int = 0, log: Callable[[str], None] = print) -> Soak:
     """Train in `folder` once without kills and once with `kills` kills, and compare the results.
 
-    Raises RuntimeError if a run fails or a wait exceeds LIMIT_SECONDS, and UsageError if a checkpoint is damaged.
+    Raises RuntimeError if a run fails or makes no progress, psutil.TimeoutExpired if it does not end in time, and
+    UsageError if a checkpoint is damaged.
     """
     chance, aims = random.Random(seed), ("a save", "a step")
     deck = [(list(VICTIMS)[number % 3], aims[(number + number // 3) % 2]) for number in range(kills)]
@@ -85,7 +86,7 @@ def soak(folder: Path, *, kills: int, seed: int = 0, log: Callable[[str], None] 
     (folder / "t5.json").write_text(json.dumps(MODEL_SHAPES["t5-tiny"] | {"dropout_rate": 0.1}))
     steps = (kills * MOST_SAVES + 2) * SAVE_STEPS  # enough that the killed run does not finish before its last kill
     done = []
-    with Run(folder, "whole", steps) as uninterrupted:  # trains at the same time; its bits stay the same
+    with Run(folder, "whole", steps) as uninterrupted:  # trains at the same time, which changes no bits
         for number, (victim, aim) in enumerate(deck):
             with Run(folder, "killed", steps) as run:
                 run.advance(aim, chance)
@@ -264,7 +265,7 @@ def yes(is_so: bool) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the ranks to kill and of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for which ranks are killed, and when")
     parser.add_argument("--output", type=Path, help="Markdown file to write")
     flags = parser.parse_args()
     if flags.kills < 1:

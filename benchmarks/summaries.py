@@ -60,7 +60,7 @@ def pick(records: Sequence[Record], **fields: object) -> Record | None:
 
 
 def source(records: Sequence[Record], how: str) -> str:
-    """Return the line under a table: how it was measured, the machine, the versions, the commands and their dates."""
+    """Return the line under a table: `how` it was measured, the machine, the versions, the commands and their dates."""
     runs: dict[str, list[str]] = {}
     for record in records:
         machine = {"cpu": "", "cores": ""} | record.get("machine", {})
@@ -107,11 +107,11 @@ def rows(records: Sequence[Record]) -> list[str]:
     return [
         *grid([*head, "rows from the most common row group in a batch of 32"], [line(*reader) for reader in READERS]),
         "",
-        f"lowmem's peaks are measured while a thread encodes rows by a BPE tokenizer, {min(speeds):,.0f} to "
+        f"lowmem's peaks are measured while a thread encodes rows with a BPE tokenizer, at {min(speeds):,.0f} to "
         f"{max(speeds):,.0f} rows/s. A small model spends {waits[2]:.1%} of its step time waiting for rows, and "
         f"{waits[0]:.1%} with `--prefetch_steps=0`.",
         "",
-        source(records, "Each row measured once"),
+        source(records, "Each row of the table was measured once"),
     ]
 
 
@@ -160,9 +160,9 @@ def checkpoint(records: Sequence[Record]) -> list[str]:
     first = records[0]
     head = [f"{first['model']}, AdamW:", "GB", "save + sync, s", "load, s"]
     head += ["extra MiB while saving / loading", "a flipped bit is:", "pickles"]
-    head += ["complete or absent after a kill (from its source):"]
+    head += ["complete or absent after a kill (from source code):"]
     measured = [record["save"] | record for record in records]
-    return [*grid(head, list(map(line, SAVED))), "", source(measured, f"One process; medians of {first['repeats']}")]
+    return [*grid(head, list(map(line, SAVED))), "", source(measured, f"1 process; medians of {first['repeats']} runs")]
 
 
 def soak(text: str) -> list[str]:
@@ -229,8 +229,8 @@ def plan(records: Sequence[Record]) -> list[str]:
     settings = "".join(f", {name}={value}" for name, value in furthest["settings"].items())
     close = sum(abs(error(record)) < 0.01 for record in real)
     where = "a GPU" if records[0]["on_gpu"] else "a CPU"
-    line = f"{len(real)} of {len(records)} predictions for small training runs were measured (the peak of torch's "
-    line += f"allocator within a step, on {where}): {close} are within 1 %; the largest error is "
+    line = f"{len(real)} of {len(records)} predictions for small training runs were compared with the peak of torch's "
+    line += f"allocator within a step, on {where}: {close} are within 1 %; the largest error is "
     line += f"{error(furthest):+.1%} ({furthest['shape']} {furthest['tier']}{settings}, {furthest['processes']} "
     line += f"process{'es' if furthest['processes'] > 1 else ''}); a negative error is a prediction that was too low."
     sources = [*records, *(record["measurement"] for record in real)]
@@ -238,7 +238,7 @@ def plan(records: Sequence[Record]) -> list[str]:
 
 
 def launchers(records: Sequence[Record]) -> list[str]:
-    """For each strategy, over all launchers: tabulate state per process and largest differences from one process."""
+    """Tabulate each strategy's state per process and largest differences from one process, over all launchers."""
     single = {(record["date"], record["model"]): record for record in records if record["processes"] == 1}
     several = [record for record in records if record["processes"] > 1]
     models = dict.fromkeys(record["model"] for record in several)

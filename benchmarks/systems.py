@@ -15,8 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-# Use this checkout's lowmem, installed or not. Each function imports what it needs itself, because a system's memory
-# includes its imports.
+# Use this checkout's lowmem, installed or not. Each function imports what it needs itself, because imports count as
+# memory of a system.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # --- shared by all systems, in addition to the flags

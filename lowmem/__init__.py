@@ -33,7 +33,7 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name: str):
-    # Python calls this (PEP 562), so that `import lowmem` takes milliseconds and imports none of these modules
+    # Python calls this when a name is used (PEP 562), so `import lowmem` takes milliseconds and loads no such module
     if name not in _MODULES:
         raise AttributeError(f"module 'lowmem' has no attribute {name!r}")
     return getattr(import_module(f"lowmem.{_MODULES[name]}"), name)

@@ -103,14 +103,14 @@ _COMMANDS |= {"verify": _verify, "export": _export, "plot": _plot}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv) and return the exit code.
 
-    Exit codes: 0 done, 1 failed, 2 user error, 75 training preempted; 128 + n if signal n ended any other command.
+    Exit codes: 0 done, 1 failed, 2 user error, 75 training preempted, 128 + n another command ended by signal n.
     `train` and `evaluate` leave their signal handlers installed until the process ends.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and re.match("--local[_-]rank=", arguments[0]):  # old launchers put this flag before the command
         del arguments[0]
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that cannot show a path's characters
+        sys.stdout.reconfigure(errors="backslashreplace")  # escape characters that the terminal cannot show
     with contextlib.redirect_stdout(_PipeSafeStream(sys.stdout)) as output:
         try:
             if not arguments or {"-h", "--help", "help"} & set(arguments):

@@ -46,7 +46,7 @@ def deepspeed_step(
             if is_last:
                 loss = sum(losses)
                 all_reduce_sum([loss] if accelerator.num_processes > 1 else [])
-                # the engine checks gradients, not the loss: for a bad loss, NaN gradients make it skip the update
+                # the engine checks only gradients: if the loss is not finite, NaN gradients make it skip the update
                 batch_loss = batch_loss * torch.where(loss.isfinite(), 1.0, math.nan)
             backward(state.model, batch_loss, world_size=accelerator.num_processes, is_last=is_last)
         if num_tokens:

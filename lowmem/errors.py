@@ -6,7 +6,7 @@ class UsageError(ValueError):
 
 
 class StartError(UsageError):
-    """This process could not join the process group; every rank prints its own cause."""
+    """This process could not join the process group; every rank prints its own error."""
 
 
 class RankError(RuntimeError):

@@ -80,7 +80,7 @@ def generate(
 ) -> list[Answer]:
     """Answer the prompts of all ranks' batches by greedy decoding. Every rank returns all answers, in row order.
 
-    Of the model's generation settings, only its start and end tokens count. Answers end where the model's positions do.
+    Of the model's generation settings, only start and end tokens count. Answers are cut at the model's last position.
     """
     base = unwrapped(model)
     is_encoder_decoder, is_collective = base.config.is_encoder_decoder, is_sharded(model)
@@ -91,7 +91,7 @@ def generate(
             if not batch.row_ids and not is_collective:
                 continue
             # The forward of a sharded model has collectives, so a rank without rows runs a dummy prompt. A prompt
-            # without tokens gets one too, because `generate` needs something to continue.
+            # without tokens gets a pad token, because `generate` needs something to continue.
             prompts = [prompt or [greedy.pad_token_id] for prompt in _prompts(batch, is_encoder_decoder)]
             # pad an encoder's prompts on the right, but a causal model's on the left, because new tokens follow them
             padded = _padded(prompts or [[greedy.pad_token_id]], greedy.pad_token_id, on_left=not is_encoder_decoder)
@@ -107,13 +107,13 @@ def generate(
 
 
 def text_metrics(answers: Sequence[Answer], *, prefix: str = "eval") -> dict[str, float]:
-    """Return the fraction of exact matches (outer whitespace cut) and, with sacrebleu, chrF (0-100; Popovic, 2015)."""
+    """Return the fraction of exact matches (outer whitespace cut); if sacrebleu is installed, also chrF (0-100)."""
     if not answers:
         return {}
     exact = [answer.prediction.strip() == answer.reference.strip() for answer in answers]
     metrics = {f"{prefix}_exact_match": sum(exact) / len(answers)}
     if find_spec("sacrebleu"):
-        from sacrebleu.metrics import CHRF
+        from sacrebleu.metrics import CHRF  # Popovic, 2015
 
         score = CHRF().corpus_score([answer.prediction for answer in answers], [[a.reference for a in answers]])
         metrics[f"{prefix}_chrf"] = score.score
@@ -168,7 +168,7 @@ class Evaluation:
         return metrics | text_metrics(answers, prefix=prefix), answers
 
     def check(self, rows: FileRows, name: str) -> None:
-        """Try before a run what an evaluation will need: encode all rows, run one batch, and write two-token answers.
+        """Try an evaluation before a run: encode all rows, compute one batch's loss, and generate two-token answers.
 
         Raises RowError for a bad row unless a quarantine skips it, and UsageError if the rows have no target or the
         model cannot answer.
@@ -176,7 +176,7 @@ class Evaluation:
         tried = None
         with raise_on_all_ranks():
             for batch in self._bar(self._open(rows), f"checking {name} rows"):
-                tried = batch if tried is None or not tried.num_targets else tried  # the first with a target, if any
+                tried = batch if tried is None or not tried.num_targets else tried  # the first batch with a target
         if not any_rank(tried.num_targets):
             found = f"none of the {len(rows):,} {name} rows has a target token"
             raise UsageError(f"{found}: check their responses, or raise --max_seq_len if it cuts them off")
@@ -192,7 +192,7 @@ class Evaluation:
 
 
 def _prompts(batch: Batch, is_encoder_decoder: bool) -> list[list[int]]:
-    """Return each row's prompt: the tokens before the padding or, in a causal model, before the first target."""
+    """Return each row's prompt: its tokens without padding. In a causal model, they end before the first target."""
     input_ids = batch.inputs["input_ids"]
     mask = batch.inputs.get("attention_mask")  # without a mask, any padding comes after the last target
     lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
@@ -210,14 +210,14 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Gener
     if kept["eos_token_id"] is None:
         kept["eos_token_id"] = tokenizer.eos_token_id
     ends = kept["eos_token_id"] if isinstance(kept["eos_token_id"], list) else [kept["eos_token_id"]]
-    # without a pad token, any token will do: the mask hides it in prompts, and an answer without end needs none
+    # without a pad token, use any: the mask hides it in prompts, and without an end token no answer is padded
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
     return GenerationConfig(**kept, pad_token_id=pad, do_sample=False, num_beams=1)
 
 
 @contextmanager
 def _own_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    # `generate` fills what `settings` leaves open from the model's own generation config, so replace that too
+    # for fields not set in `settings`, `generate` uses the model's own generation config, so replace that too
     given = model.generation_config
     model.generation_config = settings
     try:
@@ -227,7 +227,7 @@ def _own_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterato
 
 
 def _num_positions(model: PreTrainedModel) -> int:
-    """Return how many positions the config gives the decoder, or the largest integer if it does not say."""
+    """Return the decoder's number of positions, or the largest integer if the config has no such number."""
     found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else sys.maxsize
 
@@ -241,7 +241,7 @@ def _padded(sequences: Sequence[Sequence[int]], pad: int, *, on_left: bool) -> d
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Decode an answer. A model may have more tokens than its tokenizer, which cannot decode those."""
+    """Decode token ids, but ignore ids that only the model has: its tokenizer may have fewer."""
     known = [token for token in ids if token < len(tokenizer)]
     try:
         return tokenizer.decode(known, skip_special_tokens=True)

@@ -38,7 +38,7 @@ def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) 
 def chunked_loss(
     model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0, slice_elements: int | None = None
 ) -> Tensor:
-    """Compute `plain_loss` from about `slice_elements` (None: SLICE_ELEMENTS) logits at once, in forward and backward.
+    """Compute `plain_loss`, but hold only about `slice_elements` (None: SLICE_ELEMENTS) logits, also in backward.
 
     Calls the whole model, so that its wrapper's hooks run, but replaces the output head's forward, so that only
     positions with a target get logits. Raises UsageError if the head is not linear or if the model changes its logits
@@ -80,7 +80,7 @@ def _call_with_head(
         raise
     finally:
         del head.forward
-    # a model that does not change logits returns this tensor or, after DeepSpeed's hooks, one that shares its memory
+    # unchanged logits are the returned tensor itself; after DeepSpeed's hooks, another tensor that shares its memory
     if logits is not returned and not (uses_zero3(model) and logits.data_ptr() == returned.data_ptr()):
         raise changes
     return logits
@@ -134,8 +134,8 @@ def check_model(
 
 
 def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) -> None:
-    """Run `loss_fn` on two tokens. Raise UsageError if it rejects the model or returns a mean instead of a sum, or if
-    a causal model sees its targets.
+    """Run `loss_fn` on rows of two tokens. Raise UsageError if it rejects the model or returns a mean instead of a sum,
+    or if a causal model sees its targets.
     """
     device, base = device_of(model), unwrapped(model)
     with forward_only(model):
@@ -170,7 +170,7 @@ _EMBEDDING = inspect.signature(F.embedding)
 
 
 class _CheckedEmbeddings(TorchFunctionMode):
-    """Raise IndexError for a missing embedding. On CUDA, the lookup itself would end the process."""
+    """Raise IndexError for a missing embedding, because the lookup itself would end the process on CUDA."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -184,7 +184,7 @@ class _CheckedEmbeddings(TorchFunctionMode):
 
 
 def _zeros(device: torch.device, *, rows: int, length: int, num_targets: int) -> Batch:
-    """Make rows of token 0, of which the last token of the first `num_targets` rows is a target."""
+    """Make rows of token 0. In each of the first `num_targets` rows, the last token is a target."""
     tokens = torch.zeros((rows, length), dtype=torch.int64, device=device)
     labels = torch.full_like(tokens, IGNORED)
     labels[:num_targets, -1] = 0
@@ -196,7 +196,7 @@ LOSSES = {"chunked": chunked_loss, "plain": plain_loss}
 
 
 def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, object], Tensor]:
-    """Return the model's inputs, without labels so that it computes no loss, and the target of each position."""
+    """Return the model's inputs, and each position's target. Without labels as input, the model computes no loss."""
     base, inputs = unwrapped(model), dict(batch.inputs)
     labels = inputs.pop("labels")
     if base.config.is_encoder_decoder:
@@ -223,8 +223,8 @@ def chunked_cross_entropy(
     """Return cross_entropy(hidden @ weight.T + bias, targets), summed over rows, with softmax and sums in fp32 or more.
 
     hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) int64; matrix products use `compute_dtype` (default:
-    hidden.dtype). Forward saves its inputs and each row's log-sum-exp; backward computes the logits again. Both take
-    all rows of one vocabulary slice at a time, so each element of the head's gradient is one sum, rounded once.
+    hidden.dtype). Forward saves its inputs and each row's log-sum-exp; backward computes the logits again. Both use
+    a slice of the vocabulary at a time, for all rows, so each element of the head's gradient is one sum, rounded once.
     """
     elements = slice_elements or SLICE_ELEMENTS.get(hidden.device.type, SLICE_ELEMENTS["cuda"])
     slices = vocabulary_slices(len(hidden), len(weight), elements)

@@ -39,13 +39,13 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     on_meta: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a model in training mode, loaded or built with random weights (by torch's generator), and its tokenizer.
+    """Load a model or build it with random weights (by torch's generator); return it in training mode, and a tokenizer.
 
     `model_config` is a transformers config, a mapping of its fields, a path of a config.json or a name in MODEL_SHAPES.
     Weights have `dtype`. With `on_meta`, they stay on the meta device until `parallelize` shards them; if the files
     cannot be read tensor by tensor, a line is printed and all weights are loaded. Without a tokenizer, text
     becomes bytes. Raises UsageError if something cannot be loaded, if weights are missing, or if a config file without
-    a tokenizer has a much larger vocabulary than bytes.
+    a tokenizer has a vocabulary much larger than that of bytes.
     """
     if (model_name_or_path is None) == (model_config is None):
         raise UsageError("load_model needs exactly one of model_name_or_path and model_config: set one of them")
@@ -106,7 +106,7 @@ def _check_exists(name: str, file: str) -> None:
 
 
 def _is_config_of_model(path: Path) -> bool:
-    """Whether `path` exists and, if there is also a folder model/, is not the config.json of a run (an output_dir)."""
+    """Whether `path` is a file, but not the config.json that a run writes next to its folder model/."""
     if not path.is_file() or path.name != "config.json" or not (path.parent / "model" / path.name).is_file():
         return path.is_file()
     return "model_type" in json.loads(path.read_text())
@@ -173,7 +173,7 @@ def build_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
 
 
 def _check_bytes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say that a config without a tokenizer trains on bytes. Raise UsageError if its vocabulary is much too large."""
+    """Print that text becomes bytes without a tokenizer. Raise UsageError if the vocabulary is much too large."""
     what = f"without tokenizer_name_or_path, text becomes bytes ({len(tokenizer)} tokens)"
     vocabulary = getattr(config.get_text_config(decoder=True), "vocab_size", 0)  # bark's config has none
     if vocabulary > 4 * len(tokenizer):
@@ -202,7 +202,7 @@ def _config_from(model_config: PretrainedConfig | Mapping[str, object] | str | P
 
 
 def _attention(config: PretrainedConfig) -> dict[str, str]:
-    # torch's fused attention has no CPU backward kernel for a learned bias (T5): it would make a step 1/8 slower
+    # torch's fused attention has no CPU backward kernel for a learned bias (T5), so it makes a step 1/8 slower
     has_learned_bias = hasattr(config, "relative_attention_num_buckets")
     return {"attn_implementation": "eager"} if has_learned_bias and not torch.accelerator.is_available() else {}
 

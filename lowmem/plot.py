@@ -24,7 +24,7 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 Points = list[tuple[int, float]]
 """(step, value) pairs in step order, without values that are not finite."""
 Curves = dict[str, Points]
-"""The points of each quantity that has any, by title."""
+"""The points of each quantity, by title. A quantity without points is left out."""
 
 
 def plot(out: Sequence[str]) -> str:
@@ -134,7 +134,7 @@ def _titles(runs: Mapping[str, Curves]) -> list[str]:
 
 
 def _columns(points: Points, first: int, last: int) -> list[float | None]:
-    """Return each chart column's mean; an empty one repeats the one before, or is None outside the points."""
+    """Return each chart column's mean. An empty column repeats the previous mean, but is None outside all points."""
     count = _WIDTH - _LABELS
     inside: list[list[float]] = [[] for _ in range(count)]
     for step, value in points:

@@ -24,9 +24,9 @@ class Halving(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"step {self.step}: rank {self.rank} ran out of memory with micro-batches of {self.batch_size} rows. "
-            f"Each process continues with {self.micro_batches} micro-batches of at most {self.smaller} rows: the same "
-            f"rows and (up to rounding and dropout) gradient. Set --batch_size={self.smaller} to avoid the retry"
+            f"step {self.step}: rank {self.rank} ran out of memory with micro-batches of {self.batch_size} rows. Each "
+            f"process continues with {self.micro_batches} micro-batches of at most {self.smaller} rows. The rows are "
+            f"the same; so is the gradient, up to rounding and dropout. Set --batch_size={self.smaller} to avoid this"
         )
 
 

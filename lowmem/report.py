@@ -45,7 +45,7 @@ def print_answers(answers: Sequence[Answer]) -> None:
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """This process's peak memory: of tensors on its GPU (0 without a GPU), and of resident host memory."""
+    """This process's peak memory: tensors on its GPU (0 without a GPU), and resident host memory."""
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024
     return {
         "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
@@ -56,7 +56,7 @@ def peak_memory_bytes() -> dict[str, int]:
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, with floats in full precision. On a full disk, lines wait in memory.
 
-    Opening deletes the records that a run resumed at `step` writes again (None: all). `resumed_at`: metrics of `step`.
+    The constructor deletes what a run resumed at `step` will write again (None: all). `resumed_at`: metrics of `step`.
     """
 
     def __init__(self, path: Path, *, step: int | None):

@@ -25,7 +25,7 @@ class TrainState:
     model: nn.Module
     optimizer: Optimizer
     stream: Iterator[Sequence[Batch]] | None = None
-    """What `open_stream` returns. A step calls its `advance()`, a checkpoint its `state_dict()`."""
+    """What `open_stream` returns. A step calls its `advance()`; saving calls its `state_dict()`."""
     step: int = 0
     """Optimizer steps done."""
     updates: int = 0
@@ -74,11 +74,11 @@ def train_step(
     """Update `state` in place with the gradient of the mean loss over all targets of `batches` on all ranks.
 
     All losses are divided by one token count, so any split of the same rows into micro-batches and ranks gives the same
-    gradient, except for rounding and dropout. If loss or gradient is not finite, no rank updates weights (`release` has
-    already updated some), and every rank raises FloatingPointError if `nonfinite` is "stop", or counts the step if it
-    is "skip". A step without any target is counted too. If a rank cannot read its rows or fails in forward or backward,
-    every rank raises its error, StepTooLarge if memory ran out (see `fitting_step`). A failure in a sharded model, with
-    `release` or in the update is raised on its rank only, OutOfMemory if memory ran out. DDP may wrap `state.model`.
+    gradient, except for rounding and dropout. If loss or gradient is not finite, no rank updates weights (but `release`
+    already has): every rank raises FloatingPointError if `nonfinite` is "stop", or only counts the step if it is
+    "skip". A step without any target is only counted. If a rank cannot read its rows or fails in forward or backward,
+    every rank raises that error, or StepTooLarge if memory ran out (see `fitting_step`). In a sharded model, with
+    `release` or in the update, only the failing rank raises its error, or OutOfMemory. DDP may wrap `state.model`.
     Raises ValueError if `Gradients` does. Cost: two small host collectives, one gradient reduction, one device sync.
     """
     num_tokens, preempted = agree_to_start(state, batches, preempted)
@@ -130,8 +130,8 @@ def why_no_update(
 ) -> str:
     """Return why this step must not update the weights, or "" if it may; the text is the same on every rank.
 
-    For a loss or gradient that is not finite, the text names the ranks and rows of the micro-batches with such a loss
-    or, if there is none, of all. Only then are more collectives and syncs needed.
+    If the loss or gradient is not finite, the text names ranks and rows, which needs more collectives and syncs. It
+    names those of each micro-batch whose loss is not finite, or of all micro-batches if each loss is finite.
     """
     if torch.isfinite(loss + grad_norm).item():
         return "" if num_tokens else "no rank has a target token"

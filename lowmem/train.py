@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
     """The outcome of a run that did not fail."""
 
     step: int
-    """Optimizer steps done; after preemption, the number of saved steps."""
+    """Optimizer steps done. After preemption, those that are saved: 0 with DeepSpeed."""
     preempted: bool
     """A signal ended the run early: resume it to finish."""
 
@@ -78,7 +78,7 @@ def train(
     # with sharding, only rank 0 initializes new weights, and each rank reads only its shard of saved weights
     on_meta = config.is_sharded and (config.model_name_or_path is not None or not accelerator.is_main_process)
     model, tokenizer = load_model(**config.model_source, on_meta=on_meta)
-    tokenizer_hash = tokenizer_digest(tokenizer)  # once: a translation tokenizer's state changes in use
+    tokenizer_hash = tokenizer_digest(tokenizer)  # now: using a translation tokenizer changes its state
     if checkpoint:
         changes += check_same_tokenizer(checkpoint, tokenizer_hash, accept=config.accept_changed_data)
     freeze(model, parts=config.frozen_parts)
@@ -88,7 +88,7 @@ def train(
     loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)  # (model, batch) -> summed loss
     with handle_rank_errors(model):
         check_model(model, loss_fn, packing=config.packing, max_seq_len=config.max_seq_len)
-    # of all shards; counted here, because DeepSpeed's wrapper makes them wrong
+    # counts of the full model, made here because DeepSpeed's wrapper would change them
     num_weights, vocabulary = model.num_parameters(), num_embeddings(model)
     wrapped = zero.wrap(model, optimizer, accelerator) if config.deepspeed else model
 
@@ -169,7 +169,7 @@ def train(
                 if preempted and can_save and not saved:
                     saved = save()
             if saved and keep:
-                prune_checkpoints(state, checkpoints, keep=keep)  # after the evaluation, which may find a better one
+                prune_checkpoints(state, checkpoints, keep=keep)  # after evaluating: this checkpoint may be the best
             if preempted:
                 break
 

@@ -42,6 +42,6 @@ def fork_ranks(world_size: int, function: Callable[..., object], *arguments: obj
 
 
 def train_ranks(world_size: int, *flags: object, program: Path = PROGRAM) -> list[subprocess.CompletedProcess]:
-    """Run `python train_low_mem.py ...` on every rank, as a launcher would."""
+    """Run `python train_low_mem.py ...` on every rank, as a launcher does."""
     with started_ranks(world_size, run_program, program, *flags, stderr=subprocess.PIPE) as ranks:
         return [finish(process) for process in ranks]

@@ -11,7 +11,7 @@ from tempfile import NamedTemporaryFile
 
 import torch
 
-# forks come from a fork server, which has no threads: forking pytest's own process, which has some, is unsafe
+# forks come from a fork server, which has no threads; pytest's own process has threads, so forking it is unsafe
 _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preloaded"])
 _SERVER_DIED = 255  # the exit code that multiprocessing reports if its fork server has died

@@ -1,4 +1,4 @@
-"""Import what test processes need into the fork server that starts them; see tests/forkserver.py."""
+"""In the fork server that starts test processes, import the modules that they need; see tests/forkserver.py."""
 
 # ruff: noqa: F401
 import gc

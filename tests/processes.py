@@ -21,7 +21,7 @@ Process = subprocess.Popen | Forked
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Return this process's environment without launcher variables, for one thread, with this checkout importable.
+    """Return this process's environment without launcher variables; set one thread, and make lowmem importable.
 
     GPUs are hidden, because NCCL refuses ranks that share a GPU.
     """
@@ -78,7 +78,7 @@ def run_program(path: Path, *flags: object) -> None:
 
 @contextmanager
 def ended(process: Process) -> Iterator[Process]:
-    """On exit, kill `process`, which was started in its own session, and its descendants."""
+    """On exit, kill `process` and its descendants; `process` must have its own session."""
     try:
         yield process
     finally:
@@ -120,7 +120,7 @@ def wait_until(condition: Callable[[], bool], process: Process, timeout: float =
 
 
 def train(*flags: object, timeout: float = 120, **changes: object) -> subprocess.CompletedProcess:
-    """Run a process of `started_train` to its end.
+    """Start a process with `started_train`, and wait for its end.
 
     The process starts with its imports done. To test the imports too, call `run(sys.executable, PROGRAM, ...)`.
     """

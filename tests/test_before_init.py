@@ -95,7 +95,7 @@ def plan_and_join(folder, flags):
         sys.exit(report_error(error))
 
 
-def test_one_rank_plans_and_every_rank_takes_its_choice_or_its_error(tmp_path):
+def test_rank_0_plans_and_every_rank_gets_the_plan_or_the_error(tmp_path):
     (tmp_path / "llama.json").write_text(json.dumps(LLAMA))
     flags = {"model_config": str(tmp_path / "llama.json"), "text_column": "text", "max_seq_len": 256, "batch_size": 16}
     for limit, codes, message in (("648MB", [0, 0], "chosen: --recompute="), ("630MB", [2, 2], "error: nothing fits")):

@@ -16,7 +16,7 @@ from lowmem.data.files.source import Source
 from lowmem.errors import UsageError
 from tests.processes import ROOT, environment, run
 
-# Other processes run this code. build() copies FILE (argument 1) in upper case, and notes its begin and end.
+# Other processes run this code. build() copies FILE (argument 1) in upper case, and logs begin and end to FILE.notes.
 BUILDER = """
 import os, sys, time
 import numpy as np
@@ -129,7 +129,7 @@ def test_a_copy_that_was_truncated_or_removed_is_made_again(source, damage):
     assert builder.times == 2
 
 
-def test_lowmem_cache_sets_the_folder(source, tmp_path, monkeypatch):
+def test_lowmem_cache_sets_the_folder_of_copies(source, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "a" / "cache"))
     builder = Builder(source)
     for _ in range(2):
@@ -204,7 +204,7 @@ def test_unfinished_files_of_killed_processes_are_removed_after_a_day(source, tm
     assert (old.exists(), new.exists(), other.exists()) == (False, True, True)
 
 
-def test_files_of_one_name_in_two_folders_have_separate_copies_in_the_cache(source, tmp_path, monkeypatch):
+def test_files_with_the_same_name_in_two_folders_have_separate_copies_in_the_cache(source, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "b").mkdir()
     other = Source(str(shutil.copy2(source.name, tmp_path / "b")))
@@ -213,7 +213,7 @@ def test_files_of_one_name_in_two_folders_have_separate_copies_in_the_cache(sour
 
 @pytest.fixture
 def locked_folder():
-    """Make a folder that this process can read but not write; a process of root becomes another user for this."""
+    """Make a folder that this process can read but not write to; a root process becomes another user until the end."""
     folder = Path(tempfile.mkdtemp())
     (folder / "rows").write_bytes(b"some rows")
     (folder / "home").mkdir(mode=0o777)
@@ -273,7 +273,7 @@ def start(code, source):
     )
 
 
-def test_of_several_processes_one_builds(source, tmp_path):
+def test_only_one_of_several_processes_makes_the_copy(source, tmp_path):
     processes = [start("assert run(lambda *x: build(*x, 1.0)).index['bytes'] == [30]", source) for _ in range(4)]
     output = b""
     for process in processes:
@@ -285,7 +285,7 @@ def test_of_several_processes_one_builds(source, tmp_path):
     assert not list(tmp_path.glob("*lock*"))
 
 
-def test_builds_that_fail_do_not_overlap_either(source, tmp_path):
+def test_builds_that_fail_do_not_overlap(source, tmp_path):
     code = """
 for _ in range(8):
     try:
@@ -302,7 +302,7 @@ for _ in range(8):
 
 
 @pytest.mark.parametrize("is_restored", [False, True])
-def test_the_copy_is_right_after_a_kill_at_any_open_rename_or_removal(source, tmp_path, is_restored):
+def test_the_copy_is_correct_after_a_kill_at_any_open_rename_or_removal(source, tmp_path, is_restored):
     code = """
 seen = 0
 def kill(event, words):

@@ -1,4 +1,4 @@
-"""Tokenize conversations with a byte-level BPE tokenizer, which is trained here, and with the slow ByT5 tokenizer."""
+"""Tokenize conversations with the slow ByT5 tokenizer, and with a byte-level BPE tokenizer that is trained here."""
 
 import json
 import re
@@ -121,7 +121,7 @@ def test_tokens_are_those_of_apply_chat_template(name, messages):
         ("plain", ["  2\n\nbecause 二 \n", " 那么三\n"]),
     ],
 )
-def test_the_assistant_says_its_content_and_the_end_of_its_turn(name, expected, slow):
+def test_the_assistants_tokens_are_its_content_and_the_end_of_its_turn(name, expected, slow):
     tokenizer = TOKENIZERS[name]
     if slow:
         tokenizer = ByT5Tokenizer(bos_token="<|begin|>", chat_template=TEMPLATES[name])
@@ -143,9 +143,9 @@ def test_generation_tags_mark_the_same_tokens_as_in_transformers(messages):
     assert chat_tokenizer(tokenizer)(messages)[1] == [mark == 1 for mark in encoded["assistant_masks"]]
 
 
-# The "plain" template is left out: one token can hold both its space after "role:" and the first word of a message.
+# "plain" is left out: in its text, one token can hold both the space after "role:" and a message's first word.
 @pytest.mark.parametrize("name", ["chatml", "tagged", "llama-3"])
-def test_offsets_without_spaces_mark_the_same_tokens(name):
+def test_offsets_that_exclude_spaces_mark_the_same_tokens(name):
     trimmed = bpe(TEMPLATES[name], trim_offsets=True)
     for messages in CHATS:
         assert chat_tokenizer(trimmed)(messages) == chat_tokenizer(TOKENIZERS[name])(messages)
@@ -345,7 +345,7 @@ def test_the_assistants_tokens_are_those_marked_by_hand(name):
     template, messages, tools, expected = SPANS[name]
     tokenizer = bpe(template)
     ids, is_assistant = [], []
-    # every piece ends where a special token or a byte ends, so tokenizing pieces separately gives the same characters
+    # every « and » is between two tokens, so the decoded spans of tokens equal the texts between the marks
     for piece in re.split("(«.*?»)", expected, flags=re.DOTALL):
         ids.append(piece.strip("«»"))
         is_assistant.append(piece.startswith("«"))
@@ -369,7 +369,7 @@ def test_tools_that_the_template_does_not_use_are_an_error():
         chat_tokenizer(TOKENIZERS["chatml"])(turns("a", "b"), [LOOK])
 
 
-def test_tool_calls_lose_the_keys_that_arrow_filled_and_contents_may_be_parts_or_null():
+def test_keys_that_arrow_filled_with_null_are_dropped_and_contents_may_be_parts_or_null():
     tokenizer = bpe(QWEN_3)
     tokenize = chat_tokenizer(tokenizer)
     filled = {"type": "function", "function": {"name": "look", "arguments": {"city": "A", "x": None}}, "id": None}
@@ -401,7 +401,7 @@ def test_tool_calls_that_the_template_does_not_print_are_an_error():
 
 
 @pytest.mark.parametrize("none", [None, ""])
-def test_a_template_may_test_for_null_content_or_take_its_length(none):
+def test_a_template_may_test_for_null_content_or_slice_the_content(none):
     tokenizer, plain = bpe(R1_NULL), bpe(R1)
     messages = [*CALLS[:1], CALLS[1] | {"content": none}, *CALLS[2:]]
     assert chat_tokenizer(tokenizer)(messages) == chat_tokenizer(plain)(messages)

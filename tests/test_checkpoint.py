@@ -151,7 +151,7 @@ def test_from_pretrained_loads_the_model_folder_as_it_is(family, max_shard_size,
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert type(model) is type(state.model) and model.dtype == torch.float32
     assert_same_weights(state.model, model)
-    if family != "qwen2":  # for qwen2, AutoTokenizer makes an empty Qwen2Tokenizer, but load_model loads ByT5's
+    if family != "qwen2":  # for qwen2, AutoTokenizer makes an empty Qwen2Tokenizer; load_model loads ByT5Tokenizer
         assert AutoTokenizer.from_pretrained(path / "model")("é").input_ids == ByT5Tokenizer()("é").input_ids
     assert load_model(path / "model")[1]("é").input_ids == ByT5Tokenizer()("é").input_ids
     sharded = (path / "model" / "model.safetensors.index.json").exists()
@@ -165,7 +165,7 @@ def write_tensors(tensors, path):
     return write_file(path, [shard.header, *parts])
 
 
-def test_written_tensors_are_what_safetensors_reads(tmp_path):
+def test_safetensors_reads_the_tensors_that_were_written(tmp_path):
     tensors = {
         "half": torch.randn(3, 5).bfloat16(),
         "wide": torch.randn(2, 2, dtype=torch.float64),
@@ -255,7 +255,7 @@ def test_a_damaged_file_is_found_and_named(name, damage, tmp_path):
         assert name in str(caught.value)
 
 
-def test_the_newest_valid_checkpoint_is_chosen_and_the_fault_of_a_newer_one_printed(tmp_path, capsys):
+def test_the_newest_valid_checkpoint_is_chosen_and_faults_of_newer_ones_are_printed(tmp_path, capsys):
     assert latest_checkpoint(tmp_path / "nowhere") is None
     state = new_state()
     paths = [save_checkpoint(train(state, 1), tmp_path, ACCELERATOR) for _ in range(3)]
@@ -265,7 +265,7 @@ def test_the_newest_valid_checkpoint_is_chosen_and_the_fault_of_a_newer_one_prin
     assert "step-00000003/state.json is missing" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_changes_nothing_when_loaded(tmp_path):
+def test_loading_a_damaged_checkpoint_changes_nothing(tmp_path):
     path = save_checkpoint(train(new_state(), 1), tmp_path, ACCELERATOR)
     data = bytearray((path / "optimizer.safetensors").read_bytes())
     data[-1] ^= 1
@@ -277,7 +277,7 @@ def test_a_damaged_checkpoint_changes_nothing_when_loaded(tmp_path):
     assert state.step == state.stream.position == 0 and not state.optimizer.state
 
 
-def test_another_model_is_refused_with_the_differences(tmp_path):
+def test_a_checkpoint_of_another_model_is_refused_with_a_list_of_differences(tmp_path):
     path = save_checkpoint(train(new_state(), 1), tmp_path, ACCELERATOR)
     model = build("t5", d_model=16)
     state = TrainState(model, make_optimizer(model, memory="off"))
@@ -305,7 +305,7 @@ def test_a_newer_format_asks_for_an_upgrade(tmp_path):
         verify_checkpoint(path)
 
 
-def test_only_the_newest_are_kept(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     state = new_state()
     for _ in range(4):
         save_checkpoint(train(state, 1), tmp_path, ACCELERATOR, keep=2)
@@ -362,7 +362,7 @@ def test_a_failed_save_leaves_the_older_checkpoints(tmp_path):
     assert os.listdir(tmp_path) == [second.name]
 
 
-def test_the_files_of_a_killed_save_are_removed_by_the_next(tmp_path):
+def test_the_files_of_a_killed_save_are_removed_by_the_next_save(tmp_path):
     (tmp_path / ".unfinished-step-00000009" / "model").mkdir(parents=True)
     assert latest_checkpoint(tmp_path) is None
     path = save_checkpoint(train(new_state(), 1), tmp_path, ACCELERATOR)
@@ -437,7 +437,7 @@ def step_branches(state):
 
 
 @pytest.mark.parametrize("now", ["off", "exact", "lean"])
-def test_parameters_that_have_had_no_gradient_load_like_the_rest(now, tmp_path):
+def test_parameters_that_never_had_a_gradient_are_loaded_like_others(now, tmp_path):
     state, loaded = branches(), branches(memory=now)
     step_branches(state)
     load_checkpoint(loaded, save_checkpoint(state, tmp_path, ACCELERATOR), ACCELERATOR)
@@ -477,7 +477,7 @@ def test_optimizer_state_of_bf16_weights_keeps_its_dtypes(tmp_path):
     assert all(torch.equal(mine[name], theirs[name]) and mine[name].dtype == theirs[name].dtype for name in mine)
 
 
-def test_an_index_that_was_not_saved_is_ignored(tmp_path):
+def test_an_index_file_that_the_save_did_not_write_is_ignored(tmp_path):
     state = train(new_state(), 1)
     path = save_checkpoint(state, tmp_path, ACCELERATOR)
     write_tensors({"shared.weight": torch.zeros(384, 32)}, path / "model" / "evil.safetensors")

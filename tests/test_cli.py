@@ -1,4 +1,4 @@
-"""Test the command line as users see it: real processes, exit codes, one-line errors, no output folder if refused."""
+"""Test the command line as users see it: real processes, exit codes, one-line errors; a refusal makes no folder."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def timed(*flags):
         (["evaluate", "--test_file=a.jsonl"], "needs --model_name_or_path"),
     ],
 )
-def test_wrong_flags_are_refused_at_once(arguments, message, tmp_path):
+def test_wrong_flags_are_refused_in_seconds(arguments, message, tmp_path):
     output = tmp_path / "out"
     flags = [f"--output_dir={output}"] if arguments == ["train"] else []
     # the command takes about one second, or up to five on a busy test machine

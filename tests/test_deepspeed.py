@@ -34,7 +34,7 @@ from tests.processes import PROGRAM, ROOT, finish, free_port, module_command, ru
 pytest.importorskip("deepspeed")
 
 CPU = {"device": "cpu"}
-# without these settings, stage 3 would keep models as small as these whole on every rank
+# at the defaults of these settings, stage 3 would keep small models whole on every rank
 STAGE_3 = {"stage": 3} | dict.fromkeys(
     (
         "stage3_param_persistence_threshold",
@@ -62,7 +62,7 @@ def batches_of(family, opened=open_stream, **options):
 def new_state(family, accelerator):
     model = build(family)
     optimizer = make_optimizer(model, memory="off", weight_decay=0.1)
-    # 7 rows per step: one of two ranks has micro-batches of 2 and 2 rows, the other of 2 and 1 rows
+    # 7 rows per step: of two ranks, one has micro-batches of 2 and 2 rows, and the other has 2 and 1 rows
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     stream = batches_of(family, global_batch_size=7, collate=collate_of(family), **ranks)
     if accelerator.deepspeed_plugin is not None:
@@ -95,7 +95,7 @@ def bytes_of_state(optimizer):
 
 
 def results_of(state, family, loss, folder, accelerator):
-    """Train, evaluate and save the weights; return the curve, metrics, answers and sizes to compare."""
+    """Train and evaluate, then save the weights; return the curve, metrics, answers and sizes to compare."""
     results = {"curve": curve_of(state, LOSSES[loss], accelerator)}
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     # two ranks share batches of 4 rows; the third batch has one row, so the second rank gets no row
@@ -198,7 +198,7 @@ def skip_nonfinite_losses(folder):
     accelerator.end_training()
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_updates_no_rank(tmp_path):
+def test_if_the_loss_is_not_finite_on_one_rank_no_rank_updates_its_weights(tmp_path):
     assert fork_ranks(2, skip_nonfinite_losses, tmp_path, timeout=300) == [0, 0]
 
 
@@ -209,8 +209,8 @@ def in_fp32():
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_bf16_has_an_fp32_master(strategy, trained, in_fp32):
-    """At this learning rate, bf16 weights lose most updates to rounding; only fp32 master weights give these losses."""
+def test_bf16_weights_have_fp32_master_weights(strategy, trained, in_fp32):
+    """At this learning rate, bf16 weights lose most updates to rounding; fp32 master weights keep them."""
     curve = json.loads((trained / strategy / "bf16.json").read_text())
     for (loss, norm, _), (expected_loss, expected_norm, _) in zip(curve, in_fp32, strict=True):
         assert loss == pytest.approx(expected_loss, rel=5e-4)

@@ -17,7 +17,7 @@ def ids(text):
     return TOKENIZER(text, add_special_tokens=False).input_ids
 
 
-def test_seq2seq_encodes_each_side_with_its_end_token():
+def test_seq2seq_adds_an_end_token_to_both_prompt_and_response():
     encoded = encode_seq2seq(TOKENIZER, max_seq_len=64)({"prompt": "问?", "response": "yes"})
     assert encoded == {"input_ids": [*ids("问?"), END], "labels": [*ids("yes"), END]}
 
@@ -35,7 +35,7 @@ def test_causal_masks_the_prompt_out_of_the_loss():
 @pytest.mark.parametrize("prompt", [1, 5, 100])
 @pytest.mark.parametrize("response", [0, 1, 5, 100])
 @pytest.mark.parametrize("max_seq_len", [2, 7, 20])
-def test_causal_rows_fit_and_keep_targets(prompt, response, max_seq_len):
+def test_causal_rows_are_cut_to_max_seq_len_and_keep_targets(prompt, response, max_seq_len):
     row = {"prompt": "p" * prompt, "response": "r" * response}
     encoded = encode_causal(TOKENIZER, max_seq_len=max_seq_len)(row)
     whole = prompt + response + 1
@@ -148,7 +148,7 @@ def test_encoder_decoder_models_take_only_prompts_and_responses(column):
         make_encoder(CHAT, is_encoder_decoder=True, max_seq_len=9, **{column: "x"})
 
 
-def test_text_and_messages_at_once_are_refused():
+def test_text_and_messages_together_are_refused():
     with pytest.raises(UsageError, match="text_column=x and messages_column=y exclude each other"):
         make_encoder(CHAT, is_encoder_decoder=False, max_seq_len=9, text_column="x", messages_column="y")
 

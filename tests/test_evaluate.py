@@ -152,7 +152,7 @@ def test_answers_end_at_the_last_position():
     assert len(answers) == 1
 
 
-def test_a_tokenizer_without_special_tokens_and_an_empty_prompt_are_answered():
+def test_answers_need_neither_special_tokens_nor_a_prompt():
     tokenizer = ByT5Tokenizer()
     tokenizer.pad_token = tokenizer.eos_token = None
     rows = [{"input_ids": [], "labels": [70]}, {"input_ids": [70, 71], "labels": [72]}]
@@ -172,7 +172,7 @@ def evaluation(folder, rows, **options):
     return Evaluation(*parts, **defaults | options), open_rows(path)
 
 
-def test_the_check_finds_bad_rows_rows_without_targets_and_a_model_that_cannot_answer(tmp_path):
+def test_the_check_finds_bad_rows_and_a_model_that_cannot_answer(tmp_path):
     measure, rows = evaluation(tmp_path, ROWS)
     measure.check(rows, "validation")
     measure, rows = evaluation(tmp_path, [*ROWS, {"prompt": "a", "response": None}])

@@ -1,4 +1,4 @@
-"""`verify` checks every byte; `export` converts a model, to fp32 and fp16 from its fp32 master weights if any exist."""
+"""`verify` checks every byte. `export` converts a model; for fp32 and fp16, it reads any fp32 master weights."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.processes import run, train
 
 
 def saved(folder, family, memory="exact"):
-    """Save a checkpoint after one step; return its path, its weights, and the weights that fp32 AdamW would give."""
+    """Save a checkpoint after one step; return its path, its weights, and the weights that AdamW gives in fp32."""
     model, twin = build(family), build(family)
     optimizer = make_optimizer(model, memory=memory)
     reference = make_optimizer(twin, memory="off")

@@ -87,7 +87,7 @@ def save_failing(folder, fault, point, failing_ranks):
 
 
 def check_every_point(folder, fault, failing_ranks, attempt):
-    """Save once per disk operation, which fails, and once without a failure; check what each save leaves."""
+    """Repeat a save, failing at the 1st, 2nd, ... disk operation, until none fails; check what each save leaves."""
     accelerator = Accelerator(cpu=True)
     old = save_checkpoint(small_state(1), folder / "first", accelerator)
     for point in count(1):
@@ -121,14 +121,14 @@ def fork_alone(function, *arguments):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_save_may_fail_at_any_operation(fault, tmp_path):
+def test_a_failure_at_any_operation_of_a_save_leaves_an_intact_checkpoint(fault, tmp_path):
     # run `check_every_point` in a new process: it forks, which is unsafe in pytest's own process with its threads
     assert fork_ranks(1, check_every_point, tmp_path, fault, [0], fork_alone) == [0]
 
 
 @pytest.mark.parametrize("fault", ["killed", "no space"])
 @pytest.mark.parametrize("failing_rank", [0, 1])
-def test_one_of_two_ranks_may_fail_at_any_operation(failing_rank, fault, tmp_path):
+def test_a_failure_of_one_of_two_ranks_leaves_an_intact_checkpoint(failing_rank, fault, tmp_path):
     check_every_point(tmp_path, fault, [failing_rank], partial(fork_ranks, 2))
 
 
@@ -182,7 +182,7 @@ def check_every_point_of_replacing(folder, fault):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_replacing_a_model_may_fail_at_any_operation(fault, tmp_path):
+def test_a_failure_while_a_model_is_replaced_leaves_an_intact_model(fault, tmp_path):
     assert fork_ranks(1, check_every_point_of_replacing, tmp_path, fault) == [0]
 
 

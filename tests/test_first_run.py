@@ -1,4 +1,4 @@
-"""A run whose only flag is --output_dir learns, on one thread, to answer at least a fifth of the held-out rows."""
+"""On one thread, a run whose only flag is --output_dir learns to answer at least a fifth of the held-out rows."""
 
 import json
 

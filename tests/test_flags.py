@@ -75,7 +75,7 @@ def test_the_large_preset_is_t5_base_as_documented():
 
 
 @pytest.mark.parametrize(("one", "other"), ALTERNATIVES)
-def test_a_flag_unsets_its_alternative_in_lower_layers(one, other, tmp_path):
+def test_a_flag_unsets_its_alternative_in_the_config_file(one, other, tmp_path):
     values = {name: "0.5" if name in ("epochs", "warmup_ratio") else "3" for name in (one, other)}
     values |= {"model_config": "t5-small"} if "model_config" in values else {}
     named = {} if "model_config" in values else {"model_name_or_path": "gpt2"}
@@ -92,7 +92,7 @@ def test_a_resolved_config_resolves_to_itself(tmp_path):
         assert resolve({"config": tmp_path / "config.json"}) == config
 
 
-def test_bf16_means_the_exact_tier_where_the_optimizer_has_it():
+def test_with_bf16_the_default_tier_is_exact_if_the_optimizer_supports_it():
     assert resolve({}).memory is None
     assert resolve(BF16).memory == resolve({"use_large_config": True}).memory == "exact"
     assert resolve(BF16 | {"optimizer": "adafactor"}).memory == "exact"
@@ -106,7 +106,7 @@ def test_unknown_flags_are_refused_with_the_nearest_name_if_any():
     assert "unknown flag --zzz: `--help` lists all flags" in problems_of(zzz="3")
 
 
-def test_all_problems_are_reported_at_once():
+def test_all_problems_are_reported_in_one_error():
     message = problems_of(batch_size="-1", max_seq_len="x", learnin_rate="1", use_small_config="1", use_fast_config="1")
     for part in ("--batch_size=-1", "--max_seq_len=x", "did you mean --learning_rate", "choose one preset"):
         assert part in message
@@ -162,7 +162,7 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({"sharding_strategy": "HYBRID_SHARD", "shard_size": "2", "num_processes": "3"}, "multiple of --shard_size=2"),
     ],
 )
-def test_user_errors_are_reported_in_words(flags, message):
+def test_an_invalid_value_or_combination_of_flags_is_reported(flags, message):
     assert message in problems_of(**flags)
 
 
@@ -201,7 +201,7 @@ def test_sizes_are_read_as_people_write_them():
     ]
 
 
-def test_alternatives_needs_and_presets_name_real_fields():
+def test_every_name_in_alternatives_needs_and_presets_is_a_field():
     named = {name for pair in ALTERNATIVES for name in pair}
     named |= {name for flag, _, needed, *_ in NEEDS for name in (flag, needed)}
     named |= {name for preset in PRESETS.values() for name in preset}

@@ -127,7 +127,7 @@ def test_each_row_has_its_own_blocks():
 
 @pytest.mark.parametrize(("form", "byte_count"), [("fp32", 4), ("split", 4), ("bf16", 2), ("int8", 1.0157)])
 @pytest.mark.parametrize("shape", [(128, 512), (7,), ()])
-def test_the_shape_and_bytes_of_a_form(form, byte_count, shape):
+def test_the_shape_and_bytes_of_a_format(form, byte_count, shape):
     like = torch.zeros(shape)
     tensors = (zeros if form in ("fp32", "int8") else keep)("x", like, form)
     assert tensors["x"].shape == shape

@@ -48,7 +48,7 @@ def test_a_rank_that_is_killed_or_stopped_is_named_by_all_others(victim, how, tm
         assert re.search(message, outputs[rank]), outputs[rank]
         assert "step 4, all-reducing" in outputs[rank]
         assert ranks[rank].returncode == 1
-        if how == signal.SIGSTOP:  # connections of a stopped rank stay open, so only the heartbeat ends the rest
+        if how == signal.SIGSTOP:  # connections of a stopped rank stay open, so only the heartbeat ends other ranks
             assert re.search(message, (tmp_path / str(rank)).read_text())
 
 
@@ -60,7 +60,7 @@ def fail_alone():
         time.sleep(60)  # rank 0 blocks here without an exception, as it would in a GPU collective
 
 
-def test_an_error_on_one_rank_alone_ends_the_others_with_its_cause():
+def test_an_error_on_one_rank_ends_the_others_which_report_its_cause():
     with started_ranks(2, fail_alone) as ranks:
         outputs = [process.communicate(timeout=40)[0] for process in ranks]
     assert "error: rank 1 failed with KeyError: 'no such row'. Rank 0, at computing gradients" in outputs[0]
@@ -72,7 +72,7 @@ def wait_long_and_end_at_different_times(next_port):
     join_and_watch(limit)
     on_main_rank(lambda: time.sleep(2 * limit))  # only rank 0 sleeps; the other ranks wait in a collective
     dist.destroy_process_group()
-    os.environ["MASTER_PORT"] = next_port  # at the old port, ranks could meet the first group's store
+    os.environ["MASTER_PORT"] = next_port  # at the old port, ranks could join the first group's store
     rank = join_and_watch(limit)  # a second group, with its own heartbeat
     if rank == 0:
         time.sleep(2 * limit)  # rank 1 ends during this time

@@ -24,7 +24,7 @@ MODULES = {
 def imports_of(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lowmem"):
-            for imported in (f"{node.module}.{alias.name}" for alias in node.names):  # a module or a name in one
+            for imported in (f"{node.module}.{alias.name}" for alias in node.names):  # a module, or a name in it
                 yield imported if imported in MODULES else node.module
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("lowmem"))
@@ -35,7 +35,7 @@ def layer(module):
     return ORDER.index(module.split(".")[1])
 
 
-def test_modules_import_only_from_their_folder_and_those_before_it():
+def test_modules_import_only_from_their_own_and_earlier_folders():
     assert {module.split(".")[1] for module in MODULES} == set(ORDER)
     graph = {module: set(imports_of(path)) for module, path in MODULES.items()}
     for module, imported in graph.items():
@@ -45,7 +45,7 @@ def test_modules_import_only_from_their_folder_and_those_before_it():
     list(TopologicalSorter(graph).static_order())  # raises CycleError if modules import each other in a circle
 
 
-def test_no_module_between_config_and_train_names_train_config():
+def test_no_module_between_config_and_train_mentions_train_config():
     for module, path in MODULES.items():
         if ORDER.index("config") < layer(module) < ORDER.index("train"):
             assert "TrainConfig" not in path.read_text(), module

@@ -180,7 +180,7 @@ def test_accelerates_precision_is_used(files, tmp_path):
 
 
 def test_a_failing_rank_ends_the_run_with_its_exit_code(files, tmp_path):
-    """Without a launcher, `train` starts the ranks. It exits with their code: 2 for an error that only ranks detect."""
+    """Without a launcher, `train` starts ranks and exits with their exit code: 2 for an error that only they detect."""
     flags = ["--num_processes=2", "--text_column=prompt", f"--output_dir={tmp_path}/out"]
     result = train("train", *files, *flags)
     assert result.returncode == 2, (result.returncode, result.stderr)

@@ -288,7 +288,7 @@ def test_compressed_files_have_the_rows_and_the_fingerprint_of_plain_ones(tmp_pa
         (".zst", PLAIN),
     ],
 )
-def test_a_damaged_compressed_file_is_named_and_leaves_nothing(tmp_path, monkeypatch, suffix, content):
+def test_a_damaged_compressed_file_is_named_and_leaves_no_copy(tmp_path, monkeypatch, suffix, content):
     monkeypatch.delenv("LOWMEM_CACHE")
     path = tmp_path / f"rows.jsonl{suffix}"
     message = f"{path} cannot be decompressed as (gzip|zstd) .*: it is damaged or truncated"
@@ -355,7 +355,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 
 class _CutsShort(SimpleHTTPRequestHandler):
-    """A server without range requests, like many servers; it sends only the first half of files named cut.*."""
+    """Like many servers, this one supports no range requests; it sends only the first half of files named cut.*."""
 
     def copyfile(self, source, outputfile):
         content = source.read()
@@ -390,7 +390,7 @@ def test_remote_files_are_read_from_a_copy(tmp_path, url):
 
 
 @pytest.mark.parametrize("name", ["cut.jsonl", "cut.jsonl.gz"])
-def test_a_lost_connection_leaves_nothing(tmp_path, url, name):
+def test_a_lost_connection_leaves_no_copy(tmp_path, url, name):
     (tmp_path / name).write_bytes(gzip.compress(PLAIN) if name.endswith("gz") else PLAIN)
     with pytest.raises(UsageError, match=f"{url}/{name} cannot be read .*not completed"):
         JsonLinesFile(Source(f"{url}/{name}"), {"a": "text"})

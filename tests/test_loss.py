@@ -83,7 +83,7 @@ VOCABULARY = 151_936  # the vocabulary size of Qwen2.5-0.5B
 
 
 def head_gradients(states, weight, targets, label_smoothing, loss, slice_elements=None):
-    """Return the summed loss, and the gradients of the mean loss per target for `states` and `weight`."""
+    """Return the summed loss, and the gradients of `states` and `weight` for the mean loss per target."""
     states, weight = states.clone().requires_grad_(), weight.clone().requires_grad_()
     counting = targets != -100
     if loss == "chunked":
@@ -136,7 +136,7 @@ def test_gradients_of_a_large_vocabulary_in_fp32_and_bf16(label_smoothing):
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_bf16_autocast_gives_an_fp32_loss_and_a_head_gradient_about_as_accurate_as_plain(family):
+def test_bf16_autocast_gives_an_fp32_loss_and_head_gradients_about_as_accurate_as_plain_loss(family):
     exact, model, batch = build(family).double(), build(family), batch_of(family, rows=40)
     plain_loss(exact, batch).backward()
     weight = model.get_output_embeddings().weight
@@ -274,7 +274,7 @@ def test_out_of_memory_at_the_longest_row_is_not_reported_as_missing_positions()
     assert not isinstance(raised.value, UsageError)
 
 
-def test_a_loss_that_the_model_adds_itself_is_refused():
+def test_a_model_that_adds_its_own_loss_is_refused():
     model = build("llama")
     model.config.output_router_logits = True
     with pytest.raises(UsageError, match="with output_router_logits=True, .* adds a loss of its own.*set it to false"):

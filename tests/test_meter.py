@@ -139,7 +139,7 @@ def test_backward_of_a_linear_layer(tensors):
             y = layer(x)
             assert meter.live_bytes - before == rows * narrow * FLOAT
             y.backward(torch.ones(()).expand(rows, narrow))
-            assert meter.live_bytes - before == (rows * narrow + weights) * FLOAT  # of y and weight gradients
+            assert meter.live_bytes - before == (rows * narrow + weights) * FLOAT  # y and the weight gradients
 
 
 @either
@@ -164,8 +164,8 @@ def test_saved_activations_count_until_backward_and_checkpointing_avoids_them(te
 
 def two_steps(family, loss_fn, accelerator, *, memory="off", savers=(), micro_batches=2):
     """Return the peak bytes of the second optimizer step, and the bytes that remain after it."""
-    # Transformers makes an attention mask unless tensor values show that none is needed, and fake tensors have no
-    # values. It makes none for an attention function without a mask function of the same name, as here.
+    # To find out whether an attention mask is needed, transformers reads tensor values, which fake tensors lack. It
+    # makes no mask for this attention function, because no mask function has the same name.
     AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
     shallow = {"num_layers": 1} if family == "t5" else {}  # one encoder and one decoder layer: two in total
     model = build(family, attn_implementation="sdpa_without_mask", **shallow)

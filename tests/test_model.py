@@ -34,7 +34,7 @@ def saved_tokenizer(folder):
 
 
 @pytest.mark.parametrize("form", ["name", "file", "fields", "config"])
-def test_a_model_is_built_from_any_form_of_config(form, tmp_path):
+def test_a_config_may_be_a_name_a_file_fields_or_an_object(form, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     forms = {
         "name": "t5-tiny",
@@ -84,7 +84,7 @@ def test_freezing_the_encoder_leaves_decoder_and_shared_embeddings_trainable():
 
 
 def test_a_tokenizer_without_its_files_is_refused(tmp_path):
-    build("qwen2").save_pretrained(tmp_path)  # with no tokenizer files, AutoTokenizer silently makes an empty one
+    build("qwen2").save_pretrained(tmp_path)  # without its files, AutoTokenizer silently makes an empty tokenizer
     with pytest.raises(UsageError, match="produces no tokens"):
         load_model(tmp_path)
 
@@ -94,7 +94,7 @@ def write_config(folder, **fields):
     return folder / "llama.json"
 
 
-def test_a_config_file_without_a_tokenizer_is_said_to_train_on_bytes(tmp_path, capsys):
+def test_without_a_tokenizer_a_message_says_that_text_becomes_bytes(tmp_path, capsys):
     load_model(model_config=write_config(tmp_path))
     assert "text becomes bytes (384 tokens); set it to train on a tokenizer's tokens" in capsys.readouterr().out
 

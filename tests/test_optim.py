@@ -34,7 +34,7 @@ def test_cosine_and_linear_schedules_end_at_zero_and_an_unknown_one_is_refused()
 def test_the_same_weights_decay_as_in_trainer(family, memory):
     model = build(family)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    # Trainer lists a tied weight under both of its names, and `names` under one, so keep only those in `names`
+    # Trainer lists both names of a tied weight, but `names` has only one, so keep only names that are in `names`
     expected = set(Trainer.get_decay_parameter_names(None, model)) & set(names.values())
     optimizer = make_optimizer(model, memory=memory, weight_decay=0.1)
     decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}

@@ -30,7 +30,7 @@ WINDOWS = {
     "1": 1,
     "3": 3,
     "all": 10**9,
-}  # bytes per window, which are also its groups: `orders` gives each group one byte
+}  # bytes per window, and also groups per window, because `orders` gives each group one byte
 
 
 @st.composite
@@ -73,7 +73,7 @@ def test_each_epoch_has_its_own_order():
     assert not np.array_equal(rows_at(0, n, ONE_BYTE_A_ROW, seed=5), rows_at(n, 2 * n, ONE_BYTE_A_ROW, seed=5))
 
 
-def test_consecutive_rows_come_from_the_groups_of_one_window_well_mixed():
+def test_consecutive_rows_mix_the_groups_of_one_window_evenly():
     groups = rows_at(0, 80_000, ONE_BYTE_A_ROW, seed=0, window_bytes=99_999) // 20_000
     assert len(set(groups)) == 4  # a fifth group of 20,000 bytes would exceed the window by one byte
     shares = np.bincount(groups[:4_000], minlength=40)
@@ -103,7 +103,7 @@ def test_order_of_no_rows_is_refused():
 
 
 def test_the_order_is_that_of_existing_checkpoints():
-    """A checkpoint stores a position in this order, not the order: if it changed, old runs could not resume exactly."""
+    """A checkpoint stores a position, but not the order. If the order changed, old runs could not resume exactly."""
     assert permute(np.arange(5), 10, (1, 2)).tolist() == [1, 4, 3, 2, 5]
     assert permute(np.arange(4), 2**40, (3,)).tolist() == [255546647969, 435823828157, 92481491259, 41636616374]
     groups = Groups.of([3, 5, 0, 4, 7], [30, 50, 0, 40, 70])

@@ -48,7 +48,7 @@ def unpacked(row):
     [[1] * 9, [64] * 7, [64, 1, 63, 2, 30, 30, 4, 64], lognormal(300, longest=64), [33] * 20, [5] * 7],
     ids=["ones", "full", "mixed", "many", "halves", "few"],
 )
-def test_every_row_is_packed_once_and_unsplit_into_non_empty_micro_batches_of_limited_length(lengths, micro_batches):
+def test_every_row_is_in_one_packed_row_of_limited_length_and_no_micro_batch_is_empty(lengths, micro_batches):
     rows = documents(lengths)
     packed = pack(rows, max_seq_len=64, micro_batches=micro_batches)
     assert len(packed) == micro_batches and all(packed)
@@ -92,7 +92,7 @@ def test_little_of_packed_rows_is_padding(count, micro_batches, packed_padding, 
     assert 1 - sum(lengths) / unpacked > unpacked_padding
 
 
-def test_best_fit_takes_the_fewest_rows_where_first_come_first_served_does_not():
+def test_best_fit_needs_fewer_packed_rows_than_packing_in_order():
     packed = pack(documents([10, 20, 54, 44, 34, 30]), max_seq_len=64, micro_batches=1)
     assert [length(row) for row in packed[0]] == [64, 64, 64]
 
@@ -147,7 +147,7 @@ def loss_and_gradients(model, loss_fn, batches):
 @pytest.mark.parametrize("loss_fn", [plain_loss, chunked_loss])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_packed_documents_have_the_loss_and_gradients_of_each_alone(family, attention, loss_fn):
+def test_packed_documents_have_the_loss_and_gradients_of_separate_ones(family, attention, loss_fn):
     model = build(family)
     model.set_attn_implementation(attention)
     rows = documents([1, 64, 2, 17, 40, 1, 9, 64, 30, 5])
@@ -166,7 +166,7 @@ def test_packed_documents_have_the_loss_and_gradients_of_each_alone(family, atte
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-def test_models_that_keep_documents_apart_pass_and_are_unchanged(family, attention, dtype):
+def test_models_that_keep_documents_apart_pass_the_check_unchanged(family, attention, dtype):
     model = causal(**GPT2) if family == "gpt2" else build(family)
     model.to(dtype).set_attn_implementation(attention)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
@@ -184,7 +184,7 @@ def causal(model_type, **fields):
 
 @pytest.mark.parametrize(
     "fields",
-    [  # Models without support for packing; each comment names what would let packed documents affect each other.
+    [  # Models without support for packing; each comment names what lets packed documents affect each other.
         {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},  # recurrent state
         {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4},  # ALiBi
         {  # learned positions, and a mask that ignores position_ids
@@ -199,7 +199,7 @@ def causal(model_type, **fields):
     ids=lambda fields: fields["model_type"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_models_whose_documents_see_each_other_are_refused(fields, dtype):
+def test_models_in_which_packed_documents_affect_each_other_are_refused(fields, dtype):
     model = causal(vocab_size=384, **fields).to(dtype).train()
     message = f"in {type(model).__name__} .*, packed documents affect each other: train without packing"
     with pytest.raises(UsageError, match=message):
@@ -207,7 +207,7 @@ def test_models_whose_documents_see_each_other_are_refused(fields, dtype):
     assert model.training
 
 
-def test_a_model_that_takes_no_positions_is_refused():
+def test_a_model_that_takes_no_position_ids_is_refused():
     class Positionless(torch.nn.Module):
         """A custom model that takes neither position_ids nor **kwargs."""
 

@@ -100,7 +100,7 @@ def test_a_prediction_is_within_a_tenth_of_the_measured_peak(family, tmp_path, r
 
 
 @pytest.mark.parametrize(("tier", "options"), [("fp32", SAVERS[0]), ("exact", SAVERS[2]), ("lean", SAVERS[4])])
-def test_a_prediction_for_llama_in_each_tier_is_within_a_tenth(tier, options, tmp_path, restored_environment):
+def test_a_llama_prediction_in_each_tier_is_within_a_tenth_of_the_peak(tier, options, tmp_path, restored_environment):
     assert_within_a_tenth(config_for(tmp_path, "llama", tier, **options))
 
 
@@ -119,7 +119,7 @@ def write_peaks(folder, configs):
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # lowmem.distributed.fully_sharded explains the warning
-def test_a_prediction_on_two_processes_is_within_a_tenth(tmp_path, restored_environment):
+def test_a_prediction_on_two_processes_is_within_a_tenth_of_the_peak(tmp_path, restored_environment):
     configs = [
         config_for(tmp_path, "llama", tier, recompute="full", **options)
         for options in STRATEGIES
@@ -136,7 +136,7 @@ def test_a_prediction_on_two_processes_is_within_a_tenth(tmp_path, restored_envi
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-def test_a_prediction_with_two_replicas_of_two_shards_is_within_a_tenth(tmp_path, restored_environment):
+def test_a_prediction_with_two_replicas_of_two_shards_is_within_a_tenth_of_the_peak(tmp_path, restored_environment):
     sharding = {"sharding_strategy": "HYBRID_SHARD", "shard_size": 2}
     configs = [config_for(tmp_path, family, recompute="full", **sharding) for family in ("t5", "llama")]
     assert fork_ranks(4, write_peaks, tmp_path, configs) == [0] * 4
@@ -152,7 +152,7 @@ DEEP = {
 
 
 @pytest.mark.parametrize("family", DEEP)
-def test_deep_stacks_are_extrapolated_from_shallow_ones(family, tmp_path, restored_environment):
+def test_memory_of_deep_models_is_extrapolated_from_shallow_ones(family, tmp_path, restored_environment):
     for depth in DEEP[family]:
         gpu, config = Cluster(1, 1, on_gpu=True), config_for(tmp_path, family, max_seq_len=64, batch_size=2)
         path = write_model(tmp_path, family, **depth)
@@ -163,7 +163,7 @@ def test_deep_stacks_are_extrapolated_from_shallow_ones(family, tmp_path, restor
         assert abs(peaks[0] / peaks[1] - 1) < 0.02, depth
 
 
-def test_predicted_parts_match_what_the_tier_keeps(tmp_path, restored_environment):
+def test_predicted_weights_moments_and_gradients_have_the_bytes_of_the_tier(tmp_path, restored_environment):
     counted = rehearse(config_for(tmp_path, "llama"))
     parts = counted.peaks["update"]
     weights = counted.num_parameters
@@ -183,7 +183,7 @@ def names(rungs):
     return [rung.name for rung in rungs if not rung.refused]
 
 
-def test_the_ladder_keeps_rows_per_step_and_tier_and_what_a_flag_sets(tmp_path):
+def test_the_ladder_keeps_the_tier_the_rows_per_step_and_what_flags_set(tmp_path):
     config = config_for(tmp_path, "llama")
     rungs = list(ladder(config, GPUS, fixed=()))
     assert names(rungs) == [
@@ -307,13 +307,13 @@ def test_host_memory_is_a_limit_too(tmp_path):
         choose(small, GPUS, (), predict, lambda line: None)
 
 
-def test_a_device_smaller_than_its_context_is_refused_before_anything_is_counted(tmp_path):
+def test_device_memory_below_the_cuda_context_is_refused_before_counting(tmp_path):
     config = config_for(tmp_path, "llama", device_memory=20)
     with pytest.raises(UsageError, match=r"CUDA and its libraries alone need .* of device memory, .*=20 \(20 bytes\)"):
         choose(config, GPUS, (), None, None)
 
 
-def test_host_memory_counts_all_processes_and_cpu_offload_moves_the_state(tmp_path):
+def test_host_memory_counts_all_processes_and_what_cpu_offload_moves(tmp_path):
     moments = {"update": {"offloaded": 3, "moments": 40, "activations": 7, "weights": 10}}
     counted = Counted(moments, model_bytes=20, checkpoint_bytes=100, num_parameters=0)
     config = config_for(tmp_path, "llama", sharding_strategy="FULL_SHARD", cpu_offload=True, save_total_limit=2)
@@ -336,7 +336,7 @@ def test_wrong_sizes_are_reported_before_torch_is_loaded():
     assert "--device_memory: size 'much' is not valid" in result.stderr and "--batch_size=0" in result.stderr
 
 
-def test_plan_prints_and_draws_and_writes_nothing_else(tmp_path):
+def test_plan_prints_its_result_and_writes_no_file_except_a_chart(tmp_path):
     model = write_model(tmp_path, "llama")
     flags = [f"--model_config={model}", "--text_column=text", "--max_seq_len=64", "--mixed_precision=bf16"]
     result = train("plan", *flags, cwd=tmp_path)
@@ -348,7 +348,7 @@ def test_plan_prints_and_draws_and_writes_nothing_else(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"llama.json"} | drawn
 
 
-def test_train_takes_what_fits_and_keeps_it_in_its_config(tmp_path):
+def test_train_chooses_settings_that_fit_and_writes_them_to_config_json(tmp_path):
     (tmp_path / "rows.txt").write_text("".join(f"line {i} of a text\n" for i in range(60)))
     flags = [
         f"--model_config={write_model(tmp_path, 'llama')}",

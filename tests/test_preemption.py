@@ -83,7 +83,7 @@ def assert_resumed_to_the_same_end(work, name, uninterrupted):
 
 
 def test_a_signal_between_saves_ends_the_run_after_the_current_step(work, uninterrupted):
-    """An evaluation is due at step 4, but the run saves and ends without it; the resumed run does the evaluation."""
+    """An evaluation is due at step 4, but the run saves and ends without evaluating; the resumed run evaluates."""
     with catching_signals() as signals:
         rows = Rows(ROWS, 3 * 4 + 1, signalling(signals))  # while the rows of step 4 are read
         assert run_here(work, "between", rows, qa_rows(4), signals, save_steps=5) == (4, True)
@@ -113,7 +113,7 @@ sys.addaudithook(saving)
 
 
 @pytest.mark.parametrize(("reading", "step"), [(4 + 1, 2), (4 + 2 * 4 + 1, STEPS)])
-def test_a_signal_while_evaluating_ends_the_run_after_that_step_is_saved(reading, step, work, uninterrupted):
+def test_a_signal_while_evaluating_ends_the_run_after_saving_the_step(reading, step, work, uninterrupted):
     """If the signal comes at the last step, the first run does not save the final model, but the resumed run does."""
     with catching_signals() as signals:
         held_out = Rows(qa_rows(4), reading, signalling(signals))
@@ -217,7 +217,7 @@ def test_a_resume_with_another_tokenizer_is_refused_unless_accepted(work, capfd)
 
 def test_a_run_without_any_update_ends_with_an_error_and_no_model(work):
     (work / "llama.json").write_text(json.dumps(LLAMA))
-    flags = {"model_config": work / "llama.json", "max_seq_len": 1}  # one token is no target
+    flags = {"model_config": work / "llama.json", "max_seq_len": 1}  # a row of one token has no target
     with pytest.raises(UsageError, match="none of the 6 steps updated the weights"):
         run_here(work, "nothing", **flags)
     assert checkpoints(work, "nothing") == [4, 6] and not (work / "nothing" / "model").exists()

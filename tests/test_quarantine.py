@@ -40,7 +40,7 @@ def drawn(stream, steps):
         stream.advance()
 
 
-def test_bad_rows_are_left_out_and_their_positions_consumed(tmp_path):
+def test_bad_rows_are_left_out_but_advance_the_position(tmp_path):
     path = write(tmp_path / "rows.jsonl")
     good = drawn(open_stream(write(tmp_path / "good.jsonl", bad=()), ENCODE, batch_size=8, seed=2), 10)
     quarantine = Quarantine(100)
@@ -89,7 +89,7 @@ def test_a_placeholder_for_a_bad_row_needs_labels(tmp_path):
     stream = open_stream(
         path, lambda row: {"chosen": [1]}, batch_size=4, shuffle=False, quarantine=Quarantine(9), collate=None
     )
-    with pytest.raises(RowError, match="needs `labels` to ignore, this one has chosen"):
+    with pytest.raises(RowError, match="needs `labels`, the encoder returned chosen"):
         len(next(stream))
 
 
@@ -158,7 +158,7 @@ def test_evaluation_leaves_bad_rows_out_too_and_counts_each_once(tmp_path):
 
 
 def fail_on_rank_1(path: str) -> None:
-    """Only rank 1 has a bad row, but every rank raises an error that names it: in training, evaluation, generation."""
+    """Only rank 1 has a bad row, but training, evaluation and generation raise an error that names it on all ranks."""
     accelerator = init_distributed()
     rank = accelerator.process_index
     model = build("t5")

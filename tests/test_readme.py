@@ -29,7 +29,7 @@ def commands(text):
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("wrapping", ["", "model = accelerator.prepare(model)\n"])
-def test_the_loop_in_your_own_code_runs_saves_and_resumes(processes, wrapping, tmp_path):
+def test_the_python_loop_of_the_readme_trains_saves_and_resumes(processes, wrapping, tmp_path):
     (loop,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert 20 <= len([line for line in loop.splitlines() if line.strip()]) <= 27
     (making,) = re.findall(r"optimizer = make_optimizer.*\n", loop)

@@ -51,9 +51,9 @@ def state_of(family, accelerator, *, memory="off", sharding_strategy="NO_SHARD",
 
 
 class RunsOut:
-    """A loss function whose backward runs out of memory, by default in micro-batch 3 (if it has 4 rows) of step 7.
+    """A loss function whose backward runs out of memory, by default in step 7 in the third micro-batch of 4 rows.
 
-    `left` is the number of hooks in the failed attempt's autograd graphs that are alive when the next attempt begins.
+    `left` is how many hooks of the failed attempt's autograd graphs are still alive when the next attempt begins.
     """
 
     def __init__(self, model, *, step=FULL_AT, micro_batch=3, rows=4, is_here=True):
@@ -77,7 +77,7 @@ class RunsOut:
         return sum(graph() is not None for graph in self._graphs)
 
     def _hook_output(self, module, inputs, output):
-        hook = Hook(self._is_full)  # only the graph refers to the hook, so the hook is freed with it
+        hook = Hook(self._is_full)  # only the graph refers to the hook, so both are freed together
         self._graphs.append(weakref.ref(hook))
         output.register_hook(hook)
 
@@ -141,7 +141,7 @@ def run_out_on_rank_1(family, memory, folder):
     accelerator.end_training()
 
 
-def test_a_step_that_fills_host_memory_gets_smaller_micro_batches_and_a_killed_run_resumes_after_it(tmp_path):
+def test_a_run_that_filled_host_memory_uses_smaller_micro_batches_and_can_be_killed_and_resumed(tmp_path):
     rows = qa_rows(40)
     for row_id in rows_at(4 * (FULL_AT - 1), 4 * FULL_AT, Groups.of([40]), seed=0):
         rows[row_id]["response"] = "long " * 100
@@ -202,7 +202,7 @@ def at_save(step, action):
     sys.addaudithook(hook)
 
 
-def test_running_out_of_memory_with_one_row_ends_all_ranks_and_reports_what_fills_it():
+def test_running_out_of_memory_with_one_row_ends_all_ranks_and_reports_what_fills_memory():
     assert fork_ranks(2, run_out_with_one_row) == [0, 0]
 
 
@@ -232,7 +232,7 @@ def run_out_with_one_row():
     accelerator.end_training()
 
 
-def test_a_sharded_model_that_runs_out_of_memory_ends_both_ranks_and_reports_what_fills_it():
+def test_a_sharded_model_that_runs_out_of_memory_ends_both_ranks_and_reports_what_fills_memory():
     with started_ranks(2, run_out_sharded) as ranks:
         outputs = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1]

@@ -1,4 +1,4 @@
-"""A run that is signalled or killed continues exactly when a launcher or process manager restarts it."""
+"""When a launcher or process manager restarts a signalled or killed run, the run continues exactly."""
 
 import os
 import signal
@@ -110,7 +110,7 @@ def is_importing_torch(process):
     return any("torch" in library.path for library in psutil.Process(process.pid).memory_maps())
 
 
-def test_a_signal_while_starting_ends_the_run_at_once(work):
+def test_a_signal_while_starting_ends_the_run_immediately(work):
     with started(sys.executable, PROGRAM, "train", *flags(work, "starting", num_processes=1)) as process:
         wait_until(partial(is_importing_torch, process), process)  # by then the run has locked its folder
         os.kill(process.pid, signal.SIGINT)
@@ -133,7 +133,7 @@ def test_a_launchers_sigterm_while_starting_is_not_a_preemption(work):
 
 @pytest.mark.parametrize("to_all", [True, False])
 def test_a_signal_while_processes_start_is_recorded_as_a_preemption(to_all, work):
-    """Send SIGTERM to `train`, whose ranks take it for the end of a failed launch, or send SIGUSR1 to rank 1 only."""
+    """Send SIGTERM to `train`, or SIGUSR1 to rank 1 only. Ranks take SIGTERM for the end of a failed launch."""
     name = f"starting together {to_all}"
     with started(sys.executable, PROGRAM, "train", *flags(work, name, num_processes=2)) as process:
         wait_until((work / name / ".lock").exists, process)

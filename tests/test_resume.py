@@ -77,7 +77,7 @@ def test_two_processes_continue_a_run_of_one_process(work, uninterrupted):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_losses_continue_as_if_never_interrupted(work, processes, tmp_path):
-    """Here a resume changes no loss, because the learning rate is constant, and dropout is off."""
+    """Losses depend on neither max_steps nor processes, because the learning rate is constant and dropout is off."""
     (tmp_path / "t5.json").write_text(json.dumps(T5 | {"dropout_rate": 0.0}))
     common = {"model_config": tmp_path / "t5.json", "lr_scheduler_type": "constant", "output_dir": tmp_path / "out"}
     whole = common | {"output_dir": tmp_path / "whole"}

@@ -163,7 +163,7 @@ def test_a_lasting_disk_error_is_reported_with_the_file_after_the_last_retry(tmp
             rows[0]
 
 
-def test_damage_is_a_bad_row_and_not_a_read_error(tmp_path):
+def test_a_damaged_row_is_a_bad_row_and_not_a_read_error(tmp_path):
     path = tmp_path / "rows.parquet"
     parquet.write_table(
         pa.Table.from_pylist(ROWS), path, write_page_checksum=True, use_dictionary=False, compression="none"
@@ -255,7 +255,7 @@ def test_a_dataset_that_can_only_be_streamed_is_refused_with_advice():
     assert as_rows(ROWS) is ROWS
 
 
-def test_a_replaced_file_is_reported_at_once_and_not_as_a_bad_row(tmp_path):
+def test_a_replaced_file_is_reported_immediately_and_not_as_a_bad_row(tmp_path):
     path = write(tmp_path / "rows.parquet")
     rows = open_rows(path)
     write(path, ROWS[1:])

@@ -109,7 +109,7 @@ def test_an_exit_that_a_restart_cannot_change_is_final(cause, is_final, tmp_path
     assert (final_exit(tmp_path) is not None) == is_final
 
 
-def test_an_exit_of_another_launch_is_not_ours(tmp_path):
+def test_an_exit_of_another_launch_is_ignored(tmp_path):
     write_exit(tmp_path, "preempted", step=3, rank=0)
     rewrite(tmp_path, launch={"since": "2020-01-01T00:00:00+00:00"}, time="2020-01-01T00:00:01+00:00")
     assert final_exit(tmp_path) is None  # as if written under an earlier launcher with our launcher's process id

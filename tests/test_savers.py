@@ -1,4 +1,4 @@
-"""Except `compiled`, savers change no loss and no gradient, need fewer bytes, rename no parameter and leave no hook."""
+"""Savers (except `compiled`) change no loss or gradient, need fewer bytes, rename no parameter and leave no hook."""
 
 import shutil
 from itertools import combinations
@@ -26,7 +26,7 @@ DEEP = {"t5": {"num_layers": 6}, "llama": {"num_hidden_layers": 6}}
 # layers (T5: 6 + 6), and weights are not counted. The first three savers run on 8 rows, where the peak is 20 to 26
 # times the weights' bytes, mostly activations. `release` runs on one short row, where gradients dominate the peak.
 ALONE = {recompute: 0.25, recompute_cheap: 0.60, offload_activations: 0.15, release: 0.80}
-PAIRS = [pair for pair in combinations(ALONE, 2) if pair != (recompute, recompute_cheap)]  # not allowed together
+PAIRS = [pair for pair in combinations(ALONE, 2) if pair != (recompute, recompute_cheap)]  # these exclude each other
 SAVERS = [*((saver,) for saver in ALONE), *PAIRS]
 
 
@@ -70,8 +70,8 @@ def test_savers_and_pairs_of_savers_need_fewer_bytes(family):
             assert alone[saver] <= ALONE[saver] * plain, (saver.__name__, alone[saver] / plain)
         for pair in PAIRS:
             together = step_of(family, pair, rows, **DEEP[family])[-1]
-            # A recompute saver with offloading may need more bytes than offloading alone. Then only the layers' inputs
-            # are offloaded; what a layer recomputes stays, because the layer's own backward uses it at once.
+            # A recompute saver with offloading may need more bytes than offloading alone, because together they offload
+            # only the layers' inputs. What a layer recomputes is not offloaded: its backward follows immediately.
             better = [saver for saver in pair if saver is not offload_activations or release in pair]
             assert together <= min(alone[saver] for saver in better), names_of(pair)
 
@@ -171,7 +171,7 @@ def test_release_holds_one_gradient_at_a_time():
     assert set(held) == {1} and len(held) == len(list(model.parameters()))
 
 
-def test_before_computing_anything_release_refuses_options_that_need_all_gradients_at_once():
+def test_before_computing_anything_release_refuses_options_that_need_all_gradients_together():
     model, batch = build("t5"), batch_of("t5")
     optimizer = make_optimizer(model)
     state, accelerator = TrainState(model, optimizer), Accelerator(cpu=True)
@@ -237,7 +237,7 @@ def test_release_also_updates_parameters_that_the_loss_does_not_use():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("family", ["t5", "llama"])
-def test_compiled_and_recomputed_layers_have_the_same_losses(family):
+def test_compiled_recomputed_layers_have_the_losses_of_plain_ones(family):
     """Also check that torch keeps using compiled layers when batches differ in length and padding."""
     losses = []
     for savers in ([], [recompute, compiled]):

@@ -97,7 +97,7 @@ def test_a_checkpoint_saved_on_three_ranks_loads_on_one_two_and_four(saved, worl
     before, after = tensors_of(saved / "saved"), tensors_of(saved / name)
     assert before.keys() == after.keys() and len(before) == 4 * 47  # for each parameter: weight, two moments, step
     assert all(torch.equal(before[name], after[name]) for name in before)
-    # most bytes are optimizer state; as a file has at most one rank's share of all bytes, several ranks fill several
+    # a file has at most one rank's share of all bytes, and most bytes are optimizer state, so it fills many files
     assert len([*(saved / name).rglob("optimizer*.safetensors")]) >= 0.75 * world_size
     results, expected = (json.loads((path / "results.json").read_text()) for path in (saved / name, saved))
     for (loss, norm, rows), (loss_then, norm_then, rows_then) in zip(results, expected, strict=True):

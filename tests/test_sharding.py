@@ -260,7 +260,7 @@ def fill(family, folder):
     fresh = load_model(**config)[0]
     torch.manual_seed(0)
     for model, source in (
-        (load_model(folder, on_meta=True)[0], expected),  # weights on meta on all ranks are read from the files
+        (load_model(folder, on_meta=True)[0], expected),  # all ranks have weights on meta and read the files
         (load_model(**config, on_meta=rank > 0)[0], fresh),  # only rank 0 has weights, and the other ranks receive them
         (load_model(**config)[0], None),  # all ranks have weights; rank 0's are used
     ):
@@ -329,8 +329,7 @@ def answer(family, folder):
         rows = open_eval(  # rank 1's last batch is empty
             qa_rows(5), encoder(family), batch_size=2, rank=accelerator.process_index, world_size=2
         )
-        # generate before training, because generating calls T5's encoder alone, and this must work even if no forward
-        # of the whole model came before it
+        # generating calls T5's encoder alone, which must work even before the first forward of the whole model
         generate(model, ByT5Tokenizer(), rows, accelerator, max_new_tokens=2)
         train(accelerator, model, family, steps=2)
         metrics = evaluate(model, rows, chunked_loss, accelerator)

@@ -1,4 +1,4 @@
-"""Signals are noted even while the main thread is stuck; a second signal ends the process, unless it is an echo."""
+"""Signals are noted even while the main thread is stuck; a second one ends the process, unless it echoes the first."""
 
 import multiprocessing
 import os

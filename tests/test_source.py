@@ -91,7 +91,7 @@ def test_values_that_name_no_file_are_refused(folder, files, message):
         expand(files)
 
 
-def test_urls_name_files_and_their_globs_are_sorted():
+def test_urls_name_files_and_matches_of_url_globs_are_sorted():
     for name in ("b.txt", "a.txt", "a.txt?mark=[x]", "c,d.txt"):
         with fsspec.open(f"memory://globs/{name}", "wb") as file:
             file.write(b"far away")

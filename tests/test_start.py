@@ -1,4 +1,4 @@
-"""Several processes start as one run, or each reports, within a time limit, why they cannot do so."""
+"""Several processes start as one run, or each reports within a time limit why they cannot do so."""
 
 import json
 import os
@@ -160,7 +160,7 @@ def work(tmp_path_factory):
 
 
 def start(folder, work, **changes):
-    """Start two ranks; `common` changes flags of both, the rest those of rank 1 only; return exit codes and errors."""
+    """Start two ranks; return exit codes and errors. `common` changes flags of both, `changes` only those of rank 1."""
     common = settings(work, "out", max_steps=1, global_batch_size=4, output_dir=folder / "out") | changes.pop(
         "common", {}
     )

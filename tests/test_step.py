@@ -1,4 +1,4 @@
-"""Without dropout, no number of micro-batches or ranks changes a step's result. Also tested: steps that fail."""
+"""Without dropout, a step's result depends on neither micro-batches nor ranks. Also tested: steps that fail."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def test_unequal_micro_batches_have_the_gradient_of_one_batch(family, batch_size
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_a_step_has_the_gradient_of_the_mean_token_loss(family):
-    """Compare with the gradient of transformers' own loss on all rows at once."""
+    """Compare with the gradient of transformers' own loss on one batch of all rows."""
     (whole,) = next(stream_of(family, batch_size=8))
     model = build(family)
     model(**whole.inputs, use_cache=False).loss.backward()
@@ -92,7 +92,7 @@ def test_two_processes_with_unequal_target_counts_have_the_gradient_of_one(famil
 
 def step_on_a_rank(family, wrapping, folder):
     accelerator = init_distributed()
-    # ranks start with different weights, because wrapping must replace them with rank 0's
+    # ranks start with different weights, to check that wrapping replaces them with rank 0's
     model = build(family, seed=0 if accelerator.is_main_process else 1)
     model = parallelize(model, accelerator) if wrapping == "parallelize" else accelerator.prepare(model)
     rank = accelerator.process_index
@@ -338,5 +338,5 @@ def open_a_stream_without_coordinates(folder):
     accelerator.end_training()
 
 
-def test_a_stream_on_several_processes_needs_its_coordinates(tmp_path):
+def test_a_stream_on_several_processes_needs_rank_and_world_size(tmp_path):
     assert fork_ranks(2, open_a_stream_without_coordinates, tmp_path) == [0, 0]

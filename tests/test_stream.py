@@ -216,7 +216,7 @@ def test_resumed_stream_continues_exactly():
         assert draw(second, 20 - stop) == expected[stop:]
 
 
-def test_a_resume_near_the_end_of_3000_rows_crosses_the_epoch_exactly():
+def test_a_run_resumed_near_the_end_of_an_epoch_of_3000_rows_continues_exactly():
     rows = qa_rows(3000)
     stream = open_stream(rows, ENCODE, batch_size=20, seed=4)
     stream.load_state_dict(stream.state_dict() | {"position": 2900})
@@ -329,7 +329,7 @@ def test_a_row_that_cannot_be_encoded_is_reported_with_its_index():
 
 
 @pytest.mark.parametrize("prefetch", [1, 3])
-def test_one_background_thread_encodes_rows_prefetch_steps_ahead(prefetch):
+def test_one_background_thread_encodes_the_set_number_of_steps_ahead(prefetch):
     threads, encoded = set(), []
 
     def encode(row):

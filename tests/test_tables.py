@@ -73,7 +73,7 @@ def flip(path, offset, bit=1):
     path.write_bytes(data)
 
 
-# COPIED makes every row group and record batch too large, so files are copied. PIECES copies them in small pieces.
+# With COPIED, every row group and record batch is too large, so files are copied; with PIECES, in small pieces.
 COPIED = TableLimits(row_group_bytes=0, batch_bytes=0)
 PIECES = replace(COPIED, piece_rows=40)
 
@@ -92,7 +92,7 @@ def test_a_parquet_file_gives_the_rows_that_were_written(tmp_path, size, wanted,
 @pytest.mark.parametrize("text", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
 @pytest.mark.parametrize("wanted", [WANTED, CHATS])
 @pytest.mark.parametrize("limits", [TableLimits(), PIECES], ids=["as it is", "copied"])
-def test_large_viewed_and_dictionary_texts_are_read(tmp_path, text, wanted, limits):
+def test_texts_of_type_large_string_string_view_and_dictionary_are_read(tmp_path, text, wanted, limits):
     rows = table(text=text)
     source = write_arrow(tmp_path / "rows.arrow", rows, max_rows=1000)
     assert all_rows(ArrowFile(source, wanted, limits=limits)) == only(wanted)
@@ -437,7 +437,7 @@ def test_reading_needs_little_memory_for_one_large_or_many_small_groups(tmp_path
         done = run(sys.executable, "-c", textwrap.dedent(code), tmp_path / name, held)
         assert done.returncode == 0, done.stderr
         mebibytes = float(done.stdout.split()[-1])
-        assert mebibytes < 52, f"{name}: {mebibytes:.0f} MiB above import"
+        assert mebibytes < 52, f"{name}: {mebibytes:.0f} MiB more than after imports"
 
 
 @pytest.mark.parametrize(
@@ -542,7 +542,7 @@ def test_a_duplicate_column_is_refused(tmp_path, suffix, wanted):
         (ParquetFile if suffix == "parquet" else ArrowFile)(Source(str(path)), wanted)
 
 
-def test_list_views_are_refused_if_they_would_be_copied(tmp_path):
+def test_list_views_are_refused_in_a_file_that_needs_a_copy(tmp_path):
     rows = pa.table({"x": pa.array([["a"], ["b"]], pa.list_view(pa.string()))})
     source = write_arrow(tmp_path / "rows.arrow", rows)
     assert all_rows(ArrowFile(source, None)) == [{"x": ["a"]}, {"x": ["b"]}]

@@ -45,7 +45,7 @@ FAMILIES = {
 def of_family(family, **changes):
     model = build("llama", **FAMILIES[family] | changes)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # biases of 0, the default, would hide that a bias is added twice
+        if name.endswith("bias"):  # biases of 0, the default, would hide a bias that is added twice
             torch.nn.init.normal_(parameter, std=0.1)
     return model
 
@@ -284,7 +284,7 @@ LARGE = {"hidden_size": 16, "num_attention_heads": 32, "num_key_value_heads": 4,
 
 
 def train_in_two_dimensions(folder):
-    """Compare training on two data ranks of two tensor-parallel ranks each with training on four data ranks."""
+    """Train on two data ranks of two tensor-parallel ranks each, and on four data ranks; compare the results."""
     accelerator = init_distributed()
     for memory in ("off", "exact", "lean"):
         curves = []
@@ -342,7 +342,7 @@ def train_in_two_dimensions(folder):
     accelerator.end_training()
 
 
-def test_tensor_and_data_parallelism_train_the_same_run_as_data_parallelism(tmp_path):
+def test_tensor_and_data_parallelism_train_the_same_run_as_data_parallelism_alone(tmp_path):
     assert fork_ranks(4, train_in_two_dimensions, tmp_path) == [0] * 4
 
 

@@ -86,7 +86,7 @@ def test_exact_adafactor_has_the_weights_of_torchs_adafactor(slice_elements):
 
 
 @pytest.mark.parametrize(("name", "memory"), [("adamw", "lean"), ("adamw_bf16", "exact"), ("adamw_bf16", "lean")])
-def test_rounded_state_stays_near_adamw_and_small_parameters_have_its_bits(name, memory):
+def test_rounded_state_keeps_large_parameters_near_adamw_and_small_ones_equal(name, memory):
     mine, reference = Matrices(), Matrices()
     start = [parameter.detach().clone() for parameter in mine.parameters()]
     optimizer, theirs = make_optimizer(mine, name=name, memory=memory), make_optimizer(reference, memory="off")
@@ -106,7 +106,7 @@ def test_rounded_state_stays_near_adamw_and_small_parameters_have_its_bits(name,
             assert torch.equal(moved, wanted)
 
 
-def test_a_small_learning_rate_moves_lean_weights_that_bf16_alone_would_not():
+def test_a_small_learning_rate_moves_lean_weights_but_not_plain_bf16_weights():
     model, frozen = build("llama"), build("llama").bfloat16()
     weight, stuck = model.lm_head.weight, frozen.lm_head.weight
     optimizer = make_optimizer(model, memory="lean")
@@ -290,7 +290,7 @@ def test_rounding_depends_on_the_optimizers_seed_but_not_on_torchs():
     assert not torch.equal(weight(0, 1), weight(1, 1))
 
 
-def test_each_parameter_update_and_seed_has_its_own_random_bits():
+def test_random_bits_differ_between_parameters_updates_and_seeds():
     model = build("llama")
     optimizer = make_optimizer(model, memory="lean")
     first, second, *_ = model.parameters()
@@ -345,7 +345,7 @@ def step_with_an_idle_parameter(memory, folder):
     accelerator.end_training()
 
 
-def test_narrow_tensors_are_summed_over_ranks_in_fp32(tmp_path):
+def test_bf16_tensors_are_summed_over_ranks_in_fp32(tmp_path):
     assert fork_ranks(3, sum_of_a_rank, tmp_path) == [0, 0, 0]
     for rank in range(3):
         total = load_file(tmp_path / f"{rank}.safetensors")
@@ -361,7 +361,7 @@ def sum_of_a_rank(folder):
     accelerator.end_training()
 
 
-def test_an_optimizer_whose_tier_accelerate_hides_is_refused():
+def test_an_optimizer_wrapped_by_accelerate_is_refused():
     model = build("t5")
     optimizer, batches = make_optimizer(model), batches_of("t5", 1)
     accelerator = Accelerator(cpu=True)

@@ -14,7 +14,7 @@ class SameObjective(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # The objective is the sum of a step's token losses / the number of its targets. Llama computes this: it divides
         # the sum by `num_items_in_batch`. T5 ignores that argument and returns the micro-batch's mean. Trainer adds up
-        # these means, so loss and gradient would be `gradient_accumulation_steps` times too large. Weighting each mean
+        # these means, so its loss and gradient are `gradient_accumulation_steps` times too large. Weighting each mean
         # by the micro-batch's share of the step's targets corrects this without changing the model's loss or memory.
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if not self.accelerator.unwrap_model(model).config.is_encoder_decoder:

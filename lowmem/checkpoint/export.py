@@ -24,7 +24,7 @@ _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5",
 
 
 class _Source(NamedTuple):
-    """A tensor to export. `parts` reads rows of `stored`, merges any `low` (low half of fp32) and converts."""
+    """A tensor to export. `parts` reads rows of `stored`, adds `low` (low halves of fp32) if set, and converts."""
 
     stored: StoredTensor
     low: StoredTensor | None
@@ -98,7 +98,7 @@ def _source(stored: StoredTensor, low: StoredTensor | None, dtype: torch.dtype |
     if saved_as is None:
         raise UsageError(f"tensor {stored.name} is {stored.dtype}, which is not supported: use a model without it")
     to = dtype if dtype is not None and saved_as.is_floating_point else saved_as
-    return _Source(stored, None if to == torch.bfloat16 else low, to)  # with `low`, `stored` is the master in bf16
+    return _Source(stored, None if to == torch.bfloat16 else low, to)  # with `low`, `stored` holds the bf16 weights
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -129,7 +129,7 @@ def _open_model(folder: Path, files: list[str] | None) -> Mapping[str, StoredTen
 
 
 def _copy_others(folder: Path, files: list[str] | None, target: Path) -> None:
-    """Copy `files` of `folder` (None: at its top, and chat templates) to `target`, except weights and hidden ones."""
+    """Copy `files` of `folder` (None: top level and chat templates) to `target`, except weights and hidden files."""
     in_folder = chain(folder.iterdir(), folder.glob("additional_chat_templates/*"))
     for path in in_folder if files is None else [folder / name for name in files]:
         is_weights = path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json")

@@ -42,7 +42,7 @@ def check_sizes(path: Path, records: Mapping[str, FileRecord]) -> None:
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != record["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise UsageError(f"{path / name} {found}, {record['bytes']} were saved: use another checkpoint")
+            raise UsageError(f"{path / name} {found}, but {record['bytes']} bytes were saved: use another checkpoint")
 
 
 def check_hashes(path: Path, records: Mapping[str, FileRecord]) -> None:
@@ -70,7 +70,7 @@ def read_manifest(path: str | Path) -> dict:
     if seal != _hash_of(manifest):
         raise UsageError(f"{path / 'manifest.json'} changed since it was saved: use another checkpoint")
     if manifest["format"] > _FORMAT:
-        raise UsageError(f"{path} has format {manifest['format']}, this lowmem reads up to {_FORMAT}: upgrade lowmem")
+        raise UsageError(f"{path} has format {manifest['format']}, but lowmem reads up to {_FORMAT}: upgrade lowmem")
     return manifest
 
 

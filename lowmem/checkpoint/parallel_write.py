@@ -1,4 +1,4 @@
-"""Write a folder from all ranks at once, each a share of the files. The folder ends up complete or absent."""
+"""Write a folder from all ranks in parallel: each writes some of the files. It ends up complete or unchanged."""
 
 import errno
 import os
@@ -88,7 +88,7 @@ def _write_share(shares: list[list[Shard]], unfinished: Path, rank: int) -> dict
 
 
 def _whole_parts(queues: Sequence[Sequence[Tensor | Zero3Weight]], rank: int) -> Iterator[memoryview]:
-    """Gather the tensors in `queues[rank]` whole from all ranks, and yield their bytes in parts, like `host_parts`.
+    """Gather the whole tensors of `queues[rank]` from all ranks, and yield their bytes in parts, like `host_parts`.
 
     All ranks pass the same `queues` and must exhaust the iterator, because it also sends this rank's pieces to others.
     """

@@ -48,7 +48,7 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: C
 
 
 def check_same_tokenizer(checkpoint: Path, tokenizer_hash: str, *, accept: bool) -> list[str]:
-    """Raise UsageError if `checkpoint` was saved with another tokenizer, or return a message if `accept` is set."""
+    """If `checkpoint` was saved with another tokenizer, return a message if `accept` is set, else raise UsageError."""
     saved = saved_settings(checkpoint)[0].get("tokenizer")  # None in checkpoints of early versions
     if saved in (None, tokenizer_hash):
         return []

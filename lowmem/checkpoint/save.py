@@ -7,7 +7,7 @@ step-00000500/
                     names; a hash of the tokenizer
   manifest.json     size and xxh3_128 of every other file; written last
 
-All ranks write tensor files at once; rank 0 then writes the others. A sharded tensor is saved whole, by one rank.
+Ranks write tensor files in parallel; rank 0 then writes the other files. One rank saves a sharded tensor whole.
 """
 
 import copy
@@ -54,9 +54,9 @@ def save_checkpoint(
 ) -> Path | None:
     """Write `folder`/step-XXXXXXXX, remove the oldest checkpoints beyond `keep` (None: keep all), return the new one.
 
-    The checkpoint of `state.best` is always kept. Call it on every rank: each writes a share, with at most one whole
-    tensor in host memory. `config` is saved as model/lowmem.json, and `tokenizer_hash`, which a resume compares, in
-    state.json. If the disk is full or fails, older checkpoints stay intact, the new one is removed, and every rank
+    The checkpoint of `state.best` is always kept. Call this on every rank: each writes a share, with at most one whole
+    tensor in host memory. `config` is saved as model/lowmem.json. `tokenizer_hash` is saved in state.json, and a resume
+    compares it. If the disk is full or fails, older checkpoints stay intact, the new one is removed, and every rank
     raises SaveError, or passes it to `on_error` and returns None.
     """
     path = Path(folder) / f"step-{state.step:08d}"
@@ -93,7 +93,7 @@ def save_checkpoint(
 
 
 def prune_checkpoints(state: TrainState, folder: str | Path, *, keep: int) -> None:
-    """Keep `keep` checkpoints: this step's, the best, and the newest before this step. Call it on every rank.
+    """Keep this step's checkpoint, the best and, up to `keep` in total, the newest earlier ones. Call it on every rank.
 
     Checkpoints of later steps are never removed.
     """
@@ -116,7 +116,7 @@ def save_model(
 
 
 def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int | None) -> None:
-    """Check that the disk has room for `saves` checkpoints (up to `keep` + 1 at once) and a model. Call on every rank.
+    """Check on every rank that the disk has room for a model and `saves` checkpoints (at most `keep` + 1 at a time).
 
     Raises UsageError if there is too little room, or if the dtype or sharding of a tensor cannot be saved.
     """

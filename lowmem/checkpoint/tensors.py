@@ -10,7 +10,7 @@ from lowmem.storage.tensor_files import bytes_of
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor | Zero3Weight]:
-    """Return parameters and persistent buffers by (first, if tied) name. Wraps ZeRO-3 weights in Zero3Weight."""
+    """Return parameters and persistent buffers by name (if tied: the first). Wraps ZeRO-3 weights in Zero3Weight."""
     seen: set[int] = set()
     tensors = unwrapped(model).state_dict(keep_vars=True).items()
     once = {name: x for name, x in tensors if id(x) not in seen and not seen.add(id(x))}

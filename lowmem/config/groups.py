@@ -70,7 +70,7 @@ class Groups:
 
     @property
     def savers(self) -> list[str]:
-        """Names of the memory savers to enter, in this order."""
+        """Names of the memory savers, in the order in which to enter them."""
         wanted = {
             "recompute": self.recompute == "full",
             "recompute_cheap": self.recompute == "cheap",

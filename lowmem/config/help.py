@@ -19,7 +19,7 @@ usage: train_low_mem.py train|plan|evaluate|test|verify|export|plot [--flag=valu
       float32 (the fp32 master weights if memory=exact), float16, bfloat16, None (as saved); --max_shard_size=5GB
   plot OUT [OUT2 ...]                        draws curves of runs: OUT/plot.png, or text without matplotlib
 
-presets, which flags override; then all flags with default, choices (default first) or type (more in docs/flags.md):"""
+presets (flags override them), then all flags with their default, choices (default first) or type; see docs/flags.md:"""
 
 
 def help_text(*, full: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""Make a TrainConfig from flags, presets and a config file, with all problems in one error. Imports no torch."""
+"""Make a TrainConfig from flags, presets and a config file, or list all problems in one error. Imports no torch."""
 
 import difflib
 import types
@@ -24,7 +24,7 @@ _OTHER_NAMES |= {"per_device_train_batch_size": "batch_size", "resume_from_check
 def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None = None) -> TrainConfig:
     """Merge defaults, a preset, `given`, a `config` file and flags into a TrainConfig; later ones win.
 
-    `flags` maps names of fields and presets, `config` (a YAML or JSON file) and `is_keep_training` to values or text;
+    The keys of `flags` are fields, presets, `config` (a YAML or JSON file) and `is_keep_training`; values may be text.
     `given` has fields from a launcher or a model's folder. Raises one UsageError that lists all problems.
     """
     problems: list[str] = []
@@ -106,7 +106,7 @@ def _read(values: Mapping[str, object], problems: list[str]) -> tuple[dict[str, 
 
 
 def _coerce(name: str, kind: object, value: object, problems: list[str]) -> object:
-    """Convert `value` to `kind`, or add a problem. A command line gives only text, YAML and Python also other types."""
+    """Convert `value` to `kind`, or add a problem. Command lines contain only text, but YAML and Python have types."""
     if isinstance(kind, types.UnionType):
         if value is None or str(value).lower() in ("none", "null"):
             return None

@@ -10,7 +10,7 @@ MODEL_SHAPES: dict[str, dict[str, object]] = {
     "t5-base": _T5 | {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "num_heads": 12, "d_ff": 3072, "num_layers": 12},
 }
 
-# The flags that each preset sets. A run without a preset or a model uses `tiny`.
+# The flags that each preset sets. A run with neither a preset nor a model uses `tiny`.
 PRESETS: dict[str, dict[str, object]] = {
     "tiny": {"model_config": "t5-tiny", "batch_size": 32, "epochs": 4, "learning_rate": 2e-3, "warmup_steps": 50}
     | {"logging_steps": 50, "eval_steps": 500, "save_steps": 500, "eval_on_start": True},

@@ -21,7 +21,7 @@ _ELEMENTWISE = "adamw adam nadam radam adamax adadelta rmsprop sgd".split()
 _SHARDED = ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"]
 _TIERS = ["exact", "lean"]
 
-# Each row: a flag, some of its values (None: all but the default), another flag, what its value must then be, and why
+# Each row: flag A, some of its values (None: all but the default), flag B, the values of B that these allow, and why
 NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("memory", _TIERS, "mixed_precision", ["bf16"], "keeps weights in bf16"),
     ("memory", _TIERS, "optimizer", TIERED_OPTIMIZERS, "does not support --optimizer={optimizer}"),
@@ -77,7 +77,7 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
     if causal and config.model_config in MODEL_SHAPES:
         found = f"{', '.join(causal)} need{'' if causal[1:] else 's'} a causal model"
         advice = "set --model_name_or_path, or set --model_config to a config file"
-        problems.append(f"{found}, --model_config={config.model_config} is a T5: {advice}")
+        problems.append(f"{found}, but --model_config={config.model_config} is a T5: {advice}")
     if "is_finetune" in presets and not config.model_name_or_path:
         problems.append("--is_finetune freezes pretrained parts: set --model_name_or_path too")
     if config.on_bad_row == "error" and config.max_bad_rows != FIELDS["max_bad_rows"].default:

@@ -6,7 +6,7 @@ from lowmem.errors import UsageError
 
 
 def parse_bytes(size: int | str) -> int:
-    """Convert a number, or text such as "500MB" (10**6), "5GB" (10**9) or "2GiB" (2**30), to a number of bytes."""
+    """Convert `size` to bytes. It is a number, or text such as "500MB" (500 * 10**6), "5GB" or "2GiB" (2 * 2**30)."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", str(size).upper())
     if not match:
         raise UsageError(f"size {size!r} is not valid: use a number of bytes, or a size such as 500MB, 5GB or 2GiB")

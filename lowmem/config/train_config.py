@@ -31,7 +31,7 @@ def setting(
 ) -> Any:
     """Make a field with rules.
 
-    `instead_of` lists the fields that this field replaces. `fallback` is this field's value if none of them is set.
+    `instead_of` lists the fields that this field replaces. `fallback` is this field's value if no alternative is set.
     A resumed run must keep `fixed` fields; `per_rank` fields may differ by rank; `evaluate` takes `in_evaluate` fields.
     """
     return dataclasses.field(default=default, metadata=locals())
@@ -68,11 +68,11 @@ class TrainConfig(Groups):
     text_column: str | None = setting(instead_of=_PROMPTS, **_FIXED_IN_EVALUATE)
     """Instead of prompt and response: a column of plain text. Every token but the first is a target (causal models)."""
     messages_column: str | None = setting(instead_of=[*_PROMPTS, "text_column"], **_FIXED_IN_EVALUATE)
-    """Instead: a column of chats, lists of {"role", "content"}. Assistant messages are targets (causal models)."""
+    """Instead of prompt or text: chats, lists of {"role", "content"}. Assistant turns are targets (causal models)."""
     template_time: str | None = setting(on_resume="fixed", in_evaluate=True)
     """The time that chat templates print, such as 2026-01-31T12:00:00. Default: when the run started."""
     max_seq_len: int = setting(512, at_least=1, on_resume="fixed", in_evaluate=True)
-    """Maximum sequence length in tokens; longer rows are cut and counted. T5-like models: prompt and response each."""
+    """Maximum tokens per sequence; longer rows are cut and counted. T5-like models: per prompt and per response."""
     packing: bool = False
     """Put several rows in a sequence of at most max_seq_len tokens (causal models). The gradient stays the same."""
     on_bad_row: str = setting("error", choices=["error", "skip"])
@@ -80,7 +80,7 @@ class TrainConfig(Groups):
     max_bad_rows: int = setting(1000, at_least=0)
     """With on_bad_row=skip: end the run when a process has skipped more rows than this."""
     prefetch_steps: int = setting(2, at_least=0)
-    """Optimizer steps that a thread encodes ahead of training. 0: each step encodes its own rows."""
+    """Optimizer steps whose rows a thread encodes in advance. 0: each step encodes its own rows."""
     accept_changed_data: bool = False
     """Resume although training rows changed. The position applies to the new rows; some may be repeated or skipped."""
 
@@ -132,16 +132,16 @@ class TrainConfig(Groups):
 
     # --- memory and speed
     mixed_precision: str = setting("no", choices=["no", "bf16"], on_resume="fixed", in_evaluate=True)
-    """Precision of forward and backward; no means fp32. `accelerate launch --mixed_precision` sets it too."""
+    """Precision of forward and backward (no: fp32). `accelerate launch --mixed_precision` sets it too."""
     memory: str | None = setting(choices=["exact", "lean", "off"], on_resume="fixed")
     """Memory tier of bf16 training. exact: bf16 weights plus the low 16 bits of fp32; lean: bf16 alone, with 8-bit
     moments for adamw; off: fp32, cast at each use (autocast). Default: exact if the optimizer supports it, else off."""
     recompute: str = setting("off", choices=["off", "cheap", "full"])
-    """Activation checkpointing; full keeps layer inputs, cheap also matrix products."""
+    """Activation checkpointing: keep layer inputs (full) or matrix products too (cheap)."""
     offload_activations: bool = False
     """Keep activations for backward in host memory. For a model on CPU: in memory-mapped temporary files."""
     release: bool = False
-    """Gradient release: update weights in backward, free their gradients. One process, one micro-batch, no clipping."""
+    """Gradient release: update weights in backward, free gradients. Needs one process, one micro-batch, no clipping."""
     compile: bool = False
     """torch.compile each layer: faster after minutes of compiling; changes rounding."""
     device_memory: str | None = setting(unit="bytes")
@@ -151,7 +151,7 @@ class TrainConfig(Groups):
 
     # --- processes
     num_processes: int | None = setting(at_least=1, per_rank=True, in_evaluate=True)
-    """Number of processes. Default: set by the launcher; without a launcher, one per visible GPU, or one."""
+    """Number of processes. Default: set by the launcher; without a launcher, one per visible GPU (at least one)."""
     sharding_strategy: str = setting("NO_SHARD", choices=["NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"])
     """How to shard weights, gradients and optimizer state. FULL_SHARD all-gathers one layer's weights at a time,
     SHARD_GRAD_OP keeps them until backward ends; HYBRID_SHARD shards within groups of shard_size processes."""
@@ -164,13 +164,13 @@ class TrainConfig(Groups):
     deepspeed: str | None = setting(on_resume="fixed")
     """DeepSpeed config (path or JSON) for ZeRO stage 1, 2 or 3; no checkpoints. `accelerate launch` can set it too."""
     heartbeat_timeout: int = setting(120, at_least=1)
-    """Abort the run if a rank sends no heartbeat for this many seconds. The other ranks name it."""
+    """Abort the run if a rank sends no heartbeat for this many seconds. The other ranks name that rank."""
 
     # --- evaluation
     eval_on_start: bool = False
     """Also evaluate before the first step."""
     max_predict_samples: int = setting(256, at_least=0, in_evaluate=True)
-    """Generate answers for the first rows of an evaluation. Counts exact matches. Needs prompts; 0: none."""
+    """Generate answers for the first N rows of an evaluation. Counts exact matches. Needs prompts; 0: none."""
     generation_max_new_tokens: int = setting(64, at_least=1, in_evaluate=True)
     """Maximum number of tokens in a generated answer."""
 
@@ -184,7 +184,7 @@ class TrainConfig(Groups):
     save_total_limit: int = setting(2, at_least=0)
     """Checkpoints to keep; older ones are deleted once a new one is complete. 0: keep all."""
     max_shard_size: str = setting("5GB", unit="bytes")
-    """Maximum size of a weight file: bytes, or 500MB, 5GB, 2GiB. A larger tensor has its own file."""
+    """Maximum size of a weight file: 500MB, 5GB, 2GiB or a number of bytes. A larger tensor has its own file."""
     on_save_error: str = setting("stop", choices=["stop", "continue"])
     """If a checkpoint cannot be written (full disk), stop the run or continue."""
     output_dir: str = setting("out", per_rank=True)
@@ -202,7 +202,7 @@ ALTERNATIVES = [(name, other) for name, field in FIELDS.items() for other in fie
 
 
 def fields_where(**rules: object) -> frozenset[str]:
-    """The names of the fields that have all of these rules of `setting`."""
+    """The names of the fields whose `setting` has all of these rules."""
     return frozenset(name for name, field in FIELDS.items() if rules.items() <= field.metadata.items())
 
 

@@ -79,7 +79,7 @@ def complete_zero_config(source: str, *, batch_size: int, max_grad_norm: float, 
         # without immediate_grad_update, DeepSpeed 0.19.8 loses gradients (stage 1, bf16, several micro-batches)
         "bf16": values.get("bf16", {}) | {"enabled": bf16, "immediate_grad_update": True},
         "fp16": {"enabled": False},
-        "zero_force_ds_cpu_optimizer": False,  # because DeepSpeed's CPU Adam would have to be compiled on this machine
+        "zero_force_ds_cpu_optimizer": False,  # because DeepSpeed's CPU Adam must first be compiled on this machine
     }
     values.pop("train_batch_size", None)  # DeepSpeed computes it from the other sizes
     values.setdefault("communication_data_type", "fp32")

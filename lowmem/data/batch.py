@@ -49,7 +49,7 @@ class UnreadableStep(Sequence[Batch]):
 
 
 def check_batches(batches: Sequence[Batch]) -> TypeError | None:
-    """Return the error for a micro-batch that is not a Batch, for all ranks to raise; None if there is none."""
+    """Return a TypeError if a micro-batch is not a Batch, else None. The caller makes all ranks raise the error."""
     found = next((type(batch).__name__ for batch in batches if not isinstance(batch, Batch)), None)
     return found and TypeError(f"a micro-batch must be a lowmem.Batch, found {found}: make it with lowmem.collate")
 
@@ -58,12 +58,12 @@ Collate = Callable[[Sequence[EncodedRow]], Batch]
 
 
 def collate(rows: Sequence[EncodedRow], *, causal: bool = False, max_seq_len: int | None = None) -> Batch:
-    """Pad encoded rows on the right to the longest, count their targets, and add a mask if one is needed.
+    """Pad encoded rows on the right to equal length, count their targets, and add a mask if one is needed.
 
-    Returns int64 `input_ids` (rows, input length), `labels` (rows, label length) and, if needed, `attention_mask` or
-    (packed rows) `position_ids`, shaped like `input_ids`. Widths are multiples of 8, unless all inputs are equally long
-    or that would pad beyond `max_seq_len`. Set `causal` if the model's tokens never attend to later ones: padding on
-    the right then needs no mask, and the first label of each row is no target, because nothing predicts it.
+    Returns int64 `input_ids` (rows, input length) and `labels` (rows, label length). Packed rows also get
+    `position_ids`, and others an `attention_mask` if needed, shaped like `input_ids`. Rounds lengths up to multiples of
+    8, but not beyond `max_seq_len`, and not if all inputs are equally long. Set `causal` if tokens never attend to
+    later ones: training then needs no mask, and the first label of each row is no target: nothing predicts it.
     """
     lengths = [len(row["input_ids"]) for row in rows]
     # Use the same multiple for inputs and labels, because a causal row needs a label for each token.
@@ -80,7 +80,7 @@ def collate(rows: Sequence[EncodedRow], *, causal: bool = False, max_seq_len: in
     if "position_ids" in rows[0]:
         positions = [[*row["position_ids"], *range(width - len(row["position_ids"]))] for row in rows]
         inputs["position_ids"] = torch.tensor(positions, dtype=torch.int64)
-    # Add a mask only if needed: causal-only attention kernels reject masks, and a mask makes T5 need a bias per row.
+    # Add a mask only if needed: causal-only attention kernels reject masks, and with a mask T5 stores a bias per row.
     # Rows without targets may be prompts, which need the mask, because it shows `generate` where each prompt ends.
     elif min(lengths) < width and not (causal and is_target.any(1).all()):
         inputs["attention_mask"] = pad([[1] * length for length in lengths], 0)

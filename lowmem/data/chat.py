@@ -25,10 +25,10 @@ Render = Callable[..., str]  # (messages, add_generation_prompt=False) -> text
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _TIME_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _HOW_TO_TAG = "put {% generation %} and {% endgeneration %} around the assistant's text in the chat template"
-_MARK, _MARK_BEFORE = "lowmem0mark0here", "lowmem0mark0before"  # words that no conversation contains
+_MARK, _MARK_BEFORE = "lowmem0mark0here", "lowmem0mark0before"  # unlikely to occur in a conversation
 
-# transformers caches compiled templates by text, and each can record tagged spans for only one thread at a time. So
-# render a copy under a lock. Its comment renders as nothing, yet changes the text, so the copy is cached separately.
+# transformers caches compiled templates by text. A cached one can record tagged spans for only one thread at a time. So
+# render a copy under a lock. The copy has a comment, which prints nothing, so that it is cached separately.
 _COPY = "{#- lowmem's own copy #}\n"
 _COPY_IN_USE = Lock()
 
@@ -36,12 +36,12 @@ _COPY_IN_USE = Lock()
 def chat_tokenizer(
     tokenizer: Tokenizer, *, time: str | None = None
 ) -> Callable[[Messages, Sequence | None], tuple[list[int], list[bool]]]:
-    """Make a thread-safe function `(messages, tools) -> (ids, is_assistant)`; the latter marks the assistant's tokens.
+    """Make a thread-safe function `(messages, tools) -> (ids, is_assistant)`, with True for the assistant's tokens.
 
     The assistant's text is what {% generation %} tags enclose. Without tags, it is what each assistant turn adds to the
     generation prompt. A token belongs to the turn of its last character. A template that asks for the current time gets
-    `time` (ISO 8601; None: now). Raises UsageError without a chat template, or if the assistant's text cannot be found
-    in what it renders. The returned function raises ValueError if the template rejects the turns or does not use
+    `time` (ISO 8601; None: now). Raises UsageError if there is no chat template, or if the assistant's text cannot be
+    found in its output. The returned function raises ValueError if the template rejects the turns or does not use
     `tools`, or if there is no assistant text.
     """
     from jinja2 import TemplateError
@@ -91,7 +91,7 @@ def _templates_of(tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 def _frozen(template: str, time: str | None) -> str:
-    """Replace calls of transformers' `strftime_now`, so that every row of a run, also resumed, has the same time."""
+    """Replace transformers' `strftime_now` calls, so that all rows of a run have the same time, also after a resume."""
     try:
         moment = datetime.now() if time is None else datetime.fromisoformat(time)
     except ValueError as error:
@@ -103,10 +103,10 @@ def _frozen(template: str, time: str | None) -> str:
 
 
 def _plain_messages(messages: Messages, render: Render) -> Messages:
-    """Join text parts, and drop keys that are None: in Arrow, fields that a message or tool call lacks are None.
+    """Join text parts, and drop keys with the value None, which Arrow gives to keys that a message or tool call lacks.
 
-    Messages that only call tools have no content. Templates differ in how they expect that: this tries a message
-    without the key, then "", then None. Raises ValueError if the template does not print the calls.
+    Messages that only call tools have no content. Templates differ in what they accept instead: this first
+    omits the key, then tries "", then None. Raises ValueError if the template does not print the calls.
     """
     from jinja2 import TemplateError
 
@@ -143,7 +143,7 @@ def _without_nulls(value: object) -> object:
 
 
 def _plain_tools(tools: object) -> list:
-    """Return tools as a list of JSON schemas. Each, or the whole list, may be JSON text, which suits Arrow."""
+    """Return tools as a list of JSON schemas. To suit Arrow, each tool or the whole list may be JSON text."""
     tools = json.loads(tools) if isinstance(tools, str) else tools
     return [json.loads(tool) if isinstance(tool, str) else _without_nulls(tool) for tool in tools]
 
@@ -162,14 +162,14 @@ def _by_tags(tokenizer: Tokenizer, template: str, messages: Messages, tools: Seq
 def _texts_and_spans(
     tokenizer: Tokenizer, template: str, messages: Messages, **options: object
 ) -> tuple[list[str], list[Spans]]:
-    # not by the tokenizer's apply_chat_template, which drops a content of None, although some templates test for it
+    # Do not call the tokenizer's apply_chat_template: it drops a content of None, for which some templates test.
     from transformers.utils.chat_template_utils import render_jinja_template
 
     return render_jinja_template([messages], chat_template=template, **tokenizer.special_tokens_map, **options)
 
 
 def _by_turns(render: Render, messages: Messages) -> tuple[str, Spans]:
-    """Return the text, and the span from each assistant turn's generation prompt to the turn's end."""
+    """Return the text, and each assistant turn's span, from the end of its generation prompt to the turn's end."""
     text, spans = render(messages), []
     for turn in (turn for turn, message in enumerate(messages) if message["role"] == "assistant"):
         before = render(messages[:turn], add_generation_prompt=True) if turn else ""
@@ -182,14 +182,14 @@ def _by_turns(render: Render, messages: Messages) -> tuple[str, Spans]:
 def _span(render: Render, messages: Messages, turn: int, text: str) -> tuple[int, int]:
     """Find an assistant turn in `text`, for templates that render a turn differently if later turns follow it.
 
-    Qwen3's, for instance, drops the thoughts of earlier turns. So replace the turn's content by a mark: what the text
-    has in common before and after the mark is not the turn's. Marking the turn before it, too, shows where it begins.
+    Qwen3's, for instance, drops the thoughts of earlier turns. So render a mark in place of the turn's content: the
+    text around the mark also surrounds the turn. Marking the previous turn, too, shows where this turn begins.
     """
     marked = _with_mark(messages, turn, _MARK)
     head, *tails = render(marked).split(_MARK)
     if turn:
         both = _with_mark(marked, turn - 1, _MARK_BEFORE)
-        gap = render(both).partition(_MARK_BEFORE)[2].partition(_MARK)[0]  # the turn's header, and what comes before it
+        gap = render(both).partition(_MARK_BEFORE)[2].partition(_MARK)[0]  # between the two turns' contents
         prompt = render(both[:turn], add_generation_prompt=True).partition(_MARK_BEFORE)[2]
     else:
         gap = prompt = ""
@@ -212,7 +212,7 @@ def _with_mark(messages: Messages, turn: int, mark: str) -> Messages:
 
 
 def _with_function_name(message: Mapping[str, object], name: str, calls: int | None = None) -> Mapping[str, object]:
-    """Replace the names of the functions that the first `calls` (None: all) tool calls call."""
+    """Rename the functions in a message's first `calls` tool calls (None: in all)."""
     if not (all_calls := message.get("tool_calls")):
         return message
     renamed = [
@@ -229,7 +229,7 @@ def _check_template(render: Render) -> None:
     turns = [{"role": role, "content": f"{role} {number}"} for number in (1, 2) for role in ("user", "assistant")]
     try:
         _by_turns(render, turns)
-    except (TemplateError, TypeError):  # the template takes other conversations, which rows may have
+    except (TemplateError, TypeError):  # the template may still accept the conversations of the rows
         return
     except ValueError as error:
         raise UsageError(str(error)) from error

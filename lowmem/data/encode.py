@@ -1,7 +1,7 @@
 """Encode rows as token ids. An encoder is any function `row -> {"input_ids": list[int], "labels": list[int]}`.
 
-Labels are token ids, or IGNORED where there is no target. For causal models, a target equals the input id at its place;
-the loss shifts labels by one, and the first must be IGNORED, because nothing predicts the first token.
+Labels are token ids, or IGNORED where there is no target. For causal models, a target equals the input id at the
+same index; the loss shifts labels by one. The first label must be IGNORED, because nothing predicts the first token.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def make_encoder(
     """Make an encoder for the given columns: text, messages, or (by default) prompts and responses.
 
     Raises UsageError for columns that exclude each other or do not fit the model, and for messages without a chat
-    template. The encoder raises ValueError for a row in which a column is missing or has the wrong type, or whose
-    tokens exceed `num_embeddings`, the model's number of embeddings.
+    template. The encoder raises ValueError for a row in which a column is missing or has the wrong type, or that has a
+    token id of `num_embeddings` (the model's number of embeddings) or more.
     """
     given = {"text_column": text_column, "messages_column": messages_column}
     named = [f"{name}={column}" for name, column in given.items() if column is not None]
@@ -227,7 +227,7 @@ def blank_row(rows: Rows, encode: Encode, *, near: int) -> EncodedRow:
         encoded, bad = encode_rows(rows, [row_id % len(rows)], encode, may_skip=True)
         for _, row in encoded:
             if "labels" not in row:
-                raise RowError(f"a blank row needs `labels` to ignore, this one has {', '.join(row)}: remove bad rows")
+                raise RowError(f"a blank row needs `labels`, the encoder returned {', '.join(row)}: remove bad rows")
             return {**row, "labels": [IGNORED] * len(row["labels"])}
         first_error = first_error or bad[0].error
     raise RowError(f"{first_error}; all rows read after it fail too: fix the rows or the encoder") from first_error

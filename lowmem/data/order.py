@@ -2,7 +2,7 @@
 
 Positions count the rows that a run consumed, over all epochs and processes: `epoch, i = divmod(position, num_rows)`.
 Row groups are permuted and split into windows of at most WINDOW_BYTES, or of one larger group; then rows are permuted
-within each window. So a reader needs only the row groups of a window in memory.
+within each window. So a reader needs only the row groups of one window in memory.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Groups:
 
     @classmethod
     def of(cls, rows: Sequence[int], bytes: Sequence[int] | None = None) -> "Groups":
-        """Make groups with these numbers of rows. Without `bytes`, sizes are 0, so that all fit into one window."""
+        """Make groups with these numbers of rows. Without `bytes`, sizes are 0, so all groups fit into one window."""
         return cls(np.asarray(rows, np.int64), np.asarray([0] * len(rows) if bytes is None else bytes, np.int64))
 
     @cached_property
@@ -125,7 +125,7 @@ def _rows_of_epoch(first: int, last: int, layout: _Layout, key: tuple[int, int])
 def _epoch_layout(epoch: int, groups: Groups, seed: int, window_bytes: int) -> _Layout:
     groups_here = permute(np.arange(len(groups.rows)), len(groups.rows), (seed, epoch))
     ends, byte_ends = np.cumsum(groups.rows[groups_here]), np.cumsum(groups.bytes[groups_here])
-    # A window takes groups while they fit into `window_bytes`, and in any case one group that has rows.
+    # A window takes groups while they fit into `window_bytes`, but at least one with rows.
     window_ends, closed, closed_bytes = [], 0, 0
     while closed < ends[-1]:
         fitting = int(np.searchsorted(byte_ends, closed_bytes + window_bytes, side="right")) - 1

@@ -28,7 +28,7 @@ def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> l
     """Pack one rank's encoded rows of an optimizer step into exactly `micro_batches` non-empty micro-batches.
 
     Packed rows have at most `max_seq_len` tokens. No row is split. Micro-batches differ by at most one packed row; the
-    first is the largest (padded). Needs at least `micro_batches` rows. Raises ValueError if a row cannot be packed.
+    first is the largest when padded. Needs at least `micro_batches` rows. Raises ValueError if a row cannot be packed.
     """
     for document in rows:
         _check(*document, max_seq_len)
@@ -38,7 +38,7 @@ def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> l
         assert len(fullest) > 1, f"{len(rows)} rows cannot fill {micro_batches} micro-batches"
         bins.append(fullest[1::2])
         del fullest[1::2]
-    # Sort, so that a micro-batch has bins of similar length. Leftover bins go to the last micro-batches (short bins).
+    # Sort: a micro-batch gets bins of similar length. Leftover bins go to the last micro-batches, whose bins are short.
     bins.sort(key=_num_tokens, reverse=True)
     rest, (size, num_larger) = iter(bins), divmod(len(bins), micro_batches)
     parts = [list(islice(rest, size + (index >= micro_batches - num_larger))) for index in range(micro_batches)]
@@ -49,7 +49,7 @@ def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> l
 def check_packing(model: nn.Module) -> None:
     """Raise UsageError if the model is not causal, or if packed documents would affect each other in it.
 
-    Compares logits of random documents, packed and separate, up to rounding. This rejects state-space models and ALiBi.
+    Compares logits for packed and separate random documents, up to rounding. This rejects state-space models and ALiBi.
     """
     from lowmem.distributed.fully_sharded import forward_only
     from lowmem.distributed.placement import unwrapped
@@ -78,7 +78,7 @@ def check_packing(model: nn.Module) -> None:
         raise
     seen, seen_as_one, size = (x.square().mean().sqrt() for x in (packed - apart, as_one - apart, apart))
     # In tests, `seen` was at least 28 % of `seen_as_one` if documents affected each other, else 1e-6 of it (rounding).
-    # The second term is for a model in which no token affects another yet, so that both are just rounding.
+    # The second term is for a new model in which no token affects another yet: both values are then just rounding.
     if not seen <= 0.1 * seen_as_one + 1e-6 * size:
         kind = f"{type(base).__name__} with attn_implementation={base.config._attn_implementation}"
         raise UsageError(f"in {kind}, packed documents affect each other: train without packing, or try sdpa attention")
@@ -94,7 +94,7 @@ def _even_bins(rows: Sequence[Document], capacity: int, micro_batches: int) -> l
 
 
 def _bins(rows: Sequence[Document], capacity: int) -> list[list[Document]]:
-    """Pack by best-fit decreasing: at most 11/9 of the fewest bins + 4 (Johnson, 1974), in O(n log n) comparisons."""
+    """Pack by best-fit decreasing: O(n log n) comparisons, and at most 11/9 of the fewest bins + 4 (Johnson, 1974)."""
     bins: list[list[Document]] = []
     rooms: list[tuple[int, int]] = []  # (room left in a bin, number of the bin), ascending
     for document in sorted(rows, key=lambda document: -_length(document)):

@@ -43,8 +43,8 @@ _FORMATS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), JsonLinesFile) | dict.
 class FileRows:
     """The rows of several files, numbered consecutively in file order; `first` and `stop` select a range.
 
-    Keeps the most recently used groups in memory, up to `window_bytes` or one group. Repeats a failed read after each
-    of the delays in `retry_seconds`, unless the file is damaged or was changed.
+    Keeps the most recently used groups in memory: up to `window_bytes`, or one larger group. Repeats a failed read
+    after each of the delays in `retry_seconds`, unless the file is damaged or was changed.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class FileRows:
         return group, self._files[number], group - int(self._groups_before[number]), row_in_group
 
     def _load(self, group: int, file: DataFile, group_in_file: int) -> object:
-        """Return a group, or the error from reading it. The error is kept, so no row reads a bad group again."""
+        """Return a group, or the error from reading it. Keeps errors, too, to avoid reading a bad group again."""
         with self._lock:
             if group not in self.loaded:
                 while self.loaded and self.loaded_bytes + self._bytes[group] > self._window_bytes:
@@ -131,8 +131,9 @@ def open_rows(files: Files, *, columns: Sequence[str] | None = None, messages_co
     """Open parquet, Arrow, JSONL or text files as one sequence of rows (dicts).
 
     `files` is a path, a glob, a URL or a folder that `datasets` saved; or several of these, separated by commas or as a
-    list. `columns` must hold text, and `messages_column` lists of {"role", "content"}. From parquet and Arrow files,
-    only these are read (all if none is named). Raises UsageError if a file is missing, empty, broken or lacks a column.
+    list. `columns` must hold text; `messages_column` must hold lists of {"role", "content"}. From parquet and Arrow
+    files, reads only these columns and, with messages, "tools" (all columns if none is named). Raises UsageError if a
+    file is missing, empty or broken, or lacks a column.
     """
     wanted = {name: "text" for name in columns or ()} | ({messages_column: "messages"} if messages_column else {})
     opened = []

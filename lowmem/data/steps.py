@@ -48,7 +48,7 @@ class Steps:
         return -(-self.global_batch_size // (self.micro_batches * self.world_size))
 
     def at(self, position: int) -> Step:
-        """Make this rank's micro-batches of the step with the rows at [position, position + global_batch_size)."""
+        """Make this rank's micro-batches of the step at positions [position, position + global_batch_size)."""
         num_pieces = self.world_size * self.micro_batches
         pieces = range(self.rank * self.micro_batches, (self.rank + 1) * self.micro_batches + 1)
         bounds = [position + self.global_batch_size * piece // num_pieces for piece in pieces]

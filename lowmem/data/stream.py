@@ -30,10 +30,10 @@ class Stream:
         self.global_batch_size = steps.global_batch_size
         self.wait_seconds = 0.0  # total time that `next` has waited for rows
         self.counts = Counter(cut_rows=0, cut_tokens=0, bad_rows=0)  # this rank's truncated rows, cut tokens, bad rows
-        self.changes: list[str] = []  # differences from the saved stream that `load_state_dict` accepted
+        self.changes: list[str] = []  # differences from the saved stream, accepted by `load_state_dict`
         self._steps, self._prefetch = steps, prefetch
         self._quarantine, self._accept_changed_data = quarantine, accept_changed_data
-        # Name and fingerprint of each file. Read now: otherwise, an unreadable file would end the run at a save.
+        # Name and fingerprint of each file, read now: a file that became unreadable later would end the run at a save.
         self._files: list[tuple[str, str]] = getattr(steps.rows, "fingerprints", list)()
         self._cursor = 0  # the position of the step that `next` will return
         self._ahead: deque[Future[Step]] = deque()  # prefetched steps, from the cursor on
@@ -157,12 +157,12 @@ def open_stream(
 ) -> Stream:
     """Open a Stream over files (see `open_rows`) or over rows that are already open.
 
-    A step takes `batch_size * gradient_accumulation_steps * world_size` rows, or `global_batch_size` rows in the fewest
-    equal micro-batches of at most `batch_size`. `rank` and `world_size` count data-parallel ranks (see `data_place`;
-    None is for one process). With
-    `packed_seq_len`, causal rows are packed into sequences of at most that many tokens (see `check_packing`). A thread
-    encodes `prefetch` steps ahead (0: no thread). With a `quarantine`, skips rows that cannot be read or encoded.
-    `accept_changed_data`: see `load_state_dict`. `pin_memory` pins batches for copies to a GPU (None: if there is one).
+    A step takes `batch_size * gradient_accumulation_steps * world_size` rows or, if set, `global_batch_size` rows. They
+    are split evenly into the fewest micro-batches of at most `batch_size`. `rank` and `world_size` count data-parallel
+    ranks (see `data_place`); None is for one process. With `packed_seq_len`, causal rows are packed into sequences of
+    at most that many tokens (see `check_packing`). A thread encodes `prefetch` steps ahead (0: no thread). With a
+    `quarantine`, skips rows that cannot be read or encoded. `accept_changed_data`: see `load_state_dict`. `pin_memory`
+    pins batches for copies to a GPU (None: if CUDA is available).
     """
     rows, (rank, world_size) = as_rows(files), given_or_only_rank(rank, world_size)
     if global_batch_size is None:

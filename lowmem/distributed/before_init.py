@@ -18,8 +18,9 @@ _open: list[dist.Store] = []  # keeps stores open until exit, because the proces
 def call_on_rank_0(find: Callable[[], Found], *, limit_seconds: float, start_seconds: float) -> Found:
     """Call `find` on rank 0 and return its result, sent as JSON, on every rank. Use this before `start_group`.
 
-    If `find` raises UsageError, every rank raises it; if another error, the ranks other than 0 raise RankError.
-    All raise RankError if `find` takes longer than `limit_seconds`, or ranks wait over `start_seconds` for each other.
+    If `find` raises UsageError, every rank raises it. Any other error is raised on rank 0, and RankError on the others.
+    If `find` takes over `limit_seconds`, or ranks wait over `start_seconds` for each other, they raise RankError, or
+    StartError if they cannot reach the store.
     """
     launch = launch_from_environment()
     store = open_store(launch, start_seconds)

@@ -17,13 +17,13 @@ from lowmem.errors import OutOfMemory, RankError, SaveError, StepTooLarge, Usage
 
 Result = TypeVar("Result")
 
-# If one rank raises one of these (or StepTooLarge), the others raise the same class; for other errors, RankError.
+# If one rank raises one of these (or StepTooLarge), the others raise the same class; else they raise RankError.
 _RAISED_ON_ALL = {kind.__name__: kind for kind in (UsageError, SaveError)}
 
 
 @contextmanager
 def collective(name: str) -> Iterator[None]:
-    """Run a collective as phase `name`. If it breaks, raise RankError naming the ranks that are silent or failed."""
+    """Run a collective as heartbeat phase `name`. If it breaks, raise RankError naming the silent or failed ranks."""
     with heartbeat.phase(name):
         try:
             yield
@@ -47,7 +47,7 @@ def sum_over_ranks(*counts: int) -> list[int]:
 
 
 def any_rank(condition: object) -> bool:
-    """Return on every rank whether `condition` is true on any rank. Runs one small collective on the host."""
+    """Return on every rank whether `condition` is true on at least one. Runs one small collective on the host."""
     return sum_over_ranks(bool(condition)) != [0]
 
 

@@ -74,14 +74,14 @@ def shared_output_dir(folder: Path) -> dict[str, str]:
         make_folders(folder)
         for leftover in folder.glob(".seen-*"):  # token files of runs that were killed
             leftover.unlink()
-        token = folder / f".seen-{uuid4().hex}"  # a new name, because a file system may cache that an old one is gone
+        token = folder / f".seen-{uuid4().hex}"  # a new name, because a file system may remember an old name as removed
         write_file(token, [])
         return str(token)
 
     token = on_main_rank(write_token)
     token_of_first = Path(gather_json(token)[0])
     seen, limit = folder / token_of_first.name, time.monotonic() + _SECONDS_TO_APPEAR
-    while not (is_seen := os.path.exists(seen)) and time.monotonic() < limit:  # exists is also False without access
+    while not (is_seen := os.path.exists(seen)) and time.monotonic() < limit:  # also False if access is denied
         time.sleep(0.1)
     gather_json(None)  # wait until every rank has looked
     if token is not None:
@@ -90,7 +90,7 @@ def shared_output_dir(folder: Path) -> dict[str, str]:
 
 
 def rows_digest(rows: Sized) -> str:
-    """Return the number of rows and a hash of the fingerprints of their files, if they have any."""
+    """Return the number of rows and a hash of their files' fingerprints (of an empty list if there are none)."""
     fingerprints = [fingerprint for _, fingerprint in getattr(rows, "fingerprints", list)()]
     return f"{len(rows):,}, fingerprint {_digest(fingerprints)}"
 
@@ -107,7 +107,7 @@ def _digest(value: object) -> str:
 
 
 def model_digest(model: nn.Module, *, weights: bool) -> str:
-    """Hash names, shapes, dtypes and, with `weights`, 16 samples of 4 KiB per tensor (on meta: 3 rows from files)."""
+    """Hash names, shapes and dtypes; with `weights`, also 16 samples of 4 KiB per tensor (on meta: 3 stored rows)."""
     digest = xxhash.xxh3_64()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

@@ -22,7 +22,7 @@ class Piece(NamedTuple):
 
 
 def pieces(tensor: DTensor) -> list[Piece]:
-    """All parts of a tensor, in order. Raises UsageError if it is sharded other than by rows or by columns."""
+    """All parts of a tensor, in order. Raises UsageError if it is sharded, but neither by rows nor by columns."""
     mesh, sharded = tensor.device_mesh.mesh, _sharded_dims(tensor)
     if not sharded:
         return [Piece(int(mesh.flatten()[0]), 0, 0, len(tensor))]
@@ -53,7 +53,7 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def is_first_copy(tensor: DTensor) -> bool:
-    """Whether this rank is the first that holds its part. Sums over ranks skip the others, so a part counts once."""
+    """Whether this rank is the first that holds its part. Sums over ranks skip later copies, so a part counts once."""
     mesh = tensor.device_mesh
     return all(mesh.get_local_rank(i) == 0 for i, placement in enumerate(tensor.placements) if placement.is_replicate())
 

@@ -14,7 +14,7 @@ from lowmem.distributed.dtensor import local_part
 from lowmem.errors import UsageError
 from lowmem.storage.tensor_files import StoredTensor, bytes_of, open_shards
 
-_PART_BYTES = 2**24  # rank 0 broadcasts at most this, or one larger row, at a time
+_PART_BYTES = 2**24  # rank 0 broadcasts at most this at a time, or one row if a row is larger
 _PART_ROWS = 2**10  # rows read at a time to compare two stored tensors
 
 
@@ -23,7 +23,7 @@ def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator
     """After this block, which shards the model, fill its parameters (on host if `on_host`) and buffers.
 
     If rank 0's model has data, rank 0 broadcasts it. If that model is on meta, each rank reads its own part from files
-    in `model.name_or_path`; buffers in no file keep their values. All ranks raise UsageError if a weight is missing.
+    in `model.name_or_path`; buffers not in a file keep their values. All ranks raise UsageError if a weight is missing.
     """
     has_data = not any(parameter.is_meta for parameter in model.parameters())
     is_source = has_data and rank_and_world_size()[0] == 0
@@ -85,7 +85,7 @@ def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _broadcast(model: nn.Module, whole: dict[str, Tensor]) -> None:
-    """Fill every rank's parameters and buffers from rank 0's `whole` (empty elsewhere), by 16 MiB or one larger row."""
+    """Fill every rank's parameters and buffers from rank 0's `whole` (elsewhere empty), 16 MiB or one row at a time."""
     with collective("broadcasting the weights of rank 0"), torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             source = whole.pop(name, None)

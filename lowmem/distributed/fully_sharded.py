@@ -19,7 +19,7 @@ warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tenso
 
 
 def shard_layers(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool, cpu_offload: bool) -> None:
-    """Shard the model over `mesh` in place, in the groups of `_groups`. The model may be on meta."""
+    """Shard the model over `mesh` in place, in the groups that `_groups` yields. The model may be on meta."""
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
     options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32), "offload_policy": offload}
     for module, is_kept in _groups(model):
@@ -30,7 +30,7 @@ def shard_layers(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: b
 
 
 def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
-    """Yield each module to shard as one group, inner ones first, and whether the group stays all-gathered for the step.
+    """Yield each module to shard as one group, inner ones first, and whether it stays all-gathered after forward.
 
     The output head stays because the chunked loss uses it after forward. The last group (all other weights) stays too.
     """
@@ -44,7 +44,7 @@ def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
 
 
 def has_gathered(model: nn.Module) -> bool:
-    """Whether the model has run sharded (or entered `forward_only`). From then on, weights must keep their dtypes."""
+    """Whether the sharded model has run (or entered `forward_only`). From then on, weights must keep their dtypes."""
     return isinstance(model, FSDPModule) and model._get_fsdp_state()._is_root is not None
 
 
@@ -59,7 +59,7 @@ def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def forward_only(model: nn.Module) -> Iterator[None]:
-    """Run a block in evaluation mode, without gradients. Reshard all weights at its end, as no backward does it."""
+    """Run a block in evaluation mode, without gradients. At its end, reshard all weights, because no backward does."""
     was_training, groups = model.training, _sharded_modules(model)
     if groups:
         model._get_fsdp_state()._lazy_init()  # make the model the root, even if its encoder is called first

@@ -65,7 +65,7 @@ def report_end(error: str = "") -> None:
 
 
 def suspects() -> str:
-    """Name the ranks that are silent or failed ("" if none is, or without a heartbeat). Waits up to 5 beats for one."""
+    """Name the ranks that are silent or failed, after up to 5 beats. Returns "" if there are none, or no heartbeat."""
     return "" if _heartbeat is None else _heartbeat.suspects()
 
 
@@ -95,7 +95,7 @@ class Heartbeat:
         self._address, self._rank, self._limit, self._on_abort = address, rank, limit, on_abort
         self._interval = min(1.0, limit / 10)
         self._beats = [Beat()] * world_size
-        # How long each rank was silent, without the time in which this process was stopped and could not hear others.
+        # Seconds that each rank was silent, except those in which this process was stopped and could not hear others.
         self._silence = [0.0] * world_size
         self._unanswered = self._known_failure = 0.0
         self._end: str | None = None
@@ -106,7 +106,7 @@ class Heartbeat:
         Thread(target=self._watch, daemon=True, name="lowmem-watch").start()
 
     def end(self, error: str) -> None:
-        """See `report_end`. Only the first call counts."""
+        """See `report_end`. Only the error of the first call is reported."""
         if os.getpid() != self._process:
             return  # this is a forked process: it shares the connection but is not a rank
         if self._end is None:
@@ -130,7 +130,7 @@ class Heartbeat:
         return f"no rank is silent: {'; '.join(clauses)}"
 
     def _exchange_beats(self, store: "Store") -> None:
-        """Exchange beats until this rank or rank 0 ends. Rank 0 waits until all others know this, end or are silent."""
+        """Exchange beats until this rank or rank 0 ends. Rank 0 waits for all others to know it, end or fall silent."""
         from torch import distributed
 
         keys = [str(rank) for rank in range(len(self._beats))]
@@ -176,7 +176,7 @@ class Heartbeat:
                 found += self._failed()
             if found and self._end is None:
                 here = f"Rank {self._rank}, at {status()}, exits too"
-                self._end_process(f"error: {'; '.join(found)}. {here}: see the log of that rank, then resume")
+                self._end_process(f"error: {'; '.join(found)}. {here}: see the other rank's log, then resume")
 
     def _silent(self, seconds: float) -> list[str]:
         """Return a clause per running rank that sent no beat for `seconds`; if the store is silent, only for rank 0."""

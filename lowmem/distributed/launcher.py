@@ -41,7 +41,7 @@ def launched_settings() -> dict[str, object]:
 
 
 def _fsdp_settings() -> dict[str, object]:
-    """lowmem's settings for accelerate's fsdp_config. Ignores its fields for checkpoints and layers to wrap."""
+    """lowmem's settings for accelerate's fsdp_config. Ignores fields about checkpoints, and those that name layers."""
     found = {k.removeprefix("FSDP_").lower(): x.lower() for k, x in os.environ.items() if k.startswith("FSDP_")}
     reshards, wraps = found.get("reshard_after_forward", "true"), "transformer_based_wrap"
     needs = {
@@ -74,7 +74,7 @@ def _parallelism_settings(settings: Mapping[str, object]) -> dict[str, object]:
     processes = launched_processes()
     if processes not in (None, copies * shards * tensor):
         requested = f"{copies} replicas x {shards} shards x tp_size {tensor}"
-        raise UsageError(f"accelerate has {requested}, but started {processes} processes: start their product")
+        raise UsageError(f"accelerate has {requested}, but started {processes} processes: start as many as the product")
     if strategy is None or (copies > 1 and strategy == "SHARD_GRAD_OP"):
         needed = "distributed_type: FSDP with fsdp_reshard_after_forward: true"
         raise UsageError(f"accelerate has {shards} shards in {copies} replicas: also set {needed}")

@@ -59,7 +59,7 @@ def data_place(model: nn.Module) -> DataParallelRank:
 
 
 def given_or_only_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Return the given coordinates or, if none are given and there is only one process, (0, 1). Else raise UsageError.
+    """Return the given coordinates. If none are given, return (0, 1) for a single process, and else raise UsageError.
 
     With several processes, the default would silently give each of them all rows.
     """

@@ -13,9 +13,9 @@ _NORM_ELEMENTS = 2**20  # on a CPU, gradient_norm converts about this many eleme
 
 
 def all_reduce_sum(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Sum each tensor in place over the ranks of `group` (None: all ranks), in fp32 or wider.
+    """Sum each tensor in place over the ranks of `group` (None: all), in fp32 or wider. Ranks get bitwise equal sums.
 
-    Small tensors share 32 MiB buckets. Ranks must pass equal shapes and dtypes in order, and get bitwise equal sums.
+    Small tensors share 32 MiB buckets. Ranks must pass the same shapes and dtypes in the same order.
     """
     bucket: list[Tensor] = []
     room = _BUCKET_BYTES
@@ -31,7 +31,7 @@ def all_reduce_sum(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = 
 
 
 def _pieces(tensor: Tensor) -> Iterable[Tensor]:
-    """Return slices of at most one bucket in fp32; the whole tensor if it is fp32, wider or not contiguous."""
+    """Return slices that each fit a bucket in fp32, or the whole tensor if it is fp32, wider or not contiguous."""
     if tensor.dtype.itemsize >= 4 or not tensor.is_contiguous():
         return (tensor,)
     return tensor.view(-1).split(_BUCKET_BYTES // 4)
@@ -40,7 +40,7 @@ def _pieces(tensor: Tensor) -> Iterable[Tensor]:
 def _reduce_bucket(bucket: list[Tensor], group: dist.ProcessGroup | None) -> None:
     sum_dtype = torch.promote_types(bucket[0].dtype, torch.float32)
     if len(bucket) == 1 and bucket[0].is_contiguous() and bucket[0].dtype == sum_dtype:
-        _reduce(bucket[0], group)  # a bucket of one tensor of this dtype needs no copy
+        _reduce(bucket[0], group)  # a single tensor that has `sum_dtype` already needs no copy
         return
     flat = torch.cat([tensor.reshape(-1).to(sum_dtype) for tensor in bucket])
     _reduce(flat, group)
@@ -54,7 +54,7 @@ def _reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
 
 
 def gradient_norm(gradient: Tensor) -> Tensor:
-    """Return the L2 norm of a gradient as an fp32 (or wider) scalar, without an fp32 copy of all of a bf16 gradient."""
+    """Return the L2 norm of a gradient as an fp32 (or wider) scalar, without copying a whole bf16 gradient to fp32."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     if gradient.device.type != "cpu":  # GPU kernels convert while reading, and add in a tree, which is accurate
         return torch.linalg.vector_norm(gradient, dtype=wide)

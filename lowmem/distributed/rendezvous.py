@@ -18,7 +18,7 @@ from lowmem.distributed.collectives import sum_over_ranks
 from lowmem.distributed.signals import print_and_exit
 from lowmem.errors import RankError, StartError
 
-_STORE_TIMEOUT = timedelta(minutes=30)  # torch's default except for NCCL, used once the group has started
+_STORE_TIMEOUT = timedelta(minutes=30)  # once the group has started; torch's default, except for NCCL
 _SECONDS_BETWEEN_TRIES = 0.1
 _SECONDS_BETWEEN_LOOKS = 0.02
 _SECONDS_UNTIL_REPORT = 10.0
@@ -51,7 +51,7 @@ def launch_from_environment() -> Launch:
 def start_group(backend: str, *, limit_seconds: float) -> None:
     """Start the process group that the environment describes. No wait takes much longer than `limit_seconds`.
 
-    Raises RankError if a rank is missing or the store lost, else StartError. If a call hangs in C++, exits with code 1.
+    Raises RankError for a missing rank or a lost store, StartError for other failures. If C++ hangs, exits with code 1.
     """
     launch = launch_from_environment()
     if os.environ.get("ACCELERATE_DEBUG_MODE", "false").lower() == "true":  # set by accelerate launch --debug
@@ -77,7 +77,7 @@ def start_group(backend: str, *, limit_seconds: float) -> None:
 
 
 def connect_ranks(device: torch.device, *, limit_seconds: float, on_abort: Callable[[str], None] | None = None) -> None:
-    """All-reduce on the host and on `device` (unless a CPU): NCCL connects only in a collective, with no time limit.
+    """All-reduce on the host, then on a non-CPU `device`: NCCL connects only in a collective, with no time limit.
 
     If this takes longer than `limit_seconds`, print a message to stderr, pass it to `on_abort` and exit.
     """
@@ -136,8 +136,7 @@ def rendezvous(store: dist.Store, launch: Launch, limit_seconds: float, since: f
     """Wait for all ranks, up to `limit_seconds` from `since` (None: now). Returns a unique name for this rendezvous.
 
     After a restart, a launcher's store still has the keys of dead processes. So rank 0 writes a new token, and every
-    other rank answers with rank 0's token and a new one of its own, then waits until rank 0 lists the latter. Tokens of
-    dead processes never match.
+    other rank answers with it and its own new token, then waits until rank 0 lists the answer. Old tokens never match.
     """
     mine, others, start = uuid4().hex, range(1, launch.world_size), since or time.monotonic()
     answered, has_reported = "", False

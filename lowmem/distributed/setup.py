@@ -93,7 +93,7 @@ def init_distributed(
 
 
 def join(*, last_words: Callable[[str], None] | None = None, **options: object) -> "Accelerator":
-    """The former name of `init_distributed`, and of its argument `on_abort`."""
+    """The former name of `init_distributed`; `last_words` is the former name of `on_abort`."""
     return init_distributed(on_abort=last_words, **options)
 
 

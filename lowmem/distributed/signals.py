@@ -49,7 +49,7 @@ def end_as_signalled(name: str) -> NoReturn:
 
 
 class Signals:
-    """Catch signals from `catch` until `release`. `came` names the first. Another, over 5 s later, ends the process.
+    """Catch signals from `catch` until `release`. `came` names the first. A signal over 5 s later ends the process.
 
     If `at_once` is set, another thread calls it with the first signal's name. Unset it once ranks can agree to stop.
     """
@@ -66,7 +66,7 @@ class Signals:
         self._are_ignored = True
 
     def catch(self) -> None:
-        """Start catching the three signals. Call it in the main thread."""
+        """Start catching SIGTERM, SIGINT and SIGUSR1. Call it in the main thread."""
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         # Python runs signal handlers only when the main thread leaves C code, which may be never. But Python writes

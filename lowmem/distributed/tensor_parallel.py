@@ -2,7 +2,7 @@
 
 Sharded weights are DTensors only to record which part a rank has; computation uses local tensors. All other weights are
 replicated, including the embedding and the output head. Ranks that share a model must get the same batches and dropout
-masks. Each rank then computes complete gradients of replicated weights; only those of norms per head must be summed.
+masks. Each rank then computes complete gradients of replicated weights; only those of per-head norms must be summed.
 """
 
 import re
@@ -176,4 +176,4 @@ _STYLES = {
     "rowwise": _Style(1, None, (_sum, _same)),
     "rowwise_split_input": _Style(1, (_own_columns, _all_gather_columns), (_sum, _same)),
 }
-_REPLICATED = "replicated_with_grad_allreduce"  # for norms per head: a rank's gradient covers only its own heads
+_REPLICATED = "replicated_with_grad_allreduce"  # per-head norm layers: a rank's gradient covers only its heads

@@ -53,7 +53,7 @@ def make_accelerator(config: Mapping[str, object], *, on_cpu: bool, **options: o
     if on_cpu:
         # do not spend a minute compiling DeepSpeed's shared-memory collectives, because gloo has its own
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # choose the CPU here: otherwise accelerate would see one process, or with Accelerator(cpu=True) no DeepSpeed
+        # choose the CPU: otherwise accelerate would see one process, and Accelerator(cpu=True) would ignore DeepSpeed
         PartialState(cpu=True)
     # DeepSpeed calls deprecated collectives, so torch would warn in every step
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
@@ -80,7 +80,7 @@ def wrap(model: nn.Module, optimizer: Optimizer, accelerator: "Accelerator") -> 
 
 
 def backward(engine: nn.Module, loss: Tensor, *, world_size: int, is_last: bool) -> None:
-    """Add the gradient of `loss` to the step's gradient, summed over all ranks when the call with `is_last` returns."""
+    """Add the gradient of `loss` to the step's gradient. The call with `is_last` completes the sum over all ranks."""
     engine.set_gradient_accumulation_boundary(is_last)
     engine.backward(loss * world_size)  # the engine divides the sum by world_size
 
@@ -89,5 +89,5 @@ def update(engine: nn.Module) -> tuple[Tensor, bool]:
     """If the gradient is finite, clip it and update weights. Returns the unclipped norm, and whether it is finite."""
     engine.step()
     updated = engine.was_step_applied()
-    norm = engine.get_global_grad_norm() if updated else math.nan  # DeepSpeed would return the previous step's norm
+    norm = engine.get_global_grad_norm() if updated else math.nan  # DeepSpeed keeps the norm of the last update
     return torch.as_tensor(norm, dtype=torch.float32, device=engine.device), updated

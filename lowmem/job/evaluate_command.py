@@ -1,4 +1,4 @@
-"""The `evaluate` command: load a model, evaluate it on held-out rows, print one line of JSON."""
+"""The `evaluate` command: load a model, evaluate it on held-out rows, print answers and a line of JSON."""
 
 import json
 

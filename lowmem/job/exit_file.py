@@ -20,7 +20,7 @@ _START_ERROR_SECONDS = 2.0  # process start times are accurate to about a second
 
 
 def write_exit(folder: Path, cause: str, message: str = "", *, step: int | None, rank: int) -> None:
-    """Write `folder`/exit.json atomically, unless it exists, because the first cause counts.
+    """Write `folder`/exit.json atomically. Keeps an existing file, because the first cause counts.
 
     `cause` is a key of CODES, `step` the last optimizer step, if known. Does nothing if `folder` is missing.
     """
@@ -50,7 +50,7 @@ def remove_exit(folder: Path) -> None:
 
 
 def final_exit(folder: Path) -> Mapping[str, object] | None:
-    """The contents of exit.json if this launch ended by user error or preemption, so must not restart; else None."""
+    """The contents of exit.json if this launch ended by user error or preemption (it must not restart), else None."""
     try:
         record = json.loads((folder / "exit.json").read_text())
         is_final = record["cause"] in _FINAL and _is_of_this_launch(record["launch"], record["time"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from lowmem.errors import UsageError
 from lowmem.storage.files import is_same_file
 
-_SECONDS_TO_LOCK = 5.0  # how long to wait for a lock, because a killed process keeps its lock until its memory is freed
+_SECONDS_TO_LOCK = 5.0  # how long to wait for a lock: a killed process keeps its lock until its memory is freed
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 

@@ -24,7 +24,7 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
     """Run `python *arguments` in `num_processes` processes on this machine, and return the exit code.
 
     If a process fails, the launcher ends the others; returns the failed one's code (1 if killed). Forwards the first
-    signal that `signals` catches. If that signal kills a process that cannot catch it yet, returns minus its number.
+    signal that `signals` catches. If it kills a process that cannot catch it yet, returns minus the signal's number.
     """
     forwarded: list[int] = []
 
@@ -60,7 +60,7 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
 
 def die_with_launcher() -> None:
     """Under a launcher on Linux: get SIGTERM when the launcher dies, even by SIGKILL, so that the run still saves."""
-    # torchrun, `accelerate launch` (even of one process, without torchrun), `deepspeed`: each sets at least one
+    # each launcher sets at least one: torchrun, `accelerate launch` (for one process without torchrun), `deepspeed`
     is_launched = not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "CROSS_SIZE"))
     if not is_launched or sys.platform != "linux":
         return
@@ -73,7 +73,7 @@ def die_with_launcher() -> None:
 
 
 def _die_with_deepspeed(launcher: int) -> None:
-    """Send this process SIGTERM when the `deepspeed` command dies, because our launcher, its child, would go on."""
+    """Send this process SIGTERM when the `deepspeed` command dies. Our launcher, its child, does not die with it."""
 
     def watch(command: int) -> None:
         with suppress(psutil.Error):

@@ -21,7 +21,7 @@ _PLANNED = "LOWMEM_PLANNED"
 
 
 def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: frozenset[str] = frozenset()) -> int:
-    """Run `command` (train or evaluate) and return the exit code. Catches signals for the rest of the process.
+    """Run `command` (train or evaluate) and return the exit code. Catches signals until the process ends.
 
     Started processes get the command line `arguments`. Fitting settings to memory never changes the fields in `fixed`.
     """

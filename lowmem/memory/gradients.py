@@ -1,7 +1,7 @@
 """The gradients of one optimizer step: summed over micro-batches, reduced over ranks, clipped, applied.
 
-Before the update, `.grad` holds gradients in fp32, stochastically rounded sums (memory tiers) or shards (fully_shard),
-unless they are already applied (gradient release). `train_step` handles all of them in the same way.
+Before the update, `.grad` holds gradients in fp32 or (memory tiers) bf16, whole or sharded (fully_shard). With gradient
+release, they are already applied and freed. `train_step` handles all these cases in the same way.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,7 +71,7 @@ class Gradients:
                         loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._num_tokens
                     loss.backward()
                 losses.append(loss.detach())
-        applied = self.released.parameters if self.released else ()  # any other parameter without a gradient gets zeros
+        applied = self.released.parameters if self.released else ()  # all other parameters without gradients get zeros
         for parameter in self._model.parameters():
             if parameter.requires_grad and parameter not in applied:
                 if parameter.grad is None:

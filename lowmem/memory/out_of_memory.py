@@ -32,8 +32,9 @@ def is_out_of_memory(error: Exception) -> bool:
 def guarded(name: str, model: nn.Module, optimizer: Optimizer, *, together: bool) -> Iterator[None]:
     """Run a phase of a step. If it fails on one rank, every rank stops.
 
-    `together` is for a phase without update or collective. All ranks then raise an error at its end, StepTooLarge if
-    memory ran out. Without it, the failing rank reports by heartbeat, and raises OutOfMemory if memory ran out.
+    Use `together` for a phase without update or collective: all ranks raise an error at the end of the phase,
+    StepTooLarge if memory ran out. Without `together`, the failing rank reports its error by heartbeat, and raises it,
+    or OutOfMemory if memory ran out.
     """
     errors = raise_on_all_ranks() if together else report_failure()
     with phase(name), errors, _explained(StepTooLarge if together else OutOfMemory, model, optimizer):
@@ -75,7 +76,7 @@ def _memory_use(model: nn.Module, optimizer: Optimizer) -> str:
     state = (x for held in optimizer.state.values() for x in held.values() if isinstance(x, Tensor))
     memory = getattr(optimizer, "memory", "off")
     held = {"weights": _num_bytes(model.parameters()), "optimizer state": _num_bytes(state)}
-    held["gradients"] = _num_bytes(trained) * (2 if memory == "exact" else 1)  # "exact" sums bf16 in fp32
+    held["gradients"] = _num_bytes(trained) * (2 if memory == "exact" else 1)  # "exact" sums bf16 gradients in fp32
     known = ", ".join(f"{name} {num_bytes / 2**20:,.1f} MiB" for name, num_bytes in held.items())
     device = next(model.parameters()).device
     of_all = f" of {torch.cuda.mem_get_info(device)[1] / 2**20:,.0f} MiB" if device.type == "cuda" else ""

@@ -1,4 +1,4 @@
-"""Gradient release: update each weight inside backward and free its gradient at once."""
+"""Gradient release: update each weight inside backward, and free its gradient immediately."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ class Released:
         """L2 norm of each gradient, fp32."""
 
     def begin(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
-        """Start a step. Raises UsageError for options that need all gradients at once."""
+        """Start a step. Raises UsageError for options that need all gradients at the same time."""
         problems = {
             f"{micro_batches} micro-batches per step (set gradient_accumulation_steps to 1)": micro_batches > 1,
             f"clipping at {max_grad_norm} (set max_grad_norm to 0)": bool(max_grad_norm),

@@ -28,7 +28,7 @@ _COSTLY = {
     _ATEN._scaled_dot_product_cudnn_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 }
-_RECOMPILE_LIMIT = 64  # of compiled variants, all layers together; beyond this, torch would run layers uncompiled
+_RECOMPILE_LIMIT = 64  # compiled variants of all layers together; after this many, torch runs layers uncompiled
 
 Saver = Callable[[nn.Module, Optimizer], AbstractContextManager[None]]
 
@@ -58,7 +58,7 @@ def offload_activations(
 ) -> Iterator[None]:
     """Offload the activations that backward needs: from CUDA to pinned host memory, on CPU to mapped files.
 
-    With `recompute` or `recompute_cheap`, copies the input of a layer, nothing inside it. On CPU, `to_host` copies.
+    With `recompute` or `recompute_cheap`, copies only the input of each layer. On CPU, `to_host` makes the copies.
     """
     offload = Offload(unsharded_parameters(model), to_host)
     with saved_tensors_hooks(offload.pack, offload.unpack):
@@ -67,7 +67,7 @@ def offload_activations(
 
 @contextmanager
 def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
-    """Train each layer with torch.compile, which changes rounding. Raises UsageError if it cannot."""
+    """Train each layer with torch.compile, which changes rounding. Raises UsageError without layers or a compiler."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         name = type(unwrapped(model)).__name__
@@ -110,7 +110,7 @@ def _checkpointing(model: nn.Module, options: dict[str, object]) -> Iterator[Non
 
 
 def _keep_costly(context: object, operation: torch._ops.OpOverload, *arguments, **options) -> CheckpointPolicy:
-    # Recompute attention with dropout: if its result were kept, it would draw no mask, and later masks would change.
+    # Recompute attention that has dropout: if it did not draw its mask again in backward, later masks would change.
     if operation not in _COSTLY:
         return CheckpointPolicy.PREFER_RECOMPUTE
     names = (argument.name for argument in operation._schema.arguments)

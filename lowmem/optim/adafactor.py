@@ -12,7 +12,7 @@ from lowmem.optim.tiers import Group, Random, Tensors, TieredOptimizer
 class TieredAdafactor(TieredOptimizer):
     """Adafactor (Shazeer and Stern, 2018) like `torch.optim.Adafactor`, but without two host syncs per parameter.
 
-    Factors the second moment of matrices, but not of vectors. The first dimension is rows, all others together columns.
+    Factors the second moment of matrices, but not of vectors. Rows are the first dimension; columns are all others.
     """
 
     _LEAST_VARIANCE = torch.finfo(torch.float32).eps

@@ -1,4 +1,4 @@
-"""Storage formats for fp32 values, about 1 to 4 bytes each. A format is a set of tensors under one name in a dict:
+"""Formats that store an fp32 value in about 1 to 4 bytes. A format is a set of tensors under one name in a dict:
 
     {name: fp32}                               the values
     {name: bf16, name_low: int16}              split: all bits of fp32; the upper half is the bf16 weight
@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 256  # 8-bit values that share a scale; a block never spans two rows
-_SPLIT_ELEMENTS = 2**22  # elements split at a time, because int32 temporaries of an embedding would set the peak
+_SPLIT_ELEMENTS = 2**22  # elements split at a time, because int32 temporaries of a whole embedding would be large
 
-# An 8-bit float is bits 20 to 27 of an fp32 number: 3 mantissa bits and the lowest exponent bits, 4 for a first moment
-# (int8, with a separate sign) and 5 for a second moment (uint8). Moments need relative precision: evenly spaced codes
-# would round small second moments, which are divisors, to 0 and make their updates huge (Li et al., 2023).
+# An 8-bit float consists of bits of an fp32 number, from bit 20: 3 mantissa bits and the lowest exponent bits. A first
+# moment (int8) has 4 exponent bits and a separate sign; a second moment (uint8) has 5. Moments need relative precision:
+# evenly spaced codes would round small second moments to 0; divided by these, updates would be huge (Li et al., 2023).
 _CUT_BITS = 20
 _LARGEST = {torch.int8: 127, torch.uint8: 255}
 _LEAST = {torch.int8: 0, torch.uint8: 8}  # second moments stay above 0; codes below 8 are subnormal floats, slow on CPU
@@ -61,7 +61,7 @@ def read(tensors: dict[str, Tensor], name: str, rows: slice) -> Tensor:
 
 
 def write(tensors: dict[str, Tensor], name: str, rows: slice, values: Tensor, random: Tensor | None) -> None:
-    """Store `values` in some rows (in fp32, `read` returned a view, so do nothing). `random`: from `random_halves`."""
+    """Store `values` in some rows. `random` is from `random_halves`. Skips fp32, of which `read` returned a view."""
     kept = by_rows(tensors[name])[rows]
     if kept.dtype in _LARGEST:
         codes, scale = _to_8_bits(values, random, kept.dtype)
@@ -76,7 +76,7 @@ def write(tensors: dict[str, Tensor], name: str, rows: slice, values: Tensor, ra
 
 
 def rows_and_columns(tensor: Tensor) -> tuple[int, int]:
-    """Return the shape of a tensor as a matrix: the first dimension by all others. A vector is a single column."""
+    """Return a tensor's shape as a matrix: the first dimension and the product of all others. A vector is a column."""
     return (tensor.shape[0] if tensor.dim() else 1), math.prod(tensor.shape[1:])
 
 
@@ -101,7 +101,7 @@ def round_stochastically(values: Tensor, random: Tensor) -> Tensor:
     """Round fp32 to bf16 stochastically; `random` as in `write`. Infinity and NaN are unchanged."""
     bits = (values.view(torch.int32) + random).bitwise_right_shift_(16)
     rounded = bits.to(torch.int16).view(torch.bfloat16)
-    return rounded.masked_fill_(values.isnan(), math.nan)  # adding `random` makes CUDA's NaN, 0x7FFFFFFF, a -0
+    return rounded.masked_fill_(values.isnan(), math.nan)  # adding `random` turns CUDA's NaN, 0x7FFFFFFF, into -0
 
 
 def random_halves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

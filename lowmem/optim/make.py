@@ -44,7 +44,8 @@ def make_optimizer(
     The tiers "exact" and "lean" support adamw, adamw_bf16 (moments in bf16) and adafactor. They convert all weights to
     bf16 in place: call `parallelize` first, and use an Accelerator without mixed precision. `memory="off"` makes an
     optimizer of torch.optim. Set the learning rate at each step; `betas` and `eps` are for Adam's family. A tier
-    updates `slice_elements` elements at a time (None: by device, size). Raises ValueError for unsupported combinations.
+    updates `slice_elements` elements at a time (None: depends on device and size). Raises ValueError for
+    unsupported combinations.
     """
     if memory not in ("exact", "lean", "off"):
         raise ValueError(f"memory={memory!r} is unknown: use exact, lean or off")
@@ -52,7 +53,7 @@ def make_optimizer(
     if name not in names:
         raise ValueError(f"optimizer {name!r} is unknown with memory={memory}: use one of {', '.join(names)}")
     is_wrapped = isinstance(model, DistributedDataParallel)
-    if memory != "off" and (is_wrapped or has_gathered(model)):  # either would keep the old dtypes
+    if memory != "off" and (is_wrapped or has_gathered(model)):  # in both cases, the old dtypes remain
         found = "DDP has wrapped the model" if is_wrapped else "the sharded model has already run"
         raise ValueError(f"memory={memory} changes dtypes, but {found}: make the optimizer first")
     trainable = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]
@@ -61,7 +62,7 @@ def make_optimizer(
     is_divided = any(isinstance(parameter, DTensor) for _, parameter in trainable)
     if name == "adafactor" and is_divided:
         raise ValueError("adafactor needs whole matrices, but this model is sharded: use adamw or NO_SHARD")
-    kinds = defaultdict(list)  # also by type, because torch's kernels cannot mix DTensors and plain tensors
+    kinds = defaultdict(list)  # split by type too, because torch's kernels cannot mix DTensors and plain tensors
     for path, parameter in trainable:
         owner = model.get_submodule(path.rpartition(".")[0])
         is_bias_or_norm = isinstance(owner, nn.LayerNorm) or _NO_DECAY.search(path) is not None
@@ -73,7 +74,7 @@ def make_optimizer(
         columns = local_of(parameter).shape[1] if is_large(parameter) and is_in_columns(parameter) else 0
         if columns % BLOCK:
             found = f"{path} has {columns} per rank"
-            raise ValueError(f"memory=lean needs blocks of {BLOCK} columns, {found}: use exact or another tp_size")
+            raise ValueError(f"memory=lean needs blocks of {BLOCK} columns, but {found}: use exact or another tp_size")
     for parameter in model.parameters():
         if not parameter.requires_grad:
             set_local_(parameter, local_of(parameter.data).to(torch.bfloat16))

@@ -1,4 +1,4 @@
-"""Optimizer state as tensors named "<parameter>.<key>": list, measure, compare and load it.
+"""List, measure, compare and load optimizer state, as tensors named "<parameter>.<key>".
 
 AdamW's state can also be loaded into a smaller memory tier, which may round it.
 """
@@ -69,7 +69,7 @@ def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimi
 def state_differences(
     stored: Mapping[str, StoredTensor], parameters: Parameters, optimizer: Optimizer, *, rounds: bool
 ) -> list[str]:
-    """List how `stored` differs from a tier's state, one clause per name; [] for torch's optimizers (no state yet)."""
+    """List how `stored` differs from a tier's state, by name. For torch's optimizers, which have no state yet: []."""
     if not isinstance(optimizer, TieredOptimizer):
         return []
     tensors = optimizer_tensors(parameters, optimizer)
@@ -86,7 +86,7 @@ def fill_state(optimizer: Optimizer, parameters: Parameters, stored: Mapping[str
         by_parameter, names = _by_parameter(stored), {parameter: name for name, parameter in parameters.items()}
         optimizer.state.clear()
         for group in optimizer.param_groups:
-            on_host = not (group.get("fused") or group.get("capturable"))  # these two count steps on the device
+            on_host = not (group.get("fused") or group.get("capturable"))  # with these, the device counts steps
             for parameter in (parameter for parameter in group["params"] if names[parameter] in by_parameter):
                 of_parameter = by_parameter[names[parameter]].items()
                 made = {key: _empty(tensor, parameter, counts_on_host=on_host) for key, tensor in of_parameter}

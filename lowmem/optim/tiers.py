@@ -19,7 +19,7 @@ from lowmem.distributed.dtensor import local_of, local_part, set_local_, sharded
 from lowmem.distributed.seeds import seed_of
 from lowmem.optim.formats import by_rows, keep, random_halves, read, rows_and_columns, shuffled, write, zeros
 
-_SMALL = 4096  # lean stores vectors and parameters of up to this many elements as exact does: these take few bytes
+_SMALL = 4096  # vectors, and parameters of at most this many elements, take few bytes: lean stores them as exact does
 _CACHED_ELEMENTS = 2**19  # elements per slice on CPU, so that the slice's temporaries fit into the cache
 _VECTOR = 16  # fp32 values in a CPU's widest vector register
 _LAUNCHED_ELEMENTS = (2**22, 2**24)  # elements per slice on a GPU: minimum (few launches), maximum (small temporaries)
@@ -103,7 +103,7 @@ class TieredOptimizer(Optimizer):
 
     @torch.no_grad()
     def round_from(self, parameter: nn.Parameter, names: Iterable[str], values: Callable[[str, slice], Tensor]) -> None:
-        """Store the fp32 tensor `values(name, rows)` in each name's format; `rows` are rows of the full parameter."""
+        """For each name, store `values(name, rows)` (fp32) in its format. `rows` are rows of the full parameter."""
         tensors, (_, first, _) = _local_tensors(parameter, self.state[parameter]), local_part(parameter.data)
         draw = self._random(parameter, "round_from")
         for rows in self.slices(parameter):
@@ -153,7 +153,7 @@ class TieredAdamW(TieredOptimizer):
 
     The exact tier with fp32 moments gives the same weights as AdamW in fp32, bit for bit.
 
-    With `moments` "tier", large moments are fp32 in exact, 8-bit in lean; with "bf16", bf16 in both tiers.
+    With moments="tier", large moments are fp32 in exact and 8-bit in lean. With "bf16", they are bf16 in both.
     """
 
     def __init__(self, groups, *, betas: tuple[float, float], eps: float, moments: str, **options):

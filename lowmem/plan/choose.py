@@ -87,7 +87,7 @@ class _Tried(NamedTuple):
 def choose(
     config: TrainConfig, cluster: Cluster, fixed: Iterable[str], predict: Predict, log: Callable[[str], None]
 ) -> tuple[TrainConfig, Prediction]:
-    """Find the first rung whose prediction fits both memory limits of `config`, and undo changes that it does not need.
+    """Find the first rung whose prediction fits the memory limits of `config`, and undo the rung's unneeded changes.
 
     Returns the resulting config and its prediction. Logs the rungs that it tries. Raises UsageError if no rung fits.
     """
@@ -116,7 +116,7 @@ def choose(
                 return _undo_unneeded(best, rungs[: len(failed) + 1], tried)
             failed.append(best)
     nearest = min(failed, key=lambda each: sum(each.excess.values()))
-    advice = "more processes, fewer tokens (--max_seq_len)"
+    advice = "more processes or fewer tokens (--max_seq_len)"
     if config.memory != "lean" and config.optimizer != "sgd":
         advice += ", or --mixed_precision=bf16 --memory=lean (the loss differs, within the spread of seeds)"
     if refused:
@@ -162,7 +162,7 @@ def _excess_bytes(config: TrainConfig, needed: Mapping[str, int]) -> dict[str, i
 
 
 def variants(config: TrainConfig, cluster: Cluster) -> Sequence[tuple[str, str, TrainConfig]]:
-    """Return (name, cost, config) for each config with another tier, saver or sharding strategy than `config`."""
+    """Return (name, cost, config) for each variant of `config` with another tier, saver or sharding strategy."""
     bf16, in_fp32 = {"mixed_precision": "bf16"}, config.mixed_precision != "bf16"
     prefix, forward = ("mixed_precision=bf16, ", "a forward in bf16; ") if in_fp32 else ("", "")
     exact = f"{forward}loss curve of fp32 weights"

@@ -57,7 +57,7 @@ def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
 
 
 def _cluster(config: TrainConfig, pool: Executor) -> Cluster:
-    """Return (and print) the processes of the run. They are on GPUs if there are any or --device_memory is set."""
+    """Return (and print) the processes of the run. They use GPUs if any is visible or --device_memory is set."""
     launched = launched_processes()
     world_size = launched or config.num_processes
     gpus = visible_gpus(pool) if config.device_memory is None or world_size is None else 0
@@ -88,7 +88,7 @@ def _changes(before: TrainConfig, after: TrainConfig) -> dict[str, object]:
 
 
 def table_of_parts(prediction: Prediction) -> list[str]:
-    """List the bytes of each part on a device, on the host and on disk."""
+    """List the bytes of each part (weights, gradients, ...) on a device, on the host and on disk."""
     lines = []
     resources = {"device, peak per process": prediction.device, "host, this machine": prediction.host}
     for resource, parts in (resources | {"disk": prediction.disk}).items():

@@ -34,7 +34,7 @@ from lowmem.plan.parts import Cluster
 def fake_tensors() -> Iterator[None]:
     """Within this block, new tensors have shape, dtype and storage but no data, so a model of any size fits.
 
-    `.item()` returns True or 1, so that checks for finite numbers pass. Enter any MemoryMeter inside this block.
+    `.item()` returns True or 1, so that checks for finite numbers pass. Enter a MemoryMeter only inside this block.
     """
     with _FakeOnes(allow_non_fake_inputs=True):  # real inputs come from process groups and meshes
         yield
@@ -126,8 +126,8 @@ def few_slices() -> Iterator[None]:
 def attention_for(config: PretrainedConfig, *, on_gpu: bool, is_padded: bool) -> str:
     """Register an attention in transformers that uses as many bytes as the real one but reads no data. Return its name.
 
-    transformers decides by the values of positions and masks if attention needs a mask. Fake tensors have no values, so
-    it would add masks that training does not need. Here only encoder-decoders get one, for padding, if `is_padded`.
+    transformers decides from the values of positions and masks if attention needs a mask. Fake tensors have no values,
+    so by itself it would add needless masks. Here only encoder-decoders get a mask, for padding, if `is_padded`.
     For a learned bias (as in T5), a GPU has the memory-efficient kernel. A CPU lacks it and uses eager attention.
     """
     if not on_gpu and hasattr(config, "relative_attention_num_buckets"):

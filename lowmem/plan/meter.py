@@ -23,7 +23,7 @@ class MemoryMeter(TorchDispatchMode):
 
     A storage counts once, even if many tensors view it, for as long as anything (such as autograd) holds it. Its size
     is rounded up to a multiple of `block_bytes`; CUDA_BLOCK_BYTES gives the bytes that a GPU allocates. Storages
-    created earlier count only after `count`; memory-mapped files never do. Set `kind` to label storages created next.
+    created earlier count only if passed to `count`, memory-mapped files never. Set `kind` to label new storages.
     Not counted: memory that a kernel allocates and frees internally, fragmentation, workspaces of libraries, the
     device's context, and storages created by threads other than this one and autograd's.
     """
@@ -41,7 +41,7 @@ class MemoryMeter(TorchDispatchMode):
         self._storages: dict[int, tuple[ref, int, str]] = {}  # by address, which is unique while the storage is live
 
     def count(self, tensors: Iterable[Tensor], kind: str | None = None) -> None:
-        """Count existing storages, such as those of parameters, as `kind` (None: keep their kind if counted)."""
+        """Count the storages of `tensors` as `kind` (None: storages that are already counted keep their kind)."""
         for tensor in tensors:
             self._update(local_of(tensor).untyped_storage(), kind)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Kind(StrEnum):
-    """What bytes are used for. `plan` prints them in this order, the longest-lived first."""
+    """What bytes are used for. `plan` prints the kinds in this order, the longest-lived first."""
 
     WEIGHTS = "weights"
     LOW_HALVES = "low halves"
@@ -50,7 +50,7 @@ class Counted:
 
 
 def extrapolate(shallow: Counted, deeper: Iterable[tuple[int, Counted]]) -> Counted:
-    """Return `shallow` plus n x (deep - shallow) for each (n, deep) in `deeper`: peaks are linear in stack depth."""
+    """Return `shallow` plus the sum of n x (deep - shallow) over `deeper`, because peaks are linear in stack depth."""
     total = copy.deepcopy(shallow)
     for times, deep in deeper:
         for name in ("model_bytes", "checkpoint_bytes", "num_parameters"):

@@ -51,7 +51,7 @@ Predict = Callable[[Iterable[TrainConfig]], Iterator[Prediction]]
 
 @contextmanager
 def planners(host_memory: str | None = None) -> Iterator[Executor]:
-    """Yield a pool of up to 4 counting processes (one per core, within `host_memory`). Only they import torch."""
+    """Yield a pool of counting processes: at most 4, one per core, within `host_memory`. Only they import torch."""
     most = min(4, len(os.sched_getaffinity(0)))
     if host_memory is not None:  # the ranks that wait for this pool also use host memory
         waiting = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * _WAITING_BYTES
@@ -64,7 +64,7 @@ def planners(host_memory: str | None = None) -> Iterator[Executor]:
 
 
 def visible_gpus(pool: Executor) -> int:
-    """Return how many GPUs torch sees. A process of `pool` looks, so that this one need not import torch."""
+    """Return how many GPUs torch sees. A process of `pool` counts them, so that this one need not import torch."""
     return _result(pool.submit(_num_gpus))
 
 
@@ -127,7 +127,7 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
     loading = 0 if in_parts else 4 * counted.num_parameters * (1 if config.is_sharded else processes)
     host["loading, beyond training"] = max(0, loading - _total(host))
     host["programs"] = programs_bytes(cluster)
-    keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # a new one is written before one is removed
+    keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # the oldest is removed only after a save
     name = f"{keeps} checkpoints" if config.save_total_limit else "each checkpoint"
     return Prediction(device, host, {name: keeps * counted.checkpoint_bytes, "model": counted.model_bytes})
 

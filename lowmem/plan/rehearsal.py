@@ -42,13 +42,13 @@ def count_shallow(config: TrainConfig, cluster: Cluster) -> Counted:
 
 
 def count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Counted]]:
-    """For each depth of deep stacks, return how many layers `count_shallow` omits, and the bytes with one more."""
+    """For each depth of deep stacks, return how many layers `count_shallow` omits, and the bytes with one of them."""
     _, deeper = _depths(config)
     return [(times, count(config, cluster, shape)) for times, shape in deeper]
 
 
 def _depths(config: TrainConfig) -> tuple[PretrainedConfig, list[tuple[int, PretrainedConfig]]]:
-    """Return the shallow and deeper shapes. Equal depth fields change together: they may describe one stack."""
+    """Return the shallow and deeper shapes. Fields of equal depth change together: they may describe one stack."""
     shape = config_of(config.model_name_or_path or config.model_config)
     deep: dict[int, list[str]] = {}
     for name in _DEPTHS:
@@ -135,7 +135,7 @@ def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[
 
 
 class _Timeline:
-    """Split a step into phases with hooks, and record the memory peak of each phase."""
+    """With hooks, split a step into phases, and record the memory peak of each phase."""
 
     def __init__(self, meter: MemoryMeter):
         self.meter, self.host = meter, HostCopies()
@@ -143,7 +143,7 @@ class _Timeline:
         self.peaks: dict[str, Bytes] = {}
 
     def end(self, phase: str, *, then: Kind) -> None:
-        """Record the peak of the phase that ends here if it is the highest. Label storages made after it as `then`."""
+        """End `phase`. Record its peak if no earlier one of that name is higher. Label later storages as `then`."""
         peak = {kind: size for kind, size in self.meter.peak_by_kind.items() if size}
         known = self.peaks.get(phase, {})
         on_host = max(known.get(Kind.OFFLOADED, 0), self.host.peak_bytes)

@@ -19,7 +19,7 @@ def atomic_folder(path: Path, *, may_replace: Callable[[Path], bool] = lambda pa
     """Yield a temporary folder next to `path`, and rename it to `path` when the block ends without an error.
 
     Replaces an existing folder only if `may_replace(path)`; otherwise raises FileExistsError before writing anything.
-    If the block fails, `path` is unchanged. Only one process may enter it; others may write to `unfinished_folder`.
+    If the block fails, `path` is unchanged. Only one process may enter the block; others write to `unfinished_folder`.
     """
     unfinished = _begin(path, may_replace)
     try:

@@ -47,7 +47,7 @@ def record_file(path: Path) -> FileRecord:
 
 
 def sync(path: Path) -> None:
-    """Sync to disk a file's data or, for a folder, its list of names (after a rename, for example)."""
+    """Sync a file's data, or a folder's list of names (after a rename, for example), to disk."""
     _announce("fsync", path)
     descriptor = os.open(path, os.O_RDONLY)
     try:

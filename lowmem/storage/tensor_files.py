@@ -122,7 +122,7 @@ class StoredTensor(NamedTuple):
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """The tensor's dtype in torch, or None if checkpoints do not use it (8-bit floats, for example)."""
+        """The tensor's dtype in torch, or None if checkpoints do not support it (8-bit floats, for example)."""
         return _DTYPES.get(self.dtype)
 
     def read(self, *part: slice) -> Tensor:

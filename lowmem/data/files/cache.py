@@ -1,8 +1,8 @@
-"""Build, once per data file, an index for random access to its rows and, for some files, a converted copy.
+"""Once per data file, build an index for random access to its rows and, for some files, a converted copy.
 
 Both are stored in the folder that LOWMEM_CACHE names. If it is not set, they are next to the data file (hidden), or in
 ~/.cache/lowmem if the data file is remote or its folder is not writable. Both are written to temporary files, then
-renamed, the copy first. Both are built again if index checksum, copy size or data file differ from the index's record.
+renamed, the copy first. Both are built again if the index, the copy's size or the data file has changed.
 """
 
 import errno
@@ -33,7 +33,7 @@ _SMALLEST_INDEXED_BYTES = 2**22  # a smaller file that needs no copy is indexed 
 _LONGEST_NAME_BYTES = 255
 _ABANDONED_SECONDS = 24 * 3600  # a temporary file without a write for this long is abandoned
 
-# `build(copy, report)` writes the converted file to `copy` (unless None), reports bytes done, and returns the index.
+# `build(copy, report)` writes the converted file to `copy` (unless None), reports each part's size, returns the index.
 Build = Callable[[BinaryIO | None, Callable[[int], None]], dict[str, np.ndarray]]
 
 
@@ -120,7 +120,7 @@ def _remove_abandoned(stem: Path) -> None:
 
 
 def _load(stem: Path, stamp: dict[str, str], copies: bool) -> Derived | None:
-    """Load what an earlier run built; None if it is missing or damaged, or if the data file has changed."""
+    """Load what an earlier run built. Returns None if it is missing or damaged, or if the data file has changed."""
     copy = Path(f"{stem}.rows") if copies else None
     try:
         with safe_open(f"{stem}.index", framework="numpy") as file:
@@ -184,7 +184,7 @@ def _locked(stem: Path, message: str) -> Iterator[None]:
                     print(message, flush=True)
                 message = ""  # print it once, even if several processes hold the lock in sequence
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if is_same_file(lock, file.fileno()):  # if not, its last holder removed it, so lock a new one
+            if is_same_file(lock, file.fileno()):  # if not, the last holder removed the file, so lock a new one
                 try:
                     yield
                 finally:

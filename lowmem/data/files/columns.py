@@ -26,7 +26,7 @@ def check_row(source: Source, row: Row, wanted: Mapping[str, str]) -> None:
 
 
 def select_columns(source: Source, schema: "pa.Schema", wanted: Mapping[str, str] | None) -> "pa.Schema":
-    """Return the schema of wanted columns (None: all). Raises UsageError if one is missing, repeated or mistyped."""
+    """Return the wanted columns' schema (None: all). Raises UsageError if one is missing, repeated or of wrong type."""
     import pyarrow as pa
 
     names = schema.names if wanted is None else list(wanted)
@@ -36,7 +36,7 @@ def select_columns(source: Source, schema: "pa.Schema", wanted: Mapping[str, str
     for column, kind in (wanted or {}).items():
         found = schema.field(column).type
         if not _holds(found, kind):
-            what = "text" if kind == "text" else "messages (lists of structs with text role and content)"
+            what = "text" if kind == "text" else "messages (lists of structs with content and a text role)"
             raise UsageError(f"{source}: column {column!r} must hold {what}, found {found}: name another column")
     if "messages" in (wanted or {}).values():
         names = names + [name for name in (TOOLS_COLUMN,) if name in schema.names and name not in names]

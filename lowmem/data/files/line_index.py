@@ -31,7 +31,7 @@ def codec_of(source: Source) -> str | None:
 def index_lines(
     source: Source, copy: BinaryIO | None, report: Callable[[int], None], *, piece_bytes: int = PIECE_BYTES
 ) -> dict[str, np.ndarray]:
-    """Index the groups of a file: first_byte, end_byte, rows, first_line (from 1) as int64, hash (xxh3_64) as uint64.
+    """Index a file's groups. Returns int64 first_byte, end_byte, rows, first_line (from 1), and uint64 hash (xxh3_64).
 
     Each array has shape (groups,) and refers to the decompressed bytes, which are written to `copy` unless it is None.
     `report` gets the compressed size of each read. Raises OSError, and UsageError for damaged or incomplete files.
@@ -85,7 +85,7 @@ def find_lines(text: bytes | bytearray, *, is_whole: bool = True) -> tuple[np.nd
 
 
 def _groups(starts: np.ndarray, ends: np.ndarray, more_from: int | None) -> Iterator[tuple[int, int]]:
-    """Yield each group's range of rows [first, stop). Omit the last group if a row at `more_from` may still join it."""
+    """Yield each group's row range [first, stop), but not the last if a row at byte `more_from` may still join it."""
     first = 0
     while first < len(starts):
         limit = starts[first] + _BYTES_PER_GROUP

@@ -89,8 +89,7 @@ class _LineFile:
         return f"line {line:,} ({unit} {byte + start:,})"
 
     def _check_columns(self, wanted: Mapping[str, str]) -> None:
-        """Raise UsageError, with the first row's error, if all rows of one group are bad. Some may be bad."""
-        # Check the first group that is not a single line longer than LONGEST_LINE.
+        """If all rows of the first group within LONGEST_LINE are bad, raise UsageError with the first row's error."""
         problem, group = None, int(np.argmax(self._num_bytes <= LONGEST_LINE))
         data = self.read_group(group)
         for index in range(int(self.group_rows[group])):
@@ -121,7 +120,7 @@ class JsonLinesFile(_LineFile):
         with open(self._path, "rb") as file:
             file.seek(int(self._index["first_byte"][0]))
             line = file.readline(2**16).strip()
-        if line.startswith(b"[") and not line.endswith(b"]"):  # a whole array on one line may be just a bad row
+        if line.startswith(b"[") and not line.endswith(b"]"):  # a one-line array may be just a bad row
             raise UsageError(f"{self.source} holds a JSON array, which can only be read as a whole: {_ONE_PER_LINE}")
         super()._check_columns(wanted)
 
@@ -133,7 +132,7 @@ class JsonLinesFile(_LineFile):
         try:
             row = _JSON.decode(text)
             if _ESCAPED_SURROGATE.search(text):
-                json.dumps(row, ensure_ascii=False).encode()  # fails if one is unpaired, as the decoder joins pairs
+                json.dumps(row, ensure_ascii=False).encode()  # fails if a surrogate is left: pairs were joined
         except json.JSONDecodeError as error:
             reason = f"{error.msg.removesuffix(' at')} at byte {offset + len(text[: error.pos].encode()):,}"
             raise ValueError(f"{reason}: fix or remove the row, and write one object per line") from error

@@ -1,6 +1,6 @@
 """Read Arrow record batches by number, from an Arrow file or from a copy with small batches.
 
-Files do not stay mapped, because reading a truncated one kills the process (SIGBUS), and mapped pages count as memory.
+Files do not stay mapped: if one is truncated, reading it kills the process (SIGBUS), and mapped pages count as memory.
 """
 
 import json
@@ -90,7 +90,7 @@ def find_batches(source: Source) -> tuple[RecordBatches, bool]:
             if message.type == "record batch" and alone:
                 batch = pa.ipc.read_record_batch(message, schema)
                 alone = batch.nbytes <= message.body.size  # if a batch is larger than its message, it was compressed
-                # Hash only headers, to leave bodies unread. This detects another file, but no flipped bit in a text.
+                # Hash only headers, to leave bodies unread. This detects a replaced file, but no flipped bit in text.
                 head = file.read_at(size - message.body.size, start)
                 found.append((start, size, batch.num_rows, len(head), xxhash.xxh3_64_intdigest(head)))
             alone &= message.type != "dictionary"
@@ -166,7 +166,7 @@ def _halves(batch: "pa.RecordBatch", limits: TableLimits) -> Iterator["pa.Record
 
 
 def plain(schema: "pa.Schema") -> "pa.Schema":
-    """Return the schema without dictionaries and views, because a slice of such a column would keep all its values."""
+    """Return the schema without dictionaries and views, because a slice of such a column keeps the whole column."""
     import pyarrow as pa
 
     return pa.schema([(field.name, _plain(field.type)) for field in schema])

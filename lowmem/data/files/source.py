@@ -73,7 +73,7 @@ class Source:
 
     @reading()
     def open(self) -> BinaryIO:
-        """Open the file for reading and seeking. Raises OSError, and so do later reads if they are inside `reading`."""
+        """Open the file for reading and seeking. Raises OSError, as do later reads inside `reading`."""
         if self.path is not None:
             return open(self.path, "rb")
         file_system, path = _remote(self.name)
@@ -107,7 +107,7 @@ def is_url(name: str) -> bool:
 
 
 def expand(files: Files) -> list[Source]:
-    """List the files that `files` names: a path, glob or URL, several of these separated by commas, or a list.
+    """List the data files. `files` is a path, glob or URL, several of these separated by commas, or a list of them.
 
     Keeps the given order; matches of a glob are sorted. Splits a string at commas unless it exists as a path. Does not
     split items of a list. Raises UsageError if a name matches nothing or a file is named twice.
@@ -146,7 +146,7 @@ def _local_names(item: str) -> list[str]:
 
 
 def dataset_files(folder: Path) -> list[Path] | None:
-    """List the Arrow files of a folder that `datasets.save_to_disk` wrote, in order. None for any other folder.
+    """List the Arrow files of a folder that `datasets.save_to_disk` wrote, in order. Returns None for any other folder.
 
     Raises UsageError if the folder has splits, or if its list of files is broken or names a missing file.
     """

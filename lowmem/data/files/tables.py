@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _ROWS_PER_DECODE = 2**14
 _LARGEST_DICTIONARY_BYTES = 2**20  # parquet writers usually store plain values if the dictionary would be larger
 _SAMPLES, _SAMPLE_BYTES = 64, 2**12
-# Set a small buffer size: otherwise pyarrow reads a whole encoded column of a row group into memory at once.
+# Set a small buffer size: otherwise pyarrow would read a row group's whole encoded column into memory.
 _SETTINGS = {"page_checksum_verification": True, "pre_buffer": False, "buffer_size": 2**16}
 
 
@@ -51,8 +51,8 @@ class _TableFile:
         return f"row {int(self.group_rows[:group].sum()) + index}"
 
     def fingerprint(self) -> str:
-        """Hash the size, parquet's footer and 64 evenly spaced samples of 4 KiB (a file up to 256 KiB as a whole)."""
-        # Misses changes between samples if the footer is the same. Remote files get none: each would fetch megabytes.
+        """Hash the size, parquet's footer and 64 evenly spaced samples of 4 KiB (all of a file up to 256 KiB)."""
+        # Misses changes between samples if the footer is the same. Remote files get no samples: each fetches megabytes.
         with self.source.open() as file:
             size = file.seek(0, 2)
             digest = xxhash.xxh3_128(struct.pack("<q", size) + _footer(file, self._footer_bytes))
@@ -66,10 +66,10 @@ class _TableFile:
 
 
 class ParquetFile(_TableFile):
-    """A parquet file, local or remote. Its groups are row groups or, if one or the footer is large, pieces of a copy.
+    """A parquet file (also remote). Groups are row groups or, if one of them or the footer is large, pieces of a copy.
 
-    Reads only the columns in `wanted` ({name: "text" or "messages"}; None: all columns). Raises UsageError if the file
-    cannot be read, lacks a wanted column or has a wrong type in one. (Some flipped bits in a footer crash pyarrow.)
+    Reads only the columns in `wanted` ({name: "text" or "messages"}; None: all columns), and "tools" with messages.
+    Raises UsageError if the file is unreadable or does not fit `wanted`. (Some flipped bits in a footer crash pyarrow.)
     """
 
     # Keep only the last parsed footer: each takes 1 KiB per column chunk, but parsing it again takes only milliseconds.
@@ -116,7 +116,7 @@ class ParquetFile(_TableFile):
                 raise ValueError(f"{where} cannot be decoded ({error}): write the file again") from error
 
     def _decode(self, file: BinaryIO, metadata: "parquet.FileMetaData", group: int, name: str) -> "pa.ChunkedArray":
-        """Decode one column of a group. This can take half the memory of decoding all columns at once."""
+        """Decode one column of a group. This can take half the memory of decoding all columns together."""
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -207,6 +207,6 @@ def _decoded_bytes(group: "parquet.RowGroupMetaData", names: list[str]) -> int:
 
 
 def _repeats(chunk: "parquet.ColumnChunkMetaData") -> bool:
-    """Return whether a chunk is, judging by its size, stored entirely as a dictionary and indices."""
+    """Judge by its size whether a chunk is stored entirely as a dictionary and indices."""
     has_dictionary = any("DICTIONARY" in kind for kind in chunk.encodings)
     return has_dictionary and chunk.total_uncompressed_size <= _LARGEST_DICTIONARY_BYTES + 4 * chunk.num_values
