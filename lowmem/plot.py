@@ -134,7 +134,7 @@ def _titles(runs: Mapping[str, Curves]) -> list[str]:
 
 
 def _columns(points: Points, first: int, last: int) -> list[float | None]:
-    """Return each chart column's mean. An empty column repeats the previous mean, but is None outside all points."""
+    """Return each chart column's mean. An empty column repeats the previous mean; before and after all points: None."""
     count = _WIDTH - _LABELS
     inside: list[list[float]] = [[] for _ in range(count)]
     for step, value in points:
