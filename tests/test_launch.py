@@ -66,7 +66,7 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAG
         (SHARDS | {"WORLD_SIZE": "4"}, "2 shards in 2 replicas: also set distributed_type: FSDP"),
         (FSDP2 | SHARDS | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, "set distributed_type: FSDP with"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM, which lowmem does not support"),
-        ({"ACCELERATE_DYNAMO_BACKEND": "CUDAGRAPHS"}, "dynamo_backend=cudagraphs, but lowmem supports inductor"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "CUDAGRAPHS"}, "dynamo_backend=cudagraphs, but lowmem has only inductor"),
         (DEEPSPEED | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, "offload_param_device: nvme, but does not"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a positive integer"),
     ],

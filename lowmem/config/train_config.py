@@ -182,7 +182,7 @@ class TrainConfig(Groups):
     save_steps: int = setting(500, at_least=1)
     """Steps between two checkpoints (the last step is always saved)."""
     save_total_limit: int = setting(2, at_least=0)
-    """Checkpoints to keep; older ones are deleted once a new one is complete. 0: keep all."""
+    """Checkpoints to keep: the newest and the best. Others are deleted after a save. 0: keep all."""
     max_shard_size: str = setting("5GB", unit="bytes")
     """Maximum size of a weight file: 500MB, 5GB, 2GiB or a number of bytes. A larger tensor has its own file."""
     on_save_error: str = setting("stop", choices=["stop", "continue"])

@@ -21,7 +21,7 @@ _SPLIT_ELEMENTS = 2**22  # elements split at a time, because int32 temporaries o
 
 # An 8-bit float consists of bits of an fp32 number, from bit 20: 3 mantissa bits and the lowest exponent bits. A first
 # moment (int8) has 4 exponent bits and a separate sign; a second moment (uint8) has 5. Moments need relative precision:
-# evenly spaced codes would round small second moments to 0; divided by these, updates would be huge (Li et al., 2023).
+# evenly spaced codes would round small second moments to 0, and dividing by these makes updates huge (Li et al., 2023).
 _CUT_BITS = 20
 _LARGEST = {torch.int8: 127, torch.uint8: 255}
 _LEAST = {torch.int8: 0, torch.uint8: 8}  # second moments stay above 0; codes below 8 are subnormal floats, slow on CPU
