@@ -28,7 +28,7 @@ def launched_settings() -> dict[str, object]:
         settings["mixed_precision"] = precision
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if compiler not in ("no", "inductor"):
-        raise UsageError(f"accelerate has dynamo_backend={compiler}, but lowmem has only inductor: set it to inductor or no")
+        raise UsageError(f"accelerate has dynamo_backend={compiler}, but lowmem has only inductor: set that or no")
     if compiler == "inductor":
         settings["compile"] = True
     if _is_set("ACCELERATE_USE_FSDP"):
