@@ -138,7 +138,7 @@ def train_lowmem(
 ) -> object:
     """Train with lowmem. Slices of weights and logits are as large as on the device `slices_of` (cuda or cpu)."""
     from lowmem import Batch, TrainState, chunked_loss, make_optimizer, train_step
-    from lowmem.loss import SLICE_ELEMENTS
+    from lowmem.cross_entropy import SLICE_ELEMENTS
     from lowmem.memory.savers import SAVERS, entered
     from lowmem.optim.tiers import slice_elements_for
     from lowmem.plan.fakes import HostCopies

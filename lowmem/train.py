@@ -35,9 +35,10 @@ from lowmem.distributed.sharding import parallelize
 from lowmem.distributed.signals import Signals
 from lowmem.errors import UsageError
 from lowmem.evaluation import Evaluation
-from lowmem.loss import LOSSES, check_model
+from lowmem.loss import LOSSES
 from lowmem.memory.savers import SAVERS, entered
 from lowmem.model import freeze, load_model, num_embeddings
+from lowmem.model_checks import check_model
 from lowmem.optim.make import make_optimizer
 from lowmem.optim.schedule import Schedule
 from lowmem.recover import fitting_step

@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from lowmem.cross_entropy import chunked_cross_entropy, vocabulary_slices
 from lowmem.data.batch import collate
 from lowmem.errors import UsageError
-from lowmem.loss import check_loss, check_model, chunked_cross_entropy, chunked_loss, plain_loss, vocabulary_slices
+from lowmem.loss import chunked_loss, plain_loss
+from lowmem.model_checks import check_loss, check_model
 from lowmem.plan.meter import MemoryMeter
 from tests.models import LLAMA, build
 

@@ -17,10 +17,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.checkpoint.tensors import model_tensors, named_parameters, num_bytes
 from lowmem.config.train_config import TrainConfig
+from lowmem.cross_entropy import SLICE_ELEMENTS
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.sharding import make_mesh, shard
-from lowmem.loss import LOSSES, SLICE_ELEMENTS
+from lowmem.loss import LOSSES
 from lowmem.memory.savers import entered
 from lowmem.model import build_model, config_of, freeze
 from lowmem.optim.make import make_optimizer

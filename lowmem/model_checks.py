@@ -1,0 +1,96 @@
+"""Check before a run that a model supports the loss, the sequence length and packing."""
+
+import inspect
+import json
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lowmem.data.batch import IGNORED, Batch
+from lowmem.data.packing import check_packing
+from lowmem.distributed.fully_sharded import forward_only
+from lowmem.distributed.placement import device_of, unwrapped
+from lowmem.errors import UsageError
+from lowmem.memory.out_of_memory import is_out_of_memory
+
+# settings with which models of transformers add a loss to the cross-entropy, and the values with which they do not
+_WITHOUT_OWN_LOSS = {"output_router_logits": False, "z_loss_coefficient": 0.0, "disable_ngram_loss": True}
+
+
+def check_model(
+    model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor], *, packing: bool, max_seq_len: int
+) -> None:
+    """Raise UsageError if the model adds a loss itself, or does not support this loss, this length or packing."""
+    base = unwrapped(model)
+    text_config = base.config.get_text_config()
+    for name, wanted in _WITHOUT_OWN_LOSS.items():
+        if (found := getattr(text_config, name, None)) not in (None, wanted):
+            what = f"with {name}={found}, {type(base).__name__} adds a loss of its own, which is not trained here"
+            raise UsageError(f"{what}: set it to {json.dumps(wanted)} in the model's config.json")
+    check_loss(loss_fn, model)
+    _check_positions(loss_fn, model, max_seq_len)
+    if packing:
+        check_packing(model)
+
+
+def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) -> None:
+    """Run `loss_fn` on rows of two tokens. Raise UsageError if it rejects the model or returns a mean instead of a sum,
+    or if a causal model sees its targets.
+    """
+    device, base = device_of(model), unwrapped(model)
+    with forward_only(model):
+        loss_fn(model, _zeros(device, rows=1, length=2, num_targets=0))
+        once, twice = (loss_fn(model, _zeros(device, rows=rows, length=2, num_targets=rows)) for rows in (1, 2))
+        if abs(twice - 2 * once) > 0.1 * abs(once):
+            found = f"it is {once.item():.4g} for a row and {twice.item():.4g} for that row twice"
+            raise UsageError(f"the loss must be a sum over target tokens, but {found}: sum the losses, do not average")
+        if not base.config.is_encoder_decoder:
+            tokens = torch.tensor([[0, 0], [0, 1]], device=device)
+            logits = base(input_ids=tokens, use_cache=False).logits.float()
+            at_first, at_second = (logits[0] - logits[1]).abs().amax(1)
+            if at_first > 0.02 * at_second:  # except for rounding, the first logits must not depend on the second token
+                name = type(base).__name__
+                raise UsageError(f"{name} sees the tokens that it must predict: use a causal or encoder-decoder model")
+
+
+def _check_positions(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module, max_seq_len: int) -> None:
+    """Raise UsageError if the model fails on a row of `max_seq_len` tokens, such as for lack of position embeddings."""
+    try:
+        with forward_only(model), _CheckedEmbeddings():
+            loss_fn(model, _zeros(device_of(model), rows=1, length=max_seq_len, num_targets=min(1, max_seq_len - 1)))
+    except (IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        what = f"{type(unwrapped(model)).__name__} fails on a row of max_seq_len={max_seq_len} tokens"
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{what} ({reason}): lower --max_seq_len to the model's number of positions") from error
+
+
+_EMBEDDING = inspect.signature(F.embedding)
+
+
+class _CheckedEmbeddings(TorchFunctionMode):
+    """Raise IndexError for a missing embedding, because the lookup itself would end the process on CUDA."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.embedding:
+            bound = _EMBEDDING.bind(*args, **kwargs).arguments
+            indices, weight = bound["input"], bound["weight"]
+            is_split = isinstance(indices, DTensor) or isinstance(weight, DTensor)
+            if not is_split and indices.numel() and indices.max() >= len(weight):
+                raise IndexError(f"index {indices.max().item()} of {len(weight)} embeddings")
+        return function(*args, **kwargs)
+
+
+def _zeros(device: torch.device, *, rows: int, length: int, num_targets: int) -> Batch:
+    """Make rows of token 0. In each of the first `num_targets` rows, the last token is a target."""
+    tokens = torch.zeros((rows, length), dtype=torch.int64, device=device)
+    labels = torch.full_like(tokens, IGNORED)
+    labels[:num_targets, -1] = 0
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+    return Batch(inputs, num_targets=num_targets, row_ids=[])
