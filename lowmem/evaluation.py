@@ -144,7 +144,8 @@ class Evaluation:
     ):
         pad = partial(collate, causal=not unwrapped(model).config.is_encoder_decoder, max_seq_len=max_seq_len)
         batching = {"batch_size": batch_size, "collate": pad, "quarantine": quarantine}
-        self._open = partial(open_eval, encode=encode, **data_place(model).coordinates, **batching)
+        self._rank, self._unknown_token = data_place(model), _unknown_token(tokenizer)
+        self._open = partial(open_eval, encode=encode, **self._rank.coordinates, **batching)
         self._loss = partial(evaluate, model, loss_fn=loss_fn, accelerator=accelerator)
         self._answers = partial(generate, model, tokenizer, accelerator=accelerator)
         self._has_collectives = has_collectives(model)
@@ -173,13 +174,18 @@ class Evaluation:
         Raises RowError for a bad row unless a quarantine skips it, and UsageError if the rows have no target or the
         model cannot answer.
         """
-        tried = None
+        tried, unknown = None, 0
         with raise_on_all_ranks():
             for batch in self._bar(self._open(rows), f"checking {name} rows"):
                 tried = batch if tried is None or not tried.num_targets else tried  # the first batch with a target
+                unknown += int((batch.inputs["labels"] == self._unknown_token).any(1).sum())
         if not any_rank(tried.num_targets):
             found = f"none of the {len(rows):,} {name} rows has a target token"
             raise UsageError(f"{found}: check their responses, or raise --max_seq_len if it cuts them off")
+        (unknown,) = sum_over_ranks(unknown if self._rank.is_counted else 0)
+        if unknown:
+            what = f"{unknown:,} of {len(rows):,} {name} rows have responses with unknown tokens"
+            self._tell(f"{what}: the tokenizer cannot encode all of their characters, so no answer can have these")
         self._loss([tried])
         if self._num_answers:
             try:
@@ -189,6 +195,13 @@ class Evaluation:
 
     def _to_answer(self, rows: FileRows) -> EvalBatches:
         return self._open(rows.slice(0, min(len(rows), self._num_answers)))
+
+
+def _unknown_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the unknown token, or -1 if there is none, or if it is also another special token (GPT-2)."""
+    unknown = tokenizer.unk_token_id
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return -1 if unknown is None or unknown in others else unknown
 
 
 def _prompts(batch: Batch, is_encoder_decoder: bool) -> list[list[int]]:

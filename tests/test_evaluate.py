@@ -6,7 +6,9 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from lowmem import init_distributed
 from lowmem.data.batch import collate
@@ -182,6 +184,18 @@ def test_the_check_finds_bad_rows_and_a_model_that_cannot_answer(tmp_path):
     measure._answers.args[0].prepare_inputs_for_generation = None
     with pytest.raises(UsageError, match="the model cannot generate answers .*: set --max_predict_samples=0"):
         measure.check(rows, "validation")
+
+
+def test_the_check_says_that_responses_have_tokens_which_the_tokenizer_does_not_know(tmp_path):
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "a", "response": text}) + "\n" for text in ("a", "{", "a")))
+    messages, encode = [], encode_causal(tokenizer, max_seq_len=8)
+    parts = (build("llama"), tokenizer, encode, chunked_loss, Accelerator(cpu=True))
+    measure = Evaluation(*parts, batch_size=2, num_answers=0, max_new_tokens=4, tell=messages.append)
+    measure.check(open_rows(path), "validation")
+    assert messages[0].startswith("1 of 3 validation rows have responses with unknown tokens")
 
 
 def test_an_evaluation_that_cannot_answer_returns_the_loss_and_says_why(tmp_path):
