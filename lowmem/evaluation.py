@@ -174,18 +174,22 @@ class Evaluation:
         Raises RowError for a bad row unless a quarantine skips it, and UsageError if the rows have no target or the
         model cannot answer.
         """
-        tried, unknown = None, 0
+        tried, empty, unknown = None, 0, 0
         with raise_on_all_ranks():
             for batch in self._bar(self._open(rows), f"checking {name} rows"):
                 tried = batch if tried is None or not tried.num_targets else tried  # the first batch with a target
-                unknown += int((batch.inputs["labels"] == self._unknown_token).any(1).sum())
+                labels = batch.inputs["labels"][: len(batch.row_ids)]
+                empty += int((labels == IGNORED).all(1).sum())
+                unknown += int((labels == self._unknown_token).any(1).sum())
         if not any_rank(tried.num_targets):
             found = f"none of the {len(rows):,} {name} rows has a target token"
             raise UsageError(f"{found}: check their responses, or raise --max_seq_len if it cuts them off")
-        (unknown,) = sum_over_ranks(unknown if self._rank.is_counted else 0)
+        empty, unknown = sum_over_ranks(*((empty, unknown) if self._rank.is_counted else (0, 0)))
+        if empty:
+            self._tell(f"{empty:,} of {len(rows):,} {name} rows have no target, or lose theirs to --max_seq_len")
         if unknown:
-            what = f"{unknown:,} of {len(rows):,} {name} rows have responses with unknown tokens"
-            self._tell(f"{what}: the tokenizer cannot encode all of their characters, so no answer can have these")
+            found = f"{unknown:,} of {len(rows):,} {name} rows have unknown tokens in their responses"
+            self._tell(f"{found}: the tokenizer lacks some of their characters, which the model cannot learn to write")
         self._loss([tried])
         if self._num_answers:
             try:

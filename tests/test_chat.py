@@ -179,7 +179,10 @@ def test_spans_are_right_while_other_threads_render_the_same_template(switching_
 
 
 def test_a_tokenizer_without_a_template_is_refused():
-    with pytest.raises(UsageError, match="messages need a chat template, but ByT5Tokenizer of .* has none: use"):
+    with pytest.raises(
+        UsageError,
+        match="messages need a chat template, but the tokenizer ByT5Tokenizer has none: add chat_template.jinja",
+    ):
         chat_tokenizer(ByT5Tokenizer())
 
 
@@ -191,7 +194,9 @@ def test_a_conversation_in_which_the_assistant_says_nothing_is_refused(name):
 
 def test_a_template_whose_assistant_text_cannot_be_found_is_refused():
     twice = CHATML.replace("message.content +", "message.content + ' / ' + message.content +") + "{{ messages|length }}"
-    with pytest.raises(UsageError, match=r"of turn 1 cannot be found in what the template renders: put {% generation"):
+    with pytest.raises(
+        UsageError, match=r"in message 2 cannot be found in what the chat template prints: put {% generation"
+    ):
         chat_tokenizer(bpe(twice))
 
 
@@ -381,6 +386,12 @@ def test_keys_that_arrow_filled_with_null_are_dropped_and_contents_may_be_parts_
     ]
     schemas = json.dumps([LOOK])
     assert tokenize(as_in_arrow, schemas) == tokenize(CALLS, [LOOK])
+
+
+@pytest.mark.parametrize("tools", ["{not json", ["{"], 3])
+def test_tools_that_are_no_json_schemas_are_an_error(tools):
+    with pytest.raises(ValueError, match="column 'tools' must hold a list of JSON schemas, found .*: fix the row"):
+        chat_tokenizer(bpe(QWEN_3))(turns("a", "b"), tools)
 
 
 def test_rows_with_tools_use_the_template_that_is_for_tools():

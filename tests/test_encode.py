@@ -176,10 +176,10 @@ def test_the_first_token_is_no_target_even_if_the_assistant_says_it():
     [
         ("hi", r"must hold messages, \[{'role': ..., 'content': ...}, ...\], found str 'hi': fix the row"),
         ([], r"found list \[\]"),
-        (["hi"], "with a role and text or tool calls, turn 0 is 'hi': fix the row"),
-        ([*MESSAGES, {"role": "user", "content": None}], "turn 4 is {'role': 'user', 'content': None}"),
-        ([{"role": "user", "content": 3}], "turn 0 is {'role': 'user', 'content': 3}"),
-        ([{"from": "human", "value": "hi"}], "turn 0 is {'from': 'human'"),
+        (["hi"], "with a role and text or tool calls, message 1 is 'hi': fix the row"),
+        ([*MESSAGES, {"role": "user", "content": None}], "message 5 is {'role': 'user', 'content': None}"),
+        ([{"role": "user", "content": 3}], "message 1 is {'role': 'user', 'content': 3}"),
+        ([{"from": "human", "value": "hi"}], "message 1 is {'from': 'human'"),
     ],
 )
 def test_a_value_that_is_not_a_conversation_is_refused(messages, message):
@@ -228,7 +228,5 @@ def test_the_column_argument_selects_the_encoder():
 def test_a_token_beyond_the_embeddings_is_an_error_that_names_it():
     encode = make_encoder(TOKENIZER, is_encoder_decoder=True, max_seq_len=9, num_embeddings=200)
     assert encode({"prompt": "a", "response": "b"})["input_ids"]
-    with pytest.raises(
-        ValueError, match=r"has the id \d+, but the model has 200 embeddings: use the model's own tokeni"
-    ):
+    with pytest.raises(ValueError, match=r"has the id \d+, but the model has 200 embeddings: use the model's tokeni"):
         encode({"prompt": "好", "response": "b"})

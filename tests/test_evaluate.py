@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, Genera
 
 from lowmem import init_distributed
 from lowmem.data.batch import collate
-from lowmem.data.encode import encode_causal, encode_seq2seq
+from lowmem.data.encode import encode_causal, encode_seq2seq, encode_text
 from lowmem.data.eval_batches import open_eval
 from lowmem.data.rows import open_rows
 from lowmem.errors import RowError, UsageError
@@ -195,7 +195,18 @@ def test_the_check_says_that_responses_have_tokens_which_the_tokenizer_does_not_
     parts = (build("llama"), tokenizer, encode, chunked_loss, Accelerator(cpu=True))
     measure = Evaluation(*parts, batch_size=2, num_answers=0, max_new_tokens=4, tell=messages.append)
     measure.check(open_rows(path), "validation")
-    assert messages[0].startswith("1 of 3 validation rows have responses with unknown tokens")
+    assert messages[0].startswith("1 of 3 validation rows have unknown tokens in their responses")
+
+
+def test_the_check_counts_rows_that_lose_their_targets(tmp_path):
+    messages = []
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({"text": "a"}, {"text": ""}, {"text": "b"})))
+    encode = encode_text(TOKENIZER, max_seq_len=2)
+    parts = (build("llama"), TOKENIZER, encode, chunked_loss, Accelerator(cpu=True))
+    measure = Evaluation(*parts, batch_size=2, num_answers=0, max_new_tokens=4, tell=messages.append)
+    measure.check(open_rows(path, columns=["text"]), "test")
+    assert messages == ["1 of 3 test rows have no target, or lose theirs to --max_seq_len"]
 
 
 def test_an_evaluation_that_cannot_answer_returns_the_loss_and_says_why(tmp_path):

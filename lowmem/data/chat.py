@@ -83,11 +83,12 @@ def _templates_of(tokenizer: Tokenizer) -> tuple[str, str]:
     try:
         return tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[])
     except ValueError as error:
-        kind = f"{type(tokenizer).__name__} of {tokenizer.name_or_path!r}"
+        found = f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has"
         if isinstance(tokenizer.chat_template, dict):
             names = ", ".join(tokenizer.chat_template)
-            raise UsageError(f"{kind} has several chat templates ({names}): name one of them 'default'") from error
-        raise UsageError(f"messages need a chat template, but {kind} has none: use an instruct model") from error
+            raise UsageError(f"{found} several chat templates ({names}): name one of them 'default'") from error
+        advice = "add chat_template.jinja to its folder, or set tokenizer_name_or_path to one that has it"
+        raise UsageError(f"messages need a chat template, but {found} none: {advice}") from error
 
 
 def _frozen(template: str, time: str | None) -> str:
@@ -144,8 +145,12 @@ def _without_nulls(value: object) -> object:
 
 def _plain_tools(tools: object) -> list:
     """Return tools as a list of JSON schemas. To suit Arrow, each tool or the whole list may be JSON text."""
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return [json.loads(tool) if isinstance(tool, str) else _without_nulls(tool) for tool in tools]
+    try:
+        listed = json.loads(tools) if isinstance(tools, str) else tools
+        return [json.loads(tool) if isinstance(tool, str) else _without_nulls(tool) for tool in listed]
+    except (ValueError, TypeError) as error:
+        what = "column 'tools' must hold a list of JSON schemas"
+        raise ValueError(f"{what}, found {tools!r:.80}: fix the row") from error
 
 
 def _text(tokenizer: Tokenizer, template: str, messages: Messages, **options: object) -> str:
@@ -196,9 +201,8 @@ def _span(render: Render, messages: Messages, turn: int, text: str) -> tuple[int
     start = len(head) - len(gap) + len(commonprefix([gap, prompt]))
     rest = len(text) - len(tails[0]) if len(tails) == 1 else -1  # where in `text` the part after the mark begins
     if not (head.endswith(gap) and text.startswith(head[:start]) and start <= rest and text.endswith(tails[0])):
-        raise ValueError(
-            f"the assistant's text of turn {turn} cannot be found in what the template renders: {_HOW_TO_TAG}"
-        )
+        what = f"the assistant's text in message {turn + 1} cannot be found in what the chat template prints"
+        raise ValueError(f"{what}: {_HOW_TO_TAG}")
     ending = commonprefix([tails[0], render(marked[: turn + 1]).partition(_MARK)[2]])  # such as an end token
     return start, rest + len(ending)
 

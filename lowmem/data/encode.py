@@ -71,7 +71,7 @@ def _checked(encode: Encode, tokenizer: Tokenizer, num_embeddings: int) -> Encod
         if largest >= num_embeddings:
             token = tokenizer.convert_ids_to_tokens(largest)
             what = f"token {token!r} has the id {largest}, but the model has {num_embeddings} embeddings"
-            raise ValueError(f"{what}: use the model's own tokenizer, or remove this token from the row")
+            raise ValueError(f"{what}: use the model's tokenizer, build a model with more, or remove the token")
         return encoded
 
     return encode_and_check
@@ -222,9 +222,10 @@ def _messages(row: Mapping[str, object], column: str) -> Messages:
     what = f"column {column!r} must hold messages"
     if not isinstance(value, list) or not value:
         raise ValueError(f"{what}, [{{'role': ..., 'content': ...}}, ...], found {_found(row, column)}")
-    for turn, message in enumerate(value):
+    for number, message in enumerate(value, 1):
         if not is_message(message):
-            raise ValueError(f"{what} with a role and text or tool calls, turn {turn} is {message!r:.80}: {_REMEDY}")
+            found = f"message {number} is {message!r:.80}"
+            raise ValueError(f"{what} with a role and text or tool calls, {found}: {_REMEDY}")
     return value
 
 
