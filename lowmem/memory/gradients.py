@@ -133,7 +133,7 @@ def _autocast(accelerator: Accelerator) -> AbstractContextManager[None]:
     keeps no copies and casts weights again in backward; without checkpointing, autograd keeps the copies.
     """
     # `accelerator.autocast(AutocastKwargs(...))` clears os.environ for a moment in each call. If a tokenizer reads the
-    # environment in another thread meanwhile, the process crashes.
+    # environment in another thread at that moment, the process crashes.
     if accelerator.mixed_precision == "no":
         return nullcontext()
     return torch.autocast(accelerator.device.type, torch.bfloat16, cache_enabled=False)
