@@ -449,7 +449,7 @@ def test_an_empty_list_of_tool_calls_is_none():
     template = CHATML.replace(
         "message.content", "(message.tool_calls | tojson if 'tool_calls' in message else message.content)"
     )
-    messages = [message | {"tool_calls": []} for message in turns("a", "b")]
+    messages = [message | {"tool_calls": []} for message in [*turns("a", "b")]]
     assert chat_tokenizer(bpe(template))(messages) == chat_tokenizer(bpe(CHATML))(turns("a", "b"))
 
 

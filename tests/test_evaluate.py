@@ -145,6 +145,34 @@ def test_answers_are_greedy_whatever_the_models_own_settings_are(settings):
     assert model.generation_config is own
 
 
+def test_answers_keep_the_start_and_forced_tokens_that_the_model_needs():
+    batches = [replace(collate([encoder("t5")(row) for row in ROWS[:2]]), row_ids=[0, 1])]
+    model = build("t5")
+    model.generation_config = GenerationConfig(num_beams=3)  # the start token is in config.json only
+    expected = generate(model, TOKENIZER, batches, Accelerator(cpu=True), max_new_tokens=4)
+    forced = TOKENIZER("z", add_special_tokens=False).input_ids[0]
+    model.generation_config = GenerationConfig(forced_bos_token_id=forced)
+    answers = generate(model, TOKENIZER, batches, Accelerator(cpu=True), max_new_tokens=4)
+    assert all(answer.prediction.startswith("z") for answer in answers) and answers != expected
+
+
+def test_a_pad_token_without_an_embedding_is_not_used():
+    model, tokenizer = build("llama"), ByT5Tokenizer()
+    rows = [encoder("llama")(row) for row in ROWS[:3]]
+    batches = [replace(collate(rows, causal=True), row_ids=[0, 1, 2])]
+    expected = generate(model, tokenizer, batches, Accelerator(cpu=True), max_new_tokens=4)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= model.config.vocab_size
+    answers = generate(model, tokenizer, batches, Accelerator(cpu=True), max_new_tokens=4)
+    assert [answer.prediction for answer in answers] == [answer.prediction for answer in expected]
+
+
+def test_a_dict_instead_of_a_batch_is_an_error_that_names_the_remedy():
+    batch = collate([encoder("llama")(ROWS[0])], causal=True)
+    with pytest.raises(TypeError, match="must be a lowmem.Batch, found dict: make it with lowmem.collate"):
+        evaluate(build("llama"), [batch.inputs], plain_loss, Accelerator(cpu=True))
+
+
 def test_answers_end_at_the_last_position():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **GPT2))
     rows = [{"input_ids": [5] * 14 + [6], "labels": [-100] * 14 + [6]}]
@@ -215,4 +243,4 @@ def test_an_evaluation_that_cannot_answer_returns_the_loss_and_says_why(tmp_path
     measure._answers.args[0].prepare_inputs_for_generation = None
     metrics, answers = measure(rows)
     assert metrics["eval_loss"] > 0 and answers == []
-    assert messages[0].startswith("no answers, because the model cannot generate: ")
+    assert messages[0].startswith("no answers, because generating them failed: ")

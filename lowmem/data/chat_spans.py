@@ -20,13 +20,13 @@ def assistant_spans(render: Render, messages: Messages) -> tuple[str, Spans]:
     Raises ValueError if the assistant's text cannot be found.
     """
     text, spans = render(messages), []
-    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    for turn in turns:
+    replies = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    for turn in replies:
         before = render(messages[:turn], add_generation_prompt=True) if turn else ""
         through = render(messages[: turn + 1])
         is_prefix = turn and through.startswith(before) and text.startswith(through)
         spans.append((len(before), len(through)) if is_prefix else _span(render, messages, turn, text))
-    for turn, ((_, stop), (start, _)) in zip(turns, pairwise(spans), strict=False):
+    for turn, ((_, stop), (start, _)) in zip(replies, pairwise(spans), strict=False):
         if stop > start:  # such as when the template prints a tool's result within the assistant's turn
             raise _not_found(turn)
     return text, spans
