@@ -18,7 +18,7 @@ _NAMES = {
     "data.stream": ["Stream", "open_stream"],
     "data.eval_batches": ["open_eval"],
     "model": ["load_model", "freeze"],
-    "loss": ["plain_loss", "chunked_loss"],
+    "loss": ["plain_loss", "chunked_loss", "check_model"],
     "optim.make": ["make_optimizer"],
     "optim.schedule": ["learning_rate_at"],
     "step": ["TrainState", "StepResult", "train_step"],

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowmem.data.batch import IGNORED, Batch, collate
+from lowmem.data.batch import IGNORED, Batch, check_batches, collate
 from lowmem.data.encode import Encode
 from lowmem.data.eval_batches import EvalBatches, open_eval
 from lowmem.data.quarantine import Quarantine
@@ -28,9 +28,11 @@ from lowmem.distributed.placement import data_place, handle_rank_errors, has_col
 from lowmem.distributed.reduce import all_reduce_sum
 from lowmem.errors import UsageError
 from lowmem.memory.gradients import LossFunction
+from lowmem.model import num_embeddings
 
 # What a model needs to start and end an answer. Other generation settings of the model (sampling, beams, stop strings,
 # several answers per prompt, ...) are not used: answers are greedy, so that runs are comparable.
+_NUM_POSITIONS = ("max_position_embeddings", "max_decoder_position_embeddings", "max_target_positions", "max_seq_len")
 _KEPT_IN_GENERATION = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
 
@@ -54,7 +56,7 @@ def evaluate(
     loss = torch.zeros((), device=accelerator.device)
     num_targets = num_rows = 0
     with forward_only(model), accelerator.autocast(), handle_rank_errors(model):
-        for batch in batches:
+        for batch in _checked(batches):
             loss += loss_fn(model, batch.to(accelerator.device))
             num_targets += batch.num_targets
             num_rows += len(batch.row_ids)
@@ -87,7 +89,7 @@ def generate(
     greedy = _greedy(base, tokenizer)
     written = []
     with forward_only(model), _own_settings(base, greedy), accelerator.autocast(), handle_rank_errors(model):
-        for batch in batches:
+        for batch in _checked(batches):
             if not batch.row_ids and not is_collective:
                 continue
             # The forward of a sharded model has collectives, so a rank without rows runs a dummy prompt. A prompt
@@ -104,6 +106,14 @@ def generate(
     answers = [(row_id, *(_text(tokenizer, ids) for ids in sequences)) for row_id, *sequences in written]
     gathered = gather_bytes(json.dumps(answers if data_place(model).is_counted else []).encode())
     return sorted(Answer(*answer) for part in gathered for answer in json.loads(part))
+
+
+def _checked(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches. Raises TypeError at one that is not a Batch."""
+    for batch in batches:
+        if error := check_batches([batch]):
+            raise error
+        yield batch
 
 
 def text_metrics(answers: Sequence[Answer], *, prefix: str = "eval") -> dict[str, float]:
@@ -144,7 +154,8 @@ class Evaluation:
     ):
         pad = partial(collate, causal=not unwrapped(model).config.is_encoder_decoder, max_seq_len=max_seq_len)
         batching = {"batch_size": batch_size, "collate": pad, "quarantine": quarantine}
-        self._open = partial(open_eval, encode=encode, **data_place(model).coordinates, **batching)
+        self._rank, self._unknown_token = data_place(model), _unknown_token(tokenizer)
+        self._open = partial(open_eval, encode=encode, **self._rank.coordinates, **batching)
         self._loss = partial(evaluate, model, loss_fn=loss_fn, accelerator=accelerator)
         self._answers = partial(generate, model, tokenizer, accelerator=accelerator)
         self._has_collectives = has_collectives(model)
@@ -163,7 +174,7 @@ class Evaluation:
         except Exception as error:
             if self._has_collectives:
                 raise
-            self._tell(f"no answers, because the model cannot generate: {error}")
+            self._tell(f"no answers, because generating them failed: {error}")
             return metrics, []
         return metrics | text_metrics(answers, prefix=prefix), answers
 
@@ -173,13 +184,22 @@ class Evaluation:
         Raises RowError for a bad row unless a quarantine skips it, and UsageError if the rows have no target or the
         model cannot answer.
         """
-        tried = None
+        tried, empty, unknown = None, 0, 0
         with raise_on_all_ranks():
             for batch in self._bar(self._open(rows), f"checking {name} rows"):
                 tried = batch if tried is None or not tried.num_targets else tried  # the first batch with a target
+                labels = batch.inputs["labels"][: len(batch.row_ids)]
+                empty += int((labels == IGNORED).all(1).sum())
+                unknown += int((labels == self._unknown_token).any(1).sum())
         if not any_rank(tried.num_targets):
             found = f"none of the {len(rows):,} {name} rows has a target token"
             raise UsageError(f"{found}: check their responses, or raise --max_seq_len if it cuts them off")
+        empty, unknown = sum_over_ranks(*((empty, unknown) if self._rank.is_counted else (0, 0)))
+        if empty:
+            self._tell(f"{empty:,} of {len(rows):,} {name} rows have no target, or lose theirs to --max_seq_len")
+        if unknown:
+            found = f"{unknown:,} of {len(rows):,} {name} rows have unknown tokens in their responses"
+            self._tell(f"{found}: the tokenizer lacks some of their characters, which the model cannot learn to write")
         self._loss([tried])
         if self._num_answers:
             try:
@@ -189,6 +209,13 @@ class Evaluation:
 
     def _to_answer(self, rows: FileRows) -> EvalBatches:
         return self._open(rows.slice(0, min(len(rows), self._num_answers)))
+
+
+def _unknown_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the unknown token, or -1 if there is none, or if it is also another special token (GPT-2)."""
+    unknown = tokenizer.unk_token_id
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return -1 if unknown is None or unknown in others else unknown
 
 
 def _prompts(batch: Batch, is_encoder_decoder: bool) -> list[list[int]]:
@@ -205,13 +232,18 @@ def _prompts(batch: Batch, is_encoder_decoder: bool) -> list[list[int]]:
 
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """Make settings for greedy decoding, with the start and end tokens of the model's own settings."""
-    given = getattr(model, "generation_config", None)
-    kept = {name: getattr(given, name, None) for name in _KEPT_IN_GENERATION}
+    sources = getattr(model, "generation_config", None), model.config
+    kept = {}
+    for name in _KEPT_IN_GENERATION:
+        found = (getattr(source, name, None) for source in sources)
+        kept[name] = next((value for value in found if value is not None), None)
     if kept["eos_token_id"] is None:
         kept["eos_token_id"] = tokenizer.eos_token_id
     ends = kept["eos_token_id"] if isinstance(kept["eos_token_id"], list) else [kept["eos_token_id"]]
-    # without a pad token, use any: the mask hides it in prompts, and without an end token no answer is padded
-    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
+    # without a pad token that has an embedding, use any: the mask hides it in prompts, and an answer without an end
+    # token is not padded
+    tokens, size = (tokenizer.pad_token_id, *ends), num_embeddings(model)
+    pad = next((token for token in tokens if token is not None and token < size), 0)
     return GenerationConfig(**kept, pad_token_id=pad, do_sample=False, num_beams=1)
 
 
@@ -228,8 +260,9 @@ def _own_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterato
 
 def _num_positions(model: PreTrainedModel) -> int:
     """Return the decoder's number of positions, or the largest integer if the config has no such number."""
-    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else sys.maxsize
+    config = model.config.get_text_config(decoder=True)
+    found = [getattr(config, name, None) for name in _NUM_POSITIONS]
+    return min((number for number in found if isinstance(number, int) and number > 0), default=sys.maxsize)
 
 
 def _padded(sequences: Sequence[Sequence[int]], pad: int, *, on_left: bool) -> dict[str, torch.Tensor]:

@@ -175,6 +175,8 @@ def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, objec
         targets = labels
     else:
         # no position predicts the first label, but num_targets would count it; this check needs no device sync
-        torch._assert_async((labels[:, 0] == IGNORED).all(), "the first label of a causal row must be -100")
+        torch._assert_async(
+            (labels[:, 0] == IGNORED).all(), "the first label of a causal row must be -100: use collate(causal=True)"
+        )
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return inputs | {"use_cache": False}, targets

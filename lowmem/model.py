@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from lowmem.config.presets import MODEL_SHAPES
+from lowmem.data.encode import end_tokens
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.fill import stored_weights
 from lowmem.errors import UsageError
@@ -64,6 +65,7 @@ def load_model(
         model = _from_config(config, dtype, on_meta=on_meta)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    _stop_at_end_tokens(model, tokenizer)
     return model.train(), tokenizer
 
 
@@ -242,6 +244,15 @@ def _adopt_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokeniz
     config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if config.is_encoder_decoder:
         config.decoder_start_token_id = config.pad_token_id
+
+
+def _stop_at_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let `generate` stop at the tokens with which rows are trained to end, besides those of the model's settings."""
+    settings = model.generation_config
+    given = getattr(settings, "eos_token_id", None)
+    given = given if isinstance(given, list) else [] if given is None else [given]
+    if settings is not None and (added := [token for token in end_tokens(tokenizer) if token not in given]):
+        settings.eos_token_id = added[0] if not given and len(added) == 1 else added + given
 
 
 def _first_line(error: Exception) -> str:

@@ -124,7 +124,9 @@ def train(
         report.opening(model, num_weights, stream, rank, tier=config.memory or "off", sharding=config.sharding_summary)
         report.resuming(checkpoint, changes, stream.changes, can_save)
         if config.messages_column and prints_time(tokenizer):
-            report.print_lines(f"the chat template prints the time: --template_time={config.template_time}")
+            report.print_lines(
+                f"the chat template prints the time: this run uses --template_time={config.template_time}"
+            )
         reporting = {"bar": report.bar, "tell": report.print_lines}
         measure = Evaluation(
             wrapped, tokenizer, encode, LOSSES[config.loss], accelerator, quarantine, **config.evaluation, **reporting

@@ -179,7 +179,10 @@ def test_spans_are_right_while_other_threads_render_the_same_template(switching_
 
 
 def test_a_tokenizer_without_a_template_is_refused():
-    with pytest.raises(UsageError, match="messages need a chat template, but ByT5Tokenizer of .* has none: use"):
+    with pytest.raises(
+        UsageError,
+        match="messages need a chat template, but the tokenizer ByT5Tokenizer has none: add chat_template.jinja",
+    ):
         chat_tokenizer(ByT5Tokenizer())
 
 
@@ -191,7 +194,9 @@ def test_a_conversation_in_which_the_assistant_says_nothing_is_refused(name):
 
 def test_a_template_whose_assistant_text_cannot_be_found_is_refused():
     twice = CHATML.replace("message.content +", "message.content + ' / ' + message.content +") + "{{ messages|length }}"
-    with pytest.raises(UsageError, match=r"of turn 1 cannot be found in what the template renders: put {% generation"):
+    with pytest.raises(
+        UsageError, match=r"in message 2 cannot be found in what the chat template prints: put {% generation"
+    ):
         chat_tokenizer(bpe(twice))
 
 
@@ -337,6 +342,32 @@ SPANS = {
         None,
         "user: hi\nassistant: «red\n»user: more\nassistant: «<think></think>blue\n»",
     ),
+    "a prompt that closes an empty thought": (
+        QWEN_3.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n\n</think>\n\n' }}{% endif %}"),
+        turns("hi", "<think>\nwhy\n</think>\n\nred"),
+        None,
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\n«why\n</think>\n\nred<|im_end|>\n»",
+    ),
+    "r1, with an empty turn for an empty content": (
+        R1_NULL,
+        CALLS[:4],
+        None,
+        '<|begin|><|User|>look<|Assistant|>«<|call|>look {"city": "A"}<|end|>»<|output|>7<|Assistant|>«seven<|end|>»',
+    ),
+    "a called function's name printed with the result": (
+        R1.replace("'<|output|>' +", "'<|output|>' + messages[loop.index0 - 1].tool_calls[0].function.name + ': ' +"),
+        CALLS,
+        None,
+        '<|begin|><|User|>look<|Assistant|>«<|call|>look {"city": "A"}<|end|>»<|output|>look: 7'
+        "<|Assistant|>«seven<|end|>»<|User|>more<|Assistant|>«8<|end|>»",
+    ),
+    "contents as lists of parts": (
+        "{% for m in messages %}{{ '<|User|>' if m.role == 'user' else '<|Assistant|>' }}{% for part in m.content %}"
+        "{{ part.text }}{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|Assistant|>{% endif %}",
+        turns("hi", "red"),
+        None,
+        "<|User|>hi<|end|><|Assistant|>«red<|end|>»",
+    ),
 }
 
 
@@ -365,7 +396,7 @@ def test_a_template_prints_the_given_time():
 
 
 def test_tools_that_the_template_does_not_use_are_an_error():
-    with pytest.raises(ValueError, match="the row has tools, but the chat template does not use them"):
+    with pytest.raises(ValueError, match="the row has tools, but the chat template does not print them"):
         chat_tokenizer(TOKENIZERS["chatml"])(turns("a", "b"), [LOOK])
 
 
@@ -383,6 +414,12 @@ def test_keys_that_arrow_filled_with_null_are_dropped_and_contents_may_be_parts_
     assert tokenize(as_in_arrow, schemas) == tokenize(CALLS, [LOOK])
 
 
+@pytest.mark.parametrize("tools", ["{not json", ["{"], 3])
+def test_tools_that_are_no_json_schemas_are_an_error(tools):
+    with pytest.raises(ValueError, match="column 'tools' must hold a list of JSON schemas, found .*: fix the row"):
+        chat_tokenizer(bpe(QWEN_3))(turns("a", "b"), tools)
+
+
 def test_rows_with_tools_use_the_template_that_is_for_tools():
     tokenizer = bpe({"default": CHATML, "tool_use": QWEN_3})
     tokenize = chat_tokenizer(tokenizer)
@@ -394,10 +431,73 @@ def test_rows_with_tools_use_the_template_that_is_for_tools():
 
 def test_tool_calls_that_the_template_does_not_print_are_an_error():
     tokenize = chat_tokenizer(TOKENIZERS["chatml"])
-    with pytest.raises(ValueError, match="the chat template does not print the tool calls: use one that does"):
+    with pytest.raises(ValueError, match=r"does not print message 2 \(assistant\)'s tool calls: remove this"):
         tokenize([{"role": "user", "content": "look"}, CALLS[1], *turns("b", "c")])
-    with pytest.raises(ValueError, match="does not print the tool calls"):
+    with pytest.raises(ValueError, match=r"does not print message 2 \(assistant\) with its tool calls"):
         tokenize([{"role": "user", "content": "look"}, CALLS[1] | {"content": "I call look"}, *turns("b", "c")])
+
+
+@pytest.mark.parametrize("form", [R1, R1.replace("(call.function.arguments | tojson)", "call.function.arguments")])
+@pytest.mark.parametrize("arguments", [{"city": "A"}, '{"city": "A"}'])
+def test_arguments_may_be_objects_or_json_text_for_either_kind_of_template(form, arguments):
+    function = LOOK["function"] | {"arguments": arguments}
+    messages = [*CALLS[:1], CALLS[1] | {"tool_calls": [LOOK | {"function": function}]}, *CALLS[2:]]
+    assert chat_tokenizer(bpe(form))(messages) == chat_tokenizer(bpe(R1))(CALLS)
+
+
+def test_an_empty_list_of_tool_calls_is_none():
+    template = CHATML.replace(
+        "message.content", "(message.tool_calls | tojson if 'tool_calls' in message else message.content)"
+    )
+    messages = [message | {"tool_calls": []} for message in [*turns("a", "b")]]
+    assert chat_tokenizer(bpe(template))(messages) == chat_tokenizer(bpe(CHATML))(turns("a", "b"))
+
+
+def test_messages_and_thoughts_that_the_template_does_not_print_are_errors():
+    tokenize = chat_tokenizer(bpe(R1))
+    with pytest.raises(ValueError, match=r"does not print message 1 \(system\): remove this, or use another template"):
+        tokenize(turns("be brief", "hi", "red", first="system"))
+    with pytest.raises(ValueError, match="messages have reasoning_content, but the chat template does not use it"):
+        tokenize([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "c"}])
+    with pytest.raises(ValueError, match="the row has tools, but the chat template does not print them"):
+        chat_tokenizer(bpe("{# has no tools #}" + CHATML))(turns("a", "b"), [LOOK])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages | map(attribute='content') | join | length }}" + CHATML,  # the text depends on all contents
+        CHATML.split("{% if add_generation_prompt")[0] + "<|im_start|>assistant\n",  # always ends with the prompt
+        CHATML.replace("message.content +", "''  +"),  # prints no content
+    ],
+)
+def test_a_template_in_which_the_assistants_text_is_uncertain_is_refused(template):
+    with pytest.raises(UsageError, match="cannot be found|does not print"):
+        chat_tokenizer(bpe(template))
+
+
+def test_a_tool_result_within_the_assistants_turn_is_refused():
+    result = (
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{{ (messages + [m])[loop.index].content }}{% endif %}"
+    )
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}{% elif m.role == 'assistant' %}"
+        "<|Assistant|>" + result + "{{ m.content }}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|Assistant|>{% endif %}"
+    )
+    messages = [CALLS[0], CALLS[1] | {"content": "I look"}, *CALLS[2:]]
+    with pytest.raises(ValueError, match="in message 2 cannot be found"):
+        chat_tokenizer(bpe(template))(messages)
+
+
+def test_a_slow_tokenizer_gets_whole_special_tokens():
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    prompt = "{% if add_generation_prompt %}<|assistant|>{% else %}<|endoftext|>{% endif %}"
+    tokenizer = ByT5Tokenizer(chat_template=template + prompt)
+    ids, marks = chat_tokenizer(tokenizer)(turns("a", "b", "c", "d"))
+    text = "<|user|>a<|end|><|assistant|>«b<|end|>»<|user|>c<|end|><|assistant|>«d<|end|><|endoftext|>»"
+    assert tokenizer.decode(ids) == re.sub("[«»]", "", text)
+    assert said(tokenizer, ids, marks) == re.findall("«(.*?)»", text)
 
 
 @pytest.mark.parametrize("none", [None, ""])

@@ -1,12 +1,13 @@
 from functools import partial
 
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import BPE, WordLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import ByT5Tokenizer, MBartTokenizer, PreTrainedTokenizerFast
 
 from lowmem.data.batch import IGNORED, collate
-from lowmem.data.encode import encode_causal, encode_chat, encode_seq2seq, encode_text, make_encoder
+from lowmem.data.encode import encode_causal, encode_chat, encode_seq2seq, encode_text, end_tokens, make_encoder
 from lowmem.errors import UsageError
 
 TOKENIZER = ByT5Tokenizer()
@@ -75,6 +76,69 @@ def test_a_row_without_a_token_has_no_label():
     assert encode_text(tokenizer, max_seq_len=4)({"text": ""}) == {"input_ids": [], "labels": []}
 
 
+# --- the special tokens of other tokenizers
+def fast(tokens, pre_tokenizer, begin="", end="", **special):
+    tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    added = [(token, tokens.index(token)) for token in (begin, end) if token]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A {end}".split(), special_tokens=added)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
+
+
+WORDS = ["<unk>", "<s>", "</s>", "a", "b", "hi", "yes"]
+
+
+def words(encoded, tokenizer, name="input_ids"):
+    return tokenizer.convert_ids_to_tokens([token for token in encoded[name] if token != IGNORED])
+
+
+@pytest.mark.parametrize(("begin", "end"), [("", ""), ("<s>", ""), ("<s>", "</s>")])
+def test_special_tokens_that_a_text_already_has_are_kept_and_not_doubled(begin, end):
+    tokenizer = fast(WORDS, pre_tokenizers.WhitespaceSplit(), begin, end, bos_token="<s>", eos_token="</s>")
+    starts = [begin] if begin else []
+    encode = encode_causal(tokenizer, max_seq_len=9)
+    for start in ("", "<s> "):
+        for stop in ("", " </s>"):
+            encoded = encode({"prompt": f"{start}a </s> hi </s>", "response": f"yes{stop}"})
+            expected = (["<s>"] if start else starts) + ["a", "</s>", "hi", "</s>", "yes", "</s>"]
+            assert words(encoded, tokenizer) == expected
+            assert words(encoded, tokenizer, "labels") == ["yes", "</s>"]
+            whole = encode_text(tokenizer, max_seq_len=9)({"text": f"{start}a yes{stop}"})
+            assert words(whole, tokenizer) == (["<s>"] if start else starts) + ["a", "yes", "</s>"]
+
+
+def test_a_response_ends_with_what_the_tokenizer_adds_if_it_has_no_eos_token():
+    tokenizer = fast([*WORDS, "[CLS]", "[SEP]"], pre_tokenizers.WhitespaceSplit(), "[CLS]", "[SEP]", sep_token="[SEP]")
+    encoded = encode_causal(tokenizer, max_seq_len=9)({"prompt": "hi", "response": "yes"})
+    assert words(encoded, tokenizer) == ["[CLS]", "hi", "yes", "[SEP]"]
+    assert words(encoded, tokenizer, "labels") == ["yes", "[SEP]"]
+    assert tokenizer.convert_ids_to_tokens(end_tokens(tokenizer)) == ["[SEP]"]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_no_space_is_inserted_between_prompt_and_response(scheme):
+    tokenizer = Tokenizer(BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    trainer = BpeTrainer(special_tokens=["<unk>", "</s>"], initial_alphabet=list("abc:\n▁"), show_progress=False)
+    tokenizer.train_from_iterator(["ab cab", "c: a\n"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    for response in ("cab", " cab", "\ncab", ""):
+        encoded = encode_causal(tokenizer, max_seq_len=30)({"prompt": "c:", "response": response})
+        text = "".join(words(encoded, tokenizer)).removesuffix("</s>").replace("▁", " ")
+        assert text.removeprefix(" ") == f"c:{response}"
+
+
+def test_a_cut_keeps_all_tokens_that_a_translation_tokenizer_adds():
+    vocabulary = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{c}", -2.0) for c in "abcdefgh")]
+    tokenizer = MBartTokenizer(vocab=vocabulary, src_lang="en_XX", tgt_lang="ro_RO")
+    row = {"prompt": "a b c d e f g h", "response": "b a d c f e h g"}
+    for max_seq_len in (5, 6, 64):
+        encoded = encode_seq2seq(tokenizer, max_seq_len=max_seq_len)(row)
+        options = {"truncation": True, "max_length": max_seq_len}
+        expected = tokenizer(row["prompt"], text_target=row["response"], **options)
+        assert encoded["input_ids"] == expected["input_ids"] and encoded["labels"] == expected["labels"]
+
+
 # --- encoding conversations
 CHAT = ByT5Tokenizer(
     chat_template="{% for m in messages %}{{ m.role[0] + ':' + m.content + ';' }}{% endfor %}"
@@ -112,10 +176,10 @@ def test_the_first_token_is_no_target_even_if_the_assistant_says_it():
     [
         ("hi", r"must hold messages, \[{'role': ..., 'content': ...}, ...\], found str 'hi': fix the row"),
         ([], r"found list \[\]"),
-        (["hi"], "with a role and text or tool calls, turn 0 is 'hi': fix the row"),
-        ([*MESSAGES, {"role": "user", "content": None}], "turn 4 is {'role': 'user', 'content': None}"),
-        ([{"role": "user", "content": 3}], "turn 0 is {'role': 'user', 'content': 3}"),
-        ([{"from": "human", "value": "hi"}], "turn 0 is {'from': 'human'"),
+        (["hi"], "with a role and text or tool calls, message 1 is 'hi': fix the row"),
+        ([*MESSAGES, {"role": "user", "content": None}], "message 5 is {'role': 'user', 'content': None}"),
+        ([{"role": "user", "content": 3}], "message 1 is {'role': 'user', 'content': 3}"),
+        ([{"from": "human", "value": "hi"}], "message 1 is {'from': 'human'"),
     ],
 )
 def test_a_value_that_is_not_a_conversation_is_refused(messages, message):
@@ -164,7 +228,5 @@ def test_the_column_argument_selects_the_encoder():
 def test_a_token_beyond_the_embeddings_is_an_error_that_names_it():
     encode = make_encoder(TOKENIZER, is_encoder_decoder=True, max_seq_len=9, num_embeddings=200)
     assert encode({"prompt": "a", "response": "b"})["input_ids"]
-    with pytest.raises(
-        ValueError, match=r"has the id \d+, but the model has 200 embeddings: use the model's own tokeni"
-    ):
+    with pytest.raises(ValueError, match=r"has the id \d+, but the model has 200 embeddings: use the model's tokeni"):
         encode({"prompt": "好", "response": "b"})

@@ -6,11 +6,13 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from lowmem import init_distributed
 from lowmem.data.batch import collate
-from lowmem.data.encode import encode_causal, encode_seq2seq
+from lowmem.data.encode import encode_causal, encode_seq2seq, encode_text
 from lowmem.data.eval_batches import open_eval
 from lowmem.data.rows import open_rows
 from lowmem.errors import RowError, UsageError
@@ -143,6 +145,34 @@ def test_answers_are_greedy_whatever_the_models_own_settings_are(settings):
     assert model.generation_config is own
 
 
+def test_answers_keep_the_start_and_forced_tokens_that_the_model_needs():
+    batches = [replace(collate([encoder("t5")(row) for row in ROWS[:2]]), row_ids=[0, 1])]
+    model = build("t5")
+    model.generation_config = GenerationConfig(num_beams=3)  # the start token is in config.json only
+    expected = generate(model, TOKENIZER, batches, Accelerator(cpu=True), max_new_tokens=4)
+    forced = TOKENIZER("z", add_special_tokens=False).input_ids[0]
+    model.generation_config = GenerationConfig(forced_bos_token_id=forced)
+    answers = generate(model, TOKENIZER, batches, Accelerator(cpu=True), max_new_tokens=4)
+    assert all(answer.prediction.startswith("z") for answer in answers) and answers != expected
+
+
+def test_a_pad_token_without_an_embedding_is_not_used():
+    model, tokenizer = build("llama"), ByT5Tokenizer()
+    rows = [encoder("llama")(row) for row in ROWS[:3]]
+    batches = [replace(collate(rows, causal=True), row_ids=[0, 1, 2])]
+    expected = generate(model, tokenizer, batches, Accelerator(cpu=True), max_new_tokens=4)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= model.config.vocab_size
+    answers = generate(model, tokenizer, batches, Accelerator(cpu=True), max_new_tokens=4)
+    assert [answer.prediction for answer in answers] == [answer.prediction for answer in expected]
+
+
+def test_a_dict_instead_of_a_batch_is_an_error_that_names_the_remedy():
+    batch = collate([encoder("llama")(ROWS[0])], causal=True)
+    with pytest.raises(TypeError, match="must be a lowmem.Batch, found dict: make it with lowmem.collate"):
+        evaluate(build("llama"), [batch.inputs], plain_loss, Accelerator(cpu=True))
+
+
 def test_answers_end_at_the_last_position():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **GPT2))
     rows = [{"input_ids": [5] * 14 + [6], "labels": [-100] * 14 + [6]}]
@@ -184,10 +214,33 @@ def test_the_check_finds_bad_rows_and_a_model_that_cannot_answer(tmp_path):
         measure.check(rows, "validation")
 
 
+def test_the_check_says_that_responses_have_tokens_which_the_tokenizer_does_not_know(tmp_path):
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "a", "response": text}) + "\n" for text in ("a", "{", "a")))
+    messages, encode = [], encode_causal(tokenizer, max_seq_len=8)
+    parts = (build("llama"), tokenizer, encode, chunked_loss, Accelerator(cpu=True))
+    measure = Evaluation(*parts, batch_size=2, num_answers=0, max_new_tokens=4, tell=messages.append)
+    measure.check(open_rows(path), "validation")
+    assert messages[0].startswith("1 of 3 validation rows have unknown tokens in their responses")
+
+
+def test_the_check_counts_rows_that_lose_their_targets(tmp_path):
+    messages = []
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({"text": "a"}, {"text": ""}, {"text": "b"})))
+    encode = encode_text(TOKENIZER, max_seq_len=2)
+    parts = (build("llama"), TOKENIZER, encode, chunked_loss, Accelerator(cpu=True))
+    measure = Evaluation(*parts, batch_size=2, num_answers=0, max_new_tokens=4, tell=messages.append)
+    measure.check(open_rows(path, columns=["text"]), "test")
+    assert messages == ["1 of 3 test rows have no target, or lose theirs to --max_seq_len"]
+
+
 def test_an_evaluation_that_cannot_answer_returns_the_loss_and_says_why(tmp_path):
     messages = []
     measure, rows = evaluation(tmp_path, ROWS, tell=messages.append)
     measure._answers.args[0].prepare_inputs_for_generation = None
     metrics, answers = measure(rows)
     assert metrics["eval_loss"] > 0 and answers == []
-    assert messages[0].startswith("no answers, because the model cannot generate: ")
+    assert messages[0].startswith("no answers, because generating them failed: ")

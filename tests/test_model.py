@@ -151,3 +151,11 @@ def test_a_model_with_learned_position_biases_uses_fused_attention_only_on_a_gpu
         tokenizer.save_pretrained(tmp_path)
         assert "attn" not in (tmp_path / "config.json").read_text()  # not saved, because `load_model` chooses it
         assert load_model(tmp_path)[0].config._attn_implementation == attention
+
+
+def test_a_model_stops_at_the_end_token_that_rows_are_trained_to_end_with(tmp_path):
+    model, tokenizer = load_model(model_config=LLAMA)
+    model.generation_config.eos_token_id = 7  # such as a base model whose tokenizer got the end token of chats
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_model(tmp_path)[0].generation_config.eos_token_id == [tokenizer.eos_token_id, 7]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -320,6 +321,21 @@ def step_in_bf16(folder):
 
     batches = next(stream_of("t5", batch_size=4))
     train_step(state_of(build("t5")), batches, looking, accelerator, learning_rate=0.1)
+    accelerator.end_training()
+
+
+def test_a_step_does_not_change_the_environment():
+    # the prefetch thread's tokenizer reads the environment, and reading it while it changes crashes the process
+    assert fork_ranks(1, step_with_an_unchanged_environment) == [0]
+
+
+def step_with_an_unchanged_environment():
+    accelerator = init_distributed(mixed_precision="bf16")
+    batches, state = next(stream_of("t5", batch_size=4)), state_of(build("t5"))
+    changes = []
+    sys.addaudithook(lambda event, _: changes.append(event) if event in ("os.putenv", "os.unsetenv") else None)
+    train_step(state, batches, chunked_loss, accelerator, learning_rate=0.1)
+    assert not changes
     accelerator.end_training()
 
 

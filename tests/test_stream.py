@@ -188,9 +188,17 @@ def test_uneven_global_batches_give_micro_batches_that_differ_by_one_row_at_most
 
 def test_an_empty_micro_batch_is_refused():
     with pytest.raises(UsageError, match="empty"):
-        open_stream(ROWS, ENCODE, batch_size=1, global_batch_size=3, world_size=2)
+        open_stream(ROWS, ENCODE, batch_size=1, global_batch_size=3, rank=0, world_size=2)
     with pytest.raises(UsageError, match="no rows found: pass at least one row"):
         open_stream([], ENCODE, batch_size=1)
+
+
+def test_rank_and_world_size_are_given_together_also_before_the_process_group_starts(monkeypatch):
+    with pytest.raises(UsageError, match="found rank=1 and world_size=None: pass both"):
+        open_stream(ROWS, ENCODE, batch_size=1, rank=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="2 processes need rank and world_size"):
+        open_stream(ROWS, ENCODE, batch_size=1)
 
 
 def test_prefetch_does_not_move_the_position():

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tests.forked import train_ranks
-from tests.models import LLAMA, qa_rows
+from tests.models import LLAMA, T5, qa_rows
 from tests.processes import train
 from tests.runs import flags, losses, records, write_files
 
@@ -188,3 +188,37 @@ def test_files_that_changed_are_refused_on_resume_unless_they_are_accepted(work)
     assert_done(accepted)
     assert f"training rows differ from the checkpoint's: 1 changed: {moved}" in accepted.stdout
     assert len(losses(work, "changing")) == 15
+
+
+@pytest.mark.parametrize("file", ["validation_file", "test_file"])
+def test_a_bad_held_out_row_ends_the_run_before_its_first_step(work, file):
+    rows = [*ROWS[:9], {"prompt": "a", "response": "<extra_id_124>"}]  # beyond the embeddings of the tiny T5 below
+    (work / "late.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (work / "t5-small-vocabulary.json").write_text(json.dumps(T5 | {"vocab_size": 300}))
+    tokenizer = ByT5Tokenizer()
+    tokenizer.save_pretrained(work / "byt5")
+    changes = {"model_config": work / "t5-small-vocabulary.json", "tokenizer_name_or_path": work / "byt5"}
+    changes |= {file: work / "late.jsonl", "max_predict_samples": 0}
+    result = train(*run_flags(work, f"late-{file}", **changes))
+    assert result.returncode == 1
+    assert "late.jsonl, line 10" in result.stderr and "the model has 300 embeddings" in result.stderr
+    assert not any("loss" in record for record in records(work, f"late-{file}"))
+
+
+def test_rows_are_not_padded_beyond_the_positions_of_the_model(work):
+    rows = [{"prompt": "a" * length, "response": "b"} for length in range(1, 40)]
+    (work / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"model_type": "gpt2", "vocab_size": 384, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 20}
+    (work / "gpt2.json").write_text(json.dumps(fields))
+    changes = {"model_config": work / "gpt2.json", "train_file": work / "long.jsonl", "max_seq_len": 20}
+    assert_done(train(*run_flags(work, "positions", **changes, validation_rows=20, max_steps=3)))
+    refused = train(*run_flags(work, "too-few-positions", **changes | {"max_seq_len": 21}))
+    assert refused.returncode == 2 and "fails on a row of max_seq_len=21 tokens" in refused.stderr
+
+
+def test_a_better_evaluation_frees_the_checkpoint_of_the_former_best(work):
+    changes = {"validation_rows": 8, "eval_steps": 2, "save_steps": 2, "save_total_limit": 1, "max_steps": 6}
+    assert_done(train(*run_flags(work, "best", **changes, learning_rate=1e-3)))
+    evaluations = [record["eval_loss"] for record in records(work, "best") if "eval_loss" in record]
+    assert evaluations == sorted(evaluations, reverse=True)  # each is the best so far
+    assert [path.name for path in (work / "best/checkpoints").glob("step-*")] == ["step-00000006"]

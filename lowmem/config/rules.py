@@ -83,6 +83,9 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
     if config.on_bad_row == "error" and config.max_bad_rows != FIELDS["max_bad_rows"].default:
         found = f"--max_bad_rows={config.max_bad_rows} does nothing without --on_bad_row=skip"
         problems.append(f"{found}: set --on_bad_row=skip or remove --max_bad_rows")
+    if not config.prompt_column and config.max_predict_samples not in (0, FIELDS["max_predict_samples"].default):
+        found = f"--max_predict_samples={config.max_predict_samples} does nothing"
+        problems.append(f"{found}, because only rows with prompts and responses are answered: remove it")
     if config.accept_changed_data and config.resume == "never":
         advice = "set --resume=auto or remove --accept_changed_data"
         problems.append(f"--accept_changed_data=True does nothing unless a run is resumed: {advice}")
@@ -114,6 +117,8 @@ def _out_of_range(config: TrainConfig) -> list[str]:
         value = getattr(config, name)
         if value and not re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", value) and not Path(value).is_dir():
             problems.append(f"--{name}={value} is neither a folder nor the name of a model on the hub")
+        if value and (Path(value) / "model" / "config.json").is_file():
+            problems.append(f"--{name}={value} is the output of a run, not a model: use {Path(value) / 'model'}")
     if config.model_config and config.model_config not in MODEL_SHAPES and not Path(config.model_config).is_file():
         shapes = ", ".join(MODEL_SHAPES)
         problems.append(f"--model_config={config.model_config} is neither a file nor one of {shapes}")

@@ -46,7 +46,7 @@ class TrainConfig(Groups):
     """Model to start from: a folder or hub name for `from_pretrained`. None builds `model_config` from scratch."""
     model_config: str | None = setting(on_resume="fixed")
     """Shape of a new model: t5-tiny, t5-small, t5-base, or the path of a config.json."""
-    tokenizer_name_or_path: str | None = setting(on_resume="fixed", per_rank=True, in_evaluate=True)
+    tokenizer_name_or_path: str | None = setting(per_rank=True, in_evaluate=True)
     """Tokenizer: a folder or hub name. None: the model's own; for a new model, bytes (ByT5, needs no file)."""
     freeze: str = setting("", may_be_empty=True, on_resume="fixed")
     """Parts to freeze, comma-separated: embeddings (and a tied output head), encoder."""
@@ -82,7 +82,7 @@ class TrainConfig(Groups):
     prefetch_steps: int = setting(2, at_least=0)
     """Optimizer steps whose rows a thread encodes in advance. 0: each step encodes its own rows."""
     accept_changed_data: bool = False
-    """Resume although training rows changed. The position applies to the new rows; some may be repeated or skipped."""
+    """Resume although rows or tokenizer changed. The position applies to the new rows; some may repeat or be missed."""
 
     # --- batches and length of the run
     epochs: float | None = setting(above=0, fallback=3.0)
@@ -170,7 +170,7 @@ class TrainConfig(Groups):
     eval_on_start: bool = False
     """Also evaluate before the first step."""
     max_predict_samples: int = setting(256, at_least=0, in_evaluate=True)
-    """Generate answers for the first N rows of an evaluation. Counts exact matches. Needs prompts; 0: none."""
+    """Generate answers for the first N rows of an evaluation (prompt/response rows only). 0: none."""
     generation_max_new_tokens: int = setting(64, at_least=1, in_evaluate=True)
     """Maximum number of tokens in a generated answer."""
 

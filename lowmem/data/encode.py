@@ -7,6 +7,7 @@ same index; the loss shifts labels by one. The first label must be IGNORED, beca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
@@ -70,7 +71,7 @@ def _checked(encode: Encode, tokenizer: Tokenizer, num_embeddings: int) -> Encod
         if largest >= num_embeddings:
             token = tokenizer.convert_ids_to_tokens(largest)
             what = f"token {token!r} has the id {largest}, but the model has {num_embeddings} embeddings"
-            raise ValueError(f"{what}: use the model's own tokenizer, or remove this token from the row")
+            raise ValueError(f"{what}: use the model's tokenizer, build a model with more, or remove the token")
         return encoded
 
     return encode_and_check
@@ -80,18 +81,15 @@ def encode_seq2seq(
     tokenizer: Tokenizer, *, max_seq_len: int, prompt_column: str = "prompt", response_column: str = "response"
 ) -> Encode:
     """Encode prompt -> response for encoder-decoder models. Truncates each to `max_seq_len`, but keeps end tokens."""
-
-    def cut(ids: list[int]) -> list[int]:  # `truncation=True` would change the tokenizer, which two threads share
-        end = ids[-1:] if ids[-1:] == [tokenizer.eos_token_id] else []
-        return ids if len(ids) <= max_seq_len else ids[: max_seq_len - len(end)] + end
+    of_prompt, of_response = _added(tokenizer, "text"), _added(tokenizer, "text_target")
 
     def encode(row: Mapping[str, object]) -> EncodedRow:
         prompt_text, response_text = _text(row, prompt_column), _text(row, response_column)
         with _TOKENIZER_IN_USE:
-            prompt = tokenizer(prompt_text, verbose=False).input_ids
-            response = tokenizer(text_target=response_text, verbose=False).input_ids
+            prompt = of_prompt.around(_ids(tokenizer, prompt_text))
+            response = of_response.around(_ids(tokenizer, text_target=response_text))
         num_cut = sum(max(0, len(ids) - max_seq_len) for ids in (prompt, response))
-        return _encoded(cut(prompt), cut(response), num_cut=num_cut)
+        return _encoded(of_prompt.cut(prompt, max_seq_len), of_response.cut(response, max_seq_len), num_cut=num_cut)
 
     return encode
 
@@ -103,13 +101,12 @@ def encode_causal(
 
     To fit `max_seq_len`, first truncates the response, but not below half of `max_seq_len`, then the prompt.
     """
+    added, tokenize_response = _with_end(tokenizer), _tokenize_after_text(tokenizer)
+    of_prompt, of_response = added._replace(end=[]), added._replace(begin=[])
 
     def encode(row: Mapping[str, object]) -> EncodedRow:
-        prompt = tokenizer(_text(row, prompt_column), verbose=False).input_ids
-        if prompt and prompt[-1] == tokenizer.eos_token_id:
-            prompt = prompt[:-1]
-        response = tokenizer(_text(row, response_column), add_special_tokens=False, verbose=False).input_ids
-        response += _end(tokenizer)
+        prompt = of_prompt.around(_ids(tokenizer, _text(row, prompt_column)))
+        response = of_response.around(tokenize_response(_text(row, response_column)))
         num_tokens = len(prompt) + len(response)
         response = response[: max(max_seq_len - len(prompt), (max_seq_len + 1) // 2)]
         prompt = prompt[: max_seq_len - len(response)]
@@ -120,11 +117,10 @@ def encode_causal(
 
 def encode_text(tokenizer: Tokenizer, *, max_seq_len: int, text_column: str = "text") -> Encode:
     """Encode text + end token for causal models, truncated to `max_seq_len`. All tokens but the first are targets."""
+    added = _with_end(tokenizer)
 
     def encode(row: Mapping[str, object]) -> EncodedRow:
-        ids = tokenizer(_text(row, text_column), verbose=False).input_ids
-        if ids[-1:] != _end(tokenizer):
-            ids = ids + _end(tokenizer)
+        ids = added.around(_ids(tokenizer, _text(row, text_column)))
         return _masked(ids[:max_seq_len], num_masked=0, num_cut=max(0, len(ids) - max_seq_len))
 
     return encode
@@ -158,8 +154,60 @@ def _encoded(input_ids: list[int], labels: list[int], *, num_cut: int) -> Encode
     return row | {"num_cut": num_cut} if num_cut else row
 
 
-def _end(tokenizer: Tokenizer) -> list[int]:
+class _Added(NamedTuple):
+    """The special tokens that a tokenizer adds before and after a text."""
+
+    begin: list[int]
+    end: list[int]
+
+    def around(self, ids: list[int]) -> list[int]:
+        """Add these tokens to a text's ids, except those that the text itself already begins or ends with."""
+        begin = [] if ids[: len(self.begin)] == self.begin else self.begin
+        end = [] if ids[len(ids) - len(self.end) :] == self.end else self.end
+        return begin + ids + end
+
+    def cut(self, ids: list[int], length: int) -> list[int]:
+        """Cut ids that end with `end` to `length`, but keep `end`."""
+        return ids if len(ids) <= length else (ids[: max(0, length - len(self.end))] + self.end)[:length]
+
+
+def _ids(tokenizer: Tokenizer, text: str | None = None, **target: str) -> list[int]:
+    # without `truncation`, which would change the tokenizer, and threads share it
+    return tokenizer(text, **target, add_special_tokens=False, verbose=False).input_ids
+
+
+def _added(tokenizer: Tokenizer, kind: str) -> _Added:
+    """Return what the tokenizer adds to a text of this kind: "text" or "text_target" (of translation tokenizers)."""
+    with _TOKENIZER_IN_USE:
+        plain, whole = _ids(tokenizer, **{kind: "a"}), tokenizer(**{kind: "a"}, verbose=False).input_ids
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return _Added(whole[:start], whole[start + len(plain) :])
+    return _Added([], [])
+
+
+def _with_end(tokenizer: Tokenizer) -> _Added:
+    """Return what to add to a text for a causal model: if the tokenizer adds no end token, its eos token."""
+    added = _added(tokenizer, "text")
+    return added._replace(end=added.end or _eos(tokenizer))
+
+
+def _eos(tokenizer: Tokenizer) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _tokenize_after_text(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """Make a function that tokenizes text which follows other text. SentencePiece puts a space before a first word."""
+    newline = _ids(tokenizer, "\n")
+    is_known = newline and tokenizer.unk_token_id not in newline
+    if not is_known or _ids(tokenizer, "\na") == newline + _ids(tokenizer, "a"):
+        return partial(_ids, tokenizer)
+
+    def tokenize(text: str) -> list[int]:
+        ids = _ids(tokenizer, "\n" + text)
+        return ids[len(newline) :] if ids[: len(newline)] == newline else _ids(tokenizer, text)
+
+    return tokenize
 
 
 def _text(row: Mapping[str, object], column: str) -> str:
@@ -174,9 +222,10 @@ def _messages(row: Mapping[str, object], column: str) -> Messages:
     what = f"column {column!r} must hold messages"
     if not isinstance(value, list) or not value:
         raise ValueError(f"{what}, [{{'role': ..., 'content': ...}}, ...], found {_found(row, column)}")
-    for turn, message in enumerate(value):
+    for number, message in enumerate(value, 1):
         if not is_message(message):
-            raise ValueError(f"{what} with a role and text or tool calls, turn {turn} is {message!r:.80}: {_REMEDY}")
+            found = f"message {number} is {message!r:.80}"
+            raise ValueError(f"{what} with a role and text or tool calls, {found}: {_REMEDY}")
     return value
 
 
@@ -184,6 +233,11 @@ def _found(row: Mapping[str, object], column: str) -> str:
     value = row.get(column)
     found = f"{type(value).__name__} {value!r:.80}" if column in row else f"columns {', '.join(map(repr, row))}"
     return f"{found}: {_REMEDY}"
+
+
+def end_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens that end an encoded response: eos or, in tokenizers such as BERT's, what they add instead."""
+    return _eos(tokenizer) or _with_end(tokenizer).end
 
 
 class BadRow(NamedTuple):

@@ -96,9 +96,9 @@ def rows_digest(rows: Sized) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash what affects tokens: the Rust tokenizer (or a Python one's class), size, special tokens, chat template."""
+    """Hash what affects tokens: the Rust tokenizer or a Python one's vocabulary; special tokens; chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    kind = backend.to_str() if backend is not None else type(tokenizer).__name__
+    kind = type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
     return _digest([kind, len(tokenizer), tokenizer.special_tokens_map, tokenizer.chat_template])
 
 

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lowmem.distributed.collectives import raise_on_all_ranks, rank_and_world_size, report_failure
+from lowmem.distributed.launcher import launched_processes
 from lowmem.errors import UsageError
 
 TENSOR_PARALLEL_MESH = ("data", "tensor")
@@ -63,8 +64,10 @@ def given_or_only_rank(rank: int | None, world_size: int | None) -> tuple[int, i
 
     With several processes, the default would silently give each of them all rows.
     """
-    num_processes = rank_and_world_size()[1]
-    if rank is None and world_size is None and num_processes > 1:
+    num_processes = max(rank_and_world_size()[1], launched_processes() or 1)  # before init_distributed, the launcher's
+    if (rank is None) != (world_size is None):
+        raise UsageError(f"found rank={rank} and world_size={world_size}: pass both, **data_place(model).coordinates")
+    if rank is None and num_processes > 1:
         what = f"{num_processes} processes need rank and world_size, so that each reads its own rows"
         raise UsageError(f"{what}: pass **data_place(model).coordinates")
     return rank or 0, world_size or 1

@@ -11,8 +11,8 @@ from lowmem.distributed.consistency import check_same_inputs, check_same_model
 from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
 from lowmem.evaluation import Evaluation
-from lowmem.loss import LOSSES
-from lowmem.model import load_model
+from lowmem.loss import LOSSES, check_model
+from lowmem.model import load_model, num_embeddings
 from lowmem.report import print_answers, print_lines
 
 
@@ -23,7 +23,9 @@ def evaluate_model(config: TrainConfig, test_rows: Rows) -> None:
     model, tokenizer = load_model(**config.model_source, dtype=dtype)
     check_same_model(model, tokenizer, weights=True)
     model = parallelize(model, accelerator)
-    encode = make_encoder(tokenizer, is_encoder_decoder=model.config.is_encoder_decoder, **config.encoding)
+    check_model(model, LOSSES[config.loss], packing=False, max_seq_len=config.max_seq_len)
+    shape = {"is_encoder_decoder": model.config.is_encoder_decoder, "num_embeddings": num_embeddings(model)}
+    encode = make_encoder(tokenizer, **shape, **config.encoding)
     measure = Evaluation(
         model, tokenizer, encode, LOSSES[config.loss], accelerator, tell=print_lines, **config.evaluation
     )

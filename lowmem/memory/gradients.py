@@ -11,7 +11,6 @@ from functools import cache
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -24,10 +23,6 @@ from lowmem.distributed.reduce import all_reduce_sum, gradient_norm
 from lowmem.distributed.seeds import seed_of
 from lowmem.memory.release import Released
 from lowmem.optim.tiers import TieredOptimizer
-
-# Autocast's cache would hold a bf16 copy of every weight until the loss is computed. Without the cache, activation
-# checkpointing keeps no copies and casts weights again in backward; without checkpointing, autograd keeps the copies.
-_UNCACHED = AutocastKwargs(cache_enabled=False)
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 """`(model, batch) -> sum of the token losses`, an fp32 scalar: the only interface between loop and task."""
@@ -67,7 +62,7 @@ class Gradients:
                 torch.manual_seed(seed_of(self._seed, self._step, self._rank.rank, index))
                 # DDP must not all-reduce in backward, because `all_reduce` does that once for all micro-batches
                 with self._model.no_sync() if is_ddp else nullcontext():
-                    with self._accelerator.autocast(_UNCACHED):
+                    with _autocast(self._accelerator):
                         loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._num_tokens
                     loss.backward()
                 losses.append(loss.detach())
@@ -129,3 +124,16 @@ def _check(optimizer: type, mixed_precision: str, is_engine: bool) -> None:
         raise ValueError("the optimizer is wrapped by accelerator.prepare: pass the unwrapped one from make_optimizer")
     if issubclass(optimizer, TieredOptimizer) and mixed_precision != "no":
         raise ValueError(f"memory tiers need the Accelerator's mixed_precision=no, got {mixed_precision}: set it to no")
+
+
+def _autocast(accelerator: Accelerator) -> AbstractContextManager[None]:
+    """Enter torch's autocast without its cache, if `accelerator` has mixed precision.
+
+    The cache would hold a bf16 copy of every weight until the loss is computed. Without it, activation checkpointing
+    keeps no copies and casts weights again in backward; without checkpointing, autograd keeps the copies.
+    """
+    # `accelerator.autocast(AutocastKwargs(...))` clears os.environ for a moment in each call. If a tokenizer reads the
+    # environment in another thread at that moment, the process crashes.
+    if accelerator.mixed_precision == "no":
+        return nullcontext()
+    return torch.autocast(accelerator.device.type, torch.bfloat16, cache_enabled=False)

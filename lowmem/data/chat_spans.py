@@ -1,0 +1,94 @@
+"""Find the assistant's text in what a chat template prints, without {% generation %} tags in the template."""
+
+import re
+from itertools import pairwise
+from os.path import commonprefix
+
+from lowmem.data.chat_messages import Messages, Render, name_of_first_call, plain_messages, with_mark
+from lowmem.errors import UsageError
+
+Spans = list[tuple[int, int]]  # [start, stop) of the assistant's characters, in order
+
+_HOW_TO_TAG = "put {% generation %} and {% endgeneration %} around the assistant's text in the chat template"
+# unlikely to occur in a conversation
+_MARK, _MARK_BEFORE, _MARK_AFTER = "lowmem0mark0here", "lowmem0mark0before", "lowmem0mark0after"
+
+
+def assistant_spans(render: Render, messages: Messages) -> tuple[str, Spans]:
+    """Return the text, and each assistant turn's span, from the end of its generation prompt to the turn's end.
+
+    Raises ValueError if the assistant's text cannot be found.
+    """
+    text, spans = render(messages), []
+    replies = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    for turn in replies:
+        before = render(messages[:turn], add_generation_prompt=True) if turn else ""
+        through = render(messages[: turn + 1])
+        is_prefix = turn and through.startswith(before) and text.startswith(through)
+        spans.append((len(before), len(through)) if is_prefix else _span(render, messages, turn, text))
+    for turn, ((_, stop), (start, _)) in zip(replies, pairwise(spans), strict=False):
+        if stop > start:  # such as when the template prints a tool's result within the assistant's turn
+            raise _not_found(turn)
+    return text, spans
+
+
+def check_template(render: Render) -> None:
+    """Raise UsageError if the assistant's text cannot be found even in a simple conversation."""
+    from jinja2 import TemplateError
+
+    turns = [{"role": role, "content": f"{role} {number}"} for number in (1, 2) for role in ("user", "assistant")]
+    try:
+        messages = plain_messages(turns, render)
+        text, spans = assistant_spans(render, messages)
+        always_prompts = render(messages[:2]) == render(messages[:2], add_generation_prompt=True)
+        is_found = all(f"assistant {number}" in text[slice(*span)] for number, span in enumerate(spans, 1))
+        if not is_found or (always_prompts and not text.startswith(render(messages[:2]))):
+            raise _not_found(1)
+    except (TemplateError, TypeError):  # the template may still accept the conversations of the rows
+        return
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _span(render: Render, messages: Messages, turn: int, text: str) -> tuple[int, int]:
+    """Find an assistant turn in `text`, for templates that render a turn differently if later turns follow it.
+
+    Qwen3's, for instance, drops the thoughts of earlier turns. So render a mark in place of the turn's content: the
+    text around the mark also surrounds the turn. Marking the previous turn, too, shows where this turn begins.
+    """
+    marked, name = with_mark(messages, turn, _MARK), name_of_first_call(messages[turn])
+
+    def after_mark(marked: Messages) -> str:
+        tail = render(marked).partition(_MARK)[2]
+        return tail.replace(_MARK, name) if name else tail  # a tool's result may repeat the function's name
+
+    head, tail = render(marked).partition(_MARK)[0], after_mark(marked)
+    if turn:
+        both = with_mark(marked, turn - 1, _MARK_BEFORE)
+        gap = render(both).partition(_MARK_BEFORE)[2].partition(_MARK)[0]  # between the two turns' contents
+        prompt = render(both[:turn], add_generation_prompt=True).partition(_MARK_BEFORE)[2]
+    else:
+        gap = prompt = ""
+    header = len(head) - len(gap)
+    start = header + len(_common([gap, prompt]))
+    start = header + len(_common([head[header:start], text[header:]]))  # the prompt may also close an empty thought
+    rest = len(text) - len(tail)  # where in `text` the part after the mark begins
+    found = head.endswith(gap) and text.startswith(head[:start]) and start <= rest and text.endswith(tail)
+    ending = _common([tail, after_mark(marked[: turn + 1])])  # such as an end token
+    has_next = turn + 1 < len(messages)
+    # a template may print a tool's result within the assistant's turn
+    if has_next and _MARK_AFTER not in after_mark(with_mark(marked, turn + 1, _MARK_AFTER))[len(ending) :]:
+        found = False
+    if not found or _MARK in tail:
+        raise _not_found(turn)
+    return start, rest + len(ending)
+
+
+def _common(texts: list[str]) -> str:
+    """Return the common prefix of texts, without a part of a special token at its end."""
+    return re.sub(r"[<\[][^<>\[\]\s]*$", "", commonprefix(texts))
+
+
+def _not_found(turn: int) -> ValueError:
+    what = f"the assistant's text in message {turn + 1} cannot be found in what the chat template prints"
+    return ValueError(f"{what}: {_HOW_TO_TAG}")
