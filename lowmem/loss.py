@@ -16,6 +16,7 @@ from lowmem.cross_entropy import Change, chunked_cross_entropy
 from lowmem.data.batch import IGNORED, Batch
 from lowmem.distributed.placement import unwrapped, uses_zero3
 from lowmem.errors import UsageError
+from lowmem.memory.out_of_memory import is_out_of_memory
 
 
 def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
@@ -45,8 +46,8 @@ def chunked_loss(
     loss_of = partial(_loss_of, head=head, targets=targets, num_targets=batch.num_targets, **options)
     if uses_zero3(model):  # DeepSpeed gathers the head's weight only for the head's forward and backward
         loss, changes = _call_with_head(loss_of, model, head, inputs)
-        if changes:
-            raise _unsupported(model, "changes its logits after the output head")
+        if changes:  # they are known only after the loss is computed
+            raise _unsupported(model, "changes its logits after the head, under ZeRO stage 3")
         return loss
     hidden, changes = _call_with_head(_pass_through, model, head, inputs)
     return loss_of(hidden, change=_change(changes) if changes else None)
@@ -118,23 +119,26 @@ def _call_with_head(
         stack.enter_context(after)
         return after.output
 
+    changes_more = _unsupported(model, "changes its logits after the head by more than scaling, soft-capping or a bias")
     with ExitStack() as stack:
         head.forward = forward
         stack.callback(delattr, head, "forward")
-        logits = model(**inputs).logits
+        try:
+            logits = model(**inputs).logits
+        except RuntimeError as error:
+            if after.output is None or is_out_of_memory(error):
+                raise
+            raise changes_more from error  # such as an operation on hidden states that only fits logits
     output = after.output
     # after DeepSpeed's hooks, the output is another tensor that shares the memory
     if logits is not output and not (uses_zero3(model) and logits.data_ptr() == output.data_ptr()):
-        raise _unsupported(
-            model, "changes its logits after the output head by more than scaling, soft-capping or a bias"
-        )
+        raise changes_more
     return logits, after.changes
 
 
 def _unsupported(model: nn.Module, what: str) -> UsageError:
-    return UsageError(
-        f"{type(unwrapped(model)).__name__} {what}, which chunked_loss does not support: set --loss=plain"
-    )
+    name = type(unwrapped(model)).__name__
+    return UsageError(f"{name} {what}, which chunked_loss does not support: use plain_loss (--loss=plain)")
 
 
 def _pass_through(hidden: Tensor) -> Tensor:
@@ -171,7 +175,7 @@ def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, objec
     labels = inputs.pop("labels")
     if base.config.is_encoder_decoder:
         if "decoder_input_ids" not in inputs:
-            inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
+            inputs["decoder_input_ids"] = _decoder_input_ids(base, labels)
         targets = labels
     else:
         # no position predicts the first label, but num_targets would count it; this check needs no device sync
@@ -180,3 +184,27 @@ def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, objec
         )
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return inputs | {"use_cache": False}, targets
+
+
+def _decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
+    """Shift labels (rows, length) right, as the model's own method does or, if it has none, after its start token."""
+    pad = getattr(model.config, "pad_token_id", None) or 0
+    start = getattr(model.config, "decoder_start_token_id", None)
+    # mBART looks for a row's last token, so give rows without a target some; no loss is computed for them
+    other = 1 if pad == 0 else 0
+    labels = labels.masked_fill((labels == IGNORED).all(1, keepdim=True), other)
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        try:
+            return model.prepare_decoder_input_ids_from_labels(labels=labels)
+        except (TypeError, ValueError) as error:
+            raise _no_start_token(model) from error
+    if start is None:
+        raise _no_start_token(model)
+    shifted = labels.roll(1, dims=1)
+    shifted[:, 0] = start
+    return shifted.masked_fill(shifted == IGNORED, pad)
+
+
+def _no_start_token(model: nn.Module) -> UsageError:
+    what = f"{type(model).__name__} needs the token with which its decoder starts"
+    return UsageError(f"{what}: set decoder_start_token_id and pad_token_id in the model's config.json")

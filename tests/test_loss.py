@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lowmem.cross_entropy import chunked_cross_entropy, vocabulary_slices
@@ -12,7 +13,7 @@ from lowmem.errors import UsageError
 from lowmem.loss import chunked_loss, plain_loss
 from lowmem.model_checks import check_loss, check_model
 from lowmem.plan.meter import MemoryMeter
-from tests.models import LLAMA, build
+from tests.models import build
 
 
 def batch_of(family, rows=5, seed=0):
@@ -36,7 +37,8 @@ def batch_of(family, rows=5, seed=0):
 
 
 def gradients(model):
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return {name: parameter.grad.clone() for name, parameter in trained}
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -196,27 +198,86 @@ def test_a_frozen_head_gets_no_gradient_and_passes_one_on():
     assert model.model.embed_tokens.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "cohere", "granite"])
-def test_a_model_that_changes_its_logits_after_the_head_is_refused(model_type):
-    changes = {"granite": {"logits_scaling": 2.0}, "cohere": {"logit_scale": 0.5}, "gemma2": {"head_dim": 8}}
-    fields = LLAMA | changes[model_type]
-    fields.pop("model_type")
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
-    with pytest.raises(UsageError, match="changes its logits after the output head.*use plain_loss"):
-        chunked_loss(model, batch_of("llama"))
-    with pytest.raises(UsageError, match="changes its logits"):
-        check_loss(chunked_loss, model)
-    check_loss(plain_loss, model)
-    assert plain_loss(model, batch_of("llama")).isfinite()
+SHAPE = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+BART = {"vocab_size": 384, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32}
+BART |= {"decoder_ffn_dim": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+MAMBA = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 4}
+CHANGED = {
+    "gemma2": SHAPE | {"final_logit_softcapping": 0.02},  # far below the usual 30, so that it matters here
+    "cohere": SHAPE | {"logit_scale": 0.5},
+    "granite": SHAPE | {"logits_scaling": 0.2},
+    "recurrent_gemma": SHAPE | {"logits_soft_cap": 0.02, "lru_width": 32},
+    "mamba": MAMBA,  # casts its logits to fp32
+    "bart": BART,
+    "marian": BART | {"decoder_vocab_size": 384, "pad_token_id": 0, "decoder_start_token_id": 0},
+}
 
 
-def test_a_bias_added_to_the_logits_is_refused():
-    fields = {"vocab_size": 384, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32}
-    config = AutoConfig.for_model("bart", **fields, decoder_ffn_dim=32)
-    model = AutoModelForSeq2SeqLM.from_config(config)
-    with pytest.raises(UsageError, match="BartForConditionalGeneration changes its logits.*a bias"):
-        check_loss(chunked_loss, model)
-    check_loss(plain_loss, model)
+def changed_model(model_type):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **CHANGED[model_type])
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = kind.from_config(config)
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.normal_()
+    return model, batch_of("t5" if config.is_encoder_decoder else "llama")
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("model_type", CHANGED)
+def test_what_a_model_does_to_its_logits_is_done_to_each_slice(model_type, label_smoothing):
+    model, batch = changed_model(model_type)
+    check_loss(chunked_loss, model)
+    model.eval()
+    expected = plain_loss(model, batch, label_smoothing=label_smoothing)
+    expected.backward()
+    plain = gradients(model)
+    model.zero_grad()
+    loss = chunked_loss(model, batch, label_smoothing=label_smoothing, slice_elements=600)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for name, gradient in gradients(model).items():
+        assert (gradient - plain[name]).norm() <= 1e-6 * plain[name].norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "gemma2"])
+def test_a_cast_of_the_logits_is_no_change(model_type):
+    model, batch = changed_model(model_type)
+    model = model.to(torch.bfloat16).eval()
+    expected, loss = plain_loss(model, batch), chunked_loss(model, batch)
+    assert abs(loss - expected) < 0.01 * expected
+
+
+class Stretched(nn.Module):
+    """A model that changes its logits in a way that is not done element by element."""
+
+    def __init__(self, model, change):
+        super().__init__()
+        self.model, self.change, self.config = model, change, model.config
+        self.get_output_embeddings = model.get_output_embeddings
+
+    def forward(self, **inputs):
+        output = self.model(**inputs)
+        output.logits = self.change(output.logits)
+        return output
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: logits.softmax(-1),
+        lambda logits: logits[..., :300],
+        lambda logits: logits * torch.ones(3, 1, 1),
+        lambda logits: logits * torch.ones(384, requires_grad=True),
+        lambda logits: torch.add(logits, 1.0, alpha=2.0),
+    ],
+    ids=["softmax", "cut", "per row", "trained", "keyword"],
+)
+def test_other_changes_of_the_logits_are_refused(change):
+    batch = collate([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 3)
+    with pytest.raises(UsageError, match="changes its logits after the head by more than .*: use plain_loss"):
+        chunked_loss(Stretched(build("llama"), change), batch)
 
 
 def test_a_causal_row_whose_first_label_counts_is_refused():

@@ -11,8 +11,9 @@ from lowmem.distributed.consistency import check_same_inputs, check_same_model
 from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
 from lowmem.evaluation import Evaluation
-from lowmem.loss import LOSSES, check_model
+from lowmem.loss import LOSSES
 from lowmem.model import load_model, num_embeddings
+from lowmem.model_checks import check_model
 from lowmem.report import print_answers, print_lines
 
 
