@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lowmem import loss
+from lowmem import cross_entropy
 from lowmem.memory.savers import SAVERS, Saver
 from lowmem.optim.tiers import TieredOptimizer
 from lowmem.plan.parts import Cluster
@@ -114,13 +114,13 @@ def few_slices() -> Iterator[None]:
     This saves up to two thirds of the counting time. The peak is the same, because what the first slice leaves in
     memory is live during the second, and later slices add nothing.
     """
-    slices, vocabulary_slices = TieredOptimizer.slices, loss.vocabulary_slices
+    slices, vocabulary_slices = TieredOptimizer.slices, cross_entropy.vocabulary_slices
     TieredOptimizer.slices = lambda *given: islice(slices(*given), 2)
-    loss.vocabulary_slices = lambda *given: vocabulary_slices(*given)[:2]
+    cross_entropy.vocabulary_slices = lambda *given: vocabulary_slices(*given)[:2]
     try:
         yield
     finally:
-        TieredOptimizer.slices, loss.vocabulary_slices = slices, vocabulary_slices
+        TieredOptimizer.slices, cross_entropy.vocabulary_slices = slices, vocabulary_slices
 
 
 def attention_for(config: PretrainedConfig, *, on_gpu: bool, is_padded: bool) -> str:
