@@ -2,9 +2,10 @@
 
 import copy
 import json
+import re
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -13,7 +14,10 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -29,6 +33,7 @@ from lowmem.config.presets import MODEL_SHAPES
 from lowmem.data.encode import end_tokens
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.fill import stored_weights
+from lowmem.distributed.placement import unwrapped
 from lowmem.errors import UsageError
 
 
@@ -72,6 +77,22 @@ def load_model(
 def num_embeddings(model: PreTrainedModel) -> int:
     """Return the number of token ids that the model can embed."""
     return model.get_input_embeddings().weight.shape[0]
+
+
+def convert_buffers(model: nn.Module) -> None:
+    """Convert float buffers to bf16 where transformers does so in a model that it builds in bf16.
+
+    Sinusoidal positions, for instance, must have the dtype of the hidden states, but rotary frequencies stay fp32.
+    """
+    base = unwrapped(model)
+    buffers = {name: buffer for name, buffer in base.named_buffers() if buffer.dtype == torch.float32}
+    if not isinstance(base, PreTrainedModel) or all(name.endswith("inv_freq") for name in buffers):
+        return
+    in_bf16 = _from_config(copy.deepcopy(base.config), torch.bfloat16, on_meta=True)
+    kept = re.compile("|".join(base._keep_in_fp32_modules_strict or ["$^"]))
+    for name, buffer in in_bf16.named_buffers():
+        if buffer.dtype == torch.bfloat16 and name in buffers and not kept.search(name):
+            buffers[name].data = buffers[name].data.to(torch.bfloat16)
 
 
 def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
@@ -210,7 +231,13 @@ def _attention(config: PretrainedConfig) -> dict[str, str]:
 
 
 def _auto_class(config: PretrainedConfig) -> type:
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    kinds = [(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING)]
+    kinds.insert(not config.is_encoder_decoder, (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING))
+    for kind, mapping in kinds:
+        if type(config) in mapping:
+            return kind
+    found = f"transformers has no causal or text-to-text model for {type(config).__name__}"
+    raise UsageError(f"{found}: use a model of another type")
 
 
 def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
@@ -239,11 +266,13 @@ def _is_byte_tokenizer(folder: Path) -> bool:
 
 
 def _adopt_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    config.eos_token_id = tokenizer.eos_token_id
-    config.bos_token_id = tokenizer.bos_token_id
-    config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad}
     if config.is_encoder_decoder:
-        config.decoder_start_token_id = config.pad_token_id
+        ids["decoder_start_token_id"] = pad
+    for name, token in ids.items():
+        with suppress(TypeError):  # the configs of some models do not accept None
+            setattr(config, name, token)
 
 
 def _stop_at_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,18 +42,26 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
     """Run `loss_fn` on rows of two tokens. Raise UsageError if it rejects the model or returns a mean instead of a sum,
     or if a causal model sees its targets.
     """
-    device, base = device_of(model), unwrapped(model)
+    base = unwrapped(model)
+    rows_of = partial(_rows, model)
     with forward_only(model):
-        loss_fn(model, _zeros(device, rows=1, length=2, num_targets=0))
-        once, twice = (loss_fn(model, _zeros(device, rows=rows, length=2, num_targets=rows)) for rows in (1, 2))
+        try:
+            loss_fn(model, rows_of(rows=1, length=2, num_targets=0))
+            once, twice = (loss_fn(model, rows_of(rows=rows, length=2, num_targets=rows)) for rows in (1, 2))
+        except Exception as error:
+            if isinstance(error, UsageError) or is_out_of_memory(error):
+                raise
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise UsageError(f"{type(base).__name__} cannot compute the loss of two tokens ({reason})") from error
         if abs(twice - 2 * once) > 0.1 * abs(once):
             found = f"it is {once.item():.4g} for a row and {twice.item():.4g} for that row twice"
             raise UsageError(f"the loss must be a sum over target tokens, but {found}: sum the losses, do not average")
         if not base.config.is_encoder_decoder:
-            tokens = torch.tensor([[0, 0], [0, 1]], device=device)
-            logits = base(input_ids=tokens, use_cache=False).logits.float()
-            at_first, at_second = (logits[0] - logits[1]).abs().amax(1)
-            if at_first > 0.02 * at_second:  # except for rounding, the first logits must not depend on the second token
+            tokens = torch.tensor([[0, 0], [0, 1]], device=device_of(model))
+            logits = base(input_ids=tokens, use_cache=False).logits
+            # the first logits must not depend on the second token, except for rounding
+            rounding = 4 * torch.finfo(logits.dtype).eps * logits[:, 0].abs().max()
+            if (logits[0, 0] - logits[1, 0]).abs().max() > rounding:
                 name = type(base).__name__
                 raise UsageError(f"{name} sees the tokens that it must predict: use a causal or encoder-decoder model")
 
@@ -61,7 +70,7 @@ def _check_positions(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Mo
     """Raise UsageError if the model fails on a row of `max_seq_len` tokens, such as for lack of position embeddings."""
     try:
         with forward_only(model), _CheckedEmbeddings():
-            loss_fn(model, _zeros(device_of(model), rows=1, length=max_seq_len, num_targets=min(1, max_seq_len - 1)))
+            loss_fn(model, _rows(model, rows=1, length=max_seq_len, num_targets=min(1, max_seq_len - 1)))
     except (IndexError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
@@ -87,10 +96,11 @@ class _CheckedEmbeddings(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _zeros(device: torch.device, *, rows: int, length: int, num_targets: int) -> Batch:
-    """Make rows of token 0. In each of the first `num_targets` rows, the last token is a target."""
-    tokens = torch.zeros((rows, length), dtype=torch.int64, device=device)
+def _rows(model: nn.Module, *, rows: int, length: int, num_targets: int) -> Batch:
+    """Make rows of one token. In each of the first `num_targets` rows, the last token is a target."""
+    token = 0 if getattr(unwrapped(model).config, "pad_token_id", None) != 0 else 1
+    tokens = torch.full((rows, length), token, dtype=torch.int64, device=device_of(model))
     labels = torch.full_like(tokens, IGNORED)
-    labels[:num_targets, -1] = 0
+    labels[:num_targets, -1] = token
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
     return Batch(inputs, num_targets=num_targets, row_ids=[])

@@ -1,6 +1,7 @@
 """Shard with torch's `fully_shard`. Only this file uses private names of FSDP. Tested with torch 2.11 and 2.13."""
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,15 +33,22 @@ def shard_layers(model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: b
 def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
     """Yield each module to shard as one group, inner ones first, and whether it stays all-gathered after forward.
 
-    The output head stays because the chunked loss uses it after forward. The last group (all other weights) stays too.
+    The output head stays because the chunked loss uses it after forward. The last group (all other weights) stays too;
+    it has every weight that several modules share, such as a head that is tied to the decoder's embeddings.
     """
-    yield from ((module, False) for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    groups = [(module, False) for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if isinstance(model, PreTrainedModel):
-        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if isinstance(head, nn.Linear) and embeddings is not None and embeddings.weight is not head.weight:
-            yield embeddings, False
-            yield head, True
+        groups += [(model.get_input_embeddings(), False), (model.get_output_embeddings(), True)]
+    uses = _uses(model)
+    for module, is_kept in groups:
+        if isinstance(module, nn.Module) and all(uses[name] == count for name, count in _uses(module).items()):
+            yield module, is_kept
     yield model, True
+
+
+def _uses(module: nn.Module) -> Counter[int]:
+    """Count how often each parameter is in the module, by id."""
+    return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
 def has_gathered(model: nn.Module) -> bool:

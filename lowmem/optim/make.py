@@ -14,6 +14,7 @@ from lowmem.config.train_config import TIERED_OPTIMIZERS
 from lowmem.distributed.dtensor import is_in_columns, local_of, set_local_
 from lowmem.distributed.fully_sharded import has_gathered, notice_new_parameters
 from lowmem.distributed.placement import is_sharded
+from lowmem.model import convert_buffers
 from lowmem.optim.adafactor import TieredAdafactor
 from lowmem.optim.formats import BLOCK
 from lowmem.optim.tiers import TieredAdamW, is_large
@@ -78,6 +79,7 @@ def make_optimizer(
     for parameter in model.parameters():
         if not parameter.requires_grad:
             set_local_(parameter, local_of(parameter.data).to(torch.bfloat16))
+    convert_buffers(model)
     tier = {"memory": memory, "slice_elements": slice_elements}
     if name == "adafactor":
         return TieredAdafactor(groups, **tier)
