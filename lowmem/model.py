@@ -13,6 +13,7 @@ from urllib.request import getproxies
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -271,7 +272,7 @@ def _adopt_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokeniz
     if config.is_encoder_decoder:
         ids["decoder_start_token_id"] = pad
     for name, token in ids.items():
-        with suppress(TypeError):  # the configs of some models do not accept None
+        with suppress(StrictDataclassError):  # the configs of some models do not accept None
             setattr(config, name, token)
 
 

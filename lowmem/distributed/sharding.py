@@ -15,6 +15,8 @@ from lowmem.distributed.placement import TENSOR_PARALLEL_MESH
 from lowmem.distributed.tensor_parallel import apply_tensor_parallelism, make_tensor_mesh
 from lowmem.errors import UsageError
 
+_LAYER_DROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "layer_drop")
+
 
 def parallelize(
     model: nn.Module,
@@ -42,6 +44,9 @@ def parallelize(
     if tp_size > 1 and sharding_strategy != "NO_SHARD":
         raise UsageError(f"tp_size={tp_size} was set with {sharding_strategy}, but they do not combine: remove one")
     if tp_size > 1 or sharding_strategy != "NO_SHARD":
+        if dropped := [name for name in _LAYER_DROP if getattr(model.config, name, 0)]:
+            found = f"ranks would drop different layers ({dropped[0]}={getattr(model.config, dropped[0])})"
+            raise UsageError(f"with a sharded model, {found}: set it to 0.0 in the model's config.json")
         mesh = make_mesh(accelerator, sharding_strategy, shard_size, tp_size)
         with filled(model, accelerator.device, on_host=cpu_offload and tp_size == 1):
             shard(model, mesh, sharding_strategy=sharding_strategy, cpu_offload=cpu_offload)
