@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from lowmem.data.batch import IGNORED, Batch
 from lowmem.data.packing import check_packing
+from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.fully_sharded import forward_only
 from lowmem.distributed.placement import device_of, unwrapped
 from lowmem.errors import UsageError
@@ -23,9 +25,17 @@ _WITHOUT_OWN_LOSS = {"output_router_logits": False, "z_loss_coefficient": 0.0, "
 
 
 def check_model(
-    model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor], *, packing: bool, max_seq_len: int
-) -> None:
-    """Raise UsageError if the model adds a loss itself, or does not support this loss, this length or packing."""
+    model: nn.Module,
+    loss_fn: Callable[[nn.Module, Batch], Tensor],
+    *,
+    packing: bool,
+    max_seq_len: int,
+    may_shorten: bool = False,
+) -> int:
+    """Raise UsageError if the model adds a loss itself, or does not support this loss, this length or packing.
+
+    Returns `max_seq_len`. With `may_shorten`, a model with fewer positions is no error: returns their number.
+    """
     base = unwrapped(model)
     text_config = base.config.get_text_config()
     for name, wanted in _WITHOUT_OWN_LOSS.items():
@@ -33,9 +43,19 @@ def check_model(
             what = f"with {name}={found}, {type(base).__name__} adds a loss of its own, which is not trained here"
             raise UsageError(f"{what}: set it to {json.dumps(wanted)} in the model's config.json")
     check_loss(loss_fn, model)
-    _check_positions(loss_fn, model, max_seq_len)
+    if error := _error_at(max_seq_len, loss_fn, model):
+        fails = partial(_error_at, loss_fn=loss_fn, model=model)
+        positions = bisect_left(range(1, max_seq_len), True, key=lambda length: fails(length) is not None)
+        reason = str(error).partition("\n")[0]
+        what = f"{type(base).__name__} fails on a row of max_seq_len={max_seq_len} tokens ({reason})"
+        if not may_shorten or positions < 2:
+            raise UsageError(f"{what}: lower --max_seq_len to its number of positions, {positions}") from error
+        if rank_and_world_size()[0] == 0:
+            print(f"max_seq_len is {positions}, the model's number of positions, instead of {max_seq_len}", flush=True)
+        max_seq_len = positions
     if packing:
         check_packing(model)
+    return max_seq_len
 
 
 def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) -> None:
@@ -66,17 +86,18 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
                 raise UsageError(f"{name} sees the tokens that it must predict: use a causal or encoder-decoder model")
 
 
-def _check_positions(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module, max_seq_len: int) -> None:
-    """Raise UsageError if the model fails on a row of `max_seq_len` tokens, such as for lack of position embeddings."""
+def _error_at(
+    length: int, loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module
+) -> IndexError | RuntimeError | None:
+    """Return the error of a row of `length` tokens, such as for lack of position embeddings; None if there is none."""
     try:
         with forward_only(model), _CheckedEmbeddings():
-            loss_fn(model, _rows(model, rows=1, length=max_seq_len, num_targets=min(1, max_seq_len - 1)))
+            loss_fn(model, _rows(model, rows=1, length=length, num_targets=min(1, length - 1)))
     except (IndexError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        what = f"{type(unwrapped(model)).__name__} fails on a row of max_seq_len={max_seq_len} tokens"
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"{what} ({reason}): lower --max_seq_len to the model's number of positions") from error
+        return error
+    return None
 
 
 _EMBEDDING = inspect.signature(F.embedding)

@@ -88,7 +88,8 @@ def train(
     optimizer = make_optimizer(model, **config.optimizer_options)
     loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)  # (model, batch) -> summed loss
     with handle_rank_errors(model):
-        check_model(model, loss_fn, packing=config.packing, max_seq_len=config.max_seq_len)
+        max_seq_len = check_model(model, loss_fn, **config.model_requirements)
+    config = dataclasses.replace(config, max_seq_len=max_seq_len)
     # counts of the full model, made here because DeepSpeed's wrapper would change them
     num_weights, vocabulary = model.num_parameters(), num_embeddings(model)
     wrapped = zero.wrap(model, optimizer, accelerator) if config.deepspeed else model

@@ -97,6 +97,11 @@ class Groups:
         return self._some("batch_size", "seed", "accept_changed_data") | ahead
 
     @property
+    def model_requirements(self) -> dict[str, object]:
+        """The options of `check_model`. The default length may be shortened."""
+        return self._some("packing", "max_seq_len") | {"may_shorten": self.max_seq_len == type(self).max_seq_len}
+
+    @property
     def evaluation(self) -> dict[str, object]:
         """The options of `Evaluation`."""
         num_answers = self.max_predict_samples if self.prompt_column else 0

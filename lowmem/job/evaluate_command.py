@@ -1,5 +1,6 @@
 """The `evaluate` command: load a model, evaluate it on held-out rows, print answers and a line of JSON."""
 
+import dataclasses
 import json
 
 import torch
@@ -24,7 +25,8 @@ def evaluate_model(config: TrainConfig, test_rows: Rows) -> None:
     model, tokenizer = load_model(**config.model_source, dtype=dtype)
     check_same_model(model, tokenizer, weights=True)
     model = parallelize(model, accelerator)
-    check_model(model, LOSSES[config.loss], packing=False, max_seq_len=config.max_seq_len)
+    max_seq_len = check_model(model, LOSSES[config.loss], **config.model_requirements)
+    config = dataclasses.replace(config, max_seq_len=max_seq_len)
     shape = {"is_encoder_decoder": model.config.is_encoder_decoder, "num_embeddings": num_embeddings(model)}
     encode = make_encoder(tokenizer, **shape, **config.encoding)
     measure = Evaluation(
