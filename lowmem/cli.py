@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -58,7 +59,7 @@ def _evaluate(**flags: str) -> Job:
         raise UsageError(f"{found}, but `evaluate` needs the whole model in each process: launch with --multi_gpu")
     if missing := [f"--{name}" for name in ("model_name_or_path", "test_file") if not flags.get(name)]:
         raise UsageError(f"`evaluate` needs {' and '.join(missing)}")
-    trained_with = Path(flags["model_name_or_path"]) / "lowmem.json"
+    trained_with = Path(os.path.expanduser(flags["model_name_or_path"])) / "lowmem.json"
     saved = json.loads(trained_with.read_text()) if trained_with.exists() else {}
     given = {name: saved[name] for name in (*TrainConfig().encoding, "loss") if name in saved}
     if saved.get("mixed_precision") == flags.get("mixed_precision", saved.get("mixed_precision")) == "bf16":
@@ -68,19 +69,20 @@ def _evaluate(**flags: str) -> Job:
 
 @SetParseFn(str)
 def _verify(path: str = "", **unknown: str) -> Job:
-    return _on_files("verify", unknown, path=path)
+    return _on_files("verify", unknown, path=os.path.expanduser(path))
 
 
 @SetParseFn(str)
 def _export(path: str = "", out: str = "", dtype: str = "None", max_shard_size: str = "5GB", **unknown: str) -> Job:
     if dtype not in _EXPORT_DTYPES:
         raise UsageError(f"--dtype={dtype} must be one of {', '.join(_EXPORT_DTYPES)}")
-    return _on_files("export", unknown, path=path, out=out, dtype=dtype, max_shard_bytes=parse_bytes(max_shard_size))
+    paths = {"path": os.path.expanduser(path), "out": os.path.expanduser(out)}
+    return _on_files("export", unknown, **paths, dtype=dtype, max_shard_bytes=parse_bytes(max_shard_size))
 
 
 @SetParseFn(str)
 def _plot(*out: str, **unknown: str) -> Job:
-    return _on_files("plot", unknown, out=out)
+    return _on_files("plot", unknown, out=list(map(os.path.expanduser, out)))
 
 
 def _on_files(command: str, unknown: Iterable[str], **options: object) -> Job:

@@ -177,12 +177,24 @@ def test_all_paths_of_a_file_share_one_index(source, tmp_path, monkeypatch):
     for cache in ("", str(tmp_path / "cache")):
         monkeypatch.setenv("LOWMEM_CACHE", cache)
         copies = {Builder(source).derive().copy}
-        for folder, name in ((tmp_path, "rows"), (tmp_path / "b", "../rows"), (tmp_path / "b", "link")):
+        links = [(tmp_path / "b", "link")] if cache else []
+        for folder, name in ((tmp_path, "rows"), (tmp_path / "b", "../rows"), *links):
             monkeypatch.chdir(folder)
             builder = Builder(Source(name))
             copies.add(builder.derive().copy)
             assert builder.times == 0
         assert len(copies) == 1 and names(tmp_path / "b") == ["link"]
+
+
+def test_a_copy_of_a_symbolic_link_is_next_to_the_link(source, tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "link").symlink_to("../rows")
+    builder = Builder(Source(str(tmp_path / "b" / "link")))
+    for _ in range(2):
+        assert builder.derive().copy == tmp_path / "b" / ".link.lowmem-test.rows"
+    assert builder.times == 1 and names(tmp_path) == ["b", "rows"]
+    Path(source.name).write_bytes(b"other rows in the same file")
+    assert builder.derive().copy.read_bytes() == b"OTHER ROWS IN THE SAME FILE"
 
 
 @pytest.mark.parametrize("name", ["😀" * 62, "n" * 250, "s" + "\udcff" * 249])

@@ -174,6 +174,14 @@ def test_evaluate_takes_columns_lengths_and_precision_from_the_model_folder(prec
         assert printed == pytest.approx(expected, rel=1e-6 if precision == "no" else 1e-4)
 
 
+def test_evaluate_reads_the_model_folder_below_the_home_folder(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "lowmem.json").write_text('{"prompt_column": "question", "response_column": "answer"}')
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    result = train("evaluate", "--model_name_or_path=~/m", "--test_file=~/rows.jsonl", HOME=str(tmp_path))
+    assert result.returncode == 2 and "has no column 'question' and no column 'answer'" in result.stderr, result.stderr
+
+
 def test_finetuning_trains_only_the_decoder(tmp_path):
     build("t5").save_pretrained(tmp_path / "t5")
     ByT5Tokenizer().save_pretrained(tmp_path / "t5")

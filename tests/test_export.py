@@ -142,6 +142,17 @@ def test_what_cannot_be_exported_is_reported_and_leaves_nothing(tmp_path, capsys
     assert command("export", f"--path={path}", f"--out={out}", "--dtype", "bfloat16") == 0
 
 
+def test_a_tilde_in_the_paths_of_commands_is_the_home_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path, _, _ = saved(tmp_path / "run, a", "llama")
+    assert command("verify", f"~/run, a/{path.name}") == 0
+    assert command("export", f"~/run, a/{path.name}", "~/out, b") == 0
+    assert (tmp_path / "out, b" / "config.json").is_file()
+    capsys.readouterr()
+    assert command("plot", "~/no run") == 2
+    assert f"{tmp_path}/no run" in capsys.readouterr().err
+
+
 def test_an_export_that_cannot_be_written_is_reported(tmp_path):
     path, _, _ = saved(tmp_path / "run", "llama")
     (tmp_path / "file").touch()

@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import os
+import pwd
+from importlib.util import find_spec
 
 import pytest
 
@@ -7,7 +10,7 @@ from lowmem.config.parse import resolve
 from lowmem.config.presets import PRESETS
 from lowmem.config.rules import NEEDS
 from lowmem.config.sizes import parse_bytes
-from lowmem.config.train_config import ALTERNATIVES, FIELDS, TrainConfig
+from lowmem.config.train_config import ALTERNATIVES, FIELDS, TrainConfig, fields_where
 from lowmem.errors import UsageError
 
 
@@ -37,11 +40,34 @@ def problems_of(**flags):
         ("train_file", ["a.parquet", "b.parquet"], "a.parquet,b.parquet"),
         ("seed", "1234567890123456789", 1234567890123456789),
         ("freeze", "encoder, embeddings", "encoder,embeddings"),
+        ("freeze", ["encoder", " embeddings"], "encoder,embeddings"),
+        ("report_to", "none", ""),
+        ("report_to", None, ""),
+        ("report_to", ["none"], ""),
+        ("output_dir", "o, p ", "o, p "),
+        ("prompt_column", " a , b", " a , b"),
+        ("test_file", " a, b.jsonl", " a, b.jsonl"),
+        ("test_file", ["a, b", "c"], r"a\, b,c"),
     ],
 )
 def test_a_value_is_converted_to_the_type_of_its_field(flag, typed, value):
     resolved = getattr(resolve({flag: typed}), flag)
     assert resolved == value and type(resolved) is type(value)
+
+
+def test_a_tilde_in_a_path_is_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model, a").mkdir()
+    (tmp_path / "model.json").touch()
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
+    names = {"model_config": "model.json", "deepspeed": "zero.json"}
+    for name in fields_where(holds="path") - ({"deepspeed"} if not find_spec("deepspeed") else set()):
+        path = names.get(name, "model, a")
+        assert getattr(resolve({name: f"~/{path}"}), name) == f"{tmp_path}/{path}"
+    (tmp_path / "run.yaml").write_text("output_dir: ~/out")
+    assert resolve({"config": "~/run.yaml"}).output_dir == f"{tmp_path}/out"
+    user = pwd.getpwuid(os.getuid())
+    assert resolve({"output_dir": f"~{user.pw_name}/out"}).output_dir == f"{user.pw_dir}/out"
 
 
 @pytest.mark.parametrize("release", [False, True])
@@ -138,6 +164,9 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({"is_keep_training": "true", "resume": "never"}, "remove one"),
         ({"config": "/nowhere.yaml"}, "cannot be read"),
         ({"output_dir": ""}, "--output_dir is empty"),
+        ({"output_dir": " "}, "--output_dir is empty"),
+        ({"output_dir": ["a", "b"]}, "--output_dir=['a', 'b'] must be a single value"),
+        ({"report_to": "none,printer"}, "--report_to=none must be one of tensorboard"),
         ({"train_file": ""}, "--train_file is empty"),
         ({"output_dir": "True"}, "--output_dir needs a value"),
         ({"seed": "1e30"}, "must be below 2**63"),

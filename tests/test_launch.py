@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from lowmem.distributed.launcher import launched_processes, launched_settings
+from lowmem.distributed.setup import check_launch
 from lowmem.errors import UsageError
 from tests.models import LLAMA, T5, qa_rows
 from tests.processes import ROOT, free_port, module_command, run, train
@@ -78,6 +79,27 @@ def test_unsupported_launcher_settings_are_refused(environment, message, monkeyp
         launched_settings()
         launched_processes()
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "leftovers"),
+    [
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK"),
+        ({"LOCAL_RANK": "", "PMI_SIZE": "1", "PMI_RANK": "0"}, "LOCAL_RANK"),
+        ({"RANK": "1"}, "RANK"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "PMI_RANK, PMI_SIZE"),
+        ({"MV2_COMM_WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}, "MV2_COMM_WORLD_SIZE"),
+        ({"LOCAL_RANK": "-1", "RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "PMI_SIZE": "2"}, None),
+    ],
+)
+def test_a_launchers_variables_without_world_size_are_refused_unless_harmless(environment, leftovers, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if leftovers is None:
+        return check_launch(None)
+    with pytest.raises(UsageError, match=f"are set without WORLD_SIZE: unset {leftovers}, or set each of RANK"):
+        check_launch(None)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +186,8 @@ def test_two_processes_train_the_large_preset(tmp_path):
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "--seed=0", "accelerate has gradient_accumulation_steps=4"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "--mixed_precision=no", "accelerate has mixed_precision=bf16"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "--seed=0", "fp16 needs loss scaling"),
+        ({"LOCAL_RANK": "1"}, "--seed=0", "a launcher's variables are set without WORLD_SIZE: unset LOCAL_RANK, or"),
+        ({"LOCAL_RANK": "1"}, "--sed=0", "unknown flag --sed"),
     ],
 )
 def test_an_environment_that_is_unsupported_or_contradicts_a_flag_is_reported(environment, flag, message, tmp_path):

@@ -9,6 +9,7 @@ import fsspec
 import pyarrow as pa
 import pytest
 
+from lowmem.config.parse import resolve
 from lowmem.data.files.source import Source, expand, is_damage, reading
 from lowmem.errors import UsageError
 from tests.processes import run
@@ -51,6 +52,22 @@ def test_the_name_of_an_existing_file_may_contain_commas_and_wildcards(folder):
         assert content(Source(name)) == b"a row\n"
     assert names("a.txt,[ab].txt") == ["a.txt", "[ab].txt"]
     assert Source("a?b.txt").suffixes == Source("https://a/b.txt?c.d").suffixes == [".txt"]
+
+
+def test_an_escaped_comma_belongs_to_the_name(folder):
+    make("Smith, J/1.txt", "Smith, J/2.txt", "c.txt")
+    assert names(r"Smith\, J/*.txt, c.txt") == ["Smith, J/1.txt", "Smith, J/2.txt", "c.txt"]
+    assert names(resolve({"train_file": ["Smith, J/2.txt", "c.txt"]}).train_file) == ["Smith, J/2.txt", "c.txt"]
+    with pytest.raises(UsageError, match=r"Smith does not exist: .*if the name has a comma, write \\,"):
+        expand("Smith, J/*.txt")
+
+
+def test_wildcards_in_the_names_of_existing_folders_are_literal(folder):
+    make("run [1]/a [2]/1.txt", "run [1]/a [2]/2.txt", "run 1/a 2/3.txt", "set [b]/4.txt")
+    expected = ["run [1]/a [2]/1.txt", "run [1]/a [2]/2.txt"]
+    assert names("run [1]/a [2]/*.txt") == names("run [1]/**/?.txt") == names("run [1]/*/[12].txt") == expected
+    assert names(f"{folder}/run [1]/a [2]/*.txt") == [f"{folder}/{name}" for name in expected]
+    assert names("run [0-9]/*/*.txt") == ["run 1/a 2/3.txt"]
 
 
 def test_a_tilde_expands_to_the_home_folder(folder, monkeypatch):

@@ -1,6 +1,7 @@
 """Make a TrainConfig from flags, presets and a config file, or list all problems in one error. Imports no torch."""
 
 import difflib
+import os
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,7 +75,7 @@ def _read_config_file(path: object, problems: list[str]) -> dict[str, object]:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(str(path)).read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(os.path.expanduser(str(path))).read_text(encoding="utf-8"))
     except OSError as error:
         problems.append(f"--config={path} cannot be read: {error.strerror}")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -111,27 +112,39 @@ def _coerce(name: str, kind: object, value: object, problems: list[str]) -> obje
         if value is None or str(value).lower() in ("none", "null"):
             return None
         kind = get_args(kind)[0]
+    if kind is str:
+        return _text(name, value, problems)
     text = str(value).strip()
     try:
         if kind is bool:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
-        if isinstance(value, bool) and kind is not str:
+        if isinstance(value, bool):
             raise ValueError
         if kind is int:
             number = float(text)  # float() accepts 1e3, int() does not
             if not number.is_integer():
                 raise ValueError
             return int(text) if text.lstrip("+-").isdigit() else int(number)
-        if kind is float:
-            return float(text)
+        return float(text)
     except (KeyError, ValueError, OverflowError):
         problems.append(f"--{name}={value} is not {'an' if kind is int else 'a'} {kind.__name__}")
         return None
-    if name == "resume":
-        return {"true": "auto", "false": "never"}.get(text.lower(), text)
+
+
+def _text(name: str, value: object, problems: list[str]) -> str:
+    """Return `value` as it was typed, with its blanks and commas; a list of names or files separated by commas."""
+    text, holds, is_list = str(value), FIELDS[name].metadata.get("holds"), isinstance(value, list | tuple)
+    if name == "resume" and text.lower() in ("true", "false"):
+        return "auto" if text.lower() == "true" else "never"
     if name == "mixed_precision" and value is False:
         return "no"  # YAML reads a bare `no` as false
     if text in ("True", "False"):  # what Fire passes for a flag without a value
         problems.append(f"--{name} needs a value: --{name}=...")
-    parts = value if isinstance(value, list | tuple) else text.split(",")
-    return ",".join(str(part).strip() for part in parts)
+    if holds == "names":
+        text = ",".join(str(part).strip() for part in (value if is_list else text.split(",")))
+        return "" if text.lower() in ("none", "null") else text
+    if holds == "files" and is_list:
+        return ",".join(str(file).replace(",", r"\,") for file in value)  # `expand` splits it again
+    if isinstance(value, list | tuple | dict):
+        problems.append(f"--{name}={value} must be a single value")
+    return os.path.expanduser(text) if holds == "path" else text

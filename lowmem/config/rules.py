@@ -102,7 +102,7 @@ def _out_of_range(config: TrainConfig) -> list[str]:
             if None not in (value, limit) and not (math.isfinite(value) and is_within(value, limit)):
                 rule = "0 or more" if (bound, limit) == ("at_least", 0) else f"{words} {limit}"
                 problems.append(f"--{name}={value} must be {rule.replace(str(2**63), '2**63')}")
-        if value == "" and not rules.get("may_be_empty"):
+        if isinstance(value, str) and not value.strip() and not rules.get("may_be_empty"):
             problems.append(f"--{name} is empty: give it a value")
         if name == "mixed_precision" and value == "fp16":
             problems.append("--mixed_precision=fp16 needs loss scaling, which lowmem does not support: set bf16 or no")

@@ -22,6 +22,7 @@ def setting(
     above: float | None = None,
     below: float | None = None,
     unit: Literal["bytes"] | None = None,
+    holds: Literal["path", "files", "names"] | None = None,
     may_be_empty: bool = False,
     instead_of: Sequence[str] = (),
     fallback: object = None,
@@ -31,6 +32,7 @@ def setting(
 ) -> Any:
     """Make a field with rules.
 
+    Of text fields, those that hold `files` or `names` are comma-separated lists; a `path` may begin with ~.
     `instead_of` lists the fields that this field replaces. `fallback` is this field's value if no alternative is set.
     A resumed run must keep `fixed` fields; `per_rank` fields may differ by rank; `evaluate` takes `in_evaluate` fields.
     """
@@ -42,24 +44,26 @@ class TrainConfig(Groups):
     """Every setting of a run. After `resolve`, None means: not set, or an alternative is set instead."""
 
     # --- model
-    model_name_or_path: str | None = setting(instead_of=["model_config"], per_rank=True, **_FIXED_IN_EVALUATE)
+    model_name_or_path: str | None = setting(
+        holds="path", instead_of=["model_config"], per_rank=True, **_FIXED_IN_EVALUATE
+    )
     """Model to start from: a folder or hub name for `from_pretrained`. None builds `model_config` from scratch."""
-    model_config: str | None = setting(on_resume="fixed")
+    model_config: str | None = setting(holds="path", on_resume="fixed")
     """Shape of a new model: t5-tiny, t5-small, t5-base, or the path of a config.json."""
-    tokenizer_name_or_path: str | None = setting(per_rank=True, in_evaluate=True)
+    tokenizer_name_or_path: str | None = setting(holds="path", per_rank=True, in_evaluate=True)
     """Tokenizer: a folder or hub name. None: the model's own; for a new model, bytes (ByT5, needs no file)."""
-    freeze: str = setting("", may_be_empty=True, on_resume="fixed")
+    freeze: str = setting("", holds="names", may_be_empty=True, on_resume="fixed")
     """Parts to freeze, comma-separated: embeddings (and a tied output head), encoder."""
 
     # --- data
-    train_file: str | None = setting(per_rank=True)
+    train_file: str | None = setting(holds="files", per_rank=True)
     """Training rows: paths, globs or URLs, comma-separated. Formats: Parquet, Arrow, JSONL, text, or a folder saved by
     `datasets`. URLs: hf://, s3://, https://. None: the bundled rows."""
-    validation_file: str | None = setting(instead_of=["validation_rows"], per_rank=True)
+    validation_file: str | None = setting(holds="files", instead_of=["validation_rows"], per_rank=True)
     """Rows to evaluate on during training."""
     validation_rows: int | None = setting(at_least=0, fallback=0, on_resume="fixed")
     """Without validation_file: evaluate on this many rows from the end of train_file. 0: none."""
-    test_file: str | None = setting(per_rank=True, in_evaluate=True)
+    test_file: str | None = setting(holds="files", per_rank=True, in_evaluate=True)
     """Rows to evaluate on once: after `train`, or without training (`evaluate`, `test`)."""
     prompt_column: str | None = setting(fallback="prompt", on_resume="fixed", in_evaluate=True)
     """Column that the model reads."""
@@ -161,7 +165,7 @@ class TrainConfig(Groups):
     """Keep sharded weights and optimizer state in host memory, and update them there."""
     tp_size: int = setting(1, at_least=1)
     """Tensor parallelism: this many neighbouring ranks shard each layer and share rows. batch_size is per group."""
-    deepspeed: str | None = setting(on_resume="fixed")
+    deepspeed: str | None = setting(holds="path", on_resume="fixed")
     """DeepSpeed config (path or JSON) for ZeRO stage 1, 2 or 3; no checkpoints. `accelerate launch` can set it too."""
     heartbeat_timeout: int = setting(120, at_least=1)
     """Abort the run if a rank sends no heartbeat for this many seconds. The other ranks name that rank."""
@@ -187,12 +191,12 @@ class TrainConfig(Groups):
     """Maximum size of a weight file: 500MB, 5GB, 2GiB or a number of bytes. A larger tensor has its own file."""
     on_save_error: str = setting("stop", choices=["stop", "continue"])
     """If a checkpoint cannot be written (full disk), stop the run or continue."""
-    output_dir: str = setting("out", per_rank=True)
+    output_dir: str = setting("out", holds="path", per_rank=True)
     """Folder for config.json, metrics.jsonl, checkpoints/ and the final model/."""
-    resume: str = "never"
+    resume: str = setting("never", holds="path")
     """never, auto (newest valid checkpoint, or a fresh start), or a checkpoint's path."""
-    report_to: str = setting("", may_be_empty=True)
-    """Experiment trackers of accelerate, comma-separated, such as tensorboard or wandb."""
+    report_to: str = setting("", holds="names", may_be_empty=True)
+    """Experiment trackers of accelerate, comma-separated, such as tensorboard or wandb. none: no trackers."""
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from lowmem.errors import UsageError
 
+_ALONE = {"LOCAL_RANK": "-1", "RANK": "0"}  # values that do no harm to a single process
+_MPI_FAMILIES = ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_")
+
 
 def launched_processes() -> int | None:
     """How many processes a launcher started; None under plain python. Raises UsageError if WORLD_SIZE is invalid."""
@@ -16,6 +19,20 @@ def launched_processes() -> int | None:
     if not world_size.isdecimal() or world_size == "0":
         raise UsageError(f"WORLD_SIZE={world_size!r} is not a positive integer: set it to the number of processes")
     return int(world_size)
+
+
+def check_leftovers() -> None:
+    """Raise UsageError if a launcher's variables are set, but not WORLD_SIZE: accelerate would wait for other ranks."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    leftovers = [name for name, alone in _ALONE.items() if os.environ.get(name, alone) != alone]
+    for family in _MPI_FAMILIES:
+        if os.environ.get(f"{family}SIZE", "1") not in ("-1", "0", "1"):
+            leftovers += sorted(name for name in os.environ if name.startswith(family))
+    if leftovers:
+        needed = "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        found = f"a launcher's variables are set without WORLD_SIZE: unset {', '.join(leftovers)}"
+        raise UsageError(f"{found}, or set each of {needed} to start several processes")
 
 
 def launched_settings() -> dict[str, object]:
@@ -85,7 +102,7 @@ def _deepspeed_config() -> str:
     """The DeepSpeed config: the name of its file, or its fields as JSON."""
     get = os.environ.get
     if (file := get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) != "none":
-        return file
+        return os.path.expanduser(file)
     zero: dict[str, object] = {"stage": int(get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
     for part in ("optimizer", "param"):
         device = get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")

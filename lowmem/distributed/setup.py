@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowmem.distributed.launcher import launched_processes, launched_settings
+from lowmem.distributed.launcher import check_leftovers, launched_processes, launched_settings
 from lowmem.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def check_launch(num_processes: int | None) -> None:
     """Raise UsageError if the environment contradicts `num_processes` or sets an unsupported option."""
+    check_leftovers()
     launched = launched_processes()
     if None not in (launched, num_processes) and launched != num_processes:
         found = f"the launcher started {launched} processes"

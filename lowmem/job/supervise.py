@@ -75,7 +75,8 @@ def report_error(error: Exception) -> int:
     where = "" if rank == "0" or isinstance(error, StartError) else f" on rank {rank}, host {socket.gethostname()}"
     # before the process group exists, all processes of a host have the same user error, so only one prints it
     same_on_host = isinstance(error, UsageError) and not isinstance(error, StartError) and not has_process_group()
-    if os.environ.get("LOCAL_RANK", "0") == "0" or not same_on_host:
+    is_alone = "WORLD_SIZE" not in os.environ  # then LOCAL_RANK is a leftover
+    if is_alone or os.environ.get("LOCAL_RANK", "0") == "0" or not same_on_host:
         lines = traceback.format_exception(error)
         if isinstance(error, _WITHOUT_TRACEBACK):
             lines = [f"error{where}: {error}\n"]

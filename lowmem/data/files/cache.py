@@ -1,8 +1,9 @@
 """Once per data file, build an index for random access to its rows and, for some files, a converted copy.
 
-Both are stored in the folder that LOWMEM_CACHE names. If it is not set, they are next to the data file (hidden), or in
-~/.cache/lowmem if the data file is remote or its folder is not writable. Both are written to temporary files, then
-renamed, the copy first. Both are built again if the index, the copy's size or the data file has changed.
+Both are stored in the folder that LOWMEM_CACHE names. If it is not set, they are next to the data file (hidden; for a
+symbolic link, next to the link), or in ~/.cache/lowmem if the data file is remote or its folder is not writable. Both
+are written to temporary files, then renamed, the copy first. Both are built again if the index, the copy's size or the
+data file has changed.
 """
 
 import errno
@@ -86,12 +87,12 @@ def _stamp(source: Source) -> dict[str, str]:
 def _stems(source: Source, kind: str) -> list[Path]:
     """List the possible paths of index and copy, without suffixes. `derive` writes in the first writable folder."""
     named, stems = os.environ.get("LOWMEM_CACHE"), []
-    path = None if source.path is None else source.path.resolve()
-    if path is not None and not named:
-        stems.append(path.with_name(f".{path.name}.lowmem-{kind}"))
+    if source.path is not None and not named:
+        # only the folder is resolved, because the target of a link may be in another user's folder
+        stems.append(source.path.parent.resolve() / f".{source.path.name}.lowmem-{kind}")
     with suppress(RuntimeError):  # raised if there is no home folder
         cache = Path(named or "~/.cache/lowmem").expanduser().absolute()
-        name = source.file_name if path is None else path.name
+        name = source.file_name if source.path is None else source.path.resolve().name
         end_of_name = os.fsencode(name)[-80:].decode(errors="ignore")
         stems.append(cache / f"{xxhash.xxh3_64_hexdigest(os.fsencode(source.identity))}-{end_of_name}.{kind}")
     return [stem for stem in stems if len(os.fsencode(_temporary(stem).name)) <= _LONGEST_NAME_BYTES]

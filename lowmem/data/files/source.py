@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ Files = str | Path | Sequence[str | Path]
 # fsspec uses these packages for network access, and not all of their errors are OSErrors.
 _NETWORK_PACKAGES = {"aiohttp", "httpx", "httpx2", "botocore"}
 _WHAT_TO_NAME = "name a parquet, Arrow, JSONL or text file, or a glob of them"
+_HOW_TO_NAME = rf"{_WHAT_TO_NAME} (if the name has a comma, write \,)"
 
 
 @contextmanager
@@ -109,14 +111,17 @@ def is_url(name: str) -> bool:
 def expand(files: Files) -> list[Source]:
     """List the data files. `files` is a path, glob or URL, several of these separated by commas, or a list of them.
 
-    Keeps the given order; matches of a glob are sorted. Splits a string at commas unless it exists as a path. Does not
-    split items of a list. Raises UsageError if a name matches nothing or a file is named twice.
+    Keeps the given order; matches of a glob are sorted. Splits a string at commas, except after a backslash, unless it
+    exists as a path. Does not split items of a list. Raises UsageError if a name matches nothing or a file is named
+    twice.
     """
-    items = [files] if isinstance(files, Path) else files
+    items, advice = [files] if isinstance(files, Path) else files, _WHAT_TO_NAME
     if isinstance(files, str):
         is_file = not is_url(files) and os.path.exists(os.path.expanduser(files))
-        items = [files] if is_file else filter(None, map(str.strip, files.split(",")))
-    names = [name for item in map(str, items) for name in (_remote_names(item) if is_url(item) else _local_names(item))]
+        items = [files] if is_file else _split(files)
+        advice = _HOW_TO_NAME if len(items) > 1 else _WHAT_TO_NAME
+    lists = [_remote_names(item) if is_url(item) else _local_names(item, advice) for item in map(str, items)]
+    names = [name for names in lists for name in names]
     if not names:
         raise UsageError(f"{files!r} names no file: {_WHAT_TO_NAME}")
     sources = [Source(name) for name in names]
@@ -126,22 +131,30 @@ def expand(files: Files) -> list[Source]:
     return sources
 
 
-def _local_names(item: str) -> list[str]:
+def _split(files: str) -> list[str]:
+    parts = (part.strip().replace(r"\,", ",") for part in re.split(r"(?<!\\),", files))
+    return [part for part in parts if part]
+
+
+def _local_names(item: str, advice: str) -> list[str]:
     path = Path(os.path.expanduser(item))
     try:
         is_glob = any(mark in item for mark in "*?[") and not path.exists()
         is_folder = path.is_dir()
+        parent = next(folder for folder in path.parents if folder.is_dir()) if is_glob else path
     except OSError as error:  # the name is too long, or its folder is not accessible
         raise UsageError(f"{item} cannot be accessed ({error}): fix its name or its folder's permissions") from error
     if is_folder:
         found, reason = dataset_files(path) or [], "is a folder"
     elif is_glob:
-        found, reason = map(Path, sorted(glob.glob(str(path), recursive=True))), "matches no file"
+        # marks in the names of folders that exist are literal
+        pattern = os.path.join(glob.escape(str(parent)), path.relative_to(parent))
+        found, reason = map(Path, sorted(glob.glob(pattern, recursive=True))), "matches no file"
     else:
         found, reason = [path], "does not exist"
     names = [str(file) for file in found if file.is_file()]
     if not names:
-        raise UsageError(f"{item} {reason}: {_WHAT_TO_NAME}")
+        raise UsageError(f"{item} {reason}: {advice}")
     return names
 
 
