@@ -82,8 +82,9 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
             # they must not depend on the second token. Both rows run the same operations, so this holds in bf16 too,
             # in which attention of a new model would change few digits
             if (first[0] - first[1]).abs().max() > 4 * torch.finfo(torch.float32).eps * first.abs().max():
-                name = type(base).__name__
-                raise UsageError(f"{name} sees the tokens that it must predict: use a causal or encoder-decoder model")
+                found = f"{type(base).__name__} sees the tokens that it must predict"
+                bert = "set is_decoder to true in the model's config.json, or " if hasattr(base.config, "is_decoder") else ""
+                raise UsageError(f"{found}: {bert}use a causal or encoder-decoder model")
 
 
 def _error_at(

@@ -211,12 +211,13 @@ def test_a_causal_model_learns_plain_text(tmp_path):
 
 
 def test_a_model_that_the_loss_does_not_support_is_refused_before_the_run_starts(tmp_path):
-    fields = {"model_type": "bart", "vocab_size": 384, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
-    (tmp_path / "bart.json").write_text(json.dumps(fields | {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16}))
-    flags = [f"--model_config={tmp_path}/bart.json", "--max_steps=1", "--max_predict_samples=2"]
+    fields = {"model_type": "fsmt", "langs": ["en", "de"], "src_vocab_size": 384, "tgt_vocab_size": 384, "d_model": 16}
+    fields |= {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    (tmp_path / "fsmt.json").write_text(json.dumps(fields))
+    flags = [f"--model_config={tmp_path}/fsmt.json", "--max_steps=1", "--max_predict_samples=2"]
     output = tmp_path / "out"
     result = train("train", *flags, f"--output_dir={output}")
-    assert result.returncode == 2 and "use plain_loss (--loss=plain)" in result.stderr
+    assert result.returncode == 2 and "has Embedding: set --loss=plain" in result.stderr
     assert not output.exists()
     result = train("train", *flags, "--loss=plain", f"--output_dir={output}")
     assert result.returncode == 0, result.stderr

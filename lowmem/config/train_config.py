@@ -174,7 +174,7 @@ class TrainConfig(Groups):
     eval_on_start: bool = False
     """Also evaluate before the first step."""
     max_predict_samples: int = setting(256, at_least=0, in_evaluate=True)
-    """Generate answers for the first N rows of an evaluation (prompt/response rows only). 0: none."""
+    """Generate answers for the first N rows of an evaluation (not for chats or text). 0: none."""
     generation_max_new_tokens: int = setting(64, at_least=1, in_evaluate=True)
     """Maximum number of tokens in a generated answer."""
 
