@@ -83,8 +83,26 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
             # in which attention of a new model would change few digits
             if (first[0] - first[1]).abs().max() > 4 * torch.finfo(torch.float32).eps * first.abs().max():
                 found = f"{type(base).__name__} sees the tokens that it must predict"
-                bert = "set is_decoder to true in the model's config.json, or " if hasattr(base.config, "is_decoder") else ""
+                bert = (
+                    "set is_decoder to true in the model's config.json, or "
+                    if hasattr(base.config, "is_decoder")
+                    else ""
+                )
                 raise UsageError(f"{found}: {bert}use a causal or encoder-decoder model")
+
+
+def check_backward(model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> None:
+    """Run forward and backward on two tokens. Raise UsageError if the model changes in place what a saver has kept."""
+    try:
+        loss_fn(model, _rows(model, rows=1, length=2, num_targets=1)).backward()
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        found = f"{type(unwrapped(model)).__name__} changes results in place that recompute=cheap keeps ({reason})"
+        raise UsageError(f"{found}: set recompute=full") from error
+    finally:
+        model.zero_grad()
 
 
 def _error_at(

@@ -38,7 +38,7 @@ from lowmem.evaluation import Evaluation
 from lowmem.loss import LOSSES
 from lowmem.memory.savers import SAVERS, entered
 from lowmem.model import freeze, load_model, num_embeddings
-from lowmem.model_checks import check_model
+from lowmem.model_checks import check_backward, check_model
 from lowmem.optim.make import make_optimizer
 from lowmem.optim.schedule import Schedule
 from lowmem.recover import fitting_step
@@ -96,6 +96,9 @@ def train(
 
     with ExitStack() as stack:
         stack.enter_context(entered([SAVERS[name] for name in config.savers], model, optimizer))
+        if config.recompute == "cheap" and not (config.release or config.deepspeed):  # these update within backward
+            with handle_rank_errors(model):
+                check_backward(model, loss_fn)
         # --- rows
         rank, is_causal = data_place(model), not model.config.is_encoder_decoder
         shape = {"is_encoder_decoder": not is_causal, "num_embeddings": vocabulary}

@@ -6,13 +6,14 @@ from itertools import combinations
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import ByT5Tokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, ByT5Tokenizer, PretrainedConfig, PreTrainedModel
 
 from lowmem.data.batch import collate
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.errors import UsageError
 from lowmem.loss import chunked_loss
 from lowmem.memory.savers import compiled, entered, offload_activations, recompute, recompute_cheap, release
+from lowmem.model_checks import check_backward
 from lowmem.optim.make import make_optimizer
 from lowmem.plan.meter import MemoryMeter
 from lowmem.step import TrainState, train_step
@@ -267,3 +268,14 @@ def test_compile_refuses_a_machine_without_a_compiler(monkeypatch, tmp_path):
 def test_compile_refuses_a_model_without_known_layers():
     with pytest.raises(UsageError, match="Linear has no layers"), compiled(torch.nn.Linear(2, 2)):
         pass
+
+
+def test_a_model_that_changes_kept_results_in_place_is_refused_under_recompute_cheap():
+    fields = {"vocab_size": 384, "d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 1}
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("longt5", **fields, decoder_start_token_id=0))
+    check_backward(model, chunked_loss)
+    with recompute(model):
+        check_backward(model, chunked_loss)
+    with recompute_cheap(model), pytest.raises(UsageError, match="LongT5.* changes results in place .* recompute=full"):
+        check_backward(model, chunked_loss)
+    assert all(parameter.grad is None for parameter in model.parameters())
