@@ -83,12 +83,9 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
             # in which attention of a new model would change few digits
             if (first[0] - first[1]).abs().max() > 4 * torch.finfo(torch.float32).eps * first.abs().max():
                 found = f"{type(base).__name__} sees the tokens that it must predict"
-                bert = (
-                    "set is_decoder to true in the model's config.json, or "
-                    if hasattr(base.config, "is_decoder")
-                    else ""
-                )
-                raise UsageError(f"{found}: {bert}use a causal or encoder-decoder model")
+                is_bert = hasattr(base.config, "is_decoder")
+                remedy = "set is_decoder to true in the model's config.json, or " if is_bert else ""
+                raise UsageError(f"{found}: {remedy}use a causal or encoder-decoder model")
 
 
 def check_backward(model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> None:
