@@ -236,3 +236,15 @@ def test_a_bad_row_is_reported_with_its_location(tmp_path):
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
     assert "rows.jsonl, line 18 (byte 1,106) cannot be encoded: column 'response' must hold text" in line
+
+
+def test_sharding_on_one_process_says_that_nothing_is_divided(tmp_path):
+    flags = [
+        "train",
+        "--max_steps=1",
+        "--max_predict_samples=0",
+        "--eval_on_start=False",
+        f"--output_dir={tmp_path}/out",
+    ]
+    result = train(*flags, "--sharding_strategy=FULL_SHARD")
+    assert result.returncode == 0 and "FULL_SHARD on one process divides nothing" in result.stdout
