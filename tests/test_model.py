@@ -2,8 +2,11 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, ByT5Tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, ByT5Tokenizer, PreTrainedTokenizerFast
 
+from lowmem.checkpoint.save import save_model
 from lowmem.config.presets import MODEL_SHAPES
 from lowmem.errors import UsageError
 from lowmem.model import freeze, load_model
@@ -252,3 +255,14 @@ def test_a_model_stops_at_the_end_token_that_rows_are_trained_to_end_with(tmp_pa
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert load_model(tmp_path)[0].generation_config.eos_token_id == [tokenizer.eos_token_id, 7]
+
+
+def test_a_tokenizer_without_a_pad_token_is_saved_as_it_was(tmp_path):
+    words = Tokenizer(WordLevel({"a": 0, "<unk>": 1, "</s>": 2}, unk_token="<unk>"))
+    given = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    given.save_pretrained(tmp_path / "given")
+    model, tokenizer = load_model(model_config=LLAMA, tokenizer_name_or_path=tmp_path / "given")
+    assert tokenizer.pad_token is None
+    save_model(model, tmp_path / "model", tokenizer=tokenizer)
+    given, saved = (json.loads((tmp_path / name / "tokenizer_config.json").read_text()) for name in ("given", "model"))
+    assert saved.get("pad_token") is given.get("pad_token") is None
