@@ -39,3 +39,13 @@ class ReadError(RowError):
 
 class ChangedError(OSError):
     """A file was changed or replaced after it was opened."""
+
+
+# Phrases in out-of-memory errors whose type is neither torch.OutOfMemoryError nor MemoryError.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)

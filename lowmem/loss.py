@@ -15,8 +15,7 @@ from torch.overrides import TorchFunctionMode
 from lowmem.cross_entropy import Change, chunked_cross_entropy
 from lowmem.data.batch import IGNORED, Batch
 from lowmem.distributed.placement import unwrapped, uses_zero3
-from lowmem.errors import UsageError
-from lowmem.memory.out_of_memory import is_out_of_memory
+from lowmem.errors import UsageError, is_out_of_memory
 
 
 def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:

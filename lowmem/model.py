@@ -5,7 +5,7 @@ import json
 import re
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -14,7 +14,6 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -35,7 +34,7 @@ from lowmem.data.encode import end_tokens
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.fill import stored_weights
 from lowmem.distributed.placement import unwrapped
-from lowmem.errors import UsageError
+from lowmem.errors import UsageError, is_out_of_memory
 
 
 def load_model(
@@ -64,13 +63,12 @@ def load_model(
         model = model or _from_pretrained(str(model_name_or_path), dtype)
     else:
         config = _config_from(model_config)
-        is_file = isinstance(model_config, str | Path) and str(model_config) not in MODEL_SHAPES
-        if is_file and tokenizer_name_or_path is None:
-            _check_bytes(config, tokenizer)
-        _adopt_special_tokens(config, tokenizer)
-        model = _from_config(config, dtype, on_meta=on_meta)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        is_named = isinstance(model_config, str | Path)
+        with _building(f"model_config {model_config}" if is_named else "model_config"):
+            if is_named and str(model_config) not in MODEL_SHAPES and tokenizer_name_or_path is None:
+                _check_bytes(config, tokenizer)
+            _adopt_special_tokens(config, tokenizer)
+            model = _from_config(config, dtype, on_meta=on_meta)
     _stop_at_end_tokens(model, tokenizer)
     return model.train(), tokenizer
 
@@ -118,7 +116,9 @@ def _check_exists(name: str, file: str) -> None:
             hint = f"did you mean {inside[0]}?" if inside else "use another folder"
             raise UsageError(f"{name} does not contain {file}, so it is not a model: {hint}")
         return
-    if isinstance(try_to_load_from_cache(name, file), str) or constants.HF_HUB_OFFLINE:
+    with _as_usage_error(f"{name} is neither a folder nor a name on the Hugging Face hub", "set an existing folder"):
+        is_cached = isinstance(try_to_load_from_cache(name, file), str)
+    if is_cached or constants.HF_HUB_OFFLINE:
         return
     address = urlsplit(constants.ENDPOINT)
     try:
@@ -133,15 +133,34 @@ def _is_config_of_model(path: Path) -> bool:
     """Whether `path` is a file, but not the config.json that a run writes next to its folder model/."""
     if not path.is_file() or path.name != "config.json" or not (path.parent / "model" / path.name).is_file():
         return path.is_file()
-    return "model_type" in json.loads(path.read_text())
+    with _loading(str(path.parent)):
+        return "model_type" in json.loads(path.read_text())
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[None]:
+def _as_usage_error(what: str, advice: str) -> Iterator[None]:
+    """Raise UsageError for any error of the block, except running out of memory.
+
+    Other libraries raise errors of many types for a damaged file, a field that does not fit or a missing package.
+    """
     try:
         yield
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the model {name} cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:
+        if isinstance(error, UsageError) or is_out_of_memory(error):
+            raise
+        if isinstance(error, ImportError):
+            advice = "install the missing package, or use another model"
+        raise UsageError(f"{what} ({_reason(error)}): {advice}") from error
+
+
+def _loading(name: str) -> AbstractContextManager[None]:
+    return _as_usage_error(f"the model {name} cannot be loaded", "check its files, or use another model")
+
+
+def _building(config: str) -> AbstractContextManager[None]:
+    return _as_usage_error(
+        f"transformers cannot build a language model from {config}", "correct its fields or use another"
+    )
 
 
 def _from_config(config: PretrainedConfig, dtype: torch.dtype, *, on_meta: bool) -> PreTrainedModel:
@@ -155,27 +174,40 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype, *, on_meta: bool)
 def _pretrained_on_meta(name: str, dtype: torch.dtype) -> PreTrainedModel | None:
     """Build the model on the meta device. Print a line and return None if its files cannot be read tensor by tensor."""
     is_local = Path(name).is_dir()
-    folder = Path(name if is_local else snapshot_download(name, allow_patterns=["*.safetensors*", "*.json"]))
     with _loading(name):
+        folder = Path(name if is_local else snapshot_download(name, allow_patterns=["*.safetensors*", "*.json"]))
         config = AutoConfig.from_pretrained(folder)
-    model = _from_config(config, dtype, on_meta=True)
+        model = _from_config(config, dtype, on_meta=True)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     try:
+        if hasattr(config, "quantization_config"):  # the files may have the model's names and shapes, but other values
+            raise ValueError("the files are quantized")
         if stored_weights(model, folder) is None:
             raise ValueError("the files have other tensor names, or tied weights differ")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        print(f"each process loads all weights of {name}, as its files cannot be read per tensor: {_first_line(error)}")
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        print(f"each process loads all weights of {name}, as its files cannot be read per tensor: {_reason(error)}")
         return None
     model.name_or_path = str(folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    safe = {"use_safetensors": True, "output_loading_info": True}  # the other formats are pickles, which can run code
+    options = {"use_safetensors": True}  # the other formats are pickles, which can run code
+    # report weights of another shape below, because transformers' error does not name them
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _loading(name):
         config = AutoConfig.from_pretrained(name)
-        model, info = _auto_class(config).from_pretrained(name, dtype=dtype, **safe, **_attention(config))
+        model, info = _auto_class(config).from_pretrained(name, dtype=dtype, **options, **_attention(config))
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UsageError(f"the model {name} has quantized weights, which cannot be trained: use an unquantized model")
+    if differing := sorted(info["mismatched_keys"]):
+        weight, stored, expected = differing[0]
+        found = f"{len(differing)} weights of the model {name} do not have the shapes that its config.json sets"
+        found += f" ({weight} has {[*stored]} instead of {[*expected]}, ...)"
+        raise UsageError(f"{found}: correct config.json, or use another model")
     if missing := sorted(info["missing_keys"]):
         found = f"the model {name} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...)"
         raise UsageError(f"{found}; they would be initialized randomly: use a complete model")
@@ -193,7 +225,8 @@ def config_of(model: str) -> PretrainedConfig:
 
 def build_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
     """Build a model with random fp32 weights and transformers' `attention` implementation, in training mode."""
-    return _auto_class(config).from_config(config, dtype=torch.float32, attn_implementation=attention).train()
+    with _building(f"the config of {config.name_or_path or config.model_type}"):
+        return _auto_class(config).from_config(config, dtype=torch.float32, attn_implementation=attention).train()
 
 
 def _check_bytes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -212,17 +245,13 @@ def _config_from(model_config: PretrainedConfig | Mapping[str, object] | str | P
         return copy.deepcopy(model_config)
     fields = model_config
     if isinstance(model_config, str | Path):
-        try:
-            fields = MODEL_SHAPES.get(str(model_config)) or json.loads(Path(model_config).read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"model_config {model_config} cannot be read: {error}") from error
+        with _as_usage_error(f"model_config {model_config} cannot be read", "use a config.json of transformers"):
+            fields = MODEL_SHAPES.get(str(model_config)) or dict(json.loads(Path(model_config).read_text()))
     fields = dict(fields)
     if "model_type" not in fields:
         raise UsageError("model_config has no model_type: add it (llama, t5, ...), as in transformers' config.json")
-    try:
+    with _as_usage_error("transformers does not accept model_config", "correct its fields"):
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
-    except (KeyError, ValueError, TypeError) as error:
-        raise UsageError(f"transformers does not accept model_config: {_first_line(error)}") from error
 
 
 def _attention(config: PretrainedConfig) -> dict[str, str]:
@@ -244,16 +273,14 @@ def _auto_class(config: PretrainedConfig) -> type:
 def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
     if name is None:
         return ByT5Tokenizer()  # works on bytes, so it needs no file
-    if _is_byte_tokenizer(Path(name)):
-        return ByT5Tokenizer.from_pretrained(str(name))
+    is_bytes = _is_byte_tokenizer(Path(name))
     if not Path(name).is_dir():
         _check_exists(str(name), "tokenizer_config.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
-    except (OSError, ValueError, KeyError) as error:
-        reason = _first_line(error)
-        raise UsageError(f"no tokenizer can be loaded from {name} ({reason}): set tokenizer_name_or_path") from error
-    if not tokenizer("a", add_special_tokens=False).input_ids:
+    advice = "check its files, update transformers and tokenizers, or set tokenizer_name_or_path"
+    with _as_usage_error(f"no tokenizer can be loaded from {name}", advice):
+        tokenizer = (ByT5Tokenizer if is_bytes else AutoTokenizer).from_pretrained(str(name))
+        makes_tokens = bool(tokenizer("a", add_special_tokens=False).input_ids)
+    if not makes_tokens:
         raise UsageError(f"the tokenizer of {name} produces no tokens, so files are missing: use another tokenizer")
     return tokenizer
 
@@ -262,7 +289,7 @@ def _is_byte_tokenizer(folder: Path) -> bool:
     # AutoTokenizer may load a ByT5 folder as an empty tokenizer of the model's type, so check the saved class here
     try:
         return json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "ByT5Tokenizer"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -285,5 +312,8 @@ def _stop_at_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         settings.eos_token_id = added[0] if not given and len(added) == 1 else added + given
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _reason(error: Exception) -> str:
+    """Return the type and the first line of an error, with the second if the first only introduces it."""
+    first, *rest = str(error).strip().splitlines() or [""]
+    line = f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
+    return f"{type(error).__name__}: {line}".removesuffix(": ").removesuffix(".")

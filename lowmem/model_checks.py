@@ -17,8 +17,7 @@ from lowmem.data.packing import check_packing
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.fully_sharded import forward_only
 from lowmem.distributed.placement import device_of, unwrapped
-from lowmem.errors import UsageError
-from lowmem.memory.out_of_memory import is_out_of_memory
+from lowmem.errors import UsageError, is_out_of_memory
 
 # settings with which models of transformers add a loss to the cross-entropy, and the values with which they do not
 _WITHOUT_OWN_LOSS = {"output_router_logits": False, "z_loss_coefficient": 0.0, "disable_ngram_loss": True}

@@ -81,7 +81,7 @@ def train(
     model, tokenizer = load_model(**config.model_source, on_meta=on_meta)
     tokenizer_hash = tokenizer_digest(tokenizer)  # now: using a translation tokenizer changes its state
     if checkpoint:
-        changes += check_same_tokenizer(checkpoint, tokenizer_hash, accept=config.accept_changed_data)
+        changes += check_same_tokenizer(checkpoint, tokenizer, accept=config.accept_changed_data)
     freeze(model, parts=config.frozen_parts)
     check_same_model(model, tokenizer, weights=config.model_name_or_path is not None)
     model = parallelize(model, accelerator, **config.sharding)

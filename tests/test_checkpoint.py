@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 import xxhash
@@ -16,16 +17,19 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     ByT5Tokenizer,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
 from lowmem.checkpoint.load import latest_checkpoint, load_checkpoint
-from lowmem.checkpoint.manifest import checkpoints, step_of, verify_checkpoint
+from lowmem.checkpoint.manifest import checkpoints, read_manifest, step_of, verify_checkpoint
+from lowmem.checkpoint.resume import check_same_tokenizer
 from lowmem.checkpoint.save import check_space, save_checkpoint, save_model
 from lowmem.checkpoint.tensors import named_parameters
 from lowmem.config.train_config import TIERED_OPTIMIZERS
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.stream import open_stream
+from lowmem.distributed.consistency import tokenizer_digest
 from lowmem.errors import SaveError, UsageError
 from lowmem.loss import chunked_loss
 from lowmem.model import load_model
@@ -529,3 +533,114 @@ def test_a_tensor_that_cannot_be_saved_is_reported_at_the_start(tmp_path):
     state = TrainState(model, make_optimizer(model, memory="off"))
     with pytest.raises(UsageError, match="tensor freqs cannot be saved .*complex64.*: give it another dtype"):
         check_space(state, tmp_path, saves=1, keep=None)
+
+
+class Adapter(torch.nn.Module):
+    """A low-rank adapter of a linear layer, with PEFT's names: the layer's weight becomes base_layer.weight."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+        self.lora_A, self.lora_B = torch.nn.Linear(layer.in_features, 2), torch.nn.Linear(2, layer.out_features)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+class Wrapper(torch.nn.Module):
+    """A model within another, with the model's config, like PEFT's PeftModel."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model, self.config = model, model.config
+
+
+def with_adapter():
+    model = build("llama")
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = Adapter(attention.q_proj)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (with_adapter, r"1 weights of LlamaForCausalLM .*model.layers.1.self_attn.q_proj.weight"),
+        (lambda: Wrapper(build("llama")), r"21 weights of LlamaForCausalLM .*lm_head.weight"),
+    ],
+    ids=["adapter", "wrapper"],
+)
+def test_a_model_that_from_pretrained_would_load_with_random_weights_is_not_saved(make, found, tmp_path):
+    model = make()
+    state = TrainState(model, make_optimizer(model, memory="off"))
+    message = f"from_pretrained would initialize {found}, ....: merge adapters first .merge_and_unload., and save"
+    for save in (
+        lambda: check_space(state, tmp_path, saves=1, keep=None),
+        lambda: save_checkpoint(state, tmp_path, ACCELERATOR),
+        lambda: save_model(model, tmp_path / "model"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            save()
+    assert not os.listdir(tmp_path)
+
+
+class WithValue(LlamaForCausalLM):
+    """A model with one more head, whose constructor takes more than a config."""
+
+    def __init__(self, config, num_values):
+        super().__init__(config)
+        self.value = torch.nn.Linear(config.hidden_size, num_values)
+
+
+def test_a_class_of_the_users_own_is_saved(tmp_path):
+    model = WithValue(build("llama").config, 3)
+    save_model(model, tmp_path / "model")
+    assert_same_weights(model, WithValue.from_pretrained(tmp_path / "model", num_values=3))
+
+
+PROCESSOR = {
+    "preprocessor_config.json": '{"image_processor_type": "Gemma3ImageProcessor"}',
+    "processor_config.json": '{"processor_class": "Gemma3Processor"}',
+    "video_preprocessor_config.json": "{}",
+    "chat_template.json": '{"chat_template": "{{ messages }}"}',
+}
+
+
+@pytest.mark.parametrize("source", ["folder", "hub"])
+def test_the_files_of_a_processor_are_saved_with_the_model(source, tmp_path, monkeypatch):
+    folder = tmp_path / "models--org--name" / "snapshots" / "1234"  # the layout of the hub's cache
+    build("llama").save_pretrained(folder)
+    ByT5Tokenizer().save_pretrained(folder)
+    for name, content in PROCESSOR.items() | {("modeling_other.py", "print()"), ("other.json", "{}")}:
+        (folder / name).write_text(content)
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs" / "main").write_text(folder.name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    model, tokenizer = load_model(folder)
+    model.name_or_path = "org/name" if source == "hub" else str(folder)
+    state = TrainState(model, make_optimizer(model, memory="off"))
+    path = save_checkpoint(state, tmp_path, ACCELERATOR, tokenizer=tokenizer)
+    verify_checkpoint(path)
+    shutil.rmtree(folder)
+    again, _ = load_model(path / "model")  # as a run that continues from the checkpoint's model
+    save_model(again, tmp_path / "model")
+    for saved in (path / "model", tmp_path / "model"):
+        assert {name: (saved / name).read_text() for name in PROCESSOR} == PROCESSOR
+        assert not (saved / "modeling_other.py").exists() and not (saved / "other.json").exists()
+    assert "model/processor_config.json" in read_manifest(path)["files"]
+    save_model(model, tmp_path / "after")  # whose source no longer exists
+    assert (tmp_path / "after" / "config.json").exists()
+
+
+def test_a_checkpoint_of_a_version_that_padded_with_the_end_token_resumes(tmp_path):
+    def tokenizer(**special):
+        words = Tokenizer(WordLevel({"a": 0, "<unk>": 1, "</s>": 2}, unk_token="<unk>"))
+        return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", **special)
+
+    hashed = tokenizer_digest(tokenizer(eos_token="</s>", pad_token="</s>"))
+    path = save_checkpoint(new_state(), tmp_path, ACCELERATOR, tokenizer_hash=hashed)
+    given = tokenizer(eos_token="</s>")
+    assert check_same_tokenizer(path, given, accept=False) == [] and given.pad_token is None
+    with pytest.raises(UsageError, match="trained with another tokenizer"):
+        check_same_tokenizer(path, tokenizer(), accept=False)
+    assert check_same_tokenizer(path, tokenizer(), accept=True) == ["another tokenizer or chat template"]

@@ -2,8 +2,11 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, ByT5Tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, ByT5Tokenizer, PreTrainedTokenizerFast
 
+from lowmem.checkpoint.save import save_model
 from lowmem.config.presets import MODEL_SHAPES
 from lowmem.errors import UsageError
 from lowmem.model import freeze, load_model
@@ -125,6 +128,98 @@ def test_user_errors_are_reported(tmp_path):
         load_model(model_config=tmp_path / "missing.json")
 
 
+def edit_json(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def cut_weights(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def break_tokenizer(folder):
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "added_tokens": [], "model": {"type": "BPEv9"}}')
+
+
+FAULTS = {
+    "a pointer of git lfs": (
+        lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        r"model .*model cannot be loaded \(SafetensorError: .*\): check its files, or use another model",
+    ),
+    "cut weights": (cut_weights, "model .*model cannot be loaded .*not fully covered.: check its files"),
+    "a larger vocabulary": (
+        lambda folder: edit_json(folder / "config.json", vocab_size=400),
+        r"2 weights of the model .*model do not have .*lm_head.weight has \[384, 32\] instead of \[400, 32\], ...\): "
+        "correct config.json",
+    ),
+    "a missing package": (
+        lambda folder: edit_json(folder / "config.json", quantization_config={"quant_method": "vptq"}),
+        "model .*model cannot be loaded .*vptq`.: install the missing package, or use another model",
+    ),
+    "quantized weights": (
+        lambda folder: edit_json(
+            folder / "config.json",
+            quantization_config={
+                "quant_method": "bitnet",
+                "quantization_mode": "online",
+                "linear_class": "autobitlinear",
+            },
+        ),
+        "model .*model has quantized weights, which cannot be trained: use an unquantized model",
+    ),
+    "a damaged config": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "llama", '),
+        "model .*model cannot be loaded .*not a valid JSON file.*: check its files",
+    ),
+    "a newer tokenizer": (
+        break_tokenizer,
+        r"no tokenizer can be loaded from .*model \(Exception: data did not match .*update transformers and tokenizers",
+    ),
+}
+
+
+@pytest.mark.parametrize("on_meta", [False, True], ids=["whole", "on_meta"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(fault, on_meta, tmp_path):
+    model, tokenizer = load_model(model_config=LLAMA)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    damage, message = FAULTS[fault]
+    damage(tmp_path / "model")
+    with pytest.raises(UsageError, match=message) as caught:
+        load_model(tmp_path / "model", on_meta=on_meta)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"model_type": "reformer"}, "AssertionError: If you want to use"),
+        ({"model_type": "llama", "vocab_size": -5}, "RuntimeError: .*negative dimension"),
+        ({"model_type": "llama", "num_attention_heads": 0}, "ZeroDivisionError: "),
+        (
+            {"model_type": "llama", "hidden_size": "x"},
+            "Validation error for field 'hidden_size': TypeError: .* expected int",
+        ),
+    ],
+)
+def test_a_config_that_transformers_cannot_build_is_refused_in_one_line(fields, reason, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UsageError, match=rf"transformers .* model_config.*\(.*{reason}.*\): correct its fields"):
+        load_model(model_config=tmp_path / "config.json")
+
+
+def test_running_out_of_memory_is_not_a_user_error():
+    with pytest.raises(RuntimeError, match="allocate"):
+        load_model(model_config=LLAMA | {"vocab_size": 2**45})
+
+
+def test_a_path_that_does_not_exist_is_refused():
+    with pytest.raises(UsageError, match="/no/such/model is neither a folder nor a name on the Hugging Face hub"):
+        load_model("/no/such/model")
+
+
 def test_the_folder_of_a_run_is_refused_with_a_hint_at_its_model(tmp_path):
     build("llama").save_pretrained(tmp_path / "model")
     (tmp_path / "config.json").write_text('{"seed": 0}')  # the settings of the run
@@ -159,3 +254,19 @@ def test_a_model_stops_at_the_end_token_that_rows_are_trained_to_end_with(tmp_pa
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert load_model(tmp_path)[0].generation_config.eos_token_id == [tokenizer.eos_token_id, 7]
+
+
+def test_a_tokenizer_without_a_pad_token_is_saved_as_it_was(tmp_path):
+    words = Tokenizer(WordLevel({"a": 0, "<unk>": 1, "</s>": 2}, unk_token="<unk>"))
+    given = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    given.save_pretrained(tmp_path / "given")
+    model, tokenizer = load_model(model_config=LLAMA, tokenizer_name_or_path=tmp_path / "given")
+    assert tokenizer.pad_token is None
+    save_model(model, tmp_path / "model", tokenizer=tokenizer)
+    given, saved = (json.loads((tmp_path / name / "tokenizer_config.json").read_text()) for name in ("given", "model"))
+    assert saved.get("pad_token") is given.get("pad_token") is None
+
+
+def test_a_model_that_is_neither_causal_nor_text_to_text_is_refused():
+    with pytest.raises(UsageError, match="no causal or text-to-text model for BarkConfig: use a model of another type"):
+        load_model(model_config={"model_type": "bark"})

@@ -1,12 +1,16 @@
 """Find the checkpoint that a run resumes from, and compare the settings of the run with the saved ones."""
 
+import copy
 from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from lowmem.checkpoint.load import first_valid, saved_settings, verify_together
 from lowmem.checkpoint.manifest import checkpoints
 from lowmem.distributed.collectives import gather_json, on_main_rank, rank_and_world_size
+from lowmem.distributed.consistency import tokenizer_digest
 from lowmem.errors import UsageError
 from lowmem.optim.state import TIERS
 
@@ -47,11 +51,16 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: C
     return list(changes.values())
 
 
-def check_same_tokenizer(checkpoint: Path, tokenizer_hash: str, *, accept: bool) -> list[str]:
+def check_same_tokenizer(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, *, accept: bool) -> list[str]:
     """If `checkpoint` was saved with another tokenizer, return a message if `accept` is set, else raise UsageError."""
     saved = saved_settings(checkpoint)[0].get("tokenizer")  # None in checkpoints of early versions
-    if saved in (None, tokenizer_hash):
+    if saved in (None, tokenizer_digest(tokenizer)):
         return []
+    if tokenizer.pad_token is None:  # earlier versions used the end token for padding, which no row depends on
+        padded = copy.deepcopy(tokenizer)
+        padded.pad_token = padded.eos_token
+        if saved == tokenizer_digest(padded):
+            return []
     if accept:
         return ["another tokenizer or chat template"]
     what = f"{checkpoint} was trained with another tokenizer or chat template"

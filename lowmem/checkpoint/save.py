@@ -10,33 +10,27 @@ step-00000500/
 Ranks write tensor files in parallel; rank 0 then writes the other files. One rank saves a sharded tensor whole.
 """
 
-import copy
-import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lowmem.checkpoint.manifest import checkpoints, is_damaged, step_of, write_manifest
+from lowmem.checkpoint.model_files import Config, check_loadable, write_model_files
 from lowmem.checkpoint.parallel_write import write_together
 from lowmem.checkpoint.tensors import model_tensors, named_parameters, num_bytes
 from lowmem.config.sizes import parse_bytes
 from lowmem.distributed.collectives import on_main_rank, rank_and_world_size
 from lowmem.distributed.dtensor import pieces
 from lowmem.distributed.heartbeat import phase
-from lowmem.distributed.placement import unwrapped
 from lowmem.errors import SaveError, UsageError
 from lowmem.optim.state import optimizer_bytes, optimizer_tensors
 from lowmem.step import TrainState
 from lowmem.storage.atomic_folder import clear_leftovers, remove
-from lowmem.storage.files import FileRecord, free_bytes, record_file, sync, to_json, write_file
+from lowmem.storage.files import FileRecord, free_bytes, to_json, write_file
 from lowmem.storage.tensor_files import check_dtype, split_shards
-
-Config = Mapping[str, object] | None
 
 
 @phase("saving a checkpoint")
@@ -57,8 +51,10 @@ def save_checkpoint(
     The checkpoint of `state.best` is always kept. Call this on every rank: each writes a share, with at most one whole
     tensor in host memory. `config` is saved as model/lowmem.json. `tokenizer_hash` is saved in state.json, and a resume
     compares it. If the disk is full or fails, older checkpoints stay intact, the new one is removed, and every rank
-    raises SaveError, or passes it to `on_error` and returns None.
+    raises SaveError, or passes it to `on_error` and returns None. Raises UsageError if `from_pretrained` could not load
+    the model, because adapters or a wrapper rename its weights.
     """
+    check_loadable(state.model)
     path = Path(folder) / f"step-{state.step:08d}"
     parameters = named_parameters(state.model, state.optimizer)
     weights, optimizer_state = model_tensors(state.model), optimizer_tensors(parameters, state.optimizer)
@@ -75,7 +71,7 @@ def save_checkpoint(
         training |= {"stream": stream, "tokenizer": tokenizer_hash}
         kind, memory = type(state.optimizer).__name__, getattr(state.optimizer, "memory", "off")
         training |= {"optimizer": kind, "memory": memory, "parameters": [*parameters]}
-        for file, record in _write_model_files(unfinished / "model", state.model, tokenizer, config).items():
+        for file, record in write_model_files(unfinished / "model", state.model, tokenizer, config).items():
             records[file.relative_to(unfinished).as_posix()] = record
         records["state.json"] = write_file(unfinished / "state.json", [to_json(training)])
         write_manifest(unfinished, state.step, records)
@@ -104,12 +100,16 @@ def prune_checkpoints(state: TrainState, folder: str | Path, *, keep: int) -> No
 def save_model(
     model: nn.Module, folder: str | Path, *, tokenizer=None, config: Config = None, max_shard_size: int | str = "5GB"
 ) -> Path:
-    """Save the model for `from_pretrained`. Replaces `folder` once all files are on disk. Call this on every rank."""
+    """Save the model for `from_pretrained`. Replaces `folder` once all files are on disk. Call this on every rank.
+
+    Raises UsageError if `from_pretrained` could not load the model, because adapters or a wrapper rename its weights.
+    """
+    check_loadable(model)
     path = Path(folder).resolve()  # if `folder` is a link, replace its target
     groups = {"model": split_shards(model_tensors(model), "model", parse_bytes(max_shard_size))}
 
     def write_rest(unfinished: Path, records: dict[str, FileRecord]) -> None:
-        _write_model_files(unfinished, model, tokenizer, config)
+        write_model_files(unfinished, model, tokenizer, config)
 
     write_together(path, groups, write_rest, may_replace=lambda path: True)
     return Path(folder)
@@ -118,8 +118,10 @@ def save_model(
 def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int | None) -> None:
     """Check on every rank that the disk has room for a model and `saves` checkpoints (at most `keep` + 1 at a time).
 
-    Raises UsageError if there is too little room, or if the dtype or sharding of a tensor cannot be saved.
+    Raises UsageError if there is too little room, if the dtype or sharding of a tensor cannot be saved, or if
+    `from_pretrained` could not load the model.
     """
+    check_loadable(state.model)
     folder = Path(folder)
     tensors = model_tensors(state.model)
     for name, tensor in tensors.items():
@@ -140,36 +142,6 @@ def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int 
             raise UsageError(f"{what}, but only {free:,} are free: free disk space or lower save_total_limit")
 
     on_main_rank(check)
-
-
-def _write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config) -> dict[Path, FileRecord]:
-    """Write all files of a model except its weights, which are already in `folder`."""
-    base, tensors = unwrapped(model), set(folder.iterdir())
-    if hasattr(base, "config"):
-        model_config = copy.deepcopy(base.config)
-        # the original class: fully_shard replaces it by a subclass of both it and FSDPModule
-        written = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
-        model_config.architectures = [written.__name__]
-        model_config.dtype = base.dtype
-        model_config.save_pretrained(folder)
-    if tokenizer is not None:
-        try:
-            tokenizer.save_pretrained(folder)
-        except Exception as error:  # the `tokenizers` library gives the OS error number only as text
-            if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-    records = {}
-    for path in sorted(set(filter(Path.is_file, folder.rglob("*"))) - tensors):  # the files that transformers wrote
-        sync(path)
-        records[path] = record_file(path)
-    if getattr(base, "generation_config", None) is not None:
-        # written without GenerationConfig.save_pretrained, which raises for settings that some pretrained models have
-        path = folder / "generation_config.json"
-        records[path] = write_file(path, [base.generation_config.to_json_string().encode()])
-    if config is not None:
-        records[folder / "lowmem.json"] = write_file(folder / "lowmem.json", [to_json(dict(config))])
-    return records
 
 
 def _prune(folder: Path, keep: int, step: int, best: Mapping[str, float] | None) -> None:

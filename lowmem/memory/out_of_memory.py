@@ -1,4 +1,4 @@
-"""Recognize an out-of-memory error, report what used the memory and which settings need less, and free memory."""
+"""If memory runs out, report what used the memory and which settings need less, and free memory."""
 
 import gc
 import re
@@ -16,16 +16,7 @@ from lowmem.distributed.collectives import raise_on_all_ranks, rank_and_world_si
 from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.heartbeat import phase
 from lowmem.distributed.placement import has_collectives
-from lowmem.errors import OutOfMemory, StepTooLarge
-
-# Phrases in out-of-memory errors whose type is neither torch.OutOfMemoryError nor MemoryError.
-_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in _WORDS)
+from lowmem.errors import OutOfMemory, StepTooLarge, is_out_of_memory
 
 
 @contextmanager

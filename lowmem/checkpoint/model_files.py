@@ -1,0 +1,99 @@
+"""Write the files of a model in transformers' format, except its weights."""
+
+import copy
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lowmem.distributed.placement import unwrapped
+from lowmem.errors import UsageError
+from lowmem.storage.files import FileRecord, record_file, sync, to_json, write_file
+
+Config = Mapping[str, object] | None
+
+# The settings of a processor (of images, audio and video), which neither model nor tokenizer writes. A tokenizer writes
+# its own chat template; chat_template.json is the older file of a processor.
+_PROCESSOR_FILES = ("*processor_config.json", "audio_tokenizer_config.json", "chat_template.json")
+
+
+def check_loadable(model: nn.Module) -> None:
+    """Raise UsageError if `from_pretrained` would find weights missing, because the model has other names for them.
+
+    Adapters (PEFT) and wrappers rename weights. Builds the model's class on the meta device to get its names.
+    """
+    base = unwrapped(model)
+    if not isinstance(getattr(base, "config", None), PretrainedConfig):
+        return
+    inner = next((module for module in base.modules() if isinstance(module, PreTrainedModel)), None)
+    if inner is None:
+        return
+    kind = _original_class(inner)
+    try:
+        with torch.device("meta"):
+            expected = kind(copy.deepcopy(inner.config)).state_dict().keys()
+    except TypeError:  # a class of the user's own, whose constructor takes more than a config
+        return
+    if missing := sorted(expected - base.state_dict(keep_vars=True).keys()):
+        found = f"from_pretrained would initialize {len(missing)} weights of {kind.__name__} randomly"
+        found += f", because the model has no weights of their names ({missing[0]}, ...)"
+        raise UsageError(f"{found}: merge adapters first (merge_and_unload), and save the model without a wrapper")
+
+
+def write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config) -> dict[Path, FileRecord]:
+    """Write all files of a model except its weights, which are already in `folder`."""
+    base, tensors = unwrapped(model), set(folder.iterdir())
+    if hasattr(base, "config"):
+        model_config = copy.deepcopy(base.config)
+        model_config.architectures = [_original_class(base).__name__]
+        model_config.dtype = base.dtype
+        model_config.save_pretrained(folder)
+    if tokenizer is not None:
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # the `tokenizers` library gives the OS error number only as text
+            if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+    records = {}
+    for path in sorted(set(filter(Path.is_file, folder.rglob("*"))) - tensors):  # the files that transformers wrote
+        sync(path)
+        records[path] = record_file(path)
+    if getattr(base, "generation_config", None) is not None:
+        # written without GenerationConfig.save_pretrained, which raises for settings that some pretrained models have
+        path = folder / "generation_config.json"
+        records[path] = write_file(path, [base.generation_config.to_json_string().encode()])
+    for name, content in _processor_files(getattr(base, "name_or_path", "")):
+        if not (folder / name).exists():
+            records[folder / name] = write_file(folder / name, [content])
+    if config is not None:
+        records[folder / "lowmem.json"] = write_file(folder / "lowmem.json", [to_json(dict(config))])
+    return records
+
+
+def _original_class(model: nn.Module) -> type:
+    """Return the model's class before fully_shard, which replaces it by a subclass of both it and FSDPModule."""
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def _processor_files(source: str) -> Iterator[tuple[str, bytes]]:
+    """Yield the processor's files in the folder, or cached snapshot of the hub, that a model was loaded from."""
+    folder = Path(source)
+    if source and not folder.is_dir():
+        try:
+            cached = try_to_load_from_cache(source, "config.json")
+        except ValueError:  # not a name on the hub, so it was a folder, which is gone
+            return
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    if source:  # it is empty if the model was built from a config
+        for path in sorted(path for pattern in _PROCESSOR_FILES for path in folder.glob(pattern)):
+            try:
+                yield path.name, path.read_bytes()
+            except OSError as error:  # the model is worth more than this file
+                print(f"{path} cannot be read ({error.strerror}), so it is not saved with the model", flush=True)
