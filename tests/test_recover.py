@@ -333,7 +333,7 @@ def test_a_halved_stream_gives_the_same_rows_in_smaller_micro_batches(family, pa
 
 
 def test_a_stream_is_not_halved_if_a_process_would_have_an_empty_micro_batch():
-    uneven = stream_of("t5", batch_size=2, gradient_accumulation_steps=1, global_batch_size=3, world_size=2)
+    uneven = stream_of("t5", batch_size=2, gradient_accumulation_steps=1, global_batch_size=3, rank=0, world_size=2)
     before = next(uneven)
     assert not uneven.halve() and (uneven.batch_size, uneven.micro_batches) == (2, 1)
     assert next(uneven)[0].row_ids != before[0].row_ids  # after `halve` refuses, the stream continues with new rows
