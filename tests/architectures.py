@@ -2,6 +2,7 @@
 what is trained, and what is refused and why.
 """
 
+import gc
 import json
 import re
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, ByT5Tokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -37,7 +38,7 @@ from lowmem import (
 from lowmem.evaluation import Evaluation
 
 NAMES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES})
-VOCABULARY = 384  # of ByT5, the tokenizer of a config without one
+VOCABULARY = 384  # of ByT5
 COLORS = ["red", "blue", "green", "gold"]
 ROWS = [{"prompt": f"say {i % 4} =", "response": f" {COLORS[i % 4]}"} for i in range(8)]
 
@@ -67,11 +68,13 @@ _FIELDS: dict[str, Mapping[str, object]] = {
     **dict.fromkeys("hunyuan_v1_dense hunyuan_v1_moe ministral".split(), {"head_dim": 8}),
     "bamba": {"mamba_d_head": 16, "mamba_n_heads": 4, "attn_layer_indices": [1]},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_chunk_size": 16},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["linear_attention", "full_attention"]},
+    "led": {"attention_window": [8, 8]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "pegasus_x": {"block_size": 16},
     "prophetnet": {"disable_ngram_loss": True},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "max_position_embeddings": 512},
@@ -117,6 +120,7 @@ def outcomes(
 
     Yields records with `name`, `memory` and one of `losses`, `refused` (a line) and `failed` (a traceback).
     """
+    ByT5Tokenizer().save_pretrained(folder / "tokenizer")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for name in names:
         path = folder / f"{name}.json"
@@ -132,11 +136,12 @@ def outcomes(
                 yield {"name": name, "memory": memory, "refused": str(error)}
             except Exception:  # an error that a user would see as a traceback
                 yield {"name": name, "memory": memory, "failed": traceback.format_exc()}
+            gc.collect()  # models have reference cycles
 
 
 def _losses(config: Path, memory: str, accelerator: Accelerator, sharding: Mapping[str, str]) -> list[float]:
     torch.manual_seed(0)
-    model, tokenizer = load_model(model_config=config)
+    model, tokenizer = load_model(model_config=config, tokenizer_name_or_path=config.parent / "tokenizer")
     is_causal = not model.config.is_encoder_decoder
     model = parallelize(model, accelerator, **sharding)
     optimizer = make_optimizer(model, memory=memory)

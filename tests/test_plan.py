@@ -92,7 +92,7 @@ RELEASE = {"release": True, "gradient_accumulation_steps": 1, "max_grad_norm": 0
 SAVERS = ({}, {"recompute": "full"}, {"recompute": "cheap"}, RELEASE, RELEASE | {"recompute": "full"})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["t5", "llama"])
 def test_a_prediction_is_within_a_tenth_of_the_measured_peak(family, tmp_path, restored_environment):
     for tier in TIERS:
         for options in SAVERS:

@@ -107,7 +107,7 @@ def AutoModel(family):
     return AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["t5", "llama"])
 def test_two_shards_have_the_losses_of_one_process_in_half_the_bytes_each(family, tmp_path):
     assert fork_ranks(1, train_alone, family, tmp_path) == [0]
     assert fork_ranks(2, train_sharded, family, tmp_path, STRATEGIES) == [0, 0]
@@ -213,7 +213,7 @@ def train_with_savers(family):
     accelerator.end_training()
 
 
-@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("family", ["llama"])
 def test_savers_keep_the_bits_of_a_sharded_run(family):
     assert fork_ranks(2, train_with_savers, family) == [0, 0]
 
