@@ -60,7 +60,10 @@ def _evaluate(**flags: str) -> Job:
     if missing := [f"--{name}" for name in ("model_name_or_path", "test_file") if not flags.get(name)]:
         raise UsageError(f"`evaluate` needs {' and '.join(missing)}")
     trained_with = Path(os.path.expanduser(flags["model_name_or_path"])) / "lowmem.json"
-    saved = json.loads(trained_with.read_text()) if trained_with.exists() else {}
+    try:
+        saved = dict(json.loads(trained_with.read_text())) if trained_with.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{trained_with} cannot be read ({error}): delete it, and set the flags instead") from error
     given = {name: saved[name] for name in (*TrainConfig().encoding, "loss") if name in saved}
     if saved.get("mixed_precision") == flags.get("mixed_precision", saved.get("mixed_precision")) == "bf16":
         given |= {"mixed_precision": "bf16", "memory": saved.get("memory", "off")}

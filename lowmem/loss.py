@@ -56,7 +56,8 @@ class _AfterHead(TorchFunctionMode):
     """Skip operations that change the head's output, and record them, so that the loss can apply them to slices.
 
     This works for elementwise operations whose other arguments are numbers, or tensors that are not trained, of one
-    element or one per token of the vocabulary. Casts are skipped without a record: the loss uses fp32 or wider.
+    element or one per token of the vocabulary. Casts are skipped without a record: the loss uses fp32 or wider. Any
+    other operation on the output, also in place, would see hidden states instead of logits, and sets `is_misused`.
     """
 
     _ELEMENTWISE = frozenset(("add", "sub", "mul", "div", "true_divide", "neg", "tanh"))
@@ -66,19 +67,26 @@ class _AfterHead(TorchFunctionMode):
         super().__init__()
         self._vocabulary = vocabulary
         self.output: Tensor | None = None
+        self.is_misused = False
         self.changes: list[tuple[Callable[..., Tensor], tuple[object, ...]]] = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        name = getattr(function, "__name__", "").removesuffix("_")
+        name = getattr(function, "__name__", "")
+        name, is_attribute = name.removesuffix("_"), name == "__get__"
         others = [arg for arg in args if arg is not self.output]
-        if len(others) < len(args) and self.output is not None:
-            if name in self._CASTS:
-                return self.output
-            if name in self._ELEMENTWISE and not kwargs and all(map(self._is_constant, others)):
-                arguments = tuple(_LOGITS if arg is self.output else arg for arg in args)
-                self.changes.append((getattr(torch, name), arguments))
-                return self.output
-        return function(*args, **(kwargs or {}))
+        if len(others) == len(args) or self.output is None:
+            return function(*args, **(kwargs or {}))
+        if name in self._CASTS:
+            return self.output
+        if name in self._ELEMENTWISE and not kwargs and all(map(self._is_constant, others)):
+            arguments = tuple(_LOGITS if arg is self.output else arg for arg in args)
+            self.changes.append((getattr(torch, name), arguments))
+            return self.output
+        version = self.output._version
+        result = function(*args, **(kwargs or {}))
+        # fully_shard's hooks read attributes of the output that are tensors
+        self.is_misused |= (isinstance(result, Tensor) and not is_attribute) or self.output._version != version
+        return result
 
     def _is_constant(self, value: object) -> bool:
         if not isinstance(value, Tensor):
@@ -130,7 +138,8 @@ def _call_with_head(
             raise changes_more from error  # such as an operation on hidden states that only fits logits
     output = after.output
     # after DeepSpeed's hooks, the output is another tensor that shares the memory
-    if logits is not output and not (uses_zero3(model) and logits.data_ptr() == output.data_ptr()):
+    is_output = logits is output or (uses_zero3(model) and logits.data_ptr() == output.data_ptr())
+    if after.is_misused or not is_output:
         raise changes_more
     return logits, after.changes
 
@@ -141,6 +150,7 @@ def _unsupported(model: nn.Module, what: str) -> UsageError:
 
 
 def _pass_through(hidden: Tensor) -> Tensor:
+    hidden = hidden.view_as(hidden)  # another object than the model's hidden states, which it may use again
     if torch.is_grad_enabled() and not hidden.requires_grad:
         # needed after frozen layers, because fully_shard reduces gradients only if backward reaches this output
         hidden = hidden.detach().requires_grad_()
@@ -189,9 +199,9 @@ def _decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
     """Shift labels (rows, length) right, as the model's own method does or, if it has none, after its start token."""
     pad = getattr(model.config, "pad_token_id", None) or 0
     start = getattr(model.config, "decoder_start_token_id", None)
-    # mBART looks for a row's last token, so give rows without a target some; no loss is computed for them
+    # mBART looks for a row's last token that is no padding, so give any to rows that have none
     other = 1 if pad == 0 else 0
-    labels = labels.masked_fill((labels == IGNORED).all(1, keepdim=True), other)
+    labels = labels.masked_fill(((labels == IGNORED) | (labels == pad)).all(1, keepdim=True), other)
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         try:
             return model.prepare_decoder_input_ids_from_labels(labels=labels)

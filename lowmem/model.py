@@ -87,8 +87,12 @@ def convert_buffers(model: nn.Module) -> None:
     buffers = {name: buffer for name, buffer in base.named_buffers() if buffer.dtype == torch.float32}
     if not isinstance(base, PreTrainedModel) or all(name.endswith("inv_freq") for name in buffers):
         return
-    in_bf16 = _from_config(copy.deepcopy(base.config), torch.bfloat16, on_meta=True)
-    kept = re.compile("|".join(base._keep_in_fp32_modules_strict or ["$^"]))
+    try:
+        in_bf16 = _from_config(copy.deepcopy(base.config), torch.bfloat16, on_meta=True)
+    except UsageError:  # a user's own class
+        return
+    # BART's bias is added to logits, which are fp32 in the loss
+    kept = re.compile("|".join(["final_logits_bias", *(base._keep_in_fp32_modules_strict or ())]))
     for name, buffer in in_bf16.named_buffers():
         if buffer.dtype == torch.bfloat16 and name in buffers and not kept.search(name):
             buffers[name].data = buffers[name].data.to(torch.bfloat16)
@@ -299,6 +303,8 @@ def _adopt_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokeniz
     if config.is_encoder_decoder:
         ids["decoder_start_token_id"] = pad
     for name, token in ids.items():
+        if token is None and name in ("pad_token_id", "decoder_start_token_id"):
+            continue  # an encoder-decoder model needs both, so keep its own
         with suppress(StrictDataclassError):  # the configs of some models do not accept None
             setattr(config, name, token)
 

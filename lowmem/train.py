@@ -128,7 +128,7 @@ def train(
         report.opening(model, num_weights, stream, rank, tier=config.memory or "off", sharding=config.sharding_summary)
         report.resuming(checkpoint, changes, stream.changes, can_save)
         if config.is_sharded and accelerator.num_processes == 1 and not config.cpu_offload:
-            report.print_lines(f"{config.sharding_summary} on one process divides nothing: start more processes")
+            report.print_lines(f"on one process, {config.sharding_summary} shards nothing: start more processes")
         if config.messages_column and prints_time(tokenizer):
             report.print_lines(
                 f"the chat template prints the time: this run uses --template_time={config.template_time}"

@@ -238,7 +238,7 @@ def test_a_bad_row_is_reported_with_its_location(tmp_path):
     assert "rows.jsonl, line 18 (byte 1,106) cannot be encoded: column 'response' must hold text" in line
 
 
-def test_sharding_on_one_process_says_that_nothing_is_divided(tmp_path):
+def test_sharding_on_one_process_says_that_it_shards_nothing(tmp_path):
     flags = [
         "train",
         "--max_steps=1",
@@ -247,4 +247,4 @@ def test_sharding_on_one_process_says_that_nothing_is_divided(tmp_path):
         f"--output_dir={tmp_path}/out",
     ]
     result = train(*flags, "--sharding_strategy=FULL_SHARD")
-    assert result.returncode == 0 and "FULL_SHARD on one process divides nothing" in result.stdout
+    assert result.returncode == 0 and "on one process, FULL_SHARD shards nothing" in result.stdout

@@ -253,3 +253,10 @@ def test_every_config_without_deepspeed_trains_like_one_process(name, causal, tm
     assert line in result.stdout, result.stdout
     assert json.loads((tmp_path / "out" / "config.json").read_text())["cpu_offload"] == (name == "fsdp2_offload")
     assert losses(tmp_path / "out") == pytest.approx(expected, rel=1e-6)
+
+
+def test_some_of_a_launchers_variables_are_refused_also_with_a_world_size_of_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UsageError, match="WORLD_SIZE=1 and LOCAL_RANK are set without RANK, MASTER_ADDR, MASTER_PORT"):
+        check_launch(None)

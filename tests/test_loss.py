@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.modeling_outputs import CausalLMOutput
 
 from lowmem.cross_entropy import chunked_cross_entropy, vocabulary_slices
 from lowmem.data.batch import collate
@@ -271,13 +272,33 @@ class Stretched(nn.Module):
         lambda logits: logits * torch.ones(3, 1, 1),
         lambda logits: logits * torch.ones(384, requires_grad=True),
         lambda logits: torch.add(logits, 1.0, alpha=2.0),
+        lambda logits: logits.clamp_(-0.1, 0.1),
+        lambda logits: logits.index_fill_(-1, torch.tensor([5]), -9.0),
+        lambda logits: logits / logits.detach().std(),
     ],
-    ids=["softmax", "cut", "per row", "trained", "keyword"],
+    ids=["softmax", "cut", "per row", "trained", "keyword", "clamp_", "index_fill_", "by its own size"],
 )
 def test_other_changes_of_the_logits_are_refused(change):
     batch = collate([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 3)
     with pytest.raises(UsageError, match="changes its logits after the head by more than .*: use plain_loss"):
         chunked_loss(Stretched(build("llama"), change), batch)
+
+
+def test_hidden_states_may_be_used_again_after_the_head():
+    class Reuses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = build("llama")
+            self.config, self.get_output_embeddings = self.model.config, self.model.get_output_embeddings
+
+        def forward(self, **inputs):
+            hidden = self.model.model(**inputs).last_hidden_state
+            logits = self.model.lm_head(hidden)
+            hidden * 0.5 + 1  # such as for another head
+            return CausalLMOutput(logits=logits)
+
+    model, batch = Reuses(), batch_of("llama")
+    torch.testing.assert_close(chunked_loss(model, batch), plain_loss(model, batch), rtol=1e-6, atol=0)
 
 
 def test_a_causal_row_whose_first_label_counts_is_refused():
@@ -352,3 +373,10 @@ def test_a_model_that_adds_its_own_loss_is_refused():
         check_model(model, plain_loss, packing=False, max_seq_len=8)
     model.config.disable_ngram_loss = True
     check_model(model, plain_loss, packing=False, max_seq_len=8)
+
+
+def test_mbart_takes_a_row_whose_labels_are_all_padding():
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("mbart", **BART, pad_token_id=2, eos_token_id=2))
+    batch = collate([{"input_ids": [5, 6], "labels": [2]}, {"input_ids": [5, 6], "labels": [7, 2]}])
+    assert chunked_loss(model, batch).isfinite()

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, ByT5Tokenizer
 
@@ -385,3 +386,10 @@ def train_offloaded():
     _, expected, _ = train(accelerator, whole, "llama", memory="exact", max_grad_norm=None)
     assert [loss for loss, _ in curve] == [loss for loss, _ in expected]
     accelerator.end_training()
+
+
+def test_random_layer_drop_is_refused_in_a_sharded_model():
+    model = build("t5")
+    model.config.encoder_layerdrop = 0.1
+    with pytest.raises(UsageError, match="ranks would drop different layers .encoder_layerdrop=0.1.: set it to 0.0"):
+        parallelize(model, Accelerator(cpu=True), sharding_strategy="FULL_SHARD")

@@ -22,8 +22,12 @@ def launched_processes() -> int | None:
 
 
 def check_leftovers() -> None:
-    """Raise UsageError if a launcher's variables are set, but not WORLD_SIZE: accelerate would wait for other ranks."""
+    """Raise UsageError if only some of a launcher's variables are set: accelerate would wait for ranks or fail."""
     if "WORLD_SIZE" in os.environ:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if os.environ["WORLD_SIZE"] == "1" and "LOCAL_RANK" in os.environ and missing:
+            found = f"WORLD_SIZE=1 and LOCAL_RANK are set without {', '.join(missing)}"
+            raise UsageError(f"{found}: unset them, or start the processes by a launcher")
         return
     leftovers = [name for name, alone in _ALONE.items() if os.environ.get(name, alone) != alone]
     for family in _MPI_FAMILIES:
