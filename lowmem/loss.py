@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from lowmem.cross_entropy import Change, chunked_cross_entropy
 from lowmem.data.batch import IGNORED, Batch
-from lowmem.distributed.placement import unwrapped, uses_zero3
+from lowmem.distributed.placement import is_engine, unwrapped, uses_zero3
 from lowmem.errors import UsageError, is_out_of_memory
 
 
@@ -63,9 +63,9 @@ class _AfterHead(TorchFunctionMode):
     _ELEMENTWISE = frozenset(("add", "sub", "mul", "div", "true_divide", "neg", "tanh"))
     _CASTS = frozenset(("float", "to", "type_as", "contiguous"))
 
-    def __init__(self, vocabulary: int):
+    def __init__(self, vocabulary: int, *, has_hooks: bool):
         super().__init__()
-        self._vocabulary = vocabulary
+        self._vocabulary, self._has_hooks = vocabulary, has_hooks
         self.output: Tensor | None = None
         self.is_misused = False
         self.changes: list[tuple[Callable[..., Tensor], tuple[object, ...]]] = []
@@ -84,8 +84,9 @@ class _AfterHead(TorchFunctionMode):
             return self.output
         version = self.output._version
         result = function(*args, **(kwargs or {}))
-        # fully_shard's hooks read attributes of the output that are tensors
-        self.is_misused |= (isinstance(result, Tensor) and not is_attribute) or self.output._version != version
+        # fully_shard's hooks read attributes of the output that are tensors; DeepSpeed's hooks make views of it
+        is_other = isinstance(result, Tensor) and not is_attribute and not self._has_hooks
+        self.is_misused |= is_other or self.output._version != version
         return result
 
     def _is_constant(self, value: object) -> bool:
@@ -117,7 +118,7 @@ def _call_with_head(
     function: Callable[[Tensor], Tensor], model: nn.Module, head: nn.Linear, inputs: dict[str, object]
 ) -> tuple[Tensor, list]:
     """Call the model with `function` as its head's forward; return what that returns, and the changes to logits."""
-    after = _AfterHead(head.out_features)
+    after = _AfterHead(head.out_features, has_hooks=is_engine(model))
 
     def forward(hidden: Tensor) -> Tensor:
         if after.output is not None:

@@ -10,7 +10,17 @@ import psutil
 import pytest
 
 from tests import runs
-from tests.processes import PROGRAM, children, finish, module_command, started, started_train, train, wait_until
+from tests.processes import (
+    PROGRAM,
+    children,
+    finish,
+    free_port,
+    module_command,
+    started,
+    started_train,
+    train,
+    wait_until,
+)
 from tests.runs import assert_same_run, exit_of, steps, write_files
 
 STEPS = 60
@@ -123,6 +133,7 @@ def test_a_signal_while_starting_ends_the_run_immediately(work):
 def test_a_launchers_sigterm_while_starting_is_not_a_preemption(work):
     """When one process fails, DeepSpeed's launcher sends SIGTERM to all others, and so does torchrun."""
     deepspeed = {"CROSS_SIZE": "1", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    deepspeed |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     with started(sys.executable, PROGRAM, "train", *flags(work, "ended"), **deepspeed) as process:
         wait_until(partial(is_importing_torch, process), process)
         process.terminate()
