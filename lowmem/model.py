@@ -266,8 +266,8 @@ def _attention(config: PretrainedConfig) -> dict[str, str]:
 
 def _auto_class(config: PretrainedConfig) -> type:
     kinds = [(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING)]
-    kinds.insert(not config.is_encoder_decoder, (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING))
-    for kind, mapping in kinds:
+    kinds += [(AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)]
+    for kind, mapping in reversed(kinds) if config.is_encoder_decoder else kinds:  # some configs are in both
         if type(config) in mapping:
             return kind
     found = f"transformers has no causal or text-to-text model for {type(config).__name__}"

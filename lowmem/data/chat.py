@@ -44,7 +44,7 @@ def chat_tokenizer(
 
     templates = [_frozen(template, time) for template in _templates_of(tokenizer)]
     to_tokens = _tokenize_whole if tokenizer.is_fast else _tokenize_pieces
-    for template in templates:
+    for template in dict.fromkeys(templates):  # often one, which this checks once
         if not _GENERATION_TAG.search(template):
             check_template(partial(_text, tokenizer, template))
 

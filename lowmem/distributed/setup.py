@@ -94,7 +94,7 @@ def init_distributed(
 
 
 def join(*, last_words: Callable[[str], None] | None = None, **options: object) -> "Accelerator":
-    """The former name of `init_distributed`; `last_words` is the former name of `on_abort`."""
+    """Call `init_distributed` with `on_abort=last_words`. This is its old interface, for existing code."""
     return init_distributed(on_abort=last_words, **options)
 
 
