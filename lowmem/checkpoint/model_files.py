@@ -3,8 +3,9 @@
 import copy
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -22,6 +23,9 @@ Config = Mapping[str, object] | None
 # its own chat template; chat_template.json is the older file of a processor.
 _PROCESSOR_FILES = ("*processor_config.json", "audio_tokenizer_config.json", "chat_template.json")
 
+# by model, because building its class takes a tenth of a second, and every save needs the names
+_EXPECTED: WeakKeyDictionary[PreTrainedModel, Set[str]] = WeakKeyDictionary()
+
 
 def check_loadable(model: nn.Module) -> None:
     """Raise UsageError if `from_pretrained` would find weights missing, because the model has other names for them.
@@ -34,16 +38,21 @@ def check_loadable(model: nn.Module) -> None:
     inner = next((module for module in base.modules() if isinstance(module, PreTrainedModel)), None)
     if inner is None:
         return
-    kind = _original_class(inner)
-    try:
-        with torch.device("meta"):
-            expected = kind(copy.deepcopy(inner.config)).state_dict().keys()
-    except TypeError:  # a class of the user's own, whose constructor takes more than a config
-        return
-    if missing := sorted(expected - base.state_dict(keep_vars=True).keys()):
-        found = f"from_pretrained would initialize {len(missing)} weights of {kind.__name__} randomly"
+    if inner not in _EXPECTED:
+        _EXPECTED[inner] = _names_of_class(inner)
+    if missing := sorted(_EXPECTED[inner] - base.state_dict(keep_vars=True).keys()):
+        found = f"from_pretrained would initialize {len(missing)} weights of {_original_class(inner).__name__} randomly"
         found += f", because the model has no weights of their names ({missing[0]}, ...)"
         raise UsageError(f"{found}: merge adapters first (merge_and_unload), and save the model without a wrapper")
+
+
+def _names_of_class(model: PreTrainedModel) -> Set[str]:
+    """Return the names of the weights that the model's class makes; none if a user's class needs more than a config."""
+    try:
+        with torch.device("meta"):
+            return frozenset(_original_class(model)(copy.deepcopy(model.config)).state_dict())
+    except TypeError:
+        return frozenset()
 
 
 def write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config) -> dict[Path, FileRecord]:
