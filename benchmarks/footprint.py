@@ -116,7 +116,7 @@ def build(shape: dict[str, object], device, on_gpu: bool):
     import torch
     from transformers import AutoConfig
 
-    from lowmem.model import build_model
+    from lowmem.model.build import build_model
     from lowmem.plan.fakes import attention_for
 
     torch.manual_seed(0)

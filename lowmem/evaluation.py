@@ -28,7 +28,7 @@ from lowmem.distributed.placement import data_place, handle_rank_errors, has_col
 from lowmem.distributed.reduce import all_reduce_sum
 from lowmem.errors import UsageError
 from lowmem.memory.gradients import LossFunction
-from lowmem.model import num_embeddings
+from lowmem.model.build import num_embeddings
 
 # What a model needs to start and end an answer. Other generation settings of the model (sampling, beams, stop strings,
 # several answers per prompt, ...) are not used: answers are greedy, so that runs are comparable.

@@ -37,8 +37,9 @@ from lowmem.errors import UsageError
 from lowmem.evaluation import Evaluation
 from lowmem.loss import LOSSES
 from lowmem.memory.savers import SAVERS, entered
-from lowmem.model import freeze, load_model, num_embeddings
-from lowmem.model_checks import check_backward, check_model
+from lowmem.model.build import freeze, num_embeddings
+from lowmem.model.checks import check_backward, check_model
+from lowmem.model.load import load_model
 from lowmem.optim.make import make_optimizer
 from lowmem.optim.schedule import Schedule
 from lowmem.recover import fitting_step

@@ -32,7 +32,7 @@ from lowmem.data.stream import open_stream
 from lowmem.distributed.consistency import tokenizer_digest
 from lowmem.errors import SaveError, UsageError
 from lowmem.loss import chunked_loss
-from lowmem.model import load_model
+from lowmem.model.load import load_model
 from lowmem.optim.formats import read
 from lowmem.optim.make import OPTIMIZERS, make_optimizer
 from lowmem.optim.state import optimizer_tensors

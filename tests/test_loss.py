@@ -12,7 +12,7 @@ from lowmem.cross_entropy import chunked_cross_entropy, vocabulary_slices
 from lowmem.data.batch import collate
 from lowmem.errors import UsageError
 from lowmem.loss import chunked_loss, plain_loss
-from lowmem.model_checks import check_loss, check_model
+from lowmem.model.checks import check_loss, check_model
 from lowmem.plan.meter import MemoryMeter
 from tests.models import build
 

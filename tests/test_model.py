@@ -9,7 +9,8 @@ from transformers import AutoConfig, ByT5Tokenizer, PreTrainedTokenizerFast
 from lowmem.checkpoint.save import save_model
 from lowmem.config.presets import MODEL_SHAPES
 from lowmem.errors import UsageError
-from lowmem.model import freeze, load_model
+from lowmem.model.build import freeze
+from lowmem.model.load import load_model
 from tests.models import FAMILIES, LLAMA, T5, build
 
 

@@ -15,7 +15,7 @@ from lowmem.checkpoint.save import save_checkpoint, save_model
 from lowmem.distributed.collectives import on_main_rank
 from lowmem.distributed.setup import init_distributed
 from lowmem.errors import UsageError
-from lowmem.model import load_model
+from lowmem.model.load import load_model
 from tests.forked import fork_ranks
 from tests.models import build
 from tests.test_sharded import DDP, FSDP, new_state, train

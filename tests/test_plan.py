@@ -17,7 +17,8 @@ from lowmem.distributed.sharding import parallelize
 from lowmem.errors import UsageError
 from lowmem.loss import chunked_loss
 from lowmem.memory import savers
-from lowmem.model import build_model, config_of
+from lowmem.model.build import build_model
+from lowmem.model.load import config_of
 from lowmem.optim.make import make_optimizer
 from lowmem.plan.choose import choose, ladder
 from lowmem.plan.meter import MemoryMeter

@@ -13,7 +13,7 @@ from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.errors import UsageError
 from lowmem.loss import chunked_loss
 from lowmem.memory.savers import compiled, entered, offload_activations, recompute, recompute_cheap, release
-from lowmem.model_checks import check_backward
+from lowmem.model.checks import check_backward
 from lowmem.optim.make import make_optimizer
 from lowmem.plan.meter import MemoryMeter
 from lowmem.step import TrainState, train_step

@@ -202,7 +202,7 @@ def test_different_paths_to_equal_rows_and_to_one_output_dir_are_accepted(work, 
 
 
 def test_different_weights_or_tokenizers_on_a_rank_are_reported_on_all_ranks(work, tmp_path):
-    from lowmem.model import load_model
+    from lowmem.model.load import load_model
 
     torch.manual_seed(0)
     model, tokenizer = load_model(model_config=T5 | {"vocab_size": 400})
@@ -220,7 +220,7 @@ def test_different_weights_or_tokenizers_on_a_rank_are_reported_on_all_ranks(wor
 
 
 def test_evaluate_also_compares_the_rows_of_all_ranks(work, tmp_path):
-    from lowmem.model import load_model
+    from lowmem.model.load import load_model
 
     for part in load_model(model_config=T5):
         part.save_pretrained(tmp_path / "model")

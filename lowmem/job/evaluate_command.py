@@ -13,8 +13,9 @@ from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
 from lowmem.evaluation import Evaluation
 from lowmem.loss import LOSSES
-from lowmem.model import load_model, num_embeddings
-from lowmem.model_checks import check_model
+from lowmem.model.build import num_embeddings
+from lowmem.model.checks import check_model
+from lowmem.model.load import load_model
 from lowmem.report import print_answers, print_lines
 
 

@@ -14,7 +14,7 @@ from lowmem.config.train_config import TIERED_OPTIMIZERS
 from lowmem.distributed.dtensor import is_in_columns, local_of, set_local_
 from lowmem.distributed.fully_sharded import has_gathered, notice_new_parameters
 from lowmem.distributed.placement import is_sharded
-from lowmem.model import convert_buffers
+from lowmem.model.build import convert_buffers
 from lowmem.optim.adafactor import TieredAdafactor
 from lowmem.optim.formats import BLOCK
 from lowmem.optim.tiers import TieredAdamW, is_large

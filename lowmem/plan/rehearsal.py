@@ -23,7 +23,8 @@ from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.sharding import make_mesh, shard
 from lowmem.loss import LOSSES
 from lowmem.memory.savers import entered
-from lowmem.model import build_model, config_of, freeze
+from lowmem.model.build import build_model, freeze
+from lowmem.model.load import config_of
 from lowmem.optim.make import make_optimizer
 from lowmem.optim.state import optimizer_tensors
 from lowmem.optim.tiers import slice_elements_for

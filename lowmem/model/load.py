@@ -1,26 +1,18 @@
-"""Build or load a model and its tokenizer; freeze parts of the model."""
+"""Load a model and its tokenizer from files or the hub, or build them from a config."""
 
-import copy
 import json
-import re
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     ByT5Tokenizer,
     GenerationConfig,
@@ -33,8 +25,16 @@ from lowmem.config.presets import MODEL_SHAPES
 from lowmem.data.encode import end_tokens
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.fill import stored_weights
-from lowmem.distributed.placement import unwrapped
 from lowmem.errors import UsageError, is_out_of_memory
+from lowmem.model.build import (
+    as_usage_error,
+    attention_options,
+    auto_class,
+    building,
+    config_from,
+    model_from,
+    reason_of,
+)
 
 
 def load_model(
@@ -62,54 +62,24 @@ def load_model(
         model = _pretrained_on_meta(str(model_name_or_path), dtype) if on_meta else None
         model = model or _from_pretrained(str(model_name_or_path), dtype)
     else:
-        config = _config_from(model_config)
+        config = config_from(model_config)
         is_named = isinstance(model_config, str | Path)
-        with _building(f"model_config {model_config}" if is_named else "model_config"):
+        with building(f"model_config {model_config}" if is_named else "model_config"):
             if is_named and str(model_config) not in MODEL_SHAPES and tokenizer_name_or_path is None:
                 _check_bytes(config, tokenizer)
             _adopt_special_tokens(config, tokenizer)
-            model = _from_config(config, dtype, on_meta=on_meta)
+            model = model_from(config, dtype, on_meta=on_meta)
     _stop_at_end_tokens(model, tokenizer)
     return model.train(), tokenizer
 
 
-def num_embeddings(model: PreTrainedModel) -> int:
-    """Return the number of token ids that the model can embed."""
-    return model.get_input_embeddings().weight.shape[0]
-
-
-def convert_buffers(model: nn.Module) -> None:
-    """Convert float buffers to bf16 where transformers does so in a model that it builds in bf16.
-
-    Sinusoidal positions, for instance, must have the dtype of the hidden states, but rotary frequencies stay fp32.
-    """
-    base = unwrapped(model)
-    buffers = {name: buffer for name, buffer in base.named_buffers() if buffer.dtype == torch.float32}
-    if not isinstance(base, PreTrainedModel) or all(name.endswith("inv_freq") for name in buffers):
-        return
-    try:
-        in_bf16 = _from_config(copy.deepcopy(base.config), torch.bfloat16, on_meta=True)
-    except UsageError:  # a user's own class
-        return
-    # BART's bias is added to logits, which are fp32 in the loss
-    kept = re.compile("|".join(["final_logits_bias", *(base._keep_in_fp32_modules_strict or ())]))
-    for name, buffer in in_bf16.named_buffers():
-        if buffer.dtype == torch.bfloat16 and name in buffers and not kept.search(name):
-            buffers[name].data = buffers[name].data.to(torch.bfloat16)
-
-
-def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
-    """Freeze `parts`: "embeddings" (and a tied output head), "encoder" (not embeddings). Others raise UsageError."""
-    if unknown := sorted(set(parts) - {"embeddings", "encoder"}):
-        raise UsageError(f"{', '.join(unknown)} cannot be frozen: choose from embeddings and encoder")
-    embeddings = set(model.get_input_embeddings().parameters())
-    frozen = embeddings if "embeddings" in parts else set()
-    if "encoder" in parts:
-        if not model.config.is_encoder_decoder:
-            raise UsageError(f"freeze=encoder needs an encoder, but {type(model).__name__} has none: freeze embeddings")
-        frozen = frozen | set(model.get_encoder().parameters()) - embeddings
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+def config_of(model: str) -> PretrainedConfig:
+    """Load the config of a model folder, hub name, config.json or name in MODEL_SHAPES, or raise UsageError."""
+    if model in MODEL_SHAPES or Path(model).is_file():
+        return config_from(model)
+    _check_exists(model, "config.json")
+    with _loading(model):
+        return AutoConfig.from_pretrained(model)
 
 
 def _check_exists(name: str, file: str) -> None:
@@ -120,7 +90,7 @@ def _check_exists(name: str, file: str) -> None:
             hint = f"did you mean {inside[0]}?" if inside else "use another folder"
             raise UsageError(f"{name} does not contain {file}, so it is not a model: {hint}")
         return
-    with _as_usage_error(f"{name} is neither a folder nor a name on the Hugging Face hub", "set an existing folder"):
+    with as_usage_error(f"{name} is neither a folder nor a name on the Hugging Face hub", "set an existing folder"):
         is_cached = isinstance(try_to_load_from_cache(name, file), str)
     if is_cached or constants.HF_HUB_OFFLINE:
         return
@@ -141,38 +111,8 @@ def _is_config_of_model(path: Path) -> bool:
         return "model_type" in json.loads(path.read_text())
 
 
-@contextmanager
-def _as_usage_error(what: str, advice: str) -> Iterator[None]:
-    """Raise UsageError for any error of the block, except running out of memory.
-
-    Other libraries raise errors of many types for a damaged file, a field that does not fit or a missing package.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UsageError) or is_out_of_memory(error):
-            raise
-        if isinstance(error, ImportError):
-            advice = "install the missing package, or use another model"
-        raise UsageError(f"{what} ({_reason(error)}): {advice}") from error
-
-
 def _loading(name: str) -> AbstractContextManager[None]:
-    return _as_usage_error(f"the model {name} cannot be loaded", "check its files, or use another model")
-
-
-def _building(config: str) -> AbstractContextManager[None]:
-    return _as_usage_error(
-        f"transformers cannot build a language model from {config}", "correct its fields or use another"
-    )
-
-
-def _from_config(config: PretrainedConfig, dtype: torch.dtype, *, on_meta: bool) -> PreTrainedModel:
-    with init_empty_weights() if on_meta else nullcontext():
-        model = _auto_class(config).from_config(config, dtype=dtype, **_attention(config))
-    if on_meta:
-        model.tie_weights()  # because init_empty_weights has untied the weights
-    return model
+    return as_usage_error(f"the model {name} cannot be loaded", "check its files, or use another model")
 
 
 def _pretrained_on_meta(name: str, dtype: torch.dtype) -> PreTrainedModel | None:
@@ -181,7 +121,7 @@ def _pretrained_on_meta(name: str, dtype: torch.dtype) -> PreTrainedModel | None
     with _loading(name):
         folder = Path(name if is_local else snapshot_download(name, allow_patterns=["*.safetensors*", "*.json"]))
         config = AutoConfig.from_pretrained(folder)
-        model = _from_config(config, dtype, on_meta=True)
+        model = model_from(config, dtype, on_meta=True)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     try:
@@ -192,7 +132,7 @@ def _pretrained_on_meta(name: str, dtype: torch.dtype) -> PreTrainedModel | None
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        print(f"each process loads all weights of {name}, as its files cannot be read per tensor: {_reason(error)}")
+        print(f"each process loads all weights of {name}, as its files cannot be read per tensor: {reason_of(error)}")
         return None
     model.name_or_path = str(folder)
     return model
@@ -204,7 +144,7 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _loading(name):
         config = AutoConfig.from_pretrained(name)
-        model, info = _auto_class(config).from_pretrained(name, dtype=dtype, **options, **_attention(config))
+        model, info = auto_class(config).from_pretrained(name, dtype=dtype, **options, **attention_options(config))
     if getattr(model, "hf_quantizer", None) is not None:
         raise UsageError(f"the model {name} has quantized weights, which cannot be trained: use an unquantized model")
     if differing := sorted(info["mismatched_keys"]):
@@ -218,62 +158,6 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def config_of(model: str) -> PretrainedConfig:
-    """Load the config of a model folder, hub name, config.json or name in MODEL_SHAPES, or raise UsageError."""
-    if model in MODEL_SHAPES or Path(model).is_file():
-        return _config_from(model)
-    _check_exists(model, "config.json")
-    with _loading(model):
-        return AutoConfig.from_pretrained(model)
-
-
-def build_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
-    """Build a model with random fp32 weights and transformers' `attention` implementation, in training mode."""
-    with _building(f"the config of {config.name_or_path or config.model_type}"):
-        return _auto_class(config).from_config(config, dtype=torch.float32, attn_implementation=attention).train()
-
-
-def _check_bytes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Print that text becomes bytes without a tokenizer. Raise UsageError if the vocabulary is much too large."""
-    what = f"without tokenizer_name_or_path, text becomes bytes ({len(tokenizer)} tokens)"
-    vocabulary = getattr(config.get_text_config(decoder=True), "vocab_size", 0)  # bark's config has none
-    if vocabulary > 4 * len(tokenizer):
-        found = f"model_config has a vocabulary of {vocabulary:,} tokens, so it is another tokenizer's"
-        raise UsageError(f"{what}, but {found}: set tokenizer_name_or_path, or vocab_size={len(tokenizer)}")
-    if rank_and_world_size()[0] == 0:
-        print(f"{what}; set it to train on a tokenizer's tokens", flush=True)
-
-
-def _config_from(model_config: PretrainedConfig | Mapping[str, object] | str | Path) -> PretrainedConfig:
-    if isinstance(model_config, PretrainedConfig):
-        return copy.deepcopy(model_config)
-    fields = model_config
-    if isinstance(model_config, str | Path):
-        with _as_usage_error(f"model_config {model_config} cannot be read", "use a config.json of transformers"):
-            fields = MODEL_SHAPES.get(str(model_config)) or dict(json.loads(Path(model_config).read_text()))
-    fields = dict(fields)
-    if "model_type" not in fields:
-        raise UsageError("model_config has no model_type: add it (llama, t5, ...), as in transformers' config.json")
-    with _as_usage_error("transformers does not accept model_config", "correct its fields"):
-        return AutoConfig.for_model(fields.pop("model_type"), **fields)
-
-
-def _attention(config: PretrainedConfig) -> dict[str, str]:
-    # torch's fused attention has no CPU backward kernel for a learned bias (T5), so it makes a step 1/8 slower
-    has_learned_bias = hasattr(config, "relative_attention_num_buckets")
-    return {"attn_implementation": "eager"} if has_learned_bias and not torch.accelerator.is_available() else {}
-
-
-def _auto_class(config: PretrainedConfig) -> type:
-    kinds = [(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING)]
-    kinds += [(AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)]
-    for kind, mapping in reversed(kinds) if config.is_encoder_decoder else kinds:  # some configs are in both
-        if type(config) in mapping:
-            return kind
-    found = f"transformers has no causal or text-to-text model for {type(config).__name__}"
-    raise UsageError(f"{found}: use a model of another type")
-
-
 def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
     if name is None:
         return ByT5Tokenizer()  # works on bytes, so it needs no file
@@ -281,7 +165,7 @@ def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
     if not Path(name).is_dir():
         _check_exists(str(name), "tokenizer_config.json")
     advice = "check its files, update transformers and tokenizers, or set tokenizer_name_or_path"
-    with _as_usage_error(f"no tokenizer can be loaded from {name}", advice):
+    with as_usage_error(f"no tokenizer can be loaded from {name}", advice):
         tokenizer = (ByT5Tokenizer if is_bytes else AutoTokenizer).from_pretrained(str(name))
         makes_tokens = bool(tokenizer("a", add_special_tokens=False).input_ids)
     if not makes_tokens:
@@ -295,6 +179,17 @@ def _is_byte_tokenizer(folder: Path) -> bool:
         return json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "ByT5Tokenizer"
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _check_bytes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print that text becomes bytes without a tokenizer. Raise UsageError if the vocabulary is much too large."""
+    what = f"without tokenizer_name_or_path, text becomes bytes ({len(tokenizer)} tokens)"
+    vocabulary = getattr(config.get_text_config(decoder=True), "vocab_size", 0)  # bark's config has none
+    if vocabulary > 4 * len(tokenizer):
+        found = f"model_config has a vocabulary of {vocabulary:,} tokens, so it is another tokenizer's"
+        raise UsageError(f"{what}, but {found}: set tokenizer_name_or_path, or vocab_size={len(tokenizer)}")
+    if rank_and_world_size()[0] == 0:
+        print(f"{what}; set it to train on a tokenizer's tokens", flush=True)
 
 
 def _adopt_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -316,10 +211,3 @@ def _stop_at_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     given = given if isinstance(given, list) else [] if given is None else [given]
     if settings is not None and (added := [token for token in end_tokens(tokenizer) if token not in given]):
         settings.eos_token_id = added[0] if not given and len(added) == 1 else added + given
-
-
-def _reason(error: Exception) -> str:
-    """Return the type and the first line of an error, with the second if the first only introduces it."""
-    first, *rest = str(error).strip().splitlines() or [""]
-    line = f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
-    return f"{type(error).__name__}: {line}".removesuffix(": ").removesuffix(".")

@@ -1,0 +1,141 @@
+"""Build a model from a config, with random weights or on the meta device; freeze parts of it."""
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from lowmem.config.presets import MODEL_SHAPES
+from lowmem.distributed.placement import unwrapped
+from lowmem.errors import UsageError, is_out_of_memory
+
+
+def num_embeddings(model: PreTrainedModel) -> int:
+    """Return the number of token ids that the model can embed."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
+    """Freeze `parts`: "embeddings" (and a tied output head), "encoder" (not embeddings). Others raise UsageError."""
+    if unknown := sorted(set(parts) - {"embeddings", "encoder"}):
+        raise UsageError(f"{', '.join(unknown)} cannot be frozen: choose from embeddings and encoder")
+    embeddings = set(model.get_input_embeddings().parameters())
+    frozen = embeddings if "embeddings" in parts else set()
+    if "encoder" in parts:
+        if not model.config.is_encoder_decoder:
+            raise UsageError(f"freeze=encoder needs an encoder, but {type(model).__name__} has none: freeze embeddings")
+        frozen = frozen | set(model.get_encoder().parameters()) - embeddings
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+
+
+def build_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
+    """Build a model with random fp32 weights and transformers' `attention` implementation, in training mode."""
+    with building(f"the config of {config.name_or_path or config.model_type}"):
+        return auto_class(config).from_config(config, dtype=torch.float32, attn_implementation=attention).train()
+
+
+def config_from(model_config: PretrainedConfig | Mapping[str, object] | str | Path) -> PretrainedConfig:
+    """Return a copy of a config, or make one from its fields, a config.json or a name in MODEL_SHAPES."""
+    if isinstance(model_config, PretrainedConfig):
+        return copy.deepcopy(model_config)
+    fields = model_config
+    if isinstance(model_config, str | Path):
+        with as_usage_error(f"model_config {model_config} cannot be read", "use a config.json of transformers"):
+            fields = MODEL_SHAPES.get(str(model_config)) or dict(json.loads(Path(model_config).read_text()))
+    fields = dict(fields)
+    if "model_type" not in fields:
+        raise UsageError("model_config has no model_type: add it (llama, t5, ...), as in transformers' config.json")
+    with as_usage_error("transformers does not accept model_config", "correct its fields"):
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def model_from(config: PretrainedConfig, dtype: torch.dtype, *, on_meta: bool) -> PreTrainedModel:
+    """Build a model with random weights or, with `on_meta`, with weights on the meta device."""
+    with init_empty_weights() if on_meta else nullcontext():
+        model = auto_class(config).from_config(config, dtype=dtype, **attention_options(config))
+    if on_meta:
+        model.tie_weights()  # because init_empty_weights has untied the weights
+    return model
+
+
+def auto_class(config: PretrainedConfig) -> type:
+    """Return transformers' auto class for this config, or raise UsageError if the model cannot be trained here."""
+    kinds = [(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING)]
+    kinds += [(AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)]
+    for kind, mapping in reversed(kinds) if config.is_encoder_decoder else kinds:  # some configs are in both
+        if type(config) in mapping:
+            return kind
+    found = f"transformers has no causal or text-to-text model for {type(config).__name__}"
+    raise UsageError(f"{found}: use a model of another type")
+
+
+def attention_options(config: PretrainedConfig) -> dict[str, str]:
+    """Return the keyword arguments that choose the attention implementation; none leaves the choice to transformers."""
+    # torch's fused attention has no CPU backward kernel for a learned bias (T5), so it makes a step 1/8 slower
+    has_learned_bias = hasattr(config, "relative_attention_num_buckets")
+    return {"attn_implementation": "eager"} if has_learned_bias and not torch.accelerator.is_available() else {}
+
+
+def convert_buffers(model: nn.Module) -> None:
+    """Convert float buffers to bf16 where transformers does so in a model that it builds in bf16.
+
+    Sinusoidal positions, for instance, must have the dtype of the hidden states, but rotary frequencies stay fp32.
+    """
+    base = unwrapped(model)
+    buffers = {name: buffer for name, buffer in base.named_buffers() if buffer.dtype == torch.float32}
+    if not isinstance(base, PreTrainedModel) or all(name.endswith("inv_freq") for name in buffers):
+        return
+    try:
+        in_bf16 = model_from(copy.deepcopy(base.config), torch.bfloat16, on_meta=True)
+    except UsageError:  # a user's own class
+        return
+    # BART's bias is added to logits, which are fp32 in the loss
+    kept = re.compile("|".join(["final_logits_bias", *(base._keep_in_fp32_modules_strict or ())]))
+    for name, buffer in in_bf16.named_buffers():
+        if buffer.dtype == torch.bfloat16 and name in buffers and not kept.search(name):
+            buffers[name].data = buffers[name].data.to(torch.bfloat16)
+
+
+def building(config: str) -> AbstractContextManager[None]:
+    """Raise UsageError for any error while a model is built from `config`, a description of the config."""
+    what = f"transformers cannot build a language model from {config}"
+    return as_usage_error(what, "correct its fields or use another")
+
+
+@contextmanager
+def as_usage_error(what: str, advice: str) -> Iterator[None]:
+    """Raise UsageError for any error of the block, except running out of memory.
+
+    Other libraries raise errors of many types for a damaged file, a field that does not fit or a missing package.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UsageError) or is_out_of_memory(error):
+            raise
+        if isinstance(error, ImportError):
+            advice = "install the missing package, or use another model"
+        raise UsageError(f"{what} ({reason_of(error)}): {advice}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return the type and the first line of an error, with the second if the first only introduces it."""
+    first, *rest = str(error).strip().splitlines() or [""]
+    line = f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
+    return f"{type(error).__name__}: {line}".removesuffix(": ").removesuffix(".")
