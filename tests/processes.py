@@ -39,14 +39,18 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(*command: object, cwd: Path = ROOT, **changes: str) -> Iterator[subprocess.Popen]:
-    """Start a command in the folder `cwd`; on exit, kill the command and its descendants."""
+def started(*command: object, cwd: Path = ROOT, pipesize: int = -1, **changes: str) -> Iterator[subprocess.Popen]:
+    """Start a command in the folder `cwd`; on exit, kill the command and its descendants.
+
+    The command waits while nobody reads `pipesize` bytes of its output (-1: the system's default).
+    """
     process = subprocess.Popen(
         [str(word) for word in command],
         cwd=cwd,
         env=environment(**changes),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        pipesize=pipesize,
         text=True,
         start_new_session=True,
     )
