@@ -1,7 +1,7 @@
 """The cross-entropy of a linear output head, without all logits at once."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -12,8 +12,10 @@ from torch.nn import functional as F
 SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
 """Logits per slice, by device: few enough to fit a CPU's cache, or enough that a GPU launches few kernels."""
 
-Change = Callable[[Tensor, slice], Tensor]
-"""A function of the logits (N, columns) of a slice of the vocabulary, and that slice."""
+Change = tuple[str, float | Tensor | None]
+"""What a model does to logits (N, V) after its head: ("tanh", None), or "add", "sub", "mul" or "div" and a number, or a
+tensor of one or V elements that is not trained.
+"""
 
 
 def chunked_cross_entropy(
@@ -25,19 +27,19 @@ def chunked_cross_entropy(
     label_smoothing: float = 0.0,
     compute_dtype: torch.dtype | None = None,
     slice_elements: int | None = None,
-    change: Change | None = None,
+    changes: Sequence[Change] = (),
 ) -> Tensor:
     """Return cross_entropy(hidden @ weight.T + bias, targets), summed over rows, with softmax and sums in fp32 or more.
 
-    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) int64. `change` maps logits (N, columns) of a slice of
-    the vocabulary to those that the softmax uses, element by element. Matrix products use `compute_dtype` (default:
-    hidden.dtype). Forward saves its inputs and each row's log-sum-exp; backward computes the logits again. Both use
-    a slice of the vocabulary at a time, for all rows, so each element of the head's gradient is one sum, rounded once.
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) int64. `changes` are applied to the logits in order.
+    Matrix products use `compute_dtype` (default: hidden.dtype). Forward saves its inputs and each row's log-sum-exp;
+    backward computes the logits again. Both use a slice of the vocabulary at a time, for all rows, so each element of
+    the head's gradient is one sum, rounded once.
     """
     elements = slice_elements or SLICE_ELEMENTS.get(hidden.device.type, SLICE_ELEMENTS["cuda"])
     slices = vocabulary_slices(len(hidden), len(weight), elements)
     dtype = compute_dtype or hidden.dtype
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing, dtype, slices, change)
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing, dtype, slices, changes)
 
 
 def vocabulary_slices(num_rows: int, vocabulary: int, elements: int) -> list[slice]:
@@ -49,7 +51,7 @@ def vocabulary_slices(num_rows: int, vocabulary: int, elements: int) -> list[sli
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, label_smoothing, compute_dtype, slices, change):
+    def forward(ctx, hidden, weight, bias, targets, label_smoothing, compute_dtype, slices, changes):
         sum_dtype = torch.promote_types(compute_dtype, torch.float32)
         sums = partial(torch.zeros, len(hidden), 1, dtype=sum_dtype, device=hidden.device)
         log_sum, at_target, total = sums().fill_(-math.inf), sums(), sums()
@@ -57,8 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             states = hidden.to(compute_dtype)
             for part in slices:
                 logits = _logits(states, weight, bias, part).to(sum_dtype)
-                if change is not None:
-                    logits = change(logits, part)
+                _change(logits, changes, part)
                 column, inside = _column_in(part, targets)
                 at_target += logits.gather(1, column).where(inside, 0)
                 if label_smoothing:
@@ -66,9 +67,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 largest = logits.amax(1, keepdim=True).clamp(min=torch.finfo(sum_dtype).min)  # a row may be all -inf
                 part_sum = logits.sub_(largest).exp_().sum(1, keepdim=True)  # in place, because logsumexp would copy
                 log_sum = torch.logaddexp(log_sum, largest + part_sum.log())
+                del logits  # before the next slice needs the memory
             losses = log_sum - (1 - label_smoothing) * at_target - label_smoothing / weight.shape[0] * total
         ctx.save_for_backward(hidden, weight, bias, targets, log_sum)
-        ctx.label_smoothing, ctx.compute_dtype, ctx.slices, ctx.change = label_smoothing, compute_dtype, slices, change
+        ctx.label_smoothing, ctx.compute_dtype = label_smoothing, compute_dtype
+        ctx.slices, ctx.changes = slices, changes
         return losses.sum()
 
     @staticmethod
@@ -84,19 +87,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             states = hidden.to(ctx.compute_dtype)
             for part in ctx.slices:
                 # overwrite the logits with d loss / d logits = softmax - (smoothed) one-hot target
-                grad = logits = _logits(states, weight, bias, part).to(log_sum.dtype)
-                if ctx.change is not None:
-                    with torch.enable_grad():
-                        changed = ctx.change(logits.requires_grad_(), part)
-                    grad = changed.detach().clone()  # autograd may need the values of `changed`
-                grad = grad.sub_(log_sum).exp_()
+                logits = _logits(states, weight, bias, part).to(log_sum.dtype)
+                kept = _change(logits, ctx.changes, part, keep=True)
+                grad = logits.sub_(log_sum).exp_()
                 if ctx.label_smoothing:
                     grad -= ctx.label_smoothing / vocabulary
                 column, inside = _column_in(part, targets)
                 grad.scatter_add_(1, column, (ctx.label_smoothing - 1) * inside.to(grad.dtype))
                 grad *= grad_loss
-                if ctx.change is not None:
-                    (grad,) = torch.autograd.grad(changed, logits, grad)
+                _change_back(grad, ctx.changes, part, kept)
                 if wants_bias:
                     grad_bias[part] = grad.sum(0)
                 grad = grad.to(ctx.compute_dtype)
@@ -104,11 +103,37 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_hidden += grad @ weight[part].to(ctx.compute_dtype)
                 if wants_weight:
                     torch.mm(grad.T, states, out=grad_weight[part])
+                del logits, grad, kept
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
     return F.linear(states, weight[part].to(states.dtype), None if bias is None else bias[part].to(states.dtype))
+
+
+def _change(logits: Tensor, changes: Sequence[Change], part: slice, *, keep: bool = False) -> list[Tensor]:
+    """Change logits (N, columns) of a slice in place. With `keep`, return a copy of each result that backward needs."""
+    kept = []
+    for operation, constant in changes:
+        if operation == "tanh":
+            logits.tanh_()
+            kept += [logits.clone()] if keep else []
+        else:
+            getattr(logits, f"{operation}_")(_columns(constant, part))
+    return kept
+
+
+def _change_back(grad: Tensor, changes: Sequence[Change], part: slice, kept: list[Tensor]) -> None:
+    """Turn the gradient of changed logits (N, columns) in place into that of the logits."""
+    for operation, constant in reversed(changes):
+        if operation == "tanh":
+            torch.ops.aten.tanh_backward.grad_input(grad, kept.pop(), grad_input=grad)
+        elif operation in ("mul", "div"):
+            getattr(grad, f"{operation}_")(_columns(constant, part))
+
+
+def _columns(constant: float | Tensor, part: slice) -> float | Tensor:
+    return constant.flatten()[part] if isinstance(constant, Tensor) and constant.numel() > 1 else constant
 
 
 def _column_in(part: slice, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 An encoder-decoder model shifts labels itself; position i of a causal one predicts label i + 1. Label -100: no target.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -49,7 +49,7 @@ def chunked_loss(
             raise _unsupported(model, "changes its logits after the head, under ZeRO stage 3")
         return loss
     hidden, changes = _call_with_head(_pass_through, model, head, inputs)
-    return loss_of(hidden, change=_change(changes) if changes else None)
+    return loss_of(hidden, changes=changes)
 
 
 class _AfterHead(TorchFunctionMode):
@@ -60,7 +60,7 @@ class _AfterHead(TorchFunctionMode):
     other operation on the output, also in place, would see hidden states instead of logits, and sets `is_misused`.
     """
 
-    _ELEMENTWISE = frozenset(("add", "sub", "mul", "div", "true_divide", "neg", "tanh"))
+    _NAMES = {"add": "add", "sub": "sub", "mul": "mul", "div": "div", "true_divide": "div", "tanh": "tanh"}
     _CASTS = frozenset(("float", "to", "type_as", "contiguous"))
 
     def __init__(self, vocabulary: int, *, has_hooks: bool):
@@ -68,7 +68,7 @@ class _AfterHead(TorchFunctionMode):
         self._vocabulary, self._has_hooks = vocabulary, has_hooks
         self.output: Tensor | None = None
         self.is_misused = False
-        self.changes: list[tuple[Callable[..., Tensor], tuple[object, ...]]] = []
+        self.changes: list[Change] = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
@@ -78,9 +78,8 @@ class _AfterHead(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         if name in self._CASTS:
             return self.output
-        if name in self._ELEMENTWISE and not kwargs and all(map(self._is_constant, others)):
-            arguments = tuple(_LOGITS if arg is self.output else arg for arg in args)
-            self.changes.append((getattr(torch, name), arguments))
+        if not kwargs and self._is_change(name, args, others):
+            self.changes.append((self._NAMES[name], *(others or [None])))
             return self.output
         version = self.output._version
         result = function(*args, **(kwargs or {}))
@@ -89,34 +88,21 @@ class _AfterHead(TorchFunctionMode):
         self.is_misused |= is_other or self.output._version != version
         return result
 
+    def _is_change(self, name: str, args: Sequence[object], others: Sequence[object]) -> bool:
+        if len(args) != 2 or len(others) != 1:
+            return name == "tanh" and len(args) == 1
+        is_first = args[0] is self.output or name in ("add", "mul")
+        return name in self._NAMES and is_first and self._is_constant(others[0])
+
     def _is_constant(self, value: object) -> bool:
         if not isinstance(value, Tensor):
             return True
         return not value.requires_grad and (value.numel() == 1 or value.numel() == value.shape[-1] == self._vocabulary)
 
 
-_LOGITS = object()  # in recorded arguments, the logits
-
-
-def _change(changes: list) -> Change:
-    """Make a function that applies recorded changes to a slice of the logits."""
-
-    def columns(value: object, logits: Tensor, part: slice) -> object:
-        if value is _LOGITS:
-            return logits
-        return value.flatten()[part] if isinstance(value, Tensor) and value.numel() > 1 else value
-
-    def change(logits: Tensor, part: slice) -> Tensor:
-        for operation, arguments in changes:
-            logits = operation(*(columns(value, logits, part) for value in arguments))
-        return logits
-
-    return change
-
-
 def _call_with_head(
     function: Callable[[Tensor], Tensor], model: nn.Module, head: nn.Linear, inputs: dict[str, object]
-) -> tuple[Tensor, list]:
+) -> tuple[Tensor, list[Change]]:
     """Call the model with `function` as its head's forward; return what that returns, and the changes to logits."""
     after = _AfterHead(head.out_features, has_hooks=is_engine(model))
 
