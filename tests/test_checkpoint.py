@@ -555,6 +555,13 @@ class Wrapper(torch.nn.Module):
         self.base_model, self.config = model, model.config
 
 
+def with_added_weights():
+    """Like loralib, which keeps the weight's name and adds two more."""
+    model = build("llama")
+    model.model.layers[1].self_attn.q_proj.lora_A = torch.nn.Parameter(torch.zeros(2, 32))
+    return model
+
+
 def with_adapter():
     model = build("llama")
     attention = model.model.layers[1].self_attn
@@ -565,15 +572,16 @@ def with_adapter():
 @pytest.mark.parametrize(
     ("make", "found"),
     [
-        (with_adapter, r"1 weights of LlamaForCausalLM .*model.layers.1.self_attn.q_proj.weight"),
-        (lambda: Wrapper(build("llama")), r"21 weights of LlamaForCausalLM .*lm_head.weight"),
+        (with_adapter, r"initialize 1 weights .model.layers.1.self_attn.q_proj.weight, .... randomly"),
+        (lambda: Wrapper(build("llama")), r"initialize 21 weights .lm_head.weight, .... randomly"),
+        (with_added_weights, r"ignore 1 weights .model.layers.1.self_attn.q_proj.lora_A, ...."),
     ],
-    ids=["adapter", "wrapper"],
+    ids=["adapter", "wrapper", "added weights"],
 )
-def test_a_model_that_from_pretrained_would_load_with_random_weights_is_not_saved(make, found, tmp_path):
+def test_a_model_that_from_pretrained_would_not_load_as_it_is_is_not_saved(make, found, tmp_path):
     model = make()
     state = TrainState(model, make_optimizer(model, memory="off"))
-    message = f"from_pretrained would initialize {found}, ....: merge adapters first .merge_and_unload., and save"
+    message = f"from_pretrained would {found}, because LlamaForCausalLM names its weights otherwise: merge adapters"
     for save in (
         lambda: check_space(state, tmp_path, saves=1, keep=None),
         lambda: save_checkpoint(state, tmp_path, ACCELERATOR),

@@ -128,9 +128,19 @@ def test_no_space_is_inserted_between_prompt_and_response(scheme):
         assert text.removeprefix(" ") == f"c:{response}"
 
 
-def test_a_cut_keeps_all_tokens_that_a_translation_tokenizer_adds():
+def translation_tokenizer(**languages):
     vocabulary = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{c}", -2.0) for c in "abcdefgh")]
-    tokenizer = MBartTokenizer(vocab=vocabulary, src_lang="en_XX", tgt_lang="ro_RO")
+    return MBartTokenizer(vocab=vocabulary, **languages)
+
+
+def test_a_translation_tokenizer_without_a_target_language_is_refused():
+    with pytest.raises(UsageError, match="no tgt_lang, so it would encode responses as en_XX: set src_lang and"):
+        encode_seq2seq(translation_tokenizer(src_lang="en_XX"), max_seq_len=8)
+    encode_seq2seq(translation_tokenizer(src_lang="en_XX", tgt_lang="en_XX"), max_seq_len=8)
+
+
+def test_a_cut_keeps_all_tokens_that_a_translation_tokenizer_adds():
+    tokenizer = translation_tokenizer(src_lang="en_XX", tgt_lang="ro_RO")
     row = {"prompt": "a b c d e f g h", "response": "b a d c f e h g"}
     for max_seq_len in (5, 6, 64):
         encoded = encode_seq2seq(tokenizer, max_seq_len=max_seq_len)(row)

@@ -143,12 +143,17 @@ def break_tokenizer(folder):
     (folder / "tokenizer.json").write_text('{"version": "1.0", "added_tokens": [], "model": {"type": "BPEv9"}}')
 
 
+def add_code(folder, file, **fields):
+    edit_json(folder / file, **fields)
+    (folder / "code.py").write_text(f"open({str(folder / 'it_ran')!r}, 'w')")
+
+
 FAULTS = {
     "a pointer of git lfs": (
         lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
-        r"model .*model cannot be loaded \(SafetensorError: .*\): check its files, or use another model",
+        r"/model.safetensors cannot be read \(SafetensorError: .*\): copy or download it again",
     ),
-    "cut weights": (cut_weights, "model .*model cannot be loaded .*not fully covered.: check its files"),
+    "cut weights": (cut_weights, "/model.safetensors cannot be read .*not fully covered.: copy or download it again"),
     "a larger vocabulary": (
         lambda folder: edit_json(folder / "config.json", vocab_size=400),
         r"2 weights of the model .*model do not have .*lm_head.weight has \[384, 32\] instead of \[400, 32\], ...\): "
@@ -173,6 +178,24 @@ FAULTS = {
         lambda folder: (folder / "config.json").write_text('{"model_type": "llama", '),
         "model .*model cannot be loaded .*not a valid JSON file.*: check its files",
     ),
+    "a damaged generation config": (
+        lambda folder: (folder / "generation_config.json").write_text('{"max_length": '),
+        "model .*model cannot be loaded .*not a valid JSON file.*: check its files",
+    ),
+    "an adapter": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        r"model holds an adapter \(adapter_config.json\): merge it into its model",
+    ),
+    "a model with its own code": (
+        lambda folder: add_code(folder, "config.json", model_type="new", auto_map={"AutoConfig": "code.C"}),
+        "model .*model cannot be loaded .*contains custom code .*: lowmem never runs the code of a model's files",
+    ),
+    "a tokenizer with its own code": (
+        lambda folder: add_code(
+            folder, "tokenizer_config.json", tokenizer_class="T", auto_map={"AutoTokenizer": ["code.T", None]}
+        ),
+        "no tokenizer can be loaded from .*contains custom code .*: lowmem never runs the code of a model's files",
+    ),
     "a newer tokenizer": (
         break_tokenizer,
         r"no tokenizer can be loaded from .*model \(Exception: data did not match .*update transformers and tokenizers",
@@ -191,6 +214,7 @@ def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(fault, on_meta, tm
     with pytest.raises(UsageError, match=message) as caught:
         load_model(tmp_path / "model", on_meta=on_meta)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "model" / "it_ran").exists()
 
 
 @pytest.mark.parametrize(

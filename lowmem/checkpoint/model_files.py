@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lowmem.distributed.placement import unwrapped
+from lowmem.distributed.placement import original_class, unwrapped
 from lowmem.errors import UsageError
+from lowmem.model.build import rebuilt_on_meta
 from lowmem.storage.files import FileRecord, record_file, sync, to_json, write_file
 
 Config = Mapping[str, object] | None
@@ -24,13 +24,14 @@ Config = Mapping[str, object] | None
 _PROCESSOR_FILES = ("*processor_config.json", "audio_tokenizer_config.json", "chat_template.json")
 
 # by model, because building its class takes a tenth of a second, and every save needs the names
-_EXPECTED: WeakKeyDictionary[PreTrainedModel, Set[str]] = WeakKeyDictionary()
+_EXPECTED: WeakKeyDictionary[PreTrainedModel, Set[str] | None] = WeakKeyDictionary()
 
 
 def check_loadable(model: nn.Module) -> None:
-    """Raise UsageError if `from_pretrained` would find weights missing, because the model has other names for them.
+    """Raise UsageError if `from_pretrained` would not load exactly this model's weights, because names differ.
 
-    Adapters (PEFT) and wrappers rename weights. Builds the model's class on the meta device to get its names.
+    Adapters (PEFT, loralib) and wrappers rename or add weights. Builds the model's class on the meta device to get its
+    names.
     """
     base = unwrapped(model)
     if not isinstance(getattr(base, "config", None), PretrainedConfig):
@@ -39,20 +40,17 @@ def check_loadable(model: nn.Module) -> None:
     if inner is None:
         return
     if inner not in _EXPECTED:
-        _EXPECTED[inner] = _names_of_class(inner)
-    if missing := sorted(_EXPECTED[inner] - base.state_dict(keep_vars=True).keys()):
-        found = f"from_pretrained would initialize {len(missing)} weights of {_original_class(inner).__name__} randomly"
-        found += f", because the model has no weights of their names ({missing[0]}, ...)"
+        rebuilt = rebuilt_on_meta(inner, torch.float32)
+        _EXPECTED[inner] = None if rebuilt is None else frozenset(rebuilt.state_dict())
+    if (expected := _EXPECTED[inner]) is None:
+        return
+    names = base.state_dict(keep_vars=True).keys()
+    missing, unknown = sorted(expected - names), sorted(names - expected)
+    if missing or unknown:
+        does, names = ("initialize {} randomly", missing) if missing else ("ignore {}", unknown)
+        does = does.format(f"{len(names)} weights ({names[0]}, ...)")
+        found = f"from_pretrained would {does}, because {original_class(inner).__name__} names its weights otherwise"
         raise UsageError(f"{found}: merge adapters first (merge_and_unload), and save the model without a wrapper")
-
-
-def _names_of_class(model: PreTrainedModel) -> Set[str]:
-    """Return the names of the weights that the model's class makes; none if a user's class needs more than a config."""
-    try:
-        with torch.device("meta"):
-            return frozenset(_original_class(model)(copy.deepcopy(model.config)).state_dict())
-    except TypeError:
-        return frozenset()
 
 
 def write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config) -> dict[Path, FileRecord]:
@@ -60,7 +58,7 @@ def write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config)
     base, tensors = unwrapped(model), set(folder.iterdir())
     if hasattr(base, "config"):
         model_config = copy.deepcopy(base.config)
-        model_config.architectures = [_original_class(base).__name__]
+        model_config.architectures = [original_class(base).__name__]
         model_config.dtype = base.dtype
         model_config.save_pretrained(folder)
     if tokenizer is not None:
@@ -84,11 +82,6 @@ def write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config)
     if config is not None:
         records[folder / "lowmem.json"] = write_file(folder / "lowmem.json", [to_json(dict(config))])
     return records
-
-
-def _original_class(model: nn.Module) -> type:
-    """Return the model's class before fully_shard, which replaces it by a subclass of both it and FSDPModule."""
-    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def _processor_files(source: str) -> Iterator[tuple[str, bytes]]:

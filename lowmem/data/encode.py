@@ -80,7 +80,14 @@ def _checked(encode: Encode, tokenizer: Tokenizer, num_embeddings: int) -> Encod
 def encode_seq2seq(
     tokenizer: Tokenizer, *, max_seq_len: int, prompt_column: str = "prompt", response_column: str = "response"
 ) -> Encode:
-    """Encode prompt -> response for encoder-decoder models. Truncates each to `max_seq_len`, but keeps end tokens."""
+    """Encode prompt -> response for encoder-decoder models. Truncates each to `max_seq_len`, but keeps end tokens.
+
+    Raises UsageError if a translation tokenizer has no target language.
+    """
+    source = getattr(tokenizer, "src_lang", None)
+    if source is not None and getattr(tokenizer, "tgt_lang", "") is None:
+        found = f"{type(tokenizer).__name__} has no tgt_lang, so it would encode responses as {source}"
+        raise UsageError(f"{found}: set src_lang and tgt_lang in its tokenizer_config.json (the same for one language)")
     of_prompt, of_response = _added(tokenizer, "text"), _added(tokenizer, "text_target")
 
     def encode(row: Mapping[str, object]) -> EncodedRow:

@@ -80,8 +80,10 @@ def check_packing(model: nn.Module) -> None:
     # In tests, `seen` was at least 28 % of `seen_as_one` if documents affected each other, else 1e-6 of it (rounding).
     # The second term is for a new model in which no token affects another yet: both values are then just rounding.
     if not seen <= 0.1 * seen_as_one + 1e-6 * size:
-        kind = f"{type(base).__name__} with attn_implementation={base.config._attn_implementation}"
-        raise UsageError(f"in {kind}, packed documents affect each other: train without packing, or try sdpa attention")
+        attention = base.config._attn_implementation
+        found = f"in {type(base).__name__} with attn_implementation={attention}, packed documents affect each other"
+        or_sdpa = ", or try sdpa attention" if base._supports_sdpa and attention != "sdpa" else ""
+        raise UsageError(f"{found}: train without packing{or_sdpa}")
 
 
 def _even_bins(rows: Sequence[Document], capacity: int, micro_batches: int) -> list[list[Document]]:

@@ -45,10 +45,10 @@ def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator
         with raise_on_all_ranks():
             if not model.name_or_path:
                 raise UsageError("the model has neither data nor files: build it with data (on_meta=False) on rank 0")
-            folder = Path(model.name_or_path)
-            if (stored := stored_weights(model, folder)) is None:
-                raise UsageError(f"{folder} does not hold all weights of this model: set on_meta=False")
-            tensors = model.state_dict(keep_vars=True)
+            try:
+                stored, tensors = stored_weights(model, Path(model.name_or_path)), model.state_dict(keep_vars=True)
+            except ValueError as error:
+                raise UsageError(f"{error}: set on_meta=False") from error
             for name, source in stored.items():
                 read_local(tensors[name].data, source)
             if empty := sorted(name for name, built in buffers.items() if built.is_meta and name not in stored):
@@ -61,10 +61,11 @@ def read_local(tensor: Tensor, stored: StoredTensor) -> None:
     stored.copy_part(local, row, column)
 
 
-def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor] | None:
+def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor]:
     """Return each parameter and persistent buffer as stored in `folder`, by name (tied weights: by their first name).
 
-    Returns None if one is missing, or if tied weights differ in the files, because transformers would then untie them.
+    Raises ValueError if the files lack one, or have it in another shape, or if tied weights differ in them, because
+    transformers would then untie them.
     """
     files = open_shards(folder, "model")
     aliases: dict[Tensor, list[str]] = {}
@@ -72,9 +73,14 @@ def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor] | 
         aliases.setdefault(tensor, []).append(name)
     found = {}
     for tensor, names in aliases.items():
-        stored = [files[name] for name in names if name in files and files[name].shape == [*tensor.shape]]
-        if not stored or not all(_are_equal(stored[0], other) for other in stored[1:]):
-            return None
+        stored = [files[name] for name in names if name in files]
+        what = f"{folder} cannot fill {names[0]}"
+        if not stored:
+            raise ValueError(f"{what}, which is not in its files")
+        if stored[0].shape != [*tensor.shape]:
+            raise ValueError(f"{what} {[*tensor.shape]}, which its files have as {stored[0].shape}")
+        if not all(_are_equal(stored[0], other) for other in stored[1:]):
+            raise ValueError(f"{what}, which is tied to {stored[-1].name}, but differs from it in its files")
         found[names[0]] = stored[0]
     return found
 

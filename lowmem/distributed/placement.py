@@ -73,6 +73,11 @@ def given_or_only_rank(rank: int | None, world_size: int | None) -> tuple[int, i
     return rank or 0, world_size or 1
 
 
+def original_class(model: nn.Module) -> type:
+    """Return the model's class before fully_shard, which replaces it by a subclass of both it and FSDPModule."""
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` or ZeRO stage 3 shards the weights, so that each backward sums gradients over ranks."""
     return isinstance(unwrapped(model), FSDPModule) or uses_zero3(model)

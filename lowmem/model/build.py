@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lowmem.config.presets import MODEL_SHAPES
-from lowmem.distributed.placement import unwrapped
+from lowmem.distributed.placement import original_class, unwrapped
 from lowmem.errors import UsageError, is_out_of_memory
 
 
@@ -47,7 +47,8 @@ def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
 def build_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
     """Build a model with random fp32 weights and transformers' `attention` implementation, in training mode."""
     with building(f"the config of {config.name_or_path or config.model_type}"):
-        return auto_class(config).from_config(config, dtype=torch.float32, attn_implementation=attention).train()
+        options = {"dtype": torch.float32, "attn_implementation": attention, "trust_remote_code": False}
+        return auto_class(config).from_config(config, **options).train()
 
 
 def config_from(model_config: PretrainedConfig | Mapping[str, object] | str | Path) -> PretrainedConfig:
@@ -68,7 +69,8 @@ def config_from(model_config: PretrainedConfig | Mapping[str, object] | str | Pa
 def model_from(config: PretrainedConfig, dtype: torch.dtype, *, on_meta: bool) -> PreTrainedModel:
     """Build a model with random weights or, with `on_meta`, with weights on the meta device."""
     with init_empty_weights() if on_meta else nullcontext():
-        model = auto_class(config).from_config(config, dtype=dtype, **attention_options(config))
+        options = {"dtype": dtype, "trust_remote_code": False} | attention_options(config)
+        model = auto_class(config).from_config(config, **options)
     if on_meta:
         model.tie_weights()  # because init_empty_weights has untied the weights
     return model
@@ -101,15 +103,22 @@ def convert_buffers(model: nn.Module) -> None:
     buffers = {name: buffer for name, buffer in base.named_buffers() if buffer.dtype == torch.float32}
     if not isinstance(base, PreTrainedModel) or all(name.endswith("inv_freq") for name in buffers):
         return
-    try:
-        in_bf16 = model_from(copy.deepcopy(base.config), torch.bfloat16, on_meta=True)
-    except UsageError:  # a user's own class
+    if (in_bf16 := rebuilt_on_meta(base, torch.bfloat16)) is None:
         return
     # BART's bias is added to logits, which are fp32 in the loss
     kept = re.compile("|".join(["final_logits_bias", *(base._keep_in_fp32_modules_strict or ())]))
     for name, buffer in in_bf16.named_buffers():
         if buffer.dtype == torch.bfloat16 and name in buffers and not kept.search(name):
             buffers[name].data = buffers[name].data.to(torch.bfloat16)
+
+
+def rebuilt_on_meta(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel | None:
+    """Build the model's class again, on the meta device; return None if a user's class needs more than a config."""
+    try:
+        with torch.device("meta"):
+            return original_class(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    except TypeError:
+        return None
 
 
 def building(config: str) -> AbstractContextManager[None]:
@@ -131,6 +140,8 @@ def as_usage_error(what: str, advice: str) -> Iterator[None]:
             raise
         if isinstance(error, ImportError):
             advice = "install the missing package, or use another model"
+        elif "custom code" in str(error):  # transformers' words with trust_remote_code=False
+            advice = "lowmem never runs the code of a model's files, so use a model that transformers supports itself"
         raise UsageError(f"{what} ({reason_of(error)}): {advice}") from error
 
 

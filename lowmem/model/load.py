@@ -11,6 +11,7 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -55,12 +56,13 @@ def load_model(
     """
     if (model_name_or_path is None) == (model_config is None):
         raise UsageError("load_model needs exactly one of model_name_or_path and model_config: set one of them")
-    if model_name_or_path is not None:
-        _check_exists(str(model_name_or_path), "config.json")
+    # first, because errors in config.json also keep transformers from loading the tokenizer
+    pretrained = None if model_name_or_path is None else _pretrained_config(str(model_name_or_path))
     tokenizer = _load_tokenizer(tokenizer_name_or_path or model_name_or_path)
-    if model_name_or_path is not None:
-        model = _pretrained_on_meta(str(model_name_or_path), dtype) if on_meta else None
-        model = model or _from_pretrained(str(model_name_or_path), dtype)
+    if pretrained is not None:
+        model = _pretrained_on_meta(pretrained, dtype) if on_meta else None
+        model = model or _from_pretrained(pretrained, dtype)
+        _read_generation_config(model)
     else:
         config = config_from(model_config)
         is_named = isinstance(model_config, str | Path)
@@ -75,11 +77,15 @@ def load_model(
 
 def config_of(model: str) -> PretrainedConfig:
     """Load the config of a model folder, hub name, config.json or name in MODEL_SHAPES, or raise UsageError."""
-    if model in MODEL_SHAPES or Path(model).is_file():
-        return config_from(model)
-    _check_exists(model, "config.json")
-    with _loading(model):
-        return AutoConfig.from_pretrained(model)
+    return config_from(model) if model in MODEL_SHAPES or Path(model).is_file() else _pretrained_config(model)
+
+
+def _pretrained_config(name: str) -> PretrainedConfig:
+    if (Path(name) / "adapter_config.json").is_file():
+        raise UsageError(f"{name} holds an adapter (adapter_config.json): merge it into its model (merge_and_unload)")
+    _check_exists(name, "config.json")
+    with _loading(name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def _check_exists(name: str, file: str) -> None:
@@ -92,8 +98,11 @@ def _check_exists(name: str, file: str) -> None:
         return
     with as_usage_error(f"{name} is neither a folder nor a name on the Hugging Face hub", "set an existing folder"):
         is_cached = isinstance(try_to_load_from_cache(name, file), str)
-    if is_cached or constants.HF_HUB_OFFLINE:
+    if is_cached:
         return
+    if constants.HF_HUB_OFFLINE:
+        found = f"{name} is not a folder, nor among the files that the Hugging Face hub has cached"
+        raise UsageError(f"{found}, and HF_HUB_OFFLINE is set: set an existing folder")
     address = urlsplit(constants.ENDPOINT)
     try:
         if not getproxies():
@@ -115,36 +124,36 @@ def _loading(name: str) -> AbstractContextManager[None]:
     return as_usage_error(f"the model {name} cannot be loaded", "check its files, or use another model")
 
 
-def _pretrained_on_meta(name: str, dtype: torch.dtype) -> PreTrainedModel | None:
+def _pretrained_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel | None:
     """Build the model on the meta device. Print a line and return None if its files cannot be read tensor by tensor."""
+    name = config.name_or_path
     is_local = Path(name).is_dir()
     with _loading(name):
         folder = Path(name if is_local else snapshot_download(name, allow_patterns=["*.safetensors*", "*.json"]))
-        config = AutoConfig.from_pretrained(folder)
         model = model_from(config, dtype, on_meta=True)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
     try:
         if hasattr(config, "quantization_config"):  # the files may have the model's names and shapes, but other values
             raise ValueError("the files are quantized")
-        if stored_weights(model, folder) is None:
-            raise ValueError("the files have other tensor names, or tied weights differ")
+        stored_weights(model, folder)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        print(f"each process loads all weights of {name}, as its files cannot be read per tensor: {reason_of(error)}")
+        print(f"each process loads all weights of {name}, as they cannot be read tensor by tensor: {reason_of(error)}")
         return None
     model.name_or_path = str(folder)
     return model
 
 
-def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    options = {"use_safetensors": True}  # the other formats are pickles, which can run code
+def _from_pretrained(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    name = config.name_or_path
+    for path in sorted(Path(name).glob("*.safetensors")):
+        with as_usage_error(f"{path} cannot be read", "copy or download it again"):
+            safe_open(path, framework="pt")  # because transformers' error does not name the file
+    options = {"use_safetensors": True, "trust_remote_code": False}  # the other formats are pickles, which can run code
     # report weights of another shape below, because transformers' error does not name them
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True} | attention_options(config)
     with _loading(name):
-        config = AutoConfig.from_pretrained(name)
-        model, info = auto_class(config).from_pretrained(name, dtype=dtype, **options, **attention_options(config))
+        model, info = auto_class(config).from_pretrained(name, config=config, dtype=dtype, **options)
     if getattr(model, "hf_quantizer", None) is not None:
         raise UsageError(f"the model {name} has quantized weights, which cannot be trained: use an unquantized model")
     if differing := sorted(info["mismatched_keys"]):
@@ -158,6 +167,14 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def _read_generation_config(model: PreTrainedModel) -> None:
+    # transformers would do without a damaged file, and a model built on meta has read none
+    folder = Path(model.name_or_path)
+    if (folder / "generation_config.json").is_file():
+        with _loading(str(folder)):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
 def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
     if name is None:
         return ByT5Tokenizer()  # works on bytes, so it needs no file
@@ -166,7 +183,8 @@ def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
         _check_exists(str(name), "tokenizer_config.json")
     advice = "check its files, update transformers and tokenizers, or set tokenizer_name_or_path"
     with as_usage_error(f"no tokenizer can be loaded from {name}", advice):
-        tokenizer = (ByT5Tokenizer if is_bytes else AutoTokenizer).from_pretrained(str(name))
+        kind, options = (ByT5Tokenizer, {}) if is_bytes else (AutoTokenizer, {"trust_remote_code": False})
+        tokenizer = kind.from_pretrained(str(name), **options)
         makes_tokens = bool(tokenizer("a", add_special_tokens=False).input_ids)
     if not makes_tokens:
         raise UsageError(f"the tokenizer of {name} produces no tokens, so files are missing: use another tokenizer")
