@@ -33,6 +33,7 @@ from lowmem import (
     open_rows,
     open_stream,
     parallelize,
+    save_model,
     train_step,
 )
 from lowmem.evaluation import Evaluation
@@ -116,7 +117,7 @@ def _small(name: str, value: object) -> object:
 def outcomes(
     names: Iterable[str], folder: Path, accelerator: Accelerator, **sharding: str
 ) -> Iterator[dict[str, object]]:
-    """Train each architecture for four steps in fp32 and in the exact tier, evaluate it and let it answer.
+    """Train each architecture for four steps in fp32 and in the exact tier, evaluate it, let it answer and save it.
 
     Yields records with `name`, `memory` and one of `losses`, `refused` (a line) and `failed` (a traceback).
     """
@@ -159,6 +160,8 @@ def _losses(config: Path, memory: str, accelerator: Accelerator, sharding: Mappi
             for _, batches in zip(range(4), stream, strict=False)
         ]
     measure(rows)
+    saved = save_model(model, config.parent / "saved", tokenizer=tokenizer)
+    load_model(saved)  # refuses weights that are missing or have another shape
     return [result.loss.item() for result in results]
 
 

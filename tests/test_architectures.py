@@ -32,12 +32,11 @@ def test_every_architecture_is_trained_or_refused_in_one_line(half, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert [record["failed"] for record in records if "failed" in record] == []
     assert sorted({record["name"] for record in records}) == names
-    trained = [record for record in records if "losses" in record]
-    for record in trained:
-        assert record["losses"][-1] < record["losses"][0], record
-    assert {record["name"] for record in trained} >= set(FAMILIES) & set(names)
-    assert len({record["name"] for record in trained}) >= 0.75 * len(names)
+    trained = set(names) - {record["name"] for record in records if "refused" in record}  # in both tiers
+    assert trained >= set(FAMILIES) & set(names)
+    assert len(trained) >= 0.75 * len(names)
     for record in records:
+        assert "refused" in record or record["losses"][-1] < record["losses"][0], record
         assert "\n" not in record.get("refused", ""), record
     print(*(f"{record['name']}: {record['refused']}" for record in records if "refused" in record), sep="\n")
 

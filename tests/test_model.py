@@ -39,14 +39,16 @@ def saved_tokenizer(folder):
 
 @pytest.mark.parametrize("form", ["name", "file", "fields", "config"])
 def test_a_config_may_be_a_name_a_file_fields_or_an_object(form, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    fields = LLAMA | {"_name_or_path": "another model"}  # as transformers 4 wrote it
+    (tmp_path / "config.json").write_text(json.dumps(fields))
     forms = {
         "name": "t5-tiny",
         "file": tmp_path / "config.json",
-        "fields": LLAMA,
-        "config": AutoConfig.for_model(**LLAMA),
+        "fields": fields,
+        "config": AutoConfig.for_model(**fields),
     }
     model, tokenizer = load_model(model_config=forms[form])
+    assert not model.name_or_path
     assert model.training and model.config.eos_token_id == tokenizer.eos_token_id
     assert model.config.pad_token_id == tokenizer.pad_token_id
 

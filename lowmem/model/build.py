@@ -52,14 +52,19 @@ def build_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
 
 
 def config_from(model_config: PretrainedConfig | Mapping[str, object] | str | Path) -> PretrainedConfig:
-    """Return a copy of a config, or make one from its fields, a config.json or a name in MODEL_SHAPES."""
+    """Return a copy of a config, or make one from its fields, a config.json or a name in MODEL_SHAPES.
+
+    It has no `name_or_path`, because the new model takes nothing from the folder of another.
+    """
     if isinstance(model_config, PretrainedConfig):
-        return copy.deepcopy(model_config)
+        config = copy.deepcopy(model_config)
+        config.name_or_path = ""
+        return config
     fields = model_config
     if isinstance(model_config, str | Path):
         with as_usage_error(f"model_config {model_config} cannot be read", "use a config.json of transformers"):
             fields = MODEL_SHAPES.get(str(model_config)) or dict(json.loads(Path(model_config).read_text()))
-    fields = dict(fields)
+    fields = {name: value for name, value in dict(fields).items() if name != "_name_or_path"}
     if "model_type" not in fields:
         raise UsageError("model_config has no model_type: add it (llama, t5, ...), as in transformers' config.json")
     with as_usage_error("transformers does not accept model_config", "correct its fields"):
