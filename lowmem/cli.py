@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -21,7 +21,7 @@ from lowmem.config.parse import named_fields, resolve
 from lowmem.config.sizes import parse_bytes
 from lowmem.config.train_config import TrainConfig, fields_where
 from lowmem.distributed.launcher import launched_settings
-from lowmem.distributed.signals import ignore_closed_output
+from lowmem.distributed.signals import discard_output, ignore_closed_output
 from lowmem.errors import UsageError
 from lowmem.job.run import run
 from lowmem.job.supervise import report_error
@@ -114,9 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and re.match("--local[_-]rank=", arguments[0]):  # old launchers put this flag before the command
         del arguments[0]
+    ignore_closed_output()  # now, so that no file which the run opens gets the number of stdout or stderr
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # escape characters that the terminal cannot show
-    with contextlib.redirect_stdout(_PipeSafeStream(sys.stdout)) as output:
+    outputs = [_SafeStream(sys.stdout), _SafeStream(sys.stderr)]
+    with contextlib.redirect_stdout(outputs[0]), contextlib.redirect_stderr(outputs[1]):
         try:
             if not arguments or {"-h", "--help", "help"} & set(arguments):
                 print(help_text())
@@ -125,12 +128,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 code = _start(_parse(arguments), arguments)
         except Exception as error:
             code = report_error(error)
-        output.flush()  # otherwise the interpreter's flush at exit would raise BrokenPipeError
+    for output in outputs:
+        output.end()
     return code
 
 
-class _PipeSafeStream:
-    """A text stream that discards its output once the reader has closed the pipe (as `| head -1` does)."""
+class _SafeStream:
+    """A text stream that drops what cannot be written: no reader (as with `| head -1`), no terminal, a full disk."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -139,15 +143,26 @@ class _PipeSafeStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        return self._ignore_broken_pipe(self._stream.write, text)
+        with self._ignoring_errors():
+            self._stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        self._ignore_broken_pipe(self._stream.flush)
+        with self._ignoring_errors():
+            self._stream.flush()
 
-    def _ignore_broken_pipe(self, do: Callable[..., int | None], *arguments: str) -> int | None:
+    def end(self) -> None:
+        """Flush, or discard what cannot be written: the interpreter's flush at exit would change the exit code."""
         try:
-            return do(*arguments)
-        except BrokenPipeError:
+            self._stream.flush()
+        except OSError:
+            discard_output(self._stream.fileno())
+
+    @contextlib.contextmanager
+    def _ignoring_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
             ignore_closed_output()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 
@@ -29,7 +30,7 @@ def write_exit(folder: Path, cause: str, message: str = "", *, step: int | None,
     launch = this_launch()
     record = {"cause": cause, "code": CODES[cause], "message": message, "step": step, "rank": rank}
     record |= {"host": launch["host"], "launch": launch, "time": datetime.now(UTC).isoformat()}
-    unfinished, path = folder / f".exit-{launch['host']}-{os.getpid()}.json", folder / "exit.json"
+    unfinished, path = folder / f".exit-{uuid4().hex}.json", folder / "exit.json"
     try:
         unfinished.write_text(json.dumps(record, indent=2) + "\n")
         try:

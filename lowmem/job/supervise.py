@@ -80,8 +80,7 @@ def report_error(error: Exception) -> int:
         lines = traceback.format_exception(error)
         if isinstance(error, _WITHOUT_TRACEBACK):
             lines = [f"error{where}: {error}\n"]
-        with suppress(OSError):  # stderr may be closed
-            print(*lines, sep="", end="", file=sys.stderr, flush=True)
+        print(*lines, sep="", end="", file=sys.stderr, flush=True)
     heartbeat.report_end(message_of(error))
     return CODES[cause_of(error)]
 
