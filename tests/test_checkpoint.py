@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from lowmem.checkpoint.load import latest_checkpoint, load_checkpoint
-from lowmem.checkpoint.manifest import checkpoints, read_manifest, step_of, verify_checkpoint
+from lowmem.checkpoint.manifest import checkpoints, step_of, verify_checkpoint
 from lowmem.checkpoint.resume import check_same_tokenizer
 from lowmem.checkpoint.save import check_space, save_checkpoint, save_model
+from lowmem.checkpoint.saved import read_manifest
 from lowmem.checkpoint.tensors import named_parameters
 from lowmem.config.train_config import TIERED_OPTIMIZERS
 from lowmem.data.encode import encode_causal, encode_seq2seq

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lowmem.checkpoint.manifest import checkpoints, read_manifest, verify_checkpoint
+from lowmem.checkpoint.manifest import checkpoints, verify_checkpoint
+from lowmem.checkpoint.saved import read_manifest
 from lowmem.errors import SaveError, UsageError
 from lowmem.optim.formats import merge_halves
 from lowmem.storage.atomic_folder import atomic_folder

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lowmem.checkpoint.load import first_valid, saved_settings, verify_together
+from lowmem.checkpoint.load import first_valid, verify_together
 from lowmem.checkpoint.manifest import checkpoints
+from lowmem.checkpoint.saved import saved_settings
 from lowmem.distributed.collectives import gather_json, on_main_rank, rank_and_world_size
 from lowmem.distributed.consistency import tokenizer_digest
 from lowmem.errors import UsageError

@@ -34,7 +34,7 @@ def print_and_exit(
 
 
 def ignore_closed_output() -> None:
-    """Discard all further output to stdout or stderr if it is closed (`>&-`), or if its reader (`| head -1`) is gone."""
+    """Discard all further output to stdout or stderr if it is closed, or if its reader (`| head -1`) is gone."""
     poll = select.poll()
     for descriptor in (1, 2):
         poll.register(descriptor, 0)  # 0: report only errors, hang-ups and closed descriptors
