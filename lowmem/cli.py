@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import re
 import sys
@@ -17,7 +16,7 @@ from fire.decorators import SetParseFn
 
 from lowmem.checkpoint.verify import verify
 from lowmem.config.help import help_text
-from lowmem.config.parse import named_fields, resolve
+from lowmem.config.parse import named_fields, resolve, typed_fields
 from lowmem.config.sizes import parse_bytes
 from lowmem.config.train_config import TrainConfig, fields_where
 from lowmem.distributed.launcher import launched_settings
@@ -26,6 +25,7 @@ from lowmem.errors import UsageError
 from lowmem.job.run import run
 from lowmem.job.supervise import report_error
 from lowmem.plot import plot
+from lowmem.storage.files import read_json
 
 _EXPORT_DTYPES = ("float32", "bfloat16", "float16", "None")
 
@@ -60,14 +60,14 @@ def _evaluate(**flags: str) -> Job:
     if missing := [f"--{name}" for name in ("model_name_or_path", "test_file") if not flags.get(name)]:
         raise UsageError(f"`evaluate` needs {' and '.join(missing)}")
     trained_with = Path(os.path.expanduser(flags["model_name_or_path"])) / "lowmem.json"
-    try:
-        saved = dict(json.loads(trained_with.read_text())) if trained_with.exists() else {}
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{trained_with} cannot be read ({error}): delete it, and set the flags instead") from error
+    advice = "delete it, and set the flags instead"
+    saved = read_json(trained_with, advice=advice) if os.path.exists(trained_with) else {}
+    if not isinstance(saved, dict):
+        raise UsageError(f"{trained_with} is not an object: {advice}")
     given = {name: saved[name] for name in (*TrainConfig().encoding, "loss") if name in saved}
     if saved.get("mixed_precision") == flags.get("mixed_precision", saved.get("mixed_precision")) == "bf16":
         given |= {"mixed_precision": "bf16", "memory": saved.get("memory", "off")}
-    return Job("evaluate", {"config": _resolve(flags, given)})
+    return Job("evaluate", {"config": _resolve(flags, typed_fields(given, trained_with))})
 
 
 @SetParseFn(str)

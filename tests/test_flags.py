@@ -165,7 +165,7 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({"config": "/nowhere.yaml"}, "cannot be read"),
         ({"output_dir": ""}, "--output_dir is empty"),
         ({"output_dir": " "}, "--output_dir is empty"),
-        ({"output_dir": ["a", "b"]}, "--output_dir=['a', 'b'] must be a single value"),
+        ({"output_dir": ["a", "b"]}, "--output_dir must be a single value, not a list"),
         ({"report_to": "none,printer"}, "--report_to=none must be one of tensorboard"),
         ({"train_file": ""}, "--train_file is empty"),
         ({"output_dir": "True"}, "--output_dir needs a value"),

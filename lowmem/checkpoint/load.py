@@ -13,7 +13,7 @@ from lowmem.distributed.collectives import raise_on_all_ranks, rank_and_world_si
 from lowmem.distributed.dtensor import is_in_columns
 from lowmem.distributed.fill import read_local
 from lowmem.distributed.heartbeat import phase
-from lowmem.errors import UsageError
+from lowmem.errors import UsageError, one_line
 from lowmem.optim.state import fill_state, needs_rounding, round_state, state_differences
 from lowmem.step import TrainState
 from lowmem.storage.tensor_files import open_shards, tensor_differences
@@ -33,7 +33,7 @@ def first_valid(paths: Iterable[Path], verify: Callable[[Path], None], *, silent
             verify(path)
         except UsageError as error:
             if not silent:
-                print(f"skipped a checkpoint: {error}", flush=True)
+                print(f"skipped a checkpoint: {one_line(error)}", flush=True)
         else:
             return path
     return None

@@ -1,8 +1,8 @@
 """Read the JSON files of a checkpoint, and check the type and range of each field. Imports no torch."""
 
 import json
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from reprlib import repr as shortened
@@ -44,8 +44,9 @@ def _is_name(name: str) -> bool:
 _COUNT = _Rule("an integer from 0 to 2**63 - 1", lambda value: type(value) is int and 0 <= value < 2**63)
 _POSITIVE = _Rule("an integer from 1 to 2**63 - 1", lambda value: _COUNT.allows(value) and value > 0)
 _SEED = _Rule("an integer of up to 64 bits", lambda value: type(value) is int and -(2**63) <= value < 2**64)
-_NUMBER = _Rule("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value))
+_NUMBER = _Rule("a finite number", lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max)
 _TEXT = _Rule("text", lambda value: isinstance(value, str))
+_SWITCH = _Rule("true or false", lambda value: isinstance(value, bool))
 _OBJECT = _Rule("an object", lambda value: isinstance(value, dict))
 _NAMES = _Rule("a list of names", lambda value: isinstance(value, list) and all(map(_TEXT.allows, value)))
 _TIER = _Rule(f"one of {', '.join(choices('memory'))}", lambda value: value in choices("memory"))
@@ -57,7 +58,8 @@ _STATE = {"step": _COUNT, "updates": _COUNT.if_set(), "best": _OBJECT.or_null(),
 _STATE |= {"stream": _OBJECT.or_null(), "tokenizer": _TEXT.or_null().if_set(), "optimizer": _TEXT}
 _STATE |= {"memory": _TIER.if_set(), "parameters": _NAMES.if_set()}
 _BEST = {"step": _COUNT, "eval_loss": _NUMBER}
-_STREAM = {"position": _COUNT, "num_rows": _POSITIVE, "global_batch_size": _POSITIVE, "files": _NAMES.if_set()}
+_STREAM = {"position": _COUNT, "num_rows": _POSITIVE, "row_groups": _TEXT, "files": _NAMES.if_set()}
+_STREAM |= {"shuffle": _SWITCH, "seed": _SEED, "global_batch_size": _POSITIVE}
 _SETTINGS = {"memory": _TIER.or_null().if_set(), "template_time": _TEXT.or_null().if_set()}
 
 

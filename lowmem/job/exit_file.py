@@ -57,7 +57,7 @@ def final_exit(folder: Path) -> Mapping[str, object] | None:
         is_final = record["cause"] in _FINAL and _is_of_this_launch(record["launch"], record["time"])
     except (OSError, ValueError, KeyError, TypeError):  # missing, or not in our format
         return None
-    return record if is_final else None
+    return record | {"code": CODES[record["cause"]]} if is_final else None
 
 
 def this_launch() -> dict[str, object]:
