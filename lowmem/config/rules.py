@@ -126,10 +126,8 @@ def _out_of_range(config: TrainConfig) -> list[str]:
         value = getattr(config, name)
         if value and not re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", value) and not os.path.isdir(value):
             problems.append(f"--{name}={value} is neither a folder nor the name of a model on the hub")
-        if value and os.path.isfile(config_of_run := os.path.join(value, "model", "config.json")):
-            problems.append(
-                f"--{name}={value} is the output of a run, not a model: use {os.path.dirname(config_of_run)}"
-            )
+        if value and os.path.isfile(os.path.join(value, "model", "config.json")):
+            problems.append(f"--{name}={value} is the output of a run, not a model: use {os.path.join(value, 'model')}")
     if config.model_config and config.model_config not in MODEL_SHAPES and not os.path.isfile(config.model_config):
         shapes = ", ".join(MODEL_SHAPES)
         problems.append(f"--model_config={config.model_config} is neither a file nor one of {shapes}")
