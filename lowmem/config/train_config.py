@@ -75,7 +75,7 @@ class TrainConfig(Groups):
     """Instead of prompt or text: chats, lists of {"role", "content"}. Assistant turns are targets (causal models)."""
     template_time: str | None = setting(on_resume="fixed", in_evaluate=True)
     """The time that chat templates print, such as 2026-01-31T12:00:00. Default: when the run started."""
-    max_seq_len: int = setting(512, at_least=1, on_resume="fixed", in_evaluate=True)
+    max_seq_len: int = setting(512, at_least=1, below=2**24, on_resume="fixed", in_evaluate=True)
     """Maximum tokens per sequence; longer rows are cut and counted. T5-like models: per prompt and per response."""
     packing: bool = False
     """Put several rows in a sequence of at most max_seq_len tokens (causal models). The gradient stays the same."""
