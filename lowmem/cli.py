@@ -2,11 +2,10 @@
 
 import contextlib
 import io
-import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -17,15 +16,16 @@ from fire.decorators import SetParseFn
 
 from lowmem.checkpoint.verify import verify
 from lowmem.config.help import help_text
-from lowmem.config.parse import named_fields, resolve
+from lowmem.config.parse import named_fields, resolve, typed_fields
 from lowmem.config.sizes import parse_bytes
 from lowmem.config.train_config import TrainConfig, fields_where
 from lowmem.distributed.launcher import launched_settings
-from lowmem.distributed.signals import ignore_closed_output
+from lowmem.distributed.signals import discard_output, ignore_closed_output
 from lowmem.errors import UsageError
 from lowmem.job.run import run
 from lowmem.job.supervise import report_error
 from lowmem.plot import plot
+from lowmem.storage.files import read_json
 
 _EXPORT_DTYPES = ("float32", "bfloat16", "float16", "None")
 
@@ -60,14 +60,14 @@ def _evaluate(**flags: str) -> Job:
     if missing := [f"--{name}" for name in ("model_name_or_path", "test_file") if not flags.get(name)]:
         raise UsageError(f"`evaluate` needs {' and '.join(missing)}")
     trained_with = Path(os.path.expanduser(flags["model_name_or_path"])) / "lowmem.json"
-    try:
-        saved = dict(json.loads(trained_with.read_text())) if trained_with.exists() else {}
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{trained_with} cannot be read ({error}): delete it, and set the flags instead") from error
+    advice = "delete it, and set the flags instead"
+    saved = read_json(trained_with, advice=advice) if os.path.exists(trained_with) else {}
+    if not isinstance(saved, dict):
+        raise UsageError(f"{trained_with} is not an object: {advice}")
     given = {name: saved[name] for name in (*TrainConfig().encoding, "loss") if name in saved}
     if saved.get("mixed_precision") == flags.get("mixed_precision", saved.get("mixed_precision")) == "bf16":
         given |= {"mixed_precision": "bf16", "memory": saved.get("memory", "off")}
-    return Job("evaluate", {"config": _resolve(flags, given)})
+    return Job("evaluate", {"config": _resolve(flags, typed_fields(given, trained_with))})
 
 
 @SetParseFn(str)
@@ -114,9 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and re.match("--local[_-]rank=", arguments[0]):  # old launchers put this flag before the command
         del arguments[0]
+    ignore_closed_output()  # now, so that no file which the run opens gets the number of stdout or stderr
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # escape characters that the terminal cannot show
-    with contextlib.redirect_stdout(_PipeSafeStream(sys.stdout)) as output:
+    outputs = [_SafeStream(sys.stdout), _SafeStream(sys.stderr)]
+    with contextlib.redirect_stdout(outputs[0]), contextlib.redirect_stderr(outputs[1]):
         try:
             if not arguments or {"-h", "--help", "help"} & set(arguments):
                 print(help_text())
@@ -125,12 +128,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 code = _start(_parse(arguments), arguments)
         except Exception as error:
             code = report_error(error)
-        output.flush()  # otherwise the interpreter's flush at exit would raise BrokenPipeError
+    for output in outputs:
+        output.end()
     return code
 
 
-class _PipeSafeStream:
-    """A text stream that discards its output once the reader has closed the pipe (as `| head -1` does)."""
+class _SafeStream:
+    """A text stream that drops what cannot be written: no reader (as with `| head -1`), no terminal, a full disk."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -139,15 +143,26 @@ class _PipeSafeStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        return self._ignore_broken_pipe(self._stream.write, text)
+        with self._ignoring_errors():
+            self._stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        self._ignore_broken_pipe(self._stream.flush)
+        with self._ignoring_errors():
+            self._stream.flush()
 
-    def _ignore_broken_pipe(self, do: Callable[..., int | None], *arguments: str) -> int | None:
+    def end(self) -> None:
+        """Flush, or discard what cannot be written: the interpreter's flush at exit would change the exit code."""
         try:
-            return do(*arguments)
-        except BrokenPipeError:
+            self._stream.flush()
+        except OSError:
+            discard_output(self._stream.fileno())
+
+    @contextlib.contextmanager
+    def _ignoring_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
             ignore_closed_output()
 
 

@@ -1,5 +1,13 @@
 """The error classes of lowmem. Most messages say what was requested, what was found, and what to do."""
 
+import re
+
+
+def one_line(message: object) -> str:
+    """Return `message` as one line: control characters escaped, and words of over 500 characters shortened."""
+    printable = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in str(message))
+    return re.sub(r"\S{500,}", lambda word: f"{word[0][:100]}...{word[0][-100:]}", printable)
+
 
 class UsageError(ValueError):
     """A user error. The command line prints it in one line and exits with code 2."""

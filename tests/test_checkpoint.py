@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from lowmem.checkpoint.load import latest_checkpoint, load_checkpoint
-from lowmem.checkpoint.manifest import checkpoints, read_manifest, step_of, verify_checkpoint
-from lowmem.checkpoint.resume import check_same_tokenizer
+from lowmem.checkpoint.manifest import checkpoints, step_of, verify_checkpoint
+from lowmem.checkpoint.resume import check_same_tokenizer, checkpoint_to_resume
 from lowmem.checkpoint.save import check_space, save_checkpoint, save_model
+from lowmem.checkpoint.saved import read_manifest
 from lowmem.checkpoint.tensors import named_parameters
 from lowmem.config.train_config import TIERED_OPTIMIZERS
 from lowmem.data.encode import encode_causal, encode_seq2seq
@@ -307,6 +308,168 @@ def test_a_newer_format_asks_for_an_upgrade(tmp_path):
     (path / "manifest.json").write_text(json.dumps({"manifest": manifest, "xxh3_128": seal}))
     with pytest.raises(UsageError, match="upgrade lowmem"):
         verify_checkpoint(path)
+
+
+def reseal(path, manifest):
+    """Write a manifest with a valid hash."""
+    seal = xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+    (path / "manifest.json").write_text(json.dumps({"manifest": manifest, "xxh3_128": seal}))
+
+
+def rewrite(path, name, content):
+    """Replace a file of a checkpoint, and write its new size and hash to the manifest."""
+    (path / name).write_bytes(content)
+    manifest = read_manifest(path)
+    reseal(path, manifest | {"files": manifest["files"] | {name: record_file(path / name)}})
+
+
+def with_field(content, field, value):
+    """Return a copy of nested dicts with `field`, such as "stream.position", set to `value` (MISSING: removed)."""
+    copied = json.loads(json.dumps(content))
+    *outer, name = field.split(".")
+    inner = copied
+    for key in outer:
+        inner = inner[key]
+    if value is MISSING:
+        del inner[name]
+    else:
+        inner[name] = value
+    return copied
+
+
+MISSING = object()
+NOT_COUNTS = [MISSING, None, True, -1, 2**63, 1.0, "1", [], {}]
+NOT_TEXTS = [None, 1, [], {}]
+STATE_FIELDS = {
+    "step": NOT_COUNTS,
+    "updates": NOT_COUNTS[1:],
+    "best": [1, "x", [], {}, {"step": -1, "eval_loss": 1.0}, {"step": 1, "eval_loss": float("nan")}],
+    "seed": [MISSING, None, True, 2**64, 1.0, "1", [], {}],
+    "stream": [MISSING, 1, "x", [], {}],
+    "stream.position": NOT_COUNTS,
+    "stream.num_rows": [0, *NOT_COUNTS],
+    "stream.row_groups": [MISSING, *NOT_TEXTS],
+    "stream.shuffle": [MISSING, None, 1, "true"],
+    "stream.seed": [MISSING, None, 1.0, "1"],
+    "stream.global_batch_size": [0, *NOT_COUNTS],
+    "stream.files": [None, 1, "x", [1], {}],
+    "tokenizer": [1, [], {}],
+    "optimizer": [MISSING, *NOT_TEXTS],
+    "memory": [None, 1, "small", []],
+    "parameters": [None, 1, "x", [1], {}],
+}
+MANIFEST_FIELDS = {
+    "format": [0, *NOT_COUNTS],
+    "step": [2, *NOT_COUNTS],
+    "files": [MISSING, None, 1, "x", [], {}],
+    "files.notes": [
+        None,
+        1,
+        "x",
+        [],
+        {},
+        {"bytes": -1, "xxh3_128": "0" * 32},
+        {"bytes": 1},
+        {"bytes": 1, "xxh3_128": 1},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory):
+    state = train(new_state(), 1)
+    files = {"tokenizer": ByT5Tokenizer(), "config": {"memory": "off", "template_time": None}}
+    return save_checkpoint(state, tmp_path_factory.mktemp("saved"), ACCELERATOR, **files)
+
+
+def assert_refused(path, *named):
+    with pytest.raises(UsageError, match=": use another checkpoint|upgrade lowmem") as caught:
+        verify_checkpoint(path)
+    message = str(caught.value)
+    assert all(name in message for name in named) and "\n" not in message, message
+    assert latest_checkpoint(path.parent) is None
+
+
+@pytest.mark.parametrize("field", STATE_FIELDS)
+def test_a_wrong_field_of_the_state_is_named_although_all_hashes_are_right(field, one_step, tmp_path):
+    path = shutil.copytree(one_step, tmp_path / one_step.name)
+    state = json.loads((path / "state.json").read_text())
+    for value in STATE_FIELDS[field]:
+        rewrite(path, "state.json", json.dumps(with_field(state, field, value)).encode())
+        assert_refused(path, "state.json", field)
+
+
+@pytest.mark.parametrize("field", MANIFEST_FIELDS)
+def test_a_wrong_field_of_the_manifest_is_named_although_its_hash_is_right(field, one_step, tmp_path):
+    path = shutil.copytree(one_step, tmp_path / one_step.name)
+    manifest = read_manifest(path)
+    for value in MANIFEST_FIELDS[field]:
+        reseal(path, with_field(manifest, field, value))
+        assert_refused(path, field)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/hostname", "a//b", "./state.json", "model/../x", "", ".", "..", "a\0b"])
+def test_a_name_outside_the_checkpoint_is_refused(name, one_step, tmp_path):
+    path = shutil.copytree(one_step, tmp_path / one_step.name)
+    manifest = read_manifest(path)
+    reseal(path, manifest | {"files": manifest["files"] | {name: manifest["files"]["state.json"]}})
+    assert_refused(path, "manifest.json: files has")
+
+
+@pytest.mark.parametrize("name", ["state.json", "model/model.safetensors", "optimizer.safetensors"])
+def test_a_required_file_is_required(name, one_step, tmp_path):
+    path = shutil.copytree(one_step, tmp_path / one_step.name)
+    manifest = read_manifest(path)
+    del manifest["files"][name]
+    reseal(path, manifest)
+    assert_refused(path, f"manifest.json: files does not list {name}")
+
+
+@pytest.mark.parametrize(
+    "name", ["state.json", "model/lowmem.json", "optimizer.safetensors", "model/model.safetensors"]
+)
+@pytest.mark.parametrize("content", [b"", b"[]", b"[" * 10**5, b"9" * 5000, b"\xff" * 8, b"\x02" + bytes(7) + b"{]"])
+def test_a_file_with_a_valid_hash_that_cannot_be_read_is_named(content, name, one_step, tmp_path):
+    path = shutil.copytree(one_step, tmp_path / one_step.name)
+    rewrite(path, name, content)
+    with pytest.raises(UsageError) as caught:
+        verify_checkpoint(path)
+    assert f"{path / name}" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match=name):
+        load_checkpoint(new_state(), path, ACCELERATOR)
+
+
+@pytest.mark.parametrize(
+    "weight_map", [None, [], {}, {"a": "../model.safetensors"}, {"a": 1}, {"a": "other.safetensors"}, {"a": ".."}]
+)
+def test_an_index_may_name_only_files_of_the_checkpoint(weight_map, one_step, tmp_path):
+    path = shutil.copytree(one_step, tmp_path / one_step.name)
+    (path / "model" / "other.safetensors").touch()
+    rewrite(path, "model/model.safetensors.index.json", json.dumps({"weight_map": weight_map}).encode())
+    with pytest.raises(UsageError, match=r"model\.safetensors\.index\.json.* weight_map"):
+        verify_checkpoint(path)
+
+
+def test_a_fifo_in_a_checkpoint_is_not_opened(one_step, tmp_path):
+    for name in ("manifest.json", "state.json"):
+        path = shutil.copytree(one_step, tmp_path / name / one_step.name)
+        (path / name).unlink()
+        os.mkfifo(path / name)
+        assert latest_checkpoint(path.parent) is None
+
+
+def test_a_run_resumes_only_at_the_position_of_its_step(one_step, tmp_path, capsys):
+    checkpoints = tmp_path / "checkpoints"
+    good = shutil.copytree(one_step, checkpoints / "step-00000001")
+    bad = shutil.copytree(one_step, checkpoints / "step-00000002")
+    state = json.loads((bad / "state.json").read_text()) | {"step": 2}
+    rewrite(bad, "state.json", json.dumps(state).encode())
+    reseal(bad, read_manifest(bad) | {"step": 2})
+    assert checkpoint_to_resume("auto", tmp_path) == good
+    found = f"{bad}/state.json: stream.position is 4, but step is 2 with 4 rows per step: use another checkpoint\n"
+    assert capsys.readouterr().out == f"skipped a checkpoint: {found}"
+    with pytest.raises(UsageError, match="stream.position is 4"):
+        checkpoint_to_resume(str(bad), tmp_path)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):

@@ -14,10 +14,13 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 from transformers import ByT5Tokenizer
 
+from lowmem.cli import main
 from lowmem.config.train_config import FIELDS
+from tests.forked import started_ranks
 from tests.models import LLAMA, build, qa_rows
 from tests.processes import PROGRAM, ROOT, environment, run, started, train
 
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
 SHORT = ["--max_steps=2", "--eval_on_start=False", "--max_predict_samples=2", "--batch_size=4", "--logging_steps=1"]
 
 
@@ -42,6 +45,8 @@ def timed(*flags):
     [
         (["train", "--batchsize=3"], "unknown flag --batchsize: did you mean --batch_size?"),
         (["train", "--batch_size=0", "--max_seq_len=-3"], "--max_seq_len=-3 must be at least 1"),
+        (["train", "--seed=a\nb"], r"--seed=a\nb is not an int"),
+        (["train", "--seed=" + "9" * 5000], f"{'9' * 100} is not an int"),
         (["train", "stray"], "flags are --name=value"),
         (["train", "config"], "unexpected argument"),
         (["train", "-", "config"], "unexpected argument"),
@@ -172,6 +177,53 @@ def test_evaluate_takes_columns_lengths_and_precision_from_the_model_folder(prec
         # `evaluate` uses another batch size than the run, so in bf16 its results differ slightly
         expected = {name: value for name, value in measured.items() if name != "step"}
         assert printed == pytest.approx(expected, rel=1e-6 if precision == "no" else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "is not an object: delete it, and set the flags instead"),
+        ("{", "cannot be read"),
+        ("[" * 10**5, "cannot be read"),
+        ('{"max_seq_len": "x"}', "lowmem.json: --max_seq_len=x is not an int"),
+        ('{"prompt_column": [1]}', "lowmem.json: --prompt_column must be a single value, not a list"),
+    ],
+)
+def test_evaluate_names_a_damaged_file_of_training_settings(content, message, tmp_path, capsys):
+    (tmp_path / "lowmem.json").write_text(content)
+    assert main(["evaluate", f"--model_name_or_path={tmp_path}", "--test_file=rows.jsonl"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/lowmem.json" in line and message in line
+
+
+def run_without_output(kind, *flags):
+    """Train with stdout and stderr closed, without a reader, or on a full disk."""
+    if kind == "closed":
+        os.close(1)
+        os.close(2)
+        sys.stdout = sys.stderr = None  # as Python sets them if it starts with closed descriptors
+    else:
+        reading, writing = os.pipe() if kind == "no reader" else (None, os.open("/dev/full", os.O_WRONLY))
+        if reading:
+            os.close(reading)
+        os.dup2(writing, 1)
+        os.dup2(writing, 2)
+    code = main(["train", *flags])
+    sys.stdout.flush()  # as the interpreter does at exit
+    assert kind == "full disk" or os.path.samestat(os.fstat(1), os.stat(os.devnull))
+    sys.exit(code)
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size"), [("closed", 2), ("no reader", 1), pytest.param("full disk", 1, marks=ON_LINUX)]
+)
+def test_training_continues_if_neither_output_can_be_written(kind, world_size, tmp_path):
+    with started_ranks(world_size, run_without_output, kind, *SHORT, f"--output_dir={tmp_path}") as ranks:
+        assert {rank.wait(60) for rank in ranks} == {0}
+    assert json.loads((tmp_path / "exit.json").read_text())["cause"] == "done"
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2]
+    assert (tmp_path / "model" / "config.json").is_file()
 
 
 def test_evaluate_reads_the_model_folder_below_the_home_folder(tmp_path):

@@ -165,11 +165,30 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({"config": "/nowhere.yaml"}, "cannot be read"),
         ({"output_dir": ""}, "--output_dir is empty"),
         ({"output_dir": " "}, "--output_dir is empty"),
-        ({"output_dir": ["a", "b"]}, "--output_dir=['a', 'b'] must be a single value"),
+        ({"output_dir": ["a", "b"]}, "--output_dir must be a single value, not a list"),
         ({"report_to": "none,printer"}, "--report_to=none must be one of tensorboard"),
         ({"train_file": ""}, "--train_file is empty"),
         ({"output_dir": "True"}, "--output_dir needs a value"),
         ({"seed": "1e30"}, "must be below 2**63"),
+        ({"max_steps": "1e30"}, "must be below 2**63"),
+        ({"epochs": "1e30"}, "must be below 2**63"),
+        ({"batch_size": "1e18"}, f"must be below {2**24}"),
+        ({"prefetch_steps": "1e18"}, "must be below 10000"),
+        ({"heartbeat_timeout": "1e18"}, f"must be below {2**31}"),
+        ({"seed": "9" * 5000}, "is not an int"),
+        ({"max_shard_size": "9" * 400}, "is not between one byte and 2**63 bytes: set a smaller size"),
+        ({"host_memory": "9" * 5000 + "GB"}, "is not between one byte and 2**63 bytes: set a smaller size"),
+        ({"max_shard_size": "0.1"}, "is not between one byte and 2**63 bytes: set a larger size"),
+        ({"model_config": "9" * 400}, "is neither a file nor one of t5-tiny"),
+        ({"model_name_or_path": "a/" * 3000}, "is neither a folder nor the name of a model"),
+        ({"output_dir": "a" * 300}, "cannot be used: File name too long"),
+        ({"resume": "a/" * 3000}, "cannot be used: File name too long"),
+        ({"output_dir": "a\0b"}, "--output_dir contains a null byte: remove it"),
+        ({"model_config": "~\0"}, "--model_config contains a null byte: remove it"),
+        ({"freeze": "a\0b"}, "--freeze contains a null byte: remove it"),
+        ({"config": "a" * 300}, "cannot be read: File name too long"),
+        ({"config": "/dev/zero"}, "is larger than 131,072 bytes: it is not a config"),
+        ({"config": "."}, "cannot be read: Is a directory"),
         ({"heartbeat_timeout": "0"}, "--heartbeat_timeout=0 must be at least 1"),
         ({"on_save_error": "skip"}, "--on_save_error=skip must be one of stop, continue"),
         ({"lr": "3"}, "unknown flag --lr: use --learning_rate"),
@@ -214,9 +233,42 @@ def test_keep_training_means_resume_auto():
 
 
 def test_an_invalid_config_file_is_refused(tmp_path):
-    for content in ("- a\n- b\n", "a: [", "\xff"):
+    wrong_tags = ("seed: !!int ''", "seed: !!bool x", "seed: !!timestamp x", "seed: !!python/object:os.system x")
+    nested = ("a: " + "[" * 10**5, "{a: " * 5000, "batch_size: {a: [1]}", "train_file: [[a.jsonl]]")
+    others = ("- a\n- b\n", "a: [", "\xff", "\0", "seed: 2026-13-45", "seed: " + "9" * 5000)
+    for content in (*others, *wrong_tags, *nested):
         (tmp_path / "c.yaml").write_text(content, encoding="latin-1")
         assert "c.yaml" in problems_of(config=tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("seed:", "--seed is empty: give it a value"),
+        ("output_dir:", "--output_dir is empty: give it a value"),
+        ("use_large_config:", "--use_large_config is empty: give it a value"),
+        ("seed: abc", "--seed=abc is not an int"),
+        ("batch_size: [1]", "--batch_size must be a single value, not a list"),
+        ("seed: {a: 1}", "--seed must be a single value, not a dict"),
+        ("train_file: !!set {a, b}", "--train_file must be a value or a flat list, not a set"),
+        ('output_dir: "a\\0b"', "--output_dir contains a null byte"),
+    ],
+)
+def test_a_field_of_the_file_that_has_a_wrong_value_is_named(content, message, tmp_path):
+    (tmp_path / "c.yaml").write_text(content)
+    assert message in problems_of(config=tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("kind", ["lists", "merged mappings"])
+def test_aliases_that_expand_without_limit_are_refused(kind, tmp_path):
+    lines = ["a0: &a0 {x: 1}"]
+    for level in range(1, 12):
+        aliases = ", ".join([f"*a{level - 1}"] * 10)
+        lines.append(f"a{level}: &a{level} " + (f"[{aliases}]" if kind == "lists" else f"{{<<: [{aliases}]}}"))
+    (tmp_path / "c.yaml").write_text("\n".join([*lines, "batch_size: *a11"]))
+    assert "must contain only `field: value` pairs" in problems_of(config=tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("eval_steps: &steps 50\nsave_steps: *steps\n")
+    assert resolve({"config": tmp_path / "c.yaml"}).save_steps == 50
 
 
 def test_sizes_are_read_as_people_write_them():

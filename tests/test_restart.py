@@ -63,6 +63,10 @@ def end_by_sigusr1_to_one_worker(process):
     workers(process)[1].send_signal(signal.SIGUSR1)
 
 
+def end_by_sighup(process):
+    process.send_signal(signal.SIGHUP)
+
+
 def end_by_sigkill(process):
     left = workers(process)
     process.kill()
@@ -72,7 +76,7 @@ def end_by_sigkill(process):
 
 def test_a_run_that_a_process_manager_restarts_equals_an_uninterrupted_one(work, uninterrupted):
     """No launcher is used: `train` starts the processes itself, and its exit code says whether to run it again."""
-    ways = [end_by_sigterm_and_its_echo, end_by_sigusr1_to_one_worker, end_by_sigkill]
+    ways = [end_by_sigterm_and_its_echo, end_by_sigusr1_to_one_worker, end_by_sighup, end_by_sigkill]
     codes, saved = [], 0
     while not codes or codes[-1] in (75, -signal.SIGKILL):
         managed = flags(work, "managed", num_processes=2, save_steps=1000, save_total_limit=1)

@@ -80,6 +80,19 @@ def test_ignored_signals_do_nothing():
         assert signals.came is None
 
 
+@pytest.mark.parametrize(("before", "came"), [(signal.SIG_DFL, "SIGHUP"), (signal.SIG_IGN, None)])
+def test_a_hang_up_is_caught_unless_it_was_ignored_as_by_nohup(before, came):
+    outer = signal.signal(signal.SIGHUP, before)
+    try:
+        with catching_signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+            assert signals.came == came
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, outer)
+
+
 def test_a_signal_to_a_fork_ends_only_the_fork():
     with catching_signals() as signals:
         process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))

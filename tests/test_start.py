@@ -1,5 +1,6 @@
 """Several processes start as one run, or each reports within a time limit why they cannot do so."""
 
+import ctypes
 import json
 import os
 import re
@@ -18,10 +19,13 @@ import torch.distributed as dist
 from lowmem.cli import main
 from lowmem.distributed.collectives import sum_over_ranks
 from lowmem.distributed.setup import init_distributed
+from lowmem.distributed.signals import Signals
+from lowmem.job.exit_file import write_exit
+from lowmem.job.processes import start_processes
 from lowmem.job.supervise import report_error
 from tests.forked import fork_ranks
 from tests.models import T5, qa_rows
-from tests.processes import ROOT, finish, free_port, module_command, started
+from tests.processes import ROOT, finish, free_port, module_command, started, started_function
 from tests.runs import flags, losses, settings, write_files
 
 LIMIT = 2.0
@@ -66,6 +70,37 @@ def test_an_unknown_host_name_is_a_usage_error_on_every_rank(tmp_path):
     changes = {rank: {"MASTER_ADDR": "no-such-host.invalid"} for rank in "01"}
     assert fork_ranks(2, init_and_report, tmp_path, changes) == [2, 2]
     assert "rank 0" in errors_of(tmp_path, 0)[0] and "no-such-host.invalid:" in errors_of(tmp_path, 0)[0]
+
+
+@pytest.mark.parametrize("address", ["x" * 70, "a..b", "\udcff"])
+def test_an_address_that_is_not_a_host_name_is_reported_in_one_line(address, tmp_path):
+    assert fork_ranks(1, init_and_report, tmp_path, {"0": {"MASTER_ADDR": address, "WORLD_SIZE": "2"}}) == [2]
+    (error,) = errors_of(tmp_path, 0)
+    assert "rank 0 on " in error and "(MASTER_ADDR, MASTER_PORT)" in error
+
+
+NEW_UTS_NAMESPACE = 0x04000000  # CLONE_NEWUTS: the fork then has its own host name
+
+
+def start_on_host(name, folder):
+    if ctypes.CDLL(None).unshare(NEW_UTS_NAMESPACE) != 0:
+        os._exit(77)
+    socket.sethostname(name)
+    code = "import os, sys; open(sys.argv[1] + os.environ['RANK'], 'w').write(os.environ['MASTER_ADDR'])"
+    assert start_processes(2, ["-c", code, f"{folder}/"], Signals()) == 0
+    write_exit(Path(folder), "done", step=1, rank=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+@pytest.mark.parametrize("name", ["no such host", "a/b%s{}"])
+def test_processes_on_one_machine_need_no_valid_host_name(name, tmp_path):
+    with started_function(start_on_host, name, str(tmp_path)) as process:
+        result = finish(process, timeout=60)
+    if result.returncode == 77:
+        pytest.skip("needs the right to change the host name")
+    assert result.returncode == 0, result.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["localhost"] * 2
+    assert json.loads((tmp_path / "exit.json").read_text())["host"] == name
 
 
 def test_a_taken_port_and_a_silent_listener_are_reported(tmp_path):

@@ -1,6 +1,5 @@
 """The command `export`: copy the model of a checkpoint or of a model folder, and change its dtype if wanted."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -8,14 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from lowmem.checkpoint.manifest import checkpoints, read_manifest, verify_checkpoint
+from lowmem.checkpoint.manifest import checkpoints, verify_checkpoint
+from lowmem.checkpoint.saved import read_manifest
 from lowmem.errors import SaveError, UsageError
 from lowmem.optim.formats import merge_halves
 from lowmem.storage.atomic_folder import atomic_folder
-from lowmem.storage.files import free_bytes, to_json, write_file
+from lowmem.storage.files import free_bytes, read_json, to_json, write_file
 from lowmem.storage.tensor_files import StoredTensor, host_parts, open_shards, split_shards, write_index
 
 _ROW_ELEMENTS = 2**22  # tensors are converted in slices of about this many elements
@@ -106,10 +105,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _read_config(folder: Path, dtype: torch.dtype | None) -> dict[str, object]:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder / 'config.json'} cannot be read ({error}): pass a model folder") from error
+    config = read_json(folder / "config.json", advice="pass a model folder")
+    if not isinstance(config, dict):
+        raise UsageError(f"{folder / 'config.json'} is not an object: pass a model folder")
     if dtype is None:
         return config
     if "quantization_config" in config:
@@ -124,8 +122,6 @@ def _open_model(folder: Path, files: list[str] | None) -> Mapping[str, StoredTen
     except FileNotFoundError as error:
         found = f"no safetensors weights ({error}), and .bin files are pickles, which are never opened"
         raise UsageError(f"{folder} has {found}: convert them to safetensors if you trust them") from error
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UsageError(f"the weights in {folder} cannot be read ({error}): use another folder") from error
 
 
 def _copy_others(folder: Path, files: list[str] | None, target: Path) -> None:

@@ -1,19 +1,19 @@
 """Load a checkpoint into a training state: verify it, compare it with the model, then read this rank's part."""
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from lowmem.checkpoint.manifest import check_hashes, check_sizes, checkpoints, read_manifest, verify_checkpoint
+from lowmem.checkpoint.manifest import check_contents, check_hashes, check_sizes, checkpoints, verify_checkpoint
+from lowmem.checkpoint.saved import read_manifest, saved_settings
 from lowmem.checkpoint.tensors import model_tensors, named_parameters
 from lowmem.distributed.collectives import raise_on_all_ranks, rank_and_world_size
 from lowmem.distributed.dtensor import is_in_columns
 from lowmem.distributed.fill import read_local
 from lowmem.distributed.heartbeat import phase
-from lowmem.errors import UsageError
+from lowmem.errors import UsageError, one_line
 from lowmem.optim.state import fill_state, needs_rounding, round_state, state_differences
 from lowmem.step import TrainState
 from lowmem.storage.tensor_files import open_shards, tensor_differences
@@ -33,7 +33,7 @@ def first_valid(paths: Iterable[Path], verify: Callable[[Path], None], *, silent
             verify(path)
         except UsageError as error:
             if not silent:
-                print(f"skipped a checkpoint: {error}", flush=True)
+                print(f"skipped a checkpoint: {one_line(error)}", flush=True)
         else:
             return path
     return None
@@ -47,6 +47,8 @@ def verify_together(path: str | Path) -> None:
         check_sizes(path, records)
         by_size = sorted(records, key=lambda name: -records[name]["bytes"])
         check_hashes(path, {name: records[name] for name in by_size[rank::world_size]})
+    with raise_on_all_ranks():
+        check_contents(path, records)
 
 
 @phase("loading a checkpoint")
@@ -95,10 +97,3 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
             fill_state(state.optimizer, parameters, optimizer_state)
     state.step, state.best, state.seed = saved["step"], saved["best"], saved["seed"]
     state.updates = saved.get("updates", saved["step"])  # checkpoints of early versions have no such number
-
-
-def saved_settings(path: str | Path) -> tuple[dict, dict]:
-    """Return the contents of state.json, and the `config` that was passed to `save_checkpoint` ({} if none was)."""
-    config = Path(path) / "model" / "lowmem.json"
-    state = json.loads((Path(path) / "state.json").read_text())
-    return state, json.loads(config.read_text()) if config.exists() else {}

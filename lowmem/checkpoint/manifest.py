@@ -1,16 +1,14 @@
 """List checkpoints in a folder, and verify them by their manifests of file sizes and hashes. Imports no torch."""
 
-import json
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-import xxhash
-
+from lowmem.checkpoint.saved import FORMAT, hash_of, read_manifest, saved_settings
 from lowmem.errors import UsageError
 from lowmem.storage.atomic_folder import STEP_FOLDER
 from lowmem.storage.files import FileRecord, record_file, to_json, write_file
-
-_FORMAT = 1
+from lowmem.storage.shard_files import open_shard, shard_files
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -25,21 +23,25 @@ def step_of(path: Path) -> int:
 
 def write_manifest(folder: Path, step: int, records: Mapping[str, FileRecord]) -> None:
     """Write manifest.json, the last file of a checkpoint. It holds `records` of all other files, sealed by a hash."""
-    manifest = {"format": _FORMAT, "step": step, "files": dict(records)}
-    write_file(folder / "manifest.json", [to_json({"manifest": manifest, "xxh3_128": _hash_of(manifest)})])
+    manifest = {"format": FORMAT, "step": step, "files": dict(records)}
+    write_file(folder / "manifest.json", [to_json({"manifest": manifest, "xxh3_128": hash_of(manifest)})])
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Check that every file of the manifest has the recorded size and hash. Raises UsageError naming a bad file."""
+    """Check that every file of the manifest has the recorded size and hash, and can be read.
+
+    Raises UsageError naming a bad file. Finds damage, not forgery: whoever changes a file can also change its hash.
+    """
     records = read_manifest(path)["files"]
     check_sizes(Path(path), records)
     check_hashes(Path(path), records)
+    check_contents(Path(path), records)
 
 
 def check_sizes(path: Path, records: Mapping[str, FileRecord]) -> None:
     """Raise UsageError naming the first file of `records` that is missing or has a different size."""
     for name, record in records.items():
-        size = (path / name).stat().st_size if (path / name).is_file() else None
+        size = os.path.getsize(path / name) if os.path.isfile(path / name) else None  # False if the name is too long
         if size != record["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes"
             raise UsageError(f"{path / name} {found}, but {record['bytes']} bytes were saved: use another checkpoint")
@@ -56,22 +58,13 @@ def check_hashes(path: Path, records: Mapping[str, FileRecord]) -> None:
             raise UsageError(f"{path / name} changed since it was saved (its hash differs): use another checkpoint")
 
 
-def read_manifest(path: str | Path) -> dict:
-    """Return {"format", "step", "files": {name: record}}. Raises UsageError if it is missing, changed or too new."""
-    path = Path(path)
-    try:
-        sealed = json.loads((path / "manifest.json").read_text())
-        manifest, seal = sealed["manifest"], sealed["xxh3_128"]
-    except (FileNotFoundError, NotADirectoryError):
-        found = "has no manifest.json, so it is not a complete checkpoint" if path.exists() else "does not exist"
-        raise UsageError(f"{path} {found}: use another checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path / 'manifest.json'} is damaged ({error}): use another checkpoint") from error
-    if seal != _hash_of(manifest):
-        raise UsageError(f"{path / 'manifest.json'} changed since it was saved: use another checkpoint")
-    if manifest["format"] > _FORMAT:
-        raise UsageError(f"{path} has format {manifest['format']}, but lowmem reads up to {_FORMAT}: upgrade lowmem")
-    return manifest
+def check_contents(path: Path, names: Collection[str]) -> None:
+    """Raise UsageError naming the first JSON field that is invalid, or the first tensor file with a damaged header."""
+    saved_settings(path)
+    for stem in ("model/model", "optimizer"):
+        for file in shard_files(path, stem, names):
+            with open_shard(file, "np"):
+                pass
 
 
 def is_damaged(path: Path) -> bool:
@@ -80,7 +73,3 @@ def is_damaged(path: Path) -> bool:
     except UsageError:
         return True
     return False
-
-
-def _hash_of(manifest: dict) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())

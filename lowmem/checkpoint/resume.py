@@ -7,8 +7,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lowmem.checkpoint.load import first_valid, saved_settings, verify_together
+from lowmem.checkpoint.load import first_valid, verify_together
 from lowmem.checkpoint.manifest import checkpoints
+from lowmem.checkpoint.saved import saved_settings
 from lowmem.distributed.collectives import gather_json, on_main_rank, rank_and_world_size
 from lowmem.distributed.consistency import tokenizer_digest
 from lowmem.errors import UsageError
@@ -24,11 +25,23 @@ def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
     if resume == "never":
         return None
     if resume != "auto":
-        verify_together(resume)
+        _verify_run(Path(resume))
         return Path(resume)
     found = on_main_rank(lambda: [str(path) for path in reversed(checkpoints(output_dir / "checkpoints"))])
     rank, _ = rank_and_world_size()
-    return first_valid(map(Path, gather_json(found)[0]), verify_together, silent=rank != 0)
+    return first_valid(map(Path, gather_json(found)[0]), _verify_run, silent=rank != 0)
+
+
+def _verify_run(path: Path) -> None:
+    """Verify a checkpoint that `train` saved: every step took the same number of rows, which sets its position."""
+    verify_together(path)
+    state, _ = saved_settings(path)
+    if state["stream"] is None:
+        raise UsageError(f"{path} was saved without a stream, so it has no position to resume from: start over")
+    position, rows = state["stream"]["position"], state["stream"]["global_batch_size"]
+    if position != state["step"] * rows:
+        found = f"stream.position is {position}, but step is {state['step']} with {rows} rows per step"
+        raise UsageError(f"{path / 'state.json'}: {found}: use another checkpoint")
 
 
 def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: Collection[str]) -> list[str]:
@@ -82,8 +95,6 @@ def rows_per_step(checkpoint: Path | None, world_size: int, **sizes: int | None)
     if checkpoint is None:
         return wanted
     state, saved = saved_settings(checkpoint)
-    if state["stream"] is None:
-        raise UsageError(f"{checkpoint} was saved without a stream, so it has no position to resume from: start over")
     kept = state["stream"]["global_batch_size"]
     if wanted != kept and any(size != saved.get(name, size) for name, size in sizes.items()):
         found = f"{checkpoint} trained on {kept} rows per step, but these flags set {wanted}"

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from lowmem.checkpoint.manifest import checkpoints, read_manifest, verify_checkpoint
+from lowmem.checkpoint.manifest import checkpoints, verify_checkpoint
+from lowmem.checkpoint.saved import read_manifest
 from lowmem.errors import UsageError
 
 

@@ -3,12 +3,13 @@
 import difflib
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import get_args
 
 from lowmem.config.presets import PRESETS
 from lowmem.config.rules import conflicts
+from lowmem.config.text_file import read_text
 from lowmem.config.train_config import ALTERNATIVES, FIELDS, TIERED_OPTIMIZERS, TrainConfig
 from lowmem.errors import UsageError
 
@@ -64,6 +65,15 @@ def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None =
     return config
 
 
+def typed_fields(values: Mapping[str, object], source: Path) -> dict[str, object]:
+    """Convert `values`, which are fields read from the file `source`. Raises UsageError that lists all problems."""
+    problems: list[str] = []
+    _, fields = _read(values, problems)
+    if problems:
+        raise UsageError(f"{source}: {'; '.join(problems)}")
+    return fields
+
+
 def named_fields(flags: Mapping[str, object]) -> frozenset[str]:
     """The fields that flags or the config file set directly, not through a preset."""
     return frozenset(FIELDS.keys() & {*flags, *_read_config_file(flags.get("config"), [])})
@@ -75,16 +85,28 @@ def _read_config_file(path: object, problems: list[str]) -> dict[str, object]:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(os.path.expanduser(str(path))).read_text(encoding="utf-8"))
-    except OSError as error:
-        problems.append(f"--config={path} cannot be read: {error.strerror}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = read_text(str(path), f"--config={path}")
+        values = yaml.safe_load(text) if _is_flat(yaml.parse(text)) else None
+    except UsageError as error:
+        problems.append(str(error))
+    except Exception as error:  # PyYAML raises errors of many types if a value does not fit its tag
         problems.append(f"--config={path} is not YAML: {' '.join(str(error).split())}")
     else:
         if isinstance(values, dict) and all(isinstance(key, str) for key in values):
             return values
         problems.append(f"--config={path} must contain only `field: value` pairs: rewrite it or remove --config")
     return {}
+
+
+def _is_flat(events: Iterable[object]) -> bool:
+    """Whether YAML events nest at most a list in a mapping. Aliases of lists and mappings can expand without limit."""
+    depth = 0
+    for event in events:
+        kind = type(event).__name__  # yaml is imported only if there is a file
+        depth += kind.endswith("StartEvent") - kind.endswith("EndEvent")
+        if depth > 4 or (kind in ("MappingStartEvent", "SequenceStartEvent") and event.anchor):  # stream and document
+            return False
+    return True
 
 
 def _read(values: Mapping[str, object], problems: list[str]) -> tuple[dict[str, bool], dict[str, object]]:
@@ -112,6 +134,19 @@ def _coerce(name: str, kind: object, value: object, problems: list[str]) -> obje
         if value is None or str(value).lower() in ("none", "null"):
             return None
         kind = get_args(kind)[0]
+    rules = FIELDS[name].metadata if name in FIELDS else {}
+    is_list = isinstance(value, list | tuple) and rules.get("holds") in ("names", "files")
+    parts = value if is_list else [value]
+    if any(isinstance(part, list | tuple | dict | set | bytes) for part in parts):
+        expected = "a value or a flat list" if rules.get("holds") in ("names", "files") else "a single value"
+        problems.append(f"--{name} must be {expected}, not a {'nested ' * is_list}{type(value).__name__}")
+        return rules.get("default")
+    if value is None and not rules.get("may_be_empty"):
+        problems.append(f"--{name} is empty: give it a value")
+        return rules.get("default")
+    if any("\0" in str(part) for part in parts):
+        problems.append(f"--{name} contains a null byte: remove it")
+        return rules.get("default")
     if kind is str:
         return _text(name, value, problems)
     text = str(value).strip()
@@ -145,6 +180,4 @@ def _text(name: str, value: object, problems: list[str]) -> str:
         return "" if text.lower() in ("none", "null") else text
     if holds == "files" and is_list:
         return ",".join(str(file).replace(",", r"\,") for file in value)  # `expand` splits it again
-    if isinstance(value, list | tuple | dict):
-        problems.append(f"--{name}={value} must be a single value")
     return os.path.expanduser(text) if holds == "path" else text

@@ -2,10 +2,10 @@
 
 import math
 import operator
+import os
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 from lowmem.config.presets import MODEL_SHAPES
 from lowmem.config.sizes import parse_bytes
@@ -99,6 +99,8 @@ def _out_of_range(config: TrainConfig) -> list[str]:
         rules = FIELDS[name].metadata
         for bound, (is_within, words) in bounds.items():
             limit = rules.get(bound)
+            if limit is None and bound == "below" and type(value) is int:
+                limit = 2**63  # of the 64-bit integers that ranks exchange
             if None not in (value, limit) and not (math.isfinite(value) and is_within(value, limit)):
                 rule = "0 or more" if (bound, limit) == ("at_least", 0) else f"{words} {limit}"
                 problems.append(f"--{name}={value} must be {rule.replace(str(2**63), '2**63')}")
@@ -113,13 +115,20 @@ def _out_of_range(config: TrainConfig) -> list[str]:
                 parse_bytes(value)
             except UsageError as error:
                 problems.append(f"--{name}: {error}")
+    for name in ("output_dir", "resume"):
+        try:
+            os.stat(getattr(config, name) or "")
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # a name that is too long, or a folder on the path that is a file
+            problems.append(f"--{name}={getattr(config, name)} cannot be used: {error.strerror}")
     for name in ("model_name_or_path", "tokenizer_name_or_path"):
         value = getattr(config, name)
-        if value and not re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", value) and not Path(value).is_dir():
+        if value and not re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", value) and not os.path.isdir(value):
             problems.append(f"--{name}={value} is neither a folder nor the name of a model on the hub")
-        if value and (Path(value) / "model" / "config.json").is_file():
-            problems.append(f"--{name}={value} is the output of a run, not a model: use {Path(value) / 'model'}")
-    if config.model_config and config.model_config not in MODEL_SHAPES and not Path(config.model_config).is_file():
+        if value and os.path.isfile(os.path.join(value, "model", "config.json")):
+            problems.append(f"--{name}={value} is the output of a run, not a model: use {os.path.join(value, 'model')}")
+    if config.model_config and config.model_config not in MODEL_SHAPES and not os.path.isfile(config.model_config):
         shapes = ", ".join(MODEL_SHAPES)
         problems.append(f"--model_config={config.model_config} is neither a file nor one of {shapes}")
     for part in config.frozen_parts:

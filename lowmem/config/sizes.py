@@ -11,6 +11,8 @@ def parse_bytes(size: int | str) -> int:
     if not match:
         raise UsageError(f"size {size!r} is not valid: use a number of bytes, or a size such as 500MB, 5GB or 2GiB")
     number, prefix, binary = match.groups()
-    if (num_bytes := int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))) < 1:
-        raise UsageError(f"size {size!r} is less than one byte: set a larger size")
-    return num_bytes
+    num_bytes = float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " ")
+    if not 1 <= num_bytes < 2**63:
+        advice = "set a larger size" if num_bytes < 1 else "set a smaller size"
+        raise UsageError(f"size {size!r} is not between one byte and 2**63 bytes: {advice}")
+    return int(num_bytes)

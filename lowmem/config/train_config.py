@@ -75,7 +75,7 @@ class TrainConfig(Groups):
     """Instead of prompt or text: chats, lists of {"role", "content"}. Assistant turns are targets (causal models)."""
     template_time: str | None = setting(on_resume="fixed", in_evaluate=True)
     """The time that chat templates print, such as 2026-01-31T12:00:00. Default: when the run started."""
-    max_seq_len: int = setting(512, at_least=1, on_resume="fixed", in_evaluate=True)
+    max_seq_len: int = setting(512, at_least=1, below=2**24, on_resume="fixed", in_evaluate=True)
     """Maximum tokens per sequence; longer rows are cut and counted. T5-like models: per prompt and per response."""
     packing: bool = False
     """Put several rows in a sequence of at most max_seq_len tokens (causal models). The gradient stays the same."""
@@ -83,21 +83,21 @@ class TrainConfig(Groups):
     """If a row cannot be read or encoded: end the run, or skip the row. skip writes it to bad_rows-RANK.jsonl."""
     max_bad_rows: int = setting(1000, at_least=0)
     """With on_bad_row=skip: end the run when a process has skipped more rows than this."""
-    prefetch_steps: int = setting(2, at_least=0)
+    prefetch_steps: int = setting(2, at_least=0, below=10_000)
     """Optimizer steps whose rows a thread encodes in advance. 0: each step encodes its own rows."""
     accept_changed_data: bool = False
     """Resume although rows or tokenizer changed. The position applies to the new rows; some may repeat or be missed."""
 
     # --- batches and length of the run
-    epochs: float | None = setting(above=0, fallback=3.0)
+    epochs: float | None = setting(above=0, below=2**63, fallback=3.0)
     """Epochs over the training rows; fractions are allowed."""
     max_steps: int | None = setting(at_least=1, instead_of=["epochs"])
     """Instead of epochs: optimizer steps to train."""
-    batch_size: int = setting(8, at_least=1, in_evaluate=True)
+    batch_size: int = setting(8, at_least=1, below=2**24, in_evaluate=True)
     """Rows per process and micro-batch."""
-    gradient_accumulation_steps: int | None = setting(at_least=1, fallback=1)
+    gradient_accumulation_steps: int | None = setting(at_least=1, below=2**24, fallback=1)
     """Micro-batches per process and optimizer step."""
-    global_batch_size: int | None = setting(at_least=1, instead_of=["gradient_accumulation_steps"])
+    global_batch_size: int | None = setting(at_least=1, below=2**24, instead_of=["gradient_accumulation_steps"])
     """Instead of gradient_accumulation_steps: rows per optimizer step, all processes."""
 
     # --- optimizer
@@ -154,20 +154,20 @@ class TrainConfig(Groups):
     """Host memory for all processes on a machine, such as 12GB; used like device_memory."""
 
     # --- processes
-    num_processes: int | None = setting(at_least=1, per_rank=True, in_evaluate=True)
+    num_processes: int | None = setting(at_least=1, below=2**16, per_rank=True, in_evaluate=True)
     """Number of processes. Default: set by the launcher; without a launcher, one per visible GPU (at least one)."""
     sharding_strategy: str = setting("NO_SHARD", choices=["NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"])
     """How to shard weights, gradients and optimizer state. FULL_SHARD all-gathers one layer's weights at a time,
     SHARD_GRAD_OP keeps them until backward ends; HYBRID_SHARD shards within groups of shard_size processes."""
-    shard_size: int | None = setting(at_least=1)
+    shard_size: int | None = setting(at_least=1, below=2**16)
     """Processes that shard one copy of the model in HYBRID_SHARD. Default: those of one machine."""
     cpu_offload: bool = False
     """Keep sharded weights and optimizer state in host memory, and update them there."""
-    tp_size: int = setting(1, at_least=1)
+    tp_size: int = setting(1, at_least=1, below=2**16)
     """Tensor parallelism: this many neighbouring ranks shard each layer and share rows. batch_size is per group."""
     deepspeed: str | None = setting(holds="path", on_resume="fixed")
     """DeepSpeed config (path or JSON) for ZeRO stage 1, 2 or 3; no checkpoints. `accelerate launch` can set it too."""
-    heartbeat_timeout: int = setting(120, at_least=1)
+    heartbeat_timeout: int = setting(120, at_least=1, below=2**31)
     """Abort the run if a rank sends no heartbeat for this many seconds. The other ranks name that rank."""
 
     # --- evaluation

@@ -3,8 +3,8 @@
 import json
 from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
 
+from lowmem.config.text_file import read_text
 from lowmem.errors import UsageError
 
 # Fields of a DeepSpeed config that must agree with our flags, and sections that our flags replace.
@@ -20,10 +20,10 @@ def read_zero_config(source: str) -> dict[str, object]:
     is_text = source.lstrip().startswith("{")
     name = "the DeepSpeed config" if is_text else f"--deepspeed={source}"
     try:
-        values = json.loads(source if is_text else Path(source).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{name} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+        values = json.loads(source if is_text else read_text(source, name))
+    except UsageError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{name} is not JSON: {error}") from error
     if (stage := _value(values, "zero_optimization.stage")) not in (1, 2, 3):
         needs = f"{name} needs zero_optimization with a stage of 1, 2 or 3 (found: {stage})"

@@ -123,11 +123,12 @@ def _reach(launch: Launch, where: str, limit_seconds: float) -> None:
         try:
             socket.create_connection((launch.address, launch.port), timeout=max(1.0, left)).close()
             return
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: the address cannot be the name of a host
             # rank 0 or its launcher has started the store already, so a host that refuses rank 0 is the wrong host
             is_final = launch.rank == 0 and isinstance(error, ConnectionRefusedError)
-            if is_final or left <= _SECONDS_BETWEEN_TRIES:
-                found = f"{launch} cannot connect to {where}: {error.strerror or error}. {_interfaces()}"
+            if is_final or left <= _SECONDS_BETWEEN_TRIES or isinstance(error, UnicodeError):
+                reason = getattr(error, "strerror", None) or error
+                found = f"{launch} cannot connect to {where}: {reason}. {_interfaces()}"
                 raise StartError(f"{found}: set both to the host of rank 0 and a port open to this host") from error
             time.sleep(_SECONDS_BETWEEN_TRIES)
 

@@ -1,4 +1,4 @@
-"""Catch signals that ask a run to stop (SIGTERM, SIGINT, SIGUSR1), even while the main thread is in a collective."""
+"""Catch signals that ask a run to stop (SIGTERM and others), even while the main thread is in a collective."""
 
 import os
 import select
@@ -13,7 +13,7 @@ from typing import NoReturn
 PREEMPTED = 75
 """Exit code of a run that a signal stopped, and that can be resumed: EX_TEMPFAIL in sysexits.h."""
 
-_CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _ECHO_SECONDS = 5.0  # a signal may arrive twice, directly and from the launcher: ignore repeats for this long
 
 
@@ -22,7 +22,7 @@ def print_and_exit(
 ) -> NoReturn:
     """Print `message` to stderr, call `act`, and exit with `code` within `limit_seconds`. Works in any thread."""
     try:
-        write = partial(os.write, 2, f"{message}\n".encode())
+        write = partial(os.write, 2, f"{message}\n".encode(errors="backslashreplace"))
         threads = [threading.Thread(target=target, daemon=True) for target in (write, act)]
         deadline = time.monotonic() + limit_seconds
         for thread in threads:
@@ -34,13 +34,21 @@ def print_and_exit(
 
 
 def ignore_closed_output() -> None:
-    """If stdout or stderr is a pipe whose reader has exited (`| head -1`), discard all further output to it."""
+    """Discard all further output to stdout or stderr if it is closed, or if its reader (`| head -1`) is gone."""
     poll = select.poll()
     for descriptor in (1, 2):
-        poll.register(descriptor, 0)  # 0: report only errors and hang-ups
-    with open(os.devnull, "wb") as nowhere:
-        for descriptor, _ in poll.poll(0):
-            os.dup2(nowhere.fileno(), descriptor)
+        poll.register(descriptor, 0)  # 0: report only errors, hang-ups and closed descriptors
+    for descriptor, _ in poll.poll(0):
+        discard_output(descriptor)
+
+
+def discard_output(descriptor: int) -> None:
+    """Let everything that this process and its children write to `descriptor` go to /dev/null."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.set_inheritable(descriptor, True)
+    if nowhere > 2:  # a lower number belongs to a standard stream, which was closed
+        os.close(nowhere)
 
 
 def end_as_signalled(name: str) -> NoReturn:
@@ -66,13 +74,15 @@ class Signals:
         self._are_ignored = True
 
     def catch(self) -> None:
-        """Start catching SIGTERM, SIGINT and SIGUSR1. Call it in the main thread."""
+        """Start catching SIGTERM, SIGINT, SIGUSR1 and, unless it is ignored, SIGHUP. Call it in the main thread."""
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         # Python runs signal handlers only when the main thread leaves C code, which may be never. But Python writes
         # each signal number to this pipe immediately, and another thread reads it.
         self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        self._handlers_before = {number: signal.signal(number, lambda *_: None) for number in _CAUGHT}
+        # `nohup` starts a process with SIGHUP ignored, so that it outlives its terminal
+        caught = [number for number in _CAUGHT if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
+        self._handlers_before = {number: signal.signal(number, lambda *_: None) for number in caught}
         _catching.append(self)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 

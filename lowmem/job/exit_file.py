@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 
@@ -29,7 +30,7 @@ def write_exit(folder: Path, cause: str, message: str = "", *, step: int | None,
     launch = this_launch()
     record = {"cause": cause, "code": CODES[cause], "message": message, "step": step, "rank": rank}
     record |= {"host": launch["host"], "launch": launch, "time": datetime.now(UTC).isoformat()}
-    unfinished, path = folder / f".exit-{launch['host']}-{os.getpid()}.json", folder / "exit.json"
+    unfinished, path = folder / f".exit-{uuid4().hex}.json", folder / "exit.json"
     try:
         unfinished.write_text(json.dumps(record, indent=2) + "\n")
         try:
@@ -56,7 +57,7 @@ def final_exit(folder: Path) -> Mapping[str, object] | None:
         is_final = record["cause"] in _FINAL and _is_of_this_launch(record["launch"], record["time"])
     except (OSError, ValueError, KeyError, TypeError):  # missing, or not in our format
         return None
-    return record if is_final else None
+    return record | {"code": CODES[record["cause"]]} if is_final else None
 
 
 def this_launch() -> dict[str, object]:

@@ -46,8 +46,10 @@ def start_processes(num_processes: int, arguments: Sequence[str], signals: Signa
     print(f"starting {num_processes} processes on this machine", flush=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid4().hex}
+    # by default, processes connect to the host's full name, which not every host can resolve
+    rendezvous["local_addr"] = "localhost"
     # do not let the launcher handle our signals: it would kill its processes 30 s later, too soon for a large save
-    options = {"max_restarts": 0, "signals_to_handle": "SIGHUP,SIGQUIT"}
+    options = {"max_restarts": 0, "signals_to_handle": "SIGQUIT"}
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=num_processes, **rendezvous, **options)
     end_unstarted, signals.at_once = signals.at_once, forward
     try:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from lowmem.distributed import heartbeat
 from lowmem.distributed.signals import PREEMPTED, Signals, print_and_exit
-from lowmem.errors import OutOfMemory, RankError, RowError, SaveError, StartError, UsageError
+from lowmem.errors import OutOfMemory, RankError, RowError, SaveError, StartError, UsageError, one_line
 from lowmem.job.exit_file import CODES, remove_exit, write_exit
 from lowmem.job.folder import has_files, lock_folder
 
@@ -79,9 +79,8 @@ def report_error(error: Exception) -> int:
     if is_alone or os.environ.get("LOCAL_RANK", "0") == "0" or not same_on_host:
         lines = traceback.format_exception(error)
         if isinstance(error, _WITHOUT_TRACEBACK):
-            lines = [f"error{where}: {error}\n"]
-        with suppress(OSError):  # stderr may be closed
-            print(*lines, sep="", end="", file=sys.stderr, flush=True)
+            lines = [f"error{where}: {one_line(error)}\n"]
+        print(*lines, sep="", end="", file=sys.stderr, flush=True)
     heartbeat.report_end(message_of(error))
     return CODES[cause_of(error)]
 

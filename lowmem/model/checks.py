@@ -23,6 +23,10 @@ from lowmem.errors import UsageError, is_out_of_memory
 # settings with which models of transformers add a loss to the cross-entropy, and the values with which they do not
 _WITHOUT_OWN_LOSS = {"output_router_logits": False, "z_loss_coefficient": 0.0, "disable_ngram_loss": True}
 
+# settings of transformers' models that are at least 1; some models accept less, and then train without some layers
+_SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_layers"}
+_SIZES |= {"num_decoder_layers", "encoder_layers", "decoder_layers", "n_layer"}
+
 
 def check_model(
     model: nn.Module,
@@ -38,6 +42,9 @@ def check_model(
     """
     base = unwrapped(model)
     text_config = base.config.get_text_config()
+    for name, size in text_config.to_dict().items():
+        if name in _SIZES and type(size) is int and size < 1:
+            raise UsageError(f"the model's config.json has {name}={size}, but it must be at least 1: correct it")
     for name, wanted in _WITHOUT_OWN_LOSS.items():
         if (found := getattr(text_config, name, None)) not in (None, wanted):
             what = f"with {name}={found}, {type(base).__name__} adds a loss of its own, which is not trained here"

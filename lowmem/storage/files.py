@@ -9,7 +9,10 @@ from pathlib import Path
 
 import xxhash
 
+from lowmem.errors import UsageError
+
 _READ_BYTES = 2**24
+_MOST_JSON_BYTES = 2**28
 
 # {"bytes": size of a file, "xxh3_128": its hash in hexadecimal}
 FileRecord = dict[str, object]
@@ -36,6 +39,20 @@ def write_file(path: Path, parts: Iterable[Bytes]) -> FileRecord:
 
 def to_json(value: object) -> bytes:
     return json.dumps(value, indent=2).encode()
+
+
+def read_json(path: Path, *, advice: str) -> object:
+    """Parse a JSON file of at most 256 MiB. Raises UsageError, which ends with `advice`, if that fails."""
+    try:
+        if not path.is_file():  # opening a FIFO would wait for a writer
+            raise ValueError("it is not a file" if path.exists() else "it does not exist")
+        with open(path, "rb") as file:
+            content = file.read(_MOST_JSON_BYTES + 1)
+        if len(content) > _MOST_JSON_BYTES:
+            raise ValueError(f"it is larger than {_MOST_JSON_BYTES:,} bytes")
+        return json.loads(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): {advice}") from error
 
 
 def record_file(path: Path) -> FileRecord:

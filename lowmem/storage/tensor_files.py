@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowmem.errors import UsageError
 from lowmem.storage.files import FileRecord, to_json, write_file
+from lowmem.storage.shard_files import index_name, open_shard, shard_files
 
 _DTYPES = {
     "F64": torch.float64,
@@ -83,7 +84,7 @@ def write_index(shards: list[Shard], folder: Path, stem: str) -> dict[str, FileR
         return {}
     weight_map = {name: Path(shard.name).name for shard in shards for name in shard.tensors}
     index = {"metadata": {"total_size": sum(shard.num_bytes for shard in shards)}, "weight_map": weight_map}
-    name = f"{stem}.safetensors.index.json"
+    name = index_name(stem)
     return {name: write_file(folder / name, [to_json(index)])}
 
 
@@ -143,14 +144,13 @@ class StoredTensor(NamedTuple):
 
 
 def open_shards(folder: Path, stem: str, files: Collection[str] | None = None) -> dict[str, StoredTensor]:
-    """Return every tensor in the files of `stem`, by name. `files` has the names in `folder` (None: look there)."""
-    index = f"{stem}.safetensors.index.json"
-    is_sharded = (folder / index).exists() if files is None else index in files
-    weight_map = json.loads((folder / index).read_text())["weight_map"] if is_sharded else {}
-    names = {(folder / stem).with_name(name) for name in weight_map.values()} or {folder / f"{stem}.safetensors"}
+    """Return every tensor in the files of `stem`, by name. `files` has the names in `folder` (None: look there).
+
+    Raises UsageError naming a damaged file, FileNotFoundError for a missing one.
+    """
     tensors, reader = {}, _Reader()
-    for path in sorted(names):
-        with safe_open(path, framework="pt") as file:
+    for path in shard_files(folder, stem, files):
+        with open_shard(path, "pt") as file:
             for name in file.keys():
                 stored = file.get_slice(name)
                 tensors[name] = StoredTensor(reader, path, name, stored.get_dtype(), stored.get_shape())
