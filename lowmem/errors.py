@@ -1,5 +1,8 @@
 """The error classes of lowmem. Most messages say what was requested, what was found, and what to do."""
 
+import errno
+from pathlib import Path
+
 
 class UsageError(ValueError):
     """A user error. The command line prints it in one line and exits with code 2."""
@@ -7,6 +10,10 @@ class UsageError(ValueError):
 
 class StartError(UsageError):
     """This process could not join the process group; every rank prints its own error."""
+
+
+class LostFolderError(UsageError):
+    """The output folder of a run was removed or replaced while the run was training."""
 
 
 class RankError(RuntimeError):
@@ -39,6 +46,14 @@ class ReadError(RowError):
 
 class ChangedError(OSError):
     """A file was changed or replaced after it was opened."""
+
+
+class LockedError(OSError):
+    """Another process holds the lock of a file; `owner` names it."""
+
+    def __init__(self, path: Path, owner: str):
+        super().__init__(errno.EWOULDBLOCK, f"Is locked by {owner}", str(path))
+        self.owner = owner
 
 
 # Phrases in out-of-memory errors whose type is neither torch.OutOfMemoryError nor MemoryError.

@@ -1,15 +1,20 @@
-"""Checkpoint file operations. Each change or sync first raises the audit event "lowmem.disk" with (operation, path)."""
+"""File operations. Each change or sync of a checkpoint first raises the audit event "lowmem.disk" (operation, path)."""
 
+import errno
 import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
 
 _READ_BYTES = 2**24
+_KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "symbolic link", stat.S_IFIFO: "FIFO"}
+_KINDS |= {stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 
 # {"bytes": size of a file, "xxh3_128": its hash in hexadecimal}
 FileRecord = dict[str, object]
@@ -87,9 +92,50 @@ def remove_folder(path: Path) -> None:
 def is_same_file(path: Path, descriptor: int) -> bool:
     """Whether an open file is still the one at `path`: another process may have removed or replaced it."""
     try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):  # ESTALE: another host has removed the file
+            return False
+        raise
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """Open a file and return its descriptor. Never follows a link, and never waits for the other end of a FIFO.
+
+    Raises OSError, also if `path` is a link, FIFO, device, socket or folder.
+    """
+    with suppress(FileNotFoundError):  # check first, because opening a device may have an effect
+        _check_regular(path, os.lstat(path))
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    try:
+        _check_regular(path, os.fstat(descriptor))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_regular(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, f"Is a {_KINDS[stat.S_IFMT(found.st_mode)]}", str(path))
+
+
+def check_owner(path: Path, found: os.stat_result) -> None:
+    """Raise PermissionError if neither this process's user nor root owns a file or folder."""
+    if found.st_uid not in (os.geteuid(), 0):
+        raise PermissionError(errno.EPERM, f"Belongs to user {found.st_uid}", str(path))
+
+
+def describe(path: Path) -> str:
+    """Say what is at `path`: "is a folder", "is a FIFO", "is a broken link to ...", "does not exist". Follows links."""
+    try:
+        return f"is a {_KINDS[stat.S_IFMT(os.stat(path).st_mode)]}"
+    except OSError:
+        if os.path.islink(path):
+            return f"is a broken link to {os.readlink(path)}"
+        if os.path.lexists(path):
+            raise
+        return "does not exist"
 
 
 def free_bytes(path: Path) -> int:
