@@ -167,7 +167,7 @@ except UsageError as error: print(error)
     assert result.returncode == 0, result.stderr
     *_, copy, error = result.stdout.splitlines()
     assert copy == str(Path(source.name).with_name(".rows.lowmem-test.rows"))
-    message = "memory://a needs a copy of its rows, but no folder is writable (there is no home folder): set"
+    message = "memory://a needs a copy of its rows, but no folder can be used (there is no home folder): set"
     assert error.startswith(message)
 
 
@@ -250,8 +250,8 @@ def test_a_copy_that_cannot_be_written_next_to_the_file_is_in_the_cache(locked_f
 
 def test_if_neither_folder_is_writable_the_error_names_both(locked_folder, monkeypatch):
     monkeypatch.setenv("HOME", str(locked_folder))
-    folders = f"{locked_folder} and {locked_folder}/.cache/lowmem"
-    message = rf"but no folder is writable \(tried {folders}\): set LOWMEM_CACHE"
+    found = "{0}/.rows.lowmem-test.lock: Permission denied; {0}/.cache: Permission denied".format(locked_folder)
+    message = rf"but no folder can be used \({found}\): set LOWMEM_CACHE to a folder of your own"
     with pytest.raises(UsageError, match=message):
         Builder(Source(str(locked_folder / "rows"))).derive()
 
