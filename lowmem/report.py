@@ -66,7 +66,9 @@ class MetricsLog:
         for record in map(json.loads, kept):
             self.resumed_at |= record if record["step"] == step else {}
         rewritten = path.with_suffix(".rewritten")
-        rewritten.write_bytes(b"".join(kept))
+        rewritten.unlink(missing_ok=True)
+        with open(rewritten, "xb") as file:  # a new file, never one that a link names
+            file.write(b"".join(kept))
         os.replace(rewritten, path)
         self._path, self._size, self._waiting = path, path.stat().st_size, b""
 

@@ -11,6 +11,7 @@ from lowmem.config.presets import PRESETS
 from lowmem.config.rules import conflicts
 from lowmem.config.train_config import ALTERNATIVES, FIELDS, TIERED_OPTIMIZERS, TrainConfig
 from lowmem.errors import UsageError
+from lowmem.storage.files import describe
 
 _BUNDLED_VALIDATION_ROWS = 240
 _SWITCHES = [*PRESETS.keys() - {"tiny"}, "is_keep_training"]
@@ -74,8 +75,12 @@ def _read_config_file(path: object, problems: list[str]) -> dict[str, object]:
         return {}
     import yaml
 
+    file = Path(os.path.expanduser(str(path)))
     try:
-        values = yaml.safe_load(Path(os.path.expanduser(str(path))).read_text(encoding="utf-8"))
+        if os.path.lexists(file) and not file.is_file():  # reading a FIFO or a device may never end
+            problems.append(f"--config={path} {describe(file)}: name a YAML or JSON file")
+            return {}
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         problems.append(f"--config={path} cannot be read: {error.strerror}")
     except (yaml.YAMLError, UnicodeDecodeError) as error:

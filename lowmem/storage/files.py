@@ -130,7 +130,7 @@ def describe(path: Path) -> str:
     """Say what is at `path`: "is a folder", "is a FIFO", "is a broken link to ...", "does not exist". Follows links."""
     try:
         return f"is a {_KINDS[stat.S_IFMT(os.stat(path).st_mode)]}"
-    except OSError:
+    except (OSError, ValueError):  # a ValueError for a name with a NUL
         if os.path.islink(path):
             return f"is a broken link to {os.readlink(path)}"
         if os.path.lexists(path):

@@ -40,7 +40,7 @@ _SMALLEST_INDEXED_BYTES = 2**22  # a smaller file that needs no copy is indexed 
 _LONGEST_NAME_BYTES = 255
 _LONGEST_HEADER_BYTES = 2**16  # besides its header, an index has fewer bytes than what it indexes
 _ABANDONED_SECONDS = 24 * 3600  # a temporary file without a write for this long is abandoned
-_TOUCH_SECONDS = 1.0  # how often a process that is building shows other processes that it is alive
+_TOUCH_SECONDS = 0.25  # how often a process that is building shows other processes that it is alive
 _PATIENCE_SECONDS = 30.0  # how long to wait for a process that shows no sign of life
 
 # `build(copy, report)` writes the converted file to `copy` (unless None), reports each part's size, returns the index.
