@@ -1,12 +1,12 @@
 """Once per data file, build an index for random access to its rows and, for some files, a converted copy.
 
 Both are stored in the folder that LOWMEM_CACHE names. If it is not set, they are next to the data file (hidden; for a
-symbolic link, next to the link), or in ~/.cache/lowmem if the data file is remote or its folder is not writable. Both
-are written to temporary files, then renamed, the copy first. Both are built again if the index, the copy's size or the
-data file has changed.
+symbolic link, next to the link), or in ~/.cache/lowmem if the data file is remote, or its folder is not writable or is
+another user's. Both are written to temporary files, then renamed, the copy first. Both are built again if the index,
+the copy's size or the data file has changed, and if the index does not fit the file.
 
-Other users may write to the folder. So only files and folders of this user or root are used, links are not followed,
-and the wait for a lock ends if its holder shows no sign of life. An index that does not fit its file is built again.
+Other users may be able to write to the folder, and a data folder may contain planted files. So only files of this user
+or root are used, links are never followed, and the wait for a lock ends if its holder shows no sign of life.
 """
 
 import errno
