@@ -1,6 +1,8 @@
 """The error classes of lowmem. Most messages say what was requested, what was found, and what to do."""
 
+import errno
 import re
+from pathlib import Path
 
 
 def one_line(message: object) -> str:
@@ -15,6 +17,10 @@ class UsageError(ValueError):
 
 class StartError(UsageError):
     """This process could not join the process group; every rank prints its own error."""
+
+
+class LostFolderError(UsageError):
+    """The output folder of a run was removed or replaced while the run was training."""
 
 
 class RankError(RuntimeError):
@@ -47,6 +53,14 @@ class ReadError(RowError):
 
 class ChangedError(OSError):
     """A file was changed or replaced after it was opened."""
+
+
+class LockedError(OSError):
+    """Another process holds the lock of a file; `owner` names it."""
+
+    def __init__(self, path: Path, owner: str):
+        super().__init__(errno.EWOULDBLOCK, f"Is locked by {owner}", str(path))
+        self.owner = owner
 
 
 # Phrases in out-of-memory errors whose type is neither torch.OutOfMemoryError nor MemoryError.

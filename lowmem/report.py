@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -66,7 +66,9 @@ class MetricsLog:
         for record in map(json.loads, kept):
             self.resumed_at |= record if record["step"] == step else {}
         rewritten = path.with_suffix(".rewritten")
-        rewritten.write_bytes(b"".join(kept))
+        rewritten.unlink(missing_ok=True)
+        with open(rewritten, "xb") as file:  # a new file, never one that a link names
+            file.write(b"".join(kept))
         os.replace(rewritten, path)
         self._path, self._size, self._waiting = path, path.stat().st_size, b""
 
@@ -115,11 +117,24 @@ def _open_folder(folder: Path, settings: Mapping, resumed_step: int | None) -> M
 
 
 class Report:
-    """Report a run from the main rank. The constructor opens `folder`, or raises UsageError if it cannot be written."""
+    """Report a run from the main rank. The constructor opens `folder`, or raises UsageError if it cannot be written.
+
+    Before each write, the main rank calls `check_folder`; if that raises an error, every rank does.
+    """
 
     def __init__(
-        self, folder: Path, settings: Mapping, accelerator: Accelerator, step: int, total_steps: int, *, resumed: bool
+        self,
+        folder: Path,
+        settings: Mapping,
+        accelerator: Accelerator,
+        *,
+        step: int,
+        total_steps: int,
+        resumed: bool,
+        check_folder: Callable[[], None] = lambda: None,
     ):
+        self._check_folder = check_folder
+        on_main_rank(check_folder)
         self._log = on_main_rank(partial(_open_folder, folder, settings, step if resumed else None))
         self.resumed_at: dict[str, float | None] = gather_json(self._log and self._log.resumed_at)[0]
         """The metrics recorded at the step that this run resumes from, on every rank."""
@@ -178,10 +193,9 @@ class Report:
             self.print_lines(f"step {self._step}: no update, {result.reason}")
 
     def halving(self, halving: Halving) -> None:
-        if self._log:
-            found = {"rank": halving.rank, "batch_size": halving.batch_size}
-            self._log.write({"event": "out_of_memory", "step": halving.step, **found})
-            print_lines(str(halving))
+        found = {"rank": halving.rank, "batch_size": halving.batch_size}
+        self._write({"event": "out_of_memory", "step": halving.step, **found})
+        self.print_lines(str(halving))
 
     def training(self, result: StepResult, stream: Stream, rank: DataParallelRank, learning_rate: float) -> None:
         """Record the last step, the speed since the previous record, and the stream's counts summed over ranks."""
@@ -210,11 +224,16 @@ class Report:
         """Write one record of this step to metrics.jsonl, the trackers and the terminal."""
         if self._has_trackers:
             self._accelerator.log(dict(metrics), step=self._step)
+        self._write({"step": self._step, **metrics})
         if self._log:
-            self._log.write({"step": self._step, **metrics})
             shown = {name: x for name, x in metrics.items() if name not in _NOT_SHOWN if x or name not in _SHOWN_IF_ANY}
             words = (f"{name} {x:,}" if isinstance(x, int) else f"{name} {x:.4g}" for name, x in shown.items())
             print_lines(f"step {self._step}/{self._total_steps}: {', '.join(words)}")
+
+    def _write(self, record: Mapping[str, object]) -> None:
+        on_main_rank(self._check_folder)
+        if self._log:
+            self._log.write(record)
 
     def unsaved(self, error: SaveError) -> None:
         self.print_lines(f"step {self._step}: the checkpoint was not saved, training continues: {error}")
@@ -230,9 +249,8 @@ class Report:
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self._counts.items() if count)
         if counts:
             self.print_lines(f"rows of steps {self._first_step + 1} to {self._step}: {counts}")
-        if self._log:
-            end = {"event": "end", "steps": self._step, "skipped": self._skipped}
-            self._log.write(end | self._counts | {"best": best})
+        end = {"event": "end", "steps": self._step, "skipped": self._skipped}
+        self._write(end | self._counts | {"best": best})
         self._close()
         self.print_lines(f"done: the model is in {self._folder / 'model'}, metrics in {self._folder / 'metrics.jsonl'}")
 

@@ -27,7 +27,7 @@ from lowmem.data.rows import Rows, RowSets
 from lowmem.data.stream import open_stream
 from lowmem.deepspeed_step import deepspeed_step
 from lowmem.distributed import zero
-from lowmem.distributed.collectives import any_rank
+from lowmem.distributed.collectives import any_rank, on_main_rank
 from lowmem.distributed.consistency import check_same_inputs, check_same_model, tokenizer_digest
 from lowmem.distributed.placement import data_place, handle_rank_errors
 from lowmem.distributed.setup import init_distributed, make_deterministic
@@ -57,12 +57,18 @@ class Outcome(NamedTuple):
 
 
 def train(
-    config: TrainConfig, rows: RowSets, *, signals: Signals, on_abort: Callable[[str], None] | None = None
+    config: TrainConfig,
+    rows: RowSets,
+    *,
+    signals: Signals,
+    on_abort: Callable[[str], None] | None = None,
+    check_folder: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Train from the start or from a checkpoint, and save the model in `output_dir`/model.
 
     After a signal on any rank, all ranks finish the current step or evaluation, save a checkpoint (not with DeepSpeed)
     and end. If another rank fails or is silent, this rank raises an error, or calls `on_abort(message)` and exits.
+    Before each write to `output_dir`, rank 0 calls `check_folder`, which raises an error if that is another run's now.
     A group of the config, such as `config.sharding`, contains keyword arguments of one function.
     """
     # --- processes
@@ -125,7 +131,8 @@ def train(
         schedule = Schedule.of_run(stream.num_rows, stream.global_batch_size, **config.schedule)
         checkpoints, keep, can_save = output / "checkpoints", config.save_total_limit or None, not config.deepspeed
         check_space(state, checkpoints, saves=can_save * schedule.num_due(state.step, config.save_steps), keep=keep)
-        report = Report(output, settings, accelerator, state.step, schedule.total_steps, resumed=checkpoint is not None)
+        progress = {"step": state.step, "total_steps": schedule.total_steps, "resumed": checkpoint is not None}
+        report = Report(output, settings, accelerator, **progress, check_folder=check_folder)
         report.opening(model, num_weights, stream, rank, tier=config.memory or "off", sharding=config.sharding_summary)
         report.resuming(checkpoint, changes, stream.changes, can_save)
         if config.is_sharded and accelerator.num_processes == 1 and not config.cpu_offload:
@@ -142,7 +149,11 @@ def train(
             if held_out := getattr(rows, name):
                 measure.check(held_out, name)
         saving = {"tokenizer": tokenizer, "config": settings, "max_shard_size": config.max_shard_size}
-        save = partial(save_checkpoint, state, checkpoints, accelerator, tokenizer_hash=tokenizer_hash, **saving)
+
+        def save(**options) -> Path | None:
+            on_main_rank(check_folder)
+            return save_checkpoint(state, checkpoints, accelerator, tokenizer_hash=tokenizer_hash, **saving, **options)
+
         # fitting_step calls train_step and, if memory runs out, retries with smaller micro-batches
         take_step = deepspeed_step if config.deepspeed else partial(fitting_step, tell=report.halving)
 
@@ -192,6 +203,7 @@ def train(
             raise UsageError(
                 f"none of the {state.step} steps updated the weights (each printed why): no model is saved"
             )
+        on_main_rank(check_folder)
         save_model(wrapped, output / "model", **saving)
         if rows.test:
             report.evaluation(*measure(rows.test, "test"))

@@ -1,3 +1,5 @@
+import fcntl
+import json
 import os
 import shutil
 import signal
@@ -167,7 +169,7 @@ except UsageError as error: print(error)
     assert result.returncode == 0, result.stderr
     *_, copy, error = result.stdout.splitlines()
     assert copy == str(Path(source.name).with_name(".rows.lowmem-test.rows"))
-    message = "memory://a needs a copy of its rows, but no folder is writable (there is no home folder): set"
+    message = "memory://a needs a copy of its rows, but no folder can be used (there is no home folder): set"
     assert error.startswith(message)
 
 
@@ -223,6 +225,113 @@ def test_files_with_the_same_name_in_two_folders_have_separate_copies_in_the_cac
     assert Builder(source).derive().copy != Builder(other).derive().copy
 
 
+def cached():
+    return Path.home() / ".cache" / "lowmem"
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "FIFO", "folder"])
+@pytest.mark.parametrize("suffix", ["lock", "index", "rows", "unfinished"])
+def test_a_planted_link_fifo_or_folder_is_neither_followed_nor_waited_for(source, tmp_path, capsys, kind, suffix):
+    name = f"{os.uname().nodename}.unfinished" if suffix == "unfinished" else suffix
+    planted, precious = tmp_path / f".rows.lowmem-test.{name}", tmp_path / "precious"
+    precious.write_text("precious")
+    make = {"link": planted.symlink_to, "hard link": planted.hardlink_to}
+    make.get(kind, lambda path: os.mkfifo(planted) if kind == "FIFO" else planted.mkdir())(precious)
+    builder = Builder(source)
+    for _ in range(2):
+        copy = builder.derive().copy
+        assert copy.read_bytes() == b"SOME ROWS THAT EXIST IN A FILE"
+    assert precious.read_text() == "precious" and builder.times == 1
+    is_obstacle = suffix == "lock" or kind == "folder"  # other files are in our folder, so they are removed
+    assert copy.parent == (cached() if is_obstacle else tmp_path)
+    why = f"making a copy of its rows once, in {cached()} ({planted}: Is a "
+    assert (why in capsys.readouterr().out) == is_obstacle
+
+
+@pytest.mark.parametrize("suffix", ["index", "rows"])
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_files_of_another_user_are_not_used(source, suffix):
+    builder = Builder(source)
+    copy = builder.derive().copy
+    os.chown(copy.with_suffix(f".{suffix}"), 65534, -1)
+    assert builder.derive().copy == copy and builder.times == 2
+    assert copy.stat().st_uid == copy.with_suffix(".index").stat().st_uid == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_nothing_is_written_or_read_in_the_folder_of_another_user(source, tmp_path, capsys):
+    Builder(source).derive()
+    os.chown(tmp_path, 65534, -1)
+    builder = Builder(source)
+    for _ in range(2):
+        assert builder.derive().copy.parent == cached() and builder.times == 1
+    assert f"once, in {cached()} ({tmp_path}: Belongs to user 65534)\n" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_stale_files_of_another_user_that_cannot_be_removed_do_not_refuse_the_run(source, tmp_path, monkeypatch):
+    shared = tmp_path / "shared"  # like /tmp: only the owner of a file can remove it
+    shared.mkdir()
+    shutil.copy(source.name, shared)
+    (shared / ".rows.lowmem-test.index").touch(0o666)
+    os.chown(shared / ".rows.lowmem-test.index", 1234, -1)
+    for folder in (shared, home := tmp_path / "home"):
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o1777)
+    for folder in (tmp_path, *list(tmp_path.parents)[:3]):
+        folder.chmod(0o755)
+    monkeypatch.setenv("HOME", str(home))
+    os.seteuid(65534)
+    try:
+        assert Builder(Source(str(shared / "rows"))).derive().copy.parent == home / ".cache" / "lowmem"
+    finally:
+        os.seteuid(0)
+
+
+def test_a_process_does_not_wait_for_a_lock_whose_holder_is_not_alive(source, tmp_path, capsys):
+    def derive_impatiently(copies):
+        return derive(source, Builder(source), kind="test", copies=copies, patience_seconds=0.2)
+
+    Path(source.name).write_bytes(b"row\n" * 2**20)
+    lock = tmp_path / ".rows.lowmem-test.lock"
+    with lock.open("w") as file:
+        file.write("process 7 on host far")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert derive_impatiently(copies=True).copy.parent == cached()
+        assert f"({lock}: Is locked by process 7 on host far)" in capsys.readouterr().out
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HOME", "/dev/null")
+            with pytest.raises(
+                UsageError, match=f"no folder can be used .{lock}: Is locked by process 7 on host far; "
+            ):
+                derive_impatiently(copies=True)
+            assert derive_impatiently(copies=False).index["size"] == [2**22]
+        assert "making an index of its rows at each start, because no folder can be used" in capsys.readouterr().out
+
+
+def test_a_process_waits_for_a_lock_as_long_as_its_holder_is_alive(source, tmp_path):
+    with start("run(lambda *x: build(*x, 1.6))", source) as process:
+        while "begin" not in ((tmp_path / "rows.notes").read_text() if (tmp_path / "rows.notes").exists() else ""):
+            assert process.poll() is None
+        builder = Builder(source)
+        found = derive(source, builder, kind="test", copies=True, patience_seconds=1.0)
+        assert process.wait(timeout=60) == 0 and found.index["bytes"] == [30] and builder.times == 0
+
+
+def test_an_index_that_is_larger_than_its_file_is_not_read(source, tmp_path):
+    builder = Builder(source)
+    index = builder.derive().copy.with_suffix(".index")
+    whole = index.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    tensors = json.loads(whole[8:end])
+    tensors["first"] |= {"shape": [2**40], "data_offsets": [8, 8 + 2**40]}
+    header = json.dumps(tensors).encode()
+    index.write_bytes(len(header).to_bytes(8, "little") + header + whole[end:])
+    os.truncate(index, 8 + len(header) + 8 + 2**40)
+    assert builder.derive().index["size"] == [30] and builder.times == 2
+
+
 @pytest.fixture
 def locked_folder():
     """Make a folder that this process can read but not write to; a root process becomes another user until the end."""
@@ -250,8 +359,8 @@ def test_a_copy_that_cannot_be_written_next_to_the_file_is_in_the_cache(locked_f
 
 def test_if_neither_folder_is_writable_the_error_names_both(locked_folder, monkeypatch):
     monkeypatch.setenv("HOME", str(locked_folder))
-    folders = f"{locked_folder} and {locked_folder}/.cache/lowmem"
-    message = rf"but no folder is writable \(tried {folders}\): set LOWMEM_CACHE"
+    found = f"{locked_folder}/.rows.lowmem-test.lock: Permission denied; {locked_folder}/.cache: Permission denied"
+    message = rf"but no folder can be used \({found}\): set LOWMEM_CACHE to a folder of your own"
     with pytest.raises(UsageError, match=message):
         Builder(Source(str(locked_folder / "rows"))).derive()
 

@@ -271,6 +271,15 @@ def test_aliases_that_expand_without_limit_are_refused(kind, tmp_path):
     assert resolve({"config": tmp_path / "c.yaml"}).save_steps == 50
 
 
+def test_a_config_that_is_not_a_file_is_described(tmp_path):
+    (tmp_path / "link").symlink_to("gone.yaml")
+    os.mkfifo(tmp_path / "fifo")
+    found = {"link": "broken link to gone.yaml", "fifo": "FIFO", ".": "folder", "/dev/zero": "device"}
+    for path, what in ((tmp_path / name, what) for name, what in found.items()):
+        assert f"--config={path} is a {what}: name a YAML or JSON file" in problems_of(config=path)
+        assert f"(it is a {what})" in problems_of(model_config=path)
+
+
 def test_sizes_are_read_as_people_write_them():
     assert [parse_bytes(size) for size in ("5GB", "2GiB", "500MB", "1.5kb", 77, "77")] == [
         5 * 10**9,

@@ -1,4 +1,5 @@
 import gzip
+import io
 import json
 import os
 import sys
@@ -10,8 +11,10 @@ from threading import Thread
 import numpy as np
 import pyarrow as pa
 import pytest
+import xxhash
 
-from lowmem.data.files.line_index import LONGEST_LINE, index_lines
+from lowmem.data.files.cache import derive
+from lowmem.data.files.line_index import LONGEST_LINE, are_blank_lines, fits_lines, index_lines
 from lowmem.data.files.lines import JsonLinesFile, TextFile
 from lowmem.data.files.source import Source
 from lowmem.errors import UsageError
@@ -395,3 +398,100 @@ def test_a_lost_connection_leaves_no_copy(tmp_path, url, name):
     with pytest.raises(UsageError, match=f"{url}/{name} cannot be read .*not completed"):
         JsonLinesFile(Source(f"{url}/{name}"), {"a": "text"})
     assert not list(Path(os.environ["LOWMEM_CACHE"]).iterdir())
+
+
+CONTENT = b"\xef\xbb\xbf" + b"".join(b"row %d\n" % number for number in range(2000)) + b"\n \n"
+
+
+def plant(path, change):
+    """Write CONTENT to a .gz file, and store `change(index)` in the way in which readers store its index."""
+
+    def build(copy, report):
+        return change(index_lines(Source(str(path)), copy, report))
+
+    path.write_bytes(gzip.compress(CONTENT))
+    derive(Source(str(path)), build, kind="lines", copies=True)
+
+
+def each(change):
+    return lambda index: {name: change(column).copy() for name, column in index.items()}
+
+
+def items(**values):
+    """Return a function that sets items of an index, given as name=(position, value), and updates all hashes."""
+
+    def change(index):
+        for name, (position, value) in values.items():
+            index[name][position] = value
+        groups = zip(index["first_byte"], index["end_byte"], strict=True)
+        hashes = [xxhash.xxh3_64_intdigest(CONTENT[max(0, first) : max(0, end)]) for first, end in groups]
+        return index | {"hash": np.array(hashes, np.uint64)}
+
+    return change
+
+
+NOT_FITTING = {
+    "first half": each(lambda column: column[: len(column) // 2]),
+    "last half": each(lambda column: column[len(column) // 2 :]),
+    "no group": each(lambda column: column[:0]),
+    "some twice": each(lambda column: np.concatenate([column[:3], column[2:]])),
+    "other order": each(lambda column: column[::-1]),
+    "shape": lambda index: index | {"rows": index["rows"][:-1]},
+    "dimensions": each(lambda column: column.reshape(-1, 1)),
+    "scalars": each(lambda column: np.array(column[0])),
+    "dtype": lambda index: index | {"rows": index["rows"].astype(np.float64)},
+    "unsigned": lambda index: index | {"first_byte": index["first_byte"].astype(np.uint64)},
+    "more columns": lambda index: index | {"more": index["rows"]},
+    "fewer columns": lambda index: {"rows": index["rows"]},
+    "negative": items(first_byte=(0, -1)),
+    "overflow": items(first_byte=(2, -(2**63)), end_byte=(2, 2**63 - 1)),
+    "beyond the end": items(end_byte=(-1, 10**6)),
+    "no rows": items(rows=(1, 0)),
+    "too many rows": items(rows=(1, 257)),
+    "line numbers": items(first_line=(1, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_FITTING)
+def test_an_index_that_does_not_fit_its_file_is_made_again(tmp_path, kind):
+    plant(tmp_path / "rows.txt.gz", NOT_FITTING[kind])
+    assert all_rows(open_lines(tmp_path / "rows.txt.gz")) == [{"text": f"row {number}"} for number in range(2000)]
+
+
+WRONG_GROUPS = {
+    "a group is left out": each(lambda column: np.delete(column, 3)),
+    "other number of rows": items(rows=(3, 250)),
+    "a group begins within a line": items(first_byte=(3, 6000), end_byte=(2, 6000)),
+    "a row is left out": items(first_byte=(3, CONTENT.index(b"row 769\n")), rows=(3, 255)),
+    "the start of a row is left out": items(first_byte=(3, CONTENT.index(b"768\n"))),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_GROUPS)
+def test_reading_a_group_that_is_not_what_the_index_says_is_an_error(tmp_path, kind):
+    plant(tmp_path / "rows.txt.gz", WRONG_GROUPS[kind])
+    file = open_lines(tmp_path / "rows.txt.gz")
+    for group in (0, 1):
+        file.read_group(group)
+    with pytest.raises(ValueError, match="differ from what was indexed"):
+        for group in range(2, len(file.group_rows)):
+            file.read_group(group)
+
+
+@pytest.mark.parametrize("piece", [1, 2**20])
+def test_the_index_of_any_file_fits_it(tmp_path, piece):
+    path = tmp_path / "rows.txt"
+    for seed in range(12):
+        lines = random_lines(seed, seed * (10 if piece == 1 else 200), longest=9)
+        path.write_bytes(b"\xef\xbb\xbf" * (seed % 2) + b"".join(lines) + b"a" * (seed % 3) + b" " * (seed % 4))
+        index = index_lines(Source(str(path)), None, lambda size: None, piece_bytes=piece)
+        with path.open("rb") as file:
+            assert fits_lines(index, file)
+
+
+def test_blank_lines_are_whole_and_have_only_blanks():
+    file = io.BytesIO(b"a\n \n\n b\n" + b" " * 2**21)
+    spans = {(first, stop) for first in range(9) for stop in range(first + 1, 9) if are_blank_lines(file, first, stop)}
+    assert spans == {(1, 2), (1, 4), (1, 5), (2, 4), (2, 5), (3, 4), (3, 5), (4, 5), (7, 8)}
+    assert are_blank_lines(file, 0, 0) and are_blank_lines(file, 7, 8 + 2**21)
+    assert not are_blank_lines(file, 7, 7 + 2**21) and not are_blank_lines(file, 7, 9 + 2**21)

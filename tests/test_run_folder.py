@@ -4,16 +4,24 @@ import json
 import os
 import re
 import signal
+import socket
+import subprocess
 import sys
 import time
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
+from lowmem.errors import LostFolderError, UsageError
 from lowmem.job.exit_file import final_exit, remove_exit, this_launch, write_exit
-from lowmem.job.folder import lock_folder
-from tests.processes import PROGRAM, finish, run, started, train
+from lowmem.job.folder import check_output, lock_folder
+from lowmem.report import MetricsLog
+from lowmem.storage.lock import owner_of
+from tests import runs
+from tests.forked import started_ranks
+from tests.processes import PROGRAM, finish, run, run_program, started, train, wait_until
 
 HOLD = (
     "import sys, time; from pathlib import Path; from lowmem.job.folder import lock_folder\n"
@@ -67,6 +75,89 @@ def before_locking(event, arguments):
 
 before_locking.action = None
 sys.addaudithook(before_locking)
+
+
+def test_a_lock_is_lost_if_its_folder_or_file_is_removed_or_replaced(tmp_path):
+    output, lock = tmp_path / "out", tmp_path / "out" / ".lock"
+    for lose in (lock.unlink, lambda: output.rename(tmp_path / "moved")):
+        with lock_folder(output) as check:
+            check()
+            lose()
+            with pytest.raises(
+                LostFolderError, match=f"^--output_dir={output} was removed or replaced during this run:"
+            ):
+                check()
+            with lock_folder(output):
+                with pytest.raises(LostFolderError, match=f"and is now in use by process {os.getpid()} on host"):
+                    check()
+            output.mkdir(exist_ok=True)
+            lock.symlink_to(tmp_path / "moved" / ".lock")
+            with pytest.raises(LostFolderError):
+                check()
+        assert lock.is_symlink()  # a process removes no lock that it does not hold
+        lock.unlink()
+
+
+def test_both_ranks_of_a_run_whose_folder_is_lost_end_without_writing_there(tmp_path):
+    output, moved = tmp_path / "out", tmp_path / "moved"
+    runs.write_files(tmp_path, num_rows=40)
+    flags = runs.flags(tmp_path, "out", max_steps=10**5, save_steps=3, max_predict_samples=0)
+    with started_ranks(2, run_program, PROGRAM, "train", *flags, stderr=subprocess.PIPE) as ranks:
+        wait_until((output / "checkpoints" / "step-00000003").exists, ranks[0])
+        output.rename(moved)
+        with lock_folder(output):
+            results = [finish(rank, timeout=60) for rank in ranks]
+            assert os.listdir(output) == [".lock"]
+    assert [result.returncode for result in results] == [2, 2]
+    error = f"--output_dir={output} was removed or replaced during this run"
+    assert results[0].stderr.startswith(f"error: {error} and is now in use by process {os.getpid()} on host ")
+    assert f"rank 0 failed with LostFolderError: {error}" in results[1].stderr
+    assert not (moved / "exit.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "FIFO", "folder"])
+def test_a_lock_that_is_not_a_file_of_its_own_is_refused(tmp_path, kind):
+    output, lock, precious = tmp_path / "out", tmp_path / "out" / ".lock", tmp_path / "precious"
+    output.mkdir()
+    precious.write_text("precious")
+    {
+        "link": lambda: lock.symlink_to(precious),
+        "hard link": lambda: lock.hardlink_to(precious),
+        "FIFO": lambda: os.mkfifo(lock),
+        "folder": lock.mkdir,
+    }[kind]()
+    with pytest.raises(UsageError, match=rf"cannot be written: Is a (symbolic |hard )?\w+ \({lock}\); set another"):
+        with lock_folder(output):
+            pass
+    assert precious.read_text() == "precious" and lock.exists()
+
+
+def test_the_text_of_a_lock_becomes_one_printable_line(tmp_path):
+    (tmp_path / ".lock").write_bytes(b"process 1\n\x1b[2J\xff" + b"x" * 10**6)
+    assert owner_of(tmp_path / ".lock") == "process 1??[2J\ufffd" + "x" * 985
+    for text in (b"", None):
+        (tmp_path / ".lock").unlink() if text is None else (tmp_path / ".lock").write_bytes(text)
+        assert owner_of(tmp_path / ".lock") == "another process"
+
+
+def test_an_output_folder_that_is_not_a_folder_is_described(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "fifo")
+    for output, found in ((tmp_path / "link", "broken link to nowhere"), (tmp_path / "fifo", "FIFO")):
+        with pytest.raises(UsageError, match=f"--output_dir={output} is a {found}: set a folder"):
+            check_output(output, "never")
+    with pytest.raises(UsageError, match="--output_dir=/dev/null is a device: set a folder"):
+        check_output(Path("/dev/null"), "never")
+
+
+def test_unfinished_files_do_not_follow_links(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (tmp_path / "metrics.rewritten").symlink_to(precious)
+    MetricsLog(tmp_path / "metrics.jsonl", step=None)
+    (tmp_path / f".exit-{socket.gethostname()}-{os.getpid()}.json").symlink_to(precious)
+    write_exit(tmp_path, "done", step=1, rank=0)
+    assert precious.read_text() == "precious" and json.loads((tmp_path / "exit.json").read_text())["cause"] == "done"
 
 
 def test_a_folder_that_cannot_be_written_is_reported_at_the_start(tmp_path):

@@ -1,6 +1,10 @@
 """Savers (except `compiled`) change no loss or gradient, need fewer bytes, rename no parameter and leave no hook."""
 
+import os
 import shutil
+import signal
+import sys
+import tempfile
 from itertools import combinations
 
 import pytest
@@ -12,6 +16,7 @@ from lowmem.data.batch import collate
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.errors import UsageError
 from lowmem.loss import chunked_loss
+from lowmem.memory.offload import mapped_file
 from lowmem.memory.savers import compiled, entered, offload_activations, recompute, recompute_cheap, release
 from lowmem.model.checks import check_backward
 from lowmem.optim.make import make_optimizer
@@ -19,6 +24,7 @@ from lowmem.plan.meter import MemoryMeter
 from lowmem.step import TrainState, train_step
 from tests.forked import fork_ranks
 from tests.models import build, qa_rows
+from tests.processes import started_function
 
 DROPOUT = {"t5": {"dropout_rate": 0.1}, "llama": {"attention_dropout": 0.1}}
 DEEP = {"t5": {"num_layers": 6}, "llama": {"num_hidden_layers": 6}}
@@ -141,6 +147,24 @@ def test_offloaded_activations_are_kept_when_their_memory_is_reused():
         with offload_activations(model):
             gradients = torch.autograd.grad(loss(), weights)
         assert all(torch.equal(a, b) for a, b in zip(expected, gradients, strict=True))
+
+
+def offload_until_killed(folder):
+    """Offload an activation to a file in `folder`, and kill this process as soon as the file has its size."""
+
+    def kill(frame, event, function):
+        if event == "c_return" and function is os.posix_fallocate:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    tempfile.tempdir = str(folder)
+    sys.setprofile(kill)
+    mapped_file(torch.ones(1024))
+
+
+def test_a_killed_process_leaves_no_file_of_an_activation(tmp_path):
+    with started_function(offload_until_killed, tmp_path) as process:
+        assert process.wait(timeout=60) == -signal.SIGKILL
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,14 @@ def test_a_file_that_is_named_twice_is_refused_even_by_different_names(folder):
         (".", r"\. is a folder"),
         ([], r"\[\] names no file: name a"),
         (" , ", "' , ' names no file: name a"),
+        ("link.txt", r"link.txt is a broken link to gone.txt: name a"),
+        ("loop.txt", r"loop.txt is a broken link to loop.txt: name a"),
+        ("fifo.txt", r"fifo.txt is a FIFO: name a"),
+        (
+            "*.txt",
+            r"fifo.txt is a FIFO, link.txt is a broken link to gone.txt, loop.txt is a broken link to loop.txt: ",
+        ),
+        ("/dev/null", "/dev/null is a device: name a"),
         ("n" * 300, "n{300} cannot be accessed .*File name too long"),
         (["a\0b"], "does not exist: name a"),
         ("memory://no/such.txt", "memory://no/such.txt cannot be reached .FileNotFoundError.*: check name, access"),
@@ -104,6 +112,9 @@ def test_a_file_that_is_named_twice_is_refused_even_by_different_names(folder):
 )
 def test_values_that_name_no_file_are_refused(folder, files, message):
     make("a.txt")
+    os.mkfifo("fifo.txt")
+    os.symlink("gone.txt", "link.txt")
+    os.symlink("loop.txt", "loop.txt")
     with pytest.raises(UsageError, match=message):
         expand(files)
 

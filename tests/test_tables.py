@@ -10,7 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from safetensors import safe_open
 
+from lowmem.data.files.cache import derive
 from lowmem.data.files.record_batches import TableLimits
 from lowmem.data.files.source import Source, dataset_files
 from lowmem.data.files.tables import ArrowFile, ParquetFile
@@ -596,3 +598,51 @@ def test_copying_long_rows_needs_little_memory_for_arrow_and_more_for_parquet(tm
     done = run(sys.executable, "-c", textwrap.dedent(code), path)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) < max_mebibytes
+
+
+PLANTED = {
+    "first half": lambda index: {name: column[: len(column) // 2] for name, column in index.items()},
+    "some twice": lambda index: {name: np.append(column, column[-1:]) for name, column in index.items()},
+    "no batch": lambda index: {name: column[:0] for name, column in index.items()},
+    "other order": lambda index: {name: column[::-1].copy() for name, column in index.items()},
+    "shape": lambda index: index | {"rows": index["rows"][:-1]},
+    "scalars": lambda index: {name: np.array(column[0]) for name, column in index.items()},
+    "dtype": lambda index: index | {"hashes": index["hashes"].view(np.int64)},
+    "names": lambda index: index | {"more": index["rows"]},
+    "negative": lambda index: index | {"rows": -index["rows"]},
+    "overflow": lambda index: index | {"sizes": index["sizes"] + (2**63 - 1 - index["sizes"].max())},
+    "hashed": lambda index: index | {"hashed": index["hashed"] * 0},
+}
+
+
+def plant(source, change):
+    """Store a changed index of a copy in the way in which a reader stores it."""
+    (copy,) = source.path.parent.glob("*.rows")
+    with safe_open(copy.with_suffix(".index"), framework="numpy") as file:
+        index = {name: file.get_tensor(name) for name in file.keys()}
+    content = copy.read_bytes()
+    copy.unlink()
+
+    def build(copy, report):
+        copy.write(content)
+        return change(index)
+
+    derive(source, build, kind=copy.stem.rpartition(".lowmem-")[2], copies=True)
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_an_index_that_does_not_fit_its_copy_is_made_again(tmp_path, monkeypatch, kind):
+    monkeypatch.delenv("LOWMEM_CACHE", raising=False)
+    source = write_parquet(tmp_path / "rows.parquet")
+    ParquetFile(source, WANTED, limits=PIECES)
+    plant(source, PLANTED[kind])
+    assert all_rows(ParquetFile(source, WANTED, limits=PIECES)) == only(WANTED)
+
+
+def test_a_batch_that_has_other_rows_than_its_index_says_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOWMEM_CACHE", raising=False)
+    source = write_parquet(tmp_path / "rows.parquet")
+    ParquetFile(source, WANTED, limits=PIECES)
+    plant(source, lambda index: index | {"rows": index["rows"] + 1})
+    with pytest.raises(ValueError, match=r"it has 40 rows, but 41 were indexed\): delete it"):
+        ParquetFile(source, WANTED, limits=PIECES).read_group(0)

@@ -9,9 +9,9 @@ from typing import get_args
 
 from lowmem.config.presets import PRESETS
 from lowmem.config.rules import conflicts
-from lowmem.config.text_file import read_text
 from lowmem.config.train_config import ALTERNATIVES, FIELDS, TIERED_OPTIMIZERS, TrainConfig
 from lowmem.errors import UsageError
+from lowmem.storage.files import read_text
 
 _BUNDLED_VALIDATION_ROWS = 240
 _SWITCHES = [*PRESETS.keys() - {"tiny"}, "is_keep_training"]
@@ -85,7 +85,7 @@ def _read_config_file(path: object, problems: list[str]) -> dict[str, object]:
     import yaml
 
     try:
-        text = read_text(str(path), f"--config={path}")
+        text = read_text(str(path), f"--config={path}", advice="name a YAML or JSON file", most_bytes=2**17)
         values = yaml.safe_load(text) if _is_flat(yaml.parse(text)) else None
     except UsageError as error:
         problems.append(str(error))

@@ -12,6 +12,7 @@ from lowmem.config.sizes import parse_bytes
 from lowmem.config.train_config import FIELDS, TIERED_OPTIMIZERS, TrainConfig, choices
 from lowmem.config.zero import zero_problems
 from lowmem.errors import UsageError
+from lowmem.storage.files import describe
 
 TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio".split()
 
@@ -129,8 +130,8 @@ def _out_of_range(config: TrainConfig) -> list[str]:
         if value and os.path.isfile(os.path.join(value, "model", "config.json")):
             problems.append(f"--{name}={value} is the output of a run, not a model: use {os.path.join(value, 'model')}")
     if config.model_config and config.model_config not in MODEL_SHAPES and not os.path.isfile(config.model_config):
-        shapes = ", ".join(MODEL_SHAPES)
-        problems.append(f"--model_config={config.model_config} is neither a file nor one of {shapes}")
+        shapes, found = ", ".join(MODEL_SHAPES), describe(config.model_config)
+        problems.append(f"--model_config={config.model_config} is neither a file nor one of {shapes} (it {found})")
     for part in config.frozen_parts:
         if part not in ("embeddings", "encoder"):
             problems.append(f"--freeze={config.freeze}: {part!r} is not one of embeddings, encoder")

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 
-from lowmem.config.text_file import read_text
 from lowmem.errors import UsageError
+from lowmem.storage.files import read_text
 
 # Fields of a DeepSpeed config that must agree with our flags, and sections that our flags replace.
 _SAME = {"train_micro_batch_size_per_gpu": "batch_size", "gradient_accumulation_steps": "gradient_accumulation_steps"}
@@ -20,7 +20,7 @@ def read_zero_config(source: str) -> dict[str, object]:
     is_text = source.lstrip().startswith("{")
     name = "the DeepSpeed config" if is_text else f"--deepspeed={source}"
     try:
-        values = json.loads(source if is_text else read_text(source, name))
+        values = json.loads(source if is_text else read_text(source, name, advice="name a DeepSpeed config"))
     except UsageError:
         raise
     except (ValueError, RecursionError) as error:

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 from lowmem.distributed import heartbeat
-from lowmem.errors import OutOfMemory, RankError, SaveError, StepTooLarge, UsageError
+from lowmem.errors import LostFolderError, OutOfMemory, RankError, SaveError, StepTooLarge, UsageError
 
 Result = TypeVar("Result")
 
-# If one rank raises one of these (or StepTooLarge), the others raise the same class; else they raise RankError.
-_RAISED_ON_ALL = {kind.__name__: kind for kind in (UsageError, SaveError)}
+# If one rank raises one of these (or StepTooLarge), the others raise the first class that fits; else RankError.
+_RAISED_ON_ALL = {kind.__name__: kind for kind in (LostFolderError, UsageError, SaveError)}
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def report_failure() -> Iterator[None]:
 def raise_error_of_any_rank(error: Exception | None) -> None:
     """If any rank passes an error, every rank raises: its own error, else a copy of the lowest failed rank's error.
 
-    A copy is a UsageError or SaveError if the original is one, else a RankError. StepTooLarge is raised only if no rank
+    A copy is of a class in _RAISED_ON_ALL if the original is, else a RankError. StepTooLarge is raised only if no rank
     has any other error.
     """
     mine = None

@@ -1,20 +1,15 @@
 """Check that a run may write into its output folder, and lock the folder against other runs."""
 
-import errno
-import fcntl
 import os
-import socket
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 
-from lowmem.errors import UsageError
-from lowmem.storage.files import is_same_file
+from lowmem.errors import LockedError, LostFolderError, UsageError
+from lowmem.storage.files import describe, is_same_file, open_regular
+from lowmem.storage.lock import NO_LOCKS, acquire, owner_of, release
 
 _SECONDS_TO_LOCK = 5.0  # how long to wait for a lock: a killed process keeps its lock until its memory is freed
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def check_output(output: Path, resume: str) -> None:
@@ -22,8 +17,8 @@ def check_output(output: Path, resume: str) -> None:
 
     `resume` is "never", "auto" or the path of a checkpoint.
     """
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output_dir={output} is a file: set a folder")
+    if os.path.lexists(output) and not output.is_dir():
+        raise UsageError(f"--output_dir={output} {describe(output)}: set a folder")
     present = sorted(path.name for path in output.glob("checkpoints/step-*"))
     model = output / "model"
     replaced = "would be replaced at the end of the run: set another --output_dir"
@@ -46,55 +41,49 @@ def check_output(output: Path, resume: str) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[Callable[[], None]]:
     """Make `folder` and lock it within this block. At the end, remove the folder if this call made it and it is empty.
 
-    The file .lock names this process. The lock (flock) ends with the process. Raises UsageError if `folder` cannot be
-    written, or if another process holds the lock for 5 seconds; the message names that process.
+    The file .lock names this process. The lock (flock) ends with the process. Yields a function that raises
+    LostFolderError if .lock is no longer this process's file, because the folder or the file was removed or replaced.
+    Raises UsageError if `folder` cannot be written, or if another process, which the message names, holds the lock for
+    5 seconds.
     """
+    path = folder / ".lock"
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        lock = _acquire_lock(folder)
+        lock = _lock(path)
+    except LockedError as error:
+        found = f"--output_dir={folder} is in use by {error.owner}"
+        raise UsageError(f"{found}: wait until it ends, or set another folder") from None
     except OSError as error:
         _remove_empty(made)
-        raise UsageError(f"--output_dir={folder} cannot be written: {error.strerror}; set another folder") from error
+        where = f" ({path})" if error.filename == str(path) else ""
+        found = f"--output_dir={folder} cannot be written: {error.strerror}{where}"
+        raise UsageError(f"{found}; set another folder") from error
+
+    def check() -> None:
+        with suppress(OSError):  # of a disk that fails, perhaps only now; writing to it then raises the error
+            if not is_same_file(path, lock):
+                now = f" and is now in use by {owner_of(path)}" if path.exists() else ""
+                what = f"--output_dir={folder} was removed or replaced during this run{now}"
+                raise LostFolderError(f"{what}: this run ends without writing there; set another folder for each run")
+
     try:
-        yield
+        yield check
     finally:
-        if is_same_file(folder / ".lock", lock):
-            os.unlink(folder / ".lock")  # before unlocking, so that a process waiting for this lock finds its file gone
+        release(path, lock)
         _remove_empty(made)
-        os.close(lock)
 
 
-def _acquire_lock(folder: Path) -> int:
-    """Lock the file .lock in `folder` and return its descriptor."""
-    path, deadline = folder / ".lock", time.monotonic() + _SECONDS_TO_LOCK
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        if _is_locked(lock, path) and is_same_file(path, lock):
-            os.ftruncate(lock, 0)
-            since = f"{datetime.now(UTC):%F %T} UTC"
-            os.write(lock, f"process {os.getpid()} on host {socket.gethostname()} since {since}".encode())
-            return lock
-        owner = os.read(lock, 1000).decode() or "another process"
-        os.close(lock)
-        if time.monotonic() > deadline:
-            raise UsageError(f"--output_dir={folder} is in use by {owner}: wait until it ends, or set another folder")
-        time.sleep(0.1)
-
-
-def _is_locked(lock: int, path: Path) -> bool:
+def _lock(path: Path) -> int:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return acquire(path, limit_seconds=_SECONDS_TO_LOCK)
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
         print(f"{path} cannot be locked ({error.strerror}): make sure that no other run uses this folder")
-    return True
+        return open_regular(path, os.O_RDWR | os.O_CREAT)
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -12,7 +12,16 @@ from typing import NoReturn
 
 from lowmem.distributed import heartbeat
 from lowmem.distributed.signals import PREEMPTED, Signals, print_and_exit
-from lowmem.errors import OutOfMemory, RankError, RowError, SaveError, StartError, UsageError, one_line
+from lowmem.errors import (
+    LostFolderError,
+    OutOfMemory,
+    RankError,
+    RowError,
+    SaveError,
+    StartError,
+    UsageError,
+    one_line,
+)
 from lowmem.job.exit_file import CODES, remove_exit, write_exit
 from lowmem.job.folder import has_files, lock_folder
 
@@ -22,9 +31,10 @@ _NOTHING_SAVED = "nothing is saved"
 
 
 def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Signals) -> int:
-    """Call `train(signals=..., on_abort=...)`, which returns (step, preempted), and return the exit code.
+    """Call `train(signals=..., on_abort=..., check_folder=...)`, which returns (step, preempted); return the exit code.
 
-    Rank 0 locks `output`. exit.json records how the run ended, except for a user error in an empty folder.
+    Rank 0 locks `output`; there, `check_folder()` raises LostFolderError once the folder is no longer this run's.
+    exit.json records how the run ended, except for a user error in an empty folder and for a lost folder.
     """
     rank = int(os.environ.get("RANK", "0"))
 
@@ -33,12 +43,14 @@ def supervise(train: Callable[..., tuple[int, bool]], output: Path, signals: Sig
 
     if rank != 0:
         signals.at_once = partial(end_at_once, record=record)
-    with lock_folder(output) if rank == 0 else nullcontext():
+    with lock_folder(output) if rank == 0 else nullcontext(lambda: None) as check_folder:
         if rank == 0:
             remove_exit(output)
             signals.at_once = partial(end_at_once, record=record)  # once locked: the folder is now this run's
         try:
-            step, preempted = train(signals=signals, on_abort=partial(record, "failed"))
+            step, preempted = train(signals=signals, on_abort=partial(record, "failed"), check_folder=check_folder)
+        except LostFolderError:
+            raise
         except Exception as error:
             cause = cause_of(error)
             # the folder is ours once rank 0 has locked it, which it does before it joins the process group

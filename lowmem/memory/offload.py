@@ -99,14 +99,14 @@ class _Copy:
 
 def mapped_file(tensor: Tensor) -> Tensor:
     """Copy `tensor` into a memory-mapped temporary file. Raises OSError if the disk is full."""
-    with tempfile.NamedTemporaryFile(prefix="lowmem-activation-") as file:  # the mapping outlives the file name
+    with tempfile.TemporaryFile() as file:  # it has no name, so a killed process leaves no file; the mapping keeps it
         try:
             os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # or a full disk could later kill the process (SIGBUS)
         except OSError as error:
             needs = f"offload_activations needs {tensor.nbytes:,} more bytes in {tempfile.gettempdir()}"
             message = f"{needs}: {error.strerror}; set TMPDIR to a folder on a larger disk, or remove the flag"
             raise OSError(error.errno, message) from error
-        storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=tensor.nbytes)
+        storage = torch.UntypedStorage.from_file(f"/dev/fd/{file.fileno()}", shared=True, nbytes=tensor.nbytes)
     mapped = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
     return mapped.copy_(tensor)
 

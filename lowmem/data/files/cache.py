@@ -1,41 +1,52 @@
 """Once per data file, build an index for random access to its rows and, for some files, a converted copy.
 
 Both are stored in the folder that LOWMEM_CACHE names. If it is not set, they are next to the data file (hidden; for a
-symbolic link, next to the link), or in ~/.cache/lowmem if the data file is remote or its folder is not writable. Both
-are written to temporary files, then renamed, the copy first. Both are built again if the index, the copy's size or the
-data file has changed.
+symbolic link, next to the link), or in ~/.cache/lowmem if the data file is remote, or its folder is not writable or is
+another user's. Both are written to temporary files, then renamed, the copy first. Both are built again if the index,
+the copy's size or the data file has changed, and if the index does not fit the file.
+
+Other users may be able to write to the folder, and a data folder may contain planted files. So only files of this user
+or root are used, links are never followed, and the wait for a lock ends if its holder shows no sign of life.
 """
 
 import errno
-import fcntl
+import json
 import os
 import shutil
+import stat
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from glob import escape
 from pathlib import Path
-from tempfile import TemporaryFile
+from threading import Event, Thread
 from typing import BinaryIO
 
 import numpy as np
 import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 from tqdm import tqdm
 
 from lowmem.data.files.source import Source
 from lowmem.errors import UsageError
-from lowmem.storage.files import is_same_file
+from lowmem.storage.files import check_owner, open_regular
+from lowmem.storage.lock import acquire, release
 
 _FORMAT = "1"
 _SMALLEST_INDEXED_BYTES = 2**22  # a smaller file that needs no copy is indexed at each start, in memory
 _LONGEST_NAME_BYTES = 255
+_LONGEST_HEADER_BYTES = 2**16  # besides its header, an index has fewer bytes than what it indexes
 _ABANDONED_SECONDS = 24 * 3600  # a temporary file without a write for this long is abandoned
+_TOUCH_SECONDS = 0.25  # how often a process that is building shows other processes that it is alive
+_PATIENCE_SECONDS = 30.0  # how long to wait for a process that shows no sign of life
 
 # `build(copy, report)` writes the converted file to `copy` (unless None), reports each part's size, returns the index.
 Build = Callable[[BinaryIO | None, Callable[[int], None]], dict[str, np.ndarray]]
+# `fits(index, file)` says whether `build` could have returned this index for an open copy or data file.
+Fits = Callable[[Mapping[str, np.ndarray], BinaryIO], bool]
 
 
 @dataclass(frozen=True)
@@ -46,11 +57,21 @@ class Derived:
     copy: Path | None
 
 
-def derive(source: Source, build: Build, *, kind: str, copies: bool, num_bytes: int | None = None) -> Derived:
+def derive(
+    source: Source,
+    build: Build,
+    *,
+    kind: str,
+    copies: bool,
+    fits: Fits = lambda index, file: True,
+    num_bytes: int | None = None,
+    patience_seconds: float = _PATIENCE_SECONDS,
+) -> Derived:
     """Load the index (and with `copies` the copy) of `source`. Build them if missing, while other processes wait.
 
     `kind` distinguishes several indexes of a file. `num_bytes` is the total that `build` will report (None: the file's
-    size). Raises OSError, and UsageError if no folder can be written, the disk is full or the file changes.
+    size). If no folder can be used, an index is built and not stored. Raises OSError, and UsageError if no folder can
+    be used for a copy, the disk is full or the file changes.
     """
     stamp = _stamp(source)
     size = int(stamp["source_bytes"])
@@ -62,21 +83,31 @@ def derive(source: Source, build: Build, *, kind: str, copies: bool, num_bytes: 
 
     if not copies and size < _SMALLEST_INDEXED_BYTES:
         return Derived(build_with_bar(None), None)
-    stems = _stems(source, kind)
+    stems, problems = _stems(source, kind)
     for stem in stems:
-        if found := _load(stem, stamp, copies):
+        if found := _load(source, stem, stamp, copies, fits):
             return found
     what = f"{'a copy' if copies else 'an index'} of its rows"
-    stem = next((stem for stem in stems if _can_write(stem.parent)), None)
-    if stem is None:
-        tried = f"tried {' and '.join(str(stem.parent) for stem in stems)}" if stems else "there is no home folder"
-        raise UsageError(f"{source} needs {what}, but no folder is writable ({tried}): set LOWMEM_CACHE to a folder")
-    with _locked(stem, f"{source}: waiting for another process, which is making {what}"):
-        _remove_abandoned(stem)
-        if found := _load(stem, stamp, copies):
-            return found
-        print(f"{source}: making {what} once, in {stem.parent}", flush=True)
-        return _make(source, stem, stamp, build_with_bar, copies)
+    waiting = f"{source}: waiting for another process, which is making {what}"
+    for stem in stems:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(_locked(Path(f"{stem}.lock"), waiting, patience_seconds))
+                _remove_abandoned(stem)
+                if found := _load(source, stem, stamp, copies, fits):
+                    return found
+                _make_way(stem)
+            except OSError as error:
+                problems.append(f"{error.filename or stem}: {error.strerror or error}")
+                continue
+            why = f" ({'; '.join(problems)})" if problems else ""
+            print(f"{source}: making {what} once, in {stem.parent}{why}", flush=True)
+            return _make(source, stem, stamp, build_with_bar, copies)
+    why = f"no folder can be used ({'; '.join(problems)}): set LOWMEM_CACHE to a folder of your own"
+    if copies:
+        raise UsageError(f"{source} needs {what}, but {why}")
+    print(f"{source}: making {what} at each start, because {why}", flush=True)
+    return Derived(build_with_bar(None), None)
 
 
 def _stamp(source: Source) -> dict[str, str]:
@@ -84,18 +115,26 @@ def _stamp(source: Source) -> dict[str, str]:
     return {"format": _FORMAT, "source_bytes": str(size), "source_changed": changed}
 
 
-def _stems(source: Source, kind: str) -> list[Path]:
-    """List the possible paths of index and copy, without suffixes. `derive` writes in the first writable folder."""
-    named, stems = os.environ.get("LOWMEM_CACHE"), []
+def _stems(source: Source, kind: str) -> tuple[list[Path], list[str]]:
+    """List the possible paths of index and copy, without suffixes, in order, and why there are no others."""
+    named, stems, problems = os.environ.get("LOWMEM_CACHE"), [], []
     if source.path is not None and not named:
         # only the folder is resolved, because the target of a link may be in another user's folder
-        stems.append(source.path.parent.resolve() / f".{source.path.name}.lowmem-{kind}")
-    with suppress(RuntimeError):  # raised if there is no home folder
+        folder = source.path.parent.resolve()
+        try:
+            check_owner(folder, os.stat(folder))
+            stems.append(folder / f".{source.path.name}.lowmem-{kind}")
+        except PermissionError as error:
+            problems.append(f"{error.filename}: {error.strerror}")
+    try:
         cache = Path(named or "~/.cache/lowmem").expanduser().absolute()
+    except RuntimeError:
+        problems.append("there is no home folder")
+    else:
         name = source.file_name if source.path is None else source.path.resolve().name
         end_of_name = os.fsencode(name)[-80:].decode(errors="ignore")
         stems.append(cache / f"{xxhash.xxh3_64_hexdigest(os.fsencode(source.identity))}-{end_of_name}.{kind}")
-    return [stem for stem in stems if len(os.fsencode(_temporary(stem).name)) <= _LONGEST_NAME_BYTES]
+    return [stem for stem in stems if len(os.fsencode(_temporary(stem).name)) <= _LONGEST_NAME_BYTES], problems
 
 
 def _temporary(stem: Path) -> Path:
@@ -103,38 +142,56 @@ def _temporary(stem: Path) -> Path:
     return Path(f"{stem}.{os.uname().nodename}.unfinished")
 
 
-def _can_write(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):  # create a file, because permission bits are not reliable on shared disks
-            return True
-    except OSError:
-        return False
-
-
 def _remove_abandoned(stem: Path) -> None:
     """Remove temporary files of killed processes: files to which no process has written for a day."""
     for path in stem.parent.glob(f"{escape(stem.name)}.*.unfinished"):
         with suppress(OSError):  # another process may have removed the file, or another user may own it
-            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+            if time.time() - path.lstat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()
 
 
-def _load(stem: Path, stamp: dict[str, str], copies: bool) -> Derived | None:
+def _make_way(stem: Path) -> None:
+    """Remove old and planted files, so that `_make` finds no obstacle. Raises OSError if they cannot be removed."""
+    copy = Path(f"{stem}.rows")
+    with suppress(FileNotFoundError):
+        found = copy.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+            copy.unlink()  # but keep an old copy until it is replaced, because another run may read it
+    for path in (Path(f"{stem}.index"), _temporary(stem)):  # the old index must not be used with the new copy
+        path.unlink(missing_ok=True)
+
+
+def _load(source: Source, stem: Path, stamp: dict[str, str], copies: bool, fits: Fits) -> Derived | None:
     """Load what an earlier run built. Returns None if it is missing or damaged, or if the data file has changed."""
     copy = Path(f"{stem}.rows") if copies else None
     try:
-        with safe_open(f"{stem}.index", framework="numpy") as file:
-            index = {name: file.get_tensor(name) for name in file.keys()}
-            return Derived(index, copy) if file.metadata() == stamp | _metadata(index, copy) else None
-    except (OSError, SafetensorError):
+        with _open_own(copy) if copy else source.open() as rows, _open_own(Path(f"{stem}.index")) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > rows.seek(0, os.SEEK_END) + _LONGEST_HEADER_BYTES:
+                return None
+            data = file.read(size)
+            index = load(data)
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            is_whole = metadata == stamp | _metadata(index, copy) and fits(index, rows)
+    except (OSError, SafetensorError, LookupError, ValueError):
         return None
+    return Derived(index, copy) if is_whole else None
+
+
+def _open_own(path: Path) -> BinaryIO:
+    """Open a regular file of this user or root. Raises OSError for any other."""
+    file = open(open_regular(path, os.O_RDONLY), "rb")
+    try:
+        check_owner(path, os.fstat(file.fileno()))
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def _make(source: Source, stem: Path, stamp: dict[str, str], build: Callable, copies: bool) -> Derived:
     copy, whole = Path(f"{stem}.rows"), Path(f"{stem}.index")
     try:
-        whole.unlink(missing_ok=True)  # the old index must not be used with the new copy
         with _replacing(copy, stem) if copies else nullcontext() as file:
             index = build(file)
         if _stamp(source) != stamp:
@@ -157,7 +214,7 @@ def _make(source: Source, stem: Path, stamp: dict[str, str], build: Callable, co
 
 @contextmanager
 def _replacing(path: Path, stem: Path) -> Iterator[BinaryIO]:
-    with open(_temporary(stem), "wb") as file:
+    with open(_temporary(stem), "xb") as file:  # "x" opens only a new file, and follows no link
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -173,21 +230,23 @@ def _metadata(index: dict[str, np.ndarray], copy: Path | None) -> dict[str, str]
 
 
 @contextmanager
-def _locked(stem: Path, message: str) -> Iterator[None]:
-    """Lock out other processes on this host. If one holds the lock, print `message` and wait. Unlocks on exit."""
-    lock = Path(f"{stem}.lock")
-    while True:
-        with open(lock, "wb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if message:
-                    print(message, flush=True)
-                message = ""  # print it once, even if several processes hold the lock in sequence
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if is_same_file(lock, file.fileno()):  # if not, the last holder removed the file, so lock a new one
-                try:
-                    yield
-                finally:
-                    lock.unlink(missing_ok=True)
-                return
+def _locked(path: Path, message: str, patience_seconds: float) -> Iterator[None]:
+    """Lock out other processes, and show them that this one is alive. If one has the lock, print `message` and wait.
+
+    Unlocks on exit. Raises OSError, also if the process that has the lock shows no sign of life.
+    """
+    lock, done = acquire(path, limit_seconds=patience_seconds, on_wait=partial(print, message, flush=True)), Event()
+
+    def touch() -> None:
+        with suppress(OSError):
+            while not done.wait(_TOUCH_SECONDS):
+                os.utime(lock)
+
+    thread = Thread(target=touch, daemon=True, name="lowmem-lock")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        release(path, lock)

@@ -4,8 +4,9 @@ If the file is compressed or remote, the same pass writes a decompressed local c
 """
 
 import codecs
+import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO
 
 import numpy as np
@@ -20,6 +21,7 @@ PIECE_BYTES = 2**20  # bytes scanned at a time, to fit in the CPU cache; the ind
 _ROWS_PER_GROUP = 256
 _BYTES_PER_GROUP = 2**20
 _COLUMNS = ("first_byte", "end_byte", "rows", "first_line", "hash")
+_BLANK = bytes(range(9, 33))
 _CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 
@@ -64,6 +66,44 @@ def index_lines(
             byte, line = byte + size, line + 1
     columns = zip(_COLUMNS, np.array(found, np.uint64).reshape(-1, len(_COLUMNS)).T, strict=True)
     return {name: column.astype(np.uint64 if name == "hash" else np.int64) for name, column in columns}
+
+
+def fits_lines(index: Mapping[str, np.ndarray], file: BinaryIO) -> bool:
+    """Whether `index_lines` could have returned this index for an open file.
+
+    Checks names, dtypes, shapes, limits and order of the groups, and that no row is before the first or after the last.
+    Readers must compare each group's hash and number of rows, and check the bytes before it with `are_blank_lines`.
+    """
+    types = {name: np.uint64 if name == "hash" else np.int64 for name in _COLUMNS}
+    if {name: column.dtype for name, column in index.items()} != types:
+        return False
+    num_bytes, groups = file.seek(0, os.SEEK_END), index["hash"].size
+    first, end, rows, line, _ = (index[name] for name in _COLUMNS)
+    file.seek(0)
+    start = len(codecs.BOM_UTF8) * (file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8)
+    if any(column.shape != (groups,) for column in index.values()):
+        return False
+    if not groups:
+        return are_blank_lines(file, start, num_bytes)
+    if first.min() < 0 or np.any(first >= end) or end.max() > num_bytes or line.min() < 1:
+        return False  # now, because differences of such numbers could overflow
+    is_small = (rows <= _ROWS_PER_GROUP) & (end - first <= _BYTES_PER_GROUP)
+    is_ordered = np.all(end[:-1] <= first[1:]) and np.all(line[1:] - line[:-1] >= rows[:-1])
+    is_within = np.all((1 <= rows) & (rows <= end - first) & (is_small | (rows == 1)))
+    return bool(is_ordered and is_within) and (
+        are_blank_lines(file, start, int(first[0])) and are_blank_lines(file, int(end[-1]), num_bytes)
+    )
+
+
+def are_blank_lines(file: BinaryIO, first: int, stop: int) -> bool:
+    """Whether the bytes [first, stop) of an open file are whole lines, all blank. Moves the file's position."""
+    file.seek(first)
+    piece = b"\n"
+    while first < stop and (piece := file.read(min(PIECE_BYTES, stop - first))):
+        if piece.translate(None, _BLANK):
+            return False
+        first += len(piece)
+    return first == stop and (piece.endswith(b"\n") or not file.read(1))
 
 
 def find_lines(text: bytes | bytearray, *, is_whole: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

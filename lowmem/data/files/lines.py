@@ -11,7 +11,15 @@ import xxhash
 
 from lowmem.data.files.cache import derive
 from lowmem.data.files.columns import check_row
-from lowmem.data.files.line_index import LONGEST_LINE, PIECE_BYTES, codec_of, find_lines, index_lines
+from lowmem.data.files.line_index import (
+    LONGEST_LINE,
+    PIECE_BYTES,
+    are_blank_lines,
+    codec_of,
+    find_lines,
+    fits_lines,
+    index_lines,
+)
 from lowmem.data.files.source import Row, Source, opening
 from lowmem.errors import UsageError
 
@@ -39,7 +47,8 @@ class _LineFile:
         self._is_packed = codec_of(source) is not None
         with opening(source):
             copies = self._is_packed or source.path is None
-            found = derive(source, partial(index_lines, source, piece_bytes=piece_bytes), kind="lines", copies=copies)
+            build = partial(index_lines, source, piece_bytes=piece_bytes)
+            found = derive(source, build, kind="lines", copies=copies, fits=fits_lines)
             self._path, self._index = found.copy or source.path, found.index
             self.group_rows = self._index["rows"]
             self._num_bytes = self._index["end_byte"] - self._index["first_byte"]
@@ -58,13 +67,16 @@ class _LineFile:
         if size > LONGEST_LINE:
             return _Lines(None, np.zeros(1, np.int64), first, size)
         with open(self._path, "rb") as file:
+            is_whole = are_blank_lines(file, int(self._index["end_byte"][group - 1]) if group else first, first)
             file.seek(first)
             text = file.read(size)
-        if xxhash.xxh3_64_intdigest(text) != int(self._index["hash"][group]):
+            is_whole &= text.endswith(b"\n") or not file.read(1)
+        starts, _, rows = find_lines(text)
+        is_whole &= len(rows) == self.group_rows[group]
+        if not is_whole or xxhash.xxh3_64_intdigest(text) != int(self._index["hash"][group]):
             remedy = "write it again" if self._path == self.source.path else "remove it"
             what = f"bytes {first:,} to {first + size:,} of {self._path} differ from what was indexed"
             raise ValueError(f"{what}: the file was changed or is damaged; {remedy} and start again")
-        starts, _, rows = find_lines(text)
         return _Lines(text, starts[rows], first, size)
 
     def row(self, data: _Lines, index: int) -> Row:

@@ -4,7 +4,8 @@ Files do not stay mapped: if one is truncated, reading it kills the process (SIG
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, BinaryIO
@@ -18,6 +19,7 @@ from lowmem.data.files.source import Source
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_INDEX = [(name, np.int64) for name in ("starts", "sizes", "rows", "hashed")] + [("hashes", np.uint64)]
 _END_MARK = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -66,6 +68,8 @@ class RecordBatches:
                 raise ValueError("the data differs from what was indexed: the file was changed or is damaged")
             batch = pa.ipc.read_record_batch(message, self.schema)
             batch.validate(full=True)  # otherwise pyarrow would follow offsets that point outside their buffer
+            if batch.num_rows != self.rows[number]:
+                raise ValueError(f"it has {batch.num_rows:,} rows, but {self.rows[number]:,} were indexed")
         except (OSError, ValueError) as error:  # pyarrow raises either of them for damage
             where = f"bytes {start:,} to {start + size:,} of {self.source}"
             raise ValueError(f"{where} cannot be read ({error}): {self.remedy}") from error
@@ -129,16 +133,29 @@ def copy_in_pieces(
         return _columns(found)
 
     kind = f"copy-{xxhash.xxh3_64_hexdigest(json.dumps(schema.names).encode())}"
-    made = derive(source, build, kind=kind, copies=True, num_bytes=num_bytes)
+    made = derive(source, build, kind=kind, copies=True, fits=_fits_copy, num_bytes=num_bytes)
     remedy = "delete it, the next start makes a new one"
     return RecordBatches(Source(str(made.copy)), schema, **made.index, remedy=remedy)
 
 
+def _fits_copy(index: Mapping[str, np.ndarray], file: BinaryIO) -> bool:
+    """Whether `copy_in_pieces` could have made this index: an open copy's batches follow each other without gaps."""
+    if {name: column.dtype for name, column in index.items()} != dict(_INDEX):
+        return False
+    starts, sizes, rows, hashed, _ = (index[name] for name, _ in _INDEX)
+    if any(column.shape != (starts.size,) for column in index.values()):
+        return False
+    num_bytes = file.seek(0, os.SEEK_END)
+    if not np.all((0 <= starts) & (starts < num_bytes) & (0 < sizes) & (sizes <= num_bytes) & (0 <= rows)):
+        return False
+    ends = starts + sizes
+    return np.array_equal(hashed, sizes) and np.array_equal(np.append(0, ends), np.append(starts, num_bytes))
+
+
 def _columns(found: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
     """Convert a list with one tuple per batch to the five arrays of RecordBatches."""
-    names = [(name, np.int64) for name in ("starts", "sizes", "rows", "hashed")] + [("hashes", np.uint64)]
-    table = np.array(found, names)
-    return {name: np.ascontiguousarray(table[name]) for name, _ in names}
+    table = np.array(found, _INDEX)
+    return {name: np.ascontiguousarray(table[name]) for name, _ in _INDEX}
 
 
 def _pieces(batches: Iterable["pa.RecordBatch"], limits: TableLimits) -> Iterator["pa.RecordBatch"]:

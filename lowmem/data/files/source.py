@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from lowmem.errors import UsageError
+from lowmem.storage.files import describe
 
 Row = dict[str, object]
 Files = str | Path | Sequence[str | Path]
@@ -144,14 +145,14 @@ def _local_names(item: str, advice: str) -> list[str]:
         parent = next(folder for folder in path.parents if folder.is_dir()) if is_glob else path
     except OSError as error:  # the name is too long, or its folder is not accessible
         raise UsageError(f"{item} cannot be accessed ({error}): fix its name or its folder's permissions") from error
-    if is_folder:
-        found, reason = dataset_files(path) or [], "is a folder"
-    elif is_glob:
+    if is_glob:
         # marks in the names of folders that exist are literal
         pattern = os.path.join(glob.escape(str(parent)), path.relative_to(parent))
-        found, reason = map(Path, sorted(glob.glob(pattern, recursive=True))), "matches no file"
+        found, reason = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))], "matches no file"
     else:
-        found, reason = [path], "does not exist"
+        found, reason = (dataset_files(path) or []) if is_folder else [path], "is a folder"
+    if other := [f"{file} {describe(file)}" for file in found if not (file.is_file() or file.is_dir())]:
+        raise UsageError(f"{', '.join(other)}: {advice}")
     names = [str(file) for file in found if file.is_file()]
     if not names:
         raise UsageError(f"{item} {reason}: {advice}")
