@@ -274,8 +274,7 @@ def test_a_file_truncated_deleted_or_rewritten_after_it_was_opened_raises_an_err
         file.read_group(len(file.group_rows) - 1)
     changed = ROWS[:-1] + [row(999)]
     write(path, changed if suffix == "parquet" else table(changed))
-    kind = ChangedError if suffix == "parquet" else ValueError
-    with pytest.raises(kind, match="not the file that was opened|the data differs from what was indexed"):
+    with pytest.raises(ChangedError, match="not the file that was opened"):
         file.read_group(len(file.group_rows) - 1)
     path.unlink()
     with pytest.raises(FileNotFoundError):
