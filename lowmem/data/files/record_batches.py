@@ -15,7 +15,7 @@ import xxhash
 from lowmem.data.files.arrow_sizes import check_message, row_bytes
 from lowmem.data.files.cache import derive
 from lowmem.data.files.line_index import LONGEST_LINE
-from lowmem.data.files.source import Source
+from lowmem.data.files.source import Source, check_ratio
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -135,7 +135,7 @@ def copy_in_pieces(
     schema = plain(schema)
 
     def build(copy: BinaryIO | None, update: Callable[[int], None]) -> dict[str, np.ndarray]:
-        found, start = [], 0
+        found, start, stored_bytes = [], 0, source.stamp()[0]
         for piece in _pieces(chain.from_iterable(_plain_parts(batch, schema) for batch in batches), limits):
             if isinstance(piece, int):
                 found.append((start, piece, 1, 0, 0))
@@ -143,6 +143,7 @@ def copy_in_pieces(
             message = piece.serialize()
             found.append((start, len(message), piece.num_rows, len(message), xxhash.xxh3_64_intdigest(message)))
             start += copy.write(message)
+            check_ratio(stored_bytes, start)
             pa.default_memory_pool().release_unused()
             update(piece.nbytes)
         return _columns(found)

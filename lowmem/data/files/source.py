@@ -105,11 +105,11 @@ def opening(source: Source, kind: str = "") -> Iterator[None]:
         raise UsageError(f"{source} cannot be read{kind} ({error}): write it again or name another file") from error
 
 
-def check_ratio(what: str, stored_bytes: int, decoded_bytes: int) -> None:
-    """Raise ValueError if data takes over 256 MiB and 500 times its stored size, which real text does not reach."""
+def check_ratio(stored_bytes: int, decoded_bytes: int) -> None:
+    """Raise ValueError if data takes over 256 MiB and over 500 times its stored size, which no real text does."""
     if decoded_bytes > max(_MOST_DECODED_BYTES, _MOST_DECODED_RATIO * stored_bytes):
-        found = f"{what} has {stored_bytes:,} bytes and decodes to more than {decoded_bytes:,}"
-        raise ValueError(f"{found}, the limit is {_MOST_DECODED_RATIO} times as many: write it again uncompressed")
+        found = f"{stored_bytes:,} bytes decode to at least {decoded_bytes:,}"
+        raise ValueError(f"{found}, the limit is {_MOST_DECODED_RATIO} times as many")
 
 
 def is_url(name: str) -> bool:

@@ -170,7 +170,7 @@ class ParquetFile(_TableFile):
                 column.validate(full=True)  # otherwise a bad text would fail only when its row is read
                 if plan.may_be_long:
                     sizes = np.concatenate([item_bytes(part) for part in column.chunks])
-                    check_ratio(f"column {name!r}", plan.stored_bytes, int(sizes.sum()))
+                    check_ratio(plan.stored_bytes, int(sizes.sum()))
                     if sizes.max(initial=0) > LONGEST_LINE:
                         raise ValueError(f"a row has more than {LONGEST_LINE:,} bytes: split it")
             else:  # decode in pieces, because the buffer of a whole column grows by doubling
