@@ -170,7 +170,7 @@ def _plain_parts(batch: "pa.RecordBatch", schema: "pa.Schema") -> Iterator["pa.R
     sizes = row_bytes(batch)
     ends, first = np.cumsum(sizes), 0
     while first < len(sizes):
-        limit = LARGEST_DECODED_BYTES + int(ends[first - 1] if first else 0)
+        limit = 4 * LONGEST_LINE + int(ends[first - 1] if first else 0)
         stop = max(first + 1, int(np.searchsorted(ends, limit, side="right")))
         too_long = first + np.flatnonzero(sizes[first:stop] > LONGEST_LINE)
         if len(too_long) and too_long[0] == first:
