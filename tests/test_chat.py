@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from lowmem.data.chat import chat_tokenizer
+from lowmem.data.chat_spans import assistant_spans
 from lowmem.errors import UsageError
 
 CHATML = (
@@ -514,3 +515,45 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row(tag):
     tokenize = chat_tokenizer(bpe("{{ raise_exception('roles must alternate') }}" + tag))
     with pytest.raises(ValueError, match=r"rejects a conversation of turns user, assistant \(roles must alternate\)"):
         tokenize(turns("a", "b"))
+
+
+def chatml(messages, add_generation_prompt=False):
+    turns = [f"<|{message['role']}|>\n{message['content'].strip()}<|end|>\n" for message in messages]
+    return "".join(turns) + ("<|assistant|>\n" if add_generation_prompt else "")
+
+
+def thinking(messages, add_generation_prompt=False):
+    """Print an empty thought in the replies after the last question only, as Qwen3's template does."""
+    last = max((turn for turn, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant" and turn > last:
+            messages = [*messages[:turn], message | {"content": f"<think></think>{message['content']}"}]
+    return chatml(messages, add_generation_prompt)
+
+
+def numbered(messages, add_generation_prompt=False):
+    return "".join(f"<{turn % 3}>{message['content']}</{turn % 5}>" for turn, message in enumerate(messages)) + (
+        f"<{len(messages) % 3}>" if add_generation_prompt else ""
+    )
+
+
+@pytest.mark.parametrize("render", [chatml, thinking, numbered])
+def test_the_turns_of_a_long_conversation_are_the_same_whether_each_or_some_are_measured(render):
+    contents = ("hi", "yes ", "a b\n", "<|end|>\n", "", "turn 3")
+    for count in (len(contents), 4):  # an empty content cannot be found in the text
+        messages = turns(*(contents[number % count] for number in range(40)))
+        expected = assistant_spans(render, messages, few_replies=100)
+        assert assistant_spans(render, messages, few_replies=0) == expected
+
+
+def test_a_conversation_of_2000_turns_is_rendered_a_few_times_only():
+    messages, num_rendered = turns(*(f"turn {number}" for number in range(2000))), 0
+
+    def render(*arguments, **options):
+        nonlocal num_rendered
+        num_rendered += 1
+        return thinking(*arguments, **options)
+
+    text, spans = assistant_spans(render, messages)
+    assert [text[start:stop] for start, stop in spans[:-1]] == [f"turn {turn}<|end|>\n" for turn in range(1, 1999, 2)]
+    assert num_rendered < 40

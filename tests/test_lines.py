@@ -3,6 +3,7 @@ import io
 import json
 import os
 import sys
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -228,6 +229,30 @@ def test_a_file_with_a_bad_first_row_is_accepted(tmp_path, row):
 def test_a_file_of_one_line_that_is_too_long_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"rows.txt, line 1 \(byte 0\): the line has 16,777,217 bytes"):
         open_lines(tmp_path / "rows.txt", b"x" * (LONGEST_LINE + 1))
+
+
+def test_a_repeated_key_among_150_000_keys_is_found_in_seconds(tmp_path):
+    keys = [*range(150_000), 149_999]
+    row = "{" + ",".join(f'"k{key}":1' for key in keys) + "}"
+    start = time.monotonic()
+    with pytest.raises(UsageError, match="key 'k149999' occurs twice"):
+        open_lines(tmp_path / "rows.jsonl", row.encode())
+    assert time.monotonic() - start < 5  # counting each key took over 40 s
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": "' + b"x" * 2**28 + b'"}\n', "decode to at least"),
+        (b'{"a": "' + b"x" * LONGEST_LINE + b'"}\n', "rows.jsonl.zst, line 1: the line has 16,777,226 bytes"),
+    ],
+    ids=["bomb", "long line"],
+)
+def test_a_small_file_that_decodes_to_far_more_is_refused_and_its_copy_is_removed(tmp_path, content, message):
+    (tmp_path / "rows.jsonl.zst").write_bytes(zstd(content))
+    with pytest.raises(UsageError, match=message):
+        open_lines(tmp_path / "rows.jsonl.zst")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl.zst"]
 
 
 def test_an_object_on_several_lines_is_refused(tmp_path):

@@ -268,9 +268,10 @@ def test_a_replaced_file_is_reported_immediately_and_not_as_a_bad_row(tmp_path):
 def test_reading_a_damaged_row_is_not_retried(tmp_path):
     path = write(tmp_path / "rows.parquet")
     parquet.write_table(pa.Table.from_pylist(ROWS), path, write_page_checksum=True, use_dictionary=False)
-    rows, data = open_rows(path), bytearray(path.read_bytes())
+    data = bytearray(path.read_bytes())
     data[200] ^= 1
     path.write_bytes(data)
+    rows = open_rows(path)
     start = time.monotonic()
     with pytest.raises(RowError):
         rows[0]

@@ -2,12 +2,15 @@ import itertools
 import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from transformers import ByT5Tokenizer
 
 from lowmem.data.batch import IGNORED, Batch, collate
@@ -382,3 +385,23 @@ def test_evaluation_sees_each_row_once_in_the_same_number_of_batches_on_all_rank
         assert batch.num_targets == int((batch.inputs["labels"] != IGNORED).sum())
         assert batch.inputs["input_ids"].dtype == torch.int64
     assert [batch.row_ids for batch in passes[0]] == [batch.row_ids for batch in batches[0]]  # a pass repeats exactly
+
+
+def test_a_resume_is_refused_if_the_next_rows_changed_between_the_samples_of_the_fingerprint(tmp_path):
+    rows = pa.table({"prompt": [f"{number:05d} " * 20 for number in range(20_000)], "response": ["x"] * 20_000})
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(rows, path, row_group_size=5000, compression="none", use_dictionary=False)
+    whole = path.read_bytes()
+    stream = open_stream(str(path), ENCODE, batch_size=4, shuffle=False)
+    for _ in range(1800):
+        stream.advance()
+    saved = stream.state_dict()
+    for number, is_refused in ((7201, True), (3100, False)):  # row 3100 was trained on
+        text = b"%05d " % number * 20
+        path.write_bytes(whole.replace(text, text.upper().replace(b" ", b"_")))
+        resumed = open_stream(str(path), ENCODE, batch_size=4, shuffle=False)
+        assert resumed.state_dict()["files"] == saved["files"]
+        with pytest.raises(UsageError, match="the next rows are not the same") if is_refused else nullcontext():
+            resumed.load_state_dict(saved)
+    accepting = open_stream(str(path), ENCODE, batch_size=4, shuffle=False, accept_changed_data=True)
+    accepting.load_state_dict({name: value for name, value in saved.items() if name != "next_rows"})

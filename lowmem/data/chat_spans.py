@@ -1,7 +1,9 @@
 """Find the assistant's text in what a chat template prints, without {% generation %} tags in the template."""
 
 import re
-from itertools import pairwise
+from collections import defaultdict
+from itertools import chain, pairwise
+from operator import add, sub
 from os.path import commonprefix
 
 from lowmem.data.chat_messages import Messages, Render, name_of_first_call, plain_messages, with_mark
@@ -14,18 +16,16 @@ _HOW_TO_TAG = "put {% generation %} and {% endgeneration %} around the assistant
 _MARK, _MARK_BEFORE, _MARK_AFTER = "lowmem0mark0here", "lowmem0mark0before", "lowmem0mark0after"
 
 
-def assistant_spans(render: Render, messages: Messages) -> tuple[str, Spans]:
+def assistant_spans(render: Render, messages: Messages, *, few_replies: int = 8) -> tuple[str, Spans]:
     """Return the text, and each assistant turn's span, from the end of its generation prompt to the turn's end.
 
+    Measures each of up to `few_replies` turns, and only some of more turns, because a measurement renders all of them.
     Raises ValueError if the assistant's text cannot be found.
     """
-    text, spans = render(messages), []
+    text = render(messages)
     replies = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    for turn in replies:
-        before = render(messages[:turn], add_generation_prompt=True) if turn else ""
-        through = render(messages[: turn + 1])
-        is_prefix = turn and through.startswith(before) and text.startswith(through)
-        spans.append((len(before), len(through)) if is_prefix else _span(render, messages, turn, text))
+    spans = _spans_by_kind(render, messages, replies, text) if len(replies) > few_replies else None
+    spans = spans or [_measure(render, messages, turn, text) for turn in replies]
     for turn, ((_, stop), (start, _)) in zip(replies, pairwise(spans), strict=False):
         if stop > start:  # such as when the template prints a tool's result within the assistant's turn
             raise _not_found(turn)
@@ -48,6 +48,66 @@ def check_template(render: Render) -> None:
         return
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _measure(render: Render, messages: Messages, turn: int, text: str) -> tuple[int, int]:
+    before = render(messages[:turn], add_generation_prompt=True) if turn else ""
+    through = render(messages[: turn + 1])
+    is_prefix = turn and through.startswith(before) and text.startswith(through)
+    return (len(before), len(through)) if is_prefix else _span(render, messages, turn, text)
+
+
+def _spans_by_kind(render: Render, messages: Messages, replies: list[int], text: str) -> Spans | None:
+    """Measure the first and the last turn of each kind, and each turn of a kind in which these differ.
+
+    Turns are of one kind if the text before and after their contents and the roles around them are equal. If the first
+    and the last turn of a kind begin and end equally far from their contents, so do the turns between them. Returns
+    None if the contents cannot be found in `text`.
+    """
+    contents = _contents(render, messages, text)
+    if contents is None:
+        return None
+    kinds, spans = defaultdict(list), {}
+    bounds = [0, *chain.from_iterable(contents), len(text)]
+    gaps = [text[start:stop] for start, stop in zip(bounds[::2], bounds[1::2], strict=True)]
+    for turn in replies:
+        roles = tuple(message["role"] for message in messages[max(0, turn - 1) : turn + 2])
+        kinds[turn == 0, roles, gaps[turn], gaps[turn + 1]].append(turn)
+    for turns in kinds.values():
+        offsets = set()
+        for turn in {turns[0], turns[-1]}:
+            spans[turn] = _measure(render, messages, turn, text)
+            offsets.add(tuple(map(sub, spans[turn], contents[turn])))
+        for turn in turns[1:-1]:
+            spans[turn] = (
+                tuple(map(add, contents[turn], *offsets))
+                if len(offsets) == 1
+                else _measure(render, messages, turn, text)
+            )
+    return [spans[turn] for turn in replies]
+
+
+def _contents(render: Render, messages: Messages, text: str) -> Spans | None:
+    """Find where `text` has each message's content, as it is or stripped; None if it does not have all of them."""
+    if not all(isinstance(message.get("content"), str) and message["content"] for message in messages):
+        return None
+    marked = [message | {"content": f"{_MARK}{turn}x"} for turn, message in enumerate(messages)]
+    rest, gaps = render(marked), []
+    for message in marked:
+        gap, mark, rest = rest.partition(message["content"])
+        gaps.append(gap)
+        if not mark:
+            return None
+    found, at = [], 0
+    for message, gap, after in zip(messages, gaps, [*gaps[1:], rest], strict=True):
+        start = at + len(gap)
+        whole = message["content"]
+        content = next((form for form in (whole, whole.strip()) if text.startswith(gap + form + after, at)), None)
+        if content is None:
+            return None
+        at = start + len(content)
+        found.append((start, at))
+    return found if text.endswith(rest) and at + len(rest) == len(text) else None
 
 
 def _span(render: Render, messages: Messages, turn: int, text: str) -> tuple[int, int]:

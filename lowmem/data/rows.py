@@ -8,6 +8,7 @@ from threading import Lock
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import xxhash
 
 from lowmem.data.files.line_index import codec_of
 from lowmem.data.files.lines import JsonLinesFile, TextFile
@@ -97,6 +98,18 @@ class FileRows:
 
     def fingerprints(self) -> list[tuple[str, str]]:
         return [(str(file.source), file.fingerprint()) for file in self._files]
+
+    def digest(self, indices: Sequence[int]) -> str | None:
+        """Hash the content of rows; a bad row counts as None. Returns None if a file is no longer readable."""
+        found = xxhash.xxh3_128()
+        for index in indices:
+            try:
+                found.update(repr(self[index]).encode(errors="surrogatepass"))
+            except ReadError:
+                return None
+            except RowError:
+                found.update(b"None")
+        return found.hexdigest()
 
     def _find(self, index: int) -> tuple[int, DataFile, int, int]:
         """Return a row's group number, its file, the group's number in the file, and the row's number in the group."""

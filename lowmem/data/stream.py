@@ -10,11 +10,14 @@ import torch
 from lowmem.data.batch import Batch, Collate, UnreadableStep, collate
 from lowmem.data.encode import Encode
 from lowmem.data.files.source import Files
+from lowmem.data.order import rows_at
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import Rows, as_rows
 from lowmem.data.steps import Step, Steps
 from lowmem.distributed.placement import given_or_only_rank
 from lowmem.errors import UsageError
+
+_MOST_ROWS_HASHED = 64
 
 
 class Stream:
@@ -89,21 +92,21 @@ class Stream:
         return True
 
     def state_dict(self) -> dict[str, object]:
-        """Return the position, and everything that determines which rows it refers to."""
-        steps, files = self._steps, [fingerprint for _, fingerprint in self._files]
-        rows = {"num_rows": self.num_rows, "row_groups": steps.groups.digest, "files": files}
-        order = {"shuffle": steps.shuffle, "seed": steps.seed, "global_batch_size": self.global_batch_size}
-        return {"position": self.position} | rows | order
+        """Return the position, everything that determines which rows it refers to, and a hash of the next rows."""
+        return {"position": self.position, "next_rows": self._hash_rows(self.position)} | self._rows_and_order()
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Continue from a saved position. Raises UsageError if the rows, their order or the rows per step differ.
 
         With `accept_changed_data`, raises only if the rows per step differ. The epoch may then repeat or miss rows.
         """
-        here, files = self.state_dict(), []
+        here, files = self._rows_and_order(), []
         if state.get("files") != here["files"]:
             files = [self._changed_files(state.get("files", []))]
-        others = sorted(name for name in here.keys() - {"position", "files"} if state.get(name) != here[name])
+        others = sorted(name for name in here.keys() - {"files"} if state.get(name) != here[name])
+        # The fingerprint of a large file is of samples, so compare the next rows too, if the checkpoint has their hash.
+        if not (files or others) and state.get("next_rows") not in (None, self._hash_rows(state["position"])):
+            files = ["the next rows are not the same"]
         changes = files + [f"{name} was {state.get(name)} and is {here[name]}" for name in others]
         if self._accept_changed_data and "global_batch_size" not in others:
             self.changes = changes
@@ -119,6 +122,18 @@ class Stream:
     def close(self) -> None:
         """Stop prefetching. If this is not called, the process exits only after the prefetched steps are encoded."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _rows_and_order(self) -> dict[str, object]:
+        steps, files = self._steps, [fingerprint for _, fingerprint in self._files]
+        rows = {"num_rows": self.num_rows, "row_groups": steps.groups.digest, "files": files}
+        return rows | {"shuffle": steps.shuffle, "seed": steps.seed, "global_batch_size": self.global_batch_size}
+
+    def _hash_rows(self, position: int) -> str | None:
+        """Hash the content of the first rows of the step at `position`. Returns None if the rows are not from files."""
+        steps, stop = self._steps, position + min(self.global_batch_size, _MOST_ROWS_HASHED)
+        if not hasattr(steps.rows, "digest"):
+            return None
+        return steps.rows.digest(rows_at(position, stop, steps.groups, seed=steps.seed, shuffle=steps.shuffle).tolist())
 
     def _changed_files(self, saved: Sequence[str]) -> str:
         if len(saved) != len(self._files):

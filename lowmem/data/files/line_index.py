@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from lowmem.data.files.source import Source, is_damage, reading
+from lowmem.data.files.source import Source, check_ratio, is_damage, reading
 from lowmem.errors import UsageError
 
 LONGEST_LINE = 2**24  # bytes; a longer line is a separate group, which readers must not load
@@ -151,7 +151,7 @@ def _skip_line(begun: bytearray, pieces: Iterator[bytes]) -> tuple[int, int, byt
 
 def _pieces(source: Source, copy: BinaryIO | None, report: Callable[[int], None], piece_bytes: int) -> Iterator[bytes]:
     """Yield the decompressed bytes of a file in pieces, and b"" at the end."""
-    size, done, codec = source.stamp()[0], 0, codec_of(source)
+    size, done, decoded, codec = source.stamp()[0], 0, 0, codec_of(source)
     if codec:
         from pyarrow import CompressedInputStream, PythonFile
     with source.open() as file:
@@ -162,7 +162,8 @@ def _pieces(source: Source, copy: BinaryIO | None, report: Callable[[int], None]
                     if copy is not None:
                         copy.write(piece)
                     report(file.tell() - done)
-                    done = file.tell()
+                    done, decoded = file.tell(), decoded + len(piece)
+                    check_ratio(done, decoded)
                     yield piece
                 done = file.tell()
         except OSError as error:

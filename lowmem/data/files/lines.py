@@ -2,9 +2,10 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from typing import BinaryIO
 
 import numpy as np
 import xxhash
@@ -45,9 +46,16 @@ class _LineFile:
     def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, piece_bytes: int = PIECE_BYTES):
         self.source = source
         self._is_packed = codec_of(source) is not None
+        copies = self._is_packed or source.path is None
+
+        def build(copy: BinaryIO | None, report: Callable[[int], None]) -> dict[str, np.ndarray]:
+            index = index_lines(source, copy, report, piece_bytes=piece_bytes)
+            sizes = index["end_byte"] - index["first_byte"]
+            if copies and len(sizes) and sizes.min() > LONGEST_LINE:  # the copy would be of no use, so leave none
+                raise UsageError(f"{source}, line {index['first_line'][0]:,}: {_too_long(int(sizes[0]))}")
+            return index
+
         with opening(source):
-            copies = self._is_packed or source.path is None
-            build = partial(index_lines, source, piece_bytes=piece_bytes)
             found = derive(source, build, kind="lines", copies=copies, fits=fits_lines)
             self._path, self._index = found.copy or source.path, found.index
             self.group_rows = self._index["rows"]
@@ -82,7 +90,7 @@ class _LineFile:
     def row(self, data: _Lines, index: int) -> Row:
         """Return row `index` of a group. Raises ValueError if it is bad."""
         if data.text is None:
-            raise ValueError(f"the line has {data.num_bytes:,} bytes, the limit is {LONGEST_LINE:,}: split it")
+            raise ValueError(_too_long(data.num_bytes))
         start = int(data.starts[index])
         end = data.text.find(b"\n", start)
         line = data.text[start : end if end >= 0 else len(data.text)]
@@ -156,6 +164,10 @@ class JsonLinesFile(_LineFile):
         return row
 
 
+def _too_long(num_bytes: int) -> str:
+    return f"the line has {num_bytes:,} bytes, the limit is {LONGEST_LINE:,}: split it"
+
+
 def _decode(line: bytes, offset: int) -> str:
     try:
         return line.decode()
@@ -167,8 +179,8 @@ def _decode(line: bytes, offset: int) -> str:
 def _unique(pairs: list[tuple[str, object]]) -> Row:
     row = dict(pairs)
     if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        times = Counter(key for key, _ in pairs)
+        twice = next(key for key, number in times.items() if number > 1)
         raise ValueError(f"key {twice!r} occurs twice in one object: remove one")
     return row
 

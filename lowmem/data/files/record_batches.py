@@ -13,13 +13,19 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import xxhash
 
+from lowmem.data.files.arrow_sizes import check_message, row_bytes
 from lowmem.data.files.cache import derive
-from lowmem.data.files.source import Source
+from lowmem.data.files.line_index import LONGEST_LINE
+from lowmem.data.files.source import Source, check_ratio
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _INDEX = [(name, np.int64) for name in ("starts", "sizes", "rows", "hashed")] + [("hashes", np.uint64)]
+LARGEST_DECODED_BYTES = 2**28
+"""How many bytes may be decoded at once, from one page of a parquet file or one batch of an Arrow file."""
+LARGEST_RATIO = 32
+"""More may be decoded if it is at most this many times the stored size. Texts are rarely compressed to a tenth."""
 _END_MARK = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -42,7 +48,8 @@ class TableLimits:
 class RecordBatches:
     """The record batches of a file. Batch i is an IPC message of sizes[i] bytes at starts[i], and has rows[i] rows.
 
-    hashes[i] is the XXH3 hash of the message's first hashed[i] bytes. All arrays have shape (batches,).
+    hashes[i] is the XXH3 hash of the message's first hashed[i] bytes. All arrays have shape (batches,). A copy does not
+    store a row of more than LONGEST_LINE bytes: sizes[i] is then the row's size, and hashed[i] is 0.
     """
 
     source: Source
@@ -59,6 +66,8 @@ class RecordBatches:
         import pyarrow as pa
 
         start, size = int(self.starts[number]), int(self.sizes[number])
+        if not self.hashed[number]:
+            raise ValueError(f"the row has {size:,} bytes, the limit is {LONGEST_LINE:,}: split it")
         with self.source.open() as file:
             file.seek(start)
             message = file.read(size)
@@ -83,7 +92,10 @@ def find_batches(source: Source) -> tuple[RecordBatches, bool]:
     found, alone = [], True
     with pa.memory_map(str(source.path)) as file:  # mapped, so that the bodies of messages are not read
         file.seek(ipc_start(file))
-        schema = pa.ipc.read_schema(pa.ipc.read_message(file))
+        message = pa.ipc.read_message(file)
+        if message.type != "schema":  # pyarrow crashes if it reads another message as a schema
+            raise ValueError(f"a schema was expected first, found a message of type {message.type!r}")
+        schema = pa.ipc.read_schema(message)
         while True:
             start = file.tell()
             try:
@@ -91,9 +103,13 @@ def find_batches(source: Source) -> tuple[RecordBatches, bool]:
             except EOFError:
                 break
             size = file.tell() - start
+            check_message(message, limit=LARGEST_DECODED_BYTES, ratio=LARGEST_RATIO)
             if message.type == "record batch" and alone:
                 batch = pa.ipc.read_record_batch(message, schema)
-                alone = batch.nbytes <= message.body.size  # if a batch is larger than its message, it was compressed
+                num_bytes = batch.get_total_buffer_size()  # not `nbytes`, which follows offsets, which may be damaged
+                alone = num_bytes <= message.body.size  # if a batch is larger than its message, it was compressed
+                if batch.num_rows > 8 * num_bytes:
+                    raise ValueError(f"a batch of {num_bytes:,} bytes at byte {start:,} claims {batch.num_rows:,} rows")
                 # Hash only headers, to leave bodies unread. This detects a replaced file, but no flipped bit in text.
                 head = file.read_at(size - message.body.size, start)
                 found.append((start, size, batch.num_rows, len(head), xxhash.xxh3_64_intdigest(head)))
@@ -115,19 +131,23 @@ def copy_in_pieces(
     """Copy the columns of `schema` from `batches`, in order, into new batches within `limits`.
 
     If an earlier call has made this copy, uses it and reads no batch. `batches` have about `num_bytes` in total and at
-    most `limits.piece_rows` rows each. Decodes dictionaries. Raises the errors of `derive` and those of `batches`.
+    most `limits.piece_rows` rows each, and are valid: pyarrow crashes if it casts a damaged one. Decodes dictionaries.
+    Raises the errors of `derive` and those of `batches`.
     """
     import pyarrow as pa
 
     schema = plain(schema)
 
     def build(copy: BinaryIO | None, update: Callable[[int], None]) -> dict[str, np.ndarray]:
-        found, start = [], 0
-        for piece in _pieces((batch.select(schema.names).cast(schema) for batch in batches), limits):
-            piece.validate(full=True)  # find damage in the source now; later, the error would blame the copy
+        found, start, stored_bytes = [], 0, source.stamp()[0]
+        for piece in _pieces(chain.from_iterable(_plain_parts(batch, schema) for batch in batches), limits):
+            if isinstance(piece, int):
+                found.append((start, piece, 1, 0, 0))
+                continue
             message = piece.serialize()
             found.append((start, len(message), piece.num_rows, len(message), xxhash.xxh3_64_intdigest(message)))
             start += copy.write(message)
+            check_ratio(stored_bytes, start)
             pa.default_memory_pool().release_unused()
             update(piece.nbytes)
         return _columns(found)
@@ -146,10 +166,11 @@ def _fits_copy(index: Mapping[str, np.ndarray], file: BinaryIO) -> bool:
     if any(column.shape != (starts.size,) for column in index.values()):
         return False
     num_bytes = file.seek(0, os.SEEK_END)
-    if not np.all((0 <= starts) & (starts < num_bytes) & (0 < sizes) & (sizes <= num_bytes) & (0 <= rows)):
+    is_left_out = (hashed == 0) & (rows == 1) & (sizes > LONGEST_LINE)
+    is_stored = (hashed == sizes) & (0 < sizes) & (sizes <= num_bytes) & (0 <= rows)
+    if not np.all((0 <= starts) & (starts <= num_bytes) & (is_stored | is_left_out)):
         return False
-    ends = starts + sizes
-    return np.array_equal(hashed, sizes) and np.array_equal(np.append(0, ends), np.append(starts, num_bytes))
+    return np.array_equal(np.append(0, starts + hashed), np.append(starts, num_bytes))
 
 
 def _columns(found: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -158,24 +179,51 @@ def _columns(found: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(table[name]) for name, _ in _INDEX}
 
 
-def _pieces(batches: Iterable["pa.RecordBatch"], limits: TableLimits) -> Iterator["pa.RecordBatch"]:
+def _plain_parts(batch: "pa.RecordBatch", schema: "pa.Schema") -> Iterator["pa.RecordBatch | int"]:
+    """Decode a batch to `schema`, in parts of limited size. Yields the size of a row that is too long to be decoded."""
+    batch = batch.select(schema.names)
+    if batch.schema.equals(schema):
+        yield batch
+        return
+    sizes = row_bytes(batch)
+    ends, first = np.cumsum(sizes), 0
+    while first < len(sizes):
+        limit = 4 * LONGEST_LINE + int(ends[first - 1] if first else 0)
+        stop = max(first + 1, int(np.searchsorted(ends, limit, side="right")))
+        too_long = first + np.flatnonzero(sizes[first:stop] > LONGEST_LINE)
+        if len(too_long) and too_long[0] == first:
+            yield int(sizes[first])
+            first += 1
+            continue
+        stop = int(too_long[0]) if len(too_long) else stop
+        yield batch.slice(first, stop - first).cast(schema)
+        first = stop
+
+
+def _pieces(batches: "Iterable[pa.RecordBatch | int]", limits: TableLimits) -> "Iterator[pa.RecordBatch | int]":
     """Yield the same rows in pieces within `limits`: split large batches in halves, and merge small ones."""
     import pyarrow as pa
 
     held, rows, num_bytes = [], 0, 0
-    for part in chain.from_iterable(_halves(batch, limits) for batch in batches):
-        if held and (rows + part.num_rows > limits.piece_rows or num_bytes + part.nbytes > limits.piece_bytes):
+    for part in chain(chain.from_iterable(_halves(batch, limits) for batch in batches), [None]):
+        is_end = not isinstance(part, pa.RecordBatch)
+        if held and (
+            is_end or rows + part.num_rows > limits.piece_rows or num_bytes + part.nbytes > limits.piece_bytes
+        ):
             yield pa.Table.from_batches(held).combine_chunks().to_batches()[0]
             held, rows, num_bytes = [], 0, 0
-        held.append(part)
-        rows, num_bytes = rows + part.num_rows, num_bytes + part.nbytes
-    if held:
-        yield pa.Table.from_batches(held).combine_chunks().to_batches()[0]
+        if not is_end:
+            held.append(part)
+            rows, num_bytes = rows + part.num_rows, num_bytes + part.nbytes
+        elif part is not None:
+            yield part
 
 
-def _halves(batch: "pa.RecordBatch", limits: TableLimits) -> Iterator["pa.RecordBatch"]:
-    if batch.nbytes <= limits.piece_bytes or batch.num_rows == 1:
+def _halves(batch: "pa.RecordBatch | int", limits: TableLimits) -> Iterator["pa.RecordBatch | int"]:
+    if isinstance(batch, int) or batch.nbytes <= limits.piece_bytes:
         yield batch
+    elif batch.num_rows == 1:
+        yield batch if batch.nbytes <= LONGEST_LINE else batch.nbytes
     else:
         half = batch.num_rows // 2
         yield from _halves(batch.slice(0, half), limits)

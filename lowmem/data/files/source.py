@@ -22,6 +22,7 @@ Files = str | Path | Sequence[str | Path]
 # fsspec uses these packages for network access, and not all of their errors are OSErrors.
 _NETWORK_PACKAGES = {"aiohttp", "httpx", "httpx2", "botocore"}
 _WHAT_TO_NAME = "name a parquet, Arrow, JSONL or text file, or a glob of them"
+_MOST_DECODED_BYTES, _MOST_DECODED_RATIO = 2**28, 500
 _HOW_TO_NAME = rf"{_WHAT_TO_NAME} (if the name has a comma, write \,)"
 
 
@@ -103,6 +104,13 @@ def opening(source: Source, kind: str = "") -> Iterator[None]:
         raise
     except (OSError, EOFError, LookupError, *_damages()) as error:
         raise UsageError(f"{source} cannot be read{kind} ({error}): write it again or name another file") from error
+
+
+def check_ratio(stored_bytes: int, decoded_bytes: int) -> None:
+    """Raise ValueError if data takes over 256 MiB and over 500 times its stored size, which no real text does."""
+    if decoded_bytes > max(_MOST_DECODED_BYTES, _MOST_DECODED_RATIO * stored_bytes):
+        found = f"{stored_bytes:,} bytes decode to at least {decoded_bytes:,}"
+        raise ValueError(f"{found}, the limit is {_MOST_DECODED_RATIO} times as many")
 
 
 def is_url(name: str) -> bool:

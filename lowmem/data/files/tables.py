@@ -3,14 +3,26 @@
 import struct
 from collections.abc import Iterator, Mapping
 from mmap import ACCESS_READ, MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, mmap
-from typing import TYPE_CHECKING, BinaryIO, ClassVar
+from typing import TYPE_CHECKING, BinaryIO, ClassVar, NamedTuple
 
 import numpy as np
 import xxhash
 
+from lowmem.data.files.arrow_sizes import item_bytes
 from lowmem.data.files.columns import select_columns
-from lowmem.data.files.record_batches import RecordBatches, TableLimits, copy_in_pieces, find_batches, ipc_start, plain
-from lowmem.data.files.source import Row, Source, opening, reading
+from lowmem.data.files.line_index import LONGEST_LINE
+from lowmem.data.files.parquet_headers import Chunk, longest_value, parse_footer, read_pages
+from lowmem.data.files.record_batches import (
+    LARGEST_DECODED_BYTES,
+    LARGEST_RATIO,
+    RecordBatches,
+    TableLimits,
+    copy_in_pieces,
+    find_batches,
+    ipc_start,
+    plain,
+)
+from lowmem.data.files.source import Row, Source, check_ratio, opening, reading
 from lowmem.errors import ChangedError, UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +38,15 @@ _SAMPLES, _SAMPLE_BYTES = 64, 2**12
 _SETTINGS = {"page_checksum_verification": True, "pre_buffer": False, "buffer_size": 2**16}
 
 
+class _Plan(NamedTuple):
+    """How to decode columns of a row group."""
+
+    repeating: list[str]  # paths to decode to dictionaries
+    may_be_long: bool  # whether the rows of `repeating` may be far larger than they are stored
+    rows: int  # to decode at once
+    stored_bytes: int
+
+
 class _TableFile:
     """Code shared by both formats. In memory, a group is {name: column}; a row has one item of each column."""
 
@@ -35,9 +56,12 @@ class _TableFile:
     _names: list[str]
     _batches: RecordBatches | None = None  # the Arrow file's or the copy's; None if parquet is read without a copy
     _footer_bytes = 0
+    _stamp: tuple[int, str]
 
     def read_group(self, group: int) -> "Columns":
-        """Read the columns of one group. Raises OSError and ValueError."""
+        """Read the columns of one group. Raises OSError (ChangedError if the file has changed) and ValueError."""
+        if self._batches.source == self.source:  # a copy is hashed
+            self._check_unchanged()
         batch = self._batches.read(group)
         return {name: batch.column(name) for name in self._names}
 
@@ -61,6 +85,14 @@ class _TableFile:
                 digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
+    def _check_unchanged(self) -> None:
+        # Of remote files, only the footer is compared: a stamp would be one more request for each group.
+        if self.source.path and self.source.stamp() != self._stamp:
+            raise self._changed()
+
+    def _changed(self) -> ChangedError:
+        return ChangedError(f"{self.source} is not the file that was opened: do not change it, start again")
+
     def _use(self, batches: RecordBatches) -> None:
         self._batches, self.group_rows, self.group_bytes = batches, batches.rows, batches.sizes
 
@@ -80,15 +112,24 @@ class ParquetFile(_TableFile):
 
         self.source, limits = source, limits or TableLimits()
         with opening(source, " as parquet"):
+            self._stamp = source.stamp()
             with source.open() as file:
                 metadata = parquet.read_metadata(file)
                 self._footer_bytes = metadata.serialized_size + 8
                 self._footer_hash = xxhash.xxh3_64_intdigest(_footer(file, self._footer_bytes))
+                size = int.from_bytes(_footer(file, 8)[:4], "little")
+                footer = _footer(file, 8 + size)[:size]
             schema = select_columns(source, metadata.schema.to_arrow_schema(), wanted)
             self._names = schema.names
-            groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-            self.group_rows = np.array([group.num_rows for group in groups], np.int64)
-            self.group_bytes = np.array([_decoded_bytes(group, self._names) for group in groups], np.int64)
+            # The descriptions of the chunks, int64, shape (groups, paths, 7)
+            self._paths = [column.path for column in map(metadata.schema.column, range(metadata.num_columns))]
+            self._paths = [
+                path for path in self._paths if any(f"{path}.".startswith(f"{name}.") for name in self._names)
+            ]
+            groups = [(rows, [chunks[path] for path in self._paths]) for rows, chunks in parse_footer(footer)]
+            self._chunks = np.array([chunks for _, chunks in groups], np.int64)
+            self.group_rows = np.array([rows for rows, _ in groups], np.int64)
+            self.group_bytes = np.array([sum(map(_decoded_bytes, chunks)) for _, chunks in groups], np.int64)
             is_large = self.group_bytes.max(initial=0) > limits.row_group_bytes
             # each read of a group also reads the footer, so copy if the footer is large, and larger than a mean group
             if is_large or self._footer_bytes > max(limits.footer_bytes, self.group_bytes.mean()):
@@ -103,15 +144,16 @@ class ParquetFile(_TableFile):
 
         # Open the file again for each group: keeping ten thousand files open would take ten thousand handles.
         with reading(), self.source.open() as file:
+            self._check_unchanged()
             if xxhash.xxh3_64_intdigest(_footer(file, self._footer_bytes)) != self._footer_hash:
-                raise ChangedError(f"{self.source} is not the file that was opened: do not change it, start again")
+                raise self._changed()
             try:
                 owner, metadata = ParquetFile._last_parsed
                 if owner is not self:
                     metadata = parquet.read_metadata(file)
                     ParquetFile._last_parsed = (self, metadata)
                 return {name: self._decode(file, metadata, group, name) for name in self._names}
-            except (pa.ArrowException, LookupError) as error:
+            except (pa.ArrowException, LookupError, ValueError) as error:
                 where = f"row group {group} of {self.source}"
                 raise ValueError(f"{where} cannot be decoded ({error}): write the file again") from error
 
@@ -120,26 +162,85 @@ class ParquetFile(_TableFile):
         import pyarrow as pa
         from pyarrow import parquet
 
+        plan = self._plan(file, group, [name], rows=_ROWS_PER_DECODE, to_copy=False)
         # If the file stores repeated text once, in a dictionary, decode to a dictionary to hold it once in memory too.
-        repeating = [chunk.path_in_schema for chunk in _chunks(metadata.row_group(group), [name]) if _repeats(chunk)]
-        with parquet.ParquetFile(file, metadata=metadata, read_dictionary=repeating, **_SETTINGS) as opened:
-            if repeating:
+        with parquet.ParquetFile(file, metadata=metadata, read_dictionary=plan.repeating, **_SETTINGS) as opened:
+            if plan.repeating:
                 column = opened.read_row_group(group, columns=[name], use_threads=False).column(name)
+                column.validate(full=True)  # otherwise a bad text would fail only when its row is read
+                if plan.may_be_long:
+                    sizes = np.concatenate([item_bytes(part) for part in column.chunks])
+                    check_ratio(plan.stored_bytes, int(sizes.sum()))
+                    if sizes.max(initial=0) > LONGEST_LINE:
+                        raise ValueError(f"a row has more than {LONGEST_LINE:,} bytes: split it")
             else:  # decode in pieces, because the buffer of a whole column grows by doubling
-                pieces = opened.iter_batches(_ROWS_PER_DECODE, row_groups=[group], columns=[name], use_threads=False)
-                column = pa.chunked_array([_in_own_mapping(piece).column(name) for piece in pieces])
-        column.validate(full=True)  # otherwise a bad text would fail only when its row is read
+                pieces, num_bytes = [], 0
+                for piece in opened.iter_batches(plan.rows, row_groups=[group], columns=[name], use_threads=False):
+                    piece.validate(full=True)  # before anything else, because pyarrow crashes if it casts a bad batch
+                    pieces.append(_in_own_mapping(piece).column(name))
+                    num_bytes += pieces[-1].nbytes
+                    if num_bytes > LARGEST_DECODED_BYTES:
+                        raise ValueError(f"column {name!r} has more than {LARGEST_DECODED_BYTES:,} bytes")
+                column = pa.chunked_array(pieces) if pieces else ()
+        if len(column) != self.group_rows[group]:
+            raise ValueError(f"column {name!r} has {len(column):,} rows, the footer says {self.group_rows[group]:,}")
         # Without this call, Arrow's allocator keeps freed memory, and a process grew to 100 MiB instead of 45 MiB.
         pa.default_memory_pool().release_unused()
         return column
 
+    def _plan(self, file: BinaryIO, group: int, names: list[str], *, rows: int, to_copy: bool) -> _Plan:
+        """Check the pages of some columns, and plan how to decode at most `rows` rows and 256 MiB of them at once.
+
+        Raises OSError, and ValueError if a page header is damaged or a page is too large.
+        """
+        # A group that is not copied takes less than a page may take here.
+        limits = {"limit": LARGEST_DECODED_BYTES, "ratio": LARGEST_RATIO} if to_copy else {"limit": LONGEST_LINE}
+        repeating, may_be_long, stored_bytes = [], False, 0
+        for path, numbers in zip(self._paths, self._chunks[group].tolist(), strict=True):
+            if not any(f"{path}.".startswith(f"{name}.") for name in names):
+                continue
+            chunk = Chunk(*numbers)
+            stored_bytes += chunk.stored_bytes
+            pages = read_pages(file, chunk, **limits)
+            values = [page for page in pages if not page.is_dictionary]
+            num_encoded = sum(page.num_values for page in values if page.is_encoded)
+            # what the values of the dictionary may take, when each is decoded
+            upper = num_encoded * max((page.decoded_bytes for page in pages if page.is_dictionary), default=0)
+            if not to_copy and (_repeats(chunk) or (values and all(page.is_encoded for page in values))):
+                repeating.append(path)
+                may_be_long |= upper > (LONGEST_LINE if "." in path else LARGEST_DECODED_BYTES)
+            elif upper > LARGEST_DECODED_BYTES:
+                longest = longest_value(file, chunk, pages)
+                if "." not in path:
+                    rows = max(1, min(rows, LARGEST_DECODED_BYTES // max(1, longest)))
+                elif num_encoded * longest > LARGEST_DECODED_BYTES:  # the number of a row's values is not known
+                    repeating.append(path)
+                    may_be_long = True
+        return _Plan(repeating, may_be_long, rows, stored_bytes)
+
     def _all_rows(self, limits: TableLimits) -> "Iterator[pa.RecordBatch]":
         from pyarrow import parquet
 
-        with self.source.open() as file, parquet.ParquetFile(file, **_SETTINGS) as opened:
-            for group in range(opened.num_row_groups):  # one at a time: several fail for lists of dictionary values
-                rows = limits.rows_per_piece(int(self.group_rows[group]), int(self.group_bytes[group]))
-                yield from opened.iter_batches(rows, row_groups=[group], columns=self._names, use_threads=False)
+        with self.source.open() as file:
+            metadata = parquet.read_metadata(file)
+            for group in range(len(self.group_rows)):  # one at a time: several fail for lists of dictionary values
+                yield from self._checked_batches(file, metadata, group, limits)
+
+    def _checked_batches(
+        self, file: BinaryIO, metadata: "parquet.FileMetaData", group: int, limits: TableLimits
+    ) -> "Iterator[pa.RecordBatch]":
+        from pyarrow import parquet
+
+        group_rows, done = int(self.group_rows[group]), 0
+        rows = limits.rows_per_piece(group_rows, int(self.group_bytes[group]))
+        plan = self._plan(file, group, self._names, rows=rows, to_copy=True)
+        with parquet.ParquetFile(file, metadata=metadata, read_dictionary=plan.repeating, **_SETTINGS) as opened:
+            for batch in opened.iter_batches(plan.rows, row_groups=[group], columns=self._names, use_threads=False):
+                batch.validate(full=True)
+                done += batch.num_rows
+                yield batch
+        if done != group_rows:
+            raise ValueError(f"row group {group} has {done:,} rows, the footer says {group_rows:,}")
 
 
 class ArrowFile(_TableFile):
@@ -154,6 +255,7 @@ class ArrowFile(_TableFile):
         if source.path is None:
             raise UsageError(f"{source} is an Arrow file, which must be local: download it, or use parquet")
         with opening(source, " as Arrow"):
+            self._stamp = source.stamp()
             batches, alone = find_batches(source)
             schema = select_columns(source, batches.schema, wanted)
             self._names = schema.names
@@ -172,9 +274,19 @@ class ArrowFile(_TableFile):
             messages.seek(ipc_start(file))
             options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
             for batch in pa.ipc.open_stream(messages, options=options):
+                # Following the offsets of a batch that is not validated can crash. Validate a nested column as a whole,
+                # because each slice would validate all its items again; validate others in slices, to map less.
+                batch.validate()
+                nested = {name for name in batch.schema.names if _is_nested(batch.schema.field(name).type)}
+                for name in nested:
+                    batch.column(name).validate(full=True)
+                    mapped.madvise(MADV_DONTNEED)
                 rows = limits.rows_per_piece(batch.num_rows, batch.nbytes)
                 for first in range(0, batch.num_rows, rows):
-                    yield batch.slice(first, rows)
+                    part = batch.slice(first, rows)
+                    for name in set(batch.schema.names) - nested:
+                        part.column(name).validate(full=True)
+                    yield part
                     mapped.madvise(MADV_DONTNEED)
 
 
@@ -195,18 +307,17 @@ def _in_own_mapping(batch: "pa.RecordBatch") -> "pa.RecordBatch":
     return pa.ipc.read_record_batch(pa.py_buffer(memory), batch.schema)
 
 
-def _chunks(group: "parquet.RowGroupMetaData", names: list[str]) -> "list[parquet.ColumnChunkMetaData]":
-    chunks = [group.column(number) for number in range(group.num_columns)]
-    return [chunk for chunk in chunks if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in names)]
+def _is_nested(kind: "pa.DataType") -> bool:
+    from pyarrow import BaseExtensionType, types
+
+    return kind.num_fields > 0 or types.is_dictionary(kind) or isinstance(kind, BaseExtensionType)
 
 
-def _decoded_bytes(group: "parquet.RowGroupMetaData", names: list[str]) -> int:
-    """Estimate the decoded size of the named columns: the uncompressed size, and 4 bytes per dictionary index."""
-    chunks = _chunks(group, names)
-    return sum(chunk.total_uncompressed_size + 4 * chunk.num_values * _repeats(chunk) for chunk in chunks)
+def _decoded_bytes(chunk: Chunk) -> int:
+    """Estimate the decoded size of a chunk: the uncompressed size, and 4 bytes per dictionary index."""
+    return chunk.decoded_bytes + 4 * chunk.num_values * _repeats(chunk)
 
 
-def _repeats(chunk: "parquet.ColumnChunkMetaData") -> bool:
+def _repeats(chunk: Chunk) -> bool:
     """Judge by its size whether a chunk is stored entirely as a dictionary and indices."""
-    has_dictionary = any("DICTIONARY" in kind for kind in chunk.encodings)
-    return has_dictionary and chunk.total_uncompressed_size <= _LARGEST_DICTIONARY_BYTES + 4 * chunk.num_values
+    return bool(chunk.has_dictionary) and chunk.decoded_bytes <= _LARGEST_DICTIONARY_BYTES + 4 * chunk.num_values
