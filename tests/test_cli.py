@@ -183,8 +183,8 @@ def test_evaluate_takes_columns_lengths_and_precision_from_the_model_folder(prec
     ("content", "message"),
     [
         ("[]", "is not an object: delete it, and set the flags instead"),
-        ("{", "cannot be read"),
-        ("[" * 10**5, "cannot be read"),
+        ("{", "is not JSON"),
+        ("[" * 10**5, "is not JSON"),
         ('{"max_seq_len": "x"}', "lowmem.json: --max_seq_len=x is not an int"),
         ('{"prompt_column": [1]}', "lowmem.json: --prompt_column must be a single value, not a list"),
     ],

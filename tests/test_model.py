@@ -153,9 +153,12 @@ def add_code(folder, file, **fields):
 FAULTS = {
     "a pointer of git lfs": (
         lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
-        r"/model.safetensors cannot be read \(SafetensorError: .*\): copy or download it again",
+        r"/model.safetensors is not a valid safetensors file \(.*\): copy or download it again",
     ),
-    "cut weights": (cut_weights, "/model.safetensors cannot be read .*not fully covered.: copy or download it again"),
+    "cut weights": (
+        cut_weights,
+        "/model.safetensors is not a valid safetensors file .*not fully covered.: copy or download it again",
+    ),
     "a larger vocabulary": (
         lambda folder: edit_json(folder / "config.json", vocab_size=400),
         r"2 weights of the model .*model do not have .*lm_head.weight has \[384, 32\] instead of \[400, 32\], ...\): "

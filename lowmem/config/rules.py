@@ -116,13 +116,13 @@ def _out_of_range(config: TrainConfig) -> list[str]:
                 parse_bytes(value)
             except UsageError as error:
                 problems.append(f"--{name}: {error}")
-    for name in ("output_dir", "resume"):
+    for name, done in (("output_dir", "written"), ("resume", "read")):
         try:
             os.stat(getattr(config, name) or "")
         except FileNotFoundError:
             pass
         except OSError as error:  # a name that is too long, or a folder on the path that is a file
-            problems.append(f"--{name}={getattr(config, name)} cannot be used: {error.strerror}")
+            problems.append(f"--{name}={getattr(config, name)} cannot be {done}: {error.strerror}")
     for name in ("model_name_or_path", "tokenizer_name_or_path"):
         value = getattr(config, name)
         if value and not re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", value) and not os.path.isdir(value):

@@ -11,7 +11,6 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -36,6 +35,7 @@ from lowmem.model.build import (
     model_from,
     reason_of,
 )
+from lowmem.storage.shard_files import open_shard
 
 
 def load_model(
@@ -147,8 +147,8 @@ def _pretrained_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrai
 def _from_pretrained(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     name = config.name_or_path
     for path in sorted(Path(name).glob("*.safetensors")):
-        with as_usage_error(f"{path} cannot be read", "copy or download it again"):
-            safe_open(path, framework="pt")  # because transformers' error does not name the file
+        with open_shard(path, "pt"):  # checks the header, because transformers' error does not name the file
+            pass
     options = {"use_safetensors": True, "trust_remote_code": False}  # the other formats are pickles, which can run code
     # report weights of another shape below, because transformers' error does not name them
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True} | attention_options(config)

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from lowmem.errors import UsageError
 from lowmem.storage.files import read_json
 
-_ADVICE = "use another checkpoint or model"
+_ADVICE = "copy or download it again, or use another"
 
 
 def index_name(stem: str) -> str:
