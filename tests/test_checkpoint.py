@@ -10,6 +10,7 @@ import torch
 import xxhash
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -448,6 +449,22 @@ def test_an_index_may_name_only_files_of_the_checkpoint(weight_map, one_step, tm
     rewrite(path, "model/model.safetensors.index.json", json.dumps({"weight_map": weight_map}).encode())
     with pytest.raises(UsageError, match=r"model\.safetensors\.index\.json.* weight_map"):
         verify_checkpoint(path)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
+@pytest.mark.parametrize("change", ["renamed", "cut", "missing", "unknown"])
+def test_optimizer_state_with_wrong_tensors_is_refused(change, optimizer, tmp_path):
+    path = save_checkpoint(train(new_state(optimizer=optimizer), 1), tmp_path, ACCELERATOR)
+    tensors = load_file(path / "optimizer.safetensors")
+    name = next((name for name in tensors if name.endswith((".exp_avg", ".row_var"))), None)
+    if change == "unknown" or name is None:
+        tensors["other.weight.exp_avg"] = torch.zeros(2)
+    else:
+        tensor = tensors.pop(name)
+        tensors |= {} if change == "missing" else {f"{name}_x" if change == "renamed" else name: tensor.flatten()[:3]}
+    rewrite(path, "optimizer.safetensors", to_safetensors(tensors))
+    with pytest.raises(UsageError, match="does not match the model: .*state"):
+        load_checkpoint(new_state(optimizer=optimizer), path, ACCELERATOR)
 
 
 def test_a_fifo_in_a_checkpoint_is_not_opened(one_step, tmp_path):

@@ -366,6 +366,16 @@ def test_out_of_memory_at_the_longest_row_is_not_reported_as_missing_positions()
     assert not isinstance(raised.value, UsageError)
 
 
+@pytest.mark.parametrize(
+    ("name", "size"), [("num_hidden_layers", 0), ("num_hidden_layers", -1), ("intermediate_size", 0)]
+)
+def test_a_model_without_layers_is_refused(name, size):
+    model = build("llama")
+    setattr(model.config, name, size)
+    with pytest.raises(UsageError, match=f"config.json has {name}={size}, but it must be at least 1"):
+        check_model(model, chunked_loss, packing=False, max_seq_len=16)
+
+
 def test_a_model_that_adds_its_own_loss_is_refused():
     model = build("llama")
     model.config.output_router_logits = True

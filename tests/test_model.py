@@ -157,7 +157,7 @@ FAULTS = {
     ),
     "cut weights": (
         cut_weights,
-        "/model.safetensors is not a valid safetensors file .*not fully covered.: copy or download it again",
+        "/model.safetensors is not a valid .*not fully covered.: copy or download it again",
     ),
     "a larger vocabulary": (
         lambda folder: edit_json(folder / "config.json", vocab_size=400),

@@ -30,7 +30,7 @@ def write_manifest(folder: Path, step: int, records: Mapping[str, FileRecord]) -
 def verify_checkpoint(path: str | Path) -> None:
     """Check that every file of the manifest has the recorded size and hash, and can be read.
 
-    Raises UsageError naming a bad file. Finds damage, not forgery: those who change a file can also change its hash.
+    Raises UsageError naming a bad file. Finds damage, not forgery: anyone who changes a file can also change its hash.
     """
     records = read_manifest(path)["files"]
     check_sizes(Path(path), records)

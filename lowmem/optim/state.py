@@ -41,16 +41,47 @@ def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
     if known := sum(map(bytes_of, optimizer_tensors(parameters, optimizer).values())):
         return known
     assert all(parameter.grad is None for parameter in parameters.values())  # or the step below would update them
-    probe = nn.Parameter(torch.zeros(2, 2))
+    like_weights = sum(value.shape == (2, 2) for value in _first_state(optimizer, {}, dims=2).values())
+    return like_weights * sum(map(bytes_of, parameters.values()))
+
+
+def _first_state(optimizer: Optimizer, options: Mapping[str, object], *, dims: int) -> dict[str, Tensor]:
+    """Return the state after one step of a parameter of shape (2,) * `dims`. No other parameter may have a gradient."""
+    probe = nn.Parameter(torch.zeros((2,) * dims))
     probe.grad = torch.zeros_like(probe)
-    optimizer.add_param_group({"params": [probe]})
+    optimizer.add_param_group({**options, "params": [probe]})
     try:
-        optimizer.step()  # updates only the probe: no other parameter has a gradient
-        kept = optimizer.state.pop(probe, {}).values()
+        optimizer.step()  # updates only the probe
+        state = optimizer.state.pop(probe, {})
     finally:
         optimizer.param_groups.pop()
-    like_weights = sum(isinstance(value, Tensor) and value.shape == probe.shape for value in kept)
-    return like_weights * sum(map(bytes_of, parameters.values()))
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _torch_differences(stored: Mapping[str, StoredTensor], parameters: Parameters, optimizer: Optimizer) -> list[str]:
+    by_parameter, names = _by_parameter(stored), {parameter: name for name, parameter in parameters.items()}
+    differences = [f"{name} has state only in the checkpoint" for name in by_parameter.keys() - parameters.keys()]
+    for group in optimizer.param_groups:
+        first: dict[int, dict[str, Tensor]] = {}  # by number of dimensions
+        options = {name: value for name, value in group.items() if name != "params"}
+        for parameter in (x for x in group["params"] if names[x] in by_parameter):
+            name, dims = names[parameter], parameter.dim()
+            expected, whole = optimizer.state.get(parameter), parameter.shape
+            if not expected:
+                if dims not in first:
+                    first[dims] = _first_state(optimizer, options, dims=dims)
+                expected, whole = first[dims], (2,) * dims
+            expected = {key: value for key, value in expected.items() if isinstance(value, Tensor)}
+            saved = by_parameter[name]
+            if saved.keys() != expected.keys() or any(
+                tensor.torch_dtype is None
+                or len(tensor.shape) != expected[key].dim()
+                or (expected[key].shape == whole and tensor.shape != [*parameter.shape])
+                for key, tensor in saved.items()
+            ):
+                shapes = {key: tensor.shape for key, tensor in sorted(saved.items())}
+                differences.append(f"the state of {name} was {shapes}, and {type(optimizer).__name__} has another")
+    return sorted(differences)
 
 
 def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimizer: Optimizer) -> bool:
@@ -69,9 +100,11 @@ def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimi
 def state_differences(
     stored: Mapping[str, StoredTensor], parameters: Parameters, optimizer: Optimizer, *, rounds: bool
 ) -> list[str]:
-    """List how `stored` differs from a tier's state, by name. For torch's optimizers, which have no state yet: []."""
+    """List how `stored` differs from a tier's state, by name; for an optimizer of torch, from that of a first step."""
     if not isinstance(optimizer, TieredOptimizer):
-        return []
+        has_gradients = any(parameter.grad is not None for parameter in parameters.values())  # the step would use them
+        is_of_torch = type(optimizer).__module__.startswith("torch.optim")
+        return [] if has_gradients or not is_of_torch else _torch_differences(stored, parameters, optimizer)
     tensors = optimizer_tensors(parameters, optimizer)
     if rounds:  # compare names and shapes, not dtypes, for the parameters with stored state (others had no gradient)
         updated = _by_parameter(stored)
