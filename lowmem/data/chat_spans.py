@@ -79,9 +79,10 @@ def _spans_by_kind(render: Render, messages: Messages, replies: list[int], text:
         for turn in {first, last}:
             spans[turn] = _measure(render, messages, turn, text)
             offsets.add(tuple(map(sub, spans[turn], contents[turn])))
-        for turn in between:
-            is_same = len(offsets) == 1
-            spans[turn] = tuple(map(add, contents[turn], *offsets)) if is_same else _measure(render, messages, turn, text)
+        if len(offsets) == 1:
+            spans |= {turn: tuple(map(add, contents[turn], *offsets)) for turn in between}
+        else:
+            spans |= {turn: _measure(render, messages, turn, text) for turn in between}
     return [spans[turn] for turn in replies]
 
 
