@@ -1,0 +1,346 @@
+"""Damage small data files and checkpoints at random, read each in a process of its own, and count what goes wrong.
+
+    python benchmarks/fuzz.py --output=benchmarks/results/fuzz.md
+    python benchmarks/fuzz.py --only=arrow,jsonl --mutations=500 --keep=KEPT
+    python benchmarks/fuzz.py --run=KEPT/arrow.text-stream.17.rows.arrow
+
+Exits with code 1 if an input ends in a fault. See README.md. Needs Linux.
+"""
+
+import argparse
+import faulthandler
+import gc
+import json
+import os
+import re
+import resource
+import shlex
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lowmem, installed or not
+
+from tqdm import tqdm
+
+from benchmarks.fuzz_inputs import KINDS, Rows
+from benchmarks.systems import machine
+from lowmem.errors import UsageError
+
+FAULTS = {
+    "death": "a signal ended the process",
+    "hang": "the process ran for more than 10 s",
+    "uncaught": "an error other than UsageError or RowError, or a lock or an unfinished file is left",
+    "memory": "the process grew by more than 512 MiB, or an allocation failed (the limit is 2 GiB more than at start)",
+    "silent": "rows differ from the original without an error",
+}
+OUTCOMES = ["same", "row errors", "refused", "undetectable", *FAULTS]
+HANG_SECONDS, GROWN_BYTES, ADDRESS_BYTES, FILE_BYTES = 10, 2**29, 2**31, 2**28
+ALLOCATION = re.compile(r"alloc|out of memory", re.IGNORECASE)
+FOLDER = "/dev/shm" if os.path.isdir("/dev/shm") else None  # in memory, because lowmem syncs indices and copies to disk
+
+# --- changes of bytes
+
+NUMBERS = [0, 1, -1, 2, 127, 128, 255, 2**15 - 1, 2**16, 2**24, 2**31 - 1, -(2**31), 2**32 - 1, 2**63 - 1, -(2**63)]
+VALUES = [*map(str, NUMBERS), "null", '""', "[]", "{}", "1.5", "1e999", "true", '"../x"', "9" * 5000]
+
+
+def mutate(data: bytes, chance: Random, structure: list[range]) -> bytes:
+    """Make one to four random changes, half of them in the ranges of `structure`."""
+    changed = bytearray(data)
+    for _ in range(chance.choice([1, 1, 1, 2, 4])):
+        part = chance.choice(structure) if structure and chance.random() < 0.5 else range(len(data))
+        at = chance.choice(part)
+        if at < len(changed):
+            chance.choice(CHANGES)(changed, at, chance)
+    return bytes(changed)
+
+
+def flip_bit(data: bytearray, at: int, chance: Random) -> None:
+    data[at] ^= 1 << chance.randrange(8)
+
+
+def set_byte(data: bytearray, at: int, chance: Random) -> None:
+    data[at] = chance.choice([0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256)])
+
+
+def set_number(data: bytearray, at: int, chance: Random) -> None:
+    """Write a number of 2 to 8 bytes at a multiple of its size, as Arrow aligns them."""
+    size = chance.choice([2, 4, 8])
+    number = chance.choice(NUMBERS) % 2 ** (8 * size)
+    data[at - at % size : at - at % size + size] = number.to_bytes(size, chance.choice(["little", "big"]))
+
+
+def set_varint(data: bytearray, at: int, chance: Random) -> None:
+    """Replace an integer of variable length, as parquet's Thrift has. Corrects the length of a parquet footer."""
+    end = next((byte for byte in range(at, len(data)) if data[byte] < 0x80), len(data) - 1) + 1
+    left, new = chance.choice(NUMBERS) * 2 % 2**64 ^ chance.randrange(2), bytearray()
+    while left >= 0x80:
+        new.append(left % 0x80 + 0x80)
+        left //= 0x80
+    new.append(left)
+    footer = int.from_bytes(data[-8:-4], "little") if data.endswith(b"PAR1") else 0
+    if len(data) - 8 - footer <= at < end <= len(data) - 8:
+        data[-8:-4] = max(0, footer + len(new) - (end - at)).to_bytes(4, "little")
+    data[at:end] = new
+
+
+def set_value(data: bytearray, at: int, chance: Random) -> None:
+    """Replace the next number or text of a JSON document."""
+    if found := re.compile(rb'-?\d+|(?<=[:\[,] )"[^"]*"').search(data, at):
+        data[slice(*found.span())] = chance.choice(VALUES).encode()
+
+
+def truncate(data: bytearray, at: int, chance: Random) -> None:
+    del data[at:]
+
+
+def move_block(data: bytearray, at: int, chance: Random) -> None:
+    """Remove or duplicate a block, or swap two."""
+    size, to = chance.choice([1, 4, 8, 64, 512]), chance.randrange(len(data))
+    block, other = data[at : at + size], data[to : to + size]
+    how = chance.choice(["remove", "duplicate", "swap"])
+    if how == "remove":
+        del data[at : at + size]
+    elif how == "duplicate":
+        data[to:to] = block
+    elif abs(at - to) >= size and len(block) == len(other):
+        data[at : at + size], data[to : to + size] = other, block
+
+
+CHANGES = [flip_bit, flip_bit, set_byte, set_number, set_varint, set_value, truncate, move_block]
+
+# --- one input
+
+
+class Bench:
+    """The files of one case in a folder. `run` damages one of them, and reads them in a forked process."""
+
+    def __init__(self, kind: str, name: str, folder: Path):
+        folder.mkdir(parents=True)
+        self.folder, self.label = folder, f"{kind}.{name}"
+        self.case = KINDS[kind][name](folder)
+        self.clean = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        self.expected = self.case.read()  # also imports what the forks need
+        assert self.expected and None not in self.expected, f"{self.label} cannot be read undamaged"
+        assert self.case.second is None or self.case.second() == self.expected, f"{self.label}: the readers disagree"
+        self.times = {path: (path.stat().st_atime_ns, path.stat().st_mtime_ns) for path in self.clean}
+        self.structures = {path: self.case.structure(self.clean[path]) for path in self.case.targets}
+
+    def damage(self, number: int, seed: int) -> tuple[Path, bytes]:
+        """Return the file that input `number` damages, and its new content."""
+        chance = Random(f"{seed} {self.label} {number}")
+        target = chance.choice(self.case.targets)
+        return target, mutate(self.clean[target], chance, self.structures[target])
+
+    def place(self, target: Path, data: bytes) -> None:
+        """Write all files, `target` with `data`. Keeps inodes and times, which indices record."""
+        for path in self.folder.rglob("*"):
+            if path not in self.clean and not path.is_dir():
+                path.unlink()
+        for path, content in self.clean.items():
+            path.write_bytes(data if path == target else content)
+        self.case.reseal(target)
+        for path, times in self.times.items():
+            os.utime(path, ns=times)
+
+    def run(self, target: Path, data: bytes, log: int, limits: dict[int, int]) -> tuple[str, str, int]:
+        """Return the outcome of one input, its details, and by how many bytes the process grew. `log` is its stderr."""
+        self.place(target, data)
+        os.ftruncate(log, 0)
+        held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        receiving, sending = os.pipe()
+        if (child := os.fork()) == 0:
+            signal.alarm(HANG_SECONDS)
+            for name, limit in limits.items():
+                resource.setrlimit(name, (limit, limit))
+            outcome = self.examine(lambda: os.write(sending, b"\n"))
+            os.write(sending, json.dumps(outcome).encode())
+            os._exit(0)
+        os.close(sending)
+        with open(receiving, "rb") as pipe:
+            sent = pipe.read()
+        _, status, used = os.wait4(child, 0)
+        grown = max(0, 1024 * used.ru_maxrss - held)
+        if status:
+            number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+            outcome = "silent" if sent == b"\n" else "hang" if number == signal.SIGALRM else "death"
+            what = "the rows differ, and the second reader ends with " * (sent == b"\n")
+            what += signal.Signals(number).name if number else f"exit code {os.WEXITSTATUS(status)}"
+            return outcome, f"{what}\n{os.pread(log, 3000, 0).decode(errors='replace')}", grown
+        outcome, details = json.loads(sent)
+        if grown > GROWN_BYTES:
+            outcome, details = "memory", f"grew by {grown:,} bytes ({outcome})\n{details}"
+        elif left := [path.name for path in self.folder.rglob("*") if path.suffix in (".lock", ".unfinished")]:
+            outcome, details = "uncaught", f"{left[0]} is left ({outcome})\n{details}"
+        return outcome, details, grown
+
+    def examine(self, before_second: Callable[[], object]) -> tuple[str, str]:
+        """Read the files, and compare the rows with the undamaged ones and with those of the second reader."""
+        try:
+            rows = self.case.read()
+        except UsageError as error:
+            return ("memory" if ALLOCATION.search(str(error)) else "refused"), str(error)
+        except MemoryError:
+            return "memory", traceback.format_exc()[-3000:]
+        except BaseException:  # a panic in Rust is not an Exception
+            return "uncaught", traceback.format_exc()[-3000:]
+        if agree(rows, self.expected):
+            return ("row errors" if None in rows else "same"), ""
+        odd = next((row for row in rows if row not in (None, *self.expected)), "rows are missing, repeated or moved")
+        if self.case.second is None:
+            return "silent", odd[:500]
+        before_second()
+        try:
+            return ("undetectable" if agree(rows, self.case.second()) else "silent"), odd[:500]
+        except Exception as error:
+            return "silent", f"{odd[:500]}\nthe second reader: {error!r}"[:3000]
+
+
+def agree(rows: Rows, others: Rows) -> bool:
+    """Whether `rows` are `others`, possibly with errors in place of some of them."""
+    left = iter(others)
+    return (None in rows or len(rows) == len(others)) and all(row in left for row in rows if row is not None)
+
+
+# --- many inputs
+
+
+def fuzz_share(kind: str, share: int, shares: int, mutations: int, seed: int, keep: Path | None) -> dict[str, object]:
+    """Run every `shares`-th input of a kind. Returns the number of each outcome, the faults, and the largest growth."""
+    tqdm.monitor_interval = 0  # no thread, because the process forks
+    counts, faults, peak = Counter(), [], 0
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder, open(Path(folder, "log"), "w+") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+        faulthandler.enable(log)
+        faulthandler.register(signal.SIGALRM, log, chain=True)
+        names = list(KINDS[kind])
+        benches = {name: Bench(kind, name, Path(folder, name)) for name in names}
+        gc.freeze()  # otherwise each fork would copy the memory of objects that it only visits
+        address_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + ADDRESS_BYTES
+        limits = {resource.RLIMIT_AS: address_bytes, resource.RLIMIT_FSIZE: FILE_BYTES, resource.RLIMIT_CORE: 0}
+        started = time.monotonic()
+        for number in range(share, mutations, shares):
+            bench = benches[names[number // shares % len(names)]]
+            target, data = bench.damage(number, seed)
+            outcome, details, grown = bench.run(target, data, log.fileno(), limits)
+            counts[outcome] += 1
+            peak = max(peak, grown)
+            if outcome in FAULTS:
+                name = f"{bench.label}.{number}.{target.name}"
+                faults.append({"input": name, "outcome": outcome, "sort": sort_of(outcome, details)})
+                if keep:
+                    (keep / name).write_bytes(data)
+                    (keep / f"{name}.txt").write_text(f"{outcome}: {details}\n")
+        seconds = time.monotonic() - started
+    return {"kind": kind, "counts": counts, "faults": faults, "peak": peak, "seconds": seconds}
+
+
+def sort_of(outcome: str, details: str) -> str:
+    """Return the error or signal without numbers, and the line of lowmem in which it occurred."""
+    lines = [line for line in details.splitlines() if line.strip()] or [""]
+    is_traceback = lines[0].startswith("Traceback")
+    frames = re.findall(r'File ".*/(lowmem/[^"]+)", line (\d+)', details)
+    where = f" at {':'.join(frames[-1 if is_traceback else 0])}" if frames else ""
+    what = "" if outcome == "silent" and len(lines) == 1 else lines[-1 if is_traceback or outcome == "silent" else 0]
+    return f"{outcome}: {re.sub(r'[0-9]+', 'N', what)[:120]}{where}"
+
+
+def fuzz(
+    kinds: list[str], *, mutations: int, seed: int = 0, processes: int = 2, keep: Path | None = None
+) -> list[dict]:
+    """Fuzz each kind with `mutations` inputs. Returns the results of `fuzz_share`, summed for each kind."""
+    results = {kind: {"counts": Counter(), "faults": [], "peak": 0, "seconds": 0.0} for kind in kinds}
+    tasks = [(kind, share, processes, mutations, seed, keep) for kind in kinds for share in range(processes)]
+    with get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+        for done in pool.imap_unordered(_call, tasks, chunksize=1):
+            result = results[done["kind"]]
+            result["counts"] += done["counts"]
+            result["faults"] += done["faults"]
+            result["peak"] = max(result["peak"], done["peak"])
+            result["seconds"] += done["seconds"]
+    return [{"kind": kind, **result} for kind, result in results.items()]
+
+
+def _call(task: tuple) -> dict[str, object]:
+    return fuzz_share(*task)
+
+
+def run_kept(path: Path) -> None:
+    """Read one kept input in this process, without limits."""
+    kind, name, *_ = path.name.split(".", 3)
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        bench = Bench(kind, name, Path(folder, name))
+        target = next(each for each in bench.case.targets if path.name.endswith(f".{each.name}"))
+        bench.place(target, path.read_bytes())
+        print(f"reading {target}", flush=True)
+        print(": ".join(bench.examine(lambda: print("the rows differ: starting the second reader", flush=True))))
+
+
+def table(results: list[dict], command: str) -> str:
+    """Return Markdown for the results."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("pyarrow", "safetensors", "numpy", "torch"))
+    lines = [
+        "# fuzz",
+        "",
+        "Generated by benchmarks/fuzz.py.",
+        "",
+        f"    {command}",
+        "",
+        f"{datetime.now(UTC).isoformat(timespec='seconds')}; {machine()['cpu']}, {machine()['cores']} cores; "
+        f"Python {sys.version.split()[0]}, {versions}.",
+        "",
+        f"| input | {' | '.join(OUTCOMES)} | largest growth, MiB | inputs/s per process |",
+        f"|---|{'---:|' * (len(OUTCOMES) + 2)}",
+    ]
+    for result in results:
+        counts = [f"{result['counts'][outcome]:,}" for outcome in OUTCOMES]
+        speed = sum(result["counts"].values()) / max(result["seconds"], 1e-9)
+        lines.append(f"| {result['kind']} | {' | '.join(counts)} | {result['peak'] / 2**20:.0f} | {speed:.0f} |")
+    sorts = Counter(f"{each['kind']}, {fault['sort']}" for each in results for fault in each["faults"])
+    first = {f"{each['kind']}, {fault['sort']}": fault["input"] for each in results for fault in each["faults"][::-1]}
+    lines += ["", *(f"- {number:,} x {sort} (such as {first[sort]})" for sort, number in sorts.most_common())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--mutations", type=int, default=20_000, help="inputs of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help=f"kinds, separated by commas: {', '.join(KINDS)}")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--keep", type=Path, help="folder for each input that ends in a fault, and for its error")
+    parser.add_argument("--run", type=Path, help="read this kept input in the foreground, and do nothing else")
+    parser.add_argument("--output", type=Path, help="Markdown file to write")
+    flags = parser.parse_args()
+    kinds = flags.only.split(",") if flags.only else list(KINDS)
+    if unknown := set(kinds) - KINDS.keys():
+        parser.error(f"--only={','.join(unknown)}: choose from {', '.join(KINDS)}")
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # Large pages make a fork of a process that has imported torch three times as fast.
+    os.environ |= {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    if flags.run:
+        run_kept(flags.run)
+        return 0
+    if flags.keep:
+        flags.keep.mkdir(parents=True, exist_ok=True)
+    results = fuzz(kinds, mutations=flags.mutations, seed=flags.seed, processes=flags.processes, keep=flags.keep)
+    text = table(results, shlex.join(["python", *sys.argv]))
+    print(text)
+    if flags.output:
+        flags.output.write_text(text)
+    return 1 if any(result["faults"] for result in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
