@@ -190,20 +190,21 @@ class Bench:
             rows = self.case.read()
         except UsageError as error:
             return ("memory" if ALLOCATION.search(str(error)) else "refused"), str(error)
-        except MemoryError:
-            return "memory", traceback.format_exc()[-3000:]
-        except BaseException:  # a panic in Rust is not an Exception
-            return "uncaught", traceback.format_exc()[-3000:]
+        except BaseException as error:  # a panic in Rust is not an Exception
+            outcome = "memory" if isinstance(error, MemoryError) else "uncaught"
+            return outcome, f"{error!r:.500}\n{traceback.format_exc()[-3000:]}"
         if agree(rows, self.expected):
             return ("row errors" if None in rows else "same"), ""
         odd = next((row for row in rows if row not in (None, *self.expected)), "rows are missing, repeated or moved")
         if self.case.second is None:
-            return "silent", odd[:500]
+            return "silent", f"checksums should have found it\n{odd:.500}"
         before_second()
         try:
-            return ("undetectable" if agree(rows, self.case.second()) else "silent"), odd[:500]
+            if agree(rows, self.case.second()):
+                return "undetectable", ""
+            return "silent", f"the second reader reads other rows\n{odd:.500}"
         except Exception as error:
-            return "silent", f"{odd[:500]}\nthe second reader: {error!r}"[:3000]
+            return "silent", f"the second reader: {error!r:.500}\n{odd:.500}"
 
 
 def agree(rows: Rows, others: Rows) -> bool:
@@ -219,7 +220,7 @@ def fuzz_share(kind: str, share: int, shares: int, mutations: int, seed: int, ke
     """Run every `shares`-th input of a kind. Returns the number of each outcome, the faults, and the largest growth."""
     tqdm.monitor_interval = 0  # no thread, because the process forks
     counts, faults, peak = Counter(), [], 0
-    with tempfile.TemporaryDirectory(dir=FOLDER) as folder, open(Path(folder, "log"), "w+") as log:
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder, open(Path(folder, "log"), "a+") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
         faulthandler.enable(log)
@@ -248,12 +249,11 @@ def fuzz_share(kind: str, share: int, shares: int, mutations: int, seed: int, ke
 
 def sort_of(outcome: str, details: str) -> str:
     """Return the error or signal without numbers, and the line of lowmem in which it occurred."""
-    lines = [line for line in details.splitlines() if line.strip()] or [""]
-    is_traceback = lines[0].startswith("Traceback")
     frames = re.findall(r'File ".*/(lowmem/[^"]+)", line (\d+)', details)
-    where = f" at {':'.join(frames[-1 if is_traceback else 0])}" if frames else ""
-    what = "" if outcome == "silent" and len(lines) == 1 else lines[-1 if is_traceback or outcome == "silent" else 0]
-    return f"{outcome}: {re.sub(r'[0-9]+', 'N', what)[:120]}{where}"
+    where = f" at {':'.join(frames[-1 if 'Traceback' in details else 0])}" if frames else ""
+    what = re.sub(r"/\S*/", "", details.partition("\n")[0])
+    what = what.partition("(")[0] if outcome == "uncaught" else what
+    return f"{outcome}: {re.sub(r'[0-9]+', 'N', what)[:150]}{where}"
 
 
 def fuzz(
