@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -116,13 +117,24 @@ def _records(read: Callable[[], pa.Table | pa.RecordBatch], rows: str) -> Rows:
         return [None]
 
 
+def _in_child(write: Callable[[], None]) -> None:
+    """Call `write` in a fork: pyarrow imports pandas to convert rows, which would make all later forks slower."""
+    if (child := os.fork()) == 0:
+        try:
+            write()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0, "an undamaged file could not be written"
+
+
 # --- parquet and Arrow
 
 
 def parquet_case(folder: Path, rows: str, read: Callable[[Path, str], Rows], **options: object) -> Case:
     path = folder / "rows.parquet"
     options = {"row_group_size": 16, "data_page_size": 128, "write_batch_size": 8, **options}
-    parquet.write_table(pa.Table.from_pylist(ROWS[rows]()), path, **options)
+    _in_child(lambda: parquet.write_table(pa.Table.from_pylist(ROWS[rows]()), path, **options))
 
     def second() -> Rows:
         found = []
@@ -148,11 +160,14 @@ def _parquet_structure(data: bytes) -> list[range]:
 
 def arrow_case(folder: Path, rows: str, *, schema: str | None = None, is_file: bool = False, **options: str) -> Case:
     path = folder / "rows.arrow"
-    table = pa.Table.from_pylist(ROWS[rows](), schema=SCHEMAS.get(schema))
-    table = table.unify_dictionaries().combine_chunks()
-    new = pa.ipc.new_file if is_file else pa.ipc.new_stream
-    with new(path, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
-        writer.write_table(table, max_chunksize=16)
+
+    def write() -> None:
+        table = pa.Table.from_pylist(ROWS[rows](), schema=SCHEMAS.get(schema)).unify_dictionaries()
+        new = pa.ipc.new_file if is_file else pa.ipc.new_stream
+        with new(path, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+            writer.write_table(table, max_chunksize=16)
+
+    _in_child(write)
 
     def second() -> Rows:
         data, found = path.read_bytes(), []
