@@ -27,12 +27,14 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
+from threading import RLock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lowmem, installed or not
 
 from tqdm import tqdm
 
-from benchmarks.fuzz_inputs import KINDS, Rows
+from benchmarks.fuzz_inputs import KINDS, Case, Rows
+from benchmarks.mutations import mutate
 from benchmarks.systems import machine
 from lowmem.errors import UsageError
 
@@ -44,97 +46,25 @@ FAULTS = {
     "silent": "rows differ from the original without an error",
 }
 OUTCOMES = ["same", "row errors", "refused", "undetectable", *FAULTS]
-HANG_SECONDS, GROWN_BYTES, ADDRESS_BYTES, FILE_BYTES = 10, 2**29, 2**31, 2**28
+HANG_SECONDS, GROWN_BYTES, ADDRESS_BYTES = 10, 2**29, 2**31
+LIMITS = {resource.RLIMIT_FSIZE: 2**28, resource.RLIMIT_CORE: 0}
 ALLOCATION = re.compile(r"alloc|out of memory", re.IGNORECASE)
 FOLDER = "/dev/shm" if os.path.isdir("/dev/shm") else None  # in memory, because lowmem syncs indices and copies to disk
-
-# --- changes of bytes
-
-NUMBERS = [0, 1, -1, 2, 127, 128, 255, 2**15 - 1, 2**16, 2**24, 2**31 - 1, -(2**31), 2**32 - 1, 2**63 - 1, -(2**63)]
-VALUES = [*map(str, NUMBERS), "null", '""', "[]", "{}", "1.5", "1e999", "true", '"../x"', "9" * 5000]
-
-
-def mutate(data: bytes, chance: Random, structure: list[range]) -> bytes:
-    """Make one to four random changes, half of them in the ranges of `structure`."""
-    changed = bytearray(data)
-    for _ in range(chance.choice([1, 1, 1, 2, 4])):
-        part = chance.choice(structure) if structure and chance.random() < 0.5 else range(len(data))
-        at = chance.choice(part)
-        if at < len(changed):
-            chance.choice(CHANGES)(changed, at, chance)
-    return bytes(changed)
-
-
-def flip_bit(data: bytearray, at: int, chance: Random) -> None:
-    data[at] ^= 1 << chance.randrange(8)
-
-
-def set_byte(data: bytearray, at: int, chance: Random) -> None:
-    data[at] = chance.choice([0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256)])
-
-
-def set_number(data: bytearray, at: int, chance: Random) -> None:
-    """Write a number of 2 to 8 bytes at a multiple of its size, as Arrow aligns them."""
-    size = chance.choice([2, 4, 8])
-    number = chance.choice(NUMBERS) % 2 ** (8 * size)
-    data[at - at % size : at - at % size + size] = number.to_bytes(size, chance.choice(["little", "big"]))
-
-
-def set_varint(data: bytearray, at: int, chance: Random) -> None:
-    """Replace an integer of variable length, as parquet's Thrift has. Corrects the length of a parquet footer."""
-    end = next((byte for byte in range(at, len(data)) if data[byte] < 0x80), len(data) - 1) + 1
-    left, new = chance.choice(NUMBERS) * 2 % 2**64 ^ chance.randrange(2), bytearray()
-    while left >= 0x80:
-        new.append(left % 0x80 + 0x80)
-        left //= 0x80
-    new.append(left)
-    footer = int.from_bytes(data[-8:-4], "little") if data.endswith(b"PAR1") else 0
-    if len(data) - 8 - footer <= at < end <= len(data) - 8:
-        data[-8:-4] = max(0, footer + len(new) - (end - at)).to_bytes(4, "little")
-    data[at:end] = new
-
-
-def set_value(data: bytearray, at: int, chance: Random) -> None:
-    """Replace the next number or text of a JSON document."""
-    if found := re.compile(rb'-?\d+|(?<=[:\[,] )"[^"]*"').search(data, at):
-        data[slice(*found.span())] = chance.choice(VALUES).encode()
-
-
-def truncate(data: bytearray, at: int, chance: Random) -> None:
-    del data[at:]
-
-
-def move_block(data: bytearray, at: int, chance: Random) -> None:
-    """Remove or duplicate a block, or swap two."""
-    size, to = chance.choice([1, 4, 8, 64, 512]), chance.randrange(len(data))
-    block, other = data[at : at + size], data[to : to + size]
-    how = chance.choice(["remove", "duplicate", "swap"])
-    if how == "remove":
-        del data[at : at + size]
-    elif how == "duplicate":
-        data[to:to] = block
-    elif abs(at - to) >= size and len(block) == len(other):
-        data[at : at + size], data[to : to + size] = other, block
-
-
-CHANGES = [flip_bit, flip_bit, set_byte, set_number, set_varint, set_value, truncate, move_block]
 
 # --- one input
 
 
 class Bench:
-    """The files of one case in a folder. `run` damages one of them, and reads them in a forked process."""
+    """The files of one case. `run` damages one of them, and reads them in a forked process."""
 
-    def __init__(self, kind: str, name: str, folder: Path):
-        folder.mkdir(parents=True)
-        self.folder, self.label = folder, f"{kind}.{name}"
-        self.case = KINDS[kind][name](folder)
-        self.clean = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        self.expected = self.case.read()  # also imports what the forks need
-        assert self.expected and None not in self.expected, f"{self.label} cannot be read undamaged"
-        assert self.case.second is None or self.case.second() == self.expected, f"{self.label}: the readers disagree"
+    def __init__(self, label: str, case: Case):
+        self.label, self.case, self.folder = label, case, case.folder
+        self.clean = {path: path.read_bytes() for path in case.folder.rglob("*") if path.is_file()}
         self.times = {path: (path.stat().st_atime_ns, path.stat().st_mtime_ns) for path in self.clean}
-        self.structures = {path: self.case.structure(self.clean[path]) for path in self.case.targets}
+        self.structures = {path: case.structure(self.clean[path]) for path in case.targets}
+        self.expected = case.read()  # also imports what the forks need
+        assert self.expected and None not in self.expected, f"{label} cannot be read undamaged"
+        assert case.second is None or case.second() == self.expected, f"{label}: the two readers disagree"
 
     def damage(self, number: int, seed: int) -> tuple[Path, bytes]:
         """Return the file that input `number` damages, and its new content."""
@@ -153,16 +83,17 @@ class Bench:
         for path, times in self.times.items():
             os.utime(path, ns=times)
 
-    def run(self, target: Path, data: bytes, log: int, limits: dict[int, int]) -> tuple[str, str, int]:
+    def run(self, target: Path, data: bytes, log: int, *, hang_seconds: float = HANG_SECONDS) -> tuple[str, str, int]:
         """Return the outcome of one input, its details, and by how many bytes the process grew. `log` is its stderr."""
         self.place(target, data)
         os.ftruncate(log, 0)
-        held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        pages = map(int, Path("/proc/self/statm").read_text().split())
+        mapped, held = (resource.getpagesize() * next(pages) for _ in range(2))
         receiving, sending = os.pipe()
         if (child := os.fork()) == 0:
-            signal.alarm(HANG_SECONDS)
-            for name, limit in limits.items():
-                resource.setrlimit(name, (limit, limit))
+            signal.setitimer(signal.ITIMER_REAL, hang_seconds)
+            for limit, value in {**LIMITS, resource.RLIMIT_AS: mapped + ADDRESS_BYTES}.items():
+                resource.setrlimit(limit, (value, value))
             outcome = self.examine(lambda: os.write(sending, b"\n"))
             os.write(sending, json.dumps(outcome).encode())
             os._exit(0)
@@ -171,16 +102,17 @@ class Bench:
             sent = pipe.read()
         _, status, used = os.wait4(child, 0)
         grown = max(0, 1024 * used.ru_maxrss - held)
-        if status:
-            number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-            outcome = "silent" if sent == b"\n" else "hang" if number == signal.SIGALRM else "death"
-            what = "the rows differ, and the second reader ends with " * (sent == b"\n")
-            what += signal.Signals(number).name if number else f"exit code {os.WEXITSTATUS(status)}"
+        if (code := os.waitstatus_to_exitcode(status)) != 0:
+            what = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            outcome = "hang" if code == -signal.SIGALRM else "death"
+            if sent:
+                outcome, what = "silent", f"the rows differ, and the second reader ends with {what}"
             return outcome, f"{what}\n{os.pread(log, 3000, 0).decode(errors='replace')}", grown
         outcome, details = json.loads(sent)
+        left = [path.name for path in self.folder.rglob("*") if path.suffix in (".lock", ".unfinished")]
         if grown > GROWN_BYTES:
             outcome, details = "memory", f"grew by {grown:,} bytes ({outcome})\n{details}"
-        elif left := [path.name for path in self.folder.rglob("*") if path.suffix in (".lock", ".unfinished")]:
+        elif left:
             outcome, details = "uncaught", f"{left[0]} is left ({outcome})\n{details}"
         return outcome, details, grown
 
@@ -207,6 +139,12 @@ class Bench:
             return "silent", f"the second reader: {error!r:.500}\n{odd:.500}"
 
 
+def make_bench(kind: str, name: str, parent: Path) -> Bench:
+    folder = parent / name
+    folder.mkdir()
+    return Bench(f"{kind}.{name}", KINDS[kind][name](folder))
+
+
 def agree(rows: Rows, others: Rows) -> bool:
     """Whether `rows` are `others`, possibly with errors in place of some of them."""
     left = iter(others)
@@ -219,22 +157,20 @@ def agree(rows: Rows, others: Rows) -> bool:
 def fuzz_share(kind: str, share: int, shares: int, mutations: int, seed: int, keep: Path | None) -> dict[str, object]:
     """Run every `shares`-th input of a kind. Returns the number of each outcome, the faults, and the largest growth."""
     tqdm.monitor_interval = 0  # no thread, because the process forks
+    tqdm.set_lock(RLock())  # the default lock leaves semaphores behind
     counts, faults, peak = Counter(), [], 0
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder, open(Path(folder, "log"), "a+") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
         faulthandler.enable(log)
         faulthandler.register(signal.SIGALRM, log, chain=True)
-        names = list(KINDS[kind])
-        benches = {name: Bench(kind, name, Path(folder, name)) for name in names}
+        benches = [make_bench(kind, name, Path(folder)) for name in KINDS[kind]]
         gc.freeze()  # otherwise each fork would copy the memory of objects that it only visits
-        address_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + ADDRESS_BYTES
-        limits = {resource.RLIMIT_AS: address_bytes, resource.RLIMIT_FSIZE: FILE_BYTES, resource.RLIMIT_CORE: 0}
         started = time.monotonic()
         for number in range(share, mutations, shares):
-            bench = benches[names[number // shares % len(names)]]
+            bench = benches[number // shares % len(benches)]
             target, data = bench.damage(number, seed)
-            outcome, details, grown = bench.run(target, data, log.fileno(), limits)
+            outcome, details, grown = bench.run(target, data, log.fileno())
             counts[outcome] += 1
             peak = max(peak, grown)
             if outcome in FAULTS:
@@ -280,7 +216,7 @@ def run_kept(path: Path) -> None:
     """Read one kept input in this process, without limits."""
     kind, name, *_ = path.name.split(".", 3)
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
-        bench = Bench(kind, name, Path(folder, name))
+        bench = make_bench(kind, name, Path(folder))
         target = next(each for each in bench.case.targets if path.name.endswith(f".{each.name}"))
         bench.place(target, path.read_bytes())
         print(f"reading {target}", flush=True)
