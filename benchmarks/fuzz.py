@@ -46,7 +46,7 @@ FAULTS = {
     "silent": "rows differ from the original without an error",
 }
 OUTCOMES = ["same", "row errors", "refused", "undetectable", *FAULTS]
-HANG_SECONDS, GROWN_BYTES, ADDRESS_BYTES = 10, 2**29, 2**31
+ADDRESS_BYTES = 2**31
 LIMITS = {resource.RLIMIT_FSIZE: 2**28, resource.RLIMIT_CORE: 0}
 ALLOCATION = re.compile(r"alloc|out of memory", re.IGNORECASE)
 FOLDER = "/dev/shm" if os.path.isdir("/dev/shm") else None  # in memory, because lowmem syncs indices and copies to disk
@@ -83,15 +83,17 @@ class Bench:
         for path, times in self.times.items():
             os.utime(path, ns=times)
 
-    def run(self, target: Path, data: bytes, log: int, *, hang_seconds: float = HANG_SECONDS) -> tuple[str, str, int]:
+    def run(
+        self, target: Path, data: bytes, log: int, *, most_seconds: float = 10, most_bytes: int = 2**29
+    ) -> tuple[str, str, int]:
         """Return the outcome of one input, its details, and by how many bytes the process grew. `log` is its stderr."""
         self.place(target, data)
         os.ftruncate(log, 0)
-        pages = map(int, Path("/proc/self/statm").read_text().split())
-        mapped, held = (resource.getpagesize() * next(pages) for _ in range(2))
+        pages = Path("/proc/self/statm").read_text().split()[:3]
+        mapped, resident, of_files = (resource.getpagesize() * int(number) for number in pages)
         receiving, sending = os.pipe()
         if (child := os.fork()) == 0:
-            signal.setitimer(signal.ITIMER_REAL, hang_seconds)
+            signal.setitimer(signal.ITIMER_REAL, most_seconds)
             for limit, value in {**LIMITS, resource.RLIMIT_AS: mapped + ADDRESS_BYTES}.items():
                 resource.setrlimit(limit, (value, value))
             outcome = self.examine(lambda: os.write(sending, b"\n"))
@@ -101,7 +103,7 @@ class Bench:
         with open(receiving, "rb") as pipe:
             sent = pipe.read()
         _, status, used = os.wait4(child, 0)
-        grown = max(0, 1024 * used.ru_maxrss - held)
+        grown = max(0, 1024 * used.ru_maxrss - (resident - of_files))  # a fork starts without the pages of files
         if (code := os.waitstatus_to_exitcode(status)) != 0:
             what = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             outcome = "hang" if code == -signal.SIGALRM else "death"
@@ -110,7 +112,7 @@ class Bench:
             return outcome, f"{what}\n{os.pread(log, 3000, 0).decode(errors='replace')}", grown
         outcome, details = json.loads(sent)
         left = [path.name for path in self.folder.rglob("*") if path.suffix in (".lock", ".unfinished")]
-        if grown > GROWN_BYTES:
+        if grown > most_bytes:
             outcome, details = "memory", f"grew by {grown:,} bytes ({outcome})\n{details}"
         elif left:
             outcome, details = "uncaught", f"{left[0]} is left ({outcome})\n{details}"
