@@ -56,5 +56,5 @@ def test_each_outcome_is_reported(tmp_path):
 
 
 def test_damaged_lines_end_in_no_fault():
-    for result in fuzz(["jsonl", "gz"], mutations=8, processes=1):
-        assert result["faults"] == [] and sum(result["counts"].values()) == 8
+    result = fuzz("gz", mutations=8, processes=1)
+    assert result["faults"] == [] and sum(result["counts"].values()) == 8
