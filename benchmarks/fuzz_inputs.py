@@ -77,7 +77,7 @@ def nested() -> list[dict[str, object]]:
 
 ROWS = {"text": texts, "chat": chats, "nested": nested}
 COLUMNS = {"text": {"columns": ["prompt", "response"]}, "chat": {"messages_column": "messages"}, "nested": {}}
-COPIED_COLUMNS = {"text": {"prompt": "text", "response": "text"}, "chat": {"messages": "messages"}, "nested": None}
+WANTED = {"text": {"prompt": "text", "response": "text"}, "chat": {"messages": "messages"}, "nested": None}
 SCHEMAS = {
     "dictionary": pa.schema([(name, pa.dictionary(pa.int32(), pa.string())) for name in ("prompt", "response")]),
     "large": pa.schema([(name, pa.large_string()) for name in ("prompt", "response")]),
@@ -92,7 +92,7 @@ def _open(path: Path, rows: str) -> Rows:
 def _copy(path: Path, rows: str) -> Rows:
     """Read a parquet file as if it were large, through a copy."""
     limits = TableLimits(row_group_bytes=0, piece_rows=10)
-    return _all(FileRows([ParquetFile(Source(str(path)), COPIED_COLUMNS[rows], limits=limits)]))
+    return _all(FileRows([ParquetFile(Source(str(path)), WANTED[rows], limits=limits)]))
 
 
 def _all(rows: Sequence[dict]) -> Rows:
@@ -112,7 +112,7 @@ def _records(read: Callable[[], pa.Table | pa.RecordBatch], rows: str) -> Rows:
     try:
         table = read()
         table.validate(full=True)
-        columns = {name: table.column(name) for name in ROWS[rows]()[0]}
+        columns = {name: table.column(name) for name in WANTED[rows] or table.schema.names}
         return [repr({name: column[n].as_py() for name, column in columns.items()}) for n in range(table.num_rows)]
     except (pa.ArrowException, OSError, ValueError, LookupError):
         return [None]
