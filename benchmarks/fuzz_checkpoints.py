@@ -52,13 +52,12 @@ def checkpoint_case(folder: Path, *, is_resealed: bool = False) -> Case:
         size = rows_per_step(checkpoint, 1, **sizes)
         state.step = state.updates = state.seed = state.best = None
         load_checkpoint(state, checkpoint, accelerator, verify=False)
-        position = state.stream.position
+        fields = {"step": state.step, "updates": state.updates, "seed": state.seed, "best": state.best}
+        fields |= {"position": state.stream.position}
         state.note_best(2.0)
         torch.Generator().manual_seed(state.seed + state.step + state.updates + size)
         next(iter(state.stream))
-        tensors = model_tensors(model) | optimizer_tensors(named_parameters(model, optimizer), optimizer)
-        fields = {"step": state.step, "updates": state.updates, "seed": state.seed, "best": state.best}
-        return items(tensors, fields | {"position": position})
+        return items(model_tensors(model) | optimizer_tensors(named_parameters(model, optimizer), optimizer), fields)
 
     def second() -> Rows:
         saved = json.loads((path / "state.json").read_text())
