@@ -73,12 +73,12 @@ def _spans_by_kind(render: Render, messages: Messages, replies: list[int], text:
     for turn in replies:
         roles = tuple(message["role"] for message in messages[max(0, turn - 1) : turn + 2])
         kinds[turn == 0, roles, gaps[turn], gaps[turn + 1]].append(turn)
-    for turns in kinds.values():
+    for of_kind in kinds.values():
         offsets = set()
-        for turn in {turns[0], turns[-1]}:
+        for turn in {of_kind[0], of_kind[-1]}:
             spans[turn] = _measure(render, messages, turn, text)
             offsets.add(tuple(map(sub, spans[turn], contents[turn])))
-        for turn in turns[1:-1]:
+        for turn in of_kind[1:-1]:
             spans[turn] = (
                 tuple(map(add, contents[turn], *offsets))
                 if len(offsets) == 1
