@@ -73,16 +73,15 @@ def _spans_by_kind(render: Render, messages: Messages, replies: list[int], text:
     for turn in replies:
         roles = tuple(message["role"] for message in messages[max(0, turn - 1) : turn + 2])
         kinds[turn == 0, roles, gaps[turn], gaps[turn + 1]].append(turn)
-    for first, *between_and_last in kinds.values():
-        *between, last = between_and_last or [first]
+    for of_kind in kinds.values():
         offsets = set()
-        for turn in {first, last}:
+        for turn in {of_kind[0], of_kind[-1]}:
             spans[turn] = _measure(render, messages, turn, text)
             offsets.add(tuple(map(sub, spans[turn], contents[turn])))
         if len(offsets) == 1:
-            spans |= {turn: tuple(map(add, contents[turn], *offsets)) for turn in between}
+            spans |= {turn: tuple(map(add, contents[turn], *offsets)) for turn in of_kind}
         else:
-            spans |= {turn: _measure(render, messages, turn, text) for turn in between}
+            spans |= {turn: _measure(render, messages, turn, text) for turn in of_kind[1:-1]}
     return [spans[turn] for turn in replies]
 
 

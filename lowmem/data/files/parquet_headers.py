@@ -6,6 +6,7 @@ Format: https://github.com/apache/parquet-format (structs of Thrift's compact pr
 
 import struct
 from collections.abc import Iterator
+from operator import index
 from typing import BinaryIO, NamedTuple
 
 _BYTE_ARRAY = 6  # the physical type of texts
@@ -120,12 +121,15 @@ def longest_value(file: BinaryIO, chunk: Chunk, pages: list[Page]) -> int:
         data = file.read(page.stored_bytes)
         if chunk.codec:
             data = decompress(data, page.decoded_bytes, _CODECS[chunk.codec], asbytes=True)
-        byte = 0
-        for _ in range(page.num_values):
-            if byte + 4 > len(data):
-                raise ValueError(f"the dictionary at byte {page.first_byte:,} is shorter than its header says")
-            size = int.from_bytes(data[byte : byte + 4], "little")
-            longest, byte = max(longest, size), byte + 4 + size
+        byte, read_size = 0, struct.Struct("<I").unpack_from
+        try:
+            for _ in range(page.num_values):
+                (size,) = read_size(data, byte)
+                byte += 4 + size
+                if size > longest:
+                    longest = size
+        except struct.error as error:
+            raise ValueError(f"the dictionary at byte {page.first_byte:,} is shorter than its header says") from error
     return longest
 
 
@@ -141,9 +145,9 @@ def _read_page(file: BinaryIO, byte: int) -> Page:
             encoding = details.get(4 if kind == _DATA_PAGE_V2 else 2) if counts else None
             return Page(
                 first_byte=byte + num_bytes,
-                stored_bytes=header[3],
-                decoded_bytes=header[2],
-                num_values=details[1] if counts else 0,
+                stored_bytes=index(header[3]),  # raises TypeError for another type
+                decoded_bytes=index(header[2]),
+                num_values=index(details[1]) if counts else 0,
                 is_dictionary=kind == _DICTIONARY_PAGE,
                 is_encoded=kind != _DICTIONARY_PAGE and encoding in _DICTIONARY_ENCODINGS,
             )

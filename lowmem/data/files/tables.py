@@ -206,16 +206,19 @@ class ParquetFile(_TableFile):
             num_encoded = sum(page.num_values for page in values if page.is_encoded)
             # what the values of the dictionary may take, when each is decoded
             upper = num_encoded * max((page.decoded_bytes for page in pages if page.is_dictionary), default=0)
-            if not to_copy and (_repeats(chunk) or (values and all(page.is_encoded for page in values))):
+            if not to_copy and _repeats(chunk):
                 repeating.append(path)
                 may_be_long |= upper > (LONGEST_LINE if "." in path else LARGEST_DECODED_BYTES)
             elif upper > LARGEST_DECODED_BYTES:
                 longest = longest_value(file, chunk, pages)
-                if "." not in path:
-                    rows = max(1, min(rows, LARGEST_DECODED_BYTES // max(1, longest)))
-                elif num_encoded * longest > LARGEST_DECODED_BYTES:  # the number of a row's values is not known
+                if num_encoded * longest <= LARGEST_DECODED_BYTES:
+                    continue
+                # of nested values, the number in each row is not known
+                if "." in path or (not to_copy and all(page.is_encoded for page in values)):
                     repeating.append(path)
                     may_be_long = True
+                else:
+                    rows = max(1, min(rows, LARGEST_DECODED_BYTES // longest))
         return _Plan(repeating, may_be_long, rows, stored_bytes)
 
     def _all_rows(self, limits: TableLimits) -> "Iterator[pa.RecordBatch]":
