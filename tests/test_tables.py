@@ -14,7 +14,8 @@ from pyarrow import parquet
 from safetensors import safe_open
 
 from lowmem.data.files.cache import derive
-from lowmem.data.files.record_batches import TableLimits
+from lowmem.data.files.parquet_headers import Chunk, read_pages
+from lowmem.data.files.record_batches import TableLimits, find_batches
 from lowmem.data.files.source import Source, dataset_files
 from lowmem.data.files.tables import ArrowFile, ParquetFile
 from lowmem.errors import ChangedError, UsageError
@@ -702,6 +703,27 @@ def test_a_first_message_that_is_no_schema_is_refused(tmp_path, capsys):
     assert data != source.path.read_bytes()
     source.path.unlink()
     assert results_of_damaged(tmp_path, "arrow", [data], None, capsys)["UsageError"] == 1
+
+
+def test_a_message_of_an_unknown_kind_among_the_rows_is_refused_and_not_left_out(tmp_path):
+    source = write_arrow(tmp_path / "rows.arrow")
+    batches, _ = find_batches(source)
+    data, errors = source.path.read_bytes(), []
+    for offset in range(batches.starts[1], batches.starts[1] + batches.hashed[1]):
+        if data[offset] == 3:  # in one place, the kind "record batch"
+            source.path.write_bytes(data[:offset] + b"\xff" + data[offset + 1 :])
+            try:
+                assert len(all_rows(ArrowFile(source, None))) == len(ROWS)
+            except (UsageError, ValueError) as error:
+                errors.append(str(error))
+    assert any("rows were expected at byte" in error for error in errors)
+
+
+def test_a_page_header_nested_without_end_is_an_error(tmp_path):
+    (tmp_path / "page").write_bytes(b"\x19" * 4000)  # a list in a list in a list ...
+    chunk = Chunk(0, 4000, 4000, 1, 0, 0, 1)
+    with open(tmp_path / "page", "rb") as file, pytest.raises(ValueError, match="page header at byte 0 is damaged"):
+        read_pages(file, chunk, limit=2**20)
 
 
 def test_a_column_shorter_than_the_footer_says_is_an_error_and_not_rows_of_another_length(tmp_path):

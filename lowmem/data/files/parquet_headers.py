@@ -57,7 +57,7 @@ def parse_footer(footer: bytes) -> Iterator[tuple[int, dict[str, Chunk]]]:
             num_groups, kind, at = _read_list_head(footer, at)
             for _ in range(num_groups):
                 group, at = _read_value(footer, at, kind, 0)
-                rows, chunks = group[3], dict(_chunk(column[3]) for column in group[1])
+                rows, chunks = index(group[3]), dict(_chunk(column[3]) for column in group[1])
                 # every row has at least one value in each column, which may be null
                 if rows < 0 or any(min(chunk[:3]) < 0 or chunk.num_values < rows for chunk in chunks.values()):
                     raise ValueError(f"its footer has impossible sizes for a row group of {rows:,} rows")
@@ -72,12 +72,12 @@ def parse_footer(footer: bytes) -> Iterator[tuple[int, dict[str, Chunk]]]:
 def _chunk(data: dict[int, object]) -> tuple[str, Chunk]:
     first, dictionary = data[9], data.get(11, 0)
     return ".".join(part.decode() for part in data[3]), Chunk(
-        first_byte=dictionary if 0 < dictionary < first else first,
-        stored_bytes=data[7],
-        decoded_bytes=data[6],
-        num_values=data[5],
+        first_byte=index(dictionary if 0 < dictionary < first else first),  # raises TypeError for another type
+        stored_bytes=index(data[7]),
+        decoded_bytes=index(data[6]),
+        num_values=index(data[5]),
         has_dictionary=int(not _DICTIONARY_ENCODINGS.isdisjoint(data[2])),
-        codec=data[4],
+        codec=index(data[4]),
         is_text=int(data[1] == _BYTE_ARRAY),
     )
 
@@ -145,7 +145,7 @@ def _read_page(file: BinaryIO, byte: int) -> Page:
             encoding = details.get(4 if kind == _DATA_PAGE_V2 else 2) if counts else None
             return Page(
                 first_byte=byte + num_bytes,
-                stored_bytes=index(header[3]),  # raises TypeError for another type
+                stored_bytes=index(header[3]),
                 decoded_bytes=index(header[2]),
                 num_values=index(details[1]) if counts else 0,
                 is_dictionary=kind == _DICTIONARY_PAGE,
@@ -160,8 +160,6 @@ def _read_page(file: BinaryIO, byte: int) -> Page:
 # --- Thrift's compact protocol. Structs become {field number: value}, lists become lists. Raises IndexError at the end.
 def _read_struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, object], int]:
     fields, number = {}, 0
-    if depth > _MOST_NESTED:
-        raise TypeError("nested too deeply")
     while head := data[at]:
         kind = head & 15
         if head > 15:
@@ -180,6 +178,8 @@ def _read_struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, object
 
 
 def _read_value(data: bytes, at: int, kind: int, depth: int) -> tuple[object, int]:
+    if depth > _MOST_NESTED:
+        raise TypeError("nested too deeply")
     if 4 <= kind <= 6:
         return _read_int(data, at)
     if kind == 8:

@@ -103,6 +103,8 @@ def find_batches(source: Source) -> tuple[RecordBatches, bool]:
             except EOFError:
                 break
             size = file.tell() - start
+            if message.type not in ("record batch", "dictionary"):
+                raise ValueError(f"rows were expected at byte {start:,}, found a message of type {message.type!r}")
             check_message(message, limit=LARGEST_DECODED_BYTES, ratio=LARGEST_RATIO)
             if message.type == "record batch" and alone:
                 batch = pa.ipc.read_record_batch(message, schema)
