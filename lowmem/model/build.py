@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
@@ -88,6 +89,11 @@ def auto_class(config: PretrainedConfig) -> type:
     for kind, mapping in reversed(kinds) if config.is_encoder_decoder else kinds:  # some configs are in both
         if type(config) in mapping:
             return kind
+    for kind in (getattr(transformers, name, None) for name in config.architectures or ()):
+        # the text model of one for images too, which transformers maps only from the config of the whole
+        if getattr(kind, "config_class", None) is type(config) and kind.__name__.endswith("ForCausalLM"):
+            AutoModelForCausalLM.register(type(config), kind, exist_ok=True)
+            return AutoModelForCausalLM
     found = f"transformers has no causal or text-to-text model for {type(config).__name__}"
     raise UsageError(f"{found}: use a model of another type")
 
