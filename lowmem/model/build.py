@@ -160,4 +160,4 @@ def reason_of(error: Exception) -> str:
     """Return the type and the first line of an error, with the second if the first only introduces it."""
     first, *rest = str(error).strip().splitlines() or [""]
     line = f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
-    return f"{type(error).__name__}: {line}".removesuffix(": ").removesuffix(".")
+    return f"{type(error).__name__}: {line}".removesuffix(": ").rstrip(" .")
