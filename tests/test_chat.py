@@ -386,6 +386,12 @@ def test_the_assistants_tokens_are_those_marked_by_hand(name):
     assert said(tokenizer, found, marks) == [text for text, wanted in zip(ids, is_assistant, strict=True) if wanted]
 
 
+def test_a_template_that_fails_in_any_way_is_an_error_of_the_row():
+    tokenizer = ByT5Tokenizer(chat_template="{% for x in range(999999999) %}{{ x }}{% endfor %}")
+    with pytest.raises(OverflowError, match="Range too big"):  # of jinja's sandbox
+        chat_tokenizer(tokenizer)([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+
+
 def test_a_template_prints_the_given_time():
     tokenizer = bpe("{{ 'today ' + strftime_now('%d %b %Y') + '\n' }}" + CHATML)
     ids, _ = chat_tokenizer(tokenizer, time="2026-01-31T12:00:00")(turns("a", "b"))

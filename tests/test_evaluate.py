@@ -206,7 +206,7 @@ def test_the_check_finds_bad_rows_and_a_model_that_cannot_answer(tmp_path):
     measure, rows = evaluation(tmp_path, ROWS)
     measure.check(rows, "validation")
     measure, rows = evaluation(tmp_path, [*ROWS, {"prompt": "a", "response": None}])
-    with pytest.raises(RowError, match="cannot be encoded: column 'response' must hold text, found NoneType None"):
+    with pytest.raises(RowError, match="cannot be encoded: column 'response' must hold text, found null"):
         measure.check(rows, "validation")
     measure, rows = evaluation(tmp_path, ROWS)
     measure._answers.args[0].prepare_inputs_for_generation = None

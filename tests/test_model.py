@@ -4,7 +4,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoConfig, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    ByT5Tokenizer,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    MBartTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from lowmem.checkpoint.save import save_model
 from lowmem.config.presets import MODEL_SHAPES
@@ -24,6 +31,21 @@ def test_a_saved_model_is_loaded_in_training_mode(family, tmp_path):
     assert tokenizer("a").input_ids == ByT5Tokenizer()("a").input_ids
     for name, tensor in saved.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("start", [None, 5])
+def test_answers_start_with_the_token_with_which_training_starts(start, tmp_path):
+    vocabulary = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -2.0), ("▁b", -2.0)]
+    tokenizer = MBartTokenizer(vocab=vocabulary, src_lang="en_XX", tgt_lang="ro_RO")
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    layers |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16}
+    config = MBartConfig(vocab_size=len(tokenizer), decoder_start_token_id=start, **layers)
+    MBartForConditionalGeneration(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = load_model(tmp_path)
+    expected = start or tokenizer.convert_tokens_to_ids("ro_RO")
+    answer = model.generate(torch.tensor([[4, 2]]), max_new_tokens=1, do_sample=False)
+    assert answer[0, 0] == model.generation_config.decoder_start_token_id == expected
 
 
 def test_a_folder_in_bf16_is_loaded_in_fp32(tmp_path):
@@ -220,6 +242,15 @@ def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(fault, on_meta, tm
         load_model(tmp_path / "model", on_meta=on_meta)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "model" / "it_ran").exists()
+
+
+def test_code_that_a_config_names_is_neither_run_nor_named_in_the_saved_model(tmp_path):
+    model, tokenizer = load_model(model_config=LLAMA)
+    save_model(model, tmp_path / "model", tokenizer=tokenizer)
+    add_code(tmp_path / "model", "config.json", auto_map={"AutoModelForCausalLM": "code.Model"})
+    saved = save_model(load_model(tmp_path / "model")[0], tmp_path / "saved")
+    assert not (tmp_path / "model" / "it_ran").exists()
+    assert "auto_map" not in json.loads((saved / "config.json").read_text())
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,8 @@ def write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config)
         model_config = copy.deepcopy(base.config)
         model_config.architectures = [original_class(base).__name__]
         model_config.dtype = base.dtype
+        if hasattr(model_config, "auto_map"):  # names code of the source's folder, which was not used
+            del model_config.auto_map
         model_config.save_pretrained(folder)
     if tokenizer is not None:
         try:

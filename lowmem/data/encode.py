@@ -238,7 +238,8 @@ def _messages(row: Mapping[str, object], column: str) -> Messages:
 
 def _found(row: Mapping[str, object], column: str) -> str:
     value = row.get(column)
-    found = f"{type(value).__name__} {value!r:.80}" if column in row else f"columns {', '.join(map(repr, row))}"
+    found = "null" if value is None else f"{type(value).__name__} {value!r:.80}"
+    found = found if column in row else f"columns {', '.join(map(repr, row))}"
     return f"{found}: {_REMEDY}"
 
 

@@ -71,6 +71,7 @@ def load_model(
                 _check_bytes(config, tokenizer)
             _adopt_special_tokens(config, tokenizer)
             model = model_from(config, dtype, on_meta=on_meta)
+    _start_as_trained(model, tokenizer)
     _stop_at_end_tokens(model, tokenizer)
     return model.train(), tokenizer
 
@@ -220,6 +221,17 @@ def _adopt_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokeniz
             continue  # an encoder-decoder model needs both, so keep its own
         with suppress(StrictDataclassError):  # the configs of some models do not accept None
             setattr(config, name, token)
+
+
+def _start_as_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let `generate` start with the token that mBART puts before the labels: their last one, such as the language."""
+    settings = model.generation_config
+    if not model.config.is_encoder_decoder or getattr(settings, "decoder_start_token_id", None) is not None:
+        return
+    if settings is not None and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        labels = torch.tensor([tokenizer(text_target="a").input_ids])
+        with suppress(TypeError, ValueError):  # models that need a start token in their config are refused later
+            settings.decoder_start_token_id = int(model.prepare_decoder_input_ids_from_labels(labels=labels)[0, 0])
 
 
 def _stop_at_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
