@@ -1,3 +1,4 @@
+import io
 import json
 
 import pytest
@@ -201,6 +202,16 @@ FAULTS = {
         ),
         "no tokenizer can be loaded from .*contains custom code .*: lowmem never runs the code of a model's files",
     ),
+    "a part with its own code": (
+        lambda folder: add_code(
+            folder,
+            "config.json",
+            model_type="encoder-decoder",
+            encoder={"model_type": "bert", "num_hidden_layers": 1},
+            decoder={"model_type": "vit", "auto_map": {"AutoModelForCausalLM": f"{folder}--code.M"}},
+        ),
+        "model .*model cannot be loaded .*custom code .*: lowmem never runs the code of a model's files",
+    ),
     "a newer tokenizer": (
         break_tokenizer,
         r"no tokenizer can be loaded from .*model \(Exception: data did not match .*update transformers and tokenizers",
@@ -210,12 +221,13 @@ FAULTS = {
 
 @pytest.mark.parametrize("on_meta", [False, True], ids=["whole", "on_meta"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(fault, on_meta, tmp_path):
+def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(fault, on_meta, tmp_path, monkeypatch):
     model, tokenizer = load_model(model_config=LLAMA)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     damage, message = FAULTS[fault]
     damage(tmp_path / "model")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # "yes, run the code", if anything asks
     with pytest.raises(UsageError, match=message) as caught:
         load_model(tmp_path / "model", on_meta=on_meta)
     assert "\n" not in str(caught.value)
