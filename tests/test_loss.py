@@ -383,6 +383,13 @@ def test_a_model_without_layers_is_refused(name, size):
         check_model(model, chunked_loss, packing=False, max_seq_len=16)
 
 
+def test_a_model_with_nan_in_its_config_is_refused():
+    model = build("llama")
+    model.config.attention_dropout = float("nan")
+    with pytest.raises(UsageError, match="config.json has attention_dropout=NaN, but it must be a number"):
+        check_model(model, chunked_loss, packing=False, max_seq_len=16)
+
+
 def test_a_model_that_adds_its_own_loss_is_refused():
     model = build("llama")
     model.config.output_router_logits = True
