@@ -202,6 +202,18 @@ def test_files_that_are_not_part_of_a_checkpoint_are_ignored(tmp_path):
     assert_same_weights(train(state, 1).model, train(loaded, 1).model)
 
 
+def test_an_optimizer_of_named_parameters_is_saved_and_loaded(tmp_path):
+    states = new_state(), new_state(seed=5)
+    for state in states:
+        state.optimizer = torch.optim.AdamW(state.model.named_parameters())
+        check_space(state, tmp_path, saves=1, keep=None)
+    path = save_checkpoint(train(states[0], 1), tmp_path, ACCELERATOR)
+    load_checkpoint(states[1], path, ACCELERATOR)
+    assert_same_weights(*(train(state, 1).model for state in states))
+    states[1].optimizer = torch.optim.AdamW(states[1].model.parameters(), capturable=True)
+    load_checkpoint(states[1], path, ACCELERATOR)
+
+
 def test_lack_of_space_is_reported_before_anything_is_written(tmp_path):
     with torch.device("meta"):
         model = torch.nn.Linear(10**7, 10**7, bias=False)  # 400 TB of weights
