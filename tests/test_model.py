@@ -1,8 +1,10 @@
 import io
 import json
+import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, ByT5Tokenizer, PreTrainedTokenizerFast
@@ -141,6 +143,18 @@ def cut_weights(folder):
     file.write_bytes(file.read_bytes()[:-9])
 
 
+def move_weights(folder):
+    """Let the index name a file outside the folder."""
+    file = (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(file), "../other.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def replace_weights_by_a_fifo(folder):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
 def break_tokenizer(folder):
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     (folder / "tokenizer.json").write_text('{"version": "1.0", "added_tokens": [], "model": {"type": "BPEv9"}}')
@@ -160,6 +174,11 @@ FAULTS = {
         cut_weights,
         "/model.safetensors is not a valid .*not fully covered.: copy or download it again",
     ),
+    "weights outside the folder": (
+        move_weights,
+        "/model.safetensors.index.json: weight_map.* is '../other.safetensors', not a file in the same folder: copy",
+    ),
+    "a FIFO": (replace_weights_by_a_fifo, "/model.safetensors is a FIFO: copy or download it again"),
     "a larger vocabulary": (
         lambda folder: edit_json(folder / "config.json", vocab_size=400),
         r"2 weights of the model .*model do not have .*lm_head.weight has \[384, 32\] instead of \[400, 32\], ...\): "
