@@ -133,7 +133,9 @@ def _change_back(grad: Tensor, changes: Sequence[Change], part: slice, kept: lis
 
 
 def _columns(constant: float | Tensor, part: slice) -> float | Tensor:
-    return constant.flatten()[part] if isinstance(constant, Tensor) and constant.numel() > 1 else constant
+    if not isinstance(constant, Tensor):
+        return constant
+    return constant.flatten()[part] if constant.numel() > 1 else constant.reshape(())
 
 
 def _column_in(part: slice, targets: Tensor) -> tuple[Tensor, Tensor]:

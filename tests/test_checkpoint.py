@@ -202,6 +202,18 @@ def test_files_that_are_not_part_of_a_checkpoint_are_ignored(tmp_path):
     assert_same_weights(train(state, 1).model, train(loaded, 1).model)
 
 
+def test_an_optimizer_of_named_parameters_is_saved_and_loaded(tmp_path):
+    states = new_state(), new_state(seed=5)
+    for state in states:
+        state.optimizer = torch.optim.AdamW(state.model.named_parameters())
+        check_space(state, tmp_path, saves=1, keep=None)
+    path = save_checkpoint(train(states[0], 1), tmp_path, ACCELERATOR)
+    load_checkpoint(states[1], path, ACCELERATOR)
+    assert_same_weights(*(train(state, 1).model for state in states))
+    states[1].optimizer = torch.optim.AdamW(states[1].model.parameters(), capturable=True)
+    load_checkpoint(states[1], path, ACCELERATOR)
+
+
 def test_lack_of_space_is_reported_before_anything_is_written(tmp_path):
     with torch.device("meta"):
         model = torch.nn.Linear(10**7, 10**7, bias=False)  # 400 TB of weights
@@ -346,11 +358,11 @@ STATE_FIELDS = {
     "updates": NOT_COUNTS[1:],
     "best": [1, "x", [], {}, {"step": -1, "eval_loss": 1.0}, {"step": 1, "eval_loss": float("nan")}],
     "seed": [MISSING, None, True, 2**64, 1.0, "1", [], {}],
-    "stream": [MISSING, 1, "x", [], {}],
+    "stream": [MISSING, 1, "x", []],
     "stream.position": NOT_COUNTS,
     "stream.num_rows": [0, *NOT_COUNTS],
-    "stream.row_groups": [MISSING, *NOT_TEXTS],
-    "stream.shuffle": [MISSING, None, 1, "true"],
+    "stream.row_groups": NOT_TEXTS,
+    "stream.shuffle": [None, 1, "true"],
     "stream.seed": [MISSING, None, 1.0, "1"],
     "stream.global_batch_size": [0, *NOT_COUNTS],
     "stream.files": [None, 1, "x", [1], {}],
@@ -473,6 +485,42 @@ def test_a_fifo_in_a_checkpoint_is_not_opened(one_step, tmp_path):
         (path / name).unlink()
         os.mkfifo(path / name)
         assert latest_checkpoint(path.parent) is None
+
+
+class OwnStream:
+    """A user's stream, with a state of its own."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+def test_a_checkpoint_may_have_any_settings_and_the_state_of_any_stream(tmp_path):
+    state, loaded = new_state(), new_state()
+    state.stream, loaded.stream = OwnStream({"position": [3, 1], "seed": "a"}), OwnStream({})
+    path = save_checkpoint(state, tmp_path, ACCELERATOR, config={"memory": "24GB", "template_time": 5})
+    load_checkpoint(loaded, path, ACCELERATOR)
+    assert loaded.stream.state == {"position": [3, 1], "seed": "a"}
+    with pytest.raises(UsageError, match="lowmem.json: memory is '24GB', not null or one of"):
+        checkpoint_to_resume(str(path), tmp_path)
+    path = save_checkpoint(state, tmp_path / "other", ACCELERATOR)
+    with pytest.raises(UsageError, match=r"state.json: stream.position is \[3, 1\], not an integer"):
+        checkpoint_to_resume(str(path), tmp_path)
+
+
+def test_the_state_of_an_early_stream_is_valid(one_step, tmp_path):
+    """The first version saved neither the row groups, the shuffling, nor the files."""
+    path = shutil.copytree(one_step, tmp_path / one_step.name)
+    state = json.loads((path / "state.json").read_text())
+    for name in ("row_groups", "shuffle", "files"):
+        state["stream"].pop(name, None)
+    rewrite(path, "state.json", json.dumps(state).encode())
+    assert checkpoint_to_resume(str(path), tmp_path) == path
 
 
 def test_a_run_resumes_only_at_the_position_of_its_step(one_step, tmp_path, capsys):

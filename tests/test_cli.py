@@ -218,7 +218,8 @@ def run_without_output(kind, *flags):
     ("kind", "world_size"), [("closed", 2), ("no reader", 1), pytest.param("full disk", 1, marks=ON_LINUX)]
 )
 def test_training_continues_if_neither_output_can_be_written(kind, world_size, tmp_path):
-    with started_ranks(world_size, run_without_output, kind, *SHORT, f"--output_dir={tmp_path}") as ranks:
+    flags = ["--max_steps=2", "--logging_steps=1", "--validation_rows=0", f"--output_dir={tmp_path}"]
+    with started_ranks(world_size, run_without_output, kind, *flags) as ranks:
         assert {rank.wait(60) for rank in ranks} == {0}
     assert json.loads((tmp_path / "exit.json").read_text())["cause"] == "done"
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -248,6 +248,13 @@ def test_what_a_model_does_to_its_logits_is_done_to_each_slice(model_type, label
         assert (gradient - plain[name]).norm() <= 1e-6 * plain[name].norm() + 1e-9, name
 
 
+def test_constants_may_have_any_shape_and_dtype():
+    scale, bias = torch.full((1, 1, 1), 0.5, dtype=torch.float64), torch.arange(384).reshape(1, 1, -1) / 100
+    batch = collate([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 3)
+    model = Stretched(build("llama"), lambda logits: (logits * scale).float() + bias)
+    torch.testing.assert_close(chunked_loss(model, batch, slice_elements=600), plain_loss(model, batch))
+
+
 @pytest.mark.parametrize("model_type", ["mamba", "gemma2"])
 def test_a_cast_of_the_logits_is_no_change(model_type):
     model, batch = changed_model(model_type)
@@ -373,6 +380,13 @@ def test_a_model_without_layers_is_refused(name, size):
     model = build("llama")
     setattr(model.config, name, size)
     with pytest.raises(UsageError, match=f"config.json has {name}={size}, but it must be at least 1"):
+        check_model(model, chunked_loss, packing=False, max_seq_len=16)
+
+
+def test_a_model_with_nan_in_its_config_is_refused():
+    model = build("llama")
+    model.config.attention_dropout = float("nan")
+    with pytest.raises(UsageError, match="config.json has attention_dropout=NaN, but it must be a number"):
         check_model(model, chunked_loss, packing=False, max_seq_len=16)
 
 

@@ -1,7 +1,10 @@
+import io
 import json
+import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -162,6 +165,18 @@ def cut_weights(folder):
     file.write_bytes(file.read_bytes()[:-9])
 
 
+def move_weights(folder):
+    """Let the index name a file outside the folder."""
+    file = (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(file), "../other.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def replace_weights_by_a_fifo(folder):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
 def break_tokenizer(folder):
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     (folder / "tokenizer.json").write_text('{"version": "1.0", "added_tokens": [], "model": {"type": "BPEv9"}}')
@@ -181,6 +196,11 @@ FAULTS = {
         cut_weights,
         "/model.safetensors is not a valid .*not fully covered.: copy or download it again",
     ),
+    "weights outside the folder": (
+        move_weights,
+        "/model.safetensors.index.json: weight_map.* is '../other.safetensors', not a file in the same folder: copy",
+    ),
+    "a FIFO": (replace_weights_by_a_fifo, "/model.safetensors is a FIFO: copy or download it again"),
     "a larger vocabulary": (
         lambda folder: edit_json(folder / "config.json", vocab_size=400),
         r"2 weights of the model .*model do not have .*lm_head.weight has \[384, 32\] instead of \[400, 32\], ...\): "
@@ -223,6 +243,16 @@ FAULTS = {
         ),
         "no tokenizer can be loaded from .*contains custom code .*: lowmem never runs the code of a model's files",
     ),
+    "a part with its own code": (
+        lambda folder: add_code(
+            folder,
+            "config.json",
+            model_type="encoder-decoder",
+            encoder={"model_type": "bert", "num_hidden_layers": 1},
+            decoder={"model_type": "vit", "auto_map": {"AutoModelForCausalLM": f"{folder}--code.M"}},
+        ),
+        "model .*model cannot be loaded .*custom code .*: lowmem never runs the code of a model's files",
+    ),
     "a newer tokenizer": (
         break_tokenizer,
         r"no tokenizer can be loaded from .*model \(Exception: data did not match .*update transformers and tokenizers",
@@ -232,12 +262,13 @@ FAULTS = {
 
 @pytest.mark.parametrize("on_meta", [False, True], ids=["whole", "on_meta"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(fault, on_meta, tmp_path):
+def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(fault, on_meta, tmp_path, monkeypatch):
     model, tokenizer = load_model(model_config=LLAMA)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     damage, message = FAULTS[fault]
     damage(tmp_path / "model")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # "yes, run the code", if anything asks
     with pytest.raises(UsageError, match=message) as caught:
         load_model(tmp_path / "model", on_meta=on_meta)
     assert "\n" not in str(caught.value)

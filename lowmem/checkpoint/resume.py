@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowmem.checkpoint.load import first_valid, verify_together
 from lowmem.checkpoint.manifest import checkpoints
-from lowmem.checkpoint.saved import saved_settings
+from lowmem.checkpoint.saved import check_resumable, saved_settings
 from lowmem.distributed.collectives import gather_json, on_main_rank, rank_and_world_size
 from lowmem.distributed.consistency import tokenizer_digest
 from lowmem.errors import UsageError
@@ -33,15 +33,8 @@ def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
 
 
 def _verify_run(path: Path) -> None:
-    """Verify a checkpoint that `train` saved: every step took the same number of rows, which sets its position."""
     verify_together(path)
-    state, _ = saved_settings(path)
-    if state["stream"] is None:
-        raise UsageError(f"{path} was saved without a stream, so it has no position to resume from: start over")
-    position, rows = state["stream"]["position"], state["stream"]["global_batch_size"]
-    if position != state["step"] * rows:
-        found = f"stream.position is {position}, but step is {state['step']} with {rows} rows per step"
-        raise UsageError(f"{path / 'state.json'}: {found}: use another checkpoint")
+    check_resumable(path)
 
 
 def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: Collection[str]) -> list[str]:

@@ -58,8 +58,8 @@ _STATE = {"step": _COUNT, "updates": _COUNT.if_set(), "best": _OBJECT.or_null(),
 _STATE |= {"stream": _OBJECT.or_null(), "tokenizer": _TEXT.or_null().if_set(), "optimizer": _TEXT}
 _STATE |= {"memory": _TIER.if_set(), "parameters": _NAMES.if_set()}
 _BEST = {"step": _COUNT, "eval_loss": _NUMBER}
-_STREAM = {"position": _COUNT, "num_rows": _POSITIVE, "row_groups": _TEXT, "files": _NAMES.if_set()}
-_STREAM |= {"shuffle": _SWITCH, "seed": _SEED, "global_batch_size": _POSITIVE}
+_STREAM = {"position": _COUNT, "num_rows": _POSITIVE, "row_groups": _TEXT.if_set()}
+_STREAM |= {"seed": _SEED, "global_batch_size": _POSITIVE, "shuffle": _SWITCH.if_set(), "files": _NAMES.if_set()}
 _SETTINGS = {"memory": _TIER.or_null().if_set(), "template_time": _TEXT.or_null().if_set()}
 
 
@@ -107,14 +107,28 @@ def saved_settings(path: str | Path) -> tuple[dict, dict]:
     _check(state, _STATE, file)
     if state["best"] is not None:
         _check(state["best"], _BEST, file, "best")
-    if state["stream"] is not None:
-        _check(state["stream"], _STREAM, file, "stream")
+    stream = state["stream"] or {}
+    if "num_rows" in stream or "global_batch_size" in stream:  # a stream of `open_stream`, not of a user's class
+        _check(stream, _STREAM, file, "stream")
     if state["step"] != manifest["step"]:
         raise UsageError(f"{file}: step is {state['step']}, but manifest.json has {manifest['step']}: {_ADVICE}")
     file = path / "model" / "lowmem.json"
     settings = read_json(file, advice=_ADVICE) if "model/lowmem.json" in manifest["files"] else {}
-    _check(settings, _SETTINGS, file)
+    _check(settings, {}, file)
     return state, settings
+
+
+def check_resumable(path: Path) -> None:
+    """Raise UsageError unless `train` can resume from a checkpoint: its settings are valid, and its position too."""
+    state, settings = saved_settings(path)
+    _check(settings, _SETTINGS, path / "model" / "lowmem.json")
+    if state["stream"] is None:
+        raise UsageError(f"{path} was saved without a stream, so it has no position to resume from: start over")
+    _check(state["stream"], _STREAM, path / "state.json", "stream")
+    position, rows = state["stream"]["position"], state["stream"]["global_batch_size"]
+    if position != state["step"] * rows:
+        found = f"stream.position is {position}, but step is {state['step']} with {rows} rows per step"
+        raise UsageError(f"{path / 'state.json'}: {found}: {_ADVICE}")
 
 
 def _check(values: object, rules: Mapping[str, _Rule], file: Path, where: str = "") -> None:

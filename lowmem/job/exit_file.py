@@ -32,7 +32,6 @@ def write_exit(folder: Path, cause: str, message: str = "", *, step: int | None,
     record |= {"host": launch["host"], "launch": launch, "time": datetime.now(UTC).isoformat()}
     unfinished, path = folder / f".exit-{uuid4().hex}.json", folder / "exit.json"
     try:
-        unfinished.unlink(missing_ok=True)
         with open(unfinished, "x") as file:  # a new file, never one that a link names
             file.write(json.dumps(record, indent=2) + "\n")
         try:

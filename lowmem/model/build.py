@@ -19,11 +19,16 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     PretrainedConfig,
     PreTrainedModel,
+    dynamic_module_utils,
 )
 
 from lowmem.config.presets import MODEL_SHAPES
 from lowmem.distributed.placement import original_class, unwrapped
 from lowmem.errors import UsageError, is_out_of_memory
+
+# transformers builds the parts of some models without our trust_remote_code=False. With no time for an answer, it then
+# raises ValueError instead of asking on stdin whether to run their code.
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 
 def num_embeddings(model: PreTrainedModel) -> int:

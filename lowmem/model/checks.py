@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import re
 from bisect import bisect_left
 from collections.abc import Callable
@@ -42,9 +43,11 @@ def check_model(
     """
     base = unwrapped(model)
     text_config = base.config.get_text_config()
-    for name, size in text_config.to_dict().items():
-        if name in _SIZES and type(size) is int and size < 1:
-            raise UsageError(f"the model's config.json has {name}={size}, but it must be at least 1: correct it")
+    for name, value in text_config.to_dict().items():
+        if name in _SIZES and type(value) is int and value < 1:
+            raise UsageError(f"the model's config.json has {name}={value}, but it must be at least 1: correct it")
+        if type(value) is float and math.isnan(value):
+            raise UsageError(f"the model's config.json has {name}=NaN, but it must be a number: correct it")
     for name, wanted in _WITHOUT_OWN_LOSS.items():
         if (found := getattr(text_config, name, None)) not in (None, wanted):
             what = f"with {name}={found}, {type(base).__name__} adds a loss of its own, which is not trained here"

@@ -35,7 +35,7 @@ from lowmem.model.build import (
     model_from,
     reason_of,
 )
-from lowmem.storage.shard_files import open_shard
+from lowmem.storage.shard_files import open_shard, shard_files
 
 
 def load_model(
@@ -147,8 +147,9 @@ def _pretrained_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrai
 
 def _from_pretrained(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     name = config.name_or_path
-    for path in sorted(Path(name).glob("*.safetensors")):
-        with open_shard(path, "pt"):  # checks the header, because transformers' error does not name the file
+    # check the names in the index, because transformers follows ../, and the headers, because it does not name the file
+    for path in shard_files(Path(name), "model"):
+        with suppress(FileNotFoundError), open_shard(path, "pt"):  # on the hub or, without an index, missing
             pass
     options = {"use_safetensors": True, "trust_remote_code": False}  # the other formats are pickles, which can run code
     # report weights of another shape below, because transformers' error does not name them

@@ -41,15 +41,19 @@ def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
     if known := sum(map(bytes_of, optimizer_tensors(parameters, optimizer).values())):
         return known
     assert all(parameter.grad is None for parameter in parameters.values())  # or the step below would update them
-    like_weights = sum(value.shape == (2, 2) for value in _first_state(optimizer, {}, dims=2).values())
+    first = _first_state(optimizer, optimizer.param_groups[0], dims=2)
+    like_weights = sum(value.shape == (2, 2) for value in first.values())
     return like_weights * sum(map(bytes_of, parameters.values()))
 
 
-def _first_state(optimizer: Optimizer, options: Mapping[str, object], *, dims: int) -> dict[str, Tensor]:
-    """Return the state after one step of a parameter of shape (2,) * `dims`. No other parameter may have a gradient."""
+def _first_state(optimizer: Optimizer, group: Mapping[str, object], *, dims: int) -> dict[str, Tensor]:
+    """Return the state after one step of a parameter of shape (2,) * `dims`, with the options of `group`.
+
+    No other parameter may have a gradient.
+    """
     probe = nn.Parameter(torch.zeros((2,) * dims))
     probe.grad = torch.zeros_like(probe)
-    optimizer.add_param_group({**options, "params": [probe]})
+    optimizer.add_param_group({**group, "params": [probe], "capturable": False})  # True needs a GPU
     try:
         optimizer.step()  # updates only the probe
         state = optimizer.state.pop(probe, {})
@@ -63,13 +67,12 @@ def _torch_differences(stored: Mapping[str, StoredTensor], parameters: Parameter
     differences = [f"{name} has state only in the checkpoint" for name in by_parameter.keys() - parameters.keys()]
     for group in optimizer.param_groups:
         first: dict[int, dict[str, Tensor]] = {}  # by number of dimensions
-        options = {name: value for name, value in group.items() if name != "params"}
         for parameter in (x for x in group["params"] if names[x] in by_parameter):
             name, dims = names[parameter], parameter.dim()
             expected, whole = optimizer.state.get(parameter), parameter.shape
             if not expected:
                 if dims not in first:
-                    first[dims] = _first_state(optimizer, options, dims=dims)
+                    first[dims] = _first_state(optimizer, group, dims=dims)
                 expected, whole = first[dims], (2,) * dims
             expected = {key: value for key, value in expected.items() if isinstance(value, Tensor)}
             saved = by_parameter[name]

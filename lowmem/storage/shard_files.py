@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from lowmem.errors import UsageError
-from lowmem.storage.files import read_json
+from lowmem.storage.files import describe, read_json
 
 _ADVICE = "copy or download it again, or use another"
 
@@ -46,7 +46,9 @@ def shard_files(folder: Path, stem: str, files: Collection[str] | None = None) -
 
 @contextmanager
 def open_shard(path: Path, framework: str) -> Iterator[safe_open]:
-    """Open a safetensors file, which checks its header. Raises UsageError if it is damaged."""
+    """Open a safetensors file, which checks its header. Raises UsageError if it is damaged or no regular file."""
+    if path.exists() and not path.is_file():  # opening a FIFO may never end
+        raise UsageError(f"{path} {describe(path)}: {_ADVICE}")
     try:
         opened = safe_open(path, framework=framework)
     except FileNotFoundError:
