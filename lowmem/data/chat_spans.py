@@ -98,7 +98,7 @@ def _spans_by_kind(render: Render, messages: Messages, replies: list[int], text:
 
 
 def _contents(render: Render, messages: Messages, turns: list[int], text: str) -> dict[int, tuple[int, int]] | None:
-    """Find where `text` has the contents of `turns`: as they are, stripped or as JSON. Returns None if one is missing."""
+    """Find where `text` has the contents of `turns`, as they are, stripped or as JSON. Returns None if it lacks one."""
     marked = list(messages)
     for turn in turns:
         marked[turn] = messages[turn] | {"content": to_content(f"{_MARK}{turn}x", type(messages[turn]["content"]))}
