@@ -316,7 +316,7 @@ def test_a_process_does_not_wait_for_another_users_lock_even_if_its_holder_is_al
     with lock.open("w") as file:
         os.chown(lock, 1234, -1)
         fcntl.flock(file, fcntl.LOCK_EX)
-        found = derive(source, Builder(source), kind="test", copies=True, patience_seconds=1000.0)
+        found = derive(source, Builder(source), kind="test", copies=True, patience_seconds=1.0)
     assert found.copy.parent == cached()
     assert f"({lock}: Belongs to user 1234)" in capsys.readouterr().out
 
