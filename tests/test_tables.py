@@ -14,10 +14,11 @@ from pyarrow import parquet
 from safetensors import safe_open
 
 from lowmem.data.files.cache import derive
+from lowmem.data.files.parquet import ParquetFile
 from lowmem.data.files.parquet_headers import Chunk, read_pages
 from lowmem.data.files.record_batches import TableLimits, find_batches
 from lowmem.data.files.source import Source, dataset_files
-from lowmem.data.files.tables import ArrowFile, ParquetFile
+from lowmem.data.files.tables import ArrowFile
 from lowmem.errors import ChangedError, UsageError
 from tests.forked import fork_ranks
 from tests.processes import run
@@ -451,7 +452,8 @@ def test_reading_needs_little_memory_for_one_large_or_many_small_groups(tmp_path
         import sys
         from collections import deque
         import pyarrow.parquet, safetensors.numpy, tqdm
-        from lowmem.data.files.tables import ArrowFile, ParquetFile
+        from lowmem.data.files.parquet import ParquetFile
+        from lowmem.data.files.tables import ArrowFile
         from lowmem.data.files.source import Source
 
         def peak():
@@ -615,7 +617,8 @@ def test_copying_long_rows_needs_little_memory_for_arrow_and_more_for_parquet(tm
     code = """
         import sys
         import pyarrow.parquet, safetensors.numpy, tqdm
-        from lowmem.data.files.tables import ArrowFile, ParquetFile
+        from lowmem.data.files.parquet import ParquetFile
+        from lowmem.data.files.tables import ArrowFile
         from lowmem.data.files.source import Source
 
         def peak():
