@@ -97,13 +97,16 @@ def _spans_by_kind(render: Render, messages: Messages, replies: list[int], text:
     return [spans[turn] for turn in replies]
 
 
-def _contents(render: Render, messages: Messages, turns: list[int], text: str) -> dict[int, tuple[int, int]] | None:
-    """Find where `text` has the contents of `turns`, as they are, stripped or as JSON. Returns None if it lacks one."""
+def _contents(render: Render, messages: Messages, filled: list[int], text: str) -> dict[int, tuple[int, int]] | None:
+    """Find where `text` has the contents of the turns `filled`, as they are, stripped or as JSON.
+
+    Returns None if it lacks one.
+    """
     marked = list(messages)
-    for turn in turns:
+    for turn in filled:
         marked[turn] = messages[turn] | {"content": to_content(f"{_MARK}{turn}x", type(messages[turn]["content"]))}
     rendered, gaps, at = render(marked), [], 0
-    for turn in turns:
+    for turn in filled:
         mark = f"{_MARK}{turn}x"
         stop = rendered.find(mark, at)
         if stop < 0:
@@ -112,7 +115,7 @@ def _contents(render: Render, messages: Messages, turns: list[int], text: str) -
         at = stop + len(mark)
     gaps.append(rendered[at:])
     found, at = {}, 0
-    for turn, gap, after in zip(turns, gaps, gaps[1:], strict=False):
+    for turn, gap, after in zip(filled, gaps, gaps[1:], strict=False):
         whole = to_content(messages[turn]["content"], str)
         start = at + len(gap)
         forms = (whole, whole.strip(), json.dumps(whole, ensure_ascii=False)[1:-1])
