@@ -16,9 +16,9 @@ from pyarrow import parquet
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from lowmem.data.files.parquet import ParquetFile
 from lowmem.data.files.record_batches import TableLimits
 from lowmem.data.files.source import Source
-from lowmem.data.files.tables import ParquetFile
 from lowmem.data.rows import FileRows, open_rows
 from lowmem.errors import RowError
 

@@ -310,6 +310,17 @@ def test_a_process_does_not_wait_for_a_lock_whose_holder_is_not_alive(source, tm
         assert "making an index of its rows at each start, because no folder can be used" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_a_process_does_not_wait_for_another_users_lock_even_if_its_holder_is_alive(source, tmp_path, capsys):
+    lock = tmp_path / ".rows.lowmem-test.lock"
+    with lock.open("w") as file:
+        os.chown(lock, 1234, -1)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = derive(source, Builder(source), kind="test", copies=True, patience_seconds=1.0)
+    assert found.copy.parent == cached()
+    assert f"({lock}: Belongs to user 1234)" in capsys.readouterr().out
+
+
 def test_a_process_waits_for_a_lock_as_long_as_its_holder_is_alive(source, tmp_path):
     with start("run(lambda *x: build(*x, 1.6))", source) as process:
         while "begin" not in ((tmp_path / "rows.notes").read_text() if (tmp_path / "rows.notes").exists() else ""):

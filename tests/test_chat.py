@@ -524,8 +524,15 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row(tag):
 
 
 def chatml(messages, add_generation_prompt=False):
-    turns = [f"<|{message['role']}|>\n{message['content'].strip()}<|end|>\n" for message in messages]
+    turns = [f"<|{message['role']}|>\n{printed(message)}<|end|>\n" for message in messages]
     return "".join(turns) + ("<|assistant|>\n" if add_generation_prompt else "")
+
+
+def printed(message):
+    """Print a message as Llama's template does: contents stripped, calls as JSON, the results of tools as JSON."""
+    if message["role"] == "tool":
+        return json.dumps(message["content"], ensure_ascii=False)
+    return message["content"].strip() + "".join(json.dumps(call) for call in message.get("tool_calls", ()))
 
 
 def thinking(messages, add_generation_prompt=False):
@@ -533,7 +540,8 @@ def thinking(messages, add_generation_prompt=False):
     last = max((turn for turn, message in enumerate(messages) if message["role"] == "user"), default=-1)
     for turn, message in enumerate(messages):
         if message["role"] == "assistant" and turn > last:
-            messages = [*messages[:turn], message | {"content": f"<think></think>{message['content']}"}]
+            messages = [*messages]
+            messages[turn] = message | {"content": f"<think></think>{message['content']}"}
     return chatml(messages, add_generation_prompt)
 
 
@@ -543,23 +551,49 @@ def numbered(messages, add_generation_prompt=False):
     )
 
 
-@pytest.mark.parametrize("render", [chatml, thinking, numbered])
+def forgetful(messages, add_generation_prompt=False):
+    """Print replies without their thoughts, as Qwen3's template prints all but the last."""
+    return chatml(
+        [message | {"content": message["content"].rpartition("</think>")[2]} for message in messages],
+        add_generation_prompt,
+    )
+
+
+def calling(number):
+    """Return a question, a call of a tool, its result and a reply."""
+    call = {"name": "weather", "arguments": {"city": "Rome" * number}}
+    return [
+        {"role": "user", "content": f"question {number}" if number % 7 else ""},
+        {"role": "assistant", "content": "I call" if number % 3 == 1 else "", "tool_calls": [call]},
+        {"role": "tool", "content": f'{{"degrees": "{number}"}}\n'},
+        {"role": "assistant", "content": f"<think>{number}</think>degrees {number}" if number % 5 else ""},
+    ]
+
+
+@pytest.mark.parametrize("render", [chatml, thinking, numbered, forgetful])
 def test_the_turns_of_a_long_conversation_are_the_same_whether_each_or_some_are_measured(render):
     contents = ("hi", "yes ", "a b\n", "<|end|>\n", "", "turn 3")
-    for count in (len(contents), 4):  # an empty content cannot be found in the text
-        messages = turns(*(contents[number % count] for number in range(40)))
+    for messages in (
+        turns(*(contents[number % len(contents)] for number in range(40))),
+        turns(*(contents[number % 4] for number in range(40))),
+        [message for number in range(20) for message in calling(number)],
+    ):
         expected = assistant_spans(render, messages, few_replies=100)
         assert assistant_spans(render, messages, few_replies=0) == expected
 
 
-def test_a_conversation_of_2000_turns_is_rendered_a_few_times_only():
-    messages, num_rendered = turns(*(f"turn {number}" for number in range(2000))), 0
+@pytest.mark.parametrize("render", [chatml, thinking, forgetful])
+def test_a_long_conversation_is_rendered_a_few_times_only(render):
+    def counting(*arguments, **options):
+        counts.append(1)
+        return render(*arguments, **options)
 
-    def render(*arguments, **options):
-        nonlocal num_rendered
-        num_rendered += 1
-        return thinking(*arguments, **options)
-
-    text, spans = assistant_spans(render, messages)
-    assert [text[start:stop] for start, stop in spans[:-1]] == [f"turn {turn}<|end|>\n" for turn in range(1, 1999, 2)]
-    assert num_rendered < 40
+    empty = [f"turn {number}" if number % 7 else "" for number in range(2000)]
+    calls = [message for number in range(1, 3500, 7) for message in calling(number)]  # no question is empty
+    for messages in (turns(*(f"turn {number}" for number in range(2000))), turns(*empty), calls):
+        counts = []
+        text, spans = assistant_spans(counting, messages)
+        assert len(counts) < 120
+        for message, (start, stop) in zip(messages[1::2], spans[:-2], strict=False):
+            says = printed(message).rpartition("</think>")[2] if render is forgetful else printed(message)
+            assert text[start:stop] == f"{says}<|end|>\n"

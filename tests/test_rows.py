@@ -11,8 +11,8 @@ from pyarrow import parquet
 
 from lowmem.data.bundled import NUM_BUNDLED_ROWS, BundledRows
 from lowmem.data.files.lines import JsonLinesFile
+from lowmem.data.files.parquet import ParquetFile
 from lowmem.data.files.source import Source
-from lowmem.data.files.tables import ParquetFile
 from lowmem.data.rows import FileRows, as_rows, open_rows, split_rows
 from lowmem.errors import ReadError, RowError, UsageError
 from tests.models import qa_rows

@@ -15,11 +15,14 @@ from transformers import ByT5Tokenizer
 
 from lowmem.data.batch import IGNORED, Batch, collate
 from lowmem.data.bundled import BundledRows
-from lowmem.data.encode import encode_causal, encode_seq2seq
+from lowmem.data.encode import encode_causal, encode_seq2seq, encode_text
 from lowmem.data.eval_batches import open_eval
+from lowmem.data.files.lines import TextFile
+from lowmem.data.files.source import Source
 from lowmem.data.order import WINDOW_BYTES, Groups, rows_at
+from lowmem.data.rows import FileRows
 from lowmem.data.stream import open_stream
-from lowmem.errors import RowError, UsageError
+from lowmem.errors import ReadError, RowError, UsageError
 from lowmem.loss import chunked_loss, plain_loss
 from tests.models import build, qa_rows
 
@@ -405,3 +408,15 @@ def test_a_resume_is_refused_if_the_next_rows_changed_between_the_samples_of_the
             resumed.load_state_dict(saved)
     accepting = open_stream(str(path), ENCODE, batch_size=4, shuffle=False, accept_changed_data=True)
     accepting.load_state_dict({name: value for name, value in saved.items() if name != "next_rows"})
+
+
+def test_a_resume_whose_next_rows_cannot_be_read_ends_with_the_reason_at_the_first_step(tmp_path):
+    path = tmp_path / "rows.txt"
+    path.write_text("a row\n" * 8)
+    encode = encode_text(ByT5Tokenizer(), max_seq_len=64)
+    saved = open_stream(str(path), encode, batch_size=4).state_dict()
+    resumed = open_stream(FileRows([TextFile(Source(str(path)), None)], retry_seconds=()), encode, batch_size=4)
+    path.unlink()
+    resumed.load_state_dict(saved)
+    with pytest.raises(ReadError, match="No such file"):
+        list(itertools.islice(next(resumed), 1))

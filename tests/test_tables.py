@@ -14,10 +14,11 @@ from pyarrow import parquet
 from safetensors import safe_open
 
 from lowmem.data.files.cache import derive
+from lowmem.data.files.parquet import ParquetFile
 from lowmem.data.files.parquet_headers import Chunk, read_pages
 from lowmem.data.files.record_batches import TableLimits, find_batches
 from lowmem.data.files.source import Source, dataset_files
-from lowmem.data.files.tables import ArrowFile, ParquetFile
+from lowmem.data.files.tables import ArrowFile
 from lowmem.errors import ChangedError, UsageError
 from tests.forked import fork_ranks
 from tests.processes import run
@@ -411,6 +412,35 @@ def test_a_dataset_that_the_datasets_package_saved_is_read(tmp_path):
         dataset_files(tmp_path / "two")
 
 
+def test_a_remote_column_is_fetched_once_though_its_page_headers_are_read_first(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    from fsspec.spec import AbstractBufferedFile
+
+    fetched = []
+
+    class File(AbstractBufferedFile):
+        def _fetch_range(self, start, end):
+            fetched.append(end - start)
+            return content[start:end]
+
+    class Remote(fsspec.AbstractFileSystem):
+        def info(self, path, **options):
+            return {"name": path, "size": len(content), "type": "file"}
+
+        def _open(self, path, mode="rb", **options):
+            return File(self, path, mode, **options)
+
+    fsspec.register_implementation("counted", Remote, clobber=True)
+    text = np.random.default_rng(0).bytes(4 * 2**20).hex()
+    rows = pa.table({"prompt": [text[first : first + 1024] for first in range(0, len(text), 1024)]})
+    parquet.write_table(rows, tmp_path / "rows.parquet", compression="none", use_dictionary=False)
+    content = (tmp_path / "rows.parquet").read_bytes()
+    file = ParquetFile(Source("counted://rows.parquet"), None)
+    fetched.clear()
+    assert len(file.read_group(0)["prompt"]) == 8192
+    assert len(fetched) == 2  # blocks of 5 MiB
+
+
 def test_reading_needs_little_memory_for_one_large_or_many_small_groups(tmp_path):
     rows = pa.table({"prompt": [f"{number} {LONG[number % 10][:100]}" for number in range(400_000)]})
     rows = rows.append_column("response", rows.column("prompt"))
@@ -422,7 +452,8 @@ def test_reading_needs_little_memory_for_one_large_or_many_small_groups(tmp_path
         import sys
         from collections import deque
         import pyarrow.parquet, safetensors.numpy, tqdm
-        from lowmem.data.files.tables import ArrowFile, ParquetFile
+        from lowmem.data.files.parquet import ParquetFile
+        from lowmem.data.files.tables import ArrowFile
         from lowmem.data.files.source import Source
 
         def peak():
@@ -586,7 +617,8 @@ def test_copying_long_rows_needs_little_memory_for_arrow_and_more_for_parquet(tm
     code = """
         import sys
         import pyarrow.parquet, safetensors.numpy, tqdm
-        from lowmem.data.files.tables import ArrowFile, ParquetFile
+        from lowmem.data.files.parquet import ParquetFile
+        from lowmem.data.files.tables import ArrowFile
         from lowmem.data.files.source import Source
 
         def peak():
@@ -717,6 +749,24 @@ def test_a_message_of_an_unknown_kind_among_the_rows_is_refused_and_not_left_out
             except (UsageError, ValueError) as error:
                 errors.append(str(error))
     assert any("rows were expected at byte" in error for error in errors)
+
+
+def test_a_parquet_footer_with_huge_sizes_is_refused(tmp_path):
+    path = tmp_path / "rows.parquet"
+    rows = pa.table({"prompt": ["a"]})
+    parquet.write_table(rows, path, compression="none", use_dictionary=False, write_statistics=False)
+    data = path.read_bytes()
+    size = parquet.read_metadata(path).row_group(0).column(0).total_uncompressed_size
+    sizes = bytes([22, 2 * size, 22, 2 * size])  # two int64 fields: the decoded and the stored size
+    huge = b"\x16\xfe" + b"\xff" * 8 + b"\1"  # 2**63 - 1
+    assert data.count(sizes) == 1
+    for changed in (huge + sizes[2:], huge * 2):
+        content = data.replace(sizes, changed)
+        footer = int.from_bytes(data[-8:-4], "little") + len(content) - len(data)
+        path.write_bytes(content[:-8] + footer.to_bytes(4, "little") + b"PAR1")
+        assert parquet.read_metadata(path).num_rows == 1  # pyarrow accepts it
+        with pytest.raises(UsageError, match="its footer has impossible sizes for a row group of 1 rows"):
+            ParquetFile(Source(str(path)), None)
 
 
 def test_a_page_header_nested_without_end_is_an_error(tmp_path):

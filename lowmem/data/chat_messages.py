@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 Message = Mapping[str, object]
@@ -36,7 +38,8 @@ def plain_messages(messages: Messages, render: Render) -> Messages:
             except (TemplateError, TypeError) as failure:
                 error = error or failure
                 continue
-            if missing := next((what for what, mark, count in _expected(form) if text.count(mark) < count), None):
+            counts = Counter(_MARK.findall(text))
+            if missing := next((what for what, mark, count in _expected(form) if counts[mark] < count), None):
                 error = ValueError(f"the chat template does not print {missing}: remove this, or use another template")
             else:
                 printed.append((len(text), form))
@@ -73,11 +76,14 @@ def _marked(message: Message, content: str | None, name: str | None, calls: int 
     """Put `content` in place of a content that is not empty, and `name` of the first `calls` (None: all) functions."""
     changed = dict(message)
     if content is not None and (message.get("content") or "tool_calls" not in message):
-        changed["content"] = _content(content, type(message.get("content", "")))
+        changed["content"] = to_content(content, type(message.get("content", "")))
     if name is not None and (all_calls := message.get("tool_calls")):
         renamed = [_with_function(call, name=name) for call in all_calls[:calls]]
         changed["tool_calls"] = renamed + all_calls[len(renamed) :]
     return changed
+
+
+_MARK = re.compile(r"lowmem0mark\d+x")
 
 
 def _mark(turn: int) -> str:
@@ -98,7 +104,7 @@ def _expected(form: Messages) -> Iterator[tuple[str, str, int]]:
 def _forms(messages: Messages, kind: type) -> Iterator[Messages]:
     """Yield forms of the messages with contents of a kind: text or a list of parts. The likeliest comes first."""
     messages = [
-        message | {"content": _content(message["content"], kind)} if "content" in message else message
+        message | {"content": to_content(message["content"], kind)} if "content" in message else message
         for message in messages
     ]
     lacks_content = not all(message.get("content") for message in messages)
@@ -110,7 +116,8 @@ def _forms(messages: Messages, kind: type) -> Iterator[Messages]:
             yield [message | {"content": message.get("content") or nothing} for message in converted]
 
 
-def _content(content: object, kind: type) -> object:
+def to_content(content: object, kind: type) -> object:
+    """Convert a content, which is text or a list of parts, to a kind: str or list."""
     parts = content if isinstance(content, list) else [content]
     text = "".join(part if isinstance(part, str) else part["text"] for part in parts)
     return text if kind is not list else [{"type": "text", "text": text}] if text else []

@@ -1,17 +1,19 @@
 """Find the assistant's text in what a chat template prints, without {% generation %} tags in the template."""
 
+import json
 import re
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from itertools import chain, pairwise
-from operator import add, sub
+from itertools import pairwise
 from os.path import commonprefix
 
-from lowmem.data.chat_messages import Messages, Render, name_of_first_call, plain_messages, with_mark
+from lowmem.data.chat_messages import Messages, Render, name_of_first_call, plain_messages, to_content, with_mark
 from lowmem.errors import UsageError
 
 Spans = list[tuple[int, int]]  # [start, stop) of the assistant's characters, in order
 
 _HOW_TO_TAG = "put {% generation %} and {% endgeneration %} around the assistant's text in the chat template"
+_WIDEST_KIND = 16  # messages; longer sequences of messages without contents rarely repeat
 # unlikely to occur in a conversation
 _MARK, _MARK_BEFORE, _MARK_AFTER = "lowmem0mark0here", "lowmem0mark0before", "lowmem0mark0after"
 
@@ -56,54 +58,71 @@ def _measure(render: Render, messages: Messages, turn: int, text: str) -> tuple[
 
 
 def _spans_by_kind(render: Render, messages: Messages, replies: list[int], text: str) -> Spans | None:
-    """Measure the first and the last turn of each kind, and each turn of a kind in which these differ.
+    """Measure three turns of each kind, each turn of a kind in which these differ, and each turn that differs from all.
 
-    Turns are of one kind if the text before and after their contents and the roles around them are equal. If the first
-    and the last turn of a kind begin and end equally far from their contents, so do the turns between them. Returns
-    None if the contents cannot be found in `text`.
+    Turns are of one kind if the roles around them are the same, out to the closest contents. If the measured turns of a
+    kind begin and end equally far from these contents, so do the other turns that have the same text in between.
+    Returns None if the contents cannot be found in `text`.
     """
-    contents = _contents(render, messages, text)
+    filled = [turn for turn, message in enumerate(messages) if message.get("content")]
+    # a template may print replies differently, such as without thoughts
+    not_replies = [turn for turn in filled if messages[turn]["role"] != "assistant"]
+    contents = _contents(render, messages, filled, text) or _contents(render, messages, not_replies, text)
     if contents is None:
         return None
-    kinds, spans = defaultdict(list), {}
-    bounds = [0, *chain.from_iterable(contents), len(text)]
-    gaps = [text[start:stop] for start, stop in zip(bounds[::2], bounds[1::2], strict=True)]
+    contents = {-1: (0, 0)} | contents | {len(messages): (len(text), len(text))}
+    anchors, kinds, spans = list(contents), defaultdict(list), {}
     for turn in replies:
-        roles = tuple(message["role"] for message in messages[max(0, turn - 1) : turn + 2])
-        kinds[turn == 0, roles, gaps[turn], gaps[turn + 1]].append(turn)
-    for of_kind in kinds.values():
-        offsets = set()
-        for turn in {of_kind[0], of_kind[-1]}:
+        first, last = anchors[bisect_left(anchors, turn) - 1], anchors[bisect_right(anchors, turn)]
+        if last - first > _WIDEST_KIND:
             spans[turn] = _measure(render, messages, turn, text)
-            offsets.add(tuple(map(sub, spans[turn], contents[turn])))
-        if len(offsets) == 1:
-            spans |= {turn: tuple(map(add, contents[turn], *offsets)) for turn in of_kind}
         else:
-            spans |= {turn: _measure(render, messages, turn, text) for turn in of_kind[1:-1]}
+            roles = tuple(message["role"] for message in messages[max(0, first) : last + 1])
+            kind = roles, turn - first, first < 0, last == len(messages)
+            kinds[kind].append((turn, contents[first][1], contents[last][0]))
+    for of_kind in kinds.values():
+        distances, around = set(), set()
+        for turn, left, right in {of_kind[0], of_kind[len(of_kind) // 2], of_kind[-1]}:
+            start, stop = spans[turn] = _measure(render, messages, turn, text)
+            distances.add((start - left, right - stop))
+            around.add((text[left:start], text[stop:right]))
+        for turn, left, right in of_kind:
+            if turn not in spans:
+                to_start, to_right = next(iter(distances))
+                start, stop = left + to_start, right - to_right
+                is_known = len(distances) == 1 and (text[left:start], text[stop:right]) in around
+                spans[turn] = (start, stop) if is_known else _measure(render, messages, turn, text)
     return [spans[turn] for turn in replies]
 
 
-def _contents(render: Render, messages: Messages, text: str) -> Spans | None:
-    """Find where `text` has each message's content, as it is or stripped; None if it does not have all of them."""
-    if not all(isinstance(message.get("content"), str) and message["content"] for message in messages):
-        return None
-    marked = [message | {"content": f"{_MARK}{turn}x"} for turn, message in enumerate(messages)]
-    rest, gaps = render(marked), []
-    for message in marked:
-        gap, mark, rest = rest.partition(message["content"])
-        gaps.append(gap)
-        if not mark:
+def _contents(render: Render, messages: Messages, filled: list[int], text: str) -> dict[int, tuple[int, int]] | None:
+    """Find where `text` has the contents of the turns `filled`, as they are, stripped or as JSON.
+
+    Returns None if it lacks one.
+    """
+    marked = list(messages)
+    for turn in filled:
+        marked[turn] = messages[turn] | {"content": to_content(f"{_MARK}{turn}x", type(messages[turn]["content"]))}
+    rendered, gaps, at = render(marked), [], 0
+    for turn in filled:
+        mark = f"{_MARK}{turn}x"
+        stop = rendered.find(mark, at)
+        if stop < 0:
             return None
-    found, at = [], 0
-    for message, gap, after in zip(messages, gaps, [*gaps[1:], rest], strict=True):
+        gaps.append(rendered[at:stop])
+        at = stop + len(mark)
+    gaps.append(rendered[at:])
+    found, at = {}, 0
+    for turn, gap, after in zip(filled, gaps, gaps[1:], strict=False):
+        whole = to_content(messages[turn]["content"], str)
         start = at + len(gap)
-        whole = message["content"]
-        content = next((form for form in (whole, whole.strip()) if text.startswith(gap + form + after, at)), None)
+        forms = (whole, whole.strip(), json.dumps(whole, ensure_ascii=False)[1:-1])
+        content = next((form for form in forms if text.startswith(gap + form + after, at)), None)
         if content is None:
             return None
         at = start + len(content)
-        found.append((start, at))
-    return found if text.endswith(rest) and at + len(rest) == len(text) else None
+        found[turn] = start, at
+    return found if text[at:] == gaps[-1] else None
 
 
 def _span(render: Render, messages: Messages, turn: int, text: str) -> tuple[int, int]:

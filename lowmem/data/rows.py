@@ -12,8 +12,9 @@ import xxhash
 
 from lowmem.data.files.line_index import codec_of
 from lowmem.data.files.lines import JsonLinesFile, TextFile
+from lowmem.data.files.parquet import ParquetFile
 from lowmem.data.files.source import Files, Row, expand, is_damage
-from lowmem.data.files.tables import ArrowFile, ParquetFile
+from lowmem.data.files.tables import ArrowFile
 from lowmem.data.order import WINDOW_BYTES, Groups
 from lowmem.errors import ChangedError, ReadError, RowError, UsageError
 

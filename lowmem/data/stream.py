@@ -105,8 +105,9 @@ class Stream:
             files = [self._changed_files(state.get("files", []))]
         others = sorted(name for name in here.keys() - {"files"} if state.get(name) != here[name])
         # The fingerprint of a large file is of samples, so compare the next rows too, if the checkpoint has their hash.
-        if not (files or others) and state.get("next_rows") not in (None, self._hash_rows(state["position"])):
-            files = ["the next rows are not the same"]
+        # If they cannot be read now, the first step reports why.
+        if not (files or others) and (then := state.get("next_rows")):
+            files = ["the next rows are not the same"] if self._hash_rows(state["position"]) not in (None, then) else []
         changes = files + [f"{name} was {state.get(name)} and is {here[name]}" for name in others]
         if self._accept_changed_data and "global_batch_size" not in others:
             self.changes = changes

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from glob import escape
 from pathlib import Path
 from threading import Event, Thread
@@ -233,9 +232,15 @@ def _metadata(index: dict[str, np.ndarray], copy: Path | None) -> dict[str, str]
 def _locked(path: Path, message: str, patience_seconds: float) -> Iterator[None]:
     """Lock out other processes, and show them that this one is alive. If one has the lock, print `message` and wait.
 
-    Unlocks on exit. Raises OSError, also if the process that has the lock shows no sign of life.
+    Unlocks on exit. Raises OSError, also if the process that has the lock is another user's or shows no sign of life.
     """
-    lock, done = acquire(path, limit_seconds=patience_seconds, on_wait=partial(print, message, flush=True)), Event()
+
+    def on_wait() -> None:
+        with suppress(FileNotFoundError):
+            check_owner(path, os.lstat(path))  # do not wait for another user, whose files would not be used
+        print(message, flush=True)
+
+    lock, done = acquire(path, limit_seconds=patience_seconds, on_wait=on_wait), Event()
 
     def touch() -> None:
         with suppress(OSError):

@@ -16,6 +16,7 @@ _DATA_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = 0, 2, 3
 _HEADER_BYTES, _LARGEST_HEADER_BYTES = 2**12, 2**24  # statistics in a header can be long
 _MOST_VALUES = 2**25  # of a page; pyarrow allocates up to 12 bytes for each, even if the page repeats one value
 _MOST_NESTED = 32
+_LARGEST_CHUNK = 2**48  # bytes or values, and the largest offset; sums of larger numbers could exceed int64
 _MASK = 2**64 - 1
 
 
@@ -59,7 +60,10 @@ def parse_footer(footer: bytes) -> Iterator[tuple[int, dict[str, Chunk]]]:
                 group, at = _read_value(footer, at, kind, 0)
                 rows, chunks = index(group[3]), dict(_chunk(column[3]) for column in group[1])
                 # every row has at least one value in each column, which may be null
-                if rows < 0 or any(min(chunk[:3]) < 0 or chunk.num_values < rows for chunk in chunks.values()):
+                if rows < 0 or any(
+                    min(chunk[:3]) < 0 or max(chunk[:4]) > _LARGEST_CHUNK or chunk.num_values < rows
+                    for chunk in chunks.values()
+                ):
                     raise ValueError(f"its footer has impossible sizes for a row group of {rows:,} rows")
                 num_rows += rows
                 yield rows, chunks

@@ -21,6 +21,8 @@ Files = str | Path | Sequence[str | Path]
 
 # fsspec uses these packages for network access, and not all of their errors are OSErrors.
 _NETWORK_PACKAGES = {"aiohttp", "httpx", "httpx2", "botocore"}
+# A column of a parquet row group is read twice, first its page headers, so keep several blocks (of 5 MiB) in memory.
+_CACHE = {"cache_type": "blockcache", "cache_options": {"maxblocks": 4}}
 _WHAT_TO_NAME = "name a parquet, Arrow, JSONL or text file, or a glob of them"
 _MOST_DECODED_BYTES, _MOST_DECODED_RATIO = 2**28, 500
 _HOW_TO_NAME = rf"{_WHAT_TO_NAME} (if the name has a comma, write \,)"
@@ -81,7 +83,7 @@ class Source:
         if self.path is not None:
             return open(self.path, "rb")
         file_system, path = _remote(self.name)
-        return file_system.open(path, "rb")
+        return file_system.open(path, "rb", **_CACHE)
 
     @reading()
     def stamp(self) -> tuple[int, str]:
