@@ -37,16 +37,18 @@ def test_a_saved_model_is_loaded_in_training_mode(family, tmp_path):
 
 
 @pytest.mark.parametrize("start", [None, 5])
-def test_answers_start_with_the_token_with_which_training_starts(start, tmp_path):
+@pytest.mark.parametrize("language", ["ro_RO", None])
+def test_answers_start_with_the_token_with_which_training_starts(language, start, tmp_path):
     vocabulary = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -2.0), ("▁b", -2.0)]
-    tokenizer = MBartTokenizer(vocab=vocabulary, src_lang="en_XX", tgt_lang="ro_RO")
+    tokenizer = MBartTokenizer(vocab=vocabulary, src_lang="en_XX", tgt_lang=language)
     layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
     layers |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16}
     config = MBartConfig(vocab_size=len(tokenizer), decoder_start_token_id=start, **layers)
     MBartForConditionalGeneration(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model, tokenizer = load_model(tmp_path)
-    expected = start or tokenizer.convert_tokens_to_ids("ro_RO")
+    assert tokenizer.tgt_lang == language
+    expected = start or tokenizer.convert_tokens_to_ids(language or "en_XX")
     answer = model.generate(torch.tensor([[4, 2]]), max_new_tokens=1, do_sample=False)
     assert answer[0, 0] == model.generation_config.decoder_start_token_id == expected
 

@@ -1,5 +1,6 @@
 """Load a model and its tokenizer from files or the hub, or build them from a config."""
 
+import copy
 import json
 import socket
 from collections.abc import Mapping
@@ -230,8 +231,10 @@ def _start_as_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     if not model.config.is_encoder_decoder or getattr(settings, "decoder_start_token_id", None) is not None:
         return
     if settings is not None and hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        labels = torch.tensor([tokenizer(text_target="a").input_ids])
-        with suppress(TypeError, ValueError):  # models that need a start token in their config are refused later
+        # suppress errors, because a tokenizer without languages and a model without a start token are refused later
+        with suppress(KeyError, TypeError, ValueError):
+            # by a copy, because this call would set a missing tgt_lang to src_lang
+            labels = torch.tensor([copy.deepcopy(tokenizer)(text_target="a").input_ids])
             settings.decoder_start_token_id = int(model.prepare_decoder_input_ids_from_labels(labels=labels)[0, 0])
 
 
