@@ -107,6 +107,7 @@ def test_a_signal_to_a_fork_ends_only_the_fork():
 @pytest.mark.parametrize(("command", "code"), [("train", 75), ("verify", 130)])
 def test_ctrl_c_with_nothing_to_save_prints_no_traceback(command, code, tmp_path):
     """The signal is sent during imports. With a small pipe, the program cannot end before this test has read on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a program started with SIGINT ignored would ignore it
     with started(sys.executable, "-v", "train_low_mem.py", command, tmp_path, pipesize=4096) as process:
         for line in process.stderr:
             if line.startswith("import 'lowmem.distributed.signals'"):  # many imports follow this one
