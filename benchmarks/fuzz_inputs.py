@@ -113,9 +113,16 @@ def _records(read: Callable[[], pa.Table | pa.RecordBatch], rows: str) -> Rows:
         table = read()
         table.validate(full=True)
         columns = {name: table.column(name) for name in WANTED[rows] or table.schema.names}
-        return [repr({name: column[n].as_py() for name, column in columns.items()}) for n in range(table.num_rows)]
+        return [_record(columns, index) for index in range(table.num_rows)]
     except (pa.ArrowException, OSError, ValueError, LookupError):
         return [None]
+
+
+def _record(columns: dict[str, pa.ChunkedArray | pa.Array], index: int) -> str | None:
+    try:
+        return repr({name: column[index].as_py() for name, column in columns.items()})
+    except OverflowError:  # a time is outside the range of Python's datetime
+        return None
 
 
 def _in_child(write: Callable[[], None]) -> None:
