@@ -115,10 +115,11 @@ def _small(name: str, value: object) -> object:
 
 
 def outcomes(
-    names: Iterable[str], folder: Path, accelerator: Accelerator, **sharding: str
+    names: Iterable[str], folder: Path, accelerator: Accelerator, *, saved: Path | None = None, **sharding: str
 ) -> Iterator[dict[str, object]]:
     """Train each architecture for four steps in fp32 and in the exact tier, evaluate it, let it answer and save it.
 
+    Models are saved to `saved` (None: in `folder`), which all ranks share. `folder` is of this rank alone.
     Yields records with `name`, `memory` and one of `losses`, `refused` (a line) and `failed` (a traceback).
     """
     ByT5Tokenizer().save_pretrained(folder / "tokenizer")
@@ -132,7 +133,11 @@ def outcomes(
             continue
         for memory in ("off", "exact"):
             try:
-                yield {"name": name, "memory": memory, "losses": _losses(path, memory, accelerator, sharding)}
+                yield {
+                    "name": name,
+                    "memory": memory,
+                    "losses": _losses(path, memory, accelerator, sharding, saved or folder),
+                }
             except UsageError as error:
                 yield {"name": name, "memory": memory, "refused": str(error)}
             except Exception:  # an error that a user would see as a traceback
@@ -140,7 +145,9 @@ def outcomes(
             gc.collect()  # models have reference cycles
 
 
-def _losses(config: Path, memory: str, accelerator: Accelerator, sharding: Mapping[str, str]) -> list[float]:
+def _losses(
+    config: Path, memory: str, accelerator: Accelerator, sharding: Mapping[str, str], saved: Path
+) -> list[float]:
     torch.manual_seed(0)
     model, tokenizer = load_model(model_config=config, tokenizer_name_or_path=config.parent / "tokenizer")
     is_causal = not model.config.is_encoder_decoder
@@ -160,8 +167,7 @@ def _losses(config: Path, memory: str, accelerator: Accelerator, sharding: Mappi
             for _, batches in zip(range(4), stream, strict=False)
         ]
     measure(rows)
-    saved = save_model(model, config.parent / "saved", tokenizer=tokenizer)
-    load_model(saved)  # refuses weights that are missing or have another shape
+    load_model(save_model(model, saved / "model", tokenizer=tokenizer))  # refuses missing weights and other shapes
     return [result.loss.item() for result in results]
 
 

@@ -45,7 +45,7 @@ def sweep_sharded(folder: Path) -> None:
     accelerator = init_distributed()
     folder = folder / str(accelerator.process_index)
     folder.mkdir()
-    records = list(outcomes(SHARDED, folder, accelerator, sharding_strategy="FULL_SHARD"))
+    records = list(outcomes(SHARDED, folder, accelerator, saved=folder.parent, sharding_strategy="FULL_SHARD"))
     (folder / "records.json").write_text(json.dumps(records))
     accelerator.end_training()
 
