@@ -52,6 +52,7 @@ _SIZES: list[tuple[str, int | None]] = [
     ("qk_head_dim", 16),  # the sum of two of the next
     (".*(head_dim|dim_head|d_kv|kv_channels|rotary_dim|d_head)", 8),
     (".*_rank|d_rel", 8),
+    ("num_filters", 4),
     ("(num_|n_)?(.*_)?layers?|num_layers_per_stack|.*layer_period", 2),
     (".*layer_offset", 1),
     (".*(experts_per_tok|top_k|topk|experts_per_token|n_group|num_selected|moe_k).*", 1),
