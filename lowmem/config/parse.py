@@ -135,10 +135,11 @@ def _coerce(name: str, kind: object, value: object, problems: list[str]) -> obje
             return None
         kind = get_args(kind)[0]
     rules = FIELDS[name].metadata if name in FIELDS else {}
-    is_list = isinstance(value, list | tuple) and rules.get("holds") in ("names", "files")
+    takes_list = rules.get("holds") in ("names", "files")
+    is_list = isinstance(value, list | tuple) and takes_list
     parts = value if is_list else [value]
     if any(isinstance(part, list | tuple | dict | set | bytes) for part in parts):
-        expected = "a value or a flat list" if rules.get("holds") in ("names", "files") else "a single value"
+        expected = "a value or a flat list" if takes_list else "a single value"
         problems.append(f"--{name} must be {expected}, not a {'nested ' * is_list}{type(value).__name__}")
         return rules.get("default")
     if value is None and not rules.get("may_be_empty"):

@@ -19,10 +19,9 @@ def read_zero_config(source: str) -> dict[str, object]:
     """Parse a DeepSpeed config (`source`: JSON or file name). Raises UsageError unless it is JSON with a ZeRO stage."""
     is_text = source.lstrip().startswith("{")
     name = "the DeepSpeed config" if is_text else f"--deepspeed={source}"
+    text = source if is_text else read_text(source, name, advice="name a DeepSpeed config")
     try:
-        values = json.loads(source if is_text else read_text(source, name, advice="name a DeepSpeed config"))
-    except UsageError:
-        raise
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{name} is not JSON: {error}") from error
     if (stage := _value(values, "zero_optimization.stage")) not in (1, 2, 3):

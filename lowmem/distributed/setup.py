@@ -94,7 +94,7 @@ def init_distributed(
 
 
 def join(*, last_words: Callable[[str], None] | None = None, **options: object) -> "Accelerator":
-    """Call `init_distributed` with `on_abort=last_words`. This is its old interface, for existing code."""
+    """Deprecated: use `init_distributed`, whose `on_abort` replaces `last_words`."""
     return init_distributed(on_abort=last_words, **options)
 
 

@@ -40,7 +40,7 @@ class ParquetFile(TableFile):
     """A parquet file (also remote). Groups are row groups or, if one of them or the footer is large, pieces of a copy.
 
     Reads only the columns in `wanted` ({name: "text" or "messages"}; None: all columns), and "tools" with messages.
-    Raises UsageError if the file is unreadable or does not fit `wanted`. (Some flipped bits in a footer crash pyarrow.)
+    Raises UsageError if the file is unreadable or does not fit `wanted`.
     """
 
     # Keep only the last parsed footer: each takes 1 KiB per column chunk, but parsing it again takes only milliseconds.
@@ -61,10 +61,8 @@ class ParquetFile(TableFile):
             schema = select_columns(source, metadata.schema.to_arrow_schema(), wanted)
             self._names = schema.names
             # The descriptions of the chunks, int64, shape (groups, paths, 7)
-            self._paths = [column.path for column in map(metadata.schema.column, range(metadata.num_columns))]
-            self._paths = [
-                path for path in self._paths if any(f"{path}.".startswith(f"{name}.") for name in self._names)
-            ]
+            paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+            self._paths = [path for path in paths if _is_within(path, self._names)]
             groups = [(rows, [chunks[path] for path in self._paths]) for rows, chunks in parse_footer(footer)]
             self._chunks = np.array([chunks for _, chunks in groups], np.int64)
             self.group_rows = np.array([rows for rows, _ in groups], np.int64)
@@ -136,7 +134,7 @@ class ParquetFile(TableFile):
         limits = {"limit": LARGEST_DECODED_BYTES, "ratio": LARGEST_RATIO} if to_copy else {"limit": LONGEST_LINE}
         repeating, may_be_long, stored_bytes = [], False, 0
         for path, numbers in zip(self._paths, self._chunks[group].tolist(), strict=True):
-            if not any(f"{path}.".startswith(f"{name}.") for name in names):
+            if not _is_within(path, names):
                 continue
             chunk = Chunk(*numbers)
             stored_bytes += chunk.stored_bytes
@@ -195,6 +193,11 @@ def _in_own_mapping(batch: "pa.RecordBatch") -> "pa.RecordBatch":
     memory = mmap(-1, message.size, flags=MAP_PRIVATE | MAP_ANONYMOUS)
     memory.write(message)
     return pa.ipc.read_record_batch(pa.py_buffer(memory), batch.schema)
+
+
+def _is_within(path: str, names: list[str]) -> bool:
+    """Whether the path of a leaf, such as messages.list.element.role, is in one of the columns `names`."""
+    return any(f"{path}.".startswith(f"{name}.") for name in names)
 
 
 def _decoded_bytes(chunk: Chunk) -> int:
