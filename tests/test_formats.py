@@ -5,24 +5,18 @@ import math
 import pytest
 import torch
 
-from lowmem.optim.formats import (
-    BLOCK,
-    keep,
-    merge_halves,
-    random_halves,
-    read,
-    round_stochastically,
-    shuffled,
-    split,
-    write,
-    zeros,
-)
+from lowmem.optim.formats import keep, merge_halves, read, round_stochastically, split, write, zeros
+from lowmem.optim.philox import BLOCK, shuffled
 
 DRAWS = 4096
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def random_halves(shape, source):
+    return torch.randint(2**16, shape, dtype=torch.int32, generator=source)
 
 
 def test_split_keeps_every_bit():

@@ -95,6 +95,9 @@ class Gradients:
     def clip(self, max_grad_norm: float, grad_norm: Tensor) -> None:
         """Clip like torch.nn.utils.clip_grads_with_norm_, which cannot mix plain and sharded gradients."""
         factor = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+        if isinstance(self._optimizer, TieredOptimizer):
+            self._optimizer.clip_factor = factor  # saves a pass over all gradients
+            return
         local = [local_of(gradient) for gradient in self._all]
         torch._foreach_mul_(local, factor.to(local[0].device))
 

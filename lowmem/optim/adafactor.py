@@ -1,12 +1,12 @@
 """Adafactor for the memory tiers. Weights are bf16, and a matrix's second moment is factored into rows and columns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.optim.formats import by_rows, read, write, zeros
-from lowmem.optim.tiers import Group, Random, Tensors, TieredOptimizer
+from lowmem.optim.tiers import Group, Tensors, TieredOptimizer, WithGradient
 
 
 class TieredAdafactor(TieredOptimizer):
@@ -27,7 +27,13 @@ class TieredAdafactor(TieredOptimizer):
             return zeros("variance", matrix, "fp32")
         return zeros("row_var", matrix[:, :1], "fp32") | zeros("col_var", matrix[:1], "fp32")
 
-    def _update(self, group: Group, parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, draw: Random) -> None:
+    def _update(self, with_gradients: Iterable[WithGradient], clip_factor: Tensor | None) -> None:
+        for group, parameter, gradient, tensors in with_gradients:
+            if clip_factor is not None:
+                gradient.mul_(clip_factor)
+            self._update_one(group, parameter, gradient, tensors)
+
+    def _update_one(self, group: Group, parameter: nn.Parameter, gradient: Tensor, tensors: Tensors) -> None:
         step, lr = int(tensors["step"]), group["lr"]
         count = parameter.numel()
         self._add_to_variance(parameter, gradient, tensors, step**-0.8)
@@ -38,10 +44,11 @@ class TieredAdafactor(TieredOptimizer):
             update_squares += direction(rows).square_().sum()
         rms = (weight_squares / count).sqrt()
         size = rms.clamp(min=self._LEAST_RMS) * min(lr, step**-0.5) / (update_squares / count).sqrt().clamp(min=1.0)
+        draw = self._random(parameter, step)
         for rows in self.slices(parameter):
             weight = read(tensors, "weight", rows).mul_(1 - lr * group["weight_decay"])
             weight -= size * direction(rows)
-            write(tensors, "weight", rows, weight, draw(weight) if "weight_low" not in tensors else None)
+            write(tensors, "weight", rows, weight, draw(rows) if "weight_low" not in tensors else None)
 
     def _add_to_variance(self, parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, part: float) -> None:
         if "variance" in tensors:

@@ -3,7 +3,8 @@
     {name: fp32}                               the values
     {name: bf16, name_low: int16}              split: all bits of fp32; the upper half is the bf16 weight
     {name: bf16}                               bf16, rounded stochastically
-    {name: int8 or uint8, name_scale: fp32}    8-bit floats, rounded stochastically, and the maximum of each block
+    {name: int8 or uint8, name_scale: fp32}    8-bit floats, rounded stochastically, and the maximum of each block of
+                                               256 columns of a row
 
 Stochastic rounding rounds up with a probability equal to the fraction that is cut off, so that many small updates add
 up correctly on average; rounding to nearest would lose each one (Gupta et al., 2015).
@@ -16,15 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 256  # 8-bit values that share a scale; a block never spans two rows
+from lowmem.optim.philox import BLOCK
+
 _SPLIT_ELEMENTS = 2**22  # elements split at a time, because int32 temporaries of a whole embedding would be large
 
 # An 8-bit float consists of bits of an fp32 number, from bit 20: 3 mantissa bits and the lowest exponent bits. A first
 # moment (int8) has 4 exponent bits and a separate sign; a second moment (uint8) has 5. Moments need relative precision:
 # evenly spaced codes would round small second moments to 0, and dividing by these makes updates huge (Li et al., 2023).
-_CUT_BITS = 20
-_LARGEST = {torch.int8: 127, torch.uint8: 255}
-_LEAST = {torch.int8: 0, torch.uint8: 8}  # second moments stay above 0; codes below 8 are subnormal floats, slow on CPU
+CUT_BITS = 20
+LARGEST = {torch.int8: 127, torch.uint8: 255}
+LEAST = {torch.int8: 0, torch.uint8: 8}  # second moments stay above 0; codes below 8 are subnormal floats, slow on CPU
 
 
 def keep(name: str, values: Tensor, form: str) -> dict[str, Tensor]:
@@ -43,7 +45,7 @@ def zeros(name: str, like: Tensor, form: str) -> dict[str, Tensor]:
     """Make zeros in the shape of `like`, in the format "fp32", "bf16", "int8" or "uint8"."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "uint8": torch.uint8}[form]
     tensors = {name: torch.zeros_like(like, dtype=dtype)}
-    if dtype in _LARGEST:
+    if dtype in LARGEST:
         rows, columns = rows_and_columns(like)
         tensors[f"{name}_scale"] = torch.zeros(rows, -(-columns // BLOCK), device=like.device)
     return tensors
@@ -63,7 +65,7 @@ def read(tensors: dict[str, Tensor], name: str, rows: slice) -> Tensor:
 def write(tensors: dict[str, Tensor], name: str, rows: slice, values: Tensor, random: Tensor | None) -> None:
     """Store `values` in some rows. `random` is from `random_halves`. Skips fp32, of which `read` returned a view."""
     kept = by_rows(tensors[name])[rows]
-    if kept.dtype in _LARGEST:
+    if kept.dtype in LARGEST:
         codes, scale = _to_8_bits(values, random, kept.dtype)
         kept.copy_(codes)
         tensors[f"{name}_scale"][rows] = scale
@@ -104,27 +106,15 @@ def round_stochastically(values: Tensor, random: Tensor) -> Tensor:
     return rounded.masked_fill_(values.isnan(), math.nan)  # adding `random` turns CUDA's NaN, 0x7FFFFFFF, into -0
 
 
-def random_halves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Draw 16 random bits per element, as int32 in [0, 65536). Draws 64 bits at a time, which is 4x as fast on CPU."""
-    count = math.prod(shape)
-    drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
-    halves = drawn.random_(-(2**63), None, generator=generator).view(torch.int16)[:count].view(shape)
-    return halves.to(torch.int32).bitwise_and_(0xFFFF)
-
-
-def shuffled(random: Tensor) -> Tensor:
-    """Apply a permutation of [0, 65536) to each value, so that the random bits of one rounding can serve another."""
-    return (random * 40503).bitwise_and_(0xFFFF)
-
-
 def _to_8_bits(values: Tensor, random: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     columns, is_signed = values.shape[1], dtype == torch.int8
     blocks = _blocks(values)
     scale = (blocks.abs() if is_signed else blocks).amax(2)
-    scaled = (blocks / scale.clamp(min=1e-30).unsqueeze(2)).mul_(_unit(dtype)).flatten(1)[:, :columns].contiguous()
+    inverse = scale.clamp(min=1e-30).reciprocal_().unsqueeze(2)
+    scaled = (blocks * inverse).mul_(unit(dtype)).flatten(1)[:, :columns].contiguous()
     magnitude = scaled.abs() if is_signed else scaled
-    bits = magnitude.view(torch.int32).add_(random, alpha=1 << (_CUT_BITS - 16)).bitwise_right_shift_(_CUT_BITS)
-    codes = bits.clamp_(_LEAST[dtype], _LARGEST[dtype]).to(dtype)
+    bits = magnitude.view(torch.int32).add_(random, alpha=1 << (CUT_BITS - 16)).bitwise_right_shift_(CUT_BITS)
+    codes = bits.clamp_(LEAST[dtype], LARGEST[dtype]).to(dtype)
     return (codes.mul_(scaled.sign_().to(dtype)) if is_signed else codes), scale
 
 
@@ -132,16 +122,16 @@ def _from_8_bits(codes: Tensor, scale: Tensor) -> Tensor:
     bits = codes.to(torch.int32)
     if codes.dtype == torch.int8:
         sign = bits & -(2**31)
-        bits.abs_().bitwise_left_shift_(_CUT_BITS).bitwise_or_(sign)
+        bits.abs_().bitwise_left_shift_(CUT_BITS).bitwise_or_(sign)
     else:
-        bits.bitwise_left_shift_(_CUT_BITS)
-    values = _blocks(bits.view(torch.float32)).mul_(1 / _unit(codes.dtype)).mul_(scale.unsqueeze(2))
+        bits.bitwise_left_shift_(CUT_BITS)
+    values = _blocks(bits.view(torch.float32)).mul_(1 / unit(codes.dtype)).mul_(scale.unsqueeze(2))
     return values.flatten(1)[:, : codes.shape[1]].contiguous()
 
 
-def _unit(dtype: torch.dtype) -> float:
+def unit(dtype: torch.dtype) -> float:
     """Return the fp32 number whose bits 20 to 27 are the largest code. Blocks are scaled to this maximum."""
-    return struct.unpack("f", struct.pack("I", _LARGEST[dtype] << _CUT_BITS))[0]
+    return struct.unpack("f", struct.pack("I", LARGEST[dtype] << CUT_BITS))[0]
 
 
 def _blocks(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from lowmem.distributed.fully_sharded import has_gathered, notice_new_parameters
 from lowmem.distributed.placement import is_sharded
 from lowmem.model.build import convert_buffers
 from lowmem.optim.adafactor import TieredAdafactor
-from lowmem.optim.formats import BLOCK
+from lowmem.optim.philox import BLOCK
 from lowmem.optim.tiers import TieredAdamW, is_large
 
 # for memory="off": optimizers of torch.optim that need no closure and accept dense gradients and any shape
@@ -39,13 +39,15 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     slice_elements: int | None = None,
+    fused: bool = True,
 ) -> Optimizer:
     """Make an optimizer for the trainable parameters of `model`; biases and norms get no weight decay.
 
     The tiers "exact" and "lean" support adamw, adamw_bf16 (moments in bf16) and adafactor. They convert all weights to
     bf16 in place: call `parallelize` first, and use an Accelerator without mixed precision. `memory="off"` makes an
     optimizer of torch.optim. Set the learning rate at each step; `betas` and `eps` are for Adam's family. A tier
-    updates `slice_elements` elements at a time (None: depends on device and size). Raises ValueError for
+    updates with a kernel if there is one for the device and `fused` is set, otherwise with tensor operations on
+    `slice_elements` elements at a time (None: depends on device and size). Raises ValueError for
     unsupported combinations.
     """
     if memory not in ("exact", "lean", "off"):
@@ -80,7 +82,7 @@ def make_optimizer(
         if not parameter.requires_grad:
             set_local_(parameter, local_of(parameter.data).to(torch.bfloat16))
     convert_buffers(model)
-    tier = {"memory": memory, "slice_elements": slice_elements}
+    tier = {"memory": memory, "slice_elements": slice_elements, "fused": fused}
     if name == "adafactor":
         return TieredAdafactor(groups, **tier)
     moments = "bf16" if name == "adamw_bf16" else "tier"

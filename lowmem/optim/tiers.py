@@ -3,48 +3,78 @@
 exact   weights split into bf16 and an int16 low half, which together hold all bits of fp32; fp32 moments
 lean    weights in bf16 only, rounded stochastically; 8-bit moments. Small parameters are stored as in exact.
 
-An update converts one slice of rows at a time to fp32 and back, so temporaries have the size of a slice.
+A kernel updates each parameter in one pass over memory. Without one, tensor operations convert one slice of rows at a
+time to fp32 and back, so temporaries have the size of a slice.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
 from lowmem.distributed.dtensor import local_of, local_part, set_local_, sharded_like
 from lowmem.distributed.seeds import seed_of
-from lowmem.optim.formats import by_rows, keep, random_halves, read, rows_and_columns, shuffled, write, zeros
+from lowmem.optim import kernels_cpu
+from lowmem.optim.adamw import Numbers, Update, adamw
+from lowmem.optim.formats import by_rows, keep, round_stochastically, rows_and_columns, write, zeros
+from lowmem.optim.philox import Place, random_halves
 
 _SMALL = 4096  # vectors, and parameters of at most this many elements, take few bytes: lean stores them as exact does
 _CACHED_ELEMENTS = 2**19  # elements per slice on CPU, so that the slice's temporaries fit into the cache
-_VECTOR = 16  # fp32 values in a CPU's widest vector register
 _LAUNCHED_ELEMENTS = (2**22, 2**24)  # elements per slice on a GPU: minimum (few launches), maximum (small temporaries)
 
 Tensors = dict[str, Tensor]
 Group = dict[str, object]
-Random = Callable[[Tensor], Tensor]
+Random = Callable[[slice], Tensor]
+"""Return 16 random bits for each element of some rows, as int32; the same bits for the same rows."""
+
+
+class WithGradient(NamedTuple):
+    """A parameter to update."""
+
+    group: Group
+    parameter: nn.Parameter
+    gradient: Tensor
+    """This rank's part, bf16 or fp32, as a matrix (rows, columns)."""
+    tensors: Tensors
+    """This rank's part of the weight and state."""
 
 
 class TieredOptimizer(Optimizer):
     """Base class for the optimizers of the memory tiers. It handles formats, slices, random bits and gradient sums.
 
     Converts the trainable weights to the tier's format in place, and allocates all state: "step" (on the host) and the
-    tensors of each format. Groups hold (name, parameter) pairs. Random bits depend only on (seed, update, name, shard).
-    A subclass allocates moments in `_new_moments`, and updates weight and state slice by slice in `_update`.
+    tensors of each format. Groups hold (name, parameter) pairs. The random bits of an element depend only on (seed,
+    update, name) and its position in the full parameter. A subclass allocates moments in `_new_moments`, and updates
+    weights and state in `_update`. `fused=False` uses tensor operations even if there are kernels.
     """
 
-    def __init__(self, groups: list[Group], defaults: Group, *, memory: str, slice_elements: int | None = None):
+    def __init__(
+        self,
+        groups: list[Group],
+        defaults: Group,
+        *,
+        memory: str,
+        slice_elements: int | None = None,
+        fused: bool = True,
+    ):
         names = {parameter: name for group in groups for name, parameter in group["params"]}
         groups = [group | {"params": [parameter for _, parameter in group["params"]]} for group in groups]
         super().__init__(groups, {"lr": 0.0} | defaults)
+        device_type = next(iter(names)).device.type
         self.memory, self._names = memory, names
+        self.kernels = kernels_for(device_type) if fused else None
+        """The module of kernels that this optimizer uses, or None for tensor operations."""
         self.seed = 0
         """Seed of stochastic rounding; `train_step` sets it."""
-        self._slice_elements = slice_elements or slice_elements_for(list(names), next(iter(names)).device.type)
+        self.clip_factor: Tensor | None = None
+        """An fp32 scalar that multiplies each gradient in the next `step`, which then sets it to None."""
+        self._slice_elements = slice_elements or slice_elements_for(list(names), device_type)
         for group in self.param_groups:
             for parameter in group["params"]:
                 form = "bf16" if self._is_rounded(parameter) else "split"
@@ -57,35 +87,33 @@ class TieredOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient (bf16 or fp32)."""
+        clip_factor, self.clip_factor = self.clip_factor, None
+        self._update(self._with_gradients(), clip_factor)
+
+    def _with_gradients(self) -> Iterator[WithGradient]:
+        """Yield each parameter that has a gradient, after counting its update."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                state["step"] += 1
-                tensors = _local_tensors(parameter, state)
-                gradient = by_rows(local_of(parameter.grad).contiguous())
-                self._update(group, parameter, gradient, tensors, self._random(parameter, int(state["step"])))
+                if parameter.grad is not None:
+                    self.state[parameter]["step"] += 1
+                    gradient = by_rows(local_of(parameter.grad).contiguous())
+                    yield WithGradient(group, parameter, gradient, _local_tensors(parameter, self.state[parameter]))
 
     @contextmanager
     def summing(self, micro_batches: int, *key: int) -> Iterator[None]:
         """Sum gradients over micro-batches in fp32. In lean, sum large ones in bf16 with rounding seeded by `key`."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        sums: dict[nn.Parameter, Tensors] = {}
+        sums: dict[nn.Parameter, Tensor] = {}
         count = dict.fromkeys(parameters, 0)
 
         @torch.no_grad()
         def add(parameter: nn.Parameter) -> None:
             gradient, parameter.grad = local_of(parameter.grad).contiguous(), None
-            is_rounded = self._is_rounded(parameter)
             if parameter not in sums:
-                sums[parameter] = {"sum": gradient if is_rounded else gradient.float()}
+                sums[parameter] = gradient if self._is_rounded(parameter) else gradient.float()
                 return
             count[parameter] += 1
-            draw = self._random(parameter, count[parameter], *key)
-            for rows in self.slices(parameter):
-                values = read(sums[parameter], "sum", rows).add_(by_rows(gradient)[rows])
-                write(sums[parameter], "sum", rows, values, draw(values) if is_rounded else None)
+            self.add(parameter, sums[parameter], gradient, self.key_of(parameter, count[parameter], *key))
 
         for parameter in parameters:
             parameter.grad_dtype = parameter.dtype
@@ -96,23 +124,35 @@ class TieredOptimizer(Optimizer):
                 # set the dtype even without a sum: this rank then all-reduces zeros, which need the other ranks' dtype
                 parameter.grad_dtype = torch.bfloat16 if self._is_rounded(parameter) else torch.float32
             for parameter, total in sums.items():
-                parameter.grad = sharded_like(parameter, total["sum"])
+                parameter.grad = sharded_like(parameter, total)
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def add(self, parameter: nn.Parameter, total: Tensor, gradient: Tensor, key: int) -> None:
+        total, gradient, place = by_rows(total), by_rows(gradient), place_of(parameter)
+        if self.kernels:
+            self.kernels.add(total, gradient, key, place)
+            return
+        for rows in self.slices(parameter):
+            values = total[rows].float().add_(gradient[rows])
+            if self._is_rounded(parameter):
+                random = random_halves(key, place, rows, values.shape[1], values.device)
+                values = round_stochastically(values, random)
+            total[rows] = values
+
     @torch.no_grad()
     def round_from(self, parameter: nn.Parameter, names: Iterable[str], values: Callable[[str, slice], Tensor]) -> None:
         """For each name, store `values(name, rows)` (fp32) in its format. `rows` are rows of the full parameter."""
-        tensors, (_, first, _) = _local_tensors(parameter, self.state[parameter]), local_part(parameter.data)
-        draw = self._random(parameter, "round_from")
-        for rows in self.slices(parameter):
-            for name in sorted(names):
-                new = values(name, slice(first + rows.start, first + rows.stop)).to(parameter.device)
+        tensors, place = _local_tensors(parameter, self.state[parameter]), place_of(parameter)
+        for name in sorted(names):
+            draw = self._random(parameter, "round_from", name)
+            for rows in self.slices(parameter):
+                new = values(name, slice(place.row + rows.start, place.row + rows.stop)).to(parameter.device)
                 if tensors[name].dtype == torch.float32:
                     by_rows(tensors[name])[rows] = new
                 else:
-                    write(tensors, name, rows, new, None if f"{name}_low" in tensors else draw(new))
+                    write(tensors, name, rows, new, None if f"{name}_low" in tensors else draw(rows))
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Copy a saved state into this optimizer. (torch's method would convert moments to the weight's dtype.)"""
@@ -128,30 +168,21 @@ class TieredOptimizer(Optimizer):
         """Split the rows of this rank's shard of a parameter into the slices to update one at a time."""
         rows, columns = rows_and_columns(local_of(parameter))
         height = max(1, self._slice_elements // max(1, columns))
-        # Slices are multiples of the vector width if possible: the fused kernel may round a remainder differently.
-        whole = _VECTOR // math.gcd(_VECTOR, columns)
-        height = height // whole * whole or height
         return (slice(first, min(first + height, rows)) for first in range(0, rows, height))
 
+    def key_of(self, parameter: nn.Parameter, *key: int | str) -> int:
+        """Return the key of the random bits of one rounding of a parameter, the same on every rank."""
+        return seed_of(self.seed, *key, self._names[parameter])
+
     def _random(self, parameter: nn.Parameter, *key: int | str) -> Random:
-        """Return a function that draws 16 random bits per element, the same on every rank that has this shard."""
-        generator = None  # created on first use, because not every update draws
-        _, *corner = local_part(parameter.data)
-
-        def draw(values: Tensor) -> Tensor:
-            nonlocal generator
-            if generator is None:
-                seed = seed_of(self.seed, *key, self._names[parameter], *(corner if any(corner) else []))
-                generator = torch.Generator(parameter.device).manual_seed(seed)
-            return random_halves(values.shape, generator)
-
-        return draw
+        columns, place = rows_and_columns(local_of(parameter))[1], place_of(parameter)
+        return lambda rows: random_halves(self.key_of(parameter, *key), place, rows, columns, parameter.device)
 
 
 class TieredAdamW(TieredOptimizer):
-    """AdamW (Loshchilov and Hutter, 2019) with torch's fused kernel.
+    """AdamW as `adamw.py` defines it.
 
-    The exact tier with fp32 moments gives the same weights as AdamW in fp32, bit for bit.
+    The exact tier with fp32 moments gives the weights that AdamW gives in fp32, bit for bit.
 
     With moments="tier", large moments are fp32 in exact and 8-bit in lean. With "bf16", they are bf16 in both.
     """
@@ -167,21 +198,28 @@ class TieredAdamW(TieredOptimizer):
             forms = tier_forms if self._moments == "tier" else ("bf16", "bf16")
         return zeros("exp_avg", local, forms[0]) | zeros("exp_avg_sq", local, forms[1])
 
-    def _update(self, group: Group, parameter: nn.Parameter, gradient: Tensor, tensors: Tensors, draw: Random) -> None:
-        names = ("weight", "exp_avg", "exp_avg_sq")
-        is_rounded = any(tensors[name].dtype != torch.float32 and f"{name}_low" not in tensors for name in names)
-        beta1, beta2 = group["betas"]
-        options = {name: group[name] for name in ("lr", "weight_decay", "eps")}
-        options |= {"fused": True, "amsgrad": False, "maximize": False, "beta1": beta1, "beta2": beta2}
-        for rows in self.slices(parameter):
-            weight, exp_avg, exp_avg_sq = (read(tensors, name, rows) for name in names)
-            step = torch.full((), int(tensors["step"]) - 1, dtype=torch.float32, device=weight.device)
-            adamw([weight], [gradient[rows].float()], [exp_avg], [exp_avg_sq], [], [step], **options)
-            random = draw(weight) if is_rounded else None
-            write(tensors, "weight", rows, weight, random)
-            write(tensors, "exp_avg_sq", rows, exp_avg_sq, random)
-            # use other bits: the update divides the first moment by the second, so their errors must not correlate
-            write(tensors, "exp_avg", rows, exp_avg, shuffled(random) if is_rounded else None)
+    def _update(self, with_gradients: Iterable[WithGradient], clip_factor: Tensor | None) -> None:
+        if self.kernels:
+            self.kernels.adamw(map(self._update_of, with_gradients), clip_factor)
+            return
+        for found in with_gradients:
+            adamw(self._update_of(found), self.slices(found.parameter), clip_factor)
+
+    def _update_of(self, found: WithGradient) -> Update:
+        step = int(found.tensors["step"])
+        key, place = self.key_of(found.parameter, step), place_of(found.parameter)
+        return Update(found.tensors, found.gradient, Numbers.of(step, **found.group), key, place)
+
+
+def kernels_for(device_type: str) -> ModuleType | None:
+    """Return the module of kernels for a type of device, or None if it has none or they are not compiled."""
+    return kernels_cpu if device_type == "cpu" and kernels_cpu.library() else None
+
+
+def place_of(parameter: nn.Parameter) -> Place:
+    """Return where this rank's part begins in the full parameter as a matrix."""
+    _, row, column = local_part(parameter.data)
+    return Place(row, column * math.prod(parameter.shape[2:]), rows_and_columns(parameter)[1])
 
 
 def _local_tensors(parameter: nn.Parameter, state: Tensors) -> Tensors:

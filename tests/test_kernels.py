@@ -1,0 +1,202 @@
+"""AdamW's three forms (tensor operations, C++, Triton) have equal bits, which no slice, shard or thread changes."""
+
+import hashlib
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from lowmem import init_distributed
+from lowmem.distributed.dtensor import local_of, local_part
+from lowmem.optim import kernels_cpu, tiers
+from lowmem.optim.make import make_optimizer
+from lowmem.optim.philox import BLOCK, Place, philox, random_halves
+from tests.forked import fork_ranks
+from tests.processes import ROOT, run
+
+CPU = torch.device("cpu")
+FORMS = [("adamw", "exact"), ("adamw", "lean"), ("adamw_bf16", "exact"), ("adamw_bf16", "lean")]
+# sizes that are no multiples of a block, a vector register or a power of two, and a matrix without any remainder
+ODD = {"wide": (7, 701), "tall": (67, 62), "bias": (77,), "scalar": (), "deep": (4, 7, 181), "even": (16, 512)}
+
+
+def drawn(shape, source):
+    """Return numbers in (-2, 2), the same on every instruction set, unlike those of torch.randn."""
+    return torch.randint(-(2**20), 2**20, shape, generator=source) / 2**19
+
+
+def module(shapes):
+    made = nn.Module()
+    for seed, (name, shape) in enumerate(shapes.items()):
+        made.register_parameter(name, nn.Parameter(drawn(shape, torch.Generator().manual_seed(seed))))
+    return made
+
+
+def states(name, memory, kernels, *, steps, dtype=torch.bfloat16, model=None):
+    """Return weights and state after some updates, every other of them clipped, and a sum of two gradients."""
+    model = model or module(ODD)
+    optimizer = make_optimizer(model, name=name, memory=memory, weight_decay=0.1, slice_elements=1000)
+    optimizer.kernels = kernels
+    source = torch.Generator().manual_seed(1)
+
+    def gradient(parameter, dtype):
+        whole = drawn(parameter.shape, source).to(dtype)
+        if isinstance(parameter, DTensor):
+            return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        return whole
+
+    for step in range(steps):
+        for parameter in model.parameters():
+            parameter.grad_dtype = None  # let gradients have any dtype
+            parameter.grad = gradient(parameter, dtype)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (step + 1)
+        optimizer.clip_factor = torch.tensor(0.37) if step % 2 else None
+        optimizer.step()
+    found = {}
+    for path, parameter in model.named_parameters():
+        found |= {f"{path}.{key}": tensor for key, tensor in {"": parameter.data, **optimizer.state[parameter]}.items()}
+        is_rounded = memory == "lean" and tiers.is_large(parameter)
+        total = gradient(parameter, torch.bfloat16 if is_rounded else torch.float32)
+        optimizer.add(parameter, local_of(total), local_of(gradient(parameter, torch.bfloat16)), 2**63 + 5)
+        found[f"{path}.sum"] = total
+    return found
+
+
+def bits(tensor):
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def differing(found, expected):
+    assert found.keys() == expected.keys()
+    return [name for name in found if not torch.equal(bits(found[name]), bits(expected[name]))]
+
+
+@pytest.mark.parametrize("gradients", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("name", "memory"), FORMS)
+def test_kernels_have_the_bits_of_tensor_operations(name, memory, gradients):
+    expected = states(name, memory, None, steps=100, dtype=gradients)
+    assert not differing(states(name, memory, kernels_cpu, steps=100, dtype=gradients), expected)
+
+
+def test_triton_kernels_have_the_bits_of_tensor_operations():
+    """Run them on CPU tensors in Triton's interpreter, which Triton chooses when it is imported."""
+    pytest.importorskip("triton")
+    result = run(sys.executable, __file__, "triton", TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-len(FORMS) :] == ["differing: []"] * len(FORMS)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_bits_do_not_depend_on_the_instruction_set(capability):
+    result = run(sys.executable, __file__, "digests", ATEN_CPU_CAPABILITY=capability)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-2:] == digests()
+
+
+def digests():
+    """Return one line for tensor operations and one for kernels."""
+    found = [states("adamw", "lean", kernels, steps=20).values() for kernels in (None, kernels_cpu)]
+    return [hashlib.sha256(b"".join(bits(x).numpy().tobytes() for x in tensors)).hexdigest() for tensors in found]
+
+
+def test_philox_gives_the_published_words():
+    """The words are from the file kat_vectors of Random123: philox4x32 with 10 rounds."""
+    words = philox(0, torch.zeros(1, dtype=torch.int64))
+    assert [int(word) for word in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_random_halves_are_uniform_and_differ_between_elements_rows_and_keys():
+    of_keys = [random_halves(key, Place(0, 0, 5000), slice(0, 40), 5000, CPU) for key in (1, 2)]
+    halves, spread = torch.stack(of_keys).double(), 65536 / math.sqrt(12)
+    assert halves.min() >= 0 and halves.max() < 65536
+    assert abs(halves.mean() - 32767.5) < 4 * spread / math.sqrt(halves.numel())
+    assert halves.std() == pytest.approx(spread, rel=0.01)
+    pairs = [(halves[0], halves[1]), (halves[0, 1:], halves[0, :-1])]
+    pairs += [(halves[..., shift:], halves[..., :-shift]) for shift in (1, 32, 64, BLOCK)]
+    for mine, other in pairs:
+        correlation = torch.corrcoef(torch.stack([mine.flatten(), other.flatten()]))[0, 1]
+        assert abs(correlation) < 5 / math.sqrt(mine.numel())
+
+
+@pytest.mark.parametrize("offset", [0, 100, 256, 300])
+def test_a_part_of_a_matrix_has_the_random_bits_of_the_whole(offset):
+    whole = random_halves(7, Place(0, 0, 1000), slice(0, 9), 1000, CPU)
+    part = random_halves(7, Place(2, offset, 1000), slice(1, 4), 600, CPU)
+    assert torch.equal(part, whole[3:6, offset : offset + 600])
+    source = torch.Generator().manual_seed(0)
+    total, gradient = (drawn((9, 1000), source).bfloat16() for _ in range(2))
+    mine, term = (tensor[3:6, offset : offset + 600].clone() for tensor in (total, gradient))
+    kernels_cpu.add(total, gradient, 7, Place(0, 0, 1000))
+    kernels_cpu.add(mine, term, 7, Place(3, offset, 1000))
+    assert torch.equal(mine, total[3:6, offset : offset + 600])
+
+
+def test_several_threads_give_the_bits_of_one():
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(states("adamw", "lean", kernels_cpu, steps=3, model=module({"large": (700, 1500)})))
+    finally:
+        torch.set_num_threads(threads)
+    assert not differing(*found)
+
+
+@pytest.mark.parametrize("memory", ["exact", "lean"])
+def test_shards_by_rows_and_by_columns_have_the_bits_of_whole_parameters(memory):
+    assert fork_ranks(2, update_shards, memory) == [0, 0]
+
+
+def update_shards(memory):
+    accelerator = init_distributed()
+    shapes, mesh = {"rows": (37, 1024), "columns": (37, 1024)}, init_device_mesh("cpu", (2,))
+    sharded = module(shapes)
+    for dim, name in enumerate(shapes):
+        whole = sharded.get_parameter(name).detach()
+        sharded.register_parameter(name, nn.Parameter(distribute_tensor(whole, mesh, [Shard(dim)])))
+    expected = states("adamw", memory, kernels_cpu, steps=5, model=module(shapes))
+    for name, tensor in states("adamw", memory, kernels_cpu, steps=5, model=sharded).items():
+        if isinstance(tensor, DTensor):  # not the number of steps
+            local, row, column = local_part(tensor)
+            part = expected[name][row : row + local.shape[0], column : column + local.shape[1]]
+            assert local.numel() and torch.equal(bits(local), bits(part)), name
+    accelerator.end_training()
+
+
+def test_a_library_of_another_source_is_not_loaded(tmp_path, monkeypatch):
+    folder = tmp_path / "optim"
+    shutil.copytree(ROOT / "lowmem" / "optim", folder)
+    monkeypatch.setattr(kernels_cpu, "__file__", str(folder / "kernels_cpu.py"))
+    kernels_cpu.library.cache_clear()
+    try:
+        assert kernels_cpu.library() is not None
+        kernels_cpu.library.cache_clear()
+        with open(folder / "kernels.cpp", "a") as file:
+            file.write("// changed\n")
+        assert kernels_cpu.library() is None
+    finally:
+        kernels_cpu.library.cache_clear()
+
+
+def test_setup_without_a_compiler_builds_no_library_and_succeeds(tmp_path):
+    options = ("build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp")
+    result = run(sys.executable, "setup.py", *options, CC="/nonexistent", CXX="/nonexistent")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "digests":
+        print(*digests(), sep="\n")
+    else:
+        from lowmem.optim import kernels_cuda
+
+        for name, memory in FORMS:
+            found = states(name, memory, kernels_cuda, steps=2)
+            print("differing:", differing(found, states(name, memory, None, steps=2)))
