@@ -15,6 +15,7 @@ from lowmem.distributed.fill import read_local
 from lowmem.distributed.heartbeat import phase
 from lowmem.errors import UsageError, one_line
 from lowmem.optim.state import fill_state, needs_rounding, round_state, state_differences
+from lowmem.optim.tiers import DEFINITION, TieredOptimizer
 from lowmem.step import TrainState
 from lowmem.storage.tensor_files import open_shards, tensor_differences
 
@@ -60,7 +61,7 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
     shapes and dtypes of weights and optimizer state with `state`. Of a torch optimizer, compares only the class.
     Raises a UsageError that names the damaged file or up to 10 differing tensors.
     """
-    path = Path(path)
+    path, (rank, _) = Path(path), rank_and_world_size()
     if verify:
         verify_together(path)
     with raise_on_all_ranks():
@@ -83,6 +84,8 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
             found += f" and {more} more" * (more > 0)
             advice = "Build the model that was saved, with its optimizer in the same memory tier"
             raise UsageError(f"{path} does not match the model: {found}. {advice}")
+        if isinstance(state.optimizer, TieredOptimizer) and saved.get("definition", 1) < DEFINITION and not rank:
+            print(f"{path} is of an earlier version, which rounded updates in another way: later bits will differ")
         if state.stream is not None:
             if saved["stream"] is None:
                 raise UsageError(f"{path} was saved without a stream, so it has no position to resume from: start over")

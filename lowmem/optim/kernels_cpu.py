@@ -38,7 +38,7 @@ class _Parameter(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Load the kernels for this CPU, or return None if they are not compiled from the kernels.cpp beside this file."""
+    """Load the kernels for this CPU, or return None if they are not compiled from the kernels.cpp next to this file."""
     folder = Path(__file__).parent
     source = folder / "kernels.cpp"
     for name in _SETS.get(torch.backends.cpu.get_cpu_capability(), ("baseline",)):

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lowmem.config.train_config import TIERED_OPTIMIZERS
+from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.dtensor import is_in_columns, local_of, set_local_
 from lowmem.distributed.fully_sharded import has_gathered, notice_new_parameters
 from lowmem.distributed.placement import is_sharded
@@ -25,6 +26,8 @@ OPTIMIZERS |= {"adamax": optim.Adamax, "adafactor": optim.Adafactor, "adagrad": 
 OPTIMIZERS |= {"adadelta": optim.Adadelta, "rmsprop": optim.RMSprop, "sgd": optim.SGD}
 
 _FUSED_SHARDED = ("adamw", "adam")  # optimizers whose fused kernels accept DTensors
+
+_ADVICE = {"cpu": "install a C++ compiler, then lowmem again", "cuda": "install triton and a C compiler"}
 
 # names of biases and norms, which get no weight decay, as in transformers' Trainer
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
@@ -87,6 +90,9 @@ def make_optimizer(
         return TieredAdafactor(groups, **tier)
     moments = "bf16" if name == "adamw_bf16" else "tier"
     optimizer = TieredAdamW(groups, betas=betas, eps=eps, moments=moments, **tier)
+    if fused and optimizer.kernels is None and rank_and_world_size()[0] == 0:
+        advice = _ADVICE.get(trainable[0][1].device.type, "use a CPU or a CUDA GPU")
+        print(f"updates use tensor operations, several times slower than lowmem's kernels: {advice}", flush=True)
     if is_sharded(model):
         notice_new_parameters(model)
     return optimizer

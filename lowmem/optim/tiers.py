@@ -8,13 +8,18 @@ time to fp32 and back, so temporaries have the size of a slice.
 """
 
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.optim import Optimizer
 
 from lowmem.distributed.dtensor import local_of, local_part, set_local_, sharded_like
@@ -32,6 +37,10 @@ Tensors = dict[str, Tensor]
 Group = dict[str, object]
 Random = Callable[[slice], Tensor]
 """Return 16 random bits for each element of some rows, as int32; the same bits for the same rows."""
+
+
+DEFINITION = 2
+"""Number of the definition of a tier's bits, which checkpoints record. 1 used torch's AdamW and torch's generators."""
 
 
 class WithGradient(NamedTuple):
@@ -66,15 +75,15 @@ class TieredOptimizer(Optimizer):
         names = {parameter: name for group in groups for name, parameter in group["params"]}
         groups = [group | {"params": [parameter for _, parameter in group["params"]]} for group in groups]
         super().__init__(groups, {"lr": 0.0} | defaults)
-        device_type = next(iter(names)).device.type
+        first = local_of(next(iter(names)))
         self.memory, self._names = memory, names
-        self.kernels = kernels_for(device_type) if fused else None
-        """The module of kernels that this optimizer uses, or None for tensor operations."""
+        self.kernels = kernels_for(first) if fused else None
+        """The kernels that this optimizer uses, or None for tensor operations."""
         self.seed = 0
         """Seed of stochastic rounding; `train_step` sets it."""
         self.clip_factor: Tensor | None = None
         """An fp32 scalar that multiplies each gradient in the next `step`, which then sets it to None."""
-        self._slice_elements = slice_elements or slice_elements_for(list(names), device_type)
+        self._slice_elements = slice_elements or slice_elements_for(list(names), first.device.type)
         for group in self.param_groups:
             for parameter in group["params"]:
                 form = "bf16" if self._is_rounded(parameter) else "split"
@@ -211,9 +220,29 @@ class TieredAdamW(TieredOptimizer):
         return Update(found.tensors, found.gradient, Numbers.of(step, **found.group), key, place)
 
 
-def kernels_for(device_type: str) -> ModuleType | None:
-    """Return the module of kernels for a type of device, or None if it has none or they are not compiled."""
-    return kernels_cpu if device_type == "cpu" and kernels_cpu.library() else None
+class FakeKernels:
+    """Kernels for fake tensors, which have no data. Like real ones, they take no memory."""
+
+    @staticmethod
+    def adamw(updates: Iterable[Update], clip_factor: Tensor | None) -> None:
+        for _ in updates:  # each is counted when it is made
+            pass
+
+    @staticmethod
+    def add(total: Tensor, gradient: Tensor, key: int, place: Place) -> None:
+        pass
+
+
+def kernels_for(tensor: Tensor) -> ModuleType | type[FakeKernels] | None:
+    """Return the kernels for tensors like this one, or None if its device has none or they are not compiled."""
+    if isinstance(tensor, FakeTensor):
+        return FakeKernels
+    if tensor.device.type == "cpu":
+        return kernels_cpu if kernels_cpu.library() else None
+    has_compiler = os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))  # Triton compiles with it
+    if tensor.device.type != "cuda" or find_spec("triton") is None or not has_compiler:
+        return None
+    return import_module("lowmem.optim.kernels_cuda")
 
 
 def place_of(parameter: nn.Parameter) -> Place:

@@ -25,6 +25,7 @@ from lowmem.loss import LOSSES
 from lowmem.memory.savers import entered
 from lowmem.model.build import build_model, freeze
 from lowmem.model.load import config_of
+from lowmem.optim import kernels_cpu
 from lowmem.optim.make import make_optimizer
 from lowmem.optim.state import optimizer_tensors
 from lowmem.optim.tiers import slice_elements_for
@@ -83,7 +84,9 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
             shard(model, mesh, sharding_strategy=config.sharding_strategy, cpu_offload=False)  # fakes are on the CPU
         device, trained = "cuda" if cluster.on_gpu else "cpu", [x for x in model.parameters() if x.requires_grad]
         slice_elements = slice_elements_for(trained, device)
-        optimizer = make_optimizer(model, **config.optimizer_options, slice_elements=slice_elements)
+        fused = cluster.on_gpu or kernels_cpu.library() is not None  # a GPU has Triton
+        options = config.optimizer_options | {"slice_elements": slice_elements, "fused": fused}
+        optimizer = make_optimizer(model, **options)
         _make_state(optimizer)
         loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)
         if config.loss == "chunked":
