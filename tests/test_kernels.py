@@ -20,6 +20,7 @@ from tests.forked import fork_ranks
 from tests.processes import ROOT, run
 
 CPU = torch.device("cpu")
+needs_kernels = pytest.mark.skipif(kernels_cpu.library() is None, reason="lowmem was installed without a C++ compiler")
 FORMS = [("adamw", "exact"), ("adamw", "lean"), ("adamw_bf16", "exact"), ("adamw_bf16", "lean")]
 # sizes that are no multiples of a block, a vector register or a power of two, and a matrix without any remainder
 ODD = {"wide": (7, 701), "tall": (67, 62), "bias": (77,), "scalar": (), "deep": (4, 7, 181), "even": (16, 512)}
@@ -77,6 +78,7 @@ def differing(found, expected):
     return [name for name in found if not torch.equal(bits(found[name]), bits(expected[name]))]
 
 
+@needs_kernels
 @pytest.mark.parametrize(("gradients", "steps"), [(torch.bfloat16, 100), (torch.float32, 10)])
 @pytest.mark.parametrize(("name", "memory"), FORMS)
 def test_kernels_have_the_bits_of_tensor_operations(name, memory, gradients, steps):
@@ -92,6 +94,7 @@ def test_triton_kernels_have_the_bits_of_tensor_operations():
     assert result.stdout.splitlines()[-len(FORMS) :] == ["differing: []"] * len(FORMS)
 
 
+@needs_kernels
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_bits_do_not_depend_on_the_instruction_set(capability):
     result = run(sys.executable, __file__, "digests", ATEN_CPU_CAPABILITY=capability)
@@ -124,6 +127,7 @@ def test_random_halves_are_uniform_and_differ_between_elements_rows_and_keys():
         assert abs(correlation) < 5 / math.sqrt(mine.numel())
 
 
+@needs_kernels
 @pytest.mark.parametrize("offset", [0, 100, 256, 300])
 def test_a_part_of_a_matrix_has_the_random_bits_of_the_whole(offset):
     whole = random_halves(7, Place(0, 0, 1000), slice(0, 9), 1000, CPU)
@@ -137,6 +141,7 @@ def test_a_part_of_a_matrix_has_the_random_bits_of_the_whole(offset):
     assert torch.equal(mine, total[3:6, offset : offset + 600])
 
 
+@needs_kernels
 def test_several_threads_give_the_bits_of_one():
     threads, found = torch.get_num_threads(), []
     try:
@@ -148,6 +153,7 @@ def test_several_threads_give_the_bits_of_one():
     assert not differing(*found)
 
 
+@needs_kernels
 @pytest.mark.parametrize("memory", ["exact", "lean"])
 def test_shards_by_rows_and_by_columns_have_the_bits_of_whole_parameters(memory):
     assert fork_ranks(2, update_shards, memory) == [0, 0]
@@ -169,6 +175,7 @@ def update_shards(memory):
     accelerator.end_training()
 
 
+@needs_kernels
 def test_a_library_of_another_source_is_not_loaded(tmp_path, monkeypatch):
     folder = tmp_path / "optim"
     shutil.copytree(ROOT / "lowmem" / "optim", folder)

@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import Trainer, get_scheduler
 
-from lowmem.distributed.reduce import gradient_norm
 from lowmem.optim.make import OPTIMIZERS, make_optimizer
+from lowmem.optim.norms import gradient_norms
 from lowmem.optim.schedule import learning_rate_at
 from lowmem.plan.meter import MemoryMeter
 from tests.models import build
@@ -85,13 +85,17 @@ def test_frozen_weights_are_left_out():
 @pytest.mark.parametrize("shape", [(4096, 2048), (131072, 64), (3, 2000, 1000), (5000,), (), (0, 8)])
 def test_the_norm_of_a_gradient_is_accurate_in_fp32(shape, dtype):
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    norm = gradient_norm(gradient)
+    norm = gradient_norms([gradient])[0]
     assert norm.dtype == torch.float32 and norm.shape == ()
     torch.testing.assert_close(norm.double(), gradient.double().norm(), rtol=1e-6, atol=0)
+    for worst in (torch.inf, torch.nan, 3e38) if gradient.numel() > 1 else ():
+        gradient.view(-1)[:2] = worst
+        expected = gradient.double().norm().float()  # infinity, if it is above the range of fp32
+        torch.testing.assert_close(gradient_norms([gradient])[0], expected, equal_nan=True)
 
 
 def test_the_norm_of_a_large_bf16_gradient_takes_little_memory():
     gradient = torch.ones(4, 2048, 1024, dtype=torch.bfloat16)
     with MemoryMeter() as meter:
-        gradient_norm(gradient)
+        gradient_norms([gradient])[0]
     assert meter.peak_bytes < 5 * 2**20

@@ -1,4 +1,4 @@
-"""Sum tensors over ranks in fp32, and compute the norm of a gradient."""
+"""Sum tensors over ranks in fp32."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,6 @@ from torch import Tensor
 from lowmem.distributed.collectives import collective
 
 _BUCKET_BYTES = 32 * 2**20
-_NORM_ELEMENTS = 2**20  # on a CPU, gradient_norm converts about this many elements at a time
 
 
 def all_reduce_sum(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -51,15 +50,3 @@ def _reduce_bucket(bucket: list[Tensor], group: dist.ProcessGroup | None) -> Non
 def _reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
     with collective("summing tensors"):
         dist.all_reduce(tensor, group=group)
-
-
-def gradient_norm(gradient: Tensor) -> Tensor:
-    """Return the L2 norm of a gradient as an fp32 (or wider) scalar, without copying a whole bf16 gradient to fp32."""
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    if gradient.device.type != "cpu":  # GPU kernels convert while reading, and add in a tree, which is accurate
-        return torch.linalg.vector_norm(gradient, dtype=wide)
-    # take each row's norm, then the norm of these in fp64, because CPU kernels add in sequence (16M values: 1e-3 off)
-    rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient.reshape(1, -1)
-    pieces = [rows] if rows.dtype == wide else rows.split(max(1, _NORM_ELEMENTS // max(1, rows.shape[1])))
-    of_rows = [torch.linalg.vector_norm(piece, dim=1, dtype=wide) for piece in pieces]
-    return torch.linalg.vector_norm(torch.cat(of_rows), dtype=torch.float64).to(wide)

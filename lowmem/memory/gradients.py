@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import is_first_copy, local_of
 from lowmem.distributed.placement import data_place, has_collectives, is_engine, is_sharded
-from lowmem.distributed.reduce import all_reduce_sum, gradient_norm
+from lowmem.distributed.reduce import all_reduce_sum
 from lowmem.distributed.seeds import seed_of
 from lowmem.memory.release import Released
+from lowmem.optim.norms import gradient_norms
 from lowmem.optim.tiers import TieredOptimizer
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -83,11 +84,11 @@ class Gradients:
 
     def norm(self) -> Tensor:
         """Return the L2 norm of the whole gradient, fp32, equal on every rank. Runs one small collective if sharded."""
-        norms = [gradient_norm(gradient) for gradient in self._all if not isinstance(gradient, DTensor)]
+        norms = gradient_norms([gradient for gradient in self._all if not isinstance(gradient, DTensor)])
         if sharded := [gradient for gradient in self._all if isinstance(gradient, DTensor)]:
             squares = torch.zeros((), device=self._accelerator.device)
-            for gradient in filter(is_first_copy, sharded):
-                squares += gradient_norm(local_of(gradient)).square().to(squares.device)
+            for norm in gradient_norms([local_of(gradient) for gradient in sharded if is_first_copy(gradient)]):
+                squares += norm.square().to(squares.device)
             all_reduce_sum([squares])
             norms.append(squares.sqrt())
         return torch.linalg.vector_norm(torch.stack([*norms, *(self.released.norms if self.released else ())]))

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowmem.distributed.reduce import gradient_norm
 from lowmem.errors import UsageError
+from lowmem.optim.norms import gradient_norms
 
 
 @contextmanager
@@ -53,7 +53,7 @@ class Released:
 
     @torch.no_grad()
     def update(self, parameter: nn.Parameter) -> None:
-        self.norms.append(gradient_norm(parameter.grad))
+        self.norms += gradient_norms([parameter.grad])
         self.parameters.add(parameter)
         self._optimizer.step()  # skips all other parameters, because they have no gradient
         parameter.grad = None

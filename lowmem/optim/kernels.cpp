@@ -214,6 +214,19 @@ void add_to(Sum* sum, const Gradient* gradient, const Matrix& matrix, int64_t fr
     }
 }
 
+// The sum of squares, in fp64 and in sixteen partial sums, so that its bits do not depend on the instruction set.
+template <class Value> double squares_of(const Value* values, int64_t count) {
+    constexpr int WIDTH = 16;
+    double sums[WIDTH] = {};
+    const int64_t whole = count / WIDTH * WIDTH;
+    for (int64_t i = 0; i < whole; i += WIDTH)
+        for (int j = 0; j < WIDTH; j++) sums[j] += double(value_of(values[i + j], 0)) * value_of(values[i + j], 0);
+    for (int64_t i = whole; i < count; i++) sums[i - whole] += double(value_of(values[i], 0)) * value_of(values[i], 0);
+    double sum = 0;
+    for (int j = 0; j < WIDTH; j++) sum += sums[j];
+    return sum;
+}
+
 }  // namespace
 
 // Each works on the segments in [from, to), so that threads can share a tensor.
@@ -230,6 +243,15 @@ void adamw(const Parameter* parameter, int64_t from, int64_t to) {
 void add(void* sum, const bf16* gradient, int32_t sum_bytes, const Matrix* matrix, int64_t from, int64_t to) {
     if (sum_bytes == 4) return add_to(static_cast<float*>(sum), gradient, *matrix, from, to);
     add_to(static_cast<bf16*>(sum), gradient, *matrix, from, to);
+}
+
+// sums[index] = the sum of the squares of `height` values from index * height on
+void squares(const void* values, double* sums, int64_t count, int64_t height, int32_t bytes, int64_t from, int64_t to) {
+    for (int64_t index = from; index < to; index++) {
+        const int64_t at = index * height, some = std::min(height, count - at);
+        sums[index] = bytes == 4 ? squares_of(static_cast<const float*>(values) + at, some)
+                                 : squares_of(static_cast<const bf16*>(values) + at, some);
+    }
 }
 
 }

@@ -4,6 +4,7 @@ setup.py compiles the kernels for each instruction set if it finds a compiler. W
 """
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -19,6 +20,7 @@ from lowmem.optim.philox import Place, Segments
 
 _SETS = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
 """The compiled instruction sets that a CPU has, best first, by the name that torch gives its capability."""
+_SUMMED_ELEMENTS = 2**15  # whose squares make one sum
 _SEGMENTS_PER_THREAD = 1024  # fewer are faster without another thread
 
 
@@ -75,9 +77,20 @@ def add(total: Tensor, gradient: Tensor, key: int, place: Place) -> None:
     _run(partial(library().add, *pointers, size, ctypes.byref(matrix)), segments.count(gradient))
 
 
-def _run(kernel: Callable[[ctypes.c_int64, ctypes.c_int64], None], segments: int) -> None:
+def norm(tensor: Tensor) -> float:
+    """Return the L2 norm of a contiguous tensor in bf16 or fp32. Adds squares in fp64, in an order that is fixed."""
+    sums = torch.zeros(-(-tensor.numel() // _SUMMED_ELEMENTS), dtype=torch.float64)
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (tensor, sums)]
+    numbers = [ctypes.c_int64(tensor.numel()), ctypes.c_int64(_SUMMED_ELEMENTS), ctypes.c_int32(tensor.itemsize)]
+    _run(partial(library().squares, *pointers, *numbers), len(sums), per_thread=8)
+    return math.sqrt(math.fsum(sums.tolist()))
+
+
+def _run(
+    kernel: Callable[[ctypes.c_int64, ctypes.c_int64], None], segments: int, *, per_thread: int = _SEGMENTS_PER_THREAD
+) -> None:
     """Call `kernel(first, last)` until it has done all segments, in several threads if it pays."""
-    parts = min(torch.get_num_threads(), max(1, segments // _SEGMENTS_PER_THREAD))
+    parts = min(torch.get_num_threads(), max(1, segments // per_thread))
     ends = [ctypes.c_int64(segments * index // parts) for index in range(parts + 1)]
     first, *others = zip(ends, ends[1:], strict=False)
     running = [_threads().submit(kernel, *span) for span in others]
