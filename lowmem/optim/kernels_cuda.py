@@ -16,7 +16,7 @@ from lowmem.optim.adamw import Numbers, Update, is_rounded
 from lowmem.optim.formats import CUT_BITS, LARGEST, LEAST, unit
 from lowmem.optim.philox import BLOCK, COUNTERS, Place, Segments
 
-_SEGMENTS = 4  # that a program works on
+SEGMENTS = 4  # that a program works on
 _ALIGNMENT = 16
 _COLUMNS = (
     *("weight", "weight_low", "gradient", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"),
@@ -46,22 +46,22 @@ def adamw(updates: Iterable[Update], clip_factor: Tensor | None) -> None:
     for form, rows in by_form.items():
         programs = 0
         for row in rows:
-            programs += triton.cdiv(row["segments"], _SEGMENTS)
+            programs += triton.cdiv(row["segments"], SEGMENTS)
             row["programs"] = programs
         values = [[row.get(name, 0) for name in _COLUMNS] for row in rows]
         table = torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
         factor = torch.ones((), device=device) if clip_factor is None else clip_factor.to(device)
-        options = dict(form) | {"SEGMENTS": _SEGMENTS, "enable_fp_fusion": False}
-        _adamw_kernel[(programs,)](table, factor, len(rows), **options)
+        options = dict(form) | {"SEGMENTS": SEGMENTS, "enable_fp_fusion": False}
+        adamw_kernel[(programs,)](table, factor, len(rows), **options)
 
 
 def add(total: Tensor, gradient: Tensor, key: int, place: Place) -> None:
     """Add a gradient in bf16 to a sum in fp32, or in bf16 with stochastic rounding; both (rows, columns)."""
     segments = Segments.of(gradient, place, is_rounded=total.itemsize < 4)
     count = segments.count(gradient)
-    grid = (triton.cdiv(count, _SEGMENTS),)
-    options = {"IS_ROUNDED": total.itemsize < 4, "SEGMENTS": _SEGMENTS, "enable_fp_fusion": False}
-    _add_kernel[grid](total, gradient, count, *segments, _signed(key), **options)
+    grid = (triton.cdiv(count, SEGMENTS),)
+    options = {"IS_ROUNDED": total.itemsize < 4, "SEGMENTS": SEGMENTS, "enable_fp_fusion": False}
+    add_kernel[grid](total, gradient, count, *segments, _signed(key), **options)
 
 
 def _is_aligned(segments: Segments, addresses: Iterable[int]) -> bool:
@@ -75,7 +75,7 @@ def _signed(key: int) -> int:
 
 
 @triton.jit
-def _adamw_kernel(
+def adamw_kernel(
     table,
     clip_factor,
     num_parameters,
@@ -168,7 +168,7 @@ def _adamw_kernel(
 
 
 @triton.jit
-def _add_kernel(
+def add_kernel(
     total,
     gradient,
     segments,
