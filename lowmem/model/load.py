@@ -43,8 +43,8 @@ def load_model(
     `model_config` is a transformers config, a mapping of its fields, a path of a config.json or a name in MODEL_SHAPES.
     Weights have `dtype`. With `on_meta`, they stay on the meta device until `parallelize` shards them; if the files
     cannot be read tensor by tensor, a line is printed and all weights are loaded. Without a tokenizer, text
-    becomes bytes. Raises UsageError if something cannot be loaded, if weights are missing, or if a config file without
-    a tokenizer has a vocabulary much larger than that of bytes.
+    becomes bytes. Raises UsageError if something cannot be loaded, if weights are missing or do not fit
+    the config, or if a config file without a tokenizer has a vocabulary much larger than that of bytes.
     """
     if (model_name_or_path is None) == (model_config is None):
         raise UsageError("load_model needs exactly one of model_name_or_path and model_config: set one of them")
