@@ -138,7 +138,7 @@ def soak(folder: Path, *, kills: int, processes: int, seed: int = 0, log: Callab
 
 def advance(run: Run, aim: str, chance: random.Random) -> None:
     """Wait for a checkpoint, and then for a random moment: some steps later, or during a save or an evaluation."""
-    run.wait(lambda: checkpoints(run.output / "checkpoints"))
+    run.wait(lambda: run.has_logged() and checkpoints(run.output / "checkpoints"))
     goal = run.resumed_from + chance.randint(1, MOST_STEPS if aim == "step" else MOST_STEPS - SAVE_STEPS)
     run.wait(lambda: run.last_record()["step"] >= goal)
     if aim != "step":

@@ -41,6 +41,7 @@ class Run:
         program = [str(PROGRAM), "train", *(f"--{flag}={value}" for flag, value in flags.items())]
         settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         with open(self._log, "a") as log:
+            self._log_start = log.tell()
             self._launcher = psutil.Popen(
                 [sys.executable, *(launcher if processes > 1 else []), *program],
                 env=os.environ | settings | {"TMPDIR": str(self.temporary)},
@@ -122,6 +123,12 @@ class Run:
             return {"step": 0}
         whole = [line for line in lines if line.endswith(b"\n")]
         return json.loads(whole[-1]) if whole else {"step": 0}
+
+    def has_logged(self) -> bool:
+        """Return whether this launch has logged a step. Before that, records and unfinished files are from the last."""
+        with open(self._log) as log:
+            log.seek(self._log_start)
+            return any(line.startswith("step ") for line in log)
 
     def is_saving(self) -> bool:
         return any((self.output / "checkpoints").glob(".unfinished-*"))

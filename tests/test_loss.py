@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import math
 from functools import partial
 
 import pytest
@@ -14,7 +15,7 @@ from lowmem.errors import UsageError
 from lowmem.loss import chunked_loss, plain_loss
 from lowmem.model.checks import check_loss, check_model
 from lowmem.plan.meter import MemoryMeter
-from tests.models import build
+from tests.models import FAMILIES, build
 
 
 def batch_of(family, rows=5, seed=0):
@@ -355,6 +356,17 @@ def test_a_mean_instead_of_a_sum_is_refused_before_the_run():
     for family in ("t5", "llama"):
         with pytest.raises(UsageError, match="must be a sum over target tokens"):
             check_loss(mean_loss, build(family))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_are_not_finite_are_named(family, value):
+    model = build(family)
+    name, weight = [*model.named_parameters()][-2]
+    with torch.no_grad():
+        weight.view(-1)[1] = value
+    with pytest.raises(UsageError, match=f"1 weights of the model have values that are not finite .{name}, "):
+        check_model(model, chunked_loss, packing=False, max_seq_len=20)
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused():

@@ -1,6 +1,9 @@
 import io
 import json
 import os
+import re
+import resource
+import sys
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from lowmem.errors import UsageError
 from lowmem.model.build import freeze
 from lowmem.model.load import load_model
 from tests.models import FAMILIES, LLAMA, T5, build
+from tests.processes import finish, started_function
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -275,6 +279,63 @@ def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(fault, on_meta, tm
         load_model(tmp_path / "model", on_meta=on_meta)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "model" / "it_ran").exists()
+
+
+MiB = 2**20
+UNFIT = {
+    "llama": [
+        ({"vocab_size": 10**12}, r"lm_head.weight has \[384, 32\] instead of \[1000000000000, 32\], ...\): correct"),
+        ({"vocab_size": 10**18}, "cannot be loaded .*overflow"),
+        ({"hidden_size": 10**9}, "21 weights of the model .* do not have the shapes that its config.json sets"),
+        ({"intermediate_size": 10**12}, "6 weights of the model .* do not have the shapes"),
+        ({"head_dim": 10**9}, "8 weights of the model .* do not have the shapes"),
+        ({"num_hidden_layers": 3}, "lacks 9 weights"),
+        ({"num_hidden_layers": 10**5}, "config.json of the model .* sets over 1,210 modules, .*: correct config.json"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers=1,000,000,000,000, but at most 100,000 .*: correct"),
+        ({"num_labels": 10**12}, "num_labels=1,000,000,000,000, but at most 100,000 are supported: correct"),
+    ],
+    "t5": [
+        ({"d_model": 10**9}, "45 weights of the model .* do not have the shapes"),
+        ({"num_heads": 10**9}, "26 weights of the model .* do not have the shapes"),
+        ({"num_decoder_layers": 10**5}, "config.json of the model .* sets over 1,470 modules"),
+    ],
+    "gptj": [
+        ({"n_positions": 10**12}, "sets buffers of .*, more than the .* bytes of its weights: correct config.json")
+    ],
+}
+
+
+def load_each_with_little_memory(folder, changes):
+    """Print the error of each change of config.json; a change that loads prints nothing."""
+    with open("/proc/self/statm") as file:
+        mapped = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 500 * MiB, resource.RLIM_INFINITY))
+    config = (folder / "config.json").read_text()
+    for fields in changes:
+        for on_meta in (False, True):
+            (folder / "config.json").write_text(json.dumps(json.loads(config) | fields))
+            try:
+                load_model(folder, on_meta=on_meta)
+            except UsageError as error:
+                print(error)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit a process's address space")
+@pytest.mark.parametrize("family", UNFIT)
+def test_sizes_that_do_not_fit_the_weights_are_refused_without_memory_for_them(family, tmp_path):
+    fields = FAMILIES.get(family) or {"model_type": family, "n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}
+    model, tokenizer = load_model(model_config=fields | {"vocab_size": 384})
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    changes, messages = zip(*UNFIT[family], strict=True)
+    with started_function(load_each_with_little_memory, tmp_path, changes) as process:
+        result = finish(process)
+    assert result.returncode == 0, result.stderr
+    assert "LOAD REPORT" not in result.stderr
+    lines = [line for line in result.stdout.splitlines() if str(tmp_path) in line]
+    assert len(lines) == 2 * len(changes)
+    for number, line in enumerate(lines):
+        assert re.search(messages[number // 2], line)
 
 
 def test_code_that_a_config_names_is_neither_run_nor_named_in_the_saved_model(tmp_path):

@@ -644,6 +644,8 @@ PLANTED = {
     "dtype": lambda index: index | {"hashes": index["hashes"].view(np.int64)},
     "names": lambda index: index | {"more": index["rows"]},
     "negative": lambda index: index | {"rows": -index["rows"]},
+    "fewer rows": lambda index: index | {"rows": index["rows"] - 1},
+    "other sum": lambda index: index | {"rows": index["rows"] + [2**62, *[0] * (len(index["rows"]) - 1)]},
     "overflow": lambda index: index | {"sizes": index["sizes"] + (2**63 - 1 - index["sizes"].max())},
     "hashed": lambda index: index | {"hashed": index["hashed"] * 0},
 }
@@ -677,7 +679,7 @@ def test_a_batch_that_has_other_rows_than_its_index_says_is_an_error(tmp_path, m
     monkeypatch.delenv("LOWMEM_CACHE", raising=False)
     source = write_parquet(tmp_path / "rows.parquet")
     ParquetFile(source, WANTED, limits=PIECES)
-    plant(source, lambda index: index | {"rows": index["rows"] + 1})
+    plant(source, lambda index: index | {"rows": index["rows"] + [1, -1, *[0] * (len(index["rows"]) - 2)]})
     with pytest.raises(ValueError, match=r"it has 40 rows, but 41 were indexed\): delete it"):
         ParquetFile(source, WANTED, limits=PIECES).read_group(0)
 
@@ -739,7 +741,7 @@ def test_a_first_message_that_is_no_schema_is_refused(tmp_path, capsys):
 
 def test_a_message_of_an_unknown_kind_among_the_rows_is_refused_and_not_left_out(tmp_path):
     source = write_arrow(tmp_path / "rows.arrow")
-    batches, _ = find_batches(source)
+    batches, *_ = find_batches(source)
     data, errors = source.path.read_bytes(), []
     for offset in range(batches.starts[1], batches.starts[1] + batches.hashed[1]):
         if data[offset] == 3:  # in one place, the kind "record batch"

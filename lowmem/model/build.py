@@ -143,6 +143,11 @@ def building(config: str) -> AbstractContextManager[None]:
     return as_usage_error(what, "correct its fields or use another")
 
 
+def loading(name: str) -> AbstractContextManager[None]:
+    """Raise UsageError for any error while files of the model `name` are loaded."""
+    return as_usage_error(f"the model {name} cannot be loaded", "check its files, or use another model")
+
+
 @contextmanager
 def as_usage_error(what: str, advice: str) -> Iterator[None]:
     """Raise UsageError for any error of the block, except running out of memory.

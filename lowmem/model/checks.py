@@ -70,7 +70,7 @@ def check_model(
 
 def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) -> None:
     """Run `loss_fn` on rows of two tokens. Raise UsageError if it rejects the model or returns a mean instead of a sum,
-    or if a causal model sees its targets.
+    if a causal model sees its targets, or if the loss is not finite because weights are not.
     """
     base = unwrapped(model)
     rows_of = partial(_rows, model)
@@ -83,6 +83,8 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
                 raise
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise UsageError(f"{type(base).__name__} cannot compute the loss of two tokens ({reason})") from error
+        if not math.isfinite(twice):
+            _check_finite(base)
         if abs(twice - 2 * once) > 0.1 * abs(once):
             found = f"it is {once.item():.4g} for a row and {twice.item():.4g} for that row twice"
             raise UsageError(f"the loss must be a sum over target tokens, but {found}: sum the losses, do not average")
@@ -96,6 +98,14 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
                 is_bert = hasattr(base.config, "is_decoder")
                 remedy = "set is_decoder to true in the model's config.json, or " if is_bert else ""
                 raise UsageError(f"{found}: {remedy}use a causal or encoder-decoder model")
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raise UsageError if this rank's part of the weights has NaN or infinity."""
+    parts = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in model.named_parameters()}
+    if bad := [name for name, part in parts.items() if not part.isfinite().all()]:
+        found = f"{len(bad)} weights of the model have values that are not finite ({', '.join(bad[:3])}, ...)"
+        raise UsageError(f"{found}: download the model again, or use another")
 
 
 def check_backward(model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> None:

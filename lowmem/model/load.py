@@ -4,13 +4,13 @@ import copy
 import json
 import socket
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
-from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
@@ -25,18 +25,9 @@ from transformers import (
 from lowmem.config.presets import MODEL_SHAPES
 from lowmem.data.encode import end_tokens
 from lowmem.distributed.collectives import rank_and_world_size
-from lowmem.distributed.fill import stored_weights
-from lowmem.errors import UsageError, is_out_of_memory
-from lowmem.model.build import (
-    as_usage_error,
-    attention_options,
-    auto_class,
-    building,
-    config_from,
-    model_from,
-    reason_of,
-)
-from lowmem.storage.shard_files import open_shard, shard_files
+from lowmem.errors import UsageError
+from lowmem.model.build import as_usage_error, building, config_from, loading, model_from
+from lowmem.model.pretrained import check_counts, check_weights, from_pretrained, pretrained_on_meta
 
 
 def load_model(
@@ -52,8 +43,8 @@ def load_model(
     `model_config` is a transformers config, a mapping of its fields, a path of a config.json or a name in MODEL_SHAPES.
     Weights have `dtype`. With `on_meta`, they stay on the meta device until `parallelize` shards them; if the files
     cannot be read tensor by tensor, a line is printed and all weights are loaded. Without a tokenizer, text
-    becomes bytes. Raises UsageError if something cannot be loaded, if weights are missing, or if a config file without
-    a tokenizer has a vocabulary much larger than that of bytes.
+    becomes bytes. Raises UsageError if something cannot be loaded, if weights are missing or do not fit
+    the config, or if a config file without a tokenizer has a vocabulary much larger than that of bytes.
     """
     if (model_name_or_path is None) == (model_config is None):
         raise UsageError("load_model needs exactly one of model_name_or_path and model_config: set one of them")
@@ -61,8 +52,9 @@ def load_model(
     pretrained = None if model_name_or_path is None else _pretrained_config(str(model_name_or_path))
     tokenizer = _load_tokenizer(tokenizer_name_or_path or model_name_or_path)
     if pretrained is not None:
-        model = _pretrained_on_meta(pretrained, dtype) if on_meta else None
-        model = model or _from_pretrained(pretrained, dtype)
+        check_weights(pretrained, dtype)
+        model = pretrained_on_meta(pretrained, dtype) if on_meta else None
+        model = model or from_pretrained(pretrained, dtype)
         _read_generation_config(model)
     else:
         config = config_from(model_config)
@@ -86,7 +78,8 @@ def _pretrained_config(name: str) -> PretrainedConfig:
     if (Path(name) / "adapter_config.json").is_file():
         raise UsageError(f"{name} holds an adapter (adapter_config.json): merge it into its model (merge_and_unload)")
     _check_exists(name, "config.json")
-    with _loading(name):
+    with loading(name):
+        check_counts(PretrainedConfig.get_config_dict(name)[0], name)
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
@@ -118,63 +111,15 @@ def _is_config_of_model(path: Path) -> bool:
     """Whether `path` is a file, but not the config.json that a run writes next to its folder model/."""
     if not path.is_file() or path.name != "config.json" or not (path.parent / "model" / path.name).is_file():
         return path.is_file()
-    with _loading(str(path.parent)):
+    with loading(str(path.parent)):
         return "model_type" in json.loads(path.read_text())
-
-
-def _loading(name: str) -> AbstractContextManager[None]:
-    return as_usage_error(f"the model {name} cannot be loaded", "check its files, or use another model")
-
-
-def _pretrained_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel | None:
-    """Build the model on the meta device. Print a line and return None if its files cannot be read tensor by tensor."""
-    name = config.name_or_path
-    is_local = Path(name).is_dir()
-    with _loading(name):
-        folder = Path(name if is_local else snapshot_download(name, allow_patterns=["*.safetensors*", "*.json"]))
-        model = model_from(config, dtype, on_meta=True)
-    try:
-        if hasattr(config, "quantization_config"):  # the files may have the model's names and shapes, but other values
-            raise ValueError("the files are quantized")
-        stored_weights(model, folder)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        print(f"each process loads all weights of {name}, as they cannot be read tensor by tensor: {reason_of(error)}")
-        return None
-    model.name_or_path = str(folder)
-    return model
-
-
-def _from_pretrained(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    name = config.name_or_path
-    # check the names in the index, because transformers follows ../, and the headers, because it does not name the file
-    for path in shard_files(Path(name), "model"):
-        with suppress(FileNotFoundError), open_shard(path, "pt"):  # on the hub or, without an index, missing
-            pass
-    options = {"use_safetensors": True, "trust_remote_code": False}  # the other formats are pickles, which can run code
-    # report weights of another shape below, because transformers' error does not name them
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True} | attention_options(config)
-    with _loading(name):
-        model, info = auto_class(config).from_pretrained(name, config=config, dtype=dtype, **options)
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise UsageError(f"the model {name} has quantized weights, which cannot be trained: use an unquantized model")
-    if differing := sorted(info["mismatched_keys"]):
-        weight, stored, expected = differing[0]
-        found = f"{len(differing)} weights of the model {name} do not have the shapes that its config.json sets"
-        found += f" ({weight} has {[*stored]} instead of {[*expected]}, ...)"
-        raise UsageError(f"{found}: correct config.json, or use another model")
-    if missing := sorted(info["missing_keys"]):
-        found = f"the model {name} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...)"
-        raise UsageError(f"{found}; they would be initialized randomly: use a complete model")
-    return model
 
 
 def _read_generation_config(model: PreTrainedModel) -> None:
     # transformers would do without a damaged file, and a model built on meta has read none
     folder = Path(model.name_or_path)
     if (folder / "generation_config.json").is_file():
-        with _loading(str(folder)):
+        with loading(str(folder)):
             model.generation_config = GenerationConfig.from_pretrained(folder)
 
 

@@ -14,20 +14,25 @@ if TYPE_CHECKING:
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
 
 
-def check_message(message: "pa.ipc.Message", *, limit: int, ratio: int) -> None:
-    """Raise ValueError if a compressed message decodes to more than `limit` bytes and `ratio` times its size."""
+def check_message(message: "pa.ipc.Message", *, limit: int, ratio: int) -> int:
+    """Return the rows of a record batch, 0 for another message.
+
+    Raises ValueError if a compressed message decodes to more than `limit` bytes and `ratio` times its size.
+    """
     data, body = memoryview(message.metadata), memoryview(message.body or b"")
     try:
         table = _unpack("<I", data, 0)
         kind, at = _field(data, table, 1), _field(data, table, 2)
         kind = data[kind] if kind else None
         if at is None or kind not in (_DICTIONARY_BATCH, _RECORD_BATCH):
-            return
+            return 0
         batch = _target(data, at)
         if kind == _DICTIONARY_BATCH:
             batch = _target(data, _field(data, batch, 1))
+        length = _field(data, batch, 0)
+        num_rows = _unpack("<q", data, length) if length and kind == _RECORD_BATCH else 0
         if _field(data, batch, 3) is None:  # not compressed
-            return
+            return num_rows
         buffers = _target(data, _field(data, batch, 2))
         decoded = 0
         for number in range(_unpack("<I", data, buffers)):
@@ -39,6 +44,7 @@ def check_message(message: "pa.ipc.Message", *, limit: int, ratio: int) -> None:
     if decoded > max(limit, ratio * len(body)):
         found = f"a batch of {len(body):,} bytes decodes to {decoded:,}"
         raise ValueError(f"{found}, the limit is {limit:,}: write smaller batches or split long rows")
+    return num_rows
 
 
 def _field(data: memoryview, table: int, number: int) -> int | None:

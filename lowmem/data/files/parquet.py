@@ -70,8 +70,8 @@ class ParquetFile(TableFile):
             is_large = self.group_bytes.max(initial=0) > limits.row_group_bytes
             # each read of a group also reads the footer, so copy if the footer is large, and larger than a mean group
             if is_large or self._footer_bytes > max(limits.footer_bytes, self.group_bytes.mean()):
-                num_bytes = int(self.group_bytes.sum())
-                self._use(copy_in_pieces(source, schema, self._all_rows(limits), num_bytes=num_bytes, limits=limits))
+                size = {"num_rows": int(self.group_rows.sum()), "num_bytes": int(self.group_bytes.sum())}
+                self._use(copy_in_pieces(source, schema, self._all_rows(limits), **size, limits=limits))
 
     def read_group(self, group: int) -> "Columns":
         if self._batches:

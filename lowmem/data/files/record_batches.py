@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -85,11 +86,14 @@ class RecordBatches:
         return batch
 
 
-def find_batches(source: Source) -> tuple[RecordBatches, bool]:
-    """Find the batches of a local Arrow file, and whether each can be read alone (no compression, no dictionary)."""
+def find_batches(source: Source) -> tuple[RecordBatches, int, bool]:
+    """Return the batches of a local Arrow file, its number of rows, and whether each batch can be read alone.
+
+    If one cannot, because it is compressed or needs a dictionary, those after it are missing in the first result.
+    """
     import pyarrow as pa
 
-    found, alone = [], True
+    found, num_rows, alone = [], 0, True
     with pa.memory_map(str(source.path)) as file:  # mapped, so that the bodies of messages are not read
         file.seek(ipc_start(file))
         message = pa.ipc.read_message(file)
@@ -105,7 +109,7 @@ def find_batches(source: Source) -> tuple[RecordBatches, bool]:
             size = file.tell() - start
             if message.type not in ("record batch", "dictionary"):
                 raise ValueError(f"rows were expected at byte {start:,}, found a message of type {message.type!r}")
-            check_message(message, limit=LARGEST_DECODED_BYTES, ratio=LARGEST_RATIO)
+            num_rows += check_message(message, limit=LARGEST_DECODED_BYTES, ratio=LARGEST_RATIO)
             if message.type == "record batch" and alone:
                 batch = pa.ipc.read_record_batch(message, schema)
                 num_bytes = batch.get_total_buffer_size()  # not `nbytes`, which follows offsets, which may be damaged
@@ -118,7 +122,7 @@ def find_batches(source: Source) -> tuple[RecordBatches, bool]:
             alone &= message.type != "dictionary"
         if file.read_at(8, start) != _END_MARK:
             raise ValueError(f"the end mark is missing at byte {start:,}, so the file was truncated")
-    return RecordBatches(source, schema, **_columns(found)), alone
+    return RecordBatches(source, schema, **_columns(found)), num_rows, alone
 
 
 def ipc_start(file: BinaryIO) -> int:
@@ -128,12 +132,19 @@ def ipc_start(file: BinaryIO) -> int:
 
 
 def copy_in_pieces(
-    source: Source, schema: "pa.Schema", batches: Iterable["pa.RecordBatch"], *, num_bytes: int, limits: TableLimits
+    source: Source,
+    schema: "pa.Schema",
+    batches: Iterable["pa.RecordBatch"],
+    *,
+    num_rows: int,
+    num_bytes: int,
+    limits: TableLimits,
 ) -> RecordBatches:
     """Copy the columns of `schema` from `batches`, in order, into new batches within `limits`.
 
-    If an earlier call has made this copy, uses it and reads no batch. `batches` have about `num_bytes` in total and at
-    most `limits.piece_rows` rows each, and are valid: pyarrow crashes if it casts a damaged one. Decodes dictionaries.
+    If an earlier call has made this copy, uses it and reads no batch. `batches` have `num_rows` rows and about
+    `num_bytes` in total and at most `limits.piece_rows` rows each, and are valid: pyarrow crashes if it casts a
+    damaged one. Decodes dictionaries.
     Raises the errors of `derive` and those of `batches`.
     """
     import pyarrow as pa
@@ -155,13 +166,14 @@ def copy_in_pieces(
         return _columns(found)
 
     kind = f"copy-{xxhash.xxh3_64_hexdigest(json.dumps(schema.names).encode())}"
-    made = derive(source, build, kind=kind, copies=True, fits=_fits_copy, num_bytes=num_bytes)
+    fits = partial(_fits_copy, num_rows=num_rows)
+    made = derive(source, build, kind=kind, copies=True, fits=fits, num_bytes=num_bytes)
     remedy = "delete it, the next start makes a new one"
     return RecordBatches(Source(str(made.copy)), schema, **made.index, remedy=remedy)
 
 
-def _fits_copy(index: Mapping[str, np.ndarray], file: BinaryIO) -> bool:
-    """Whether `copy_in_pieces` could have made this index: an open copy's batches follow each other without gaps."""
+def _fits_copy(index: Mapping[str, np.ndarray], file: BinaryIO, *, num_rows: int) -> bool:
+    """Whether `copy_in_pieces` could have made this index of an open copy: batches of `num_rows` rows without gaps."""
     if {name: column.dtype for name, column in index.items()} != dict(_INDEX):
         return False
     starts, sizes, rows, hashed, _ = (index[name] for name, _ in _INDEX)
@@ -169,10 +181,10 @@ def _fits_copy(index: Mapping[str, np.ndarray], file: BinaryIO) -> bool:
         return False
     num_bytes = file.seek(0, os.SEEK_END)
     is_left_out = (hashed == 0) & (rows == 1) & (sizes > LONGEST_LINE)
-    is_stored = (hashed == sizes) & (0 < sizes) & (sizes <= num_bytes) & (0 <= rows)
+    is_stored = (hashed == sizes) & (0 < sizes) & (sizes <= num_bytes) & (0 <= rows) & (rows <= num_rows)
     if not np.all((0 <= starts) & (starts <= num_bytes) & (is_stored | is_left_out)):
         return False
-    return np.array_equal(np.append(0, starts + hashed), np.append(starts, num_bytes))
+    return rows.sum() == num_rows and np.array_equal(np.append(0, starts + hashed), np.append(starts, num_bytes))
 
 
 def _columns(found: list[tuple[int, ...]]) -> dict[str, np.ndarray]:

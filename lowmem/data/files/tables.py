@@ -87,12 +87,13 @@ class ArrowFile(TableFile):
             raise UsageError(f"{source} is an Arrow file, which must be local: download it, or use parquet")
         with opening(source, " as Arrow"):
             self._stamp = source.stamp()
-            batches, alone = find_batches(source)
+            batches, num_rows, alone = find_batches(source)
             schema = select_columns(source, batches.schema, wanted)
             self._names = schema.names
             if not alone or batches.sizes.max(initial=0) > limits.batch_bytes:
                 rows = self._all_rows([batches.schema.names.index(name) for name in self._names], limits)
-                batches = copy_in_pieces(source, schema, rows, num_bytes=source.stamp()[0], limits=limits)
+                size = {"num_rows": num_rows, "num_bytes": source.stamp()[0]}
+                batches = copy_in_pieces(source, schema, rows, **size, limits=limits)
             self._use(batches)
 
     def _all_rows(self, fields: list[int], limits: TableLimits) -> "Iterator[pa.RecordBatch]":

@@ -1,0 +1,121 @@
+"""Load the weights of a model folder or a hub name. First check, without memory for them, that they fit the config."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lowmem.distributed.fill import stored_weights
+from lowmem.errors import UsageError, is_out_of_memory
+from lowmem.model.build import attention_options, auto_class, loading, model_from, reason_of
+from lowmem.storage.tensor_files import bytes_of, open_shards
+
+_ADVICE = "correct config.json, or use another model"
+_BUFFER_BYTES = 2**30  # of a small model
+_MAX_COUNT = 100_000  # of layers or labels
+_MANY_TENSORS = 100_000  # more than in the files of any model
+
+
+def check_counts(fields: Mapping[str, object], source: str) -> None:
+    """Raise UsageError if a count in `fields`, of which transformers' configs make a list or dict, is too large."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            check_counts(value, source)
+        elif name.endswith(("layer", "layers", "num_labels")) and type(value) is int and value > _MAX_COUNT:
+            found = f"the config.json of {source} has {name}={value:,}"
+            raise UsageError(f"{found}, but at most {_MAX_COUNT:,} are supported: {_ADVICE}")
+
+
+def check_weights(config: PretrainedConfig, dtype: torch.dtype) -> None:
+    """Raise UsageError unless the files of `config.name_or_path` have all weights, in the shapes that `config` sets.
+
+    transformers itself matches names and shapes, on the meta device, because it may rename, split and merge weights.
+    """
+    name, num_stored = config.name_or_path, _MANY_TENSORS
+    cached = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
+    folder = Path(cached).parent if isinstance(cached, str) else Path(name)
+    with suppress(FileNotFoundError):  # not downloaded yet or, without an index, missing
+        # checks the names in the index, because transformers follows ../, and headers, because it does not name files
+        num_stored = len(open_shards(folder, "model"))
+    # report weights of another shape below, because transformers' error does not name them
+    options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with torch.device("meta"), _at_most(1000 + 10 * num_stored, name), _without_report():
+        model, info = from_pretrained(config, dtype, **options)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UsageError(f"the model {name} has quantized weights, which cannot be trained: use an unquantized model")
+    if differing := sorted(info["mismatched_keys"]):
+        weight, stored, expected = differing[0]
+        found = f"{len(differing)} weights of the model {name} do not have the shapes that its config.json sets"
+        raise UsageError(f"{found} ({weight} has {[*stored]} instead of {[*expected]}, ...): {_ADVICE}")
+    if missing := sorted(info["missing_keys"]):
+        found = f"the model {name} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...)"
+        raise UsageError(f"{found}; they would be initialized randomly: use a complete model")
+    buffers, weights = (sum(map(bytes_of, tensors)) for tensors in (model.buffers(), model.parameters()))
+    if buffers > weights + _BUFFER_BYTES:  # the files do not have most of them, such as those for positions
+        found = f"the config.json of the model {name} sets buffers of {buffers:,} bytes"
+        raise UsageError(f"{found}, more than the {weights:,} bytes of its weights: {_ADVICE}")
+
+
+def from_pretrained(config: PretrainedConfig, dtype: torch.dtype, **options: object) -> PreTrainedModel:
+    """Load the model of `config.name_or_path`, as transformers does, or raise UsageError."""
+    name = config.name_or_path
+    safe = {"use_safetensors": True, "trust_remote_code": False}  # the other formats are pickles, which can run code
+    with loading(name):
+        kind = auto_class(config)
+        return kind.from_pretrained(name, config=config, dtype=dtype, **options, **safe, **attention_options(config))
+
+
+def pretrained_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel | None:
+    """Build the model on the meta device. Print a line and return None if its files cannot be read tensor by tensor."""
+    name = config.name_or_path
+    is_local = Path(name).is_dir()
+    with loading(name):
+        folder = Path(name if is_local else snapshot_download(name, allow_patterns=["*.safetensors*", "*.json"]))
+        model = model_from(config, dtype, on_meta=True)
+    try:
+        if hasattr(config, "quantization_config"):  # the files may have the model's names and shapes, but other values
+            raise ValueError("the files are quantized")
+        stored_weights(model, folder)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        print(f"each process loads all weights of {name}, as they cannot be read tensor by tensor: {reason_of(error)}")
+        return None
+    model.name_or_path = str(folder)
+    return model
+
+
+@contextmanager
+def _at_most(limit: int, name: str) -> Iterator[None]:
+    """Raise UsageError if models are built of more modules, which take time and memory even on the meta device."""
+    num_modules = count(1)
+
+    def check(module: nn.Module, child_name: str, child: nn.Module | None) -> None:
+        if next(num_modules) > limit:
+            found = f"the config.json of the model {name} sets over {limit:,} modules"
+            raise UsageError(f"{found}, more than the weights in its files can fill: {_ADVICE}")
+
+    with register_module_module_registration_hook(check):
+        yield
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Suppress the load report of transformers, which it logs as a warning."""
+    logger = logging.getLogger(PreTrainedModel.__module__)
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING
+
+    logger.addFilter(is_error)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_error)
