@@ -105,3 +105,5 @@ def make_deterministic(wanted: bool) -> None:
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(wanted)
+    # torch would then fill each new tensor, which is slow; lowmem never reads an element that it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False

@@ -35,6 +35,8 @@ class Released:
 
     def __init__(self, optimizer: Optimizer):
         self._optimizer = optimizer
+        groups = enumerate(optimizer.param_groups)
+        self._group_of = {parameter: index for index, group in groups for parameter in group["params"]}
         self.parameters: set[nn.Parameter] = set()
         self.norms: list[Tensor] = []
         """L2 norm of each gradient, fp32."""
@@ -55,5 +57,11 @@ class Released:
     def update(self, parameter: nn.Parameter) -> None:
         self.norms += gradient_norms([parameter.grad])
         self.parameters.add(parameter)
-        self._optimizer.step()  # skips all other parameters, because they have no gradient
+        groups = self._optimizer.param_groups
+        # with all groups, each of P steps would look at all P parameters
+        self._optimizer.param_groups = [groups[self._group_of[parameter]] | {"params": [parameter]}]
+        try:
+            self._optimizer.step()
+        finally:
+            self._optimizer.param_groups = groups
         parameter.grad = None
