@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from lowmem import init_distributed
 from lowmem.distributed.dtensor import local_of, local_part
 from lowmem.optim import kernels_cpu, tiers
+from lowmem.optim.formats import round_stochastically
 from lowmem.optim.make import make_optimizer
-from lowmem.optim.philox import BLOCK, Place, philox, random_halves
+from lowmem.optim.philox import BLOCK, Origin, philox, random_halves
 from tests.forked import fork_ranks
 from tests.processes import ROOT, run
 
@@ -47,9 +48,11 @@ def states(name, memory, kernels, *, steps, dtype=torch.bfloat16, model=None):
 
     def gradient(parameter, dtype):
         whole = drawn(parameter.shape, source).to(dtype)
+        if whole.dim() == 2:
+            whole[0] = 0  # a block of zeros has the least scale
         if isinstance(parameter, DTensor):
             return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-        return whole
+        return whole.t().contiguous().t() if whole.dim() == 2 else whole  # kernels need contiguous gradients
 
     for step in range(steps):
         for parameter in model.parameters():
@@ -59,13 +62,15 @@ def states(name, memory, kernels, *, steps, dtype=torch.bfloat16, model=None):
             group["lr"] = 1e-2 / (step + 1)
         optimizer.clip_factor = torch.tensor(0.37) if step % 2 else None
         optimizer.step()
+        assert optimizer.clip_factor is None
     found = {}
     for path, parameter in model.named_parameters():
         found |= {f"{path}.{key}": tensor for key, tensor in {"": parameter.data, **optimizer.state[parameter]}.items()}
         is_rounded = memory == "lean" and tiers.is_large(parameter)
         total = gradient(parameter, torch.bfloat16 if is_rounded else torch.float32)
-        optimizer.add(parameter, local_of(total), local_of(gradient(parameter, torch.bfloat16)), 2**63 + 5)
-        found[f"{path}.sum"] = total
+        terms = (local_of(tensor).contiguous() for tensor in (total, gradient(parameter, torch.bfloat16)))
+        found[f"{path}.sum"], term = terms
+        optimizer.add(parameter, found[f"{path}.sum"], term, 2**63 + 5)
     return found
 
 
@@ -115,7 +120,7 @@ def test_philox_gives_the_published_words():
 
 
 def test_random_halves_are_uniform_and_differ_between_elements_rows_and_keys():
-    of_keys = [random_halves(key, Place(0, 0, 5000), slice(0, 40), 5000, CPU) for key in (1, 2)]
+    of_keys = [random_halves(key, Origin(0, 0, 5000), slice(0, 40), 5000, CPU) for key in (1, 2)]
     halves, spread = torch.stack(of_keys).double(), 65536 / math.sqrt(12)
     assert halves.min() >= 0 and halves.max() < 65536
     assert abs(halves.mean() - 32767.5) < 4 * spread / math.sqrt(halves.numel())
@@ -130,15 +135,19 @@ def test_random_halves_are_uniform_and_differ_between_elements_rows_and_keys():
 @needs_kernels
 @pytest.mark.parametrize("offset", [0, 100, 256, 300])
 def test_a_part_of_a_matrix_has_the_random_bits_of_the_whole(offset):
-    whole = random_halves(7, Place(0, 0, 1000), slice(0, 9), 1000, CPU)
-    part = random_halves(7, Place(2, offset, 1000), slice(1, 4), 600, CPU)
+    whole = random_halves(7, Origin(0, 0, 1000), slice(0, 9), 1000, CPU)
+    part = random_halves(7, Origin(2, offset, 1000), slice(1, 4), 600, CPU)
     assert torch.equal(part, whole[3:6, offset : offset + 600])
     source = torch.Generator().manual_seed(0)
     total, gradient = (drawn((9, 1000), source).bfloat16() for _ in range(2))
     mine, term = (tensor[3:6, offset : offset + 600].clone() for tensor in (total, gradient))
-    kernels_cpu.add(total, gradient, 7, Place(0, 0, 1000))
-    kernels_cpu.add(mine, term, 7, Place(3, offset, 1000))
+    far = 2**28  # rows before it, so that counters take more than 32 bits
+    kernels_cpu.add(total, gradient, 7, Origin(far, 0, 1000))
+    before = mine.float()
+    kernels_cpu.add(mine, term, 7, Origin(far + 3, offset, 1000))
     assert torch.equal(mine, total[3:6, offset : offset + 600])
+    random = random_halves(7, Origin(far + 3, offset, 1000), slice(0, 3), 600, CPU)
+    assert torch.equal(mine, round_stochastically(before + term.float(), random))
 
 
 @needs_kernels
@@ -211,7 +220,7 @@ if __name__ == "__main__":
     else:
         from lowmem.optim import kernels_cuda
 
-        few = {name: ODD[name] for name in ("wide", "bias", "deep")}  # because the interpreter is slow
+        few = {name: ODD[name] for name in ("wide", "bias", "deep", "even")}  # because the interpreter is slow
         for name, memory in FORMS:
             found, expected = (states(name, memory, x, steps=2, model=module(few)) for x in (kernels_cuda, None))
             print("differing:", differing(found, expected))

@@ -86,6 +86,23 @@ def test_exact_adafactor_has_the_weights_of_torchs_adafactor(slice_elements):
         torch.testing.assert_close(master(optimizer, parameter), expected.detach(), rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_the_clip_factor_multiplies_the_gradients_of_one_update(name):
+    weights = []
+    for factor in (None, torch.tensor(0.5)):
+        model = Matrices()
+        optimizer = make_optimizer(model, name=name)
+        for step in range(2):
+            set_gradients(step, torch.float32, model)
+            for parameter in model.parameters() if factor is None and step == 0 else ():
+                parameter.grad *= 0.5
+            optimizer.clip_factor = factor if step == 0 else optimizer.clip_factor
+            optimizer.param_groups[0]["lr"] = 1e-2
+            optimizer.step()
+        weights.append([master(optimizer, parameter) for parameter in model.parameters()])
+    assert all(torch.equal(mine, other) for mine, other in zip(*weights, strict=True))
+
+
 @pytest.mark.parametrize(("name", "memory"), [("adamw", "lean"), ("adamw_bf16", "exact"), ("adamw_bf16", "lean")])
 def test_rounded_state_keeps_large_parameters_near_adamw_and_small_ones_equal(name, memory):
     mine, reference = Matrices(), Matrices()

@@ -14,8 +14,9 @@ from lowmem.distributed.dtensor import is_in_columns
 from lowmem.distributed.fill import read_local
 from lowmem.distributed.heartbeat import phase
 from lowmem.errors import UsageError, one_line
+from lowmem.optim.adamw import DEFINITION
 from lowmem.optim.state import fill_state, needs_rounding, round_state, state_differences
-from lowmem.optim.tiers import DEFINITION, TieredOptimizer
+from lowmem.optim.tiers import TieredOptimizer
 from lowmem.step import TrainState
 from lowmem.storage.tensor_files import open_shards, tensor_differences
 
@@ -84,8 +85,10 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
             found += f" and {more} more" * (more > 0)
             advice = "Build the model that was saved, with its optimizer in the same memory tier"
             raise UsageError(f"{path} does not match the model: {found}. {advice}")
-        if isinstance(state.optimizer, TieredOptimizer) and saved.get("definition", 1) < DEFINITION and not rank:
-            print(f"{path} is of an earlier version, which rounded updates in another way: later bits will differ")
+        is_of_tier = isinstance(state.optimizer, TieredOptimizer) and saved.get("memory") != "off"
+        if is_of_tier and saved.get("definition", 1) != DEFINITION and rank == 0:
+            found = f"{path} is from another version of lowmem, whose updates round differently"
+            print(f"{found}: weights will differ from that version's in their last bits, or within lean's rounding")
         if state.stream is not None:
             if saved["stream"] is None:
                 raise UsageError(f"{path} was saved without a stream, so it has no position to resume from: start over")

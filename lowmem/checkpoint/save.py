@@ -26,8 +26,9 @@ from lowmem.distributed.collectives import on_main_rank, rank_and_world_size
 from lowmem.distributed.dtensor import pieces
 from lowmem.distributed.heartbeat import phase
 from lowmem.errors import SaveError, UsageError
+from lowmem.optim.adamw import DEFINITION
 from lowmem.optim.state import optimizer_bytes, optimizer_tensors
-from lowmem.optim.tiers import DEFINITION
+from lowmem.optim.tiers import TieredOptimizer
 from lowmem.step import TrainState
 from lowmem.storage.atomic_folder import clear_leftovers, remove
 from lowmem.storage.files import FileRecord, free_bytes, to_json, write_file
@@ -71,7 +72,9 @@ def save_checkpoint(
         training = {"step": state.step, "updates": state.updates, "best": state.best, "seed": state.seed}
         training |= {"stream": stream, "tokenizer": tokenizer_hash}
         kind, memory = type(state.optimizer).__name__, getattr(state.optimizer, "memory", "off")
-        training |= {"optimizer": kind, "memory": memory, "definition": DEFINITION, "parameters": [*parameters]}
+        training |= {"optimizer": kind, "memory": memory, "parameters": [*parameters]}
+        if isinstance(state.optimizer, TieredOptimizer):
+            training["definition"] = DEFINITION
         for file, record in write_model_files(unfinished / "model", state.model, tokenizer, config).items():
             records[file.relative_to(unfinished).as_posix()] = record
         records["state.json"] = write_file(unfinished / "state.json", [to_json(training)])

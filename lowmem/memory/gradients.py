@@ -97,7 +97,7 @@ class Gradients:
         """Clip like torch.nn.utils.clip_grads_with_norm_, which cannot mix plain and sharded gradients."""
         factor = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
         if isinstance(self._optimizer, TieredOptimizer):
-            self._optimizer.clip_factor = factor  # saves a pass over all gradients
+            self._optimizer.clip_factor = factor.to(self._all[0].device)  # saves a pass over all gradients
             return
         local = [local_of(gradient) for gradient in self._all]
         torch._foreach_mul_(local, factor.to(local[0].device))
@@ -108,6 +108,8 @@ class Gradients:
     def clear(self) -> None:
         self._all.clear()
         self._optimizer.zero_grad()
+        if isinstance(self._optimizer, TieredOptimizer):
+            self._optimizer.clip_factor = None
 
     def _sums(self, micro_batches: int) -> AbstractContextManager[None]:
         if not isinstance(self._optimizer, TieredOptimizer):

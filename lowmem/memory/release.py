@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowmem.distributed.dtensor import local_of
 from lowmem.errors import UsageError
 from lowmem.optim.norms import gradient_norms
 
@@ -55,7 +56,7 @@ class Released:
 
     @torch.no_grad()
     def update(self, parameter: nn.Parameter) -> None:
-        self.norms += gradient_norms([parameter.grad])
+        self.norms += gradient_norms([local_of(parameter.grad)])
         self.parameters.add(parameter)
         groups = self._optimizer.param_groups
         # with all groups, each of P steps would look at all P parameters

@@ -12,7 +12,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lowmem.optim.formats import read, write
-from lowmem.optim.philox import Place, random_halves, shuffled
+from lowmem.optim.philox import Origin, random_halves, shuffled
+
+DEFINITION = 2
+"""Number of the definition of the tiers' bits, which checkpoints record. 1 used torch's AdamW and its generators."""
 
 
 class Numbers(NamedTuple):
@@ -45,13 +48,13 @@ class Update(NamedTuple):
     """The update of one parameter, or of a rank's part of it."""
 
     tensors: dict[str, Tensor]
-    """"weight", "exp_avg" and "exp_avg_sq" in their formats."""
+    """"weight", "exp_avg" and "exp_avg_sq" in their formats, as matrices."""
     gradient: Tensor
     """bf16 or fp32, (rows, columns), contiguous."""
     numbers: Numbers
     key: int
     """The key of the random bits, 64 bits."""
-    place: Place
+    origin: Origin
 
 
 def is_rounded(tensors: dict[str, Tensor]) -> bool:
@@ -67,7 +70,7 @@ def adamw(update: Update, slices: Iterable[slice], clip_factor: Tensor | None) -
         _adamw(weight, gradient if clip_factor is None else gradient * clip_factor, exp_avg, exp_avg_sq, update.numbers)
         random = other = None
         if is_rounded(update.tensors):
-            random = random_halves(update.key, update.place, rows, weight.shape[1], weight.device)
+            random = random_halves(update.key, update.origin, rows, weight.shape[1], weight.device)
             # use other bits: the update divides the first moment by the second, so their errors must not correlate
             other = shuffled(random)
         write(update.tensors, "weight", rows, weight, random)

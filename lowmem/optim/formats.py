@@ -44,7 +44,7 @@ def keep(name: str, values: Tensor, form: str) -> dict[str, Tensor]:
 def zeros(name: str, like: Tensor, form: str) -> dict[str, Tensor]:
     """Make zeros in the shape of `like`, in the format "fp32", "bf16", "int8" or "uint8"."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "uint8": torch.uint8}[form]
-    tensors = {name: torch.zeros_like(like, dtype=dtype)}
+    tensors = {name: torch.zeros(like.shape, dtype=dtype, device=like.device)}
     if dtype in LARGEST:
         rows, columns = rows_and_columns(like)
         tensors[f"{name}_scale"] = torch.zeros(rows, -(-columns // BLOCK), device=like.device)

@@ -95,8 +95,9 @@ inline void store(Code* to, float* scale, const float* values, const uint32_t* r
     *scale = as_float(maximum);
     const float inverse = 1 / std::max(*scale, 1e-30f), full = unit<Code>();
     for (int i = 0; i < count; i++) {
-        const int32_t bits = bits_of(values[i] * inverse * full), sign = bits >> 31;  // 0 or -1
-        const int32_t code = ((bits & 0x7FFFFFFF) + int32_t(random[i] << (CUT_BITS - 16))) >> CUT_BITS;
+        const uint32_t bits = bits_of(values[i] * inverse * full);
+        const int32_t sign = int32_t(bits) >> 31;  // 0 or -1
+        const int32_t code = ((bits & 0x7FFFFFFF) + (random[i] << (CUT_BITS - 16))) >> CUT_BITS;
         to[i] = Code((std::min(std::max(code, least), most) ^ sign) - sign);
     }
 }
@@ -154,7 +155,10 @@ void update(const Parameter& parameter, int64_t from, int64_t to) {
         First* __restrict first = static_cast<First*>(p.exp_avg) + segment.at;
         Second* __restrict second = static_cast<Second*>(p.exp_avg_sq) + segment.at;
         float unused = 0, *first_scale = &unused, *second_scale = &unused;
-        if constexpr (sizeof(First) == 1) first_scale = p.exp_avg_scale + index, second_scale = p.exp_avg_sq_scale + index;
+        if constexpr (sizeof(First) == 1) {
+            first_scale = p.exp_avg_scale + index;
+            second_scale = p.exp_avg_sq_scale + index;
+        }
         const float scale1 = *first_scale, scale2 = *second_scale;
         if constexpr (is_rounded) {
             draw(drawn, p.matrix.key, segment.block);

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from zlib import crc32
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.adamw import Numbers, Update, is_rounded
-from lowmem.optim.philox import Place, Segments
+from lowmem.optim.philox import Origin, Segments
 
 _SETS = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
 """The compiled instruction sets that a CPU has, best first, by the name that torch gives its capability."""
@@ -45,21 +46,22 @@ def library() -> ctypes.CDLL | None:
     source = folder / "kernels.cpp"
     for name in _SETS.get(torch.backends.cpu.get_cpu_capability(), ("baseline",)):
         for path in folder.glob(f"_kernels_{name}.*"):
-            loaded = ctypes.CDLL(str(path))
-            loaded.digest.restype = ctypes.c_uint32
-            if loaded.digest() == crc32(source.read_bytes()):
-                return loaded
+            with suppress(OSError, AttributeError):  # of another machine, or cut short
+                loaded = ctypes.CDLL(str(path))
+                loaded.digest.restype = ctypes.c_uint32
+                if loaded.digest() == crc32(source.read_bytes()):
+                    return loaded
     return None
 
 
 def adamw(updates: Iterable[Update], clip_factor: Tensor | None) -> None:
     """Update weights and moments; see `adamw.adamw`."""
     factor = 1.0 if clip_factor is None else clip_factor.item()
-    for tensors, gradient, numbers, key, place in updates:
-        segments = Segments.of(gradient, place, is_rounded=is_rounded(tensors))
+    for tensors, gradient, numbers, key, origin in updates:
+        segments = Segments.of(gradient, origin, is_rounded=is_rounded(tensors))
         parameter = _Parameter(
             _Matrix(*segments, key),
-            **{name: tensor.data_ptr() for name, tensor in tensors.items() if name != "step"},
+            **{name: tensor.data_ptr() for name, tensor in tensors.items()},
             **numbers._asdict(),
             gradient=gradient.data_ptr(),
             clip_factor=factor,
@@ -69,9 +71,9 @@ def adamw(updates: Iterable[Update], clip_factor: Tensor | None) -> None:
         _run(partial(library().adamw, ctypes.byref(parameter)), segments.count(gradient))
 
 
-def add(total: Tensor, gradient: Tensor, key: int, place: Place) -> None:
+def add(total: Tensor, gradient: Tensor, key: int, origin: Origin) -> None:
     """Add a gradient in bf16 to a sum in fp32, or in bf16 with stochastic rounding; both (rows, columns)."""
-    segments = Segments.of(gradient, place, is_rounded=total.itemsize < 4)
+    segments = Segments.of(gradient, origin, is_rounded=total.itemsize < 4)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (total, gradient)]
     matrix, size = _Matrix(*segments, key), ctypes.c_int32(total.itemsize)
     _run(partial(library().add, *pointers, size, ctypes.byref(matrix)), segments.count(gradient))
@@ -93,9 +95,13 @@ def _run(
     parts = min(torch.get_num_threads(), max(1, segments // per_thread))
     ends = [ctypes.c_int64(segments * index // parts) for index in range(parts + 1)]
     first, *others = zip(ends, ends[1:], strict=False)
-    running = [_threads().submit(kernel, *span) for span in others]
-    kernel(*first)
-    wait(running)
+    running = []
+    try:
+        for span in others:
+            running.append(_threads().submit(kernel, *span))
+        kernel(*first)
+    finally:
+        wait(running)  # also after an error: they use the caller's tensors
 
 
 @cache

@@ -5,6 +5,7 @@ One launch updates all parameters of the same formats: the kernel reads their ad
 
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from struct import pack, unpack
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lowmem.optim.adamw import Numbers, Update, is_rounded
 from lowmem.optim.formats import CUT_BITS, LARGEST, LEAST, unit
-from lowmem.optim.philox import BLOCK, COUNTERS, Place, Segments
+from lowmem.optim.philox import BLOCK, COUNTERS, Origin, Segments
 
 SEGMENTS = 4  # that a program works on
 _ALIGNMENT = 16
@@ -25,6 +26,7 @@ _COLUMNS = (
 """Of the table, int64: addresses, then fp32 bits, then integers. The last counts programs up to this parameter."""
 
 _WIDTH = tl.constexpr(len(_COLUMNS))
+_NUMBERS, _MATRIX = tl.constexpr(_COLUMNS.index("decay")), tl.constexpr(_COLUMNS.index("columns"))
 _BLOCK, _COUNTERS, _CUT_BITS = tl.constexpr(BLOCK), tl.constexpr(COUNTERS), tl.constexpr(CUT_BITS)
 _FIRST_UNIT, _SECOND_UNIT = tl.constexpr(unit(torch.int8)), tl.constexpr(unit(torch.uint8))
 _FIRST_LARGEST, _SECOND_LARGEST = tl.constexpr(LARGEST[torch.int8]), tl.constexpr(LARGEST[torch.uint8])
@@ -34,10 +36,12 @@ _SECOND_LEAST = tl.constexpr(LEAST[torch.uint8])
 def adamw(updates: Iterable[Update], clip_factor: Tensor | None) -> None:
     """Update weights and moments; see `adamw.adamw`."""
     by_form: dict[tuple[tuple[str, object], ...], list[dict[str, int]]] = defaultdict(list)
-    for tensors, gradient, numbers, key, place in updates:
+    updates = list(updates)  # keeps gradients that were copied until the launch
+    for tensors, gradient, numbers, key, origin in updates:
         device = gradient.device
-        segments = Segments.of(gradient, place, is_rounded=is_rounded(tensors))
-        row = {name: tensor.data_ptr() for name, tensor in tensors.items()} | {"gradient": gradient.data_ptr()}
+        segments = Segments.of(gradient, origin, is_rounded=is_rounded(tensors))
+        row = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        row["gradient"] = gradient.data_ptr()
         form = {"IS_SPLIT": "weight_low" in tensors, "MOMENT_BYTES": tensors["exp_avg"].itemsize}
         form |= {"GRADIENT_BYTES": gradient.itemsize, "IS_ALIGNED": _is_aligned(segments, row.values())}
         row |= {name: unpack("i", pack("f", number))[0] for name, number in numbers._asdict().items()}
@@ -50,18 +54,25 @@ def adamw(updates: Iterable[Update], clip_factor: Tensor | None) -> None:
             row["programs"] = programs
         values = [[row.get(name, 0) for name in _COLUMNS] for row in rows]
         table = torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-        factor = torch.ones((), device=device) if clip_factor is None else clip_factor.to(device)
+        factor = torch.ones((), device=device) if clip_factor is None else clip_factor
         options = dict(form) | {"SEGMENTS": SEGMENTS, "enable_fp_fusion": False}
-        adamw_kernel[(programs,)](table, factor, len(rows), **options)
+        with _on(device):
+            adamw_kernel[(programs,)](table, factor, len(rows), **options)
 
 
-def add(total: Tensor, gradient: Tensor, key: int, place: Place) -> None:
+def add(total: Tensor, gradient: Tensor, key: int, origin: Origin) -> None:
     """Add a gradient in bf16 to a sum in fp32, or in bf16 with stochastic rounding; both (rows, columns)."""
-    segments = Segments.of(gradient, place, is_rounded=total.itemsize < 4)
+    segments = Segments.of(gradient, origin, is_rounded=total.itemsize < 4)
     count = segments.count(gradient)
     grid = (triton.cdiv(count, SEGMENTS),)
     options = {"IS_ROUNDED": total.itemsize < 4, "SEGMENTS": SEGMENTS, "enable_fp_fusion": False}
-    add_kernel[grid](total, gradient, count, *segments, _signed(key), **options)
+    with _on(total.device):
+        add_kernel[grid](total, gradient, count, *segments, _signed(key), **options)
+
+
+def _on(device: torch.device) -> AbstractContextManager[None]:
+    # Triton launches on the current device; on a CPU, its interpreter runs the kernels
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _is_aligned(segments: Segments, addresses: Iterable[int]) -> bool:
@@ -74,7 +85,7 @@ def _signed(key: int) -> int:
     return key - 2**64 if key >= 2**63 else key
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parameters"])  # it may be 1, with gradient release
 def adamw_kernel(
     table,
     clip_factor,
@@ -97,12 +108,14 @@ def adamw_kernel(
     row = table + low * _WIDTH
     begin = tl.load(row - 1, mask=low > 0, other=0)
 
-    decay, beta1_rest, beta2 = _number(row + 7), _number(row + 8), _number(row + 9)
-    beta2_rest, step_size, inverse_bias = _number(row + 10), _number(row + 11), _number(row + 12)
-    eps, columns, offset = _number(row + 13), tl.load(row + 15), tl.load(row + 16)
+    numbers, matrix = row + _NUMBERS, row + _MATRIX
+    decay, beta1_rest = _number(numbers), _number(numbers + 1)
+    beta2, beta2_rest = _number(numbers + 2), _number(numbers + 3)
+    step_size, inverse_bias, eps = _number(numbers + 4), _number(numbers + 5), _number(numbers + 6)
+    columns, offset = tl.load(matrix), tl.load(matrix + 1)
     if IS_ALIGNED:  # the compiler then loads 16 bytes at a time
         columns, offset = tl.multiple_of(columns, 16), 0
-    first, stride, segments = tl.load(row + 17), tl.load(row + 18), tl.load(row + 19)
+    first, stride, segments = tl.load(matrix + 2), tl.load(matrix + 3), tl.load(matrix + 4)
     begin = (program - begin) * SEGMENTS
     segment, at, inside, block = _elements(begin, segments, columns, offset, first, stride, SEGMENTS)
 
@@ -144,7 +157,7 @@ def adamw_kernel(
     w = w - tl.div_rn(m * step_size, tl.sqrt_rn(v) * inverse_bias + eps)
 
     if not IS_SPLIT or MOMENT_BYTES < 4:
-        random = _random_halves(tl.load(row + 14), block, SEGMENTS)
+        random = _random_halves(tl.load(matrix - 1), block, SEGMENTS)
         other = (random * 40503) & 0xFFFF
     if IS_SPLIT:
         bits = w.to(tl.int32, bitcast=True)
@@ -167,7 +180,7 @@ def adamw_kernel(
         tl.store(second_scale, scale, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments", "first", "stride", "key"])  # some are multiples of 16 by chance
 def add_kernel(
     total,
     gradient,
@@ -235,8 +248,9 @@ def _rounded(value, random):
 @triton.jit
 def _to_8_bits(value, random, UNIT: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr):
     """Return the codes of values (S, BLOCK) as int32, and the scale of each block (S,)."""
-    scale = tl.max(tl.abs(value), axis=1)
-    at_least = tl.maximum(scale, 1e-30)
+    magnitude = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # in the order of the values, NaN last
+    scale = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)
+    at_least = tl.where(scale < 1e-30, 1e-30, scale)
     inverse = tl.div_rn(tl.full(at_least.shape, 1.0, tl.float32), at_least)
     bits = (value * inverse[:, None] * UNIT).to(tl.int32, bitcast=True)
     sign = bits >> 31  # 0 or -1

@@ -13,7 +13,7 @@ _CONVERTED_ELEMENTS = 2**20  # at a time, without a kernel
 
 def gradient_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
     """Return the L2 norm of each gradient, fp32 (of fp64: fp64) scalars. All must be on the same device."""
-    if gradients and gradients[0].device.type == "cuda":  # few launches; kernels add in a tree, which is accurate
+    if gradients and gradients[0].device.type != "cpu":  # few launches; kernels add in a tree, which is accurate
         return list(torch._foreach_norm(gradients, 2, torch.promote_types(gradients[0].dtype, torch.float32)))
     return [_norm(gradient) for gradient in gradients]
 

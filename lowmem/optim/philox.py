@@ -18,7 +18,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
 
-class Place(NamedTuple):
+class Origin(NamedTuple):
     """Where a rank's part of a matrix begins in the full matrix, and how many columns the full matrix has."""
 
     row: int
@@ -48,25 +48,25 @@ class Segments(NamedTuple):
     """Blocks in a row of the full matrix."""
 
     @classmethod
-    def of(cls, part: Tensor, place: Place, *, is_rounded: bool) -> "Segments":
-        """Divide a part, (rows, columns); as one row if no value is rounded, because its shape then has no effect."""
+    def of(cls, part: Tensor, origin: Origin, *, is_rounded: bool) -> "Segments":
+        """Divide a part, (rows, columns); as one row if no value is rounded, because then no bit depends on columns."""
         if not is_rounded:
             return cls(part.numel(), 0, 0, 0)
-        return cls(part.shape[1], place.column % BLOCK, place.first_block, place.blocks_per_row)
+        return cls(part.shape[1], origin.column % BLOCK, origin.first_block, origin.blocks_per_row)
 
     def count(self, part: Tensor) -> int:
         """Return the number of segments of a part."""
         return part.numel() // max(1, self.columns) * -(-(self.offset + self.columns) // BLOCK)
 
 
-def random_halves(key: int, place: Place, rows: slice, columns: int, device: torch.device) -> Tensor:
+def random_halves(key: int, origin: Origin, rows: slice, columns: int, device: torch.device) -> Tensor:
     """Return 16 random bits per element, int32 in [0, 65536), of some rows of a rank's part; (rows, columns)."""
-    begin = place.column % BLOCK
-    first = torch.arange(rows.start, rows.stop, device=device) * place.blocks_per_row + place.first_block
+    begin = origin.column % BLOCK
+    first = torch.arange(rows.start, rows.stop, device=device) * origin.blocks_per_row + origin.first_block
     blocks = first.unsqueeze(1) + torch.arange(-(-(begin + columns) // BLOCK), device=device)
     counters = blocks.unsqueeze(2) * COUNTERS + torch.arange(COUNTERS, device=device)
-    halves = [half for word in philox(key, counters) for half in (word & 0xFFFF, word >> 16)]
-    return torch.stack(halves, 2).flatten(1)[:, begin : begin + columns].to(torch.int32)
+    halves = [half.to(torch.int32) for word in philox(key, counters) for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(halves, 2).flatten(1)[:, begin : begin + columns]
 
 
 def shuffled(random: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from lowmem.distributed.seeds import seed_of
 from lowmem.optim import kernels_cpu
 from lowmem.optim.adamw import Numbers, Update, adamw
 from lowmem.optim.formats import by_rows, keep, round_stochastically, rows_and_columns, write, zeros
-from lowmem.optim.philox import Place, random_halves
+from lowmem.optim.philox import BLOCK, Origin, random_halves
 
 _SMALL = 4096  # vectors, and parameters of at most this many elements, take few bytes: lean stores them as exact does
 _CACHED_ELEMENTS = 2**19  # elements per slice on CPU, so that the slice's temporaries fit into the cache
@@ -37,10 +37,6 @@ Tensors = dict[str, Tensor]
 Group = dict[str, object]
 Random = Callable[[slice], Tensor]
 """Return 16 random bits for each element of some rows, as int32; the same bits for the same rows."""
-
-
-DEFINITION = 2
-"""Number of the definition of a tier's bits, which checkpoints record. 1 used torch's AdamW and torch's generators."""
 
 
 class WithGradient(NamedTuple):
@@ -75,9 +71,9 @@ class TieredOptimizer(Optimizer):
         names = {parameter: name for group in groups for name, parameter in group["params"]}
         groups = [group | {"params": [parameter for _, parameter in group["params"]]} for group in groups]
         super().__init__(groups, {"lr": 0.0} | defaults)
-        first = local_of(next(iter(names)))
+        first, devices = local_of(next(iter(names))), {parameter.device for parameter in names}
         self.memory, self._names = memory, names
-        self.kernels = kernels_for(first) if fused else None
+        self.kernels = kernels_for(first) if fused and len(devices) == 1 else None
         """The kernels that this optimizer uses, or None for tensor operations."""
         self.seed = 0
         """Seed of stochastic rounding; `train_step` sets it."""
@@ -106,6 +102,8 @@ class TieredOptimizer(Optimizer):
                 if parameter.grad is not None:
                     self.state[parameter]["step"] += 1
                     gradient = by_rows(local_of(parameter.grad).contiguous())
+                    if gradient.dtype not in (torch.bfloat16, torch.float32):
+                        gradient = gradient.float()
                     yield WithGradient(group, parameter, gradient, _local_tensors(parameter, self.state[parameter]))
 
     @contextmanager
@@ -139,25 +137,26 @@ class TieredOptimizer(Optimizer):
                 hook.remove()
 
     def add(self, parameter: nn.Parameter, total: Tensor, gradient: Tensor, key: int) -> None:
-        total, gradient, place = by_rows(total), by_rows(gradient), place_of(parameter)
+        assert gradient.dtype == torch.bfloat16, gradient.dtype
+        total, gradient, origin = by_rows(total), by_rows(gradient), origin_of(parameter)
         if self.kernels:
-            self.kernels.add(total, gradient, key, place)
+            self.kernels.add(total, gradient, key, origin)
             return
         for rows in self.slices(parameter):
             values = total[rows].float().add_(gradient[rows])
             if self._is_rounded(parameter):
-                random = random_halves(key, place, rows, values.shape[1], values.device)
+                random = random_halves(key, origin, rows, values.shape[1], values.device)
                 values = round_stochastically(values, random)
             total[rows] = values
 
     @torch.no_grad()
     def round_from(self, parameter: nn.Parameter, names: Iterable[str], values: Callable[[str, slice], Tensor]) -> None:
         """For each name, store `values(name, rows)` (fp32) in its format. `rows` are rows of the full parameter."""
-        tensors, place = _local_tensors(parameter, self.state[parameter]), place_of(parameter)
+        tensors, origin = _local_tensors(parameter, self.state[parameter]), origin_of(parameter)
         for name in sorted(names):
             draw = self._random(parameter, "round_from", name)
             for rows in self.slices(parameter):
-                new = values(name, slice(place.row + rows.start, place.row + rows.stop)).to(parameter.device)
+                new = values(name, slice(origin.row + rows.start, origin.row + rows.stop)).to(parameter.device)
                 if tensors[name].dtype == torch.float32:
                     by_rows(tensors[name])[rows] = new
                 else:
@@ -176,7 +175,7 @@ class TieredOptimizer(Optimizer):
     def slices(self, parameter: nn.Parameter) -> Iterator[slice]:
         """Split the rows of this rank's shard of a parameter into the slices to update one at a time."""
         rows, columns = rows_and_columns(local_of(parameter))
-        height = max(1, self._slice_elements // max(1, columns))
+        height = max(1, self._slice_elements // max(BLOCK, columns))  # random bits take whole blocks
         return (slice(first, min(first + height, rows)) for first in range(0, rows, height))
 
     def key_of(self, parameter: nn.Parameter, *key: int | str) -> int:
@@ -184,14 +183,12 @@ class TieredOptimizer(Optimizer):
         return seed_of(self.seed, *key, self._names[parameter])
 
     def _random(self, parameter: nn.Parameter, *key: int | str) -> Random:
-        columns, place = rows_and_columns(local_of(parameter))[1], place_of(parameter)
-        return lambda rows: random_halves(self.key_of(parameter, *key), place, rows, columns, parameter.device)
+        columns, origin = rows_and_columns(local_of(parameter))[1], origin_of(parameter)
+        return lambda rows: random_halves(self.key_of(parameter, *key), origin, rows, columns, parameter.device)
 
 
 class TieredAdamW(TieredOptimizer):
-    """AdamW as `adamw.py` defines it.
-
-    The exact tier with fp32 moments gives the weights that AdamW gives in fp32, bit for bit.
+    """AdamW as `adamw.py` defines it. The exact tier with fp32 moments has the bits of that AdamW over fp32 weights.
 
     With moments="tier", large moments are fp32 in exact and 8-bit in lean. With "bf16", they are bf16 in both.
     """
@@ -216,20 +213,21 @@ class TieredAdamW(TieredOptimizer):
 
     def _update_of(self, found: WithGradient) -> Update:
         step = int(found.tensors["step"])
-        key, place = self.key_of(found.parameter, step), place_of(found.parameter)
-        return Update(found.tensors, found.gradient, Numbers.of(step, **found.group), key, place)
+        key, origin = self.key_of(found.parameter, step), origin_of(found.parameter)
+        matrices = {name: by_rows(tensor) for name, tensor in found.tensors.items() if name != "step"}
+        return Update(matrices, found.gradient, Numbers.of(step, **found.group), key, origin)
 
 
 class FakeKernels:
-    """Kernels for fake tensors, which have no data. Like real ones, they take no memory."""
+    """Kernels for fake tensors, which have no data. Like real kernels, they take no memory."""
 
     @staticmethod
     def adamw(updates: Iterable[Update], clip_factor: Tensor | None) -> None:
-        for _ in updates:  # each is counted when it is made
+        for _ in updates:  # iterating counts them
             pass
 
     @staticmethod
-    def add(total: Tensor, gradient: Tensor, key: int, place: Place) -> None:
+    def add(total: Tensor, gradient: Tensor, key: int, origin: Origin) -> None:
         pass
 
 
@@ -239,16 +237,16 @@ def kernels_for(tensor: Tensor) -> ModuleType | type[FakeKernels] | None:
         return FakeKernels
     if tensor.device.type == "cpu":
         return kernels_cpu if kernels_cpu.library() else None
-    has_compiler = os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))  # Triton compiles with it
+    has_compiler = shutil.which(os.environ.get("CC") or "gcc") or shutil.which("clang")  # Triton compiles with it
     if tensor.device.type != "cuda" or find_spec("triton") is None or not has_compiler:
         return None
     return import_module("lowmem.optim.kernels_cuda")
 
 
-def place_of(parameter: nn.Parameter) -> Place:
+def origin_of(parameter: nn.Parameter) -> Origin:
     """Return where this rank's part begins in the full parameter as a matrix."""
     _, row, column = local_part(parameter.data)
-    return Place(row, column * math.prod(parameter.shape[2:]), rows_and_columns(parameter)[1])
+    return Origin(row, column * math.prod(parameter.shape[2:]), rows_and_columns(parameter)[1])
 
 
 def _local_tensors(parameter: nn.Parameter, state: Tensors) -> Tensors:
