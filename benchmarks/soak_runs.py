@@ -114,15 +114,15 @@ class Run:
         return step_of(found[-1]) if found else 0
 
     def last_record(self) -> dict[str, object]:
-        """Return the last record in metrics.jsonl, or one of step 0."""
+        """Return the last record of a step in metrics.jsonl, or one of step 0."""
         try:
             with open(self.output / "metrics.jsonl", "rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - LONGEST_RECORD))
                 lines = file.read().splitlines(keepends=True)
         except FileNotFoundError:
             return {"step": 0}
-        whole = [line for line in lines if line.endswith(b"\n")]
-        return json.loads(whole[-1]) if whole else {"step": 0}
+        whole = (json.loads(line) for line in reversed(lines) if line.startswith(b"{") and line.endswith(b"\n"))
+        return next((record for record in whole if "step" in record), {"step": 0})  # not an event, such as the end
 
     def has_logged(self) -> bool:
         """Return whether this launch has logged a step. Before that, records and unfinished files are from the last."""
