@@ -1,7 +1,6 @@
 """Measure the time that error agreement and the heartbeat add to an optimizer step on two processes over gloo.
 
     python benchmarks/agree.py --model=t5-small --output=benchmarks/results/agree.jsonl
-    python benchmarks/agree.py --model=t5-tiny --count_syncs
 
 Appends a JSON line to --output, and writes a table to the .md file of the same name. See README.md.
 """
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -40,7 +38,6 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--seq_len", type=int, default=128, help="tokens per row (T5: per prompt and response)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps per round")
     parser.add_argument("--turns", type=int, default=4, help="interleaved rounds, each with the heartbeat and without")
-    parser.add_argument("--count_syncs", action="store_true", help="only count the host syncs of a step on a GPU")
     parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
     return parser.parse_args()
 
@@ -52,7 +49,7 @@ def new_step(flags: argparse.Namespace) -> tuple[Callable[[], None], int]:
 
     from lowmem import TrainState, chunked_loss, load_model, make_optimizer, parallelize, train_step
 
-    accelerator = Accelerator(cpu=not flags.count_syncs)
+    accelerator = Accelerator(cpu=True)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     model, tokenizer = load_model(model_config=shapes()[flags.model])
     model = parallelize(model, accelerator)
@@ -105,27 +102,12 @@ def idle_cores() -> float:
     return (time.process_time() - before) / IDLE_SECONDS
 
 
-def count_syncs(flags: argparse.Namespace) -> Record:
-    """Count the host syncs of one step, as torch's sync debug mode reports them."""
-    import torch
-
-    step, num_weights = new_step(flags)
-    step()
-    torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        step()
-    torch.cuda.set_sync_debug_mode("default")
-    places = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
-    return {"weights": num_weights, "syncs": len(places), "places": places}
-
-
 def run_rank(flags: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    record = count_syncs(flags) if flags.count_syncs else measure(flags)
+    record = measure(flags)
     if os.environ["RANK"] == "0":
         Path(os.environ["LOWMEM_RECORD"]).write_text(json.dumps(record))
     if dist.is_initialized():
@@ -134,8 +116,7 @@ def run_rank(flags: argparse.Namespace) -> None:
 
 # --- in the parent process
 def start(flags: argparse.Namespace) -> Record:
-    world_size = 1 if flags.count_syncs else WORLD_SIZE
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD_SIZE}"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "record.json")
         subprocess.run(
@@ -154,8 +135,6 @@ def table(records: list[Record]) -> str:
     lines = [f"## {record['model']}, {record['weights']:,} weights, {record['batch_size']} rows of {record['seq_len']}"]
     lines += ["", f"    {record['command']}", ""]
     lines += [f"{record['date']}; {record['machine']['cpu']}, {record['machine']['cores']} cores; {versions}.", ""]
-    if "syncs" in record:
-        return "\n".join([*lines, f"Host syncs of one step: {record['syncs']} ({', '.join(record['places'])}).", ""])
     with_it, without = ([s for each in record["seconds"][name] for s in each] for name in ("with", "without"))
     pairs = zip(record["seconds"]["with"], record["seconds"]["without"], strict=True)
     slower = median(median(a) / median(b) for a, b in pairs) - 1

@@ -38,6 +38,17 @@ LLAMA_56M = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
+QWEN_500M = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
 LLAMA_TINY = LLAMA_56M | {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 
 
@@ -47,7 +58,7 @@ def shapes() -> dict[str, dict[str, object]]:
 
     # no dropout: with it, systems would draw different masks, and their losses could not be compared
     t5_shapes = {name: shape | {"dropout_rate": 0.0} for name, shape in MODEL_SHAPES.items()}
-    return t5_shapes | {"llama-tiny": LLAMA_TINY, "llama-56m": LLAMA_56M}
+    return t5_shapes | {"llama-tiny": LLAMA_TINY, "llama-56m": LLAMA_56M, "qwen2.5-0.5b": QWEN_500M}
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:

@@ -17,7 +17,7 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
-from compare import LLAMA_56M
+from compare import LLAMA_56M, QWEN_500M
 from footprint import Model, System, Work, run
 from records import MIB, Record, append
 
@@ -26,13 +26,11 @@ from lowmem.config.presets import MODEL_SHAPES
 GIB = 2**30
 # Dropout is 0, because its masks add the same bytes to every system.
 _T5 = {name: shape | {"dropout_rate": 0.0} for name, shape in MODEL_SHAPES.items()}
-_QWEN = {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}
-_QWEN |= {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
 _LLAMA |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
 MODELS = {
     "t5-base": Model(_T5["t5-base"], batch_size=16, seq_len=512),
-    "qwen2.5-0.5b": Model(_QWEN | {"max_position_embeddings": 32768}, batch_size=8, seq_len=2048),
+    "qwen2.5-0.5b": Model(QWEN_500M, batch_size=8, seq_len=2048),
     "llama-3.1-8b": Model(_LLAMA | {"max_position_embeddings": 131072}, batch_size=1, seq_len=4096),
     "t5-small": Model(_T5["t5-small"], batch_size=4, seq_len=128),
     "llama-56m": Model(LLAMA_56M, batch_size=4, seq_len=256),

@@ -1,6 +1,7 @@
 """Append records to a file of JSON lines, and write a table for each command in the file."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,7 +19,9 @@ def append(
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+        file.flush()
+        os.fsync(file.fileno())
     commands: dict[str, list[Record]] = {}
     for line in output.read_text().splitlines():
         record = json.loads(line)

@@ -101,9 +101,18 @@ class Growth:
         return [f"processes: {self.processes}; {self.of} grew by {grown:.1f} {self.unit}"] * (grown >= LEAK[self.unit])
 
 
-def soak(folder: Path, *, kills: int, processes: int, seed: int = 0, log: Callable[[str], None] = print) -> Soak:
+def soak(
+    folder: Path,
+    *,
+    kills: int,
+    processes: int,
+    seed: int = 0,
+    log: Callable[[str], None] = print,
+    **options: object,
+) -> Soak:
     """Train in `folder` once without kills and once with `kills` kills, and compare the results.
 
+    `options` are for `Run`: more flags, or hide_gpus=False.
     Raises RuntimeError if a run fails or makes no progress, and UsageError if a checkpoint is damaged.
     """
     chance, victims = random.Random(seed), VICTIMS[processes]
@@ -111,7 +120,7 @@ def soak(folder: Path, *, kills: int, processes: int, seed: int = 0, log: Callab
     chance.shuffle(deck)
     steps = kills * MOST_STEPS + 2 * SAVE_STEPS  # enough that the killed run does not finish before its last kill
     flags = {"processes": processes, "max_steps": steps, "save_steps": SAVE_STEPS, "eval_steps": EVAL_STEPS}
-    flags |= {"logging_steps": 1, "gradient_accumulation_steps": 2}
+    flags |= {"logging_steps": 1, "gradient_accumulation_steps": 2} | options
     done = []
     with Run(folder, "whole", **flags) as uninterrupted:  # trains at the same time, which changes no bits
         for number, (victim, aim) in enumerate(deck):

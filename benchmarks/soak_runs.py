@@ -28,10 +28,11 @@ _SAME_ON_RESUME = ("step", "epoch", "loss", "grad_norm", "learning_rate", "num_t
 class Run:
     """One launch, which resumes from the newest checkpoint in `folder`/`name`. Leaving the context kills it.
 
-    Its output is appended to `folder`/`name`.log, and its temporary files are in `folder`/`name`.tmp.
+    Its output is appended to `folder`/`name`.log, and its temporary files are in `folder`/`name`.tmp. Trains on CPUs
+    unless `hide_gpus` is False.
     """
 
-    def __init__(self, folder: Path, name: str, *, processes: int, **flags: object):
+    def __init__(self, folder: Path, name: str, *, processes: int, hide_gpus: bool = True, **flags: object):
         self.output, self.temporary, self._log = folder / name, folder / f"{name}.tmp", folder / f"{name}.log"
         self.temporary.mkdir(parents=True, exist_ok=True)
         self.resumed_from = self.newest_step()
@@ -39,7 +40,7 @@ class Run:
         flags = _FLAGS | flags | {"model_config": folder / "t5.json", "output_dir": self.output}
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         program = [str(PROGRAM), "train", *(f"--{flag}={value}" for flag, value in flags.items())]
-        settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if hide_gpus else {})
         with open(self._log, "a") as log:
             self._log_start = log.tell()
             self._launcher = psutil.Popen(

@@ -11,9 +11,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from benchmarks.kernel_states import FORMS, ODD, bits, differing, drawn, module, states
 from lowmem import init_distributed
-from lowmem.distributed.dtensor import local_of, local_part
-from lowmem.optim import kernels_cpu, tiers
+from lowmem.distributed.dtensor import local_part
+from lowmem.optim import kernels_cpu
 from lowmem.optim.formats import round_stochastically
 from lowmem.optim.make import make_optimizer
 from lowmem.optim.philox import BLOCK, Origin, philox, random_halves
@@ -22,65 +23,6 @@ from tests.processes import ROOT, run
 
 CPU = torch.device("cpu")
 needs_kernels = pytest.mark.skipif(kernels_cpu.library() is None, reason="lowmem was installed without a C++ compiler")
-FORMS = [("adamw", "exact"), ("adamw", "lean"), ("adamw_bf16", "exact"), ("adamw_bf16", "lean")]
-# sizes that are no multiples of a block, a vector register or a power of two, and a matrix without any remainder
-ODD = {"wide": (7, 701), "tall": (67, 62), "bias": (77,), "scalar": (), "deep": (4, 7, 181), "even": (16, 512)}
-
-
-def drawn(shape, source):
-    """Return numbers in (-2, 2), the same on every instruction set, unlike those of torch.randn."""
-    return torch.randint(-(2**20), 2**20, shape, generator=source) / 2**19
-
-
-def module(shapes):
-    made = nn.Module()
-    for seed, (name, shape) in enumerate(shapes.items()):
-        made.register_parameter(name, nn.Parameter(drawn(shape, torch.Generator().manual_seed(seed))))
-    return made
-
-
-def states(name, memory, kernels, *, steps, dtype=torch.bfloat16, model=None):
-    """Return weights and state after some updates, every other of them clipped, and a sum of two gradients."""
-    model = model or module(ODD)
-    optimizer = make_optimizer(model, name=name, memory=memory, weight_decay=0.1, slice_elements=2000)
-    optimizer.kernels = kernels
-    source = torch.Generator().manual_seed(1)
-
-    def gradient(parameter, dtype):
-        whole = drawn(parameter.shape, source).to(dtype)
-        if whole.dim() == 2:
-            whole[0] = 0  # a block of zeros has the least scale
-        if isinstance(parameter, DTensor):
-            return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-        return whole.t().contiguous().t() if whole.dim() == 2 else whole  # kernels need contiguous gradients
-
-    for step in range(steps):
-        for parameter in model.parameters():
-            parameter.grad_dtype = None  # let gradients have any dtype
-            parameter.grad = gradient(parameter, dtype)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 / (step + 1)
-        optimizer.clip_factor = torch.tensor(0.37) if step % 2 else None
-        optimizer.step()
-        assert optimizer.clip_factor is None
-    found = {}
-    for path, parameter in model.named_parameters():
-        found |= {f"{path}.{key}": tensor for key, tensor in {"": parameter.data, **optimizer.state[parameter]}.items()}
-        is_rounded = memory == "lean" and tiers.is_large(parameter)
-        total = gradient(parameter, torch.bfloat16 if is_rounded else torch.float32)
-        terms = (local_of(tensor).contiguous() for tensor in (total, gradient(parameter, torch.bfloat16)))
-        found[f"{path}.sum"], term = terms
-        optimizer.add(parameter, found[f"{path}.sum"], term, 2**63 + 5)
-    return found
-
-
-def bits(tensor):
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def differing(found, expected):
-    assert found.keys() == expected.keys()
-    return [name for name in found if not torch.equal(bits(found[name]), bits(expected[name]))]
 
 
 @needs_kernels

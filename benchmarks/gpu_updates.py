@@ -1,0 +1,129 @@
+"""Sections of `gpu.py` about kernels: bits and times of the optimizers' updates, and first lengths in attention."""
+
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+
+import torch
+from gpu_measure import Case, models, part_that_fits, synchronize, timed
+from kernel_states import FORMS, ODD, differing, module, states
+from records import Record
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoConfig
+
+from lowmem.model.build import build_model
+from lowmem.optim.make import make_optimizer
+from lowmem.optim.tiers import kernels_for
+
+BNB = "bitsandbytes 8-bit"
+OPTIMIZERS = {"lean": 6, "exact": 14, "off": 16, BNB: 6}
+"""Bytes per weight, gradients included, of each tier and of what they are compared with. off: torch's fused AdamW."""
+
+
+# --- bits
+def bits(device: torch.device) -> Iterator[Case]:
+    """Compare the device's kernels with tensor operations on the CPU, bit for bit."""
+    sizes = {"odd": (ODD, 5, 2000)}
+    if device.type == "cuda":
+        sizes = {"odd": (ODD, 100, 2000), "large": ({"matrix": (4096, 1024), "embedding": (32128, 768)}, 5, None)}
+    for (size, work), (name, memory), dtype in product(sizes.items(), FORMS, (torch.bfloat16, torch.float32)):
+        labels = {"shapes": size, "optimizer": name, "memory": memory, "gradients": str(dtype)}
+        yield labels, partial(_bits, *work, name, memory, dtype, device)
+
+
+def _bits(
+    shapes: dict[str, tuple[int, ...]],
+    steps: int,
+    slice_elements: int | None,
+    name: str,
+    memory: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[Record]:
+    kernels = kernels_for(torch.empty(0, device=device))
+    if kernels is None:
+        raise RuntimeError(f"there are no kernels for {device}: a CPU needs a C++ compiler, a GPU needs triton too")
+    options = {"steps": steps, "dtype": dtype, "slice_elements": slice_elements}
+    expected = states(name, memory, None, model=module(shapes), **options)
+    found = states(name, memory, kernels, model=module(shapes).to(device), **options)
+    yield {"updates": steps, "tensors": len(expected), "differing": differing(found, expected)}
+
+
+# --- times
+def update(device: torch.device) -> Iterator[Case]:
+    """Time one update of all weights, and a copy, whose bytes per second an update can at best reach."""
+    yield {"optimizer": "none: a copy"}, partial(_copy, device)
+    for (name, spec), optimizer in product(
+        models(device, "t5-base", "qwen2.5-0.5b", "llama-3.1-8b").items(), OPTIMIZERS
+    ):
+        yield {"model": name, "optimizer": optimizer}, partial(_update, spec.shape, optimizer, device)
+
+
+def _copy(device: torch.device) -> Iterator[Record]:
+    source = torch.ones(2**30 if device.type == "cuda" else 2**20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    yield _with_speed(timed(lambda: target.copy_(source), rounds=10), 2 * source.nbytes)
+
+
+def _update(shape: Record, name: str, device: torch.device) -> Iterator[Record]:
+    if name == BNB and not find_spec("bitsandbytes"):
+        yield {"skipped": "bitsandbytes is not installed"}
+        return
+    shape = part_that_fits(shape, OPTIMIZERS[name], device)
+    with device:
+        model = build_model(AutoConfig.for_model(**shape), "sdpa")
+    if name == BNB:
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer = AdamW8bit(model.bfloat16().parameters(), lr=1e-4)
+    else:
+        optimizer = make_optimizer(model, memory=name)
+    weights = list(model.parameters())
+    for weight in weights:
+        weight.grad = torch.randn_like(weight).mul_(1e-3)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-4
+    times = timed(optimizer.step, rounds=10)
+    state = [tensor for of_one in optimizer.state.values() for tensor in of_one.values() if torch.is_tensor(tensor)]
+    # gradients are read, all else is read and written
+    moved = sum(weight.grad.nbytes for weight in weights) + 2 * sum(tensor.nbytes for tensor in (*weights, *state))
+    sizes = {"weights": sum(weight.numel() for weight in weights), "layers": shape.get("num_hidden_layers")}
+    yield sizes | _with_speed(times, moved)
+
+
+def _with_speed(times: Record, moved_bytes: int) -> Record:
+    return times | {"moved_bytes": moved_bytes, "gb_per_second": moved_bytes / times["ms"] / 1e6}
+
+
+# --- attention
+def sdpa(device: torch.device) -> Iterator[Case]:
+    """Time the first calls of attention at lengths that the process has not used before."""
+    on_gpu = device.type == "cuda"
+    chosen = [None, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION] if on_gpu else [None, SDPBackend.MATH]
+    shortest = 1024 if on_gpu else 16
+    for number, backend in enumerate(chosen):  # each has other lengths, because cuDNN keeps its plans
+        lengths = [shortest + 8 * (len(chosen) * index + number) for index in range(6)]
+        yield {"backend": backend.name if backend else "torch's choice"}, partial(_lengths, backend, lengths, device)
+
+
+def _lengths(backend: SDPBackend | None, lengths: list[int], device: torch.device) -> Iterator[Record]:
+    def call(length: int) -> float:
+        inputs = (torch.randn(4, 16, length, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+        query, key, value = (each.requires_grad_() for each in inputs)
+        synchronize()
+        started = time.perf_counter()
+        scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
+        synchronize()
+        return (time.perf_counter() - started) * 1e3
+
+    like = torch.empty(4, 16, lengths[0], 64, device=device, dtype=torch.bfloat16)
+    by_torch = SDPBackend(torch._fused_sdp_choice(like, like, like, None, 0.0, True)).name
+    with sdpa_kernel(backend) if backend else nullcontext():
+        call(lengths[0])  # loads libraries
+        for length in lengths[1:]:
+            names = ("first_ms", "second_ms", "third_ms")
+            yield {"torch_chooses": by_torch, "length": length} | {name: call(length) for name in names}
