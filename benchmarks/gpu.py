@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -38,21 +39,21 @@ GRACE_SECONDS = 5  # for a section that has to stop
 
 class Section(NamedTuple):
     cases: Callable[[torch.device], Iterable[Case]]
-    seconds: float
-    """The most that it may take."""
+    share: float
+    """The most that it may take, as a share of --minutes."""
     needs_cuda: bool = False
 
 
 SECTIONS = {
-    "bits": Section(gpu_updates.bits, 60),
-    "update": Section(gpu_updates.update, 60),
-    "memory": Section(gpu_steps.memory, 100),
-    "speed": Section(gpu_steps.speed, 200),
-    "syncs": Section(gpu_steps.syncs, 30, needs_cuda=True),
-    "offload": Section(gpu_steps.offload, 40),
-    "out_of_memory": Section(gpu_steps.out_of_memory, 40, needs_cuda=True),
-    "resume": Section(gpu_steps.resume, 90),
-    "sdpa": Section(gpu_updates.sdpa, 30),
+    "bits": Section(gpu_updates.bits, 0.12),
+    "update": Section(gpu_updates.update, 0.12),
+    "memory": Section(gpu_steps.memory, 0.2),
+    "speed": Section(gpu_steps.speed, 0.45),
+    "syncs": Section(gpu_steps.syncs, 0.08, needs_cuda=True),
+    "offload": Section(gpu_steps.offload, 0.1),
+    "out_of_memory": Section(gpu_steps.out_of_memory, 0.1, needs_cuda=True),
+    "resume": Section(gpu_steps.resume, 0.25),
+    "sdpa": Section(gpu_updates.sdpa, 0.08),
 }
 
 
@@ -83,7 +84,7 @@ def run_sections(
     deadline = time.monotonic() + 60 * minutes
     for name, section in sections.items():
         started = time.monotonic()
-        seconds = min(section.seconds, deadline - started)
+        seconds = min(60 * minutes * section.share, deadline - started)
 
         def write(record: Record, name: str = name) -> None:
             record = {"section": name} | record | about
@@ -118,6 +119,8 @@ def run_cases(section: Section, device: torch.device, write: Callable[[Record], 
             for record in work():
                 write(labels | record)
         except StopIteration:
+            is_over = True
+        except KeyboardInterrupt:  # from `stop`, whose caller writes why
             is_over = True
         except Exception as error:
             traceback.print_exc()
@@ -185,9 +188,11 @@ def about(device: torch.device) -> Record:
     """Return what all records of this command share. Does not initialize CUDA, because the sections are forked."""
     gpu, driver = "cpu", None
     if device.type == "cuda":
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        query.append(f"--id={os.environ['CUDA_VISIBLE_DEVICES']}")
-        gpu, driver = subprocess.check_output(query, text=True).strip().split(", ")
+        with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+            gpu = pool.submit(torch.cuda.get_device_name).result()
+        with suppress(OSError, subprocess.CalledProcessError):  # nvidia-smi is missing in some containers
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            driver = subprocess.check_output(query, text=True).split()[0]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),

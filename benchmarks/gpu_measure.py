@@ -81,7 +81,7 @@ def traced(work: Callable[[], object]) -> Record:
     """Run `work` under torch's profiler; return its kernels, their time, and its copies; empty on a CPU."""
     if not torch.cuda.is_available():
         return {}
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()
     with TemporaryDirectory() as folder:

@@ -211,9 +211,9 @@ def _out_of_memory(spec: Model, device: torch.device) -> Iterator[Record]:
         work = {"batch_size": spec.batch_size, "gradient_accumulation_steps": 2, "collate": padded, "prefetch": 0}
         state.stream = open_stream(rows, dict, **work)
         accelerator, before = init_distributed(mixed_precision="no"), torch.cuda.memory_allocated()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         if limit:
-            torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
         options = {"learning_rate": 1e-4, "max_grad_norm": 1.0, "tell": lambda halving: halvings.append(str(halving))}
         found = [

@@ -104,23 +104,30 @@ def sdpa(device: torch.device) -> Iterator[Case]:
     """Time the first calls of attention at lengths that the process has not used before."""
     on_gpu = device.type == "cuda"
     chosen = [None, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION] if on_gpu else [None, SDPBackend.MATH]
-    shortest = 1024 if on_gpu else 16
+    shape, shortest = ((4, 16, 64), 1024) if on_gpu else ((1, 2, 8), 16)
     for number, backend in enumerate(chosen):  # each has other lengths, because cuDNN keeps its plans
         lengths = [shortest + 8 * (len(chosen) * index + number) for index in range(6)]
-        yield {"backend": backend.name if backend else "torch's choice"}, partial(_lengths, backend, lengths, device)
+        yield (
+            {"backend": backend.name if backend else "torch's choice"},
+            partial(_lengths, backend, shape, lengths, device),
+        )
 
 
-def _lengths(backend: SDPBackend | None, lengths: list[int], device: torch.device) -> Iterator[Record]:
+def _lengths(
+    backend: SDPBackend | None, shape: tuple[int, int, int], lengths: list[int], device: torch.device
+) -> Iterator[Record]:
+    rows, heads, width = shape
+    options = {"device": device, "dtype": torch.bfloat16}
+
     def call(length: int) -> float:
-        inputs = (torch.randn(4, 16, length, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
-        query, key, value = (each.requires_grad_() for each in inputs)
+        query, key, value = (torch.randn(rows, heads, length, width, **options).requires_grad_() for _ in range(3))
         synchronize()
         started = time.perf_counter()
         scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
         synchronize()
         return (time.perf_counter() - started) * 1e3
 
-    like = torch.empty(4, 16, lengths[0], 64, device=device, dtype=torch.bfloat16)
+    like = torch.empty(rows, heads, lengths[0], width, **options)
     by_torch = SDPBackend(torch._fused_sdp_choice(like, like, like, None, 0.0, True)).name
     with sdpa_kernel(backend) if backend else nullcontext():
         call(lengths[0])  # loads libraries
