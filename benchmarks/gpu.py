@@ -81,6 +81,7 @@ def run_sections(
     Appends each result to `output` as it comes, with the fields of `about`. A section that must not or cannot run has
     its reason in "skipped" or "left_out", and a section or case that failed has its error in "failed".
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends all processes, as Ctrl-C does
     deadline = time.monotonic() + 60 * minutes
     for name, section in sections.items():
         started = time.monotonic()
@@ -100,12 +101,13 @@ def run_sections(
             process.start()
             try:
                 process.join(seconds)
-                if process.is_alive():
-                    write({"failed": f"it did not end within {seconds:.0f} s"})
-                elif process.exitcode:
-                    write({"failed": f"its process ended with exit code {process.exitcode}"})
+                is_late = process.is_alive()
             finally:
                 stop(process)
+            if is_late:
+                write({"failed": f"it did not end within {seconds:.0f} s"})
+            elif process.exitcode:
+                write({"failed": f"its process ended with exit code {process.exitcode}"})
             write({"section_seconds": time.monotonic() - started})
 
 
@@ -209,7 +211,6 @@ def _versions(*names: str) -> Iterator[tuple[str, str]]:
 
 def main() -> None:
     flags = parse_flags()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end all processes, as after Ctrl-C
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that is_available does not initialize CUDA
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     is_dry = flags.dry or not torch.cuda.is_available()

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from importlib import import_module
+from itertools import count
 
 from tests.processes import ROOT, children, finish, run_program, started_function, wait_until
 
@@ -67,14 +68,21 @@ def hang(device):
     yield {"case": 2}, lambda: time.sleep(60)
 
 
-def run_bad_sections(output):
+def endless(device):
+    yield {"case": 1}, lambda: ({"value": value, "text": "x" * 1000} for value in count())
+
+
+def run_sections(output, *sections, minutes):
     import torch
 
     about = {"date": "", "command": "", "versions": {}, "machine": {"device": "", "driver": "", "cpu": "", "cores": 1}}
-    sections = {cases.__name__: gpu().Section(cases, 0.5) for cases in (numbers, death, hang)}
-    sections["again"] = gpu().Section(numbers, 0.5)
-    sections["after"] = gpu().Section(numbers, 0.0)
-    gpu().run_sections(sections, torch.device("cpu"), output, minutes=0.2, about=about)
+    sections = {name: gpu().Section(cases, share) for name, cases, share in sections}
+    gpu().run_sections(sections, torch.device("cpu"), output, minutes=minutes, about=about)
+
+
+def run_bad_sections(output):
+    half = [(cases.__name__, cases, 0.5) for cases in (numbers, death, hang)]
+    run_sections(output, *half, ("again", numbers, 0.5), ("after", numbers, 0.0), minutes=0.2)
 
 
 def test_what_fails_is_recorded_and_the_next_case_and_section_run(tmp_path):
@@ -95,13 +103,18 @@ def test_what_fails_is_recorded_and_the_next_case_and_section_run(tmp_path):
     assert at.startswith("test_gpu_benchmark.py:")
 
 
+def run_endless_section(output):
+    run_sections(output, ("endless", endless, 1.0), ("after", numbers, 1.0), minutes=10)
+
+
 def test_an_interrupted_run_leaves_whole_lines_and_no_process(tmp_path):
     output = tmp_path / "gpu.jsonl"
-    with started_function(run_gpu, f"--output={output}", "--dry", "--sections=sdpa,bits") as process:
-        wait_until(lambda: output.exists() and output.read_text().count("\n") >= 3, process)
+    with started_function(run_endless_section, output) as process:
+        wait_until(lambda: output.exists() and output.read_text().count("\n") >= 20, process)
         sections = children(process)
         os.kill(process.pid, signal.SIGTERM)
-        finish(process)
+        result = finish(process, timeout=60)
         assert sections and not any(child.is_running() for child in sections)
+    assert "KeyboardInterrupt" in result.stderr
     lines = output.read_text().splitlines(keepends=True)
-    assert len(lines) >= 3 and all(line.endswith("\n") and json.loads(line)["section"] == "sdpa" for line in lines)
+    assert all(line.endswith("\n") and json.loads(line)["value"] == number for number, line in enumerate(lines))
