@@ -27,30 +27,25 @@ OPTIMIZERS = {"lean": 6, "exact": 14, "off": 16, BNB: 6}
 # --- bits
 def bits(device: torch.device) -> Iterator[Case]:
     """Compare the device's kernels with tensor operations on the CPU, bit for bit."""
-    sizes = {"odd": (ODD, 5, 2000)}
+    sizes = {"odd": (ODD, {"steps": 5})}
     if device.type == "cuda":
-        sizes = {"odd": (ODD, 100, 2000), "large": ({"matrix": (4096, 1024), "embedding": (32128, 768)}, 5, None)}
-    for (size, work), (name, memory), dtype in product(sizes.items(), FORMS, (torch.bfloat16, torch.float32)):
+        large = {"matrix": (4096, 1024), "embedding": (32128, 768)}
+        sizes = {"odd": (ODD, {"steps": 100}), "large": (large, {"steps": 5, "slice_elements": None})}
+    dtypes = (torch.bfloat16, torch.float32)
+    for (size, (shapes, options)), (name, memory), dtype in product(sizes.items(), FORMS, dtypes):
         labels = {"shapes": size, "optimizer": name, "memory": memory, "gradients": str(dtype)}
-        yield labels, partial(_bits, *work, name, memory, dtype, device)
+        yield labels, partial(_bits, shapes, device, name, memory, dtype=dtype, **options)
 
 
 def _bits(
-    shapes: dict[str, tuple[int, ...]],
-    steps: int,
-    slice_elements: int | None,
-    name: str,
-    memory: str,
-    dtype: torch.dtype,
-    device: torch.device,
+    shapes: dict[str, tuple[int, ...]], device: torch.device, name: str, memory: str, **options: object
 ) -> Iterator[Record]:
     kernels = kernels_for(torch.empty(0, device=device))
     if kernels is None:
         raise RuntimeError(f"there are no kernels for {device}: a CPU needs a C++ compiler, a GPU needs triton too")
-    options = {"steps": steps, "dtype": dtype, "slice_elements": slice_elements}
     expected = states(name, memory, None, model=module(shapes), **options)
     found = states(name, memory, kernels, model=module(shapes).to(device), **options)
-    yield {"updates": steps, "tensors": len(expected), "differing": differing(found, expected)}
+    yield {"updates": options["steps"], "tensors": len(expected), "differing": differing(found, expected)}
 
 
 # --- times
