@@ -12,7 +12,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -155,7 +154,10 @@ def table(records: list[Record]) -> str:
     first = records[0]
     where, versions = first["machine"], ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     lines = [f"## {where['device']}", "", f"    {first['command']}", ""]
-    lines += [f"{first['date']}; {where['cpu']}, {where['cores']} cores, driver {where['driver']}; {versions}.", ""]
+    lines += [
+        f"{first['date']}; {where['cpu']}, {where['cores']} cores, driver {where['driver'] or '-'}; {versions}.",
+        "",
+    ]
     for name in dict.fromkeys(record["section"] for record in records):
         mine = [_own(record) for record in records if record["section"] == name]
         took = [f", {record['section_seconds']:.0f} s" for record in mine if "section_seconds" in record]
@@ -186,7 +188,7 @@ def shown(name: str, value: object) -> str:
     return f"{value:,}" if type(value) is int else str(value).replace("|", "/").replace("\n", " ")
 
 
-def about(device: torch.device) -> Record:
+def about(flags: argparse.Namespace, device: torch.device) -> Record:
     """Return what all records of this command share. Does not initialize CUDA, because the sections are forked."""
     gpu, driver = "cpu", None
     if device.type == "cuda":
@@ -195,9 +197,11 @@ def about(device: torch.device) -> Record:
         with suppress(OSError, subprocess.CalledProcessError):  # nvidia-smi is missing in some containers
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             driver = subprocess.check_output(query, text=True).split()[0]
+    command = ["python", "benchmarks/gpu.py", f"--output={flags.output.name}"]  # keeps local paths out of the results
+    command += [f"--minutes={flags.minutes:g}", f"--sections={','.join(flags.sections)}", *(["--dry"] * flags.dry)]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
+        "command": shlex.join(command),
         "machine": machine() | {"device": gpu, "driver": driver},
         "versions": dict(_versions("torch", "triton", "transformers", "accelerate", "bitsandbytes")),
     }
@@ -215,13 +219,11 @@ def main() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     is_dry = flags.dry or not torch.cuda.is_available()
     if is_dry:
-        print(
-            "runs tiny shapes on the CPU" if flags.dry else "torch has no GPU: runs tiny shapes on the CPU", flush=True
-        )
+        print(f"{'--dry' if flags.dry else 'torch has no GPU'}: runs tiny shapes on the CPU", flush=True)
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     device = torch.device("cpu" if is_dry else "cuda")
     sections = {name: SECTIONS[name] for name in flags.sections}
-    run_sections(sections, device, flags.output, minutes=flags.minutes, about=about(device))
+    run_sections(sections, device, flags.output, minutes=flags.minutes, about=about(flags, device))
 
 
 if __name__ == "__main__":

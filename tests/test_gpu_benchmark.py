@@ -44,6 +44,7 @@ def test_a_dry_run_finds_equal_bits_and_lists_each_section(tmp_path):
     assert list(listed) == "bits update memory speed syncs offload out_of_memory resume sdpa".split()
     assert all(record.keys() & {"left_out", "skipped"} for record in listed.values())
     table = output.with_suffix(".md").read_text()
+    assert str(tmp_path) not in table + output.read_text()
     assert all(f"### {name}" in table for name in listed) and "| odd | adamw_bf16 | lean | torch.float32 | 5 |" in table
 
 
