@@ -80,7 +80,7 @@ def run_sections(
     Appends each result to `output` as it comes, with the fields of `about`. A section that must not or cannot run has
     its reason in "skipped" or "left_out", and a section or case that failed has its error in "failed".
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends all processes, as Ctrl-C does
+    signal.signal(signal.SIGTERM, interrupt)
     deadline = time.monotonic() + 60 * minutes
     for name, section in sections.items():
         started = time.monotonic()
@@ -108,6 +108,12 @@ def run_sections(
             elif process.exitcode:
                 write({"failed": f"its process ended with exit code {process.exitcode}"})
             write({"section_seconds": time.monotonic() - started})
+
+
+def interrupt(number: int, frame: object) -> None:
+    """Handle the first SIGTERM like Ctrl-C, so that all processes end. Later ones are ignored: `timeout` sends two."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def run_cases(section: Section, device: torch.device, write: Callable[[Record], None]) -> None:
