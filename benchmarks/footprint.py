@@ -147,7 +147,8 @@ def train_lowmem(
     slice_elements = slice_elements_for(list(model.parameters()), slices_of)
     optimizer = make_optimizer(model, name=system.optimizer, memory=system.memory, slice_elements=slice_elements)
     state = TrainState(model, optimizer)
-    loss_fn = partial(chunked_loss, slice_elements=SLICE_ELEMENTS[slices_of])
+    kernels = None if real else slices_of == "cuda"
+    loss_fn = partial(chunked_loss, slice_elements=SLICE_ELEMENTS[slices_of], fused=kernels)
     num_targets = spec.batch_size * (spec.seq_len - (not model.config.is_encoder_decoder))
     with entered([savers[name] for name in system.savers + work.savers], model, state.optimizer):
         begin()

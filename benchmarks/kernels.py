@@ -107,6 +107,7 @@ def table(records: list[Record]) -> str:
 # --- Triton, without a GPU
 def variants() -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]:
     """Yield each kernel in each form: a name, the kernel, the types of its arguments and its constants."""
+    from lowmem import cross_entropy_cuda
     from lowmem.optim import kernels_cuda
 
     for is_split, moment_bytes in ((True, 4), (False, 1), (True, 2), (False, 2)):
@@ -120,6 +121,20 @@ def variants() -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]
         types = {"total": "*bf16" if is_rounded else "*fp32", "gradient": "*bf16"} | integers
         yield "add", kernels_cuda.add_kernel, types, {"IS_ROUNDED": is_rounded, "SEGMENTS": kernels_cuda.SEGMENTS}
 
+    integers = {"num_rows": "i32", "num_columns": "i32", "first": "i32"}
+    numbers = dict.fromkeys(("scale", "shift", "factor", "offset", "on_target", "on_others"), "fp32")
+    for dtype, columns, is_capped in itertools.product(("bf16", "fp32"), (4096, 256), (True, False)):
+        types = {"logits": f"*{dtype}", "targets": "*i64"} | integers | numbers
+        constants = {"IS_CAPPED": is_capped, "ROWS": cross_entropy_cuda.TILE // columns, "COLUMNS": columns}
+        for shift in ("fp32", "*fp32"):
+            types["shift"] = shift
+            name, kernel = f"gradient of {dtype} logits, shift {shift}", cross_entropy_cuda.gradient_kernel
+            yield name, kernel, types | {"log_sum": "*fp32", "grad_loss": "*fp32"}, constants
+            for is_smoothed in (True, False):
+                name, kernel = f"sums of {dtype} logits, shift {shift}", cross_entropy_cuda.sums_kernel
+                more = {"log_sums": "*fp32", "expected": "*fp32"}
+                yield name, kernel, types | more, constants | {"IS_SMOOTHED": is_smoothed}
+
 
 def compiled() -> Iterator[str]:
     """Compile each kernel for each architecture; yield a line with its registers and spilled bytes."""
@@ -132,7 +147,8 @@ def compiled() -> Iterator[str]:
         names = kernel.arg_names
         signature = {argument: types.get(argument, "constexpr") for argument in names}
         values = {(names.index(argument),): value for argument, value in constants.items()}
-        divisible = {(names.index(argument),): [["tt.divisibility", 16]] for argument in types if argument != "key"}
+        aligned = [argument for argument, kind in types.items() if argument != "key" and kind != "fp32"]
+        divisible = {(names.index(argument),): [["tt.divisibility", 16]] for argument in aligned}
         source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=divisible)
         target, options = GPUTarget("cuda", architecture, 32), {"num_warps": 4, "enable_fp_fusion": False}
         code = triton.compile(source, target=target, options=options).asm["ptx"]

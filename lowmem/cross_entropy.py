@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from importlib import import_module
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from lowmem.compilers import has_triton
 
 SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
 """Logits per slice, by device: few enough to fit a CPU's cache, or enough that a GPU launches few kernels."""
@@ -28,6 +31,7 @@ def chunked_cross_entropy(
     compute_dtype: torch.dtype | None = None,
     slice_elements: int | None = None,
     changes: Sequence[Change] = (),
+    fused: bool | None = None,
 ) -> Tensor:
     """Return cross_entropy(hidden @ weight.T + bias, targets), summed over rows, with softmax and sums in fp32 or more.
 
@@ -35,11 +39,17 @@ def chunked_cross_entropy(
     Matrix products use `compute_dtype` (default: hidden.dtype). Forward saves its inputs and each row's log-sum-exp;
     backward computes the logits again. Both use a slice of the vocabulary at a time, for all rows, so each element of
     the head's gradient is one sum, rounded once.
+
+    With `fused` (None: on CUDA, if Triton can compile), a product writes each logit once, in `compute_dtype`. A kernel
+    reads it once, in backward too, where it writes the gradient once, in place (the gradient of a bias reads that once
+    more). Otherwise, and for fp64 or more than one tanh, tensor operations in fp32 or fp64 do the same.
     """
     elements = slice_elements or SLICE_ELEMENTS.get(hidden.device.type, SLICE_ELEMENTS["cuda"])
     slices = vocabulary_slices(len(hidden), len(weight), elements)
     dtype = compute_dtype or hidden.dtype
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing, dtype, slices, changes)
+    operations = _operations_for(hidden, dtype, changes, fused)
+    tensors = (hidden, weight, bias, targets.contiguous())
+    return _ChunkedCrossEntropy.apply(*tensors, label_smoothing, dtype, slices, changes, operations)
 
 
 def vocabulary_slices(num_rows: int, vocabulary: int, elements: int) -> list[slice]:
@@ -51,27 +61,23 @@ def vocabulary_slices(num_rows: int, vocabulary: int, elements: int) -> list[sli
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, label_smoothing, compute_dtype, slices, changes):
-        sum_dtype = torch.promote_types(compute_dtype, torch.float32)
-        sums = partial(torch.zeros, len(hidden), 1, dtype=sum_dtype, device=hidden.device)
-        log_sum, at_target, total = sums().fill_(-math.inf), sums(), sums()
+    def forward(ctx, hidden, weight, bias, targets, label_smoothing, compute_dtype, slices, changes, operations):
+        shape, sum_dtype = (operations.tiles_in(slices[0].stop), len(hidden)), _wide(compute_dtype)
+        log_sums = hidden.new_full(shape, -math.inf, dtype=sum_dtype)
+        expected = hidden.new_zeros(shape, dtype=sum_dtype)  # logits, averaged with the targets' probabilities
+        smoothing = (label_smoothing, len(weight))
         with torch.autocast(hidden.device.type, enabled=False):
             states = hidden.to(compute_dtype)
+            dtype, added, prepared = operations.prepare(weight, bias, changes, compute_dtype)
             for part in slices:
-                logits = _logits(states, weight, bias, part).to(sum_dtype)
-                _change(logits, changes, part)
-                column, inside = _column_in(part, targets)
-                at_target += logits.gather(1, column).where(inside, 0)
-                if label_smoothing:
-                    total += logits.sum(1, keepdim=True)
-                largest = logits.amax(1, keepdim=True).clamp(min=torch.finfo(sum_dtype).min)  # a row may be all -inf
-                part_sum = logits.sub_(largest).exp_().sum(1, keepdim=True)  # in place, because logsumexp would copy
-                log_sum = torch.logaddexp(log_sum, largest + part_sum.log())
+                logits = _logits(states, weight, added, part).to(dtype)
+                operations.add_slice(logits, targets, log_sums, expected, part.start, prepared, *smoothing)
                 del logits  # before the next slice needs the memory
-            losses = log_sum - (1 - label_smoothing) * at_target - label_smoothing / weight.shape[0] * total
+            log_sum = log_sums.logsumexp(0)
+            losses = log_sum - expected.sum(0)
         ctx.save_for_backward(hidden, weight, bias, targets, log_sum)
-        ctx.label_smoothing, ctx.compute_dtype = label_smoothing, compute_dtype
-        ctx.slices, ctx.changes = slices, changes
+        ctx.smoothing, ctx.compute_dtype, ctx.slices = smoothing, compute_dtype, slices
+        ctx.changes, ctx.operations = changes, operations
         return losses.sum()
 
     @staticmethod
@@ -82,33 +88,105 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=log_sum.dtype) if wants_hidden else None
         grad_weight = torch.empty_like(weight, dtype=ctx.compute_dtype) if wants_weight else None
         grad_bias = torch.empty_like(bias, dtype=log_sum.dtype) if wants_bias else None
-        vocabulary = weight.shape[0]
         with torch.autocast(hidden.device.type, enabled=False):
             states = hidden.to(ctx.compute_dtype)
+            dtype, added, prepared = ctx.operations.prepare(weight, bias, ctx.changes, ctx.compute_dtype)
             for part in ctx.slices:
-                # overwrite the logits with d loss / d logits = softmax - (smoothed) one-hot target
-                logits = _logits(states, weight, bias, part).to(log_sum.dtype)
-                kept = _change(logits, ctx.changes, part, keep=True)
-                grad = logits.sub_(log_sum).exp_()
-                if ctx.label_smoothing:
-                    grad -= ctx.label_smoothing / vocabulary
-                column, inside = _column_in(part, targets)
-                grad.scatter_add_(1, column, (ctx.label_smoothing - 1) * inside.to(grad.dtype))
-                grad *= grad_loss
-                _change_back(grad, ctx.changes, part, kept)
+                grad = _logits(states, weight, added, part).to(dtype)
+                ctx.operations.to_gradient(grad, targets, log_sum, grad_loss, part.start, prepared, *ctx.smoothing)
                 if wants_bias:
-                    grad_bias[part] = grad.sum(0)
+                    grad_bias[part] = grad.sum(0, dtype=log_sum.dtype)
                 grad = grad.to(ctx.compute_dtype)
                 if wants_hidden:
                     grad_hidden += grad @ weight[part].to(ctx.compute_dtype)
                 if wants_weight:
                     torch.mm(grad.T, states, out=grad_weight[part])
-                del logits, grad, kept
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+                del grad
+        return grad_hidden, grad_weight, grad_bias, *[None] * 6
 
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
     return F.linear(states, weight[part].to(states.dtype), None if bias is None else bias[part].to(states.dtype))
+
+
+class _TensorOperations:
+    """The reference. Takes logits in fp32 or fp64, and has one tile per row. See `cross_entropy_cuda.py`."""
+
+    @staticmethod
+    def tiles_in(columns: int) -> int:
+        return 1
+
+    @staticmethod
+    def prepare(
+        weight: Tensor, bias: Tensor | None, changes: Sequence[Change], compute_dtype: torch.dtype
+    ) -> tuple[torch.dtype, Tensor | None, Sequence[Change]]:
+        """Return the dtype of logits, the bias that they include, and the changes as the other functions take them."""
+        return _wide(compute_dtype), bias, changes
+
+    @staticmethod
+    def add_slice(
+        logits: Tensor,
+        targets: Tensor,
+        log_sums: Tensor,
+        expected: Tensor,
+        first: int,
+        changes: Sequence[Change],
+        label_smoothing: float,
+        vocabulary: int,
+    ) -> None:
+        """Add a slice of logits to the sums; overwrites the logits."""
+        part = slice(first, first + logits.shape[1])
+        _change(logits, changes, part)
+        column, inside = _column_in(part, targets)
+        expected += (1 - label_smoothing) * logits.gather(1, column).where(inside, 0).T
+        if label_smoothing:
+            expected += label_smoothing / vocabulary * logits.sum(1)
+        largest = logits.amax(1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)  # a row may be all -inf
+        part_sum = logits.sub_(largest).exp_().sum(1, keepdim=True)  # in place, because logsumexp would copy
+        torch.logaddexp(log_sums, (largest + part_sum.log()).T, out=log_sums)
+
+    @staticmethod
+    def to_gradient(
+        logits: Tensor,
+        targets: Tensor,
+        log_sum: Tensor,
+        grad_loss: Tensor,
+        first: int,
+        changes: Sequence[Change],
+        label_smoothing: float,
+        vocabulary: int,
+    ) -> None:
+        """Overwrite logits with d loss / d logits = softmax - (smoothed) one-hot target."""
+        part = slice(first, first + logits.shape[1])
+        kept = _change(logits, changes, part, keep=True)
+        grad = logits.sub_(log_sum.unsqueeze(1)).exp_()
+        if label_smoothing:
+            grad -= label_smoothing / vocabulary
+        column, inside = _column_in(part, targets)
+        grad.scatter_add_(1, column, (label_smoothing - 1) * inside.to(grad.dtype))
+        grad *= grad_loss
+        _change_back(grad, changes, part, kept)
+
+
+class _FakeKernels:
+    """Kernels for fake tensors, which have no data. Like real ones, they take no memory."""
+
+    tiles_in = _TensorOperations.tiles_in
+    prepare = staticmethod(lambda weight, bias, changes, compute_dtype: (compute_dtype, None, changes))
+    add_slice = to_gradient = staticmethod(lambda *arguments: None)
+
+
+def _operations_for(hidden: Tensor, dtype: torch.dtype, changes: Sequence[Change], fused: bool | None) -> object:
+    """Return what computes a slice's sums and gradient: a class or module with the functions of _TensorOperations."""
+    if fused is None:
+        fused = hidden.device.type == "cuda" and has_triton()
+    if not fused or dtype == torch.float64 or [operation for operation, _ in changes].count("tanh") > 1:
+        return _TensorOperations
+    return _FakeKernels if isinstance(hidden, FakeTensor) else import_module("lowmem.cross_entropy_cuda")
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _change(logits: Tensor, changes: Sequence[Change], part: slice, *, keep: bool = False) -> list[Tensor]:

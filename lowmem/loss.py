@@ -27,12 +27,18 @@ def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) 
 
 
 def chunked_loss(
-    model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0, slice_elements: int | None = None
+    model: nn.Module,
+    batch: Batch,
+    *,
+    label_smoothing: float = 0.0,
+    slice_elements: int | None = None,
+    fused: bool | None = None,
 ) -> Tensor:
     """Compute `plain_loss`, but hold only about `slice_elements` (None: SLICE_ELEMENTS) logits, also in backward.
 
     Calls the whole model, so that its wrapper's hooks run, but replaces the output head's forward, so that only
     positions with a target get logits. If the model scales, caps or shifts its logits, each slice is changed likewise.
+    See `chunked_cross_entropy` for `fused`.
     Raises UsageError if the head is not linear or if the model changes its logits in another way, and RuntimeError if
     `batch.num_targets` is not the number of targets.
     """
@@ -41,7 +47,7 @@ def chunked_loss(
     if not isinstance(head, nn.Linear):
         name = type(unwrapped(model)).__name__
         raise UsageError(f"chunked loss needs a linear output head, {name} has {type(head).__name__}: set --loss=plain")
-    options = {"label_smoothing": label_smoothing, "slice_elements": slice_elements}
+    options = {"label_smoothing": label_smoothing, "slice_elements": slice_elements, "fused": fused}
     loss_of = partial(_loss_of, head=head, targets=targets, num_targets=batch.num_targets, **options)
     if uses_zero3(model):  # DeepSpeed gathers the head's weight only for the head's forward and backward
         loss, changes = _call_with_head(loss_of, model, head, inputs)

@@ -11,8 +11,8 @@ from tests.slow import SECONDS
 
 # A module imports only from its own folder, and from folders and modules that are before it in this list.
 ORDER = (
-    "errors storage config distributed data model optim memory cross_entropy loss step deepspeed_step "
-    "recover evaluation checkpoint report train plan job plot cli"
+    "errors compilers storage config distributed data model optim memory cross_entropy_cuda cross_entropy loss step "
+    "deepspeed_step recover evaluation checkpoint report train plan job plot cli"
 ).split()
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lowmem.compilers import has_triton
 from lowmem.distributed.fully_sharded import unsharded_parameters
 from lowmem.distributed.placement import device_of, unwrapped
 from lowmem.errors import UsageError
@@ -73,8 +73,9 @@ def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[N
         name = type(unwrapped(model)).__name__
         raise UsageError(f"compile needs transformers' layers, {name} has no layers of that kind: remove compile")
     on_cuda = device_of(model).type == "cuda"
-    if not (find_spec("triton") if on_cuda else shutil.which("g++") or shutil.which("clang++")):
-        raise UsageError(f"compile needs {'triton' if on_cuda else 'g++ or clang++'}: install it or remove compile")
+    if not (has_triton() if on_cuda else shutil.which("g++") or shutil.which("clang++")):
+        needed = "triton and a C compiler" if on_cuda else "g++ or clang++"
+        raise UsageError(f"compile needs {needed}: install it or remove compile")
     for layer in layers:
         layer.forward = _when_training(torch.compile(layer.forward, dynamic=True), layer.forward, layer)
     # The limit covers all variants: layers of encoder and decoder, first and later layers, with and without a mask.

@@ -8,12 +8,9 @@ time to fp32 and back, so temporaries have the size of a slice.
 """
 
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.optim import Optimizer
 
+from lowmem.compilers import has_triton
 from lowmem.distributed.dtensor import local_of, local_part, set_local_, sharded_like
 from lowmem.distributed.seeds import seed_of
 from lowmem.optim import kernels_cpu
@@ -237,10 +235,7 @@ def kernels_for(tensor: Tensor) -> ModuleType | type[FakeKernels] | None:
         return FakeKernels
     if tensor.device.type == "cpu":
         return kernels_cpu if kernels_cpu.library() else None
-    has_compiler = shutil.which(os.environ.get("CC") or "gcc") or shutil.which("clang")  # Triton compiles with it
-    if tensor.device.type != "cuda" or find_spec("triton") is None or not has_compiler:
-        return None
-    return import_module("lowmem.optim.kernels_cuda")
+    return import_module("lowmem.optim.kernels_cuda") if tensor.device.type == "cuda" and has_triton() else None
 
 
 def origin_of(parameter: nn.Parameter) -> Origin:

@@ -90,7 +90,7 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         _make_state(optimizer)
         loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)
         if config.loss == "chunked":
-            loss_fn = partial(loss_fn, slice_elements=SLICE_ELEMENTS[device])
+            loss_fn = partial(loss_fn, slice_elements=SLICE_ELEMENTS[device], fused=cluster.on_gpu)
         timeline = _Timeline(MemoryMeter(block_bytes=CUDA_BLOCK_BYTES if cluster.on_gpu else 1))
         timeline.watch(model, optimizer)
         # start the meter before the savers, because one of them all-gathers the weights
