@@ -107,7 +107,7 @@ def table(records: list[Record]) -> str:
 # --- Triton, without a GPU
 def variants() -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]:
     """Yield each kernel in each form: a name, the kernel, the types of its arguments and its constants."""
-    from lowmem import cross_entropy_cuda
+    from lowmem.cross_entropy_cuda import TILE, gradient_kernel, sums_kernel
     from lowmem.optim import kernels_cuda
 
     for is_split, moment_bytes in ((True, 4), (False, 1), (True, 2), (False, 2)):
@@ -121,19 +121,15 @@ def variants() -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]
         types = {"total": "*bf16" if is_rounded else "*fp32", "gradient": "*bf16"} | integers
         yield "add", kernels_cuda.add_kernel, types, {"IS_ROUNDED": is_rounded, "SEGMENTS": kernels_cuda.SEGMENTS}
 
-    integers = {"num_rows": "i32", "num_columns": "i32", "first": "i32"}
-    numbers = dict.fromkeys(("scale", "shift", "factor", "offset", "on_target", "on_others"), "fp32")
-    for dtype, columns, is_capped in itertools.product(("bf16", "fp32"), (4096, 256), (True, False)):
-        types = {"logits": f"*{dtype}", "targets": "*i64"} | integers | numbers
-        constants = {"IS_CAPPED": is_capped, "ROWS": cross_entropy_cuda.TILE // columns, "COLUMNS": columns}
-        for shift in ("fp32", "*fp32"):
-            types["shift"] = shift
-            name, kernel = f"gradient of {dtype} logits, shift {shift}", cross_entropy_cuda.gradient_kernel
-            yield name, kernel, types | {"log_sum": "*fp32", "grad_loss": "*fp32"}, constants
-            for is_smoothed in (True, False):
-                name, kernel = f"sums of {dtype} logits, shift {shift}", cross_entropy_cuda.sums_kernel
-                more = {"log_sums": "*fp32", "expected": "*fp32"}
-                yield name, kernel, types | more, constants | {"IS_SMOOTHED": is_smoothed}
+    shared = {"targets": "*i64", "num_rows": "i32", "num_columns": "i32", "first": "i32"}
+    shared |= dict.fromkeys(("scale", "shift", "factor", "offset", "on_target", "on_others"), "fp32")
+    for dtype, columns, has_all in itertools.product(("bf16", "fp32"), (TILE, 256), (False, True)):
+        types = shared | {"logits": f"*{dtype}", "shift": "*fp32" if has_all else "fp32"}  # a bias, or a number
+        constants = {"IS_CAPPED": has_all, "ROWS": TILE // columns, "COLUMNS": columns}
+        sums = types | {"log_sums": "*fp32", "expected": "*fp32"}
+        yield f"sums of {dtype}", sums_kernel, sums, constants | {"IS_SMOOTHED": has_all}
+        gradient = types | {"log_sum": "*fp32", "grad_loss": "*fp32"}
+        yield f"gradient of {dtype}", gradient_kernel, gradient, constants
 
 
 def compiled() -> Iterator[str]:

@@ -1,12 +1,13 @@
 """The cross-entropy of one slice of logits on a GPU, in Triton: one kernel per direction, with fp32 inside.
 
-Forward reads each logit once and writes none. Backward reads each logit once and writes its gradient once, over it.
+The product writes each logit once. Forward reads it once and writes none. Backward reads it once and writes its
+gradient once, in place.
 
-A program has one tile of TILE logits in registers, so the maximum and the exponentials need one read: of one row or, if
-the slice is narrow, of several. Few rows have wide slices and many rows narrow ones. With one program per row, a hundred
-rows would be too few for a GPU, and 64 k rows of 256 columns too little work for each; tiles of one size are 4096
-programs per 2**24 logits in both cases. Each tile has its own running sums, 16 bytes read and written per row for up to
-8 KiB of logits, so programs share nothing, and the order of sums is fixed.
+A program has one tile of TILE logits in registers, so the maximum and the exponentials need one read. A tile is a part
+of one row or, if the slice is narrow, of several. With one program per row, 100 rows would be too few for a GPU, and
+64 k rows of 256 columns too little work for each; a slice of 2**24 logits has 4096 tiles at any number of rows. Each
+tile has its own running sums: 16 bytes read and written per row, for up to 8 KiB of logits in bf16. So no programs
+share sums, and the order of additions is fixed.
 """
 
 from collections.abc import Sequence
@@ -31,9 +32,9 @@ def tiles_in(columns: int) -> int:
 def prepare(
     weight: Tensor, bias: Tensor | None, changes: Sequence[tuple[str, object]], compute_dtype: torch.dtype
 ) -> tuple[torch.dtype, None, list[Scaling]]:
-    """Return the dtype of logits, no bias, because it is merged into the changes, and the changes as scalings.
+    """Return the dtype of logits, the bias that they include (none), and bias and changes merged into scalings.
 
-    The changes may have one tanh: the scalings are one before it, and one after it.
+    The changes may have one tanh; the scalings are one before it and one after it, or only one.
     """
     scale, shift, scalings = 1.0, 0.0 if bias is None else bias.float(), []
     for operation, constant in changes:
@@ -63,9 +64,9 @@ def add_slice(
 ) -> None:
     """Add a slice of logits (N, columns), bf16, fp16 or fp32, to the sums of each row and tile, fp32 (tiles, N).
 
-    `first` is the slice's first column in the vocabulary. `scalings` change the logits: one, or two with a tanh between.
-    `log_sums` are log-sum-exps (of no logits: -inf). `expected` sums logits times their probabilities in the smoothed
-    targets; `targets`, int64 (N,), may be in other slices.
+    `first` is the slice's first column in the vocabulary. `scalings` change the logits: one, or two with a tanh between
+    them. `log_sums` are log-sum-exps (of no logits: -inf). `expected` sums logits times their probabilities in the
+    smoothed targets; `targets`, int64 (N,), may be in other slices.
     """
     grid, options = _launch(logits, scalings)
     numbers, is_smoothed = _numbers(scalings, label_smoothing, vocabulary), label_smoothing > 0
@@ -134,7 +135,7 @@ def sums_kernel(
     if IS_CAPPED:
         x = _scaled(_tanh(x), factor, offset, first, column, num_columns)
 
-    target = tl.load(targets + row, mask=exists, other=-1) - first
+    target = (tl.load(targets + row, mask=exists, other=-1) - first).to(tl.int32)
     is_target = inside & (column[None, :] == target[:, None])
     if IS_SMOOTHED:
         terms = tl.where(inside, x * tl.where(is_target, on_target, on_others), 0)
@@ -178,7 +179,7 @@ def gradient_kernel(
         capped = _tanh(x)
         x = _scaled(capped, factor, offset, first, column, num_columns)
         slope = slope * _constant(factor, first, column, num_columns) * (1 - capped * capped)
-    target = tl.load(targets + row, mask=exists, other=-1) - first
+    target = (tl.load(targets + row, mask=exists, other=-1) - first).to(tl.int32)
     probability = tl.exp(x - tl.load(log_sum + row, mask=exists, other=0)[:, None])
     grad = (probability - tl.where(column[None, :] == target[:, None], on_target, on_others)) * slope
     tl.store(logits + at, grad, mask=inside)
