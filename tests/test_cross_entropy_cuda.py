@@ -28,7 +28,7 @@ CASES = {
     "wide, smoothing and bias": {"num_rows": 3, "vocabulary": 5001, "label_smoothing": 0.1, "has_bias": True},
     "soft-capping": {"changes": SOFT_CAP, "elements": 5 * 9},
     "soft-capping, smoothing and bias": {"changes": SOFT_CAP, "label_smoothing": 0.1, "has_bias": True},
-    "scale": {"changes": [("mul", 0.5), ("sub", 1), ("mul", torch.tensor([[0.7]]))]},
+    "scale": {"changes": [("mul", 0.5), ("sub", 1), ("mul", torch.tensor([[0.7]]))], "elements": 5 * 9},
     "constants per column": {"changes": [("div", NUMBERS), ("add", NUMBERS.double())], "elements": 5 * 9},
     "all": {
         "changes": [("add", NUMBERS), ("mul", NUMBERS), *SOFT_CAP, ("sub", NUMBERS[None]), ("div", NUMBERS)],
@@ -84,6 +84,18 @@ def compare_all(device):
         print("equal:", name, flush=True)
 
 
+def compare_tiles(device):
+    """Check that each tile has its own sums. (The interpreter runs one program at a time, so it shows no race.)"""
+    from lowmem.cross_entropy_cuda import TILE, add_slice, tiles_in
+
+    source = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(3, TILE + 905, generator=source).to(device), torch.tensor([0, TILE, 7], device=device)
+    log_sums, expected = torch.full((2, tiles_in(TILE + 905), 3), -math.inf, device=device).unbind()
+    add_slice(logits, targets, log_sums, expected.zero_(), 0, [(1.0, 0.0)], 0.0, TILE + 905)
+    torch.testing.assert_close(log_sums, torch.stack([part.logsumexp(1) for part in logits.split(TILE, 1)]))
+    assert expected.tolist() == [[logits[0, 0], 0, logits[2, 7]], [0, logits[1, TILE], 0]]
+
+
 def test_in_tritons_interpreter_losses_and_gradients_are_those_of_torch():
     pytest.importorskip("triton")
     result = run(sys.executable, __file__, TRITON_INTERPRET="1")
@@ -94,6 +106,7 @@ def test_in_tritons_interpreter_losses_and_gradients_are_those_of_torch():
 @pytest.mark.gpu
 def test_on_a_gpu_losses_and_gradients_are_those_of_torch():
     compare_all("cuda")
+    compare_tiles("cuda")
 
 
 @pytest.mark.parametrize(
@@ -122,3 +135,4 @@ def test_kernels_take_no_more_memory_than_one_slice_of_logits_in_the_compute_dty
 
 if __name__ == "__main__":
     compare_all("cpu")
+    compare_tiles("cpu")
