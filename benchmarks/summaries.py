@@ -166,15 +166,18 @@ def checkpoint(records: Sequence[Record]) -> list[str]:
 
 
 def soak(text: str) -> list[str]:
-    """Report how often a run was killed, and how it compares with an uninterrupted run."""
-    kills = [tuple(map(int, numbers)) for numbers in re.findall(r"^\|[^|]+\| (\d+) \| (\d+) \|", text, re.MULTILINE)]
-    times, in_saves = map(sum, zip(*kills, strict=True))
+    """Report how often runs were killed, and how they compare with uninterrupted runs."""
+    found = re.findall(r"\| (\d+) \| (\d+) \| (\d+) \| [\d.]+, [\d.]+ \|$", text, re.MULTILINE)
+    times, in_saves, in_evaluations = (sum(map(int, column)) for column in zip(*found, strict=True))
     lines = text.splitlines()
     (command,) = (line.strip() for line in lines if line.startswith("    "))
     (about,) = (line for line in lines if re.match(r"\d{4}-", line))
     facts = [line for line in lines if line.startswith("- ")]
     day, _, where = about.partition("; ")
-    killed = f"A run killed {times:,} times with SIGKILL, {in_saves:,} of them during a save:"
+    killed = (
+        f"Runs killed {times:,} times with SIGKILL, {in_saves:,} of them during a save and {in_evaluations:,} during "
+        "an evaluation:"
+    )
     return [killed, "", *facts, "", f"{where.removesuffix('.')}; `{command}` ({day.partition('T')[0]})."]
 
 
