@@ -17,12 +17,13 @@ from lowmem import TrainState, load_model, make_optimizer, save_checkpoint
 from lowmem.checkpoint.export import export
 from lowmem.cli import main
 from lowmem.errors import SaveError, UsageError
+from lowmem.optim.formats import merge_halves
 from tests.models import build
 from tests.processes import run, train
 
 
 def saved(folder, family, memory="exact"):
-    """Save a checkpoint after one step; return its path, its weights, and the weights that AdamW gives in fp32."""
+    """Save a checkpoint after one step; return its path, its weights, and (of exact) the weights in fp32."""
     model, twin = build(family), build(family)
     optimizer = make_optimizer(model, memory=memory)
     reference = make_optimizer(twin, memory="off")
@@ -34,6 +35,10 @@ def saved(folder, family, memory="exact"):
         other.grad = parameter.grad.float()
     optimizer.step()
     reference.step()
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True) if memory == "exact" else ():
+        master = merge_halves(parameter.detach(), optimizer.state[parameter]["weight_low"])
+        torch.testing.assert_close(master, other.detach(), rtol=1e-6, atol=1e-6)
+        other.data = master
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = "{{ messages }}"
     path = save_checkpoint(

