@@ -27,9 +27,10 @@ needs_kernels = pytest.mark.skipif(kernels_cpu.library() is None, reason="lowmem
 
 
 @needs_kernels
-@pytest.mark.parametrize(("gradients", "steps"), [(torch.bfloat16, 100), (torch.float32, 10)])
+@pytest.mark.parametrize("gradients", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("name", "memory"), FORMS)
-def test_kernels_have_the_bits_of_tensor_operations(name, memory, gradients, steps):
+def test_kernels_have_the_bits_of_tensor_operations(name, memory, gradients):
+    steps = 100 if (name, gradients) == ("adamw", torch.bfloat16) else 10
     expected = states(name, memory, None, steps=steps, dtype=gradients)
     assert not differing(states(name, memory, kernels_cpu, steps=steps, dtype=gradients), expected)
 

@@ -69,7 +69,7 @@ def test_exact_has_the_weights_of_torchs_adamw(gradients):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("slice_elements", [64, 2**18])
+@pytest.mark.parametrize("slice_elements", [4000, 2**18])
 def test_exact_adafactor_has_the_weights_of_torchs_adafactor(slice_elements):
     mine, reference = Matrices(), Matrices()
     for model in (mine, reference):
