@@ -107,7 +107,7 @@ def table(records: list[Record]) -> str:
 # --- Triton, without a GPU
 def variants() -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]:
     """Yield each kernel in each form: a name, the kernel, the types of its arguments and its constants."""
-    from lowmem.cross_entropy_cuda import TILE, gradient_kernel, sums_kernel
+    from lowmem.kernels.cross_entropy_cuda import TILE, gradient_kernel, sums_kernel
     from lowmem.optim import kernels_cuda
 
     for is_split, moment_bytes in ((True, 4), (False, 1), (True, 2), (False, 2)):

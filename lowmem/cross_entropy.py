@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowmem.compilers import has_triton
+from lowmem.kernels.compilers import has_triton
 
 SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
 """Logits per slice, by device: few enough to fit a CPU's cache, or enough that a GPU launches few kernels."""
@@ -110,7 +110,7 @@ def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, part: slice) ->
 
 
 class _TensorOperations:
-    """The reference. Takes logits in fp32 or fp64, and has one tile per row. See `cross_entropy_cuda.py`."""
+    """The reference. Takes logits in fp32 or fp64, and has one tile per row. See `kernels/cross_entropy_cuda.py`."""
 
     @staticmethod
     def tiles_in(columns: int) -> int:
@@ -182,7 +182,7 @@ def _operations_for(hidden: Tensor, dtype: torch.dtype, changes: Sequence[Change
         fused = hidden.device.type == "cuda" and has_triton()
     if not fused or dtype == torch.float64 or [operation for operation, _ in changes].count("tanh") > 1:
         return _TensorOperations
-    return _FakeKernels if isinstance(hidden, FakeTensor) else import_module("lowmem.cross_entropy_cuda")
+    return _FakeKernels if isinstance(hidden, FakeTensor) else import_module("lowmem.kernels.cross_entropy_cuda")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -87,7 +87,7 @@ def compare_all(device):
 
 def compare_tiles(device):
     """Check that each tile has its own sums. (The interpreter runs one program at a time, so it shows no race.)"""
-    from lowmem.cross_entropy_cuda import TILE, add_slice, tiles_in
+    from lowmem.kernels.cross_entropy_cuda import TILE, add_slice, tiles_in
 
     source = torch.Generator().manual_seed(0)
     logits, targets = torch.randn(3, TILE + 905, generator=source).to(device), torch.tensor([0, TILE, 7], device=device)

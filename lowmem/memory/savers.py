@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lowmem.compilers import has_triton
 from lowmem.distributed.fully_sharded import unsharded_parameters
 from lowmem.distributed.placement import device_of, unwrapped
 from lowmem.errors import UsageError
+from lowmem.kernels.compilers import has_triton
 from lowmem.memory.offload import Offload, ToHost, mapped_file
 from lowmem.memory.release import release
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.optim import Optimizer
 
-from lowmem.compilers import has_triton
 from lowmem.distributed.dtensor import local_of, local_part, set_local_, sharded_like
 from lowmem.distributed.seeds import seed_of
+from lowmem.kernels.compilers import has_triton
 from lowmem.optim import kernels_cpu
 from lowmem.optim.adamw import Numbers, Update, adamw
 from lowmem.optim.formats import by_rows, keep, round_stochastically, rows_and_columns, write, zeros
