@@ -1,7 +1,8 @@
 """The cross-entropy of a linear output head, without all logits at once."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 import torch
@@ -66,7 +67,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         log_sums = hidden.new_full(shape, -math.inf, dtype=sum_dtype)
         expected = hidden.new_zeros(shape, dtype=sum_dtype)  # logits, averaged with the targets' probabilities
         smoothing = (label_smoothing, len(weight))
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _rounding_once(hidden.device.type):
             states = hidden.to(compute_dtype)
             dtype, added, prepared = operations.prepare(weight, bias, changes, compute_dtype)
             for part in slices:
@@ -88,7 +89,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=log_sum.dtype) if wants_hidden else None
         grad_weight = torch.empty_like(weight, dtype=ctx.compute_dtype) if wants_weight else None
         grad_bias = torch.empty_like(bias, dtype=log_sum.dtype) if wants_bias else None
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _rounding_once(hidden.device.type):
             states = hidden.to(ctx.compute_dtype)
             dtype, added, prepared = ctx.operations.prepare(weight, bias, ctx.changes, ctx.compute_dtype)
             for part in ctx.slices:
@@ -103,6 +104,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     torch.mm(grad.T, states, out=grad_weight[part])
                 del grad
         return grad_hidden, grad_weight, grad_bias, *[None] * 6
+
+
+@contextmanager
+def _rounding_once(device_type: str) -> Iterator[None]:
+    """Leave autocast, and keep cuBLAS from splitting a sum into parts that it rounds to bf16 before adding them."""
+    products = torch.backends.cuda.matmul
+    allowed = products.allow_bf16_reduced_precision_reduction
+    products.allow_bf16_reduced_precision_reduction = False
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        products.allow_bf16_reduced_precision_reduction = allowed
 
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:

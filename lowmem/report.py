@@ -25,7 +25,7 @@ from lowmem.evaluation import Answer
 from lowmem.recover import Halving
 from lowmem.step import StepResult
 
-_NOT_SHOWN = ("num_tokens", "samples_per_second", "data_wait_seconds", "peak_device_bytes", "peak_host_bytes")
+_NOT_SHOWN = ("num_tokens", "samples_per_second", "data_wait_seconds", "peak_")  # beginnings of names
 _SHOWN_IF_ANY = ("cut_rows", "cut_tokens", "bad_rows")
 
 
@@ -45,10 +45,17 @@ def print_answers(answers: Sequence[Answer]) -> None:
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """This process's peak memory: tensors on its GPU (0 without a GPU), and resident host memory."""
+    """This process's peak memory: on its GPU (0 without a GPU) and in host memory (resident).
+
+    Of the GPU, `peak_device_bytes` are of tensors. `peak_active_bytes` add freed blocks that a stream may still use,
+    and `peak_reserved_bytes` all that the allocator holds.
+    """
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024
+    of_device = torch.cuda.memory_stats() if torch.cuda.is_available() else {}
     return {
-        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        "peak_device_bytes": of_device.get("allocated_bytes.all.peak", 0),
+        "peak_active_bytes": of_device.get("active_bytes.all.peak", 0),
+        "peak_reserved_bytes": of_device.get("reserved_bytes.all.peak", 0),
         "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit,
     }
 
@@ -102,6 +109,19 @@ def _is_kept(line: bytes, step: int) -> bool:
     # drop the test and end records, because a run that is resumed after its last step writes them again
     is_final = record.get("event") == "end" or any(name.startswith("test_") for name in record)
     return not is_final and record["step"] <= step
+
+
+def _precision_hints(accelerator: Accelerator, tier: str) -> list[str]:
+    """Return a line if the GPU computes much faster in another precision."""
+    if accelerator.device.type != "cuda":
+        return []
+    uses_bf16 = tier != "off" or accelerator.mixed_precision == "bf16"
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if has_bf16 and not uses_bf16:
+        return ["this GPU computes several times faster in bf16: set --mixed_precision=bf16"]
+    if uses_bf16 and not has_bf16:
+        return ["this GPU only emulates bf16, which is slow: set --mixed_precision=no"]
+    return []
 
 
 def _open_folder(folder: Path, settings: Mapping, resumed_step: int | None) -> MetricsLog:
@@ -170,6 +190,7 @@ class Report:
         self.print_lines(
             f"{num_weights:,} weights ({model.dtype}, memory={tier}) on {devices}, {stream.num_rows:,} rows",
             f"steps {self._step} to {self._total_steps}, each of {stream.global_batch_size} rows: {pieces}",
+            *_precision_hints(self._accelerator, tier),
         )
 
     def resuming(
@@ -226,8 +247,12 @@ class Report:
             self._accelerator.log(dict(metrics), step=self._step)
         self._write({"step": self._step, **metrics})
         if self._log:
-            shown = {name: x for name, x in metrics.items() if name not in _NOT_SHOWN if x or name not in _SHOWN_IF_ANY}
-            words = (f"{name} {x:,}" if isinstance(x, int) else f"{name} {x:.4g}" for name, x in shown.items())
+            shown = {name: x for name, x in metrics.items() if x or name not in _SHOWN_IF_ANY}
+            words = (
+                f"{name} {x:,}" if isinstance(x, int) else f"{name} {x:.4g}"
+                for name, x in shown.items()
+                if not name.startswith(_NOT_SHOWN)
+            )
             print_lines(f"step {self._step}/{self._total_steps}: {', '.join(words)}")
 
     def _write(self, record: Mapping[str, object]) -> None:

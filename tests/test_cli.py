@@ -143,7 +143,7 @@ def test_a_run_writes_the_documented_files_and_another_refuses_to_overwrite_them
     assert [record.get("step") for record in records] == [1, 2, 2, None]
     assert list(records[0]) == (
         "step epoch loss grad_norm learning_rate num_tokens samples_per_second tokens_per_second data_wait_seconds "
-        "cut_rows cut_tokens bad_rows peak_device_bytes peak_host_bytes"
+        "cut_rows cut_tokens bad_rows peak_device_bytes peak_active_bytes peak_reserved_bytes peak_host_bytes"
     ).split(" ")
     assert {"eval_loss", "eval_perplexity", "eval_exact_match"} < records[2].keys()
     assert records[3]["event"] == "end" and records[3]["steps"] == 2

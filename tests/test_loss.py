@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -83,6 +84,27 @@ def test_a_head_with_bias_has_torchs_gradients(label_smoothing):
         (loss * 0.7).backward()
         results.append([loss.detach(), *(x.grad for x in inputs)])
     torch.testing.assert_close(*results)
+
+
+class ProductFlags(TorchDispatchMode):
+    """Record at each matrix product whether cuBLAS may round parts of its sums to bf16."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.found.append(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
+        return function(*args, **(kwargs or {}))
+
+
+def test_products_of_the_head_round_their_sums_once():
+    hidden, weight = (torch.randn(6, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    with ProductFlags() as flags:
+        chunked_cross_entropy(hidden, weight, None, torch.arange(6)).backward()
+    assert flags.found and not any(flags.found)
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
 
 VOCABULARY = 151_936  # the vocabulary size of Qwen2.5-0.5B
