@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from lowmem.distributed.signals import Signals
 
 
+_OTHER_TORCH = "install a torch for an older CUDA, or set CUDA_VISIBLE_DEVICES= to train on CPUs"
+
+
 def check_launch(num_processes: int | None) -> None:
     """Raise UsageError if the environment contradicts `num_processes` or sets an unsupported option."""
     check_leftovers()
@@ -33,12 +36,39 @@ def processes_to_start(num_processes: int | None) -> int:
         return 1
     import torch
 
+    _check_driver()
     num_gpus = torch.cuda.device_count()
     if num_processes is None:
         return max(1, num_gpus)
     if 0 < num_gpus < num_processes:
         raise UsageError(f"--num_processes={num_processes} exceeds the {num_gpus} visible GPUs: set at most {num_gpus}")
     return num_processes
+
+
+def _check_driver() -> None:
+    """Raise UsageError if the driver lists GPUs that torch cannot use, because the run would then use only CPUs."""
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    if num_gpus and not torch.cuda.is_available():
+        try:
+            torch.cuda.init()  # says why
+        except RuntimeError as error:
+            found = f"the NVIDIA driver lists {num_gpus} GPUs, but torch {torch.__version__} cannot use them ({error})"
+            raise UsageError(f"{found}: update the driver, or {_OTHER_TORCH}") from error
+
+
+def _check_kernels() -> None:
+    """Raise UsageError if this torch was not compiled for the GPU of this process."""
+    import torch
+
+    compiled = [int(name.removeprefix("sm_").rstrip("af")) for name in torch.cuda.get_arch_list() if "sm_" in name]
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    major, minor = torch.cuda.get_device_capability(local_rank) if compiled else (0, 0)
+    if compiled and 10 * major + minor < min(compiled):
+        name = torch.cuda.get_device_name(local_rank)
+        found = f"torch {torch.__version__} has no kernels for {name} (compute capability {major}.{minor})"
+        raise UsageError(f"{found}: {_OTHER_TORCH}")
 
 
 def init_distributed(
@@ -70,7 +100,12 @@ def init_distributed(
 
     for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         os.environ.pop(variable, None)  # lowmem applies these settings itself, so Accelerator must not
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
+    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    if not wants_cpu:
+        _check_driver()
+    on_cpu = wants_cpu or not torch.accelerator.is_available()
+    if not on_cpu:
+        _check_kernels()
     launched = launched_processes() or 1
     if launched > 1:
         device = "cpu" if on_cpu else torch.accelerator.current_accelerator()
