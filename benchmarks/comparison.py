@@ -81,7 +81,22 @@ def table(records: list[Record]) -> str:
             rows.append(_row(runs, system))
         rows += [f"| {system} | {reason} |{' |' * (len(_COLUMNS) - 1)}" for reason in reasons(records, system)]
     first = next(iter(runs.values()), records)[0]
-    return "\n".join([*_about(first, runs), "", _HEAD, *rows, ""])
+    return "\n".join([*_about(first, runs), "", _HEAD, *rows, "", *_phases(runs)])
+
+
+def _phases(runs: dict[str, list[Record]]) -> list[str]:
+    """Return Markdown that says where the time of a step goes: medians over rounds of each phase's seconds."""
+    timed = {system: of for system, of in runs.items() if of[0].get("phase_seconds")}
+    if not timed:
+        return []
+    names = list(dict.fromkeys(name for of in timed.values() for name in of[0]["phase_seconds"]))
+    lines = [f"| seconds of a step | {' | '.join(names)} | rest | all |\n|---{'|---:' * (len(names) + 2)}|"]
+    for system, of in timed.items():
+        found = [median(record["phase_seconds"].get(name, 0.0) for record in of) for name in names]
+        whole = median(record["seconds_per_step"] for record in of)
+        cells = (f"{seconds:.3f}" for seconds in (*found, whole - sum(found), whole))
+        lines.append(f"| {system} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _about(first: Record, runs: dict[str, list[Record]]) -> list[str]:

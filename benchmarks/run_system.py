@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tokenize
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import version
@@ -37,6 +38,7 @@ def measured(run: Run, settings: SimpleNamespace) -> dict[str, object]:
         "samples_per_second": samples / wall,
         "seconds_per_step": median(b.wall - a.wall for a, b in zip(marks, marks[1:], strict=False)),
         "first_step_seconds": run.first_step_at - settings.started,
+        "phase_seconds": phase_seconds(run.phases[WARM_UP_STEPS:]),
         "cores_busy": (last.cpu - first.cpu) / wall,
         "joules_per_sample": joules,
         "peak_rss_bytes": run.peak_rss_bytes,
@@ -50,6 +52,14 @@ def measured(run: Run, settings: SimpleNamespace) -> dict[str, object]:
         },
         "versions": {name: version(name) for name in packages},
     }
+
+
+def phase_seconds(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return each phase's median over steps; empty on a GPU, which runs phases later than the host starts them."""
+    import torch
+
+    names = [] if torch.cuda.is_available() else dict.fromkeys(name for step in steps for name in step)
+    return {name: median(step.get(name, 0.0) for step in steps) for name in names}
 
 
 def code_lines(path: Path) -> int:

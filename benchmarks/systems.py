@@ -9,7 +9,9 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +122,39 @@ class Run:
     """Peak resident bytes until the end of the last step."""
     peak_device_bytes: int | None = None
     """Peak bytes of tensors on a GPU until the end of the last step."""
+    phases: list[dict[str, float]] = field(default_factory=list)
+    """Seconds of each phase, for each optimizer step. The loop marks phases; a GPU may run them later."""
+    _seconds: Counter[str] = field(default_factory=Counter)
+    _within: float = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time of the block as `name`, except for phases in it."""
+        outer, self._within, start = self._within, 0.0, time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self._seconds[name] += seconds - self._within
+        self._within = outer + seconds
+
+    def timed(self, name: str, function: Callable) -> Callable:
+        """Return `function` with each call counted as a phase."""
+
+        def call(*args, **kwargs):
+            with self.phase(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    def watch(self, optimizer) -> None:
+        """Time every backward of this process, the optimizer's updates and its sums over micro-batches (lowmem)."""
+        import torch
+
+        torch.Tensor.backward = self.timed("backward", torch.Tensor.backward)
+        if hasattr(optimizer, "add"):
+            optimizer.add = self.timed("sums", optimizer.add)
+        update = ExitStack()
+        optimizer.register_step_pre_hook(lambda *_: update.enter_context(self.phase("update")))
+        optimizer.register_step_post_hook(lambda *_: update.close())
 
     def mark(self) -> None:
         import torch
@@ -130,6 +165,8 @@ class Run:
         if not self.marks:
             self.first_step_at = time.time()
         self.peak_rss_bytes = peak_resident_bytes()
+        self.phases.append(dict(self._seconds))
+        self._seconds.clear()
         self.marks.append(Mark(time.perf_counter(), time.process_time(), joules()))
 
 

@@ -19,6 +19,9 @@ class Recorder(TrainerCallback):
     def __init__(self, run: Run):
         self._run = run
 
+    def on_train_begin(self, args, state, control, optimizer, **kwargs):
+        self._run.watch(getattr(optimizer, "optimizer", optimizer))  # inside accelerate's wrapper
+
     def on_step_end(self, args, state, control, **kwargs):
         self._run.mark()
 

@@ -33,9 +33,11 @@ def train(settings: SimpleNamespace, system: System, run: Run) -> None:
     recompute = {"full": ["recompute"], "cheap": ["recompute_cheap"], "off": []}[settings.recompute]
     wanted = [getattr(savers, name) for name in [*recompute, *system.savers]]
     clip = {"max_grad_norm": settings.max_grad_norm or None}
+    run.watch(optimizer)
+    loss_fn = run.timed("forward", chunked_loss)
     with savers.entered(wanted, model, optimizer):
         for step, batches in zip(range(settings.steps), stream, strict=False):
-            result = train_step(state, batches, chunked_loss, accelerator, learning_rate=schedule(step), **clip)
+            result = train_step(state, batches, loss_fn, accelerator, learning_rate=schedule(step), **clip)
             run.losses.append(result.loss.item())
             run.mark()
     accelerator.end_training()

@@ -48,10 +48,12 @@ def train(settings: SimpleNamespace, system: System, run: Run) -> None:
     arguments.bf16 = settings.mixed_precision == "bf16"
     model = load(settings.folder, dtype=getattr(torch, system.weights), attention=system.attention)
     is_causal = not model.config.is_encoder_decoder
-    SameObjective(
+    trainer = SameObjective(
         model=model,
         args=arguments,
         train_dataset=encoded_rows(settings.folder),
         data_collator=lambda rows: collate(rows, causal=is_causal).inputs,
         callbacks=[Recorder(run)],
-    ).train()
+    )
+    trainer.compute_loss = run.timed("forward", trainer.compute_loss)
+    trainer.train()
