@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 _LEAST_BYTES = 4096  # smaller activations are not worth a copy
-_SLAB_BYTES = 2**27
 _ALIGNMENT_BYTES = 512
 
 
@@ -176,15 +175,15 @@ class PinnedMemory:
 
 
 class Slabs:
-    """Host memory for activations, cut from slabs of 128 MiB and used again, for a single stream that copies.
+    """Host memory for activations, cut from slabs of `slab_bytes` and used again, for a single stream that copies.
 
     torch would round each pinned tensor up to a power of two. Backward frees activations roughly in reverse order, so
     each slab is a stack: memory is free above its last tensor in use. Slabs remain until this object is freed. A tensor
     that no longer exists may still have copies in the stream; they run before those of the next tensor in its memory.
     """
 
-    def __init__(self, *, pin_memory: bool):
-        self._pin_memory = pin_memory
+    def __init__(self, *, pin_memory: bool, slab_bytes: int = 2**27):
+        self._pin_memory, self._slab_bytes = pin_memory, slab_bytes
         self._slabs: list[tuple[Tensor, list[tuple[int, weakref.ref[Tensor]]]]] = []  # memory; tensors and their ends
 
     def empty_like(self, tensor: Tensor) -> Tensor:
@@ -196,7 +195,7 @@ class Slabs:
             if start + tensor.nbytes <= len(memory):
                 break
         else:
-            size = max(_SLAB_BYTES, 1 << (tensor.nbytes - 1).bit_length())  # a power of two, which torch does not round
+            size = max(self._slab_bytes, 1 << (tensor.nbytes - 1).bit_length())  # powers of two, as torch takes
             memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._pin_memory)
             start, used = 0, []
             self._slabs.append((memory, used))
