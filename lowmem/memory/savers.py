@@ -58,7 +58,7 @@ def offload_activations(
 ) -> Iterator[None]:
     """Offload the activations that backward needs: from CUDA to pinned host memory, on CPU to mapped files.
 
-    With `recompute` or `recompute_cheap`, copies only the input of each layer. `host`: where they go instead.
+    With `recompute` or `recompute_cheap`, copies only the input of each layer. Set `host` to copy them elsewhere.
     """
     device = device_of(model)
     host = host or (PinnedMemory(device) if device.type == "cuda" else MappedFiles())
