@@ -33,9 +33,10 @@ class Host(Protocol):
 class Offload:
     """The two hooks for `torch.autograd.graph.saved_tensors_hooks`, which copy activations to the host and back.
 
-    Of the activations on their way to the host, and of those that it fetches ahead of backward, `host.window_bytes` (or
-    one larger activation) are on the device. In forward, the device waits for the oldest copy before it starts one that
-    does not fit. Tensors in `kept` are not copied. If autocast casts one of them, it is cast again in backward.
+    Of the activations on their way to the host, and of those fetched before an operation takes them, at most
+    `host.window_bytes` (or one larger activation) are on the device. In forward, the device waits for the oldest copy
+    before it starts one that does not fit; the host never waits. Tensors in `kept`, which must not change before
+    backward, are not copied. If autocast casts one of them, it is cast again in backward.
     """
 
     def __init__(self, kept: Iterable[Tensor], host: Host):
@@ -45,7 +46,7 @@ class Offload:
         self._kept = {StorageWeakRef(tensor.untyped_storage()) for tensor in kept}
         self._by_source: weakref.WeakValueDictionary[tuple, _Copy] = weakref.WeakValueDictionary()
         self._by_number: weakref.WeakValueDictionary[int, _Copy] = weakref.WeakValueDictionary()
-        self._count = self._ahead = 0  # copies made, and the number of the earliest one that is fetched
+        self._count = self._ahead = 0  # the next number; all copies from _ahead on were fetched or taken
 
     def pack(self, tensor: Tensor) -> "Tensor | _Cast | _Copy":
         reference = StorageWeakRef(tensor.untyped_storage())
@@ -60,7 +61,7 @@ class Offload:
         if copy is None:
             while self.in_flight and not self._has_room(tensor.nbytes):
                 next(iter(self.in_flight.values())).land()
-            if not self._by_number:
+            if not self._by_number:  # start again from 0, so that `unpack` never searches numbers of freed copies
                 self._count = 0
             copy = _Copy(tensor, reference, self._count, self)
             self._by_source[key] = self._by_number[self._count] = copy
