@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
@@ -22,8 +22,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from lowmem import TrainState, chunked_loss, collate, init_distributed, make_optimizer, open_stream, resolve, train_step
 from lowmem.config.train_config import TrainConfig
+from lowmem.memory.offload import PinnedMemory
 from lowmem.memory.out_of_memory import free_failed_step
-from lowmem.memory.savers import SAVERS, entered
+from lowmem.memory.savers import SAVERS, Saver, entered
 from lowmem.model.build import build_model
 from lowmem.plan.parts import Cluster
 from lowmem.plan.predict import CONTEXT, Prediction, planners, predicting
@@ -139,14 +140,14 @@ def build(spec: Model, memory: str, device: torch.device, **changes: object) -> 
 
 @contextmanager
 def stepping(
-    state: TrainState, spec: Model, savers: tuple[str, ...], *, micro_batches: int = 1, shorter: int = 0
+    state: TrainState, spec: Model, savers: Iterable[Saver], *, micro_batches: int = 1, shorter: int = 0
 ) -> Iterator[Callable[[], object]]:
     """Yield a function that takes an optimizer step on the same rows."""
     rows = rows_of(state.model, spec.batch_size, spec.seq_len, shorter=shorter)
     batch = collate(rows, causal=not state.model.config.is_encoder_decoder)
     batches = [batch.pin_memory() if torch.cuda.is_available() else batch] * micro_batches
     options = {"learning_rate": 1e-4, "max_grad_norm": 1.0}
-    with entered([SAVERS[name] for name in savers], state.model, state.optimizer):
+    with entered(savers, state.model, state.optimizer):
         yield partial(train_step, state, batches, chunked_loss, init_distributed(mixed_precision="no"), **options)
 
 
@@ -159,7 +160,7 @@ def syncs(device: torch.device) -> Iterator[Case]:
 
 def _syncs(spec: Model, tier: str, savers: tuple[str, ...], device: torch.device) -> Iterator[Record]:
     state = build(spec, tier, device, num_hidden_layers=2, num_layers=2)
-    with stepping(state, spec, savers, micro_batches=2, shorter=1) as step:
+    with stepping(state, spec, [SAVERS[name] for name in savers], micro_batches=2, shorter=1) as step:
         step()
         torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
@@ -171,12 +172,19 @@ def _syncs(spec: Model, tier: str, savers: tuple[str, ...], device: torch.device
 
 
 def offload(device: torch.device) -> Iterator[Case]:
-    """Time steps with and without `offload_activations`, and pinned copies, whose speed it can at best reach."""
+    """Time steps with and without `offload_activations`, and pinned copies, whose speed it can at best reach.
+
+    Without a bound on the bytes in flight, forward would not wait for copies, and the peaks would be higher.
+    """
+    (name, spec), *_ = models(device, "t5-base").items()
+    offloads = {"none": [], "offload_activations": [SAVERS["offload_activations"]]}
     if device.type == "cuda":
         yield {"savers": "none: pinned copies"}, partial(_pinned, device)
-    (name, spec), *_ = models(device, "t5-base").items()
-    for recompute, offloaded in product([("recompute",), ()], [(), ("offload_activations",)]):
-        yield {"model": name, "savers": recompute + offloaded}, partial(_step, spec, recompute + offloaded, device)
+        unbounded = PinnedMemory(device, window_bytes=2**62)
+        offloads["offload_activations, unbounded"] = [partial(SAVERS["offload_activations"], host=unbounded)]
+    for recompute, (label, saver) in product([("recompute",), ()], offloads.items()):
+        savers = [*(SAVERS[name] for name in recompute), *saver]
+        yield {"model": name, "savers": [*recompute, label]}, partial(_step, spec, savers, device)
 
 
 def _pinned(device: torch.device) -> Iterator[Record]:
@@ -189,7 +197,7 @@ def _pinned(device: torch.device) -> Iterator[Record]:
         yield {f"{name}_bytes": source.nbytes, f"{name}_ms": milliseconds}
 
 
-def _step(spec: Model, savers: tuple[str, ...], device: torch.device) -> Iterator[Record]:
+def _step(spec: Model, savers: list[Saver], device: torch.device) -> Iterator[Record]:
     state = build(spec, "exact", device)
     with stepping(state, spec, savers) as step:
         times = timed(step, rounds=5)

@@ -137,6 +137,10 @@ def train(
         report.resuming(checkpoint, changes, stream.changes, can_save)
         if config.is_sharded and accelerator.num_processes == 1 and not config.cpu_offload:
             report.print_lines(f"on one process, {config.sharding_summary} shards nothing: start more processes")
+        if config.offload_activations and config.recompute == "off":
+            report.print_lines(
+                "without --recompute, offload_activations copies all that backward needs: try --recompute=full"
+            )
         if config.messages_column and prints_time(tokenizer):
             report.print_lines(
                 f"the chat template prints the time: this run uses --template_time={config.template_time}"

@@ -291,7 +291,7 @@ def test_a_bad_row_is_reported_with_its_location(tmp_path):
     assert "rows.jsonl, line 18 (byte 1,106) cannot be encoded: column 'response' must hold text" in line
 
 
-def test_sharding_on_one_process_says_that_it_shards_nothing(tmp_path):
+def test_a_run_says_that_one_process_shards_nothing_and_that_it_offloads_much(tmp_path):
     flags = [
         "train",
         "--max_steps=1",
@@ -299,5 +299,6 @@ def test_sharding_on_one_process_says_that_it_shards_nothing(tmp_path):
         "--eval_on_start=False",
         f"--output_dir={tmp_path}/out",
     ]
-    result = train(*flags, "--sharding_strategy=FULL_SHARD")
+    result = train(*flags, "--sharding_strategy=FULL_SHARD", "--offload_activations=True")
     assert result.returncode == 0 and "on one process, FULL_SHARD shards nothing" in result.stdout
+    assert "without --recompute, offload_activations copies all that backward needs" in result.stdout

@@ -16,7 +16,7 @@ from lowmem.distributed.fully_sharded import unsharded_parameters
 from lowmem.distributed.placement import device_of, unwrapped
 from lowmem.errors import UsageError
 from lowmem.kernels.compilers import has_triton
-from lowmem.memory.offload import Offload, ToHost, mapped_file
+from lowmem.memory.offload import Host, MappedFiles, Offload, PinnedMemory
 from lowmem.memory.release import release
 
 _ATEN = torch.ops.aten
@@ -54,13 +54,15 @@ def recompute_cheap(model: nn.Module, optimizer: Optimizer | None = None) -> Abs
 
 @contextmanager
 def offload_activations(
-    model: nn.Module, optimizer: Optimizer | None = None, *, to_host: ToHost = mapped_file
+    model: nn.Module, optimizer: Optimizer | None = None, *, host: Host | None = None
 ) -> Iterator[None]:
     """Offload the activations that backward needs: from CUDA to pinned host memory, on CPU to mapped files.
 
-    With `recompute` or `recompute_cheap`, copies only the input of each layer. On CPU, `to_host` makes the copies.
+    With `recompute` or `recompute_cheap`, copies only the input of each layer. Set `host` to copy them elsewhere.
     """
-    offload = Offload(unsharded_parameters(model), to_host)
+    device = device_of(model)
+    host = host or (PinnedMemory(device) if device.type == "cuda" else MappedFiles())
+    offload = Offload(unsharded_parameters(model), host)
     with saved_tensors_hooks(offload.pack, offload.unpack):
         yield
 

@@ -7,6 +7,7 @@ Tested with torch 2.11 and 2.13. This module uses private parts of torch and acc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from weakref import finalize
@@ -75,7 +76,9 @@ def fake_ranks(cluster: Cluster, *, mixed_precision: str, shards: bool) -> Itera
 
 
 class HostCopies:
-    """Count the live and peak bytes of the activations that `offload_activations` holds on the host."""
+    """A `Host` that only counts the live and peak bytes of the activations that `offload_activations` offloads."""
+
+    window_bytes = 0
 
     def __init__(self):
         self.live_bytes = self.peak_bytes = 0
@@ -86,25 +89,31 @@ class HostCopies:
     @property
     def savers(self) -> dict[str, Saver]:
         """Return SAVERS with an `offload_activations` whose copies this object counts."""
-        return SAVERS | {"offload_activations": partial(SAVERS["offload_activations"], to_host=self._take)}
+        return SAVERS | {"offload_activations": partial(SAVERS["offload_activations"], host=self)}
 
-    def _take(self, tensor: Tensor) -> "_Copy":
-        copy = _Copy(tensor)
+    def to_host(self, tensor: Tensor) -> tuple["_Copy", None]:
+        copy = _Copy(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         self._add(tensor.nbytes)
         finalize(copy, self._add, -tensor.nbytes)  # subtract the copy's bytes when it is freed
-        return copy
+        return copy, None
+
+    def to_device(self, copy: "_Copy") -> tuple[Tensor, None]:
+        return torch.empty_strided(copy.shape, copy.stride, dtype=copy.dtype, device=copy.device), None
+
+    def wait(self, event: None) -> None:
+        pass
 
     def _add(self, num_bytes: int) -> None:
         self.live_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
 
+@dataclass
 class _Copy:
-    def __init__(self, tensor: Tensor):
-        self._layout, self._dtype = (tensor.shape, tensor.stride()), tensor.dtype
-
-    def to(self, device: torch.device, non_blocking: bool) -> Tensor:
-        return torch.empty_strided(*self._layout, dtype=self._dtype, device=device)
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
 
 
 @contextmanager
