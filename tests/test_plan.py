@@ -245,6 +245,9 @@ def test_the_first_rung_that_fits_is_chosen_and_every_tried_rung_is_reported(tmp
     advice = "--memory=lean .*; to try recompute=cheap, recompute=full, remove their flags"
     with pytest.raises(UsageError, match=advice):
         choose(tight, CPU, {"recompute"}, predictions(sizes), lines.append)
+    without_tiers = dataclasses.replace(tight, optimizer="adam", memory="off")
+    with pytest.raises(UsageError, match=r"Use more processes or fewer tokens \(--max_seq_len\)$"):
+        choose(without_tiers, CPU, (), predictions(sizes), lines.append)
 
 
 def predict_two_parts(configs):
@@ -344,9 +347,9 @@ def test_plan_prints_its_result_and_writes_no_file_except_a_chart(tmp_path):
     assert result.returncode == 0, result.stderr
     for expected in ("device, peak per process", "low halves", "3 checkpoints", "memory=lean", "recompute=full"):
         assert expected in result.stdout
-    drawn = {"plan.png"} if "plan.png: chart" in result.stdout else set()
+    drawn = ["out", "out/plan.png"] if "out/plan.png: chart" in result.stdout else []
     assert drawn or "matplotlib is not installed" in result.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"llama.json"} | drawn
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["llama.json", *drawn]
 
 
 def test_train_chooses_settings_that_fit_and_writes_them_to_config_json(tmp_path):
