@@ -21,7 +21,7 @@ _PLANNING_SECONDS = 900.0  # how long other ranks wait for rank 0 to plan; even 
 
 
 def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
-    """Fit `config` to its limits, print the memory that it and its `variants` take, and draw plan.png in `output_dir`."""
+    """Fit `config` to its limits, print the memory of it and its `variants`, and draw plan.png in `output_dir`."""
     device_memory = config.device_memory
     with planners(config.host_memory) as pool:
         cluster = _cluster(config, pool)

@@ -128,6 +128,9 @@ class GpuKernels(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         options = dict(kwargs or {})
+        if func is Tensor.backward:  # torch leaves the mode within a call, but here layers may run again
+            with self:
+                return func(*args, **options)
         if func is F.dropout and options["training"] and 0 < options["p"] < 1 and not options["inplace"]:
             return torch.native_dropout(*args, options["p"], True)[0]
         is_plain = options.get("attn_mask") is None and not options.get("dropout_p")
