@@ -70,7 +70,7 @@ def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: b
 
     from lowmem import init_distributed
     from lowmem.model.masks import chosen_on_host
-    from lowmem.plan.fakes import GpuKernels, fake_tensors, few_slices
+    from lowmem.plan.fakes import fake_tensors, few_slices, gpu_kernels
     from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter
 
     as_on_gpu = torch.cuda.is_available() or not for_this_machine
@@ -83,7 +83,7 @@ def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: b
         if not real:
             stack.enter_context(few_slices())
             stack.enter_context(fake_tensors())
-            stack.enter_context(GpuKernels() if as_on_gpu else nullcontext())
+            stack.enter_context(gpu_kernels() if as_on_gpu else nullcontext())
         model = build(spec.shape, accelerator.device, as_on_gpu)
         # no row has padding, and fake tensors have no values that could show this
         stack.enter_context(chosen_on_host({}, is_encoder_decoder=model.config.is_encoder_decoder))

@@ -13,7 +13,7 @@ from lowmem.data.batch import Batch
 from lowmem.loss import chunked_loss, plain_loss
 from lowmem.memory.savers import entered, recompute, release
 from lowmem.optim.make import make_optimizer
-from lowmem.plan.fakes import GpuKernels, fake_tensors
+from lowmem.plan.fakes import fake_tensors, gpu_kernels
 from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter
 from lowmem.step import TrainState, train_step
 from tests.models import build
@@ -38,11 +38,20 @@ def test_results_count_until_they_are_freed_and_peak_is_the_largest_sum(tensors)
 
 
 def test_dropout_as_on_a_gpu_keeps_a_byte_per_element_for_backward():
-    for kernels, kept in ((GpuKernels, 1), (nullcontext, FLOAT)):
+    for kernels, kept in ((gpu_kernels, 1), (nullcontext, FLOAT)):
         with fake_tensors(), kernels(), MemoryMeter() as meter:
             out = F.dropout(torch.ones(100, requires_grad=True), 0.1)
             assert meter.live_bytes == 2 * 100 * FLOAT + 100 * kept  # input and output
             del out
+
+
+def test_layers_that_backward_runs_again_use_the_kernels_of_a_gpu_too():
+    with fake_tensors(), gpu_kernels():
+        x = torch.ones(100, requires_grad=True)
+        checkpoint(
+            lambda x: F.dropout(x, 0.1), x, use_reentrant=False
+        ).sum().backward()  # raises if it keeps other tensors
+        assert x.grad.shape == x.shape
 
 
 @either

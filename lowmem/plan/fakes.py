@@ -18,7 +18,6 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lowmem import cross_entropy
@@ -120,27 +119,31 @@ def few_slices() -> Iterator[None]:
         TieredOptimizer.slices, cross_entropy.vocabulary_slices = slices, vocabulary_slices
 
 
-class GpuKernels(TorchFunctionMode):
+@contextmanager
+def gpu_kernels() -> Iterator[None]:
     """Within this block, attention and dropout keep for backward what they keep on a GPU; CPU kernels keep more.
 
     Attention with a mask, a bias or dropout uses the memory-efficient kernel, and dropout keeps one byte per element.
     """
+    attention, dropout = F.scaled_dot_product_attention, F.dropout
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        options = dict(kwargs or {})
-        if func is Tensor.backward:  # torch leaves the mode within a call, but here layers may run again
-            with self:
-                return func(*args, **options)
-        if func is F.dropout and options["training"] and 0 < options["p"] < 1 and not options["inplace"]:
-            return torch.native_dropout(*args, options["p"], True)[0]
-        is_plain = options.get("attn_mask") is None and not options.get("dropout_p")
-        if func is not F.scaled_dot_product_attention or is_plain or options.pop("enable_gqa", False):
-            return func(*args, **(kwargs or {}))
-        bias = options.pop("attn_mask")
-        tensors = (*args, *([] if bias is None else [bias]))
+    def gpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if (attn_mask is None and not dropout_p) or enable_gqa:
+            options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+            return attention(query, key, value, attn_mask, **options)
         if torch.is_autocast_enabled("cpu"):  # cast here, because autocast does not cast for this operator
-            tensors = [tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors]
-        query, key, value, *biases = tensors
-        bias = biases[0].to(query.dtype).expand(*query.shape[:3], key.shape[2]) if biases else None
-        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-        return kernel(query, key, value, bias, compute_log_sumexp=True, **options)[0]
+            query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
+        bias = None if attn_mask is None else attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
+        return kernel(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
+
+    def gpu_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or inplace or not 0 < p < 1:
+            return dropout(input, p, training, inplace)
+        return torch.native_dropout(input, p, True)[0]
+
+    F.scaled_dot_product_attention, F.dropout = gpu_attention, gpu_dropout
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, F.dropout = attention, dropout

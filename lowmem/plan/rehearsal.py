@@ -29,7 +29,7 @@ from lowmem.optim import kernels_cpu
 from lowmem.optim.make import make_optimizer
 from lowmem.optim.state import optimizer_tensors
 from lowmem.optim.tiers import slice_elements_for
-from lowmem.plan.fakes import GpuKernels, HostCopies, fake_ranks, fake_tensors, few_slices
+from lowmem.plan.fakes import HostCopies, fake_ranks, fake_tensors, few_slices, gpu_kernels
 from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter
 from lowmem.plan.parts import Bytes, Cluster, Counted, Kind
 from lowmem.step import LossFunction, TrainState, train_step
@@ -79,7 +79,7 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         stack.enter_context(few_slices())
         stack.enter_context(fake_tensors())
         if cluster.on_gpu:
-            stack.enter_context(GpuKernels())
+            stack.enter_context(gpu_kernels())
         model = build_model(shape, **({} if cluster.on_gpu else attention_options(shape)))
         freeze(model, parts=config.frozen_parts)
         if config.is_sharded:
