@@ -165,7 +165,9 @@ def test_a_forward_reads_no_tensor_to_choose_masks_and_has_the_bits_of_one_that_
         with Reads() as counted:
             found.append((loss_and_gradients(model, each, loss_fn), counted.count))
     (ours, our_reads), (theirs, their_reads) = found
-    assert (our_reads, their_reads) == (0, reads)
+    assert their_reads - our_reads == reads
+    # BART of transformers 5.17 also reads random numbers, which are on the host
+    assert our_reads == 0 or changes is BART
     assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
 
 
