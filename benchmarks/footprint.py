@@ -7,7 +7,7 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -69,7 +69,8 @@ def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: b
     import torch
 
     from lowmem import init_distributed
-    from lowmem.plan.fakes import fake_tensors, few_slices
+    from lowmem.model.masks import chosen_on_host
+    from lowmem.plan.fakes import fake_tensors, few_slices, gpu_kernels
     from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter
 
     as_on_gpu = torch.cuda.is_available() or not for_this_machine
@@ -78,8 +79,14 @@ def run(spec: Model, system: System, work: Work, real: bool, for_this_machine: b
     accelerator = init_distributed(mixed_precision="bf16" if system.memory == "off" else "no")
     on_gpu = accelerator.device.type == "cuda"
     started = time.perf_counter()
-    with nullcontext() if real else few_slices(), nullcontext() if real else fake_tensors():
+    with ExitStack() as stack:
+        if not real:
+            stack.enter_context(few_slices())
+            stack.enter_context(fake_tensors())
+            stack.enter_context(gpu_kernels() if as_on_gpu else nullcontext())
         model = build(spec.shape, accelerator.device, as_on_gpu)
+        # no row has padding, and fake tensors have no values that could show this
+        stack.enter_context(chosen_on_host({}, is_encoder_decoder=model.config.is_encoder_decoder))
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         with MemoryMeter(block_bytes=CUDA_BLOCK_BYTES if as_on_gpu else 1) as meter:
             meter.count([*model.parameters(), *model.buffers()])
@@ -116,13 +123,12 @@ def build(shape: dict[str, object], device, on_gpu: bool):
     import torch
     from transformers import AutoConfig
 
-    from lowmem.model.build import build_model
-    from lowmem.plan.fakes import attention_for
+    from lowmem.model.build import attention_options, build_model
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(**shape)
     with device:
-        return build_model(config, attention_for(config, on_gpu=on_gpu, is_padded=False))
+        return build_model(config, **({} if on_gpu else attention_options(config)))
 
 
 def train_lowmem(

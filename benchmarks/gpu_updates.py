@@ -96,34 +96,43 @@ def _with_speed(times: Record, moved_bytes: int) -> Record:
 
 # --- attention
 def sdpa(device: torch.device) -> Iterator[Case]:
-    """Time the first calls of attention at lengths that the process has not used before."""
+    """Time the first calls of attention at lengths that the process has not used before.
+
+    TORCH_CUDNN_SDPA_DEPRIORITIZED=1 would make torch choose flash without a mask, and else the memory-efficient kernel.
+    """
     on_gpu = device.type == "cuda"
-    chosen = [None, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION] if on_gpu else [None, SDPBackend.MATH]
+    flash, efficient, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    of_mask = {False: [None, cudnn, flash], True: [None, cudnn, efficient]}
+    if not on_gpu:
+        of_mask = dict.fromkeys(of_mask, [None, SDPBackend.MATH])
+    chosen = [(backend, has_mask) for has_mask, backends in of_mask.items() for backend in backends]
     shape, shortest = ((4, 16, 64), 1024) if on_gpu else ((1, 2, 8), 16)
-    for number, backend in enumerate(chosen):  # each has other lengths, because cuDNN keeps its plans
+    for number, (backend, has_mask) in enumerate(chosen):  # each has other lengths, because cuDNN keeps its plans
         lengths = [shortest + 8 * (len(chosen) * index + number) for index in range(6)]
         yield (
-            {"backend": backend.name if backend else "torch's choice"},
-            partial(_lengths, backend, shape, lengths, device),
+            {"backend": backend.name if backend else "torch's choice", "mask": has_mask},
+            partial(_lengths, backend, shape, lengths, device, has_mask=has_mask),
         )
 
 
 def _lengths(
-    backend: SDPBackend | None, shape: tuple[int, int, int], lengths: list[int], device: torch.device
+    backend: SDPBackend | None, shape: tuple[int, int, int], lengths: list[int], device: torch.device, *, has_mask: bool
 ) -> Iterator[Record]:
     rows, heads, width = shape
     options = {"device": device, "dtype": torch.bfloat16}
 
     def call(length: int) -> float:
         query, key, value = (torch.randn(rows, heads, length, width, **options).requires_grad_() for _ in range(3))
+        mask = torch.zeros(rows, 1, length, length, **options) if has_mask else None
         synchronize()
         started = time.perf_counter()
-        scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
+        scaled_dot_product_attention(query, key, value, mask, is_causal=not has_mask).sum().backward()
         synchronize()
         return (time.perf_counter() - started) * 1e3
 
     like = torch.empty(rows, heads, lengths[0], width, **options)
-    by_torch = SDPBackend(torch._fused_sdp_choice(like, like, like, None, 0.0, True)).name
+    mask = torch.zeros(rows, 1, lengths[0], lengths[0], **options) if has_mask else None
+    by_torch = SDPBackend(torch._fused_sdp_choice(like, like, like, mask, 0.0, not has_mask)).name
     with sdpa_kernel(backend) if backend else nullcontext():
         call(lengths[0])  # loads libraries
         for length in lengths[1:]:

@@ -4,7 +4,7 @@ An encoder-decoder model shifts labels itself; position i of a causal one predic
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 
 import torch
@@ -14,14 +14,16 @@ from torch.overrides import TorchFunctionMode
 
 from lowmem.cross_entropy import Change, chunked_cross_entropy
 from lowmem.data.batch import IGNORED, Batch
-from lowmem.distributed.placement import is_engine, unwrapped, uses_zero3
+from lowmem.distributed.placement import is_engine, original_class, unwrapped, uses_zero3
 from lowmem.errors import UsageError, is_out_of_memory
+from lowmem.model.masks import chosen_on_host
 
 
 def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
     """Return the summed cross-entropy, an fp32 scalar, from all logits (rows, length, vocabulary) at once."""
     inputs, targets = _inputs_and_targets(model, batch)
-    logits = model(**inputs).logits
+    with _masks(model, batch):
+        logits = model(**inputs).logits
     options = {"ignore_index": IGNORED, "reduction": "sum", "label_smoothing": label_smoothing}
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), **options)
 
@@ -49,13 +51,13 @@ def chunked_loss(
         raise UsageError(f"chunked loss needs a linear output head, {name} has {type(head).__name__}: set --loss=plain")
     options = {"label_smoothing": label_smoothing, "slice_elements": slice_elements, "fused": fused}
     loss_of = partial(_loss_of, head=head, targets=targets, num_targets=batch.num_targets, **options)
-    if uses_zero3(model):  # DeepSpeed gathers the head's weight only for the head's forward and backward
-        loss, changes = _call_with_head(loss_of, model, head, inputs)
-        if changes:  # they are known only after the loss is computed
-            raise _unsupported(model, "changes its logits after the head, under ZeRO stage 3")
-        return loss
-    hidden, changes = _call_with_head(_pass_through, model, head, inputs)
-    return loss_of(hidden, changes=changes)
+    # DeepSpeed gathers the head's weight only for the head's forward and backward
+    in_head = uses_zero3(model)
+    with _masks(model, batch):
+        result, changes = _call_with_head(loss_of if in_head else _pass_through, model, head, inputs)
+    if in_head and changes:  # they are known only after the loss is computed
+        raise _unsupported(model, "changes its logits after the head, under ZeRO stage 3")
+    return result if in_head else loss_of(result, changes=changes)
 
 
 class _AfterHead(TorchFunctionMode):
@@ -186,6 +188,13 @@ def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, objec
         )
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return inputs | {"use_cache": False}, targets
+
+
+def _masks(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
+    """Choose masks on the host if it knows how. A user's class may make its own masks from tokens, so let it look."""
+    if batch.needs_its_masks and original_class(unwrapped(model)).__module__.startswith("transformers.models."):
+        return chosen_on_host(batch.inputs, is_encoder_decoder=unwrapped(model).config.is_encoder_decoder)
+    return nullcontext()
 
 
 def _decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:

@@ -8,14 +8,12 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lowmem.data.batch import Batch
 from lowmem.loss import chunked_loss, plain_loss
 from lowmem.memory.savers import entered, recompute, release
 from lowmem.optim.make import make_optimizer
-from lowmem.plan.fakes import fake_tensors
+from lowmem.plan.fakes import fake_tensors, gpu_kernels
 from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter
 from lowmem.step import TrainState, train_step
 from tests.models import build
@@ -37,6 +35,23 @@ def test_results_count_until_they_are_freed_and_peak_is_the_largest_sum(tensors)
         meter.reset_peak()
         c.double()
         assert (meter.live_bytes, meter.peak_bytes) == (100 * FLOAT, 300 * FLOAT)
+
+
+def test_dropout_as_on_a_gpu_keeps_a_byte_per_element_for_backward():
+    for kernels, kept in ((gpu_kernels, 1), (nullcontext, FLOAT)):
+        with fake_tensors(), kernels(), MemoryMeter() as meter:
+            out = F.dropout(torch.ones(100, requires_grad=True), 0.1)
+            assert meter.live_bytes == 2 * 100 * FLOAT + 100 * kept  # input and output
+            del out
+
+
+def test_layers_that_backward_runs_again_use_the_kernels_of_a_gpu_too():
+    with fake_tensors(), gpu_kernels():
+        x = torch.ones(100, requires_grad=True)
+        checkpoint(
+            lambda x: F.dropout(x, 0.1), x, use_reentrant=False
+        ).sum().backward()  # raises if it keeps other tensors
+        assert x.grad.shape == x.shape
 
 
 @either
@@ -164,15 +179,13 @@ def test_saved_activations_count_until_backward_and_checkpointing_avoids_them(te
 
 def two_steps(family, loss_fn, accelerator, *, memory="off", savers=(), micro_batches=2):
     """Return the peak bytes of the second optimizer step, and the bytes that remain after it."""
-    # To find out whether an attention mask is needed, transformers reads tensor values, which fake tensors lack. It
-    # makes no mask for this attention function, because no mask function has the same name.
-    AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
     shallow = {"num_layers": 1} if family == "t5" else {}  # one encoder and one decoder layer: two in total
-    model = build(family, attn_implementation="sdpa_without_mask", **shallow)
+    model = build(family, **shallow)
     tokens = torch.ones((2, 16), dtype=torch.int64)
     labels = tokens if family == "t5" else F.pad(tokens[:, 1:], (1, 0), value=-100)
     num_targets = 32 if family == "t5" else 30
-    batches = [Batch({"input_ids": tokens, "labels": labels}, num_targets, row_ids=[])] * micro_batches
+    # fake tensors have no values that could show that no mask is needed
+    batch = Batch({"input_ids": tokens, "labels": labels}, num_targets, row_ids=[], needs_its_masks=True)
     optimizer = make_optimizer(model, memory=memory)
     state = TrainState(model, optimizer)
     clip = None if release in savers else 1.0
@@ -181,7 +194,9 @@ def two_steps(family, loss_fn, accelerator, *, memory="off", savers=(), micro_ba
         meter.count([*model.parameters(), *tensors, tokens, labels])
         for _ in range(2):
             meter.reset_peak()
-            result = train_step(state, batches, loss_fn, accelerator, learning_rate=1e-3, max_grad_norm=clip)
+            result = train_step(
+                state, [batch] * micro_batches, loss_fn, accelerator, learning_rate=1e-3, max_grad_norm=clip
+            )
         assert result.updated
         return meter.peak_bytes, meter.live_bytes
 

@@ -54,9 +54,12 @@ def peak_of_two_steps(config, accelerator):
     tokens = torch.randint(3, 300, (config.batch_size, config.max_seq_len))
     is_causal = not model.config.is_encoder_decoder
     inputs = {"input_ids": tokens, "labels": F.pad(tokens[:, 1:], (1, 0), value=-100) if is_causal else tokens}
-    if not is_causal:
+    if config.packing:
+        inputs["position_ids"] = (torch.arange(config.max_seq_len) % 20).expand_as(tokens).contiguous()
+    elif not is_causal:
         inputs["attention_mask"] = torch.ones_like(tokens).index_fill(1, torch.tensor([31]), 0)
-    batch = Batch(inputs, num_targets=tokens.numel() - len(tokens) * is_causal, row_ids=[])
+    num_targets = tokens.numel() - len(tokens) * is_causal
+    batch = Batch(inputs, num_targets, row_ids=[], needs_its_masks=True)
     batches = [batch] * config.gradient_accumulation_steps
     active = [savers.recompute] if config.recompute == "full" else []
     active += [savers.recompute_cheap] if config.recompute == "cheap" else []
@@ -100,7 +103,10 @@ def test_a_prediction_is_within_a_tenth_of_the_measured_peak(family, tmp_path, r
             assert_within_a_tenth(config_for(tmp_path, family, tier, **options))
 
 
-@pytest.mark.parametrize(("tier", "options"), [("fp32", SAVERS[0]), ("exact", SAVERS[2]), ("lean", SAVERS[4])])
+PACKED = {"recompute": "cheap", "packing": True, "text_column": "text", "max_seq_len": 128}
+
+
+@pytest.mark.parametrize(("tier", "options"), [("fp32", SAVERS[0]), ("exact", PACKED), ("lean", SAVERS[4])])
 def test_a_llama_prediction_in_each_tier_is_within_a_tenth_of_the_peak(tier, options, tmp_path, restored_environment):
     assert_within_a_tenth(config_for(tmp_path, "llama", tier, **options))
 
@@ -245,6 +251,9 @@ def test_the_first_rung_that_fits_is_chosen_and_every_tried_rung_is_reported(tmp
     advice = "--memory=lean .*; to try recompute=cheap, recompute=full, remove their flags"
     with pytest.raises(UsageError, match=advice):
         choose(tight, CPU, {"recompute"}, predictions(sizes), lines.append)
+    without_tiers = dataclasses.replace(tight, optimizer="adam", memory="off")
+    with pytest.raises(UsageError, match=r"Use more processes or fewer tokens \(--max_seq_len\)$"):
+        choose(without_tiers, CPU, (), predictions(sizes), lines.append)
 
 
 def predict_two_parts(configs):
@@ -344,9 +353,9 @@ def test_plan_prints_its_result_and_writes_no_file_except_a_chart(tmp_path):
     assert result.returncode == 0, result.stderr
     for expected in ("device, peak per process", "low halves", "3 checkpoints", "memory=lean", "recompute=full"):
         assert expected in result.stdout
-    drawn = {"plan.png"} if "plan.png: chart" in result.stdout else set()
+    drawn = ["out", "out/plan.png"] if "out/plan.png: chart" in result.stdout else []
     assert drawn or "matplotlib is not installed" in result.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"llama.json"} | drawn
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["llama.json", *drawn]
 
 
 def test_train_chooses_settings_that_fit_and_writes_them_to_config_json(tmp_path):

@@ -11,6 +11,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ByT5Tokenizer
 
 from lowmem.data.batch import IGNORED, Batch, collate
@@ -113,6 +116,102 @@ def test_t5_without_a_mask_has_the_gradients_of_t5_with_a_mask_of_ones(attention
     masked = replace(unmasked, inputs=unmasked.inputs | {"attention_mask": torch.ones(3, 14, dtype=torch.int64)})
     expected = loss_and_gradients(model, masked, chunked_loss)
     torch.testing.assert_close(loss_and_gradients(model, unmasked, chunked_loss), expected, rtol=1e-6, atol=1e-6)
+
+
+class Reads(TorchDispatchMode):
+    """Count how often Python reads a tensor's value, which on a GPU waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+BART = {"model_type": "bart", "encoder_layers": 1, "decoder_layers": 1, "decoder_start_token_id": 0}
+BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+GEMMA = {"model_type": "gemma3_text", "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+def row_of(*lengths):
+    tokens = [*range(5, 5 + sum(lengths))]
+    positions = [position for length in lengths for position in range(length)]
+    return {"input_ids": tokens, "labels": tokens} | ({"position_ids": positions} if len(lengths) > 1 else {})
+
+
+@pytest.mark.parametrize("loss_fn", [plain_loss, chunked_loss])
+@pytest.mark.parametrize(
+    ("family", "changes", "rows", "reads"),
+    [
+        ("llama", {}, [row_of(16), row_of(16)], 1),
+        ("llama", {}, [row_of(10, 6), row_of(9, 4)], 1),
+        ("llama", {"model_type": "gpt2", "pad_token_id": 7}, [row_of(16), row_of(9)], 2),
+        ("llama", GEMMA, [row_of(16), row_of(9)], 2),
+        ("llama", GEMMA, [row_of(10, 6), row_of(9, 4)], 2),
+        ("t5", {}, [row_of(16), row_of(9)], 2),
+        ("t5", {"attn_implementation": "eager"}, [row_of(16), row_of(9)], 2),
+        ("t5", BART, [row_of(16), row_of(16)], 1),
+        ("t5", BART, [row_of(16), row_of(9)], 3),
+    ],
+)
+def test_a_forward_reads_no_tensor_to_choose_masks_and_has_the_bits_of_one_that_does(
+    family, changes, rows, reads, loss_fn
+):
+    model = build(family, **changes)
+    batch = collate(rows, causal=family == "llama")
+    found = []
+    for each in (batch, replace(batch, needs_its_masks=False)):
+        torch.manual_seed(0)  # of dropout
+        with Reads() as counted:
+            found.append((loss_and_gradients(model, each, loss_fn), counted.count))
+    (ours, our_reads), (theirs, their_reads) = found
+    assert their_reads - our_reads == reads
+    # BART of transformers 5.17 also reads random numbers, which are on the host
+    assert our_reads == 0 or changes is BART
+    assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+
+
+class Masks(TorchFunctionMode):
+    """Keep the masks that layers give to attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.found.append(kwargs["attn_mask"])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_layers_share_one_additive_mask_of_the_packed_documents(dtype):
+    batch = collate([row_of(10, 6), row_of(9, 4)], causal=True)
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16), Masks() as masks:
+        chunked_loss(build("llama"), batch)
+    first, second = masks.found
+    assert first is second and first.dtype == dtype and first.shape == (2, 1, 16, 16)
+    documents = [[0] * 10 + [1] * 6, [0] * 9 + [1] * 4 + [2] * 3]
+    expected = [[[a == b and i >= j for j, b in enumerate(row)] for i, a in enumerate(row)] for row in documents]
+    assert (first[:, 0] == 0).tolist() == expected and first.min() == torch.finfo(dtype).min
+
+
+def test_packed_rows_of_one_document_each_get_no_positions_because_they_need_no_mask():
+    alone = [row_of(16) | {"position_ids": [*range(16)]} for _ in range(2)]
+    assert collate(alone, causal=True).inputs.keys() == {"input_ids", "labels"}
+    assert "position_ids" in collate([alone[0], row_of(9, 7)], causal=True).inputs
+
+
+def test_masks_are_read_if_a_user_made_the_batch_or_the_model():
+    class Own(type(build("llama"))):
+        pass
+
+    batch = collate([row_of(16), row_of(16)], causal=True)
+    own, model = Own(build("llama").config), build("llama")
+    for each, inputs in ((own, batch), (model, replace(batch, needs_its_masks=False))):
+        with Reads() as counted:
+            chunked_loss(each, inputs)
+        assert counted.count == 1
 
 
 def test_a_causal_batch_counts_the_targets_of_the_shifted_loss():

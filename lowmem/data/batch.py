@@ -27,6 +27,9 @@ class Batch:
     inputs: dict[str, Tensor]
     num_targets: int
     row_ids: list[int]
+    needs_its_masks: bool = False
+    """Whether each mask in `inputs` hides a token, and `position_ids` separate documents, so that no forward must look:
+    that would sync the device. `collate` omits those that do not, and sets this."""
 
     def to(self, device: torch.device) -> "Batch":
         return replace(self, inputs={name: x.to(device, non_blocking=True) for name, x in self.inputs.items()})
@@ -61,9 +64,10 @@ def collate(rows: Sequence[EncodedRow], *, causal: bool = False, max_seq_len: in
     """Pad encoded rows on the right to equal length, count their targets, and add a mask if one is needed.
 
     Returns int64 `input_ids` (rows, input length) and `labels` (rows, label length). Packed rows also get
-    `position_ids`, and others an `attention_mask` if needed, shaped like `input_ids`. Rounds lengths up to multiples of
-    8, but not beyond `max_seq_len`, and not if all inputs are equally long. Set `causal` if tokens never attend to
-    later ones: training then needs no mask, and the first label of each row is no target: nothing predicts it.
+    `position_ids` unless each is one document, and others an `attention_mask` if needed, shaped like `input_ids`.
+    Rounds lengths up to multiples of 8, but not beyond `max_seq_len`, and not if all inputs are equally long. Set
+    `causal` if tokens never attend to later ones: training then needs no mask, and the first label of each row is no
+    target: nothing predicts it.
     """
     lengths = [len(row["input_ids"]) for row in rows]
     # Use the same multiple for inputs and labels, because a causal row needs a label for each token.
@@ -79,12 +83,14 @@ def collate(rows: Sequence[EncodedRow], *, causal: bool = False, max_seq_len: in
     # Packed rows get no mask: given one, models do not separate documents. The padding counts as one more document.
     if "position_ids" in rows[0]:
         positions = [[*row["position_ids"], *range(width - len(row["position_ids"]))] for row in rows]
-        inputs["position_ids"] = torch.tensor(positions, dtype=torch.int64)
+        positions = torch.tensor(positions, dtype=torch.int64)
+        if (positions[:, 1:] == 0).any():
+            inputs["position_ids"] = positions
     # Add a mask only if needed: causal-only attention kernels reject masks, and with a mask T5 stores a bias per row.
     # Rows without targets may be prompts, which need the mask, because it shows `generate` where each prompt ends.
     elif min(lengths) < width and not (causal and is_target.any(1).all()):
         inputs["attention_mask"] = pad([[1] * length for length in lengths], 0)
-    return Batch(inputs, num_targets=int(is_target.sum()), row_ids=[])
+    return Batch(inputs, num_targets=int(is_target.sum()), row_ids=[], needs_its_masks=True)
 
 
 def _pad(sequences: Sequence[Sequence[int]], value: int, *, multiple: int, max_width: int | None) -> Tensor:

@@ -50,10 +50,10 @@ def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
         parameter.requires_grad_(False)
 
 
-def build_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
-    """Build a model with random fp32 weights and transformers' `attention` implementation, in training mode."""
+def build_model(config: PretrainedConfig, attn_implementation: str | None = None) -> PreTrainedModel:
+    """Build a model with random fp32 weights, in training mode. Without `attn_implementation`, transformers chooses."""
     with building(f"the config of {config.name_or_path or config.model_type}"):
-        options = {"dtype": torch.float32, "attn_implementation": attention, "trust_remote_code": False}
+        options = {"dtype": torch.float32, "attn_implementation": attn_implementation, "trust_remote_code": False}
         return auto_class(config).from_config(config, **options).train()
 
 

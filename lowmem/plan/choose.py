@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from lowmem.config.sizes import parse_bytes
-from lowmem.config.train_config import TrainConfig
+from lowmem.config.train_config import TIERED_OPTIMIZERS, TrainConfig
 from lowmem.errors import UsageError
 from lowmem.plan.parts import Cluster
 from lowmem.plan.predict import Predict, Prediction, context_bytes, gigabytes, programs_bytes
@@ -117,7 +117,7 @@ def choose(
             failed.append(best)
     nearest = min(failed, key=lambda each: sum(each.excess.values()))
     advice = "more processes or fewer tokens (--max_seq_len)"
-    if config.memory != "lean" and config.optimizer != "sgd":
+    if config.memory != "lean" and config.optimizer in TIERED_OPTIMIZERS:
         advice += ", or --mixed_precision=bf16 --memory=lean (the loss differs, within the spread of seeds)"
     if refused:
         names = ", ".join(rung.name for rung in refused)
@@ -167,7 +167,7 @@ def variants(config: TrainConfig, cluster: Cluster) -> Sequence[tuple[str, str, 
     prefix, forward = ("mixed_precision=bf16, ", "a forward in bf16; ") if in_fp32 else ("", "")
     exact = f"{forward}loss curve of fp32 weights"
     found = []
-    if config.optimizer in ("adamw", "adamw_bf16", "adafactor"):
+    if config.optimizer in TIERED_OPTIMIZERS:
         found += [
             ("memory=off", "nothing", {"memory": "off", "optimizer": config.optimizer.removesuffix("_bf16")}),
             (f"{prefix}memory=exact", exact if in_fp32 else f"nothing: {exact}", bf16 | {"memory": "exact"}),

@@ -12,6 +12,7 @@ from lowmem.config.sizes import parse_bytes
 from lowmem.config.train_config import TrainConfig
 from lowmem.distributed.launcher import launched_processes
 from lowmem.distributed.setup import check_launch
+from lowmem.errors import UsageError
 from lowmem.plan.choose import choose, variants
 from lowmem.plan.parts import Cluster, Kind
 from lowmem.plan.predict import CONTEXT, Predict, Prediction, gigabytes, planners, predicting, visible_gpus
@@ -20,7 +21,7 @@ _PLANNING_SECONDS = 900.0  # how long other ranks wait for rank 0 to plan; even 
 
 
 def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
-    """Fit `config` to its limits, print the memory that it and its `variants` take, and draw plan.png."""
+    """Fit `config` to its limits, print the memory of it and its `variants`, and draw plan.png in `output_dir`."""
     device_memory = config.device_memory
     with planners(config.host_memory) as pool:
         cluster = _cluster(config, pool)
@@ -129,6 +130,10 @@ def _draw(bars: Sequence[tuple[str, Prediction]], device_memory: str | None, out
     axes.invert_yaxis()
     axes.set_xlabel("peak GB on the device of each process")
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
-    path = (output if output.is_dir() else Path()) / "plan.png"
-    figure.savefig(path, dpi=120)
+    path = output / "plan.png"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise UsageError(f"--output_dir={output} cannot be written: {error.strerror}; set another folder") from error
     return f"{path}: chart of this table"

@@ -6,7 +6,7 @@ Tested with torch 2.11 and 2.13. This module uses private parts of torch and acc
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -18,12 +18,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from lowmem import cross_entropy
 from lowmem.memory.savers import SAVERS, Saver
@@ -132,42 +128,31 @@ def few_slices() -> Iterator[None]:
         TieredOptimizer.slices, cross_entropy.vocabulary_slices = slices, vocabulary_slices
 
 
-def attention_for(config: PretrainedConfig, *, on_gpu: bool, is_padded: bool) -> str:
-    """Register an attention in transformers that uses as many bytes as the real one but reads no data. Return its name.
+@contextmanager
+def gpu_kernels() -> Iterator[None]:
+    """Within this block, attention and dropout keep for backward what they keep on a GPU; CPU kernels keep more.
 
-    transformers decides from the values of positions and masks if attention needs a mask. Fake tensors have no values,
-    so by itself it would add needless masks. Here only encoder-decoders get a mask, for padding, if `is_padded`.
-    For a learned bias (as in T5), a GPU has the memory-efficient kernel. A CPU lacks it and uses eager attention.
+    Attention with a mask, a bias or dropout uses the memory-efficient kernel, and dropout keeps one byte per element.
     """
-    if not on_gpu and hasattr(config, "relative_attention_num_buckets"):
-        return "eager"
-    name = "lowmem_padded" if is_padded and config.is_encoder_decoder else "lowmem_without_mask"
+    attention, dropout = F.scaled_dot_product_attention, F.dropout
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
 
-    def attention(*args, **kwargs):
-        with _MemoryEfficient() if on_gpu else nullcontext():
-            return sdpa_attention_forward(*args, **kwargs)
-
-    AttentionInterface.register(name, attention)
-    if name == "lowmem_padded":
-        AttentionMaskInterface.register(name, _never_skipped)
-    return name
-
-
-def _never_skipped(*args, **kwargs) -> Tensor:
-    return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-
-
-class _MemoryEfficient(TorchFunctionMode):
-    """Use the memory-efficient kernel for attention with a bias, as on a GPU. On a CPU, torch would not choose it."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        options = dict(kwargs or {})
-        if func is not scaled_dot_product_attention or options.get("attn_mask") is None:
-            return func(*args, **options)
-        tensors = (*args, options.pop("attn_mask"))
+    def gpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if (attn_mask is None and not dropout_p) or enable_gqa:
+            options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+            return attention(query, key, value, attn_mask, **options)
         if torch.is_autocast_enabled("cpu"):  # cast here, because autocast does not cast for this operator
-            tensors = [tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors]
-        query, key, value, bias = tensors
-        bias = bias.to(query.dtype).expand(*query.shape[:3], key.shape[2])
-        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-        return kernel(query, key, value, bias, compute_log_sumexp=True, **options)[0]
+            query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
+        bias = None if attn_mask is None else attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
+        return kernel(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
+
+    def gpu_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or inplace or not 0 < p < 1:
+            return dropout(input, p, training, inplace)
+        return torch.native_dropout(input, p, True)[0]
+
+    F.scaled_dot_product_attention, F.dropout = gpu_attention, gpu_dropout
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, F.dropout = attention, dropout

@@ -21,8 +21,8 @@ _WITH_CPU_OFFLOAD = {Kind.WEIGHTS, Kind.LOW_HALVES, Kind.MOMENTS, Kind.GRADIENTS
 _PROGRAM_BYTES = 600 * 2**20
 _CONTEXT_BYTES = 600 * 2**20  # device memory per process: CUDA and its libraries
 _FRAGMENTS = 0.05  # fragmentation, as a fraction of the bytes of tensors
-_PLANNER_BYTES = 500 * 2**20  # host memory of a process that counts the bytes of a step
-_WAITING_BYTES = 250 * 2**20  # host memory of a rank that waits for the planners
+_PLANNER_BYTES = 750 * 2**20  # host memory of a process that counts the bytes of a step, with torch's CUDA build
+_WAITING_BYTES = 550 * 2**20  # host memory of a rank that waits for the planners
 
 Result = TypeVar("Result")
 

@@ -23,13 +23,13 @@ from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.sharding import make_mesh, shard
 from lowmem.loss import LOSSES
 from lowmem.memory.savers import entered
-from lowmem.model.build import build_model, freeze
+from lowmem.model.build import attention_options, build_model, freeze
 from lowmem.model.load import config_of
 from lowmem.optim import kernels_cpu
 from lowmem.optim.make import make_optimizer
 from lowmem.optim.state import optimizer_tensors
 from lowmem.optim.tiers import slice_elements_for
-from lowmem.plan.fakes import HostCopies, attention_for, fake_ranks, fake_tensors, few_slices
+from lowmem.plan.fakes import HostCopies, fake_ranks, fake_tensors, few_slices, gpu_kernels
 from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter
 from lowmem.plan.parts import Bytes, Cluster, Counted, Kind
 from lowmem.step import LossFunction, TrainState, train_step
@@ -78,7 +78,9 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
             mesh = make_mesh(accelerator, config.sharding_strategy, config.shard_size, config.tp_size)
         stack.enter_context(few_slices())
         stack.enter_context(fake_tensors())
-        model = build_model(shape, attention_for(shape, on_gpu=cluster.on_gpu, is_padded=True))
+        if cluster.on_gpu:
+            stack.enter_context(gpu_kernels())
+        model = build_model(shape, **({} if cluster.on_gpu else attention_options(shape)))
         freeze(model, parts=config.frozen_parts)
         if config.is_sharded:
             shard(model, mesh, sharding_strategy=config.sharding_strategy, cpu_offload=False)  # fakes are on the CPU
@@ -125,18 +127,21 @@ def _make_state(optimizer: Optimizer) -> None:
 
 
 def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[Batch]:
-    """Make 1 or 2 full micro-batches; more do not raise the peak. All tokens but a causal row's first are targets."""
-    data_ranks = cluster.world_size // config.tp_size
+    """Make 1 or 2 full micro-batches; more do not raise the peak. All tokens but a causal row's first are targets.
+
+    Encoders get a mask if there are several rows, which then differ in length. Packed rows have two documents each.
+    """
+    data_ranks, length = cluster.world_size // config.tp_size, config.max_seq_len
     rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps * data_ranks
     micro_batches = -(-rows // (config.batch_size * data_ranks))
-    tokens = torch.ones((-(-rows // (micro_batches * data_ranks)), config.max_seq_len), dtype=torch.int64)
-    if is_causal:
-        inputs = {"input_ids": tokens, "labels": F.pad(tokens[:, 1:], (1, 0), value=-100)}
-    else:
-        inputs = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
-    return [Batch(inputs, num_targets=len(tokens) * (config.max_seq_len - is_causal), row_ids=[])] * min(
-        2, micro_batches
-    )
+    tokens = torch.ones((-(-rows // (micro_batches * data_ranks)), length), dtype=torch.int64)
+    inputs = {"input_ids": tokens, "labels": F.pad(tokens[:, 1:], (1, 0), value=-100) if is_causal else tokens}
+    if config.packing:
+        inputs["position_ids"] = (torch.arange(length) % -(-length // 2)).expand_as(tokens).contiguous()
+    elif not is_causal and len(tokens) > 1:
+        inputs["attention_mask"] = torch.ones_like(tokens)
+    num_targets = len(tokens) * (length - is_causal)
+    return [Batch(inputs, num_targets, row_ids=[], needs_its_masks=True)] * min(2, micro_batches)
 
 
 class _Timeline:

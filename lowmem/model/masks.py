@@ -1,0 +1,58 @@
+"""Let models choose their attention masks on the host: transformers reads masks and positions, which syncs the device.
+
+Tested with transformers 5.17 and 5.24. This module replaces private functions of `transformers.masking_utils`.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, masking_utils
+
+
+@contextmanager
+def chosen_on_host(inputs: Mapping[str, object], *, is_encoder_decoder: bool) -> Iterator[None]:
+    """Within this block, a model that gets `inputs` chooses its attention masks by the names in them, not by values.
+
+    Each mask in `inputs` must hide a token, and `position_ids` must separate documents. Then the model chooses as it
+    would by values. For documents, all layers share one additive mask (rows, 1, length, length): of a boolean mask,
+    SDPA makes an additive copy for each layer, which backward needs.
+    """
+    is_packed, is_masked = "position_ids" in inputs, "attention_mask" in inputs
+    # where its decoder gets no mask, an encoder-decoder may make one that hides nothing
+    is_causal_masked = "decoder_attention_mask" in inputs if is_encoder_decoder else is_masked
+    skips_causal, skips = masking_utils._ignore_causal_mask_sdpa, masking_utils._ignore_bidirectional_mask_sdpa
+
+    def documents(position_ids: Tensor) -> Tensor | None:
+        if not is_packed:
+            return None
+        return (position_ids.diff(prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+
+    def ignores_causal(padding_mask: Tensor | None, *sizes: int | None) -> bool:
+        return not (is_causal_masked and padding_mask is not None) and skips_causal(None, *sizes)
+
+    def ignores_bidirectional(padding_mask: Tensor | None, *sizes: int | None) -> bool:
+        return not (is_masked and padding_mask is not None) and skips(None, *sizes)
+
+    def additive(*, device: torch.device, dtype: torch.dtype, **options: object) -> Tensor | None:
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)  # or autocast would copy the mask in each layer
+        mask = masking_utils.sdpa_mask(device=device, **options)
+        return mask if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+    with ExitStack() as stack:
+        _replace(stack, masking_utils, "find_packed_sequence_indices", documents)
+        _replace(stack, masking_utils, "_ignore_causal_mask_sdpa", ignores_causal)
+        _replace(stack, masking_utils, "_ignore_bidirectional_mask_sdpa", ignores_bidirectional)
+        # it reads the first and last tokens of all rows, and warns if there may be padding
+        _replace(stack, PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *_: None)
+        if is_packed:
+            masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = additive
+            stack.callback(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.__delitem__, "sdpa")
+        yield
+
+
+def _replace(stack: ExitStack, owner: object, name: str, function: object) -> None:
+    stack.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, function)
