@@ -20,6 +20,7 @@ from lowmem.distributed.collectives import (
 )
 from lowmem.distributed.dtensor import local_part, set_local_
 from lowmem.distributed.fully_sharded import notice_new_parameters
+from lowmem.distributed.placement import is_sharded
 from lowmem.errors import UsageError
 from lowmem.storage.tensor_files import StoredTensor, open_shards
 
@@ -47,7 +48,8 @@ class Unfilled:
     def place(self, model: nn.Module, device: torch.device, *, on_host: bool) -> None:
         """Bring buffers to `device`. `fill` will bring parameters there, or to host memory with `on_host`.
 
-        Buffers that are in no file keep their values. All ranks raise UsageError if the files lack a weight.
+        From now on, `filler_of(model)` is `fill`. Buffers that are in no file keep their values. All ranks raise
+        UsageError if the files lack a weight.
         """
         self._device = torch.device("cpu") if on_host else device
         self._names = {parameter: name for name, parameter in model.named_parameters()}
@@ -64,6 +66,7 @@ class Unfilled:
                     self._stored.pop(name).copy_part(buffer)
         if self._is_broadcast:
             _broadcast(model.buffers())
+        _unfilled[model] = self
 
     def fill(self, parameter: nn.Parameter) -> None:
         """Bring a parameter (or this rank's part of it) to its device, in its dtype. A second call does nothing.
@@ -92,11 +95,6 @@ class Unfilled:
 _unfilled: WeakKeyDictionary[nn.Module, Unfilled] = WeakKeyDictionary()
 
 
-def set_unfilled(model: nn.Module, weights: Unfilled) -> None:
-    """Record that `weights` must still fill the parameters of `model`."""
-    _unfilled[model] = weights
-
-
 def filler_of(model: nn.Module) -> Callable[[nn.Parameter], None]:
     """Return a function that brings a parameter to its device (`Unfilled.fill`). If all are there, it does nothing."""
     weights = _unfilled.get(model)
@@ -105,10 +103,12 @@ def filler_of(model: nn.Module) -> Callable[[nn.Parameter], None]:
 
 def fill_weights(model: nn.Module) -> None:
     """Bring all parameters that are not yet on the model's device there, one at a time. Call this on every rank."""
-    fill = filler_of(model)
+    if (weights := _unfilled.pop(model, None)) is None:
+        return
     for parameter in model.parameters():
-        fill(parameter)
-    notice_new_parameters(model)
+        weights.fill(parameter)
+    if is_sharded(model):
+        notice_new_parameters(model)
 
 
 def _open_files(model: nn.Module) -> dict[str, StoredTensor]:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lowmem.config.train_config import choices
-from lowmem.distributed.fill import Unfilled, fill_weights, set_unfilled
+from lowmem.distributed.fill import Unfilled, fill_weights
 from lowmem.distributed.fully_sharded import shard_layers
 from lowmem.distributed.placement import TENSOR_PARALLEL_MESH
 from lowmem.distributed.tensor_parallel import apply_tensor_parallelism, make_tensor_mesh
@@ -57,7 +57,6 @@ def parallelize(
         mesh = make_mesh(accelerator, sharding_strategy, shard_size, tp_size)
         shard(model, mesh, sharding_strategy=sharding_strategy, cpu_offload=cpu_offload)
     weights.place(model, accelerator.device, on_host=cpu_offload and tp_size == 1)
-    set_unfilled(model, weights)
     if fill:
         fill_weights(model)
     return model
