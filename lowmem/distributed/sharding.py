@@ -52,9 +52,9 @@ def parallelize(
     if dropped:
         found = f"ranks would drop different layers ({dropped[0]}={getattr(model.config, dropped[0])})"
         raise UsageError(f"with a sharded model, {found}: set it to 0.0 in the model's config.json")
+    mesh = make_mesh(accelerator, sharding_strategy, shard_size, tp_size) if is_sharded else None
     weights = Unfilled(model, will_shard=is_sharded)
     if is_sharded:
-        mesh = make_mesh(accelerator, sharding_strategy, shard_size, tp_size)
         shard(model, mesh, sharding_strategy=sharding_strategy, cpu_offload=cpu_offload)
     weights.place(model, accelerator.device, on_host=cpu_offload and tp_size == 1)
     if fill:
