@@ -83,16 +83,17 @@ def train(
 
     # --- model and optimizer
     torch.manual_seed(config.seed)
-    # with sharding, only rank 0 initializes new weights, and each rank reads only its shard of saved weights
-    on_meta = config.is_sharded and (config.model_name_or_path is not None or not accelerator.is_main_process)
+    # only rank 0 initializes new weights; saved weights stay in their files until make_optimizer reads each rank's part
+    is_filled_later = config.model_name_or_path is not None or not accelerator.is_main_process
+    on_meta = is_filled_later and not config.deepspeed
     model, tokenizer = load_model(**config.model_source, on_meta=on_meta)
     tokenizer_hash = tokenizer_digest(tokenizer)  # now: using a translation tokenizer changes its state
     if checkpoint:
         changes += check_same_tokenizer(checkpoint, tokenizer, accept=config.accept_changed_data)
     freeze(model, parts=config.frozen_parts)
     check_same_model(model, tokenizer, weights=config.model_name_or_path is not None)
-    model = parallelize(model, accelerator, **config.sharding)
-    optimizer = make_optimizer(model, **config.optimizer_options)
+    model = parallelize(model, accelerator, **config.sharding, fill=False)
+    optimizer = make_optimizer(model, **config.optimizer_options)  # fills each weight, then converts it to its tier
     loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)  # (model, batch) -> summed loss
     with handle_rank_errors(model):
         max_seq_len = check_model(model, loss_fn, **config.model_requirements)

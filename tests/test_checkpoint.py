@@ -167,8 +167,7 @@ def test_from_pretrained_loads_the_model_folder_as_it_is(family, max_shard_size,
 
 def write_tensors(tensors, path):
     (shard,) = split_shards(tensors, path.stem, 10**9)
-    parts = (part for tensor in shard.tensors.values() for part in host_parts(tensor))
-    return write_file(path, [shard.header, *parts])
+    return write_file(path, [shard.header, *host_parts(shard.tensors.values())])
 
 
 def test_safetensors_reads_the_tensors_that_were_written(tmp_path):

@@ -260,18 +260,18 @@ def fill(family, folder):
     torch.manual_seed(0)
     fresh = load_model(**config)[0]
     torch.manual_seed(0)
-    for model, source in (
-        (load_model(folder, on_meta=True)[0], expected),  # all ranks have weights on meta and read the files
-        (load_model(**config, on_meta=rank > 0)[0], fresh),  # only rank 0 has weights, and the other ranks receive them
-        (load_model(**config)[0], None),  # all ranks have weights; rank 0's are used
+    for model, source, strategy in (
+        (load_model(folder, on_meta=True)[0], expected, "FULL_SHARD"),  # all ranks have meta weights, and read files
+        (load_model(**config, on_meta=rank > 0)[0], fresh, "FULL_SHARD"),  # the other ranks receive rank 0's weights
+        (load_model(**config)[0], None, "FULL_SHARD"),  # all ranks have weights; rank 0's are used
+        (load_model(folder, on_meta=True)[0], expected, "NO_SHARD"),
+        (load_model(**config, on_meta=rank > 0)[0], None, "NO_SHARD"),
     ):
-        is_on_meta = {parameter.is_meta for parameter in model.parameters()}
-        assert is_on_meta == {source is not None and (source is expected or rank > 0)}
-        model = parallelize(model, accelerator, sharding_strategy="FULL_SHARD")
+        model = parallelize(model, accelerator, sharding_strategy=strategy)
         tied = len({id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)})
         assert tied == len([*model.parameters()]) == len([*expected.parameters()])
         for (name, mine), theirs in zip(model.named_parameters(), (source or model).parameters(), strict=True):
-            whole = mine.full_tensor()
+            whole = mine.full_tensor() if strategy == "FULL_SHARD" else mine.detach()
             from_rank_0 = whole.detach().clone()
             torch.distributed.broadcast(from_rank_0, 0)
             assert torch.equal(whole, from_rank_0) and (source is None or torch.equal(whole, theirs)), name

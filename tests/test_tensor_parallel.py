@@ -348,7 +348,7 @@ def test_tensor_and_data_parallelism_train_the_same_run_as_data_parallelism_alon
 
 def fill_shards(folder):
     accelerator = init_distributed()
-    for name in ("qwen2", "llama"):
+    for name in ("qwen2", "llama", "qwen3"):
         model, _ = load_model(folder / name, on_meta=True)
         assert all(parameter.is_meta for parameter in model.parameters())
         model = parallelize(model, accelerator, tp_size=2)
@@ -356,6 +356,10 @@ def fill_shards(folder):
         assert len([*model.parameters()]) == len([*expected.parameters()])
         for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
             assert torch.equal(whole(mine), theirs)
+    for each in (model, expected):
+        losses_of(each.eval(), plain_loss, batches(1))
+    mine, theirs = (each.model.layers[0].self_attn.k_norm.weight.grad for each in (model, expected))
+    assert torch.allclose(mine, theirs, rtol=1e-4)  # summed over ranks, each of which has half the heads
     with pytest.raises(ValueError, match="model.layers.0.self_attn.o_proj.weight has 48 per rank"):
         make_optimizer(
             parallelize(
@@ -373,7 +377,7 @@ def fill_shards(folder):
 
 
 def test_shards_are_read_from_files_and_sizes_that_do_not_fit_are_refused(tmp_path):
-    for family in ("qwen2", "llama"):
+    for family in ("qwen2", "llama", "qwen3"):
         of_family(family).save_pretrained(tmp_path / family)
         ByT5Tokenizer().save_pretrained(tmp_path / family)
     assert fork_ranks(2, fill_shards, tmp_path) == [0, 0]

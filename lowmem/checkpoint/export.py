@@ -30,11 +30,10 @@ class _Source(NamedTuple):
     dtype: torch.dtype
 
     def parts(self) -> Iterator[memoryview]:
-        """Yield the bytes of the converted tensor. Raises UsageError if a value is too large for the dtype."""
+        """Iterate over the bytes of the converted tensor. Raises UsageError if a value is too large for the dtype."""
         num_rows, *rest = self.stored.shape or [1]
         height = max(1, _ROW_ELEMENTS // max(1, math.prod(rest)))
-        for first in range(0, num_rows, height):
-            yield from host_parts(self._converted(slice(first, first + height)))
+        return host_parts(self._converted(slice(first, first + height)) for first in range(0, num_rows, height))
 
     def _converted(self, rows: slice) -> Tensor:
         values = self.stored.read(rows)

@@ -76,7 +76,7 @@ def assign_shards(shards: Sequence[Shard], world_size: int) -> list[list[Shard]]
 
 
 def _write_share(shares: list[list[Shard]], unfinished: Path, rank: int) -> dict[str, FileRecord]:
-    parts = _whole_parts([[x for shard in share for x in shard.tensors.values()] for share in shares], rank)
+    parts = host_parts(_wholes([[x for shard in share for x in shard.tensors.values()] for share in shares], rank))
     try:
         return {
             shard.name: write_file(unfinished / shard.name, chain([shard.header], _take(parts, shard.num_bytes)))
@@ -87,8 +87,8 @@ def _write_share(shares: list[list[Shard]], unfinished: Path, rank: int) -> dict
             pass
 
 
-def _whole_parts(queues: Sequence[Sequence[Tensor | Zero3Weight]], rank: int) -> Iterator[memoryview]:
-    """Gather the whole tensors of `queues[rank]` from all ranks, and yield their bytes in parts, like `host_parts`.
+def _wholes(queues: Sequence[Sequence[Tensor | Zero3Weight]], rank: int) -> Iterator[Tensor]:
+    """Gather the whole tensors of `queues[rank]` from all ranks, and yield them in order, some in several pieces.
 
     All ranks pass the same `queues` and must exhaust the iterator, because it also sends this rank's pieces to others.
     """
@@ -97,10 +97,10 @@ def _whole_parts(queues: Sequence[Sequence[Tensor | Zero3Weight]], rank: int) ->
             if isinstance(tensor, Zero3Weight):
                 whole = tensor.gather_to_host()
                 if owner == rank:
-                    yield from host_parts(whole)
+                    yield whole
         sent = [_send(tensor, owner) for owner, tensor in enumerate(tensors) if owner != rank]
         if isinstance(tensors[rank], Tensor):
-            yield from _parts(tensors[rank], rank)
+            yield from _pieces(tensors[rank], rank)
         with collective("sending pieces of a checkpoint's tensors"):
             for work in filter(None, sent):
                 work.wait()
@@ -117,17 +117,17 @@ def _send(tensor: Tensor | Zero3Weight | None, owner: int) -> dist.Work | None:
     return dist.isend(data, owner, group=host_group())
 
 
-def _parts(tensor: Tensor, rank: int) -> Iterator[memoryview]:
+def _pieces(tensor: Tensor, rank: int) -> Iterator[Tensor]:
     if not isinstance(tensor, DTensor):
-        yield from host_parts(tensor)
+        yield tensor
     elif (every := pieces(tensor))[0].dim == 0:
         for piece in every:
-            yield from host_parts(_received(tensor, piece, rank))
+            yield _received(tensor, piece, rank)
     else:
         whole = torch.empty(tensor.shape, dtype=tensor.dtype)  # pieces are columns: no row is complete before the end
         for piece in every:
             whole[:, piece.start : piece.stop] = _received(tensor, piece, rank)
-        yield from host_parts(whole)
+        yield whole
 
 
 def _received(tensor: DTensor, piece: Piece, rank: int) -> Tensor:

@@ -80,11 +80,12 @@ def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
 @torch.no_grad()
 def set_local_(parameter: nn.Parameter, local: Tensor) -> None:
     """Replace the local part of `parameter` by `local`. The dtype may change; `parameter` remains the same object."""
-    if not isinstance(parameter, DTensor):
+    if not isinstance(parameter, DTensor) and parameter.is_meta == local.is_meta:
         parameter.data = local
         return
-    before = local_of(parameter).untyped_storage()
-    # assigning to a DTensor's `data` would not replace its local tensor
+    is_sharded, before = isinstance(parameter, DTensor), local_of(parameter).untyped_storage()
+    # assigning to `data` would not replace the local tensor of a DTensor, and fails to and from meta
     torch.utils.swap_tensors(parameter, nn.Parameter(sharded_like(parameter, local), parameter.requires_grad))
-    if before._cdata != local.untyped_storage()._cdata and before.resizable():
+    parameter._backward_hooks = parameter._backward_hooks  # register the hooks with the new tensor
+    if is_sharded and before._cdata != local.untyped_storage()._cdata and before.resizable():
         before.resize_(0)  # otherwise fully_shard would hold the old storage until it next uses the parameter

@@ -1,58 +1,123 @@
-"""Fill a sharded model with weights: each rank gets its own part, read from files or broadcast from rank 0."""
+"""Fill a model with weights, one parameter at a time: each rank reads its part from files, or rank 0 broadcasts it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor
+from torch.utils import swap_tensors
 
-from lowmem.distributed.collectives import collective, gather_json, host_group, raise_on_all_ranks, rank_and_world_size
-from lowmem.distributed.dtensor import local_part
+from lowmem.distributed.collectives import (
+    collective,
+    gather_json,
+    host_group,
+    raise_on_all_ranks,
+    rank_and_world_size,
+    report_failure,
+)
+from lowmem.distributed.dtensor import local_part, set_local_
+from lowmem.distributed.fully_sharded import notice_new_parameters
+from lowmem.distributed.placement import is_sharded
 from lowmem.errors import UsageError
-from lowmem.storage.tensor_files import StoredTensor, bytes_of, open_shards
+from lowmem.storage.tensor_files import StoredTensor, open_shards
 
 _PART_BYTES = 2**24  # rank 0 broadcasts at most this at a time, or one row if a row is larger
 _PART_ROWS = 2**10  # rows read at a time to compare two stored tensors
 
 
-@contextmanager
-def filled(model: nn.Module, device: torch.device, *, on_host: bool) -> Iterator[None]:
-    """After this block, which shards the model, fill its parameters (on host if `on_host`) and buffers.
+class Unfilled:
+    """The parameters of a model that are not yet on its device. Rank 0's model has their values, or files have them."""
 
-    If rank 0's model has data, rank 0 broadcasts it. If that model is on meta, each rank reads its own part from files
-    in `model.name_or_path`; buffers not in a file keep their values. All ranks raise UsageError if a weight is missing.
-    """
-    has_data = not any(parameter.is_meta for parameter in model.parameters())
-    is_source = has_data and rank_and_world_size()[0] == 0
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    whole = {name: parameter.data for name, parameter in model.named_parameters()} | buffers if is_source else {}
-    yield
-    if has_data and not on_host:
-        model.to(device)
-    elif not has_data:
-        model.to_empty(device="cpu" if on_host else device)
-        if isinstance(model, PreTrainedModel):
-            model.tie_weights()  # to_empty unties tied weights that are not sharded
-    for name, buffer in model.named_buffers():
-        built = buffers[name]  # the value from before to_empty, which clears buffers too
-        buffer.data = torch.empty_like(built, device=device) if built.is_meta else built.to(device)
-    if gather_json(has_data)[0]:
-        _broadcast(model, whole)
-    else:
+    def __init__(self, model: nn.Module, *, will_shard: bool):
+        """Take a model before it is sharded. With `will_shard`, move its parameters to meta (rank 0 keeps the values).
+
+        If rank 0's model is on meta, all ranks read from the files in `model.name_or_path`.
+        """
+        parameters, has_data = dict(model.named_parameters()), not any(x.is_meta for x in model.parameters())
+        self._is_broadcast = gather_json(has_data)[0]
+        self._whole: dict[str, Tensor] = {}  # of rank 0, if it has values for a model that will be sharded
+        if will_shard and has_data:
+            if rank_and_world_size()[0] == 0:
+                self._whole = {name: parameter.data for name, parameter in parameters.items()}
+            for parameter in parameters.values():
+                set_local_(parameter, torch.empty_like(parameter, device="meta"))
+
+    def place(self, model: nn.Module, device: torch.device, *, on_host: bool) -> None:
+        """Bring buffers to `device`. `fill` will bring parameters there, or to host memory with `on_host`.
+
+        From now on, `filler_of(model)` is `fill`. Buffers that are in no file keep their values. All ranks raise
+        UsageError if the files lack a weight.
+        """
+        self._device = torch.device("cpu") if on_host else device
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
         with raise_on_all_ranks():
-            if not model.name_or_path:
-                raise UsageError("the model has neither data nor files: build it with data (on_meta=False) on rank 0")
-            try:
-                stored, tensors = stored_weights(model, Path(model.name_or_path)), model.state_dict(keep_vars=True)
-            except ValueError as error:
-                raise UsageError(f"{error}: set on_meta=False") from error
-            for name, source in stored.items():
-                read_local(tensors[name].data, source)
-            if empty := sorted(name for name, built in buffers.items() if built.is_meta and name not in stored):
-                raise UsageError(f"buffers {', '.join(empty)} are on meta and in no file: build them with data")
+            self._stored = {} if self._is_broadcast else _open_files(model)
+            for name, buffer in model.named_buffers():
+                if not buffer.is_meta:
+                    buffer.data = buffer.to(device)
+                elif self._is_broadcast or name in self._stored:
+                    swap_tensors(buffer, torch.empty_like(buffer, device=device))
+                else:
+                    raise UsageError(f"the buffer {name} is on meta and in no file: build it with data")
+                if name in self._stored:
+                    self._stored.pop(name).copy_part(buffer)
+        if self._is_broadcast:
+            _broadcast(model.buffers())
+        _unfilled[model] = self
+
+    def fill(self, parameter: nn.Parameter) -> None:
+        """Bring a parameter (or this rank's part of it) to its device, in its dtype. A second call does nothing.
+
+        All ranks must fill the parameters in the same order.
+        """
+        if parameter not in self._names:
+            return
+        name = self._names.pop(parameter)
+        local, first, column = local_part(parameter.data)
+        whole = self._whole.pop(name, None)
+        if self._is_broadcast and not isinstance(parameter, DTensor):
+            local = local if whole is None else whole
+            filled = torch.empty_like(local, device=self._device) if local.is_meta else local.to(self._device)
+            _broadcast([filled])
+        else:
+            filled = torch.empty_like(local, device=self._device)
+            if self._is_broadcast:
+                _broadcast_rows(filled, first, column, parameter.shape, whole)
+            else:
+                with report_failure():
+                    self._stored.pop(name).copy_part(filled, first, column)
+        set_local_(parameter, filled)
+
+
+_unfilled: WeakKeyDictionary[nn.Module, Unfilled] = WeakKeyDictionary()
+
+
+def filler_of(model: nn.Module) -> Callable[[nn.Parameter], None]:
+    """Return a function that brings a parameter to its device (`Unfilled.fill`). If all are there, it does nothing."""
+    weights = _unfilled.get(model)
+    return (lambda parameter: None) if weights is None else weights.fill
+
+
+def fill_weights(model: nn.Module) -> None:
+    """Bring all parameters that are not yet on the model's device there, one at a time. Call this on every rank."""
+    if (weights := _unfilled.pop(model, None)) is None:
+        return
+    for parameter in model.parameters():
+        weights.fill(parameter)
+    if is_sharded(model):
+        notice_new_parameters(model)
+
+
+def _open_files(model: nn.Module) -> dict[str, StoredTensor]:
+    if not model.name_or_path:
+        raise UsageError("the model has neither data nor files: build it with data (on_meta=False) on rank 0")
+    try:
+        return stored_weights(model, Path(model.name_or_path))
+    except ValueError as error:
+        raise UsageError(f"{error}: set on_meta=False") from error
 
 
 def read_local(tensor: Tensor, stored: StoredTensor) -> None:
@@ -90,24 +155,29 @@ def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
     return all(torch.equal(one.read(rows), other.read(rows)) for rows in parts)
 
 
-def _broadcast(model: nn.Module, whole: dict[str, Tensor]) -> None:
-    """Fill every rank's parameters and buffers from rank 0's `whole` (elsewhere empty), 16 MiB or one row at a time."""
-    with collective("broadcasting the weights of rank 0"), torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            source = whole.pop(name, None)
-            local, first, column = local_part(tensor.data)
-            shape, local = (tensor.shape, local) if tensor.dim() else ((1,), local.view(1))
-            height = max(1, _PART_BYTES * shape[0] // max(1, bytes_of(tensor)))
-            for start in range(0, shape[0], height):
-                rows = slice(start, min(start + height, shape[0]))
-                if source is not None:
-                    part = source.view(shape)[rows].to("cpu", tensor.dtype).contiguous()
-                else:
-                    part = torch.empty(rows.stop - start, *shape[1:], dtype=tensor.dtype)
-                if dist.get_world_size() > 1:
-                    dist.broadcast(part, src=0, group=host_group())
-                mine = slice(max(rows.start, first), min(rows.stop, first + len(local)))
-                if mine.start < mine.stop:
-                    columns = [slice(column, column + width) for width in local.shape[1:2]]
-                    own = part[mine.start - start : mine.stop - start, *columns]
-                    local[mine.start - first : mine.stop - first] = own
+def _broadcast(tensors: Iterable[Tensor]) -> None:
+    if rank_and_world_size()[1] > 1:
+        with collective("broadcasting the weights of rank 0"):
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+
+def _broadcast_rows(local: Tensor, first: int, column: int, shape: torch.Size, whole: Tensor | None) -> None:
+    """Fill `local`, which begins at row `first` and `column` of rank 0's `whole` (elsewhere None), in place.
+
+    Broadcasts 16 MiB or one row at a time, through host memory.
+    """
+    columns = [slice(column, column + width) for width in local.shape[1:2]]
+    height = max(1, _PART_BYTES // max(1, shape[1:].numel() * local.dtype.itemsize))
+    for start in range(0, shape[0], height):
+        rows = slice(start, min(start + height, shape[0]))
+        if whole is not None:
+            part = whole[rows].to("cpu", local.dtype).contiguous()
+        else:
+            part = torch.empty(rows.stop - start, *shape[1:], dtype=local.dtype)
+        if rank_and_world_size()[1] > 1:
+            with collective("broadcasting the weights of rank 0"):
+                dist.broadcast(part, src=0, group=host_group())
+        mine = slice(max(rows.start, first), min(rows.stop, first + len(local)))
+        if mine.start < mine.stop:
+            local[mine.start - first : mine.stop - first] = part[mine.start - start : mine.stop - start, *columns]

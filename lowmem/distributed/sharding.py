@@ -8,8 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lowmem.config.train_config import choices
-from lowmem.distributed.collectives import collective
-from lowmem.distributed.fill import filled
+from lowmem.distributed.fill import Unfilled, fill_weights
 from lowmem.distributed.fully_sharded import shard_layers
 from lowmem.distributed.placement import TENSOR_PARALLEL_MESH
 from lowmem.distributed.tensor_parallel import apply_tensor_parallelism, make_tensor_mesh
@@ -26,6 +25,7 @@ def parallelize(
     shard_size: int | None = None,
     cpu_offload: bool = False,
     tp_size: int = 1,
+    fill: bool = True,
 ) -> nn.Module:
     """Move the model to this rank's device, with rank 0's weights and buffers. Its state dict keys do not change.
 
@@ -34,8 +34,10 @@ def parallelize(
     and again for backward; SHARD_GRAD_OP keeps them in between. HYBRID_SHARD is FULL_SHARD in groups of `shard_size`
     adjacent ranks (None: the ranks of a machine), with one replica per group. `cpu_offload` keeps the shards in host
     memory and updates them there. With `tp_size`, that many adjacent ranks split layers by tensor parallelism and need
-    the same rows (see `data_place`). A model to be sharded may be on meta (`load_model(..., on_meta=True)`). Raises
-    UsageError for options that do not fit the processes or the model.
+    the same rows (see `data_place`). A model on meta (`load_model(..., on_meta=True)`) is filled from its files. With
+    `fill=False`, `make_optimizer` moves or fills the weights, one at a time, so that a memory tier never has all of
+    them in fp32; the model cannot run before that. Raises UsageError for options that do not fit the processes or the
+    model.
     """
     if sharding_strategy not in (strategies := choices("sharding_strategy")):
         raise UsageError(f"sharding_strategy={sharding_strategy} is unknown: set one of {', '.join(strategies)}")
@@ -43,21 +45,20 @@ def parallelize(
         return model  # DeepSpeed's engine moves the model; at stage 3, no device holds the whole model
     if tp_size > 1 and sharding_strategy != "NO_SHARD":
         raise UsageError(f"tp_size={tp_size} was set with {sharding_strategy}, but they do not combine: remove one")
-    if tp_size > 1 or sharding_strategy != "NO_SHARD":
-        if dropped := [name for name in _LAYER_DROP if getattr(model.config, name, 0)]:
-            found = f"ranks would drop different layers ({dropped[0]}={getattr(model.config, dropped[0])})"
-            raise UsageError(f"with a sharded model, {found}: set it to 0.0 in the model's config.json")
-        mesh = make_mesh(accelerator, sharding_strategy, shard_size, tp_size)
-        with filled(model, accelerator.device, on_host=cpu_offload and tp_size == 1):
-            shard(model, mesh, sharding_strategy=sharding_strategy, cpu_offload=cpu_offload)
-        return model
-    if cpu_offload:
+    is_sharded = tp_size > 1 or sharding_strategy != "NO_SHARD"
+    if cpu_offload and not is_sharded:
         raise UsageError("cpu_offload needs a sharded model, got NO_SHARD: set FULL_SHARD or remove cpu_offload")
-    model.to(accelerator.device)
-    if accelerator.num_processes > 1:
-        with collective("broadcasting the weights of rank 0"):
-            for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor.data, src=0)
+    dropped = [name for name in _LAYER_DROP if getattr(model.config, name, 0)] if is_sharded else []
+    if dropped:
+        found = f"ranks would drop different layers ({dropped[0]}={getattr(model.config, dropped[0])})"
+        raise UsageError(f"with a sharded model, {found}: set it to 0.0 in the model's config.json")
+    mesh = make_mesh(accelerator, sharding_strategy, shard_size, tp_size) if is_sharded else None
+    weights = Unfilled(model, will_shard=is_sharded)
+    if is_sharded:
+        shard(model, mesh, sharding_strategy=sharding_strategy, cpu_offload=cpu_offload)
+    weights.place(model, accelerator.device, on_host=cpu_offload and tp_size == 1)
+    if fill:
+        fill_weights(model)
     return model
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lowmem.config.train_config import TIERED_OPTIMIZERS
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.dtensor import is_in_columns, local_of, set_local_
+from lowmem.distributed.fill import fill_weights, filler_of
 from lowmem.distributed.fully_sharded import has_gathered, notice_new_parameters
 from lowmem.distributed.placement import is_sharded
 from lowmem.model.build import convert_buffers
@@ -75,17 +76,20 @@ def make_optimizer(
         kinds[is_bias_or_norm, not isinstance(parameter, DTensor)].append((path, parameter))
     groups = [{"params": kinds[kind], "weight_decay": 0.0 if kind[0] else weight_decay} for kind in sorted(kinds)]
     if memory == "off":
+        fill_weights(model)
         return _of_torch(OPTIMIZERS[name], groups, betas, eps, is_fused=not is_divided or name in _FUSED_SHARDED)
     for path, parameter in trainable if memory == "lean" else ():
         columns = local_of(parameter).shape[1] if is_large(parameter) and is_in_columns(parameter) else 0
         if columns % BLOCK:
             found = f"{path} has {columns} per rank"
             raise ValueError(f"memory=lean needs blocks of {BLOCK} columns, but {found}: use exact or another tp_size")
+    fill = filler_of(model)
     for parameter in model.parameters():
         if not parameter.requires_grad:
+            fill(parameter)
             set_local_(parameter, local_of(parameter.data).to(torch.bfloat16))
     convert_buffers(model)
-    tier = {"memory": memory, "slice_elements": slice_elements, "fused": fused}
+    tier = {"memory": memory, "slice_elements": slice_elements, "fused": fused, "fill": fill}
     if name == "adafactor":
         return TieredAdafactor(groups, **tier)
     moments = "bf16" if name == "adamw_bf16" else "tier"

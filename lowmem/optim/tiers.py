@@ -54,7 +54,8 @@ class TieredOptimizer(Optimizer):
     Converts the trainable weights to the tier's format in place, and allocates all state: "step" (on the host) and the
     tensors of each format. Groups hold (name, parameter) pairs. The random bits of an element depend only on (seed,
     update, name) and its position in the full parameter. A subclass allocates moments in `_new_moments`, and updates
-    weights and state in `_update`. `fused=False` uses tensor operations even if there are kernels.
+    weights and state in `_update`. `fused=False` uses tensor operations even if there are kernels. `fill` is called
+    with each parameter just before it is converted (see `filler_of`).
     """
 
     def __init__(
@@ -65,12 +66,16 @@ class TieredOptimizer(Optimizer):
         memory: str,
         slice_elements: int | None = None,
         fused: bool = True,
+        fill: Callable[[nn.Parameter], None] = lambda parameter: None,
     ):
         names = {parameter: name for group in groups for name, parameter in group["params"]}
         groups = [group | {"params": [parameter for _, parameter in group["params"]]} for group in groups]
         super().__init__(groups, {"lr": 0.0} | defaults)
-        first, devices = local_of(next(iter(names))), {parameter.device for parameter in names}
         self.memory, self._names = memory, names
+        for parameter in names:
+            fill(parameter)
+            self._convert(parameter)
+        first, devices = local_of(next(iter(names))), {parameter.device for parameter in names}
         self.kernels = kernels_for(first) if fused and len(devices) == 1 else None
         """The kernels that this optimizer uses, or None for tensor operations."""
         self.seed = 0
@@ -78,14 +83,15 @@ class TieredOptimizer(Optimizer):
         self.clip_factor: Tensor | None = None
         """An fp32 scalar that multiplies each gradient in the next `step`, which then sets it to None."""
         self._slice_elements = slice_elements or slice_elements_for(list(names), first.device.type)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                form = "bf16" if self._is_rounded(parameter) else "split"
-                local = local_of(parameter.detach())
-                kept = keep("weight", local.float().contiguous(), form) | self._new_moments(parameter, local)
-                set_local_(parameter, kept.pop("weight"))
-                sharded = {name: sharded_like(parameter, tensor) for name, tensor in kept.items()}
-                self.state[parameter] = {"step": torch.zeros(()), **sharded}
+
+    def _convert(self, parameter: nn.Parameter) -> None:
+        """Convert a weight to the tier's format, in place, and allocate its state."""
+        form = "bf16" if self._is_rounded(parameter) else "split"
+        kept = keep("weight", local_of(parameter.detach()).float().contiguous(), form)
+        set_local_(parameter, kept.pop("weight"))  # frees the fp32 weight before the moments are allocated
+        kept |= self._new_moments(parameter, local_of(parameter.detach()))
+        self.state[parameter] = {name: sharded_like(parameter, tensor) for name, tensor in kept.items()}
+        self.state[parameter]["step"] = torch.zeros(())
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -1,7 +1,7 @@
 """Write safetensors files in parts, and read them a few rows at a time with the safetensors library."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,11 +88,41 @@ def write_index(shards: list[Shard], folder: Path, stem: str) -> dict[str, FileR
     return {name: write_file(folder / name, [to_json(index)])}
 
 
-def host_parts(tensor: Tensor) -> Iterator[memoryview]:
-    """Copy a tensor to the host and yield its bytes, in element order, 16 MiB at a time."""
-    flat = tensor.detach().contiguous().view(-1)
-    for part in flat.split(_PART_BYTES // flat.dtype.itemsize):
-        yield part.cpu().view(torch.uint8).numpy().data
+def host_parts(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
+    """Copy tensors to the host and yield their bytes, in element order, at most 16 MiB of one tensor at a time.
+
+    While a part from a CUDA device is in use, the next one is copied into pinned memory. No buffer is used again while
+    a yielded part refers to it: torch takes a pinned block back when its tensor is freed and its copy has ended.
+    """
+    copying: tuple[Tensor, torch.cuda.Event] | None = None
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().view(-1)
+        for part in flat.split(_PART_BYTES // flat.dtype.itemsize):
+            previous, copying = copying, _start_copy(part) if part.is_cuda else None
+            if previous:
+                yield _copied(*previous)
+            if not part.is_cuda:
+                yield _bytes(part.cpu())
+        del tensor, flat, part  # free a tensor that was received from another rank before receiving the next one
+    if copying:
+        yield _copied(*copying)
+
+
+def _start_copy(part: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    with torch.cuda.device(part.device):
+        host = torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+    return host, event
+
+
+def _copied(host: Tensor, event: torch.cuda.Event) -> memoryview:
+    event.synchronize()
+    return _bytes(host)
+
+
+def _bytes(host: Tensor) -> memoryview:
+    return host.view(torch.uint8).numpy().data
 
 
 class _Reader:
