@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 _LEAST_BYTES = 4096  # smaller activations are not worth a copy
 _ALIGNMENT_BYTES = 512
+IN_FLIGHT_BYTES, SLAB_BYTES = 2**26, 2**27  # `plan` counts both
 
 
 class Host(Protocol):
@@ -151,7 +152,7 @@ class _Cast(NamedTuple):
 class PinnedMemory:
     """Keeps the activations of a model on a GPU in pinned host memory. A stream of its own copies them."""
 
-    def __init__(self, device: torch.device, window_bytes: int = 2**26):
+    def __init__(self, device: torch.device, window_bytes: int = IN_FLIGHT_BYTES):
         # 64 MiB take 1 to 3 ms over PCIe, so a layer that saves much in a short time does not wait, and are under 2 %
         # of a small GPU's memory
         self.window_bytes = window_bytes
@@ -183,7 +184,7 @@ class Slabs:
     that no longer exists may still have copies in the stream; they run before those of the next tensor in its memory.
     """
 
-    def __init__(self, *, pin_memory: bool, slab_bytes: int = 2**27):
+    def __init__(self, *, pin_memory: bool, slab_bytes: int = SLAB_BYTES):
         self._pin_memory, self._slab_bytes = pin_memory, slab_bytes
         self._slabs: list[tuple[Tensor, list[tuple[int, weakref.ref[Tensor]]]]] = []  # memory; tensors and their ends
 

@@ -21,6 +21,7 @@ _WITH_CPU_OFFLOAD = {Kind.WEIGHTS, Kind.LOW_HALVES, Kind.MOMENTS, Kind.GRADIENTS
 _PROGRAM_BYTES = 600 * 2**20
 _CONTEXT_BYTES = 600 * 2**20  # device memory per process: CUDA and its libraries
 _FRAGMENTS = 0.05  # fragmentation, as a fraction of the bytes of tensors
+IN_FLIGHT_BYTES, SLAB_BYTES = 2**26, 2**27  # of memory/offload.py, which imports torch
 _PLANNER_BYTES = 750 * 2**20  # host memory of a process that counts the bytes of a step, with torch's CUDA build
 _WAITING_BYTES = 550 * 2**20  # host memory of a rank that waits for the planners
 
@@ -119,12 +120,15 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
     )
     processes = cluster.local_world_size
     if cluster.on_gpu:
+        if offloaded := host.get(Kind.OFFLOADED):
+            device[Kind.ACTIVATIONS] = device.get(Kind.ACTIVATIONS, 0) + min(IN_FLIGHT_BYTES, offloaded)
+            host[Kind.OFFLOADED] = -(-offloaded // SLAB_BYTES) * SLAB_BYTES
         device[CONTEXT] = _CONTEXT_BYTES + int(_FRAGMENTS * _total(device))
         host = {f"{kind}, of all processes": size * processes for kind, size in host.items()}
     else:  # the CPU is the device; offload_activations then writes files, which take no memory
         host = {"tensors, of all processes": _total(device) * processes}
-    in_parts = config.is_sharded and config.model_name_or_path
-    loading = 0 if in_parts else 4 * counted.num_parameters * (1 if config.is_sharded else processes)
+    # each rank reads its part of saved weights; only rank 0 initializes new ones
+    loading = 0 if config.model_name_or_path else 4 * counted.num_parameters
     host["loading, beyond training"] = max(0, loading - _total(host))
     host["programs"] = programs_bytes(cluster)
     keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # the oldest is removed only after a save
