@@ -89,7 +89,8 @@ def train_step(
     )
     gradients.check(len(batches), max_grad_norm, nonfinite)
     try:
-        with guarded("computing gradients", state.model, state.optimizer, together=gradients.can_be_dropped):
+        options = {"together": gradients.can_be_dropped, "completed": gradients.completed()}
+        with guarded("computing gradients", state.model, state.optimizer, **options):
             losses = gradients.accumulate(batches, loss_fn)
     except OutOfMemory:
         gradients.clear()

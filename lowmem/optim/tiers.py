@@ -105,8 +105,11 @@ class TieredOptimizer(Optimizer):
                     yield WithGradient(group, parameter, gradient, _local_tensors(parameter, self.state[parameter]))
 
     @contextmanager
-    def summing(self, micro_batches: int, *key: int) -> Iterator[None]:
-        """Sum gradients over micro-batches in fp32. In lean, sum large ones in bf16 with rounding seeded by `key`."""
+    def summing(self, micro_batches: int, *key: int) -> Iterator[Callable[[nn.Parameter], Tensor]]:
+        """Sum gradients over micro-batches in fp32. In lean, sum large ones in bf16 with rounding seeded by `key`.
+
+        Yields a function that returns a parameter's sum up to now, this rank's part. At the end, `.grad` has the sums.
+        """
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         sums: dict[nn.Parameter, Tensor] = {}
         count = dict.fromkeys(parameters, 0)
@@ -124,7 +127,7 @@ class TieredOptimizer(Optimizer):
             parameter.grad_dtype = parameter.dtype
         hooks = [x.register_post_accumulate_grad_hook(add) for x in parameters] if micro_batches > 1 else []
         try:
-            yield
+            yield lambda parameter: local_of(parameter.grad) if parameter.grad is not None else sums[parameter]
             for parameter in parameters if hooks else ():
                 # set the dtype even without a sum: this rank then all-reduces zeros, which need the other ranks' dtype
                 parameter.grad_dtype = torch.bfloat16 if self._is_rounded(parameter) else torch.float32
