@@ -4,6 +4,7 @@ Before the update, `.grad` holds gradients in fp32 or (memory tiers) bf16, whole
 release, they are already applied and freed. `train_step` handles all these cases in the same way.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
@@ -111,17 +112,29 @@ class Gradients:
             norms.append(squares.sqrt())
         return torch.linalg.vector_norm(torch.stack([*norms, *(self.released.norms if self.released else ())]))
 
-    def clip(self, max_grad_norm: float, grad_norm: Tensor) -> None:
-        """Clip like torch.nn.utils.clip_grads_with_norm_, which cannot mix plain and sharded gradients."""
-        factor = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
-        if isinstance(self._optimizer, TieredOptimizer):
-            self._optimizer.clip_factor = factor.to(self._all[0].device)  # saves a pass over all gradients
-            return
-        local = [local_of(gradient) for gradient in self._all]
-        torch._foreach_mul_(local, factor.to(local[0].device))
+    @property
+    def can_undo_update(self) -> bool:
+        """Whether `update` may begin before the host knows that loss and gradient are finite."""
+        return isinstance(self._optimizer, TieredOptimizer) and self._optimizer.can_skip and self.released is None
 
-    def update(self) -> None:
+    def update(self, max_grad_norm: float | None, grad_norm: Tensor, *, only_if: Tensor | None = None) -> None:
+        """Clip like torch.nn.utils.clip_grads_with_norm_, which cannot mix plain and sharded gradients, and update.
+
+        `only_if`, a bool scalar on the device, needs `can_undo_update`. If it is False, call `undo_update` afterwards:
+        weights and state are then as before.
+        """
+        factor = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0) if max_grad_norm else None
+        if only_if is not None:
+            factor = torch.where(only_if, 1.0 if factor is None else factor, math.nan)
+        if factor is not None and isinstance(self._optimizer, TieredOptimizer):
+            self._optimizer.clip_factor = factor.to(self._all[0].device)  # saves a pass over all gradients
+        elif factor is not None:
+            local = [local_of(gradient) for gradient in self._all]
+            torch._foreach_mul_(local, factor.to(local[0].device))
         self._optimizer.step()
+
+    def undo_update(self) -> None:
+        self._optimizer.undo_counts()
 
     def clear(self) -> None:
         self._all.clear()

@@ -34,7 +34,7 @@ _SECOND_LEAST = tl.constexpr(LEAST[torch.uint8])
 
 
 def adamw(updates: Iterable[Update], clip_factor: Tensor | None) -> None:
-    """Update weights and moments; see `adamw.adamw`."""
+    """Update weights and moments; see `adamw.adamw`. If `clip_factor` is NaN, changes nothing."""
     by_form: dict[tuple[tuple[str, object], ...], list[dict[str, int]]] = defaultdict(list)
     updates = list(updates)  # keeps gradients that were copied until the launch
     for tensors, gradient, numbers, key, origin in updates:
@@ -116,6 +116,8 @@ def adamw_kernel(
     if IS_ALIGNED:  # the compiler then loads 16 bytes at a time
         columns, offset = tl.multiple_of(columns, 16), 0
     first, stride, segments = tl.load(matrix + 2), tl.load(matrix + 3), tl.load(matrix + 4)
+    factor = tl.load(clip_factor)
+    segments = tl.where(factor == factor, segments, 0)  # NaN: the step is skipped
     begin = (program - begin) * SEGMENTS
     segment, at, inside, block = _elements(begin, segments, columns, offset, first, stride, SEGMENTS)
 
@@ -150,7 +152,7 @@ def adamw_kernel(
         v = (tl.load(exp_avg_sq, mask=inside, other=0).to(tl.int32) << _CUT_BITS).to(tl.float32, bitcast=True)
         v = v * (1 / _SECOND_UNIT) * tl.load(second_scale, mask=exists, other=0)[:, None]
 
-    g = g * tl.load(clip_factor)
+    g = g * factor
     w = w * decay
     m = m + (g - m) * beta1_rest
     v = v * beta2 + g * g * beta2_rest

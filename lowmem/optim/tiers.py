@@ -76,7 +76,10 @@ class TieredOptimizer(Optimizer):
         self.seed = 0
         """Seed of stochastic rounding; `train_step` sets it."""
         self.clip_factor: Tensor | None = None
-        """An fp32 scalar that multiplies each gradient in the next `step`, which then sets it to None."""
+        """An fp32 scalar that multiplies each gradient in the next `step`, which then sets it to None.
+
+        If `can_skip`, NaN makes that `step` change nothing but the counts of updates; `undo_counts` resets these.
+        """
         self._slice_elements = slice_elements or slice_elements_for(list(names), first.device.type)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -92,6 +95,18 @@ class TieredOptimizer(Optimizer):
         """Update every parameter that has a gradient (bf16 or fp32)."""
         clip_factor, self.clip_factor = self.clip_factor, None
         self._update(self._with_gradients(), clip_factor)
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether `step` can begin before the host knows that gradients are finite; see `clip_factor`."""
+        return False
+
+    def undo_counts(self) -> None:
+        """After a `step` with a `clip_factor` of NaN, restore each parameter's count of updates."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.state[parameter]["step"] -= 1
 
     def _with_gradients(self) -> Iterator[WithGradient]:
         """Yield each parameter that has a gradient, after counting its update."""
@@ -204,6 +219,10 @@ class TieredAdamW(TieredOptimizer):
             tier_forms = ("int8", "uint8") if self.memory == "lean" else forms
             forms = tier_forms if self._moments == "tier" else ("bf16", "bf16")
         return zeros("exp_avg", local, forms[0]) | zeros("exp_avg_sq", local, forms[1])
+
+    @property
+    def can_skip(self) -> bool:
+        return self.kernels is not None
 
     def _update(self, with_gradients: Iterable[WithGradient], clip_factor: Tensor | None) -> None:
         if self.kernels:
