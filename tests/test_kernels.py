@@ -62,7 +62,8 @@ def changed_by_a_skipped_step(kernels, model):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     optimizer.undo_counts()
-    return [name for old, new in zip(before, held, strict=True) for name in old if not torch.equal(old[name], new[name])]
+    pairs = zip(before, held, strict=True)
+    return [name for old, new in pairs for name, tensor in old.items() if not torch.equal(tensor, new[name])]
 
 
 def digests():

@@ -106,8 +106,8 @@ class Gradients:
         norms = gradient_norms([gradient for gradient in self._all if not isinstance(gradient, DTensor)])
         if sharded := [gradient for gradient in self._all if isinstance(gradient, DTensor)]:
             squares = torch.zeros((), device=self._accelerator.device)
-            for norm in gradient_norms([local_of(gradient) for gradient in sharded if is_first_copy(gradient)]):
-                squares += norm.square().to(squares.device)
+            if mine := gradient_norms([local_of(gradient) for gradient in sharded if is_first_copy(gradient)]):
+                squares += torch.stack(mine).square().sum().to(squares.device)  # they are on the host with cpu_offload
             all_reduce_sum([squares])
             norms.append(squares.sqrt())
         return torch.linalg.vector_norm(torch.stack([*norms, *(self.released.norms if self.released else ())]))

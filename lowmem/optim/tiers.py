@@ -136,7 +136,8 @@ class TieredOptimizer(Optimizer):
                 sums[parameter] = gradient if self._is_rounded(parameter) else gradient.float()
                 return
             count[parameter] += 1
-            self.add(parameter, sums[parameter], gradient, self.key_of(parameter, count[parameter], *key))
+            random = self.key_of(parameter, count[parameter], *key) if self._is_rounded(parameter) else 0
+            self.add(parameter, sums[parameter], gradient, random)
 
         for parameter in parameters:
             parameter.grad_dtype = parameter.dtype
