@@ -384,7 +384,7 @@ def sum_in_another_order(rank):
     if rank == 0:
         given["small"] = given["small"].bfloat16()  # as gradients are that only some ranks accumulated
     tensors = list(given.values())
-    expected = [tensor.clone() for tensor in tensors]
+    expected = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
     all_reduce_sum(expected)
     for fails in (True, False):
         total, mine = BucketedSum(tensors), [tensor.clone() for tensor in tensors]
