@@ -117,9 +117,8 @@ def variants() -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]
             types = {"table": "*i64", "clip_factor": "*fp32", "num_parameters": "i32"}
             yield "adamw", kernels_cuda.adamw_kernel, types, constants
     integers = dict.fromkeys(("segments", "columns", "offset", "first", "stride", "key"), "i64")
-    for is_rounded in (True, False):
-        types = {"total": "*bf16" if is_rounded else "*fp32", "gradient": "*bf16"} | integers
-        yield "add", kernels_cuda.add_kernel, types, {"IS_ROUNDED": is_rounded, "SEGMENTS": kernels_cuda.SEGMENTS}
+    types = {"total": "*bf16", "gradient": "*bf16"} | integers
+    yield "add", kernels_cuda.add_kernel, types, {"SEGMENTS": kernels_cuda.SEGMENTS}
 
     shared = {"targets": "*i64", "num_rows": "i32", "num_columns": "i32", "first": "i32"}
     shared |= dict.fromkeys(("scale", "shift", "factor", "offset", "on_target", "on_others"), "fp32")

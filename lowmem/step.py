@@ -89,22 +89,27 @@ def train_step(
     )
     gradients.check(len(batches), max_grad_norm, nonfinite)
     try:
-        with guarded("computing gradients", state.model, state.optimizer, together=gradients.can_be_dropped):
+        options = {"together": gradients.can_be_dropped, "completed": gradients.completed()}
+        with guarded("computing gradients", state.model, state.optimizer, **options):
             losses = gradients.accumulate(batches, loss_fn)
     except OutOfMemory:
         gradients.clear()
         raise
     loss = gradients.all_reduce(losses)
     grad_norm = gradients.norm()
+    begins_early = num_tokens > 0 and gradients.can_undo_update
+    if begins_early:  # a GPU then need not wait for the host
+        with guarded("updating weights", state.model, state.optimizer, together=False):
+            gradients.update(max_grad_norm, grad_norm, only_if=torch.isfinite(loss + grad_norm))
     reason = why_no_update(loss, grad_norm, losses, batches, num_tokens)  # the step's only device sync
+    if reason and begins_early:
+        gradients.undo_update()
     if reason and num_tokens and nonfinite == "stop":
         gradients.clear()
         raise not_finite(state, reason, is_released=gradients.released is not None)
-    if not reason:
+    if not reason and not begins_early:
         with guarded("updating weights", state.model, state.optimizer, together=False):
-            if max_grad_norm:
-                gradients.clip(max_grad_norm, grad_norm)
-            gradients.update()
+            gradients.update(max_grad_norm, grad_norm)
     gradients.clear()
     return finish(state, StepResult(loss, grad_norm, torch.tensor(num_tokens), not reason, reason, preempted))
 

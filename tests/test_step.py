@@ -4,11 +4,13 @@ import json
 import re
 import sys
 from contextlib import contextmanager, nullcontext
+from time import monotonic
 
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import ByT5Tokenizer
 
@@ -16,6 +18,7 @@ from lowmem import init_distributed, parallelize
 from lowmem.data.batch import UnreadableStep, collate
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.stream import open_stream
+from lowmem.distributed.collectives import sum_over_ranks
 from lowmem.errors import RankError, RowError, UsageError
 from lowmem.loss import chunked_loss, plain_loss
 from lowmem.optim.make import make_optimizer
@@ -169,11 +172,14 @@ def poisoned(model, batch):
     return plain_loss(model, batch) * (float("nan") if 3 in batch.row_ids else 1.0)
 
 
+@pytest.mark.parametrize("memory", ["off", "exact"])  # with kernels, the update of a tier begins before the check
 @pytest.mark.parametrize("nonfinite", ["stop", "skip"])
-def test_a_loss_that_is_not_finite_changes_no_weight(nonfinite):
+def test_a_loss_that_is_not_finite_changes_no_weight(nonfinite, memory):
     model = build("t5")
     stream = stream_of("t5", batch_size=12, shuffle=False)
-    state = state_of(model, stream)
+    state = state_of(model, stream, memory=memory)
+    kept = [tensor for tensors in state.optimizer.state.values() for tensor in tensors.values()]
+    states = [tensor.clone() for tensor in kept]
     before = [parameter.detach().clone() for parameter in model.parameters()]
     accelerator = Accelerator(cpu=True)
     if nonfinite == "stop":
@@ -185,6 +191,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(nonfinite):
         assert result.loss.isnan() and (state.step, stream.position) == (1, 12)
         assert "not finite on rank 0 with rows [0, 1, 2, 3" in result.reason and not result.updated
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(map(torch.equal, kept, states))
     assert all(parameter.grad is None for parameter in model.parameters())
     if nonfinite == "skip":  # the next step has no poisoned row, so it updates the weights
         train_step(state, next(stream), poisoned, accelerator, learning_rate=0.1, nonfinite="skip")
@@ -223,25 +230,42 @@ def step_with_nan_on_one_rank():
     accelerator.end_training()
 
 
-def test_an_error_on_one_rank_is_raised_by_both_and_the_next_step_works():
+def test_an_error_on_one_rank_is_raised_by_both_and_the_next_step_sums_gradients_within_backward():
     assert fork_ranks(2, fail_on_one_rank) == [0, 0]
 
 
 def fail_on_one_rank():
     accelerator = init_distributed()
     rank = accelerator.process_index
-    model = parallelize(build("t5"), accelerator)
-    state = state_of(model)
+    model = build("t5")
+    # `wide` fills a bucket. Its gradient comes first in backward, and is proportional to rank + 1.
+    wide = nn.Parameter(torch.ones(9_000_000))
+    model.last = nn.ParameterList([wide])
+    model = parallelize(model, accelerator)
+    state = state_of(model, name="sgd")
     before = [parameter.detach().clone() for parameter in model.parameters()]
     batches = next(stream_of("t5", batch_size=2, gradient_accumulation_steps=2, rank=rank, world_size=2))
+
+    def loss_of(model, batch):
+        return plain_loss(model, batch) + wide.sum() * (rank + 1)
 
     def failing(kind):
         def loss_fn(model, batch):
             if rank == 1 and batch is not batches[0]:
                 raise kind("what was wrong")
-            return plain_loss(model, batch)
+            return loss_of(model, batch)
 
         return loss_fn
+
+    def failing_in_backward(model, batch):
+        if rank == 1 and batch is not batches[0]:
+            model.shared.weight.register_hook(fail)
+        return loss_of(model, batch)
+
+    def fail(gradient):
+        assert wide.grad is not None
+        model.shared.weight._backward_hooks.clear()
+        raise KeyError("what was wrong")
 
     @contextmanager
     def full_disk():
@@ -257,14 +281,29 @@ def fail_on_one_rank():
     for loss_fn, given, saver, kind, elsewhere in [
         (failing(KeyError), batches, nullcontext, KeyError, RankError),
         (failing(UsageError), batches, nullcontext, UsageError, UsageError),
-        (plain_loss, batches, full_disk, OSError, RankError),
-        (plain_loss, unreadable if rank == 1 else batches, nullcontext, RowError, RankError),
+        (failing_in_backward, batches, nullcontext, KeyError, RankError),
+        (loss_of, batches, full_disk, OSError, RankError),
+        (loss_of, unreadable if rank == 1 else batches, nullcontext, RowError, RankError),
     ]:
         message = "what was wrong" if rank == 1 else f"rank 1 failed with {kind.__name__}: .*what was wrong"
         with pytest.raises(kind if rank == 1 else elsewhere, match=message), saver():
             train_step(state, given, loss_fn, accelerator, learning_rate=0.1)
     assert state.step == 0 and all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    result = train_step(state, batches, plain_loss, accelerator, learning_rate=0.1, preempted=rank == 1)
+
+    num_calls = num_tokens = 0
+
+    def wait_for_the_sum(gradient):  # of `shared`, which comes last
+        nonlocal num_calls
+        num_calls += 1
+        limit = monotonic() + 30
+        while num_calls == 2 and wide.grad[0] * num_tokens < 5.9:  # 2 * (1 + 2)
+            assert monotonic() < limit, "the sum over ranks did not begin within backward"
+
+    (num_tokens,) = sum_over_ranks(sum(batch.num_targets for batch in batches))
+    handle = model.shared.weight.register_hook(wait_for_the_sum)
+    result = train_step(state, batches, loss_of, accelerator, learning_rate=0.1, preempted=rank == 1)
+    handle.remove()
+    assert num_calls == 2
     assert result.updated and result.preempted and result.reason == ""
     assert not train_step(state, batches, plain_loss, accelerator, learning_rate=0.1).preempted
     accelerator.end_training()

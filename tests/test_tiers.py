@@ -1,6 +1,7 @@
 """Memory tiers: exact has the bits of torch's fp32 AdamW, lean stays close to AdamW, and all ranks have equal bits."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lowmem import init_distributed, parallelize
-from lowmem.distributed.reduce import all_reduce_sum
+from lowmem.distributed.reduce import BucketedSum, all_reduce_sum
 from lowmem.loss import chunked_loss
 from lowmem.optim import tiers
 from lowmem.optim.formats import merge_halves
@@ -370,7 +371,32 @@ def sum_of_a_rank(folder):
     wide = torch.ones(5)
     all_reduce_sum([narrow, wide])
     save_file({"narrow": narrow, "wide": wide}, f"{folder}/{accelerator.process_index}.safetensors")
+    sum_in_another_order(accelerator.process_index)
     accelerator.end_training()
+
+
+def sum_in_another_order(rank):
+    """Each rank adds the tensors in another order. Rank 2 fails in the first sum, which must not block the others."""
+    torch.manual_seed(rank)
+    shapes = {"bf16": (9_000_000,), "small": (5,), "columns": (40, 3), "fp64": (7,), "fp32": (9_000_000,), "none": (0,)}
+    given = {name: torch.randn(shape) for name, shape in shapes.items()}
+    given |= {"bf16": given["bf16"].bfloat16(), "columns": given["columns"].t(), "fp64": given["fp64"].double()}
+    if rank == 0:
+        given["small"] = given["small"].bfloat16()  # as gradients are that only some ranks accumulated
+    tensors = list(given.values())
+    expected = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+    all_reduce_sum(expected)
+    for fails in (True, False):
+        total, mine = BucketedSum(tensors), [tensor.clone() for tensor in tensors]
+        with pytest.raises(KeyError) if fails and rank == 2 else nullcontext(), total.completed():
+            for index in range(rank, len(tensors)):
+                total.add(index, mine[index])
+                if fails and rank == 2:
+                    raise KeyError
+            total.finish(mine)
+    assert all(map(torch.equal, mine, expected))
+    with pytest.raises(ValueError, match=r"the gradient of shape \[5\] changed after its sum over ranks had begun"):
+        total.add(1, mine[1])
 
 
 def test_an_optimizer_wrapped_by_accelerate_is_refused():

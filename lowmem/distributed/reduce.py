@@ -1,52 +1,152 @@
-"""Sum tensors over ranks in fp32."""
+"""Sum tensors over ranks in fp32, in buckets, each as soon as backward has computed it."""
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowmem.distributed.collectives import collective
+from lowmem.distributed.collectives import collective, report_failure
+from lowmem.errors import RankError
 
 _BUCKET_BYTES = 32 * 2**20
+_MOST_COPIES = 2  # of buckets in memory at a time
 
 
 def all_reduce_sum(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Sum each tensor in place over the ranks of `group` (None: all), in fp32 or wider. Ranks get bitwise equal sums.
 
-    Small tensors share 32 MiB buckets. Ranks must pass the same shapes and dtypes in the same order.
+    Ranks must pass the same shapes in the same order.
     """
-    bucket: list[Tensor] = []
-    room = _BUCKET_BYTES
-    for piece in (piece for tensor in tensors for piece in _pieces(tensor)):
-        num_bytes = piece.numel() * max(4, piece.dtype.itemsize)
-        if bucket and (num_bytes > room or piece.dtype != bucket[0].dtype):
-            _reduce_bucket(bucket, group)
-            bucket, room = [], _BUCKET_BYTES
-        bucket.append(piece)
-        room -= num_bytes
+    tensors = list(tensors)
+    BucketedSum(tensors, group).finish(tensors)
+
+
+class BucketedSum:
+    """`all_reduce_sum` for tensors that become ready one after the other. Launches each bucket when it is complete.
+
+    Tensors share buckets of up to 32 MiB in fp32, in the order of `like`, which has their shapes. All ranks launch all
+    buckets in this order, whichever tensors are ready first. A bucket that is not one whole fp32 slice takes a copy;
+    at most two copies exist at a time: the third waits for the first.
+    """
+
+    def __init__(self, like: Sequence[Tensor], group: dist.ProcessGroup | None = None):
+        self._group, self._buckets = group, deque(_buckets(like))
+        self._ready: dict[int, Tensor] = {}  # as vectors
+        self._begun: set[int] = set()
+        self._strided: list[tuple[Tensor, Tensor]] = []
+        self._in_flight: deque[_InFlight] = deque()
+
+    def add(self, index: int, tensor: Tensor) -> None:
+        """Sum `tensor` in place, which has the shape of `like[index]`. It must not be used before `finish` returns.
+
+        It may be added again until its bucket is complete. After that, raises ValueError.
+        """
+        if index in self._begun:
+            found = f"the gradient of shape {[*tensor.shape]} changed after its sum over ranks had begun"
+            raise ValueError(f"{found}: if checkpoints share a parameter, set use_reentrant=False in them")
+        vector = tensor.detach().reshape(-1)
+        if not tensor.is_contiguous():
+            self._strided.append((tensor, vector))
+        self._ready[index] = vector
+        # look at the last part first, because it is usually the last to be ready
+        while self._buckets and all(part.index in self._ready for part in reversed(self._buckets[0].parts)):
+            self._launch(self._buckets[0])
+            self._buckets.popleft()
+
+    def finish(self, tensors: Sequence[Tensor]) -> None:
+        """Add those of `tensors` whose sums have not begun, and wait for all. (A GPU's stream waits, not the host.)"""
+        for index, tensor in enumerate(tensors):
+            if index not in self._begun:
+                self.add(index, tensor)
+        self._wait(0)
+        for tensor, vector in self._strided:
+            tensor.copy_(vector.view_as(tensor))
+
+    @contextmanager
+    def completed(self) -> Iterator[None]:
+        """If this block fails, launch the buckets that are left, so that no rank waits for them for ever.
+
+        Their sums are then garbage on every rank: the ranks must agree to drop them.
+        """
+        try:
+            yield
+        except RankError:  # another rank has gone, so no collective can complete
+            raise
+        except Exception:
+            self._ready.clear()
+            with report_failure():
+                self._wait(0)
+                for bucket in self._buckets:
+                    self._reduce(torch.zeros(bucket.numel, dtype=bucket.dtype, device=bucket.device), ())
+                    self._wait(0)
+            raise
+
+    def _launch(self, bucket: "_Bucket") -> None:
+        self._begun.update(part.index for part in bucket.parts)
+        pieces = [self._ready[part.index][part.start : part.stop] for part in bucket.parts]
+        if len(pieces) == 1 and pieces[0].dtype == bucket.dtype:
+            self._reduce(pieces[0], ())
+            return
+        self._wait(_MOST_COPIES - 1)
+        flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
+        torch._foreach_copy_(flat.split([len(piece) for piece in pieces]), pieces)
+        self._reduce(flat, pieces)
+
+    def _reduce(self, flat: Tensor, pieces: Sequence[Tensor]) -> None:
+        with collective("summing tensors"):
+            work = dist.all_reduce(flat, group=self._group, async_op=True)
+        self._in_flight.append(_InFlight(work, flat, pieces))
+
+    def _wait(self, copies: int) -> None:
+        """Wait for the oldest buckets until at most `copies` copies are left, or until nothing is, if that is 0."""
+        while self._in_flight and (not copies or sum(bool(x.pieces) for x in self._in_flight) > copies):
+            work, flat, pieces = self._in_flight.popleft()
+            with collective("summing tensors"):
+                work.wait()
+            if pieces:
+                torch._foreach_copy_(pieces, flat.split([len(piece) for piece in pieces]))
+
+
+class _Part(NamedTuple):
+    index: int
+    """Of the tensor in `like`."""
+    start: int
+    stop: int
+
+
+@dataclass
+class _Bucket:
+    dtype: torch.dtype
+    device: torch.device
+    parts: list[_Part] = field(default_factory=list)
+    numel: int = 0
+
+
+class _InFlight(NamedTuple):
+    work: dist.Work
+    flat: Tensor
+    pieces: Sequence[Tensor]
+    """Where to copy the sums. Empty if `flat` is no copy."""
+
+
+def _buckets(like: Sequence[Tensor]) -> Iterator[_Bucket]:
+    bucket = None
+    for index, tensor in enumerate(like):
+        # a rank may hold bf16 where others hold fp32, so buckets must not depend on that
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        most = _BUCKET_BYTES // dtype.itemsize
+        for start in range(0, tensor.numel(), most):
+            stop = min(start + most, tensor.numel())
+            if bucket is None or bucket.dtype != dtype or bucket.numel + stop - start > most:
+                if bucket:
+                    yield bucket
+                bucket = _Bucket(dtype, tensor.device)
+            bucket.parts.append(_Part(index, start, stop))
+            bucket.numel += stop - start
     if bucket:
-        _reduce_bucket(bucket, group)
-
-
-def _pieces(tensor: Tensor) -> Iterable[Tensor]:
-    """Return slices that each fit a bucket in fp32, or the whole tensor if it is fp32, wider or not contiguous."""
-    if tensor.dtype.itemsize >= 4 or not tensor.is_contiguous():
-        return (tensor,)
-    return tensor.view(-1).split(_BUCKET_BYTES // 4)
-
-
-def _reduce_bucket(bucket: list[Tensor], group: dist.ProcessGroup | None) -> None:
-    sum_dtype = torch.promote_types(bucket[0].dtype, torch.float32)
-    if len(bucket) == 1 and bucket[0].is_contiguous() and bucket[0].dtype == sum_dtype:
-        _reduce(bucket[0], group)  # a single tensor that has `sum_dtype` already needs no copy
-        return
-    flat = torch.cat([tensor.reshape(-1).to(sum_dtype) for tensor in bucket])
-    _reduce(flat, group)
-    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-        tensor.copy_(part.view_as(tensor))
-
-
-def _reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
-    with collective("summing tensors"):
-        dist.all_reduce(tensor, group=group)
+        yield bucket

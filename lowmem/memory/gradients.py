@@ -4,9 +4,11 @@ Before the update, `.grad` holds gradients in fp32 or (memory tiers) bf16, whole
 release, they are already applied and freed. `train_step` handles all these cases in the same way.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
+from operator import attrgetter
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +21,7 @@ from torch.optim import Optimizer
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import is_first_copy, local_of
 from lowmem.distributed.placement import data_place, has_collectives, is_engine, is_sharded
-from lowmem.distributed.reduce import all_reduce_sum
+from lowmem.distributed.reduce import BucketedSum, all_reduce_sum
 from lowmem.distributed.seeds import seed_of
 from lowmem.memory.release import Released
 from lowmem.optim.norms import gradient_norms
@@ -44,21 +46,35 @@ class Gradients:
         self._rank, self._is_sharded = data_place(model), is_sharded(model)
         self.released: Released | None = getattr(optimizer, "released", None)
         self.can_be_dropped = self.released is None and not has_collectives(model)
-        """Whether `accumulate` has no update and no collective, so that all ranks can drop the step after an error."""
+        """Whether all ranks can drop the step after an error in `accumulate`, in a block of `completed`."""
         self._all: list[Tensor] = []
         self.clear()
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        is_summed = self.can_be_dropped and accelerator.num_processes > 1
+        # the order in which backward usually computes gradients
+        self._sum = BucketedSum(self._trained[::-1], self._rank.group) if is_summed else None
 
     def check(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
         """Raise UsageError for options that gradient release does not support."""
         if self.released:
             self.released.begin(micro_batches, max_grad_norm, nonfinite)
 
+    def completed(self) -> AbstractContextManager[None]:
+        """If a block with `accumulate` fails, complete the collectives that other ranks have begun."""
+        return self._sum.completed() if self._sum else nullcontext()
+
     def accumulate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> list[Tensor]:
-        """Run forward and backward on each micro-batch; return each one's share of the mean loss, an fp32 scalar."""
+        """Run forward and backward on each micro-batch; return each one's share of the mean loss, an fp32 scalar.
+
+        If each rank has all weights, the last backward sums gradients over ranks as it computes them.
+        """
         losses: list[Tensor] = []
         is_ddp = isinstance(self._model, DistributedDataParallel)
-        with self._sums(len(batches)):
+        with ExitStack() as stack:
+            sum_of = stack.enter_context(self._sums(len(batches)))
             for index, batch in enumerate(batches if self._num_tokens else ()):
+                if index == len(batches) - 1:
+                    stack.enter_context(self._reducing(sum_of))
                 # seeds all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
                 torch.manual_seed(seed_of(self._seed, self._step, self._rank.rank, index))
                 # DDP must not all-reduce in backward, because `all_reduce` does that once for all micro-batches
@@ -68,18 +84,21 @@ class Gradients:
                     loss.backward()
                 losses.append(loss.detach())
         applied = self.released.parameters if self.released else ()  # all other parameters without gradients get zeros
-        for parameter in self._model.parameters():
-            if parameter.requires_grad and parameter not in applied:
+        for parameter in self._trained:
+            if parameter not in applied:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
                 self._all.append(parameter.grad)
+        if self._sum:
+            self._sum.finish(self._all[::-1])
         return losses
 
     def all_reduce(self, losses: Sequence[Tensor]) -> Tensor:
-        """Sum `losses` and all gradients over ranks; return the loss. Sharded gradients are already reduced."""
+        """Sum `losses` over ranks; return the loss. Also sums gradients that `accumulate` has not summed yet."""
         loss = sum(losses, torch.zeros((), device=self._accelerator.device))
         if self._accelerator.num_processes > 1:
-            all_reduce_sum([loss, *([] if self._is_sharded else map(local_of, self._all))], self._rank.group)
+            is_summed = self._sum or self._is_sharded
+            all_reduce_sum([loss, *([] if is_summed else map(local_of, self._all))], self._rank.group)
         return loss
 
     def norm(self) -> Tensor:
@@ -87,23 +106,35 @@ class Gradients:
         norms = gradient_norms([gradient for gradient in self._all if not isinstance(gradient, DTensor)])
         if sharded := [gradient for gradient in self._all if isinstance(gradient, DTensor)]:
             squares = torch.zeros((), device=self._accelerator.device)
-            for norm in gradient_norms([local_of(gradient) for gradient in sharded if is_first_copy(gradient)]):
-                squares += norm.square().to(squares.device)
+            if mine := gradient_norms([local_of(gradient) for gradient in sharded if is_first_copy(gradient)]):
+                squares += torch.stack(mine).square().sum().to(squares.device)  # they are on the host with cpu_offload
             all_reduce_sum([squares])
             norms.append(squares.sqrt())
         return torch.linalg.vector_norm(torch.stack([*norms, *(self.released.norms if self.released else ())]))
 
-    def clip(self, max_grad_norm: float, grad_norm: Tensor) -> None:
-        """Clip like torch.nn.utils.clip_grads_with_norm_, which cannot mix plain and sharded gradients."""
-        factor = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
-        if isinstance(self._optimizer, TieredOptimizer):
-            self._optimizer.clip_factor = factor.to(self._all[0].device)  # saves a pass over all gradients
-            return
-        local = [local_of(gradient) for gradient in self._all]
-        torch._foreach_mul_(local, factor.to(local[0].device))
+    @property
+    def can_undo_update(self) -> bool:
+        """Whether `update` may begin before the host knows that loss and gradient are finite."""
+        return isinstance(self._optimizer, TieredOptimizer) and self._optimizer.can_skip and self.released is None
 
-    def update(self) -> None:
+    def update(self, max_grad_norm: float | None, grad_norm: Tensor, *, only_if: Tensor | None = None) -> None:
+        """Clip like torch.nn.utils.clip_grads_with_norm_, which cannot mix plain and sharded gradients, and update.
+
+        `only_if`, a bool scalar on the device, needs `can_undo_update`. If it is False, call `undo_update` afterwards:
+        weights and state are then as before.
+        """
+        factor = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0) if max_grad_norm else None
+        if only_if is not None:
+            factor = torch.where(only_if, 1.0 if factor is None else factor, math.nan)
+        if factor is not None and isinstance(self._optimizer, TieredOptimizer):
+            self._optimizer.clip_factor = factor.to(self._all[0].device)  # saves a pass over all gradients
+        elif factor is not None:
+            local = [local_of(gradient) for gradient in self._all]
+            torch._foreach_mul_(local, factor.to(local[0].device))
         self._optimizer.step()
+
+    def undo_update(self) -> None:
+        self._optimizer.undo_counts()
 
     def clear(self) -> None:
         self._all.clear()
@@ -111,9 +142,26 @@ class Gradients:
         if isinstance(self._optimizer, TieredOptimizer):
             self._optimizer.clip_factor = None
 
-    def _sums(self, micro_batches: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def _reducing(self, sum_of: Callable[[nn.Parameter], Tensor]) -> Iterator[None]:
+        """Within this block, backward adds each gradient to the sum over ranks as soon as it is computed."""
+        hooks = []
+        for index, parameter in enumerate(reversed(self._trained) if self._sum else ()):
+
+            def add(parameter: nn.Parameter, index: int = index) -> None:
+                self._sum.add(index, sum_of(parameter))
+
+            hooks.append(parameter.register_post_accumulate_grad_hook(add))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _sums(self, micro_batches: int) -> AbstractContextManager[Callable[[nn.Parameter], Tensor]]:
+        """Sum gradients over micro-batches. Yields a function that returns a parameter's sum up to now."""
         if not isinstance(self._optimizer, TieredOptimizer):
-            return nullcontext()
+            return nullcontext(attrgetter("grad"))
         self._optimizer.seed = self._seed
         # HYBRID_SHARD replicas hold equal sums, so they must round with the same random bits
         key = (self._step,) if self._is_sharded else (self._step, self._rank.rank)

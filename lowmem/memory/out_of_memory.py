@@ -5,7 +5,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,23 @@ from lowmem.errors import OutOfMemory, StepTooLarge, is_out_of_memory
 
 
 @contextmanager
-def guarded(name: str, model: nn.Module, optimizer: Optimizer, *, together: bool) -> Iterator[None]:
+def guarded(
+    name: str,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    together: bool,
+    completed: AbstractContextManager[None] | None = None,
+) -> Iterator[None]:
     """Run a phase of a step. If it fails on one rank, every rank stops.
 
-    Use `together` for a phase without update or collective: all ranks raise an error at the end of the phase,
-    StepTooLarge if memory ran out. Without `together`, the failing rank reports its error by heartbeat, and raises it,
-    or OutOfMemory if memory ran out.
+    Use `together` for a phase without update whose collectives `completed` completes on a failing rank, after memory
+    has been freed: all ranks raise an error at the end of the phase, StepTooLarge if memory ran out. Without
+    `together`, the failing rank reports its error by heartbeat, and raises it, or OutOfMemory if memory ran out.
     """
     errors = raise_on_all_ranks() if together else report_failure()
-    with phase(name), errors, _explained(StepTooLarge if together else OutOfMemory, model, optimizer):
+    explained = _explained(StepTooLarge if together else OutOfMemory, model, optimizer)
+    with phase(name), errors, completed or nullcontext(), explained:
         yield
 
 

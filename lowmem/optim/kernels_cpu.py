@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def adamw(updates: Iterable[Update], clip_factor: Tensor | None) -> None:
-    """Update weights and moments; see `adamw.adamw`."""
+    """Update weights and moments; see `adamw.adamw`. If `clip_factor` is NaN, changes nothing."""
     factor = 1.0 if clip_factor is None else clip_factor.item()
     for tensors, gradient, numbers, key, origin in updates:
         segments = Segments.of(gradient, origin, is_rounded=is_rounded(tensors))
@@ -68,7 +68,8 @@ def adamw(updates: Iterable[Update], clip_factor: Tensor | None) -> None:
             gradient_bytes=gradient.itemsize,
             moment_bytes=tensors["exp_avg"].itemsize,
         )
-        _run(partial(library().adamw, ctypes.byref(parameter)), segments.count(gradient))
+        if not math.isnan(factor):
+            _run(partial(library().adamw, ctypes.byref(parameter)), segments.count(gradient))
 
 
 def add(total: Tensor, gradient: Tensor, key: int, origin: Origin) -> None:

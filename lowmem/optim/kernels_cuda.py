@@ -34,7 +34,7 @@ _SECOND_LEAST = tl.constexpr(LEAST[torch.uint8])
 
 
 def adamw(updates: Iterable[Update], clip_factor: Tensor | None) -> None:
-    """Update weights and moments; see `adamw.adamw`."""
+    """Update weights and moments; see `adamw.adamw`. If `clip_factor` is NaN, changes nothing."""
     by_form: dict[tuple[tuple[str, object], ...], list[dict[str, int]]] = defaultdict(list)
     updates = list(updates)  # keeps gradients that were copied until the launch
     for tensors, gradient, numbers, key, origin in updates:
@@ -62,12 +62,14 @@ def adamw(updates: Iterable[Update], clip_factor: Tensor | None) -> None:
 
 def add(total: Tensor, gradient: Tensor, key: int, origin: Origin) -> None:
     """Add a gradient in bf16 to a sum in fp32, or in bf16 with stochastic rounding; both (rows, columns)."""
-    segments = Segments.of(gradient, origin, is_rounded=total.itemsize < 4)
+    if total.itemsize == 4:
+        total.add_(gradient)  # the same bits, with less work on the host than a launch by Triton
+        return
+    segments = Segments.of(gradient, origin, is_rounded=True)
     count = segments.count(gradient)
     grid = (triton.cdiv(count, SEGMENTS),)
-    options = {"IS_ROUNDED": total.itemsize < 4, "SEGMENTS": SEGMENTS, "enable_fp_fusion": False}
     with _on(total.device):
-        add_kernel[grid](total, gradient, count, *segments, _signed(key), **options)
+        add_kernel[grid](total, gradient, count, *segments, _signed(key), SEGMENTS=SEGMENTS, enable_fp_fusion=False)
 
 
 def _on(device: torch.device) -> AbstractContextManager[None]:
@@ -116,6 +118,8 @@ def adamw_kernel(
     if IS_ALIGNED:  # the compiler then loads 16 bytes at a time
         columns, offset = tl.multiple_of(columns, 16), 0
     first, stride, segments = tl.load(matrix + 2), tl.load(matrix + 3), tl.load(matrix + 4)
+    factor = tl.load(clip_factor)
+    segments = tl.where(factor == factor, segments, 0)  # NaN: the step is skipped
     begin = (program - begin) * SEGMENTS
     segment, at, inside, block = _elements(begin, segments, columns, offset, first, stride, SEGMENTS)
 
@@ -150,7 +154,7 @@ def adamw_kernel(
         v = (tl.load(exp_avg_sq, mask=inside, other=0).to(tl.int32) << _CUT_BITS).to(tl.float32, bitcast=True)
         v = v * (1 / _SECOND_UNIT) * tl.load(second_scale, mask=exists, other=0)[:, None]
 
-    g = g * tl.load(clip_factor)
+    g = g * factor
     w = w * decay
     m = m + (g - m) * beta1_rest
     v = v * beta2 + g * g * beta2_rest
@@ -190,18 +194,14 @@ def add_kernel(
     first,
     stride,
     key,
-    IS_ROUNDED: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
     begin = tl.program_id(0).to(tl.int64) * SEGMENTS
     _, at, inside, block = _elements(begin, segments, columns, offset, first, stride, SEGMENTS)
     value = tl.load(total + at, mask=inside, other=0).to(tl.float32)
     value += tl.load(gradient + at, mask=inside, other=0).to(tl.float32)
-    if IS_ROUNDED:
-        rounded = _rounded(value, _random_halves(key, block, SEGMENTS))
-        tl.store(total.to(tl.pointer_type(tl.int16)) + at, rounded, mask=inside)
-    else:
-        tl.store(total + at, value, mask=inside)
+    rounded = _rounded(value, _random_halves(key, block, SEGMENTS))
+    tl.store(total.to(tl.pointer_type(tl.int16)) + at, rounded, mask=inside)
 
 
 @triton.jit

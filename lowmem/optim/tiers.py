@@ -81,7 +81,10 @@ class TieredOptimizer(Optimizer):
         self.seed = 0
         """Seed of stochastic rounding; `train_step` sets it."""
         self.clip_factor: Tensor | None = None
-        """An fp32 scalar that multiplies each gradient in the next `step`, which then sets it to None."""
+        """An fp32 scalar that multiplies each gradient in the next `step`, which then sets it to None.
+
+        If `can_skip`, NaN makes that `step` change nothing but the counts of updates; `undo_counts` resets these.
+        """
         self._slice_elements = slice_elements or slice_elements_for(list(names), first.device.type)
 
     def _convert(self, parameter: nn.Parameter) -> None:
@@ -99,6 +102,18 @@ class TieredOptimizer(Optimizer):
         clip_factor, self.clip_factor = self.clip_factor, None
         self._update(self._with_gradients(), clip_factor)
 
+    @property
+    def can_skip(self) -> bool:
+        """Whether `step` can begin before the host knows that gradients are finite; see `clip_factor`."""
+        return False
+
+    def undo_counts(self) -> None:
+        """After a `step` with a `clip_factor` of NaN, restore each parameter's count of updates."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.state[parameter]["step"] -= 1
+
     def _with_gradients(self) -> Iterator[WithGradient]:
         """Yield each parameter that has a gradient, after counting its update."""
         for group in self.param_groups:
@@ -111,8 +126,11 @@ class TieredOptimizer(Optimizer):
                     yield WithGradient(group, parameter, gradient, _local_tensors(parameter, self.state[parameter]))
 
     @contextmanager
-    def summing(self, micro_batches: int, *key: int) -> Iterator[None]:
-        """Sum gradients over micro-batches in fp32. In lean, sum large ones in bf16 with rounding seeded by `key`."""
+    def summing(self, micro_batches: int, *key: int) -> Iterator[Callable[[nn.Parameter], Tensor]]:
+        """Sum gradients over micro-batches in fp32. In lean, sum large ones in bf16 with rounding seeded by `key`.
+
+        Yields a function that returns a parameter's sum up to now, this rank's part. At the end, `.grad` has the sums.
+        """
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         sums: dict[nn.Parameter, Tensor] = {}
         count = dict.fromkeys(parameters, 0)
@@ -124,13 +142,14 @@ class TieredOptimizer(Optimizer):
                 sums[parameter] = gradient if self._is_rounded(parameter) else gradient.float()
                 return
             count[parameter] += 1
-            self.add(parameter, sums[parameter], gradient, self.key_of(parameter, count[parameter], *key))
+            random = self.key_of(parameter, count[parameter], *key) if self._is_rounded(parameter) else 0
+            self.add(parameter, sums[parameter], gradient, random)
 
         for parameter in parameters:
             parameter.grad_dtype = parameter.dtype
         hooks = [x.register_post_accumulate_grad_hook(add) for x in parameters] if micro_batches > 1 else []
         try:
-            yield
+            yield lambda parameter: local_of(parameter.grad) if parameter.grad is not None else sums[parameter]
             for parameter in parameters if hooks else ():
                 # set the dtype even without a sum: this rank then all-reduces zeros, which need the other ranks' dtype
                 parameter.grad_dtype = torch.bfloat16 if self._is_rounded(parameter) else torch.float32
@@ -207,6 +226,10 @@ class TieredAdamW(TieredOptimizer):
             tier_forms = ("int8", "uint8") if self.memory == "lean" else forms
             forms = tier_forms if self._moments == "tier" else ("bf16", "bf16")
         return zeros("exp_avg", local, forms[0]) | zeros("exp_avg_sq", local, forms[1])
+
+    @property
+    def can_skip(self) -> bool:
+        return self.kernels is not None
 
     def _update(self, with_gradients: Iterable[WithGradient], clip_factor: Tensor | None) -> None:
         if self.kernels:
