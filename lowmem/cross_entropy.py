@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 
 import torch
@@ -11,6 +12,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.kernels.compilers import has_triton
 
 SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
@@ -194,9 +196,18 @@ def _operations_for(hidden: Tensor, dtype: torch.dtype, changes: Sequence[Change
     """Return what computes a slice's sums and gradient: a class or module with the functions of _TensorOperations."""
     if fused is None:
         fused = hidden.device.type == "cuda" and has_triton()
+        if hidden.device.type == "cuda" and not fused:
+            _print_fallback()
     if not fused or dtype == torch.float64 or [operation for operation, _ in changes].count("tanh") > 1:
         return _TensorOperations
     return _FakeKernels if isinstance(hidden, FakeTensor) else import_module("lowmem.kernels.cross_entropy_cuda")
+
+
+@cache
+def _print_fallback() -> None:
+    if rank_and_world_size()[0] == 0:
+        advice = "install triton and a C compiler"
+        print(f"the loss uses tensor operations, slower than lowmem's kernels: {advice}", flush=True)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -62,11 +62,13 @@ class Segments(NamedTuple):
 def random_halves(key: int, origin: Origin, rows: slice, columns: int, device: torch.device) -> Tensor:
     """Return 16 random bits per element, int32 in [0, 65536), of some rows of a rank's part; (rows, columns)."""
     begin = origin.column % BLOCK
+    width = begin + columns
     first = torch.arange(rows.start, rows.stop, device=device) * origin.blocks_per_row + origin.first_block
-    blocks = first.unsqueeze(1) + torch.arange(-(-(begin + columns) // BLOCK), device=device)
-    counters = blocks.unsqueeze(2) * COUNTERS + torch.arange(COUNTERS, device=device)
+    blocks = first.unsqueeze(1) + torch.arange(-(-width // BLOCK), device=device)
+    # narrow rows need only some counters and words of their block
+    counters = blocks.unsqueeze(2) * COUNTERS + torch.arange(min(COUNTERS, width), device=device)
     halves = [half.to(torch.int32) for word in philox(key, counters) for half in (word & 0xFFFF, word >> 16)]
-    return torch.stack(halves, 2).flatten(1)[:, begin : begin + columns]
+    return torch.stack(halves[: -(-width // COUNTERS)], 2).flatten(1)[:, begin:width]
 
 
 def shuffled(random: Tensor) -> Tensor:
