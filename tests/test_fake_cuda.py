@@ -1,0 +1,89 @@
+"""Steps on fake CUDA tensors: no mix of devices, few syncs and launches, the bytes of the tiers, the peak of `plan`."""
+
+import pytest
+
+from tests.fake_cuda import measured
+from tests.models import FAMILIES, LLAMA, T5
+
+pytestmark = pytest.mark.cuda_build
+
+WIDE = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 16384}
+MEDIUM = LLAMA | WIDE | {"num_hidden_layers": 4, "num_attention_heads": 8}
+WIDE_T5 = T5 | {"d_model": 512, "d_kv": 64, "num_heads": 8, "d_ff": 1024, "vocab_size": 16384, "dropout_rate": 0.1}
+TIERS = {
+    "off": {"memory": "off"},
+    "exact": {},
+    "lean": {"memory": "lean"},
+    "bf16 moments": {"optimizer": "adamw_bf16"},
+    "lean, bf16 moments": {"memory": "lean", "optimizer": "adamw_bf16"},
+    "adafactor": {"optimizer": "adafactor"},
+    "lean, adafactor": {"memory": "lean", "optimizer": "adafactor"},
+}
+WAYS = {
+    "recompute": {"savers": ["recompute"]},
+    "recompute_cheap": {"savers": ["recompute_cheap"], "micro_batches": 3},
+    "offload": {"savers": ["offload_activations"]},
+    "offload layers": {"savers": ["recompute", "offload_activations"], "micro_batches": 2},
+    "release": {"savers": ["release"], "memory": "lean"},
+    "release, off": {"savers": ["release", "recompute"], "memory": "off"},
+    "packed": {"packed": True},
+    "plain": {"loss": "plain"},
+    "replicated": {"ranks": 4},
+    "full shard": {"sharding": "FULL_SHARD", "ranks": 4, "savers": ["recompute"]},
+    "full shard, lean": {"sharding": "FULL_SHARD", "ranks": 4, "memory": "lean", "micro_batches": 2},
+    "full shard, off": {"sharding": "FULL_SHARD", "ranks": 4, "memory": "off", "savers": ["offload_activations"]},
+    "gradient shard": {"sharding": "SHARD_GRAD_OP", "ranks": 4, "micro_batches": 2},
+}
+STEPS = {f"llama, {name}": {"shape": LLAMA} | case for name, case in {**TIERS, **WAYS}.items()}
+STEPS |= {
+    "t5": {"shape": T5},
+    "t5, dropout": {"shape": T5 | {"dropout_rate": 0.1}, "savers": ["recompute_cheap"], "memory": "lean"},
+    "t5, equal lengths": {"shape": T5, "lengths": [24, 24], "savers": ["recompute", "offload_activations"]},
+    "t5, full shard": {"shape": T5, "sharding": "FULL_SHARD", "ranks": 4},
+    "qwen2": {"shape": FAMILIES["qwen2"] | {"vocab_size": 151_936}, "memory": "lean", "savers": ["recompute"]},
+}
+TIER_BYTES = {"off": 28, "exact": 26, "lean": 10, "bf16 moments": 18, "lean, bf16 moments": 14}
+UPDATES = {f"update, {tier}": {"shape": MEDIUM} | TIERS[tier] for tier in TIER_BYTES}
+PLANS = {
+    f"plan, {name}, {tier}, {' '.join(savers)}": {
+        "shape": shape,
+        **TIERS[tier],
+        "savers": savers,
+        "lengths": lengths,
+        "micro_batches": 2,
+        "is_planned": True,
+    }
+    for name, shape, lengths in (("llama", MEDIUM, [256] * 4), ("t5", WIDE_T5, [256, *[255] * 3]))
+    for tier, savers in (("exact", ["recompute"]), ("lean", []), ("off", ["recompute"]))
+}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return measured(STEPS | UPDATES | PLANS)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_syncs_once_itself(found, name):
+    syncs = found[name]["syncs"]
+    assert syncs.pop("norm") == {"_local_scalar_dense in lowmem/step.py why_no_update": 1}
+    assert not syncs
+
+
+@pytest.mark.parametrize("tier", TIER_BYTES)
+def test_an_update_moves_each_byte_once(found, tier):
+    step = found[f"update, {tier}"]
+    of_weight = step["bytes"]["update"] / step["weights"]
+    assert TIER_BYTES[tier] <= of_weight < TIER_BYTES[tier] + 0.2
+    assert step["launches"]["update"] <= (2 if tier == "off" else 4)
+
+
+def test_the_loss_launches_few_operations_for_a_slice(found):
+    kernels = found["qwen2"]["kernels"]
+    assert kernels["sums_kernel"] == kernels["gradient_kernel"] == 1
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plan_predicts_the_peak(found, name):
+    step = found[name]
+    assert step["peak_bytes"] == pytest.approx(step["predicted_bytes"], rel=0.01)
