@@ -91,14 +91,15 @@ def count_step(
     the launches of Triton's kernels by name, the peak of the bytes of tensors, and the number of weights of this rank.
     """
     cluster, mixed_precision = Cluster(ranks, ranks, on_gpu=True), "bf16" if memory == "off" else "no"
-    is_sharded = sharding != "NO_SHARD"
+    config, is_sharded = config_from(shape), sharding != "NO_SHARD"
+    batch = _batch(lengths, is_causal=not config.is_encoder_decoder, packed=packed)  # real: counts its targets
     with ExitStack() as stack:
         accelerator = stack.enter_context(fake_ranks(cluster, mixed_precision=mixed_precision, shards=is_sharded))
         accelerator.state.device = CUDA
         mesh = make_mesh(accelerator, sharding, None, 1) if is_sharded else None
         stack.enter_context(fake_tensors())
         with CUDA:
-            model = build_model(config_from(shape), "sdpa")
+            model = build_model(config, "sdpa")
         if is_sharded:
             shard(model, mesh, sharding_strategy=sharding, cpu_offload=False)
         tier = make_optimizer(model, name=optimizer, memory=memory)
@@ -106,7 +107,6 @@ def count_step(
         tier.register_step_post_hook(lambda *_: COUNTS.end_update())
         meter = stack.enter_context(MemoryMeter(block_bytes=CUDA_BLOCK_BYTES))
         meter.count([*model.parameters(), *model.buffers()])
-        batch = _batch(lengths, is_causal=not model.config.is_encoder_decoder, packed=packed)
         stack.enter_context(entered([SAVERS[name] for name in savers], model, tier))
         state = TrainState(model, tier)
         for _ in range(2):  # the first one creates state
