@@ -88,7 +88,8 @@ def count_step(
     """Take two steps on rows of these `lengths`; return what the second one does.
 
     By phase: its launches, the bytes that they read and write, and the places of its host syncs. Of the whole step:
-    the launches of Triton's kernels by name, the peak of the bytes of tensors, and the number of weights of this rank.
+    the launches of Triton's kernels by name, and the peak of the bytes of tensors. Also this rank's number of
+    parameters and weights.
     """
     cluster, mixed_precision = Cluster(ranks, ranks, on_gpu=True), "bf16" if memory == "off" else "no"
     config, is_sharded = config_from(shape), sharding != "NO_SHARD"
@@ -122,8 +123,9 @@ def count_step(
                     learning_rate=1e-4,
                     max_grad_norm=None if "release" in savers else 1.0,
                 )
-        weights = sum(local_of(parameter).numel() for parameter in model.parameters())
-        return COUNTS.by_phase() | {"kernels": COUNTS.kernels, "peak_bytes": meter.peak_bytes, "weights": weights}
+        local = [local_of(parameter) for parameter in model.parameters()]
+        sizes = {"parameters": len(local), "weights": sum(tensor.numel() for tensor in local)}
+        return COUNTS.by_phase() | {"kernels": COUNTS.kernels, "peak_bytes": meter.peak_bytes} | sizes
 
 
 def predicted_peak(
@@ -137,7 +139,9 @@ def predicted_peak(
     """Return the peak of the bytes of tensors that `plan` predicts for the second of `count_step`'s steps."""
     sizes = {"batch_size": len(lengths), "max_seq_len": max(lengths), "gradient_accumulation_steps": micro_batches}
     recompute = "full" if "recompute" in savers else "cheap" if "recompute_cheap" in savers else "off"
-    config = TrainConfig(memory=memory, mixed_precision="bf16", recompute=recompute, release="release" in savers, **sizes)
+    config = TrainConfig(
+        memory=memory, mixed_precision="bf16", recompute=recompute, release="release" in savers, **sizes
+    )
     counted = count(config, Cluster(1, 1, on_gpu=True), config_from(shape))
     return max(sum(size for kind, size in parts.items() if kind != Kind.OFFLOADED) for parts in counted.peaks.values())
 

@@ -40,9 +40,11 @@ STEPS |= {
     "t5, dropout": {"shape": T5 | {"dropout_rate": 0.1}, "savers": ["recompute_cheap"], "memory": "lean"},
     "t5, equal lengths": {"shape": T5, "lengths": [24, 24], "savers": ["recompute", "offload_activations"]},
     "t5, full shard": {"shape": T5, "sharding": "FULL_SHARD", "ranks": 4},
-    "qwen2": {"shape": FAMILIES["qwen2"] | {"vocab_size": 151_936}, "memory": "lean", "savers": ["recompute"]},
+    "qwen2": {"shape": FAMILIES["qwen2"]},
 }
-TIER_BYTES = {"off": 28, "exact": 26, "lean": 10, "bf16 moments": 18, "lean, bf16 moments": 14}
+TIER_BYTES = {"off": 32, "exact": 26, "lean": 10, "bf16 moments": 18, "lean, bf16 moments": 14}
+LOSS = {"shape": FAMILIES["qwen2"] | {"vocab_size": 151_936}, "memory": "lean", "savers": ["recompute"]}
+LOSSES = {"loss, 5 slices": LOSS | {"lengths": [513]}, "loss, 1 slice": LOSS | {"lengths": [97]}}
 UPDATES = {f"update, {tier}": {"shape": MEDIUM} | TIERS[tier] for tier in TIER_BYTES}
 PLANS = {
     f"plan, {name}, {tier}, {' '.join(savers)}": {
@@ -58,32 +60,53 @@ PLANS = {
 }
 
 
+MASKS = "transformers/masking_utils.py"
+OWN_SYNC = {"norm": {"_local_scalar_dense in lowmem/step.py why_no_update": 1}}
+
+
 @pytest.fixture(scope="module")
 def found():
-    return measured(STEPS | UPDATES | PLANS)
+    return measured(STEPS | LOSSES | UPDATES | PLANS)
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_syncs_once_itself(found, name):
-    syncs = found[name]["syncs"]
-    assert syncs.pop("norm") == {"_local_scalar_dense in lowmem/step.py why_no_update": 1}
-    assert not syncs
+def test_a_step_has_one_sync_of_its_own(found, name):
+    places = {phase: {x: n for x, n in of.items() if MASKS not in x} for phase, of in found[name]["syncs"].items()}
+    assert {phase: of for phase, of in places.items() if of} == OWN_SYNC
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if name != "t5, equal lengths"])
+@pytest.mark.xfail(strict=True, reason="transformers reads masks or positions in each forward")
+def test_masks_need_no_sync(found, name):
+    assert found[name]["syncs"] == OWN_SYNC
 
 
 @pytest.mark.parametrize("tier", TIER_BYTES)
-def test_an_update_moves_each_byte_once(found, tier):
+def test_an_update_reads_and_writes_each_tensor_once(found, tier):
+    """In two launches, of large and of small parameters, and the copies of their tables."""
     step = found[f"update, {tier}"]
-    of_weight = step["bytes"]["update"] / step["weights"]
-    assert TIER_BYTES[tier] <= of_weight < TIER_BYTES[tier] + 0.2
-    assert step["launches"]["update"] <= (2 if tier == "off" else 4)
+    assert TIER_BYTES[tier] <= step["bytes"]["update"] / step["weights"] < TIER_BYTES[tier] + 0.1
+    assert step["launches"]["update"] <= 4
 
 
-def test_the_loss_launches_few_operations_for_a_slice(found):
-    kernels = found["qwen2"]["kernels"]
-    assert kernels["sums_kernel"] == kernels["gradient_kernel"] == 1
+@pytest.mark.parametrize("name", STEPS)
+def test_a_shard_is_updated_in_as_few_launches(found, name):
+    """A released parameter is updated alone. Adafactor has no kernel."""
+    step = found[name]
+    if "adafactor" not in name:
+        limit = 4 * step["parameters"] if "release" in name else 4
+        assert step["launches"]["update"] <= limit
+
+
+def test_a_slice_of_the_loss_takes_one_kernel_in_each_direction(found):
+    """512 rows x 151,936 logits are 5 slices of at most 2**24; in a slice, forward and backward launch 7 operations."""
+    loss, without = found["loss, 5 slices"], found["loss, 1 slice"]
+    assert loss["kernels"]["sums_kernel"] == loss["kernels"]["gradient_kernel"] == 5
+    launches = [step["launches"]["forward and backward"] for step in (loss, without)]
+    assert launches[0] - launches[1] <= 4 * 7
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_plan_predicts_the_peak(found, name):
     step = found[name]
-    assert step["peak_bytes"] == pytest.approx(step["predicted_bytes"], rel=0.01)
+    assert step["peak_bytes"] == pytest.approx(step["predicted_bytes"], rel=0.002)
