@@ -85,7 +85,7 @@ def count_step(
     sharding: str = "NO_SHARD",
     ranks: int = 1,
 ) -> dict[str, object]:
-    """Take two steps on rows of these `lengths`; return what the second one does.
+    """Take steps on rows of these `lengths`; return what the last one does, which is like all after the first.
 
     By phase: its launches, the bytes that they read and write, and the places of its host syncs. Of the whole step:
     the launches of Triton's kernels by name, and the peak of the bytes of tensors. Also this rank's number of
@@ -110,7 +110,8 @@ def count_step(
         meter.count([*model.parameters(), *model.buffers()])
         stack.enter_context(entered([SAVERS[name] for name in savers], model, tier))
         state = TrainState(model, tier)
-        for _ in range(2):  # the first one creates state
+        is_first = memory == "off" or is_sharded  # its first step also makes state or prepares collectives
+        for _ in range(1 + is_first):
             COUNTS.reset()
             meter.count(x for held in tier.state.values() for x in held.values() if isinstance(x, Tensor) and x.is_cuda)
             meter.reset_peak()
@@ -136,7 +137,7 @@ def predicted_peak(
     lengths: Sequence[int] = (24, 16),
     micro_batches: int = 1,
 ) -> int:
-    """Return the peak of the bytes of tensors that `plan` predicts for the second of `count_step`'s steps."""
+    """Return the peak of the bytes of tensors that `plan` predicts for the step of `count_step`."""
     sizes = {"batch_size": len(lengths), "max_seq_len": max(lengths), "gradient_accumulation_steps": micro_batches}
     recompute = "full" if "recompute" in savers else "cheap" if "recompute_cheap" in savers else "off"
     config = TrainConfig(
@@ -226,7 +227,7 @@ def _tensors(values: Iterable[object]) -> list[Tensor]:
     found = []
     for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            found.append(local_of(value))
         elif isinstance(value, list | tuple):
             found += _tensors(value)
     return found
