@@ -1,8 +1,8 @@
-"""Count the launches, bytes, host syncs and peak of steps of full-size models on fake CUDA tensors, without a GPU.
+"""Count launches, bytes and host syncs of steps of full-size models on fake CUDA tensors; compare peaks with `plan`.
 
     PYTHONPATH=. python benchmarks/fake_cuda.py
 
-Needs the CUDA build of torch; prints a table. `tests/fake_cuda.py` says what is counted.
+Needs the CUDA build of torch, and no GPU; prints two tables. `tests/fake_cuda.py` says what is counted.
 """
 
 from lowmem.config.presets import MODEL_SHAPES
@@ -13,39 +13,59 @@ QWEN |= {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_head
 LLAMA = {"model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336}
 LLAMA |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
 SHAPES = {"T5-base": MODEL_SHAPES["t5-base"], "Qwen-0.5B": QWEN, "Llama-8B": LLAMA}
-KEYS = ("launches", "bytes")
-STEPS = [
-    *(("T5-base", memory, (2, 512)) for memory in ("exact", "lean")),
-    *(("Qwen-0.5B", memory, (8, 2048)) for memory in ("exact", "lean")),
-    *(("Llama-8B", memory, (1, 2048)) for memory in ("exact", "lean")),
-    *(("T5-base", memory, (8, 512)) for memory in ("off", "exact", "lean")),
-    *(("Qwen-0.5B", memory, (4, 2048)) for memory in ("off", "exact", "lean")),
-]
+COUNTED = [("T5-base", 2, 512), ("Qwen-0.5B", 8, 2048), ("Llama-8B", 1, 2048)]
+PLANNED = [("T5-base", 8, 512), ("Qwen-0.5B", 4, 2048)]
+
+
+def cases() -> dict[str, dict[str, object]]:
+    """Return the steps to count, with one and two micro-batches, and those whose peak `plan` predicts."""
+    found = {}
+    for name, rows, length in COUNTED:
+        for memory in ("exact", "lean"):
+            case = {"shape": SHAPES[name], "memory": memory, "lengths": [length] * rows}
+            for micro_batches in (1, 2):
+                found[f"{name} | {memory} | {rows} x {length} | {micro_batches}"] = case | {
+                    "micro_batches": micro_batches
+                }
+    for name, rows, length in PLANNED:
+        # rows of different lengths, because `plan` counts the mask that the encoder of T5 then needs
+        lengths = [length, *[length - 8 * (name == "T5-base")] * (rows - 1)]
+        for memory in ("exact", "lean", "off"):
+            case = {"shape": SHAPES[name], "memory": memory, "lengths": lengths, "micro_batches": 2}
+            found[f"{name} | {memory} | {rows} x {length}"] = case | {"is_planned": True}
+    return found
+
+
+def row(name: str, one: dict[str, dict], two: dict[str, dict]) -> str:
+    """Return a row of the first table, from steps with one and two micro-batches."""
+    weights, phase = one["weights"], "forward and backward"
+    launches, bytes_of_weight = (
+        {
+            phase: one[key][phase] / unit,
+            "a sum": (two[key][phase] - 2 * one[key][phase]) / unit,
+            "norm and clipping": two[key]["norm"] / unit,
+            "update": one[key]["update"] / unit,
+        }
+        for key, unit in (("launches", 1), ("bytes", weights))
+    )
+    cells = [f"{number:,.0f}, {bytes_of_weight[part]:,.1f}" for part, number in launches.items()]
+    syncs = sum(number for places in one["syncs"].values() for number in places.values())
+    return f"| {name} | {' | '.join(cells)} | {syncs} |"
 
 
 def main() -> None:
-    cases = {}
-    for name, memory, (rows, length) in STEPS:
-        # the rows of an encoder-decoder differ in length, so that they need the mask that `plan` counts
-        lengths = [length, *[length - (name == "T5-base")] * (rows - 1)]
-        case = {"shape": SHAPES[name], "memory": memory, "lengths": lengths}
-        for micro_batches in (1, 2):
-            step = {"micro_batches": micro_batches, "is_planned": micro_batches == 2}
-            cases[f"{name} | {memory} | {rows} x {length}", micro_batches] = case | step
-    names = {f"{name} {micro_batches}": (name, micro_batches) for name, micro_batches in cases}
-    found = measured({key: cases[given] for key, given in names.items()}, timeout=7200)
-    heads = ["model", "tier", "micro-batch", "forward and backward", "a sum", "norm", "update", "bytes a weight"]
-    heads += ["syncs", "peak, MiB", "plan, MiB"]
-    print(f"| {' | '.join(heads)} |\n|{'---|' * 3}{'---:|' * (len(heads) - 3)}")
-    for name in dict.fromkeys(name for name, _ in cases):
-        one, two = (found[f"{name} {micro_batches}"] for micro_batches in (1, 2))
-        launches, weights = one["launches"], one["weights"]
-        of_sum, sum_bytes = (two[key]["forward and backward"] - 2 * one[key]["forward and backward"] for key in KEYS)
-        num_syncs = sum(sum(places.values()) for places in one["syncs"].values())
-        cells = [launches["forward and backward"], f"{of_sum}, {sum_bytes / weights:.1f} bytes a weight"]
-        cells += [launches["norm"], launches["update"], f"{one['bytes']['update'] / weights:.1f}", num_syncs]
-        cells += [f"{step / 2**20:,.0f}" for step in (two["peak_bytes"], two["predicted_bytes"])]
-        print(f"| {name} | {' | '.join(map(str, cells))} |")
+    found = measured(cases(), timeout=7200)
+    print("Launches, and bytes per weight:\n")
+    print("| model | tier | micro-batch | forward and backward | a sum | norm and clipping | update | syncs |")
+    print(f"|{'---|' * 3}{'---:|' * 5}")
+    for name in found:
+        if name.endswith("| 1"):
+            print(row(name[:-4], found[name], found[name[:-1] + "2"]))
+    print("\nPeak bytes of tensors with two micro-batches, MiB:\n")
+    print("| model | tier | micro-batch | fake CUDA tensors | `plan` |\n|---|---|---|---:|---:|")
+    for name, step in found.items():
+        if step["predicted_bytes"]:
+            print(f"| {name} | {step['peak_bytes'] / 2**20:,.0f} | {step['predicted_bytes'] / 2**20:,.0f} |")
 
 
 if __name__ == "__main__":
