@@ -50,7 +50,7 @@ _WITHOUT_KERNEL |= {"_unsafe_view", "device"}
 _ONLY_WRITES = {"copy_", "fill_", "zero_"}  # these do not read the tensor that they change
 
 
-def measured(cases: Mapping[str, Mapping[str, object]], *, timeout: float = 600) -> dict[str, dict[str, object]]:
+def measured(cases: Mapping[str, Mapping[str, object]], *, timeout: float = 1200) -> dict[str, dict[str, object]]:
     """Call `count_step` with the arguments of each case, all in one new process; return the results by name.
 
     If a case has `is_planned`, its result also has the peak that `plan` predicts, as `predicted_bytes`.
