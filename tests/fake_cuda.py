@@ -62,7 +62,7 @@ def measured(cases: Mapping[str, Mapping[str, object]], *, timeout: float = 1200
         child = subprocess.run(
             [sys.executable, "-m", "tests.fake_cuda"],
             cwd=ROOT,
-            env=environment(LD_PRELOAD=str(library)),
+            env=environment(LD_PRELOAD=str(library)),  # hides GPUs, so that torch has none to seed
             input=json.dumps(cases),
             stdout=subprocess.PIPE,
             text=True,
