@@ -1,6 +1,7 @@
 """Run torch on one thread, because results are bit-identical only for a fixed number of threads; mark slow tests."""
 
 import gc
+import shutil
 
 import pytest
 import torch
@@ -23,3 +24,6 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+    if item.get_closest_marker("cuda_build"):
+        if torch.version.cuda is None or torch.cuda.is_available() or not shutil.which("cc"):
+            pytest.skip("needs the CUDA build of torch, a C compiler and no GPU: see benchmarks/README.md")
