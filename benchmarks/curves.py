@@ -45,6 +45,7 @@ from lowmem import (
     train_step,
 )
 from lowmem.distributed.seeds import seed_of
+from lowmem.optim.norms import gradient_norms
 
 Record = dict[str, object]
 TakeStep = Callable[[int, Sequence[Batch], float], Tensor]
@@ -92,6 +93,27 @@ def half_away_from_zero(master: Tensor) -> Tensor:
 def half_to_even(master: Tensor) -> Tensor:
     """Round fp32 to bf16 with ties to even, as torch does."""
     return master.to(torch.bfloat16)
+
+
+class DefinedAdamW(torch.optim.Optimizer):
+    """AdamW over fp32 weights as lowmem/optim/adamw.py defines it: each operation is rounded to fp32."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for weight in group["params"]:
+                state, gradient = self.state[weight], weight.grad
+                if not state:
+                    state |= {"step": 0, "first": torch.zeros_like(weight), "second": torch.zeros_like(weight)}
+                state["step"] += 1
+                first, second = state["first"], state["second"]
+                weight.mul_(1 - lr * group["weight_decay"])
+                first.add_((gradient - first) * (1 - beta1))
+                second.mul_(beta2).add_(gradient * gradient * (1 - beta2))
+                root = second.double().sqrt().float()  # torch's square root of fp32 may not round to nearest
+                root.mul_(1 / math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
+                weight.sub_(first * (lr / (1 - beta1 ** state["step"])) / root)
 
 
 @dataclass(frozen=True)
@@ -148,8 +170,8 @@ def library_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed: 
 def reference_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed: int) -> TakeStep:
     """Return a function that takes a step in plain torch with fp32 masters. The exact tier must reproduce it.
 
-    It sums the bf16 gradients of the micro-batches in fp32, clips the sums, updates the masters with torch's
-    optimizer, and rounds the masters to the weights of the bf16 model.
+    It sums the bf16 gradients of the micro-batches in fp32, clips the sums by the library's norm, updates the masters,
+    and rounds the masters to the weights of the bf16 model.
     """
     weights = list(model.parameters())
     masters = [weight.detach().clone() for weight in weights]
@@ -160,7 +182,7 @@ def reference_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed
         for wanted in (True, False)
     ]
     if arm.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+        optimizer = DefinedAdamW(groups, {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8})
     else:
         optimizer = torch.optim.Adafactor(groups, lr=0.0, foreach=False)
 
@@ -180,7 +202,7 @@ def reference_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed
                 gradient, weight.grad = weight.grad.float(), None
                 master.grad = gradient if master.grad is None else master.grad + gradient
         # not clip_grad_norm_: it sums in another order, so the last bit of its norm may differ from train_step's
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(master.grad) for master in masters]))
+        norm = torch.linalg.vector_norm(torch.stack(gradient_norms([master.grad for master in masters])))
         clip_grads_with_norm_(masters, MAX_GRAD_NORM, norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
