@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from lowmem.cross_entropy import Change, chunked_cross_entropy
 from lowmem.data.batch import IGNORED, Batch
-from lowmem.distributed.placement import is_engine, original_class, unwrapped, uses_zero3
+from lowmem.distributed.placement import is_engine, unwrapped, uses_zero3
 from lowmem.errors import UsageError, is_out_of_memory
-from lowmem.model.masks import chosen_on_host
+from lowmem.model.masks import host_masks
 
 
 def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
@@ -191,10 +191,7 @@ def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, objec
 
 
 def _masks(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
-    """Choose masks on the host if it knows how. A user's class may make its own masks from tokens, so let it look."""
-    if batch.needs_its_masks and original_class(unwrapped(model)).__module__.startswith("transformers.models."):
-        return chosen_on_host(batch.inputs, is_encoder_decoder=unwrapped(model).config.is_encoder_decoder)
-    return nullcontext()
+    return host_masks(model, batch.inputs) if batch.needs_its_masks else nullcontext()
 
 
 def _decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:

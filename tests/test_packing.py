@@ -6,9 +6,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem.data.batch import IGNORED, collate
-from lowmem.data.packing import check_packing, pack
+from lowmem.data.packing import pack
 from lowmem.errors import UsageError
 from lowmem.loss import chunked_loss, plain_loss
+from lowmem.model.checks import check_packing
 from tests.models import build
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 384, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -205,6 +206,20 @@ def test_models_in_which_packed_documents_affect_each_other_are_refused(fields, 
     with pytest.raises(UsageError, match=message):
         check_packing(model)
     assert model.training
+
+
+def test_a_model_that_misreads_an_additive_mask_is_refused():
+    """Such a model keeps documents apart with the boolean masks that transformers makes, but not in our losses."""
+
+    def misread(attention, args, options):
+        mask = options["attention_mask"]
+        return args, options | {"attention_mask": mask if mask is None else mask != 0}
+
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(misread, with_kwargs=True)
+    with pytest.raises(UsageError, match="packed documents affect each other"):
+        check_packing(model)
 
 
 def test_a_model_that_takes_no_position_ids_is_refused():

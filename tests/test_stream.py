@@ -14,7 +14,7 @@ from pyarrow import parquet
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import ByT5Tokenizer
+from transformers import ByT5Tokenizer, masking_utils
 
 from lowmem.data.batch import IGNORED, Batch, collate
 from lowmem.data.bundled import BundledRows
@@ -194,6 +194,21 @@ def test_all_layers_share_one_additive_mask_of_the_packed_documents(dtype):
     documents = [[0] * 10 + [1] * 6, [0] * 9 + [1] * 4 + [2] * 3]
     expected = [[[a == b and i >= j for j, b in enumerate(row)] for i, a in enumerate(row)] for row in documents]
     assert (first[:, 0] == 0).tolist() == expected and first.min() == torch.finfo(dtype).min
+
+
+def test_masks_of_packed_documents_come_from_the_users_function_for_sdpa_which_stays():
+    calls, interface = [], masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+
+    def own(**options):
+        calls.append(options)
+        return masking_utils.sdpa_mask(**options)
+
+    interface["sdpa"] = own
+    try:
+        chunked_loss(build("llama"), collate([row_of(10, 6)], causal=True))
+        assert len(calls) == 1 and interface["sdpa"] is own
+    finally:
+        del interface["sdpa"]
 
 
 def test_packed_rows_of_one_document_each_get_no_positions_because_they_need_no_mask():

@@ -7,11 +7,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from itertools import chain, islice
 
-import torch
-from torch import Tensor, nn
-
 from lowmem.data.batch import IGNORED, EncodedRow
-from lowmem.errors import UsageError
 
 
 class PackedRow(EncodedRow):
@@ -44,46 +40,6 @@ def pack(rows: Sequence[Document], *, max_seq_len: int, micro_batches: int) -> l
     parts = [list(islice(rest, size + (index >= micro_batches - num_larger))) for index in range(micro_batches)]
     parts.sort(key=lambda bins: len(bins) * _num_tokens(bins[0]), reverse=True)
     return [[_packed(documents) for documents in bins] for bins in parts]
-
-
-def check_packing(model: nn.Module) -> None:
-    """Raise UsageError if the model is not causal, or if packed documents would affect each other in it.
-
-    Compares logits for packed and separate random documents, up to rounding. This rejects state-space models and ALiBi.
-    """
-    from lowmem.distributed.fully_sharded import forward_only
-    from lowmem.distributed.placement import unwrapped
-
-    base = unwrapped(model)
-    what = f"packing needs a causal model that takes position_ids, {type(base).__name__}"
-    if base.config.is_encoder_decoder:
-        raise UsageError(f"{what} is an encoder-decoder: train it without packing")
-    device = next(base.parameters()).device
-    generator = torch.Generator().manual_seed(0)  # separate, to leave the run's random numbers unchanged
-    rows = torch.randint(base.get_input_embeddings().num_embeddings, (2, 12), generator=generator).to(device)
-    lengths = [(5, 7), (7, 5)]
-    positions = torch.tensor([[*range(first), *range(second)] for first, second in lengths], device=device)
-
-    def logits(input_ids: Tensor, **inputs: Tensor) -> Tensor:
-        return base(input_ids=input_ids, use_cache=False, **inputs).logits.float()
-
-    try:
-        with forward_only(model):
-            packed, as_one = logits(rows, position_ids=positions), logits(rows)
-            documents = [row[None].split(parts, dim=1) for row, parts in zip(rows, lengths, strict=True)]
-            apart = torch.cat([torch.cat([logits(part) for part in parts], dim=1) for parts in documents])
-    except TypeError as error:
-        if "position_ids" in str(error):
-            raise UsageError(f"{what} does not: train it without packing") from error
-        raise
-    seen, seen_as_one, size = (x.square().mean().sqrt() for x in (packed - apart, as_one - apart, apart))
-    # In tests, `seen` was at least 28 % of `seen_as_one` if documents affected each other, else 1e-6 of it (rounding).
-    # The second term is for a new model in which no token affects another yet: both values are then just rounding.
-    if not seen <= 0.1 * seen_as_one + 1e-6 * size:
-        attention = base.config._attn_implementation
-        found = f"in {type(base).__name__} with attn_implementation={attention}, packed documents affect each other"
-        or_sdpa = ", or try sdpa attention" if base._supports_sdpa and attention != "sdpa" else ""
-        raise UsageError(f"{found}: train without packing{or_sdpa}")
 
 
 def _even_bins(rows: Sequence[Document], capacity: int, micro_batches: int) -> list[list[Document]]:

@@ -4,11 +4,21 @@ Tested with transformers 5.17 and 5.24. This module replaces private functions o
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
+
+from lowmem.distributed.placement import original_class, unwrapped
+
+
+def host_masks(model: nn.Module, inputs: Mapping[str, object]) -> AbstractContextManager[None]:
+    """`chosen_on_host` for a model of transformers. A user's class may make its own masks from tokens: let it look."""
+    base = unwrapped(model)
+    if not original_class(base).__module__.startswith("transformers.models."):
+        return nullcontext()
+    return chosen_on_host(inputs, is_encoder_decoder=base.config.is_encoder_decoder)
 
 
 @contextmanager
@@ -35,11 +45,16 @@ def chosen_on_host(inputs: Mapping[str, object], *, is_encoder_decoder: bool) ->
     def ignores_bidirectional(padding_mask: Tensor | None, *sizes: int | None) -> bool:
         return not (is_masked and padding_mask is not None) and skips(None, *sizes)
 
+    interface = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    boolean = interface["sdpa"]
+
     def additive(*, device: torch.device, dtype: torch.dtype, **options: object) -> Tensor | None:
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)  # or autocast would copy the mask in each layer
-        mask = masking_utils.sdpa_mask(device=device, **options)
-        return mask if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        mask = boolean(device=device, dtype=dtype, **options)
+        if mask is None or mask.dtype != torch.bool:
+            return mask
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
     with ExitStack() as stack:
         _replace(stack, masking_utils, "find_packed_sequence_indices", documents)
@@ -48,8 +63,7 @@ def chosen_on_host(inputs: Mapping[str, object], *, is_encoder_decoder: bool) ->
         # it reads the first and last tokens of all rows, and warns if there may be padding
         _replace(stack, PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *_: None)
         if is_packed:
-            masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = additive
-            stack.callback(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.__delitem__, "sdpa")
+            _replace(stack, interface, "_local_mapping", {**interface._local_mapping, "sdpa": additive})
         yield
 
 
