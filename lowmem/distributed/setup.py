@@ -9,10 +9,10 @@ from lowmem.distributed.launcher import check_leftovers, launched_processes, lau
 from lowmem.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
     from lowmem.distributed.signals import Signals
-
 
 _OTHER_TORCH = "install a torch for an older CUDA, or set CUDA_VISIBLE_DEVICES= to train on CPUs"
 
@@ -58,15 +58,14 @@ def _check_driver() -> None:
             raise UsageError(f"{found}: update the driver, or {_OTHER_TORCH}") from error
 
 
-def _check_kernels() -> None:
-    """Raise UsageError if this torch was not compiled for the GPU of this process."""
+def _check_kernels(device: "torch.device") -> None:
+    """Raise UsageError if this torch was not compiled for the GPU `device`."""
     import torch
 
     compiled = [int(name.removeprefix("sm_").rstrip("af")) for name in torch.cuda.get_arch_list() if "sm_" in name]
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    major, minor = torch.cuda.get_device_capability(local_rank) if compiled else (0, 0)
+    major, minor = torch.cuda.get_device_capability(device) if compiled else (0, 0)
     if compiled and 10 * major + minor < min(compiled):
-        name = torch.cuda.get_device_name(local_rank)
+        name = torch.cuda.get_device_name(device)
         found = f"torch {torch.__version__} has no kernels for {name} (compute capability {major}.{minor})"
         raise UsageError(f"{found}: {_OTHER_TORCH}")
 
@@ -104,8 +103,6 @@ def init_distributed(
     if not wants_cpu:
         _check_driver()
     on_cpu = wants_cpu or not torch.accelerator.is_available()
-    if not on_cpu:
-        _check_kernels()
     launched = launched_processes() or 1
     if launched > 1:
         device = "cpu" if on_cpu else torch.accelerator.current_accelerator()
@@ -117,6 +114,8 @@ def init_distributed(
         from lowmem.distributed.zero import make_accelerator
 
         accelerator = make_accelerator(deepspeed, on_cpu=on_cpu, **options)
+    if accelerator.device.type == "cuda":
+        _check_kernels(accelerator.device)
     if accelerator.num_processes != launched:
         found = f"accelerate sees {accelerator.num_processes} ({accelerator.distributed_type.value})"
         raise UsageError(f"the launcher started {launched} processes, but {found}: check the launcher's flags")
