@@ -1,9 +1,17 @@
-"""Steps on fake CUDA tensors: no mix of devices, few syncs and launches, the bytes of the tiers, the peak of `plan`."""
+"""Steps on fake CUDA tensors: no mix of devices, few syncs and launches, the bytes of the tiers, the peak of `plan`.
+
+Also a run on GPUs whose driver torch cannot use.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from tests.fake_cuda import measured
 from tests.models import FAMILIES, LLAMA, T5
+from tests.processes import PROGRAM, run
 
 pytestmark = pytest.mark.cuda_build
 
@@ -98,3 +106,15 @@ def test_a_slice_of_the_loss_takes_one_kernel_in_each_direction(found):
 def test_plan_predicts_the_peak(found, name):
     step = found[name]
     assert step["peak_bytes"] == pytest.approx(step["predicted_bytes"], rel=0.002)
+
+
+def test_gpus_that_torch_cannot_use_are_named_and_nothing_trains_on_cpus(tmp_path):
+    source = Path(__file__).with_name("fake_nvml.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "libnvidia-ml.so.1", source], check=True)
+    flags = ["--max_steps=1", "--max_predict_samples=0", "--eval_on_start=False", f"--output_dir={tmp_path}/out"]
+    gpus = {"LD_LIBRARY_PATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(8)))}
+    for processes in ([], ["--num_processes=1"]):
+        result = run(sys.executable, PROGRAM, "train", *flags, *processes, **gpus)
+        (line,) = result.stderr.splitlines()
+        assert result.returncode == 2 and line.startswith("error: the NVIDIA driver lists 8 GPUs, but torch ")
+        assert line.endswith("set CUDA_VISIBLE_DEVICES= to train on CPUs")
