@@ -27,6 +27,8 @@ from lowmem.data.rows import FileRows
 from lowmem.data.stream import open_stream
 from lowmem.errors import ReadError, RowError, UsageError
 from lowmem.loss import chunked_loss, plain_loss
+from lowmem.model.build import build_model, config_from
+from tests.architectures import tiny_fields
 from tests.models import build, qa_rows
 
 ROWS = qa_rows(50)
@@ -194,6 +196,13 @@ def test_all_layers_share_one_additive_mask_of_the_packed_documents(dtype):
     documents = [[0] * 10 + [1] * 6, [0] * 9 + [1] * 4 + [2] * 3]
     expected = [[[a == b and i >= j for j, b in enumerate(row)] for i, a in enumerate(row)] for row in documents]
     assert (first[:, 0] == 0).tolist() == expected and first.min() == torch.finfo(dtype).min
+
+
+def test_packed_documents_of_a_model_with_sparse_attention_under_autocast():
+    model, batch = build_model(config_from(tiny_fields("deepseek_v32"))).train(), collate([row_of(40, 30)], causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [chunked_loss(model, each) for each in (batch, replace(batch, needs_its_masks=False))]
+    assert torch.equal(*losses)
 
 
 def test_masks_of_packed_documents_come_from_the_users_function_for_sdpa_which_stays():

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, masking_utils
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from lowmem.distributed.placement import original_class, unwrapped
 
@@ -48,10 +48,13 @@ def chosen_on_host(inputs: Mapping[str, object], *, is_encoder_decoder: bool) ->
     interface = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     boolean = interface["sdpa"]
 
-    def additive(*, device: torch.device, dtype: torch.dtype, **options: object) -> Tensor | None:
-        if torch.is_autocast_enabled(device.type):
+    def additive(
+        *, device: torch.device, dtype: torch.dtype, config: PretrainedConfig, **options: object
+    ) -> Tensor | None:
+        # sparse attention (DeepSeek-V3.2) fills the mask with a number of `dtype`, in each layer at other positions
+        if torch.is_autocast_enabled(device.type) and not hasattr(config, "index_topk"):
             dtype = torch.get_autocast_dtype(device.type)  # or autocast would copy the mask in each layer
-        mask = boolean(device=device, dtype=dtype, **options)
+        mask = boolean(device=device, dtype=dtype, config=config, **options)
         if mask is None or mask.dtype != torch.bool:
             return mask
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
