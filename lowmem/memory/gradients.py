@@ -174,7 +174,8 @@ def _is_shared(gradient: Tensor) -> bool:
 
     Autograd keeps a view as `.grad` without a copy: for `hidden + parameter[None]`, of the gradient of `hidden`.
     """
-    return torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) > 2  # the gradient, and this Python object
+    storage = gradient.untyped_storage()  # kept, because some versions of torch count it only while it exists
+    return torch._C._storage_Use_Count(storage._cdata) > 2  # the gradient and `storage`
 
 
 @cache  # check each combination of values once, not at every step
