@@ -238,16 +238,16 @@ def fail_on_one_rank():
     accelerator = init_distributed()
     rank = accelerator.process_index
     model = build("t5")
-    # `wide` fills a bucket. Its gradient comes first in backward, and is proportional to rank + 1.
-    wide = nn.Parameter(torch.ones(9_000_000))
-    model.last = nn.ParameterList([wide])
+    # `wide` fills a bucket. Its gradient comes first in backward, equals that of `other`, and shares memory with it.
+    wide, other = (nn.Parameter(torch.ones(9_000_000)) for _ in range(2))
+    model.last = nn.ParameterList([other, wide])
     model = parallelize(model, accelerator)
     state = state_of(model, name="sgd")
     before = [parameter.detach().clone() for parameter in model.parameters()]
     batches = next(stream_of("t5", batch_size=2, gradient_accumulation_steps=2, rank=rank, world_size=2))
 
     def loss_of(model, batch):
-        return plain_loss(model, batch) + wide.sum() * (rank + 1)
+        return plain_loss(model, batch) + ((1 * other)[None] + wide[None]).square().sum() * (rank + 1)
 
     def failing(kind):
         def loss_fn(model, batch):
@@ -296,7 +296,7 @@ def fail_on_one_rank():
         nonlocal num_calls
         num_calls += 1
         limit = monotonic() + 30
-        while num_calls == 2 and wide.grad[0] * num_tokens < 5.9:  # 2 * (1 + 2)
+        while num_calls == 2 and wide.grad[0] * num_tokens < 23.9:  # 2 * 4 * (1 + 2)
             assert monotonic() < limit, "the sum over ranks did not begin within backward"
 
     (num_tokens,) = sum_over_ranks(sum(batch.num_targets for batch in batches))
@@ -305,7 +305,8 @@ def fail_on_one_rank():
     handle.remove()
     assert num_calls == 2
     assert result.updated and result.preempted and result.reason == ""
-    assert not train_step(state, batches, plain_loss, accelerator, learning_rate=0.1).preempted
+    assert not train_step(state, batches[:1], loss_of, accelerator, learning_rate=0.1).preempted
+    assert torch.equal(wide, other)
     accelerator.end_training()
 
 

@@ -394,6 +394,9 @@ def sum_in_another_order(rank):
                     raise KeyError
             total.finish(mine)
     assert all(map(torch.equal, mine, expected))
+    strided = torch.ones(6)[::2]
+    all_reduce_sum([strided])
+    assert strided.tolist() == [3.0] * 3
     with pytest.raises(ValueError, match=r"the gradient of shape \[5\] changed after its sum over ranks had begun"):
         total.add(1, mine[1])
 

@@ -49,7 +49,7 @@ class BucketedSum:
         if index in self._begun:
             found = f"the gradient of shape {[*tensor.shape]} changed after its sum over ranks had begun"
             raise ValueError(f"{found}: if checkpoints share a parameter, set use_reentrant=False in them")
-        vector = tensor.detach().reshape(-1)
+        vector = tensor.detach().contiguous().view(-1)
         if not tensor.is_contiguous():
             self._strided.append((tensor, vector))
         self._ready[index] = vector

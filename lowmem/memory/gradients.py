@@ -149,7 +149,8 @@ class Gradients:
         for index, parameter in enumerate(reversed(self._trained) if self._sum else ()):
 
             def add(parameter: nn.Parameter, index: int = index) -> None:
-                self._sum.add(index, sum_of(parameter))
+                if not _is_shared(gradient := sum_of(parameter)):  # else `accumulate` adds it after backward
+                    self._sum.add(index, gradient)
 
             hooks.append(parameter.register_post_accumulate_grad_hook(add))
         try:
@@ -166,6 +167,15 @@ class Gradients:
         # HYBRID_SHARD replicas hold equal sums, so they must round with the same random bits
         key = (self._step,) if self._is_sharded else (self._step, self._rank.rank)
         return self._optimizer.summing(micro_batches, *key)
+
+
+def _is_shared(gradient: Tensor) -> bool:
+    """Whether another tensor has the gradient's memory, so that the rest of backward may read it.
+
+    Autograd keeps a view as `.grad` without a copy: for `hidden + parameter[None]`, of the gradient of `hidden`.
+    """
+    storage = gradient.untyped_storage()  # kept, because some versions of torch count it only while it exists
+    return torch._C._storage_Use_Count(storage._cdata) > 2  # the gradient and `storage`
 
 
 @cache  # check each combination of values once, not at every step
