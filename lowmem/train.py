@@ -140,7 +140,7 @@ def train(
             report.print_lines(f"on one process, {config.sharding_summary} shards nothing: start more processes")
         if config.offload_activations and config.recompute == "off":
             report.print_lines(
-                "without --recompute, offload_activations copies all that backward needs: try --recompute=full"
+                "without --recompute=full, offload_activations copies many times as much, which takes longer: set it"
             )
         if config.messages_column and prints_time(tokenizer):
             report.print_lines(

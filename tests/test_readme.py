@@ -65,7 +65,7 @@ def test_the_commands_for_your_own_rows_run(tmp_path):
     for words in ([*first, "--max_steps=2", "--max_predict_samples=0"], *others):
         result = train(*words[2:], cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-    assert (tmp_path / "out" / "plot.png").exists()
+    assert (tmp_path / "my-run" / "plot.png").exists()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -167,7 +167,7 @@ def _coerce(name: str, kind: object, value: object, problems: list[str]) -> obje
         return None
 
 
-def _text(name: str, value: object, problems: list[str]) -> str:
+def _text(name: str, value: object, problems: list[str]) -> str | None:
     """Return `value` as it was typed, with its blanks and commas; a list of names or files separated by commas."""
     text, holds, is_list = str(value), FIELDS[name].metadata.get("holds"), isinstance(value, list | tuple)
     if name == "resume" and text.lower() in ("true", "false"):
@@ -176,6 +176,7 @@ def _text(name: str, value: object, problems: list[str]) -> str:
         return "no"  # YAML reads a bare `no` as false
     if text in ("True", "False"):  # what Fire passes for a flag without a value
         problems.append(f"--{name} needs a value: --{name}=...")
+        return None
     if holds == "names":
         text = ",".join(str(part).strip() for part in (value if is_list else text.split(",")))
         return "" if text.lower() in ("none", "null") else text

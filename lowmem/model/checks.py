@@ -42,6 +42,9 @@ def check_model(
     Returns `max_seq_len`. With `may_shorten`, a model with fewer positions is no error: returns their number.
     """
     base = unwrapped(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        found = f"{type(base).__name__} has no weights yet (fill=False)"
+        raise UsageError(f"{found}: call make_optimizer before check_model")
     text_config = base.config.get_text_config()
     for name, value in text_config.to_dict().items():
         if name in _SIZES and type(value) is int and value < 1:

@@ -22,7 +22,9 @@ _PLANNING_SECONDS = 900.0  # how long other ranks wait for rank 0 to plan; even 
 
 def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
     """Fit `config` to its limits, print the memory of it and its `variants`, and draw plan.png in `output_dir`."""
-    device_memory = config.device_memory
+    device_memory, output = config.device_memory, Path(config.output_dir)
+    if find_spec("matplotlib"):
+        _check_folder(output)
     with planners(config.host_memory) as pool:
         cluster = _cluster(config, pool)
         predict = predicting(pool, cluster)
@@ -34,7 +36,15 @@ def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
         print("\n".join(["", *table_of_parts(first)]), flush=True)
         predictions = [first, *predictions]
     print("\n".join(["", *table_of_variants(list(zip(names, costs, predictions, strict=True)))]))
-    print(_draw(list(zip(names, predictions, strict=True)), device_memory, Path(config.output_dir)))
+    print(_draw(list(zip(names, predictions, strict=True)), device_memory, output))
+
+
+def _check_folder(folder: Path) -> None:
+    """Make `folder`, or raise UsageError now and not after predictions, which take minutes."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir={folder} cannot be made: {error.strerror}; set another folder") from error
 
 
 def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
@@ -132,8 +142,7 @@ def _draw(bars: Sequence[tuple[str, Prediction]], device_memory: str | None, out
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
     path = output / "plan.png"
     try:
-        output.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
     except OSError as error:
-        raise UsageError(f"--output_dir={output} cannot be written: {error.strerror}; set another folder") from error
+        return f"{path}: not written ({error.strerror})"
     return f"{path}: chart of this table"
