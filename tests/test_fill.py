@@ -5,8 +5,9 @@ import torch
 from accelerate import Accelerator
 from transformers import ByT5Tokenizer
 
-from lowmem import freeze, load_model, make_optimizer, parallelize
+from lowmem import check_model, chunked_loss, freeze, load_model, make_optimizer, parallelize
 from lowmem.checkpoint.tensors import model_tensors, named_parameters
+from lowmem.errors import UsageError
 from lowmem.optim.state import optimizer_tensors
 from lowmem.plan.meter import MemoryMeter
 from tests.models import build
@@ -51,3 +52,12 @@ def test_the_model_is_never_whole_in_fp32(tmp_path):
     largest, whole = (of(4 * x.numel() for x in build("qwen2", **shape).parameters()) for of in (max, sum))
     # the largest weight in fp32, and temporaries of its conversion
     assert peak_bytes < sum(tensor.nbytes for tensor in tensors.values()) + 4 * largest < 0.8 * whole
+
+
+def test_a_model_without_weights_cannot_be_checked_yet(tmp_path):
+    model, _ = load_model(saved(tmp_path), on_meta=True)
+    model = parallelize(model, Accelerator(cpu=True), fill=False)
+    with pytest.raises(UsageError, match=r"Qwen2ForCausalLM has no weights yet \(fill=False\): call make_optimizer"):
+        check_model(model, chunked_loss, packing=False, max_seq_len=8)
+    make_optimizer(model)
+    assert check_model(model, chunked_loss, packing=False, max_seq_len=8) == 8

@@ -26,9 +26,7 @@ def check_output(output: Path, resume: str) -> None:
         raise UsageError(f"{model} was not written by lowmem and {replaced}")
     if resume == "never" and present:
         found = f"--output_dir={output} already contains checkpoints ({', '.join(present)})"
-        raise UsageError(
-            f"{found}: set another --output_dir, or --resume=auto to continue that run"
-        )
+        raise UsageError(f"{found}: set another --output_dir, or --resume=auto to continue that run")
     if resume == "never" and model.exists():
         raise UsageError(f"{model} is from another run and {replaced}")
     if resume not in ("never", "auto"):
