@@ -153,7 +153,7 @@ def test_a_run_writes_the_documented_files_and_another_refuses_to_overwrite_them
 
     again = train("train", *SHORT, f"--output_dir={output}")
     assert again.returncode == 2
-    assert "already contains checkpoints (step-00000002): set --resume=auto" in again.stderr
+    assert "already contains checkpoints (step-00000002): set another --output_dir, or --resume=auto" in again.stderr
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 4
 
 

@@ -107,21 +107,27 @@ def _digest(value: object) -> str:
 
 
 def model_digest(model: nn.Module, *, weights: bool) -> str:
-    """Hash names, shapes and dtypes; with `weights`, also 16 samples of 4 KiB per tensor (on meta: 3 stored rows)."""
+    """Hash names, shapes and dtypes; with `weights`, also 16 samples of 4 KiB per tensor (on meta: as stored)."""
     digest = xxhash.xxh3_64()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         if weights and not tensor.is_meta and tensor.numel():
             data = _bytes(tensor)
-            last = max(0, len(data) - _SAMPLE_BYTES)
-            for sample in range(_SAMPLES):
-                start = last * sample // (_SAMPLES - 1)
+            for start in _samples(len(data)):
                 digest.update(data[start : start + _SAMPLE_BYTES])
     if weights and any(parameter.is_meta for parameter in model.parameters()):
         for stored in stored_weights(model, Path(model.name_or_path)).values():
-            for row in sorted({0, stored.shape[0] // 2, stored.shape[0] - 1}) if stored.shape else ():
-                digest.update(_bytes(stored.read(slice(row, row + 1))))
+            row_bytes = stored.read(slice(0, 1)).nbytes if stored.shape else 0
+            for start in _samples(stored.shape[0] * row_bytes) if row_bytes else ():
+                rows = slice(start // row_bytes, -(-(start + _SAMPLE_BYTES) // row_bytes))
+                digest.update(_bytes(stored.read(rows)))
     return digest.hexdigest()
+
+
+def _samples(num_bytes: int) -> list[int]:
+    """Return where the samples of a tensor begin."""
+    last = max(0, num_bytes - _SAMPLE_BYTES)
+    return [last * sample // (_SAMPLES - 1) for sample in range(_SAMPLES)]
 
 
 def _bytes(tensor: Tensor) -> memoryview:

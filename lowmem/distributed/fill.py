@@ -64,8 +64,7 @@ class Unfilled:
                     raise UsageError(f"the buffer {name} is on meta and in no file: build it with data")
                 if name in self._stored:
                     self._stored.pop(name).copy_part(buffer)
-        if self._is_broadcast:
-            _broadcast(model.buffers())
+        _broadcast(model.buffers())
         _unfilled[model] = self
 
     def fill(self, parameter: nn.Parameter) -> None:
@@ -77,18 +76,21 @@ class Unfilled:
             return
         name = self._names.pop(parameter)
         local, first, column = local_part(parameter.data)
-        whole = self._whole.pop(name, None)
-        if self._is_broadcast and not isinstance(parameter, DTensor):
+        whole, stored = self._whole.pop(name, None), self._stored.pop(name, None)
+        if not isinstance(parameter, DTensor):  # all ranks get rank 0's weights, even if their files differ
             local = local if whole is None else whole
             filled = torch.empty_like(local, device=self._device) if local.is_meta else local.to(self._device)
+            if stored is not None and rank_and_world_size()[0] == 0:
+                with report_failure():
+                    stored.copy_part(filled)
             _broadcast([filled])
         else:
             filled = torch.empty_like(local, device=self._device)
-            if self._is_broadcast:
+            if stored is None:
                 _broadcast_rows(filled, first, column, parameter.shape, whole)
             else:
                 with report_failure():
-                    self._stored.pop(name).copy_part(filled, first, column)
+                    stored.copy_part(filled, first, column)
         set_local_(parameter, filled)
 
 

@@ -102,7 +102,8 @@ def _run(
             running.append(_threads().submit(kernel, *span))
         kernel(*first)
     finally:
-        wait(running)  # also after an error: they use the caller's tensors
+        if running:
+            wait(running)  # also after an error: they use the caller's tensors
 
 
 @cache
