@@ -264,7 +264,8 @@ def fill(family, folder):
         (load_model(folder, on_meta=True)[0], expected, "FULL_SHARD"),  # all ranks have meta weights, and read files
         (load_model(**config, on_meta=rank > 0)[0], fresh, "FULL_SHARD"),  # the other ranks receive rank 0's weights
         (load_model(**config)[0], None, "FULL_SHARD"),  # all ranks have weights; rank 0's are used
-        (load_model(folder, on_meta=True)[0], expected, "NO_SHARD"),
+        # replicas get rank 0's weights, even if the other ranks have other files
+        (load_model(folder / "other" if rank else folder, on_meta=True)[0], expected, "NO_SHARD"),
         (load_model(**config, on_meta=rank > 0)[0], None, "NO_SHARD"),
     ):
         model = parallelize(model, accelerator, sharding_strategy=strategy)
@@ -282,8 +283,9 @@ def fill(family, folder):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_on_meta_is_filled_from_files_or_rank_0(family, tmp_path):
-    build(family, seed=4, dropout_rate=0.1).save_pretrained(tmp_path, max_shard_size="40KB")
-    ByT5Tokenizer().save_pretrained(tmp_path)
+    for seed, folder in ((4, tmp_path), (5, tmp_path / "other")):
+        build(family, seed=seed, dropout_rate=0.1).save_pretrained(folder, max_shard_size="40KB")
+        ByT5Tokenizer().save_pretrained(folder)
     assert fork_ranks(3, fill, family, tmp_path) == [0] * 3
 
 
