@@ -97,21 +97,14 @@ def train_step(
         raise
     loss = gradients.all_reduce(losses)
     grad_norm = gradients.norm()
-    begins_early = num_tokens > 0 and gradients.can_undo_update
-    if begins_early:  # a GPU then need not wait for the host
-        with guarded("updating weights", state.model, state.optimizer, together=False):
-            gradients.update(max_grad_norm, grad_norm, only_if=torch.isfinite(loss + grad_norm))
-    reason = why_no_update(loss, grad_norm, losses, batches, num_tokens)  # the step's only device sync
-    if reason and begins_early:
-        gradients.undo_update()
+    with guarded("updating weights", state.model, state.optimizer, together=False):
+        updated = num_tokens > 0 and gradients.update(max_grad_norm, grad_norm, if_finite=loss + grad_norm)
+    reason = "" if updated else why_no_update(loss, grad_norm, losses, batches, num_tokens)
     if reason and num_tokens and nonfinite == "stop":
         gradients.clear()
         raise not_finite(state, reason, is_released=gradients.released is not None)
-    if not reason and not begins_early:
-        with guarded("updating weights", state.model, state.optimizer, together=False):
-            gradients.update(max_grad_norm, grad_norm)
     gradients.clear()
-    return finish(state, StepResult(loss, grad_norm, torch.tensor(num_tokens), not reason, reason, preempted))
+    return finish(state, StepResult(loss, grad_norm, torch.tensor(num_tokens), updated, reason, preempted))
 
 
 def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool) -> tuple[int, bool]:
@@ -133,13 +126,13 @@ def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool)
 def why_no_update(
     loss: Tensor, grad_norm: Tensor, losses: Sequence[Tensor], batches: Sequence[Batch], num_tokens: int
 ) -> str:
-    """Return why this step must not update the weights, or "" if it may; the text is the same on every rank.
+    """Return why this step did not update the weights; the text is the same on every rank.
 
     If the loss or gradient is not finite, the text names ranks and rows, which needs more collectives and syncs. It
     names those of each micro-batch whose loss is not finite, or of all micro-batches if each loss is finite.
     """
-    if torch.isfinite(loss + grad_norm).item():
-        return "" if num_tokens else "no rank has a target token"
+    if not num_tokens:
+        return "no rank has a target token"
     bad = [batch for batch_loss, batch in zip(losses, batches, strict=True) if not batch_loss.isfinite()]
     rows = sorted(row_id for batch in bad or batches for row_id in batch.row_ids)
     of_ranks = gather_json([len(bad), rows])

@@ -66,7 +66,7 @@ PLANS = {
 }
 
 
-OWN_SYNC = {"norm": {"_local_scalar_dense in lowmem/step.py why_no_update": 1}}
+OWN_SYNC = {"norm": {"_local_scalar_dense in lowmem/memory/gradients.py update": 1}}
 
 
 @pytest.fixture(scope="module")

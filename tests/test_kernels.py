@@ -61,7 +61,7 @@ def changed_by_a_skipped_step(kernels, model):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    optimizer.undo_counts()
+    optimizer.undo()
     pairs = zip(before, held, strict=True)
     return [name for old, new in pairs for name, tensor in old.items() if not torch.equal(tensor, new[name])]
 

@@ -112,29 +112,29 @@ class Gradients:
             norms.append(squares.sqrt())
         return torch.linalg.vector_norm(torch.stack([*norms, *(self.released.norms if self.released else ())]))
 
-    @property
-    def can_undo_update(self) -> bool:
-        """Whether `update` may begin before the host knows that loss and gradient are finite."""
-        return isinstance(self._optimizer, TieredOptimizer) and self._optimizer.can_skip and self.released is None
+    def update(self, max_grad_norm: float | None, grad_norm: Tensor, *, if_finite: Tensor) -> bool:
+        """Clip and update if the scalar `if_finite` is finite; return whether it is. The step's only device sync.
 
-    def update(self, max_grad_norm: float | None, grad_norm: Tensor, *, only_if: Tensor | None = None) -> None:
-        """Clip like torch.nn.utils.clip_grads_with_norm_, which cannot mix plain and sharded gradients, and update.
-
-        `only_if`, a bool scalar on the device, needs `can_undo_update`. If it is False, call `undo_update` afterwards:
-        weights and state are then as before.
+        Clips like torch.nn.utils.clip_grads_with_norm_, which cannot mix plain and sharded gradients. Kernels begin
+        before the sync, so that a GPU need not wait for the host: a clip factor of NaN tells them to change nothing.
         """
+        is_finite, is_tiered = torch.isfinite(if_finite), isinstance(self._optimizer, TieredOptimizer)
+        begins_early = is_tiered and self._optimizer.can_undo and self.released is None
+        if not begins_early and not is_finite.item():
+            return False
         factor = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0) if max_grad_norm else None
-        if only_if is not None:
-            factor = torch.where(only_if, 1.0 if factor is None else factor, math.nan)
-        if factor is not None and isinstance(self._optimizer, TieredOptimizer):
+        if begins_early:
+            factor = torch.where(is_finite, 1.0 if factor is None else factor, math.nan)
+        if factor is not None and is_tiered:
             self._optimizer.clip_factor = factor.to(self._all[0].device)  # saves a pass over all gradients
         elif factor is not None:
             local = [local_of(gradient) for gradient in self._all]
             torch._foreach_mul_(local, factor.to(local[0].device))
         self._optimizer.step()
-
-    def undo_update(self) -> None:
-        self._optimizer.undo_counts()
+        if begins_early and not is_finite.item():
+            self._optimizer.undo()
+            return False
+        return True
 
     def clear(self) -> None:
         self._all.clear()

@@ -85,7 +85,7 @@ class TieredOptimizer(Optimizer):
         self.clip_factor: Tensor | None = None
         """An fp32 scalar that multiplies each gradient in the next `step`, which then sets it to None.
 
-        If `can_skip`, NaN makes that `step` change nothing but the counts of updates; `undo_counts` resets these.
+        If `can_undo`, NaN makes that `step` change nothing but the counts of updates; `undo` resets these.
         """
         self._slice_elements = slice_elements or slice_elements_for(list(names), first.device.type)
 
@@ -105,11 +105,11 @@ class TieredOptimizer(Optimizer):
         self._update(self._with_gradients(), clip_factor)
 
     @property
-    def can_skip(self) -> bool:
+    def can_undo(self) -> bool:
         """Whether `step` can begin before the host knows that gradients are finite; see `clip_factor`."""
         return False
 
-    def undo_counts(self) -> None:
+    def undo(self) -> None:
         """After a `step` with a `clip_factor` of NaN, restore each parameter's count of updates."""
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -238,7 +238,7 @@ class TieredAdamW(TieredOptimizer):
         return zeros("exp_avg", local, forms[0]) | zeros("exp_avg_sq", local, forms[1])
 
     @property
-    def can_skip(self) -> bool:
+    def can_undo(self) -> bool:
         return self.kernels is not None
 
     def _update(self, with_gradients: Iterable[WithGradient], clip_factor: Tensor | None) -> None:
