@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lowmem.distributed.dtensor import local_of, local_part, set_local_, sharded_like
@@ -31,7 +30,6 @@ from lowmem.optim.philox import BLOCK, Origin, random_halves
 _SMALL = 4096  # vectors, and parameters of at most this many elements, take few bytes: lean stores them as exact does
 _CACHED_ELEMENTS = 2**19  # elements per slice on CPU, so that the slice's temporaries fit into the cache
 _LAUNCHED_ELEMENTS = (2**22, 2**24)  # elements per slice on a GPU: minimum (few launches), maximum (small temporaries)
-_SUMMED_BY_AUTOGRAD = (2**22, 2**18)  # elements of a parameter on a GPU and a CPU: maximum (small copies)
 
 Tensors = dict[str, Tensor]
 Group = dict[str, object]
@@ -147,15 +145,12 @@ class TieredOptimizer(Optimizer):
             random = self.key_of(parameter, count[parameter], *key) if self._is_rounded(parameter) else 0
             self.add(parameter, sums[parameter], gradient, random)
 
-        hooks = []
         for parameter in parameters:
-            by_autograd = micro_batches > 1 and self._is_summed_by_autograd(parameter)
-            parameter.grad_dtype = torch.float32 if by_autograd else parameter.dtype
-            if micro_batches > 1 and not by_autograd:
-                hooks.append(parameter.register_post_accumulate_grad_hook(add))
+            parameter.grad_dtype = parameter.dtype
+        hooks = [x.register_post_accumulate_grad_hook(add) for x in parameters] if micro_batches > 1 else []
         try:
             yield lambda parameter: local_of(parameter.grad) if parameter.grad is not None else sums[parameter]
-            for parameter in parameters if micro_batches > 1 else ():
+            for parameter in parameters if hooks else ():
                 # set the dtype even without a sum: this rank then all-reduces zeros, which need the other ranks' dtype
                 parameter.grad_dtype = torch.bfloat16 if self._is_rounded(parameter) else torch.float32
             for parameter, total in sums.items():
@@ -199,11 +194,6 @@ class TieredOptimizer(Optimizer):
 
     def _is_rounded(self, parameter: nn.Parameter) -> bool:
         return self.memory == "lean" and is_large(parameter)
-
-    def _is_summed_by_autograd(self, parameter: nn.Parameter) -> bool:
-        """Whether autograd sums the gradient in fp32: the same bits with less work in Python, but it takes a copy."""
-        is_plain = not self._is_rounded(parameter) and not isinstance(parameter, DTensor)
-        return is_plain and parameter.numel() <= _SUMMED_BY_AUTOGRAD[parameter.device.type == "cpu"]
 
     def slices(self, parameter: nn.Parameter) -> Iterator[slice]:
         """Split the rows of this rank's shard of a parameter into the slices to update one at a time."""
