@@ -128,7 +128,7 @@ def build(shape: dict[str, object], device, on_gpu: bool):
     torch.manual_seed(0)
     config = AutoConfig.for_model(**shape)
     with device:
-        return build_model(config, **({} if on_gpu else attention_options(config)))
+        return build_model(config, **attention_options(config, on_gpu=on_gpu))
 
 
 def train_lowmem(

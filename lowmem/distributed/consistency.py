@@ -125,9 +125,9 @@ def model_digest(model: nn.Module, *, weights: bool) -> str:
 
 
 def _samples(num_bytes: int) -> list[int]:
-    """Return where the samples of a tensor begin."""
+    """Return where the samples of a tensor begin; a small tensor has fewer."""
     last = max(0, num_bytes - _SAMPLE_BYTES)
-    return [last * sample // (_SAMPLES - 1) for sample in range(_SAMPLES)]
+    return sorted({last * sample // (_SAMPLES - 1) for sample in range(_SAMPLES)})
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -103,11 +103,15 @@ def auto_class(config: PretrainedConfig) -> type:
     raise UsageError(f"{found}: use a model of another type")
 
 
-def attention_options(config: PretrainedConfig) -> dict[str, str]:
-    """Return the keyword arguments that choose the attention implementation; none leaves the choice to transformers."""
+def attention_options(config: PretrainedConfig, *, on_gpu: bool | None = None) -> dict[str, str]:
+    """Return the keyword arguments that choose the attention implementation; none leaves the choice to transformers.
+
+    With `on_gpu=None`, the model runs on a GPU if this machine has one.
+    """
+    on_gpu = torch.accelerator.is_available() if on_gpu is None else on_gpu
     # torch's fused attention has no CPU backward kernel for a learned bias (T5), so it makes a step 1/8 slower
     has_learned_bias = hasattr(config, "relative_attention_num_buckets")
-    return {"attn_implementation": "eager"} if has_learned_bias and not torch.accelerator.is_available() else {}
+    return {"attn_implementation": "eager"} if has_learned_bias and not on_gpu else {}
 
 
 def convert_buffers(model: nn.Module) -> None:

@@ -80,7 +80,7 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         stack.enter_context(fake_tensors())
         if cluster.on_gpu:
             stack.enter_context(gpu_kernels())
-        model = build_model(shape, **({} if cluster.on_gpu else attention_options(shape)))
+        model = build_model(shape, **attention_options(shape, on_gpu=cluster.on_gpu))
         freeze(model, parts=config.frozen_parts)
         if config.is_sharded:
             shard(model, mesh, sharding_strategy=config.sharding_strategy, cpu_offload=False)  # fakes are on the CPU
