@@ -17,6 +17,7 @@ from lowmem.data.batch import IGNORED, Batch
 from lowmem.distributed.placement import is_engine, unwrapped, uses_zero3
 from lowmem.errors import UsageError, is_out_of_memory
 from lowmem.model.masks import host_masks
+from lowmem.model.replaced import replaced
 
 
 def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
@@ -114,7 +115,7 @@ def _call_with_head(
     """Call the model with `function` as its head's forward; return what that returns, and the changes to logits."""
     after = _AfterHead(head.out_features, has_hooks=is_engine(model))
 
-    def forward(hidden: Tensor) -> Tensor:
+    def forward(_: Callable, hidden: Tensor) -> Tensor:
         if after.output is not None:
             raise _unsupported(model, "calls its output head twice")
         after.output = function(hidden)
@@ -123,8 +124,7 @@ def _call_with_head(
 
     changes_more = _unsupported(model, "changes its logits after the head by more than scaling, soft-capping or a bias")
     with ExitStack() as stack:
-        head.forward = forward
-        stack.callback(delattr, head, "forward")
+        stack.enter_context(replaced(head, "forward", forward))
         try:
             logits = model(**inputs).logits
         except RuntimeError as error:

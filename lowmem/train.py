@@ -138,7 +138,7 @@ def train(
         report.resuming(checkpoint, changes, stream.changes, can_save)
         if config.is_sharded and accelerator.num_processes == 1 and not config.cpu_offload:
             report.print_lines(f"on one process, {config.sharding_summary} shards nothing: start more processes")
-        if config.offload_activations and config.recompute == "off":
+        if config.offload_activations and config.recompute == "off" and not config.layered:
             report.print_lines(
                 "without --recompute=full, offload_activations copies many times as much, which takes longer: set it"
             )

@@ -72,9 +72,11 @@ class Groups:
     def savers(self) -> list[str]:
         """Names of the memory savers, in the order in which to enter them."""
         wanted = {
-            "recompute": self.recompute == "full",
+            "recompute": self.recompute == "full" and not self.layered,
             "recompute_cheap": self.recompute == "cheap",
-            "offload_activations": self.offload_activations,
+            "offload_activations": self.offload_activations and not self.layered,
+            "layered": self.layered and not self.offload_activations,
+            "layered_offloaded": self.layered and self.offload_activations,
             "release": self.release,
             "compiled": self.compile,
         }

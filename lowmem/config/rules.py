@@ -22,6 +22,8 @@ _ELEMENTWISE = "adamw adam nadam radam adamax adadelta rmsprop sgd".split()
 _SHARDED = ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"]
 _TIERS = ["exact", "lean"]
 
+_OR_LAYERED = " (without --layered=True)"
+
 # Each row: flag A, some of its values (None: all but the default), flag B, the values of B that these allow, and why
 NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("memory", _TIERS, "mixed_precision", ["bf16"], "keeps weights in bf16"),
@@ -33,12 +35,20 @@ NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("adam_beta1", None, "optimizer", _WITH_BETAS, "does nothing with --optimizer={optimizer}"),
     ("adam_beta2", None, "optimizer", _WITH_BETAS, "does nothing with --optimizer={optimizer}"),
     ("adam_epsilon", None, "optimizer", _WITH_BETAS, "does nothing with --optimizer={optimizer}"),
-    ("release", None, "gradient_accumulation_steps", [1, None], "updates weights within each backward"),
+    ("release", None, "gradient_accumulation_steps", [1, None], "updates weights within each backward" + _OR_LAYERED),
     ("release", None, "max_grad_norm", [0], "frees gradients before their global norm is known"),
     ("release", None, "nonfinite", ["stop"], "cannot undo an update"),
-    ("release", None, "num_processes", [1, None], "frees gradients before they can be all-reduced"),
-    ("release", None, "sharding_strategy", ["NO_SHARD"], "frees gradients before they can be all-reduced"),
+    ("release", None, "num_processes", [1, None], "frees gradients before their sum over ranks" + _OR_LAYERED),
+    (
+        "release",
+        None,
+        "sharding_strategy",
+        ["NO_SHARD"],
+        "frees gradients before their sum over ranks" + _OR_LAYERED,
+    ),
     ("release", None, "tp_size", [1], "frees gradients before they can be all-reduced"),
+    ("layered", None, "recompute", ["off", "full"], "computes each layer again in backward"),
+    ("layered", None, "tp_size", [1], "does not support tensor parallelism"),
     ("cpu_offload", None, "sharding_strategy", _SHARDED, "needs sharded weights, not {sharding_strategy}"),
     ("shard_size", None, "sharding_strategy", ["HYBRID_SHARD"], "applies only to HYBRID_SHARD"),
     ("tp_size", None, "sharding_strategy", ["NO_SHARD"], "already shards weights"),
@@ -50,6 +60,7 @@ NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("deepspeed", None, "memory", ["off", None], "has its own optimizer state and does not support --memory={memory}"),
     ("deepspeed", None, "optimizer", _ELEMENTWISE, "splits matrices, but --optimizer={optimizer} needs whole ones"),
     ("deepspeed", None, "release", [False], "manages gradients itself"),
+    ("deepspeed", None, "layered", [False], "runs one micro-batch after the other"),
     ("deepspeed", None, "compile", [False], "manages layers itself"),
     ("deepspeed", None, "resume", ["never"], "cannot resume: runs under DeepSpeed have no checkpoints"),
 ]
@@ -59,6 +70,8 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
     """List values that are out of range, and pairs of values that contradict each other."""
     problems = _out_of_range(config)
     for name, values, other, needed, why in NEEDS:
+        if config.layered and why.endswith(_OR_LAYERED):
+            continue
         value, found, default = getattr(config, name), getattr(config, other), FIELDS[other].default
         if (value in values if values else value != FIELDS[name].default) and found not in needed:
             flag = f"--{name}" if value is True or name == "deepspeed" else f"--{name}={value}"
@@ -70,9 +83,11 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
         processes, size = config.num_processes, getattr(config, name)
         if processes and size and processes % size:
             problems.append(f"--num_processes={processes} is not a multiple of --{name}={size}: change one of them")
-    if config.release and config.batch_size and (config.global_batch_size or 0) > config.batch_size:
+    is_immediate = config.release and not config.layered
+    if is_immediate and config.batch_size and (config.global_batch_size or 0) > config.batch_size:
+        found = f"--release updates weights within each backward{_OR_LAYERED}"
         most = f"at most --batch_size={config.batch_size} (got {config.global_batch_size})"
-        problems.append(f"--release updates weights within each backward: set --global_batch_size to {most}")
+        problems.append(f"{found}: set --global_batch_size to {most}")
     causal = [f"--{name}" for name in ("packing", "text_column", "messages_column") if getattr(config, name)]
     causal += [f"--tp_size={config.tp_size}"] * ((config.tp_size or 1) > 1)
     if causal and config.model_config in MODEL_SHAPES:

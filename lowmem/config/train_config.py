@@ -145,7 +145,11 @@ class TrainConfig(Groups):
     offload_activations: bool = False
     """Keep activations for backward in host memory. For a model on CPU: in memory-mapped temporary files."""
     release: bool = False
-    """Gradient release: update weights in backward, free gradients. Needs one process, one micro-batch, no clipping."""
+    """Gradient release: update weights in backward, free gradients. Needs no clipping and, without layered, one process
+    and one micro-batch."""
+    layered: bool = False
+    """Run all micro-batches of a step through one layer before the next. Implies recompute=full; keeps the inputs of
+    all layers. release then works with accumulation and several processes, and FULL_SHARD gathers twice a step."""
     compile: bool = False
     """torch.compile each layer: faster after minutes of compiling; changes rounding."""
     device_memory: str | None = setting(unit="bytes")

@@ -61,14 +61,15 @@ def notice_new_parameters(model: nn.Module) -> None:
     model._apply(lambda tensor: tensor)  # not `model.to`, which would move buffers to the host if weights are offloaded
 
 
-def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules that are sharded as one group each, `model` included."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 @contextmanager
 def forward_only(model: nn.Module) -> Iterator[None]:
     """Run a block in evaluation mode, without gradients. At its end, reshard all weights, because no backward does."""
-    was_training, groups = model.training, _sharded_modules(model)
+    was_training, groups = model.training, sharded_modules(model)
     if groups:
         model._get_fsdp_state()._lazy_init()  # make the model the root, even if its encoder is called first
         model.unshard()  # all-gather the root's own weights, because a call of the encoder alone would not
@@ -82,9 +83,37 @@ def forward_only(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Within this block, the sharded model's forward and backward run no collectives; the caller must unshard weights.
+
+    At the end of the block, all weights are sharded again.
+    """
+    groups = sharded_modules(model)
+    model._get_fsdp_state()._lazy_init()  # make the model the root, even if a layer is unsharded first
+    states = [group._get_fsdp_state() for group in groups]
+    kept = [(hooks, dict(hooks)) for group in groups for hooks in (group._forward_pre_hooks, group._forward_hooks)]
+    for hooks, _ in kept:
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) in states]:
+            del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.clear()
+            hooks.update(before)
+        for group in groups:
+            group.reshard()
+
+
+def reshards_after_forward(model: nn.Module) -> bool:
+    """Whether layers are all-gathered again for backward (all strategies but SHARD_GRAD_OP)."""
+    return any(group._get_fsdp_state()._fsdp_param_group._reshard_after_forward for group in sharded_modules(model))
+
+
 def unsharded_parameters(model: nn.Module) -> Iterator[Tensor]:
     """Yield every parameter as forward uses it: all-gathered if FSDP shards it. Each call yields the same storages."""
-    groups = _sharded_modules(model)
+    groups = sharded_modules(model)
     for group in groups:
         group.unshard()
         yield from (parameter for parameter in group.parameters() if not isinstance(parameter, DTensor))

@@ -25,6 +25,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if is_wrapped else model
 
 
+def layer_drop(model: nn.Module) -> str:
+    """Return the setting by which the model leaves out random layers in training, such as "layerdrop=0.1", or ""."""
+    names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "layer_drop")
+    return next((f"{name}={value}" for name in names if (value := getattr(model.config, name, 0))), "")
+
+
 def is_engine(model: nn.Module) -> bool:
     """Whether `model` is wrapped by DeepSpeed."""
     return "deepspeed" in sys.modules and isinstance(model, sys.modules["deepspeed"].DeepSpeedEngine)

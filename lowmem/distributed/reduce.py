@@ -4,17 +4,21 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lowmem.distributed.collectives import collective, report_failure
+from lowmem.distributed.dtensor import local_of
 from lowmem.errors import RankError
 
 _BUCKET_BYTES = 32 * 2**20
 _MOST_COPIES = 2  # of buckets in memory at a time
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # renamed in torch 2.13
 
 
 def all_reduce_sum(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -112,6 +116,82 @@ class BucketedSum:
                 torch._foreach_copy_(pieces, flat.split([len(piece) for piece in pieces]))
 
 
+class LayerSum:
+    """The sum over ranks of the complete gradients of a layer. On a GPU, it goes on beside what is computed next.
+
+    If parameters are sharded, each rank gets the sum of its part. Sums are in fp32; the results have the dtypes of
+    `gradients`, which must not be used until `finish` has returned.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], group: dist.ProcessGroup | None = None
+    ):
+        self._gradients, self._stream = gradients, None
+        is_sharded = isinstance(parameters[0], DTensor)
+        self._results = list(map(_empty_part, parameters, gradients)) if is_sharded else list(gradients)
+        with self._aside(gradients[0].device):
+            if is_sharded:
+                scatter_sum(parameters, gradients, self._results)
+            else:
+                all_reduce_sum(gradients, group)
+
+    def finish(self) -> list[Tensor]:
+        """Return the sums, in the order of the parameters."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        self._gradients = ()
+        return self._results
+
+    @contextmanager
+    def _aside(self, device: torch.device) -> Iterator[None]:
+        if device.type != "cuda":
+            yield
+            return
+        self._stream = _stream_of(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def scatter_sum(parameters: Sequence[DTensor], gradients: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """Sum whole gradients over ranks, in fp32 or wider, in buckets; `results` get this rank's parts of the sums.
+
+    The parameters are sharded by rows over the same mesh, as `fully_shard` does it.
+    """
+    mesh = parameters[0].device_mesh
+    ranks, group = mesh.size(-1), mesh.get_group(mesh.ndim - 1)
+    whole, mine = [x.contiguous().view(-1) for x in gradients], [x.view(-1) for x in results]
+    sizes = [-(-len(x) // ranks) * x[:1].numel() for x in gradients]  # of the largest part
+    like = [x.new_empty(size, device="meta") for x, size in zip(gradients, sizes, strict=True)]
+    for bucket in _buckets(like, _BUCKET_BYTES // ranks):
+        flat = torch.zeros((ranks, bucket.numel), dtype=bucket.dtype, device=gradients[0].device)
+        total, lengths = torch.empty_like(flat[0]), [part.stop - part.start for part in bucket.parts]
+        given, places, sums, targets = [], [], [], []
+        split = zip(bucket.parts, flat.split(lengths, dim=1), total.split(lengths), strict=True)
+        for (index, start, stop), rows, total_of_part in split:
+            for rank, row in enumerate(rows):
+                first = rank * sizes[index]
+                given.append(whole[index][first + start : first + stop])  # shorter, or empty, at the end
+                places.append(row[: len(given[-1])])
+            targets.append(mine[index][start:stop])
+            sums.append(total_of_part[: len(targets[-1])])
+        torch._foreach_copy_(places, given)
+        with collective("summing gradients of a layer"):
+            _reduce_scatter(total, flat.view(-1), group=group)
+            if mesh.ndim > 1:  # HYBRID_SHARD: the same part of each copy of the model
+                dist.all_reduce(total, group=mesh.get_group(0))
+        torch._foreach_copy_(targets, sums)
+
+
+def _empty_part(parameter: DTensor, gradient: Tensor) -> Tensor:
+    return torch.empty_like(local_of(parameter), dtype=gradient.dtype, device=gradient.device)
+
+
 class _Part(NamedTuple):
     index: int
     """Of the tensor in `like`."""
@@ -134,12 +214,12 @@ class _InFlight(NamedTuple):
     """Where to copy the sums. Empty if `flat` is no copy."""
 
 
-def _buckets(like: Sequence[Tensor]) -> Iterator[_Bucket]:
+def _buckets(like: Sequence[Tensor], num_bytes: int = _BUCKET_BYTES) -> Iterator[_Bucket]:
     bucket = None
     for index, tensor in enumerate(like):
         # a rank may hold bf16 where others hold fp32, so buckets must not depend on that
         dtype = torch.promote_types(tensor.dtype, torch.float32)
-        most = _BUCKET_BYTES // dtype.itemsize
+        most = num_bytes // dtype.itemsize
         for start in range(0, tensor.numel(), most):
             stop = min(start + most, tensor.numel())
             if bucket is None or bucket.dtype != dtype or bucket.numel + stop - start > most:

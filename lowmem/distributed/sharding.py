@@ -10,11 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lowmem.config.train_config import choices
 from lowmem.distributed.fill import Unfilled, fill_weights
 from lowmem.distributed.fully_sharded import shard_layers
-from lowmem.distributed.placement import TENSOR_PARALLEL_MESH
+from lowmem.distributed.placement import TENSOR_PARALLEL_MESH, layer_drop
 from lowmem.distributed.tensor_parallel import apply_tensor_parallelism, make_tensor_mesh
 from lowmem.errors import UsageError
-
-_LAYER_DROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "layer_drop")
 
 
 def parallelize(
@@ -48,9 +46,8 @@ def parallelize(
     is_sharded = tp_size > 1 or sharding_strategy != "NO_SHARD"
     if cpu_offload and not is_sharded:
         raise UsageError("cpu_offload needs a sharded model, got NO_SHARD: set FULL_SHARD or remove cpu_offload")
-    dropped = [name for name in _LAYER_DROP if getattr(model.config, name, 0)] if is_sharded else []
-    if dropped:
-        found = f"ranks would drop different layers ({dropped[0]}={getattr(model.config, dropped[0])})"
+    if is_sharded and (dropped := layer_drop(model)):
+        found = f"ranks would drop different layers ({dropped})"
         raise UsageError(f"with a sharded model, {found}: set it to 0.0 in the model's config.json")
     mesh = make_mesh(accelerator, sharding_strategy, shard_size, tp_size) if is_sharded else None
     weights = Unfilled(model, will_shard=is_sharded)

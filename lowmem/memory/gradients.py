@@ -5,9 +5,10 @@ release, they are already applied and freed. `train_step` handles all these case
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from operator import attrgetter
 
 import torch
@@ -19,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lowmem.data.batch import Batch
-from lowmem.distributed.dtensor import is_first_copy, local_of
+from lowmem.distributed.dtensor import is_first_copy, local_of, sharded_like
 from lowmem.distributed.placement import data_place, has_collectives, is_engine, is_sharded
-from lowmem.distributed.reduce import BucketedSum, all_reduce_sum
+from lowmem.distributed.reduce import BucketedSum, LayerSum, all_reduce_sum
 from lowmem.distributed.seeds import seed_of
+from lowmem.memory.layered import Autocast, Layered
 from lowmem.memory.release import Released
 from lowmem.optim.norms import gradient_norms
 from lowmem.optim.tiers import TieredOptimizer
@@ -45,6 +47,7 @@ class Gradients:
         self._num_tokens, self._seed, self._step = num_tokens, seed, step
         self._rank, self._is_sharded = data_place(model), is_sharded(model)
         self.released: Released | None = getattr(optimizer, "released", None)
+        self._layered: Layered | None = getattr(optimizer, "layered", None)
         self.can_be_dropped = self.released is None and not has_collectives(model)
         """Whether all ranks can drop the step after an error in `accumulate`, in a block of `completed`."""
         self._all: list[Tensor] = []
@@ -66,23 +69,23 @@ class Gradients:
     def accumulate(self, batches: Sequence[Batch], loss_fn: LossFunction) -> list[Tensor]:
         """Run forward and backward on each micro-batch; return each one's share of the mean loss, an fp32 scalar.
 
-        If each rank has all weights, the last backward sums gradients over ranks as it computes them.
+        When a gradient is complete on this rank (in the last backward or, with `layered`, after each layer's), its sum
+        over ranks begins, and `release` applies it. (fully_shard itself sums gradients in each backward.)
         """
-        losses: list[Tensor] = []
-        is_ddp = isinstance(self._model, DistributedDataParallel)
+        counted = enumerate(batches if self._num_tokens else ())
+        bodies = [partial(self._forward_and_backward, index, batch, loss_fn) for index, batch in counted]
+        autocast = partial(_autocast, self._accelerator)
         with ExitStack() as stack:
-            sum_of = stack.enter_context(self._sums(len(batches)))
-            for index, batch in enumerate(batches if self._num_tokens else ()):
-                if index == len(batches) - 1:
-                    stack.enter_context(self._reducing(sum_of))
-                # seeds all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
-                torch.manual_seed(seed_of(self._seed, self._step, self._rank.rank, index))
-                # DDP must not all-reduce in backward, because `all_reduce` does that once for all micro-batches
-                with self._model.no_sync() if is_ddp else nullcontext():
-                    with _autocast(self._accelerator):
-                        loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._num_tokens
-                    loss.backward()
-                losses.append(loss.detach())
+            sums = stack.enter_context(self._summing(len(batches)))
+            if self._layered:
+                losses = self._run_layered(bodies, autocast, sums) if bodies else []
+            else:
+                losses = []
+                for body in bodies:
+                    if body is bodies[-1]:
+                        stack.enter_context(self._completing(sums))
+                    with autocast():
+                        losses.append(body())
         applied = self.released.parameters if self.released else ()  # all other parameters without gradients get zeros
         for parameter in self._trained:
             if parameter not in applied:
@@ -91,6 +94,50 @@ class Gradients:
                 self._all.append(parameter.grad)
         if self._sum:
             self._sum.finish(self._all[::-1])
+        return losses
+
+    def _forward_and_backward(self, index: int, batch: Batch, loss_fn: LossFunction) -> Tensor:
+        """Call this in autocast, which it leaves for backward."""
+        # seeds all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
+        torch.manual_seed(seed_of(self._seed, self._step, self._rank.rank, index))
+        # DDP must not all-reduce in backward, because `all_reduce` does that once for all micro-batches
+        with self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext():
+            loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._num_tokens
+            with torch.autocast(self._accelerator.device.type, enabled=False):
+                loss.backward()
+        return loss.detach()
+
+    def _run_layered(
+        self, bodies: Sequence[Callable[[], Tensor]], autocast: Autocast, sums: "_Sums"
+    ) -> Sequence[Tensor]:
+        """Run micro-batches in lockstep; complete the gradients of each layer while those of the next are computed."""
+        index_of = {parameter: index for index, parameter in enumerate(reversed(self._trained))}
+        done: set[nn.Parameter] = set()
+        in_flight: deque[tuple[Sequence[nn.Parameter], LayerSum]] = deque()
+
+        def complete(parameters: Sequence[nn.Parameter]) -> None:
+            parameters = [parameter for parameter in parameters if parameter in index_of and parameter not in done]
+            done.update(parameters)
+            for parameter in parameters if self._sum else ():
+                if (gradient := sums.of(parameter)) is not None and not _is_shared(gradient):
+                    self._sum.add(index_of[parameter], gradient)
+            if parameters and (self._is_sharded or self.released):
+                gradients = [sums.taken(parameter) for parameter in parameters]
+                in_flight.append((parameters, LayerSum(parameters, gradients, self._rank.group)))
+                finish(most=1)
+
+        def finish(most: int) -> None:
+            while len(in_flight) > most:
+                parameters, total = in_flight.popleft()
+                for parameter, gradient in zip(parameters, total.finish(), strict=True):
+                    parameter.grad_dtype = gradient.dtype
+                    parameter.grad = sharded_like(parameter, gradient.to(parameter.device))
+                    if self.released:
+                        self.released.update(parameter)
+
+        losses = self._layered.run(bodies, autocast, complete)
+        complete(self._trained)  # all others
+        finish(most=0)
         return losses
 
     def all_reduce(self, losses: Sequence[Tensor]) -> Tensor:
@@ -104,9 +151,11 @@ class Gradients:
     def norm(self) -> Tensor:
         """Return the L2 norm of the whole gradient, fp32, equal on every rank. Runs one small collective if sharded."""
         norms = gradient_norms([gradient for gradient in self._all if not isinstance(gradient, DTensor)])
-        if sharded := [gradient for gradient in self._all if isinstance(gradient, DTensor)]:
+        sharded = [gradient for gradient in self._all if isinstance(gradient, DTensor)]
+        if sharded or self._is_sharded:
             squares = torch.zeros((), device=self._accelerator.device)
-            if mine := gradient_norms([local_of(gradient) for gradient in sharded if is_first_copy(gradient)]):
+            mine = gradient_norms([local_of(gradient) for gradient in sharded if is_first_copy(gradient)])
+            if mine := [*mine, *(self.released.norms_of_parts if self.released else ())]:
                 squares += torch.stack(mine).square().sum().to(squares.device)  # they are on the host with cpu_offload
             all_reduce_sum([squares])
             norms.append(squares.sqrt())
@@ -143,30 +192,62 @@ class Gradients:
             self._optimizer.clip_factor = None
 
     @contextmanager
-    def _reducing(self, sum_of: Callable[[nn.Parameter], Tensor]) -> Iterator[None]:
-        """Within this block, backward adds each gradient to the sum over ranks as soon as it is computed."""
+    def _completing(self, sums: "_Sums") -> Iterator[None]:
+        """Within this block, backward releases each gradient, or adds it to the sum over ranks, when it is complete."""
         hooks = []
-        for index, parameter in enumerate(reversed(self._trained) if self._sum else ()):
+        for index, parameter in enumerate(reversed(self._trained) if self._sum or self.released else ()):
 
-            def add(parameter: nn.Parameter, index: int = index) -> None:
-                if not _is_shared(gradient := sum_of(parameter)):  # else `accumulate` adds it after backward
+            def complete(parameter: nn.Parameter, index: int = index) -> None:
+                if self.released:
+                    self.released.update(parameter)
+                elif not _is_shared(gradient := sums.of(parameter)):  # else `accumulate` adds it after backward
                     self._sum.add(index, gradient)
 
-            hooks.append(parameter.register_post_accumulate_grad_hook(add))
+            hooks.append(parameter.register_post_accumulate_grad_hook(complete))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _sums(self, micro_batches: int) -> AbstractContextManager[Callable[[nn.Parameter], Tensor]]:
-        """Sum gradients over micro-batches. Yields a function that returns a parameter's sum up to now."""
+    @contextmanager
+    def _summing(self, micro_batches: int) -> Iterator["_Sums"]:
+        """Sum gradients over micro-batches."""
+        whole = self._layered.store.gathered if self._layered else {}
         if not isinstance(self._optimizer, TieredOptimizer):
-            return nullcontext(attrgetter("grad"))
+            yield _Sums({}, whole, attrgetter("dtype"))
+            return
         self._optimizer.seed = self._seed
-        # HYBRID_SHARD replicas hold equal sums, so they must round with the same random bits
-        key = (self._step,) if self._is_sharded else (self._step, self._rank.rank)
-        return self._optimizer.summing(micro_batches, *key)
+        # HYBRID_SHARD replicas hold equal sums of parts, so they must round with the same random bits
+        key = (self._step,) if self._is_sharded and not self._layered else (self._step, self._rank.rank)
+        with self._optimizer.summing(micro_batches, *key, whole=whole) as totals:
+            yield _Sums(totals, whole, self._optimizer.sum_dtype if micro_batches > 1 else attrgetter("dtype"))
+
+
+class _Sums:
+    """The gradients that are summed over micro-batches on this rank: in `totals`, or by autograd in `.grad`."""
+
+    def __init__(
+        self,
+        totals: dict[nn.Parameter, Tensor],
+        whole: Mapping[nn.Parameter, nn.Parameter],
+        dtype_of: Callable[[nn.Parameter], torch.dtype],
+    ):
+        self._totals, self._whole, self._dtype_of = totals, whole, dtype_of
+
+    def of(self, parameter: nn.Parameter) -> Tensor | None:
+        """The sum up to now. Whole, if `layered` gathers the parameter."""
+        used = self._whole.get(parameter, parameter)
+        return self._totals.get(used) if used.grad is None else local_of(used.grad)
+
+    def taken(self, parameter: nn.Parameter) -> Tensor:
+        """Remove the sum and return it, in memory of its own; zeros if there is none."""
+        used, gradient = self._whole.get(parameter, parameter), self.of(parameter)
+        self._totals.pop(used, None)
+        used.grad = None
+        if gradient is None:
+            return torch.zeros_like(used, dtype=self._dtype_of(used))
+        return gradient.clone() if _is_shared(gradient) else gradient
 
 
 def _is_shared(gradient: Tensor) -> bool:

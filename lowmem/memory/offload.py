@@ -42,14 +42,14 @@ class Offload:
 
     def __init__(self, kept: Iterable[Tensor], host: Host):
         self.host = host
-        self.in_flight: weakref.WeakValueDictionary[int, _Copy] = weakref.WeakValueDictionary()
+        self.in_flight: weakref.WeakValueDictionary[int, OffloadedCopy] = weakref.WeakValueDictionary()
         self.bytes_in_flight = 0
         self._kept = {StorageWeakRef(tensor.untyped_storage()) for tensor in kept}
-        self._by_source: weakref.WeakValueDictionary[tuple, _Copy] = weakref.WeakValueDictionary()
-        self._by_number: weakref.WeakValueDictionary[int, _Copy] = weakref.WeakValueDictionary()
+        self._by_source: weakref.WeakValueDictionary[tuple, OffloadedCopy] = weakref.WeakValueDictionary()
+        self._by_number: weakref.WeakValueDictionary[int, OffloadedCopy] = weakref.WeakValueDictionary()
         self._count = self._ahead = 0  # the next number; all copies from _ahead on were fetched or taken
 
-    def pack(self, tensor: Tensor) -> "Tensor | _Cast | _Copy":
+    def pack(self, tensor: Tensor) -> "Tensor | _Cast | OffloadedCopy":
         reference = StorageWeakRef(tensor.untyped_storage())
         if tensor.nbytes < _LEAST_BYTES or not _is_dense(tensor) or reference in self._kept:
             return tensor
@@ -64,16 +64,16 @@ class Offload:
                 next(iter(self.in_flight.values())).land()
             if not self._by_number:  # start again from 0, so that `unpack` never searches numbers of freed copies
                 self._count = 0
-            copy = _Copy(tensor, reference, self._count, self)
+            copy = OffloadedCopy(tensor, reference, self._count, self)
             self._by_source[key] = self._by_number[self._count] = copy
             self._count = self._ahead = self._count + 1
         return copy
 
-    def unpack(self, packed: "Tensor | _Cast | _Copy") -> Tensor:
+    def unpack(self, packed: "Tensor | _Cast | OffloadedCopy") -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         tensor = packed.take()
-        if isinstance(packed, _Copy) and self.host.window_bytes:
+        if isinstance(packed, OffloadedCopy) and self.host.window_bytes:
             self._ahead = min(self._ahead, packed.number)
             while self._ahead > 0:
                 earlier = self._by_number.get(self._ahead - 1)
@@ -88,7 +88,7 @@ class Offload:
         return not self.bytes_in_flight or self.bytes_in_flight + num_bytes <= self.host.window_bytes
 
 
-class _Copy:
+class OffloadedCopy:
     """An activation on the host. While a copy to or from the host may run, this object also holds the device's tensor.
 
     The device's tensor belongs to the stream that computes, which waits for the copy before this object lets go of the

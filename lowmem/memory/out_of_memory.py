@@ -81,7 +81,9 @@ def _memory_use(model: nn.Module, optimizer: Optimizer) -> str:
     of_all = f" of {torch.cuda.mem_get_info(device)[1] / 2**20:,.0f} MiB" if device.type == "cuda" else ""
     rank, world_size = rank_and_world_size()
     less = {
-        "--recompute=full": not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
+        "--recompute=full": not (
+            hasattr(optimizer, "layered") or any(getattr(x, "gradient_checkpointing", False) for x in model.modules())
+        ),
         "--loss=chunked": True,
         "--offload_activations=True": True,
         "a smaller --batch_size": True,

@@ -10,12 +10,12 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.distributed.fully_sharded import unsharded_parameters
 from lowmem.distributed.placement import device_of, unwrapped
 from lowmem.errors import UsageError
 from lowmem.kernels.compilers import has_triton
+from lowmem.memory.layered import layered, training_layers
 from lowmem.memory.offload import Host, MappedFiles, Offload, PinnedMemory
 from lowmem.memory.release import release
 
@@ -60,20 +60,31 @@ def offload_activations(
 
     With `recompute` or `recompute_cheap`, copies only the input of each layer. Set `host` to copy them elsewhere.
     """
-    device = device_of(model)
-    host = host or (PinnedMemory(device) if device.type == "cuda" else MappedFiles())
-    offload = Offload(unsharded_parameters(model), host)
+    if hasattr(optimizer, "layered"):
+        raise UsageError(
+            "within layered, offload_activations would copy what backward computes again: enter layered_offloaded alone"
+        )
+    offload = Offload(unsharded_parameters(model), host or _host_of(model))
     with saved_tensors_hooks(offload.pack, offload.unpack):
         yield
+
+
+def layered_offloaded(
+    model: nn.Module, optimizer: Optimizer, *, host: Host | None = None
+) -> AbstractContextManager[None]:
+    """Enter `layered`, with the inputs of all layers offloaded as in `offload_activations`."""
+    return layered(model, optimizer, offload=Offload((), host or _host_of(model)))
+
+
+def _host_of(model: nn.Module) -> Host:
+    device = device_of(model)
+    return PinnedMemory(device) if device.type == "cuda" else MappedFiles()
 
 
 @contextmanager
 def compiled(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
     """Train each layer with torch.compile, which changes rounding. Raises UsageError without layers or a compiler."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        name = type(unwrapped(model)).__name__
-        raise UsageError(f"compile needs transformers' layers, {name} has no layers of that kind: remove compile")
+    layers = training_layers(model, "compile")
     on_cuda = device_of(model).type == "cuda"
     if not (has_triton() if on_cuda else shutil.which("g++") or shutil.which("clang++")):
         needed = "triton and a C compiler" if on_cuda else "g++ or clang++"
@@ -123,3 +134,4 @@ def _keep_costly(context: object, operation: torch._ops.OpOverload, *arguments, 
 
 SAVERS: dict[str, Saver] = {"recompute": recompute, "recompute_cheap": recompute_cheap}
 SAVERS |= {"offload_activations": offload_activations, "release": release, "compiled": compiled}
+SAVERS |= {"layered": layered, "layered_offloaded": layered_offloaded}

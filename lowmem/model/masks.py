@@ -3,7 +3,7 @@
 Tested with transformers 5.17 and 5.24. This module replaces private functions of `transformers.masking_utils`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from lowmem.distributed.placement import original_class, unwrapped
+from lowmem.model.replaced import replaced
 
 
 def host_masks(model: nn.Module, inputs: Mapping[str, object]) -> AbstractContextManager[None]:
@@ -32,24 +33,20 @@ def chosen_on_host(inputs: Mapping[str, object], *, is_encoder_decoder: bool) ->
     is_packed, is_masked = "position_ids" in inputs, "attention_mask" in inputs
     # where its decoder gets no mask, an encoder-decoder may make one that hides nothing
     is_causal_masked = "decoder_attention_mask" in inputs if is_encoder_decoder else is_masked
-    skips_causal, skips = masking_utils._ignore_causal_mask_sdpa, masking_utils._ignore_bidirectional_mask_sdpa
 
-    def documents(position_ids: Tensor) -> Tensor | None:
+    def documents(_: Callable, position_ids: Tensor) -> Tensor | None:
         if not is_packed:
             return None
         return (position_ids.diff(prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
 
-    def ignores_causal(padding_mask: Tensor | None, *sizes: int | None) -> bool:
-        return not (is_causal_masked and padding_mask is not None) and skips_causal(None, *sizes)
+    def ignores_causal(original: Callable, padding_mask: Tensor | None, *sizes: int | None) -> bool:
+        return not (is_causal_masked and padding_mask is not None) and original(None, *sizes)
 
-    def ignores_bidirectional(padding_mask: Tensor | None, *sizes: int | None) -> bool:
-        return not (is_masked and padding_mask is not None) and skips(None, *sizes)
-
-    interface = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
-    boolean = interface["sdpa"]
+    def ignores_bidirectional(original: Callable, padding_mask: Tensor | None, *sizes: int | None) -> bool:
+        return not (is_masked and padding_mask is not None) and original(None, *sizes)
 
     def additive(
-        *, device: torch.device, dtype: torch.dtype, config: PretrainedConfig, **options: object
+        boolean: Callable, *, device: torch.device, dtype: torch.dtype, config: PretrainedConfig, **options: object
     ) -> Tensor | None:
         # sparse attention (DeepSeek-V3.2) fills the mask with a number of `dtype`, in each layer at other positions
         if torch.is_autocast_enabled(device.type) and not hasattr(config, "index_topk"):
@@ -59,17 +56,16 @@ def chosen_on_host(inputs: Mapping[str, object], *, is_encoder_decoder: bool) ->
             return mask
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
+    functions = {
+        "find_packed_sequence_indices": documents,
+        "_ignore_causal_mask_sdpa": ignores_causal,
+        "_ignore_bidirectional_mask_sdpa": ignores_bidirectional,
+    }
     with ExitStack() as stack:
-        _replace(stack, masking_utils, "find_packed_sequence_indices", documents)
-        _replace(stack, masking_utils, "_ignore_causal_mask_sdpa", ignores_causal)
-        _replace(stack, masking_utils, "_ignore_bidirectional_mask_sdpa", ignores_bidirectional)
+        for name, function in functions.items():
+            stack.enter_context(replaced(masking_utils, name, function))
         # it reads the first and last tokens of all rows, and warns if there may be padding
-        _replace(stack, PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *_: None)
+        stack.enter_context(replaced(PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *_: None))
         if is_packed:
-            _replace(stack, interface, "_local_mapping", {**interface._local_mapping, "sdpa": additive})
+            stack.enter_context(replaced(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", additive))
         yield
-
-
-def _replace(stack: ExitStack, owner: object, name: str, function: object) -> None:
-    stack.callback(setattr, owner, name, getattr(owner, name))
-    setattr(owner, name, function)

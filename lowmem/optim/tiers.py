@@ -8,7 +8,7 @@ time to fp32 and back, so temporaries have the size of a slice.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
@@ -126,38 +126,46 @@ class TieredOptimizer(Optimizer):
                     yield WithGradient(group, parameter, gradient, _local_tensors(parameter, self.state[parameter]))
 
     @contextmanager
-    def summing(self, micro_batches: int, *key: int) -> Iterator[Callable[[nn.Parameter], Tensor]]:
+    def summing(
+        self, micro_batches: int, *key: int, whole: Mapping[nn.Parameter, nn.Parameter]
+    ) -> Iterator[dict[nn.Parameter, Tensor]]:
         """Sum gradients over micro-batches in fp32. In lean, sum large ones in bf16 with rounding seeded by `key`.
 
-        Yields a function that returns a parameter's sum up to now, this rank's part. At the end, `.grad` has the sums.
+        If a sharded parameter is in `whole`, backward uses that one, and its sums are whole. Yields the sums up to now,
+        by the parameters that backward uses; with one micro-batch, these have `.grad` instead. At the end, `.grad` of
+        the optimizer's parameters has the sums that were not removed.
         """
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        parameter_of = {whole.get(x, x): x for group in self.param_groups for x in group["params"]}
         sums: dict[nn.Parameter, Tensor] = {}
-        count = dict.fromkeys(parameters, 0)
+        count = dict.fromkeys(parameter_of, 0)
 
         @torch.no_grad()
-        def add(parameter: nn.Parameter) -> None:
-            gradient, parameter.grad = local_of(parameter.grad).contiguous(), None
-            if parameter not in sums:
-                sums[parameter] = gradient if self._is_rounded(parameter) else gradient.float()
+        def add(used: nn.Parameter) -> None:
+            gradient, used.grad = local_of(used.grad).contiguous(), None
+            if used not in sums:
+                sums[used] = gradient.to(self.sum_dtype(used))
                 return
-            count[parameter] += 1
-            random = self.key_of(parameter, count[parameter], *key) if self._is_rounded(parameter) else 0
-            self.add(parameter, sums[parameter], gradient, random)
+            count[used] += 1
+            random = self.key_of(parameter_of[used], count[used], *key) if self._is_rounded(used) else 0
+            self.add(used, sums[used], gradient, random)
 
-        for parameter in parameters:
+        for parameter in parameter_of.values():
             parameter.grad_dtype = parameter.dtype
-        hooks = [x.register_post_accumulate_grad_hook(add) for x in parameters] if micro_batches > 1 else []
+        hooks = [x.register_post_accumulate_grad_hook(add) for x in parameter_of] if micro_batches > 1 else []
         try:
-            yield lambda parameter: local_of(parameter.grad) if parameter.grad is not None else sums[parameter]
-            for parameter in parameters if hooks else ():
+            yield sums
+            for parameter in parameter_of.values() if hooks else ():
                 # set the dtype even without a sum: this rank then all-reduces zeros, which need the other ranks' dtype
-                parameter.grad_dtype = torch.bfloat16 if self._is_rounded(parameter) else torch.float32
-            for parameter, total in sums.items():
-                parameter.grad = sharded_like(parameter, total)
+                parameter.grad_dtype = self.sum_dtype(parameter)
+            for used, total in sums.items():
+                parameter_of[used].grad = sharded_like(parameter_of[used], total)
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def sum_dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        """Return the dtype in which `summing` sums a parameter's gradients over several micro-batches."""
+        return torch.bfloat16 if self._is_rounded(parameter) else torch.float32
 
     def add(self, parameter: nn.Parameter, total: Tensor, gradient: Tensor, key: int) -> None:
         assert gradient.dtype == torch.bfloat16, gradient.dtype

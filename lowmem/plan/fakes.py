@@ -84,8 +84,9 @@ class HostCopies:
 
     @property
     def savers(self) -> dict[str, Saver]:
-        """Return SAVERS with an `offload_activations` whose copies this object counts."""
-        return SAVERS | {"offload_activations": partial(SAVERS["offload_activations"], host=self)}
+        """Return SAVERS with savers that offload to this object, which counts the copies."""
+        offloading = ("offload_activations", "layered_offloaded")
+        return SAVERS | {name: partial(SAVERS[name], host=self) for name in offloading}
 
     def to_host(self, tensor: Tensor) -> tuple["_Copy", None]:
         copy = _Copy(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
