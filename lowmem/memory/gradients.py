@@ -73,19 +73,24 @@ class Gradients:
         over ranks begins, and `release` applies it. (fully_shard itself sums gradients in each backward.)
         """
         counted = enumerate(batches if self._num_tokens else ())
-        bodies = [partial(self._forward_and_backward, index, batch, loss_fn) for index, batch in counted]
+        forwards = [partial(self._forward, index, batch, loss_fn) for index, batch in counted]
         autocast = partial(_autocast, self._accelerator)
         with ExitStack() as stack:
+            if isinstance(self._model, DistributedDataParallel):
+                # DDP must not all-reduce in backward, because `all_reduce` does that once for all micro-batches
+                stack.enter_context(self._model.no_sync())
             sums = stack.enter_context(self._summing(len(batches)))
             if self._layered:
-                losses = self._run_layered(bodies, autocast, sums) if bodies else []
+                losses = self._run_layered(forwards, autocast, sums) if forwards else []
             else:
                 losses = []
-                for body in bodies:
-                    if body is bodies[-1]:
+                for forward in forwards:
+                    if forward is forwards[-1]:
                         stack.enter_context(self._completing(sums))
                     with autocast():
-                        losses.append(body())
+                        loss = forward()
+                    loss.backward()
+                    losses.append(loss.detach())
         applied = self.released.parameters if self.released else ()  # all other parameters without gradients get zeros
         for parameter in self._trained:
             if parameter not in applied:
@@ -96,26 +101,20 @@ class Gradients:
             self._sum.finish(self._all[::-1])
         return losses
 
-    def _forward_and_backward(self, index: int, batch: Batch, loss_fn: LossFunction) -> Tensor:
-        """Call this in autocast, which it leaves for backward."""
+    def _forward(self, index: int, batch: Batch, loss_fn: LossFunction) -> Tensor:
         # seeds all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
         torch.manual_seed(seed_of(self._seed, self._step, self._rank.rank, index))
-        # DDP must not all-reduce in backward, because `all_reduce` does that once for all micro-batches
-        with self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext():
-            loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._num_tokens
-            with torch.autocast(self._accelerator.device.type, enabled=False):
-                loss.backward()
-        return loss.detach()
+        return loss_fn(self._model, batch.to(self._accelerator.device)) / self._num_tokens
 
     def _run_layered(
-        self, bodies: Sequence[Callable[[], Tensor]], autocast: Autocast, sums: "_Sums"
+        self, forwards: Sequence[Callable[[], Tensor]], autocast: Autocast, sums: "_Sums"
     ) -> Sequence[Tensor]:
         """Run micro-batches in lockstep; complete the gradients of each layer while those of the next are computed."""
         index_of = {parameter: index for index, parameter in enumerate(reversed(self._trained))}
         done: set[nn.Parameter] = set()
         in_flight: deque[tuple[Sequence[nn.Parameter], LayerSum]] = deque()
 
-        def complete(parameters: Sequence[nn.Parameter]) -> None:
+        def complete(parameters: Sequence[nn.Parameter], *, at_once: bool = False) -> None:
             parameters = [parameter for parameter in parameters if parameter in index_of and parameter not in done]
             done.update(parameters)
             for parameter in parameters if self._sum else ():
@@ -124,7 +123,7 @@ class Gradients:
             if parameters and (self._is_sharded or self.released):
                 gradients = [sums.taken(parameter) for parameter in parameters]
                 in_flight.append((parameters, LayerSum(parameters, gradients, self._rank.group)))
-                finish(most=1)
+                finish(most=0 if at_once else 1)
 
         def finish(most: int) -> None:
             while len(in_flight) > most:
@@ -135,8 +134,13 @@ class Gradients:
                     if self.released:
                         self.released.update(parameter)
 
-        losses = self._layered.run(bodies, autocast, complete)
-        complete(self._trained)  # all others
+        def complete_early(parameters: Sequence[nn.Parameter]) -> None:
+            if self._is_sharded or self.released:  # ranks must sum the same parameters together
+                parameters = self._layered.same_on_all_ranks(parameters)
+            complete(parameters, at_once=True)  # a head may be the largest weight: do not keep its gradient longer
+
+        losses = self._layered.run(forwards, autocast, complete, complete_early)
+        complete(self._trained, at_once=True)  # all others
         finish(most=0)
         return losses
 

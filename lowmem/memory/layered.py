@@ -9,7 +9,7 @@ coroutine until the others have reached the same layer.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
 from itertools import zip_longest
@@ -19,16 +19,20 @@ from weakref import ref
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
+from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lowmem.distributed.collectives import gather_json
 from lowmem.distributed.gathered import Gathered
 from lowmem.distributed.placement import device_of, is_sharded, layer_drop, tensor_mesh, unwrapped
 from lowmem.errors import UsageError
 from lowmem.memory.offload import Offload, OffloadedCopy
 
 Autocast = Callable[[], AbstractContextManager[None]]
+Complete = Callable[[Sequence[nn.Parameter]], None]
+"""Called with parameters whose gradients are complete on this rank."""
 _PLAIN = (Tensor, bool, int, float, str, type(None))
 
 
@@ -112,22 +116,25 @@ class Layered:
         self._device = device_of(model)
         self._order = list(layers)  # in which the last step called the layers
         within = {module for layer in layers for module in layer.modules()}
-        outside = {x for module in model.modules() if module not in within for x in module.parameters(recurse=False)}
-        self._parameters = {layer: [x for x in layer.parameters() if x not in outside] for layer in layers}
+        outside = [x for module in model.modules() if module not in within for x in module.parameters(recurse=False)]
+        self._outside = list(dict.fromkeys(outside))  # a set would have another order on each rank
+        self._complete_early: list[int] | None = None  # of _outside, on all ranks
+        self._parameters = {layer: [x for x in layer.parameters() if x not in set(outside)] for layer in layers}
 
     def run(
         self,
-        bodies: Sequence[Callable[[], Tensor]],
+        forwards: Sequence[Callable[[], Tensor]],
         autocast: Autocast,
-        complete: Callable[[Sequence[nn.Parameter]], None],
+        complete: Complete,
+        complete_early: Complete,
     ) -> list[Tensor]:
-        """Run `bodies`, each of which is forward and backward of a micro-batch, and return what they return.
+        """Run the micro-batches' forwards in `autocast`, and their backwards; return the losses, detached.
 
-        A body seeds its random numbers, expects to run in `autocast`, and leaves it for its backward. Calls `complete`
-        with the parameters of each layer when their gradients are complete (on this rank).
+        A forward seeds its random numbers. Calls `complete_early` once, with the parameters that the layers' backward
+        will not reach, such as an untied head, and `complete` with the parameters of each layer.
         """
         with self.store.step(), self._pausing():
-            micro_batches = [_MicroBatch(body, self._device, self._offload) for body in bodies]
+            micro_batches = [_MicroBatch(forward, self._device, self._offload) for forward in forwards]
             try:
                 steps: list[list[_Call]] = []
                 with autocast():
@@ -137,6 +144,8 @@ class Layered:
                         steps.append(calls)
                         reached = [x.resume(call.forward()) for x, call in zip(micro_batches, calls, strict=True)]
                 self._order = [calls[0].layer for calls in steps]
+                left = set().union(*(micro_batch.graph_left().leaves for micro_batch in micro_batches))
+                complete_early([x for x in self._outside if self.store.gathered.get(x, x) not in left])
                 self._backward(steps, autocast, complete)
             finally:
                 for micro_batch in micro_batches:
@@ -144,9 +153,17 @@ class Layered:
                         micro_batch.throw(GreenletExit)  # leaves its blocks, and frees what its frames hold
         return reached
 
-    def _backward(
-        self, steps: list[list["_Call"]], autocast: Autocast, complete: Callable[[Sequence[nn.Parameter]], None]
-    ) -> None:
+    def same_on_all_ranks(self, early: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Return those of the parameters that are complete early on all ranks. The first call runs a collective."""
+        mine = [index for index, parameter in enumerate(self._outside) if parameter in set(early)]
+        if self._complete_early is None:
+            self._complete_early = sorted(set.intersection(*map(set, gather_json(mine))))
+        if not set(self._complete_early) <= set(mine):
+            name = type(self._model).__name__
+            raise UsageError(f"{name} uses a weight in other places than in the first step: remove layered")
+        return [self._outside[index] for index in self._complete_early]
+
+    def _backward(self, steps: list[list["_Call"]], autocast: Autocast, complete: Complete) -> None:
         uses = Counter(parameter for calls in steps for parameter in self._parameters[calls[0].layer])
         calls_left = Counter(self._order)
         while steps:
@@ -227,15 +244,23 @@ class _Value:
 class _MicroBatch(greenlet):
     """The coroutine of a micro-batch. It has its own random state, and a copy of the context of its creator."""
 
-    def __init__(self, body: Callable[[], Tensor], device: torch.device, offload: Offload | None):
-        super().__init__(body)
+    def __init__(self, forward: Callable[[], Tensor], device: torch.device, offload: Offload | None):
+        super().__init__(self._forward_and_backward)
+        self._forward = forward
         self.gr_context = copy_context()
         self.device, self.offload = device, offload
         self._values: dict[int, tuple[ref[Tensor], _Value]] = {}  # by the tensor's id
 
     def resume(self, *outputs: object) -> "_Call | Tensor":
-        """Run until the next layer, and return its call; or until the end, and return what the body returns."""
+        """Run until the next layer, and return its call; or until backward has reached the last layer's outputs."""
         return self.switch(*outputs)
+
+    def _forward_and_backward(self) -> Tensor:
+        loss = self._forward()
+        with torch.autocast(self.device.type, enabled=False):
+            # keep the graph if a later backward, of a layer's input, uses a part of it too
+            loss.backward(retain_graph=not _Graph.of([loss]).nodes.isdisjoint(self.graph_left().nodes))
+        return loss.detach()
 
     def value_of(self, tensor: Tensor) -> _Value:
         found = self._values.get(id(tensor))
@@ -250,9 +275,33 @@ class _MicroBatch(greenlet):
         leaf.register_post_accumulate_grad_hook(value.add)
         return leaf, value
 
+    def graph_left(self) -> "_Graph":
+        """Return the part of this micro-batch's own graph through which backward will go on."""
+        return _Graph.of(value.tensor for _, value in self._values.values() if value.tensor is not None)
+
     def _note(self, tensor: Tensor, value: _Value) -> _Value:
         self._values[id(tensor)] = ref(tensor), value
         return value
+
+
+class _Graph(NamedTuple):
+    """The graph by which tensors were computed."""
+
+    nodes: set[Node]
+    leaves: set[Tensor]
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> "_Graph":
+        tensors = list(tensors)
+        graph, left = cls(set(), {x for x in tensors if x.is_leaf}), [x.grad_fn for x in tensors]
+        while left:
+            node = left.pop()
+            if hasattr(node, "variable"):  # the node that sums a leaf's gradient
+                graph.leaves.add(node.variable)
+            elif node is not None and node not in graph.nodes:
+                graph.nodes.add(node)
+                left += [before for before, _ in node.next_functions]
+        return graph
 
 
 class _RandomState(NamedTuple):
@@ -281,29 +330,25 @@ class _Call:
         self._made: dict[int, _Value] = {}  # by their index in the outputs
 
     def forward(self) -> object:
-        """Run the layer without gradients. Returns its outputs, as leaves if gradients may come back to them."""
+        """Run the layer, but keep nothing for backward. Returns its outputs, as leaves if gradients will come back."""
         inputs, micro_batch = self._inputs, self._micro_batch
         versions = [x._version for x in inputs if isinstance(x, Tensor)]
         self._random_state.restore(micro_batch.device)
-        with torch.no_grad():
+        # not in no_grad, in which attention may run another kernel than in backward
+        with saved_tensors_hooks(_dropped, _dropped):
             outputs, spec = tree_flatten(self._call(inputs))
         if [x._version for x in inputs if isinstance(x, Tensor)] != versions:
             raise self._unsupported("changes its inputs in place")
         if found := next((x for x in outputs if not isinstance(x, _PLAIN)), None):
             raise self._unsupported(f"returns a {type(found).__name__}")
-        taken = [index for index, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
-        if not taken and not any(parameter.requires_grad for parameter in self.layer.parameters()):
-            self._inputs = []
-            return tree_unflatten(outputs, spec)
-        for index in taken:
-            self._taken.setdefault(micro_batch.value_of(inputs[index]), []).append(index)
-        passed = {id(x) for x in inputs}
+        passed_on = {id(x) for x in inputs}
         for index, output in enumerate(outputs):
-            if isinstance(output, Tensor) and output.is_floating_point() and id(output) not in passed:
+            if isinstance(output, Tensor) and output.requires_grad and id(output) not in passed_on:
                 outputs[index], self._made[index] = micro_batch.new_leaf(output)
-        for value in self._taken:
-            value.takers += 1
-        self._keep_inputs()
+        if self._made:
+            self._keep_inputs()
+        else:
+            self._inputs = []  # such as those of frozen layers
         return tree_unflatten(outputs, spec)
 
     def backward(self, autocast: Autocast) -> None:
@@ -325,9 +370,11 @@ class _Call:
             torch.autograd.backward(*map(list, zip(*roots, strict=True)))
             for value, leaf in leaves.items():
                 value.gradient = leaf.grad
-        self._inputs = []
         for value in self._taken:
             value.taken()
+        for value in self._made.values():
+            value.gradient = None
+        self._inputs, self._taken, self._made = [], {}, {}
 
     def fetch_inputs(self) -> None:
         """Begin to copy offloaded inputs to the device."""
@@ -340,16 +387,24 @@ class _Call:
         return self._forward(*args, **kwargs)
 
     def _keep_inputs(self) -> None:
-        """Offload the inputs that only this call needs: what the layer before has returned."""
+        """Note the inputs that get gradients, and offload those that the layer before has returned."""
+        for index, x in enumerate(self._inputs):
+            if isinstance(x, Tensor) and x.requires_grad:
+                self._taken.setdefault(self._micro_batch.value_of(x), []).append(index)
         offload = self._micro_batch.offload
-        for value, places in self._taken.items() if offload else ():
-            if value.tensor is None:
+        for value, places in self._taken.items():
+            value.takers += 1
+            if offload and value.tensor is None:
                 packed = offload.pack(self._inputs[places[0]].detach())
                 for place in places:
                     self._inputs[place] = packed
 
     def _unsupported(self, what: str) -> UsageError:
         return UsageError(f"{type(self.layer).__name__} {what}, which layered does not support: remove layered")
+
+
+def _dropped(saved: object) -> None:
+    return None
 
 
 def _unpacked(kept: object) -> object:

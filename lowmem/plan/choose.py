@@ -43,8 +43,11 @@ def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Itera
         yield rung("recompute=cheap", recompute="cheap")
     if config.recompute != "full":
         yield rung("recompute=full", recompute="full")
+    is_released = config.release or (config.max_grad_norm == 0 and config.nonfinite == "stop")
+    if not config.layered and is_released and config.tp_size == 1:
+        yield rung("layered, release", layered=True, release=True, recompute="full")
     rows, micro_batches = config.batch_size, config.gradient_accumulation_steps
-    while rows > 1 and not config.release:
+    while rows > 1 and (not config.release or config.layered):
         if config.global_batch_size is not None:
             rows = -(-rows // 2)
             yield rung(f"batch_size={rows}", batch_size=rows)
@@ -71,7 +74,7 @@ def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Itera
 
 
 def _may_shard(config: TrainConfig) -> bool:
-    return config.optimizer != "adafactor" and config.tp_size == 1 and not config.release
+    return config.optimizer != "adafactor" and config.tp_size == 1 and (config.layered or not config.release)
 
 
 class _Tried(NamedTuple):

@@ -22,6 +22,7 @@ from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.sharding import make_mesh, shard
 from lowmem.loss import LOSSES
+from lowmem.memory.layered import Store
 from lowmem.memory.savers import entered
 from lowmem.model.build import attention_options, build_model, freeze
 from lowmem.model.load import config_of
@@ -99,6 +100,8 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         stack.enter_context(timeline.meter)
         savers = [timeline.host.savers[name] for name in config.savers if name != "compiled"]  # fakes run no kernels
         stack.enter_context(entered(savers, model, optimizer))
+        if config.layered:
+            optimizer.layered.store = _WatchedStore(optimizer.layered.store, timeline)
         batches = _batches(config, cluster, is_causal=not shape.is_encoder_decoder)
         timeline.meter.reset_peak()
         train_step(
@@ -127,9 +130,10 @@ def _make_state(optimizer: Optimizer) -> None:
 
 
 def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[Batch]:
-    """Make 1 or 2 full micro-batches; more do not raise the peak. All tokens but a causal row's first are targets.
+    """Make full micro-batches: 1 or 2, because more do not raise the peak, or all if `layered` keeps inputs of all.
 
-    Encoders get a mask if there are several rows, which then differ in length. Packed rows have two documents each.
+    All tokens but a causal row's first are targets. Encoders get a mask if there are several rows, which then differ in
+    length. Packed rows have two documents each.
     """
     data_ranks, length = cluster.world_size // config.tp_size, config.max_seq_len
     rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps * data_ranks
@@ -141,7 +145,8 @@ def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[
     elif not is_causal and len(tokens) > 1:
         inputs["attention_mask"] = torch.ones_like(tokens)
     num_targets = len(tokens) * (length - is_causal)
-    return [Batch(inputs, num_targets, row_ids=[], needs_its_masks=True)] * min(2, micro_batches)
+    batch = Batch(inputs, num_targets, row_ids=[], needs_its_masks=True)
+    return [batch] * (micro_batches if config.layered else min(2, micro_batches))
 
 
 class _Timeline:
@@ -151,6 +156,9 @@ class _Timeline:
         self.meter, self.host = meter, HostCopies()
         self.meter.kind = Kind.ACTIVATIONS
         self.peaks: dict[str, Bytes] = {}
+        self.where_of: dict[nn.Module, str] = {}
+        """Where a layer is in its stack: "0 last" in the first stack."""
+        self._layer = ""
 
     def end(self, phase: str, *, then: Kind) -> None:
         """End `phase`. Record its peak if no earlier one of that name is higher. Label later storages as `then`."""
@@ -189,14 +197,14 @@ class _Timeline:
         )
         if model.config.is_encoder_decoder:
             model.get_decoder().register_forward_pre_hook(lambda *_: self.end("encoder", then=Kind.ACTIVATIONS))
-        last_of: dict[nn.Parameter, str] = {}
+        last_of: dict[nn.Parameter, str] = {}  # hooks of parameters that are gathered for `layered` do not run
         stacks = [x for x in model.modules() if isinstance(x, nn.ModuleList) and len(x)]
         stacks = [x for x in stacks if all(isinstance(layer, GradientCheckpointingLayer) for layer in x)]
         for number, stack in enumerate(stacks):
             for index, layer in enumerate(stack):
                 matrices = [x for x in layer.parameters() if x.requires_grad and x.dim() > 1]
-                where = {len(stack) - 1: "last", 0: "first"}.get(index, "middle")
-                last_of |= {parameter: f"backward {number} {where}" for parameter in matrices[:1]}
+                self.where_of[layer] = f"{number} {({len(stack) - 1: 'last', 0: 'first'}).get(index, 'middle')}"
+                last_of |= {parameter: f"backward {self.where_of[layer]}" for parameter in matrices[:1]}
 
         def has_gradient(parameter: nn.Parameter) -> None:
             self.meter.count([local_of(parameter.grad)], Kind.GRADIENTS)
@@ -209,8 +217,26 @@ class _Timeline:
 
         def before_update(*_) -> None:
             if self.meter.kind != Kind.UPDATE:
-                self.end("reduction", then=Kind.UPDATE)
+                self.end(f"reduction {self._layer}".strip(), then=Kind.UPDATE)
                 self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)
 
         optimizer.register_step_pre_hook(before_update)
         optimizer.register_step_post_hook(lambda *_: self.end("update", then=Kind.BACKWARD))
+
+    def finished(self, layer: nn.Module) -> None:
+        """End the backward of a layer, through which `layered` has run all micro-batches."""
+        self._layer = f"after {self.where_of.get(layer, 'a layer')}"
+        self.end(f"backward {self.where_of.get(layer, 'of a layer')}", then=Kind.BACKWARD)
+        self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)
+
+
+class _WatchedStore:
+    """A store of `layered` that tells the timeline when a layer is finished."""
+
+    def __init__(self, store: Store, timeline: _Timeline):
+        self._store, self._timeline = store, timeline
+        self.gathered, self.step, self.fetch = store.gathered, store.step, store.fetch
+
+    def finish(self, layer: nn.Module) -> None:
+        self._timeline.finished(layer)
+        self._store.finish(layer)
