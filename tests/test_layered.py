@@ -1,91 +1,438 @@
 """Layered gradient accumulation gives the losses and gradients of micro-batch order, on any number of processes."""
 
+from contextlib import contextmanager
+from shutil import rmtree
+from typing import NamedTuple
+
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, PretrainedConfig, masking_utils
 
 from lowmem.data.batch import Batch
-from lowmem.distributed.dtensor import local_of
-from lowmem.distributed.placement import data_place
 from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
+from lowmem.errors import UsageError
 from lowmem.loss import chunked_loss
 from lowmem.memory.layered import layered
-from lowmem.memory.savers import entered
+from lowmem.memory.savers import (
+    entered,
+    layered_offloaded,
+    offload_activations,
+    recompute,
+    recompute_cheap,
+    release,
+)
+from lowmem.model.build import freeze, model_from
+from lowmem.model.replaced import replaced
 from lowmem.optim.make import make_optimizer
+from lowmem.plan.meter import MemoryMeter
 from lowmem.step import TrainState, train_step
-from tests.forked import fork_ranks
-from tests.models import build
+from tests import runs
+from tests.architectures import tiny_fields
+from tests.forked import fork_ranks, train_ranks
+from tests.models import LLAMA, build
+from tests.processes import train
+from tests.runs import assert_same_run, write_files
 
 DROPOUT = {"t5": {"dropout_rate": 0.1}, "llama": {"attention_dropout": 0.1}, "qwen2": {"attention_dropout": 0.1}}
 TIED = {"t5": "shared.weight", "qwen2": "model.embed_tokens.weight"}
 ACCUMULATED = 4
-STRATEGIES = ["NO_SHARD", "FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"]
+STRATEGIES = ["NO_SHARD", "FULL_SHARD", "SHARD_GRAD_OP"]
 
 
-def batches_of(family, count=ACCUMULATED, first=0):
+def batches_of(is_encoder_decoder, count=ACCUMULATED, first=0):
     """Make micro-batches of unequal shapes, with padding."""
     batches = []
     for index in range(first, first + count):
         generator = torch.Generator().manual_seed(index)
         rows, length = 2 + index % 2, 16 + 8 * (index % 3)
         ids = torch.randint(3, 384, (rows, length), generator=generator)
-        labels = torch.randint(3, 384, (rows, 12 if family == "t5" else length), generator=generator)
-        if family != "t5":
+        labels = torch.randint(3, 384, (rows, 12 if is_encoder_decoder else length), generator=generator)
+        if not is_encoder_decoder:
             labels[:, :4] = -100
         mask = torch.ones_like(ids)
         mask[0, -5:] = 0
         inputs = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-        batches.append(Batch(inputs, int((labels != -100).sum()), []))
+        batches.append(Batch(inputs, int((labels != -100).sum()), [], needs_its_masks=True))
     return batches
 
 
-def trained(model, savers, batches, *, memory="off", steps=1, accelerator=None, **options):
-    """Train, and return losses, gradient norms and weights."""
+def packed_batches():
+    batches = batches_of(False)
+    for batch in batches:
+        del batch.inputs["attention_mask"]
+        length = batch.inputs["input_ids"].shape[1]
+        batch.inputs["position_ids"] = (torch.arange(length) % 9).expand_as(batch.inputs["input_ids"]).contiguous()
+    return batches
+
+
+def trained(model, savers, batches, *, memory="off", steps=1, accelerator=None, loss_fn=chunked_loss, **options):
+    """Train, and return losses, gradient norms and weights. SGD at rate 1 subtracts the gradient."""
     optimizer = make_optimizer(model, name="sgd" if memory == "off" else "adamw", memory=memory)
     state, accelerator = TrainState(model, optimizer, seed=3), accelerator or Accelerator(cpu=True)
     options = {"learning_rate": 1.0 if memory == "off" else 1e-2} | options
     with entered(savers, model, optimizer):
-        results = [train_step(state, batches, chunked_loss, accelerator, **options) for _ in range(steps)]
-    weights = {name: local_of(parameter.detach()) for name, parameter in model.named_parameters()}
-    return [x.loss for x in results], [x.grad_norm for x in results], weights
+        results = [train_step(state, batches, loss_fn, accelerator, **options) for _ in range(steps)]
+    return [x.loss for x in results], [x.grad_norm for x in results], dict(model.named_parameters())
+
+
+def assert_same(results, others, tied=None):
+    """Assert equal bits, but for tied embeddings, whose gradients are summed in another order."""
+    (losses, _, weights), (other_losses, _, other_weights) = results, others
+    assert losses == other_losses
+    for name, weight in weights.items():
+        if name != tied:
+            assert torch.equal(weight, other_weights[name]), name
+        else:
+            torch.testing.assert_close(weight, other_weights[name], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("memory", ["off", "exact", "lean"])
 @pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])
 def test_layered_gives_the_bits_of_micro_batch_order(family, memory):
-    """SGD at rate 1 subtracts the gradient. Only gradients of tied embeddings are summed in another order."""
-    (loss, _, weights), (same_loss, _, same_weights) = (
-        trained(build(family, **DROPOUT[family]), savers, batches_of(family), memory=memory)
+    results = [
+        trained(build(family, **DROPOUT[family]), savers, batches_of(family == "t5"), memory=memory)
         for savers in ([], [layered])
-    )
-    assert loss == same_loss
+    ]
+    if memory != "off" and family in TIED:  # AdamW divides gradients by their size, so last bits count
+        for _, _, weights in results:
+            del weights[TIED[family]]
+    assert_same(*results, tied=TIED.get(family))
+
+
+# their layers get different arguments, share tensors, or compute with more than the tensors that they get
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    {
+        "bart": "model.shared.weight",
+        "bloom": "transformer.word_embeddings.weight",
+        "doge": None,
+        "gemma2": "model.embed_tokens.weight",
+        "gemma3_text": "model.embed_tokens.weight",
+        "inkling2_text": "model.embed_tokens.weight",
+        "mixtral": None,
+    }.items(),
+)
+def test_other_architectures_have_the_bits_of_micro_batch_order(name, tied):
+    def built():
+        torch.manual_seed(0)
+        fields = tiny_fields(name)
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        return model_from(config, torch.float32, on_meta=False).train()
+
+    batches = batches_of(built().config.is_encoder_decoder)
+    assert_same(trained(built(), [], batches), trained(built(), [layered], batches), tied=tied)
+
+
+def train_packed(mixed_precision):
+    accelerator = init_distributed(mixed_precision=mixed_precision)
+    results = [
+        trained(build("llama", **DROPOUT["llama"]), savers, packed_batches(), accelerator=accelerator)
+        for savers in ([], [layered], [layered_offloaded])
+    ]
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_packed_rows_and_autocast_keep_their_bits(mixed_precision):
+    assert fork_ranks(1, train_packed, mixed_precision) == [0]
+
+
+def test_a_frozen_encoder_is_not_run_again():
+    calls = []
+    results = []
+    for savers in ([], [layered]):
+        model = build("t5", **DROPOUT["t5"])
+        freeze(model, parts=["embeddings", "encoder"])
+        model.encoder.block[0].register_forward_hook(lambda *_: calls.append(1))
+        model.encoder.block[0].layer[0].register_forward_hook(lambda *_: calls.append(2))
+        results.append(trained(model, savers, batches_of(True)))
+    assert_same(*results)
+    assert sorted(calls) == [1] * 2 * ACCUMULATED + [2] * 2 * ACCUMULATED
+
+
+def test_layers_that_are_one_module_are_right():
+    def shared():
+        model = build("llama", num_hidden_layers=3)
+        model.model.layers[2] = model.model.layers[0]
+        return model
+
+    _, _, weights = trained(shared(), [], batches_of(False))
+    _, _, same_weights = trained(shared(), [layered], batches_of(False))
     for name, weight in weights.items():
-        if name != TIED.get(family):
-            assert torch.equal(weight, same_weights[name]), name
-        elif memory == "off":
-            torch.testing.assert_close(weight, same_weights[name], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(weight, same_weights[name], rtol=1e-6, atol=1e-6)
 
 
-def on_a_rank(folder, strategy, memory, savers, options):
-    """Train on this rank's micro-batches, and save the gathered weights."""
+def test_a_loss_may_run_the_model_again_without_gradients():
+    """Such as for a reference. This forward pauses no micro-batch."""
+
+    def loss_fn(model, batch):
+        with torch.no_grad():
+            reference = model(batch.inputs["input_ids"], use_cache=False).logits
+        return chunked_loss(model, batch) * reference.square().mean()
+
+    results = [trained(build("llama"), savers, batches_of(False), loss_fn=loss_fn) for savers in ([], [layered])]
+    assert_same(*results)
+
+
+def test_released_and_offloaded_layers_need_less_memory():
+    """Of 8 layers, one gradient is held at a time, and only the inputs of layers whose turn it is."""
+    peaks, batches = [], batches_of(False)
+    for savers in ([recompute], [layered, release], [layered_offloaded, release]):
+        model = build("llama", num_hidden_layers=8, hidden_size=64, vocab_size=384)
+        with MemoryMeter() as meter:
+            trained(model, savers, batches)
+        peaks.append(meter.peak_bytes)
+    weights = 4 * sum(parameter.numel() for parameter in model.model.layers.parameters())
+    assert peaks[0] - peaks[1] > 0.2 * weights, (peaks, weights)  # despite the inputs of all layers and micro-batches
+    assert peaks[0] - peaks[2] > 0.8 * weights, (peaks, weights)
+
+
+# --- processes
+
+
+class Run(NamedTuple):
+    """A run of two steps on several ranks."""
+
+    strategy: str = "NO_SHARD"
+    memory: str = "off"
+    savers: tuple = ()
+    max_grad_norm: float | None = 1.0
+
+    def __str__(self):
+        return "-".join([self.strategy, self.memory, *(saver.__name__ for saver in self.savers)])
+
+
+# for each number of ranks, runs in micro-batch order, and runs that must end like them
+SAME = {
+    1: {Run(): [Run("FULL_SHARD", savers=(layered,))]},
+    2: {
+        Run(memory=memory): [Run(strategy, memory, (layered,)) for strategy in STRATEGIES] for memory in ("off", "lean")
+    },
+    3: {
+        Run(): [Run("NO_SHARD", savers=(layered,)), Run("FULL_SHARD", savers=(layered,))],
+        Run(memory="lean"): [Run("FULL_SHARD", "lean", (layered,))],
+    },
+    4: {Run(memory="exact"): [Run("HYBRID_SHARD", "exact", (layered,))]},
+}
+SAME[2][Run(memory="exact", max_grad_norm=None)] = [
+    Run(strategy, "exact", (layered, release), None) for strategy in ("NO_SHARD", "FULL_SHARD")
+]
+
+
+def train_on_a_rank(folder, ranks):
+    """Do all runs of `SAME`, each rank on its own micro-batches, and save the whole weights."""
     accelerator = init_distributed()
-    rank = accelerator.process_index
-    shard_size = {"shard_size": 2} if strategy == "HYBRID_SHARD" else {}
-    model = parallelize(build("llama", **DROPOUT["llama"]), accelerator, sharding_strategy=strategy, **shard_size)
-    assert data_place(model).rank == rank
-    batches = batches_of("llama", first=ACCUMULATED * rank)
-    losses, norms, _ = trained(model, savers, batches, memory=memory, steps=2, accelerator=accelerator, **options)
-    whole = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in model.named_parameters()}
-    if rank == 0:
+    batches = batches_of(False, 2, first=2 * accelerator.process_index)
+    for run in [run for expected, others in SAME[ranks].items() for run in (expected, *others)]:
+        sharding = {"sharding_strategy": run.strategy} | ({"shard_size": 2} if run.strategy == "HYBRID_SHARD" else {})
+        model = parallelize(build("llama", **DROPOUT["llama"]), accelerator, **sharding)
+        options = {"memory": run.memory, "max_grad_norm": run.max_grad_norm, "accelerator": accelerator}
+        losses, norms, weights = trained(model, run.savers, batches, steps=2, **options)
+        whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in weights.items()}
         whole |= {"loss": torch.stack(losses), "norm": torch.stack(norms)}
-        save_file({name: x.detach().contiguous() for name, x in whole.items()}, folder / "result.safetensors")
+        if accelerator.is_main_process:
+            save_file({name: x.detach().contiguous() for name, x in whole.items()}, folder / str(run))
     accelerator.end_training()
 
 
-def on_ranks(tmp_path, ranks, *, strategy="NO_SHARD", memory="off", savers=(layered,), **options):
-    folder = tmp_path / f"{ranks}-{strategy}-{memory}-{len(savers)}"
-    folder.mkdir()
-    assert fork_ranks(ranks, on_a_rank, folder, strategy, memory, savers, options) == [0] * ranks
-    return load_file(folder / "result.safetensors")
+@pytest.mark.parametrize("ranks", SAME)
+def test_every_strategy_trains_as_in_micro_batch_order(ranks, tmp_path):
+    """Without shards, or with two ranks, to the same bits; more ranks may sum shards in another order."""
+    assert fork_ranks(ranks, train_on_a_rank, tmp_path, ranks) == [0] * ranks
+    for expected, others in SAME[ranks].items():
+        weights = load_file(tmp_path / str(expected))
+        for run in others:
+            found = load_file(tmp_path / str(run))
+            for name, weight in weights.items():
+                if (run.strategy == "NO_SHARD" or ranks <= 2) and name != "norm":
+                    assert torch.equal(found[name], weight), (run, name)
+                else:
+                    torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the collectives of a group, and the bytes that they give or take, whichever are more."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.count += 1
+            self.bytes += max(_num_bytes(arg) for arg in args)
+        return func(*args, **(kwargs or {}))
+
+
+def _num_bytes(value):
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    return sum(map(_num_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+def count_traffic(folder):
+    accelerator, lines = init_distributed(), []
+    for savers in ([recompute], [layered]):
+        for count in (1, 4, 16) if layered in savers else (1, 4):
+            model = parallelize(build("llama", seed=1), accelerator, sharding_strategy="FULL_SHARD")
+            optimizer = make_optimizer(model, memory="exact")
+            state, batches = TrainState(model, optimizer), batches_of(False, count)
+            with entered(savers, model, optimizer):
+                train_step(state, batches, chunked_loss, accelerator, learning_rate=1e-3)
+                with Traffic() as traffic:
+                    train_step(state, batches, chunked_loss, accelerator, learning_rate=1e-3)
+            lines.append(f"{traffic.count} {traffic.bytes}")
+    if accelerator.is_main_process:
+        (folder / "traffic").write_text("\n".join(lines))
+    accelerator.end_training()
+
+
+def test_the_traffic_of_sharded_layers_does_not_depend_on_accumulation(tmp_path):
+    assert fork_ranks(2, count_traffic, tmp_path) == [0, 0]
+    found = [tuple(map(int, line.split())) for line in (tmp_path / "traffic").read_text().splitlines()]
+    (one, four), in_layers = found[:2], found[2:]
+    assert in_layers[0] == in_layers[1] == in_layers[2]
+    assert four[0] > 3 * one[0] and four[1] > 3 * one[1]
+    assert in_layers[0][1] < one[1]
+
+
+# --- runs
+
+
+def test_a_run_may_switch_layered_on_and_off_when_it_resumes(tmp_path):
+    work = write_files(tmp_path, num_rows=90)
+    (work / "t5.json").write_text(AutoConfig.for_model(**LLAMA | DROPOUT["llama"]).to_json_string())
+    options = {"batch_size": 2, "gradient_accumulation_steps": 3, "mixed_precision": "bf16", "memory": "lean"}
+    options |= {"max_steps": 6, "save_steps": 3, "save_total_limit": 0, "resume": "auto"}
+    assert train("train", *runs.flags(work, "plain", **options)).returncode == 0
+    for saver in ("layered", "offload_activations", "recompute"):
+        switched = options | {"recompute": "full"} if saver == "recompute" else options | {"layered": True, saver: True}
+        result = train("train", *runs.flags(work, "switched", **switched))
+        assert result.returncode == 0, result.stderr
+        assert_same_run(work, "switched", "plain")
+        rmtree(work / "switched" / "checkpoints" / "step-00000006")  # as if it had been killed just before the end
+
+
+def test_two_sharded_processes_train_released_layers(tmp_path):
+    work = write_files(tmp_path, num_rows=90)
+    options = {"batch_size": 2, "gradient_accumulation_steps": 3, "mixed_precision": "bf16", "max_grad_norm": 0}
+    options |= {"layered": True, "release": True, "sharding_strategy": "FULL_SHARD", "max_steps": 3}
+    results = train_ranks(2, "train", *runs.flags(work, "sharded", **options))
+    assert [result.returncode for result in results] == [0, 0], results
+    one = options | {"sharding_strategy": "NO_SHARD", "gradient_accumulation_steps": 6}
+    assert train("train", *runs.flags(work, "one", **one)).returncode == 0
+    assert runs.losses(work, "sharded") == pytest.approx(runs.losses(work, "one"), rel=1e-3)
+
+
+# --- what is refused, and what is left behind
+
+
+class GPT(torch.nn.Linear):
+    """A model without layers of transformers."""
+
+    config = PretrainedConfig()
+
+    def __init__(self):
+        super().__init__(2, 2)
+
+
+@contextmanager
+def entered_layered(model, *savers):
+    with entered([*savers, layered], model, make_optimizer(model, memory="off")):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("make", "savers", "message"),
+    [
+        (lambda: build("t5", layerdrop=0.1), [], "layerdrop=0.1: set it to 0.0"),
+        (lambda: GPT(), [], "GPT has no layers of that kind"),
+        (lambda: build("llama"), [recompute], "remove recompute"),
+        (lambda: build("llama"), [recompute_cheap], "remove recompute"),
+        (lambda: build("llama"), [release], "enter layered before release"),
+    ],
+)
+def test_what_layered_does_not_support_is_refused_in_one_line(make, savers, message):
+    with pytest.raises(UsageError, match=message) as error, entered_layered(make(), *savers):
+        pass
+    assert "\n" not in str(error.value)
+
+
+def test_offload_activations_within_layered_is_refused():
+    model = build("llama")
+    optimizer = make_optimizer(model, memory="off")
+    with (
+        pytest.raises(UsageError, match="layered_offloaded"),
+        entered([layered, offload_activations], model, optimizer),
+    ):
+        pass
+
+
+def test_layers_in_another_order_and_changed_inputs_are_refused():
+    def shuffled(model, batch):
+        layers = model.model.layers
+        if len(batch.inputs["input_ids"]) == 3:
+            model.model.layers = torch.nn.ModuleList([layers[1], layers[0]])
+        try:
+            return chunked_loss(model, batch)
+        finally:
+            model.model.layers = layers
+
+    with pytest.raises(UsageError, match="other layers for one micro-batch"):
+        trained(build("llama"), [layered], batches_of(False), loss_fn=shuffled)
+
+    model = build("llama")
+    layer = model.model.layers[1]
+    forward = layer.forward
+    layer.forward = lambda hidden, *args, **kwargs: forward(hidden, *args, **kwargs) + hidden.detach().zero_()
+    with pytest.raises(UsageError, match="changes its inputs in place"):
+        trained(model, [layered], batches_of(False))
+
+
+def test_a_failed_step_leaves_nothing_behind_and_the_next_one_is_right():
+    model, batches = build("llama", **DROPOUT["llama"]), batches_of(False)
+    optimizer, accelerator = make_optimizer(model, name="sgd", memory="off"), Accelerator(cpu=True)
+    state, original = TrainState(model, optimizer, seed=3), masking_utils.find_packed_sequence_indices
+
+    def failing(model, batch):
+        loss = chunked_loss(model, batch)
+        if len(batch.inputs["input_ids"]) == 3:  # the second micro-batch, when the first has ended
+            raise ZeroDivisionError
+        return loss
+
+    with entered([layered], model, optimizer):
+        with pytest.raises(ZeroDivisionError):
+            train_step(state, batches, failing, accelerator, learning_rate=1.0)
+        assert not any("forward" in vars(module) for module in model.modules())
+        assert masking_utils.find_packed_sequence_indices is original
+        result = train_step(state, batches, chunked_loss, accelerator, learning_rate=1.0)
+    assert not hasattr(optimizer, "layered")
+    weights = dict(model.named_parameters())
+    expected = trained(build("llama", **DROPOUT["llama"]), [], batches)
+    assert_same(([result.loss], [], weights), expected)
+
+
+def test_contexts_that_overlap_replace_a_function_each_for_itself():
+    from contextvars import copy_context
+
+    class Owner:
+        def name(self):
+            return "original"
+
+    owner, other = Owner(), copy_context()
+    mine = replaced(owner, "name", lambda original: f"mine, not {original()}")
+    theirs = replaced(owner, "name", lambda original: "theirs")
+    mine.__enter__()
+    other.run(theirs.__enter__)
+    assert owner.name() == "mine, not original" and other.run(owner.name) == "theirs"
+    mine.__exit__(None, None, None)
+    assert owner.name() == "original" and other.run(owner.name) == "theirs"
+    other.run(theirs.__exit__, None, None, None)
+    assert "name" not in vars(owner)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lowmem.distributed.collectives import collective, report_failure
+from lowmem.distributed.collectives import collective, rank_and_world_size, report_failure
 from lowmem.distributed.dtensor import local_of
 from lowmem.errors import RankError
 
@@ -132,14 +132,14 @@ class LayerSum:
         with self._aside(gradients[0].device):
             if is_sharded:
                 scatter_sum(parameters, gradients, self._results)
-            else:
+            elif rank_and_world_size()[1] > 1:
                 all_reduce_sum(gradients, group)
 
     def finish(self) -> list[Tensor]:
         """Return the sums, in the order of the parameters."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-        self._gradients = ()
+        self._gradients = []
         return self._results
 
     @contextmanager

@@ -123,7 +123,8 @@ class Gradients:
             if parameters and (self._is_sharded or self.released):
                 gradients = [sums.taken(parameter) for parameter in parameters]
                 in_flight.append((parameters, LayerSum(parameters, gradients, self._rank.group)))
-                finish(most=0 if at_once else 1)
+                del gradients
+                finish(most=0 if at_once or self._accelerator.num_processes == 1 else 1)
 
         def finish(most: int) -> None:
             while len(in_flight) > most:

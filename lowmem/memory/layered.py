@@ -81,6 +81,8 @@ def layered(model: nn.Module, optimizer: Optimizer, *, offload: Offload | None =
         raise UsageError(f"layered needs all micro-batches to run the same layers, but found {dropped}: set it to 0.0")
     if tensor_mesh(model) is not None:
         raise UsageError("layered does not support tensor parallelism: set tp_size=1, or remove layered")
+    if hasattr(optimizer, "released"):
+        raise UsageError("release cannot sum over micro-batches by itself: enter layered before release")
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise UsageError("layered computes each layer again in backward by itself: remove recompute")
     store = Gathered(model, layers) if is_sharded(model) else Resident()
