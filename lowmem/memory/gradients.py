@@ -25,7 +25,7 @@ from lowmem.distributed.placement import data_place, has_collectives, is_engine,
 from lowmem.distributed.reduce import BucketedSum, LayerSum, all_reduce_sum
 from lowmem.distributed.seeds import seed_of
 from lowmem.memory.layered import Autocast, Layered
-from lowmem.memory.release import Released
+from lowmem.memory.release import KeptOnHost, Released, TakenGradients
 from lowmem.optim.norms import gradient_norms
 from lowmem.optim.tiers import TieredOptimizer
 
@@ -51,11 +51,15 @@ class Gradients:
         self.can_be_dropped = self.released is None and not has_collectives(model)
         """Whether all ranks can drop the step after an error in `accumulate`, in a block of `completed`."""
         self._all: list[Tensor] = []
+        """Gradients that are in `.grad`."""
         self.clear()
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         is_summed = self.can_be_dropped and accelerator.num_processes > 1
         # the order in which backward usually computes gradients
         self._sum = BucketedSum(self._trained[::-1], self._rank.group) if is_summed else None
+        offload = self._layered.offload if self._layered and not self._sum else None
+        self._kept = KeptOnHost(optimizer, offload) if offload and not self.released else None
+        self._taken: TakenGradients | None = self.released or self._kept
 
     def check(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
         """Raise UsageError for options that gradient release does not support."""
@@ -70,7 +74,8 @@ class Gradients:
         """Run forward and backward on each micro-batch; return each one's share of the mean loss, an fp32 scalar.
 
         When a gradient is complete on this rank (in the last backward or, with `layered`, after each layer's), its sum
-        over ranks begins, and `release` applies it. (fully_shard itself sums gradients in each backward.)
+        over ranks begins, and `release` applies it. (fully_shard itself sums gradients in each backward.) With
+        `layered_offloaded`, gradients wait for their norm on the host, but not if they are summed in `BucketedSum`.
         """
         counted = enumerate(batches if self._num_tokens else ())
         forwards = [partial(self._forward, index, batch, loss_fn) for index, batch in counted]
@@ -91,9 +96,9 @@ class Gradients:
                         loss = forward()
                     loss.backward()
                     losses.append(loss.detach())
-        applied = self.released.parameters if self.released else ()  # all other parameters without gradients get zeros
+        taken = self._taken.parameters if self._taken else ()  # all other parameters without gradients get zeros
         for parameter in self._trained:
-            if parameter not in applied:
+            if parameter not in taken:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
                 self._all.append(parameter.grad)
@@ -120,7 +125,7 @@ class Gradients:
             for parameter in parameters if self._sum else ():
                 if (gradient := sums.of(parameter)) is not None and not _is_shared(gradient):
                     self._sum.add(index_of[parameter], gradient)
-            if parameters and (self._is_sharded or self.released):
+            if parameters and (self._is_sharded or self._taken):
                 gradients = [sums.taken(parameter) for parameter in parameters]
                 in_flight.append((parameters, LayerSum(parameters, gradients, self._rank.group)))
                 del gradients
@@ -132,11 +137,11 @@ class Gradients:
                 for parameter, gradient in zip(parameters, total.finish(), strict=True):
                     parameter.grad_dtype = gradient.dtype
                     parameter.grad = sharded_like(parameter, gradient.to(parameter.device))
-                    if self.released:
-                        self.released.update(parameter)
+                    if self._taken:
+                        self._taken.take(parameter)
 
         def complete_early(parameters: Sequence[nn.Parameter]) -> None:
-            if self._is_sharded or self.released:  # ranks must sum the same parameters together
+            if self._is_sharded or self._taken:  # ranks must sum the same parameters together
                 parameters = self._layered.same_on_all_ranks(parameters)
             complete(parameters, at_once=True)  # a head may be the largest weight: do not keep its gradient longer
 
@@ -160,11 +165,11 @@ class Gradients:
         if sharded or self._is_sharded:
             squares = torch.zeros((), device=self._accelerator.device)
             mine = gradient_norms([local_of(gradient) for gradient in sharded if is_first_copy(gradient)])
-            if mine := [*mine, *(self.released.norms_of_parts if self.released else ())]:
+            if mine := [*mine, *(self._taken.norms_of_parts if self._taken else ())]:
                 squares += torch.stack(mine).square().sum().to(squares.device)  # they are on the host with cpu_offload
             all_reduce_sum([squares])
             norms.append(squares.sqrt())
-        return torch.linalg.vector_norm(torch.stack([*norms, *(self.released.norms if self.released else ())]))
+        return torch.linalg.vector_norm(torch.stack([*norms, *(self._taken.norms if self._taken else ())]))
 
     def update(self, max_grad_norm: float | None, grad_norm: Tensor, *, if_finite: Tensor) -> bool:
         """Clip and update if the scalar `if_finite` is finite; return whether it is. The step's only device sync.
@@ -173,22 +178,32 @@ class Gradients:
         before the sync, so that a GPU need not wait for the host: a clip factor of NaN tells them to change nothing.
         """
         is_finite, is_tiered = torch.isfinite(if_finite), isinstance(self._optimizer, TieredOptimizer)
-        begins_early = is_tiered and self._optimizer.can_undo and self.released is None
+        begins_early = is_tiered and self._optimizer.can_undo and self._taken is None
         if not begins_early and not is_finite.item():
             return False
         factor = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0) if max_grad_norm else None
         if begins_early:
             factor = torch.where(is_finite, 1.0 if factor is None else factor, math.nan)
-        if factor is not None and is_tiered:
-            self._optimizer.clip_factor = factor.to(self._all[0].device)  # saves a pass over all gradients
-        elif factor is not None:
-            local = [local_of(gradient) for gradient in self._all]
-            torch._foreach_mul_(local, factor.to(local[0].device))
-        self._optimizer.step()
+        for parameter in self._kept.fetched() if self._kept else ():
+            self._clip([parameter.grad], factor)
+            self._kept.step(parameter)
+        if self._all:
+            self._clip(self._all, factor)
+            self._optimizer.step()
         if begins_early and not is_finite.item():
             self._optimizer.undo()
             return False
         return True
+
+    def _clip(self, gradients: Sequence[Tensor], factor: Tensor | None) -> None:
+        """Multiply the gradients that are next updated by `factor`, an fp32 scalar."""
+        if factor is None:
+            return
+        local = [local_of(gradient) for gradient in gradients]
+        if isinstance(self._optimizer, TieredOptimizer):
+            self._optimizer.clip_factor = factor.to(local[0].device)  # saves a pass over all gradients
+        else:
+            torch._foreach_mul_(local, factor.to(local[0].device))
 
     def clear(self) -> None:
         self._all.clear()
@@ -204,7 +219,7 @@ class Gradients:
 
             def complete(parameter: nn.Parameter, index: int = index) -> None:
                 if self.released:
-                    self.released.update(parameter)
+                    self.released.take(parameter)
                 elif not _is_shared(gradient := sums.of(parameter)):  # else `accumulate` adds it after backward
                     self._sum.add(index, gradient)
 

@@ -113,8 +113,8 @@ class Layered:
     """Runs the micro-batches of a step in lockstep."""
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], store: Store, offload: Offload | None):
-        self.store = store
-        self._model, self._layers, self._offload = model, layers, offload
+        self.store, self.offload = store, offload
+        self._model, self._layers = model, layers
         self._device = device_of(model)
         self._order = list(layers)  # in which the last step called the layers
         within = {module for layer in layers for module in layer.modules()}
@@ -136,7 +136,7 @@ class Layered:
         will not reach, such as an untied head, and `complete` with the parameters of each layer.
         """
         with self.store.step(), self._pausing():
-            micro_batches = [_MicroBatch(forward, self._device, self._offload) for forward in forwards]
+            micro_batches = [_MicroBatch(forward, self._device, self.offload) for forward in forwards]
             try:
                 steps: list[list[_Call]] = []
                 with autocast():

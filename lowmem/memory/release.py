@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lowmem.distributed.dtensor import is_first_copy, local_of
+from lowmem.distributed.dtensor import is_first_copy, local_of, sharded_like
 from lowmem.errors import UsageError
+from lowmem.memory.offload import Offload
 from lowmem.optim.norms import gradient_norms
 
 
@@ -31,18 +32,52 @@ def release(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
         del optimizer.released
 
 
-class Released:
-    """The parameters whose gradients are already applied and freed in this step, and the norms of these gradients."""
+class TakenGradients:
+    """Gradients of a step that were taken from `.grad` when they were complete, and their norms."""
 
-    def __init__(self, optimizer: Optimizer, *, is_layered: bool):
-        self._optimizer, self._is_layered = optimizer, is_layered
+    def __init__(self, optimizer: Optimizer):
+        self._optimizer = optimizer
         groups = enumerate(optimizer.param_groups)
         self._group_of = {parameter: index for index, group in groups for parameter in group["params"]}
         self.parameters: set[nn.Parameter] = set()
+        """Whose gradients were taken."""
         self.norms: list[Tensor] = []
         """L2 norm of each gradient that is not sharded, fp32."""
         self.norms_of_parts: list[Tensor] = []
         """L2 norms of this rank's parts of sharded gradients, without those that another rank has too."""
+
+    def _note(self, parameter: nn.Parameter) -> None:
+        """Note a gradient and its norm."""
+        norms = gradient_norms([local_of(parameter.grad)])
+        if not isinstance(parameter, DTensor):
+            self.norms += norms
+        elif is_first_copy(parameter):
+            self.norms_of_parts += norms
+        self.parameters.add(parameter)
+
+    def step(self, parameter: nn.Parameter) -> None:
+        """Apply and free the gradient of one parameter."""
+        groups = self._optimizer.param_groups
+        # with all groups, each of P steps would look at all P parameters
+        self._optimizer.param_groups = [groups[self._group_of[parameter]] | {"params": [parameter]}]
+        try:
+            self._optimizer.step()
+        finally:
+            self._optimizer.param_groups = groups
+        parameter.grad = None
+
+    def clear(self) -> None:
+        self.parameters.clear()
+        self.norms.clear()
+        self.norms_of_parts.clear()
+
+
+class Released(TakenGradients):
+    """Gradients that are applied and freed as soon as they are complete."""
+
+    def __init__(self, optimizer: Optimizer, *, is_layered: bool):
+        super().__init__(optimizer)
+        self._is_layered = is_layered
 
     def begin(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
         """Start a step. Raises UsageError for options that need all gradients at the same time."""
@@ -55,24 +90,40 @@ class Released:
         }
         if found := [problem for problem, is_found in problems.items() if is_found]:
             raise UsageError(f"release updates each weight inside backward, so it does not support {', '.join(found)}")
-        self.parameters.clear()
-        self.norms.clear()
-        self.norms_of_parts.clear()
+        self.clear()
 
     @torch.no_grad()
-    def update(self, parameter: nn.Parameter) -> None:
-        """Apply and free the gradient of a parameter, which must be complete."""
-        norms = gradient_norms([local_of(parameter.grad)])
-        if not isinstance(parameter, DTensor):
-            self.norms += norms
-        elif is_first_copy(parameter):
-            self.norms_of_parts += norms
-        self.parameters.add(parameter)
-        groups = self._optimizer.param_groups
-        # with all groups, each of P steps would look at all P parameters
-        self._optimizer.param_groups = [groups[self._group_of[parameter]] | {"params": [parameter]}]
-        try:
-            self._optimizer.step()
-        finally:
-            self._optimizer.param_groups = groups
+    def take(self, parameter: nn.Parameter) -> None:
+        """Apply and free the parameter's gradient, which must be complete."""
+        self._note(parameter)
+        self.step(parameter)
+
+
+class KeptOnHost(TakenGradients):
+    """Complete gradients that `layered_offloaded` keeps on the host until their norm is known."""
+
+    def __init__(self, optimizer: Optimizer, offload: Offload):
+        super().__init__(optimizer)
+        self._offload = offload
+        self._kept: dict[nn.Parameter, object] = {}
+
+    @torch.no_grad()
+    def take(self, parameter: nn.Parameter) -> None:
+        """Move the parameter's gradient, which must be complete, to the host."""
+        self._note(parameter)
+        self._kept[parameter] = self._offload.pack(local_of(parameter.grad))
         parameter.grad = None
+
+    def fetched(self) -> Iterator[nn.Parameter]:
+        """Yield one parameter after the other; only the one yielded last has its gradient, on the device."""
+        while self._kept:
+            parameter, kept = self._kept.popitem()
+            gradient = self._offload.unpack(kept)
+            parameter.grad_dtype = gradient.dtype
+            parameter.grad = sharded_like(parameter, gradient)
+            yield parameter
+            parameter.grad = None
+
+    def clear(self) -> None:
+        super().clear()
+        self._kept.clear()
