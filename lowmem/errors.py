@@ -68,6 +68,8 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate mem
 
 
 def is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, RankError):  # which may quote another rank's error
+        return False
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
         return True
     return isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)

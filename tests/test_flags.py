@@ -8,7 +8,7 @@ import pytest
 
 from lowmem.config.parse import resolve
 from lowmem.config.presets import PRESETS
-from lowmem.config.rules import NEEDS
+from lowmem.config.rules import NEEDS, NEEDS_WITHOUT_LAYERED
 from lowmem.config.sizes import parse_bytes
 from lowmem.config.train_config import ALTERNATIVES, FIELDS, TrainConfig, fields_where
 from lowmem.errors import UsageError
@@ -292,7 +292,7 @@ def test_sizes_are_read_as_people_write_them():
 
 def test_every_name_in_alternatives_needs_and_presets_is_a_field():
     named = {name for pair in ALTERNATIVES for name in pair}
-    named |= {name for flag, _, needed, *_ in NEEDS for name in (flag, needed)}
+    named |= {name for flag, _, needed, *_ in [*NEEDS, *NEEDS_WITHOUT_LAYERED] for name in (flag, needed)}
     named |= {name for preset in PRESETS.values() for name in preset}
     assert named <= FIELDS.keys()
     assert TrainConfig.__dataclass_params__.frozen

@@ -1,6 +1,7 @@
 """Layered gradient accumulation gives the losses and gradients of micro-batch order, on any number of processes."""
 
 from contextlib import contextmanager
+from contextvars import copy_context
 from shutil import rmtree
 from typing import NamedTuple
 
@@ -9,10 +10,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PretrainedConfig, masking_utils
 
 from lowmem.data.batch import Batch
+from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
 from lowmem.errors import UsageError
@@ -82,8 +85,9 @@ def trained(model, savers, batches, *, memory="off", steps=1, accelerator=None, 
 
 def assert_same(results, others, tied=None):
     """Assert equal bits, but for tied embeddings, whose gradients are summed in another order."""
-    (losses, _, weights), (other_losses, _, other_weights) = results, others
+    (losses, norms, weights), (other_losses, other_norms, other_weights) = results, others
     assert losses == other_losses
+    torch.testing.assert_close(norms, other_norms, rtol=1e-5 if tied is None else 1e-2, atol=0)
     for name, weight in weights.items():
         if name != tied:
             assert torch.equal(weight, other_weights[name]), name
@@ -131,14 +135,16 @@ def test_other_architectures_have_the_bits_of_micro_batch_order(name, tied):
 
 
 def train_packed(mixed_precision):
-    accelerator = init_distributed(mixed_precision=mixed_precision)
-    results = [
-        trained(build("llama", **DROPOUT["llama"]), savers, packed_batches(), accelerator=accelerator)
-        for savers in ([], [layered], [layered_offloaded])
-    ]
+    accelerator, in_backward = init_distributed(mixed_precision=mixed_precision), []
+    results = []
+    for savers in ([], [layered], [layered_offloaded]):
+        model = build("llama", **DROPOUT["llama"])
+        for weight in (model.lm_head.weight, model.model.layers[0].mlp.up_proj.weight, model.model.embed_tokens.weight):
+            weight.register_hook(lambda _: in_backward.append(torch.is_autocast_enabled("cpu")))
+        results.append(trained(model, savers, packed_batches(), accelerator=accelerator))
     assert_same(results[0], results[1])
     assert_same(results[0], results[2])
-    assert not torch.is_autocast_enabled("cpu")
+    assert in_backward == [False] * 3 * 3 * ACCUMULATED and not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
@@ -157,6 +163,45 @@ def test_a_frozen_encoder_is_not_run_again():
         results.append(trained(model, savers, batches_of(True)))
     assert_same(*results)
     assert sorted(calls) == [1] * 2 * ACCUMULATED + [2] * 2 * ACCUMULATED
+
+
+@pytest.mark.parametrize("savers", [[layered], [layered, release]])
+def test_a_weight_of_a_layer_that_is_also_the_head_is_right(savers):
+    def shared():
+        model = build("llama", vocab_size=64)
+        model.lm_head.weight = model.model.layers[0].mlp.up_proj.weight
+        return model
+
+    batches = batches_of(False)
+    for batch in batches:
+        for name in ("input_ids", "labels"):
+            batch.inputs[name].clamp_(max=63)
+    _, _, weights = trained(shared(), [], batches)
+    _, _, same_weights = trained(shared(), savers, batches)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, same_weights[name], rtol=1e-6, atol=1e-6)
+
+
+def test_released_adafactor_has_the_bits_of_micro_batch_order():
+    results = []
+    for savers in ([], [layered, release]):
+        model = build("llama", **DROPOUT["llama"])
+        optimizer = make_optimizer(model, name="adafactor", memory="lean")
+        state = TrainState(model, optimizer, seed=3)
+        with entered(savers, model, optimizer):
+            result = train_step(state, batches_of(False), chunked_loss, Accelerator(cpu=True), learning_rate=1e-2)
+        results.append(([result.loss], [result.grad_norm], dict(model.named_parameters())))
+    assert_same(*results)
+
+
+def test_one_micro_batch_has_the_bits_of_micro_batch_order():
+    for memory in ("off", "exact"):
+        results = [
+            trained(build("llama", **DROPOUT["llama"]), savers, batches_of(False, 1), memory=memory)
+            for savers in ([], [layered], [layered, release])
+        ]
+        assert_same(results[0], results[1])
+        assert_same(results[0], results[2])
 
 
 def test_layers_that_are_one_module_are_right():
@@ -184,7 +229,7 @@ def test_a_loss_may_run_the_model_again_without_gradients():
 
 
 def test_released_and_offloaded_layers_need_less_memory():
-    """Of 8 layers, one gradient is held at a time, and only the inputs of layers whose turn it is."""
+    """Of 8 layers, one gradient is held at a time and, if inputs are offloaded, those of one layer."""
     peaks, batches = [], batches_of(False)
     for savers in ([recompute], [layered, release], [layered_offloaded, release]):
         model = build("llama", num_hidden_layers=8, hidden_size=64, vocab_size=384)
@@ -206,9 +251,10 @@ class Run(NamedTuple):
     memory: str = "off"
     savers: tuple = ()
     max_grad_norm: float | None = 1.0
+    family: str = "llama"
 
     def __str__(self):
-        return "-".join([self.strategy, self.memory, *(saver.__name__ for saver in self.savers)])
+        return "-".join([self.family, self.strategy, self.memory, *(saver.__name__ for saver in self.savers)])
 
 
 # for each number of ranks, runs in micro-batch order, and runs that must end like them
@@ -221,8 +267,9 @@ SAME = {
         Run(): [Run("NO_SHARD", savers=(layered,)), Run("FULL_SHARD", savers=(layered,))],
         Run(memory="lean"): [Run("FULL_SHARD", "lean", (layered,))],
     },
-    4: {Run(memory="exact"): [Run("HYBRID_SHARD", "exact", (layered,))]},
+    4: {Run(memory="exact", max_grad_norm=None): [Run("HYBRID_SHARD", "exact", (layered, release), None)]},
 }
+SAME[2][Run(max_grad_norm=None, family="t5")] = [Run("FULL_SHARD", "off", (layered, release), None, "t5")]
 SAME[2][Run(memory="exact", max_grad_norm=None)] = [
     Run(strategy, "exact", (layered, release), None) for strategy in ("NO_SHARD", "FULL_SHARD")
 ]
@@ -231,10 +278,10 @@ SAME[2][Run(memory="exact", max_grad_norm=None)] = [
 def train_on_a_rank(folder, ranks):
     """Do all runs of `SAME`, each rank on its own micro-batches, and save the whole weights."""
     accelerator = init_distributed()
-    batches = batches_of(False, 2, first=2 * accelerator.process_index)
     for run in [run for expected, others in SAME[ranks].items() for run in (expected, *others)]:
         sharding = {"sharding_strategy": run.strategy} | ({"shard_size": 2} if run.strategy == "HYBRID_SHARD" else {})
-        model = parallelize(build("llama", **DROPOUT["llama"]), accelerator, **sharding)
+        batches = batches_of(run.family == "t5", 2, first=2 * accelerator.process_index)
+        model = parallelize(build(run.family, **DROPOUT[run.family]), accelerator, **sharding)
         options = {"memory": run.memory, "max_grad_norm": run.max_grad_norm, "accelerator": accelerator}
         losses, norms, weights = trained(model, run.savers, batches, steps=2, **options)
         whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in weights.items()}
@@ -253,7 +300,7 @@ def test_every_strategy_trains_as_in_micro_batch_order(ranks, tmp_path):
         for run in others:
             found = load_file(tmp_path / str(run))
             for name, weight in weights.items():
-                if (run.strategy == "NO_SHARD" or ranks <= 2) and name != "norm":
+                if (run.strategy == "NO_SHARD" or ranks <= 2) and name != "norm" and run.family not in TIED:
                     assert torch.equal(found[name], weight), (run, name)
                 else:
                     torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
@@ -359,6 +406,8 @@ def entered_layered(model, *savers):
         (lambda: build("llama"), [recompute], "remove recompute"),
         (lambda: build("llama"), [recompute_cheap], "remove recompute"),
         (lambda: build("llama"), [release], "enter layered before release"),
+        (lambda: build("llama"), [layered], "entered twice"),
+        (lambda: build("llama", output_attentions=True, attn_implementation="eager"), [], "output_attentions"),
     ],
 )
 def test_what_layered_does_not_support_is_refused_in_one_line(make, savers, message):
@@ -367,14 +416,24 @@ def test_what_layered_does_not_support_is_refused_in_one_line(make, savers, mess
     assert "\n" not in str(error.value)
 
 
-def test_offload_activations_within_layered_is_refused():
+@pytest.mark.parametrize(("saver", "message"), [(offload_activations, "layered_offloaded"), (recompute, "remove rec")])
+def test_savers_that_layered_contains_are_refused_within_it(saver, message):
     model = build("llama")
     optimizer = make_optimizer(model, memory="off")
-    with (
-        pytest.raises(UsageError, match="layered_offloaded"),
-        entered([layered, offload_activations], model, optimizer),
-    ):
+    with pytest.raises(UsageError, match=message), entered([layered, saver], model, optimizer):
         pass
+    assert not hasattr(optimizer, "layered")
+
+
+@pytest.mark.parametrize("block", [lambda: torch.autocast("cpu", torch.bfloat16), lambda: sdpa_kernel(SDPBackend.MATH)])
+def test_blocks_of_a_loss_that_would_reach_other_micro_batches_are_refused(block):
+    def loss_fn(model, batch):
+        with block():
+            return chunked_loss(model, batch)
+
+    with pytest.raises(UsageError, match="would reach the other micro-batches"):
+        trained(build("llama"), [layered], batches_of(False), loss_fn=loss_fn)
+    assert not torch.is_autocast_enabled("cpu") and torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_layers_in_another_order_and_changed_inputs_are_refused():
@@ -398,9 +457,15 @@ def test_layers_in_another_order_and_changed_inputs_are_refused():
         trained(model, [layered], batches_of(False))
 
 
-def test_a_failed_step_leaves_nothing_behind_and_the_next_one_is_right():
-    model, batches = build("llama", **DROPOUT["llama"]), batches_of(False)
-    optimizer, accelerator = make_optimizer(model, name="sgd", memory="off"), Accelerator(cpu=True)
+@pytest.mark.parametrize("strategy", ["NO_SHARD", "FULL_SHARD"])
+def test_a_failed_step_leaves_nothing_behind_and_the_next_one_is_right(strategy):
+    assert fork_ranks(1, fail_and_train, strategy) == [0]
+
+
+def fail_and_train(strategy):
+    accelerator, batches = init_distributed(), batches_of(False)
+    model = parallelize(build("llama", **DROPOUT["llama"]), accelerator, sharding_strategy=strategy)
+    optimizer = make_optimizer(model, name="sgd", memory="off")
     state, original = TrainState(model, optimizer, seed=3), masking_utils.find_packed_sequence_indices
 
     def failing(model, batch):
@@ -416,14 +481,12 @@ def test_a_failed_step_leaves_nothing_behind_and_the_next_one_is_right():
         assert masking_utils.find_packed_sequence_indices is original
         result = train_step(state, batches, chunked_loss, accelerator, learning_rate=1.0)
     assert not hasattr(optimizer, "layered")
-    weights = dict(model.named_parameters())
+    weights = {name: local_of(weight.detach()) for name, weight in model.named_parameters()}
     expected = trained(build("llama", **DROPOUT["llama"]), [], batches)
-    assert_same(([result.loss], [], weights), expected)
+    assert_same(([result.loss], [result.grad_norm], weights), expected)
 
 
-def test_contexts_that_overlap_replace_a_function_each_for_itself():
-    from contextvars import copy_context
-
+def test_overlapping_contexts_have_their_own_replacements():
     class Owner:
         def name(self):
             return "original"

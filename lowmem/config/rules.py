@@ -22,8 +22,6 @@ _ELEMENTWISE = "adamw adam nadam radam adamax adadelta rmsprop sgd".split()
 _SHARDED = ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"]
 _TIERS = ["exact", "lean"]
 
-_OR_LAYERED = " (without --layered=True)"
-
 # Each row: flag A, some of its values (None: all but the default), flag B, the values of B that these allow, and why
 NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("memory", _TIERS, "mixed_precision", ["bf16"], "keeps weights in bf16"),
@@ -35,17 +33,8 @@ NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("adam_beta1", None, "optimizer", _WITH_BETAS, "does nothing with --optimizer={optimizer}"),
     ("adam_beta2", None, "optimizer", _WITH_BETAS, "does nothing with --optimizer={optimizer}"),
     ("adam_epsilon", None, "optimizer", _WITH_BETAS, "does nothing with --optimizer={optimizer}"),
-    ("release", None, "gradient_accumulation_steps", [1, None], "updates weights within each backward" + _OR_LAYERED),
     ("release", None, "max_grad_norm", [0], "frees gradients before their global norm is known"),
     ("release", None, "nonfinite", ["stop"], "cannot undo an update"),
-    ("release", None, "num_processes", [1, None], "frees gradients before their sum over ranks" + _OR_LAYERED),
-    (
-        "release",
-        None,
-        "sharding_strategy",
-        ["NO_SHARD"],
-        "frees gradients before their sum over ranks" + _OR_LAYERED,
-    ),
     ("release", None, "tp_size", [1], "frees gradients before they can be all-reduced"),
     ("layered", None, "recompute", ["off", "full"], "computes each layer again in backward"),
     ("layered", None, "tp_size", [1], "does not support tensor parallelism"),
@@ -65,13 +54,18 @@ NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("deepspeed", None, "resume", ["never"], "cannot resume: runs under DeepSpeed have no checkpoints"),
 ]
 
+_AT_ONCE = "applies gradients before they are summed (without --layered=True)"
+NEEDS_WITHOUT_LAYERED: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
+    ("release", None, "gradient_accumulation_steps", [1, None], _AT_ONCE),
+    ("release", None, "num_processes", [1, None], _AT_ONCE),
+    ("release", None, "sharding_strategy", ["NO_SHARD"], _AT_ONCE),
+]
+
 
 def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
     """List values that are out of range, and pairs of values that contradict each other."""
     problems = _out_of_range(config)
-    for name, values, other, needed, why in NEEDS:
-        if config.layered and why.endswith(_OR_LAYERED):
-            continue
+    for name, values, other, needed, why in [*NEEDS, *(() if config.layered else NEEDS_WITHOUT_LAYERED)]:
         value, found, default = getattr(config, name), getattr(config, other), FIELDS[other].default
         if (value in values if values else value != FIELDS[name].default) and found not in needed:
             flag = f"--{name}" if value is True or name == "deepspeed" else f"--{name}={value}"
@@ -85,7 +79,7 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
             problems.append(f"--num_processes={processes} is not a multiple of --{name}={size}: change one of them")
     is_immediate = config.release and not config.layered
     if is_immediate and config.batch_size and (config.global_batch_size or 0) > config.batch_size:
-        found = f"--release updates weights within each backward{_OR_LAYERED}"
+        found = f"--release {_AT_ONCE}"
         most = f"at most --batch_size={config.batch_size} (got {config.global_batch_size})"
         problems.append(f"{found}: set --global_batch_size to {most}")
     causal = [f"--{name}" for name in ("packing", "text_column", "messages_column") if getattr(config, name)]

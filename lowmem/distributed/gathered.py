@@ -1,4 +1,4 @@
-"""Weights of which each rank holds a part: all-gathered for the layers that compute."""
+"""The weights of a sharded model, all-gathered for the layers that compute."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,16 +13,16 @@ class Gathered:
     """The store of a sharded model for layered gradient accumulation (`Store` in memory/layered.py).
 
     Uses the groups and all-gathers of `fully_shard`, but not its hooks, which expect one micro-batch at a time. Weights
-    outside layers, such as embeddings and head, stay gathered for the whole step. With SHARD_GRAD_OP, layers stay
-    gathered until their last backward.
+    outside layers, such as embeddings and head, stay all-gathered for the whole step. With SHARD_GRAD_OP, layers stay
+    all-gathered until their last backward.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]):
-        self._model, self._lets_go = model, reshards_after_forward(model)
+        self._model, self._reshards = model, reshards_after_forward(model)
         self._groups = {layer: sharded_modules(layer) for layer in layers}
         within = {group for groups in self._groups.values() for group in groups}
         self._outside = [group for group in sharded_modules(model) if group not in within]
-        self._here: dict[nn.Module, list[UnshardHandle]] = {}
+        self._unsharded: dict[nn.Module, list[UnshardHandle]] = {}
         self.gathered: dict[nn.Parameter, nn.Parameter] = {}
         with without_hooks(model):
             for groups in [*([group] for group in self._outside), *self._groups.values()]:
@@ -42,24 +42,24 @@ class Gathered:
             try:
                 yield
             finally:
-                for layer in list(self._here):
+                for layer in list(self._unsharded):
                     self.finish(layer)
 
     def fetch(self, layer: nn.Module, following: nn.Module | None) -> None:
-        for other in [other for other in self._here if self._lets_go and other not in (layer, following)]:
+        for other in [other for other in self._unsharded if self._reshards and other not in (layer, following)]:
             self.finish(other)
         self._begin(layer)
-        for handle in self._here[layer]:
+        for handle in self._unsharded[layer]:
             handle.wait()
         if following is not None:
             self._begin(following)
 
     def finish(self, layer: nn.Module) -> None:
-        for handle in self._here.pop(layer, ()):
+        for handle in self._unsharded.pop(layer, ()):
             handle.wait()  # else the next step would take what was gathered for this one
         for group in self._groups[layer]:
             group.reshard()
 
     def _begin(self, layer: nn.Module) -> None:
-        if layer not in self._here:
-            self._here[layer] = [group.unshard(async_op=True) for group in self._groups[layer]]
+        if layer not in self._unsharded:
+            self._unsharded[layer] = [group.unshard(async_op=True) for group in self._groups[layer]]

@@ -117,7 +117,7 @@ class BucketedSum:
 
 
 class LayerSum:
-    """The sum over ranks of the complete gradients of a layer. On a GPU, it goes on beside what is computed next.
+    """The sum over ranks of the complete gradients of a layer. On a GPU, it overlaps with what is computed next.
 
     If parameters are sharded, each rank gets the sum of its part. Sums are in fp32; the results have the dtypes of
     `gradients`, which must not be used until `finish` has returned.
@@ -129,7 +129,7 @@ class LayerSum:
         self._gradients, self._stream = gradients, None
         is_sharded = isinstance(parameters[0], DTensor)
         self._results = list(map(_empty_part, parameters, gradients)) if is_sharded else list(gradients)
-        with self._aside(gradients[0].device):
+        with self._on_side_stream(gradients[0].device):
             if is_sharded:
                 scatter_sum(parameters, gradients, self._results)
             elif rank_and_world_size()[1] > 1:
@@ -143,7 +143,8 @@ class LayerSum:
         return self._results
 
     @contextmanager
-    def _aside(self, device: torch.device) -> Iterator[None]:
+    def _on_side_stream(self, device: torch.device) -> Iterator[None]:
+        # if an error drops this object before `finish`, the stream may still use the tensors; such a run ends
         if device.type != "cuda":
             yield
             return

@@ -119,17 +119,17 @@ class Gradients:
         done: set[nn.Parameter] = set()
         in_flight: deque[tuple[Sequence[nn.Parameter], LayerSum]] = deque()
 
-        def complete(parameters: Sequence[nn.Parameter], *, at_once: bool = False) -> None:
+        def complete(parameters: Sequence[nn.Parameter], *, waits: bool = False) -> None:
             parameters = [parameter for parameter in parameters if parameter in index_of and parameter not in done]
             done.update(parameters)
             for parameter in parameters if self._sum else ():
-                if (gradient := sums.of(parameter)) is not None and not _is_shared(gradient):
+                if (gradient := sums.get(parameter)) is not None and not _is_shared(gradient):
                     self._sum.add(index_of[parameter], gradient)
             if parameters and (self._is_sharded or self._taken):
-                gradients = [sums.taken(parameter) for parameter in parameters]
+                gradients = [sums.pop(parameter) for parameter in parameters]
                 in_flight.append((parameters, LayerSum(parameters, gradients, self._rank.group)))
                 del gradients
-                finish(most=0 if at_once or self._accelerator.num_processes == 1 else 1)
+                finish(most=0 if waits or self._accelerator.num_processes == 1 else 1)
 
         def finish(most: int) -> None:
             while len(in_flight) > most:
@@ -143,10 +143,10 @@ class Gradients:
         def complete_early(parameters: Sequence[nn.Parameter]) -> None:
             if self._is_sharded or self._taken:  # ranks must sum the same parameters together
                 parameters = self._layered.same_on_all_ranks(parameters)
-            complete(parameters, at_once=True)  # a head may be the largest weight: do not keep its gradient longer
+            complete(parameters, waits=True)  # a head may be the largest weight: do not keep its gradient longer
 
         losses = self._layered.run(forwards, autocast, complete, complete_early)
-        complete(self._trained, at_once=True)  # all others
+        complete(self._trained, waits=True)  # all others
         finish(most=0)
         return losses
 
@@ -208,6 +208,8 @@ class Gradients:
     def clear(self) -> None:
         self._all.clear()
         self._optimizer.zero_grad()
+        for whole in self._layered.store.gathered.values() if self._layered else ():
+            whole.grad = None  # if a step has failed
         if isinstance(self._optimizer, TieredOptimizer):
             self._optimizer.clip_factor = None
 
@@ -220,7 +222,7 @@ class Gradients:
             def complete(parameter: nn.Parameter, index: int = index) -> None:
                 if self.released:
                     self.released.take(parameter)
-                elif not _is_shared(gradient := sums.of(parameter)):  # else `accumulate` adds it after backward
+                elif not _is_shared(gradient := sums.get(parameter)):  # else `accumulate` adds it after backward
                     self._sum.add(index, gradient)
 
             hooks.append(parameter.register_post_accumulate_grad_hook(complete))
@@ -255,14 +257,14 @@ class _Sums:
     ):
         self._totals, self._whole, self._dtype_of = totals, whole, dtype_of
 
-    def of(self, parameter: nn.Parameter) -> Tensor | None:
+    def get(self, parameter: nn.Parameter) -> Tensor | None:
         """The sum up to now. Whole, if `layered` gathers the parameter."""
         used = self._whole.get(parameter, parameter)
         return self._totals.get(used) if used.grad is None else local_of(used.grad)
 
-    def taken(self, parameter: nn.Parameter) -> Tensor:
+    def pop(self, parameter: nn.Parameter) -> Tensor:
         """Remove the sum and return it, in memory of its own; zeros if there is none."""
-        used, gradient = self._whole.get(parameter, parameter), self.of(parameter)
+        used, gradient = self._whole.get(parameter, parameter), self.get(parameter)
         self._totals.pop(used, None)
         used.grad = None
         if gradient is None:

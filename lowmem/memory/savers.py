@@ -43,13 +43,13 @@ def entered(savers: Iterable[Saver], model: nn.Module, optimizer: Optimizer) -> 
 
 def recompute(model: nn.Module, optimizer: Optimizer | None = None) -> AbstractContextManager[None]:
     """Keep only each layer's input in forward and run the layer again in backward, with the same dropout masks."""
-    return _checkpointing(model, {"use_reentrant": False})
+    return _checkpointing(model, optimizer, {"use_reentrant": False})
 
 
 def recompute_cheap(model: nn.Module, optimizer: Optimizer | None = None) -> AbstractContextManager[None]:
     """Keep each layer's input, matrix products and attention without dropout; compute the rest again in backward."""
     contexts = partial(create_selective_checkpoint_contexts, _keep_costly)
-    return _checkpointing(model, {"use_reentrant": False, "context_fn": contexts})
+    return _checkpointing(model, optimizer, {"use_reentrant": False, "context_fn": contexts})
 
 
 @contextmanager
@@ -106,8 +106,10 @@ def _when_training(compiled_forward: Callable, forward: Callable, layer: nn.Modu
 
 
 @contextmanager
-def _checkpointing(model: nn.Module, options: dict[str, object]) -> Iterator[None]:
+def _checkpointing(model: nn.Module, optimizer: Optimizer | None, options: dict[str, object]) -> Iterator[None]:
     base = unwrapped(model)
+    if hasattr(optimizer, "layered"):
+        raise UsageError("layered computes each layer again in backward by itself: remove recompute")
     if not getattr(base, "supports_gradient_checkpointing", False):
         raise UsageError(f"{type(base).__name__} does not support activation checkpointing: set recompute=off")
     # transformers 5.17 has only the older method names (gradient_...), which later versions deprecate

@@ -131,9 +131,9 @@ class TieredOptimizer(Optimizer):
     ) -> Iterator[dict[nn.Parameter, Tensor]]:
         """Sum gradients over micro-batches in fp32. In lean, sum large ones in bf16 with rounding seeded by `key`.
 
-        If a sharded parameter is in `whole`, backward uses that one, and its sums are whole. Yields the sums up to now,
-        by the parameters that backward uses; with one micro-batch, these have `.grad` instead. At the end, `.grad` of
-        the optimizer's parameters has the sums that were not removed.
+        For a sharded parameter in `whole`, backward uses the whole one, and its sums are whole. Yields a dict of the
+        sums so far, by the parameters that backward uses. It stays empty for one micro-batch: `.grad` is the sum. At
+        the end, each sum that is still in the dict becomes the `.grad` of the optimizer's parameter.
         """
         parameter_of = {whole.get(x, x): x for group in self.param_groups for x in group["params"]}
         sums: dict[nn.Parameter, Tensor] = {}
@@ -170,8 +170,9 @@ class TieredOptimizer(Optimizer):
     def add(self, parameter: nn.Parameter, total: Tensor, gradient: Tensor, key: int) -> None:
         assert gradient.dtype == torch.bfloat16, gradient.dtype
         total, gradient, origin = by_rows(total), by_rows(gradient), origin_of(parameter)
-        if self.kernels:
-            self.kernels.add(total, gradient, key, origin)
+        # with cpu_offload, updates run on the host, but all-gathered gradients are on the GPU
+        if self.kernels and (kernels := kernels_for(total)):
+            kernels.add(total, gradient, key, origin)
             return
         for rows in self.slices(parameter):
             values = total[rows].float().add_(gradient[rows])

@@ -203,7 +203,8 @@ class _Timeline:
         for number, stack in enumerate(stacks):
             for index, layer in enumerate(stack):
                 matrices = [x for x in layer.parameters() if x.requires_grad and x.dim() > 1]
-                self.where_of[layer] = f"{number} {({len(stack) - 1: 'last', 0: 'first'}).get(index, 'middle')}"
+                where = {len(stack) - 1: "last", 0: "first"}.get(index, "middle")
+                self.where_of[layer] = f"{number} {where}"
                 last_of |= {parameter: f"backward {self.where_of[layer]}" for parameter in matrices[:1]}
 
         def has_gradient(parameter: nn.Parameter) -> None:
@@ -231,7 +232,7 @@ class _Timeline:
 
 
 class _WatchedStore:
-    """A store of `layered` that tells the timeline when a layer is finished."""
+    """A store of `layered` that reports each finished layer to the timeline."""
 
     def __init__(self, store: Store, timeline: _Timeline):
         self._store, self._timeline = store, timeline

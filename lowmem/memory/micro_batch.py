@@ -1,0 +1,238 @@
+"""A micro-batch of `layered`: a coroutine that pauses at each layer, its calls of layers, and their backward."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from contextvars import copy_context
+from typing import NamedTuple
+from weakref import ref
+
+import torch
+from greenlet import greenlet
+from torch import Tensor, nn
+from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lowmem.errors import UsageError
+from lowmem.memory.offload import Offload, OffloadedCopy
+
+Autocast = Callable[[], AbstractContextManager[None]]
+
+_PLAIN = (Tensor, bool, int, float, str, type(None))
+
+
+class _Value:
+    """A tensor that goes into layers or comes from one, and its gradient: the sum over the calls that took it."""
+
+    def __init__(self, tensor: Tensor | None):
+        self.tensor = tensor
+        """The tensor, if the micro-batch's own graph computes it; None for a layer's output."""
+        self.gradient: Tensor | None = None
+        self.calls_left = 0
+        """Calls that took it and have not run backward."""
+
+    def add(self, leaf: Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        self.gradient = gradient if self.gradient is None else self.gradient + gradient
+
+    def call_done(self) -> None:
+        """Note that a call that took it has run backward. After the last, go on in the micro-batch's own graph."""
+        self.calls_left -= 1
+        if not self.calls_left and self.tensor is not None:
+            tensor, gradient, self.tensor, self.gradient = self.tensor, self.gradient, None, None
+            if gradient is not None:
+                # other values may need the same part of the graph, which is freed with the last of them
+                torch.autograd.backward([tensor], [gradient], retain_graph=True)
+
+
+class MicroBatch(greenlet):
+    """The coroutine of a micro-batch, which runs in a copy of its creator's context.
+
+    `switch(*outputs)` passes it the outputs of the layer at which it pauses, and runs it until the next layer. It then
+    returns that layer's `Call` or, when backward has reached the outputs of the last layer, the loss.
+    """
+
+    def __init__(self, forward: Callable[[], Tensor], device: torch.device, offload: Offload | None):
+        super().__init__(self._forward_and_backward)
+        self._forward = forward
+        self.gr_context = copy_context()
+        self.device, self.offload = device, offload
+        self._values: dict[int, tuple[ref[Tensor], _Value]] = {}  # by the tensor's id
+
+    def pause(self, layer: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, object]) -> object:
+        """Call this in the coroutine, instead of the layer's `forward`. Returns the outputs."""
+        if _thread_state(self.device) != self._thread_state:
+            raise UsageError(
+                "the loss enters autocast or chooses attention kernels, which would reach the other micro-batches of "
+                "layered: set mixed_precision in the Accelerator, or enter the block around train_step"
+            )
+        return self.parent.switch(Call(self, layer, forward, args, kwargs))
+
+    def _forward_and_backward(self) -> Tensor:
+        self._thread_state = _thread_state(self.device)
+        loss = self._forward()
+        with torch.autocast(self.device.type, enabled=False):
+            # keep the graph if a later backward, of a layer's input, uses a part of it too
+            loss.backward(retain_graph=not _Graph.of([loss]).nodes.isdisjoint(self.graph_left().nodes))
+        return loss.detach()
+
+    def value_of(self, tensor: Tensor) -> _Value:
+        found = self._values.get(id(tensor))
+        if found is None or found[0]() is not tensor:
+            return self._note(tensor, _Value(tensor))
+        return found[1]
+
+    def new_leaf(self, output: Tensor) -> tuple[Tensor, _Value]:
+        """Return a layer's output as a leaf of the micro-batch's graph."""
+        leaf = output.detach().requires_grad_()
+        value = self._note(leaf, _Value(None))
+        leaf.register_post_accumulate_grad_hook(value.add)
+        return leaf, value
+
+    def graph_left(self) -> "_Graph":
+        """Return the part of this micro-batch's own graph through which backward will go on."""
+        return _Graph.of(value.tensor for _, value in self._values.values() if value.tensor is not None)
+
+    def _note(self, tensor: Tensor, value: _Value) -> _Value:
+        self._values[id(tensor)] = ref(tensor), value
+        return value
+
+
+class _Graph(NamedTuple):
+    """The graph by which tensors were computed."""
+
+    nodes: set[Node]
+    leaves: set[Tensor]
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> "_Graph":
+        tensors = list(tensors)
+        graph, left = cls(set(), {x for x in tensors if x.is_leaf}), [x.grad_fn for x in tensors]
+        while left:
+            node = left.pop()
+            if hasattr(node, "variable"):  # the node that sums a leaf's gradient
+                graph.leaves.add(node.variable)
+            elif node is not None and node not in graph.nodes:
+                graph.nodes.add(node)
+                left += [before for before, _ in node.next_functions]
+        return graph
+
+
+def _thread_state(device: torch.device) -> tuple[object, ...]:
+    """What coroutines of a thread share, and a loss may set: autocast, and the allowed kernels of attention."""
+    kernels = torch.backends.cuda
+    return (
+        torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+        kernels.flash_sdp_enabled(),
+        kernels.mem_efficient_sdp_enabled(),
+        kernels.math_sdp_enabled(),
+        kernels.cudnn_sdp_enabled(),
+    )
+
+
+class _RandomState(NamedTuple):
+    host: Tensor
+    device: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> "_RandomState":
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+    def restore(self, device: torch.device) -> None:
+        torch.set_rng_state(self.host)
+        if self.device is not None:
+            torch.cuda.set_rng_state(self.device, device)
+
+
+class Call:
+    """A micro-batch's call of a layer: its inputs, and what backward needs to run the layer again."""
+
+    def __init__(
+        self, micro_batch: MicroBatch, layer: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, object]
+    ):
+        self.layer = layer
+        self._forward, self._micro_batch = forward, micro_batch
+        self._inputs, self._spec = tree_flatten((args, kwargs))
+        self._random_state = _RandomState.now(self._micro_batch.device)
+        self._taken: dict[_Value, list[int]] = {}  # and its indices in the inputs
+        self._made: dict[int, _Value] = {}  # by their index in the outputs
+
+    def forward(self) -> object:
+        """Run the layer, but keep nothing for backward. Returns its outputs, as leaves if gradients will come back."""
+        inputs, micro_batch = self._inputs, self._micro_batch
+        versions = [x._version for x in inputs if isinstance(x, Tensor)]
+        self._random_state.restore(micro_batch.device)
+        # not in no_grad, in which attention may run another kernel than in backward
+        with saved_tensors_hooks(_dropped, _dropped):
+            outputs, spec = tree_flatten(self._call(inputs))
+        if [x._version for x in inputs if isinstance(x, Tensor)] != versions:
+            raise self._unsupported("changes its inputs in place")
+        if found := next((x for x in outputs if not isinstance(x, _PLAIN)), None):
+            raise self._unsupported(f"returns a {type(found).__name__}")
+        passed_on = {id(x) for x in inputs}
+        for index, output in enumerate(outputs):
+            if isinstance(output, Tensor) and output.requires_grad and id(output) not in passed_on:
+                outputs[index], self._made[index] = micro_batch.new_leaf(output)
+        if self._made:
+            self._keep_inputs()
+        else:
+            self._inputs = []  # such as those of frozen layers
+        return tree_unflatten(outputs, spec)
+
+    def backward(self, autocast: Autocast) -> None:
+        """Run the layer again, with gradients, and its backward."""
+        gradients = {index: value.gradient for index, value in self._made.items() if value.gradient is not None}
+        if gradients:
+            inputs, leaves = list(map(_unpacked, self._inputs)), {}
+            for value, indices in self._taken.items():
+                leaves[value] = leaf = inputs[indices[0]].detach().requires_grad_()
+                for index in indices:
+                    inputs[index] = leaf.view_as(leaf)
+            self._random_state.restore(self._micro_batch.device)
+            with autocast():
+                outputs, _ = tree_flatten(self._call(inputs))
+            # as roots, the gradients of inputs up to now are added where autograd would add them
+            roots = [(inputs[indices[0]], value.gradient) for value, indices in self._taken.items()]
+            roots += [(outputs[index], gradient) for index, gradient in gradients.items()]
+            roots = [(root, gradient) for root, gradient in roots if root.requires_grad and gradient is not None]
+            torch.autograd.backward(*map(list, zip(*roots, strict=True)))
+            for value, leaf in leaves.items():
+                value.gradient = leaf.grad
+        for value in self._taken:
+            value.call_done()
+        for value in self._made.values():
+            value.gradient = None
+        self._inputs, self._taken, self._made = [], {}, {}
+
+    def fetch_inputs(self) -> None:
+        """Begin to copy offloaded inputs to the device. At most one call's are ahead, so no window limits them."""
+        for kept in self._inputs:
+            if isinstance(kept, OffloadedCopy) and not kept.is_on_device():
+                kept.fetch()
+
+    def _call(self, inputs: Sequence[object]) -> object:
+        args, kwargs = tree_unflatten(inputs, self._spec)
+        return self._forward(*args, **kwargs)
+
+    def _keep_inputs(self) -> None:
+        """Note the inputs that get gradients, and offload those that the layer before has returned."""
+        for index, x in enumerate(self._inputs):
+            if isinstance(x, Tensor) and x.requires_grad:
+                self._taken.setdefault(self._micro_batch.value_of(x), []).append(index)
+        offload = self._micro_batch.offload
+        for value, indices in self._taken.items():
+            value.calls_left += 1
+            if offload and value.tensor is None:
+                packed = offload.pack(self._inputs[indices[0]].detach())
+                for index in indices:
+                    self._inputs[index] = packed
+
+    def _unsupported(self, what: str) -> UsageError:
+        return UsageError(f"{type(self.layer).__name__} {what}, which layered does not support: remove layered")
+
+
+def _dropped(saved: object) -> None:
+    return None
+
+
+def _unpacked(kept: object) -> object:
+    return kept.take() if isinstance(kept, OffloadedCopy) else kept
