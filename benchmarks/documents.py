@@ -20,7 +20,10 @@ _RESULTS = "benchmarks/results/"
 PARTS = {
     "README.md": {"peaks": (summaries.peaks, _RESULTS + "memory.jsonl")},
     "docs/data.md": {"rows": (summaries.rows, _RESULTS + "data.jsonl")},
-    "docs/memory.md": {"memory": (summaries.memory, _RESULTS + "memory.jsonl")},
+    "docs/memory.md": {
+        "memory": (summaries.memory, _RESULTS + "memory.jsonl"),
+        "layered": (summaries.layered, _RESULTS + "layered.jsonl"),
+    },
     "docs/plan.md": {"plan": (summaries.plan, _RESULTS + "plan.jsonl")},
     "docs/distributed.md": {"launchers": (summaries.launchers, _RESULTS + "launchers.jsonl")},
     "docs/checkpoints.md": {

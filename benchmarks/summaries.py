@@ -12,7 +12,7 @@ from checkpoint import flipped_bit, known, mib, seconds
 from comparison import ROWS_EXTRAPOLATED, by_system, memory_field, ratios, reasons, spread, versions
 from data import EPOCH_FRACTIONS, cell, grid
 from launchers import STRATEGIES
-from memory import BASELINE, GIB, peaks_of
+from memory import BASELINE, GIB, MODELS, peaks_of
 from records import MIB, Record
 
 from lowmem.config.help import help_text
@@ -141,6 +141,25 @@ def memory(records: Sequence[Record]) -> list[str]:
     lines = [[name, *(peak(system, column) for column in columns)] for system, name in PREDICTED.items()]
     head = ["GiB:", *(f"{sizes[model]}, {work}" for model, work in columns)]
     return [*grid(head, lines), "", source(records, "Predicted on fake tensors")]
+
+
+def layered(records: Sequence[Record]) -> list[str]:
+    """Tabulate the predicted peaks with 16 micro-batches a step, in GiB, and what is on the host."""
+    records = [record for record in records if record["section"] == "memory"]
+    found = {(record["tier"], record["way"], record["model"]): record for record in records}
+    models, rows = (list(dict.fromkeys(name)) for name in ([x[2] for x in found], [x[:2] for x in found]))
+
+    def peak(record: Record) -> str:
+        return f"{record['device'] / GIB:.1f}" + (
+            f" + {record['host'] / GIB:.1f} on the host" if record["host"] else ""
+        )
+
+    lines = [[f"{tier}, {way}", *(peak(found[tier, way, model]) for model in models)] for tier, way in rows]
+    head = [
+        "GiB, 16 micro-batches:",
+        *(f"{name} {MODELS[name].batch_size} x {MODELS[name].seq_len}" for name in models),
+    ]
+    return [*grid(head, lines), "", source(records, "Predicted on fake tensors, as `plan` does")]
 
 
 def checkpoint(records: Sequence[Record]) -> list[str]:

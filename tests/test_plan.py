@@ -62,10 +62,7 @@ def peak_of_two_steps(config, accelerator):
     num_targets = tokens.numel() - len(tokens) * is_causal
     batch = Batch(inputs, num_targets, row_ids=[], needs_its_masks=True)
     batches = [batch] * config.gradient_accumulation_steps
-    active = [savers.recompute] if config.recompute == "full" else []
-    active += [savers.recompute_cheap] if config.recompute == "cheap" else []
-    active += [savers.offload_activations] if config.offload_activations else []
-    active += [savers.release] if config.release else []
+    active = [savers.SAVERS[name] for name in config.savers]
     with MemoryMeter() as meter, savers.entered(active, model, optimizer):
         kept = [tensor for tensors in optimizer.state.values() for tensor in tensors.values()]
         meter.count(map(local_of, [*model.parameters(), *kept, *inputs.values()]))
@@ -104,10 +101,15 @@ def test_a_prediction_is_within_a_tenth_of_the_measured_peak(family, tmp_path, r
             assert_within_a_tenth(config_for(tmp_path, family, tier, **options))
 
 
+LAYERED = {"layered": True, "gradient_accumulation_steps": 5}
+IN_LAYERS = LAYERED | {"release": True, "max_grad_norm": 0.0}
 PACKED = {"recompute": "cheap", "packing": True, "text_column": "text", "max_seq_len": 128}
 
 
-@pytest.mark.parametrize(("tier", "options"), [("fp32", SAVERS[0]), ("exact", PACKED), ("lean", SAVERS[4])])
+@pytest.mark.parametrize(
+    ("tier", "options"),
+    [("fp32", SAVERS[0]), ("exact", PACKED), ("lean", SAVERS[4]), ("exact", LAYERED), ("lean", IN_LAYERS)],
+)
 def test_a_llama_prediction_in_each_tier_is_within_a_tenth_of_the_peak(tier, options, tmp_path, restored_environment):
     assert_within_a_tenth(config_for(tmp_path, "llama", tier, **options))
 
@@ -135,6 +137,7 @@ def test_a_prediction_on_two_processes_is_within_a_tenth_of_the_peak(tmp_path, r
         if (tier, "tp_size" in options) != ("lean", True)  # lean's blocks do not fit in the shards of tp_size=2
     ]
     configs.append(dataclasses.replace(configs[2], offload_activations=True))
+    configs += [config_for(tmp_path, "llama", tier, **IN_LAYERS, **STRATEGIES[2]) for tier in ("exact", "lean")]
     configs.append(dataclasses.replace(configs[4], cpu_offload=True))
     assert fork_ranks(2, write_peaks, tmp_path, configs) == [0, 0]
     peaks = json.loads((tmp_path / "peaks-0").read_text())
@@ -159,10 +162,10 @@ DEEP = {
 }
 
 
-@pytest.mark.parametrize("family", DEEP)
-def test_memory_of_deep_models_is_extrapolated_from_shallow_ones(family, tmp_path, restored_environment):
+@pytest.mark.parametrize(("family", "options"), [*((family, {}) for family in DEEP), ("llama", IN_LAYERS)])
+def test_memory_of_deep_models_is_extrapolated_from_shallow_ones(family, options, tmp_path, restored_environment):
     for depth in DEEP[family]:
-        gpu, config = Cluster(1, 1, on_gpu=True), config_for(tmp_path, family, max_seq_len=64, batch_size=2)
+        gpu, config = Cluster(1, 1, on_gpu=True), config_for(tmp_path, family, max_seq_len=64, batch_size=2, **options)
         path = write_model(tmp_path, family, **depth)
         whole, found = count(config, gpu, config_of(str(path))), rehearse(config, gpu)
         assert found.num_parameters == whole.num_parameters
@@ -218,6 +221,9 @@ def test_the_ladder_keeps_the_tier_the_rows_per_step_and_what_flags_set(tmp_path
     whole = dataclasses.replace(config, gradient_accumulation_steps=None, global_batch_size=16)
     changes = [rung.changes for rung in ladder(whole, GPUS, fixed=())]
     assert all("gradient_accumulation_steps" not in each and "global_batch_size" not in each for each in changes)
+    unclipped = names(ladder(dataclasses.replace(config, max_grad_norm=0.0), GPUS, ()))
+    assert unclipped[2:5] == ["recompute=full", "layered, release", "batch_size=2 x accumulation 4"]
+    assert unclipped[-1] == "cpu_offload"
     released = config_for(tmp_path, "llama", release=True, gradient_accumulation_steps=1, max_grad_norm=0)
     assert names(ladder(released, GPUS, ())) == [
         "no change",

@@ -43,8 +43,8 @@ def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Itera
         yield rung("recompute=cheap", recompute="cheap")
     if config.recompute != "full":
         yield rung("recompute=full", recompute="full")
-    is_released = config.release or (config.max_grad_norm == 0 and config.nonfinite == "stop")
-    if not config.layered and is_released and config.tp_size == 1:
+    may_release = config.max_grad_norm == 0 and config.nonfinite == "stop" and config.tp_size == 1
+    if may_release and not (config.release or config.layered):
         yield rung("layered, release", layered=True, release=True, recompute="full")
     rows, micro_batches = config.batch_size, config.gradient_accumulation_steps
     while rows > 1 and (not config.release or config.layered):
