@@ -150,15 +150,12 @@ def layered(records: Sequence[Record]) -> list[str]:
     models, rows = (list(dict.fromkeys(name)) for name in ([x[2] for x in found], [x[:2] for x in found]))
 
     def peak(record: Record) -> str:
-        return f"{record['device'] / GIB:.1f}" + (
-            f" + {record['host'] / GIB:.1f} on the host" if record["host"] else ""
-        )
+        on_host = f" + {record['host'] / GIB:.1f} on the host" if record["host"] else ""
+        return f"{record['device'] / GIB:.1f}{on_host}"
 
+    sizes = [f"{name} {MODELS[name].batch_size} x {MODELS[name].seq_len}" for name in models]
     lines = [[f"{tier}, {way}", *(peak(found[tier, way, model]) for model in models)] for tier, way in rows]
-    head = [
-        "GiB, 16 micro-batches:",
-        *(f"{name} {MODELS[name].batch_size} x {MODELS[name].seq_len}" for name in models),
-    ]
+    head = ["GiB, 16 micro-batches:", *sizes]
     return [*grid(head, lines), "", source(records, "Predicted on fake tensors, as `plan` does")]
 
 

@@ -84,7 +84,7 @@ def trained(model, savers, batches, *, memory="off", steps=1, accelerator=None, 
 
 
 def assert_same(results, others, tied=None):
-    """Assert equal bits, but for tied embeddings, whose gradients are summed in another order."""
+    """Assert equal bits, except of tied embeddings, whose gradients are summed in another order."""
     (losses, norms, weights), (other_losses, other_norms, other_weights) = results, others
     assert losses == other_losses
     torch.testing.assert_close(norms, other_norms, rtol=1e-5 if tied is None else 1e-2, atol=0)

@@ -157,7 +157,7 @@ class Call:
         self._made: dict[int, _Value] = {}  # by their index in the outputs
 
     def forward(self) -> object:
-        """Run the layer, but keep nothing for backward. Returns its outputs, as leaves if gradients will come back."""
+        """Run the layer, but keep nothing for backward. Returns its outputs, as leaves if they will get gradients."""
         inputs, micro_batch = self._inputs, self._micro_batch
         versions = [x._version for x in inputs if isinstance(x, Tensor)]
         self._random_state.restore(micro_batch.device)

@@ -24,7 +24,7 @@ def release(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     is_layered = hasattr(optimizer, "layered")
     if not is_layered and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         found = f"release frees gradients before they can be summed over {dist.get_world_size()} processes"
-        raise UsageError(f"{found}: enter layered first, start one process, or remove release")
+        raise UsageError(f"{found}: start one process, enter layered first, or remove release")
     optimizer.released = Released(optimizer, is_layered=is_layered)
     try:
         yield

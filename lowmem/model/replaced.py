@@ -30,7 +30,7 @@ def replaced(owner: object, name: str, function: Callable) -> Iterator[None]:
 
 
 class _Dispatcher:
-    """Stands in for a function while at least one block replaces it."""
+    """Is called instead of a function while at least one block replaces it."""
 
     def __init__(self, owner: object, name: str):
         self.blocks = 0
