@@ -195,12 +195,15 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({"memory": "lean"}, "--memory=lean keeps weights in bf16: set --mixed_precision=bf16 too"),
         (
             {**BF16, "memory": "exact", "optimizer": "sgd"},
-            "does not support --optimizer=sgd: use one of adamw, adamw_bf16, ada",
+            "does not support --optimizer=sgd: use one of adamw, adamw_bf16, adafactor for --optimizer (got sgd)",
         ),
         ({"optimizer": "adamw_bf16"}, "needs weights in bf16: set --mixed_precision=bf16"),
         ({**BF16, "optimizer": "adamw_bf16", "memory": "off"}, "needs weights in bf16"),
         ({"release": "true"}, "--release frees gradients before their global norm is known: set --max_grad_norm=0"),
-        ({**RELEASE, "gradient_accumulation_steps": "2"}, "set --gradient_accumulation_steps=1"),
+        (
+            {**RELEASE, "gradient_accumulation_steps": "2"},
+            "set --layered=True, or without it: set --gradient_accumulation_steps=1",
+        ),
         ({**RELEASE, "global_batch_size": "64"}, "set --global_batch_size to at most --batch_size=8"),
         ({**RELEASE, "nonfinite": "skip"}, "set --nonfinite=stop"),
         ({**RELEASE, "num_processes": "2"}, "set --num_processes=1"),

@@ -134,8 +134,8 @@ def test_other_architectures_have_the_bits_of_micro_batch_order(name, tied):
     assert_same(trained(built(), [], batches), trained(built(), [layered], batches), tied=tied)
 
 
-def train_packed(mixed_precision):
-    accelerator, in_backward = init_distributed(mixed_precision=mixed_precision), []
+def train_packed():
+    accelerator, in_backward = init_distributed(mixed_precision="bf16"), []
     results = []
     for savers in ([], [layered], [layered_offloaded]):
         model = build("llama", **DROPOUT["llama"])
@@ -147,9 +147,8 @@ def train_packed(mixed_precision):
     assert in_backward == [False] * 3 * 3 * ACCUMULATED and not torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_packed_rows_and_autocast_keep_their_bits(mixed_precision):
-    assert fork_ranks(1, train_packed, mixed_precision) == [0]
+def test_packed_rows_and_autocast_keep_their_bits():
+    assert fork_ranks(1, train_packed) == [0]
 
 
 def test_a_frozen_encoder_is_not_run_again():
@@ -259,7 +258,6 @@ class Run(NamedTuple):
 
 # for each number of ranks, runs in micro-batch order, and runs that must end like them
 SAME = {
-    1: {Run(): [Run("FULL_SHARD", savers=(layered,))]},
     2: {
         Run(memory=memory): [Run(strategy, memory, (layered,)) for strategy in STRATEGIES] for memory in ("off", "lean")
     },
@@ -329,7 +327,7 @@ def _num_bytes(value):
 def count_traffic(folder):
     accelerator, lines = init_distributed(), []
     for savers in ([recompute], [layered]):
-        for count in (1, 4, 16) if layered in savers else (1, 4):
+        for count in (1, 4):
             model = parallelize(build("llama", seed=1), accelerator, sharding_strategy="FULL_SHARD")
             optimizer = make_optimizer(model, memory="exact")
             state, batches = TrainState(model, optimizer), batches_of(False, count)
@@ -347,7 +345,7 @@ def test_the_traffic_of_sharded_layers_does_not_depend_on_accumulation(tmp_path)
     assert fork_ranks(2, count_traffic, tmp_path) == [0, 0]
     found = [tuple(map(int, line.split())) for line in (tmp_path / "traffic").read_text().splitlines()]
     (one, four), in_layers = found[:2], found[2:]
-    assert in_layers[0] == in_layers[1] == in_layers[2]
+    assert in_layers[0] == in_layers[1]
     assert four[0] > 3 * one[0] and four[1] > 3 * one[1]
     assert in_layers[0][1] < one[1]
 
@@ -361,8 +359,8 @@ def test_a_run_may_switch_layered_on_and_off_when_it_resumes(tmp_path):
     options = {"batch_size": 2, "gradient_accumulation_steps": 3, "mixed_precision": "bf16", "memory": "lean"}
     options |= {"max_steps": 6, "save_steps": 3, "save_total_limit": 0, "resume": "auto"}
     assert train("train", *runs.flags(work, "plain", **options)).returncode == 0
-    for saver in ("layered", "offload_activations", "recompute"):
-        switched = options | {"recompute": "full"} if saver == "recompute" else options | {"layered": True, saver: True}
+    for savers in ({"layered": True, "offload_activations": True}, {"recompute": "full"}):
+        switched = options | savers
         result = train("train", *runs.flags(work, "switched", **switched))
         assert result.returncode == 0, result.stderr
         assert_same_run(work, "switched", "plain")

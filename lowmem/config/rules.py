@@ -54,7 +54,7 @@ NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("deepspeed", None, "resume", ["never"], "cannot resume: runs under DeepSpeed have no checkpoints"),
 ]
 
-_AT_ONCE = "applies gradients before they are summed (without --layered=True)"
+_AT_ONCE = "applies gradients before they are summed; set --layered=True, or without it"
 NEEDS_WITHOUT_LAYERED: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("release", None, "gradient_accumulation_steps", [1, None], _AT_ONCE),
     ("release", None, "num_processes", [1, None], _AT_ONCE),
@@ -71,7 +71,8 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
             flag = f"--{name}" if value is True or name == "deepspeed" else f"--{name}={value}"
             advised = [str(each) for each in needed if each is not None]
             advice = f"set --{other}={advised[0]}{' too' * (found == default)}" if advised else f"remove --{other}"
-            advice = f"use one of {', '.join(advised)}" if advised[1:] else f"{advice} (got {found})"
+            advice = f"use one of {', '.join(advised)} for --{other}" if advised[1:] else advice
+            advice = f"{advice} (got {found})"
             problems.append(f"{flag} {why.format_map(vars(config))}: {advice}")
     for name in ("shard_size", "tp_size"):
         processes, size = config.num_processes, getattr(config, name)

@@ -50,8 +50,8 @@ class Gradients:
         self._layered: Layered | None = getattr(optimizer, "layered", None)
         self.can_be_dropped = self.released is None and not has_collectives(model)
         """Whether all ranks can drop the step after an error in `accumulate`, in a block of `completed`."""
-        self._all: list[Tensor] = []
-        """Gradients that are in `.grad`."""
+        self._all: dict[nn.Parameter, Tensor] = {}
+        """The gradients that are in `.grad`."""
         self.clear()
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         is_summed = self.can_be_dropped and accelerator.num_processes > 1
@@ -96,14 +96,14 @@ class Gradients:
                         loss = forward()
                     loss.backward()
                     losses.append(loss.detach())
-        taken = self._taken.parameters if self._taken else ()  # all other parameters without gradients get zeros
+        taken = self._taken.norms if self._taken else ()  # all other parameters without gradients get zeros
         for parameter in self._trained:
             if parameter not in taken:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
-                self._all.append(parameter.grad)
+                self._all[parameter] = parameter.grad
         if self._sum:
-            self._sum.finish(self._all[::-1])
+            self._sum.finish([*self._all.values()][::-1])
         return losses
 
     def _forward(self, index: int, batch: Batch, loss_fn: LossFunction) -> Tensor:
@@ -155,21 +155,23 @@ class Gradients:
         loss = sum(losses, torch.zeros((), device=self._accelerator.device))
         if self._accelerator.num_processes > 1:
             is_summed = self._sum or self._is_sharded
-            all_reduce_sum([loss, *([] if is_summed else map(local_of, self._all))], self._rank.group)
+            all_reduce_sum([loss, *([] if is_summed else map(local_of, self._all.values()))], self._rank.group)
         return loss
 
     def norm(self) -> Tensor:
         """Return the L2 norm of the whole gradient, fp32, equal on every rank. Runs one small collective if sharded."""
-        norms = gradient_norms([gradient for gradient in self._all if not isinstance(gradient, DTensor)])
-        sharded = [gradient for gradient in self._all if isinstance(gradient, DTensor)]
-        if sharded or self._is_sharded:
+        norms = dict(zip(self._all, gradient_norms([*map(local_of, self._all.values())]), strict=True))
+        norms |= self._taken.norms if self._taken else {}
+        # in the same order whether gradients were taken or not, so that the sums have the same bits
+        whole = [norms[parameter] for parameter in self._trained if not isinstance(parameter, DTensor)]
+        sharded = [parameter for parameter in self._trained if isinstance(parameter, DTensor)]
+        if sharded:
             squares = torch.zeros((), device=self._accelerator.device)
-            mine = gradient_norms([local_of(gradient) for gradient in sharded if is_first_copy(gradient)])
-            if mine := [*mine, *(self._taken.norms_of_parts if self._taken else ())]:
+            if mine := [norms[parameter] for parameter in sharded if is_first_copy(parameter)]:
                 squares += torch.stack(mine).square().sum().to(squares.device)  # they are on the host with cpu_offload
             all_reduce_sum([squares])
-            norms.append(squares.sqrt())
-        return torch.linalg.vector_norm(torch.stack([*norms, *(self._taken.norms if self._taken else ())]))
+            whole.append(squares.sqrt())
+        return torch.linalg.vector_norm(torch.stack(whole))
 
     def update(self, max_grad_norm: float | None, grad_norm: Tensor, *, if_finite: Tensor) -> bool:
         """Clip and update if the scalar `if_finite` is finite; return whether it is. The step's only device sync.
@@ -188,7 +190,7 @@ class Gradients:
             self._clip([parameter.grad], factor)
             self._kept.step(parameter)
         if self._all:
-            self._clip(self._all, factor)
+            self._clip([*self._all.values()], factor)
             self._optimizer.step()
         if begins_early and not is_finite.item():
             self._optimizer.undo()

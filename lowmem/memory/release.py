@@ -6,10 +6,9 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lowmem.distributed.dtensor import is_first_copy, local_of, sharded_like
+from lowmem.distributed.dtensor import local_of, sharded_like
 from lowmem.errors import UsageError
 from lowmem.memory.offload import Offload
 from lowmem.optim.norms import gradient_norms
@@ -39,21 +38,12 @@ class TakenGradients:
         self._optimizer = optimizer
         groups = enumerate(optimizer.param_groups)
         self._group_of = {parameter: index for index, group in groups for parameter in group["params"]}
-        self.parameters: set[nn.Parameter] = set()
-        """Whose gradients were taken."""
-        self.norms: list[Tensor] = []
-        """L2 norm of each gradient that is not sharded, fp32."""
-        self.norms_of_parts: list[Tensor] = []
-        """L2 norms of this rank's parts of sharded gradients, without those that another rank has too."""
+        self.norms: dict[nn.Parameter, Tensor] = {}
+        """L2 norm of each gradient, fp32; of a sharded gradient, the norm of this rank's part."""
 
     def _note(self, parameter: nn.Parameter) -> None:
-        """Note a gradient and its norm."""
-        norms = gradient_norms([local_of(parameter.grad)])
-        if not isinstance(parameter, DTensor):
-            self.norms += norms
-        elif is_first_copy(parameter):
-            self.norms_of_parts += norms
-        self.parameters.add(parameter)
+        """Note a gradient's norm."""
+        (self.norms[parameter],) = gradient_norms([local_of(parameter.grad)])
 
     def step(self, parameter: nn.Parameter) -> None:
         """Apply and free the gradient of one parameter."""
@@ -67,9 +57,7 @@ class TakenGradients:
         parameter.grad = None
 
     def clear(self) -> None:
-        self.parameters.clear()
         self.norms.clear()
-        self.norms_of_parts.clear()
 
 
 class Released(TakenGradients):
@@ -82,7 +70,7 @@ class Released(TakenGradients):
     def begin(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
         """Start a step. Raises UsageError for options that need all gradients at the same time."""
         problems = {
-            f"{micro_batches} micro-batches per step (set gradient_accumulation_steps to 1, or layered)": (
+            f"{micro_batches} micro-batches per step (set gradient_accumulation_steps to 1, or enter layered first)": (
                 micro_batches > 1 and not self._is_layered
             ),
             f"clipping at {max_grad_norm} (set max_grad_norm to 0)": bool(max_grad_norm),
