@@ -62,8 +62,7 @@ def step_of(family, savers, rows=8, **changes):
 def test_savers_and_their_pairs_keep_the_bits_of_loss_and_weights_with_dropout(savers, family):
     loss, norm, weights, _ = step_of(family, [])
     same_loss, same_norm, same_weights, _ = step_of(family, savers)
-    assert torch.equal(loss, same_loss)
-    torch.testing.assert_close(norm, same_norm, rtol=1e-6, atol=0)  # release sums the norm in another order
+    assert torch.equal(loss, same_loss) and torch.equal(norm, same_norm)
     for name, weight in weights.items():
         assert torch.equal(weight, same_weights[name]), name  # SGD at rate 1 subtracts the gradient
 
