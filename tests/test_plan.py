@@ -101,7 +101,7 @@ def test_a_prediction_is_within_a_tenth_of_the_measured_peak(family, tmp_path, r
             assert_within_a_tenth(config_for(tmp_path, family, tier, **options))
 
 
-LAYERED = {"layered": True, "gradient_accumulation_steps": 5}
+LAYERED = {"layered": True, "gradient_accumulation_steps": 3}
 IN_LAYERS = LAYERED | {"release": True, "max_grad_norm": 0.0}
 PACKED = {"recompute": "cheap", "packing": True, "text_column": "text", "max_seq_len": 128}
 
