@@ -31,7 +31,7 @@ SECONDS = {
     "test_plan.py::test_a_prediction_is_within_a_tenth_of_the_measured_peak[t5]": 59,
     "test_plan.py::test_a_prediction_on_two_processes_is_within_a_tenth_of_the_peak": 37,
     "test_plan.py::test_a_prediction_with_two_replicas_of_two_shards_is_within_a_tenth_of_the_peak": 23,
-    "test_plan.py::test_memory_of_deep_models_is_extrapolated_from_shallow_ones[t5]": 31,
+    "test_plan.py::test_memory_of_deep_models_is_extrapolated_from_shallow_ones[t5-options0]": 31,
     "test_plan.py::test_plan_prints_its_result_and_writes_no_file_except_a_chart": 21,
     "test_plan.py::test_train_chooses_settings_that_fit_and_writes_them_to_config_json": 39,
     "test_restart.py::test_a_run_that_a_process_manager_restarts_equals_an_uninterrupted_one": 81,
