@@ -164,10 +164,11 @@ class Layered:
 
     def same_on_all_ranks(self, early: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """Return those of the parameters that are complete early on all ranks. The first call runs a collective."""
-        mine = [index for index, parameter in enumerate(self._only_outside) if parameter in set(early)]
+        found = set(early)
+        mine = {index for index, parameter in enumerate(self._only_outside) if parameter in found}
         if self._complete_early is None:
-            self._complete_early = sorted(set.intersection(*map(set, gather_json(mine))))
-        if not set(self._complete_early) <= set(mine):
+            self._complete_early = sorted(set.intersection(*map(set, gather_json(sorted(mine)))))
+        if not mine.issuperset(self._complete_early):
             name = type(self._model).__name__
             raise UsageError(f"{name} uses a weight in other places than in the first step: remove layered")
         return [self._only_outside[index] for index in self._complete_early]

@@ -56,9 +56,6 @@ class TakenGradients:
             self._optimizer.param_groups = groups
         parameter.grad = None
 
-    def clear(self) -> None:
-        self.norms.clear()
-
 
 class Released(TakenGradients):
     """Gradients that are applied and freed as soon as they are complete."""
@@ -78,7 +75,7 @@ class Released(TakenGradients):
         }
         if found := [problem for problem, is_found in problems.items() if is_found]:
             raise UsageError(f"release updates each weight inside backward, so it does not support {', '.join(found)}")
-        self.clear()
+        self.norms.clear()
 
     @torch.no_grad()
     def take(self, parameter: nn.Parameter) -> None:
@@ -103,15 +100,10 @@ class KeptOnHost(TakenGradients):
         parameter.grad = None
 
     def fetched(self) -> Iterator[nn.Parameter]:
-        """Yield one parameter after the other; only the one yielded last has its gradient, on the device."""
+        """Yield each parameter with its gradient on the device; the caller must apply and free it with `step`."""
         while self._kept:
             parameter, kept = self._kept.popitem()
             gradient = self._offload.unpack(kept)
             parameter.grad_dtype = gradient.dtype
             parameter.grad = sharded_like(parameter, gradient)
             yield parameter
-            parameter.grad = None
-
-    def clear(self) -> None:
-        super().clear()
-        self._kept.clear()
