@@ -85,7 +85,7 @@ def init_distributed(
     `mixed_precision=None` uses the setting of `accelerate launch`. `deepspeed` is a full DeepSpeed config, including
     the precision. Raises UsageError or RankError if ranks do not find each other in `heartbeat_timeout` seconds. Later,
     if a rank fails or is silent for that long, the others name it on stderr, call `on_abort(message)` and exit.
-    Sets `signals.at_once` to None, because the ranks can now agree on when to stop.
+    Sets `signals.at_once` to None, because the ranks can now agree on when to stop. Calls `speed_up_bf16`.
     """
     check_launch(None)
     if deepspeed is None and "deepspeed" in launched_settings():
@@ -96,6 +96,7 @@ def init_distributed(
 
     from lowmem.distributed.collectives import start_heartbeats
     from lowmem.distributed.rendezvous import connect_ranks, start_group
+    from lowmem.kernels.products_cpu import speed_up_bf16
 
     for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         os.environ.pop(variable, None)  # lowmem applies these settings itself, so Accelerator must not
@@ -116,6 +117,7 @@ def init_distributed(
         accelerator = make_accelerator(deepspeed, on_cpu=on_cpu, **options)
     if accelerator.device.type == "cuda":
         _check_kernels(accelerator.device)
+    speed_up_bf16(accelerator.device)
     if accelerator.num_processes != launched:
         found = f"accelerate sees {accelerator.num_processes} ({accelerator.distributed_type.value})"
         raise UsageError(f"the launcher started {launched} processes, but {found}: check the launcher's flags")

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from lowmem.distributed.dtensor import local_of, local_part, set_local_, sharded_like
 from lowmem.distributed.seeds import seed_of
 from lowmem.kernels.compilers import has_triton
+from lowmem.kernels.products_cpu import speed_up_bf16
 from lowmem.optim import kernels_cpu
 from lowmem.optim.adamw import Numbers, Update, adamw
 from lowmem.optim.formats import by_rows, keep, round_stochastically, rows_and_columns, write, zeros
@@ -76,6 +77,7 @@ class TieredOptimizer(Optimizer):
             fill(parameter)
             self._convert(parameter)
         first, devices = local_of(next(iter(names))), {parameter.device for parameter in names}
+        speed_up_bf16(first.device)
         self.kernels = kernels_for(first) if fused and len(devices) == 1 else None
         """The kernels that this optimizer uses, or None for tensor operations."""
         self.seed = 0
