@@ -31,6 +31,10 @@ class SaveError(RuntimeError):
     """A checkpoint or model could not be written; existing ones are intact."""
 
 
+class StoreError(RuntimeError):
+    """Offloaded weights could not be read or written; checkpoints are intact."""
+
+
 class OutOfMemory(RuntimeError):
     """`rank` ran out of memory in a step; the message says what used the memory and which settings use less."""
 

@@ -25,7 +25,8 @@ from lowmem.distributed.zero import Zero3Weight
 from lowmem.errors import SaveError
 from lowmem.storage.atomic_folder import atomic_folder, unfinished_folder
 from lowmem.storage.files import FileRecord, free_bytes, make_folder, write_file
-from lowmem.storage.tensor_files import Shard, host_parts, write_index
+from lowmem.storage.records import Record
+from lowmem.storage.tensor_files import PART_BYTES, Shard, host_parts, write_index
 
 WriteRest = Callable[[Path, dict[str, FileRecord]], None]
 
@@ -87,7 +88,7 @@ def _write_share(shares: list[list[Shard]], unfinished: Path, rank: int) -> dict
             pass
 
 
-def _wholes(queues: Sequence[Sequence[Tensor | Zero3Weight]], rank: int) -> Iterator[Tensor]:
+def _wholes(queues: Sequence[Sequence[Tensor | Record | Zero3Weight]], rank: int) -> Iterator[Tensor]:
     """Gather the whole tensors of `queues[rank]` from all ranks, and yield them in order, some in several pieces.
 
     All ranks pass the same `queues` and must exhaust the iterator, because it also sends this rank's pieces to others.
@@ -99,14 +100,14 @@ def _wholes(queues: Sequence[Sequence[Tensor | Zero3Weight]], rank: int) -> Iter
                 if owner == rank:
                     yield whole
         sent = [_send(tensor, owner) for owner, tensor in enumerate(tensors) if owner != rank]
-        if isinstance(tensors[rank], Tensor):
+        if isinstance(tensors[rank], Tensor | Record):
             yield from _pieces(tensors[rank], rank)
         with collective("sending pieces of a checkpoint's tensors"):
             for work in filter(None, sent):
                 work.wait()
 
 
-def _send(tensor: Tensor | Zero3Weight | None, owner: int) -> dist.Work | None:
+def _send(tensor: Tensor | Record | Zero3Weight | None, owner: int) -> dist.Work | None:
     """Start sending this rank's piece of a sharded tensor to `owner`. Returns None if there is nothing to send."""
     if not isinstance(tensor, DTensor):
         return None
@@ -117,8 +118,10 @@ def _send(tensor: Tensor | Zero3Weight | None, owner: int) -> dist.Work | None:
     return dist.isend(data, owner, group=host_group())
 
 
-def _pieces(tensor: Tensor, rank: int) -> Iterator[Tensor]:
-    if not isinstance(tensor, DTensor):
+def _pieces(tensor: Tensor | Record, rank: int) -> Iterator[Tensor]:
+    if isinstance(tensor, Record):
+        yield from (part.to_host() for part in tensor.split(PART_BYTES))
+    elif not isinstance(tensor, DTensor):
         yield tensor
     elif (every := pieces(tensor))[0].dim == 0:
         for piece in every:

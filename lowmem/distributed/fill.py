@@ -22,9 +22,9 @@ from lowmem.distributed.dtensor import local_part, set_local_
 from lowmem.distributed.fully_sharded import notice_new_parameters
 from lowmem.distributed.placement import is_sharded
 from lowmem.errors import UsageError
-from lowmem.storage.tensor_files import StoredTensor, open_shards
+from lowmem.storage.records import Record
+from lowmem.storage.tensor_files import PART_BYTES, StoredTensor, open_shards
 
-_PART_BYTES = 2**24  # rank 0 broadcasts at most this at a time, or one row if a row is larger
 _PART_ROWS = 2**10  # rows read at a time to compare two stored tensors
 
 
@@ -122,8 +122,14 @@ def _open_files(model: nn.Module) -> dict[str, StoredTensor]:
         raise UsageError(f"{error}: set on_meta=False") from error
 
 
-def read_local(tensor: Tensor, stored: StoredTensor) -> None:
-    """Fill the local part of `tensor` from `stored`, in place."""
+def read_local(tensor: Tensor | Record, stored: StoredTensor) -> None:
+    """Fill a record, or the local part of `tensor`, from `stored`, in place."""
+    if isinstance(tensor, Record):
+        first = 0
+        for part in tensor.split(PART_BYTES):
+            part.space.write(part, stored.read(slice(first, first + part.shape[0])))
+            first += part.shape[0]
+        return
     local, row, column = local_part(tensor)
     stored.copy_part(local, row, column)
 
@@ -170,7 +176,7 @@ def _broadcast_rows(local: Tensor, first: int, column: int, shape: torch.Size, w
     Broadcasts 16 MiB or one row at a time, through host memory.
     """
     columns = [slice(column, column + width) for width in local.shape[1:2]]
-    height = max(1, _PART_BYTES // max(1, shape[1:].numel() * local.dtype.itemsize))
+    height = max(1, PART_BYTES // max(1, shape[1:].numel() * local.dtype.itemsize))
     for start in range(0, shape[0], height):
         rows = slice(start, min(start + height, shape[0]))
         if whole is not None:

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.distributed.collectives import raise_on_all_ranks, rank_and_world_size, report_failure
 from lowmem.distributed.launcher import launched_processes
@@ -18,11 +19,34 @@ from lowmem.errors import UsageError
 TENSOR_PARALLEL_MESH = ("data", "tensor")
 """Names of the mesh dimensions under tensor parallelism."""
 
+_SMALL = 4096
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's model inside DistributedDataParallel or a DeepSpeed engine, or the model itself."""
     is_wrapped = isinstance(model, nn.parallel.DistributedDataParallel) or is_engine(model)
     return model.module if is_wrapped else model
+
+
+def is_large(parameter: Tensor) -> bool:
+    """Whether a parameter is a matrix of more than 4,096 elements. Smaller ones take few bytes."""
+    return parameter.dim() > 1 and parameter.numel() > _SMALL
+
+
+def training_layers(model: nn.Module, saver: str) -> list[nn.Module]:
+    """Return the layers that transformers marks for checkpointing, outermost ones only, in the order of the model.
+
+    Raises UsageError, which names `saver`, if there are none.
+    """
+    layers, inner = [], set()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module not in inner:
+            layers.append(module)
+            inner.update(module.modules())
+    if not layers:
+        name = type(unwrapped(model)).__name__
+        raise UsageError(f"{saver} needs transformers' layers, {name} has no layers of that kind: remove {saver}")
+    return layers
 
 
 def layer_drop(model: nn.Module) -> str:

@@ -19,6 +19,7 @@ from lowmem.errors import (
     RowError,
     SaveError,
     StartError,
+    StoreError,
     UsageError,
     one_line,
 )
@@ -26,7 +27,7 @@ from lowmem.job.exit_file import CODES, remove_exit, write_exit
 from lowmem.job.folder import has_files, lock_folder
 
 # errors that are printed in one line
-_WITHOUT_TRACEBACK = (UsageError, RowError, RankError, SaveError, OutOfMemory, FloatingPointError)
+_WITHOUT_TRACEBACK = (UsageError, RowError, RankError, SaveError, StoreError, OutOfMemory, FloatingPointError)
 _NOTHING_SAVED = "nothing is saved"
 
 

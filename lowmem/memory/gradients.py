@@ -21,9 +21,11 @@ from torch.optim import Optimizer
 
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import is_first_copy, local_of, sharded_like
+from lowmem.distributed.offloaded import offloaded_of
 from lowmem.distributed.placement import data_place, has_collectives, is_engine, is_sharded
 from lowmem.distributed.reduce import BucketedSum, LayerSum, all_reduce_sum
 from lowmem.distributed.seeds import seed_of
+from lowmem.errors import UsageError
 from lowmem.memory.layered import Autocast, Layered
 from lowmem.memory.release import KeptOnHost, Released, TakenGradients
 from lowmem.optim.norms import gradient_norms
@@ -36,7 +38,8 @@ LossFunction = Callable[[nn.Module, Batch], Tensor]
 class Gradients:
     """The gradients of one step over `num_tokens` targets. Its constructor clears gradients left by a failed step.
 
-    Raises ValueError for DeepSpeed, fp16, mixed precision with a memory tier, or an optimizer wrapped by accelerate.
+    Raises ValueError for DeepSpeed, fp16, mixed precision with a memory tier or an optimizer wrapped by accelerate, and
+    UsageError for offloaded weights without `layered`.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class Gradients:
         self._rank, self._is_sharded = data_place(model), is_sharded(model)
         self.released: Released | None = getattr(optimizer, "released", None)
         self._layered: Layered | None = getattr(optimizer, "layered", None)
+        if self._layered is None and offloaded_of(model) is not None:
+            raise UsageError("weights of offload_weights are gone before backward needs them: enter layered")
         self.can_be_dropped = self.released is None and not has_collectives(model)
         """Whether all ranks can drop the step after an error in `accumulate`, in a block of `completed`."""
         self._all: dict[nn.Parameter, Tensor] = {}
@@ -57,7 +62,7 @@ class Gradients:
         is_summed = self.can_be_dropped and accelerator.num_processes > 1
         # the order in which backward usually computes gradients
         self._sum = BucketedSum(self._trained[::-1], self._rank.group) if is_summed else None
-        offload = self._layered.offload if self._layered and not self._sum else None
+        offload = self._layered.gradients if self._layered and not self._sum else None
         self._kept = KeptOnHost(optimizer, offload) if offload and not self.released else None
         self._taken: TakenGradients | None = self.released or self._kept
 

@@ -18,14 +18,14 @@ import torch
 from greenlet import GreenletExit, getcurrent
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.distributed.collectives import gather_json
 from lowmem.distributed.gathered import Gathered
-from lowmem.distributed.placement import device_of, is_sharded, layer_drop, tensor_mesh, unwrapped
+from lowmem.distributed.offloaded import offloaded_of
+from lowmem.distributed.placement import device_of, is_sharded, layer_drop, tensor_mesh, training_layers, unwrapped
 from lowmem.errors import UsageError
 from lowmem.memory.micro_batch import Autocast, Call, MicroBatch
-from lowmem.memory.offload import Offload
+from lowmem.memory.offload import Offload, host_of
 
 Complete = Callable[[Sequence[nn.Parameter]], None]
 """Called with parameters whose gradients are complete on this rank."""
@@ -67,8 +67,9 @@ class Resident:
 def layered(model: nn.Module, optimizer: Optimizer, *, offload: Offload | None = None) -> Iterator[None]:
     """Run all micro-batches of a step through one layer before the next. Implies `recompute`.
 
-    With `offload`, the layers' inputs are kept where it says. Enter `release` inside this block, not around it. Raises
-    UsageError for a model without layers, with random layer drop, or with tensor parallelism.
+    With `offload`, the layers' inputs are kept where it says. Enter `release` inside this block, not around it. If
+    `offload_weights` has given the model a store, the layers' weights come from there. Raises UsageError for a model
+    without layers, with random layer drop, or with tensor parallelism.
     """
     layers = training_layers(model, "layered")
     base = unwrapped(model)
@@ -86,35 +87,30 @@ def layered(model: nn.Module, optimizer: Optimizer, *, offload: Offload | None =
         raise UsageError("release cannot sum over micro-batches by itself: enter layered before release")
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise UsageError("layered computes each layer again in backward by itself: remove recompute")
-    store = Gathered(model, layers) if is_sharded(model) else Resident()
-    optimizer.layered = Layered(base, layers, store, offload)
+    offloaded = offloaded_of(model)
+    store = Gathered(model, layers) if is_sharded(model) else offloaded or Resident()
+    optimizer.layered = Layered(base, layers, store, offload, offload or (offloaded and Offload((), host_of(model))))
     try:
         yield
     finally:
         del optimizer.layered
 
 
-def training_layers(model: nn.Module, saver: str) -> list[nn.Module]:
-    """Return the layers that transformers marks for checkpointing, outermost ones only, in the order of the model.
-
-    Raises UsageError, which names `saver`, if there are none.
-    """
-    layers, inner = [], set()
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer) and module not in inner:
-            layers.append(module)
-            inner.update(module.modules())
-    if not layers:
-        name = type(unwrapped(model)).__name__
-        raise UsageError(f"{saver} needs transformers' layers, {name} has no layers of that kind: remove {saver}")
-    return layers
-
-
 class Layered:
     """Runs the micro-batches of a step in lockstep."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], store: Store, offload: Offload | None):
-        self.store, self.offload = store, offload
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        store: Store,
+        inputs: Offload | None,
+        gradients: Offload | None,
+    ):
+        self.store = store
+        self.gradients = gradients
+        """Where complete gradients wait for their norm; None: on the device."""
+        self._inputs = inputs
         self._model, self._layers = model, layers
         self._device = device_of(model)
         self._order = list(layers)  # in which the last step called the layers
@@ -140,7 +136,7 @@ class Layered:
         will not reach, such as an untied head, and `complete` with the parameters of each layer.
         """
         with self.store.step(), self._pausing():
-            micro_batches = [MicroBatch(forward, self._device, self.offload) for forward in forwards]
+            micro_batches = [MicroBatch(forward, self._device, self._inputs) for forward in forwards]
             try:
                 steps: list[list[Call]] = []
                 with autocast():

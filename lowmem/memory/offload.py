@@ -1,4 +1,4 @@
-"""Offload the activations that backward needs: from CUDA to host memory, on CPU to mapped files."""
+"""Offload the activations that backward needs: from CUDA to host memory, on CPU to files."""
 
 import os
 import tempfile
@@ -7,8 +7,12 @@ from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from lowmem.distributed.offloaded import offloaded_of
+from lowmem.distributed.placement import device_of
+from lowmem.storage.records import Record, Space, Transfer
 
 _LEAST_BYTES = 4096  # smaller activations are not worth a copy
 _ALIGNMENT_BYTES = 512
@@ -176,6 +180,55 @@ class PinnedMemory:
         return self._stream.record_event()
 
 
+class ScratchSpace:
+    """Keeps activations and gradients in a file, next to that of offloaded weights, by explicit reads and writes."""
+
+    def __init__(self, space: Space):
+        self.window_bytes = space.window_bytes
+        self._space, self._size, self._stack = space, 0, _Stack()
+
+    def to_host(self, tensor: Tensor) -> tuple["_InSpace", Transfer]:
+        start = self._stack.top()
+        end = start + -(-tensor.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        if end > self._size:
+            self._space.allocate([end - self._size], torch.uint8)  # the file grows at its end
+            self._size = end
+        copy = _InSpace(Record(self._space, start, torch.Size([tensor.numel()]), tensor.dtype), tensor)
+        self._stack.push(end, copy)
+        return copy, self._space.write(copy.record, _flat(tensor))
+
+    def to_device(self, copy: "_InSpace") -> tuple[Tensor, Transfer]:
+        tensor = torch.empty_strided(*copy.layout, dtype=copy.record.dtype, device=self._space.device)
+        return tensor, self._space.read(copy.record, _flat(tensor))
+
+    def wait(self, event: Transfer) -> None:
+        event.wait()
+
+
+class _InSpace:
+    """An activation in a space, which is free when this object no longer exists."""
+
+    def __init__(self, record: Record, tensor: Tensor):
+        self.record, self.layout = record, (tensor.shape, tensor.stride())
+
+
+class _Stack:
+    """The ends of what is in use of some bytes, each as long as an object exists."""
+
+    def __init__(self):
+        self._used: list[tuple[int, weakref.ref]] = []
+
+    def top(self) -> int:
+        """Return where free bytes begin."""
+        while self._used and self._used[-1][1]() is None:
+            self._used.pop()
+        return self._used[-1][0] if self._used else 0
+
+    def push(self, end: int, owner: object) -> None:
+        """Take the bytes up to `end` as long as `owner` exists."""
+        self._used.append((end, weakref.ref(owner)))
+
+
 class Slabs:
     """Host memory for activations, cut from slabs of `slab_bytes` and used again, for a single stream that copies.
 
@@ -186,24 +239,22 @@ class Slabs:
 
     def __init__(self, *, pin_memory: bool, slab_bytes: int = SLAB_BYTES):
         self._pin_memory, self._slab_bytes = pin_memory, slab_bytes
-        self._slabs: list[tuple[Tensor, list[tuple[int, weakref.ref[Tensor]]]]] = []  # memory; tensors and their ends
+        self._slabs: list[tuple[Tensor, _Stack]] = []
 
     def empty_like(self, tensor: Tensor) -> Tensor:
         """Return an uninitialized tensor with the layout of `tensor`, which must be dense."""
         for memory, used in self._slabs:
-            while used and used[-1][1]() is None:
-                used.pop()
-            start = used[-1][0] if used else 0
+            start = used.top()
             if start + tensor.nbytes <= len(memory):
                 break
         else:
             size = max(self._slab_bytes, 1 << (tensor.nbytes - 1).bit_length())  # powers of two, as torch takes
             memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._pin_memory)
-            start, used = 0, []
+            start, used = 0, _Stack()
             self._slabs.append((memory, used))
         end = start + tensor.nbytes
         result = memory[start:end].view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
-        used.append((-(-end // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES, weakref.ref(result)))
+        used.push(-(-end // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES, result)
         return result
 
     @property
@@ -238,6 +289,19 @@ def mapped_file(tensor: Tensor) -> Tensor:
         storage = torch.UntypedStorage.from_file(f"/dev/fd/{file.fileno()}", shared=True, nbytes=tensor.nbytes)
     mapped = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
     return mapped.copy_(tensor)
+
+
+def host_of(model: nn.Module) -> Host:
+    """Return where activations of a model go: next to its weights if these are in a file, else as the device needs."""
+    device, offloaded = device_of(model), offloaded_of(model)
+    if offloaded is not None and (space := offloaded.new_scratch()) is not None:
+        return ScratchSpace(space)
+    return PinnedMemory(device) if device.type == "cuda" else MappedFiles()
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Return the elements of a dense tensor in the order of memory."""
+    return tensor.detach().as_strided([tensor.numel()], [1])
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from lowmem.distributed.fully_sharded import unsharded_parameters
-from lowmem.distributed.placement import device_of, unwrapped
+from lowmem.distributed.placement import device_of, training_layers, unwrapped
 from lowmem.errors import UsageError
 from lowmem.kernels.compilers import has_triton
-from lowmem.memory.layered import layered, training_layers
-from lowmem.memory.offload import Host, MappedFiles, Offload, PinnedMemory
+from lowmem.memory.layered import layered
+from lowmem.memory.offload import Host, Offload, host_of
 from lowmem.memory.release import release
 
 _ATEN = torch.ops.aten
@@ -64,7 +64,7 @@ def offload_activations(
         raise UsageError(
             "within layered, offload_activations would copy what backward computes again: enter layered_offloaded alone"
         )
-    offload = Offload(unsharded_parameters(model), host or _host_of(model))
+    offload = Offload(unsharded_parameters(model), host or host_of(model))
     with saved_tensors_hooks(offload.pack, offload.unpack):
         yield
 
@@ -73,12 +73,7 @@ def layered_offloaded(
     model: nn.Module, optimizer: Optimizer, *, host: Host | None = None
 ) -> AbstractContextManager[None]:
     """Enter `layered`, with the inputs of all layers offloaded as in `offload_activations`."""
-    return layered(model, optimizer, offload=Offload((), host or _host_of(model)))
-
-
-def _host_of(model: nn.Module) -> Host:
-    device = device_of(model)
-    return PinnedMemory(device) if device.type == "cuda" else MappedFiles()
+    return layered(model, optimizer, offload=Offload((), host or host_of(model)))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from lowmem.data.batch import IGNORED, Batch
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.fully_sharded import forward_only
 from lowmem.distributed.placement import device_of, unwrapped
-from lowmem.errors import UsageError, is_out_of_memory
+from lowmem.errors import StoreError, UsageError, is_out_of_memory
 from lowmem.model.masks import host_masks
 
 # settings with which models of transformers add a loss to the cross-entropy, and the values with which they do not
@@ -122,7 +122,7 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
             loss_fn(model, rows_of(rows=1, length=2, num_targets=0))
             once, twice = (loss_fn(model, rows_of(rows=rows, length=2, num_targets=rows)) for rows in (1, 2))
         except Exception as error:
-            if isinstance(error, UsageError) or is_out_of_memory(error):
+            if isinstance(error, UsageError | StoreError) or is_out_of_memory(error):
                 raise
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise UsageError(f"{type(base).__name__} cannot compute the loss of two tokens ({reason})") from error

@@ -15,6 +15,8 @@ class TieredAdafactor(TieredOptimizer):
     Factors the second moment of matrices, but not of vectors. Rows are the first dimension; columns are all others.
     """
 
+    row_wise = False
+
     _LEAST_VARIANCE = torch.finfo(torch.float32).eps
     _LEAST_RMS = 1e-3
 
@@ -28,7 +30,7 @@ class TieredAdafactor(TieredOptimizer):
         return zeros("row_var", matrix[:, :1], "fp32") | zeros("col_var", matrix[:1], "fp32")
 
     def _update(self, with_gradients: Iterable[WithGradient], clip_factor: Tensor | None) -> None:
-        for group, parameter, gradient, tensors in with_gradients:
+        for group, parameter, gradient, tensors, _ in with_gradients:
             if clip_factor is not None:
                 gradient.mul_(clip_factor)
             self._update_one(group, parameter, gradient, tensors)
@@ -39,13 +41,13 @@ class TieredAdafactor(TieredOptimizer):
         self._add_to_variance(parameter, gradient, tensors, step**-0.8)
         direction = self._direction(gradient, tensors)
         weight_squares, update_squares = (torch.zeros((), device=parameter.device) for _ in range(2))
-        for rows in self.slices(parameter):
+        for rows in self.slices(gradient):
             weight_squares += read(tensors, "weight", rows).square().sum()
             update_squares += direction(rows).square_().sum()
         rms = (weight_squares / count).sqrt()
         size = rms.clamp(min=self._LEAST_RMS) * min(lr, step**-0.5) / (update_squares / count).sqrt().clamp(min=1.0)
         draw = self._random(parameter, step)
-        for rows in self.slices(parameter):
+        for rows in self.slices(gradient):
             weight = read(tensors, "weight", rows).mul_(1 - lr * group["weight_decay"])
             weight -= size * direction(rows)
             write(tensors, "weight", rows, weight, draw(rows) if "weight_low" not in tensors else None)
@@ -55,7 +57,7 @@ class TieredAdafactor(TieredOptimizer):
             tensors["variance"].lerp_(gradient.float().square(), part)
             return
         rows_mean, columns_sum = torch.empty_like(tensors["row_var"]), torch.zeros_like(tensors["col_var"])
-        for rows in self.slices(parameter):
+        for rows in self.slices(gradient):
             squares = gradient[rows].float().square()
             rows_mean[rows] = squares.mean(1, keepdim=True)
             columns_sum += squares.sum(0, keepdim=True)

@@ -15,11 +15,12 @@ from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.dtensor import is_in_columns, local_of, set_local_
 from lowmem.distributed.fill import fill_weights, filler_of
 from lowmem.distributed.fully_sharded import has_gathered, notice_new_parameters
-from lowmem.distributed.placement import is_sharded
+from lowmem.distributed.offloaded import offloaded_of
+from lowmem.distributed.placement import is_large, is_sharded
 from lowmem.model.build import convert_buffers
 from lowmem.optim.adafactor import TieredAdafactor
 from lowmem.optim.philox import BLOCK
-from lowmem.optim.tiers import TieredAdamW, is_large
+from lowmem.optim.tiers import TieredAdamW
 
 # for memory="off": optimizers of torch.optim that need no closure and accept dense gradients and any shape
 OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "nadam": optim.NAdam, "radam": optim.RAdam}
@@ -66,6 +67,8 @@ def make_optimizer(
     trainable = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("every parameter is frozen, so there is nothing to optimize: unfreeze a part")
+    if memory == "off" and offloaded_of(model) is not None:
+        raise ValueError("offload_weights needs a memory tier, got memory=off: use exact or lean")
     is_divided = any(isinstance(parameter, DTensor) for _, parameter in trainable)
     if name == "adafactor" and is_divided:
         raise ValueError("adafactor needs whole matrices, but this model is sharded: use adamw or NO_SHARD")
@@ -83,13 +86,15 @@ def make_optimizer(
         if columns % BLOCK:
             found = f"{path} has {columns} per rank"
             raise ValueError(f"memory=lean needs blocks of {BLOCK} columns, but {found}: use exact or another tp_size")
-    fill = filler_of(model)
+    fill, offloaded = filler_of(model), offloaded_of(model)
     for parameter in model.parameters():
         if not parameter.requires_grad:
             fill(parameter)
             set_local_(parameter, local_of(parameter.data).to(torch.bfloat16))
+            if offloaded:
+                offloaded.take_weight(parameter)
     convert_buffers(model)
-    tier = {"memory": memory, "slice_elements": slice_elements, "fused": fused, "fill": fill}
+    tier = {"memory": memory, "slice_elements": slice_elements, "fused": fused, "fill": fill, "offloaded": offloaded}
     if name == "adafactor":
         return TieredAdafactor(groups, **tier)
     moments = "bf16" if name == "adamw_bf16" else "tier"

@@ -15,6 +15,7 @@ from lowmem.distributed.fill import read_local
 from lowmem.errors import UsageError
 from lowmem.optim.formats import read
 from lowmem.optim.tiers import TieredOptimizer
+from lowmem.storage.records import Record
 from lowmem.storage.tensor_files import StoredTensor, bytes_of, tensor_differences
 
 TIERS = ("off", "exact", "lean")
@@ -23,12 +24,12 @@ TIERS = ("off", "exact", "lean")
 Parameters = Mapping[str, nn.Parameter]
 
 
-def optimizer_tensors(parameters: Parameters, optimizer: Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(parameters: Parameters, optimizer: Optimizer) -> dict[str, Tensor | Record]:
     """Return the optimizer's state. Raises UsageError for a value that is neither a tensor nor None."""
     tensors = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor | Record):
                 tensors[f"{name}.{key}"] = value
             elif value is not None:
                 found = f"the optimizer state of {name} has {key}={value!r}, which is not a tensor and cannot be saved"

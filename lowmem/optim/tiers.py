@@ -1,7 +1,7 @@
 """Optimizers for the memory tiers: AdamW with bf16 weights, and a base class shared with Adafactor. See `formats.py`.
 
 exact   weights split into bf16 and an int16 low half, which together hold all bits of fp32; fp32 moments
-lean    weights in bf16 only, rounded stochastically; 8-bit moments. Small parameters are stored as in exact.
+lean    weights in bf16 only, rounded stochastically; 8-bit moments. Only large matrices: others are as in exact.
 
 A kernel updates each parameter in one pass over memory. Without one, tensor operations convert one slice of rows at a
 time to fp32 and back, so temporaries have the size of a slice.
@@ -20,6 +20,8 @@ from torch._subclasses import FakeTensor
 from torch.optim import Optimizer
 
 from lowmem.distributed.dtensor import local_of, local_part, set_local_, sharded_like
+from lowmem.distributed.offloaded import Offloaded
+from lowmem.distributed.placement import is_large
 from lowmem.distributed.seeds import seed_of
 from lowmem.kernels.compilers import has_triton
 from lowmem.kernels.products_cpu import speed_up_bf16
@@ -28,7 +30,7 @@ from lowmem.optim.adamw import Numbers, Update, adamw
 from lowmem.optim.formats import by_rows, keep, round_stochastically, rows_and_columns, write, zeros
 from lowmem.optim.philox import BLOCK, Origin, random_halves
 
-_SMALL = 4096  # vectors, and parameters of at most this many elements, take few bytes: lean stores them as exact does
+_OFFLOADED_ELEMENTS = 2**22  # elements of a slice whose weight and state are read and written
 _CACHED_ELEMENTS = 2**19  # elements per slice on CPU, so that the slice's temporaries fit into the cache
 _LAUNCHED_ELEMENTS = (2**22, 2**24)  # elements per slice on a GPU: minimum (few launches), maximum (small temporaries)
 
@@ -39,7 +41,7 @@ Random = Callable[[slice], Tensor]
 
 
 class WithGradient(NamedTuple):
-    """A parameter to update."""
+    """A parameter to update, or some of its rows."""
 
     group: Group
     parameter: nn.Parameter
@@ -47,6 +49,7 @@ class WithGradient(NamedTuple):
     """This rank's part, bf16 or fp32, as a matrix (rows, columns)."""
     tensors: Tensors
     """This rank's part of the weight and state."""
+    origin: Origin
 
 
 class TieredOptimizer(Optimizer):
@@ -56,8 +59,12 @@ class TieredOptimizer(Optimizer):
     tensors of each format. Groups hold (name, parameter) pairs. The random bits of an element depend only on (seed,
     update, name) and its position in the full parameter. A subclass allocates moments in `_new_moments`, and updates
     weights and state in `_update`. `fused=False` uses tensor operations even if there are kernels. `fill` is called
-    with each parameter just before it is converted (see `filler_of`).
+    with each parameter just before it is converted (see `filler_of`). Of large matrices, `offloaded` takes the weights
+    (those of layers) and the state that `row_wise` names, for the optimizer to read and write some rows at a time.
     """
+
+    row_wise = True
+    """Whether rows are updated independently. If not, matrices are updated whole, and moments are not offloaded."""
 
     def __init__(
         self,
@@ -68,11 +75,12 @@ class TieredOptimizer(Optimizer):
         slice_elements: int | None = None,
         fused: bool = True,
         fill: Callable[[nn.Parameter], None] = lambda parameter: None,
+        offloaded: Offloaded | None = None,
     ):
         names = {parameter: name for group in groups for name, parameter in group["params"]}
         groups = [group | {"params": [parameter for _, parameter in group["params"]]} for group in groups]
         super().__init__(groups, {"lr": 0.0} | defaults)
-        self.memory, self._names = memory, names
+        self.memory, self._names, self._offloaded = memory, names, offloaded
         for parameter in names:
             fill(parameter)
             self._convert(parameter)
@@ -94,15 +102,26 @@ class TieredOptimizer(Optimizer):
         form = "bf16" if self._is_rounded(parameter) else "split"
         kept = keep("weight", local_of(parameter.detach()).float().contiguous(), form)
         set_local_(parameter, kept.pop("weight"))  # frees the fp32 weight before the moments are allocated
-        kept |= self._new_moments(parameter, local_of(parameter.detach()))
-        self.state[parameter] = {name: sharded_like(parameter, tensor) for name, tensor in kept.items()}
+        local = local_of(parameter.detach())
+        if self._offloaded and is_large(parameter):
+            self._offloaded.take_weight(parameter)
+            kept |= self._new_moments(parameter, local.to("meta" if self.row_wise else local.device))
+            self.state[parameter] = {
+                name: self._offloaded.new_record(x) if self.row_wise or name == "weight_low" else x
+                for name, x in kept.items()
+            }
+        else:
+            kept |= self._new_moments(parameter, local)
+            self.state[parameter] = {name: sharded_like(parameter, tensor) for name, tensor in kept.items()}
         self.state[parameter]["step"] = torch.zeros(())
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient (bf16 or fp32)."""
         clip_factor, self.clip_factor = self.clip_factor, None
-        self._update(self._with_gradients(), clip_factor)
+        self._update(self._with_gradients(is_offloaded=False), clip_factor)
+        for found in self._with_gradients(is_offloaded=True):  # one at a time, because they share memory
+            self._update([found], clip_factor)
 
     @property
     def can_undo(self) -> bool:
@@ -116,16 +135,34 @@ class TieredOptimizer(Optimizer):
                 if parameter.grad is not None:
                     self.state[parameter]["step"] -= 1
 
-    def _with_gradients(self) -> Iterator[WithGradient]:
-        """Yield each parameter that has a gradient, after counting its update."""
+    def _with_gradients(self, *, is_offloaded: bool) -> Iterator[WithGradient]:
+        """Yield each parameter that has a gradient, after counting its update; if offloaded, some rows at a time."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.state[parameter]["step"] += 1
-                    gradient = by_rows(local_of(parameter.grad).contiguous())
-                    if gradient.dtype not in (torch.bfloat16, torch.float32):
-                        gradient = gradient.float()
-                    yield WithGradient(group, parameter, gradient, _local_tensors(parameter, self.state[parameter]))
+                if parameter.grad is None or (self._is_offloaded(parameter) != is_offloaded):
+                    continue
+                self.state[parameter]["step"] += 1
+                gradient = by_rows(local_of(parameter.grad).contiguous())
+                if gradient.dtype not in (torch.bfloat16, torch.float32):
+                    gradient = gradient.float()
+                origin = origin_of(parameter)
+                for rows, tensors in self._opened(parameter):
+                    yield WithGradient(
+                        group, parameter, gradient[rows], tensors, origin._replace(row=origin.row + rows.start)
+                    )
+
+    def _is_offloaded(self, parameter: nn.Parameter) -> bool:
+        return self._offloaded is not None and is_large(parameter)
+
+    def _opened(self, parameter: nn.Parameter) -> Iterator[tuple[slice, Tensors]]:
+        """Yield slices of this rank's rows, with weight and state to change in place; all rows if not offloaded."""
+        local, state = local_part(parameter.data)[0], self.state[parameter]
+        every = [slice(0, rows_and_columns(local)[0])]
+        if self._is_offloaded(parameter):
+            slices = _slices(local, _OFFLOADED_ELEMENTS) if self.row_wise else every
+            yield from self._offloaded.opened(parameter, state, slices)
+        else:
+            yield every[0], {name: local_of(tensor) for name, tensor in {"weight": parameter.data, **state}.items()}
 
     @contextmanager
     def summing(
@@ -176,7 +213,7 @@ class TieredOptimizer(Optimizer):
         if self.kernels and (kernels := kernels_for(total)):
             kernels.add(total, gradient, key, origin)
             return
-        for rows in self.slices(parameter):
+        for rows in self.slices(total):
             values = total[rows].float().add_(gradient[rows])
             if self._is_rounded(parameter):
                 random = random_halves(key, origin, rows, values.shape[1], values.device)
@@ -186,15 +223,17 @@ class TieredOptimizer(Optimizer):
     @torch.no_grad()
     def round_from(self, parameter: nn.Parameter, names: Iterable[str], values: Callable[[str, slice], Tensor]) -> None:
         """For each name, store `values(name, rows)` (fp32) in its format. `rows` are rows of the full parameter."""
-        tensors, origin = _local_tensors(parameter, self.state[parameter]), origin_of(parameter)
-        for name in sorted(names):
-            draw = self._random(parameter, "round_from", name)
-            for rows in self.slices(parameter):
-                new = values(name, slice(origin.row + rows.start, origin.row + rows.stop)).to(parameter.device)
-                if tensors[name].dtype == torch.float32:
-                    by_rows(tensors[name])[rows] = new
-                else:
-                    write(tensors, name, rows, new, None if f"{name}_low" in tensors else draw(rows))
+        first = origin_of(parameter).row
+        for opened, tensors in self._opened(parameter):
+            for name in sorted(names):
+                draw = self._random(parameter, "round_from", name)
+                for rows in self.slices(by_rows(tensors["weight"])):
+                    local = slice(opened.start + rows.start, opened.start + rows.stop)
+                    new = values(name, slice(first + local.start, first + local.stop)).to(parameter.device)
+                    if tensors[name].dtype == torch.float32:
+                        by_rows(tensors[name])[rows] = new
+                    else:
+                        write(tensors, name, rows, new, None if f"{name}_low" in tensors else draw(local))
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Copy a saved state into this optimizer. (torch's method would convert moments to the weight's dtype.)"""
@@ -206,11 +245,9 @@ class TieredOptimizer(Optimizer):
     def _is_rounded(self, parameter: nn.Parameter) -> bool:
         return self.memory == "lean" and is_large(parameter)
 
-    def slices(self, parameter: nn.Parameter) -> Iterator[slice]:
-        """Split the rows of this rank's shard of a parameter into the slices to update one at a time."""
-        rows, columns = rows_and_columns(local_of(parameter))
-        height = max(1, self._slice_elements // max(BLOCK, columns))  # random bits take whole blocks
-        return (slice(first, min(first + height, rows)) for first in range(0, rows, height))
+    def slices(self, matrix: Tensor) -> list[slice]:
+        """Split the rows of a matrix, this rank's part of a parameter, into the slices to update one at a time."""
+        return _slices(matrix, self._slice_elements)
 
     def key_of(self, parameter: nn.Parameter, *key: int | str) -> int:
         """Return the key of the random bits of one rounding of a parameter, the same on every rank."""
@@ -247,13 +284,13 @@ class TieredAdamW(TieredOptimizer):
             self.kernels.adamw(map(self._update_of, with_gradients), clip_factor)
             return
         for found in with_gradients:
-            adamw(self._update_of(found), self.slices(found.parameter), clip_factor)
+            adamw(self._update_of(found), self.slices(found.gradient), clip_factor)
 
     def _update_of(self, found: WithGradient) -> Update:
         step = int(found.tensors["step"])
-        key, origin = self.key_of(found.parameter, step), origin_of(found.parameter)
         matrices = {name: by_rows(tensor) for name, tensor in found.tensors.items() if name != "step"}
-        return Update(matrices, found.gradient, Numbers.of(step, **found.group), key, origin)
+        numbers, key = Numbers.of(step, **found.group), self.key_of(found.parameter, step)
+        return Update(matrices, found.gradient, numbers, key, found.origin)
 
 
 class FakeKernels:
@@ -284,8 +321,10 @@ def origin_of(parameter: nn.Parameter) -> Origin:
     return Origin(row, column * math.prod(parameter.shape[2:]), rows_and_columns(parameter)[1])
 
 
-def _local_tensors(parameter: nn.Parameter, state: Tensors) -> Tensors:
-    return {name: local_of(tensor) for name, tensor in {"weight": parameter.data, **state}.items()}
+def _slices(matrix: Tensor, elements: int) -> list[slice]:
+    rows, columns = rows_and_columns(matrix)
+    height = max(1, elements // max(BLOCK, columns))  # random bits take whole blocks
+    return [slice(first, min(first + height, rows)) for first in range(0, rows, height)]
 
 
 def slice_elements_for(parameters: list[nn.Parameter], device_type: str) -> int:
@@ -294,8 +333,3 @@ def slice_elements_for(parameters: list[nn.Parameter], device_type: str) -> int:
         return _CACHED_ELEMENTS
     least, most = _LAUNCHED_ELEMENTS
     return min(most, max(least, max(parameter.numel() for parameter in parameters) // 32))
-
-
-def is_large(parameter: Tensor) -> bool:
-    """Return whether lean rounds the parameter: it is not a vector and has more than `_SMALL` elements."""
-    return parameter.dim() > 1 and parameter.numel() > _SMALL

@@ -26,7 +26,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_PART_BYTES = 2**24  # bytes of a tensor to write or read at a time, in host memory
+PART_BYTES = 2**24  # bytes of a tensor to write or read at a time, in host memory
 _MAPPED_BYTES = 2**25  # a file is reopened after reading this many bytes, because its mapped pages count as our memory
 
 
@@ -97,7 +97,7 @@ def host_parts(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
     copying: tuple[Tensor, torch.cuda.Event] | None = None
     for tensor in tensors:
         flat = tensor.detach().contiguous().view(-1)
-        for part in flat.split(_PART_BYTES // flat.dtype.itemsize):
+        for part in flat.split(PART_BYTES // flat.dtype.itemsize):
             previous, copying = copying, _start_copy(part) if part.is_cuda else None
             if previous:
                 yield _copied(*previous)
@@ -168,7 +168,7 @@ class StoredTensor(NamedTuple):
             return
         row_bytes = max(1, bytes_of(target) // max(1, len(target)))
         columns = [slice(column, column + width) for width in target.shape[1:2] if width != self.shape[1]]
-        for part in target.split(max(1, _PART_BYTES // row_bytes)):
+        for part in target.split(max(1, PART_BYTES // row_bytes)):
             part.copy_(self.read(slice(first, first + len(part)), *columns))
             first += len(part)
 

@@ -1,0 +1,208 @@
+"""The weights of a model's layers, and optimizer state, in host memory or a file."""
+
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.distributed.collectives import rank_and_world_size
+from lowmem.distributed.dtensor import set_local_
+from lowmem.distributed.placement import is_large, training_layers
+from lowmem.errors import UsageError
+from lowmem.storage.records import HostMemory, Record, ScratchFile, Space, Transfer
+
+_IN_HOST_MEMORY = "host"
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
+class Offloaded:
+    """The store of a model whose layers are on the device only while they compute (`Store` in memory/layered.py).
+
+    The large matrices of a layer are one record, which is read into one of two buffers while the layer in the other
+    computes. At all other times these parameters are NaN. The optimizer's state of all large matrices is in records
+    too, and is read and written some rows at a time, for updates only. Other weights and state stay on the device.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], space: Space, dtype: torch.dtype):
+        self.space = space
+        self.gathered: dict[nn.Parameter, nn.Parameter] = {}
+        self._matrices = _matrices(model, layers)
+        self._records: dict[nn.Module, Record] = {}
+        self._place: dict[nn.Parameter, tuple[nn.Module, int]] = {}  # layer, and offset in its record
+        for layer, matrices in self._matrices.items():
+            self._records[layer] = space.allocate([sum(x.numel() for x in matrices)], dtype)
+            offset = 0
+            for parameter in matrices:
+                self._place[parameter] = layer, offset
+                offset += parameter.numel()
+        self._nan = torch.full((), torch.nan, dtype=dtype, device=space.device)
+        self.buffers: list[Tensor] = []
+        """Two, each of the bytes of the largest layer; empty before the first forward."""
+        self._fetched: dict[nn.Module, tuple[int, Transfer]] = {}  # the buffer that each has
+        self._in_step = False
+        for index, layer in enumerate(layers):
+            following = layers[(index + 1) % len(layers)]
+            layer.register_forward_pre_hook(partial(self._before_forward, following))
+
+    def new_scratch(self) -> Space | None:
+        """Return a space for activations and gradients in a second file, or None if weights are in host memory."""
+        place = self.space.place
+        return None if place.is_memory else Space(place.in_same_folder(), self.space.device)
+
+    def record_of(self, parameter: nn.Parameter) -> Record | None:
+        """Return the record of a weight, or None if it stays on the device."""
+        if (place := self._place.get(parameter)) is None:
+            return None
+        layer, offset = place
+        record = self._records[layer].rows(slice(offset, offset + parameter.numel()))
+        return record._replace(shape=parameter.shape)
+
+    def take_weight(self, parameter: nn.Parameter) -> None:
+        """Move a weight, which has its final dtype, to its record. Does nothing if it stays on the device."""
+        if (record := self.record_of(parameter)) is not None:
+            self.space.write(record, parameter.data.contiguous())
+            set_local_(parameter, self._nan.expand(parameter.shape))
+
+    def new_record(self, values: Tensor) -> Record:
+        """Return a new record of these values, or of zeros if they are on the meta device."""
+        record = self.space.allocate(values.shape, values.dtype)
+        if not values.is_meta:
+            self.space.write(record, values.contiguous())
+        return record
+
+    def opened(
+        self, parameter: nn.Parameter, state: Mapping[str, Tensor | Record], slices: Sequence[slice]
+    ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """Yield each slice of rows with these rows of weight and state on the device, and store what they became.
+
+        Tensors in `state` are yielded as they are. Records of the next rows are read while the caller has these.
+        """
+        records = {name: value for name, value in state.items() if isinstance(value, Record)}
+        layer, _ = self._place.get(parameter, (None, 0))
+        weight = self.record_of(parameter)
+        is_fetched = weight is None or layer in self._fetched
+        if is_fetched and weight is not None:
+            self._fetched[layer][1].wait()
+        elif weight is not None:
+            records["weight"] = weight
+        rest = {name: value for name, value in state.items() if name not in records}
+
+        def begin(rows: slice) -> dict[str, tuple[Tensor, Transfer]]:
+            parts = {name: record.rows(rows) for name, record in records.items()}
+            new = {name: torch.empty(x.shape, dtype=x.dtype, device=self.space.device) for name, x in parts.items()}
+            return {name: (new[name], self.space.read(part, new[name])) for name, part in parts.items()}
+
+        ahead = begin(slices[0])
+        for index, rows in enumerate(slices):
+            opened, ahead = ahead, begin(slices[index + 1]) if index + 1 < len(slices) else {}
+            tensors = {name: tensor for name, (tensor, _) in opened.items()}
+            for _, transfer in opened.values():
+                transfer.wait()
+            del opened
+            if is_fetched:
+                tensors["weight"] = parameter.data[rows]
+            yield rows, tensors | rest
+            for name, tensor in tensors.items():
+                if (record := weight if name == "weight" else records[name]) is not None:
+                    self.space.write(record.rows(rows), tensor)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        self._in_step = True
+        try:
+            yield
+        finally:
+            self._in_step = False
+
+    def fetch(self, layer: nn.Module, following: nn.Module | None) -> None:
+        for other in [other for other in self._fetched if other not in (layer, following)]:
+            self._let_go(other)
+        self._begin(layer)
+        self._fetched[layer][1].wait()
+        if following is not None:
+            self._begin(following)
+
+    def finish(self, layer: nn.Module) -> None:
+        """Do nothing: the buffer is free when `fetch` needs it, after the layer's update."""
+
+    def let_go(self) -> None:
+        """Until the next forward, only records have the layers' weights. Raises the StoreError of a failed write."""
+        for layer in list(self._fetched):
+            self._let_go(layer)
+        self.space.drain()
+
+    def _before_forward(self, following: nn.Module, layer: nn.Module, inputs: object) -> None:
+        if not self._in_step:
+            self.fetch(layer, following)
+
+    def _begin(self, layer: nn.Module) -> None:
+        if layer in self._fetched:
+            return
+        self.make_buffers()
+        index = next(iter({0, 1} - {index for index, _ in self._fetched.values()}))
+        record = self._records[layer]
+        buffer = self.buffers[index][: record.numel()]
+        self._fetched[layer] = index, self.space.read(record, buffer)
+        for parameter in self._matrices[layer]:
+            offset = self._place[parameter][1]
+            parameter.data = buffer[offset : offset + parameter.numel()].view(parameter.shape)
+
+    def make_buffers(self) -> None:
+        if not self.buffers:
+            size = max(record.numel() for record in self._records.values())
+            self.buffers = [self._nan.new_empty(size) for _ in range(2)]
+
+    def _let_go(self, layer: nn.Module) -> None:
+        self._fetched.pop(layer)[1].wait()
+        for parameter in self._matrices[layer]:
+            parameter.data = self._nan.expand(parameter.shape)
+
+
+_offloaded: WeakKeyDictionary[nn.Module, Offloaded] = WeakKeyDictionary()
+
+
+def offload_weights(model: nn.Module, where: str | Path | Space, device: torch.device) -> None:
+    """Let `make_optimizer` move the layers' weights and all optimizer state to "host" memory or a file in a folder.
+
+    From then on, a layer comes to `device` (double-buffered) when it runs, and `layered` is the only way to train. The
+    model's parameters in layers are NaN while they are not there: `save_model` and `save_checkpoint` read the store.
+    A file has no name, so it ends with the process. Raises UsageError for several processes or for a model without
+    layers, StoreError if there is no room.
+    """
+    if rank_and_world_size()[1] > 1:
+        raise UsageError("offload_weights does not support several processes: start one, or remove it")
+    layers, pin_memory = training_layers(model, "offload_weights"), device.type == "cuda"
+    if where == _IN_HOST_MEMORY:
+        where = Space(HostMemory(pin_memory=pin_memory), device)
+    elif not isinstance(where, Space):
+        where = Space(ScratchFile(Path(where), pin_memory=pin_memory), device)
+    if device.type == "cpu":
+        _return_freed_memory()
+    _offloaded[model] = Offloaded(model, layers, where, torch.bfloat16)
+
+
+def _return_freed_memory() -> None:
+    """Let glibc give memory of 256 KiB or more back to the system when it is freed; else it keeps up to half of it."""
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**18)
+
+
+def offloaded_of(model: nn.Module) -> Offloaded | None:
+    """Return the store that `offload_weights` gave to the model."""
+    return _offloaded.get(model)
+
+
+def _matrices(model: nn.Module, layers: Sequence[nn.Module]) -> dict[nn.Module, list[nn.Parameter]]:
+    """Return the large matrices of each layer that no other module uses."""
+    within = {module for layer in layers for module in layer.modules()}
+    taken = {x for module in model.modules() if module not in within for x in module.parameters(recurse=False)}
+    found = {}
+    for layer in layers:
+        found[layer] = [x for x in layer.parameters() if is_large(x) and x not in taken]
+        taken.update(found[layer])
+    return found

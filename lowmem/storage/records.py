@@ -1,0 +1,270 @@
+"""Tensors in host memory or in a file, which a thread reads and writes while the device computes.
+
+Each read, write or growth of the file first raises the audit event "lowmem.store" (operation, folder).
+"""
+
+import os
+import sys
+import tempfile
+import weakref
+from bisect import bisect
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import StoreError
+from lowmem.storage.files import free_bytes
+
+_ALIGNMENT_BYTES = 4096  # a page
+_PART_BYTES = 2**24  # copied at a time between a GPU and a file
+_SLAB_BYTES = 2**30  # of pinned memory, of which torch takes powers of two
+_IN_FLIGHT_BYTES = {"cuda": 2**26, "cpu": 2**24}  # `plan` counts those of a GPU
+
+
+class Place(Protocol):
+    """Bytes in host memory or in a file, at addresses."""
+
+    is_memory: bool
+
+    def allocate(self, num_bytes: int) -> int:
+        """Return the address of new bytes, all zero. Raises StoreError if there is no room."""
+
+    def host_copy(self, address: int, num_bytes: int) -> Tensor:
+        """Return the bytes as a uint8 tensor in host memory, pinned for a GPU. Of a file, valid until the next call."""
+
+    def read(self, address: int, target: Tensor) -> None:
+        """Fill `target`, contiguous bytes in host memory."""
+
+    def write(self, address: int, source: Tensor) -> None:
+        """Write `source`, contiguous bytes in host memory."""
+
+
+class Record(NamedTuple):
+    """A tensor in a `Space`: all of it but its data."""
+
+    space: "Space"
+    address: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel() * self.dtype.itemsize
+
+    def rows(self, rows: slice) -> "Record":
+        """Return the part from `rows.start` to `rows.stop` of the first dimension."""
+        row_bytes = self.shape[1:].numel() * self.dtype.itemsize
+        shape = torch.Size((rows.stop - rows.start, *self.shape[1:]))
+        return Record(self.space, self.address + rows.start * row_bytes, shape, self.dtype)
+
+    def split(self, most_bytes: int) -> list["Record"]:
+        """Split the record into parts of at most `most_bytes`, but at least one row."""
+        height = max(1, most_bytes * self.shape[0] // max(1, self.num_bytes))
+        firsts = range(0, self.shape[0], height)
+        return [self.rows(slice(first, min(first + height, self.shape[0]))) for first in firsts]
+
+    def to_host(self) -> Tensor:
+        """Return a copy in host memory."""
+        return self.space.read_to_host(self)
+
+
+class Transfer:
+    """A read or a write, done by a thread. Holds its tensor until `wait`."""
+
+    def __init__(self, future: "Future[torch.cuda.Event | None]", tensor: Tensor):
+        self._future, self._tensor = future, tensor
+
+    def wait(self) -> None:
+        """Let the device use what is read, or change what is written, only after the transfer. Raises StoreError."""
+        event, tensor = self._future.result(), self._tensor
+        if event is not None and tensor is not None:
+            torch.cuda.current_stream(tensor.device).wait_event(event)
+        self._tensor = None
+
+    def is_done(self) -> bool:
+        return self._future.done()
+
+
+class Space:
+    """Records that are read to `device` and written from it. One thread does all transfers, in order.
+
+    So a read sees what was written before it, and a buffer can be read into while a write from it waits. An error of a
+    write is raised by a later `write`, or by `drain`.
+    """
+
+    def __init__(self, place: Place, device: torch.device):
+        self.device, self.place = device, place
+        self.window_bytes = _IN_FLIGHT_BYTES[device.type]
+        """Bytes that writes may hold before a further write waits for the oldest."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="records")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._writes: deque[tuple[int, Transfer]] = deque()
+        weakref.finalize(self, self._thread.shutdown, wait=False)
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Record:
+        """Return a record of zeros. Raises StoreError if there is no room."""
+        shape = torch.Size(shape)
+        return Record(self, self.place.allocate(shape.numel() * dtype.itemsize), shape, dtype)
+
+    def read(self, record: Record, target: Tensor) -> Transfer:
+        """Begin to fill `target`, a contiguous tensor on the space's device or on the host."""
+        return self._begin(self._read, record, target)
+
+    def write(self, record: Record, source: Tensor) -> Transfer:
+        """Begin to write `source`, contiguous, which must not change until then. Waits if much is being written."""
+        while self._writes and self._bytes_in_flight() + source.nbytes > self.window_bytes:
+            self._writes.popleft()[1].wait()
+        transfer = self._begin(self._write, record, source)
+        self._writes.append((source.nbytes, transfer))
+        return transfer
+
+    def read_to_host(self, record: Record) -> Tensor:
+        copy = torch.empty(record.shape, dtype=record.dtype)
+        self.read(record, copy).wait()
+        return copy
+
+    def drain(self) -> None:
+        """Wait until all writes are done."""
+        while self._writes:
+            self._writes.popleft()[1].wait()
+
+    def _bytes_in_flight(self) -> int:
+        while self._writes and self._writes[0][1].is_done():
+            self._writes.popleft()[1].wait()
+        return sum(num_bytes for num_bytes, _ in self._writes)
+
+    def _begin(self, move: Callable, record: Record, tensor: Tensor) -> Transfer:
+        data = tensor.detach().view(-1).view(torch.uint8)
+        ready = torch.cuda.current_stream(self.device).record_event() if data.is_cuda else None
+        return Transfer(self._thread.submit(move, record.address, data, ready), data)
+
+    def _read(self, address: int, target: Tensor, ready: "torch.cuda.Event | None") -> "torch.cuda.Event | None":
+        if ready is None:
+            return self.place.read(address, target)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            for start in range(0, len(target), _PART_BYTES):
+                part = target[start : start + _PART_BYTES]
+                # a blocking copy from a file's buffer, which the next part needs
+                part.copy_(self.place.host_copy(address + start, len(part)), non_blocking=self.place.is_memory)
+            return self._stream.record_event()
+
+    def _write(self, address: int, source: Tensor, ready: "torch.cuda.Event | None") -> "torch.cuda.Event | None":
+        if ready is None:
+            return self.place.write(address, source)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            for start in range(0, len(source), _PART_BYTES):
+                part = source[start : start + _PART_BYTES]
+                if self.place.is_memory:
+                    self.place.host_copy(address + start, len(part)).copy_(part, non_blocking=True)
+                else:
+                    self.place.write(address + start, part.cpu())
+            return self._stream.record_event()
+
+
+class HostMemory:
+    """Host memory, pinned for a GPU."""
+
+    is_memory = True
+
+    def __init__(self, *, pin_memory: bool):
+        self._pin_memory = pin_memory
+        self._slabs: list[Tensor] = []
+        self._starts: list[int] = []  # addresses at which slabs begin
+        self._used: list[int] = []
+
+    def allocate(self, num_bytes: int) -> int:
+        rounded = -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        for index, slab in enumerate(self._slabs):
+            if self._used[index] + rounded <= len(slab):
+                break
+        else:
+            index, start = len(self._slabs), self._starts[-1] + len(self._slabs[-1]) if self._slabs else 0
+            size = max(_SLAB_BYTES, 1 << (rounded - 1).bit_length()) if self._pin_memory else rounded
+            self._slabs.append(torch.zeros(size, dtype=torch.uint8, pin_memory=self._pin_memory))
+            self._starts.append(start)
+            self._used.append(0)
+        address = self._starts[index] + self._used[index]
+        self._used[index] += rounded
+        return address
+
+    def host_copy(self, address: int, num_bytes: int) -> Tensor:
+        index = bisect(self._starts, address) - 1
+        return self._slabs[index][address - self._starts[index] :][:num_bytes]
+
+    def read(self, address: int, target: Tensor) -> None:
+        target.copy_(self.host_copy(address, len(target)))
+
+    def write(self, address: int, source: Tensor) -> None:
+        self.host_copy(address, len(source)).copy_(source)
+
+
+class ScratchFile:
+    """A file without a name in `folder`, which ends with the process, so that no later run can take it for its own."""
+
+    is_memory = False
+
+    def __init__(self, folder: Path, *, pin_memory: bool):
+        self._folder, self._pin_memory = folder, pin_memory
+        with self._errors("make", "be made"):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
+        weakref.finalize(self, self._file.close)
+        self._size = 0
+        self._buffer: Tensor | None = None
+
+    def in_same_folder(self) -> "ScratchFile":
+        """Make another file."""
+        return ScratchFile(self._folder, pin_memory=self._pin_memory)
+
+    def allocate(self, num_bytes: int) -> int:
+        address, size = self._size, -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        if size:
+            with self._errors(
+                "grow", f"grow from {address:,} bytes by {size:,} ({free_bytes(self._folder):,} are free)"
+            ):
+                os.posix_fallocate(self._file.fileno(), address, size)
+        self._size += size
+        return address
+
+    def host_copy(self, address: int, num_bytes: int) -> Tensor:
+        if self._buffer is None:
+            self._buffer = torch.empty(_PART_BYTES, dtype=torch.uint8, pin_memory=self._pin_memory)
+        self.read(address, self._buffer[:num_bytes])
+        return self._buffer[:num_bytes]
+
+    def read(self, address: int, target: Tensor) -> None:
+        left = target.numpy().data
+        with self._errors("read", "be read"):
+            while left:
+                count = os.preadv(self._file.fileno(), [left], address)
+                if not count:
+                    raise OSError("it ends too early")
+                left, address = left[count:], address + count
+
+    def write(self, address: int, source: Tensor) -> None:
+        left = source.numpy().data
+        with self._errors("write", "be written"):
+            while left:
+                count = os.pwritev(self._file.fileno(), [left], address)
+                left, address = left[count:], address + count
+
+    @contextmanager
+    def _errors(self, operation: str, what: str) -> Iterator[None]:
+        try:
+            sys.audit("lowmem.store", operation, str(self._folder))
+            yield
+        except OSError as error:
+            found = f"the file of weights in {self._folder} cannot {what}: {error.strerror or error}"
+            advice = "set offload_weights to a folder on a disk that works and has room"
+            raise StoreError(f"{found}. Checkpoints are intact; {advice}") from error
