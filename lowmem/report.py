@@ -198,7 +198,7 @@ class Report:
     ) -> None:
         """Print which checkpoint this run resumes, what changed since then, and a warning if this run cannot save."""
         if not can_save:
-            self.print_lines("DeepSpeed runs save no checkpoints: a run that ends early must start again from step 0")
+            self.print_lines("this run saves no checkpoints: if it ends early, it must start again from step 0")
         if checkpoint:
             self.print_lines(f"resumed from {checkpoint}{', with ' if changes else ''}{', '.join(changes)}")
         self.print_lines(*(f"training rows differ from the checkpoint's: {change}" for change in row_changes))
@@ -268,7 +268,7 @@ class Report:
         what_now = "set --resume=auto to continue" if can_save else "nothing is saved, start the run again"
         self.print_lines(f"preempted after step {self._step} of {self._total_steps}: {what_now}")
 
-    def done(self, best: Mapping[str, float] | None) -> None:
+    def done(self, best: Mapping[str, float] | None, *, saved_model: bool = True) -> None:
         """Record the end of the run. Its row counts cover only the steps since this run started or resumed."""
         self._bar.close()
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self._counts.items() if count)
@@ -277,7 +277,8 @@ class Report:
         end = {"event": "end", "steps": self._step, "skipped": self._skipped}
         self._write(end | self._counts | {"best": best})
         self._close()
-        self.print_lines(f"done: the model is in {self._folder / 'model'}, metrics in {self._folder / 'metrics.jsonl'}")
+        model = f"the model is in {self._folder / 'model'}, " if saved_model else ""
+        self.print_lines(f"done: {model}metrics in {self._folder / 'metrics.jsonl'}")
 
     def _close(self) -> None:
         self._bar.close()

@@ -29,6 +29,7 @@ from lowmem.deepspeed_step import deepspeed_step
 from lowmem.distributed import zero
 from lowmem.distributed.collectives import any_rank, on_main_rank
 from lowmem.distributed.consistency import check_same_inputs, check_same_model, tokenizer_digest
+from lowmem.distributed.offloaded import offload_weights
 from lowmem.distributed.placement import data_place, handle_rank_errors
 from lowmem.distributed.setup import init_distributed, make_deterministic
 from lowmem.distributed.sharding import parallelize
@@ -51,7 +52,7 @@ class Outcome(NamedTuple):
     """The outcome of a run that did not fail."""
 
     step: int
-    """Optimizer steps done. After preemption, those that are saved: 0 with DeepSpeed."""
+    """Optimizer steps done. After preemption, those that are saved: 0 if the run saves no checkpoints."""
     preempted: bool
     """A signal ended the run early: resume it to finish."""
 
@@ -66,8 +67,9 @@ def train(
 ) -> Outcome:
     """Train from the start or from a checkpoint, and save the model in `output_dir`/model.
 
-    After a signal on any rank, all ranks finish the current step or evaluation, save a checkpoint (not with DeepSpeed)
-    and end. If another rank fails or is silent, this rank raises an error, or calls `on_abort(message)` and exits.
+    After a signal on any rank, all ranks finish the current step or evaluation, save a checkpoint (not with DeepSpeed
+    or save_steps=0) and end. If another rank fails or is silent, this rank raises an error, or calls
+    `on_abort(message)` and exits.
     Before each write to `output_dir`, rank 0 calls `check_folder`, which raises an error if that is another run's now.
     A group of the config, such as `config.sharding`, contains keyword arguments of one function.
     """
@@ -93,6 +95,8 @@ def train(
     freeze(model, parts=config.frozen_parts)
     check_same_model(model, tokenizer, weights=config.model_name_or_path is not None)
     model = parallelize(model, accelerator, **config.sharding, fill=False)
+    if config.offload_weights:
+        offload_weights(model, config.offload_weights, accelerator.device)
     optimizer = make_optimizer(model, **config.optimizer_options)  # fills each weight, then converts it to its tier
     loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)  # (model, batch) -> summed loss
     with handle_rank_errors(model):
@@ -130,8 +134,10 @@ def train(
         if checkpoint:
             load_checkpoint(state, checkpoint, accelerator, verify=False)  # checkpoint_to_resume has verified it
         schedule = Schedule.of_run(stream.num_rows, stream.global_batch_size, **config.schedule)
-        checkpoints, keep, can_save = output / "checkpoints", config.save_total_limit or None, not config.deepspeed
-        check_space(state, checkpoints, saves=can_save * schedule.num_due(state.step, config.save_steps), keep=keep)
+        checkpoints, keep = output / "checkpoints", config.save_total_limit or None
+        can_save = config.save_steps > 0 and not config.deepspeed
+        num_saves = schedule.num_due(state.step, config.save_steps) if can_save else 0
+        check_space(state, checkpoints, saves=num_saves, keep=keep, saves_model=config.save_model)
         progress = {"step": state.step, "total_steps": schedule.total_steps, "resumed": checkpoint is not None}
         report = Report(output, settings, accelerator, **progress, check_folder=check_folder)
         report.opening(model, num_weights, stream, rank, tier=config.memory or "off", sharding=config.sharding_summary)
@@ -208,11 +214,12 @@ def train(
             raise UsageError(
                 f"none of the {state.step} steps updated the weights (each printed why): no model is saved"
             )
-        on_main_rank(check_folder)
-        save_model(wrapped, output / "model", **saving)
+        if config.save_model:
+            on_main_rank(check_folder)
+            save_model(wrapped, output / "model", **saving)
         if rows.test:
             report.evaluation(*measure(rows.test, "test"))
-        report.done(state.best)
+        report.done(state.best, saved_model=config.save_model)
     accelerator.end_training()
     return Outcome(state.step if can_save or not preempted else 0, preempted)
 

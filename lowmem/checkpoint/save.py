@@ -119,8 +119,10 @@ def save_model(
     return Path(folder)
 
 
-def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int | None) -> None:
-    """Check on every rank that the disk has room for a model and `saves` checkpoints (at most `keep` + 1 at a time).
+def check_space(
+    state: TrainState, folder: str | Path, *, saves: int, keep: int | None, saves_model: bool = True
+) -> None:
+    """Check on every rank that the disk has room for `saves` checkpoints (at most `keep` + 1 at a time) and a model.
 
     Raises UsageError if there is too little room, if the dtype or sharding of a tensor cannot be saved, or if
     `from_pretrained` could not load the model.
@@ -140,7 +142,7 @@ def check_space(state: TrainState, folder: str | Path, *, saves: int, keep: int 
         clear_leftovers(folder / f"step-{state.step:08d}")
         # room for keep + 1, because an old checkpoint is removed only after the new one is complete
         most = saves if keep is None else min(saves, max(1, keep + 1 - len(checkpoints(folder))))
-        needed, free = most * checkpoint + weights, free_bytes(folder)
+        needed, free = most * checkpoint + saves_model * weights, free_bytes(folder)
         if needed > free:
             what = f"{folder} needs {needed:,} bytes for {most} more checkpoints ({checkpoint:,} each) and the model"
             raise UsageError(f"{what}, but only {free:,} are free: free disk space or lower save_total_limit")

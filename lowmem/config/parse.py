@@ -58,6 +58,8 @@ def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None =
     if merged.get("memory") is None and merged.get("mixed_precision") == "bf16":
         has_tier = merged.get("optimizer", FIELDS["optimizer"].default) in TIERED_OPTIMIZERS
         merged["memory"] = "exact" if has_tier and merged.get("deepspeed") is None else "off"
+    if merged.get("offload_weights"):
+        merged.setdefault("layered", True)
     config = TrainConfig(**merged)
     problems += conflicts(config, presets)
     if problems:

@@ -150,6 +150,9 @@ class TrainConfig(Groups):
     layered: bool = False
     """Run all micro-batches of a step through one layer before the next. Implies recompute=full; keeps the inputs of
     all layers. release then works with accumulation and several processes, and FULL_SHARD gathers twice a step."""
+    offload_weights: str | None = setting(holds="path", per_rank=True)
+    """host or a folder: keep the layers' weights and the optimizer state in (pinned) host memory, or in a file in this
+    folder; a layer at a time comes to the device. Needs --memory=exact or lean, one process; implies layered."""
     compile: bool = False
     """torch.compile each layer: faster after minutes of compiling; changes rounding."""
     device_memory: str | None = setting(unit="bytes")
@@ -187,8 +190,10 @@ class TrainConfig(Groups):
     """Steps between two training records in metrics.jsonl."""
     eval_steps: int = setting(500, at_least=1)
     """Steps between two evaluations (the last step is always evaluated)."""
-    save_steps: int = setting(500, at_least=1)
-    """Steps between two checkpoints (the last step is always saved)."""
+    save_steps: int = setting(500, at_least=0)
+    """Steps between two checkpoints (the last step is always saved). 0: no checkpoints, so the run cannot resume."""
+    save_model: bool = True
+    """Save the trained model in output_dir/model."""
     save_total_limit: int = setting(2, at_least=0)
     """Checkpoints to keep: the newest and the best. Others are deleted after a save. 0: keep all."""
     max_shard_size: str = setting("5GB", unit="bytes")

@@ -61,20 +61,34 @@ def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Itera
             break  # this rung is refused, and smaller batch sizes would be too
     if not config.offload_activations:
         yield rung("offload_activations", offload_activations=True)
-    if not _may_shard(config):
-        return
     strategy = config.sharding_strategy
-    if cluster.world_size > 1 and strategy == "NO_SHARD":
+    may_shard, may_offload = _may_shard(config), _may_offload(config, cluster)
+    if may_shard and cluster.world_size > 1 and strategy == "NO_SHARD":
         yield rung("sharding_strategy=SHARD_GRAD_OP", sharding_strategy="SHARD_GRAD_OP")
-    if cluster.world_size > 1 and strategy in ("NO_SHARD", "SHARD_GRAD_OP"):
+    if may_shard and cluster.world_size > 1 and strategy in ("NO_SHARD", "SHARD_GRAD_OP"):
         yield rung("sharding_strategy=FULL_SHARD", sharding_strategy="FULL_SHARD")
-    if cluster.on_gpu and not config.cpu_offload:
+    if may_shard and cluster.on_gpu and not config.cpu_offload:
         strategy = "FULL_SHARD" if strategy == "NO_SHARD" else strategy
         yield rung("cpu_offload", sharding_strategy=strategy, cpu_offload=True)
+    if may_offload:
+        others = {"layered": True, "sharding_strategy": "NO_SHARD", "cpu_offload": False}
+        if config.recompute == "cheap":
+            others["recompute"] = "full"
+        if cluster.on_gpu and config.offload_weights is None:
+            yield rung("offload_weights=host", offload_weights="host", **others)
+        if config.offload_weights in (None, "host"):
+            folder = os.path.join(config.output_dir, "offloaded")
+            yield rung(f"offload_weights={folder}", offload_weights=folder, **others)
+
+
+def _may_offload(config: TrainConfig, cluster: Cluster) -> bool:
+    is_alone = cluster.world_size == 1 and config.tp_size == 1
+    return is_alone and config.memory in ("exact", "lean") and not config.compile
 
 
 def _may_shard(config: TrainConfig) -> bool:
-    return config.optimizer != "adafactor" and config.tp_size == 1 and (config.layered or not config.release)
+    is_free = config.tp_size == 1 and config.offload_weights is None
+    return is_free and config.optimizer != "adafactor" and (config.layered or not config.release)
 
 
 class _Tried(NamedTuple):

@@ -105,7 +105,7 @@ def table_of_parts(prediction: Prediction) -> list[str]:
     for resource, parts in (resources | {"disk": prediction.disk}).items():
         lines.append(f"{resource}: {gigabytes(sum(parts.values()))}")
         lines += [f"  {name:<28}{gigabytes(size):>12}" for name, size in parts.items() if size]
-    return lines
+    return [*lines, *filter(None, [prediction.streaming])]
 
 
 def table_of_variants(rows: Sequence[tuple[str, str, Prediction]]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -47,13 +47,16 @@ class Counted:
     """Size of the model's files. `checkpoint_bytes` also includes the optimizer state."""
     checkpoint_bytes: int = 0
     num_parameters: int = 0
+    offloaded_weights: int = 0
+    """Bytes of weights that `offload_weights` moves, and of optimizer state."""
+    offloaded_state: int = 0
 
 
 def extrapolate(shallow: Counted, deeper: Iterable[tuple[int, Counted]]) -> Counted:
     """Return `shallow` plus the sum of n x (deep - shallow) over `deeper`, because peaks are linear in stack depth."""
     total = copy.deepcopy(shallow)
     for times, deep in deeper:
-        for name in ("model_bytes", "checkpoint_bytes", "num_parameters"):
+        for name in (x.name for x in fields(Counted) if x.type is int):
             setattr(total, name, getattr(total, name) + times * (getattr(deep, name) - getattr(shallow, name)))
         for phase, parts in total.peaks.items():
             first, second = shallow.peaks[phase], deep.peaks[phase]

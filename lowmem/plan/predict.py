@@ -21,7 +21,10 @@ _WITH_CPU_OFFLOAD = {Kind.WEIGHTS, Kind.LOW_HALVES, Kind.MOMENTS, Kind.GRADIENTS
 _PROGRAM_BYTES = 600 * 2**20
 _CONTEXT_BYTES = 600 * 2**20  # device memory per process: CUDA and its libraries
 _FRAGMENTS = 0.05  # fragmentation, as a fraction of the bytes of tensors
-IN_FLIGHT_BYTES, SLAB_BYTES = 2**26, 2**27  # of memory/offload.py, which imports torch
+IN_FLIGHT_BYTES, SLAB_BYTES = 2**26, 2**27  # of memory/offload.py and storage/records.py, which import torch
+_HOST_BANDWIDTH, _FILE_BANDWIDTH = 25e9, 3e9  # bytes per second: PCIe 4.0 x16, and an NVMe SSD
+_GPU_SPEED, _CPU_SPEED = 100e12, 0.1e12  # FLOP per second
+_SSD_LIFE = 600e12  # bytes that can be written to a consumer SSD of 1 TB
 _PLANNER_BYTES = 750 * 2**20  # host memory of a process that counts the bytes of a step, with torch's CUDA build
 _WAITING_BYTES = 550 * 2**20  # host memory of a rank that waits for the planners
 
@@ -37,6 +40,8 @@ class Prediction:
     host: Bytes
     """Bytes in the host memory of a machine, of all its processes."""
     disk: Bytes
+    streaming: str = ""
+    """With `offload_weights`: what a step reads and writes, and how long that and computing take."""
 
     @property
     def device_bytes(self) -> int:
@@ -119,6 +124,13 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
         for is_host in (False, True)
     )
     processes = cluster.local_world_size
+    offloaded, disk = counted.offloaded_weights + counted.offloaded_state, {}
+    if offloaded:
+        device[Kind.UPDATE] = device.get(Kind.UPDATE, 0) + min(IN_FLIGHT_BYTES, offloaded)
+        where = host if config.offload_weights == "host" else disk
+        if where is disk and Kind.OFFLOADED in host:
+            disk["offloaded activations, gradients"] = host.pop(Kind.OFFLOADED)
+        where["offloaded weights and state"] = offloaded
     if cluster.on_gpu:
         if offloaded := host.get(Kind.OFFLOADED):
             device[Kind.ACTIVATIONS] = device.get(Kind.ACTIVATIONS, 0) + min(IN_FLIGHT_BYTES, offloaded)
@@ -126,14 +138,45 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
         device[CONTEXT] = _CONTEXT_BYTES + int(_FRAGMENTS * _total(device))
         host = {f"{kind}, of all processes": size * processes for kind, size in host.items()}
     else:  # the CPU is the device; offload_activations then writes files, which take no memory
-        host = {"tensors, of all processes": _total(device) * processes}
+        in_memory = host.get("offloaded weights and state", 0)
+        host = {"tensors, of all processes": (_total(device) + in_memory) * processes}
     # each rank reads its part of saved weights; only rank 0 initializes new ones
     loading = 0 if config.model_name_or_path else 4 * counted.num_parameters
     host["loading, beyond training"] = max(0, loading - _total(host))
     host["programs"] = programs_bytes(cluster)
     keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # the oldest is removed only after a save
-    name = f"{keeps} checkpoints" if config.save_total_limit else "each checkpoint"
-    return Prediction(device, host, {name: keeps * counted.checkpoint_bytes, "model": counted.model_bytes})
+    if config.save_steps:
+        name = f"{keeps} checkpoints" if config.save_total_limit else "each checkpoint"
+        disk[name] = keeps * counted.checkpoint_bytes
+    if config.save_model:
+        disk["model"] = counted.model_bytes
+    inputs = max(parts.get(Kind.OFFLOADED, 0) for parts in peaks) if config.offload_activations else 0
+    return Prediction(device, host, disk, _streaming(config, cluster, counted, inputs) if offloaded else "")
+
+
+def _streaming(config: TrainConfig, cluster: Cluster, counted: Counted, inputs: int) -> str:
+    """Say what a step reads and writes, in which time at stated speeds, next to that of computing.
+
+    Weights are read for forward and backward, and again for an update that waits for the gradients' norm.
+    """
+    weights, state = counted.offloaded_weights, counted.offloaded_state
+    gradients = 0 if config.release else weights * (2 if config.memory == "exact" else 1)
+    reads = 2 * weights + state + inputs + (0 if config.release else weights + gradients)
+    writes = weights + state + inputs + gradients
+    is_file = config.offload_weights != "host"
+    bandwidth, what = (_FILE_BANDWIDTH, "an NVMe SSD") if is_file else (_HOST_BANDWIDTH, "PCIe 4.0 x16")
+    speed = _GPU_SPEED if cluster.on_gpu else _CPU_SPEED
+    rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps
+    computing = 8 * counted.num_parameters * rows * config.max_seq_len / speed
+    line = (
+        f"each step reads {gigabytes(reads)} and writes {gigabytes(writes)} of weights, state and inputs: "
+        f"{(reads + writes) / bandwidth:.1f} s at {bandwidth / 1e9:g} GB/s ({what}), most of it while the device "
+        f"computes, which takes {computing:.1f} s at {speed / 1e12:g} TFLOP/s"
+    )
+    if not is_file:
+        return line
+    written = 1000 * writes
+    return f"{line}; 1,000 steps write {written / 1e12:.1f} TB, {written / _SSD_LIFE:.0%} of what a 1 TB SSD endures"
 
 
 def _total(parts: Bytes) -> int:

@@ -20,9 +20,11 @@ from lowmem.config.train_config import TrainConfig
 from lowmem.cross_entropy import SLICE_ELEMENTS
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import local_of
+from lowmem.distributed.offloaded import offload_weights, offloaded_of
 from lowmem.distributed.sharding import make_mesh, shard
 from lowmem.loss import LOSSES
 from lowmem.memory.layered import Store
+from lowmem.memory.offload import Offload
 from lowmem.memory.savers import entered
 from lowmem.model.build import attention_options, build_model, freeze
 from lowmem.model.load import config_of
@@ -30,10 +32,12 @@ from lowmem.optim import kernels_cpu
 from lowmem.optim.make import make_optimizer
 from lowmem.optim.state import optimizer_tensors
 from lowmem.optim.tiers import slice_elements_for
-from lowmem.plan.fakes import HostCopies, fake_ranks, fake_tensors, few_slices, gpu_kernels
+from lowmem.plan.fakes import CountedSpace, HostCopies, fake_ranks, fake_tensors, few_slices, gpu_kernels
 from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter
 from lowmem.plan.parts import Bytes, Cluster, Counted, Kind
 from lowmem.step import LossFunction, TrainState, train_step
+from lowmem.storage.records import Record
+from lowmem.storage.tensor_files import bytes_of
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 _FEW = 2  # the number of layers that `count_shallow` counts in a deep stack
@@ -85,6 +89,9 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         freeze(model, parts=config.frozen_parts)
         if config.is_sharded:
             shard(model, mesh, sharding_strategy=config.sharding_strategy, cpu_offload=False)  # fakes are on the CPU
+        if config.offload_weights:
+            records = CountedSpace()
+            offload_weights(model, records, accelerator.device)
         device, trained = "cuda" if cluster.on_gpu else "cpu", [x for x in model.parameters() if x.requires_grad]
         slice_elements = slice_elements_for(trained, device)
         fused = cluster.on_gpu or kernels_cpu.library() is not None  # a GPU has Triton
@@ -102,6 +109,8 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         stack.enter_context(entered(savers, model, optimizer))
         if config.layered:
             optimizer.layered.store = _WatchedStore(optimizer.layered.store, timeline)
+        if config.offload_weights:
+            optimizer.layered.gradients = Offload((), timeline.host)
         batches = _batches(config, cluster, is_causal=not shape.is_encoder_decoder)
         timeline.meter.reset_peak()
         train_step(
@@ -115,7 +124,11 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         timeline.end("after", then=Kind.ACTIVATIONS)
         weights = num_bytes(model_tensors(model))
         state = num_bytes(optimizer_tensors(named_parameters(model, optimizer), optimizer))
-        return Counted(timeline.peaks, weights, weights + state, model.num_parameters())
+        counted = Counted(timeline.peaks, weights, weights + state, model.num_parameters())
+        if config.offload_weights:
+            in_layers = sum(bytes_of(x) for x in model_tensors(model).values() if isinstance(x, Record))
+            counted.offloaded_weights, counted.offloaded_state = in_layers, records.num_bytes - in_layers
+        return counted
 
 
 def _make_state(optimizer: Optimizer) -> None:
@@ -187,6 +200,9 @@ class _Timeline:
 
     def watch(self, model: PreTrainedModel, optimizer: Optimizer) -> None:
         """Count weights and state. Add hooks that end the phases encoder, forward, backward, reduction and update."""
+        if (offloaded := offloaded_of(model)) is not None:
+            offloaded.make_buffers()
+            self.meter.count(offloaded.buffers, Kind.WEIGHTS)
         self.meter.count(map(local_of, (*model.parameters(), *model.buffers())), Kind.WEIGHTS)
         for tensors in optimizer.state.values():
             for name, tensor in tensors.items():
