@@ -63,7 +63,8 @@ def test_a_tilde_in_a_path_is_a_home_folder(tmp_path, monkeypatch):
     names = {"model_config": "model.json", "deepspeed": "zero.json"}
     for name in fields_where(holds="path") - ({"deepspeed"} if not find_spec("deepspeed") else set()):
         path = names.get(name, "model, a")
-        assert getattr(resolve({name: f"~/{path}"}), name) == f"{tmp_path}/{path}"
+        needed = {"mixed_precision": "bf16"} if name == "offload_weights" else {}
+        assert getattr(resolve({name: f"~/{path}", **needed}), name) == f"{tmp_path}/{path}"
     (tmp_path / "run.yaml").write_text("output_dir: ~/out")
     assert resolve({"config": "~/run.yaml"}).output_dir == f"{tmp_path}/out"
     user = pwd.getpwuid(os.getuid())

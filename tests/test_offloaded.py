@@ -1,0 +1,310 @@
+"""Offloaded weights: a run with layers in host memory or a file has the bits of the same run in memory."""
+
+import errno
+import os
+import resource
+import signal
+import sys
+from shutil import rmtree
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import AutoConfig, ByT5Tokenizer
+
+from lowmem.checkpoint.load import load_checkpoint
+from lowmem.checkpoint.save import save_checkpoint, save_model
+from lowmem.checkpoint.tensors import model_tensors, named_parameters
+from lowmem.distributed.offloaded import offload_weights
+from lowmem.distributed.placement import training_layers
+from lowmem.errors import StoreError, UsageError
+from lowmem.loss import chunked_loss
+from lowmem.memory.savers import entered, layered, layered_offloaded, release
+from lowmem.optim.make import make_optimizer
+from lowmem.optim.state import optimizer_tensors
+from lowmem.step import TrainState, train_step
+from lowmem.storage.records import HostMemory, Record, ScratchFile, Space
+from tests import runs
+from tests.models import LLAMA, build
+from tests.processes import PROGRAM, finish, run_program, started_function, train
+from tests.runs import assert_same_run, write_files
+from tests.test_layered import batches_of
+
+# matrices of more than 4,096 elements, which are offloaded
+WIDE = {
+    "t5": {"d_model": 128, "d_kv": 32, "d_ff": 192, "num_layers": 3, "dropout_rate": 0.1},
+    "llama": {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "attention_dropout": 0.1},
+}
+
+
+def offloaded(family, where, *, memory="lean", name="adamw", **changes):
+    """Build a model and its optimizer, with weights `where` says (None: in the model)."""
+    model = build(family, **WIDE[family] | changes)
+    if where is not None:
+        offload_weights(model, where, torch.device("cpu"))
+    return model, make_optimizer(model, memory=memory, name=name)
+
+
+def trained(model, optimizer, savers, *, steps=2, first=0, **options):
+    """Train. Return losses and norms."""
+    state, accelerator = TrainState(model, optimizer, seed=3, step=first), Accelerator(cpu=True)
+    batches = batches_of(model.config.is_encoder_decoder, count=2)
+    with entered(savers, model, optimizer):
+        results = [
+            train_step(state, batches, chunked_loss, accelerator, learning_rate=1e-2, **options) for _ in range(steps)
+        ]
+    return [(result.loss.item(), result.grad_norm.item()) for result in results]
+
+
+def tensors_of(model, optimizer):
+    """Copy all weights and optimizer state to memory."""
+    tensors = model_tensors(model) | optimizer_tensors(named_parameters(model, optimizer), optimizer)
+    return {name: x.to_host() if isinstance(x, Record) else x.detach().clone() for name, x in tensors.items()}
+
+
+def assert_equal(tensors, others):
+    assert tensors.keys() == others.keys()
+    assert [name for name, tensor in tensors.items() if not torch.equal(tensor, others[name])] == []
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.1])
+@pytest.mark.parametrize(
+    ("family", "memory", "name"),
+    [
+        ("t5", "exact", "adamw"),
+        ("t5", "lean", "adamw"),
+        ("llama", "exact", "adamw"),
+        ("llama", "lean", "adamw"),
+        ("llama", "lean", "adafactor"),
+        ("llama", "exact", "adamw_bf16"),
+    ],
+)
+def test_offloaded_weights_give_the_bits_of_weights_in_memory(family, memory, name, max_grad_norm, tmp_path):
+    options = {"memory": memory, "name": name}
+    savers = [] if max_grad_norm else [release]
+    model, optimizer = offloaded(family, None, **options)
+    losses = trained(model, optimizer, [layered, *savers], max_grad_norm=max_grad_norm)
+    expected = tensors_of(model, optimizer)
+    for where, saver in (("host", layered), (tmp_path, layered_offloaded)):
+        model, optimizer = offloaded(family, where, **options)
+        assert trained(model, optimizer, [saver, *savers], max_grad_norm=max_grad_norm) == losses
+        assert_equal(tensors_of(model, optimizer), expected)
+
+
+def test_large_matrices_and_their_state_are_only_in_the_file(tmp_path):
+    model, optimizer = offloaded("llama", tmp_path, memory="exact")
+    trained(model, optimizer, [layered], steps=1)
+    assert list(tmp_path.iterdir()) == []  # the file has no name
+    tensors = model_tensors(model)
+    for name, parameter in named_parameters(model, optimizer).items():
+        is_large, in_layer = parameter.dim() > 1 and parameter.numel() > 4096, ".layers." in name
+        assert isinstance(tensors[name], Record) == (is_large and in_layer), name
+        assert parameter.isnan().all().item() == (is_large and in_layer), name
+        assert parameter.untyped_storage().nbytes() == (2 if is_large and in_layer else 2 * parameter.numel())
+        kept = {key: isinstance(x, Record) for key, x in optimizer.state[parameter].items() if key != "step"}
+        assert set(kept.values()) == {is_large} and len(kept) == 3, name
+
+
+@pytest.mark.parametrize("family", WIDE)
+def test_an_offloaded_model_evaluates_and_generates_as_in_memory(family, tmp_path):
+    (expected, _), (model, _) = offloaded(family, None), offloaded(family, tmp_path)
+    batch = batches_of(family == "t5")[0]
+    for each in (model, expected):
+        each.eval()
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(chunked_loss(model, batch), chunked_loss(expected, batch))
+    ids = batch.inputs["input_ids"]
+    assert torch.equal(*(each.generate(ids, max_new_tokens=8, do_sample=False) for each in (model, expected)))
+
+
+@pytest.mark.parametrize("where", [None, "host", "folder"])
+def test_a_checkpoint_continues_with_offloaded_weights_or_without(where, tmp_path):
+    where = tmp_path / "store" if where == "folder" else where
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = offloaded("llama", None)
+    first = trained(model, optimizer, [layered], steps=4, max_grad_norm=1.0)
+    expected = tensors_of(model, optimizer)
+    model, optimizer = offloaded("llama", "host" if where is None else None)
+    assert trained(model, optimizer, [layered], steps=2, max_grad_norm=1.0) == first[:2]
+    saved = save_checkpoint(TrainState(model, optimizer, step=2), tmp_path, accelerator)
+    model, optimizer = offloaded("llama", where, seed=5)
+    trained(model, optimizer, [layered], steps=1)  # so that the buffers hold weights that loading replaces
+    load_checkpoint(TrainState(model, optimizer), saved, accelerator)
+    assert trained(model, optimizer, [layered], steps=2, first=2, max_grad_norm=1.0) == first[2:]
+    assert_equal(tensors_of(model, optimizer), expected)
+    save_model(model, tmp_path / "model")
+    of_model = load_file(tmp_path / "model" / "model.safetensors")
+    assert_equal(of_model, {name: expected[name] for name in of_model})
+
+
+def test_a_checkpoint_of_a_larger_tier_is_rounded_into_the_file(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = offloaded("llama", tmp_path, memory="exact")
+    trained(model, optimizer, [layered], steps=1)
+    saved = save_checkpoint(TrainState(model, optimizer, step=1), tmp_path, accelerator)
+    loaded = []
+    for where in (None, tmp_path):
+        model, optimizer = offloaded("llama", where)
+        load_checkpoint(TrainState(model, optimizer), saved, accelerator)
+        loaded.append(tensors_of(model, optimizer))
+    assert_equal(*loaded)
+
+
+# --- runs
+
+
+def run_flags(work, name, **changes):
+    options = {"batch_size": 2, "gradient_accumulation_steps": 3, "mixed_precision": "bf16", "memory": "lean"}
+    return runs.flags(work, name, **options | {"max_steps": 6, "save_steps": 3, "save_total_limit": 0} | changes)
+
+
+def write_model(work):
+    fields = LLAMA | WIDE["llama"]
+    (write_files(work, num_rows=90) / "t5.json").write_text(AutoConfig.for_model(**fields).to_json_string())
+    return work
+
+
+def test_a_run_may_switch_offloading_on_and_off_when_it_resumes(tmp_path):
+    work = write_model(tmp_path)
+    assert train("train", *run_flags(work, "plain", layered=True)).returncode == 0
+    for changes in ({"offload_weights": tmp_path / "store"}, {"layered": True}, {"offload_weights": "host"}):
+        result = train("train", *run_flags(work, "switched", resume="auto", **changes))
+        assert result.returncode == 0, result.stderr
+        assert_same_run(work, "switched", "plain")
+        rmtree(work / "switched" / "checkpoints" / "step-00000006")  # as if it had been killed just before the end
+
+
+def fail_at(operation, number, fault, folder, *flags):
+    """Train, and at the `number`th `operation` in `folder`, raise an error or kill this process."""
+    left = [int(number)]
+
+    def fail(event, arguments):
+        if event == "lowmem.store" and arguments == (operation, str(folder)):
+            left[0] -= 1
+            if left[0] == 0:
+                if fault == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise OSError(int(fault), os.strerror(int(fault)))
+
+    sys.addaudithook(fail)
+    run_program(PROGRAM, "train", *flags)
+
+
+FAULTS = [
+    ("grow", 3, errno.ENOSPC),  # before the first step
+    ("write", 50, errno.EIO),  # within the first step
+    ("write", 300, "killed"),  # within the second
+    ("read", 30, errno.EIO),
+    ("read", 350, errno.EIO),
+]
+
+
+def test_after_a_fault_of_the_file_a_run_resumes_with_the_same_bits(tmp_path):
+    work, store = write_model(tmp_path), tmp_path / "store"
+    options = {"save_steps": 1, "max_steps": 2, "resume": "auto"}
+    assert train("train", *run_flags(work, "whole", layered=True, **options)).returncode == 0
+    for operation, number, fault in FAULTS:
+        name = f"{operation}-{number}"
+        flags = run_flags(work, name, offload_weights=store, **options)
+        with started_function(fail_at, operation, number, fault, store, *flags) as process:
+            result = finish(process)
+        assert list(store.iterdir()) == []
+        if fault == "killed":
+            assert result.returncode == -signal.SIGKILL
+        else:
+            assert result.returncode == 1, result.stderr
+            (line,) = result.stderr.splitlines()
+            assert f"the file of weights in {store} cannot" in line and os.strerror(fault) in line
+        result = train("train", *flags)
+        assert result.returncode == 0, result.stderr
+        assert_same_run(work, name, "whole")
+
+
+def peak_of_training(peak_file, *flags):
+    try:
+        run_program(PROGRAM, "train", *flags)
+    finally:
+        peak_file.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def test_resident_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    peaks, bytes_of_layer = [], 0
+    for depth in (6, 24):
+        model = build("llama", hidden_size=384, intermediate_size=768, num_hidden_layers=depth)
+        model.save_pretrained(tmp_path / str(depth))
+        ByT5Tokenizer().save_pretrained(tmp_path / str(depth))
+        bytes_of_layer = 14 * sum(x.numel() for x in training_layers(model, "")[0].parameters())
+        work = write_files(tmp_path, num_rows=90)
+        flags = run_flags(
+            work, f"out-{depth}", model_name_or_path=tmp_path / str(depth), offload_weights=tmp_path / "store"
+        )
+        flags = [flag for flag in flags if "model_config" not in flag and "memory=" not in flag]
+        with started_function(
+            peak_of_training, tmp_path / "peak", *flags, "--memory=exact", "--max_steps=2"
+        ) as process:
+            result = finish(process)
+        assert result.returncode == 0, result.stderr
+        peaks.append(int((tmp_path / "peak").read_text()))
+    assert peaks[1] - peaks[0] < 0.2 * 18 * bytes_of_layer
+
+
+# --- what is refused
+
+
+def test_what_offloading_does_not_support_is_refused_in_one_line(tmp_path):
+    model = build("llama", **WIDE["llama"])
+    offload_weights(model, tmp_path, torch.device("cpu"))
+    with pytest.raises(ValueError, match="use exact or lean"):
+        make_optimizer(model, memory="off")
+    optimizer = make_optimizer(model, memory="lean")
+    with pytest.raises(UsageError, match="enter layered"):
+        trained(model, optimizer, [], steps=1)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(StoreError, match=f"in {file} cannot be made: .*exists"):
+        offload_weights(model, file, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("flag", ["--memory=off", "--layered=False", "--compile=True", "--num_processes=2"])
+def test_flags_that_contradict_offloading_are_refused(flag, tmp_path):
+    result = train("train", "--mixed_precision=bf16", f"--offload_weights={tmp_path}", flag)
+    assert result.returncode == 2 and "--offload_weights" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+# --- records
+
+
+@pytest.mark.parametrize(
+    "make", [lambda folder: HostMemory(pin_memory=False), lambda folder: ScratchFile(folder, pin_memory=False)]
+)
+def test_records_keep_rows_of_all_shapes_and_dtypes(make, tmp_path):
+    space, expected = Space(make(tmp_path), torch.device("cpu")), []
+    for dtype in (torch.bfloat16, torch.float32, torch.int16, torch.uint8):
+        for shape in ((5, 7), (3, 4, 5), (1,), (0, 3), (9000, 3)):
+            values = torch.randint(0, 100, shape).to(dtype)
+            record = space.allocate(shape, dtype)
+            assert record.to_host().count_nonzero() == 0
+            for part in record.split(64):
+                first = (part.address - record.address) // max(1, record.num_bytes // max(1, shape[0]))
+                space.write(part, values[first : first + part.shape[0]])
+            expected.append((record, values))
+    for record, values in expected:
+        assert torch.equal(record.to_host(), values)
+        if len(values) > 2:
+            assert torch.equal(record.rows(slice(1, 3)).to_host(), values[1:3])
+    space.drain()
+
+
+def test_writes_that_fail_are_reported_by_a_later_call(tmp_path):
+    space = Space(ScratchFile(tmp_path, pin_memory=False), torch.device("cpu"))
+    record = space.allocate([10], torch.float32)
+    os.ftruncate(space.place._file.fileno(), 0)
+    with pytest.raises(StoreError, match="cannot be read: it ends too early"):
+        record.to_host()
+    os.close(space.place._file.fileno())
+    space.write(record, torch.ones(10))
+    with pytest.raises(StoreError, match="cannot be written: Bad file descriptor"):
+        space.drain()
+    os.open(os.devnull, os.O_RDONLY)  # for the file to close
