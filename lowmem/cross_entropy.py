@@ -1,7 +1,7 @@
 """The cross-entropy of a linear output head, without all logits at once."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -13,10 +13,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowmem.distributed.collectives import rank_and_world_size
+from lowmem.distributed.vocabulary import OffloadedRows
 from lowmem.kernels.compilers import has_triton
 
 SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
 """Logits per slice, by device: few enough to fit a CPU's cache, or enough that a GPU launches few kernels."""
+
+_WEIGHT_ELEMENTS = 2**24  # of the head's weight per slice, which may be read from elsewhere
 
 Change = tuple[str, float | Tensor | None]
 """What a model does to logits (N, V) after its head: ("tanh", None), or "add", "sub", "mul" or "div" and a number, or a
@@ -35,6 +38,7 @@ def chunked_cross_entropy(
     slice_elements: int | None = None,
     changes: Sequence[Change] = (),
     fused: bool | None = None,
+    rows: OffloadedRows | None = None,
 ) -> Tensor:
     """Return cross_entropy(hidden @ weight.T + bias, targets), summed over rows, with softmax and sums in fp32 or more.
 
@@ -46,25 +50,27 @@ def chunked_cross_entropy(
     With `fused` (None: on CUDA, if Triton can compile), a product writes each logit once, in `compute_dtype`. A kernel
     reads it once, in backward too, where it writes the gradient once, in place (the gradient of a bias reads that once
     more). Otherwise, and for fp64 or more than one tanh, tensor operations in fp32 or fp64 do the same.
+
+    With `rows`, each slice of the weight is read from there, and its gradient is added there.
     """
     elements = slice_elements or SLICE_ELEMENTS.get(hidden.device.type, SLICE_ELEMENTS["cuda"])
-    slices = vocabulary_slices(len(hidden), len(weight), elements)
+    slices = vocabulary_slices(len(hidden), len(weight), elements, most=max(64, _WEIGHT_ELEMENTS // weight.shape[1]))
     dtype = compute_dtype or hidden.dtype
     operations = _operations_for(hidden, dtype, changes, fused)
     tensors = (hidden, weight, bias, targets.contiguous())
-    return _ChunkedCrossEntropy.apply(*tensors, label_smoothing, dtype, slices, changes, operations)
+    return _ChunkedCrossEntropy.apply(*tensors, label_smoothing, dtype, slices, changes, operations, rows)
 
 
-def vocabulary_slices(num_rows: int, vocabulary: int, elements: int) -> list[slice]:
-    """Split the vocabulary into slices of about `elements` / `num_rows` columns, but at least one column."""
-    width = max(1, elements // max(1, num_rows))
+def vocabulary_slices(num_rows: int, vocabulary: int, elements: int, *, most: int) -> list[slice]:
+    """Split the vocabulary into slices of about `elements` / `num_rows` columns, at least one and at most `most`."""
+    width = min(most, max(1, elements // max(1, num_rows)))
     width = width // 64 * 64 or width  # if possible a multiple of 64, to align the rows of each matrix product
     return [slice(first, min(first + width, vocabulary)) for first in range(0, vocabulary, width)]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, label_smoothing, compute_dtype, slices, changes, operations):
+    def forward(ctx, hidden, weight, bias, targets, label_smoothing, compute_dtype, slices, changes, operations, rows):
         shape, sum_dtype = (operations.tiles_in(slices[0].stop), len(hidden)), _wide(compute_dtype)
         log_sums = hidden.new_full(shape, -math.inf, dtype=sum_dtype)
         expected = hidden.new_zeros(shape, dtype=sum_dtype)  # logits, averaged with the targets' probabilities
@@ -72,15 +78,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with _rounding_once(hidden.device.type):
             states = hidden.to(compute_dtype)
             dtype, added, prepared = operations.prepare(weight, bias, changes, compute_dtype)
-            for part in slices:
-                logits = _logits(states, weight, added, part).to(dtype)
+            for part, of_part in zip(slices, _slices_of(weight, slices, rows), strict=True):
+                logits = _logits(states, of_part, added, part).to(dtype)
                 operations.add_slice(logits, targets, log_sums, expected, part.start, prepared, *smoothing)
                 del logits  # before the next slice needs the memory
             log_sum = log_sums.logsumexp(0)
             losses = log_sum - expected.sum(0)
         ctx.save_for_backward(hidden, weight, bias, targets, log_sum)
         ctx.smoothing, ctx.compute_dtype, ctx.slices = smoothing, compute_dtype, slices
-        ctx.changes, ctx.operations = changes, operations
+        ctx.changes, ctx.operations, ctx.rows = changes, operations, rows
         return losses.sum()
 
     @staticmethod
@@ -89,23 +95,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden, weight, bias, targets, log_sum = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden, dtype=log_sum.dtype) if wants_hidden else None
-        grad_weight = torch.empty_like(weight, dtype=ctx.compute_dtype) if wants_weight else None
+        is_whole = wants_weight and ctx.rows is None
+        grad_weight = torch.empty_like(weight, dtype=ctx.compute_dtype) if is_whole else None
         grad_bias = torch.empty_like(bias, dtype=log_sum.dtype) if wants_bias else None
         with _rounding_once(hidden.device.type):
             states = hidden.to(ctx.compute_dtype)
             dtype, added, prepared = ctx.operations.prepare(weight, bias, ctx.changes, ctx.compute_dtype)
-            for part in ctx.slices:
-                grad = _logits(states, weight, added, part).to(dtype)
+            for part, of_part in zip(ctx.slices, _slices_of(weight, ctx.slices, ctx.rows), strict=True):
+                grad = _logits(states, of_part, added, part).to(dtype)
                 ctx.operations.to_gradient(grad, targets, log_sum, grad_loss, part.start, prepared, *ctx.smoothing)
                 if wants_bias:
                     grad_bias[part] = grad.sum(0, dtype=log_sum.dtype)
                 grad = grad.to(ctx.compute_dtype)
                 if wants_hidden:
-                    grad_hidden += grad @ weight[part].to(ctx.compute_dtype)
-                if wants_weight:
+                    grad_hidden += grad @ of_part.to(ctx.compute_dtype)
+                if is_whole:
                     torch.mm(grad.T, states, out=grad_weight[part])
-                del grad
-        return grad_hidden, grad_weight, grad_bias, *[None] * 6
+                elif wants_weight:
+                    ctx.rows.add_gradient(part, grad.T @ states)
+                del grad, of_part
+        return grad_hidden, grad_weight, grad_bias, *[None] * 7
 
 
 @contextmanager
@@ -121,8 +130,13 @@ def _rounding_once(device_type: str) -> Iterator[None]:
         products.allow_bf16_reduced_precision_reduction = allowed
 
 
+def _slices_of(weight: Tensor, slices: Sequence[slice], rows: OffloadedRows | None) -> Iterable[Tensor]:
+    return rows.read(slices) if rows else (weight[part] for part in slices)
+
+
 def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
-    return F.linear(states, weight[part].to(states.dtype), None if bias is None else bias[part].to(states.dtype))
+    """Return the logits (N, columns) of a slice, of which `weight` has the rows."""
+    return F.linear(states, weight.to(states.dtype), None if bias is None else bias[part].to(states.dtype))
 
 
 class _TensorOperations:

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from lowmem.cross_entropy import Change, chunked_cross_entropy
 from lowmem.data.batch import IGNORED, Batch
+from lowmem.distributed.offloaded import rows_of
 from lowmem.distributed.placement import is_engine, unwrapped, uses_zero3
 from lowmem.errors import UsageError, is_out_of_memory
 from lowmem.model.masks import host_masks
@@ -50,7 +51,8 @@ def chunked_loss(
     if not isinstance(head, nn.Linear):
         name = type(unwrapped(model)).__name__
         raise UsageError(f"chunked loss needs a linear output head, {name} has {type(head).__name__}: set --loss=plain")
-    options = {"label_smoothing": label_smoothing, "slice_elements": slice_elements, "fused": fused}
+    rows = rows_of(model, head.weight)
+    options = {"label_smoothing": label_smoothing, "slice_elements": slice_elements, "fused": fused, "rows": rows}
     loss_of = partial(_loss_of, head=head, targets=targets, num_targets=batch.num_targets, **options)
     # DeepSpeed gathers the head's weight only for the head's forward and backward
     in_head = uses_zero3(model)

@@ -1,5 +1,6 @@
 """Offloaded weights: a run with layers in host memory or a file has the bits of the same run in memory."""
 
+import dataclasses
 import errno
 import os
 import resource
@@ -13,16 +14,24 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoConfig, ByT5Tokenizer
 
+from lowmem import cross_entropy
 from lowmem.checkpoint.load import load_checkpoint
 from lowmem.checkpoint.save import save_checkpoint, save_model
 from lowmem.checkpoint.tensors import model_tensors, named_parameters
+from lowmem.config.rules import conflicts
+from lowmem.distributed import vocabulary
 from lowmem.distributed.offloaded import offload_weights
 from lowmem.distributed.placement import training_layers
 from lowmem.errors import StoreError, UsageError
-from lowmem.loss import chunked_loss
+from lowmem.loss import chunked_loss, plain_loss
 from lowmem.memory.savers import entered, layered, layered_offloaded, release
+from lowmem.model.build import freeze
+from lowmem.optim import tiers
 from lowmem.optim.make import make_optimizer
 from lowmem.optim.state import optimizer_tensors
+from lowmem.plan.choose import ladder, variants
+from lowmem.plan.parts import Cluster
+from lowmem.plan.predict import planners, predicting
 from lowmem.step import TrainState, train_step
 from lowmem.storage.records import HostMemory, Record, ScratchFile, Space
 from tests import runs
@@ -30,12 +39,21 @@ from tests.models import LLAMA, build
 from tests.processes import PROGRAM, finish, run_program, started_function, train
 from tests.runs import assert_same_run, write_files
 from tests.test_layered import batches_of
+from tests.test_plan import CPU, config_for
 
 # matrices of more than 4,096 elements, which are offloaded
 WIDE = {
     "t5": {"d_model": 128, "d_kv": 32, "d_ff": 192, "num_layers": 3, "dropout_rate": 0.1},
     "llama": {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "attention_dropout": 0.1},
 }
+
+
+# layers that are smaller than the embeddings
+NARROW = {
+    "t5": {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2},
+    "llama": {"hidden_size": 80, "intermediate_size": 80, "num_hidden_layers": 2},
+}
+VOCABULARY = ["shared.weight", "model.embed_tokens.weight", "lm_head.weight"]
 
 
 def offloaded(family, where, *, memory="lean", name="adamw", **changes):
@@ -90,6 +108,64 @@ def test_offloaded_weights_give_the_bits_of_weights_in_memory(family, memory, na
         model, optimizer = offloaded(family, where, **options)
         assert trained(model, optimizer, [saver, *savers], max_grad_norm=max_grad_norm) == losses
         assert_equal(tensors_of(model, optimizer), expected)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.1])
+@pytest.mark.parametrize(("family", "memory"), [("t5", "lean"), ("llama", "lean"), ("llama", "exact")])
+def test_embeddings_and_head_larger_than_a_layer_are_offloaded_too(
+    family, memory, max_grad_norm, tmp_path, monkeypatch
+):
+    for module, name in (
+        (vocabulary, "_ELEMENTS"),
+        (cross_entropy, "_WEIGHT_ELEMENTS"),
+        (tiers, "_OFFLOADED_ELEMENTS"),
+    ):
+        monkeypatch.setattr(module, name, 2**15)  # several slices
+    changes = {"vocab_size": 1500, **NARROW[family]}
+    savers = [] if max_grad_norm else [release]
+    model, optimizer = offloaded(family, None, memory=memory, **changes)
+    losses = trained(model, optimizer, [layered, *savers], max_grad_norm=max_grad_norm)
+    expected, in_memory = tensors_of(model, optimizer), model
+    model, optimizer = offloaded(family, tmp_path, memory=memory, **changes)
+    assert trained(model, optimizer, [layered, *savers], max_grad_norm=max_grad_norm) == losses
+    assert all(isinstance(model_tensors(model)[name], Record) for name in expected if name in VOCABULARY)
+    assert_equal(tensors_of(model, optimizer), expected)
+    ids = batches_of(family == "t5")[0].inputs["input_ids"]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(*(each.eval().generate(ids, **options) for each in (model, in_memory)))
+    with pytest.raises(UsageError, match="--loss=chunked"):
+        plain_loss(model.train(), batches_of(family == "t5")[0])
+
+
+def test_frozen_parts_and_evaluation_between_steps_keep_the_bits(tmp_path):
+    found = []
+    for where in (None, tmp_path):
+        model = build("t5", **WIDE["t5"])
+        freeze(model, parts=["encoder", "embeddings"])
+        if where:
+            offload_weights(model, where, torch.device("cpu"))
+        optimizer = make_optimizer(model, memory="lean")
+        results = []
+        for step in range(2):
+            results += trained(model, optimizer, [layered], steps=1, first=step)
+            with torch.no_grad():
+                results.append(chunked_loss(model, batches_of(True)[3]).item())
+        found.append((results, tensors_of(model, optimizer)))
+    assert found[0][0] == found[1][0]
+    assert_equal(found[0][1], found[1][1])
+
+
+def test_a_matrix_that_two_layers_share_stays_on_the_device(tmp_path):
+    found = []
+    for where in (None, tmp_path):
+        model = build("llama", **WIDE["llama"])
+        model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+        if where:
+            offload_weights(model, where, torch.device("cpu"))
+        optimizer = make_optimizer(model, memory="lean")
+        found.append((trained(model, optimizer, [layered]), tensors_of(model, optimizer)))
+    assert found[0][0] == found[1][0]
+    assert_equal(found[0][1], found[1][1])
 
 
 def test_large_matrices_and_their_state_are_only_in_the_file(tmp_path):
@@ -216,10 +292,39 @@ def test_after_a_fault_of_the_file_a_run_resumes_with_the_same_bits(tmp_path):
         else:
             assert result.returncode == 1, result.stderr
             (line,) = result.stderr.splitlines()
-            assert f"the file of weights in {store} cannot" in line and os.strerror(fault) in line
+            assert f"the file for offloaded tensors in {store} cannot" in line and os.strerror(fault) in line
         result = train("train", *flags)
         assert result.returncode == 0, result.stderr
         assert_same_run(work, name, "whole")
+
+
+def test_a_run_that_saves_nothing_leaves_no_checkpoint_and_no_model(tmp_path):
+    work = write_model(tmp_path)
+    result = train("train", *run_flags(work, "run", save_steps=0, save_model=False, max_steps=2))
+    assert result.returncode == 0, result.stderr
+    assert "this run saves no checkpoints" in result.stdout and "the model is in" not in result.stdout
+    assert not (work / "run" / "model").exists() and not (work / "run" / "checkpoints").exists()
+
+
+def test_plan_says_what_a_step_reads_and_writes(tmp_path):
+    resident = config_for(tmp_path, "llama", "lean", layered=True)
+    configs = [resident, *(dataclasses.replace(resident, offload_weights=where) for where in ("host", "store"))]
+    with planners() as pool:
+        resident, *offloaded = predicting(pool, Cluster(1, 1, on_gpu=True))(configs)
+    assert not resident.streaming
+    for found, stored, is_file in zip(offloaded, (offloaded[0].host, offloaded[1].disk), (False, True), strict=True):
+        assert found.device["weights"] < resident.device["weights"]
+        assert any("offloaded weights and state" in name and size for name, size in stored.items())
+        assert "each step reads" in found.streaming and ("1,000 steps write" in found.streaming) == is_file
+
+
+def test_the_last_rungs_offload_weights(tmp_path):
+    config = config_for(tmp_path, "llama", "lean")
+    rungs = list(ladder(config, Cluster(1, 1, on_gpu=True), ()))
+    assert [rung.changes.get("offload_weights") for rung in rungs[-2:]] == ["host", "out/offloaded"]
+    for rung in rungs:
+        assert not conflicts(dataclasses.replace(config, **rung.changes), ())
+    assert all(not conflicts(found, ()) for _, _, found in variants(dataclasses.replace(config, layered=True), CPU))
 
 
 def peak_of_training(peak_file, *flags):
@@ -261,6 +366,17 @@ def test_what_offloading_does_not_support_is_refused_in_one_line(tmp_path):
     optimizer = make_optimizer(model, memory="lean")
     with pytest.raises(UsageError, match="enter layered"):
         trained(model, optimizer, [], steps=1)
+    for again in (
+        lambda: make_optimizer(model, memory="lean"),
+        lambda: offload_weights(model, tmp_path, torch.device("cpu")),
+    ):
+        with pytest.raises(UsageError, match="already have an optimizer|called twice"):
+            again()
+    model = build("llama", **WIDE["llama"])
+    offload_weights(model, tmp_path, torch.device("cpu"))
+    with pytest.raises(UsageError, match="call make_optimizer first"):
+        model(**batches_of(False)[0].inputs)
+    model = build("llama", **WIDE["llama"])
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(StoreError, match=f"in {file} cannot be made: .*exists"):
@@ -297,14 +413,19 @@ def test_records_keep_rows_of_all_shapes_and_dtypes(make, tmp_path):
     space.drain()
 
 
-def test_writes_that_fail_are_reported_by_a_later_call(tmp_path):
+def test_after_a_failed_write_every_later_call_raises_its_error(tmp_path):
     space = Space(ScratchFile(tmp_path, pin_memory=False), torch.device("cpu"))
     record = space.allocate([10], torch.float32)
-    os.ftruncate(space.place._file.fileno(), 0)
-    with pytest.raises(StoreError, match="cannot be read: it ends too early"):
-        record.to_host()
-    os.close(space.place._file.fileno())
+    failing = [True]
+
+    def fail(event, arguments):
+        if event == "lowmem.store" and arguments == ("write", str(tmp_path)) and failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    sys.addaudithook(fail)
     space.write(record, torch.ones(10))
-    with pytest.raises(StoreError, match="cannot be written: Bad file descriptor"):
-        space.drain()
-    os.open(os.devnull, os.O_RDONLY)  # for the file to close
+    calls = [space.drain, space.drain, record.to_host, lambda: space.write(record, torch.ones(10))]
+    for call in calls:
+        with pytest.raises(StoreError, match="cannot be written: Input/output error"):
+            call()
+    failing.clear()

@@ -144,7 +144,8 @@ def check_space(
         most = saves if keep is None else min(saves, max(1, keep + 1 - len(checkpoints(folder))))
         needed, free = most * checkpoint + saves_model * weights, free_bytes(folder)
         if needed > free:
-            what = f"{folder} needs {needed:,} bytes for {most} more checkpoints ({checkpoint:,} each) and the model"
+            model = " and the model" * saves_model
+            what = f"{folder} needs {needed:,} bytes for {most} more checkpoints ({checkpoint:,} each){model}"
             raise UsageError(f"{what}, but only {free:,} are free: free disk space or lower save_total_limit")
 
     on_main_rank(check)

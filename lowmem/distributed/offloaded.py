@@ -1,6 +1,7 @@
 """The weights of a model's layers, and optimizer state, in host memory or a file."""
 
 import ctypes
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.dtensor import set_local_
 from lowmem.distributed.placement import is_large, training_layers
+from lowmem.distributed.vocabulary import OffloadedRows
 from lowmem.errors import UsageError
 from lowmem.storage.records import HostMemory, Record, ScratchFile, Space, Transfer
 
@@ -25,7 +27,8 @@ class Offloaded:
 
     The large matrices of a layer are one record, which is read into one of two buffers while the layer in the other
     computes. At all other times these parameters are NaN. The optimizer's state of all large matrices is in records
-    too, and is read and written some rows at a time, for updates only. Other weights and state stay on the device.
+    too, and is read and written some rows at a time, for updates only. So are the weights of embeddings and head, if
+    they are larger than a layer and `row_wise` updates allow it. Other weights and state stay on the device.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], space: Space, dtype: torch.dtype):
@@ -33,13 +36,22 @@ class Offloaded:
         self.gathered: dict[nn.Parameter, nn.Parameter] = {}
         self._matrices = _matrices(model, layers)
         self._records: dict[nn.Module, Record] = {}
-        self._place: dict[nn.Parameter, tuple[nn.Module, int]] = {}  # layer, and offset in its record
+        self._weights: dict[nn.Parameter, Record] = {}
+        self._layer_of: dict[nn.Parameter, nn.Module] = {}
         for layer, matrices in self._matrices.items():
             self._records[layer] = space.allocate([sum(x.numel() for x in matrices)], dtype)
             offset = 0
             for parameter in matrices:
-                self._place[parameter] = layer, offset
-                offset += parameter.numel()
+                rows = slice(offset, offset + parameter.numel())
+                self._weights[parameter] = self._records[layer].rows(rows)._replace(shape=parameter.shape)
+                self._layer_of[parameter] = layer
+                offset = rows.stop
+        self._dtype = dtype
+        self._taken: set[nn.Parameter] = set()
+        largest = max(record.numel() for record in self._records.values())
+        self._vocabulary = {x: modules for x, modules in _vocabulary(model).items() if x.numel() > largest}
+        self.rows: dict[nn.Parameter, OffloadedRows] = {}
+        """The weights of embeddings and head that are offloaded."""
         self._nan = torch.full((), torch.nan, dtype=dtype, device=space.device)
         self.buffers: list[Tensor] = []
         """Two, each of the bytes of the largest layer; empty before the first forward."""
@@ -51,19 +63,25 @@ class Offloaded:
 
     def new_scratch(self) -> Space | None:
         """Return a space for activations and gradients in a second file, or None if weights are in host memory."""
-        place = self.space.place
-        return None if place.is_memory else Space(place.in_same_folder(), self.space.device)
+        storage = self.space.storage
+        return None if storage.is_memory else Space(storage.in_same_folder(), self.space.device)
 
     def record_of(self, parameter: nn.Parameter) -> Record | None:
         """Return the record of a weight, or None if it stays on the device."""
-        if (place := self._place.get(parameter)) is None:
-            return None
-        layer, offset = place
-        record = self._records[layer].rows(slice(offset, offset + parameter.numel()))
-        return record._replace(shape=parameter.shape)
+        return self._weights.get(parameter)
 
-    def take_weight(self, parameter: nn.Parameter) -> None:
-        """Move a weight, which has its final dtype, to its record. Does nothing if it stays on the device."""
+    def take_weight(self, parameter: nn.Parameter, *, row_wise: bool, sum_dtype: torch.dtype) -> None:
+        """Move a weight, which has its final dtype, to its record. Does nothing if it stays on the device.
+
+        `row_wise` says whether updates are, `sum_dtype` in which dtype gradients are summed over micro-batches.
+        """
+        if parameter in self._taken:
+            raise UsageError("offloaded weights already have an optimizer: offload the weights of a new model")
+        self._taken.add(parameter)
+        if row_wise and (modules := self._vocabulary.get(parameter)):
+            self._weights[parameter] = record = self.space.allocate(parameter.shape, self._dtype)
+            gradient = self.space.allocate(parameter.shape, sum_dtype) if parameter.requires_grad else None
+            self.rows[parameter] = OffloadedRows(parameter, record, gradient, modules)
         if (record := self.record_of(parameter)) is not None:
             self.space.write(record, parameter.data.contiguous())
             set_local_(parameter, self._nan.expand(parameter.shape))
@@ -83,11 +101,10 @@ class Offloaded:
         Tensors in `state` are yielded as they are. Records of the next rows are read while the caller has these.
         """
         records = {name: value for name, value in state.items() if isinstance(value, Record)}
-        layer, _ = self._place.get(parameter, (None, 0))
-        weight = self.record_of(parameter)
-        is_fetched = weight is None or layer in self._fetched
-        if is_fetched and weight is not None:
-            self._fetched[layer][1].wait()
+        weight, fetched = self.record_of(parameter), self._fetched.get(self._layer_of.get(parameter))
+        is_here = weight is None or fetched is not None
+        if fetched is not None:
+            fetched[1].wait()
         elif weight is not None:
             records["weight"] = weight
         rest = {name: value for name, value in state.items() if name not in records}
@@ -104,7 +121,7 @@ class Offloaded:
             for _, transfer in opened.values():
                 transfer.wait()
             del opened
-            if is_fetched:
+            if is_here:
                 tensors["weight"] = parameter.data[rows]
             yield rows, tensors | rest
             for name, tensor in tensors.items():
@@ -128,7 +145,7 @@ class Offloaded:
             self._begin(following)
 
     def finish(self, layer: nn.Module) -> None:
-        """Do nothing: the buffer is free when `fetch` needs it, after the layer's update."""
+        """No-op: `fetch` reuses the buffer."""
 
     def let_go(self) -> None:
         """Until the next forward, only records have the layers' weights. Raises the StoreError of a failed write."""
@@ -143,14 +160,17 @@ class Offloaded:
     def _begin(self, layer: nn.Module) -> None:
         if layer in self._fetched:
             return
+        if not self._taken.issuperset(self._matrices[layer]):
+            raise UsageError("the model ran before its offloaded weights were moved: call make_optimizer first")
         self.make_buffers()
         index = next(iter({0, 1} - {index for index, _ in self._fetched.values()}))
         record = self._records[layer]
         buffer = self.buffers[index][: record.numel()]
         self._fetched[layer] = index, self.space.read(record, buffer)
+        offset = 0
         for parameter in self._matrices[layer]:
-            offset = self._place[parameter][1]
             parameter.data = buffer[offset : offset + parameter.numel()].view(parameter.shape)
+            offset += parameter.numel()
 
     def make_buffers(self) -> None:
         if not self.buffers:
@@ -167,13 +187,15 @@ _offloaded: WeakKeyDictionary[nn.Module, Offloaded] = WeakKeyDictionary()
 
 
 def offload_weights(model: nn.Module, where: str | Path | Space, device: torch.device) -> None:
-    """Let `make_optimizer` move the layers' weights and all optimizer state to "host" memory or a file in a folder.
+    """Let `make_optimizer` move weights and optimizer state to "host" memory or to a file in a folder.
 
-    From then on, a layer comes to `device` (double-buffered) when it runs, and `layered` is the only way to train. The
-    model's parameters in layers are NaN while they are not there: `save_model` and `save_checkpoint` read the store.
-    A file has no name, so it ends with the process. Raises UsageError for several processes or for a model without
+    From then on, a layer comes to `device` when it runs, and only `layered` can train (see `Offloaded`). At other times
+    the parameters of layers are NaN; `save_model` and `save_checkpoint` read the store. The file has no name, and is
+    deleted when the process ends. Raises UsageError for several processes or for a model without
     layers, StoreError if there is no room.
     """
+    if offloaded_of(model) is not None:
+        raise UsageError("offload_weights was called twice for this model: call it once")
     if rank_and_world_size()[1] > 1:
         raise UsageError("offload_weights does not support several processes: start one, or remove it")
     layers, pin_memory = training_layers(model, "offload_weights"), device.type == "cuda"
@@ -198,11 +220,28 @@ def offloaded_of(model: nn.Module) -> Offloaded | None:
 
 
 def _matrices(model: nn.Module, layers: Sequence[nn.Module]) -> dict[nn.Module, list[nn.Parameter]]:
-    """Return the large matrices of each layer that no other module uses."""
+    """Return the large matrices of each layer that neither another layer nor a module outside layers uses."""
     within = {module for layer in layers for module in layer.modules()}
-    taken = {x for module in model.modules() if module not in within for x in module.parameters(recurse=False)}
-    found = {}
-    for layer in layers:
-        found[layer] = [x for x in layer.parameters() if is_large(x) and x not in taken]
-        taken.update(found[layer])
-    return found
+    uses = Counter(x for layer in layers for x in layer.parameters())
+    uses.update(x for module in model.modules() if module not in within for x in module.parameters(recurse=False))
+    return {layer: [x for x in layer.parameters() if is_large(x) and uses[x] == 1] for layer in layers}
+
+
+def _vocabulary(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
+    """Return the weights that only embeddings and the output head use, and these modules."""
+    head = model.get_output_embeddings()
+    users: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(parameter, []).append(module)
+    return {
+        parameter: modules
+        for parameter, modules in users.items()
+        if parameter.dim() == 2 and all(isinstance(x, nn.Embedding) or x is head for x in modules)
+    }
+
+
+def rows_of(model: nn.Module, weight: nn.Parameter) -> OffloadedRows | None:
+    """Return where to read the rows of the weight of an embedding or head, if it is offloaded."""
+    offloaded = offloaded_of(model)
+    return offloaded and offloaded.rows.get(weight)

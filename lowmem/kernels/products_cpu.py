@@ -25,16 +25,19 @@ def speed_up_bf16(device: torch.device) -> None:
         return
     _library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings(action="ignore"):  # torch warns that these replace kernels
-        for name, product in {"mm": _mm, "mm.out": _mm_out, "addmm": _addmm, "bmm": _bmm}.items():
+        products = {"mm": _mm, "mm.out": _mm_out, "addmm": _addmm, "bmm": _bmm, "baddbmm": _baddbmm}
+        for name, product in products.items():
             kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
             _library.impl(name, _for_bf16(product, kernel.call_boxed), "CPU", with_keyset=True)
 
 
 def _for_bf16(product: Callable[..., Tensor], kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def compute(keys: torch.DispatchKeySet, *tensors: Tensor, **options: object) -> Tensor:
-        if tensors[0].dtype == torch.bfloat16:
+        given = [*tensors, *(x for x in options.values() if isinstance(x, Tensor))]
+        a, b = tensors[-2:]
+        if all(x.dtype == torch.bfloat16 for x in given) and a.shape[-1] == b.shape[-2]:
             return product(*tensors, **options)
-        return kernel(keys, *tensors, **options)
+        return kernel(keys, *tensors, **options)  # which also raises torch's errors
 
     return compute
 
@@ -44,6 +47,8 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _mm_out(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    if out.shape != (len(a), b.shape[1]):
+        out.resize_(len(a), b.shape[1])
     for rows, columns in _blocks(a, b):
         out[rows, columns] = torch.mm(a[rows].float(), b[:, columns].float())
     return out
@@ -65,6 +70,11 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
         matrices = slice(first, first + height)
         out[matrices] = torch.bmm(a[matrices].float(), b[matrices].float())
     return out
+
+
+def _baddbmm(added: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    added = added.expand(len(a), a.shape[1], b.shape[2])
+    return torch.stack([_addmm(*each, beta=beta, alpha=alpha) for each in zip(added, a, b, strict=True)])
 
 
 def _blocks(a: Tensor, b: Tensor) -> list[tuple[slice, slice]]:

@@ -51,7 +51,8 @@ class Gradients:
         self._rank, self._is_sharded = data_place(model), is_sharded(model)
         self.released: Released | None = getattr(optimizer, "released", None)
         self._layered: Layered | None = getattr(optimizer, "layered", None)
-        if self._layered is None and offloaded_of(model) is not None:
+        self._offloaded = offloaded_of(model)
+        if self._layered is None and self._offloaded is not None:
             raise UsageError("weights of offload_weights are gone before backward needs them: enter layered")
         self.can_be_dropped = self.released is None and not has_collectives(model)
         """Whether all ranks can drop the step after an error in `accumulate`, in a block of `completed`."""
@@ -103,7 +104,8 @@ class Gradients:
                     losses.append(loss.detach())
         taken = self._taken.norms if self._taken else ()  # all other parameters without gradients get zeros
         for parameter in self._trained:
-            if parameter not in taken:
+            is_elsewhere = self._offloaded is not None and self._offloaded.record_of(parameter) is not None
+            if parameter not in taken and not is_elsewhere:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
                 self._all[parameter] = parameter.grad
@@ -122,11 +124,15 @@ class Gradients:
         """Run micro-batches in lockstep; complete the gradients of each layer while those of the next are computed."""
         index_of = {parameter: index for index, parameter in enumerate(reversed(self._trained))}
         done: set[nn.Parameter] = set()
+        rows_of = self._offloaded.rows if self._offloaded else {}
         in_flight: deque[tuple[Sequence[nn.Parameter], LayerSum]] = deque()
 
         def complete(parameters: Sequence[nn.Parameter], *, waits: bool = False) -> None:
             parameters = [parameter for parameter in parameters if parameter in index_of and parameter not in done]
             done.update(parameters)
+            for parameter in [parameter for parameter in parameters if parameter in rows_of]:
+                self._taken.take_rows(parameter, rows_of[parameter])
+            parameters = [parameter for parameter in parameters if parameter not in rows_of]
             for parameter in parameters if self._sum else ():
                 if (gradient := sums.get(parameter)) is not None and not _is_shared(gradient):
                     self._sum.add(index_of[parameter], gradient)
@@ -168,7 +174,7 @@ class Gradients:
         norms = dict(zip(self._all, gradient_norms([*map(local_of, self._all.values())]), strict=True))
         norms |= self._taken.norms if self._taken else {}
         # in the same order whether gradients were taken or not, so that the sums have the same bits
-        whole = [norms[parameter] for parameter in self._trained if not isinstance(parameter, DTensor)]
+        whole = [norms[x] for x in self._trained if x in norms and not isinstance(x, DTensor)]
         sharded = [parameter for parameter in self._trained if isinstance(parameter, DTensor)]
         if sharded:
             squares = torch.zeros((), device=self._accelerator.device)
@@ -192,7 +198,7 @@ class Gradients:
         if begins_early:
             factor = torch.where(is_finite, 1.0 if factor is None else factor, math.nan)
         for parameter in self._kept.fetched() if self._kept else ():
-            self._clip([parameter.grad], factor)
+            self._clip([parameter if parameter.grad is None else parameter.grad], factor)
             self._kept.step(parameter)
         if self._all:
             self._clip([*self._all.values()], factor)

@@ -130,9 +130,9 @@ class OffloadedCopy:
         """Let the device wait for the copy. From then on, only the caller holds the tensor."""
         tensor, self._landing = self._landing, None
         if tensor is not None:
-            self._offload.host.wait(self._event)
             self._offload.in_flight.pop(self.number, None)
             self._offload.bytes_in_flight -= self.nbytes
+            self._offload.host.wait(self._event)  # may raise the error of a disk
         return tensor
 
     __del__ = land  # a tensor that was fetched and not taken, or whose graph was dropped in forward
@@ -262,6 +262,21 @@ class Slabs:
         return sum(len(memory) for memory, _ in self._slabs)
 
 
+class Unmoved:
+    """Keeps activations where they are: on a CPU, host memory is where they belong."""
+
+    window_bytes = 0
+
+    def to_host(self, tensor: Tensor) -> tuple[Tensor, None]:
+        return tensor.detach(), None
+
+    def to_device(self, copy: Tensor) -> tuple[Tensor, None]:
+        return copy, None
+
+    def wait(self, event: None) -> None:
+        pass
+
+
 class MappedFiles:
     """Keeps the activations of a model on a CPU in memory-mapped files, which the system can write to disk."""
 
@@ -296,7 +311,9 @@ def host_of(model: nn.Module) -> Host:
     device, offloaded = device_of(model), offloaded_of(model)
     if offloaded is not None and (space := offloaded.new_scratch()) is not None:
         return ScratchSpace(space)
-    return PinnedMemory(device) if device.type == "cuda" else MappedFiles()
+    if device.type == "cuda":
+        return PinnedMemory(device)
+    return MappedFiles() if offloaded is None else Unmoved()
 
 
 def _flat(tensor: Tensor) -> Tensor:

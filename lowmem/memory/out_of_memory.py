@@ -15,6 +15,7 @@ from lowmem.distributed import heartbeat
 from lowmem.distributed.collectives import raise_on_all_ranks, rank_and_world_size, report_failure
 from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.heartbeat import phase
+from lowmem.distributed.offloaded import offloaded_of
 from lowmem.distributed.placement import has_collectives
 from lowmem.errors import OutOfMemory, StepTooLarge, is_out_of_memory
 
@@ -90,6 +91,7 @@ def _memory_use(model: nn.Module, optimizer: Optimizer) -> str:
         "--memory=exact or lean (with --mixed_precision=bf16)": memory == "off",
         "--memory=lean": memory == "exact",
         "--sharding_strategy=FULL_SHARD": world_size > 1 and not has_collectives(model),
+        "--offload_weights=host or a folder": world_size == 1 and memory != "off" and offloaded_of(model) is None,
     }
     helps = ", ".join(flag for flag, is_left in less.items() if is_left)
     rest = f"activations, logits and temporaries used the rest{of_all}"
@@ -97,4 +99,5 @@ def _memory_use(model: nn.Module, optimizer: Optimizer) -> str:
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(local_of(tensor.detach()).nbytes for tensor in tensors)
+    local = [local_of(tensor.detach()) for tensor in tensors]
+    return sum(x.nbytes for x in local if 0 not in x.stride() or not x.numel())  # offloaded weights expand one element

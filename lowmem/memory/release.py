@@ -1,6 +1,6 @@
 """Gradient release: update each weight inside backward, and free its gradient immediately."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowmem.distributed.dtensor import local_of, sharded_like
+from lowmem.distributed.vocabulary import OffloadedRows
 from lowmem.errors import UsageError
 from lowmem.memory.offload import Offload
 from lowmem.optim.norms import gradient_norms
@@ -56,6 +57,9 @@ class TakenGradients:
             self._optimizer.param_groups = groups
         parameter.grad = None
 
+    def _norm_of_rows(self, parameter: nn.Parameter, squares: Sequence[Tensor]) -> None:
+        self.norms[parameter] = torch.stack(squares).sum().sqrt().float()
+
 
 class Released(TakenGradients):
     """Gradients that are applied and freed as soon as they are complete."""
@@ -83,6 +87,21 @@ class Released(TakenGradients):
         self._note(parameter)
         self.step(parameter)
 
+    @torch.no_grad()
+    def take_rows(self, parameter: nn.Parameter, rows: OffloadedRows) -> None:
+        """Apply a complete gradient that is never whole."""
+        squares = []
+
+        def gradient(part: slice) -> Tensor:
+            of_part = rows.gradient(part)
+            squares.append(_square(of_part))
+            return of_part
+
+        self._optimizer.gradient_rows = {parameter: gradient}
+        self.step(parameter)
+        self._optimizer.gradient_rows = {}
+        self._norm_of_rows(parameter, squares)
+
 
 class KeptOnHost(TakenGradients):
     """Complete gradients that `layered_offloaded` keeps on the host until their norm is known."""
@@ -99,11 +118,33 @@ class KeptOnHost(TakenGradients):
         self._kept[parameter] = self._offload.pack(local_of(parameter.grad))
         parameter.grad = None
 
+    @torch.no_grad()
+    def take_rows(self, parameter: nn.Parameter, rows: OffloadedRows) -> None:
+        """Keep a complete gradient that is never whole."""
+        squares = []
+        for part in rows.parts():
+            gradient = rows.gradient(part)
+            squares.append(_square(gradient))
+            rows.keep(part, gradient)
+        self._norm_of_rows(parameter, squares)
+        self._kept[parameter] = rows
+
     def fetched(self) -> Iterator[nn.Parameter]:
         """Yield each parameter with its gradient on the device; the caller must apply and free it with `step`."""
         while self._kept:
             parameter, kept = self._kept.popitem()
+            if isinstance(kept, OffloadedRows):
+                self._optimizer.gradient_rows = {parameter: kept.kept}
+                yield parameter
+                self._optimizer.gradient_rows = {}
+                continue
             gradient = self._offload.unpack(kept)
             parameter.grad_dtype = gradient.dtype
             parameter.grad = sharded_like(parameter, gradient)
             yield parameter
+
+
+def _square(gradient: Tensor) -> Tensor:
+    """Return the squared L2 norm, fp64."""
+    (norm,) = gradient_norms([gradient])
+    return norm.double().square()

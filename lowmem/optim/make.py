@@ -52,8 +52,8 @@ def make_optimizer(
     bf16 in place: call `parallelize` first, and use an Accelerator without mixed precision. `memory="off"` makes an
     optimizer of torch.optim. Set the learning rate at each step; `betas` and `eps` are for Adam's family. A tier
     updates with a kernel if there is one for the device and `fused` is set, otherwise with tensor operations on
-    `slice_elements` elements at a time (None: depends on device and size). Raises ValueError for
-    unsupported combinations.
+    `slice_elements` elements at a time (None: depends on device and size). A tier on a CPU without bf16 instructions
+    lets torch compute bf16 products in fp32, in the whole process. Raises ValueError for unsupported combinations.
     """
     if memory not in ("exact", "lean", "off"):
         raise ValueError(f"memory={memory!r} is unknown: use exact, lean or off")
@@ -92,7 +92,7 @@ def make_optimizer(
             fill(parameter)
             set_local_(parameter, local_of(parameter.data).to(torch.bfloat16))
             if offloaded:
-                offloaded.take_weight(parameter)
+                offloaded.take_weight(parameter, row_wise=True, sum_dtype=torch.bfloat16)
     convert_buffers(model)
     tier = {"memory": memory, "slice_elements": slice_elements, "fused": fused, "fill": fill, "offloaded": offloaded}
     if name == "adafactor":

@@ -10,6 +10,7 @@ time to fp32 and back, so temporaries have the size of a slice.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from lowmem.optim import kernels_cpu
 from lowmem.optim.adamw import Numbers, Update, adamw
 from lowmem.optim.formats import by_rows, keep, round_stochastically, rows_and_columns, write, zeros
 from lowmem.optim.philox import BLOCK, Origin, random_halves
+from lowmem.storage.records import Record
 
 _OFFLOADED_ELEMENTS = 2**22  # elements of a slice whose weight and state are read and written
 _CACHED_ELEMENTS = 2**19  # elements per slice on CPU, so that the slice's temporaries fit into the cache
@@ -59,8 +61,8 @@ class TieredOptimizer(Optimizer):
     tensors of each format. Groups hold (name, parameter) pairs. The random bits of an element depend only on (seed,
     update, name) and its position in the full parameter. A subclass allocates moments in `_new_moments`, and updates
     weights and state in `_update`. `fused=False` uses tensor operations even if there are kernels. `fill` is called
-    with each parameter just before it is converted (see `filler_of`). Of large matrices, `offloaded` takes the weights
-    (those of layers) and the state that `row_wise` names, for the optimizer to read and write some rows at a time.
+    with each parameter just before it is converted (see `filler_of`). `offloaded` takes weights and state of large
+    matrices; updates read and write them some rows at a time.
     """
 
     row_wise = True
@@ -95,6 +97,8 @@ class TieredOptimizer(Optimizer):
 
         If `can_undo`, NaN makes that `step` change nothing but the counts of updates; `undo` resets these.
         """
+        self.gradient_rows: dict[nn.Parameter, Callable[[slice], Tensor]] = {}
+        """Instead of `.grad`, for parameters whose gradient is never whole: a function that returns some rows of it."""
         self._slice_elements = slice_elements or slice_elements_for(list(names), first.device.type)
 
     def _convert(self, parameter: nn.Parameter) -> None:
@@ -104,7 +108,7 @@ class TieredOptimizer(Optimizer):
         set_local_(parameter, kept.pop("weight"))  # frees the fp32 weight before the moments are allocated
         local = local_of(parameter.detach())
         if self._offloaded and is_large(parameter):
-            self._offloaded.take_weight(parameter)
+            self._offloaded.take_weight(parameter, row_wise=self.row_wise, sum_dtype=self.sum_dtype(parameter))
             kept |= self._new_moments(parameter, local.to("meta" if self.row_wise else local.device))
             self.state[parameter] = {
                 name: self._offloaded.new_record(x) if self.row_wise or name == "weight_low" else x
@@ -139,17 +143,19 @@ class TieredOptimizer(Optimizer):
         """Yield each parameter that has a gradient, after counting its update; if offloaded, some rows at a time."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None or (self._is_offloaded(parameter) != is_offloaded):
+                rows_of = self.gradient_rows.get(parameter)
+                if (parameter.grad is None and rows_of is None) or self._is_offloaded(parameter) != is_offloaded:
                     continue
                 self.state[parameter]["step"] += 1
-                gradient = by_rows(local_of(parameter.grad).contiguous())
-                if gradient.dtype not in (torch.bfloat16, torch.float32):
-                    gradient = gradient.float()
+                if rows_of is None:
+                    gradient = by_rows(local_of(parameter.grad).contiguous())
+                    if gradient.dtype not in (torch.bfloat16, torch.float32):
+                        gradient = gradient.float()
+                    rows_of = gradient.__getitem__
                 origin = origin_of(parameter)
                 for rows, tensors in self._opened(parameter):
-                    yield WithGradient(
-                        group, parameter, gradient[rows], tensors, origin._replace(row=origin.row + rows.start)
-                    )
+                    of_rows = origin._replace(row=origin.row + rows.start)
+                    yield WithGradient(group, parameter, rows_of(rows), tensors, of_rows)
 
     def _is_offloaded(self, parameter: nn.Parameter) -> bool:
         return self._offloaded is not None and is_large(parameter)
@@ -188,9 +194,19 @@ class TieredOptimizer(Optimizer):
             random = self.key_of(parameter_of[used], count[used], *key) if self._is_rounded(used) else 0
             self.add(used, sums[used], gradient, random)
 
+        @torch.no_grad()
+        def add_rows(parameter: nn.Parameter, number: int, first: int, total: Tensor, gradient: Tensor) -> None:
+            random = self.key_of(parameter, number, *key) if self._is_rounded(parameter) else 0
+            self.add(parameter, total, gradient, random, first_row=first)
+
+        in_rows = self._offloaded.rows if self._offloaded else {}
+        for parameter, rows in in_rows.items():
+            rows.clear()
+            rows.add = partial(add_rows, parameter)
         for parameter in parameter_of.values():
             parameter.grad_dtype = parameter.dtype
-        hooks = [x.register_post_accumulate_grad_hook(add) for x in parameter_of] if micro_batches > 1 else []
+        summed = [x for x in parameter_of if x not in in_rows] if micro_batches > 1 else []
+        hooks = [x.register_post_accumulate_grad_hook(add) for x in summed]
         try:
             yield sums
             for parameter in parameter_of.values() if hooks else ():
@@ -206,9 +222,10 @@ class TieredOptimizer(Optimizer):
         """Return the dtype in which `summing` sums a parameter's gradients over several micro-batches."""
         return torch.bfloat16 if self._is_rounded(parameter) else torch.float32
 
-    def add(self, parameter: nn.Parameter, total: Tensor, gradient: Tensor, key: int) -> None:
+    def add(self, parameter: nn.Parameter, total: Tensor, gradient: Tensor, key: int, *, first_row: int = 0) -> None:
         assert gradient.dtype == torch.bfloat16, gradient.dtype
         total, gradient, origin = by_rows(total), by_rows(gradient), origin_of(parameter)
+        origin = origin._replace(row=origin.row + first_row)
         # with cpu_offload, updates run on the host, but all-gathered gradients are on the GPU
         if self.kernels and (kernels := kernels_for(total)):
             kernels.add(total, gradient, key, origin)
@@ -240,7 +257,11 @@ class TieredOptimizer(Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, tensors in state_dict["state"].items():
             for key, tensor in tensors.items():
-                self.state[parameters[index]][key].copy_(tensor)
+                target, value = self.state[parameters[index]][key], tensor
+                if isinstance(target, Record):
+                    target.space.write(target, value.to_host() if isinstance(value, Record) else value)
+                else:
+                    target.copy_(value)
 
     def _is_rounded(self, parameter: nn.Parameter) -> bool:
         return self.memory == "lean" and is_large(parameter)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import pairwise
 from typing import NamedTuple
 
+from lowmem.config.rules import conflicts
 from lowmem.config.sizes import parse_bytes
-from lowmem.config.train_config import TIERED_OPTIMIZERS, TrainConfig
+from lowmem.config.train_config import FIELDS, TIERED_OPTIMIZERS, TrainConfig
 from lowmem.errors import UsageError
 from lowmem.plan.parts import Cluster
 from lowmem.plan.predict import Predict, Prediction, context_bytes, gigabytes, programs_bytes
@@ -34,14 +35,14 @@ def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Itera
     yield Rung("no change", {})
 
     def rung(name: str, **more: object) -> Rung:
-        if kept := sorted(fixed & more.keys()):
+        if kept := sorted(name for name in fixed & more.keys() if more[name] != getattr(config, name)):
             return Rung(name, {}, refused=f"{', '.join('--' + field for field in kept)} is set")
         changes.update(more)
         return Rung(name, dict(changes), more.keys())
 
-    if config.recompute == "off":
+    if config.recompute == "off" and not config.layered:
         yield rung("recompute=cheap", recompute="cheap")
-    if config.recompute != "full":
+    if config.recompute != "full" and not config.layered:
         yield rung("recompute=full", recompute="full")
     may_release = config.max_grad_norm == 0 and config.nonfinite == "stop" and config.tp_size == 1
     if may_release and not (config.release or config.layered):
@@ -72,7 +73,7 @@ def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Itera
         yield rung("cpu_offload", sharding_strategy=strategy, cpu_offload=True)
     if may_offload:
         others = {"layered": True, "sharding_strategy": "NO_SHARD", "cpu_offload": False}
-        if config.recompute == "cheap":
+        if "recompute" in changes or config.recompute == "cheap":
             others["recompute"] = "full"
         if cluster.on_gpu and config.offload_weights is None:
             yield rung("offload_weights=host", offload_weights="host", **others)
@@ -156,15 +157,20 @@ def _check_programs(config: TrainConfig, cluster: Cluster) -> None:
 def _undo_unneeded(
     best: _Tried, rungs: Sequence[Rung], tried: Callable[[Sequence[Rung]], Iterator[_Tried]]
 ) -> tuple[TrainConfig, Prediction]:
-    """Undo each change of an earlier rung, costliest first, if `best` (the rung that fits) still fits without it."""
+    """Undo each change of an earlier rung, costliest first, if `best` (the rung that fits) still fits without it.
+
+    Keeps what later rungs need, such as recompute=full with `layered`.
+    """
     needed = set(best.rung.own)
     for before, rung in reversed(list(pairwise(rungs[:-1]))):
         if needed & rung.own:
             continue  # nothing to undo: a later, needed rung sets the same field, to a value that takes less memory
         kept = {name: value for name, value in best.rung.changes.items() if name not in rung.own}
         kept |= {name: value for name, value in before.changes.items() if name in rung.own}
-        (less,) = tried([Rung(f"without {rung.name}", kept)])
-        if less.excess:
+        before_all = {name: FIELDS[name].default for name in rung.own - kept.keys()}
+        is_possible = not conflicts(dataclasses.replace(best.config, **before_all, **kept), ())
+        less = next(tried([Rung(f"without {rung.name}", kept)])) if is_possible else None
+        if less is None or less.excess:
             needed |= rung.own
         else:
             best = less
@@ -205,4 +211,4 @@ def variants(config: TrainConfig, cluster: Cluster) -> Sequence[tuple[str, str, 
         return dataclasses.replace(config, memory=config.memory or "off")
 
     made = [(name, cost, dataclasses.replace(config, **changes)) for name, cost, changes in found]
-    return [each for each in made if with_tier(each[2]) != with_tier(config)]
+    return [each for each in made if with_tier(each[2]) != with_tier(config) and not conflicts(each[2], ())]

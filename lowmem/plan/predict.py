@@ -21,7 +21,9 @@ _WITH_CPU_OFFLOAD = {Kind.WEIGHTS, Kind.LOW_HALVES, Kind.MOMENTS, Kind.GRADIENTS
 _PROGRAM_BYTES = 600 * 2**20
 _CONTEXT_BYTES = 600 * 2**20  # device memory per process: CUDA and its libraries
 _FRAGMENTS = 0.05  # fragmentation, as a fraction of the bytes of tensors
-IN_FLIGHT_BYTES, SLAB_BYTES = 2**26, 2**27  # of memory/offload.py and storage/records.py, which import torch
+IN_FLIGHT_BYTES, SLAB_BYTES = 2**26, 2**27  # of memory/offload.py, which imports torch; also of storage/records.py
+STORE_SLAB_BYTES = 2**30  # of storage/records.py
+_STORED = "offloaded weights and state"
 _HOST_BANDWIDTH, _FILE_BANDWIDTH = 25e9, 3e9  # bytes per second: PCIe 4.0 x16, and an NVMe SSD
 _GPU_SPEED, _CPU_SPEED = 100e12, 0.1e12  # FLOP per second
 _SSD_LIFE = 600e12  # bytes that can be written to a consumer SSD of 1 TB
@@ -124,13 +126,16 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
         for is_host in (False, True)
     )
     processes = cluster.local_world_size
-    offloaded, disk = counted.offloaded_weights + counted.offloaded_state, {}
-    if offloaded:
-        device[Kind.UPDATE] = device.get(Kind.UPDATE, 0) + min(IN_FLIGHT_BYTES, offloaded)
-        where = host if config.offload_weights == "host" else disk
-        if where is disk and Kind.OFFLOADED in host:
-            disk["offloaded activations, gradients"] = host.pop(Kind.OFFLOADED)
-        where["offloaded weights and state"] = offloaded
+    stored, disk = counted.offloaded_weights + counted.offloaded_state, {}
+    if stored:
+        in_flight = IN_FLIGHT_BYTES * (2 if Kind.OFFLOADED in host else 1)  # of state, and of activations
+        device[Kind.UPDATE] = device.get(Kind.UPDATE, 0) + min(in_flight, stored)
+        if config.offload_weights == "host":
+            host[_STORED] = -(-stored // STORE_SLAB_BYTES) * STORE_SLAB_BYTES if cluster.on_gpu else stored
+        else:
+            disk[_STORED] = stored
+            if Kind.OFFLOADED in host:
+                disk["offloaded activations, gradients"] = host.pop(Kind.OFFLOADED)
     if cluster.on_gpu:
         if offloaded := host.get(Kind.OFFLOADED):
             device[Kind.ACTIVATIONS] = device.get(Kind.ACTIVATIONS, 0) + min(IN_FLIGHT_BYTES, offloaded)
@@ -138,7 +143,7 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
         device[CONTEXT] = _CONTEXT_BYTES + int(_FRAGMENTS * _total(device))
         host = {f"{kind}, of all processes": size * processes for kind, size in host.items()}
     else:  # the CPU is the device; offload_activations then writes files, which take no memory
-        in_memory = host.get("offloaded weights and state", 0)
+        in_memory = host.get(_STORED, 0) + (host.get(Kind.OFFLOADED, 0) if config.offload_weights == "host" else 0)
         host = {"tensors, of all processes": (_total(device) + in_memory) * processes}
     # each rank reads its part of saved weights; only rank 0 initializes new ones
     loading = 0 if config.model_name_or_path else 4 * counted.num_parameters
@@ -151,11 +156,11 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
     if config.save_model:
         disk["model"] = counted.model_bytes
     inputs = max(parts.get(Kind.OFFLOADED, 0) for parts in peaks) if config.offload_activations else 0
-    return Prediction(device, host, disk, _streaming(config, cluster, counted, inputs) if offloaded else "")
+    return Prediction(device, host, disk, _streaming(config, cluster, counted, inputs) if stored else "")
 
 
 def _streaming(config: TrainConfig, cluster: Cluster, counted: Counted, inputs: int) -> str:
-    """Say what a step reads and writes, in which time at stated speeds, next to that of computing.
+    """Estimate what a step reads and writes, and the times of streaming and computing.
 
     Weights are read for forward and backward, and again for an update that waits for the gradients' norm.
     """
@@ -176,7 +181,9 @@ def _streaming(config: TrainConfig, cluster: Cluster, counted: Counted, inputs: 
     if not is_file:
         return line
     written = 1000 * writes
-    return f"{line}; 1,000 steps write {written / 1e12:.1f} TB, {written / _SSD_LIFE:.0%} of what a 1 TB SSD endures"
+    return (
+        f"{line}; 1,000 steps write {written / 1e12:.1f} TB, {written / _SSD_LIFE:.0%} of a 1 TB SSD's rated endurance"
+    )
 
 
 def _total(parts: Bytes) -> int:

@@ -224,7 +224,8 @@ class _Timeline:
                 last_of |= {parameter: f"backward {self.where_of[layer]}" for parameter in matrices[:1]}
 
         def has_gradient(parameter: nn.Parameter) -> None:
-            self.meter.count([local_of(parameter.grad)], Kind.GRADIENTS)
+            if parameter.grad is not None:  # that of offloaded embeddings is never whole
+                self.meter.count([local_of(parameter.grad)], Kind.GRADIENTS)
             if parameter in last_of:
                 self.end(last_of[parameter], then=Kind.BACKWARD)
 

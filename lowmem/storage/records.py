@@ -23,11 +23,11 @@ from lowmem.storage.files import free_bytes
 
 _ALIGNMENT_BYTES = 4096  # a page
 _PART_BYTES = 2**24  # copied at a time between a GPU and a file
-_SLAB_BYTES = 2**30  # of pinned memory, of which torch takes powers of two
+_SLAB_BYTES = 2**30  # of pinned memory, of which torch takes powers of two. `plan` rounds up to it
 _IN_FLIGHT_BYTES = {"cuda": 2**26, "cpu": 2**24}  # `plan` counts those of a GPU
 
 
-class Place(Protocol):
+class Storage(Protocol):
     """Bytes in host memory or in a file, at addresses."""
 
     is_memory: bool
@@ -78,52 +78,56 @@ class Record(NamedTuple):
 
 
 class Transfer:
-    """A read or a write, done by a thread. Holds its tensor until `wait`."""
+    """A read or a write, which a thread does. Holds its tensor until `wait`."""
 
     def __init__(self, future: "Future[torch.cuda.Event | None]", tensor: Tensor):
         self._future, self._tensor = future, tensor
 
     def wait(self) -> None:
-        """Let the device use what is read, or change what is written, only after the transfer. Raises StoreError."""
+        """Make the current stream (without a GPU: the caller) wait for the transfer. Raises its StoreError."""
         event, tensor = self._future.result(), self._tensor
         if event is not None and tensor is not None:
             torch.cuda.current_stream(tensor.device).wait_event(event)
         self._tensor = None
 
     def is_done(self) -> bool:
-        return self._future.done()
+        if not self._future.done():
+            return False
+        event = self._future.exception() is None and self._future.result()
+        return not event or event.query()
 
 
 class Space:
     """Records that are read to `device` and written from it. One thread does all transfers, in order.
 
-    So a read sees what was written before it, and a buffer can be read into while a write from it waits. An error of a
-    write is raised by a later `write`, or by `drain`.
+    So a read returns what was written before it, and a buffer can be read into while a write from it is pending. After
+    a transfer fails, every later call raises its StoreError, because records may then be out of date.
     """
 
-    def __init__(self, place: Place, device: torch.device):
-        self.device, self.place = device, place
+    def __init__(self, storage: Storage, device: torch.device):
+        self.device, self.storage = device, storage
         self.window_bytes = _IN_FLIGHT_BYTES[device.type]
-        """Bytes that writes may hold before a further write waits for the oldest."""
+        """Bytes that pending writes may hold before a further write waits for the oldest."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="records")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._writes: deque[tuple[int, Transfer]] = deque()
+        self._error: StoreError | None = None
         weakref.finalize(self, self._thread.shutdown, wait=False)
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Record:
         """Return a record of zeros. Raises StoreError if there is no room."""
         shape = torch.Size(shape)
-        return Record(self, self.place.allocate(shape.numel() * dtype.itemsize), shape, dtype)
+        return Record(self, self.storage.allocate(shape.numel() * dtype.itemsize), shape, dtype)
 
     def read(self, record: Record, target: Tensor) -> Transfer:
-        """Begin to fill `target`, a contiguous tensor on the space's device or on the host."""
-        return self._begin(self._read, record, target)
+        """Start filling `target`, a contiguous tensor on the space's device or on the host."""
+        return self._start(self._read, record, target)
 
     def write(self, record: Record, source: Tensor) -> Transfer:
-        """Begin to write `source`, contiguous, which must not change until then. Waits if much is being written."""
-        while self._writes and self._bytes_in_flight() + source.nbytes > self.window_bytes:
+        """Start writing `source` (contiguous). Do not modify it before the transfer ends."""
+        while self._writes and (self._writes[0][1].is_done() or not self._has_room(source.nbytes)):
             self._writes.popleft()[1].wait()
-        transfer = self._begin(self._write, record, source)
+        transfer = self._start(self._write, record, source)
         self._writes.append((source.nbytes, transfer))
         return transfer
 
@@ -132,44 +136,66 @@ class Space:
         self.read(record, copy).wait()
         return copy
 
+    def gather(self, record: Record, rows: Tensor) -> Tensor:
+        """Return some rows of a matrix, (len(rows), columns), on the space's device."""
+        unique, inverse = rows.cpu().unique(return_inverse=True)
+        found = torch.empty((len(unique), *record.shape[1:]), dtype=record.dtype)
+        transfers = [
+            self.read(record.rows(slice(row, row + 1)), target)
+            for row, target in zip(unique.tolist(), found, strict=True)
+        ]
+        for transfer in transfers:
+            transfer.wait()
+        return found.to(self.device)[inverse.to(self.device)]
+
     def drain(self) -> None:
         """Wait until all writes are done."""
         while self._writes:
             self._writes.popleft()[1].wait()
+        if self._error:
+            raise self._error
+        if self._stream:
+            self._stream.synchronize()
 
-    def _bytes_in_flight(self) -> int:
-        while self._writes and self._writes[0][1].is_done():
-            self._writes.popleft()[1].wait()
-        return sum(num_bytes for num_bytes, _ in self._writes)
+    def _has_room(self, num_bytes: int) -> bool:
+        return sum(size for size, _ in self._writes) + num_bytes <= self.window_bytes
 
-    def _begin(self, move: Callable, record: Record, tensor: Tensor) -> Transfer:
+    def _start(self, move: Callable, record: Record, tensor: Tensor) -> Transfer:
+        if self._error:
+            raise self._error
         data = tensor.detach().view(-1).view(torch.uint8)
         ready = torch.cuda.current_stream(self.device).record_event() if data.is_cuda else None
-        return Transfer(self._thread.submit(move, record.address, data, ready), data)
+        return Transfer(self._thread.submit(self._move, move, record.address, data, ready), data)
 
-    def _read(self, address: int, target: Tensor, ready: "torch.cuda.Event | None") -> "torch.cuda.Event | None":
-        if ready is None:
-            return self.place.read(address, target)
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            for start in range(0, len(target), _PART_BYTES):
-                part = target[start : start + _PART_BYTES]
-                # a blocking copy from a file's buffer, which the next part needs
-                part.copy_(self.place.host_copy(address + start, len(part)), non_blocking=self.place.is_memory)
-            return self._stream.record_event()
+    def _move(self, move: Callable, address: int, data: Tensor, ready: "torch.cuda.Event | None"):
+        try:
+            if self._stream is None:
+                return move(address, data)
+            if ready is None:  # a tensor on the host: copies of earlier transfers must have ended
+                self._stream.synchronize()
+                return move(address, data)
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(ready)
+                for start in range(0, len(data), _PART_BYTES):
+                    move(address + start, data[start : start + _PART_BYTES])
+                return self._stream.record_event()
+        except StoreError as error:
+            self._error = self._error or error
+            raise
 
-    def _write(self, address: int, source: Tensor, ready: "torch.cuda.Event | None") -> "torch.cuda.Event | None":
-        if ready is None:
-            return self.place.write(address, source)
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            for start in range(0, len(source), _PART_BYTES):
-                part = source[start : start + _PART_BYTES]
-                if self.place.is_memory:
-                    self.place.host_copy(address + start, len(part)).copy_(part, non_blocking=True)
-                else:
-                    self.place.write(address + start, part.cpu())
-            return self._stream.record_event()
+    def _read(self, address: int, target: Tensor) -> None:
+        if target.is_cuda:
+            # a blocking copy from the buffer of a file, which the next part needs
+            host = self.storage.host_copy(address, len(target))
+            target.copy_(host, non_blocking=self.storage.is_memory)
+        else:
+            self.storage.read(address, target)
+
+    def _write(self, address: int, source: Tensor) -> None:
+        if source.is_cuda and self.storage.is_memory:
+            self.storage.host_copy(address, len(source)).copy_(source, non_blocking=True)
+        else:
+            self.storage.write(address, source.cpu())
 
 
 class HostMemory:
@@ -191,7 +217,11 @@ class HostMemory:
         else:
             index, start = len(self._slabs), self._starts[-1] + len(self._slabs[-1]) if self._slabs else 0
             size = max(_SLAB_BYTES, 1 << (rounded - 1).bit_length()) if self._pin_memory else rounded
-            self._slabs.append(torch.zeros(size, dtype=torch.uint8, pin_memory=self._pin_memory))
+            try:
+                self._slabs.append(torch.zeros(size, dtype=torch.uint8, pin_memory=self._pin_memory))
+            except RuntimeError as error:  # torch's, if there is too little memory
+                found = f"offloaded weights and state need {size:,} more bytes of host memory "
+                raise StoreError(f"{found}: set offload_weights to a folder") from error
             self._starts.append(start)
             self._used.append(0)
         address = self._starts[index] + self._used[index]
@@ -210,7 +240,7 @@ class HostMemory:
 
 
 class ScratchFile:
-    """A file without a name in `folder`, which ends with the process, so that no later run can take it for its own."""
+    """A file without a name in `folder`, which the system deletes when the process ends, even if it is killed."""
 
     is_memory = False
 
@@ -265,6 +295,6 @@ class ScratchFile:
             sys.audit("lowmem.store", operation, str(self._folder))
             yield
         except OSError as error:
-            found = f"the file of weights in {self._folder} cannot {what}: {error.strerror or error}"
+            found = f"the file for offloaded tensors in {self._folder} cannot {what}: {error.strerror or error}"
             advice = "set offload_weights to a folder on a disk that works and has room"
             raise StoreError(f"{found}. Checkpoints are intact; {advice}") from error
