@@ -1,0 +1,231 @@
+"""Measure training with offloaded weights: a process's peak memory, what it reads and writes, and a kill and resume.
+
+    python benchmarks/offloaded.py --store=/fast/disk --output=benchmarks/results/offloaded.jsonl
+    python benchmarks/offloaded.py --store=/fast/disk --sections=depth
+
+Appends a JSON line per result to --output, and writes tables to the .md file of the same name. See README.md.
+"""
+
+import argparse
+import json
+import os
+import resource
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from records import Record, append
+
+PROGRAM = Path(__file__).parent.parent / "train_low_mem.py"
+GIB = 2**30
+LLAMA_1B = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+NARROW = {"vocab_size": 384, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+CASES = {"lean, released": "lean", "lean, clipped": "lean", "exact, released": "exact", "exact, clipped": "exact"}
+RELEASED = {"release": True, "max_grad_norm": 0}
+MICRO_BATCHES, TOKENS = 4, 128
+
+
+def write_model(folder: Path, shape: Mapping[str, int]) -> int:
+    """Write a Llama with random bf16 weights, one tensor at a time. Returns the number of weights."""
+    import torch
+    from accelerate import init_empty_weights
+    from safetensors.torch import save_file
+    from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**shape, tie_word_embeddings=False, eos_token_id=1, pad_token_id=0, bos_token_id=None)
+    with init_empty_weights():
+        weights = LlamaForCausalLM(config).state_dict()
+    generator, weight_map = torch.Generator().manual_seed(0), {}
+    folder.mkdir(parents=True)
+    for index, (name, weight) in enumerate(weights.items()):
+        values = torch.ones(weight.shape, dtype=torch.bfloat16)
+        if weight.dim() > 1:
+            values.normal_(0, 0.02, generator=generator)
+        weight_map[name] = f"model-{index:05d}.safetensors"
+        save_file({name: values}, folder / weight_map[name], metadata={"format": "pt"})
+    total = sum(weight.numel() for weight in weights.values())
+    index = {"metadata": {"total_size": 2 * total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config.save_pretrained(folder)
+    ByT5Tokenizer().save_pretrained(folder)
+    return total
+
+
+def flags_of(model: Path, store: Path, output: Path, **changes: object) -> list[str]:
+    shape = {"batch_size": 1, "gradient_accumulation_steps": MICRO_BATCHES, "max_seq_len": TOKENS}
+    rows = {"text_column": "prompt", "prefetch_steps": 0, "logging_steps": 1, "learning_rate": 1e-4}
+    where = {"model_name_or_path": model, "offload_weights": store, "output_dir": output, "mixed_precision": "bf16"}
+    options = {"offload_activations": True, "max_steps": 2, "save_steps": 0, "save_model": False}
+    return [f"--{name}={value}" for name, value in (shape | rows | where | options | changes).items()]
+
+
+def run(*flags: str, data_bytes: int | None = None) -> subprocess.Popen:
+    """Start a run in a process that reports its memory; with `data_bytes`, under this limit of private memory."""
+
+    def limit() -> None:
+        if data_bytes:
+            resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, data_bytes))
+
+    command = [sys.executable, __file__, "--child", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=limit)
+
+
+def finished(process: subprocess.Popen, output: Path) -> Record:
+    """Wait for a run; return its memory and times, and the losses and seconds of its steps."""
+    printed, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"the run failed with exit code {process.returncode}:\n{printed}")
+    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "loss" in step]
+    seconds = [step["num_tokens"] / step["tokens_per_second"] for step in steps]
+    measured = json.loads(printed.splitlines()[-1])
+    return measured | {"losses": [step["loss"] for step in steps], "step_seconds": seconds}
+
+
+def child(flags: list[str]) -> None:
+    """Train in this process, and print a line of JSON: peak memory, and seconds and bytes of the file of weights."""
+    from lowmem.storage import records
+
+    found = {"read_seconds": 0.0, "write_seconds": 0.0, "wait_seconds": 0.0, "read_bytes": 0, "written_bytes": 0}
+
+    def timed(owner: type, name: str, seconds: str, num_bytes: str | None) -> None:
+        function = getattr(owner, name)
+
+        def measured(*arguments):
+            began = time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                found[seconds] += time.perf_counter() - began
+                if num_bytes:
+                    found[num_bytes] += arguments[-1].nbytes
+
+        setattr(owner, name, measured)
+
+    timed(records.ScratchFile, "read", "read_seconds", "read_bytes")
+    timed(records.ScratchFile, "write", "write_seconds", "written_bytes")
+    timed(records.Transfer, "wait", "wait_seconds", None)
+    sys.argv = [str(PROGRAM), "train", *flags]
+    try:
+        runpy.run_path(str(PROGRAM), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    print(json.dumps(found | {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+
+
+def memory(work: Path, rows: Path, store: Path, cases: list[str]) -> Iterator[Record]:
+    """Yield the peak memory, imports included, and the times of two steps of a Llama of 1.1 B weights."""
+    num_weights = write_model(work / "llama", LLAMA_1B)
+    for case in cases:
+        changes = {"train_file": rows, "memory": CASES[case]} | (RELEASED if "released" in case else {})
+        flags = flags_of(work / "llama", store, work / case, **changes)
+        yield {"section": "memory", "case": case, "weights": num_weights} | finished(run(*flags), work / case)
+
+
+def limited(work: Path, rows: Path, store: Path) -> Iterator[Record]:
+    """Yield a run of `memory` whose private memory the system limits."""
+    changes = {"train_file": rows, "memory": "lean"} | RELEASED
+    flags = flags_of(work / "llama", store, work / "limited", **changes)
+    most = int(1.5 * GIB)
+    found = finished(run(*flags, data_bytes=most), work / "limited")
+    yield {"section": "limited", "case": f"RLIMIT_DATA {most / GIB:.1f} GiB"} | found
+
+
+def resume(work: Path, rows: Path, store: Path) -> Iterator[Record]:
+    """Yield whether a run of `memory` that is killed after its first checkpoint resumes with the same losses."""
+    changes = {"train_file": rows, "memory": "lean", "save_steps": 1, "max_steps": 2} | RELEASED
+    whole = finished(run(*flags_of(work / "llama", store, work / "whole", **changes)), work / "whole")
+    flags = flags_of(work / "llama", store, work / "killed", **changes | {"resume": "auto"})
+    process, saved = run(*flags), work / "killed" / "checkpoints" / "step-00000001" / "manifest.json"
+    while not saved.exists():
+        time.sleep(0.1)
+        assert process.poll() is None, "the run ended before its first checkpoint"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = finished(run(*flags), work / "killed")
+    yield {"section": "resume", "case": "killed after step 1", "equal": resumed["losses"] == whole["losses"]} | resumed
+
+
+def depth(work: Path, rows: Path, store: Path) -> Iterator[Record]:
+    """Yield the peak memory of models with 8, 16 and 32 layers of one width."""
+    for layers in (8, 16, 32):
+        name = f"{layers} layers"
+        num_weights = write_model(work / name, NARROW | {"num_hidden_layers": layers})
+        flags = flags_of(work / name, store, work / f"out {layers}", train_file=rows, memory="exact")
+        yield {"section": "depth", "case": name, "weights": num_weights} | finished(run(*flags), work / f"out {layers}")
+
+
+def table(records: list[Record]) -> str:
+    """Return Markdown for the records of one command."""
+    first = records[0]
+    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    lines = [f"    {first['command']}", "", f"{first['date']}; {versions}; {first['threads']} threads.", ""]
+    lines += [
+        "| run | weights | peak of the process, GiB | seconds per step | read, written GB | read, write, wait s |"
+    ]
+    lines += ["|---|---:|---:|---:|---:|---:|"]
+    for record in records:
+        steps = " ".join(f"{seconds:.1f}" for seconds in record["step_seconds"])
+        moved = f"{record['read_bytes'] / 1e9:.1f}, {record['written_bytes'] / 1e9:.1f}"
+        times = ", ".join(f"{record[f'{name}_seconds']:.1f}" for name in ("read", "write", "wait"))
+        equal = {None: "", True: ": same losses", False: ": OTHER LOSSES"}[record.get("equal")]
+        weights = f"{record['weights']:,}" if "weights" in record else ""
+        cells = [f"{record['section']}, {record['case']}{equal}", weights]
+        lines.append("| " + " | ".join([*cells, f"{record['peak_bytes'] / GIB:.2f}", steps, moved, times]) + " |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--store", type=Path, required=True, help="folder for weights and models, tens of GB")
+    parser.add_argument("--sections", default="memory,limited,resume,depth", help="comma list")
+    parser.add_argument("--cases", default=";".join(CASES), help=f"semicolon list for memory: {'; '.join(CASES)}")
+    parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
+    flags = parser.parse_args()
+    shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(["python", *sys.argv])}
+    shared |= {"versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}}
+    shared |= {"threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))}
+    sections, cases = flags.sections.split(","), flags.cases.split(";")
+    flags.store.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=flags.store) as folder:
+        work, rows = Path(folder), Path(folder, "rows.jsonl")
+        rows.write_text("".join(json.dumps({"prompt": f"{n} " * 200}) + "\n" for n in range(200)))
+        if "memory" not in sections and {"limited", "resume"} & {*sections}:
+            write_model(work / "llama", LLAMA_1B)
+        found = {
+            "memory": lambda: memory(work, rows, flags.store, cases),
+            "limited": lambda: limited(work, rows, flags.store),
+            "resume": lambda: resume(work, rows, flags.store),
+            "depth": lambda: depth(work, rows, flags.store),
+        }
+        records = []
+        for section in sections:
+            for record in found[section]():
+                print(json.dumps(record), file=sys.stderr, flush=True)
+                records.append(record | shared)
+    print(table(records))
+    if flags.output:
+        append(flags.output, records, table, "offloaded.py")
+
+
+if __name__ == "__main__":
+    main()
