@@ -178,6 +178,8 @@ class Offloaded:
             self.buffers = [self._nan.new_empty(size) for _ in range(2)]
 
     def _let_go(self, layer: nn.Module) -> None:
+        if self.space.device.type == "cpu":
+            _trim()
         self._fetched.pop(layer)[1].wait()
         for parameter in self._matrices[layer]:
             parameter.data = self._nan.expand(parameter.shape)
@@ -191,8 +193,8 @@ def offload_weights(model: nn.Module, where: str | Path | Space, device: torch.d
 
     From then on, a layer comes to `device` when it runs, and only `layered` can train (see `Offloaded`). At other times
     the parameters of layers are NaN; `save_model` and `save_checkpoint` read the store. The file has no name, and is
-    deleted when the process ends. Raises UsageError for several processes or for a model without
-    layers, StoreError if there is no room.
+    deleted when the process ends. Raises UsageError for several processes or for a model without layers, StoreError if
+    there is no room.
     """
     if offloaded_of(model) is not None:
         raise UsageError("offload_weights was called twice for this model: call it once")
@@ -204,14 +206,20 @@ def offload_weights(model: nn.Module, where: str | Path | Space, device: torch.d
     elif not isinstance(where, Space):
         where = Space(ScratchFile(Path(where), pin_memory=pin_memory), device)
     if device.type == "cpu":
-        _return_freed_memory()
+        _map_large_blocks()
     _offloaded[model] = Offloaded(model, layers, where, torch.bfloat16)
 
 
-def _return_freed_memory() -> None:
-    """Let glibc give memory of 256 KiB or more back to the system when it is freed; else it keeps up to half of it."""
+def _map_large_blocks() -> None:
+    """Let glibc map blocks of 256 KiB or more, which then go back to the system when they are freed."""
     with suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**18)
+
+
+def _trim() -> None:
+    """Give what glibc keeps of freed memory back to the system: about 8 MB for each call of a layer."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def offloaded_of(model: nn.Module) -> Offloaded | None:
