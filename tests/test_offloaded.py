@@ -18,6 +18,7 @@ from lowmem import cross_entropy
 from lowmem.checkpoint.load import load_checkpoint
 from lowmem.checkpoint.save import save_checkpoint, save_model
 from lowmem.checkpoint.tensors import model_tensors, named_parameters
+from lowmem.config.parse import resolve
 from lowmem.config.rules import conflicts
 from lowmem.distributed import vocabulary
 from lowmem.distributed.offloaded import offload_weights
@@ -382,6 +383,12 @@ def test_what_offloading_does_not_support_is_refused_in_one_line(tmp_path):
     file.touch()
     with pytest.raises(StoreError, match=f"in {file} cannot be made: .*exists"):
         offload_weights(model, file, torch.device("cpu"))
+
+
+def test_a_file_is_refused_as_the_folder_for_weights(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file is a file: set a folder, or host"):
+        resolve({"mixed_precision": "bf16", "offload_weights": tmp_path / "file"})
 
 
 @pytest.mark.parametrize("flag", ["--memory=off", "--layered=False", "--compile=True", "--num_processes=2"])

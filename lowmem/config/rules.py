@@ -139,6 +139,9 @@ def _out_of_range(config: TrainConfig) -> list[str]:
             pass
         except OSError as error:  # a name that is too long, or a folder on the path that is a file
             problems.append(f"--{name}={getattr(config, name)} cannot be {done}: {error.strerror}")
+    where = config.offload_weights
+    if where and where != "host" and os.path.exists(where) and not os.path.isdir(where):
+        problems.append(f"--offload_weights={where} {describe(where)}: set a folder, or host")
     for name in ("model_name_or_path", "tokenizer_name_or_path"):
         value = getattr(config, name)
         if value and not re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", value) and not os.path.isdir(value):
