@@ -88,7 +88,7 @@ def train(
     # only rank 0 initializes new weights; saved weights stay in their files until make_optimizer reads each rank's part
     is_filled_later = config.model_name_or_path is not None or not accelerator.is_main_process
     on_meta = is_filled_later and not config.deepspeed
-    model, tokenizer = load_model(**config.model_source, on_meta=on_meta)
+    model, tokenizer = load_model(**config.model_source, on_meta=on_meta, scratch_folder=config.scratch_folder)
     tokenizer_hash = tokenizer_digest(tokenizer)  # now: using a translation tokenizer changes its state
     if checkpoint:
         changes += check_same_tokenizer(checkpoint, tokenizer, accept=config.accept_changed_data)

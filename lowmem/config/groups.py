@@ -41,6 +41,11 @@ class Groups:
         return {"mixed_precision": self.autocast, "deepspeed": deepspeed} | reports
 
     @property
+    def scratch_folder(self) -> str | None:
+        """The folder in whose file `load_model` draws random weights; None if they fit into host memory."""
+        return None if self.offload_weights == "host" else self.offload_weights
+
+    @property
     def frozen_parts(self) -> list[str]:
         return [part for part in self.freeze.split(",") if part]
 

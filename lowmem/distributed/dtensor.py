@@ -7,6 +7,26 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from lowmem.errors import UsageError
+from lowmem.storage.records import Record
+
+
+class ShardedRecord(NamedTuple):
+    """A sharded tensor, of which this rank's part is in a record."""
+
+    record: Record
+    like: DTensor
+    """Has the shape, dtype and placements of the tensor, but not its data."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.like.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    def numel(self) -> int:
+        return self.like.numel()
 
 
 class Piece(NamedTuple):
@@ -21,8 +41,9 @@ class Piece(NamedTuple):
         return (*whole[: self.dim], self.stop - self.start, *whole[self.dim + 1 :])
 
 
-def pieces(tensor: DTensor) -> list[Piece]:
+def pieces(tensor: DTensor | ShardedRecord) -> list[Piece]:
     """All parts of a tensor, in order. Raises UsageError if it is sharded, but neither by rows nor by columns."""
+    tensor = tensor.like if isinstance(tensor, ShardedRecord) else tensor
     mesh, sharded = tensor.device_mesh.mesh, _sharded_dims(tensor)
     if not sharded:
         return [Piece(int(mesh.flatten()[0]), 0, 0, len(tensor))]
@@ -39,16 +60,20 @@ def _sharded_dims(tensor: DTensor) -> list[int]:  # returns mesh dimensions, not
     return [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
 
 
-def local_part(tensor: Tensor) -> tuple[Tensor, int, int]:
+def local_part(tensor: Tensor | Record | ShardedRecord) -> tuple[Tensor | Record, int, int]:
     """The local part of a tensor, as a view, and the row and the column where it begins in the full tensor."""
+    if isinstance(tensor, ShardedRecord):
+        return tensor.record, *local_part(tensor.like)[1:]
     if not isinstance(tensor, DTensor) or not (sharded := _sharded_dims(tensor)):
         return local_of(tensor), 0, 0
     piece = pieces(tensor)[tensor.device_mesh.get_local_rank(sharded[0])]
     return tensor.to_local(), *((piece.start, 0) if piece.dim == 0 else (0, piece.start))
 
 
-def local_of(tensor: Tensor) -> Tensor:
-    """The local part of a DTensor, as a view; any other tensor unchanged."""
+def local_of(tensor: Tensor | Record | ShardedRecord) -> Tensor | Record:
+    """The local part of a DTensor, as a view, or of a ShardedRecord; any other tensor unchanged."""
+    if isinstance(tensor, ShardedRecord):
+        return tensor.record
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -63,10 +88,13 @@ def is_in_columns(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) and any(placement.is_shard(1) for placement in tensor.placements)
 
 
-def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
+def sharded_like(parameter: Tensor, local: Tensor | Record) -> Tensor | Record | ShardedRecord:
     """Wrap `local` as a DTensor sharded like `parameter`. Ranks may resize the sharded dimension, but all equally."""
     if not isinstance(parameter, DTensor):
         return local
+    if isinstance(local, Record):
+        no_data = torch.empty((), dtype=local.dtype, device=parameter.device).expand(local.shape)
+        return ShardedRecord(local, sharded_like(parameter, no_data))
     mesh, placements, part = parameter.device_mesh, parameter.placements, local_of(parameter)
     shape = list(local.shape)
     for i in _sharded_dims(parameter):
@@ -75,6 +103,15 @@ def sharded_like(parameter: Tensor, local: Tensor) -> Tensor:
         shape[dim] = parameter.shape[dim] if has_its_size else local.shape[dim] * mesh.size(i)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether another tensor has this tensor's memory, such as a view.
+
+    Autograd keeps a view as `.grad` without a copy: for `hidden + parameter[None]`, of the gradient of `hidden`.
+    """
+    storage = tensor.untyped_storage()  # kept, because some versions of torch count it only while it exists
+    return torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor and `storage`
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Fill a model with weights, one parameter at a time: each rank reads its part from files, or rank 0 broadcasts it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -18,7 +18,7 @@ from lowmem.distributed.collectives import (
     rank_and_world_size,
     report_failure,
 )
-from lowmem.distributed.dtensor import local_part, set_local_
+from lowmem.distributed.dtensor import ShardedRecord, local_part, set_local_
 from lowmem.distributed.fully_sharded import notice_new_parameters
 from lowmem.distributed.placement import is_sharded
 from lowmem.errors import UsageError
@@ -34,14 +34,15 @@ class Unfilled:
     def __init__(self, model: nn.Module, *, will_shard: bool):
         """Take a model before it is sharded. With `will_shard`, move its parameters to meta (rank 0 keeps the values).
 
-        If rank 0's model is on meta, all ranks read from the files in `model.name_or_path`.
+        If rank 0's model is on meta, all ranks read from the files in `model.name_or_path`, or from records.
         """
-        parameters, has_data = dict(model.named_parameters()), not any(x.is_meta for x in model.parameters())
+        parameters = dict(model.named_parameters())
+        self._whole: dict[str, Tensor | Record] = dict(_records.pop(model, {}))  # of rank 0, if not in the model
+        has_data = not any(x.is_meta for name, x in parameters.items() if name not in self._whole)
         self._is_broadcast = gather_json(has_data)[0]
-        self._whole: dict[str, Tensor] = {}  # of rank 0, if it has values for a model that will be sharded
         if will_shard and has_data:
             if rank_and_world_size()[0] == 0:
-                self._whole = {name: parameter.data for name, parameter in parameters.items()}
+                self._whole = {name: parameter.data for name, parameter in parameters.items()} | self._whole
             for parameter in parameters.values():
                 set_local_(parameter, torch.empty_like(parameter, device="meta"))
 
@@ -77,6 +78,8 @@ class Unfilled:
         name = self._names.pop(parameter)
         local, first, column = local_part(parameter.data)
         whole, stored = self._whole.pop(name, None), self._stored.pop(name, None)
+        if isinstance(whole, Record):
+            whole = whole.space.take(whole)
         if not isinstance(parameter, DTensor):  # all ranks get rank 0's weights, even if their files differ
             local = local if whole is None else whole
             filled = torch.empty_like(local, device=self._device) if local.is_meta else local.to(self._device)
@@ -95,6 +98,14 @@ class Unfilled:
 
 
 _unfilled: WeakKeyDictionary[nn.Module, Unfilled] = WeakKeyDictionary()
+
+
+_records: WeakKeyDictionary[nn.Module, Mapping[str, Record]] = WeakKeyDictionary()
+
+
+def fill_from(model: nn.Module, records: Mapping[str, Record]) -> None:
+    """Let `parallelize` fill the parameters of these names, which are on meta, from records. It frees the records."""
+    _records[model] = records
 
 
 def filler_of(model: nn.Module) -> Callable[[nn.Parameter], None]:
@@ -122,16 +133,15 @@ def _open_files(model: nn.Module) -> dict[str, StoredTensor]:
         raise UsageError(f"{error}: set on_meta=False") from error
 
 
-def read_local(tensor: Tensor | Record, stored: StoredTensor) -> None:
-    """Fill a record, or the local part of `tensor`, from `stored`, in place."""
-    if isinstance(tensor, Record):
-        first = 0
-        for part in tensor.split(PART_BYTES):
-            part.space.write(part, stored.read(slice(first, first + part.shape[0])))
-            first += part.shape[0]
-        return
+def read_local(tensor: Tensor | Record | ShardedRecord, stored: StoredTensor) -> None:
+    """Fill the local part of `tensor` from `stored`, in place."""
     local, row, column = local_part(tensor)
-    stored.copy_part(local, row, column)
+    if not isinstance(local, Record):
+        stored.copy_part(local, row, column)
+        return
+    for part in local.split(PART_BYTES):
+        part.space.write(part, stored.read(slice(row, row + part.shape[0])))
+        row += part.shape[0]
 
 
 def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor]:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lowmem.data.batch import Batch
-from lowmem.distributed.dtensor import is_first_copy, local_of, sharded_like
+from lowmem.distributed.dtensor import is_first_copy, is_shared, local_of, sharded_like
 from lowmem.distributed.offloaded import offloaded_of
 from lowmem.distributed.placement import data_place, has_collectives, is_engine, is_sharded
 from lowmem.distributed.reduce import BucketedSum, LayerSum, all_reduce_sum
@@ -134,7 +134,7 @@ class Gradients:
                 self._taken.take_rows(parameter, rows_of[parameter])
             parameters = [parameter for parameter in parameters if parameter not in rows_of]
             for parameter in parameters if self._sum else ():
-                if (gradient := sums.get(parameter)) is not None and not _is_shared(gradient):
+                if (gradient := sums.get(parameter)) is not None and not is_shared(gradient):
                     self._sum.add(index_of[parameter], gradient)
             if parameters and (self._is_sharded or self._taken):
                 gradients = [sums.pop(parameter) for parameter in parameters]
@@ -235,7 +235,7 @@ class Gradients:
             def complete(parameter: nn.Parameter, index: int = index) -> None:
                 if self.released:
                     self.released.take(parameter)
-                elif not _is_shared(gradient := sums.get(parameter)):  # else `accumulate` adds it after backward
+                elif not is_shared(gradient := sums.get(parameter)):  # else `accumulate` adds it after backward
                     self._sum.add(index, gradient)
 
             hooks.append(parameter.register_post_accumulate_grad_hook(complete))
@@ -282,16 +282,7 @@ class _Sums:
         used.grad = None
         if gradient is None:
             return torch.zeros_like(used, dtype=self._dtype_of(used))
-        return gradient.clone() if _is_shared(gradient) else gradient
-
-
-def _is_shared(gradient: Tensor) -> bool:
-    """Whether another tensor has the gradient's memory, so that the rest of backward may read it.
-
-    Autograd keeps a view as `.grad` without a copy: for `hidden + parameter[None]`, of the gradient of `hidden`.
-    """
-    storage = gradient.untyped_storage()  # kept, because some versions of torch count it only while it exists
-    return torch._C._storage_Use_Count(storage._cdata) > 2  # the gradient and `storage`
+        return gradient.clone() if is_shared(gradient) else gradient
 
 
 @cache  # check each combination of values once, not at every step

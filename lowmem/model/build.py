@@ -4,7 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -24,7 +24,8 @@ from transformers import (
 
 from lowmem.config.presets import MODEL_SHAPES
 from lowmem.distributed.placement import original_class, unwrapped
-from lowmem.errors import UsageError, is_out_of_memory
+from lowmem.errors import StoreError, UsageError, is_out_of_memory
+from lowmem.model.spilled import built_in_file
 
 # transformers builds the parts of some models without our trust_remote_code=False. With no time for an answer, it then
 # raises ValueError instead of asking on stdin whether to run their code.
@@ -77,14 +78,21 @@ def config_from(model_config: PretrainedConfig | Mapping[str, object] | str | Pa
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
-def model_from(config: PretrainedConfig, dtype: torch.dtype, *, on_meta: bool) -> PreTrainedModel:
-    """Build a model with random weights or, with `on_meta`, with weights on the meta device."""
-    with init_empty_weights() if on_meta else nullcontext():
+def model_from(
+    config: PretrainedConfig, dtype: torch.dtype, *, on_meta: bool, scratch_folder: str | Path | None = None
+) -> PreTrainedModel:
+    """Build a model with random weights, which `scratch_folder` leaves in a file there, or on the meta device."""
+
+    def build() -> PreTrainedModel:
         options = {"dtype": dtype, "trust_remote_code": False} | attention_options(config)
-        model = auto_class(config).from_config(config, **options)
+        return auto_class(config).from_config(config, **options)
+
     if on_meta:
+        with init_empty_weights():
+            model = build()
         model.tie_weights()  # because init_empty_weights has untied the weights
-    return model
+        return model
+    return built_in_file(build, Path(scratch_folder)) if scratch_folder else build()
 
 
 def auto_class(config: PretrainedConfig) -> type:
@@ -154,14 +162,14 @@ def loading(name: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def as_usage_error(what: str, advice: str) -> Iterator[None]:
-    """Raise UsageError for any error of the block, except running out of memory.
+    """Raise UsageError for any error of the block, except running out of memory or of room for scratch files.
 
     Other libraries raise errors of many types for a damaged file, a field that does not fit or a missing package.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, UsageError) or is_out_of_memory(error):
+        if isinstance(error, UsageError | StoreError) or is_out_of_memory(error):
             raise
         if isinstance(error, ImportError):
             advice = "install the missing package, or use another model"

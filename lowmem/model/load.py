@@ -37,12 +37,14 @@ def load_model(
     tokenizer_name_or_path: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     on_meta: bool = False,
+    scratch_folder: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model or build it with random weights (by torch's generator); return it in training mode, and a tokenizer.
 
     `model_config` is a transformers config, a mapping of its fields, a path of a config.json or a name in MODEL_SHAPES.
     Weights have `dtype`. With `on_meta`, they stay on the meta device until `parallelize` shards them; if the files
-    cannot be read tensor by tensor, a line is printed and all weights are loaded. Without a tokenizer, text
+    cannot be read tensor by tensor, a line is printed and all weights are loaded. With `scratch_folder`, random weights
+    are drawn into a file there, and those of large parameters stay in it until `parallelize`. Without a tokenizer, text
     becomes bytes. Raises UsageError if something cannot be loaded, if weights are missing or do not fit
     the config, or if a config file without a tokenizer has a vocabulary much larger than that of bytes.
     """
@@ -63,7 +65,7 @@ def load_model(
             if is_named and str(model_config) not in MODEL_SHAPES and tokenizer_name_or_path is None:
                 _check_bytes(config, tokenizer)
             _adopt_special_tokens(config, tokenizer)
-            model = model_from(config, dtype, on_meta=on_meta)
+            model = model_from(config, dtype, on_meta=on_meta, scratch_folder=scratch_folder)
     _start_as_trained(model, tokenizer)
     _stop_at_end_tokens(model, tokenizer)
     return model.train(), tokenizer

@@ -3,6 +3,7 @@
 Each read, write or growth of the file first raises the audit event "lowmem.store" (operation, folder).
 """
 
+import ctypes
 import os
 import sys
 import tempfile
@@ -11,7 +12,8 @@ from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from ctypes import c_int64
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -24,6 +26,7 @@ from lowmem.storage.files import free_bytes
 _ALIGNMENT_BYTES = 4096  # a page
 _PART_BYTES = 2**24  # copied at a time between a GPU and a file
 _SLAB_BYTES = 2**30  # of pinned memory, of which torch takes powers of two. `plan` rounds up to it
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2  # of linux/falloc.h
 _IN_FLIGHT_BYTES = {"cuda": 2**26, "cpu": 2**24}  # `plan` counts those of a GPU
 
 
@@ -34,6 +37,9 @@ class Storage(Protocol):
 
     def allocate(self, num_bytes: int) -> int:
         """Return the address of new bytes, all zero. Raises StoreError if there is no room."""
+
+    def free(self, address: int, num_bytes: int) -> None:
+        """Give bytes back to the system where it can take them. They must not be used any more."""
 
     def host_copy(self, address: int, num_bytes: int) -> Tensor:
         """Return the bytes as a uint8 tensor in host memory, pinned for a GPU. Of a file, valid until the next call."""
@@ -136,6 +142,12 @@ class Space:
         self.read(record, copy).wait()
         return copy
 
+    def take(self, record: Record) -> Tensor:
+        """Return a copy in host memory and free the record."""
+        copy = self.read_to_host(record)
+        self.storage.free(record.address, record.num_bytes)
+        return copy
+
     def gather(self, record: Record, rows: Tensor) -> Tensor:
         """Return some rows of a matrix, (len(rows), columns), on the space's device."""
         unique, inverse = rows.cpu().unique(return_inverse=True)
@@ -228,6 +240,9 @@ class HostMemory:
         self._used[index] += rounded
         return address
 
+    def free(self, address: int, num_bytes: int) -> None:
+        """Do nothing."""
+
     def host_copy(self, address: int, num_bytes: int) -> Tensor:
         index = bisect(self._starts, address) - 1
         return self._slabs[index][address - self._starts[index] :][:num_bytes]
@@ -266,6 +281,11 @@ class ScratchFile:
                 os.posix_fallocate(self._file.fileno(), address, size)
         self._size += size
         return address
+
+    def free(self, address: int, num_bytes: int) -> None:
+        with suppress(AttributeError):  # another C library
+            mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE  # not all file systems can, which does no harm
+            ctypes.CDLL(None).fallocate64(self._file.fileno(), mode, c_int64(address), c_int64(num_bytes))
 
     def host_copy(self, address: int, num_bytes: int) -> Tensor:
         if self._buffer is None:
