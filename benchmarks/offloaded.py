@@ -7,6 +7,7 @@ Appends a JSON line per result to --output, and writes tables to the .md file of
 """
 
 import argparse
+import io
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -31,6 +33,14 @@ LLAMA_1B = {
     "hidden_size": 2048,
     "intermediate_size": 8192,
     "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
@@ -64,6 +74,16 @@ def write_model(folder: Path, shape: Mapping[str, int]) -> int:
     config.save_pretrained(folder)
     ByT5Tokenizer().save_pretrained(folder)
     return total
+
+
+def write_words(folder: Path, vocabulary: int) -> None:
+    """Write a tokenizer whose words are the numbers below `vocabulary`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(vocabulary)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1", pad_token="2").save_pretrained(folder)
 
 
 def flags_of(model: Path, store: Path, output: Path, **changes: object) -> list[str]:
@@ -102,6 +122,16 @@ def child(flags: list[str]) -> None:
     from lowmem.storage import records
 
     found = {"read_seconds": 0.0, "write_seconds": 0.0, "wait_seconds": 0.0, "read_bytes": 0, "written_bytes": 0}
+    files: set[io.FileIO] = set()
+    disk = [0]
+
+    def measure_disk() -> None:
+        """Note the bytes that the files take on the disk, twice a second."""
+        while True:
+            disk.append(
+                max(disk.pop(), sum(os.fstat(file.fileno()).st_blocks * 512 for file in [*files] if not file.closed))
+            )
+            time.sleep(0.5)
 
     def timed(owner: type, name: str, seconds: str, num_bytes: str | None) -> None:
         function = getattr(owner, name)
@@ -113,6 +143,7 @@ def child(flags: list[str]) -> None:
             finally:
                 found[seconds] += time.perf_counter() - began
                 if num_bytes:
+                    files.add(arguments[0]._file)
                     found[num_bytes] += arguments[-1].nbytes
 
         setattr(owner, name, measured)
@@ -120,6 +151,7 @@ def child(flags: list[str]) -> None:
     timed(records.ScratchFile, "read", "read_seconds", "read_bytes")
     timed(records.ScratchFile, "write", "write_seconds", "written_bytes")
     timed(records.Transfer, "wait", "wait_seconds", None)
+    threading.Thread(target=measure_disk, daemon=True).start()
     sys.argv = [str(PROGRAM), "train", *flags]
     try:
         runpy.run_path(str(PROGRAM), run_name="__main__")
@@ -128,7 +160,7 @@ def child(flags: list[str]) -> None:
             raise
     # not ru_maxrss, which includes the process that started this one
     (peak,) = (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
-    print(json.dumps(found | {"peak_bytes": int(peak) * 1024}))
+    print(json.dumps(found | {"peak_bytes": int(peak) * 1024, "disk_bytes": disk[0]}))
 
 
 def memory(work: Path, rows: Path, store: Path, cases: list[str]) -> Iterator[Record]:
@@ -173,6 +205,19 @@ def depth(work: Path, rows: Path, store: Path) -> Iterator[Record]:
         yield {"section": "depth", "case": name, "weights": num_weights} | finished(run(*flags), work / f"out {layers}")
 
 
+def scratch(work: Path, rows: Path, store: Path) -> Iterator[Record]:
+    """Yield two steps, of the same four rows, of a Llama of 8 B random weights that is never whole in memory."""
+    config, words = work / "config.json", work / "words"
+    config.write_text(json.dumps(LLAMA_8B | {"model_type": "llama", "tie_word_embeddings": False}))
+    write_words(words, LLAMA_8B["vocab_size"])
+    numbers = [" ".join(str(row * 1000 + 7 * n) for n in range(TOKENS)) for row in range(MICRO_BATCHES)]
+    (work / "four.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in numbers))
+    changes = {"train_file": work / "four.jsonl", "memory": "lean", "model_config": config} | RELEASED
+    flags = flags_of(work, store, work / "scratch", tokenizer_name_or_path=words, **changes)
+    flags = [flag for flag in flags if not flag.startswith("--model_name_or_path")]
+    yield {"section": "scratch", "case": "8 B, lean, released"} | finished(run(*flags), work / "scratch")
+
+
 def table(records: list[Record]) -> str:
     """Return Markdown for the records of one command."""
     first = records[0]
@@ -199,7 +244,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--store", type=Path, required=True, help="folder for weights and models, tens of GB")
-    parser.add_argument("--sections", default="memory,limited,resume,depth", help="comma list")
+    parser.add_argument("--sections", default="memory,limited,resume,depth,scratch", help="comma list")
     parser.add_argument("--cases", default=";".join(CASES), help=f"semicolon list for memory: {'; '.join(CASES)}")
     parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
     flags = parser.parse_args()
@@ -218,6 +263,7 @@ def main() -> None:
             "limited": lambda: limited(work, rows, flags.store),
             "resume": lambda: resume(work, rows, flags.store),
             "depth": lambda: depth(work, rows, flags.store),
+            "scratch": lambda: scratch(work, rows, flags.store),
         }
         records = []
         for section in sections:

@@ -14,19 +14,22 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoConfig, ByT5Tokenizer
 
-from lowmem import cross_entropy
+from lowmem import cross_entropy, init_distributed, parallelize
 from lowmem.checkpoint.load import load_checkpoint
 from lowmem.checkpoint.save import save_checkpoint, save_model
 from lowmem.checkpoint.tensors import model_tensors, named_parameters
 from lowmem.config.parse import resolve
 from lowmem.config.rules import conflicts
 from lowmem.distributed import vocabulary
+from lowmem.distributed.fully_sharded import forward_only
 from lowmem.distributed.offloaded import offload_weights
 from lowmem.distributed.placement import training_layers
 from lowmem.errors import StoreError, UsageError
 from lowmem.loss import chunked_loss, plain_loss
 from lowmem.memory.savers import entered, layered, layered_offloaded, release
+from lowmem.model import spilled
 from lowmem.model.build import freeze
+from lowmem.model.load import load_model
 from lowmem.optim import tiers
 from lowmem.optim.make import make_optimizer
 from lowmem.optim.state import optimizer_tensors
@@ -36,7 +39,8 @@ from lowmem.plan.predict import planners, predicting
 from lowmem.step import TrainState, train_step
 from lowmem.storage.records import HostMemory, Record, ScratchFile, Space
 from tests import runs
-from tests.models import LLAMA, build
+from tests.forked import fork_ranks
+from tests.models import FAMILIES, LLAMA, build
 from tests.processes import PROGRAM, finish, run_program, started_function, train
 from tests.runs import assert_same_run, write_files
 from tests.test_layered import batches_of
@@ -229,6 +233,88 @@ def test_a_checkpoint_of_a_larger_tier_is_rounded_into_the_file(tmp_path):
     assert_equal(*loaded)
 
 
+# --- processes
+
+
+def train_shards(folder):
+    """Train sharded models with weights in memory and in files, and continue each with the other's checkpoint."""
+    accelerator = init_distributed()
+    rank = accelerator.process_index
+    with pytest.raises(UsageError, match="set FULL_SHARD"):
+        offload_weights(build("llama"), "host", accelerator.device)
+    for family, memory, savers, max_grad_norm in (
+        ("llama", "lean", [layered_offloaded], 0.1),
+        ("t5", "exact", [layered, release], None),
+    ):
+        batches = batches_of(family == "t5", count=6)[2 * rank :][:2]
+
+        def state_of(where, seed=0, family=family, memory=memory):
+            model = build(family, seed=seed, **WIDE[family])
+            parallelize(model, accelerator, sharding_strategy="FULL_SHARD", fill=False)
+            if where:
+                offload_weights(model, where, accelerator.device)
+            return TrainState(model, make_optimizer(model, memory=memory), seed=3)
+
+        def steps(state, count=2, savers=savers, batches=batches, max_grad_norm=max_grad_norm):
+            options = {"learning_rate": 1e-2, "max_grad_norm": max_grad_norm}
+            with entered(savers, state.model, state.optimizer):
+                results = [train_step(state, batches, chunked_loss, accelerator, **options) for _ in range(count)]
+            with forward_only(state.model):
+                loss = chunked_loss(state.model, batches[0])
+            return [(result.loss.item(), result.grad_norm.item()) for result in results], loss.item()
+
+        found = []
+        for where, after in ((None, "host"), (folder / f"rank {rank}", None)):
+            state = state_of(where)
+            losses = [steps(state)]
+            saved = save_checkpoint(state, folder / f"{family} {where is None}", accelerator)
+            state = state_of(after, seed=5)
+            steps(state, count=1)  # so that there is something to replace
+            load_checkpoint(state, saved, accelerator)
+            losses.append(steps(state))
+            last = save_checkpoint(state, folder / f"{family} {where is None}", accelerator)
+            found.append((losses, saved, last))
+        assert found[0][0] == found[1][0], found
+        for saved in zip(*(each[1:] for each in found), strict=True):
+            files, others = ({x.name: x.read_bytes() for x in path.rglob("*.safetensors")} for path in saved)
+            assert files == others and len(files) > 1, files.keys() ^ others.keys()
+    accelerator.end_training()
+
+
+def test_sharded_weights_in_files_give_the_bits_of_shards_in_memory(tmp_path):
+    assert fork_ranks(3, train_shards, tmp_path) == [0] * 3  # parts of unequal size
+
+
+# --- random weights
+
+
+@pytest.mark.parametrize("family", WIDE)
+def test_random_weights_drawn_in_a_file_are_those_drawn_in_memory(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(spilled, "_MIN_BYTES", 2**12)
+    monkeypatch.setattr(spilled, "_RESIDENT_BYTES", 2**16)  # fewer than those of the embeddings
+    fields, found = FAMILIES[family] | WIDE[family], []
+    for folder in (None, tmp_path):
+        torch.manual_seed(5)
+        model, _ = load_model(model_config=fields, scratch_folder=folder)
+        in_file = sum(parameter.is_meta for parameter in model.parameters())
+        assert (in_file > 20) == (folder is not None)
+        found.append((dict(parallelize(model, Accelerator(cpu=True)).state_dict()), torch.rand(1).item()))
+    assert found[0][1] == found[1][1]
+    assert_equal(found[0][0], found[1][0])
+
+
+def test_a_run_with_random_weights_trains_and_evaluates_from_a_file(tmp_path):
+    work, fields = write_files(tmp_path, num_rows=90), LLAMA | {"hidden_size": 512, "intermediate_size": 600}
+    (work / "t5.json").write_text(AutoConfig.for_model(**fields).to_json_string())
+    for name, where in (("plain", "host"), ("in file", tmp_path / "store")):
+        result = train("train", *run_flags(work, name, offload_weights=where, max_steps=2, save_steps=2))
+        assert result.returncode == 0, result.stderr
+    assert_same_run(work, "in file", "plain")
+    flags = [f"--model_name_or_path={work / 'plain' / 'model'}", f"--test_file={work / 'rows.jsonl'}"]
+    results = [train("evaluate", *flags, *more) for more in ([], [f"--offload_weights={tmp_path / 'store'}"])]
+    assert results[0].returncode == 0 and results[0].stdout == results[1].stdout, results[1].stderr
+
+
 # --- runs
 
 
@@ -391,7 +477,9 @@ def test_a_file_is_refused_as_the_folder_for_weights(tmp_path):
         resolve({"mixed_precision": "bf16", "offload_weights": tmp_path / "file"})
 
 
-@pytest.mark.parametrize("flag", ["--memory=off", "--layered=False", "--compile=True", "--num_processes=2"])
+@pytest.mark.parametrize(
+    "flag", ["--memory=off", "--layered=False", "--compile=True", "--sharding_strategy=SHARD_GRAD_OP"]
+)
 def test_flags_that_contradict_offloading_are_refused(flag, tmp_path):
     result = train("train", "--mixed_precision=bf16", f"--offload_weights={tmp_path}", flag)
     assert result.returncode == 2 and "--offload_weights" in result.stderr and len(result.stderr.splitlines()) == 1

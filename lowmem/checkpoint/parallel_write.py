@@ -20,7 +20,7 @@ from lowmem.distributed.collectives import (
     raise_on_all_ranks,
     rank_and_world_size,
 )
-from lowmem.distributed.dtensor import Piece, pieces
+from lowmem.distributed.dtensor import Piece, ShardedRecord, local_of, pieces
 from lowmem.distributed.zero import Zero3Weight
 from lowmem.errors import SaveError
 from lowmem.storage.atomic_folder import atomic_folder, unfinished_folder
@@ -28,6 +28,7 @@ from lowmem.storage.files import FileRecord, free_bytes, make_folder, write_file
 from lowmem.storage.records import Record
 from lowmem.storage.tensor_files import PART_BYTES, Shard, host_parts, write_index
 
+Saved = Tensor | Record | ShardedRecord | Zero3Weight
 WriteRest = Callable[[Path, dict[str, FileRecord]], None]
 
 
@@ -88,7 +89,7 @@ def _write_share(shares: list[list[Shard]], unfinished: Path, rank: int) -> dict
             pass
 
 
-def _wholes(queues: Sequence[Sequence[Tensor | Record | Zero3Weight]], rank: int) -> Iterator[Tensor]:
+def _wholes(queues: Sequence[Sequence[Saved]], rank: int) -> Iterator[Tensor]:
     """Gather the whole tensors of `queues[rank]` from all ranks, and yield them in order, some in several pieces.
 
     All ranks pass the same `queues` and must exhaust the iterator, because it also sends this rank's pieces to others.
@@ -100,28 +101,33 @@ def _wholes(queues: Sequence[Sequence[Tensor | Record | Zero3Weight]], rank: int
                 if owner == rank:
                     yield whole
         sent = [_send(tensor, owner) for owner, tensor in enumerate(tensors) if owner != rank]
-        if isinstance(tensors[rank], Tensor | Record):
+        if isinstance(tensors[rank], Tensor | Record | ShardedRecord):
             yield from _pieces(tensors[rank], rank)
         with collective("sending pieces of a checkpoint's tensors"):
             for work in filter(None, sent):
                 work.wait()
 
 
-def _send(tensor: Tensor | Record | Zero3Weight | None, owner: int) -> dist.Work | None:
+def _send(tensor: Saved | None, owner: int) -> dist.Work | None:
     """Start sending this rank's piece of a sharded tensor to `owner`. Returns None if there is nothing to send."""
-    if not isinstance(tensor, DTensor):
+    if not isinstance(tensor, DTensor | ShardedRecord):
         return None
     rank = dist.get_rank()
     if not any(piece.rank == rank and piece.start < piece.stop for piece in pieces(tensor)):
         return None
-    data = tensor.to_local().detach().cpu().contiguous().view(-1).view(torch.uint8)
+    data = _local_data(tensor).cpu().contiguous().view(-1).view(torch.uint8)
     return dist.isend(data, owner, group=host_group())
 
 
-def _pieces(tensor: Tensor | Record, rank: int) -> Iterator[Tensor]:
+def _local_data(tensor: DTensor | ShardedRecord) -> Tensor:
+    local = local_of(tensor)
+    return local.to_host() if isinstance(local, Record) else local.detach()
+
+
+def _pieces(tensor: Tensor | Record | ShardedRecord, rank: int) -> Iterator[Tensor]:
     if isinstance(tensor, Record):
         yield from (part.to_host() for part in tensor.split(PART_BYTES))
-    elif not isinstance(tensor, DTensor):
+    elif not isinstance(tensor, DTensor | ShardedRecord):
         yield tensor
     elif (every := pieces(tensor))[0].dim == 0:
         for piece in every:
@@ -133,9 +139,9 @@ def _pieces(tensor: Tensor | Record, rank: int) -> Iterator[Tensor]:
         yield whole
 
 
-def _received(tensor: DTensor, piece: Piece, rank: int) -> Tensor:
+def _received(tensor: DTensor | ShardedRecord, piece: Piece, rank: int) -> Tensor:
     if piece.rank == rank:
-        return tensor.to_local().detach()
+        return _local_data(tensor)
     received = torch.empty(piece.shape(tensor.shape), dtype=tensor.dtype)
     if piece.start < piece.stop:
         with collective(f"waiting for a piece of a checkpoint's tensor from rank {piece.rank}"):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowmem.distributed.dtensor import ShardedRecord, sharded_like
 from lowmem.distributed.offloaded import offloaded_of
 from lowmem.distributed.placement import is_engine, unwrapped
 from lowmem.distributed.zero import Zero3Weight
@@ -13,7 +14,7 @@ from lowmem.storage.records import Record
 from lowmem.storage.tensor_files import bytes_of
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor | Record | Zero3Weight]:
+def model_tensors(model: nn.Module) -> dict[str, Tensor | Record | ShardedRecord | Zero3Weight]:
     """Return parameters and persistent buffers by name (if tied: the first). Wraps ZeRO-3 weights in Zero3Weight.
 
     Returns the records of offloaded weights. Until the next forward, the model has no copies of these.
@@ -21,7 +22,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor | Record | Zero3Weight]:
     tensors = _named_once(model)
     if (offloaded := offloaded_of(model)) is not None:
         offloaded.let_go()
-        return {name: offloaded.record_of(x) or x for name, x in tensors.items()}
+        records = {name: offloaded.record_of(x) for name, x in tensors.items()}
+        return {name: sharded_like(x, records[name]) if records[name] else x for name, x in tensors.items()}
     return {name: Zero3Weight(x) if hasattr(x, "ds_shape") else x for name, x in tensors.items()}
 
 
@@ -39,5 +41,5 @@ def named_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Par
     return {names[id(x)]: x for group in optimizer.param_groups for x in group["params"]}
 
 
-def num_bytes(tensors: Mapping[str, Tensor | Record]) -> int:
+def num_bytes(tensors: Mapping[str, Tensor | Record | ShardedRecord]) -> int:
     return sum(map(bytes_of, tensors.values()))

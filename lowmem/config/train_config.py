@@ -150,10 +150,10 @@ class TrainConfig(Groups):
     layered: bool = False
     """Run all micro-batches of a step through one layer before the next. Implies recompute=full; keeps the inputs of
     all layers. release then works with accumulation and several processes, and FULL_SHARD gathers twice a step."""
-    offload_weights: str | None = setting(holds="path", per_rank=True)
+    offload_weights: str | None = setting(holds="path", per_rank=True, in_evaluate=True)
     """Keep the layers' weights and optimizer state in host memory (host) or a folder.
     They are pinned memory for a GPU, or a file in the folder; a layer at a time comes to the device. Needs a memory
-    tier and one process; implies layered."""
+    tier and, on several processes, FULL_SHARD; implies layered."""
     compile: bool = False
     """torch.compile each layer: faster after minutes of compiling; changes rounding."""
     device_memory: str | None = setting(unit="bytes")

@@ -66,6 +66,22 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+class Shards:
+    """This rank's parts of a sharded model's parameters, as `fully_shard` all-gathers them."""
+
+    def __init__(self, model: nn.Module):
+        groups = (module._get_fsdp_state()._fsdp_param_group for module in sharded_modules(model))
+        self._of = {each.sharded_param: each for group in groups if group for each in group.fsdp_params}
+
+    def numel(self, parameter: nn.Parameter) -> int:
+        """Return the elements of a part, which are as many on all ranks: a smaller part is padded at its end."""
+        return self._of[parameter].padded_sharded_param_size.numel()
+
+    def gather_from(self, parameter: nn.Parameter, part: Tensor) -> None:
+        """Let the next all-gather take this rank's part from `part`, a padded vector on the device."""
+        self._of[parameter]._sharded_param_data = part
+
+
 @contextmanager
 def forward_only(model: nn.Module) -> Iterator[None]:
     """Run a block in evaluation mode, without gradients. At its end, reshard all weights, because no backward does."""

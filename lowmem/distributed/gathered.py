@@ -1,12 +1,13 @@
 """The weights of a sharded model, all-gathered for the layers that compute."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import nn
 from torch.distributed.fsdp import UnshardHandle
 
 from lowmem.distributed.fully_sharded import reshards_after_forward, sharded_modules, without_hooks
+from lowmem.distributed.offloaded import Offloaded
 
 
 class Gathered:
@@ -14,11 +15,11 @@ class Gathered:
 
     Uses the groups and all-gathers of `fully_shard`, but not its hooks, which expect one micro-batch at a time. Weights
     outside layers, such as embeddings and head, stay all-gathered for the whole step. With SHARD_GRAD_OP, layers stay
-    all-gathered until their last backward.
+    all-gathered until their last backward. With `offloaded`, this rank's parts of layers come from there.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]):
-        self._model, self._reshards = model, reshards_after_forward(model)
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], offloaded: Offloaded | None):
+        self._model, self._reshards, self._offloaded = model, reshards_after_forward(model), offloaded
         self._groups = {layer: sharded_modules(layer) for layer in layers}
         within = {group for groups in self._groups.values() for group in groups}
         self._outside = [group for group in sharded_modules(model) if group not in within]
@@ -36,7 +37,7 @@ class Gathered:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        with without_hooks(self._model):
+        with self._offloaded.step() if self._offloaded else nullcontext(), without_hooks(self._model):
             for group in self._outside:
                 group.unshard()
             try:
@@ -47,14 +48,21 @@ class Gathered:
 
     def fetch(self, layer: nn.Module, following: nn.Module | None) -> None:
         for other in [other for other in self._unsharded if self._reshards and other not in (layer, following)]:
-            self.finish(other)
+            self._reshard(other)
+        if self._offloaded:
+            self._offloaded.fetch(layer, following)
         self._begin(layer)
         for handle in self._unsharded[layer]:
             handle.wait()
-        if following is not None:
+        if following is not None and not self._offloaded:
             self._begin(following)
 
     def finish(self, layer: nn.Module) -> None:
+        self._reshard(layer)
+        if self._offloaded:
+            self._offloaded.finish(layer)
+
+    def _reshard(self, layer: nn.Module) -> None:
         for handle in self._unsharded.pop(layer, ()):
             handle.wait()  # else the next step would take what was gathered for this one
         for group in self._groups[layer]:

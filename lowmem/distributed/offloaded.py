@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.distributed.collectives import rank_and_world_size
-from lowmem.distributed.dtensor import set_local_
-from lowmem.distributed.placement import is_large, training_layers
+from lowmem.distributed.dtensor import local_of, set_local_
+from lowmem.distributed.fully_sharded import Shards, reshards_after_forward
+from lowmem.distributed.placement import is_large, is_sharded, training_layers
 from lowmem.distributed.vocabulary import OffloadedRows
 from lowmem.errors import UsageError
 from lowmem.storage.records import HostMemory, Record, ScratchFile, Space, Transfer
@@ -34,22 +35,17 @@ class Offloaded:
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], space: Space, dtype: torch.dtype):
         self.space = space
         self.gathered: dict[nn.Parameter, nn.Parameter] = {}
+        self._shards = Shards(model) if is_sharded(model) else None
         self._matrices = _matrices(model, layers)
         self._records: dict[nn.Module, Record] = {}
         self._weights: dict[nn.Parameter, Record] = {}
-        self._layer_of: dict[nn.Parameter, nn.Module] = {}
-        for layer, matrices in self._matrices.items():
-            self._records[layer] = space.allocate([sum(x.numel() for x in matrices)], dtype)
-            offset = 0
-            for parameter in matrices:
-                rows = slice(offset, offset + parameter.numel())
-                self._weights[parameter] = self._records[layer].rows(rows)._replace(shape=parameter.shape)
-                self._layer_of[parameter] = layer
-                offset = rows.stop
+        self._layer_of = {parameter: layer for layer, matrices in self._matrices.items() for parameter in matrices}
         self._dtype = dtype
         self._taken: set[nn.Parameter] = set()
-        largest = max(record.numel() for record in self._records.values())
-        self._vocabulary = {x: modules for x, modules in _vocabulary(model).items() if x.numel() > largest}
+        self._largest = max(sum(map(self._numel, matrices)) for matrices in self._matrices.values())
+        self._vocabulary = {x: modules for x, modules in _vocabulary(model).items() if x.numel() > self._largest}
+        if self._shards:  # all ranks need all rows at the same time
+            self._vocabulary = {}
         self.rows: dict[nn.Parameter, OffloadedRows] = {}
         """The weights of embeddings and head that are offloaded."""
         self._nan = torch.full((), torch.nan, dtype=dtype, device=space.device)
@@ -59,7 +55,8 @@ class Offloaded:
         self._in_step = False
         for index, layer in enumerate(layers):
             following = layers[(index + 1) % len(layers)]
-            layer.register_forward_pre_hook(partial(self._before_forward, following))
+            # before the hook of fully_shard, which all-gathers the layer
+            layer.register_forward_pre_hook(partial(self._before_forward, following), prepend=True)
 
     def new_scratch(self) -> Space | None:
         """Return a space for activations and gradients in a second file, or None if weights are in host memory."""
@@ -78,13 +75,31 @@ class Offloaded:
         if parameter in self._taken:
             raise UsageError("offloaded weights already have an optimizer: offload the weights of a new model")
         self._taken.add(parameter)
+        if (layer := self._layer_of.get(parameter)) not in self._records and layer is not None:
+            self._allocate(layer)
         if row_wise and (modules := self._vocabulary.get(parameter)):
             self._weights[parameter] = record = self.space.allocate(parameter.shape, self._dtype)
             gradient = self.space.allocate(parameter.shape, sum_dtype) if parameter.requires_grad else None
             self.rows[parameter] = OffloadedRows(parameter, record, gradient, modules)
         if (record := self.record_of(parameter)) is not None:
-            self.space.write(record, parameter.data.contiguous())
-            set_local_(parameter, self._nan.expand(parameter.shape))
+            local = local_of(parameter.data)
+            writing = self.space.write(record, local.contiguous())
+            if self._shards:
+                writing.wait()  # because set_local_ frees the data
+                set_local_(parameter, self._nan.expand(local.shape))
+            self._let_go_of(parameter)
+
+    def _allocate(self, layer: nn.Module) -> None:
+        matrices, offset = self._matrices[layer], 0
+        self._records[layer] = self.space.allocate([sum(map(self._numel, matrices))], self._dtype)
+        for parameter in matrices:
+            local = local_of(parameter.data)
+            rows = slice(offset, offset + local.numel())
+            self._weights[parameter] = self._records[layer].rows(rows)._replace(shape=local.shape)
+            offset += self._numel(parameter)
+
+    def _numel(self, parameter: nn.Parameter) -> int:
+        return self._shards.numel(parameter) if self._shards else parameter.numel()
 
     def new_record(self, values: Tensor) -> Record:
         """Return a new record of these values, or of zeros if they are on the meta device."""
@@ -102,11 +117,11 @@ class Offloaded:
         """
         records = {name: value for name, value in state.items() if isinstance(value, Record)}
         weight, fetched = self.record_of(parameter), self._fetched.get(self._layer_of.get(parameter))
-        is_here = weight is None or fetched is not None
-        if fetched is not None:
-            fetched[1].wait()
-        elif weight is not None:
+        is_here = weight is None or (fetched is not None and not self._shards)
+        if not is_here:
             records["weight"] = weight
+        elif fetched is not None:
+            fetched[1].wait()
         rest = {name: value for name, value in state.items() if name not in records}
 
         def begin(rows: slice) -> dict[str, tuple[Tensor, Transfer]]:
@@ -114,7 +129,7 @@ class Offloaded:
             new = {name: torch.empty(x.shape, dtype=x.dtype, device=self.space.device) for name, x in parts.items()}
             return {name: (new[name], self.space.read(part, new[name])) for name, part in parts.items()}
 
-        ahead = begin(slices[0])
+        ahead = begin(slices[0]) if slices else {}
         for index, rows in enumerate(slices):
             opened, ahead = ahead, begin(slices[index + 1]) if index + 1 < len(slices) else {}
             tensors = {name: tensor for name, (tensor, _) in opened.items()}
@@ -122,7 +137,7 @@ class Offloaded:
                 transfer.wait()
             del opened
             if is_here:
-                tensors["weight"] = parameter.data[rows]
+                tensors["weight"] = local_of(parameter.data)[rows]
             yield rows, tensors | rest
             for name, tensor in tensors.items():
                 if (record := weight if name == "weight" else records[name]) is not None:
@@ -145,7 +160,9 @@ class Offloaded:
             self._begin(following)
 
     def finish(self, layer: nn.Module) -> None:
-        """No-op: `fetch` reuses the buffer."""
+        """Let go of sharded weights, because updates change only the records. Others stay until `fetch`."""
+        if self._shards and layer in self._fetched:
+            self._let_go(layer)
 
     def let_go(self) -> None:
         """Until the next forward, only records have the layers' weights. Raises the StoreError of a failed write."""
@@ -162,6 +179,8 @@ class Offloaded:
             return
         if not self._taken.issuperset(self._matrices[layer]):
             raise UsageError("the model ran before its offloaded weights were moved: call make_optimizer first")
+        if layer not in self._records:  # it has only small weights
+            self._allocate(layer)
         self.make_buffers()
         index = next(iter({0, 1} - {index for index, _ in self._fetched.values()}))
         record = self._records[layer]
@@ -169,19 +188,28 @@ class Offloaded:
         self._fetched[layer] = index, self.space.read(record, buffer)
         offset = 0
         for parameter in self._matrices[layer]:
-            parameter.data = buffer[offset : offset + parameter.numel()].view(parameter.shape)
-            offset += parameter.numel()
+            data = buffer[offset : offset + self._numel(parameter)]
+            if self._shards:
+                self._shards.gather_from(parameter, data)
+            else:
+                parameter.data = data.view(parameter.shape)
+            offset += len(data)
 
     def make_buffers(self) -> None:
         if not self.buffers:
-            size = max(record.numel() for record in self._records.values())
-            self.buffers = [self._nan.new_empty(size) for _ in range(2)]
+            self.buffers = [self._nan.new_empty(self._largest) for _ in range(2)]
 
     def _let_go(self, layer: nn.Module) -> None:
         if self.space.device.type == "cpu":
             _trim()
         self._fetched.pop(layer)[1].wait()
         for parameter in self._matrices[layer]:
+            self._let_go_of(parameter)
+
+    def _let_go_of(self, parameter: nn.Parameter) -> None:
+        if self._shards:
+            self._shards.gather_from(parameter, self._nan.expand(self._shards.numel(parameter)))
+        else:
             parameter.data = self._nan.expand(parameter.shape)
 
 
@@ -193,13 +221,14 @@ def offload_weights(model: nn.Module, where: str | Path | Space, device: torch.d
 
     From then on, a layer comes to `device` when it runs, and only `layered` can train (see `Offloaded`). At other times
     the parameters of layers are NaN; `save_model` and `save_checkpoint` read the store. The file has no name, and is
-    deleted when the process ends. Raises UsageError for several processes or for a model without layers, StoreError if
-    there is no room.
+    deleted when the process ends. To train on several processes, use FULL_SHARD: each then has a store for its parts.
+    Raises UsageError for other strategies or for a model without layers, StoreError if there is no room.
     """
     if offloaded_of(model) is not None:
         raise UsageError("offload_weights was called twice for this model: call it once")
-    if rank_and_world_size()[1] > 1:
-        raise UsageError("offload_weights does not support several processes: start one, or remove it")
+    is_replicated = rank_and_world_size()[1] > 1 and not (is_sharded(model) and reshards_after_forward(model))
+    if is_replicated and any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError("offload_weights on several processes trains parts of weights: set FULL_SHARD, or start one")
     layers, pin_memory = training_layers(model, "offload_weights"), device.type == "cuda"
     if where == _IN_HOST_MEMORY:
         where = Space(HostMemory(pin_memory=pin_memory), device)

@@ -9,6 +9,7 @@ from lowmem.config.train_config import TrainConfig
 from lowmem.data.encode import make_encoder
 from lowmem.data.rows import Rows
 from lowmem.distributed.consistency import check_same_inputs, check_same_model
+from lowmem.distributed.offloaded import offload_weights
 from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
 from lowmem.evaluation import Evaluation
@@ -16,6 +17,7 @@ from lowmem.loss import LOSSES
 from lowmem.model.build import num_embeddings
 from lowmem.model.checks import check_model
 from lowmem.model.load import load_model
+from lowmem.optim.make import convert_frozen
 from lowmem.report import print_answers, print_lines
 
 
@@ -23,9 +25,13 @@ def evaluate_model(config: TrainConfig, test_rows: Rows) -> None:
     accelerator = init_distributed(mixed_precision=config.autocast)
     check_same_inputs({}, {"test": test_rows})
     dtype = torch.bfloat16 if config.has_bf16_weights else torch.float32
-    model, tokenizer = load_model(**config.model_source, dtype=dtype)
+    is_offloaded = config.offload_weights is not None
+    model, tokenizer = load_model(**config.model_source, dtype=dtype, on_meta=is_offloaded)
     check_same_model(model, tokenizer, weights=True)
-    model = parallelize(model, accelerator)
+    model = parallelize(model, accelerator, fill=not is_offloaded)
+    if is_offloaded:
+        offload_weights(model.requires_grad_(False), config.offload_weights, accelerator.device)
+        convert_frozen(model)
     max_seq_len = check_model(model, LOSSES[config.loss], **config.model_requirements)
     config = dataclasses.replace(config, max_seq_len=max_seq_len)
     shape = {"is_encoder_decoder": model.config.is_encoder_decoder, "num_embeddings": num_embeddings(model)}

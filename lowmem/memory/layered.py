@@ -88,7 +88,7 @@ def layered(model: nn.Module, optimizer: Optimizer, *, offload: Offload | None =
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise UsageError("layered computes each layer again in backward by itself: remove recompute")
     offloaded = offloaded_of(model)
-    store = Gathered(model, layers) if is_sharded(model) else offloaded or Resident()
+    store = Gathered(model, layers, offloaded) if is_sharded(model) else offloaded or Resident()
     optimizer.layered = Layered(base, layers, store, offload, offload or (offloaded and Offload((), host_of(model))))
     try:
         yield

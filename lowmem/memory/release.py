@@ -12,7 +12,7 @@ from lowmem.distributed.dtensor import local_of, sharded_like
 from lowmem.distributed.vocabulary import OffloadedRows
 from lowmem.errors import UsageError
 from lowmem.memory.offload import Offload
-from lowmem.optim.norms import gradient_norms
+from lowmem.optim.norms import gradient_norms, squared_norm
 
 
 @contextmanager
@@ -94,7 +94,7 @@ class Released(TakenGradients):
 
         def gradient(part: slice) -> Tensor:
             of_part = rows.gradient(part)
-            squares.append(_square(of_part))
+            squares.append(squared_norm(of_part))
             return of_part
 
         self._optimizer.gradient_rows = {parameter: gradient}
@@ -124,7 +124,7 @@ class KeptOnHost(TakenGradients):
         squares = []
         for part in rows.parts():
             gradient = rows.gradient(part)
-            squares.append(_square(gradient))
+            squares.append(squared_norm(gradient))
             rows.keep(part, gradient)
         self._norm_of_rows(parameter, squares)
         self._kept[parameter] = rows
@@ -142,9 +142,3 @@ class KeptOnHost(TakenGradients):
             parameter.grad_dtype = gradient.dtype
             parameter.grad = sharded_like(parameter, gradient)
             yield parameter
-
-
-def _square(gradient: Tensor) -> Tensor:
-    """Return the squared L2 norm, fp64."""
-    (norm,) = gradient_norms([gradient])
-    return norm.double().square()

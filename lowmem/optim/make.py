@@ -86,15 +86,9 @@ def make_optimizer(
         if columns % BLOCK:
             found = f"{path} has {columns} per rank"
             raise ValueError(f"memory=lean needs blocks of {BLOCK} columns, but {found}: use exact or another tp_size")
-    fill, offloaded = filler_of(model), offloaded_of(model)
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            fill(parameter)
-            set_local_(parameter, local_of(parameter.data).to(torch.bfloat16))
-            if offloaded:
-                offloaded.take_weight(parameter, row_wise=True, sum_dtype=torch.bfloat16)
-    convert_buffers(model)
-    tier = {"memory": memory, "slice_elements": slice_elements, "fused": fused, "fill": fill, "offloaded": offloaded}
+    convert_frozen(model)
+    tier = {"memory": memory, "slice_elements": slice_elements, "fused": fused}
+    tier |= {"fill": filler_of(model), "offloaded": offloaded_of(model)}
     if name == "adafactor":
         return TieredAdafactor(groups, **tier)
     moments = "bf16" if name == "adamw_bf16" else "tier"
@@ -105,6 +99,18 @@ def make_optimizer(
     if is_sharded(model):
         notice_new_parameters(model)
     return optimizer
+
+
+def convert_frozen(model: nn.Module) -> None:
+    """Bring frozen weights to their device, in bf16, or to where `offload_weights` says; convert all buffers."""
+    fill, offloaded = filler_of(model), offloaded_of(model)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            fill(parameter)
+            set_local_(parameter, local_of(parameter.data).to(torch.bfloat16))
+            if offloaded:
+                offloaded.take_weight(parameter, row_wise=True, sum_dtype=torch.bfloat16)
+    convert_buffers(model)
 
 
 def _of_torch(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowmem.distributed.dtensor import ShardedRecord
 from lowmem.distributed.fill import read_local
 from lowmem.errors import UsageError
 from lowmem.optim.formats import read
@@ -24,12 +25,12 @@ TIERS = ("off", "exact", "lean")
 Parameters = Mapping[str, nn.Parameter]
 
 
-def optimizer_tensors(parameters: Parameters, optimizer: Optimizer) -> dict[str, Tensor | Record]:
+def optimizer_tensors(parameters: Parameters, optimizer: Optimizer) -> dict[str, Tensor | Record | ShardedRecord]:
     """Return the optimizer's state. Raises UsageError for a value that is neither a tensor nor None."""
     tensors = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor | Record):
+            if isinstance(value, Tensor | Record | ShardedRecord):
                 tensors[f"{name}.{key}"] = value
             elif value is not None:
                 found = f"the optimizer state of {name} has {key}={value!r}, which is not a tensor and cannot be saved"

@@ -111,7 +111,9 @@ class TieredOptimizer(Optimizer):
             self._offloaded.take_weight(parameter, row_wise=self.row_wise, sum_dtype=self.sum_dtype(parameter))
             kept |= self._new_moments(parameter, local.to("meta" if self.row_wise else local.device))
             self.state[parameter] = {
-                name: self._offloaded.new_record(x) if self.row_wise or name == "weight_low" else x
+                name: sharded_like(parameter, self._offloaded.new_record(x))
+                if self.row_wise or name == "weight_low"
+                else x
                 for name, x in kept.items()
             }
         else:
@@ -166,7 +168,8 @@ class TieredOptimizer(Optimizer):
         every = [slice(0, rows_and_columns(local)[0])]
         if self._is_offloaded(parameter):
             slices = _slices(local, _OFFLOADED_ELEMENTS) if self.row_wise else every
-            yield from self._offloaded.opened(parameter, state, slices)
+            local_state = {name: local_of(tensor) for name, tensor in state.items()}
+            yield from self._offloaded.opened(parameter, local_state, slices)
         else:
             yield every[0], {name: local_of(tensor) for name, tensor in {"weight": parameter.data, **state}.items()}
 
@@ -257,7 +260,7 @@ class TieredOptimizer(Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, tensors in state_dict["state"].items():
             for key, tensor in tensors.items():
-                target, value = self.state[parameters[index]][key], tensor
+                target, value = local_of(self.state[parameters[index]][key]), local_of(tensor)
                 if isinstance(target, Record):
                     target.space.write(target, value.to_host() if isinstance(value, Record) else value)
                 else:
