@@ -37,7 +37,8 @@ def write_together(
 ) -> None:
     """Write the shards of `groups` ({stem: shards}) into `path`, each on one rank. Shard names are relative paths.
 
-    Rank 0 then calls `write_rest(temporary folder, records so far)`. If a write fails, every rank raises SaveError.
+    Rank 0 then calls `write_rest(temporary folder, records so far)`. If a write fails, every rank raises SaveError;
+    StoreError if records cannot be read, or a sync shows that they may be out of date.
     """
     shards = [shard for group in groups.values() for shard in group]
     needed = sum(shard.num_bytes for shard in shards)
@@ -62,6 +63,9 @@ def write_together(
         on_main_rank(start)
         with raise_on_all_ranks(), _as_save_error(path, needed):
             written = _write_share(assign_shards(shards, world_size), unfinished, rank)
+            tensors = [tensor for shard in shards for tensor in shard.tensors.values()]
+            for space in {tensor.space for tensor in tensors if isinstance(tensor, Record)}:
+                space.sync()  # after the last read
         records = {name: record for of_rank in gather_json(written) for name, record in of_rank.items()}
         on_main_rank(lambda: end(records))
 

@@ -1,6 +1,6 @@
 """Tensors in host memory or in a file, which a thread reads and writes while the device computes.
 
-Each read, write or growth of the file first raises the audit event "lowmem.store" (operation, folder).
+Each read, write, sync or growth of the file first raises the audit event "lowmem.store" (operation, folder).
 """
 
 import ctypes
@@ -49,6 +49,9 @@ class Storage(Protocol):
 
     def write(self, address: int, source: Tensor) -> None:
         """Write `source`, contiguous bytes in host memory."""
+
+    def sync(self) -> None:
+        """Raise StoreError if the disk has failed after a write returned: what was read since may be out of date."""
 
 
 class Record(NamedTuple):
@@ -169,6 +172,15 @@ class Space:
         if self._stream:
             self._stream.synchronize()
 
+    def sync(self) -> None:
+        """Wait until all writes are done and, of a file, on disk. If this fails, earlier reads may have been wrong."""
+        self.drain()
+        try:
+            self.storage.sync()
+        except StoreError as error:  # the system reports it only once
+            self._error = error
+            raise
+
     def _has_room(self, num_bytes: int) -> bool:
         return sum(size for size, _ in self._writes) + num_bytes <= self.window_bytes
 
@@ -253,6 +265,9 @@ class HostMemory:
     def write(self, address: int, source: Tensor) -> None:
         self.host_copy(address, len(source)).copy_(source)
 
+    def sync(self) -> None:
+        pass
+
 
 class ScratchFile:
     """A file without a name in `folder`, which the system deletes when the process ends, even if it is killed."""
@@ -265,12 +280,14 @@ class ScratchFile:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
         weakref.finalize(self, self._file.close)
+        self._others: list[ScratchFile] = []
         self._size = 0
         self._buffer: Tensor | None = None
 
     def in_same_folder(self) -> "ScratchFile":
-        """Make another file."""
-        return ScratchFile(self._folder, pin_memory=self._pin_memory)
+        """Make another file, which `sync` of this one syncs too."""
+        self._others.append(other := ScratchFile(self._folder, pin_memory=self._pin_memory))
+        return other
 
     def allocate(self, num_bytes: int) -> int:
         address, size = self._size, -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
@@ -308,6 +325,13 @@ class ScratchFile:
             while left:
                 count = os.pwritev(self._file.fileno(), [left], address)
                 left, address = left[count:], address + count
+
+    def sync(self) -> None:
+        # A write returns when its bytes are in memory. If the disk then fails, the system may drop them, so that a read
+        # returns what was there before; only a sync reports this.
+        for storage in (self, *self._others):
+            with self._errors("sync", "be written"):
+                os.fdatasync(storage._file.fileno())
 
     @contextmanager
     def _errors(self, operation: str, what: str) -> Iterator[None]:
