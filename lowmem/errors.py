@@ -72,7 +72,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate mem
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, RankError):  # which may quote another rank's error
+    if isinstance(error, RankError | StoreError):  # these may quote another rank's error, or that of a file's disk
         return False
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
         return True

@@ -26,7 +26,7 @@ from lowmem.distributed.fully_sharded import forward_only
 from lowmem.distributed.heartbeat import phase
 from lowmem.distributed.placement import data_place, handle_rank_errors, has_collectives, is_sharded, unwrapped
 from lowmem.distributed.reduce import all_reduce_sum
-from lowmem.errors import UsageError
+from lowmem.errors import StoreError, UsageError
 from lowmem.memory.gradients import LossFunction
 from lowmem.model.build import num_embeddings
 
@@ -164,7 +164,8 @@ class Evaluation:
     def __call__(self, rows: FileRows, prefix: str = "eval") -> tuple[dict[str, float], list[Answer]]:
         """Return the metrics and answers. If answering fails, tell why, and return the loss without answers.
 
-        With sharding or tensor parallelism, the error is raised, because the other ranks wait in collectives.
+        With sharding or tensor parallelism, the error is raised, because the other ranks wait in collectives. So is
+        StoreError, because without its weights a run cannot go on.
         """
         metrics = self._loss(self._bar(self._open(rows), prefix), prefix=prefix)
         if not self._num_answers:
@@ -172,7 +173,7 @@ class Evaluation:
         try:
             answers = self._answers(self._bar(self._to_answer(rows), prefix), max_new_tokens=self._max_new_tokens)
         except Exception as error:
-            if self._has_collectives:
+            if self._has_collectives or isinstance(error, StoreError):
                 raise
             self._tell(f"no answers, because generating them failed: {error}")
             return metrics, []
@@ -204,6 +205,8 @@ class Evaluation:
         if self._num_answers:
             try:
                 self._answers(islice(self._to_answer(rows), 1), max_new_tokens=2)
+            except StoreError:
+                raise
             except Exception as error:
                 raise UsageError(f"the model cannot generate answers ({error}): set --max_predict_samples=0") from error
 

@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
 
@@ -20,15 +21,19 @@ from lowmem.checkpoint.save import save_checkpoint, save_model
 from lowmem.checkpoint.tensors import model_tensors, named_parameters
 from lowmem.config.parse import resolve
 from lowmem.config.rules import conflicts
+from lowmem.data.rows import open_rows
 from lowmem.distributed import vocabulary
 from lowmem.distributed.fully_sharded import forward_only
 from lowmem.distributed.offloaded import offload_weights
 from lowmem.distributed.placement import training_layers
 from lowmem.errors import StoreError, UsageError
+from lowmem.evaluation import Evaluation
 from lowmem.loss import chunked_loss, plain_loss
+from lowmem.memory.offload import Offload, ScratchSpace
 from lowmem.memory.savers import entered, layered, layered_offloaded, release
 from lowmem.model import spilled
 from lowmem.model.build import freeze
+from lowmem.model.checks import check_model
 from lowmem.model.load import load_model
 from lowmem.optim import tiers
 from lowmem.optim.make import make_optimizer
@@ -43,6 +48,7 @@ from tests.forked import fork_ranks
 from tests.models import FAMILIES, LLAMA, build
 from tests.processes import PROGRAM, finish, run_program, started_function, train
 from tests.runs import assert_same_run, write_files
+from tests.test_evaluate import TOKENIZER, encoder
 from tests.test_layered import batches_of
 from tests.test_plan import CPU, config_for
 
@@ -339,9 +345,10 @@ def test_a_run_may_switch_offloading_on_and_off_when_it_resumes(tmp_path):
         rmtree(work / "switched" / "checkpoints" / "step-00000006")  # as if it had been killed just before the end
 
 
-def fail_at(operation, number, fault, folder, *flags):
-    """Train, and at the `number`th `operation` in `folder`, raise an error or kill this process."""
-    left = [int(number)]
+@contextmanager
+def failing(operation, folder, fault=errno.EIO, *, number=1):
+    """Within this block, raise an error at the `number`th `operation` in `folder`, or kill this process."""
+    left = [number]
 
     def fail(event, arguments):
         if event == "lowmem.store" and arguments == (operation, str(folder)):
@@ -349,10 +356,17 @@ def fail_at(operation, number, fault, folder, *flags):
             if left[0] == 0:
                 if fault == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
-                raise OSError(int(fault), os.strerror(int(fault)))
+                raise OSError(fault, os.strerror(fault))
 
     sys.addaudithook(fail)
-    run_program(PROGRAM, "train", *flags)
+    yield
+    left[0] = 0  # hooks stay until the process ends
+
+
+def fail_at(operation, number, fault, folder, *flags):
+    """Train with a fault."""
+    with failing(operation, folder, fault, number=number):
+        run_program(PROGRAM, "train", *flags)
 
 
 FAULTS = [
@@ -361,6 +375,7 @@ FAULTS = [
     ("write", 300, "killed"),  # within the second
     ("read", 30, errno.EIO),
     ("read", 350, errno.EIO),
+    ("sync", 2, errno.EIO),  # when the files of the second checkpoint are complete
 ]
 
 
@@ -443,6 +458,30 @@ def test_resident_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     assert peaks[1] - peaks[0] < 0.2 * 18 * bytes_of_layer
 
 
+@pytest.mark.parametrize(
+    ("call", "fault"),
+    [("check_model", errno.EIO), ("check", errno.EIO), ("measure", errno.EIO), ("step", errno.ENOMEM)],
+)
+def test_an_error_of_the_file_is_not_taken_for_one_of_the_model_or_of_memory(call, fault, tmp_path):
+    model, optimizer = offloaded("llama", tmp_path)
+    options = {"batch_size": 2, "num_answers": 2, "max_new_tokens": 2}
+    measure = Evaluation(model, TOKENIZER, encoder("llama"), chunked_loss, Accelerator(cpu=True), **options)
+    rows = open_rows(write_files(tmp_path, num_rows=2) / "rows.jsonl")
+    calls = {
+        "check_model": lambda: check_model(model, chunked_loss, packing=False, max_seq_len=64, may_shorten=True),
+        "check": lambda: measure.check(rows, "validation"),
+        "measure": lambda: measure(rows),
+        "step": lambda: trained(model, optimizer, [layered], steps=1),
+    }
+    events = []
+    sys.addaudithook(lambda event, arguments: events.append(arguments) if event == "lowmem.store" else None)
+    calls[call]()
+    # the second call does not read the first layer again, and nobody waits for the last read, which is ahead
+    number = events.count(("read", str(tmp_path))) - 2
+    with failing("read", tmp_path, fault, number=number), pytest.raises(StoreError, match="cannot be read"):
+        calls[call]()
+
+
 # --- what is refused
 
 
@@ -512,16 +551,31 @@ def test_records_keep_rows_of_all_shapes_and_dtypes(make, tmp_path):
 def test_after_a_failed_write_every_later_call_raises_its_error(tmp_path):
     space = Space(ScratchFile(tmp_path, pin_memory=False), torch.device("cpu"))
     record = space.allocate([10], torch.float32)
-    failing = [True]
+    with failing("write", tmp_path):
+        space.write(record, torch.ones(10))
+        calls = [space.drain, space.drain, record.to_host, lambda: space.write(record, torch.ones(10))]
+        for call in calls:
+            with pytest.raises(StoreError, match="cannot be written: Input/output error"):
+                call()
 
-    def fail(event, arguments):
-        if event == "lowmem.store" and arguments == ("write", str(tmp_path)) and failing:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    sys.addaudithook(fail)
-    space.write(record, torch.ones(10))
-    calls = [space.drain, space.drain, record.to_host, lambda: space.write(record, torch.ones(10))]
-    for call in calls:
-        with pytest.raises(StoreError, match="cannot be written: Input/output error"):
-            call()
-    failing.clear()
+def test_a_sync_covers_both_files_and_its_error_stays(tmp_path):
+    space = Space(ScratchFile(tmp_path, pin_memory=False), torch.device("cpu"))
+    other = Space(space.storage.in_same_folder(), space.device)
+    record = other.allocate([10], torch.float32)
+    other.write(record, torch.ones(10))
+    space.sync()
+    with failing("sync", tmp_path, number=2):
+        for call in (space.sync, space.drain):
+            with pytest.raises(StoreError, match="cannot be written: Input/output error"):
+                call()
+
+
+def test_an_activation_that_nobody_needs_raises_no_error_when_it_is_freed(tmp_path):
+    space = Space(ScratchFile(tmp_path, pin_memory=False), torch.device("cpu"))
+    offload = Offload((), ScratchSpace(space))
+    with failing("write", tmp_path):
+        copy = offload.pack(torch.ones(2000))
+        del copy  # pytest fails if __del__ raises
+        with pytest.raises(StoreError):
+            offload.pack(torch.ones(2000))

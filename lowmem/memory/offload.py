@@ -4,6 +4,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lowmem.distributed.offloaded import offloaded_of
 from lowmem.distributed.placement import device_of
+from lowmem.errors import StoreError
 from lowmem.storage.records import Record, Space, Transfer
 
 _LEAST_BYTES = 4096  # smaller activations are not worth a copy
@@ -135,7 +137,9 @@ class OffloadedCopy:
             self._offload.host.wait(self._event)  # may raise the error of a disk
         return tensor
 
-    __del__ = land  # a tensor that was fetched and not taken, or whose graph was dropped in forward
+    def __del__(self):  # a tensor that was fetched and not taken, or whose graph was dropped in forward
+        with suppress(StoreError):  # Python would only print it; later transfers raise it again
+            self.land()
 
     def _hold(self, tensor: Tensor, event: object) -> None:
         self._landing, self._event = tensor, event

@@ -173,7 +173,7 @@ def _error_at(
         with forward_only(model), _CheckedEmbeddings():
             loss_fn(model, _rows(model, rows=1, length=length, num_targets=min(1, length - 1)))
     except (IndexError, RuntimeError) as error:
-        if is_out_of_memory(error):
+        if isinstance(error, StoreError) or is_out_of_memory(error):
             raise
         return error
     return None
