@@ -1,5 +1,7 @@
 """Measure training with offloaded weights: a process's peak memory, what it reads and writes, and a kill and resume.
 
+The section `throttled` compares steps with what `plan` predicts, at a bandwidth that sleeping limits.
+
     python benchmarks/offloaded.py --store=/fast/disk --output=benchmarks/results/offloaded.jsonl
     python benchmarks/offloaded.py --store=/fast/disk --sections=depth
 
@@ -7,8 +9,10 @@ Appends a JSON line per result to --output, and writes tables to the .md file of
 """
 
 import argparse
+import dataclasses
 import io
 import json
+import math
 import os
 import resource
 import runpy
@@ -19,10 +23,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 
 from records import Record, append
 
@@ -45,9 +50,27 @@ LLAMA_8B = {
     "num_key_value_heads": 8,
 }
 NARROW = {"vocab_size": 384, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+WIDE = {
+    "vocab_size": 384,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 5,
+}
 CASES = {"lean, released": "lean", "lean, clipped": "lean", "exact, released": "exact", "exact, clipped": "exact"}
 RELEASED = {"release": True, "max_grad_norm": 0}
 MICRO_BATCHES, TOKENS = 4, 128
+THROTTLED = {
+    "lean, released": {"memory": "lean"} | RELEASED,
+    "lean, clipped": {"memory": "lean"},
+    "exact, released": {"memory": "exact"} | RELEASED,
+    "exact, clipped": {"memory": "exact"},
+    "lean, adafactor, released": {"memory": "lean", "optimizer": "adafactor"} | RELEASED,
+}
+RATIOS = (3, 1, 1 / 3)  # of the seconds that streaming takes to those that computing takes
+TIMED_STEPS = 5
+SLEEP_BYTES = 2**20  # are moved between two sleeps
 
 
 def write_model(folder: Path, shape: Mapping[str, int]) -> int:
@@ -94,14 +117,17 @@ def flags_of(model: Path, store: Path, output: Path, **changes: object) -> list[
     return [f"--{name}={value}" for name, value in (shape | rows | where | options | changes).items()]
 
 
-def run(*flags: str, data_bytes: int | None = None) -> subprocess.Popen:
-    """Start a run in a process that reports its memory; with `data_bytes`, under this limit of private memory."""
+def run(*flags: str, data_bytes: int | None = None, bandwidth: float | None = None) -> subprocess.Popen:
+    """Start a run in a process that reports its memory; with `data_bytes`, under this limit of private memory.
+
+    With `bandwidth`, all reads and writes of offloaded tensors take turns, at this many bytes per second.
+    """
 
     def limit() -> None:
         if data_bytes:
             resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, data_bytes))
 
-    command = [sys.executable, __file__, "--child", *flags]
+    command = [sys.executable, __file__, "--child", str(bandwidth or ""), *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=limit)
 
 
@@ -117,10 +143,36 @@ def finished(process: subprocess.Popen, output: Path) -> Record:
     return measured | {"losses": [step["loss"] for step in steps], "step_seconds": seconds}
 
 
-def child(flags: list[str]) -> None:
-    """Train in this process, and print a line of JSON: peak memory, and seconds and bytes of the file of weights."""
+def throttle(file_class: type, bandwidth: float) -> None:
+    """Let all reads and writes of files of this class together take `bandwidth`, in bytes per second, by sleeping."""
+    lock, free_at = threading.Lock(), 0.0
+
+    def throttled(move: Callable) -> Callable:
+        def moved(self: object, address: int, data) -> None:
+            nonlocal free_at
+            for start in range(0, len(data), SLEEP_BYTES):
+                part = data[start : start + SLEEP_BYTES]
+                with lock:
+                    # a sleep that ends late shortens the next one, but idle time is lost
+                    free_at = end = max(free_at, time.perf_counter() - 0.05) + len(part) / bandwidth
+                move(self, address + start, part)
+                time.sleep(max(0.0, end - time.perf_counter()))
+
+        return moved
+
+    file_class.read, file_class.write = throttled(file_class.read), throttled(file_class.write)
+
+
+def child(bandwidth: str, flags: list[str]) -> None:
+    """Train in this process, and print a line of JSON: peak memory, and seconds and bytes of the file of weights.
+
+    `steps` has those of each step.
+    """
+    from lowmem import step
     from lowmem.storage import records
 
+    if bandwidth:
+        throttle(records.ScratchFile, float(bandwidth))
     found = {"read_seconds": 0.0, "write_seconds": 0.0, "wait_seconds": 0.0, "read_bytes": 0, "written_bytes": 0}
     files: set[io.FileIO] = set()
     disk = [0]
@@ -152,6 +204,16 @@ def child(flags: list[str]) -> None:
     timed(records.ScratchFile, "write", "write_seconds", "written_bytes")
     timed(records.Transfer, "wait", "wait_seconds", None)
     threading.Thread(target=measure_disk, daemon=True).start()
+    train_step, steps = step.train_step, []
+
+    def counted_step(*arguments, **options):
+        before, began = dict(found), time.perf_counter()
+        result = train_step(*arguments, **options)
+        steps.append({name: value - before[name] for name, value in found.items()})
+        steps[-1]["seconds"] = time.perf_counter() - began
+        return result
+
+    step.train_step = counted_step  # before the modules that import it
     sys.argv = [str(PROGRAM), "train", *flags]
     try:
         runpy.run_path(str(PROGRAM), run_name="__main__")
@@ -160,7 +222,7 @@ def child(flags: list[str]) -> None:
             raise
     # not ru_maxrss, which includes the process that started this one
     (peak,) = (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
-    print(json.dumps(found | {"peak_bytes": int(peak) * 1024, "disk_bytes": disk[0]}))
+    print(json.dumps(found | {"peak_bytes": int(peak) * 1024, "disk_bytes": disk[0], "steps": steps}))
 
 
 def memory(work: Path, rows: Path, store: Path, cases: list[str]) -> Iterator[Record]:
@@ -218,11 +280,76 @@ def scratch(work: Path, rows: Path, store: Path) -> Iterator[Record]:
     yield {"section": "scratch", "case": "8 B, lean, released"} | finished(run(*flags), work / "scratch")
 
 
+def throttled(work: Path, rows: Path, store: Path, cases: list[str]) -> Iterator[Record]:
+    """Yield the times of steps at several bandwidths, and what `plan` predicts.
+
+    The first run of a case is not throttled. The others have bandwidths at which streaming takes longer than computing
+    in this run, about as long, and less long.
+    """
+    from lowmem.config.parse import resolve
+    from lowmem.plan.parts import Cluster
+    from lowmem.plan.predict import planners, predicting
+
+    num_weights = write_model(work / "wide", WIDE)
+    for case in cases:
+        changes = {"max_seq_len": 32, "gradient_accumulation_steps": 2, "max_steps": 1 + TIMED_STEPS} | THROTTLED[case]
+        with planners() as pool:
+            flags = flags_of(work / "wide", store, work / "out", train_file=rows, **changes)
+            config = resolve(dict(flag.removeprefix("--").split("=", 1) for flag in flags))
+            (prediction,) = predicting(pool, Cluster(1, 1, on_gpu=False))([config])
+        traffic, unthrottled = prediction.traffic, None
+        for number, ratio in enumerate((None, *RATIOS)):
+            bandwidth = None
+            if ratio:
+                bandwidth = float(f"{(traffic.read + traffic.written) / (ratio * unthrottled):.1e}")
+            output = work / f"{case} {number}"
+            flags = flags_of(work / "wide", store, output, train_file=rows, **changes)
+            found = finished(run(*flags, bandwidth=bandwidth), output)
+            steps = found.pop("steps")[1:]
+            medians = {name: median(step[name] for step in steps) for name in steps[0]}
+            computing = median(step["seconds"] - step["wait_seconds"] for step in steps)
+            unthrottled = unthrottled or computing
+            predicted = traffic.step_seconds(bandwidth=bandwidth or math.inf, computing=computing)
+            found |= {"bandwidth": bandwidth, "medians": medians, "computing_seconds": computing, "steps": steps}
+            found |= {"predicted_seconds": predicted, "traffic": dataclasses.asdict(traffic)}
+            yield {"section": "throttled", "case": case, "weights": num_weights} | found
+
+
+def throttled_table(records: list[Record]) -> list[str]:
+    """Return the lines of a table of step times and predictions."""
+    lines = [
+        "| run | GB/s | read, written GB | predicted | streaming s | computing s | step s | predicted | error |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for record in records:
+        medians, traffic, bandwidth = record["medians"], record["traffic"], record["bandwidth"]
+        moved = sum(traffic[phase] for phase in ("forward", "backward", "update"))
+        seconds = sorted(step["seconds"] for step in record["steps"])
+        cells = [
+            record["case"],
+            f"{bandwidth / 1e9:g}" if bandwidth else "not limited",
+            f"{medians['read_bytes'] / 1e9:.3f}, {medians['written_bytes'] / 1e9:.3f}",
+            f"{(moved - traffic['written']) / 1e9:.3f}, {traffic['written'] / 1e9:.3f}",
+            f"{moved / bandwidth:.1f}" if bandwidth else f"{medians['read_seconds'] + medians['write_seconds']:.1f}",
+            f"{record['computing_seconds']:.1f}",
+            f"{medians['seconds']:.1f} ({seconds[0]:.1f} to {seconds[-1]:.1f})",
+        ]
+        if bandwidth:
+            predicted = record["predicted_seconds"]
+            cells += [f"{predicted:.1f}", f"{predicted / medians['seconds'] - 1:+.0%}"]
+        lines.append("| " + " | ".join([*cells, *[""] * (9 - len(cells))]) + " |")
+    return lines
+
+
 def table(records: list[Record]) -> str:
     """Return Markdown for the records of one command."""
     first = records[0]
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     lines = [f"    {first['command']}", "", f"{first['date']}; {versions}; {first['threads']} threads.", ""]
+    if throttled_records := [record for record in records if record["section"] == "throttled"]:
+        lines += [*throttled_table(throttled_records), ""]
+    if not (records := [record for record in records if record["section"] != "throttled"]):
+        return "\n".join(lines)
     lines += [
         "| run | weights | peak of the process, GiB | seconds per step | read, written GB | read, write, wait s |"
     ]
@@ -240,12 +367,15 @@ def table(records: list[Record]) -> str:
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2:])
+        child(sys.argv[2], sys.argv[3:])
         return
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--store", type=Path, required=True, help="folder for weights and models, tens of GB")
-    parser.add_argument("--sections", default="memory,limited,resume,depth,scratch", help="comma list")
+    parser.add_argument("--sections", default="memory,limited,resume,depth,scratch,throttled", help="comma list")
     parser.add_argument("--cases", default=";".join(CASES), help=f"semicolon list for memory: {'; '.join(CASES)}")
+    parser.add_argument(
+        "--throttled_cases", default=";".join(THROTTLED), help=f"semicolon list for throttled: {'; '.join(THROTTLED)}"
+    )
     parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
     flags = parser.parse_args()
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(["python", *sys.argv])}
@@ -264,6 +394,7 @@ def main() -> None:
             "resume": lambda: resume(work, rows, flags.store),
             "depth": lambda: depth(work, rows, flags.store),
             "scratch": lambda: scratch(work, rows, flags.store),
+            "throttled": lambda: throttled(work, rows, flags.store, flags.throttled_cases.split(";")),
         }
         records = []
         for section in sections:

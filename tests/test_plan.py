@@ -3,21 +3,24 @@
 import dataclasses
 import json
 import sys
+from collections import Counter
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
+from lowmem import cross_entropy
 from lowmem.config.parse import named_fields, resolve
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import local_of
+from lowmem.distributed.offloaded import offload_weights, offloaded_of
 from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
 from lowmem.errors import UsageError
 from lowmem.loss import chunked_loss
 from lowmem.memory import offload, savers
-from lowmem.model.build import build_model
+from lowmem.model.build import build_model, freeze
 from lowmem.model.load import config_of
 from lowmem.optim.make import make_optimizer
 from lowmem.plan import predict
@@ -27,12 +30,18 @@ from lowmem.plan.parts import Cluster, Counted, extrapolate
 from lowmem.plan.predict import CONTEXT, Prediction, prediction
 from lowmem.plan.rehearsal import count, count_deeper, count_shallow
 from lowmem.step import TrainState, train_step
+from lowmem.storage import records
+from lowmem.storage.records import ScratchFile, Space
 from tests.forked import fork_ranks
 from tests.models import FAMILIES
 from tests.processes import run, train
 
 CPU = Cluster(world_size=1, local_world_size=1, on_gpu=False)
 GPUS = Cluster(world_size=2, local_world_size=2, on_gpu=True)
+WIDE = {  # matrices of more than 4,096 elements, which are offloaded
+    "t5": {"d_model": 128, "d_kv": 32, "d_ff": 192},
+    "llama": {"hidden_size": 128, "intermediate_size": 192},
+}
 TIERS = {"fp32": {}, "exact": {"mixed_precision": "bf16"}, "lean": {"mixed_precision": "bf16", "memory": "lean"}}
 
 
@@ -117,6 +126,70 @@ def test_a_llama_prediction_in_each_tier_is_within_a_tenth_of_the_peak(tier, opt
 def assert_within_a_tenth(config):
     real = peak_of_two_steps(config, Accelerator(cpu=True))
     assert abs(predicted_bytes(config) / real - 1) < 0.1, (config.memory, config.recompute, config.release, real)
+
+
+# --- offloaded weights
+
+
+class CountingFile(ScratchFile):
+    """A file that counts the bytes that it and others in its folder read and write."""
+
+    def __init__(self, folder, moved):
+        super().__init__(folder, pin_memory=False)
+        self._moved = moved
+
+    def in_same_folder(self):
+        return CountingFile(self._folder, self._moved)
+
+    def read(self, address, target):
+        self._moved["read"] += target.nbytes
+        super().read(address, target)
+
+    def write(self, address, source):
+        self._moved["written"] += source.nbytes
+        super().write(address, source)
+
+
+def moved_in_a_step(config, folder):
+    """Return the bytes that the second step reads and writes."""
+    moved, device = Counter(), torch.device("cpu")
+    model = build_model(config_of(config.model_config))
+    freeze(model, parts=config.frozen_parts)
+    offload_weights(model, Space(CountingFile(folder, moved), device), device)
+    optimizer = make_optimizer(model, **config.optimizer_options)
+    batches, state, accelerator = [], TrainState(model, optimizer), Accelerator(cpu=True)
+    for _ in range(config.gradient_accumulation_steps):
+        tokens = torch.randint(3, 384, (config.batch_size, config.max_seq_len))
+        labels = tokens if model.config.is_encoder_decoder else tokens.index_fill(1, torch.tensor([0]), -100)
+        batches.append(Batch({"input_ids": tokens, "labels": labels}, int((labels > 0).sum()), row_ids=[]))
+    options = {"learning_rate": 1e-4, "max_grad_norm": config.max_grad_norm or None}
+    with savers.entered([savers.SAVERS[name] for name in config.savers], model, optimizer):
+        for _ in range(2):
+            offloaded_of(model).space.drain()
+            moved.clear()
+            train_step(state, batches, chunked_loss, accelerator, **options)
+        offloaded_of(model).space.drain()
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("family", "tier", "shape", "flags"),
+    [
+        ("llama", "lean", {"num_hidden_layers": 5}, IN_LAYERS | {"offload_activations": True}),
+        ("llama", "exact", {"num_hidden_layers": 5, "vocab_size": 1500}, {"gradient_accumulation_steps": 3}),
+        ("t5", "exact", {"num_layers": 5}, {"gradient_accumulation_steps": 1, "freeze": "embeddings,encoder"}),
+    ],
+)
+def test_plan_counts_the_bytes_that_a_step_with_offloaded_weights_reads_and_writes(
+    family, tier, shape, flags, tmp_path, restored_environment, monkeypatch
+):
+    monkeypatch.setitem(records._IN_FLIGHT_BYTES, "cpu", 2**14)  # what is in flight need not be read
+    monkeypatch.setattr(cross_entropy, "_WEIGHT_ELEMENTS", 2**15)  # several slices of an offloaded head
+    config = config_for(tmp_path, family, tier, offload_weights=tmp_path / "store", **flags)
+    write_model(tmp_path, family, **WIDE[family] | shape)
+    predicted = rehearse(config).traffic
+    moved = moved_in_a_step(config, tmp_path / "store")
+    assert (predicted.read, predicted.written) == pytest.approx((moved["read"], moved["written"]), rel=0.01)
 
 
 STRATEGIES = [{"sharding_strategy": name} for name in ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD")] + [{"tp_size": 2}]

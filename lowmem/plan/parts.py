@@ -37,6 +37,34 @@ class Cluster(NamedTuple):
     """Whether each process has a GPU. If not, every process computes on a CPU like this machine's."""
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a step reads from the store of offloaded weights and writes to it, by phase of the step."""
+
+    forward: int
+    backward: int
+    update: int
+    """Of gradients and updates, while no layer computes."""
+    written: int
+    """Bytes that are written, of those of all phases."""
+
+    @property
+    def read(self) -> int:
+        return self.forward + self.backward + self.update - self.written
+
+    def step_seconds(self, *, bandwidth: float, computing: float) -> float:
+        """Return how long a step takes at `bandwidth` (bytes per second), if it alone computes for `computing` seconds.
+
+        A layer's weights and inputs are on their way while another layer computes: for a quarter of the time in
+        forward, and for the rest in backward, which runs forward again. Gradients and updates go between layers.
+        """
+        forward, backward = (
+            max(share * computing, num_bytes / bandwidth)
+            for share, num_bytes in ((0.25, self.forward), (0.75, self.backward))
+        )
+        return forward + backward + self.update / bandwidth
+
+
 @dataclass
 class Counted:
     """The bytes of rank 0 in one step."""
@@ -50,6 +78,15 @@ class Counted:
     offloaded_weights: int = 0
     """Bytes of weights that `offload_weights` moves, and of optimizer state."""
     offloaded_state: int = 0
+    forward_traffic: int = 0
+    """Bytes that a step reads and writes in each phase with `offload_weights`; see `Traffic`."""
+    backward_traffic: int = 0
+    update_traffic: int = 0
+    written_traffic: int = 0
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(self.forward_traffic, self.backward_traffic, self.update_traffic, self.written_traffic)
 
 
 def extrapolate(shallow: Counted, deeper: Iterable[tuple[int, Counted]]) -> Counted:

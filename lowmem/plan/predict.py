@@ -12,7 +12,7 @@ from typing import TypeVar
 from lowmem.config.sizes import parse_bytes
 from lowmem.config.train_config import TrainConfig
 from lowmem.errors import UsageError
-from lowmem.plan.parts import Bytes, Cluster, Counted, Kind, extrapolate
+from lowmem.plan.parts import Bytes, Cluster, Counted, Kind, Traffic, extrapolate
 
 CONTEXT = "context, fragments"
 
@@ -42,8 +42,10 @@ class Prediction:
     host: Bytes
     """Bytes in the host memory of a machine, of all its processes."""
     disk: Bytes
+    traffic: Traffic | None = None
+    """With `offload_weights`: what a step reads and writes."""
     streaming: str = ""
-    """With `offload_weights`: what a step reads and writes, and how long that and computing take."""
+    """With `offload_weights`: how long reading and writing take, and how long computing takes."""
 
     @property
     def device_bytes(self) -> int:
@@ -155,32 +157,29 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
         disk[name] = keeps * counted.checkpoint_bytes
     if config.save_model:
         disk["model"] = counted.model_bytes
-    inputs = max(parts.get(Kind.OFFLOADED, 0) for parts in peaks) if config.offload_activations else 0
-    return Prediction(device, host, disk, _streaming(config, cluster, counted, inputs) if stored else "")
+    if not stored:
+        return Prediction(device, host, disk)
+    return Prediction(device, host, disk, counted.traffic, _streaming(config, cluster, counted))
 
 
-def _streaming(config: TrainConfig, cluster: Cluster, counted: Counted, inputs: int) -> str:
-    """Estimate what a step reads and writes, and the times of streaming and computing.
-
-    Weights are read for forward and backward, and again for an update that waits for the gradients' norm.
-    """
-    weights, state = counted.offloaded_weights, counted.offloaded_state
-    gradients = 0 if config.release else weights * (2 if config.memory == "exact" else 1)
-    reads = 2 * weights + state + inputs + (0 if config.release else weights + gradients)
-    writes = weights + state + inputs + gradients
+def _streaming(config: TrainConfig, cluster: Cluster, counted: Counted) -> str:
+    """Describe what a step reads and writes, and estimate the times of streaming and computing."""
+    traffic = counted.traffic
     is_file = config.offload_weights != "host"
     bandwidth, what = (_FILE_BANDWIDTH, "an NVMe SSD") if is_file else (_HOST_BANDWIDTH, "PCIe 4.0 x16")
     speed = _GPU_SPEED if cluster.on_gpu else _CPU_SPEED
     rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps
     computing = 8 * counted.num_parameters * rows * config.max_seq_len / speed
     line = (
-        f"each step reads {gigabytes(reads)} and writes {gigabytes(writes)} of weights, state and inputs: "
-        f"{(reads + writes) / bandwidth:.1f} s at {bandwidth / 1e9:g} GB/s ({what}), most of it while the device "
-        f"computes, which takes {computing:.1f} s at {speed / 1e12:g} TFLOP/s"
+        f"each step reads {gigabytes(traffic.read)} and writes {gigabytes(traffic.written)} of weights, state and "
+        f"inputs: {(traffic.read + traffic.written) / bandwidth:.1f} s at {bandwidth / 1e9:g} GB/s ({what}), "
+        f"{traffic.update / bandwidth:.1f} s of it between layers, the rest while the device computes, which takes "
+        f"{computing:.1f} s at {speed / 1e12:g} TFLOP/s; in all "
+        f"{traffic.step_seconds(bandwidth=bandwidth, computing=computing):.1f} s"
     )
     if not is_file:
         return line
-    written = 1000 * writes
+    written = 1000 * traffic.written
     return (
         f"{line}; 1,000 steps write {written / 1e12:.1f} TB, {written / _SSD_LIFE:.0%} of a 1 TB SSD's rated endurance"
     )

@@ -21,6 +21,7 @@ from lowmem.cross_entropy import SLICE_ELEMENTS
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.offloaded import offload_weights, offloaded_of
+from lowmem.distributed.placement import training_layers
 from lowmem.distributed.sharding import make_mesh, shard
 from lowmem.loss import LOSSES
 from lowmem.memory.layered import Store
@@ -81,7 +82,8 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         accelerator = stack.enter_context(ranks)
         if config.is_sharded:  # before `fake_tensors`, because a mesh needs real tensors
             mesh = make_mesh(accelerator, config.sharding_strategy, config.shard_size, config.tp_size)
-        stack.enter_context(few_slices())
+        # each slice of logits may read rows of an offloaded head, which are counted
+        stack.enter_context(few_slices(of_logits=not config.offload_weights))
         stack.enter_context(fake_tensors())
         if cluster.on_gpu:
             stack.enter_context(gpu_kernels())
@@ -111,6 +113,9 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
             optimizer.layered.store = _WatchedStore(optimizer.layered.store, timeline)
         if config.offload_weights:
             optimizer.layered.gradients = Offload((), timeline.host)
+            # count as in later steps, each of which finds the first layer where the one before has left it
+            offloaded_of(model).fetch(training_layers(model, "offload_weights")[0], None)
+            records.moved = timeline.host.moved
         batches = _batches(config, cluster, is_causal=not shape.is_encoder_decoder)
         timeline.meter.reset_peak()
         train_step(
@@ -128,6 +133,10 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         if config.offload_weights:
             in_layers = sum(bytes_of(x) for x in model_tensors(model).values() if isinstance(x, Record))
             counted.offloaded_weights, counted.offloaded_state = in_layers, records.num_bytes - in_layers
+            counted.forward_traffic, counted.backward_traffic, counted.update_traffic = (
+                records.moved.by_phase[phase] for phase in ("forward", "backward", "update")
+            )
+            counted.written_traffic = records.moved.written
         return counted
 
 
@@ -171,7 +180,7 @@ class _Timeline:
         self.peaks: dict[str, Bytes] = {}
         self.where_of: dict[nn.Module, str] = {}
         """Where a layer is in its stack: "0 last" in the first stack."""
-        self._layer = ""
+        self._layer, self._computing = "", "forward"
 
     def end(self, phase: str, *, then: Kind) -> None:
         """End `phase`. Record its peak if no earlier one of that name is higher. Label later storages as `then`."""
@@ -191,9 +200,11 @@ class _Timeline:
 
         def watched_loss(model: nn.Module, batch: Batch) -> Tensor:
             self.end("before", then=Kind.ACTIVATIONS)
+            self.host.moved.phase = self._computing = "forward"
             self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)  # an earlier backward has left only gradients
             loss = loss_fn(model, batch)
             self.end("loss", then=Kind.BACKWARD)
+            self.host.moved.phase = self._computing = "backward"
             return loss
 
         return watched_loss
@@ -237,12 +248,18 @@ class _Timeline:
             if self.meter.kind != Kind.UPDATE:
                 self.end(f"reduction {self._layer}".strip(), then=Kind.UPDATE)
                 self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)
+            self.host.moved.phase = "update"
 
         optimizer.register_step_pre_hook(before_update)
         optimizer.register_step_post_hook(lambda *_: self.end("update", then=Kind.BACKWARD))
 
+    def fetching(self) -> None:
+        """Go on with forward or backward: a layer will compute."""
+        self.host.moved.phase = self._computing
+
     def finished(self, layer: nn.Module) -> None:
         """End the backward of a layer, through which `layered` has run all micro-batches."""
+        self.host.moved.phase = "update"
         self._layer = f"after {self.where_of.get(layer, 'a layer')}"
         self.end(f"backward {self.where_of.get(layer, 'of a layer')}", then=Kind.BACKWARD)
         self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)
@@ -253,7 +270,11 @@ class _WatchedStore:
 
     def __init__(self, store: Store, timeline: _Timeline):
         self._store, self._timeline = store, timeline
-        self.gathered, self.step, self.fetch = store.gathered, store.step, store.fetch
+        self.gathered, self.step = store.gathered, store.step
+
+    def fetch(self, layer: nn.Module, following: nn.Module | None) -> None:
+        self._timeline.fetching()
+        self._store.fetch(layer, following)
 
     def finish(self, layer: nn.Module) -> None:
         self._timeline.finished(layer)
