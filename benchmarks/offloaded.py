@@ -309,36 +309,43 @@ def throttled(work: Path, rows: Path, store: Path, cases: list[str]) -> Iterator
             medians = {name: median(step[name] for step in steps) for name in steps[0]}
             computing = median(step["seconds"] - step["wait_seconds"] for step in steps)
             unthrottled = unthrottled or computing
-            predicted = traffic.step_seconds(bandwidth=bandwidth or math.inf, computing=computing)
             found |= {"bandwidth": bandwidth, "medians": medians, "computing_seconds": computing, "steps": steps}
-            found |= {"predicted_seconds": predicted, "traffic": dataclasses.asdict(traffic)}
+            found |= {"traffic": dataclasses.asdict(traffic)}
             yield {"section": "throttled", "case": case, "weights": num_weights} | found
 
 
 def throttled_table(records: list[Record]) -> list[str]:
-    """Return the lines of a table of step times and predictions."""
+    """Return a table of step times, and of predictions from the computing of the run and of the unthrottled one."""
+    from lowmem.plan.parts import Traffic
+
     lines = [
-        "| run | GB/s | read, written GB | predicted | streaming s | computing s | step s | predicted | error |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| run | GB/s | read, written GB | `plan` | streaming + computing s | step s | `plan` | unthrottled |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for record in records:
-        medians, traffic, bandwidth = record["medians"], record["traffic"], record["bandwidth"]
-        moved = sum(traffic[phase] for phase in ("forward", "backward", "update"))
+        medians, traffic, bandwidth = record["medians"], Traffic(**record["traffic"]), record["bandwidth"]
+        if bandwidth is None:
+            unthrottled = record["computing_seconds"]
+        streaming = (traffic.read + traffic.written) / (bandwidth or math.inf)
         seconds = sorted(step["seconds"] for step in record["steps"])
+        both = streaming + record["computing_seconds"]
         cells = [
             record["case"],
             f"{bandwidth / 1e9:g}" if bandwidth else "not limited",
             f"{medians['read_bytes'] / 1e9:.3f}, {medians['written_bytes'] / 1e9:.3f}",
-            f"{(moved - traffic['written']) / 1e9:.3f}, {traffic['written'] / 1e9:.3f}",
-            f"{moved / bandwidth:.1f}" if bandwidth else f"{medians['read_seconds'] + medians['write_seconds']:.1f}",
-            f"{record['computing_seconds']:.1f}",
+            f"{traffic.read / 1e9:.3f}, {traffic.written / 1e9:.3f}",
+            f"{streaming:.1f} + {record['computing_seconds']:.1f} = {both:.1f}",
             f"{medians['seconds']:.1f} ({seconds[0]:.1f} to {seconds[-1]:.1f})",
         ]
-        if bandwidth:
-            predicted = record["predicted_seconds"]
-            cells += [f"{predicted:.1f}", f"{predicted / medians['seconds'] - 1:+.0%}"]
-        lines.append("| " + " | ".join([*cells, *[""] * (9 - len(cells))]) + " |")
-    return lines
+        for computing in (record["computing_seconds"], unthrottled):
+            predicted = traffic.step_seconds(bandwidth=bandwidth or math.inf, computing=computing)
+            cells.append(f"{predicted:.1f} ({predicted / medians['seconds'] - 1:+.0%})" if bandwidth else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    explained = (
+        "Step: median of five, with the fastest and slowest. Computing: the median seconds of a step in which its "
+    )
+    explained += "thread does not wait for reads or writes. `plan`: bytes, and the time of a step from the run's own "
+    return [*lines, "", f"{explained}computing; last, from that of the run that is not limited."]
 
 
 def table(records: list[Record]) -> str:

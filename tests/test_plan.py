@@ -26,7 +26,7 @@ from lowmem.optim.make import make_optimizer
 from lowmem.plan import predict
 from lowmem.plan.choose import choose, ladder
 from lowmem.plan.meter import MemoryMeter
-from lowmem.plan.parts import Cluster, Counted, extrapolate
+from lowmem.plan.parts import Cluster, Counted, Traffic, extrapolate
 from lowmem.plan.predict import CONTEXT, Prediction, prediction
 from lowmem.plan.rehearsal import count, count_deeper, count_shallow
 from lowmem.step import TrainState, train_step
@@ -190,6 +190,14 @@ def test_plan_counts_the_bytes_that_a_step_with_offloaded_weights_reads_and_writ
     predicted = rehearse(config).traffic
     moved = moved_in_a_step(config, tmp_path / "store")
     assert (predicted.read, predicted.written) == pytest.approx((moved["read"], moved["written"]), rel=0.01)
+
+
+def test_a_step_streams_weights_while_it_computes_and_updates_afterwards():
+    traffic = Traffic(forward=200, backward=200, update=500, written=300)
+    assert traffic.read == 600
+    # computing takes 1 s in forward and 3 s in backward
+    seconds = {bandwidth: traffic.step_seconds(bandwidth=bandwidth, computing=4.0) for bandwidth in (10, 100, 1000)}
+    assert seconds == {10: 20 + 20 + 50, 100: 2 + 3 + 5, 1000: 1 + 3 + 0.5}
 
 
 STRATEGIES = [{"sharding_strategy": name} for name in ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD")] + [{"tp_size": 2}]
