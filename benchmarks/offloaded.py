@@ -100,13 +100,15 @@ def write_model(folder: Path, shape: Mapping[str, int]) -> int:
 
 
 def write_words(folder: Path, vocabulary: int) -> None:
-    """Write a tokenizer whose words are the numbers below `vocabulary`."""
+    """Write a tokenizer of this vocabulary, whose words are numbers."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({str(number): number for number in range(vocabulary)}, unk_token="0"))
+    special = {"<pad>": vocabulary - 2, "<eos>": vocabulary - 1}
+    tokens = {str(number): number for number in range(vocabulary - 2)} | special
+    words = Tokenizer(models.WordLevel(tokens, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1", pad_token="2").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
 
 
 def flags_of(model: Path, store: Path, output: Path, **changes: object) -> list[str]:
@@ -180,9 +182,8 @@ def child(bandwidth: str, flags: list[str]) -> None:
     def measure_disk() -> None:
         """Note the bytes that the files take on the disk, twice a second."""
         while True:
-            disk.append(
-                max(disk.pop(), sum(os.fstat(file.fileno()).st_blocks * 512 for file in [*files] if not file.closed))
-            )
+            blocks = sum(os.fstat(file.fileno()).st_blocks for file in [*files] if not file.closed)
+            disk.append(max(disk.pop(), blocks * 512))
             time.sleep(0.5)
 
     def timed(owner: type, name: str, seconds: str, num_bytes: str | None) -> None:
@@ -357,18 +358,17 @@ def table(records: list[Record]) -> str:
         lines += [*throttled_table(throttled_records), ""]
     if not (records := [record for record in records if record["section"] != "throttled"]):
         return "\n".join(lines)
-    lines += [
-        "| run | weights | peak of the process, GiB | seconds per step | read, written GB | read, write, wait s |"
-    ]
-    lines += ["|---|---:|---:|---:|---:|---:|"]
+    lines += ["| run | weights | peak, GiB | disk, GB | s per step | read, written GB | read, write, wait s |"]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|"]
     for record in records:
         steps = " ".join(f"{seconds:.1f}" for seconds in record["step_seconds"])
         moved = f"{record['read_bytes'] / 1e9:.1f}, {record['written_bytes'] / 1e9:.1f}"
         times = ", ".join(f"{record[f'{name}_seconds']:.1f}" for name in ("read", "write", "wait"))
         equal = {None: "", True: ": same losses", False: ": OTHER LOSSES"}[record.get("equal")]
         weights = f"{record['weights']:,}" if "weights" in record else ""
-        cells = [f"{record['section']}, {record['case']}{equal}", weights]
-        lines.append("| " + " | ".join([*cells, f"{record['peak_bytes'] / GIB:.2f}", steps, moved, times]) + " |")
+        disk = f"{record['disk_bytes'] / 1e9:.1f}" if "disk_bytes" in record else ""
+        cells = [f"{record['section']}, {record['case']}{equal}", weights, f"{record['peak_bytes'] / GIB:.2f}", disk]
+        lines.append("| " + " | ".join([*cells, steps, moved, times]) + " |")
     return "\n".join([*lines, ""])
 
 
