@@ -422,10 +422,12 @@ def test_plan_says_what_a_step_reads_and_writes(tmp_path):
 
 def test_the_last_rungs_offload_weights(tmp_path):
     config = config_for(tmp_path, "llama", "lean")
-    rungs = list(ladder(config, Cluster(1, 1, on_gpu=True), ()))
-    assert [rung.changes.get("offload_weights") for rung in rungs[-2:]] == ["host", "out/offloaded"]
-    for rung in rungs:
-        assert not conflicts(dataclasses.replace(config, **rung.changes), ())
+    for processes, strategy in ((1, "NO_SHARD"), (2, "FULL_SHARD")):
+        rungs = list(ladder(config, Cluster(processes, processes, on_gpu=True), ()))
+        assert [rung.changes.get("offload_weights") for rung in rungs[-2:]] == ["host", "out/offloaded"]
+        assert rungs[-1].changes["sharding_strategy"] == strategy
+        for rung in rungs:
+            assert not conflicts(dataclasses.replace(config, **rung.changes), ())
     assert all(not conflicts(found, ()) for _, _, found in variants(dataclasses.replace(config, layered=True), CPU))
 
 

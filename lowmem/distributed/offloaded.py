@@ -79,8 +79,7 @@ class Offloaded:
             self._allocate(layer)
         if row_wise and (modules := self._vocabulary.get(parameter)):
             self._weights[parameter] = record = self.space.allocate(parameter.shape, self._dtype)
-            gradient = self.space.allocate(parameter.shape, sum_dtype) if parameter.requires_grad else None
-            self.rows[parameter] = OffloadedRows(parameter, record, gradient, modules)
+            self.rows[parameter] = OffloadedRows(parameter, record, sum_dtype, modules)
         if (record := self.record_of(parameter)) is not None:
             local = local_of(parameter.data)
             writing = self.space.write(record, local.contiguous())

@@ -1,6 +1,7 @@
 """The weights of embeddings and output head in records: only the rows that are used at a time are on the device."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,21 @@ class OffloadedRows:
     slice at a time, and adds the gradient of each slice to a record. `gradient` puts both together, for some rows.
     """
 
-    def __init__(self, parameter: nn.Parameter, weight: Record, gradient: Record | None, modules: Sequence[nn.Module]):
-        self._parameter, self._weight, self._gradient = parameter, weight, gradient
+    def __init__(self, parameter: nn.Parameter, weight: Record, sum_dtype: torch.dtype, modules: Sequence[nn.Module]):
+        self._parameter, self._weight, self._sum_dtype = parameter, weight, sum_dtype
         self.add: Callable[[int, int, Tensor, Tensor], None]
         """Add a gradient of rows to a total, in place: (number of the sum, first row, total, gradient)."""
         self._lookups: list[tuple[Tensor, Tensor]] = []
         self._sums = 0  # gradients of the head that were added
         for module in modules:
-            module.forward = (self._head if isinstance(module, nn.Linear) else self._embedding)(module)
+            is_head = isinstance(module, nn.Linear)
+            module.forward = (self._head if is_head else self._embedding)(module)
+            if is_head and parameter.requires_grad:
+                _ = self._gradient  # now, because there may be no room
+
+    @cached_property
+    def _gradient(self) -> Record:
+        return self._weight.space.allocate(self._weight.shape, self._sum_dtype)
 
     def read(self, parts: Sequence[slice]) -> Iterator[Tensor]:
         """Yield the rows of each slice; the next are read while the caller has these."""
@@ -67,26 +75,27 @@ class OffloadedRows:
 
     def gradient(self, part: slice) -> Tensor:
         """Return the complete gradient of some rows."""
-        record, device = self._gradient.rows(part), self._weight.space.device
-        total = torch.empty(record.shape, dtype=record.dtype, device=device) if self._sums else None
-        if self._sums:
-            record.space.read(record, total).wait()
+        total = self.kept(part) if self._sums else None
         height = part.stop - part.start
         for number, (tokens, gradient) in enumerate(self._lookups, self._sums):
             rows = (tokens - part.start).masked_fill_((tokens < part.start) | (tokens >= part.stop), height)
             # tokens of other slices get the last row, for which there is no gradient
             dense = torch.ops.aten.embedding_dense_backward(gradient, rows, height + 1, height, False)[:height]
             if total is None:
-                total = dense.to(record.dtype)
+                total = dense.to(self._sum_dtype)
             else:
                 self.add(number, part.start, total, dense)
-        return torch.zeros(record.shape, dtype=record.dtype, device=device) if total is None else total
+        if total is None:
+            shape = (height, self._weight.shape[1])
+            total = torch.zeros(shape, dtype=self._sum_dtype, device=self._weight.space.device)
+        return total
 
     def keep(self, part: slice, gradient: Tensor) -> None:
         """Keep the complete gradient of some rows, which `kept` returns."""
         self._gradient.space.write(self._gradient.rows(part), gradient)
 
     def kept(self, part: slice) -> Tensor:
+        """Return what was kept, or before that the head's sum, of some rows."""
         record = self._gradient.rows(part)
         gradient = torch.empty(record.shape, dtype=record.dtype, device=record.space.device)
         record.space.read(record, gradient).wait()

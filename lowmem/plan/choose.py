@@ -72,7 +72,8 @@ def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Itera
         strategy = "FULL_SHARD" if strategy == "NO_SHARD" else strategy
         yield rung("cpu_offload", sharding_strategy=strategy, cpu_offload=True)
     if may_offload:
-        others = {"layered": True, "sharding_strategy": "NO_SHARD", "cpu_offload": False}
+        strategy = "NO_SHARD" if cluster.world_size == 1 else "FULL_SHARD"
+        others = {"layered": True, "sharding_strategy": strategy, "cpu_offload": False}
         if "recompute" in changes or config.recompute == "cheap":
             others["recompute"] = "full"
         if cluster.on_gpu and config.offload_weights is None:
@@ -83,8 +84,8 @@ def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Itera
 
 
 def _may_offload(config: TrainConfig, cluster: Cluster) -> bool:
-    is_alone = cluster.world_size == 1 and config.tp_size == 1
-    return is_alone and config.memory in ("exact", "lean") and not config.compile
+    has_parts = cluster.world_size == 1 or config.optimizer != "adafactor"
+    return has_parts and config.tp_size == 1 and config.memory in ("exact", "lean") and not config.compile
 
 
 def _may_shard(config: TrainConfig) -> bool:
