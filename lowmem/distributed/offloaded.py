@@ -30,6 +30,8 @@ class Offloaded:
     computes. At all other times these parameters are NaN. The optimizer's state of all large matrices is in records
     too, and is read and written some rows at a time, for updates only. So are the weights of embeddings and head, if
     they are larger than a layer and `row_wise` updates allow it. Other weights and state stay on the device.
+
+    With FULL_SHARD, records have this rank's parts, and `fully_shard` all-gathers a layer from its buffer.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], space: Space, dtype: torch.dtype):
