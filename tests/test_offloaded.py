@@ -245,7 +245,8 @@ def test_a_checkpoint_of_a_larger_tier_is_rounded_into_the_file(tmp_path):
 def train_shards(folder):
     """Train sharded models with weights in memory and in files, and continue each with the other's checkpoint."""
     accelerator = init_distributed()
-    rank = accelerator.process_index
+    rank, syncs = accelerator.process_index, []
+    sys.addaudithook(lambda event, what: syncs.append(what) if event == "lowmem.store" and what[0] == "sync" else None)
     with pytest.raises(UsageError, match="set FULL_SHARD"):
         offload_weights(build("llama"), "host", accelerator.device)
     for family, memory, savers, max_grad_norm in (
@@ -272,8 +273,9 @@ def train_shards(folder):
         found = []
         for where, after in ((None, "host"), (folder / f"rank {rank}", None)):
             state = state_of(where)
-            losses = [steps(state)]
+            losses, synced = [steps(state)], len(syncs)
             saved = save_checkpoint(state, folder / f"{family} {where is None}", accelerator)
+            assert (len(syncs) > synced) == (where is not None)
             state = state_of(after, seed=5)
             steps(state, count=1)  # so that there is something to replace
             load_checkpoint(state, saved, accelerator)

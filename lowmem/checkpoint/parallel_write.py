@@ -63,8 +63,8 @@ def write_together(
         on_main_rank(start)
         with raise_on_all_ranks(), _as_save_error(path, needed):
             written = _write_share(assign_shards(shards, world_size), unfinished, rank)
-            tensors = [tensor for shard in shards for tensor in shard.tensors.values()]
-            for space in {tensor.space for tensor in tensors if isinstance(tensor, Record)}:
+            parts = [local_of(tensor) for shard in shards for tensor in shard.tensors.values()]
+            for space in {part.space for part in parts if isinstance(part, Record)}:
                 space.sync()  # after the last read
         records = {name: record for of_rank in gather_json(written) for name, record in of_rank.items()}
         on_main_rank(lambda: end(records))
