@@ -38,16 +38,24 @@ def check_weights(config: PretrainedConfig, dtype: torch.dtype) -> None:
 
     transformers itself matches names and shapes, on the meta device, because it may rename, split and merge weights.
     """
-    name, num_stored = config.name_or_path, _MANY_TENSORS
+    name, stored = config.name_or_path, {}
     cached = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
     folder = Path(cached).parent if isinstance(cached, str) else Path(name)
     with suppress(FileNotFoundError):  # not downloaded yet or, without an index, missing
         # checks the names in the index, because transformers follows ../, and headers, because it does not name files
-        num_stored = len(open_shards(folder, "model"))
+        stored = open_shards(folder, "model")
     # report weights of another shape below, because transformers' error does not name them
     options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with torch.device("meta"), _at_most(1000 + 10 * num_stored, name), _without_report():
-        model, info = from_pretrained(config, dtype, **options)
+    limit = 1000 + 10 * (len(stored) or _MANY_TENSORS)
+    with torch.device("meta"), _at_most(limit, name), _without_report():
+        if stored and all(tensor.torch_dtype for tensor in stored.values()):
+            # without the files: transformers would map them all, and mapped pages count as memory
+            shapes = {key: torch.empty(x.shape, dtype=x.torch_dtype) for key, x in stored.items()}
+            with loading(name):
+                kind = type(model_from(config, dtype, on_meta=True))
+                model, info = kind.from_pretrained(None, config=config, dtype=dtype, state_dict=shapes, **options)
+        else:
+            model, info = from_pretrained(config, dtype, **options)
     if getattr(model, "hf_quantizer", None) is not None:
         raise UsageError(f"the model {name} has quantized weights, which cannot be trained: use an unquantized model")
     if differing := sorted(info["mismatched_keys"]):
