@@ -9,6 +9,7 @@ _NAMES = {
     "distributed.sharding": ["parallelize"],
     "distributed.placement": ["data_place"],
     "distributed.setup": ["init_distributed", "join"],
+    "distributed.offloaded": ["offload_weights"],
     "distributed.signals": ["catching_signals"],
     "data.rows": ["open_rows", "split_rows"],
     "data.encode": ["make_encoder", "encode_seq2seq", "encode_causal", "encode_text", "encode_chat"],

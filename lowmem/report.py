@@ -198,7 +198,7 @@ class Report:
     ) -> None:
         """Print which checkpoint this run resumes, what changed since then, and a warning if this run cannot save."""
         if not can_save:
-            self.print_lines("this run saves no checkpoints: if it ends early, it must start again from step 0")
+            self.print_lines("this run saves no checkpoints: if it ends early, its steps are lost")
         if checkpoint:
             self.print_lines(f"resumed from {checkpoint}{', with ' if changes else ''}{', '.join(changes)}")
         self.print_lines(*(f"training rows differ from the checkpoint's: {change}" for change in row_changes))

@@ -38,10 +38,12 @@ NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("release", None, "tp_size", [1], "frees gradients before they can be all-reduced"),
     ("layered", None, "recompute", ["off", "full"], "computes each layer again in backward"),
     ("layered", None, "tp_size", [1], "does not support tensor parallelism"),
-    ("offload_weights", None, "memory", _TIERS, "needs weights in bf16, not --memory={memory}"),
+    ("offload_weights", None, "mixed_precision", ["bf16"], "keeps weights in bf16"),
+    ("offload_weights", None, "optimizer", TIERED_OPTIMIZERS, "does not support --optimizer={optimizer}"),
+    ("offload_weights", None, "memory", [*_TIERS, None], "needs weights in bf16, not --memory={memory}"),
     ("offload_weights", None, "layered", [True], "runs one layer at a time"),
     ("offload_weights", None, "sharding_strategy", ["NO_SHARD", "FULL_SHARD"], "keeps one layer at a time"),
-    ("offload_weights", None, "cpu_offload", [False], "offloads more"),
+    ("offload_weights", None, "cpu_offload", [False], "takes the place of --cpu_offload"),
     ("offload_weights", None, "compile", [False], "replaces the weights of compiled layers"),
     ("offload_weights", None, "deepspeed", [None], "does not support DeepSpeed"),
     ("cpu_offload", None, "sharding_strategy", _SHARDED, "needs sharded weights, not {sharding_strategy}"),
@@ -80,6 +82,9 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
             advice = f"use one of {', '.join(advised)} for --{other}" if advised[1:] else advice
             advice = f"{advice} (got {found})"
             problems.append(f"{flag} {why.format_map(vars(config))}: {advice}")
+    if config.offload_weights and (config.num_processes or 1) > 1 and config.sharding_strategy == "NO_SHARD":
+        found = f"--offload_weights on {config.num_processes} processes needs parts of weights"
+        problems.append(f"{found}: set --sharding_strategy=FULL_SHARD, or start one process")
     for name in ("shard_size", "tp_size"):
         processes, size = config.num_processes, getattr(config, name)
         if processes and size and processes % size:

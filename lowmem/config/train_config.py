@@ -153,7 +153,7 @@ class TrainConfig(Groups):
     offload_weights: str | None = setting(holds="path", per_rank=True, in_evaluate=True)
     """Keep the layers' weights and optimizer state in host memory (host) or a folder.
     They are pinned memory for a GPU, or a file in the folder; a layer at a time comes to the device. Needs a memory
-    tier and, on several processes, FULL_SHARD; implies layered."""
+    tier; implies layered. Several processes need FULL_SHARD."""
     compile: bool = False
     """torch.compile each layer: faster after minutes of compiling; changes rounding."""
     device_memory: str | None = setting(unit="bytes")

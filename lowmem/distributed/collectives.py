@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 from lowmem.distributed import heartbeat
-from lowmem.errors import LostFolderError, OutOfMemory, RankError, SaveError, StepTooLarge, UsageError
+from lowmem.errors import LostFolderError, OutOfMemory, RankError, SaveError, StepTooLarge, StoreError, UsageError
 
 Result = TypeVar("Result")
 
 # If one rank raises one of these (or StepTooLarge), the others raise the first class that fits; else RankError.
-_RAISED_ON_ALL = {kind.__name__: kind for kind in (LostFolderError, UsageError, SaveError)}
+_RAISED_ON_ALL = {kind.__name__: kind for kind in (LostFolderError, UsageError, SaveError, StoreError)}
 
 
 @contextmanager

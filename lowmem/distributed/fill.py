@@ -34,7 +34,7 @@ class Unfilled:
     def __init__(self, model: nn.Module, *, will_shard: bool):
         """Take a model before it is sharded. With `will_shard`, move its parameters to meta (rank 0 keeps the values).
 
-        If rank 0's model is on meta, all ranks read from the files in `model.name_or_path`, or from records.
+        If rank 0's model is on meta and has no records (`fill_from`), all ranks read the files in `model.name_or_path`.
         """
         parameters = dict(model.named_parameters())
         self._whole: dict[str, Tensor | Record] = dict(_records.pop(model, {}))  # of rank 0, if not in the model
@@ -79,7 +79,8 @@ class Unfilled:
         local, first, column = local_part(parameter.data)
         whole, stored = self._whole.pop(name, None), self._stored.pop(name, None)
         if isinstance(whole, Record):
-            whole = whole.space.take(whole)
+            with report_failure():
+                whole = whole.space.take(whole)
         if not isinstance(parameter, DTensor):  # all ranks get rank 0's weights, even if their files differ
             local = local if whole is None else whole
             filled = torch.empty_like(local, device=self._device) if local.is_meta else local.to(self._device)

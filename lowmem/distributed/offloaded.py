@@ -45,9 +45,8 @@ class Offloaded:
         self._dtype = dtype
         self._taken: set[nn.Parameter] = set()
         self._largest = max(sum(map(self._numel, matrices)) for matrices in self._matrices.values())
-        self._vocabulary = {x: modules for x, modules in _vocabulary(model).items() if x.numel() > self._largest}
-        if self._shards:  # all ranks need all rows at the same time
-            self._vocabulary = {}
+        vocabulary = {} if self._shards else _vocabulary(model)  # of shards, all ranks need all rows at the same time
+        self._vocabulary = {x: modules for x, modules in vocabulary.items() if x.numel() > self._largest}
         self.rows: dict[nn.Parameter, OffloadedRows] = {}
         """The weights of embeddings and head that are offloaded."""
         self._nan = torch.full((), torch.nan, dtype=dtype, device=space.device)
@@ -174,12 +173,16 @@ class Offloaded:
     def _before_forward(self, following: nn.Module, layer: nn.Module, inputs: object) -> None:
         if not self._in_step:
             self.fetch(layer, following)
+            if self._shards and self.space.device.type == "cuda":
+                torch.cuda.current_stream(self.space.device).synchronize()  # fully_shard reads in a stream of its own
 
     def _begin(self, layer: nn.Module) -> None:
         if layer in self._fetched:
             return
         if not self._taken.issuperset(self._matrices[layer]):
-            raise UsageError("the model ran before its offloaded weights were moved: call make_optimizer first")
+            raise UsageError(
+                "the model runs, but its weights are not offloaded yet: call make_optimizer after offload_weights"
+            )
         if layer not in self._records:  # it has only small weights
             self._allocate(layer)
         self.make_buffers()
@@ -223,13 +226,15 @@ def offload_weights(model: nn.Module, where: str | Path | Space, device: torch.d
     From then on, a layer comes to `device` when it runs, and only `layered` can train (see `Offloaded`). At other times
     the parameters of layers are NaN; `save_model` and `save_checkpoint` read the store. The file has no name, and is
     deleted when the process ends. To train on several processes, use FULL_SHARD: each then has a store for its parts.
-    Raises UsageError for other strategies or for a model without layers, StoreError if there is no room.
+    Raises UsageError without shards on several processes, for SHARD_GRAD_OP and for a model without layers, and
+    StoreError if there is no room.
     """
     if offloaded_of(model) is not None:
         raise UsageError("offload_weights was called twice for this model: call it once")
-    is_replicated = rank_and_world_size()[1] > 1 and not (is_sharded(model) and reshards_after_forward(model))
-    if is_replicated and any(parameter.requires_grad for parameter in model.parameters()):
-        raise UsageError("offload_weights on several processes trains parts of weights: set FULL_SHARD, or start one")
+    if rank_and_world_size()[1] > 1 and not is_sharded(model):
+        raise UsageError("offload_weights on several processes needs FULL_SHARD: set it, or start one process")
+    if is_sharded(model) and not reshards_after_forward(model):
+        raise UsageError("offload_weights keeps one layer at a time, SHARD_GRAD_OP all: set FULL_SHARD")
     layers, pin_memory = training_layers(model, "offload_weights"), device.type == "cuda"
     if where == _IN_HOST_MEMORY:
         where = Space(HostMemory(pin_memory=pin_memory), device)

@@ -1,7 +1,6 @@
 """The weights of embeddings and output head in records: only the rows that are used at a time are on the device."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +25,14 @@ class OffloadedRows:
         self._parameter, self._weight, self._sum_dtype = parameter, weight, sum_dtype
         self.add: Callable[[int, int, Tensor, Tensor], None]
         """Add a gradient of rows to a total, in place: (number of the sum, first row, total, gradient)."""
+        self._gradient: Record | None = None  # embeddings need one only to keep gradients
         self._lookups: list[tuple[Tensor, Tensor]] = []
         self._sums = 0  # gradients of the head that were added
         for module in modules:
             is_head = isinstance(module, nn.Linear)
             module.forward = (self._head if is_head else self._embedding)(module)
             if is_head and parameter.requires_grad:
-                _ = self._gradient  # now, because there may be no room
-
-    @cached_property
-    def _gradient(self) -> Record:
-        return self._weight.space.allocate(self._weight.shape, self._sum_dtype)
+                self._allocate()
 
     def read(self, parts: Sequence[slice]) -> Iterator[Tensor]:
         """Yield the rows of each slice; the next are read while the caller has these."""
@@ -92,6 +88,7 @@ class OffloadedRows:
 
     def keep(self, part: slice, gradient: Tensor) -> None:
         """Keep the complete gradient of some rows, which `kept` returns."""
+        self._allocate()
         self._gradient.space.write(self._gradient.rows(part), gradient)
 
     def kept(self, part: slice) -> Tensor:
@@ -100,6 +97,10 @@ class OffloadedRows:
         gradient = torch.empty(record.shape, dtype=record.dtype, device=record.space.device)
         record.space.read(record, gradient).wait()
         return gradient
+
+    def _allocate(self) -> None:
+        if self._gradient is None:
+            self._gradient = self._weight.space.allocate(self._weight.shape, self._sum_dtype)
 
     def _begin(self, part: slice) -> tuple[Tensor, Transfer]:
         record = self._weight.rows(part)

@@ -30,8 +30,8 @@ def evaluate_model(config: TrainConfig, test_rows: Rows) -> None:
     check_same_model(model, tokenizer, weights=True)
     model = parallelize(model, accelerator, fill=not is_offloaded)
     if is_offloaded:
-        offload_weights(model.requires_grad_(False), config.offload_weights, accelerator.device)
-        convert_frozen(model)
+        offload_weights(model, config.offload_weights, accelerator.device)
+        convert_frozen(model.requires_grad_(False))
     max_seq_len = check_model(model, LOSSES[config.loss], **config.model_requirements)
     config = dataclasses.replace(config, max_seq_len=max_seq_len)
     shape = {"is_encoder_decoder": model.config.is_encoder_decoder, "num_embeddings": num_embeddings(model)}

@@ -81,7 +81,7 @@ def config_from(model_config: PretrainedConfig | Mapping[str, object] | str | Pa
 def model_from(
     config: PretrainedConfig, dtype: torch.dtype, *, on_meta: bool, scratch_folder: str | Path | None = None
 ) -> PreTrainedModel:
-    """Build a model with random weights, which `scratch_folder` leaves in a file there, or on the meta device."""
+    """Build a model: on the meta device, or with random weights (with `scratch_folder`, large ones in a file there)."""
 
     def build() -> PreTrainedModel:
         options = {"dtype": dtype, "trust_remote_code": False} | attention_options(config)

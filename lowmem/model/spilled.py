@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from lowmem.distributed.dtensor import is_shared, set_local_
@@ -38,6 +38,7 @@ def built_in_file(build: Callable[[], nn.Module], folder: Path) -> nn.Module:
         if (record := pager.take(parameter)) is not None:
             records[name] = record
             set_local_(parameter, torch.empty_like(parameter, device="meta"))
+    space.sync()
     fill_from(model, records)
     return model
 
@@ -55,22 +56,23 @@ class _Pager(TorchDispatchMode):
     def register(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is None or parameter.nbytes < _MIN_BYTES or not parameter.is_cpu:
             return
-        if parameter not in self._records:  # else it was written, and is now tied to another module
+        if not self._is_absent(parameter):  # else it is now tied to another module
             self._resident[parameter] = None
-            self._spill(keep={parameter})
+            with _disable_current_modes():
+                self._spill(keep={parameter})
 
     def take(self, parameter: Tensor) -> Record | None:
         """Write a parameter to the file and return its record; return None if the parameter is small."""
-        if parameter in self._resident:
+        if parameter in self._resident or (parameter in self._records and not self._is_absent(parameter)):
             self._write(parameter)
         return self._records.pop(parameter, None)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         used = {x for x in tree_leaves((args, kwargs)) if isinstance(x, nn.Parameter)}
         for parameter in used & (self._records.keys() | self._resident.keys()):
-            if parameter not in self._resident and function in _OVERWRITE:
+            if self._is_absent(parameter) and function in _OVERWRITE:
                 parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype)
-            elif parameter not in self._resident:
+            elif self._is_absent(parameter):
                 parameter.data = self._space.read_to_host(self._records[parameter])
             self._resident[parameter] = self._resident.pop(parameter, None)
         self._spill(keep=used)
@@ -87,9 +89,14 @@ class _Pager(TorchDispatchMode):
                 self._write(parameter)
 
     def _write(self, parameter: Tensor) -> None:
-        if parameter not in self._records:
-            self._records[parameter] = self._space.allocate(parameter.shape, parameter.dtype)
-        self._space.write(self._records[parameter], parameter.detach().contiguous())
+        record = self._records.get(parameter)
+        if record is None or (record.shape, record.dtype) != (parameter.shape, parameter.dtype):
+            self._records[parameter] = record = self._space.allocate(parameter.shape, parameter.dtype)
+        self._space.write(record, parameter.detach().contiguous())
         absent = self._absent.setdefault(parameter.dtype, torch.full((), torch.nan, dtype=parameter.dtype))
         parameter.data = absent.expand(parameter.shape)
-        del self._resident[parameter]
+        self._resident.pop(parameter, None)
+
+    def _is_absent(self, parameter: Tensor) -> bool:
+        absent = self._absent.get(parameter.dtype)
+        return absent is not None and parameter.untyped_storage().data_ptr() == absent.data_ptr()

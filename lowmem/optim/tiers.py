@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.optim import Optimizer
 
+from lowmem.distributed.collectives import report_failure
 from lowmem.distributed.dtensor import local_of, local_part, set_local_, sharded_like
 from lowmem.distributed.offloaded import Offloaded
 from lowmem.distributed.placement import is_large
@@ -108,14 +109,15 @@ class TieredOptimizer(Optimizer):
         set_local_(parameter, kept.pop("weight"))  # frees the fp32 weight before the moments are allocated
         local = local_of(parameter.detach())
         if self._offloaded and is_large(parameter):
-            self._offloaded.take_weight(parameter, row_wise=self.row_wise, sum_dtype=self.sum_dtype(parameter))
             kept |= self._new_moments(parameter, local.to("meta" if self.row_wise else local.device))
-            self.state[parameter] = {
-                name: sharded_like(parameter, self._offloaded.new_record(x))
-                if self.row_wise or name == "weight_low"
-                else x
-                for name, x in kept.items()
-            }
+            with report_failure():
+                self._offloaded.take_weight(parameter, row_wise=self.row_wise, sum_dtype=self.sum_dtype(parameter))
+                self.state[parameter] = {
+                    name: sharded_like(parameter, self._offloaded.new_record(x))
+                    if self.row_wise or name == "weight_low"
+                    else x
+                    for name, x in kept.items()
+                }
         else:
             kept |= self._new_moments(parameter, local)
             self.state[parameter] = {name: sharded_like(parameter, tensor) for name, tensor in kept.items()}

@@ -53,7 +53,7 @@ class Traffic:
         return self.forward + self.backward + self.update - self.written
 
     def step_seconds(self, *, bandwidth: float, computing: float) -> float:
-        """Return how long a step takes at `bandwidth` (bytes per second), if it alone computes for `computing` seconds.
+        """Return how long a step takes at `bandwidth` (bytes per second), if computing alone takes `computing` seconds.
 
         A layer's weights and inputs are on their way while another layer computes: for a quarter of the time in
         forward, and for the rest in backward, which runs forward again. Gradients and updates go between layers.
@@ -75,9 +75,10 @@ class Counted:
     """Size of the model's files. `checkpoint_bytes` also includes the optimizer state."""
     checkpoint_bytes: int = 0
     num_parameters: int = 0
-    offloaded_weights: int = 0
-    """Bytes of weights that `offload_weights` moves, and of optimizer state."""
-    offloaded_state: int = 0
+    largest_parameter: int = 0
+    """Elements of the largest parameter."""
+    offloaded_bytes: int = 0
+    """Bytes of weights and optimizer state that `offload_weights` moves."""
     forward_traffic: int = 0
     """Bytes that a step reads and writes in each phase with `offload_weights`; see `Traffic`."""
     backward_traffic: int = 0

@@ -24,6 +24,7 @@ _FRAGMENTS = 0.05  # fragmentation, as a fraction of the bytes of tensors
 IN_FLIGHT_BYTES, SLAB_BYTES = 2**26, 2**27  # of memory/offload.py, which imports torch; also of storage/records.py
 STORE_SLAB_BYTES = 2**30  # of storage/records.py
 _STORED = "offloaded weights and state"
+_DRAWING_BYTES, _DRAWN_COPIES = 2**28, 3  # of model/spilled.py: kept in memory; of the parameter that is drawn
 _HOST_BANDWIDTH, _FILE_BANDWIDTH = 25e9, 3e9  # bytes per second: PCIe 4.0 x16, and an NVMe SSD
 _GPU_SPEED, _CPU_SPEED = 100e12, 0.1e12  # FLOP per second
 _SSD_LIFE = 600e12  # bytes that can be written to a consumer SSD of 1 TB
@@ -128,16 +129,16 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
         for is_host in (False, True)
     )
     processes = cluster.local_world_size
-    stored, disk = counted.offloaded_weights + counted.offloaded_state, {}
+    stored, disk = counted.offloaded_bytes, {}
     if stored:
         in_flight = IN_FLIGHT_BYTES * (2 if Kind.OFFLOADED in host else 1)  # of state, and of activations
         device[Kind.UPDATE] = device.get(Kind.UPDATE, 0) + min(in_flight, stored)
         if config.offload_weights == "host":
             host[_STORED] = -(-stored // STORE_SLAB_BYTES) * STORE_SLAB_BYTES if cluster.on_gpu else stored
         else:
-            disk[_STORED] = stored
+            disk[_STORED] = stored * processes
             if Kind.OFFLOADED in host:
-                disk["offloaded activations, gradients"] = host.pop(Kind.OFFLOADED)
+                disk["offloaded activations, gradients"] = host.pop(Kind.OFFLOADED) * processes
     if cluster.on_gpu:
         if offloaded := host.get(Kind.OFFLOADED):
             device[Kind.ACTIVATIONS] = device.get(Kind.ACTIVATIONS, 0) + min(IN_FLIGHT_BYTES, offloaded)
@@ -149,6 +150,9 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
         host = {"tensors, of all processes": (_total(device) + in_memory) * processes}
     # each rank reads its part of saved weights; only rank 0 initializes new ones
     loading = 0 if config.model_name_or_path else 4 * counted.num_parameters
+    if loading and config.scratch_folder:
+        disk["random weights, beyond training"] = max(0, loading - sum(disk.values()))
+        loading = _DRAWING_BYTES + _DRAWN_COPIES * 4 * counted.largest_parameter
     host["loading, beyond training"] = max(0, loading - _total(host))
     host["programs"] = programs_bytes(cluster)
     keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # the oldest is removed only after a save
@@ -164,22 +168,23 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
 
 def _streaming(config: TrainConfig, cluster: Cluster, counted: Counted) -> str:
     """Describe what a step reads and writes, and estimate the times of streaming and computing."""
+    processes = cluster.local_world_size
     traffic = counted.traffic
     is_file = config.offload_weights != "host"
     bandwidth, what = (_FILE_BANDWIDTH, "an NVMe SSD") if is_file else (_HOST_BANDWIDTH, "PCIe 4.0 x16")
     speed = _GPU_SPEED if cluster.on_gpu else _CPU_SPEED
     rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps
     computing = 8 * counted.num_parameters * rows * config.max_seq_len / speed
+    streaming, waiting = (num / bandwidth for num in (traffic.read + traffic.written, traffic.update))
     line = (
-        f"each step reads {gigabytes(traffic.read)} and writes {gigabytes(traffic.written)} of weights, state and "
-        f"inputs: {(traffic.read + traffic.written) / bandwidth:.1f} s at {bandwidth / 1e9:g} GB/s ({what}), "
-        f"{traffic.update / bandwidth:.1f} s of it between layers, the rest while the device computes, which takes "
-        f"{computing:.1f} s at {speed / 1e12:g} TFLOP/s; in all "
-        f"{traffic.step_seconds(bandwidth=bandwidth, computing=computing):.1f} s"
+        f"each step {'of each process ' * (processes > 1)}reads {gigabytes(traffic.read)} and writes "
+        f"{gigabytes(traffic.written)} of weights, state and inputs: {streaming:.1f} s at {bandwidth / 1e9:g} GB/s "
+        f"({what}), {waiting:.1f} s of it while the device waits for updates; computing takes {computing:.1f} s at "
+        f"{speed / 1e12:g} TFLOP/s; together {traffic.step_seconds(bandwidth=bandwidth, computing=computing):.1f} s"
     )
     if not is_file:
         return line
-    written = 1000 * traffic.written
+    written = 1000 * traffic.written * processes
     return (
         f"{line}; 1,000 steps write {written / 1e12:.1f} TB, {written / _SSD_LIFE:.0%} of a 1 TB SSD's rated endurance"
     )

@@ -37,8 +37,6 @@ from lowmem.plan.fakes import CountedSpace, HostCopies, fake_ranks, fake_tensors
 from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter
 from lowmem.plan.parts import Bytes, Cluster, Counted, Kind
 from lowmem.step import LossFunction, TrainState, train_step
-from lowmem.storage.records import Record
-from lowmem.storage.tensor_files import bytes_of
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 _FEW = 2  # the number of layers that `count_shallow` counts in a deep stack
@@ -129,10 +127,10 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         timeline.end("after", then=Kind.ACTIVATIONS)
         weights = num_bytes(model_tensors(model))
         state = num_bytes(optimizer_tensors(named_parameters(model, optimizer), optimizer))
-        counted = Counted(timeline.peaks, weights, weights + state, model.num_parameters())
+        largest = max(parameter.numel() for parameter in model.parameters())
+        counted = Counted(timeline.peaks, weights, weights + state, model.num_parameters(), largest)
         if config.offload_weights:
-            in_layers = sum(bytes_of(x) for x in model_tensors(model).values() if isinstance(x, Record))
-            counted.offloaded_weights, counted.offloaded_state = in_layers, records.num_bytes - in_layers
+            counted.offloaded_bytes = records.num_bytes
             counted.forward_traffic, counted.backward_traffic, counted.update_traffic = (
                 records.moved.by_phase[phase] for phase in ("forward", "backward", "update")
             )

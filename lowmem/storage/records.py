@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lowmem.errors import StoreError
+from lowmem.errors import StoreError, UsageError
 from lowmem.storage.files import free_bytes
 
 _ALIGNMENT_BYTES = 4096  # a page
@@ -276,17 +276,22 @@ class ScratchFile:
 
     def __init__(self, folder: Path, *, pin_memory: bool):
         self._folder, self._pin_memory = folder, pin_memory
-        with self._errors("make", "be made"):
+        try:
+            sys.audit("lowmem.store", "make", str(folder))
             folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
+        except OSError as error:
+            found = f"no file for offloaded tensors can be made in {folder} ({error.strerror or error})"
+            raise UsageError(f"{found}: set offload_weights to another folder, or to host") from error
         weakref.finalize(self, self._file.close)
-        self._others: list[ScratchFile] = []
+        self._others: weakref.WeakSet[ScratchFile] = weakref.WeakSet()
         self._size = 0
         self._buffer: Tensor | None = None
 
     def in_same_folder(self) -> "ScratchFile":
         """Make another file, which `sync` of this one syncs too."""
-        self._others.append(other := ScratchFile(self._folder, pin_memory=self._pin_memory))
+        other = ScratchFile(self._folder, pin_memory=self._pin_memory)
+        self._others.add(other)
         return other
 
     def allocate(self, num_bytes: int) -> int:
