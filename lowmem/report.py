@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lowmem.data.batch import Batch
+from lowmem.data.mixture import PERIOD
 from lowmem.data.stream import Stream
 from lowmem.distributed.collectives import gather_json, on_main_rank, sum_over_ranks
 from lowmem.distributed.placement import DataParallelRank
@@ -25,7 +26,7 @@ from lowmem.evaluation import Answer
 from lowmem.recover import Halving
 from lowmem.step import StepResult
 
-_NOT_SHOWN = ("num_tokens", "samples_per_second", "data_wait_seconds", "peak_")  # beginnings of names
+_NOT_SHOWN = ("num_tokens", "samples_per_second", "data_wait_seconds", "source_", "peak_")  # beginnings of names
 _SHOWN_IF_ANY = ("cut_rows", "cut_tokens", "bad_rows")
 
 
@@ -190,8 +191,16 @@ class Report:
         self.print_lines(
             f"{num_weights:,} weights ({model.dtype}, memory={tier}) on {devices}, {stream.num_rows:,} rows",
             f"steps {self._step} to {self._total_steps}, each of {stream.global_batch_size} rows: {pieces}",
+            *(self._sources(stream) if stream.mixture else ()),
             *_precision_hints(self._accelerator, tier),
         )
+
+    def _sources(self, stream: Stream) -> Iterator[str]:
+        """Return a line for each source of a mixture: its share, and how often the run takes each of its rows."""
+        mixture, total = stream.mixture, self._total_steps * stream.global_batch_size
+        for number, (name, rows) in enumerate(zip(mixture.names, mixture.sources, strict=True), 1):
+            share = mixture.weights[number - 1] / PERIOD
+            yield f"source {number}: {share:.2%} of the rows, {total * share / len(rows):.3g} epochs of {name}"
 
     def resuming(
         self, checkpoint: Path | None, changes: Sequence[str], row_changes: Sequence[str], can_save: bool
@@ -223,7 +232,7 @@ class Report:
         counts = sum_over_ranks(*(count if rank.is_counted else 0 for count in stream.counts.values()))
         self._counts = dict(zip(stream.counts, counts, strict=True))
         measured = {
-            "epoch": stream.position / stream.num_rows,
+            "epoch": stream.position / stream.rows_per_epoch,
             "loss": result.loss.item(),
             "grad_norm": result.grad_norm.item(),
             "learning_rate": learning_rate,
@@ -232,7 +241,8 @@ class Report:
             "tokens_per_second": self._tokens / self._seconds,
             "data_wait_seconds": self._waited - self._waited_before,
         }
-        self.record(measured | self._counts | peak_memory_bytes())
+        of_sources = {f"source_{number}_rows": rows for number, rows in enumerate(stream.rows_of_sources, 1)}
+        self.record(measured | self._counts | of_sources | peak_memory_bytes())
         self._rows, self._tokens, self._seconds, self._waited_before = 0, 0, 0.0, self._waited
 
     def evaluation(self, metrics: Mapping[str, float], answers: Sequence[Answer]) -> Mapping[str, float]:

@@ -133,7 +133,7 @@ def train(
         state = TrainState(wrapped, optimizer, stream, seed=config.seed)
         if checkpoint:
             load_checkpoint(state, checkpoint, accelerator, verify=False)  # checkpoint_to_resume has verified it
-        schedule = Schedule.of_run(stream.num_rows, stream.global_batch_size, **config.schedule)
+        schedule = Schedule.of_run(stream.rows_per_epoch, stream.global_batch_size, **config.schedule)
         checkpoints, keep = output / "checkpoints", config.save_total_limit or None
         can_save = config.save_steps > 0 and not config.deepspeed
         num_saves = schedule.num_due(state.step, config.save_steps) if can_save else 0

@@ -169,6 +169,13 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({"output_dir": ["a", "b"]}, "--output_dir must be a single value, not a list"),
         ({"report_to": "none,printer"}, "--report_to=none must be one of tensorboard"),
         ({"train_file": ""}, "--train_file is empty"),
+        ({"train_weights": "1,2"}, "--train_weights mixes the files of --train_file: set --train_file too"),
+        ({"train_file": "a", "train_weights": "1,x"}, "--train_weights=1,x must be positive numbers, separated by"),
+        ({"train_file": "a", "train_weights": "1,-2"}, "--train_weights=1,-2 must be positive numbers, separated by"),
+        (
+            {"train_file": "a,b", "train_weights": [1, 2], "validation_rows": 5},
+            "--train_weights=1,2 holds out no rows for an evaluation (--validation_file does): set --validation_rows=0",
+        ),
         ({"output_dir": "True"}, "--output_dir needs a value"),
         ({"seed": "1e30"}, "must be below 2**63"),
         ({"max_steps": "1e30"}, "must be below 2**63"),

@@ -216,6 +216,30 @@ def test_rows_are_not_padded_beyond_the_positions_of_the_model(work):
     assert refused.returncode == 2 and "fails on a row of max_seq_len=21 tokens" in refused.stderr
 
 
+def test_a_mixture_reports_each_sources_rows_and_resumes_on_two_processes(work):
+    for name, first, stop in (("few", 0, 6), ("many", 6, 40)):
+        rows = "".join(json.dumps(row) + "\n" for row in ROWS[first:stop])
+        (work / f"{name}.jsonl").write_text(rows)
+    changes = {"train_file": f"{work}/many.jsonl,{work}/few.jsonl", "train_weights": "0.75,0.25", "max_steps": None}
+    changes |= {"global_batch_size": 8, "epochs": 1.2, "validation_file": work / "rows.jsonl", "max_predict_samples": 0}
+    result = train(*run_flags(work, "mixture", **changes))
+    assert_done(result)
+    assert "steps 0 to 7, each of 8 rows" in result.stdout  # 1.2 * 34 / 0.75 rows
+    assert f"source 1: 75.00% of the rows, 1.24 epochs of {work}/many.jsonl" in result.stdout
+    assert f"source 2: 25.00% of the rows, 2.33 epochs of {work}/few.jsonl" in result.stdout
+    logged = [record for record in records(work, "mixture") if "loss" in record]
+    assert [(x["source_1_rows"], x["source_2_rows"]) for x in logged] == [(6 * step, 2 * step) for step in range(1, 8)]
+    assert logged[-1]["epoch"] == pytest.approx(7 * 8 * 0.75 / 34)
+    for rank in train_ranks(2, *run_flags(work, "mixture", **changes | {"epochs": 1.6, "resume": "auto"})):
+        assert_done(rank)
+    again = [record for record in records(work, "mixture") if "loss" in record]
+    assert again[:5] == logged[:5] and again[-1]["source_2_rows"] == 20
+    refused = train(*run_flags(work, "mixture", **changes | {"train_weights": "0.5,0.5", "resume": "auto"}))
+    assert refused.returncode == 2 and "--train_weights=0.5,0.5 (was 0.75,0.25)" in refused.stderr
+    refused = train(*run_flags(work, "unequal", **changes | {"train_weights": "1,1,1"}))
+    assert refused.returncode == 2 and "3 weights for 2 sources" in refused.stderr
+
+
 def test_a_better_evaluation_frees_the_checkpoint_of_the_former_best(work):
     changes = {"validation_rows": 8, "eval_steps": 2, "save_steps": 2, "save_total_limit": 1, "max_steps": 6}
     assert_done(train(*run_flags(work, "best", **changes, learning_rate=1e-3)))

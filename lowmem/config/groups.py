@@ -46,6 +46,10 @@ class Groups:
         return None if self.offload_weights == "host" else self.offload_weights
 
     @property
+    def mixture_weights(self) -> list[float] | None:
+        return None if self.train_weights is None else [float(weight) for weight in self.train_weights.split(",")]
+
+    @property
     def frozen_parts(self) -> list[str]:
         return [part for part in self.freeze.split(",") if part]
 

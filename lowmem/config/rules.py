@@ -24,6 +24,13 @@ _TIERS = ["exact", "lean"]
 
 # Each row: flag A, some of its values (None: all but the default), flag B, the values of B that these allow, and why
 NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
+    (
+        "train_weights",
+        None,
+        "validation_rows",
+        [0, None],
+        "holds out no rows for an evaluation (--validation_file does)",
+    ),
     ("memory", _TIERS, "mixed_precision", ["bf16"], "keeps weights in bf16"),
     ("memory", _TIERS, "optimizer", TIERED_OPTIMIZERS, "does not support --optimizer={optimizer}"),
     ("optimizer", ["adamw_bf16"], "mixed_precision", ["bf16"], "needs weights in bf16"),
@@ -108,6 +115,8 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
     if not config.prompt_column and config.max_predict_samples not in (0, FIELDS["max_predict_samples"].default):
         found = f"--max_predict_samples={config.max_predict_samples} does nothing"
         problems.append(f"{found}, because only rows with prompts and responses are answered: remove it")
+    if config.train_weights is not None and config.train_file is None:
+        problems.append("--train_weights mixes the files of --train_file: set --train_file too")
     if config.accept_changed_data and config.resume == "never":
         advice = "set --resume=auto or remove --accept_changed_data"
         problems.append(f"--accept_changed_data=True does nothing unless a run is resumed: {advice}")
@@ -137,6 +146,11 @@ def _out_of_range(config: TrainConfig) -> list[str]:
                 parse_bytes(value)
             except UsageError as error:
                 problems.append(f"--{name}: {error}")
+    try:
+        if any(not 0 < weight < math.inf for weight in config.mixture_weights or ()):
+            raise ValueError
+    except ValueError:
+        problems.append(f"--train_weights={config.train_weights} must be positive numbers, separated by commas")
     for name, done in (("output_dir", "written"), ("resume", "read")):
         try:
             os.stat(getattr(config, name) or "")

@@ -59,6 +59,9 @@ class TrainConfig(Groups):
     train_file: str | None = setting(holds="files", per_rank=True)
     """Training rows: paths, globs or URLs, comma-separated. Formats: Parquet, Arrow, JSONL, text, or a folder saved by
     `datasets`. URLs: hf://, s3://, https://. None: the bundled rows."""
+    train_weights: str | None = setting(holds="names", on_resume="fixed")
+    """Mix the files of train_file by these weights: comma-separated numbers, one per file or glob.
+    Weights are rounded to 1/10,000 of their sum. epochs counts the first one's rows; each other one has its own."""
     validation_file: str | None = setting(holds="files", instead_of=["validation_rows"], per_rank=True)
     """Rows to evaluate on during training."""
     validation_rows: int | None = setting(at_least=0, fallback=0, on_resume="fixed")

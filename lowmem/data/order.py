@@ -5,9 +5,9 @@ Row groups are permuted and split into windows of at most WINDOW_BYTES, or of on
 within each window. So a reader needs only the row groups of one window in memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from hashlib import blake2b
 
 import numpy as np
@@ -38,6 +38,11 @@ class Groups:
     def digest(self) -> str:
         """A hash of the groups, which determine the order of the rows for a given seed."""
         return blake2b(self.rows.tobytes() + self.bytes.tobytes(), digest_size=8).hexdigest()
+
+    @cached_property
+    def _layout(self) -> "Callable[[int, int, int], _Layout]":
+        """`_epoch_layout`, which keeps the layouts of two epochs, because a step may take rows from both."""
+        return lru_cache(maxsize=2)(partial(_epoch_layout, self))
 
 
 def permute(indices: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
@@ -87,7 +92,7 @@ def rows_at(
         epoch, first = divmod(start, groups.num_rows)
         last = min(groups.num_rows, first + stop - start)
         if shuffle:
-            pieces += _rows_of_epoch(first, last, _epoch_layout(epoch, groups, seed, window_bytes), (seed, epoch))
+            pieces += _rows_of_epoch(first, last, groups._layout(epoch, seed, window_bytes), (seed, epoch))
         else:
             pieces.append(np.arange(first, last))
         start += last - first
@@ -121,8 +126,7 @@ def _rows_of_epoch(first: int, last: int, layout: _Layout, key: tuple[int, int])
     return pieces
 
 
-@lru_cache(maxsize=2)  # two epochs, because a step may take rows from both
-def _epoch_layout(epoch: int, groups: Groups, seed: int, window_bytes: int) -> _Layout:
+def _epoch_layout(groups: Groups, epoch: int, seed: int, window_bytes: int) -> _Layout:
     groups_here = permute(np.arange(len(groups.rows)), len(groups.rows), (seed, epoch))
     ends, byte_ends = np.cumsum(groups.rows[groups_here]), np.cumsum(groups.bytes[groups_here])
     # A window takes groups while they fit into `window_bytes`, but at least one with rows.

@@ -101,16 +101,7 @@ class FileRows:
         return [(str(file.source), file.fingerprint()) for file in self._files]
 
     def digest(self, indices: Sequence[int]) -> str | None:
-        """Hash the content of rows; a bad row counts as None. Returns None if a file is no longer readable."""
-        found = xxhash.xxh3_128()
-        for index in indices:
-            try:
-                found.update(repr(self[index]).encode(errors="surrogatepass"))
-            except ReadError:
-                return None
-            except RowError:
-                found.update(b"None")
-        return found.hexdigest()
+        return hash_rows(self, indices)
 
     def _find(self, index: int) -> tuple[int, DataFile, int, int]:
         """Return a row's group number, its file, the group's number in the file, and the row's number in the group."""
@@ -139,6 +130,19 @@ class FileRows:
                 if seconds is None or is_damage(error) or isinstance(error, ChangedError):
                     return error
                 time.sleep(seconds)
+
+
+def hash_rows(rows: Rows, indices: Sequence[int]) -> str | None:
+    """Hash the content of rows; a bad row counts as None. Returns None if a file is no longer readable."""
+    found = xxhash.xxh3_128()
+    for index in indices:
+        try:
+            found.update(repr(rows[index]).encode(errors="surrogatepass"))
+        except ReadError:
+            return None
+        except RowError:
+            found.update(b"None")
+    return found.hexdigest()
 
 
 def open_rows(files: Files, *, columns: Sequence[str] | None = None, messages_column: str | None = None) -> FileRows:

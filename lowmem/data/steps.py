@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from lowmem.data.batch import Batch, Collate, EncodedRow
 from lowmem.data.encode import BadRow, Encode, blank_row, encode_rows
+from lowmem.data.mixture import Mixture, groups_of
 from lowmem.data.order import Groups, rows_at
 from lowmem.data.packing import pack
 from lowmem.data.rows import Rows
@@ -41,7 +42,19 @@ class Steps:
 
     @cached_property
     def groups(self) -> Groups:
-        return getattr(self.rows, "groups", None) or Groups.of([len(self.rows)])
+        return groups_of(self.rows)
+
+    @property
+    def order_digest(self) -> str:
+        """A hash of what determines the order of the rows for a given seed."""
+        return self.rows.order_digest if isinstance(self.rows, Mixture) else self.groups.digest
+
+    def row_ids(self, start: int, stop: int) -> list[int]:
+        """Return the row numbers at positions [start, stop)."""
+        options = {"seed": self.seed, "shuffle": self.shuffle}
+        if isinstance(self.rows, Mixture):
+            return self.rows.rows_at(start, stop, **options).tolist()
+        return rows_at(start, stop, self.groups, **options).tolist()
 
     @property
     def batch_size(self) -> int:
@@ -52,7 +65,7 @@ class Steps:
         num_pieces = self.world_size * self.micro_batches
         pieces = range(self.rank * self.micro_batches, (self.rank + 1) * self.micro_batches + 1)
         bounds = [position + self.global_batch_size * piece // num_pieces for piece in pieces]
-        row_ids = rows_at(bounds[0], bounds[-1], self.groups, seed=self.seed, shuffle=self.shuffle).tolist()
+        row_ids = self.row_ids(bounds[0], bounds[-1])
         rows, bad = encode_rows(self.rows, row_ids, self.encode, may_skip=self.may_skip)
         cuts = [row.get("num_cut", 0) for _, row in rows]
         counts = {"cut_rows": sum(cut > 0 for cut in cuts), "cut_tokens": sum(cuts), "bad_rows": len(bad)}

@@ -10,7 +10,7 @@ import torch
 from lowmem.data.batch import Batch, Collate, UnreadableStep, collate
 from lowmem.data.encode import Encode
 from lowmem.data.files.source import Files
-from lowmem.data.order import rows_at
+from lowmem.data.mixture import Mixture, open_mixture
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import Rows, as_rows
 from lowmem.data.steps import Step, Steps
@@ -30,6 +30,8 @@ class Stream:
     def __init__(self, steps: Steps, *, prefetch: int, quarantine: Quarantine | None, accept_changed_data: bool):
         self.position = 0
         self.num_rows = len(steps.rows)
+        self.mixture: Mixture | None = steps.rows if isinstance(steps.rows, Mixture) else None
+        self.rows_per_epoch: float = self.mixture.rows_per_epoch if self.mixture else self.num_rows
         self.global_batch_size = steps.global_batch_size
         self.wait_seconds = 0.0  # total time that `next` has waited for rows
         self.counts = Counter(cut_rows=0, cut_tokens=0, bad_rows=0)  # this rank's truncated rows, cut tokens, bad rows
@@ -50,6 +52,11 @@ class Stream:
     @property
     def batch_size(self) -> int:
         return self._steps.batch_size
+
+    @property
+    def rows_of_sources(self) -> list[int]:
+        """The rows of the steps done, of each source of a mixture; empty for other rows."""
+        return self.mixture.rows_before(self.position, seed=self._steps.seed) if self.mixture else []
 
     def __iter__(self) -> Iterator[Sequence[Batch]]:
         if self._cursor != self.position:
@@ -126,7 +133,9 @@ class Stream:
 
     def _rows_and_order(self) -> dict[str, object]:
         steps, files = self._steps, [fingerprint for _, fingerprint in self._files]
-        rows = {"num_rows": self.num_rows, "row_groups": steps.groups.digest, "files": files}
+        rows = {"num_rows": self.num_rows, "row_groups": steps.order_digest, "files": files}
+        if self.mixture:
+            rows["weights"] = list(self.mixture.weights)
         return rows | {"shuffle": steps.shuffle, "seed": steps.seed, "global_batch_size": self.global_batch_size}
 
     def _hash_rows(self, position: int) -> str | None:
@@ -134,7 +143,7 @@ class Stream:
         steps, stop = self._steps, position + min(self.global_batch_size, _MOST_ROWS_HASHED)
         if not hasattr(steps.rows, "digest"):
             return None
-        return steps.rows.digest(rows_at(position, stop, steps.groups, seed=steps.seed, shuffle=steps.shuffle).tolist())
+        return steps.rows.digest(steps.row_ids(position, stop))
 
     def _changed_files(self, saved: Sequence[str]) -> str:
         if len(saved) != len(self._files):
@@ -154,10 +163,11 @@ class Stream:
 
 
 def open_stream(
-    files: Files | Rows,
+    files: Files | Rows | Sequence[Rows],
     encode: Encode,
     *,
     batch_size: int,
+    weights: Sequence[float] | None = None,
     gradient_accumulation_steps: int = 1,
     global_batch_size: int | None = None,
     seed: int = 0,
@@ -173,6 +183,8 @@ def open_stream(
 ) -> Stream:
     """Open a Stream over files (see `open_rows`) or over rows that are already open.
 
+    With `weights`, `files` names several sources, or is a list of rows, and each source has its share of the rows (see
+    `Mixture`).
     A step takes `batch_size * gradient_accumulation_steps * world_size` rows or, if set, `global_batch_size` rows. They
     are split evenly into the fewest micro-batches of at most `batch_size`. `rank` and `world_size` count data-parallel
     ranks (see `data_place`); None is for one process. With `packed_seq_len`, causal rows are packed into sequences of
@@ -180,7 +192,8 @@ def open_stream(
     `quarantine`, skips rows that cannot be read or encoded. `accept_changed_data`: see `load_state_dict`. `pin_memory`
     pins batches for copies to a GPU (None: if CUDA is available).
     """
-    rows, (rank, world_size) = as_rows(files), given_or_only_rank(rank, world_size)
+    rows = as_rows(files) if weights is None else open_mixture(files, weights)
+    rank, world_size = given_or_only_rank(rank, world_size)
     if global_batch_size is None:
         global_batch_size = batch_size * gradient_accumulation_steps * world_size
     elif gradient_accumulation_steps != 1:

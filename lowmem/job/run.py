@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lowmem.config.train_config import TrainConfig
 from lowmem.data.bundled import BundledRows
+from lowmem.data.mixture import open_mixture
 from lowmem.data.rows import RowSets, open_rows, split_rows
 from lowmem.distributed.launcher import launched_processes
 from lowmem.distributed.setup import check_launch, processes_to_start
@@ -65,13 +66,19 @@ def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: f
 
 def _open_all_rows(config: TrainConfig, trains: bool) -> RowSets:
     columns = [name for name in (config.prompt_column, config.response_column, config.text_column) if name]
-    opened = partial(open_rows, columns=columns, messages_column=config.messages_column)
+    options = {"columns": columns, "messages_column": config.messages_column}
+    opened = partial(open_rows, **options)
     test_rows = opened(config.test_file) if config.test_file else None
     if not trains:
         return RowSets(None, None, test_rows)
-    train_rows = opened(config.train_file) if config.train_file else BundledRows()
+    if config.mixture_weights:
+        train_rows = open_mixture(config.train_file, config.mixture_weights, **options)
+    else:
+        train_rows = opened(config.train_file) if config.train_file else BundledRows()
     if config.validation_file:
         return RowSets(train_rows, opened(config.validation_file), test_rows)
+    if config.mixture_weights:
+        return RowSets(train_rows, None, test_rows)
     return RowSets(*split_rows(train_rows, config.validation_rows), test_rows)
 
 

@@ -17,7 +17,7 @@ class Schedule:
     @classmethod
     def of_run(
         cls,
-        num_rows: int,
+        rows_per_epoch: float,
         rows_per_step: int,
         *,
         epochs: float | None,
@@ -26,7 +26,7 @@ class Schedule:
         warmup_steps: int | None,
         **shape: object,
     ) -> "Schedule":
-        total_steps = max_steps or math.ceil(epochs * num_rows / rows_per_step)
+        total_steps = max_steps or math.ceil(epochs * rows_per_epoch / rows_per_step)
         warmup_steps = math.ceil(total_steps * warmup_ratio) if warmup_ratio else warmup_steps or 0
         return cls(total_steps=total_steps, warmup_steps=warmup_steps, **shape)
 

@@ -126,11 +126,8 @@ def expand(files: Files) -> list[Source]:
     exists as a path. Does not split items of a list. Raises UsageError if a name matches nothing or a file is named
     twice.
     """
-    items, advice = [files] if isinstance(files, Path) else files, _WHAT_TO_NAME
-    if isinstance(files, str):
-        is_file = not is_url(files) and os.path.exists(os.path.expanduser(files))
-        items = [files] if is_file else _split(files)
-        advice = _HOW_TO_NAME if len(items) > 1 else _WHAT_TO_NAME
+    items = items_of(files)
+    advice = _HOW_TO_NAME if isinstance(files, str) and len(items) > 1 else _WHAT_TO_NAME
     lists = [_remote_names(item) if is_url(item) else _local_names(item, advice) for item in map(str, items)]
     names = [name for names in lists for name in names]
     if not names:
@@ -142,7 +139,12 @@ def expand(files: Files) -> list[Source]:
     return sources
 
 
-def _split(files: str) -> list[str]:
+def items_of(files: Files) -> list[str | Path]:
+    """List the paths, globs and URLs that `files` names, as `expand` splits it."""
+    if not isinstance(files, str):
+        return [files] if isinstance(files, Path) else list(files)
+    if not is_url(files) and os.path.exists(os.path.expanduser(files)):
+        return [files]
     parts = (part.strip().replace(r"\,", ",") for part in re.split(r"(?<!\\),", files))
     return [part for part in parts if part]
 
