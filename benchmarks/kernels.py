@@ -127,7 +127,7 @@ def variants() -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]
         constants = {"IS_CAPPED": has_all, "ROWS": TILE // columns, "COLUMNS": columns}
         sums = types | {"log_sums": "*fp32", "expected": "*fp32"}
         yield f"sums of {dtype}", sums_kernel, sums, constants | {"IS_SMOOTHED": has_all}
-        gradient = types | {"log_sum": "*fp32", "grad_loss": "*fp32"}
+        gradient = types | {"log_sum": "*fp32", "grad_losses": "*fp32"}
         yield f"gradient of {dtype}", gradient_kernel, gradient, constants
 
 

@@ -12,7 +12,7 @@ _NAMES = {
     "distributed.offloaded": ["offload_weights"],
     "distributed.signals": ["catching_signals"],
     "data.rows": ["open_rows", "split_rows"],
-    "data.encode": ["make_encoder", "encode_seq2seq", "encode_causal", "encode_text", "encode_chat"],
+    "data.encode": ["make_encoder", "encode_seq2seq", "encode_causal", "encode_text", "encode_chat", "with_weights"],
     "data.batch": ["Batch", "collate"],
     "data.quarantine": ["Quarantine"],
     "data.stream": ["Stream", "open_stream"],

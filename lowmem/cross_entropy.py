@@ -39,10 +39,12 @@ def chunked_cross_entropy(
     changes: Sequence[Change] = (),
     fused: bool | None = None,
     rows: OffloadedRows | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """Return cross_entropy(hidden @ weight.T + bias, targets), summed over rows, with softmax and sums in fp32 or more.
 
-    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) int64. `changes` are applied to the logits in order.
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) int64. Each row's loss is multiplied by its element of
+    `factors` (N,), fp32, which are not trained (None: 1). `changes` are applied to the logits in order.
     Matrix products use `compute_dtype` (default: hidden.dtype). Forward saves its inputs and each row's log-sum-exp;
     backward computes the logits again. Both use a slice of the vocabulary at a time, for all rows, so each element of
     the head's gradient is one sum, rounded once.
@@ -57,7 +59,7 @@ def chunked_cross_entropy(
     slices = vocabulary_slices(len(hidden), len(weight), elements, most=max(64, _WEIGHT_ELEMENTS // weight.shape[1]))
     dtype = compute_dtype or hidden.dtype
     operations = _operations_for(hidden, dtype, changes, fused)
-    tensors = (hidden, weight, bias, targets.contiguous())
+    tensors = (hidden, weight, bias, targets.contiguous(), factors)
     return _ChunkedCrossEntropy.apply(*tensors, label_smoothing, dtype, slices, changes, operations, rows)
 
 
@@ -70,7 +72,9 @@ def vocabulary_slices(num_rows: int, vocabulary: int, elements: int, *, most: in
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, label_smoothing, compute_dtype, slices, changes, operations, rows):
+    def forward(
+        ctx, hidden, weight, bias, targets, factors, label_smoothing, compute_dtype, slices, changes, operations, rows
+    ):
         shape, sum_dtype = (operations.tiles_in(slices[0].stop), len(hidden)), _wide(compute_dtype)
         log_sums = hidden.new_full(shape, -math.inf, dtype=sum_dtype)
         expected = hidden.new_zeros(shape, dtype=sum_dtype)  # logits, averaged with the targets' probabilities
@@ -84,15 +88,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 del logits  # before the next slice needs the memory
             log_sum = log_sums.logsumexp(0)
             losses = log_sum - expected.sum(0)
-        ctx.save_for_backward(hidden, weight, bias, targets, log_sum)
+        ctx.save_for_backward(hidden, weight, bias, targets, log_sum, factors)
         ctx.smoothing, ctx.compute_dtype, ctx.slices = smoothing, compute_dtype, slices
         ctx.changes, ctx.operations, ctx.rows = changes, operations, rows
-        return losses.sum()
+        return losses.sum() if factors is None else (losses * factors).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        hidden, weight, bias, targets, log_sum = ctx.saved_tensors
+        hidden, weight, bias, targets, log_sum, factors = ctx.saved_tensors
+        grad_losses = grad_loss.expand(len(hidden)).contiguous() if factors is None else grad_loss * factors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden, dtype=log_sum.dtype) if wants_hidden else None
         is_whole = wants_weight and ctx.rows is None
@@ -103,7 +108,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             dtype, added, prepared = ctx.operations.prepare(weight, bias, ctx.changes, ctx.compute_dtype)
             for part, of_part in zip(ctx.slices, _slices_of(weight, ctx.slices, ctx.rows), strict=True):
                 grad = _logits(states, of_part, added, part).to(dtype)
-                ctx.operations.to_gradient(grad, targets, log_sum, grad_loss, part.start, prepared, *ctx.smoothing)
+                ctx.operations.to_gradient(grad, targets, log_sum, grad_losses, part.start, prepared, *ctx.smoothing)
                 if wants_bias:
                     grad_bias[part] = grad.sum(0, dtype=log_sum.dtype)
                 grad = grad.to(ctx.compute_dtype)
@@ -114,7 +119,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 elif wants_weight:
                     ctx.rows.add_gradient(part, grad.T @ states)
                 del grad, of_part
-        return grad_hidden, grad_weight, grad_bias, *[None] * 7
+        return grad_hidden, grad_weight, grad_bias, *[None] * 8
 
 
 @contextmanager
@@ -180,13 +185,13 @@ class _TensorOperations:
         logits: Tensor,
         targets: Tensor,
         log_sum: Tensor,
-        grad_loss: Tensor,
+        grad_losses: Tensor,
         first: int,
         changes: Sequence[Change],
         label_smoothing: float,
         vocabulary: int,
     ) -> None:
-        """Overwrite logits with d loss / d logits = softmax - (smoothed) one-hot target."""
+        """Overwrite logits with softmax - (smoothed) one-hot target, times the gradients of the rows' losses (N,)."""
         part = slice(first, first + logits.shape[1])
         kept = _change(logits, changes, part, keep=True)
         grad = logits.sub_(log_sum.unsqueeze(1)).exp_()
@@ -194,7 +199,7 @@ class _TensorOperations:
             grad -= label_smoothing / vocabulary
         column, inside = _column_in(part, targets)
         grad.scatter_add_(1, column, (label_smoothing - 1) * inside.to(grad.dtype))
-        grad *= grad_loss
+        grad *= grad_losses.unsqueeze(1)
         _change_back(grad, changes, part, kept)
 
 

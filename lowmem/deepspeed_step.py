@@ -31,16 +31,15 @@ def deepspeed_step(
     Ignores `max_grad_norm`, because the engine clips to the value in its own config. Where `train_step` raises
     StepTooLarge, this raises OutOfMemory, because the engine cannot repeat a step.
     """
-    num_tokens, preempted = agree_to_start(state, batches, preempted)
+    num_tokens, denominator, preempted = agree_to_start(state, batches, preempted)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     loss, grad_norm = torch.zeros(2, device=accelerator.device).unbind()
     losses: list[torch.Tensor] = []
-    reason = "" if num_tokens else "no rank has a target token"
     with guarded("computing gradients", state.model, state.optimizer, together=False):
-        for index, batch in enumerate(batches if num_tokens else ()):
+        for index, batch in enumerate(batches if denominator else ()):
             torch.manual_seed(seed_of(state.seed, state.step, accelerator.process_index, index))
-            batch_loss = loss_fn(state.model, batch.to(accelerator.device)) / num_tokens
+            batch_loss = loss_fn(state.model, batch.to(accelerator.device)) / denominator
             losses.append(batch_loss.detach())
             is_last = index == len(batches) - 1
             if is_last:
@@ -49,9 +48,11 @@ def deepspeed_step(
                 # the engine checks only gradients: if the loss is not finite, NaN gradients make it skip the update
                 batch_loss = batch_loss * torch.where(loss.isfinite(), 1.0, math.nan)
             backward(state.model, batch_loss, world_size=accelerator.num_processes, is_last=is_last)
-        if num_tokens:
+        updated = False
+        if denominator:
             grad_norm, updated = update(state.model)
-            reason = "" if updated else why_no_update(loss, grad_norm, losses, batches, num_tokens)
-    if reason and num_tokens and nonfinite == "stop":
+        reason = "" if updated else why_no_update(loss, grad_norm, losses, batches, num_tokens, denominator)
+    if reason and denominator and nonfinite == "stop":
         raise not_finite(state, reason)
-    return finish(state, StepResult(loss, grad_norm, torch.tensor(num_tokens), not reason, reason, preempted))
+    counted = (torch.tensor(num_tokens), denominator)
+    return finish(state, StepResult(loss, grad_norm, *counted, not reason, reason, preempted))

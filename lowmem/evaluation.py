@@ -51,24 +51,25 @@ def evaluate(
 ) -> dict[str, float]:
     """Return mean loss per target token, perplexity and row count. All ranks need the same number of batches.
 
-    Raises UsageError if no row of any rank has a target.
+    The mean is weighted if batches have weights. Raises UsageError if no row of any rank has a target.
     """
     loss = torch.zeros((), device=accelerator.device)
-    num_targets = num_rows = 0
+    denominator, num_rows = 0.0, 0
     with forward_only(model), accelerator.autocast(), handle_rank_errors(model):
         for batch in _checked(batches):
             loss += loss_fn(model, batch.to(accelerator.device))
-            num_targets += batch.num_targets
+            denominator += batch.denominator
             num_rows += len(batch.row_ids)
     rank = data_place(model)
     if accelerator.num_processes > 1:
         all_reduce_sum([loss], rank.group)
-    num_targets, num_rows = sum_over_ranks(*((num_targets, num_rows) if rank.is_counted else (0, 0)))
-    if num_targets == 0:
+    mine = (denominator, num_rows) if rank.is_counted else (0, 0)
+    denominator, num_rows = sum_over_ranks(*mine, dtype=torch.float64)
+    if denominator == 0:
         raise UsageError("the evaluation rows have no target token: check their responses")
-    mean = loss.item() / num_targets
+    mean = loss.item() / denominator
     perplexity = math.exp(min(mean, 700.0))
-    return {f"{prefix}_loss": mean, f"{prefix}_perplexity": perplexity, f"{prefix}_rows": num_rows}
+    return {f"{prefix}_loss": mean, f"{prefix}_perplexity": perplexity, f"{prefix}_rows": int(num_rows)}
 
 
 @phase("answering prompts")

@@ -1,5 +1,6 @@
-"""Losses: functions `(model, batch) -> sum of token losses`, an fp32 scalar. The caller divides by the token count.
+"""Losses: functions `(model, batch) -> sum of token losses`, an fp32 scalar, which the caller divides.
 
+If the batch has weights, they multiply the token losses, and the caller divides by the sum of the targets' weights.
 An encoder-decoder model shifts labels itself; position i of a causal one predicts label i + 1. Label -100: no target.
 """
 
@@ -23,11 +24,12 @@ from lowmem.model.replaced import replaced
 
 def plain_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
     """Return the summed cross-entropy, an fp32 scalar, from all logits (rows, length, vocabulary) at once."""
-    inputs, targets = _inputs_and_targets(model, batch)
+    inputs, targets, weights = _inputs_and_targets(model, batch)
     with _masks(model, batch):
         logits = model(**inputs).logits
-    options = {"ignore_index": IGNORED, "reduction": "sum", "label_smoothing": label_smoothing}
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), **options)
+    options = {"ignore_index": IGNORED, "label_smoothing": label_smoothing}
+    loss_of = partial(F.cross_entropy, logits.flatten(0, 1).float(), targets.flatten(), **options)
+    return loss_of(reduction="sum") if weights is None else (loss_of(reduction="none") * weights.flatten()).sum()
 
 
 def chunked_loss(
@@ -46,14 +48,15 @@ def chunked_loss(
     Raises UsageError if the head is not linear or if the model changes its logits in another way, and RuntimeError if
     `batch.num_targets` is not the number of targets.
     """
-    inputs, targets = _inputs_and_targets(model, batch)
+    inputs, targets, weights = _inputs_and_targets(model, batch)
     head = unwrapped(model).get_output_embeddings()
     if not isinstance(head, nn.Linear):
         name = type(unwrapped(model)).__name__
         raise UsageError(f"chunked loss needs a linear output head, {name} has {type(head).__name__}: set --loss=plain")
     rows = rows_of(model, head.weight)
     options = {"label_smoothing": label_smoothing, "slice_elements": slice_elements, "fused": fused, "rows": rows}
-    loss_of = partial(_loss_of, head=head, targets=targets, num_targets=batch.num_targets, **options)
+    options |= {"targets": targets, "weights": weights, "num_targets": batch.num_targets}
+    loss_of = partial(_loss_of, head=head, **options)
     # DeepSpeed gathers the head's weight only for the head's forward and backward
     in_head = uses_zero3(model)
     with _masks(model, batch):
@@ -154,7 +157,15 @@ def _pass_through(hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _loss_of(hidden: Tensor, *, head: nn.Linear, targets: Tensor, num_targets: int, **options: object) -> Tensor:
+def _loss_of(
+    hidden: Tensor,
+    *,
+    head: nn.Linear,
+    targets: Tensor,
+    weights: Tensor | None,
+    num_targets: int,
+    **options: object,
+) -> Tensor:
     if hidden.shape[:-1] != targets.shape:
         found = f"hidden states of shape {tuple(hidden.shape[:-1])} but labels of shape {tuple(targets.shape)}"
         raise ValueError(f"{found}: give every position a label, -100 for a position to ignore")
@@ -163,21 +174,25 @@ def _loss_of(hidden: Tensor, *, head: nn.Linear, targets: Tensor, num_targets: i
     torch._assert_async(is_target.sum() == num_targets, "batch.num_targets must be the number of labels except -100")
     positions = is_target.to(torch.uint8).argsort(descending=True, stable=True)[:num_targets]
     hidden, targets = hidden.flatten(0, 1).index_select(0, positions), targets[positions]
+    factors = None if weights is None else weights.flatten()[positions]
     weight, bias = head.weight, head.bias  # full tensors, because a sharded model keeps them gathered after its forward
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
         bias = bias if bias is None else bias.detach()
     kind = hidden.device.type
     compute_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    return chunked_cross_entropy(hidden, weight, bias, targets, compute_dtype=compute_dtype, **options)
+    return chunked_cross_entropy(hidden, weight, bias, targets, compute_dtype=compute_dtype, factors=factors, **options)
 
 
 LOSSES = {"chunked": chunked_loss, "plain": plain_loss}
 
 
-def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, object], Tensor]:
-    """Return the model's inputs, and each position's target. Without labels as input, the model computes no loss."""
-    base, inputs = unwrapped(model), dict(batch.inputs)
+def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, object], Tensor, Tensor | None]:
+    """Return the model's inputs, and each position's target and weight (None: all are 1).
+
+    Without labels as input, the model computes no loss.
+    """
+    base, inputs, weights = unwrapped(model), dict(batch.inputs), batch.weights
     labels = inputs.pop("labels")
     if base.config.is_encoder_decoder:
         if "decoder_input_ids" not in inputs:
@@ -189,7 +204,8 @@ def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, objec
             (labels[:, 0] == IGNORED).all(), "the first label of a causal row must be -100: use collate(causal=True)"
         )
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    return inputs | {"use_cache": False}, targets
+        weights = None if weights is None else F.pad(weights[:, 1:], (0, 1))
+    return inputs | {"use_cache": False}, targets, weights
 
 
 def _masks(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:

@@ -47,11 +47,13 @@ class StepResult:
     """The result of one step. `loss` and `grad_norm` stay on the device; call `.item()`, which syncs, only to log."""
 
     loss: Tensor
-    """Mean loss per target token over all micro-batches and ranks, fp32."""
+    """Mean loss per target token over all micro-batches and ranks, fp32; weighted if batches have weights."""
     grad_norm: Tensor
     """Global L2 norm of the gradient before clipping."""
     num_tokens: Tensor
     """Target tokens over all micro-batches and ranks, int64, on the host."""
+    denominator: float
+    """What the summed loss is divided by: `num_tokens` or, if batches have weights, the sum of the targets' weights."""
     updated: bool
     """False if the update was skipped because the loss or gradient was not finite, or because there was no target."""
     reason: str = ""
@@ -73,7 +75,7 @@ def train_step(
 ) -> StepResult:
     """Update `state` in place with the gradient of the mean loss over all targets of `batches` on all ranks.
 
-    All losses are divided by one token count, so any split of the same rows into micro-batches and ranks gives the same
+    All losses are divided by one number, so any split of the same rows into micro-batches and ranks gives the same
     gradient, except for rounding and dropout. If loss or gradient is not finite, no rank updates weights (but `release`
     already has): every rank raises FloatingPointError if `nonfinite` is "stop", or only counts the step if it is
     "skip". A step without any target is only counted. If a rank cannot read its rows or fails in forward or backward,
@@ -81,11 +83,11 @@ def train_step(
     `release` or in the update, only the failing rank raises its error, or OutOfMemory. DDP may wrap `state.model`.
     Raises ValueError if `Gradients` does. Cost: two small host collectives, one gradient reduction, one device sync.
     """
-    num_tokens, preempted = agree_to_start(state, batches, preempted)
+    num_tokens, denominator, preempted = agree_to_start(state, batches, preempted)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     gradients = Gradients(
-        state.model, state.optimizer, accelerator, num_tokens=num_tokens, seed=state.seed, step=state.step
+        state.model, state.optimizer, accelerator, denominator=denominator, seed=state.seed, step=state.step
     )
     gradients.check(len(batches), max_grad_norm, nonfinite)
     try:
@@ -98,33 +100,41 @@ def train_step(
     loss = gradients.all_reduce(losses)
     grad_norm = gradients.norm()
     with guarded("updating weights", state.model, state.optimizer, together=False):
-        updated = num_tokens > 0 and gradients.update(max_grad_norm, grad_norm, if_finite=loss + grad_norm)
-    reason = "" if updated else why_no_update(loss, grad_norm, losses, batches, num_tokens)
-    if reason and num_tokens and nonfinite == "stop":
+        updated = denominator > 0 and gradients.update(max_grad_norm, grad_norm, if_finite=loss + grad_norm)
+    reason = "" if updated else why_no_update(loss, grad_norm, losses, batches, num_tokens, denominator)
+    if reason and denominator and nonfinite == "stop":
         gradients.clear()
         raise not_finite(state, reason, is_released=gradients.released is not None)
     gradients.clear()
-    return finish(state, StepResult(loss, grad_norm, torch.tensor(num_tokens), updated, reason, preempted))
+    counted = (torch.tensor(num_tokens), denominator)
+    return finish(state, StepResult(loss, grad_norm, *counted, updated, reason, preempted))
 
 
-def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool) -> tuple[int, bool]:
-    """Return the number of targets in all ranks' `batches`, and whether any rank is preempted.
+def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool) -> tuple[int, float, bool]:
+    """Return the number of targets in all ranks' `batches`, the denominator, and whether any rank is preempted.
 
-    Runs one small collective before the first forward, so that every loss is divided by the same count. If a rank could
-    not read its rows, every rank raises that rank's error.
+    Runs one small collective before the first forward, so that every loss is divided by the same number. If a rank
+    could not read its rows, every rank raises that rank's error.
     """
     at_step(state.step + 1)  # the number that metrics.jsonl and checkpoints give this step
     error = batches.error if isinstance(batches, UnreadableStep) else check_batches(batches)
     is_counted = error is None and data_place(state.model).is_counted
-    num_targets = sum(batch.num_targets for batch in batches) if is_counted else 0
-    num_targets, num_failed, num_preempted = sum_over_ranks(num_targets, error is not None, preempted)
+    counted = batches if is_counted else ()
+    sums = sum(batch.num_targets for batch in counted), sum(batch.denominator for batch in counted)
+    sums = sum_over_ranks(*sums, error is not None, preempted, dtype=torch.float64)
+    num_targets, denominator, num_failed, num_preempted = sums
     if num_failed:
         raise_error_of_any_rank(error)
-    return num_targets, num_preempted > 0
+    return int(num_targets), denominator, num_preempted > 0
 
 
 def why_no_update(
-    loss: Tensor, grad_norm: Tensor, losses: Sequence[Tensor], batches: Sequence[Batch], num_tokens: int
+    loss: Tensor,
+    grad_norm: Tensor,
+    losses: Sequence[Tensor],
+    batches: Sequence[Batch],
+    num_tokens: int,
+    denominator: float,
 ) -> str:
     """Return why this step did not update the weights; the text is the same on every rank.
 
@@ -133,6 +143,8 @@ def why_no_update(
     """
     if not num_tokens:
         return "no rank has a target token"
+    if not denominator:
+        return "all target tokens have the weight 0"
     bad = [batch for batch_loss, batch in zip(losses, batches, strict=True) if not batch_loss.isfinite()]
     rows = sorted(row_id for batch in bad or batches for row_id in batch.row_ids)
     of_ranks = gather_json([len(bad), rows])

@@ -21,7 +21,7 @@ from lowmem.checkpoint.save import check_space, prune_checkpoints, save_checkpoi
 from lowmem.config.train_config import TrainConfig, fields_where
 from lowmem.data.batch import collate
 from lowmem.data.chat import prints_time
-from lowmem.data.encode import make_encoder
+from lowmem.data.encode import make_encoder, with_weights
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import Rows, RowSets
 from lowmem.data.stream import open_stream
@@ -115,11 +115,12 @@ def train(
         rank, is_causal = data_place(model), not model.config.is_encoder_decoder
         shape = {"is_encoder_decoder": not is_causal, "num_embeddings": vocabulary}
         encode = make_encoder(tokenizer, **shape, **config.encoding)  # row -> token ids
+        encode_for_training = with_weights(encode, config.weight_column) if config.weight_column else encode
         bad_rows = output / f"bad_rows-{accelerator.process_index}.jsonl"
         quarantine = Quarantine(config.max_bad_rows, bad_rows) if config.on_bad_row == "skip" else None
         stream = open_stream(
             rows.training,
-            encode,
+            encode_for_training,
             global_batch_size=rows_per_step(checkpoint, rank.size, **config.step_size),
             collate=partial(collate, causal=is_causal, max_seq_len=config.max_seq_len),
             quarantine=quarantine,
@@ -155,7 +156,7 @@ def train(
         reporting = {"bar": report.bar, "tell": report.print_lines}
         measure = Evaluation(
             wrapped, tokenizer, encode, LOSSES[config.loss], accelerator, quarantine, **config.evaluation, **reporting
-        )  # rows -> (metrics, answers), without label smoothing, so that runs are comparable
+        )  # rows -> (metrics, answers), without label smoothing and weights, so that runs are comparable
         for name in ("validation", "test"):
             if held_out := getattr(rows, name):
                 measure.check(held_out, name)

@@ -37,25 +37,30 @@ CASES = {
         "label_smoothing": 0.1,
         "has_bias": True,
     },
+    "factors": {"factors": torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0]), "elements": 5 * 9, "label_smoothing": 0.1},
     "masked": {"changes": [("add", MASKED)], "elements": 5 * 9},
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def plain(hidden, weight, bias, targets, *, changes, label_smoothing):
+def plain(hidden, weight, bias, targets, *, changes, label_smoothing, factors=1):
     logits = F.linear(hidden, weight, bias)
     for operation, constant in changes:
         constant = constant.flatten().to(logits.device) if isinstance(constant, torch.Tensor) else constant
         logits = logits.tanh() if operation == "tanh" else getattr(torch, operation)(logits, constant)
     if label_smoothing == 0:  # torch multiplies all logits by their probabilities, also -inf by 0
-        return (logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]).sum()
-    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+        losses = logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]
+    else:
+        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    return (losses * factors).sum()
 
 
 def results(case, compute_dtype, fused, device):
     """Return the loss and the gradients, of `plain` in fp64 if `fused` is "plain"."""
     case = {"num_rows": 5, "vocabulary": 37, "changes": [], "label_smoothing": 0.0, **case}
     num_rows, vocabulary, source = case.pop("num_rows"), case.pop("vocabulary"), torch.Generator().manual_seed(0)
+    if "factors" in case:
+        case["factors"] = case["factors"].to(device)
     elements, has_bias = case.pop("elements", None), case.pop("has_bias", False)
     shapes = [(num_rows, 8), (vocabulary, 8), (vocabulary,)]
     inputs = [torch.randn(shape, generator=source).to(compute_dtype).float().to(device) for shape in shapes]

@@ -130,7 +130,7 @@ def test_a_packed_row_has_no_num_cut():
     [
         ({"input_ids": [5] * 9, "labels": [5] * 9}, "row 7 has 9 tokens, but max_seq_len=8: shorten the row"),
         ({"input_ids": [5, 6], "labels": [6]}, "label for every token, row 7 has 1 labels and 2 tokens"),
-        ({"input_ids": [5], "labels": [5], "weights": [1]}, "row 7 also has weights: remove these keys"),
+        ({"input_ids": [5], "labels": [5], "token_type_ids": [1]}, "row 7 also has token_type_ids: remove these keys"),
     ],
 )
 def test_a_row_that_cannot_be_packed_is_refused_with_its_row_id(row, message):

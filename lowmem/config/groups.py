@@ -110,7 +110,9 @@ class Groups:
     @property
     def model_requirements(self) -> dict[str, object]:
         """The options of `check_model`. The default length may be shortened."""
-        return self._some("packing", "max_seq_len") | {"may_shorten": self.max_seq_len == type(self).max_seq_len}
+        may_shorten = self.max_seq_len == type(self).max_seq_len
+        weighted = self.weight_column is not None
+        return self._some("packing", "max_seq_len") | {"may_shorten": may_shorten, "weighted": weighted}
 
     @property
     def evaluation(self) -> dict[str, object]:

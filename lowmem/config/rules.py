@@ -115,6 +115,8 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
     if not config.prompt_column and config.max_predict_samples not in (0, FIELDS["max_predict_samples"].default):
         found = f"--max_predict_samples={config.max_predict_samples} does nothing"
         problems.append(f"{found}, because only rows with prompts and responses are answered: remove it")
+    if config.weight_column is not None and config.train_file is None:
+        problems.append("--weight_column names a column of --train_file: set --train_file too")
     if config.train_weights is not None and config.train_file is None:
         problems.append("--train_weights mixes the files of --train_file: set --train_file too")
     if config.accept_changed_data and config.resume == "never":

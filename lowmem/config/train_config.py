@@ -76,6 +76,9 @@ class TrainConfig(Groups):
     """Instead of prompt and response: a column of plain text. Every token but the first is a target (causal models)."""
     messages_column: str | None = setting(instead_of=[*_PROMPTS, "text_column"], **_FIXED_IN_EVALUATE)
     """Instead of prompt or text: chats, lists of {"role", "content"}. Assistant turns are targets (causal models)."""
+    weight_column: str | None = setting(on_resume="fixed")
+    """Column with a row's weight: its token losses count so much in training (not in evaluations).
+    The loss is the weighted mean over target tokens; weights are numbers of 0 or more."""
     template_time: str | None = setting(on_resume="fixed", in_evaluate=True)
     """The time that chat templates print, such as 2026-01-31T12:00:00. Default: when the run started."""
     max_seq_len: int = setting(512, at_least=1, below=2**24, on_resume="fixed", in_evaluate=True)

@@ -17,6 +17,7 @@ class EncodedRow(TypedDict):
 
     input_ids: list[int]
     labels: list[int]
+    weights: NotRequired[list[float]]  # what each label's loss is multiplied by; absent if 1
     num_cut: NotRequired[int]  # number of tokens that truncation removed; absent if 0
 
 
@@ -30,12 +31,30 @@ class Batch:
     needs_its_masks: bool = False
     """Whether each mask in `inputs` hides a token, and `position_ids` separate documents, so that no forward must look:
     that would sync the device. `collate` omits those that do not, and sets this."""
+    weights: Tensor | None = None
+    """What each label's loss is multiplied by, fp32, shaped like the labels. None: 1."""
+    weight_sum: float | None = None
+    """The sum of the targets' weights. By default computed from `weights`, which must then be on the host."""
+
+    def __post_init__(self):
+        if self.weights is not None and self.weight_sum is None:
+            total = self.weights[self.inputs["labels"] != IGNORED].sum(dtype=torch.float64).item()
+            object.__setattr__(self, "weight_sum", total)
+
+    @property
+    def denominator(self) -> float:
+        """What the summed loss is divided by: the number of targets or, with weights, the sum of their weights."""
+        return float(self.num_targets) if self.weights is None else self.weight_sum
 
     def to(self, device: torch.device) -> "Batch":
-        return replace(self, inputs={name: x.to(device, non_blocking=True) for name, x in self.inputs.items()})
+        return self._map(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        return replace(self, inputs={name: x.pin_memory() for name, x in self.inputs.items()})
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        weights = None if self.weights is None else function(self.weights)
+        return replace(self, inputs={name: function(x) for name, x in self.inputs.items()}, weights=weights)
 
 
 class UnreadableStep(Sequence[Batch]):
@@ -60,11 +79,22 @@ def check_batches(batches: Sequence[Batch]) -> TypeError | None:
 Collate = Callable[[Sequence[EncodedRow]], Batch]
 
 
+def weights_of(row: EncodedRow) -> list[float]:
+    """Return the weight of each label. Raises ValueError if there are more or fewer weights than labels."""
+    weights, num_labels = row.get("weights"), len(row["labels"])
+    if weights is None:
+        return [1.0] * num_labels
+    if len(weights) != num_labels:
+        raise ValueError(f"a row has {len(weights)} weights for {num_labels} labels: return one for each label")
+    return weights
+
+
 def collate(rows: Sequence[EncodedRow], *, causal: bool = False, max_seq_len: int | None = None) -> Batch:
     """Pad encoded rows on the right to equal length, count their targets, and add a mask if one is needed.
 
     Returns int64 `input_ids` (rows, input length) and `labels` (rows, label length). Packed rows also get
-    `position_ids` unless each is one document, and others an `attention_mask` if needed, shaped like `input_ids`.
+    `position_ids` unless each is one document, and others an `attention_mask` if needed, shaped like `input_ids`. If a
+    row has weights, the batch has them, with 0 for padding.
     Rounds lengths up to multiples of 8, but not beyond `max_seq_len`, and not if all inputs are equally long. Set
     `causal` if tokens never attend to later ones: training then needs no mask, and the first label of each row is no
     target: nothing predicts it.
@@ -90,14 +120,16 @@ def collate(rows: Sequence[EncodedRow], *, causal: bool = False, max_seq_len: in
     # Rows without targets may be prompts, which need the mask, because it shows `generate` where each prompt ends.
     elif min(lengths) < width and not (causal and is_target.any(1).all()):
         inputs["attention_mask"] = pad([[1] * length for length in lengths], 0)
-    return Batch(inputs, num_targets=int(is_target.sum()), row_ids=[], needs_its_masks=True)
+    weights = pad(list(map(weights_of, rows)), 0.0) if any("weights" in row for row in rows) else None
+    return Batch(inputs, num_targets=int(is_target.sum()), row_ids=[], needs_its_masks=True, weights=weights)
 
 
-def _pad(sequences: Sequence[Sequence[int]], value: int, *, multiple: int, max_width: int | None) -> Tensor:
+def _pad(sequences: Sequence[Sequence[float]], value: float, *, multiple: int, max_width: int | None) -> Tensor:
     longest = max(1, *map(len, sequences))
     width = -(-longest // multiple) * multiple
     width = width if max_width is None else max(longest, min(width, max_width))
-    padded = torch.full((len(sequences), width), value, dtype=torch.int64)
+    dtype = torch.float32 if isinstance(value, float) else torch.int64
+    padded = torch.full((len(sequences), width), value, dtype=dtype)
     for row, sequence in zip(padded, sequences, strict=True):
-        row[: len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
+        row[: len(sequence)] = torch.tensor(sequence, dtype=dtype)
     return padded

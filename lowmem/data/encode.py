@@ -6,6 +6,7 @@ same index; the loss shifts labels by one. The first label must be IGNORED, beca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import chain
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lowmem.data.batch import IGNORED, EncodedRow
 from lowmem.data.chat import Messages, chat_tokenizer
-from lowmem.data.files.columns import TOOLS_COLUMN, is_message
+from lowmem.data.files.columns import TOOLS_COLUMN, is_message, is_number
 from lowmem.data.rows import Row, Rows
 from lowmem.errors import ReadError, RowError, UsageError
 
@@ -42,7 +43,6 @@ def make_encoder(
     num_embeddings: int | None = None,
 ) -> Encode:
     """Make an encoder for the given columns: text, messages, or (by default) prompts and responses.
-
     Raises UsageError for columns that exclude each other or do not fit the model, and for messages without a chat
     template. The encoder raises ValueError for a row in which a column is missing or has the wrong type, or that has a
     token id of `num_embeddings` (the model's number of embeddings) or more.
@@ -62,6 +62,24 @@ def make_encoder(
         columns = {"prompt_column": prompt_column, "response_column": response_column}
     encode = kind(tokenizer, max_seq_len=max_seq_len, **columns)
     return encode if num_embeddings is None else _checked(encode, tokenizer, num_embeddings)
+
+
+def with_weights(encode: Encode, column: str) -> Encode:
+    """Make an encoder that also gives each label the weight in a column, a number of 0 or more.
+
+    It raises ValueError for a row without such a number.
+    """
+
+    def encode_with_weights(row: Mapping[str, object]) -> EncodedRow:
+        weight = row.get(column)
+        if not is_number(weight) or not 0 <= weight < math.inf:
+            raise ValueError(
+                f"column {column!r} must hold a weight, a number of 0 or more, found {_found(row, column)}"
+            )
+        encoded = encode(row)
+        return {**encoded, "weights": [float(weight)] * len(encoded["labels"])}
+
+    return encode_with_weights
 
 
 def _checked(encode: Encode, tokenizer: Tokenizer, num_embeddings: int) -> Encode:

@@ -7,7 +7,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from itertools import chain, islice
 
-from lowmem.data.batch import IGNORED, EncodedRow
+from lowmem.data.batch import IGNORED, EncodedRow, weights_of
 
 
 class PackedRow(EncodedRow):
@@ -69,12 +69,15 @@ def _bins(rows: Sequence[Document], capacity: int) -> list[list[Document]]:
 
 def _packed(documents: Sequence[Document]) -> PackedRow:
     encoded = [row for _, row in documents]
+    is_weighted = any("weights" in row for row in encoded)
+    weights = {"weights": list(chain.from_iterable(map(weights_of, encoded)))} if is_weighted else {}
     return PackedRow(
         input_ids=list(chain.from_iterable(row["input_ids"] for row in encoded)),
         # the first token is no target, because nothing in its document predicts it
         labels=[label if index else IGNORED for row in encoded for index, label in enumerate(row["labels"])],
         position_ids=list(chain.from_iterable(range(len(row["input_ids"])) for row in encoded)),
         row_ids=[row_id for row_id, _ in documents],
+        **weights,
     )
 
 
@@ -89,7 +92,9 @@ def _num_tokens(documents: Sequence[Document]) -> int:
 def _check(row_id: int | None, row: EncodedRow, max_seq_len: int) -> None:
     num_tokens, num_labels = len(row["input_ids"]), len(row["labels"])
     if others := ", ".join(sorted(row.keys() - EncodedRow.__annotations__.keys())):
-        raise ValueError(f"packing takes only input_ids and labels, row {row_id} also has {others}: remove these keys")
+        raise ValueError(
+            f"packing takes only input_ids, labels and weights, row {row_id} also has {others}: remove these keys"
+        )
     if num_labels != num_tokens:
         what = f"packing needs a label for every token, row {row_id} has {num_labels} labels and {num_tokens} tokens"
         raise ValueError(f"{what}: use {IGNORED} for tokens without a target")

@@ -145,15 +145,22 @@ def hash_rows(rows: Rows, indices: Sequence[int]) -> str | None:
     return found.hexdigest()
 
 
-def open_rows(files: Files, *, columns: Sequence[str] | None = None, messages_column: str | None = None) -> FileRows:
+def open_rows(
+    files: Files,
+    *,
+    columns: Sequence[str] | None = None,
+    messages_column: str | None = None,
+    weight_column: str | None = None,
+) -> FileRows:
     """Open parquet, Arrow, JSONL or text files as one sequence of rows (dicts).
 
     `files` is a path, a glob, a URL or a folder that `datasets` saved; or several of these, separated by commas or as a
-    list. `columns` must hold text; `messages_column` must hold lists of {"role", "content"}. From parquet and Arrow
-    files, reads only these columns and, with messages, "tools" (all columns if none is named). Raises UsageError if a
-    file is missing, empty or broken, or lacks a column.
+    list. `columns` must hold text; `messages_column` must hold lists of {"role", "content"}, `weight_column` numbers.
+    From parquet and Arrow files, reads only these columns and, with messages, "tools" (all columns if none is named).
+    Raises UsageError if a file is missing, empty or broken, or lacks a column.
     """
     wanted = {name: "text" for name in columns or ()} | ({messages_column: "messages"} if messages_column else {})
+    wanted |= {weight_column: "number"} if weight_column else {}
     opened = []
     for source in expand(files):
         suffixes = source.suffixes[:-1] if codec_of(source) else source.suffixes

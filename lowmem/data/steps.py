@@ -98,6 +98,7 @@ def batch_of(row_ids: Iterable[int | None], rows: Sequence[EncodedRow], collate:
 
 
 def _num_ids(row: EncodedRow) -> int:
-    """Return the total number of items in an encoded row's lists and arrays. Strings and numbers do not count."""
-    values = (value for value in row.values() if isinstance(value, Sized) and not isinstance(value, str))
+    """Return the total number of items in an encoded row's lists and arrays except its weights."""
+    others = (value for name, value in row.items() if name != "weights")
+    values = (value for value in others if isinstance(value, Sized) and not isinstance(value, str))
     return sum(math.prod(value.shape) if hasattr(value, "shape") else len(value) for value in values)

@@ -36,11 +36,14 @@ def rank_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
 
 
-def sum_over_ranks(*counts: int) -> list[int]:
-    """Return the sum of each count over all ranks, on every rank. Runs one small collective on the host."""
+def sum_over_ranks(*counts: float, dtype: torch.dtype = torch.int64) -> list[float]:
+    """Return the sum of each count over all ranks, on every rank. Runs one small collective on the host.
+
+    `dtype` is int64 or float64, and must be the same on all ranks.
+    """
     if not _is_distributed():
         return list(counts)
-    totals = torch.tensor(counts, dtype=torch.int64)
+    totals = torch.tensor(counts, dtype=dtype)
     with collective("all-reducing"):
         dist.all_reduce(totals, group=host_group())
     return totals.tolist()

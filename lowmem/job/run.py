@@ -68,13 +68,14 @@ def _open_all_rows(config: TrainConfig, trains: bool) -> RowSets:
     columns = [name for name in (config.prompt_column, config.response_column, config.text_column) if name]
     options = {"columns": columns, "messages_column": config.messages_column}
     opened = partial(open_rows, **options)
+    of_training = options | {"weight_column": config.weight_column}
     test_rows = opened(config.test_file) if config.test_file else None
     if not trains:
         return RowSets(None, None, test_rows)
     if config.mixture_weights:
-        train_rows = open_mixture(config.train_file, config.mixture_weights, **options)
+        train_rows = open_mixture(config.train_file, config.mixture_weights, **of_training)
     else:
-        train_rows = opened(config.train_file) if config.train_file else BundledRows()
+        train_rows = open_rows(config.train_file, **of_training) if config.train_file else BundledRows()
     if config.validation_file:
         return RowSets(train_rows, opened(config.validation_file), test_rows)
     if config.mixture_weights:

@@ -78,7 +78,7 @@ def to_gradient(
     logits: Tensor,
     targets: Tensor,
     log_sum: Tensor,
-    grad_loss: Tensor,
+    grad_losses: Tensor,
     first: int,
     scalings: Sequence[Scaling],
     label_smoothing: float,
@@ -86,11 +86,12 @@ def to_gradient(
 ) -> None:
     """Overwrite logits with the gradient of the loss.
 
-    `log_sum` (N,) is over the whole vocabulary, and `grad_loss` is a scalar, both fp32. See `add_slice` for the others.
+    `log_sum` (N,) is over the whole vocabulary, and `grad_losses` (N,) are the gradients of the rows' losses, both fp32
+    and contiguous. See `add_slice` for the others.
     """
     grid, options = _launch(logits, scalings)
     numbers = _numbers(scalings, label_smoothing, vocabulary)
-    gradient_kernel[grid](logits, targets, log_sum, grad_loss, *logits.shape, first, *numbers, **options)
+    gradient_kernel[grid](logits, targets, log_sum, grad_losses, *logits.shape, first, *numbers, **options)
 
 
 def _numbers(scalings: Sequence[Scaling], label_smoothing: float, vocabulary: int) -> list[float | Tensor]:
@@ -156,7 +157,7 @@ def gradient_kernel(
     logits,
     targets,
     log_sum,
-    grad_loss,
+    grad_losses,
     num_rows,
     num_columns,
     first,
@@ -174,7 +175,8 @@ def gradient_kernel(
     exists = row < num_rows
     x = tl.load(logits + at, mask=inside, other=0).to(tl.float32)
     x = _scaled(x, scale, shift, first, column, num_columns)
-    slope = _constant(scale, first, column, num_columns) * tl.load(grad_loss)
+    grad_loss = tl.load(grad_losses + row, mask=row < num_rows, other=0)[:, None]
+    slope = _constant(scale, first, column, num_columns) * grad_loss
     if IS_CAPPED:
         capped = _tanh(x)
         x = _scaled(capped, factor, offset, first, column, num_columns)

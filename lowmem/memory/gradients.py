@@ -36,18 +36,27 @@ LossFunction = Callable[[nn.Module, Batch], Tensor]
 
 
 class Gradients:
-    """The gradients of one step over `num_tokens` targets. Its constructor clears gradients left by a failed step.
+    """The gradients of one step, whose losses are divided by `denominator` (0: no target counts).
+
+    The constructor clears gradients left by a failed step.
 
     Raises ValueError for DeepSpeed, fp16, mixed precision with a memory tier or an optimizer wrapped by accelerate, and
     UsageError for offloaded weights without `layered`.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, *, num_tokens: int, seed: int, step: int
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        accelerator: Accelerator,
+        *,
+        denominator: float,
+        seed: int,
+        step: int,
     ):
         _check(type(optimizer), accelerator.mixed_precision, is_engine(model))
         self._model, self._optimizer, self._accelerator = model, optimizer, accelerator
-        self._num_tokens, self._seed, self._step = num_tokens, seed, step
+        self._denominator, self._seed, self._step = denominator, seed, step
         self._rank, self._is_sharded = data_place(model), is_sharded(model)
         self.released: Released | None = getattr(optimizer, "released", None)
         self._layered: Layered | None = getattr(optimizer, "layered", None)
@@ -83,7 +92,7 @@ class Gradients:
         over ranks begins, and `release` applies it. (fully_shard itself sums gradients in each backward.) With
         `layered_offloaded`, gradients wait for their norm on the host, but not if they are summed in `BucketedSum`.
         """
-        counted = enumerate(batches if self._num_tokens else ())
+        counted = enumerate(batches if self._denominator else ())
         forwards = [partial(self._forward, index, batch, loss_fn) for index, batch in counted]
         autocast = partial(_autocast, self._accelerator)
         with ExitStack() as stack:
@@ -116,7 +125,7 @@ class Gradients:
     def _forward(self, index: int, batch: Batch, loss_fn: LossFunction) -> Tensor:
         # seeds all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
         torch.manual_seed(seed_of(self._seed, self._step, self._rank.rank, index))
-        return loss_fn(self._model, batch.to(self._accelerator.device)) / self._num_tokens
+        return loss_fn(self._model, batch.to(self._accelerator.device)) / self._denominator
 
     def _run_layered(
         self, forwards: Sequence[Callable[[], Tensor]], autocast: Autocast, sums: "_Sums"

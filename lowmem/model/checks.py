@@ -6,6 +6,7 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -36,8 +37,11 @@ def check_model(
     packing: bool,
     max_seq_len: int,
     may_shorten: bool = False,
+    weighted: bool = False,
 ) -> int:
     """Raise UsageError if the model adds a loss itself, or does not support this loss, this length or packing.
+
+    With `weighted`, also if the loss ignores the weights of a batch.
 
     Returns `max_seq_len`. With `may_shorten`, a model with fewer positions is no error: returns their number.
     """
@@ -55,7 +59,7 @@ def check_model(
         if (found := getattr(text_config, name, None)) not in (None, wanted):
             what = f"with {name}={found}, {type(base).__name__} adds a loss of its own, which is not trained here"
             raise UsageError(f"{what}: set it to {json.dumps(wanted)} in the model's config.json")
-    check_loss(loss_fn, model)
+    check_loss(loss_fn, model, weighted=weighted)
     if error := _error_at(max_seq_len, loss_fn, model):
         fails = partial(_error_at, loss_fn=loss_fn, model=model)
         positions = bisect_left(range(1, max_seq_len), True, key=lambda length: fails(length) is not None)
@@ -111,16 +115,21 @@ def check_packing(model: nn.Module) -> None:
         raise UsageError(f"{found}: train without packing{or_sdpa}")
 
 
-def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) -> None:
+def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module, *, weighted: bool = False) -> None:
     """Run `loss_fn` on rows of two tokens. Raise UsageError if it rejects the model or returns a mean instead of a sum,
-    if a causal model sees its targets, or if the loss is not finite because weights are not.
+    if a causal model sees its targets, or if the loss is not finite because weights are not. With `weighted`, also if
+    it ignores the weights of a batch.
     """
     base = unwrapped(model)
     rows_of = partial(_rows, model)
     with forward_only(model):
         try:
             loss_fn(model, rows_of(rows=1, length=2, num_targets=0))
-            once, twice = (loss_fn(model, rows_of(rows=rows, length=2, num_targets=rows)) for rows in (1, 2))
+            row = rows_of(rows=1, length=2, num_targets=1)
+            once, twice = loss_fn(model, row), loss_fn(model, rows_of(rows=2, length=2, num_targets=2))
+            if weighted:
+                doubled = torch.full(row.inputs["labels"].shape, 2.0, device=device_of(model))
+                heavy = loss_fn(model, replace(row, weights=doubled, weight_sum=2.0))
         except Exception as error:
             if isinstance(error, UsageError | StoreError) or is_out_of_memory(error):
                 raise
@@ -131,6 +140,9 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) 
         if abs(twice - 2 * once) > 0.1 * abs(once):
             found = f"it is {once.item():.4g} for a row and {twice.item():.4g} for that row twice"
             raise UsageError(f"the loss must be a sum over target tokens, but {found}: sum the losses, do not average")
+        if weighted and abs(heavy - 2 * once) > 0.1 * abs(once):
+            found = f"it is {once.item():.4g} for a target token of weight 1 and {heavy.item():.4g} for weight 2"
+            raise UsageError(f"the loss ignores weights: {found}: multiply token losses by batch.weights")
         if not base.config.is_encoder_decoder:
             tokens = torch.tensor([[0, 0], [0, 1]], device=device_of(model))
             first = base(input_ids=tokens, use_cache=False).logits[:, 0].float()

@@ -1,4 +1,4 @@
-"""Check that a file has the wanted columns, and that each is of the wanted kind: "text" or "messages"."""
+"""Check that a file has the wanted columns, and that each is of the wanted kind: "text", "messages" or "number"."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -18,9 +18,8 @@ def check_row(source: Source, row: Row, wanted: Mapping[str, str]) -> None:
     _check_present(source, wanted, list(row))
     for column, kind in wanted.items():
         value = row[column]
-        is_chat = isinstance(value, list) and all(map(is_message, value))
-        if not (isinstance(value, str) if kind == "text" else is_chat):
-            what = "text" if kind == "text" else 'messages, [{"role": "user", "content": "..."}, ...]'
+        if not _IS_OF_KIND[kind](value):
+            what = 'messages, [{"role": "user", "content": "..."}, ...]' if kind == "messages" else _WORDS[kind]
             found = f"{type(value).__name__} {value!r:.80}"
             raise ValueError(f"column {column!r} must hold {what}, found {found}: name another column or fix the file")
 
@@ -36,7 +35,7 @@ def select_columns(source: Source, schema: "pa.Schema", wanted: Mapping[str, str
     for column, kind in (wanted or {}).items():
         found = schema.field(column).type
         if not _holds(found, kind):
-            what = "text" if kind == "text" else "messages (lists of structs with content and a text role)"
+            what = "messages (lists of structs with content and a text role)" if kind == "messages" else _WORDS[kind]
             raise UsageError(f"{source}: column {column!r} must hold {what}, found {found}: name another column")
     if "messages" in (wanted or {}).values():
         names = names + [name for name in (TOOLS_COLUMN,) if name in schema.names and name not in names]
@@ -59,6 +58,18 @@ def is_message(value: object) -> bool:
     return isinstance(content, str) or (content is None and bool(value.get("tool_calls")))
 
 
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_WORDS = {"text": "text", "number": "a number"}
+_IS_OF_KIND = {
+    "text": lambda value: isinstance(value, str),
+    "number": is_number,
+    "messages": lambda value: isinstance(value, list) and all(map(is_message, value)),
+}
+
+
 def _is_text_part(value: object) -> bool:
     return isinstance(value, Mapping) and value.get("type", "text") == "text" and isinstance(value.get("text"), str)
 
@@ -69,6 +80,8 @@ def _holds(found: "pa.DataType", kind: str) -> bool:
     if kind == "text":
         found = found.value_type if types.is_dictionary(found) else found
         return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
+    if kind == "number":
+        return types.is_integer(found) or types.is_floating(found)
     is_list = types.is_list(found) or types.is_large_list(found)
     fields = (
         {field.name: field.type for field in found.value_type} if is_list and types.is_struct(found.value_type) else {}
