@@ -19,6 +19,7 @@ from lowmem.config.help import help_text
 from lowmem.config.parse import named_fields, resolve, typed_fields
 from lowmem.config.sizes import parse_bytes
 from lowmem.config.train_config import TrainConfig, fields_where
+from lowmem.data.files.convert import convert
 from lowmem.distributed.launcher import launched_settings
 from lowmem.distributed.signals import discard_output, ignore_closed_output
 from lowmem.errors import UsageError
@@ -67,7 +68,8 @@ def _evaluate(**flags: str) -> Job:
     given = {name: saved[name] for name in (*TrainConfig().encoding, "loss") if name in saved}
     if saved.get("mixed_precision") == flags.get("mixed_precision", saved.get("mixed_precision")) == "bf16":
         given |= {"mixed_precision": "bf16", "memory": saved.get("memory", "off")}
-    return Job("evaluate", {"config": _resolve(flags, typed_fields(given, trained_with))})
+    config = _resolve(flags, typed_fields(given, trained_with))
+    return Job("evaluate", {"config": config, "fixed": named_fields(flags) | given.keys()})
 
 
 @SetParseFn(str)
@@ -81,6 +83,11 @@ def _export(path: str = "", out: str = "", dtype: str = "None", max_shard_size: 
         raise UsageError(f"--dtype={dtype} must be one of {', '.join(_EXPORT_DTYPES)}")
     paths = {"path": os.path.expanduser(path), "out": os.path.expanduser(out)}
     return _on_files("export", unknown, **paths, dtype=dtype, max_shard_bytes=parse_bytes(max_shard_size))
+
+
+@SetParseFn(str)
+def _convert(path: str = "", out: str = "", **unknown: str) -> Job:
+    return _on_files("convert", unknown, path=os.path.expanduser(path), out=os.path.expanduser(out))
 
 
 @SetParseFn(str)
@@ -102,7 +109,7 @@ def _refuse(command: str, unknown: Iterable[str]) -> None:
 
 
 _COMMANDS = {"train": _train, "plan": _plan, "evaluate": _evaluate, "test": _evaluate}
-_COMMANDS |= {"verify": _verify, "export": _export, "plot": _plot}
+_COMMANDS |= {"verify": _verify, "export": _export, "convert": _convert, "plot": _plot}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,6 +204,8 @@ def _start(job: Job, arguments: Sequence[str]) -> int:
             print(line, flush=True)
     elif job.command == "plot":
         print(plot(**job.options))
+    elif job.command == "convert":
+        print(convert(Path(job.options["path"]), Path(job.options["out"])))
     elif job.command == "export":
         import torch
 

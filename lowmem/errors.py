@@ -2,6 +2,7 @@
 
 import errno
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -13,6 +14,14 @@ def one_line(message: object) -> str:
 
 class UsageError(ValueError):
     """A user error. The command line prints it in one line and exits with code 2."""
+
+
+class ColumnsError(UsageError):
+    """A file lacks columns; `present` are the columns that it has."""
+
+    def __init__(self, message: str, present: Sequence[str]):
+        super().__init__(message)
+        self.present = present
 
 
 class StartError(UsageError):

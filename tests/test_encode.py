@@ -189,7 +189,7 @@ def test_the_first_token_is_no_target_even_if_the_assistant_says_it():
         (["hi"], "with a role and text or tool calls, message 1 is 'hi': fix the row"),
         ([*MESSAGES, {"role": "user", "content": None}], "message 5 is {'role': 'user', 'content': None}"),
         ([{"role": "user", "content": 3}], "message 1 is {'role': 'user', 'content': 3}"),
-        ([{"from": "human", "value": "hi"}], "message 1 is {'from': 'human'"),
+        ([{"from": "human", "text": "hi"}], "message 1 is {'from': 'human'"),
     ],
 )
 def test_a_value_that_is_not_a_conversation_is_refused(messages, message):

@@ -8,6 +8,7 @@ import pytest
 
 from lowmem.config.parse import resolve
 from lowmem.config.presets import PRESETS
+from lowmem.config.row_formats import ROW_FORMATS
 from lowmem.config.rules import NEEDS, NEEDS_WITHOUT_LAYERED
 from lowmem.config.sizes import parse_bytes
 from lowmem.config.train_config import ALTERNATIVES, FIELDS, TrainConfig, fields_where
@@ -104,11 +105,15 @@ def test_the_large_preset_is_t5_base_as_documented():
 @pytest.mark.parametrize(("one", "other"), ALTERNATIVES)
 def test_a_flag_unsets_its_alternative_in_the_config_file(one, other, tmp_path):
     values = {name: "0.5" if name in ("epochs", "warmup_ratio") else "3" for name in (one, other)}
-    values |= {"model_config": "t5-small"} if "model_config" in values else {}
+    known = {"model_config": "t5-small", "prompt_template": "{a}", "row_format": "alpaca"}
+    values |= {name: value for name, value in known.items() if name in values}
     named = {} if "model_config" in values else {"model_name_or_path": "gpt2"}
     (tmp_path / "low.json").write_text(json.dumps({other: values[other]} | named))
     config = resolve({"config": str(tmp_path / "low.json"), one: values[one]})
-    assert getattr(config, one) is not None and getattr(config, other) is None
+    if one == "row_format":  # which sets other flags
+        assert (config.prompt_template, config.text_column) == (ROW_FORMATS["alpaca"]["prompt_template"], None)
+    else:
+        assert getattr(config, one) is not None and getattr(config, other) is None
     assert f"--{one} and --{other} were both set" in problems_of(**values)
 
 
@@ -169,6 +174,9 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({"output_dir": ["a", "b"]}, "--output_dir must be a single value, not a list"),
         ({"report_to": "none,printer"}, "--report_to=none must be one of tensorboard"),
         ({"train_file": ""}, "--train_file is empty"),
+        ({"prompt_template": "{a} {}"}, "--prompt_template='{a} {}' cannot be used: braces must hold the name"),
+        ({"row_format": "xml"}, "--row_format=xml must be one of alpaca, sharegpt"),
+        ({"weight_column": "w"}, "--weight_column names a column of --train_file: set --train_file too"),
         ({"train_weights": "1,2"}, "--train_weights mixes the files of --train_file: set --train_file too"),
         ({"train_file": "a", "train_weights": "1,x"}, "--train_weights=1,x must be positive numbers, separated by"),
         ({"train_file": "a", "train_weights": "1,-2"}, "--train_weights=1,-2 must be positive numbers, separated by"),

@@ -214,7 +214,7 @@ def test_a_row_of_the_first_group_must_have_the_wanted_columns(tmp_path, row, wa
 
 @pytest.mark.parametrize("rows", ['[\n{"a": 1},\n{"a": 2}\n]', '[{"a": 1},\n{"a": 2}]', f"[{'1,' * 2**23}1]"])
 def test_a_file_that_holds_one_json_array_is_refused(tmp_path, rows):
-    with pytest.raises(UsageError, match=r"rows.json holds a JSON array, .*: write one object per line \(jq"):
+    with pytest.raises(UsageError, match=r"rows.json holds a JSON array, .*: write one object per line \(`train_low"):
         open_lines(tmp_path / "rows.json", rows.encode())
 
 

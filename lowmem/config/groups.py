@@ -20,7 +20,13 @@ class Groups:
     sharding = _group("sharding_strategy", "shard_size", "cpu_offload", "tp_size")
     """The options of `parallelize`."""
     encoding = _group(
-        "max_seq_len", "prompt_column", "response_column", "text_column", "messages_column", "template_time"
+        "max_seq_len",
+        "prompt_column",
+        "prompt_template",
+        "response_column",
+        "text_column",
+        "messages_column",
+        "template_time",
     )
     """The options of `make_encoder`."""
     step_size = _group("batch_size", "gradient_accumulation_steps", "global_batch_size")
@@ -117,7 +123,7 @@ class Groups:
     @property
     def evaluation(self) -> dict[str, object]:
         """The options of `Evaluation`."""
-        num_answers = self.max_predict_samples if self.prompt_column else 0
+        num_answers = self.max_predict_samples if self.response_column else 0
         answers = {"num_answers": num_answers, "max_new_tokens": self.generation_max_new_tokens}
         return self._some("batch_size", "max_seq_len") | answers
 

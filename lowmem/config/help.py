@@ -8,7 +8,7 @@ from lowmem.config.presets import PRESETS
 from lowmem.config.train_config import FIELDS, TrainConfig, choices
 
 _COMMANDS = """\
-usage: train_low_mem.py train|plan|evaluate|test|verify|export|plot [--flag=value ...]
+usage: train_low_mem.py train|plan|evaluate|test|verify|export|convert|plot [--flag=value ...]
   train                                      trains a tiny T5 on bundled rows: no file, no network
   train --train_file=rows.parquet --model_name_or_path=FOLDER --output_dir=out
   plan ...flags of train...                  predicts memory and disk use, without training
@@ -17,6 +17,7 @@ usage: train_low_mem.py train|plan|evaluate|test|verify|export|plot [--flag=valu
   verify PATH                                checks that a checkpoint, or each checkpoint of a run, is intact
   export PATH OUT --dtype=float32            copies the model of a checkpoint or folder to a new folder; --dtype:
       float32 (the fp32 master weights if memory=exact), float16, bfloat16, None (as saved); --max_shard_size=5GB
+  convert rows.json rows.jsonl               converts a JSON array of objects to one object per line
   plot OUT [OUT2 ...]                        draws curves of runs: OUT/plot.png, or text without matplotlib
 
 presets (flags override them), then all flags with their default, choices (default first) or type; see docs/flags.md:"""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from lowmem.config.presets import PRESETS
+from lowmem.config.row_formats import ROW_FORMATS
 from lowmem.config.rules import conflicts
 from lowmem.config.train_config import ALTERNATIVES, FIELDS, TIERED_OPTIMIZERS, TrainConfig
 from lowmem.errors import UsageError
@@ -55,6 +56,10 @@ def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None =
         alternatives = {other for pair in ALTERNATIVES if name in pair for other in pair}
         if fallback is not None and all(merged.get(other) is None for other in alternatives):
             merged[name] = fallback
+    if (row_format := merged.pop("row_format", None)) in ROW_FORMATS:
+        merged |= ROW_FORMATS[row_format]
+    elif row_format is not None:
+        problems.append(f"--row_format={row_format} must be one of {', '.join(ROW_FORMATS)}")
     if merged.get("memory") is None and merged.get("mixed_precision") == "bf16":
         has_tier = merged.get("optimizer", FIELDS["optimizer"].default) in TIERED_OPTIMIZERS
         merged["memory"] = "exact" if has_tier and merged.get("deepspeed") is None else "off"

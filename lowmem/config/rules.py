@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from lowmem.config.presets import MODEL_SHAPES
+from lowmem.config.prompt_template import parse_template
 from lowmem.config.sizes import parse_bytes
 from lowmem.config.train_config import FIELDS, TIERED_OPTIMIZERS, TrainConfig, choices
 from lowmem.config.zero import zero_problems
@@ -112,7 +113,7 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
     if config.on_bad_row == "error" and config.max_bad_rows != FIELDS["max_bad_rows"].default:
         found = f"--max_bad_rows={config.max_bad_rows} does nothing without --on_bad_row=skip"
         problems.append(f"{found}: set --on_bad_row=skip or remove --max_bad_rows")
-    if not config.prompt_column and config.max_predict_samples not in (0, FIELDS["max_predict_samples"].default):
+    if not config.response_column and config.max_predict_samples not in (0, FIELDS["max_predict_samples"].default):
         found = f"--max_predict_samples={config.max_predict_samples} does nothing"
         problems.append(f"{found}, because only rows with prompts and responses are answered: remove it")
     if config.weight_column is not None and config.train_file is None:
@@ -148,6 +149,11 @@ def _out_of_range(config: TrainConfig) -> list[str]:
                 parse_bytes(value)
             except UsageError as error:
                 problems.append(f"--{name}: {error}")
+    if config.prompt_template is not None:
+        try:
+            parse_template(config.prompt_template)
+        except ValueError as error:
+            problems.append(f"--prompt_template={config.prompt_template!r} cannot be used: {error}")
     try:
         if any(not 0 < weight < math.inf for weight in config.mixture_weights or ()):
             raise ValueError

@@ -10,7 +10,7 @@ from lowmem.config.groups import Groups
 # The optimizers that have the memory tiers exact and lean.
 TIERED_OPTIMIZERS = ["adamw", "adamw_bf16", "adafactor"]
 _OPTIMIZERS = "adamw adamw_bf16 adam nadam radam adamax adafactor adagrad adadelta rmsprop sgd".split()
-_PROMPTS = ["prompt_column", "response_column"]
+_PROMPTS = ["prompt_column", "response_column", "prompt_template"]
 _FIXED_IN_EVALUATE = {"on_resume": "fixed", "in_evaluate": True}
 
 
@@ -60,8 +60,9 @@ class TrainConfig(Groups):
     """Training rows: paths, globs or URLs, comma-separated. Formats: Parquet, Arrow, JSONL, text, or a folder saved by
     `datasets`. URLs: hf://, s3://, https://. None: the bundled rows."""
     train_weights: str | None = setting(holds="names", on_resume="fixed")
-    """Mix the files of train_file by these weights: comma-separated numbers, one per file or glob.
-    Weights are rounded to 1/10,000 of their sum. epochs counts the first one's rows; each other one has its own."""
+    """Mix the files of train_file by these weights: comma-separated numbers.
+    There is one for each file or glob; they are rounded to 1/10,000 of their sum. Each has its own epochs; `epochs`
+    counts those of the first."""
     validation_file: str | None = setting(holds="files", instead_of=["validation_rows"], per_rank=True)
     """Rows to evaluate on during training."""
     validation_rows: int | None = setting(at_least=0, fallback=0, on_resume="fixed")
@@ -72,13 +73,21 @@ class TrainConfig(Groups):
     """Column that the model reads."""
     response_column: str | None = setting(fallback="response", on_resume="fixed", in_evaluate=True)
     """Column that the model learns to write."""
+    prompt_template: str | None = setting(instead_of=["prompt_column"], **_FIXED_IN_EVALUATE)
+    r"""Instead of prompt_column: several columns, as in "{instruction}\n{input}\n".
+    Lines whose columns are all empty are left out; \n is a newline, {{ is a brace."""
     text_column: str | None = setting(instead_of=_PROMPTS, **_FIXED_IN_EVALUATE)
     """Instead of prompt and response: a column of plain text. Every token but the first is a target (causal models)."""
     messages_column: str | None = setting(instead_of=[*_PROMPTS, "text_column"], **_FIXED_IN_EVALUATE)
     """Instead of prompt or text: chats, lists of {"role", "content"}. Assistant turns are targets (causal models)."""
+    row_format: str | None = setting(
+        choices=["alpaca", "sharegpt"], instead_of=[*_PROMPTS, "text_column", "messages_column"], in_evaluate=True
+    )
+    """alpaca: columns instruction, input, output; sharegpt: conversations (from, value).
+    If no column is set, files without the default columns are searched for these. sharegpt needs a causal model."""
     weight_column: str | None = setting(on_resume="fixed")
-    """Column with a row's weight: its token losses count so much in training (not in evaluations).
-    The loss is the weighted mean over target tokens; weights are numbers of 0 or more."""
+    """Column with a row's weight, which multiplies its token losses in training.
+    The loss is the weighted mean over target tokens; weights are numbers of 0 or more. Evaluations ignore them."""
     template_time: str | None = setting(on_resume="fixed", in_evaluate=True)
     """The time that chat templates print, such as 2026-01-31T12:00:00. Default: when the run started."""
     max_seq_len: int = setting(512, at_least=1, below=2**24, on_resume="fixed", in_evaluate=True)

@@ -15,6 +15,19 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of a message's thoughts; transformers gives a template all of them if a message has one."""
 
 
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
+_ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
+
+
+def with_role(message: Message) -> Message:
+    """Return a message with "role" and "content", also if it has "from" and "value". Raises ValueError for others."""
+    if "role" in message:
+        return message
+    if message["from"] not in _ROLES:
+        raise ValueError(f"it is from {message['from']!r}, which is none of {', '.join(_ROLES)}")
+    return {"role": _ROLES[message["from"]], "content": message["value"]}
+
+
 def plain_messages(messages: Messages, render: Render) -> Messages:
     """Drop keys with the value None, which Arrow gives to keys that a message lacks, and choose a form of the rest.
 

@@ -13,8 +13,10 @@ from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
+from lowmem.config.prompt_template import fill, parse_template
 from lowmem.data.batch import IGNORED, EncodedRow
 from lowmem.data.chat import Messages, chat_tokenizer
+from lowmem.data.chat_messages import with_role
 from lowmem.data.files.columns import TOOLS_COLUMN, is_message, is_number
 from lowmem.data.rows import Row, Rows
 from lowmem.errors import ReadError, RowError, UsageError
@@ -37,12 +39,15 @@ def make_encoder(
     max_seq_len: int,
     prompt_column: str | None = "prompt",
     response_column: str | None = "response",
+    prompt_template: str | None = None,
     text_column: str | None = None,
     messages_column: str | None = None,
     template_time: str | None = None,
     num_embeddings: int | None = None,
 ) -> Encode:
     """Make an encoder for the given columns: text, messages, or (by default) prompts and responses.
+
+    A `prompt_template` (see `parse_template`) makes prompts of several columns, instead of `prompt_column`.
     Raises UsageError for columns that exclude each other or do not fit the model, and for messages without a chat
     template. The encoder raises ValueError for a row in which a column is missing or has the wrong type, or that has a
     token id of `num_embeddings` (the model's number of embeddings) or more.
@@ -59,7 +64,8 @@ def make_encoder(
         kind, columns = encode_chat, {"messages_column": messages_column, "template_time": template_time}
     else:
         kind = encode_seq2seq if is_encoder_decoder else encode_causal
-        columns = {"prompt_column": prompt_column, "response_column": response_column}
+        columns = {"response_column": response_column}
+        columns |= {"prompt_column": prompt_column} if prompt_template is None else {"prompt_template": prompt_template}
     encode = kind(tokenizer, max_seq_len=max_seq_len, **columns)
     return encode if num_embeddings is None else _checked(encode, tokenizer, num_embeddings)
 
@@ -96,7 +102,12 @@ def _checked(encode: Encode, tokenizer: Tokenizer, num_embeddings: int) -> Encod
 
 
 def encode_seq2seq(
-    tokenizer: Tokenizer, *, max_seq_len: int, prompt_column: str = "prompt", response_column: str = "response"
+    tokenizer: Tokenizer,
+    *,
+    max_seq_len: int,
+    prompt_column: str = "prompt",
+    response_column: str = "response",
+    prompt_template: str | None = None,
 ) -> Encode:
     """Encode prompt -> response for encoder-decoder models. Truncates each to `max_seq_len`, but keeps end tokens.
 
@@ -107,9 +118,10 @@ def encode_seq2seq(
         found = f"{type(tokenizer).__name__} has no tgt_lang, so it would encode responses as {source}"
         raise UsageError(f"{found}: set src_lang and tgt_lang in its tokenizer_config.json (the same for one language)")
     of_prompt, of_response = _added(tokenizer, "text"), _added(tokenizer, "text_target")
+    prompt_of = _prompt_of(prompt_column, prompt_template)
 
     def encode(row: Mapping[str, object]) -> EncodedRow:
-        prompt_text, response_text = _text(row, prompt_column), _text(row, response_column)
+        prompt_text, response_text = prompt_of(row), _text(row, response_column)
         with _TOKENIZER_IN_USE:
             prompt = of_prompt.around(_ids(tokenizer, prompt_text))
             response = of_response.around(_ids(tokenizer, text_target=response_text))
@@ -120,7 +132,12 @@ def encode_seq2seq(
 
 
 def encode_causal(
-    tokenizer: Tokenizer, *, max_seq_len: int, prompt_column: str = "prompt", response_column: str = "response"
+    tokenizer: Tokenizer,
+    *,
+    max_seq_len: int,
+    prompt_column: str = "prompt",
+    response_column: str = "response",
+    prompt_template: str | None = None,
 ) -> Encode:
     """Concatenate prompt, response and end token without a separator, with the prompt masked out of the loss.
 
@@ -128,9 +145,10 @@ def encode_causal(
     """
     added, tokenize_response = _with_end(tokenizer), _tokenize_after_text(tokenizer)
     of_prompt, of_response = added._replace(end=[]), added._replace(begin=[])
+    prompt_of = _prompt_of(prompt_column, prompt_template)
 
     def encode(row: Mapping[str, object]) -> EncodedRow:
-        prompt = of_prompt.around(_ids(tokenizer, _text(row, prompt_column)))
+        prompt = of_prompt.around(_ids(tokenizer, prompt_of(row)))
         response = of_response.around(tokenize_response(_text(row, response_column)))
         num_tokens = len(prompt) + len(response)
         response = response[: max(max_seq_len - len(prompt), (max_seq_len + 1) // 2)]
@@ -242,6 +260,14 @@ def _text(row: Mapping[str, object], column: str) -> str:
     return value
 
 
+def _prompt_of(column: str, template: str | None) -> Callable[[Mapping[str, object]], str]:
+    """Return a function that makes the prompt of a row. It raises ValueError if a column is not text."""
+    if template is None:
+        return partial(_text, column=column)
+    lines = parse_template(template)
+    return lambda row: fill(lines, partial(_text, row))
+
+
 def _messages(row: Mapping[str, object], column: str) -> Messages:
     value = row.get(column)
     what = f"column {column!r} must hold messages"
@@ -251,7 +277,10 @@ def _messages(row: Mapping[str, object], column: str) -> Messages:
         if not is_message(message):
             found = f"message {number} is {message!r:.80}"
             raise ValueError(f"{what} with a role and text or tool calls, {found}: {_REMEDY}")
-    return value
+    try:
+        return [with_role(message) for message in value]
+    except ValueError as error:
+        raise ValueError(f"column {column!r} has a message that cannot be used: {error}") from error
 
 
 def _found(row: Mapping[str, object], column: str) -> str:

@@ -55,6 +55,11 @@ class Mixture:
         rows = self.sources[source]
         return rows.where(row) if hasattr(rows, "where") else f"{self.names[source]}, row {row}"
 
+    @property
+    def unread(self) -> list[str]:
+        """The columns of any of the sources that are not read."""
+        return list(dict.fromkeys(name for source in self.sources for name in getattr(source, "unread", ())))
+
     def fingerprints(self) -> list[tuple[str, str]]:
         return [pair for source in self.sources for pair in getattr(source, "fingerprints", list)()]
 

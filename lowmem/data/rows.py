@@ -97,6 +97,11 @@ class FileRows:
         _, file, group_in_file, row = self._find(index)
         return f"{file.source}, {file.location(group_in_file, row)}"
 
+    @property
+    def unread(self) -> list[str]:
+        """The columns of any of the files that are not read."""
+        return list(dict.fromkeys(name for file in self._files for name in file.unread))
+
     def fingerprints(self) -> list[tuple[str, str]]:
         return [(str(file.source), file.fingerprint()) for file in self._files]
 

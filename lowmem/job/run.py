@@ -1,11 +1,15 @@
 """Train or evaluate, in this process or in processes that it starts."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from lowmem.config.prompt_template import template_columns
+from lowmem.config.row_formats import COLUMN_FLAGS, format_of
+from lowmem.config.rules import conflicts
 from lowmem.config.train_config import TrainConfig
 from lowmem.data.bundled import BundledRows
 from lowmem.data.mixture import open_mixture
@@ -13,6 +17,7 @@ from lowmem.data.rows import RowSets, open_rows, split_rows
 from lowmem.distributed.launcher import launched_processes
 from lowmem.distributed.setup import check_launch, processes_to_start
 from lowmem.distributed.signals import PREEMPTED, Signals, end_as_signalled
+from lowmem.errors import ColumnsError, UsageError
 from lowmem.job.exit_file import final_exit
 from lowmem.job.folder import check_output
 from lowmem.job.processes import die_with_launcher, start_processes
@@ -38,7 +43,7 @@ def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: f
     check_launch(config.num_processes)
     if trains:
         check_output(output, config.resume)
-    rows = _open_all_rows(config, trains)
+    config, rows, found = _open_in_found_format(config, trains, fixed)
     _set_environment()
     if trains and (config.device_memory or config.host_memory) and _PLANNED not in os.environ:
         from lowmem.plan.command import fitted, flags_between
@@ -55,6 +60,10 @@ def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: f
             record_preempted(output)
             return PREEMPTED
         return code if code >= 0 else 128 - code
+    if os.environ.get("RANK", "0") == "0":
+        unread = getattr(rows.training if trains else rows.test, "unread", None)
+        lines = [found, unread and f"columns that are not read: {', '.join(unread)} (see --prompt_template)"]
+        print("".join(f"{line}\n" for line in lines if line), end="", flush=True)
     if trains:
         return supervise(partial(_train, config, rows), output, signals)
     _hide_bars()
@@ -66,6 +75,7 @@ def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: f
 
 def _open_all_rows(config: TrainConfig, trains: bool) -> RowSets:
     columns = [name for name in (config.prompt_column, config.response_column, config.text_column) if name]
+    columns += template_columns(config.prompt_template) if config.prompt_template else []
     options = {"columns": columns, "messages_column": config.messages_column}
     opened = partial(open_rows, **options)
     of_training = options | {"weight_column": config.weight_column}
@@ -81,6 +91,31 @@ def _open_all_rows(config: TrainConfig, trains: bool) -> RowSets:
     if config.mixture_weights:
         return RowSets(train_rows, None, test_rows)
     return RowSets(*split_rows(train_rows, config.validation_rows), test_rows)
+
+
+def _open_in_found_format(
+    config: TrainConfig, trains: bool, fixed: frozenset[str]
+) -> tuple[TrainConfig, RowSets, str | None]:
+    """Open all rows. If no flag sets columns, and a file has those of another format, change the config to that.
+
+    Returns the config, the rows, and a message if the config was changed.
+    """
+    try:
+        return config, _open_all_rows(config, trains), None
+    except ColumnsError as error:
+        first_error, found = error, None if COLUMN_FLAGS & fixed else format_of(error.present)
+        if found is None:
+            raise
+    name, settings = found
+    columns = dict.fromkeys(COLUMN_FLAGS - {"row_format"}) | settings
+    config = dataclasses.replace(config, **columns)
+    if problems := conflicts(config, ()):
+        raise UsageError("; ".join(problems))
+    try:
+        rows = _open_all_rows(config, trains)
+    except ColumnsError:  # the files have different columns
+        raise first_error from None
+    return config, rows, f"the rows are {name}: using " + " ".join(f"--{flag}={settings[flag]!r}" for flag in settings)
 
 
 def _set_environment() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lowmem.data.files.source import Row, Source
-from lowmem.errors import UsageError
+from lowmem.errors import ColumnsError, UsageError
 
 TOOLS_COLUMN = "tools"
 """Chat rows may have this column: the tools that the assistant can call, as JSON schemas."""
@@ -35,7 +35,11 @@ def select_columns(source: Source, schema: "pa.Schema", wanted: Mapping[str, str
     for column, kind in (wanted or {}).items():
         found = schema.field(column).type
         if not _holds(found, kind):
-            what = "messages (lists of structs with content and a text role)" if kind == "messages" else _WORDS[kind]
+            what = (
+                "messages (lists of structs with content and a text role, or from and value)"
+                if kind == "messages"
+                else _WORDS[kind]
+            )
             raise UsageError(f"{source}: column {column!r} must hold {what}, found {found}: name another column")
     if "messages" in (wanted or {}).values():
         names = names + [name for name in (TOOLS_COLUMN,) if name in schema.names and name not in names]
@@ -45,12 +49,20 @@ def select_columns(source: Source, schema: "pa.Schema", wanted: Mapping[str, str
 def _check_present(source: Source, wanted: Iterable[str], present: Sequence[str]) -> None:
     if missing := [f"column {name!r}" for name in wanted if name not in present]:
         what = f"{source} has no {' and no '.join(missing)}, it has {', '.join(map(repr, present))}"
-        raise UsageError(f"{what}: set --prompt_column and --response_column, --text_column or --messages_column")
+        advice = "set --prompt_column and --response_column, --text_column, --messages_column or --row_format"
+        raise ColumnsError(f"{what}: {advice}", present)
 
 
 def is_message(value: object) -> bool:
-    """Whether `value` has a role, and either text, a list of text parts, or tool calls without content."""
-    if not (isinstance(value, Mapping) and isinstance(value.get("role"), str)):
+    """Whether `value` has a role, and either text, a list of text parts, or tool calls without content.
+
+    Or, as in sharegpt rows, text in "from" and "value".
+    """
+    if not isinstance(value, Mapping):
+        return False
+    if "role" not in value:
+        return isinstance(value.get("from"), str) and isinstance(value.get("value"), str)
+    if not isinstance(value["role"], str):
         return False
     content = value.get("content")
     if isinstance(content, list):
@@ -86,6 +98,8 @@ def _holds(found: "pa.DataType", kind: str) -> bool:
     fields = (
         {field.name: field.type for field in found.value_type} if is_list and types.is_struct(found.value_type) else {}
     )
+    if {"from", "value"} <= fields.keys():
+        return _holds(fields["from"], "text") and _holds(fields["value"], "text")
     if not {"role", "content"} <= fields.keys() or not _holds(fields["role"], "text"):
         return False
     content = fields["content"]

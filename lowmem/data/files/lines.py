@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from lowmem.data.files.cache import derive
-from lowmem.data.files.columns import check_row
+from lowmem.data.files.columns import TOOLS_COLUMN, check_row
 from lowmem.data.files.line_index import (
     LONGEST_LINE,
     PIECE_BYTES,
@@ -45,6 +45,7 @@ class _LineFile:
 
     def __init__(self, source: Source, wanted: Mapping[str, str] | None, *, piece_bytes: int = PIECE_BYTES):
         self.source = source
+        self.unread: list[str] = []  # the columns of the first good row that are not wanted
         self._is_packed = codec_of(source) is not None
         copies = self._is_packed or source.path is None
 
@@ -114,13 +115,16 @@ class _LineFile:
         data = self.read_group(group)
         for index in range(int(self.group_rows[group])):
             try:
-                check_row(self.source, self.row(data, index), wanted)
+                row = self.row(data, index)
+                check_row(self.source, row, wanted)
+                reads_tools = "messages" in wanted.values()
+                self.unread = [x for x in row if wanted and x not in wanted and not (reads_tools and x == TOOLS_COLUMN)]
                 return
             except UsageError as error:  # its message already names the file
-                problem = problem or str(error)
+                problem = problem or error
             except ValueError as error:
-                problem = problem or f"{self.source}, {self.location(group, index)}: {error}"
-        raise UsageError(problem)
+                problem = problem or UsageError(f"{self.source}, {self.location(group, index)}: {error}")
+        raise problem
 
 
 class TextFile(_LineFile):
@@ -150,7 +154,7 @@ class JsonLinesFile(_LineFile):
         if not text.lstrip().startswith("{"):
             raise ValueError(f"a JSON object was expected, found {text.strip()[:40]!r}: {_ONE_PER_LINE}")
         try:
-            row = _JSON.decode(text)
+            row = STRICT_JSON.decode(text)
             if _ESCAPED_SURROGATE.search(text):
                 json.dumps(row, ensure_ascii=False).encode()  # fails if a surrogate is left: pairs were joined
         except json.JSONDecodeError as error:
@@ -189,6 +193,6 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not a JSON value: write a number or null")
 
 
-_ONE_PER_LINE = "write one object per line (jq -c '.[]' converts an array)"
-_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
+_ONE_PER_LINE = "write one object per line (`train_low_mem.py convert rows.json rows.jsonl` converts an array)"
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

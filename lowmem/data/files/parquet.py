@@ -58,8 +58,10 @@ class ParquetFile(TableFile):
                 self._footer_hash = xxhash.xxh3_64_intdigest(read_end(file, self._footer_bytes))
                 size = int.from_bytes(read_end(file, 8)[:4], "little")
                 footer = read_end(file, 8 + size)[:size]
-            schema = select_columns(source, metadata.schema.to_arrow_schema(), wanted)
+            whole = metadata.schema.to_arrow_schema()
+            schema = select_columns(source, whole, wanted)
             self._names = schema.names
+            self.unread = [name for name in whole.names if name not in self._names]
             # The descriptions of the chunks, int64, shape (groups, paths, 7)
             paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
             self._paths = [path for path in paths if _is_within(path, self._names)]

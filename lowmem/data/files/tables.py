@@ -30,6 +30,7 @@ class TableFile:
     source: Source
     group_rows: np.ndarray
     group_bytes: np.ndarray
+    unread: list[str]
     _names: list[str]
     _batches: RecordBatches | None = None  # the Arrow file's or the copy's; None if parquet is read without a copy
     _footer_bytes = 0
@@ -90,6 +91,7 @@ class ArrowFile(TableFile):
             batches, num_rows, alone = find_batches(source)
             schema = select_columns(source, batches.schema, wanted)
             self._names = schema.names
+            self.unread = [name for name in batches.schema.names if name not in self._names]
             if not alone or batches.sizes.max(initial=0) > limits.batch_bytes:
                 rows = self._all_rows([batches.schema.names.index(name) for name in self._names], limits)
                 size = {"num_rows": num_rows, "num_bytes": source.stamp()[0]}
