@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem.data.batch import IGNORED, Batch, check_batches, collate
-from lowmem.data.encode import Encode
+from lowmem.data.encoder import Encode
 from lowmem.data.eval_batches import EvalBatches, open_eval
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import FileRows

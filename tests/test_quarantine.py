@@ -9,7 +9,8 @@ import pytest
 from transformers import ByT5Tokenizer
 
 from lowmem.data.batch import IGNORED, collate
-from lowmem.data.encode import BadRow, encode_causal, encode_seq2seq
+from lowmem.data.encode import encode_causal, encode_seq2seq
+from lowmem.data.encoder import BadRow
 from lowmem.data.eval_batches import open_eval
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import open_rows

@@ -7,7 +7,7 @@ same index; the loss shifts labels by one. The first label must be IGNORED, beca
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
 from threading import Lock
@@ -17,18 +17,16 @@ from lowmem.config.prompt_template import fill, parse_template
 from lowmem.data.batch import IGNORED, EncodedRow
 from lowmem.data.chat import Messages, chat_tokenizer
 from lowmem.data.chat_messages import with_role
+from lowmem.data.encoder import Encode, TextEncoder, Then
 from lowmem.data.files.columns import TOOLS_COLUMN, is_message, is_number
-from lowmem.data.rows import Row, Rows
-from lowmem.errors import ReadError, RowError, UsageError
+from lowmem.data.rows import Row
+from lowmem.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-Encode = Callable[[Mapping[str, object]], EncodedRow]
-
 # The lock is needed because two threads share a tokenizer, and translation tokenizers switch languages during a call.
 _TOKENIZER_IN_USE = Lock()
-_MAX_ROWS_TRIED = 500
 _REMEDY = "fix the row or name another column"
 
 
@@ -76,21 +74,19 @@ def with_weights(encode: Encode, column: str) -> Encode:
     It raises ValueError for a row without such a number.
     """
 
-    def encode_with_weights(row: Mapping[str, object]) -> EncodedRow:
+    def add_weights(row: Row, encoded: EncodedRow) -> EncodedRow:
         weight = row.get(column)
         if not is_number(weight) or not 0 <= weight < math.inf:
             raise ValueError(
                 f"column {column!r} must hold a weight, a number of 0 or more, found {_found(row, column)}"
             )
-        encoded = encode(row)
         return {**encoded, "weights": [float(weight)] * len(encoded["labels"])}
 
-    return encode_with_weights
+    return Then(encode, add_weights)
 
 
 def _checked(encode: Encode, tokenizer: Tokenizer, num_embeddings: int) -> Encode:
-    def encode_and_check(row: Mapping[str, object]) -> EncodedRow:
-        encoded = encode(row)
+    def check(row: Row, encoded: EncodedRow) -> EncodedRow:
         largest = max(chain(encoded["input_ids"], encoded["labels"]), default=0)
         if largest >= num_embeddings:
             token = tokenizer.convert_ids_to_tokens(largest)
@@ -98,7 +94,7 @@ def _checked(encode: Encode, tokenizer: Tokenizer, num_embeddings: int) -> Encod
             raise ValueError(f"{what}: use the model's tokenizer, build a model with more, or remove the token")
         return encoded
 
-    return encode_and_check
+    return Then(encode, check)
 
 
 def encode_seq2seq(
@@ -118,17 +114,18 @@ def encode_seq2seq(
         found = f"{type(tokenizer).__name__} has no tgt_lang, so it would encode responses as {source}"
         raise UsageError(f"{found}: set src_lang and tgt_lang in its tokenizer_config.json (the same for one language)")
     of_prompt, of_response = _added(tokenizer, "text"), _added(tokenizer, "text_target")
-    prompt_of = _prompt_of(prompt_column, prompt_template)
 
-    def encode(row: Mapping[str, object]) -> EncodedRow:
-        prompt_text, response_text = prompt_of(row), _text(row, response_column)
+    def tokenize(kind: str, texts: list[str]) -> list[list[int]]:
         with _TOKENIZER_IN_USE:
-            prompt = of_prompt.around(_ids(tokenizer, prompt_text))
-            response = of_response.around(_ids(tokenizer, text_target=response_text))
+            return _ids(tokenizer, **{kind: texts})
+
+    def encode(prompt: list[int], response: list[int]) -> EncodedRow:
+        prompt, response = of_prompt.around(prompt), of_response.around(response)
         num_cut = sum(max(0, len(ids) - max_seq_len) for ids in (prompt, response))
         return _encoded(of_prompt.cut(prompt, max_seq_len), of_response.cut(response, max_seq_len), num_cut=num_cut)
 
-    return encode
+    texts_of = _texts_of(prompt_column, prompt_template, response_column)
+    return TextEncoder(texts_of, [partial(tokenize, kind) for kind in ("text", "text_target")], encode)
 
 
 def encode_causal(
@@ -143,30 +140,29 @@ def encode_causal(
 
     To fit `max_seq_len`, first truncates the response, but not below half of `max_seq_len`, then the prompt.
     """
-    added, tokenize_response = _with_end(tokenizer), _tokenize_after_text(tokenizer)
+    added, tokenize_responses = _with_end(tokenizer), _tokenize_after_text(tokenizer)
     of_prompt, of_response = added._replace(end=[]), added._replace(begin=[])
-    prompt_of = _prompt_of(prompt_column, prompt_template)
 
-    def encode(row: Mapping[str, object]) -> EncodedRow:
-        prompt = of_prompt.around(_ids(tokenizer, prompt_of(row)))
-        response = of_response.around(tokenize_response(_text(row, response_column)))
+    def encode(prompt: list[int], response: list[int]) -> EncodedRow:
+        prompt, response = of_prompt.around(prompt), of_response.around(response)
         num_tokens = len(prompt) + len(response)
         response = response[: max(max_seq_len - len(prompt), (max_seq_len + 1) // 2)]
         prompt = prompt[: max_seq_len - len(response)]
         return _masked(prompt + response, num_masked=len(prompt), num_cut=num_tokens - len(prompt) - len(response))
 
-    return encode
+    texts_of = _texts_of(prompt_column, prompt_template, response_column)
+    return TextEncoder(texts_of, [partial(_ids, tokenizer), tokenize_responses], encode)
 
 
 def encode_text(tokenizer: Tokenizer, *, max_seq_len: int, text_column: str = "text") -> Encode:
     """Encode text + end token for causal models, truncated to `max_seq_len`. All tokens but the first are targets."""
     added = _with_end(tokenizer)
 
-    def encode(row: Mapping[str, object]) -> EncodedRow:
-        ids = added.around(_ids(tokenizer, _text(row, text_column)))
+    def encode(ids: list[int]) -> EncodedRow:
+        ids = added.around(ids)
         return _masked(ids[:max_seq_len], num_masked=0, num_cut=max(0, len(ids) - max_seq_len))
 
-    return encode
+    return TextEncoder(lambda row: [_text(row, text_column)], [partial(_ids, tokenizer)], encode)
 
 
 def encode_chat(
@@ -214,7 +210,7 @@ class _Added(NamedTuple):
         return ids if len(ids) <= length else (ids[: max(0, length - len(self.end))] + self.end)[:length]
 
 
-def _ids(tokenizer: Tokenizer, text: str | None = None, **target: str) -> list[int]:
+def _ids(tokenizer: Tokenizer, text: list[str] | None = None, **target: list[str]) -> list[list[int]]:
     # without `truncation`, which would change the tokenizer, and threads share it
     return tokenizer(text, **target, add_special_tokens=False, verbose=False).input_ids
 
@@ -222,7 +218,7 @@ def _ids(tokenizer: Tokenizer, text: str | None = None, **target: str) -> list[i
 def _added(tokenizer: Tokenizer, kind: str) -> _Added:
     """Return what the tokenizer adds to a text of this kind: "text" or "text_target" (of translation tokenizers)."""
     with _TOKENIZER_IN_USE:
-        plain, whole = _ids(tokenizer, **{kind: "a"}), tokenizer(**{kind: "a"}, verbose=False).input_ids
+        plain, whole = _ids(tokenizer, **{kind: ["a"]})[0], tokenizer(**{kind: "a"}, verbose=False).input_ids
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return _Added(whole[:start], whole[start + len(plain) :])
@@ -239,16 +235,19 @@ def _eos(tokenizer: Tokenizer) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _tokenize_after_text(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
-    """Make a function that tokenizes text which follows other text. SentencePiece puts a space before a first word."""
-    newline = _ids(tokenizer, "\n")
+def _tokenize_after_text(tokenizer: Tokenizer) -> Callable[[list[str]], list[list[int]]]:
+    """Make a function that tokenizes texts which follow other text. SentencePiece puts a space before a first word."""
+    newline, word, after = _ids(tokenizer, ["\n", "a", "\na"])
     is_known = newline and tokenizer.unk_token_id not in newline
-    if not is_known or _ids(tokenizer, "\na") == newline + _ids(tokenizer, "a"):
+    if not is_known or after == newline + word:
         return partial(_ids, tokenizer)
 
-    def tokenize(text: str) -> list[int]:
-        ids = _ids(tokenizer, "\n" + text)
-        return ids[len(newline) :] if ids[: len(newline)] == newline else _ids(tokenizer, text)
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        found = _ids(tokenizer, [f"\n{text}" for text in texts])
+        return [
+            ids[len(newline) :] if ids[: len(newline)] == newline else _ids(tokenizer, [text])[0]
+            for text, ids in zip(texts, found, strict=True)
+        ]
 
     return tokenize
 
@@ -260,12 +259,12 @@ def _text(row: Mapping[str, object], column: str) -> str:
     return value
 
 
-def _prompt_of(column: str, template: str | None) -> Callable[[Mapping[str, object]], str]:
-    """Return a function that makes the prompt of a row. It raises ValueError if a column is not text."""
-    if template is None:
-        return partial(_text, column=column)
-    lines = parse_template(template)
-    return lambda row: fill(lines, partial(_text, row))
+def _texts_of(prompt_column: str, prompt_template: str | None, response_column: str) -> Callable[[Row], list[str]]:
+    """Return a function that returns a row's prompt and response. It raises ValueError if a column is not text."""
+    if prompt_template is None:
+        return lambda row: [_text(row, prompt_column), _text(row, response_column)]
+    lines = parse_template(prompt_template)
+    return lambda row: [fill(lines, partial(_text, row)), _text(row, response_column)]
 
 
 def _messages(row: Mapping[str, object], column: str) -> Messages:
@@ -293,50 +292,3 @@ def _found(row: Mapping[str, object], column: str) -> str:
 def end_tokens(tokenizer: Tokenizer) -> list[int]:
     """Return the tokens that end an encoded response: eos or, in tokenizers such as BERT's, what they add instead."""
     return _eos(tokenizer) or _with_end(tokenizer).end
-
-
-class BadRow(NamedTuple):
-    """A bad row: its content (None if it cannot be read), and the error, which names the row's location."""
-
-    content: Row | None
-    error: RowError
-
-
-def encode_rows(
-    rows: Rows, row_ids: Iterable[int], encode: Encode, *, may_skip: bool
-) -> tuple[list[tuple[int, EncodedRow]], list[BadRow]]:
-    """Encode rows. Returns pairs (row number, encoded row) and, with `may_skip`, the bad rows.
-
-    Without `may_skip`, raises RowError for a bad row. In both cases, raises ReadError if a file is no longer readable.
-    """
-    encoded, bad = [], []
-    for row_id in row_ids:
-        row = None
-        try:
-            row = rows[row_id]  # raises RowError if the row is unreadable
-            try:
-                encoded.append((row_id, encode(row)))
-            except Exception as error:
-                where = rows.where(row_id) if hasattr(rows, "where") else f"row {row_id}"
-                raise RowError(f"{where} cannot be encoded: {error}") from error
-        except RowError as error:
-            if not may_skip or isinstance(error, ReadError):
-                raise
-            bad.append(BadRow(row, error))
-    return encoded, bad
-
-
-def blank_row(rows: Rows, encode: Encode, *, near: int) -> EncodedRow:
-    """Make a row without targets from the first row at or after `near` that can be encoded. All labels are IGNORED.
-
-    Raises RowError if none of the next 500 rows can be encoded, or if the encoder returns no labels.
-    """
-    first_error = None
-    for row_id in range(near, near + min(len(rows), _MAX_ROWS_TRIED)):
-        encoded, bad = encode_rows(rows, [row_id % len(rows)], encode, may_skip=True)
-        for _, row in encoded:
-            if "labels" not in row:
-                raise RowError(f"a blank row needs `labels`, the encoder returned {', '.join(row)}: remove bad rows")
-            return {**row, "labels": [IGNORED] * len(row["labels"])}
-        first_error = first_error or bad[0].error
-    raise RowError(f"{first_error}; all rows read after it fail too: fix the rows or the encoder") from first_error

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lowmem.data.batch import Batch, Collate, collate
-from lowmem.data.encode import Encode, blank_row, encode_rows
+from lowmem.data.encoder import Encode, blank_row, encode_rows
 from lowmem.data.files.source import Files
 from lowmem.data.quarantine import Quarantine
 from lowmem.data.rows import Rows, as_rows

@@ -4,7 +4,7 @@ import json
 from functools import cached_property
 from pathlib import Path
 
-from lowmem.data.encode import BadRow
+from lowmem.data.encoder import BadRow
 from lowmem.errors import RowError
 
 

@@ -8,7 +8,7 @@ from itertools import chain, islice, pairwise
 from typing import NamedTuple
 
 from lowmem.data.batch import Batch, Collate, EncodedRow
-from lowmem.data.encode import BadRow, Encode, blank_row, encode_rows
+from lowmem.data.encoder import BadRow, Encode, blank_row, encode_rows
 from lowmem.data.mixture import Mixture, groups_of
 from lowmem.data.order import Groups, rows_at
 from lowmem.data.packing import pack

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from lowmem.data.batch import Batch, Collate, UnreadableStep, collate
-from lowmem.data.encode import Encode
+from lowmem.data.encoder import Encode
 from lowmem.data.files.source import Files
 from lowmem.data.mixture import Mixture, open_mixture
 from lowmem.data.quarantine import Quarantine

@@ -123,6 +123,8 @@ def _set_environment() -> None:
     # With PASSIVE, waiting OpenMP threads sleep instead of spinning. A tiny model then loses a sixth of its speed on
     # idle cores, but with spinning threads it is at least five times slower as soon as anything else runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The thread that encodes rows would otherwise start a thread per core, in each process.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # batches of varying lengths fragment the CUDA allocator's memory; expandable segments avoid that
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
