@@ -58,7 +58,7 @@ def lowmem_draw(
 
     def draw(position: int, count: int) -> float:
         nonlocal tokens
-        stream.load_state_dict(state | {"position": position})
+        stream.load_state_dict(state | {"position": position, "next_rows": None})
         tokens, started = 0, time.perf_counter()
         for step, (batch,) in zip(range(count // stream.global_batch_size + 1), stream, strict=False):
             mask = batch.inputs.get("attention_mask")
@@ -104,7 +104,7 @@ def lowmem_resume(file: str, folder: str, fraction: float) -> Record:
     position = int(state["num_rows"] * fraction)
     watch = Watch()
     rows, stream = open_lowmem(file, make_encode("number", folder))
-    stream.load_state_dict(state | {"position": position})
+    stream.load_state_dict(state | {"position": position, "next_rows": None})
     (batch,) = next(iter(stream))
     seconds = watch.seconds()
     expected = sorted(rows_at(position, position + BATCH_SIZE, rows.groups, seed=SEED).tolist())

@@ -7,7 +7,16 @@ from tokenizers.trainers import BpeTrainer
 from transformers import ByT5Tokenizer, MBartTokenizer, PreTrainedTokenizerFast
 
 from lowmem.data.batch import IGNORED, collate
-from lowmem.data.encode import encode_causal, encode_chat, encode_seq2seq, encode_text, end_tokens, make_encoder
+from lowmem.data.encode import (
+    encode_causal,
+    encode_chat,
+    encode_seq2seq,
+    encode_text,
+    end_tokens,
+    make_encoder,
+    with_weights,
+)
+from lowmem.data.encoder import encode_rows
 from lowmem.errors import UsageError
 
 TOKENIZER = ByT5Tokenizer()
@@ -115,13 +124,17 @@ def test_a_response_ends_with_what_the_tokenizer_adds_if_it_has_no_eos_token():
     assert tokenizer.convert_ids_to_tokens(end_tokens(tokenizer)) == ["[SEP]"]
 
 
-@pytest.mark.parametrize("scheme", ["first", "always"])
-def test_no_space_is_inserted_between_prompt_and_response(scheme):
+def metaspace(scheme):
     tokenizer = Tokenizer(BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     trainer = BpeTrainer(special_tokens=["<unk>", "</s>"], initial_alphabet=list("abc:\n▁"), show_progress=False)
     tokenizer.train_from_iterator(["ab cab", "c: a\n"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_no_space_is_inserted_between_prompt_and_response(scheme):
+    tokenizer = metaspace(scheme)
     for response in ("cab", " cab", "\ncab", ""):
         encoded = encode_causal(tokenizer, max_seq_len=30)({"prompt": "c:", "response": response})
         text = "".join(words(encoded, tokenizer)).removesuffix("</s>").replace("▁", " ")
@@ -147,6 +160,45 @@ def test_a_cut_keeps_all_tokens_that_a_translation_tokenizer_adds():
         options = {"truncation": True, "max_length": max_seq_len}
         expected = tokenizer(row["prompt"], text_target=row["response"], **options)
         assert encoded["input_ids"] == expected["input_ids"] and encoded["labels"] == expected["labels"]
+
+
+@pytest.mark.parametrize("kind", [encode_seq2seq, encode_causal, encode_text])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [TOKENIZER, metaspace("first"), metaspace("always"), translation_tokenizer(src_lang="en_XX", tgt_lang="ro_RO")],
+    ids=["python", "first", "always", "translation"],
+)
+def test_rows_encoded_together_are_those_encoded_one_by_one(tokenizer, kind):
+    encode = kind(tokenizer, max_seq_len=9)
+    texts = ["ab cab", "", "c: a\n", "\na", " a", "b" * 20, "好", "a</s>"]
+    rows = [{"prompt": text, "response": text[::-1], "text": text, "w": n / 2} for n, text in enumerate(texts)]
+    assert encode.batch(rows) == [encode(row) for row in rows]
+    weighted = with_weights(encode, "w")
+    assert weighted.batch(rows) == [weighted(row) for row in rows]
+
+
+class Together:
+    """An encoder that records how many rows it gets at once."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def __call__(self, row):
+        return self.batch([row])[0]
+
+    def batch(self, rows):
+        self.sizes.append(len(rows))
+        return [{"input_ids": [row["id"]], "labels": [1 // row["id"]]} for row in rows]
+
+
+def test_rows_are_encoded_together_and_one_by_one_if_one_of_them_is_bad():
+    rows, encode = [{"id": number} for number in range(-150, 10)], Together()
+    encoded, bad = encode_rows(rows, range(140), encode, may_skip=False)
+    assert [number for number, _ in encoded] == [*range(140)] and not bad and encode.sizes == [64, 64, 12]
+    encoded, bad = encode_rows(rows, range(100, 160), encode, may_skip=True)
+    assert [number for number, _ in encoded] == [*range(100, 150), *range(151, 160)]
+    assert [x.content for x in bad] == [{"id": 0}] and "row 150 cannot be encoded: " in str(bad[0].error)
+    assert encode.sizes[3:] == [60, *[1] * 60]
 
 
 # --- encoding conversations
