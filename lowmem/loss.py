@@ -4,8 +4,8 @@ If the batch has weights, they multiply the token losses, and the caller divides
 An encoder-decoder model shifts labels itself; position i of a causal one predicts label i + 1. Label -100: no target.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from lowmem.data.batch import IGNORED, Batch
 from lowmem.distributed.offloaded import rows_of
 from lowmem.distributed.placement import is_engine, unwrapped, uses_zero3
 from lowmem.errors import UsageError, is_out_of_memory
+from lowmem.model.documents import documents_apart
 from lowmem.model.masks import host_masks
 from lowmem.model.replaced import replaced
 
@@ -196,7 +197,11 @@ def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, objec
     labels = inputs.pop("labels")
     if base.config.is_encoder_decoder:
         if "decoder_input_ids" not in inputs:
-            inputs["decoder_input_ids"] = _decoder_input_ids(base, labels)
+            decoder_input_ids = _decoder_input_ids(base, labels)
+            if "decoder_position_ids" in inputs:  # each document of a packed row starts with the start token
+                starts = inputs["decoder_position_ids"] == 0
+                decoder_input_ids = torch.where(starts, decoder_input_ids[:, :1], decoder_input_ids)
+            inputs["decoder_input_ids"] = decoder_input_ids
         targets = labels
     else:
         # no position predicts the first label, but num_targets would count it; this check needs no device sync
@@ -208,8 +213,14 @@ def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, objec
     return inputs | {"use_cache": False}, targets, weights
 
 
-def _masks(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
-    return host_masks(model, batch.inputs) if batch.needs_its_masks else nullcontext()
+@contextmanager
+def _masks(model: nn.Module, batch: Batch) -> Iterator[None]:
+    with ExitStack() as stack:
+        if batch.needs_its_masks:
+            stack.enter_context(host_masks(model, batch.inputs))
+        if "decoder_position_ids" in batch.inputs:
+            stack.enter_context(documents_apart(model))
+        yield
 
 
 def _decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:

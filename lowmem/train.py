@@ -123,6 +123,7 @@ def train(
             encode_for_training,
             global_batch_size=rows_per_step(checkpoint, rank.size, **config.step_size),
             collate=partial(collate, causal=is_causal, max_seq_len=config.max_seq_len),
+            is_encoder_decoder=not is_causal,
             quarantine=quarantine,
             pin_memory=accelerator.device.type == "cuda",
             **rank.coordinates,

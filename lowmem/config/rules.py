@@ -102,7 +102,7 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
         found = f"--release {_AT_ONCE}"
         most = f"at most --batch_size={config.batch_size} (got {config.global_batch_size})"
         problems.append(f"{found}: set --global_batch_size to {most}")
-    causal = [f"--{name}" for name in ("packing", "text_column", "messages_column") if getattr(config, name)]
+    causal = [f"--{name}" for name in ("text_column", "messages_column") if getattr(config, name)]
     causal += [f"--tp_size={config.tp_size}"] * ((config.tp_size or 1) > 1)
     if causal and config.model_config in MODEL_SHAPES:
         found = f"{', '.join(causal)} need{'' if causal[1:] else 's'} a causal model"

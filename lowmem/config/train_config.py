@@ -93,7 +93,8 @@ class TrainConfig(Groups):
     max_seq_len: int = setting(512, at_least=1, below=2**24, on_resume="fixed", in_evaluate=True)
     """Maximum tokens per sequence; longer rows are cut and counted. T5-like models: per prompt and per response."""
     packing: bool = False
-    """Put several rows in a sequence of at most max_seq_len tokens (causal models). The gradient stays the same."""
+    """Put several rows in a sequence of at most max_seq_len tokens. The gradient stays the same.
+    T5-like models: several prompts in one sequence, and their responses in another."""
     on_bad_row: str = setting("error", choices=["error", "skip"])
     """If a row cannot be read or encoded: end the run, or skip the row. skip writes it to bad_rows-RANK.jsonl."""
     max_bad_rows: int = setting(1000, at_least=0)

@@ -93,8 +93,8 @@ def collate(rows: Sequence[EncodedRow], *, causal: bool = False, max_seq_len: in
     """Pad encoded rows on the right to equal length, count their targets, and add a mask if one is needed.
 
     Returns int64 `input_ids` (rows, input length) and `labels` (rows, label length). Packed rows also get
-    `position_ids` unless each is one document, and others an `attention_mask` if needed, shaped like `input_ids`. If a
-    row has weights, the batch has them, with 0 for padding.
+    `position_ids` unless each is one document (pairs also `decoder_position_ids`, shaped like `labels`), and others an
+    `attention_mask` if needed, shaped like `input_ids`. If a row has weights, the batch has them, with 0 for padding.
     Rounds lengths up to multiples of 8, but not beyond `max_seq_len`, and not if all inputs are equally long. Set
     `causal` if tokens never attend to later ones: training then needs no mask, and the first label of each row is no
     target: nothing predicts it.
@@ -110,12 +110,15 @@ def collate(rows: Sequence[EncodedRow], *, causal: bool = False, max_seq_len: in
         labels[:, 0] = IGNORED
     inputs = {"input_ids": input_ids, "labels": labels}
     width, is_target = input_ids.shape[1], labels != IGNORED
-    # Packed rows get no mask: given one, models do not separate documents. The padding counts as one more document.
+    # Packed rows get no mask: given one, models do not separate documents. The padding counts as one more document,
+    # but a decoder's belongs to the last one, so that each of its documents has a prompt.
     if "position_ids" in rows[0]:
-        positions = [[*row["position_ids"], *range(width - len(row["position_ids"]))] for row in rows]
-        positions = torch.tensor(positions, dtype=torch.int64)
-        if (positions[:, 1:] == 0).any():
-            inputs["position_ids"] = positions
+        positions = {"position_ids": _pad_positions(rows, "position_ids", width, restart=True)}
+        if "decoder_position_ids" in rows[0]:
+            name = "decoder_position_ids"
+            positions[name] = _pad_positions(rows, name, labels.shape[1], restart=False)
+        if any((each[:, 1:] == 0).any() for each in positions.values()):
+            inputs |= positions
     # Add a mask only if needed: causal-only attention kernels reject masks, and with a mask T5 stores a bias per row.
     # Rows without targets may be prompts, which need the mask, because it shows `generate` where each prompt ends.
     elif min(lengths) < width and not (causal and is_target.any(1).all()):
@@ -133,3 +136,10 @@ def _pad(sequences: Sequence[Sequence[float]], value: float, *, multiple: int, m
     for row, sequence in zip(padded, sequences, strict=True):
         row[: len(sequence)] = torch.tensor(sequence, dtype=dtype)
     return padded
+
+
+def _pad_positions(rows: Sequence[EncodedRow], name: str, width: int, *, restart: bool) -> Tensor:
+    known = [row[name] for row in rows]
+    starts = [0 if restart else positions[-1] + 1 for positions in known]
+    longer = [[*x, *range(start, start + width - len(x))] for x, start in zip(known, starts, strict=True)]
+    return torch.tensor(longer, dtype=torch.int64)

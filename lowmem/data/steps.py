@@ -12,6 +12,7 @@ from lowmem.data.encoder import BadRow, Encode, blank_row, encode_rows
 from lowmem.data.mixture import Mixture, groups_of
 from lowmem.data.order import Groups, rows_at
 from lowmem.data.packing import pack
+from lowmem.data.pair_packing import pack_pairs
 from lowmem.data.rows import Rows
 
 
@@ -37,6 +38,7 @@ class Steps:
     world_size: int
     shuffle: bool
     packed_seq_len: int | None
+    is_encoder_decoder: bool
     may_skip: bool
     pin_memory: bool
 
@@ -73,7 +75,8 @@ class Steps:
         while len(rows) < self.micro_batches:
             rows.append((None, blank_row(self.rows, self.encode, near=row_ids[0])))
         if self.packed_seq_len is not None:
-            packed = pack(rows, max_seq_len=self.packed_seq_len, micro_batches=self.micro_batches)
+            pack_rows = pack_pairs if self.is_encoder_decoder else pack
+            packed = pack_rows(rows, max_seq_len=self.packed_seq_len, micro_batches=self.micro_batches)
             parts = [(chain.from_iterable(row["row_ids"] for row in part), part) for part in packed]
         else:
             if bad:  # split the remaining rows evenly

@@ -176,6 +176,7 @@ def open_stream(
     shuffle: bool = True,
     collate: Collate = collate,
     packed_seq_len: int | None = None,
+    is_encoder_decoder: bool = False,
     prefetch: int = 2,
     quarantine: Quarantine | None = None,
     accept_changed_data: bool = False,
@@ -187,10 +188,10 @@ def open_stream(
     `Mixture`).
     A step takes `batch_size * gradient_accumulation_steps * world_size` rows or, if set, `global_batch_size` rows. They
     are split evenly into the fewest micro-batches of at most `batch_size`. `rank` and `world_size` count data-parallel
-    ranks (see `data_place`); None is for one process. With `packed_seq_len`, causal rows are packed into sequences of
-    at most that many tokens (see `check_packing`). A thread encodes `prefetch` steps ahead (0: no thread). With a
-    `quarantine`, skips rows that cannot be read or encoded. `accept_changed_data`: see `load_state_dict`. `pin_memory`
-    pins batches for copies to a GPU (None: if CUDA is available).
+    ranks (see `data_place`); None is for one process. With `packed_seq_len`, rows are packed into sequences of at most
+    that many tokens (see `check_packing`), for an encoder-decoder as prompts and responses. A thread encodes `prefetch`
+    steps ahead (0: no thread). With a `quarantine`, skips rows that cannot be read or encoded. `accept_changed_data`:
+    see `load_state_dict`. `pin_memory` pins batches for copies to a GPU (None: if CUDA is available).
     """
     rows = as_rows(files) if weights is None else open_mixture(files, weights)
     rank, world_size = given_or_only_rank(rank, world_size)
@@ -205,5 +206,6 @@ def open_stream(
         pin_memory = torch.cuda.is_available()
     which = {"global_batch_size": global_batch_size, "seed": seed, "shuffle": shuffle}
     split = {"micro_batches": micro_batches, "rank": rank, "world_size": world_size, "packed_seq_len": packed_seq_len}
+    split["is_encoder_decoder"] = is_encoder_decoder
     steps = Steps(rows, encode, collate, **which, **split, may_skip=quarantine is not None, pin_memory=pin_memory)
     return Stream(steps, prefetch=prefetch, quarantine=quarantine, accept_changed_data=accept_changed_data)

@@ -6,6 +6,7 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -20,6 +21,8 @@ from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.fully_sharded import forward_only
 from lowmem.distributed.placement import device_of, unwrapped
 from lowmem.errors import StoreError, UsageError, is_out_of_memory
+from lowmem.model.build import reason_of
+from lowmem.model.documents import documents_apart
 from lowmem.model.masks import host_masks
 
 # settings with which models of transformers add a loss to the cross-entropy, and the values with which they do not
@@ -72,46 +75,64 @@ def check_model(
         max_seq_len = positions
     if packing:
         check_packing(model)
+        for part in (base.config, *(getattr(base.config, name, None) for name in ("encoder", "decoder"))):
+            window = getattr(part, "sliding_window", None)
+            if base.config.is_encoder_decoder and window is not None and window < max_seq_len:
+                found = (
+                    f"the masks of packed rows have no sliding window, but {type(base).__name__} has one of {window}"
+                )
+                raise UsageError(f"{found}: lower --max_seq_len to {window}, or train it without packing")
     return max_seq_len
 
 
 def check_packing(model: nn.Module) -> None:
-    """Raise UsageError if the model is not causal, or if packed documents would affect each other in it.
+    """Raise UsageError if packed documents would affect each other in the model.
 
-    Compares logits for packed and separate random documents, up to rounding. This rejects state-space models and ALiBi,
-    and models that misread the masks of `chosen_on_host`.
+    Compares logits for packed and separate random documents, up to rounding. This rejects state-space models, ALiBi,
+    encoder-decoders with absolute positions, and models that misread the masks of `host_masks` or `documents_apart`.
     """
-    base = unwrapped(model)
-    what = f"packing needs a causal model that takes position_ids, {type(base).__name__}"
-    if base.config.is_encoder_decoder:
-        raise UsageError(f"{what} is an encoder-decoder: train it without packing")
-    device = device_of(model)
+    base, device = unwrapped(model), device_of(model)
+    is_pairs, name = base.config.is_encoder_decoder, type(base).__name__
     generator = torch.Generator().manual_seed(0)  # separate, to leave the run's random numbers unchanged
-    rows = torch.randint(base.get_input_embeddings().num_embeddings, (2, 12), generator=generator).to(device)
-    lengths = [(5, 7), (7, 5)]
-    positions = torch.tensor([[*range(first), *range(second)] for first, second in lengths], device=device)
+    vocabulary = base.get_input_embeddings().num_embeddings
+    lengths = {"": [(5, 7), (7, 5)], "decoder_": [(7, 5), (5, 7)]} if is_pairs else {"": [(5, 7), (7, 5)]}
+    rows, positions, parts = {}, {}, [{}, {}, {}, {}]
+    for side, pairs in lengths.items():
+        tokens = torch.randint(vocabulary, (2, 12), generator=generator).to(device)
+        starts = torch.tensor([[*range(first), *range(second)] for first, second in pairs], device=device)
+        rows[f"{side}input_ids"], positions[f"{side}position_ids"] = tokens, starts
+        documents = [part for row, pair in zip(tokens, pairs, strict=True) for part in row[None].split(pair, dim=1)]
+        for part, document in zip(parts, documents, strict=True):
+            part[f"{side}input_ids"] = document
 
-    def logits(input_ids: Tensor, **inputs: Tensor) -> Tensor:
-        return base(input_ids=input_ids, use_cache=False, **inputs).logits.float()
+    def logits(inputs: dict[str, Tensor]) -> Tensor:
+        return base(use_cache=False, **inputs).logits.float()
 
     try:
         with forward_only(model):
-            packed, as_one = [logits(rows, position_ids=positions)], logits(rows)
-            with host_masks(model, {"position_ids": positions}):
-                packed.append(logits(rows, position_ids=positions))
-            documents = [row[None].split(parts, dim=1) for row, parts in zip(rows, lengths, strict=True)]
-            apart = torch.cat([torch.cat([logits(part) for part in parts], dim=1) for parts in documents])
-    except TypeError as error:
+            as_one, packed = logits(rows), []
+            with host_masks(model, positions), documents_apart(model) if is_pairs else nullcontext():
+                packed.append(logits(rows | positions))
+            if not is_pairs:
+                packed.append(logits(rows | positions))
+            apart = torch.cat([logits(part) for part in parts], dim=1).view_as(as_one)
+    except (TypeError, ValueError, RuntimeError) as error:
         if "position_ids" in str(error):
-            raise UsageError(f"{what} does not: train it without packing") from error
-        raise
+            found = f"packing needs a model that takes position_ids, {name} does not"
+        elif is_pairs and not is_out_of_memory(error):
+            found = f"{name} does not take the masks of packed rows ({reason_of(error)})"
+        else:
+            raise
+        raise UsageError(f"{found}: train it without packing") from error
     seen, seen_as_one, size = (x.square().mean().sqrt() for x in (torch.stack(packed) - apart, as_one - apart, apart))
     # In tests, `seen` was at least 28 % of `seen_as_one` if documents affected each other, else 1e-6 of it (rounding).
     # The second term is for a new model in which no token affects another yet: both values are then just rounding.
     if not seen <= 0.1 * seen_as_one + 1e-6 * size:
         attention = base.config._attn_implementation
-        found = f"in {type(base).__name__} with attn_implementation={attention}, packed documents affect each other"
-        or_sdpa = ", or try sdpa attention" if base._supports_sdpa and attention != "sdpa" else ""
+        found = f"in {name} with attn_implementation={attention}, packed documents affect each other"
+        if is_pairs:
+            found = f"{found}, or have absolute positions"
+        or_sdpa = ", or try sdpa attention" if base._supports_sdpa and attention != "sdpa" and not is_pairs else ""
         raise UsageError(f"{found}: train without packing{or_sdpa}")
 
 
@@ -143,16 +164,21 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module, 
         if weighted and abs(heavy - 2 * once) > 0.1 * abs(once):
             found = f"it is {once.item():.4g} for a target token of weight 1 and {heavy.item():.4g} for weight 2"
             raise UsageError(f"the loss ignores weights: {found}: multiply token losses by batch.weights")
-        if not base.config.is_encoder_decoder:
-            tokens = torch.tensor([[0, 0], [0, 1]], device=device_of(model))
-            first = base(input_ids=tokens, use_cache=False).logits[:, 0].float()
-            # they must not depend on the second token. Both rows run the same operations, so this holds in bf16 too,
-            # in which attention of a new model would change few digits
-            if (first[0] - first[1]).abs().max() > 4 * torch.finfo(torch.float32).eps * first.abs().max():
-                found = f"{type(base).__name__} sees the tokens that it must predict"
-                is_bert = hasattr(base.config, "is_decoder")
-                remedy = "set is_decoder to true in the model's config.json, or " if is_bert else ""
-                raise UsageError(f"{found}: {remedy}use a causal or encoder-decoder model")
+        one, other = [token for token in range(3) if token != getattr(base.config, "pad_token_id", None)][:2]
+        tokens = torch.tensor([[one, one], [one, other]], device=device_of(model))
+        inputs = {"input_ids": tokens}
+        if base.config.is_encoder_decoder:
+            inputs = {"input_ids": torch.full_like(tokens, one), "decoder_input_ids": tokens}
+        first = base(**inputs, use_cache=False).logits[:, 0].float()
+        # they must not depend on the second token. Both rows run the same operations, so this holds in bf16 too, in
+        # which attention of a new model would change few digits
+        if (first[0] - first[1]).abs().max() > 4 * torch.finfo(torch.float32).eps * first.abs().max():
+            found = f"{type(base).__name__} sees the tokens that it must predict"
+            if base.config.is_encoder_decoder:  # UMT5 with sdpa attention in transformers 5.17
+                raise UsageError(f"{found}: update transformers, or use another model")
+            is_bert = hasattr(base.config, "is_decoder")
+            remedy = "set is_decoder to true in the model's config.json, or " if is_bert else ""
+            raise UsageError(f"{found}: {remedy}use a causal or encoder-decoder model")
 
 
 def _check_finite(model: nn.Module) -> None:

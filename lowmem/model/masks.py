@@ -49,12 +49,10 @@ def chosen_on_host(inputs: Mapping[str, object], *, is_encoder_decoder: bool) ->
         boolean: Callable, *, device: torch.device, dtype: torch.dtype, config: PretrainedConfig, **options: object
     ) -> Tensor | None:
         # sparse attention (DeepSeek-V3.2) fills the mask with a number of `dtype`, in each layer at other positions
-        if torch.is_autocast_enabled(device.type) and not hasattr(config, "index_topk"):
-            dtype = torch.get_autocast_dtype(device.type)  # or autocast would copy the mask in each layer
+        if not hasattr(config, "index_topk"):
+            dtype = dtype_of_scores(device, dtype)
         mask = boolean(device=device, dtype=dtype, config=config, **options)
-        if mask is None or mask.dtype != torch.bool:
-            return mask
-        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        return mask if mask is None or mask.dtype != torch.bool else additive_mask(mask, dtype)
 
     functions = {
         "find_packed_sequence_indices": documents,
@@ -69,3 +67,12 @@ def chosen_on_host(inputs: Mapping[str, object], *, is_encoder_decoder: bool) ->
         if is_packed:
             stack.enter_context(replaced(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", additive))
         yield
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def dtype_of_scores(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of attention scores in a model of this `dtype`. Autocast would copy a mask of another in each layer."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype

@@ -161,7 +161,8 @@ def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[
     tokens = torch.ones((-(-rows // (micro_batches * data_ranks)), length), dtype=torch.int64)
     inputs = {"input_ids": tokens, "labels": F.pad(tokens[:, 1:], (1, 0), value=-100) if is_causal else tokens}
     if config.packing:
-        inputs["position_ids"] = (torch.arange(length) % -(-length // 2)).expand_as(tokens).contiguous()
+        positions = (torch.arange(length) % -(-length // 2)).expand_as(tokens).contiguous()
+        inputs |= {name: positions for name in ("position_ids", "decoder_position_ids")[: 1 if is_causal else 2]}
     elif not is_causal and len(tokens) > 1:
         inputs["attention_mask"] = torch.ones_like(tokens)
     num_targets = len(tokens) * (length - is_causal)

@@ -1,0 +1,52 @@
+"""Mask the packed rows of encoder-decoders, so that no document attends to another.
+
+A causal model needs only positions: transformers makes the masks. It makes none for an encoder and cross-attention.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from lowmem.distributed.placement import unwrapped
+from lowmem.model.masks import additive_mask, dtype_of_scores
+from lowmem.model.replaced import replaced
+
+
+@contextmanager
+def documents_apart(model: nn.Module) -> Iterator[None]:
+    """Within this block, an encoder-decoder's inputs include `position_ids` and `decoder_position_ids`.
+
+    These are int64, shaped like `input_ids` and `decoder_input_ids`, and restart at 0 in each document. A token of the
+    encoder attends to its own document. One of the decoder attends to its own document up to itself, and to the
+    encoder's document of the same number. The masks are additive, (rows, 1, queries, keys), and all layers share them.
+    The encoder gets another mask than cross-attention, so it is called first, but inside the model's forward: a sharded
+    model cannot run its encoder alone.
+    """
+    base = unwrapped(model)
+
+    def forward(original: Callable, *, input_ids: Tensor, position_ids: Tensor, **inputs: Tensor) -> object:
+        encoder, keys = base.get_encoder(), _documents(position_ids)
+        queries = _documents(inputs["decoder_position_ids"])
+        dtype = dtype_of_scores(keys.device, base.get_input_embeddings().weight.dtype)
+        own = {"attention_mask": additive_mask(_are_same(keys, keys), dtype)}
+        inputs["attention_mask"] = additive_mask(_are_same(queries, keys), dtype)
+        inputs["decoder_attention_mask"] = additive_mask(_are_same(queries, queries).tril(), dtype)
+        if "position_ids" in inspect.signature(encoder.forward).parameters:  # such as T5Gemma
+            own["position_ids"] = position_ids
+        if "decoder_position_ids" not in inspect.signature(original).parameters:
+            del inputs["decoder_position_ids"]
+        return original(encoder_outputs=encoder(input_ids=input_ids, **own), **inputs)
+
+    with replaced(base, "forward", forward):
+        yield
+
+
+def _documents(position_ids: Tensor) -> Tensor:
+    """Number the documents of each row, from 1."""
+    return (position_ids == 0).cumsum(1)
+
+
+def _are_same(queries: Tensor, keys: Tensor) -> Tensor:
+    return queries[:, None, :, None] == keys[:, None, None]
