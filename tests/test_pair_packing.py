@@ -1,4 +1,5 @@
 import random
+from contextlib import ExitStack
 from functools import partial
 from shutil import copytree, rmtree
 
@@ -6,7 +7,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig
+from transformers.integrations import sdpa_attention
 
 from lowmem.data.batch import IGNORED, collate
 from lowmem.data.pair_packing import pack_pairs
@@ -19,6 +23,7 @@ from lowmem.loss import chunked_loss, plain_loss
 from lowmem.memory.savers import SAVERS, entered
 from lowmem.model.build import model_from
 from lowmem.model.checks import check_model, check_packing
+from lowmem.model.replaced import replaced
 from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
 from tests.architectures import tiny_fields
@@ -156,6 +161,43 @@ def test_packed_pairs_have_the_loss_and_gradients_of_separate_ones(family, atten
     size = torch.stack([gradient.norm() for gradient in expected_gradients.values()]).norm()
     for name, gradient in expected_gradients.items():
         assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * size, name
+
+
+class Masks(TorchFunctionMode):
+    """Keep where the masks are that layers give to attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.found.append((kwargs["attn_mask"].data_ptr(), kwargs["attn_mask"].shape))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_layers_share_the_sums_of_bias_and_mask_and_gradients_keep_their_bits(dtype):
+    model, rows = seq2seq("t5", "sdpa"), documents(LENGTHS)
+    (batch,) = [collate(part, max_seq_len=64) for part in pack_pairs(rows, max_seq_len=64, micro_batches=1)]
+
+    def result(layers_share):
+        with ExitStack() as stack:
+            masks = stack.enter_context(Masks())
+            stack.enter_context(torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16))
+            if not layers_share:
+                stock = replaced(sdpa_attention, "create_position_bias_mask", lambda add, *given: add(*given))
+                handle = model.register_forward_pre_hook(lambda *_: stack.enter_context(stock))
+                stack.callback(handle.remove)
+            return *loss_and_gradients(model, chunked_loss, [batch]), masks.found
+
+    loss, gradients, masks = result(layers_share=True)
+    assert len(masks) == 6 and len(set(masks)) == 3  # encoder, decoder and cross-attention, each in two layers
+    expected, expected_gradients, masks = result(layers_share=False)
+    assert len(set(masks)) > 3
+    assert torch.equal(loss, expected)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, expected_gradients[name]), name
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

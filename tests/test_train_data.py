@@ -91,8 +91,7 @@ def test_chats_are_learned_through_the_template_of_the_tokenizer(work):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"packing": True}, "is an encoder-decoder: train it without packing"),
-        ({"packing": True, "text_column": "prompt", "model_config": "t5-base"}, "need a causal model"),
+        ({"packing": True, "text_column": "prompt", "model_config": "t5-base"}, "--text_column needs a causal model"),
         ({"messages_column": "messages"}, "rows.jsonl has no column 'messages'"),
         ({"max_bad_rows": 5}, "does nothing without --on_bad_row=skip"),
         ({"accept_changed_data": True}, "does nothing unless a run is resumed"),
