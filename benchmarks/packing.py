@@ -67,6 +67,8 @@ CHATML = (
 _SHAPE = {"vocab_size": VOCAB_SIZE, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
 _SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": MAX_SEQ_LEN}
 MODELS = {name: _SHAPE | {"model_type": name, "tie_word_embeddings": False} for name in ("llama", "qwen2")}
+MODELS["t5"] = {"model_type": "t5", "vocab_size": VOCAB_SIZE, "d_model": 256, "d_kv": 64, "num_heads": 4, "d_ff": 688}
+MODELS["t5"] |= {"num_layers": 4, "dropout_rate": 0.0, "decoder_start_token_id": 0}
 
 
 class ChatRows:
@@ -151,6 +153,7 @@ def open_counted(
     counter = Counter(causal=not arguments["is_encoder_decoder"])
     length = MAX_SEQ_LEN if packed else None
     settings |= {"seed": SEED, "collate": counter, "packed_seq_len": length, "prefetch": 0}
+    settings["is_encoder_decoder"] = arguments["is_encoder_decoder"]
     return open_stream(rows, encode, **settings), counter
 
 
@@ -177,7 +180,7 @@ def check_counts(rows: Sequence[Row], tokenizers: dict[str, PreTrainedTokenizerB
         for task, (_, count) in TASKS.items():
             counts = [count(rows[number], tokenizer) for number in range(len(rows))]
             expected = {"expected_tokens": sum(c[0] for c in counts), "expected_targets": sum(c[1] for c in counts)}
-            for packed in (False, True)[: 1 if task == "seq2seq" else 2]:
+            for packed in (False, True):
                 for world_size in (1, 2):
                     found = count_epoch(rows, tokenizer, task, packed=packed, world_size=world_size)
                     same = (found["tokens"], found["targets"]) == tuple(expected.values())
@@ -193,7 +196,8 @@ def check_losses(
         state = new_state(shape, accelerator)
         check_packing(state.model)
         batching = {"batch_size": 16, "gradient_accumulation_steps": 2}
-        streams = [open_counted(rows, tokenizer, packed=packed, **batching)[0] for packed in (False, True)]
+        task = "seq2seq" if shape["model_type"] == "t5" else "causal"
+        streams = [open_counted(rows, tokenizer, task, packed=packed, **batching)[0] for packed in (False, True)]
         losses = []
         for unpacked, packed in islice(zip(*streams, strict=True), num_steps):
             with torch.no_grad():

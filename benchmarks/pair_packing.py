@@ -9,6 +9,7 @@ file of the same name. See README.md.
 import argparse
 import json
 import os
+import random
 import shlex
 import sys
 import tempfile
@@ -162,6 +163,40 @@ def child(settings: SimpleNamespace) -> None:
     Path(settings.record).write_text(json.dumps(record))
 
 
+SPLITS = {
+    "packed": None,
+    "in the order of the step": lambda row: 0,
+    "sorted by prompt + response, as without packing": lambda row: -len(row["input_ids"]) - len(row["labels"]),
+    "sorted by response": lambda row: -len(row["labels"]),
+    "sorted by the longer of the two": lambda row: -max(len(row["input_ids"]), len(row["labels"])),
+}
+"""Ways to split the rows of a step into micro-batches."""
+
+
+def paddings(rows: list[Record]) -> Iterator[Record]:
+    """Yield the share of padding in an epoch, by the shape of a step and the way to split its rows."""
+    from lowmem import collate
+    from lowmem.data.pair_packing import pack_pairs
+
+    order = random.Random(SEED).sample(range(len(rows)), len(rows))
+    for batch_size, accumulation in ((2, 16), (4, 4), (8, 4), (16, 4), (16, 16), (32, 4)):
+        size = batch_size * accumulation
+        for split, key in SPLITS.items():
+            tokens = elements = 0
+            for first in range(0, len(rows) - size + 1, size):
+                step = [(index, rows[index]) for index in order[first : first + size]]
+                tokens += sum(len(row["input_ids"]) + len(row["labels"]) for _, row in step)
+                if key:
+                    chosen = sorted((row for _, row in step), key=key)
+                    parts = [chosen[start : start + batch_size] for start in range(0, size, batch_size)]
+                else:
+                    parts = pack_pairs(step, max_seq_len=MAX_SEQ_LEN, micro_batches=accumulation)
+                inputs = [collate(part, max_seq_len=MAX_SEQ_LEN).inputs for part in parts]
+                elements += sum(x["input_ids"].numel() + x["labels"].numel() for x in inputs)
+            about = {"batch_size": batch_size, "accumulation": accumulation, "split": split}
+            yield {"what": "padding", **about, "padding": 1 - tokens / elements}
+
+
 def measure(flags: argparse.Namespace) -> Iterator[Record]:
     """Yield one record per run."""
     about = {"model": flags.model, "batch_size": flags.batch_size, "accumulation": flags.accumulation}
@@ -177,7 +212,7 @@ def measure(flags: argparse.Namespace) -> Iterator[Record]:
                 run_to_end(
                     [sys.executable, __file__, "--child", json.dumps(settings)], seconds=LIMIT_SECONDS, env=environment
                 )
-                found = {"system": system, "repeat": repeat, **about, **json.loads(record.read_text())}
+                found = {"what": "speed", "system": system, "repeat": repeat, **about, **json.loads(record.read_text())}
                 print(found, file=sys.stderr, flush=True)
                 yield found
 
@@ -186,6 +221,20 @@ def table(records: list[Record]) -> str:
     """Return Markdown for the records of one command: medians over its runs."""
     first = records[0]
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    if first["what"] == "padding":
+        found = {(x["split"], x["batch_size"], x["accumulation"]): f"{x['padding']:.1%}" for x in records}
+        shapes = list(dict.fromkeys(key[1:] for key in found))
+        cells = [[split, *(found.get((split, *shape), "-") for shape in shapes)] for split in SPLITS]
+        lines = [
+            f"## Padding, at most {MAX_SEQ_LEN} tokens",
+            "",
+            f"    {first['command']}",
+            "",
+            f"{first['date']}.",
+            "",
+        ]
+        head = ["rows of a step:", *(f"{rows} rows x {steps}" for rows, steps in shapes)]
+        return "\n".join([*lines, *markdown("An epoch, by micro-batch and accumulation", head, cells)])
     shape = f"{first['model']}, micro-batches of {first['batch_size']} rows x accumulation {first['accumulation']}"
     lines = [f"## {shape}, bf16, recompute full, at most {MAX_SEQ_LEN} tokens", "", f"    {first['command']}", ""]
     lines += [f"{first['date']}; {first['machine']['cpu']}, {first['threads']} threads; {versions}.", ""]
@@ -224,13 +273,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds: A B C A B C ...")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--systems", default=",".join(SYSTEMS), help="comma list")
+    parser.add_argument("--padding", action="store_true", help="train nothing; only count padding")
     parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
     flags = parser.parse_args()
     shown = [argument.replace(flags.train_file, f"rows{Path(flags.train_file).suffix}") for argument in sys.argv]
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(["python", *shown])}
     shared |= {"machine": machine(), "versions": {name: version(name) for name in ("torch", "transformers")}}
     records = []
-    for record in measure(flags):
+    for record in paddings(encoded(flags.train_file)) if flags.padding else measure(flags):
         records.append(record | shared)
         if flags.output:
             append(flags.output, records[-1:], table, "pair_packing.py")
