@@ -64,12 +64,15 @@ def batches_of(is_encoder_decoder, count=ACCUMULATED, first=0):
     return batches
 
 
-def packed_batches():
-    batches = batches_of(False)
+def packed_batches(is_encoder_decoder):
+    """Make micro-batches of rows of two or three documents."""
+    batches = batches_of(is_encoder_decoder)
     for batch in batches:
         del batch.inputs["attention_mask"]
-        length = batch.inputs["input_ids"].shape[1]
-        batch.inputs["position_ids"] = (torch.arange(length) % 9).expand_as(batch.inputs["input_ids"]).contiguous()
+        for name, side in (("position_ids", "input_ids"), ("decoder_position_ids", "labels"))[: 1 + is_encoder_decoder]:
+            length = batch.inputs[side].shape[1]
+            period = -(-length // 2) if is_encoder_decoder else 9
+            batch.inputs[name] = (torch.arange(length) % period).expand_as(batch.inputs[side]).contiguous()
     return batches
 
 
@@ -141,7 +144,7 @@ def train_packed():
         model = build("llama", **DROPOUT["llama"])
         for weight in (model.lm_head.weight, model.model.layers[0].mlp.up_proj.weight, model.model.embed_tokens.weight):
             weight.register_hook(lambda _: in_backward.append(torch.is_autocast_enabled("cpu")))
-        results.append(trained(model, savers, packed_batches(), accelerator=accelerator))
+        results.append(trained(model, savers, packed_batches(False), accelerator=accelerator))
     assert_same(results[0], results[1])
     assert_same(results[0], results[2])
     assert in_backward == [False] * 3 * 3 * ACCUMULATED and not torch.is_autocast_enabled("cpu")
@@ -149,6 +152,17 @@ def train_packed():
 
 def test_packed_rows_and_autocast_keep_their_bits():
     assert fork_ranks(1, train_packed) == [0]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_pairs_keep_their_bits(attention):
+    results = []
+    for savers in ([], [layered], [layered_offloaded]):
+        model = build("t5", **DROPOUT["t5"])
+        model.set_attn_implementation(attention)
+        results.append(trained(model, savers, packed_batches(True)))
+    assert_same(results[0], results[1], tied=TIED["t5"])
+    assert_same(results[0], results[2], tied=TIED["t5"])
 
 
 def test_a_frozen_encoder_is_not_run_again():

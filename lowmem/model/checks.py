@@ -75,13 +75,11 @@ def check_model(
         max_seq_len = positions
     if packing:
         check_packing(model)
-        for part in (base.config, *(getattr(base.config, name, None) for name in ("encoder", "decoder"))):
-            window = getattr(part, "sliding_window", None)
-            if base.config.is_encoder_decoder and window is not None and window < max_seq_len:
-                found = (
-                    f"the masks of packed rows have no sliding window, but {type(base).__name__} has one of {window}"
-                )
-                raise UsageError(f"{found}: lower --max_seq_len to {window}, or train it without packing")
+        windows = (getattr(getattr(module, "config", None), "sliding_window", None) for module in base.modules())
+        window = min(filter(None, windows), default=max_seq_len)
+        if base.config.is_encoder_decoder and window < max_seq_len:
+            found = f"packed rows have no sliding window, but {type(base).__name__} has one of {window} tokens"
+            raise UsageError(f"{found}: lower --max_seq_len to {window}, or train it without packing")
     return max_seq_len
 
 
@@ -116,7 +114,7 @@ def check_packing(model: nn.Module) -> None:
             if not is_pairs:
                 packed.append(logits(rows | positions))
             apart = torch.cat([logits(part) for part in parts], dim=1).view_as(as_one)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         if "position_ids" in str(error):
             found = f"packing needs a model that takes position_ids, {name} does not"
         elif is_pairs and not is_out_of_memory(error):
