@@ -239,9 +239,3 @@ def test_a_model_that_takes_no_position_ids_is_refused():
 
     with pytest.raises(UsageError, match="takes position_ids, Positionless does not: train it without packing"):
         check_packing(Positionless())
-
-
-def test_encoder_decoder_models_are_refused():
-    message = "packing needs a causal model .* T5ForConditionalGeneration is an encoder-decoder"
-    with pytest.raises(UsageError, match=message):
-        check_packing(build("t5"))
