@@ -24,9 +24,9 @@ def documents_apart(model: nn.Module) -> Iterator[None]:
     These are int64, shaped like `input_ids` and `decoder_input_ids`, and restart at 0 in each document. A token of the
     encoder attends to its own document. One of the decoder attends to its own document up to itself, and to the
     encoder's document of the same number. The masks are additive, (rows, 1, queries, keys), and all layers share them;
-    with SDPA, which keeps what it adds to scores, they also share the sums of T5's position bias and the masks. The
-    encoder gets another mask than cross-attention, so it is called first, but inside the model's forward: a sharded
-    model cannot run its encoder alone.
+    with SDPA, which keeps what it adds to scores, they also share the sums of T5's position bias and the masks, unless
+    they run again in backward. The encoder gets another mask than cross-attention, so it is called first, but inside
+    the model's forward: a sharded model cannot run its encoder alone.
     """
     base, sums = unwrapped(model), {}
 
@@ -56,7 +56,9 @@ def documents_apart(model: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(replaced(base, "forward", forward))
-        stack.enter_context(replaced(sdpa_attention, "create_position_bias_mask", biased))
+        # a layer that runs again in backward must run the same operations, and keeps no sum until then
+        if not any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+            stack.enter_context(replaced(sdpa_attention, "create_position_bias_mask", biased))
         yield
 
 
