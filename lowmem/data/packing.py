@@ -69,16 +69,21 @@ def _bins(rows: Sequence[Document], capacity: int) -> list[list[Document]]:
 
 def _packed(documents: Sequence[Document]) -> PackedRow:
     encoded = [row for _, row in documents]
-    is_weighted = any("weights" in row for row in encoded)
-    weights = {"weights": list(chain.from_iterable(map(weights_of, encoded)))} if is_weighted else {}
     return PackedRow(
         input_ids=list(chain.from_iterable(row["input_ids"] for row in encoded)),
         # the first token is no target, because nothing in its document predicts it
         labels=[label if index else IGNORED for row in encoded for index, label in enumerate(row["labels"])],
         position_ids=list(chain.from_iterable(range(len(row["input_ids"])) for row in encoded)),
         row_ids=[row_id for row_id, _ in documents],
-        **weights,
+        **packed_weights(encoded),
     )
+
+
+def packed_weights(rows: Sequence[EncodedRow]) -> dict[str, list[float]]:
+    """Return {"weights": those of all labels}, or {} if no row has weights."""
+    if not any("weights" in row for row in rows):
+        return {}
+    return {"weights": list(chain.from_iterable(map(weights_of, rows)))}
 
 
 def _length(document: Document) -> int:

@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 
 from lowmem.data.batch import IGNORED, EncodedRow
-from lowmem.data.packing import Document, PackedRow
+from lowmem.data.packing import Document, PackedRow, packed_weights
 
 _MORE_BINS = 2  # fewer documents per bin pack less evenly, so trying still more bins rarely helps
 
@@ -109,24 +109,34 @@ def _padded_tokens(lengths: np.ndarray, bins: Sequence[np.ndarray]) -> int:
 
 
 def _lengths(row: EncodedRow) -> tuple[int, int]:
-    """Return the tokens that a row takes. At least one in each sequence, to tell documents apart."""
+    """Return the tokens that a row takes: at least one in each sequence (see `_never_empty`)."""
     return max(1, len(row["input_ids"])), max(1, len(row["labels"]))
 
 
 def _packed(documents: Sequence[Document]) -> PackedPair:
-    lengths = [_lengths(row) for _, row in documents]
+    encoded = [_never_empty(row) for _, row in documents]
+    lengths = list(map(_lengths, encoded))
     return PackedPair(
-        input_ids=list(chain.from_iterable(row["input_ids"] or [0] for _, row in documents)),
-        labels=list(chain.from_iterable(row["labels"] or [IGNORED] for _, row in documents)),
+        input_ids=list(chain.from_iterable(row["input_ids"] for row in encoded)),
+        labels=list(chain.from_iterable(row["labels"] for row in encoded)),
         position_ids=list(chain.from_iterable(range(length) for length, _ in lengths)),
         decoder_position_ids=list(chain.from_iterable(range(length) for _, length in lengths)),
         row_ids=[row_id for row_id, _ in documents],
+        **packed_weights(encoded),
     )
+
+
+def _never_empty(row: EncodedRow) -> EncodedRow:
+    """Return a row with at least one token in each sequence, to tell documents apart."""
+    row = row if row["input_ids"] else {**row, "input_ids": [0]}
+    return row if row["labels"] else {**row, "labels": [IGNORED], **({"weights": [0.0]} if "weights" in row else {})}
 
 
 def _check(row_id: int | None, row: EncodedRow, max_seq_len: int) -> None:
     if others := ", ".join(sorted(row.keys() - EncodedRow.__annotations__.keys())):
-        raise ValueError(f"packing takes only input_ids and labels, row {row_id} also has {others}: remove these keys")
+        raise ValueError(
+            f"packing takes only input_ids, labels and weights, row {row_id} also has {others}: remove these keys"
+        )
     for name in ("input_ids", "labels"):
         if len(row[name]) > max_seq_len:
             what = f"row {row_id} has {len(row[name])} {name}, but max_seq_len={max_seq_len}"
