@@ -78,11 +78,11 @@ def assert_is_weighted_mean(family, gradient, loss, denominator):
 @pytest.mark.parametrize("loss_fn", [plain_loss, chunked_loss])
 @pytest.mark.parametrize(
     ("family", "split"),
-    [*itertools.product(["t5", "llama"], ["whole", "micro-batches", "layered"]), ("llama", "packed")],
+    list(itertools.product(["t5", "llama"], ["whole", "micro-batches", "layered", "packed"])),
 )
 def test_any_split_has_the_weighted_mean_and_its_gradient(family, split, loss_fn):
     sizes = {"batch_size": 16} if split == "whole" else {"batch_size": 3, "global_batch_size": 16}
-    packing = {"packed_seq_len": 96} if split == "packed" else {}
+    packing = {"packed_seq_len": 96, "is_encoder_decoder": family == "t5"} if split == "packed" else {}
     batches = first_step(family, **sizes, **packing)
     assert len({batch.denominator / batch.num_targets for batch in batches}) == len(batches)
     savers = [layered] if split == "layered" else []
