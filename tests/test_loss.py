@@ -444,3 +444,10 @@ def test_mbart_takes_a_row_whose_labels_are_all_padding():
     model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("mbart", **BART, pad_token_id=2, eos_token_id=2))
     batch = collate([{"input_ids": [5, 6], "labels": [2]}, {"input_ids": [5, 6], "labels": [7, 2]}])
     assert chunked_loss(model, batch).isfinite()
+
+
+def test_an_encoder_decoder_whose_decoder_sees_its_targets_is_refused():
+    model = build("t5", attn_implementation="eager")
+    model.decoder.config.is_decoder = False  # then its mask hides no later token
+    with pytest.raises(UsageError, match="T5ForConditionalGeneration sees the tokens that it must predict: update"):
+        check_loss(plain_loss, model)

@@ -55,13 +55,12 @@ def lognormal(count, longest):
 def seq2seq(family, attention="eager"):
     """Build an encoder-decoder without dropout, in training mode."""
     if family in ("t5", "mt5", "umt5"):
-        model = build("t5", model_type=family)
-    else:
-        fields, plain = tiny_fields(family), {"vocab_size": 384, "dropout_rate": 0.0, "attention_dropout": 0.0}
-        fields |= plain | {side: {**fields[side], **plain} for side in ("encoder", "decoder") if side in fields}
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        model = model_from(config, torch.float32, on_meta=False).train()
+        return build("t5", model_type=family, attn_implementation=attention)
+    fields, plain = tiny_fields(family), {"vocab_size": 384, "dropout_rate": 0.0, "attention_dropout": 0.0}
+    fields |= plain | {side: {**fields[side], **plain} for side in ("encoder", "decoder") if side in fields}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    model = model_from(config, torch.float32, on_meta=False).train()
     model.set_attn_implementation(attention)
     return model
 
