@@ -243,19 +243,22 @@ def table(records: list[Record]) -> str:
         of.setdefault(record["system"], []).append(record)
     rows = []
     for system, runs in of.items():
-        base = of.get(system.removesuffix(" packed"), runs)
-        pairs = zip(runs, base, strict=False)
-        ratio = median(mine["targets_per_cpu_second"] / other["targets_per_cpu_second"] for mine, other in pairs)
-        middle = {name: median(run[name] for run in runs) for name in ("targets_per_cpu_second", "targets_per_second")}
-        middle |= {name: median(run[name] for run in runs) for name in ("padding", "peak_bytes")}
+        names = ("targets_per_cpu_second", "targets_per_second", "padding", "peak_bytes")
+        middle = {name: median(run[name] for run in runs) for name in names}
+        ratios = []
+        for base in (system.removesuffix(" packed"), "Trainer by length"):
+            pairs = zip(runs, of.get(base, []), strict=False)
+            found = [mine["targets_per_cpu_second"] / other["targets_per_cpu_second"] for mine, other in pairs]
+            ratios.append(f"{median(found):.2f}" if found and base != system else "-")
         rows.append(
             [
-                *(system, str(len(runs)), f"{middle['targets_per_cpu_second']:,.0f}", f"{ratio:.2f}"),
+                *(system, str(len(runs)), f"{middle['targets_per_cpu_second']:,.0f}", *ratios),
                 *(f"{middle['targets_per_second']:,.0f}", f"{middle['padding']:.1%}"),
                 f"{middle['peak_bytes'] / MIB:,.0f}",
             ]
         )
-    head = ["system:", "runs", "targets per CPU second", "x unpacked", "targets per second", "padding", "RSS, MiB"]
+    head = ["system:", "runs", "targets per CPU second", "x unpacked", "x Trainer", "targets per second", "padding"]
+    head.append("RSS, MiB")
     title = f"Medians; of {first['steps'] + 1} steps, the first is not timed; RSS is above imports"
     return "\n".join([*lines, *markdown(title, head, rows)])
 
@@ -276,7 +279,8 @@ def main() -> None:
     parser.add_argument("--padding", action="store_true", help="train nothing; only count padding")
     parser.add_argument("--output", type=Path, help="JSON lines to append to; NAME.jsonl also writes NAME.md")
     flags = parser.parse_args()
-    shown = [argument.replace(flags.train_file, f"rows{Path(flags.train_file).suffix}") for argument in sys.argv]
+    shown = [argument for argument in sys.argv if not argument.startswith("--output")]
+    shown = [argument.replace(flags.train_file, f"rows{Path(flags.train_file).suffix}") for argument in shown]
     shared = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(["python", *shown])}
     shared |= {"machine": machine(), "versions": {name: version(name) for name in ("torch", "transformers")}}
     records = []
