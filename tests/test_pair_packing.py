@@ -118,7 +118,7 @@ def test_a_pair_without_tokens_still_has_a_document_in_each_sequence():
     [
         ({"input_ids": [5] * 9, "labels": [5]}, "row 7 has 9 input_ids, but max_seq_len=8: shorten the row"),
         ({"input_ids": [5], "labels": [5] * 9}, "row 7 has 9 labels, but max_seq_len=8: shorten the row"),
-        ({"input_ids": [5], "labels": [5], "weights": [1]}, "row 7 also has weights: remove these keys"),
+        ({"input_ids": [5], "labels": [5], "mask": [1]}, "row 7 also has mask: remove these keys"),
     ],
 )
 def test_a_pair_that_cannot_be_packed_is_refused_with_its_row_id(row, message):

@@ -294,6 +294,8 @@ def test_the_ladder_keeps_the_tier_the_rows_per_step_and_what_flags_set(tmp_path
         "sharding_strategy=SHARD_GRAD_OP",
         "sharding_strategy=FULL_SHARD",
         "cpu_offload",
+        "offload_weights=host",
+        "offload_weights=out/offloaded",
     ]
     for rung in rungs:
         changed = dataclasses.replace(config, **rung.changes)
