@@ -312,13 +312,15 @@ def test_the_ladder_keeps_the_tier_the_rows_per_step_and_what_flags_set(tmp_path
     assert all("gradient_accumulation_steps" not in each and "global_batch_size" not in each for each in changes)
     unclipped = names(ladder(dataclasses.replace(config, max_grad_norm=0.0), GPUS, ()))
     assert unclipped[2:5] == ["recompute=full", "layered, release", "batch_size=2 x accumulation 4"]
-    assert unclipped[-1] == "cpu_offload"
+    assert unclipped[-3] == "cpu_offload"
     released = config_for(tmp_path, "llama", release=True, gradient_accumulation_steps=1, max_grad_norm=0)
     assert names(ladder(released, GPUS, ())) == [
         "no change",
         "recompute=cheap",
         "recompute=full",
         "offload_activations",
+        "offload_weights=host",
+        "offload_weights=out/offloaded",
     ]
 
 
