@@ -141,7 +141,8 @@ def loss_and_gradients(model, loss_fn, batches):
     model.zero_grad()
     total = sum(loss_fn(model, batch) for batch in batches)
     total.backward()
-    return total.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return total.detach(), {name: gradient.clone() for name, gradient in gradients.items()}
 
 
 @pytest.mark.parametrize("loss_fn", [plain_loss, chunked_loss])
@@ -154,6 +155,11 @@ def test_packed_pairs_have_the_loss_and_gradients_of_separate_ones(family, atten
     packed = pack_pairs(rows, max_seq_len=64, micro_batches=2)
     assert max(len(row["row_ids"]) for part in packed for row in part) > 2 and min(map(len, packed)) > 1
     batches = [collate(part, max_seq_len=64) for part in packed]
+    assert_same_gradients(model, loss_fn, batches, rows)
+
+
+def assert_same_gradients(model, loss_fn, batches, rows):
+    """Assert that these batches have the loss and the gradients of the rows, one at a time."""
     loss, gradients = loss_and_gradients(model, loss_fn, batches)
     expected, expected_gradients = loss_and_gradients(model, loss_fn, [collate([row]) for _, row in rows])
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
@@ -242,14 +248,20 @@ def test_other_encoder_decoders_are_refused(family, message):
         check_packing(seq2seq(family, "sdpa" if family in ("bart", "marian") else "eager"))
 
 
-def test_a_sliding_window_shorter_than_the_sequence_is_refused():
-    model = seq2seq("t5gemma")
-    model.config.encoder.sliding_window = model.config.decoder.sliding_window = 16
-    check_model(model, plain_loss, packing=True, max_seq_len=16)
-    with pytest.raises(
-        UsageError, match="has one of 16 tokens: lower --max_seq_len to 16, or train it without packing"
-    ):
-        check_model(model, plain_loss, packing=True, max_seq_len=17)
+@pytest.mark.parametrize(("family", "longest"), [("t5gemma", 64), ("t5gemma2", 32)])
+def test_a_sliding_window_that_hides_tokens_is_refused(family, longest):
+    model = seq2seq(family)
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "sliding_window", None):
+            module.config.sliding_window = 64
+    check_model(model, plain_loss, packing=True, max_seq_len=longest)
+    rows = documents([(longest, 20), (longest - 9, longest), (9, 12), (5, 3)])
+    packed = pack_pairs(rows, max_seq_len=longest, micro_batches=1)
+    assert len(packed[0]) < len(rows)
+    assert_same_gradients(model, plain_loss, [collate(packed[0], max_seq_len=longest)], rows)
+    remedy = f"has one of 64 tokens: lower --max_seq_len to {longest}, or train it without packing"
+    with pytest.raises(UsageError, match=remedy):
+        check_model(model, plain_loss, packing=True, max_seq_len=longest + 1)
 
 
 # --- steps

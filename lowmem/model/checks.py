@@ -75,12 +75,22 @@ def check_model(
         max_seq_len = positions
     if packing:
         check_packing(model)
-        windows = (getattr(getattr(module, "config", None), "sliding_window", None) for module in base.modules())
-        window = min(filter(None, windows), default=max_seq_len)
-        if base.config.is_encoder_decoder and window < max_seq_len:
-            found = f"packed rows have no sliding window, but {type(base).__name__} has one of {window} tokens"
-            raise UsageError(f"{found}: lower --max_seq_len to {window}, or train it without packing")
+        if base.config.is_encoder_decoder:
+            _check_windows(base, max_seq_len)
     return max_seq_len
+
+
+def _check_windows(base: nn.Module, max_seq_len: int) -> None:
+    """Raise UsageError if an encoder-decoder has a sliding window that hides tokens of a row, as packed rows have none."""
+    windows = (getattr(getattr(module, "config", None), "sliding_window", None) for module in base.modules())
+    window = min(filter(None, windows), default=None)
+    if window is None:
+        return
+    # An encoder with a window sees that many tokens on each side in T5Gemma, but half of them in others (T5Gemma 2).
+    reach = window if base.config.model_type == "t5gemma" else window // 2
+    if reach < max_seq_len:
+        found = f"packed rows have no sliding window, but {type(base).__name__} has one of {window} tokens"
+        raise UsageError(f"{found}: lower --max_seq_len to {reach}, or train it without packing")
 
 
 def check_packing(model: nn.Module) -> None:
