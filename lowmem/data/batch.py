@@ -1,7 +1,7 @@
 """Collate encoded rows into one micro-batch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
 from typing import NotRequired, TypedDict
 
@@ -33,18 +33,18 @@ class Batch:
     that would sync the device. `collate` omits those that do not, and sets this."""
     weights: Tensor | None = None
     """What each label's loss is multiplied by, fp32, shaped like the labels. None: 1."""
-    weight_sum: float | None = None
-    """The sum of the targets' weights. By default computed from `weights`, which must then be on the host."""
+    weight_sum: InitVar[float | None] = None
+    """The sum of the targets' weights, if known. No attribute, so that `dataclasses.replace` computes it again: that
+    syncs the device of `weights`."""
+    denominator: float = field(init=False)
+    """What the summed loss is divided by: the number of targets or, with weights, the sum of their weights."""
 
-    def __post_init__(self):
-        if self.weights is not None and self.weight_sum is None:
-            total = self.weights[self.inputs["labels"] != IGNORED].sum(dtype=torch.float64).item()
-            object.__setattr__(self, "weight_sum", total)
-
-    @property
-    def denominator(self) -> float:
-        """What the summed loss is divided by: the number of targets or, with weights, the sum of their weights."""
-        return float(self.num_targets) if self.weights is None else self.weight_sum
+    def __post_init__(self, weight_sum: float | None):
+        if self.weights is None:
+            weight_sum = float(self.num_targets)
+        elif weight_sum is None:
+            weight_sum = self.weights[self.inputs["labels"] != IGNORED].sum(dtype=torch.float64).item()
+        object.__setattr__(self, "denominator", weight_sum)
 
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda x: x.to(device, non_blocking=True))
@@ -54,7 +54,8 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         weights = None if self.weights is None else function(self.weights)
-        return replace(self, inputs={name: function(x) for name, x in self.inputs.items()}, weights=weights)
+        inputs = {name: function(x) for name, x in self.inputs.items()}
+        return replace(self, inputs=inputs, weights=weights, weight_sum=self.denominator)
 
 
 class UnreadableStep(Sequence[Batch]):

@@ -158,7 +158,7 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module, 
             once, twice = loss_fn(model, row), loss_fn(model, rows_of(rows=2, length=2, num_targets=2))
             if weighted:
                 doubled = torch.full(row.inputs["labels"].shape, 2.0, device=device_of(model))
-                heavy = loss_fn(model, replace(row, weights=doubled, weight_sum=2.0))
+                heavy = loss_fn(model, replace(row, weights=doubled))
         except Exception as error:
             if isinstance(error, UsageError | StoreError) or is_out_of_memory(error):
                 raise

@@ -166,8 +166,9 @@ def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[
     elif not is_causal and len(tokens) > 1:
         inputs["attention_mask"] = torch.ones_like(tokens)
     num_targets = len(tokens) * (length - is_causal)
-    weights = torch.ones_like(tokens, dtype=torch.float32) if config.weight_column else None
-    weighted = {"weights": weights, "weight_sum": float(num_targets)}
+    weighted = {}
+    if config.weight_column:  # give the sum, because fake tensors have none
+        weighted = {"weights": torch.ones_like(tokens, dtype=torch.float32), "weight_sum": float(num_targets)}
     batch = Batch(inputs, num_targets, row_ids=[], needs_its_masks=True, **weighted)
     return [batch] * (micro_batches if config.layered else min(2, micro_batches))
 
