@@ -16,8 +16,8 @@ from lowmem.data.encode import (
     make_encoder,
     with_weights,
 )
-from lowmem.data.encoder import encode_rows
-from lowmem.errors import UsageError
+from lowmem.data.encoder import Then, encode_rows
+from lowmem.errors import RowError, UsageError
 
 TOKENIZER = ByT5Tokenizer()
 END = TOKENIZER.eos_token_id
@@ -172,7 +172,7 @@ def test_rows_encoded_together_are_those_encoded_one_by_one(tokenizer, kind):
     encode = kind(tokenizer, max_seq_len=9)
     texts = ["ab cab", "", "c: a\n", "\na", " a", "b" * 20, "好", "a</s>"]
     rows = [{"prompt": text, "response": text[::-1], "text": text, "w": n / 2} for n, text in enumerate(texts)]
-    assert encode.batch(rows) == [encode(row) for row in rows]
+    assert encode.batch(rows) == [encode(row) for row in rows] and encode.batch([]) == []
     weighted = with_weights(encode, "w")
     assert weighted.batch(rows) == [weighted(row) for row in rows]
 
@@ -199,6 +199,33 @@ def test_rows_are_encoded_together_and_one_by_one_if_one_of_them_is_bad():
     assert [number for number, _ in encoded] == [*range(100, 150), *range(151, 160)]
     assert [x.content for x in bad] == [{"id": 0}] and "row 150 cannot be encoded: " in str(bad[0].error)
     assert encode.sizes[3:] == [60, *[1] * 60]
+
+
+@pytest.mark.parametrize(
+    ("batch", "error"),
+    [
+        (lambda rows: rows[1:], ValueError("the encoder's method `batch` returned 2 rows for 3: return one for each")),
+        (lambda rows: rows[0]["absent"], KeyError("absent")),
+        (lambda rows: bytearray(2**62), MemoryError()),
+    ],
+)
+def test_a_method_batch_that_fails_for_good_rows_is_at_fault(batch, error):
+    encode = partial(dict)
+    encode.batch = batch
+    rows = [{"input_ids": [5], "labels": [5]}] * 3
+    with pytest.raises(type(error)) as found:
+        encode_rows(rows, range(3), encode, may_skip=True)
+    assert found.value.args == error.args
+
+
+@pytest.mark.parametrize("encode", [dict, Then(dict, lambda _, encoded: encoded)])
+def test_a_row_with_another_number_of_weights_than_labels_is_bad(encode):
+    rows = [{"input_ids": [5], "labels": [5], "weights": [1.0] * number} for number in (1, 2, 1)]
+    encoded, bad = encode_rows(rows, range(3), encode, may_skip=True)
+    assert [number for number, _ in encoded] == [0, 2] and [x.content for x in bad] == [rows[1]]
+    message = "row 1 cannot be encoded: a row has 2 weights for 1 labels: return one for each label"
+    with pytest.raises(RowError, match=message):
+        encode_rows(rows, range(3), encode, may_skip=False)
 
 
 # --- encoding conversations

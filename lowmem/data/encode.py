@@ -6,12 +6,13 @@ same index; the loss shifts labels by one. The first label must be IGNORED, beca
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from lowmem.config.prompt_template import fill, parse_template
 from lowmem.data.batch import IGNORED, EncodedRow
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # The lock is needed because two threads share a tokenizer, and translation tokenizers switch languages during a call.
 _TOKENIZER_IN_USE = Lock()
 _REMEDY = "fix the row or name another column"
+_LARGEST_WEIGHT = torch.finfo(torch.float32).max
 
 
 def make_encoder(
@@ -69,14 +71,14 @@ def make_encoder(
 
 
 def with_weights(encode: Encode, column: str) -> Encode:
-    """Make an encoder that also gives each label the weight in a column, a number of 0 or more.
+    """Make an encoder that also gives each label the weight in a column, a number of 0 or more that fp32 holds.
 
     It raises ValueError for a row without such a number.
     """
 
     def add_weights(row: Row, encoded: EncodedRow) -> EncodedRow:
         weight = row.get(column)
-        if not is_number(weight) or not 0 <= weight < math.inf:
+        if not is_number(weight) or not 0 <= weight <= _LARGEST_WEIGHT:
             raise ValueError(
                 f"column {column!r} must hold a weight, a number of 0 or more, found {_found(row, column)}"
             )

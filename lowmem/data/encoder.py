@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from lowmem.data.batch import IGNORED, EncodedRow
+from lowmem.data.batch import IGNORED, EncodedRow, weights_of
 from lowmem.data.rows import Row, Rows
 from lowmem.errors import ReadError, RowError
 
@@ -34,6 +34,8 @@ class TextEncoder:
 
     def batch(self, rows: Sequence[Row]) -> list[EncodedRow]:
         """Encode rows. Raises ValueError if one is bad."""
+        if not rows:
+            return []
         texts = zip(*map(self._texts_of, rows), strict=True)
         ids = [tokenize(list(column)) for tokenize, column in zip(self._tokenize, texts, strict=True)]
         return [self._encode(*of_row) for of_row in zip(*ids, strict=True)]
@@ -68,20 +70,25 @@ def encode_rows(
 ) -> tuple[list[tuple[int, EncodedRow]], list[BadRow]]:
     """Encode rows. Returns pairs (row number, encoded row) and, with `may_skip`, the bad rows.
 
-    Without `may_skip`, raises RowError for a bad row. In both cases, raises ReadError if a file is no longer readable.
+    Without `may_skip`, raises RowError for a bad row. In both cases, raises ReadError if a file is no longer readable,
+    and the error of the encoder's method `batch` if no row is bad: then the method is.
     """
     encoded, bad, row_ids = [], [], list(row_ids)
     for first in range(0, len(row_ids), _ROWS_AT_ONCE):
         part = row_ids[first : first + _ROWS_AT_ONCE]
-        if (together := _encode_together(rows, part, encode)) is not None:
-            encoded += together
+        together, failed = _encode_together(rows, part, encode)
+        if together is not None:
+            encoded += zip(part, together, strict=True)
             continue
+        num_bad = len(bad)
         for row_id in part:
             row = None
             try:
                 row = rows[row_id]  # raises RowError if the row is unreadable
                 try:
-                    encoded.append((row_id, encode(row)))
+                    encoded.append((row_id, _checked(encode(row))))
+                except MemoryError:
+                    raise
                 except Exception as error:
                     where = rows.where(row_id) if hasattr(rows, "where") else f"row {row_id}"
                     raise RowError(f"{where} cannot be encoded: {error}") from error
@@ -89,17 +96,41 @@ def encode_rows(
                 if not may_skip or isinstance(error, ReadError):
                     raise
                 bad.append(BadRow(row, error))
+        if failed is not None and len(bad) == num_bad:
+            raise failed
     return encoded, bad
 
 
-def _encode_together(rows: Rows, row_ids: Sequence[int], encode: Encode) -> list[tuple[int, EncodedRow]] | None:
-    """Return pairs (row number, encoded row); None if the encoder takes only one row at a time, or if a row is bad."""
+def _encode_together(
+    rows: Rows, row_ids: Sequence[int], encode: Encode
+) -> tuple[list[EncodedRow] | None, Exception | None]:
+    """Return the encoded rows, or None if the encoder must get them one by one, and the error of its method `batch`."""
     if not hasattr(encode, "batch"):
-        return None
+        return None, None
     try:
-        return list(zip(row_ids, encode.batch([rows[row_id] for row_id in row_ids]), strict=True))
-    except Exception:  # to encode the rows one by one shows which is bad
-        return None
+        contents = [rows[row_id] for row_id in row_ids]
+    except Exception:  # to read the rows one by one shows which is bad
+        return None, None
+    try:
+        together = list(encode.batch(contents))
+    except MemoryError:
+        raise
+    except Exception as error:  # to encode the rows one by one shows which is bad
+        return None, error
+    if len(together) != len(contents):
+        found = f"the encoder's method `batch` returned {len(together)} rows for {len(contents)}"
+        raise ValueError(f"{found}: return one for each")
+    try:
+        return list(map(_checked, together)), None
+    except ValueError as error:
+        return None, error
+
+
+def _checked(row: EncodedRow) -> EncodedRow:
+    """Return the row. Raises ValueError if it has more or fewer weights than labels."""
+    if "weights" in row and "labels" in row:
+        weights_of(row)
+    return row
 
 
 def blank_row(rows: Rows, encode: Encode, *, near: int) -> EncodedRow:

@@ -81,7 +81,7 @@ def check_model(
 
 
 def _check_windows(base: nn.Module, max_seq_len: int) -> None:
-    """Raise UsageError if an encoder-decoder has a sliding window that hides tokens of a row, as packed rows have none."""
+    """Raise UsageError if a sliding window of an encoder-decoder hides tokens of a row: packed rows have no window."""
     windows = (getattr(getattr(module, "config", None), "sliding_window", None) for module in base.modules())
     window = min(filter(None, windows), default=None)
     if window is None:
