@@ -86,6 +86,14 @@ def packed_weights(rows: Sequence[EncodedRow]) -> dict[str, list[float]]:
     return {"weights": list(chain.from_iterable(map(weights_of, rows)))}
 
 
+def check_keys(row_id: int | None, row: EncodedRow) -> None:
+    """Raise ValueError if the row has a key that packing does not know."""
+    if others := ", ".join(sorted(row.keys() - EncodedRow.__annotations__.keys())):
+        raise ValueError(
+            f"packing takes only input_ids, labels and weights, row {row_id} also has {others}: remove these keys"
+        )
+
+
 def _length(document: Document) -> int:
     return len(document[1]["input_ids"])
 
@@ -95,11 +103,8 @@ def _num_tokens(documents: Sequence[Document]) -> int:
 
 
 def _check(row_id: int | None, row: EncodedRow, max_seq_len: int) -> None:
+    check_keys(row_id, row)
     num_tokens, num_labels = len(row["input_ids"]), len(row["labels"])
-    if others := ", ".join(sorted(row.keys() - EncodedRow.__annotations__.keys())):
-        raise ValueError(
-            f"packing takes only input_ids, labels and weights, row {row_id} also has {others}: remove these keys"
-        )
     if num_labels != num_tokens:
         what = f"packing needs a label for every token, row {row_id} has {num_labels} labels and {num_tokens} tokens"
         raise ValueError(f"{what}: use {IGNORED} for tokens without a target")

@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 
 from lowmem.data.batch import IGNORED, EncodedRow
-from lowmem.data.packing import Document, PackedRow, packed_weights
+from lowmem.data.packing import Document, PackedRow, check_keys, packed_weights
 
 _MORE_BINS = 2  # fewer documents per bin pack less evenly, so trying still more bins rarely helps
 
@@ -133,10 +133,7 @@ def _never_empty(row: EncodedRow) -> EncodedRow:
 
 
 def _check(row_id: int | None, row: EncodedRow, max_seq_len: int) -> None:
-    if others := ", ".join(sorted(row.keys() - EncodedRow.__annotations__.keys())):
-        raise ValueError(
-            f"packing takes only input_ids, labels and weights, row {row_id} also has {others}: remove these keys"
-        )
+    check_keys(row_id, row)
     for name in ("input_ids", "labels"):
         if len(row[name]) > max_seq_len:
             what = f"row {row_id} has {len(row[name])} {name}, but max_seq_len={max_seq_len}"

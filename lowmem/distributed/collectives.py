@@ -39,10 +39,10 @@ def rank_and_world_size() -> tuple[int, int]:
 def sum_over_ranks(*counts: float, dtype: torch.dtype = torch.int64) -> list[float]:
     """Return the sum of each count over all ranks, on every rank. Runs one small collective on the host.
 
-    `dtype` is int64 or float64, and must be the same on all ranks.
+    `dtype` is int64 or float64, and must be the same on all ranks. The sums are Python's int or float accordingly.
     """
     if not _is_distributed():
-        return list(counts)
+        return list(map(float if dtype.is_floating_point else int, counts))
     totals = torch.tensor(counts, dtype=dtype)
     with collective("all-reducing"):
         dist.all_reduce(totals, group=host_group())
