@@ -18,7 +18,7 @@ from lowmem.data.stream import open_stream
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
-from lowmem.errors import UsageError
+from lowmem.errors import RankError, StoreError, UsageError
 from lowmem.loss import chunked_loss, plain_loss
 from lowmem.memory.savers import SAVERS, entered
 from lowmem.model.build import model_from
@@ -246,6 +246,17 @@ def test_encoder_decoders_with_relative_positions_pass_the_check(family, dtype):
 def test_other_encoder_decoders_are_refused(family, message):
     with pytest.raises(UsageError, match=message):
         check_packing(seq2seq(family, "sdpa" if family in ("bart", "marian") else "eager"))
+
+
+@pytest.mark.parametrize("error", [StoreError("a"), RankError("a"), torch.OutOfMemoryError("a")])
+def test_an_error_that_is_not_of_the_model_passes_the_check(error):
+    def fail(*_):
+        raise error
+
+    model = seq2seq("t5")
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(type(error), match="^a$"):
+        check_packing(model)
 
 
 @pytest.mark.parametrize(("family", "longest"), [("t5gemma", 64), ("t5gemma2", 32)])

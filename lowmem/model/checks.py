@@ -20,7 +20,7 @@ from lowmem.data.batch import IGNORED, Batch
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.fully_sharded import forward_only
 from lowmem.distributed.placement import device_of, unwrapped
-from lowmem.errors import StoreError, UsageError, is_out_of_memory
+from lowmem.errors import RankError, StoreError, UsageError, is_out_of_memory
 from lowmem.model.build import reason_of
 from lowmem.model.documents import documents_apart
 from lowmem.model.masks import host_masks
@@ -125,9 +125,11 @@ def check_packing(model: nn.Module) -> None:
                 packed.append(logits(rows | positions))
             apart = torch.cat([logits(part) for part in parts], dim=1).view_as(as_one)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        if isinstance(error, StoreError | RankError | torch.AcceleratorError) or is_out_of_memory(error):
+            raise  # not the model's fault
         if "position_ids" in str(error):
             found = f"packing needs a model that takes position_ids, {name} does not"
-        elif is_pairs and not is_out_of_memory(error):
+        elif is_pairs:
             found = f"{name} does not take the masks of packed rows ({reason_of(error)})"
         else:
             raise
