@@ -51,22 +51,25 @@ def evaluate(
 ) -> dict[str, float]:
     """Return mean loss per target token, perplexity and row count. All ranks need the same number of batches.
 
-    The mean is weighted if batches have weights. Raises UsageError if no row of any rank has a target.
+    The mean is weighted if batches have weights. Raises UsageError if no rank has a target of weight above 0.
     """
     loss = torch.zeros((), device=accelerator.device)
-    denominator, num_rows = 0.0, 0
+    denominator, num_targets, num_rows = 0.0, 0, 0
     with forward_only(model), accelerator.autocast(), handle_rank_errors(model):
         for batch in _checked(batches):
             loss += loss_fn(model, batch.to(accelerator.device))
             denominator += batch.denominator
+            num_targets += batch.num_targets
             num_rows += len(batch.row_ids)
     rank = data_place(model)
     if accelerator.num_processes > 1:
         all_reduce_sum([loss], rank.group)
-    mine = (denominator, num_rows) if rank.is_counted else (0, 0)
-    denominator, num_rows = sum_over_ranks(*mine, dtype=torch.float64)
-    if denominator == 0:
+    mine = (denominator, num_targets, num_rows) if rank.is_counted else (0, 0, 0)
+    denominator, num_targets, num_rows = sum_over_ranks(*mine, dtype=torch.float64)
+    if not num_targets:
         raise UsageError("the evaluation rows have no target token: check their responses")
+    if not denominator:
+        raise UsageError("all target tokens of the evaluation rows have the weight 0: check their weights")
     mean = loss.item() / denominator
     perplexity = math.exp(min(mean, 700.0))
     return {f"{prefix}_loss": mean, f"{prefix}_perplexity": perplexity, f"{prefix}_rows": int(num_rows)}

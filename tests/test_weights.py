@@ -97,6 +97,10 @@ def step_on_a_rank(folder):
     batches = first_step("llama", batch_size=3, global_batch_size=16, rank=rank, world_size=2)
     gradient, result = gradient_of_step(parallelize(build("llama"), accelerator), batches, accelerator)
     torch.save([gradient, result.loss.item(), result.denominator], f"{folder}/{rank}.pt")
+    if rank == 1:
+        batches = [replace(batch, weights=batch.weights * 0) for batch in batches]
+    gradient, result = gradient_of_step(parallelize(build("llama"), accelerator), batches, accelerator)
+    torch.save([gradient, result.loss.item(), result.denominator], f"{folder}/{rank}-without-1.pt")
     accelerator.end_training()
 
 
@@ -104,6 +108,14 @@ def test_two_processes_have_the_weighted_mean_and_its_gradient(tmp_path):
     assert fork_ranks(2, step_on_a_rank, tmp_path) == [0, 0]
     for rank in range(2):
         assert_is_weighted_mean("llama", *torch.load(tmp_path / f"{rank}.pt"))
+    # all weights of rank 1 are 0
+    batches = first_step("llama", batch_size=3, global_batch_size=16, rank=0, world_size=2)
+    gradient, result = gradient_of_step(build("llama"), batches, Accelerator(cpu=True))
+    for rank in range(2):
+        found, loss, denominator = torch.load(tmp_path / f"{rank}-without-1.pt")
+        assert (loss, denominator) == (pytest.approx(result.loss.item(), rel=1e-6), result.denominator)
+        for name, other in gradient.items():
+            torch.testing.assert_close(found[name], other, rtol=0, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("elements", [1000, 10**7])
@@ -169,6 +181,8 @@ def test_a_step_whose_weights_are_all_0_is_only_counted():
     gradient, result = gradient_of_step(build("t5"), batches, Accelerator(cpu=True))
     assert not result.updated and result.reason == "all target tokens have the weight 0"
     assert not any(change.any() for change in gradient.values())
+    with pytest.raises(UsageError, match="all target tokens of the evaluation rows have the weight 0: check their w"):
+        evaluate(build("t5"), batches, plain_loss, Accelerator(cpu=True))
 
 
 def test_an_evaluation_of_weighted_batches_is_the_weighted_mean():
