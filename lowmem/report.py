@@ -191,7 +191,7 @@ class Report:
         self.print_lines(
             f"{num_weights:,} weights ({model.dtype}, memory={tier}) on {devices}, {stream.num_rows:,} rows",
             f"steps {self._step} to {self._total_steps}, each of {stream.global_batch_size} rows: {pieces}",
-            *(self._sources(stream) if stream.mixture else ()),
+            *(self._sources(stream) if stream.mixture is not None else ()),
             *_precision_hints(self._accelerator, tier),
         )
 

@@ -128,7 +128,7 @@ def test_the_order_is_that_of_existing_checkpoints():
         0,
         1,
     ]
-    assert (groups.digest, Groups.of([3, 5, 0, 4, 7]).digest) == ("8d1aa4730ba921f1", "c615fa9dd77eaebf")
+    assert (groups.order_digest, Groups.of([3, 5, 0, 4, 7]).order_digest) == ("8d1aa4730ba921f1", "c615fa9dd77eaebf")
 
 
 def test_a_group_that_just_fits_is_in_the_window():

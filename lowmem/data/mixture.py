@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lowmem.data.files.source import Files, Row, expand, items_of
-from lowmem.data.order import Groups, permute, rows_at
+from lowmem.data.order import Groups, Order, permute
 from lowmem.data.rows import Rows, as_rows, hash_rows, open_rows
 from lowmem.distributed.seeds import seed_of
 from lowmem.errors import UsageError
@@ -75,7 +75,7 @@ class Mixture:
     @cached_property
     def order_digest(self) -> str:
         """A hash of everything but the seed that determines the order."""
-        text = ",".join([*map(str, self.weights), *(groups.digest for groups in self.groups_of_sources)])
+        text = ",".join([*map(str, self.weights), *(groups.order_digest for groups in self.groups_of_sources)])
         return blake2b(text.encode(), digest_size=8).hexdigest()
 
     def rows_at(self, start: int, stop: int, *, seed: int, shuffle: bool = True) -> np.ndarray:
@@ -86,8 +86,9 @@ class Mixture:
         for source in np.unique(source_of).tolist():
             here = np.flatnonzero(source_of == source)
             first, last = (period[at] * self.weights[source] + taken_before[position[at]] for at in (here[0], here[-1]))
-            of_source = {"groups": self.groups_of_sources[source], "seed": seed_of(seed, source)}
-            found[here] = self._starts[source] + rows_at(int(first), int(last) + 1, **of_source, shuffle=shuffle)
+            options = {"seed": seed_of(seed, source), "shuffle": shuffle}
+            rows = self.groups_of_sources[source].rows_at(int(first), int(last) + 1, **options)
+            found[here] = self._starts[source] + rows
         return found
 
     def rows_before(self, position: int, *, seed: int) -> list[int]:
@@ -111,6 +112,11 @@ def open_mixture(sources: Files | Sequence[Rows], weights: Sequence[float], **op
         expand(items)
         return Mixture([open_rows([item], **options) for item in items], weights, list(map(str, items)))
     return Mixture(list(map(as_rows, items)), weights)
+
+
+def order_of(rows: Rows) -> Order:
+    """Return the order in which a run takes the rows."""
+    return rows if isinstance(rows, Mixture) else groups_of(rows)
 
 
 def groups_of(rows: Rows) -> Groups:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from hashlib import blake2b
+from typing import Protocol
 
 import numpy as np
 
@@ -34,10 +35,18 @@ class Groups:
     def num_rows(self) -> int:
         return int(self.rows.sum())
 
+    @property
+    def rows_per_epoch(self) -> float:
+        return self.num_rows
+
     @cached_property
-    def digest(self) -> str:
+    def order_digest(self) -> str:
         """A hash of the groups, which determine the order of the rows for a given seed."""
         return blake2b(self.rows.tobytes() + self.bytes.tobytes(), digest_size=8).hexdigest()
+
+    def rows_at(self, start: int, stop: int, *, seed: int, shuffle: bool = True) -> np.ndarray:
+        """Return the row numbers at positions [start, stop), as `rows_at`."""
+        return rows_at(start, stop, self, seed=seed, shuffle=shuffle)
 
     @cached_property
     def _layout(self) -> "Callable[[int, int, int], _Layout]":
@@ -97,6 +106,18 @@ def rows_at(
             pieces.append(np.arange(first, last))
         start += last - first
     return np.concatenate(pieces)
+
+
+class Order(Protocol):
+    """The order in which a run takes rows: that of one source (`Groups`), or of several (`Mixture`)."""
+
+    @property
+    def rows_per_epoch(self) -> float: ...
+
+    @property
+    def order_digest(self) -> str: ...
+
+    def rows_at(self, start: int, stop: int, *, seed: int, shuffle: bool = True) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from lowmem.data.batch import Batch, Collate, EncodedRow
 from lowmem.data.encoder import BadRow, Encode, blank_row, encode_rows
-from lowmem.data.mixture import Mixture, groups_of
-from lowmem.data.order import Groups, rows_at
+from lowmem.data.mixture import order_of
+from lowmem.data.order import Order
 from lowmem.data.packing import pack
 from lowmem.data.pair_packing import pack_pairs
 from lowmem.data.rows import Rows
@@ -43,20 +43,12 @@ class Steps:
     pin_memory: bool
 
     @cached_property
-    def groups(self) -> Groups:
-        return groups_of(self.rows)
-
-    @property
-    def order_digest(self) -> str:
-        """A hash of what determines the order of the rows for a given seed."""
-        return self.rows.order_digest if isinstance(self.rows, Mixture) else self.groups.digest
+    def order(self) -> Order:
+        return order_of(self.rows)
 
     def row_ids(self, start: int, stop: int) -> list[int]:
         """Return the row numbers at positions [start, stop)."""
-        options = {"seed": self.seed, "shuffle": self.shuffle}
-        if isinstance(self.rows, Mixture):
-            return self.rows.rows_at(start, stop, **options).tolist()
-        return rows_at(start, stop, self.groups, **options).tolist()
+        return self.order.rows_at(start, stop, seed=self.seed, shuffle=self.shuffle).tolist()
 
     @property
     def batch_size(self) -> int:

@@ -31,7 +31,7 @@ class Stream:
         self.position = 0
         self.num_rows = len(steps.rows)
         self.mixture: Mixture | None = steps.rows if isinstance(steps.rows, Mixture) else None
-        self.rows_per_epoch: float = self.mixture.rows_per_epoch if self.mixture else self.num_rows
+        self.rows_per_epoch: float = steps.order.rows_per_epoch
         self.global_batch_size = steps.global_batch_size
         self.wait_seconds = 0.0  # total time that `next` has waited for rows
         self.counts = Counter(cut_rows=0, cut_tokens=0, bad_rows=0)  # this rank's truncated rows, cut tokens, bad rows
@@ -56,7 +56,7 @@ class Stream:
     @property
     def rows_of_sources(self) -> list[int]:
         """The rows of the steps done, of each source of a mixture; empty for other rows."""
-        return self.mixture.rows_before(self.position, seed=self._steps.seed) if self.mixture else []
+        return self.mixture.rows_before(self.position, seed=self._steps.seed) if self.mixture is not None else []
 
     def __iter__(self) -> Iterator[Sequence[Batch]]:
         if self._cursor != self.position:
@@ -133,8 +133,8 @@ class Stream:
 
     def _rows_and_order(self) -> dict[str, object]:
         steps, files = self._steps, [fingerprint for _, fingerprint in self._files]
-        rows = {"num_rows": self.num_rows, "row_groups": steps.order_digest, "files": files}
-        if self.mixture:
+        rows = {"num_rows": self.num_rows, "row_groups": steps.order.order_digest, "files": files}
+        if self.mixture is not None:
             rows["weights"] = list(self.mixture.weights)
         return rows | {"shuffle": steps.shuffle, "seed": steps.seed, "global_batch_size": self.global_batch_size}
 
