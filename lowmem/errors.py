@@ -19,9 +19,9 @@ class UsageError(ValueError):
 class ColumnsError(UsageError):
     """A file lacks columns; `present` are the columns that it has."""
 
-    def __init__(self, message: str, present: Sequence[str]):
+    def __init__(self, message: str, file: str, present: Sequence[str]):
         super().__init__(message)
-        self.present = present
+        self.file, self.present = file, present
 
 
 class StartError(UsageError):

@@ -56,10 +56,8 @@ def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None =
         alternatives = {other for pair in ALTERNATIVES if name in pair for other in pair}
         if fallback is not None and all(merged.get(other) is None for other in alternatives):
             merged[name] = fallback
-    if (row_format := merged.pop("row_format", None)) in ROW_FORMATS:
-        merged |= ROW_FORMATS[row_format]
-    elif row_format is not None:
-        problems.append(f"--row_format={row_format} must be one of {', '.join(ROW_FORMATS)}")
+    if merged.get("row_format") in ROW_FORMATS:
+        merged |= ROW_FORMATS[merged.pop("row_format")]
     if merged.get("memory") is None and merged.get("mixed_precision") == "bf16":
         has_tier = merged.get("optimizer", FIELDS["optimizer"].default) in TIERED_OPTIMIZERS
         merged["memory"] = "exact" if has_tier and merged.get("deepspeed") is None else "off"

@@ -2,13 +2,12 @@
 
 from collections.abc import Collection
 
+from lowmem.config.prompt_template import template_columns
+
 ROW_FORMATS: dict[str, dict[str, str]] = {
     "alpaca": {"prompt_template": r"{instruction}\n{input}\n", "response_column": "output"},
     "sharegpt": {"messages_column": "conversations"},
 }
-COLUMN_FLAGS = frozenset(
-    ("prompt_column", "response_column", "prompt_template", "text_column", "messages_column", "row_format")
-)
 
 
 def format_of(columns: Collection[str]) -> tuple[str, dict[str, str]] | None:
@@ -16,6 +15,14 @@ def format_of(columns: Collection[str]) -> tuple[str, dict[str, str]] | None:
     if "conversations" in columns:
         return "sharegpt", ROW_FORMATS["sharegpt"]
     if {"instruction", "output"} <= set(columns):
-        without_input = {} if "input" in columns else {"prompt_template": r"{instruction}\n"}
-        return "alpaca", ROW_FORMATS["alpaca"] | without_input
+        return "alpaca", ROW_FORMATS["alpaca"]
     return None
+
+
+def kinds_of(template: str) -> dict[str, str]:
+    """Map a template's columns to what a file must hold: "text or null" or, if it may lack the column, "optional text".
+
+    Only `input` of alpaca rows is optional: a file without another column is more likely not what the template is for.
+    """
+    optional = {"input"} if template == ROW_FORMATS["alpaca"]["prompt_template"] else set()
+    return {name: "optional text" if name in optional else "text or null" for name in template_columns(template)}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lowmem.config.groups import Groups
+from lowmem.config.row_formats import ROW_FORMATS
 
 # The optimizers that have the memory tiers exact and lean.
 TIERED_OPTIMIZERS = ["adamw", "adamw_bf16", "adafactor"]
@@ -75,15 +76,15 @@ class TrainConfig(Groups):
     """Column that the model learns to write."""
     prompt_template: str | None = setting(instead_of=["prompt_column"], **_FIXED_IN_EVALUATE)
     r"""Instead of prompt_column: several columns, as in "{instruction}\n{input}\n".
-    Lines whose columns are all empty are left out; \n is a newline, {{ is a brace."""
+    Lines whose columns are all empty, null or missing in a row are left out; \n is a newline, {{ is a brace."""
     text_column: str | None = setting(instead_of=_PROMPTS, **_FIXED_IN_EVALUATE)
     """Instead of prompt and response: a column of plain text. Every token but the first is a target (causal models)."""
     messages_column: str | None = setting(instead_of=[*_PROMPTS, "text_column"], **_FIXED_IN_EVALUATE)
     """Instead of prompt or text: chats, lists of {"role", "content"}. Assistant turns are targets (causal models)."""
     row_format: str | None = setting(
-        choices=["alpaca", "sharegpt"], instead_of=[*_PROMPTS, "text_column", "messages_column"], in_evaluate=True
+        choices=list(ROW_FORMATS), instead_of=[*_PROMPTS, "text_column", "messages_column"], in_evaluate=True
     )
-    """alpaca: columns instruction, input, output; sharegpt: conversations (from, value).
+    """alpaca: columns instruction, input (optional), output; sharegpt: conversations (from, value).
     If no column is set, files without the default columns are searched for these. sharegpt needs a causal model."""
     weight_column: str | None = setting(on_resume="fixed")
     """Column with a row's weight, which multiplies its token losses in training.

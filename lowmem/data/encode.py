@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lowmem.config.prompt_template import fill, parse_template
+from lowmem.config.prompt_template import fill, parse_template, template_columns
 from lowmem.data.batch import IGNORED, EncodedRow
 from lowmem.data.chat import Messages, chat_tokenizer
 from lowmem.data.chat_messages import with_role
@@ -262,11 +262,21 @@ def _text(row: Mapping[str, object], column: str) -> str:
 
 
 def _texts_of(prompt_column: str, prompt_template: str | None, response_column: str) -> Callable[[Row], list[str]]:
-    """Return a function that returns a row's prompt and response. It raises ValueError if a column is not text."""
+    """Return a function that returns a row's prompt and response. It raises ValueError if a column is not text.
+
+    Of a template's columns, those that are null or missing in a row count as empty; not all may be empty.
+    """
     if prompt_template is None:
         return lambda row: [_text(row, prompt_column), _text(row, response_column)]
-    lines = parse_template(prompt_template)
-    return lambda row: [fill(lines, partial(_text, row)), _text(row, response_column)]
+    lines, columns = parse_template(prompt_template), template_columns(prompt_template)
+
+    def texts_of(row: Row) -> list[str]:
+        values = {name: "" if row.get(name) is None else _text(row, name) for name in columns}
+        if not any(values.values()):
+            raise ValueError(f"{', '.join(map(repr, columns))} are all empty, so there is no prompt: {_REMEDY}")
+        return [fill(lines, values.__getitem__), _text(row, response_column)]
+
+    return texts_of
 
 
 def _messages(row: Mapping[str, object], column: str) -> Messages:

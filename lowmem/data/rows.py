@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import xxhash
 
+from lowmem.config.row_formats import kinds_of
 from lowmem.data.files.line_index import codec_of
 from lowmem.data.files.lines import JsonLinesFile, TextFile
 from lowmem.data.files.parquet import ParquetFile
@@ -99,7 +100,7 @@ class FileRows:
 
     @property
     def unread(self) -> list[str]:
-        """The columns of any of the files that are not read."""
+        """The columns of any of the files that are not read; of a JSONL file, those in its first good row."""
         return list(dict.fromkeys(name for file in self._files for name in file.unread))
 
     def fingerprints(self) -> list[tuple[str, str]]:
@@ -154,6 +155,7 @@ def open_rows(
     files: Files,
     *,
     columns: Sequence[str] | None = None,
+    prompt_template: str | None = None,
     messages_column: str | None = None,
     weight_column: str | None = None,
 ) -> FileRows:
@@ -161,10 +163,12 @@ def open_rows(
 
     `files` is a path, a glob, a URL or a folder that `datasets` saved; or several of these, separated by commas or as a
     list. `columns` must hold text; `messages_column` must hold lists of {"role", "content"}, `weight_column` numbers.
+    The columns of `prompt_template` hold text or null, and of JSONL files, rows after the first may lack them.
     From parquet and Arrow files, reads only these columns and, with messages, "tools" (all columns if none is named).
     Raises UsageError if a file is missing, empty or broken, or lacks a column.
     """
-    wanted = {name: "text" for name in columns or ()} | ({messages_column: "messages"} if messages_column else {})
+    wanted = kinds_of(prompt_template) if prompt_template else {}
+    wanted |= {name: "text" for name in columns or ()} | ({messages_column: "messages"} if messages_column else {})
     wanted |= {weight_column: "number"} if weight_column else {}
     opened = []
     for source in expand(files):

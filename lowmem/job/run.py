@@ -2,15 +2,15 @@
 
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from lowmem.config.prompt_template import template_columns
-from lowmem.config.row_formats import COLUMN_FLAGS, format_of
+from lowmem.config.row_formats import format_of
 from lowmem.config.rules import conflicts
-from lowmem.config.train_config import TrainConfig
+from lowmem.config.train_config import FIELDS, TrainConfig
 from lowmem.data.bundled import BundledRows
 from lowmem.data.mixture import open_mixture
 from lowmem.data.rows import RowSets, open_rows, split_rows
@@ -24,6 +24,7 @@ from lowmem.job.processes import die_with_launcher, start_processes
 from lowmem.job.supervise import end_at_once, record_preempted, supervise
 
 _PLANNED = "LOWMEM_PLANNED"
+_COLUMN_FLAGS = FIELDS["row_format"].metadata["instead_of"]
 
 
 def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: frozenset[str] = frozenset()) -> int:
@@ -62,7 +63,8 @@ def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: f
         return code if code >= 0 else 128 - code
     if os.environ.get("RANK", "0") == "0":
         unread = getattr(rows.training if trains else rows.test, "unread", None)
-        lines = [found, unread and f"columns that are not read: {', '.join(unread)} (see --prompt_template)"]
+        hint = " (see --prompt_template)" if config.response_column else ""
+        lines = [found, unread and f"columns of the first rows that are not read: {', '.join(unread)}{hint}"]
         print("".join(f"{line}\n" for line in lines if line), end="", flush=True)
     if trains:
         return supervise(partial(_train, config, rows), output, signals)
@@ -75,8 +77,7 @@ def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: f
 
 def _open_all_rows(config: TrainConfig, trains: bool) -> RowSets:
     columns = [name for name in (config.prompt_column, config.response_column, config.text_column) if name]
-    columns += template_columns(config.prompt_template) if config.prompt_template else []
-    options = {"columns": columns, "messages_column": config.messages_column}
+    options = {"columns": columns, "prompt_template": config.prompt_template, "messages_column": config.messages_column}
     opened = partial(open_rows, **options)
     of_training = options | {"weight_column": config.weight_column}
     test_rows = opened(config.test_file) if config.test_file else None
@@ -103,19 +104,19 @@ def _open_in_found_format(
     try:
         return config, _open_all_rows(config, trains), None
     except ColumnsError as error:
-        first_error, found = error, None if COLUMN_FLAGS & fixed else format_of(error.present)
+        first_error, found = error, None if fixed & {"row_format", *_COLUMN_FLAGS} else format_of(error.present)
         if found is None:
             raise
     name, settings = found
-    columns = dict.fromkeys(COLUMN_FLAGS - {"row_format"}) | settings
-    config = dataclasses.replace(config, **columns)
+    message = f"the rows are {name}: using " + " ".join(f"--{flag}={shlex.quote(settings[flag])}" for flag in settings)
+    config = dataclasses.replace(config, **dict.fromkeys(_COLUMN_FLAGS) | settings)
     if problems := conflicts(config, ()):
-        raise UsageError("; ".join(problems))
+        raise UsageError(f"{first_error.file}: {message}; {'; '.join(problems)}")
     try:
         rows = _open_all_rows(config, trains)
     except ColumnsError:  # the files have different columns
         raise first_error from None
-    return config, rows, f"the rows are {name}: using " + " ".join(f"--{flag}={settings[flag]!r}" for flag in settings)
+    return config, rows, message
 
 
 def _set_environment() -> None:

@@ -1,6 +1,10 @@
-"""Check that a file has the wanted columns, and that each is of the wanted kind: "text", "messages" or "number"."""
+"""Check that a file has the wanted columns, and that each is of the wanted kind: "text", "messages" or "number".
 
-from collections.abc import Iterable, Mapping, Sequence
+Or "text or null", for the columns of a prompt template, of which a row may lack some; "optional text" is the same for a
+column that a whole file may lack.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lowmem.data.files.source import Row, Source
@@ -17,7 +21,7 @@ def check_row(source: Source, row: Row, wanted: Mapping[str, str]) -> None:
     """Raise UsageError if a row lacks a wanted column, ValueError if a column has the wrong type."""
     _check_present(source, wanted, list(row))
     for column, kind in wanted.items():
-        value = row[column]
+        value = row.get(column)
         if not _IS_OF_KIND[kind](value):
             what = 'messages, [{"role": "user", "content": "..."}, ...]' if kind == "messages" else _WORDS[kind]
             found = f"{type(value).__name__} {value!r:.80}"
@@ -28,8 +32,10 @@ def select_columns(source: Source, schema: "pa.Schema", wanted: Mapping[str, str
     """Return the wanted columns' schema (None: all). Raises UsageError if one is missing, repeated or of wrong type."""
     import pyarrow as pa
 
+    if wanted is not None:
+        _check_present(source, wanted, schema.names)
+        wanted = {name: kind for name, kind in wanted.items() if name in schema.names}
     names = schema.names if wanted is None else list(wanted)
-    _check_present(source, names, schema.names)
     if repeated := [name for name in names if schema.names.count(name) > 1]:
         raise UsageError(f"{source} has column {repeated[0]!r} twice: rename one of them and write the file again")
     for column, kind in (wanted or {}).items():
@@ -46,11 +52,12 @@ def select_columns(source: Source, schema: "pa.Schema", wanted: Mapping[str, str
     return pa.schema([schema.field(name) for name in names])
 
 
-def _check_present(source: Source, wanted: Iterable[str], present: Sequence[str]) -> None:
-    if missing := [f"column {name!r}" for name in wanted if name not in present]:
+def _check_present(source: Source, wanted: Mapping[str, str], present: Sequence[str]) -> None:
+    required = [name for name, kind in wanted.items() if kind != "optional text"]
+    if missing := [f"column {name!r}" for name in required if name not in present]:
         what = f"{source} has no {' and no '.join(missing)}, it has {', '.join(map(repr, present))}"
         advice = "set --prompt_column and --response_column, --text_column, --messages_column or --row_format"
-        raise ColumnsError(f"{what}: {advice}", present)
+        raise ColumnsError(f"{what}: {advice}", source.name, present)
 
 
 def is_message(value: object) -> bool:
@@ -74,9 +81,10 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-_WORDS = {"text": "text", "number": "a number"}
+_WORDS = {"text": "text", "number": "a number"} | dict.fromkeys(("text or null", "optional text"), "text or null")
 _IS_OF_KIND = {
     "text": lambda value: isinstance(value, str),
+    **dict.fromkeys(("text or null", "optional text"), lambda value: value is None or isinstance(value, str)),
     "number": is_number,
     "messages": lambda value: isinstance(value, list) and all(map(is_message, value)),
 }
@@ -89,7 +97,9 @@ def _is_text_part(value: object) -> bool:
 def _holds(found: "pa.DataType", kind: str) -> bool:
     from pyarrow import types
 
-    if kind == "text":
+    if kind in ("text or null", "optional text") and types.is_null(found):
+        return True
+    if kind in ("text", "text or null", "optional text"):
         found = found.value_type if types.is_dictionary(found) else found
         return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
     if kind == "number":

@@ -3,42 +3,75 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lowmem.data.files.line_index import LONGEST_LINE
-from lowmem.data.files.lines import STRICT_JSON
+from lowmem.data.files.lines import STRICT_JSON, too_long
 from lowmem.data.files.source import Row
 from lowmem.errors import UsageError
+from lowmem.storage.files import describe, sync, write_file
 
 _READ_CHARACTERS = 2**16
+_MOST_CHARACTERS = 2 * LONGEST_LINE  # of a row, which may have indents and escapes that its line has not
 _BLANKS = " \t\r\n"
 
 
 def convert(path: Path, out: Path) -> str:
     """Write each object of the JSON array in `path` as a line of `out`; return the message to print.
 
-    Raises UsageError if `path` is not a JSON array of objects, or if `out` exists. `out` appears when it is complete.
+    Raises UsageError if `path` is not a JSON array of objects, if a line would be longer than lowmem reads, or if `out`
+    exists or cannot be written. `out` appears when it is complete and on disk, and never replaces a file.
     """
-    if out.exists():
-        raise UsageError(f"{out} exists: remove it, or name another file")
-    part, count = out.with_name(f".{out.name}.part-{os.getpid()}"), 0
-    try:
-        with open(path, encoding="utf-8-sig") as file, open(part, "x", encoding="utf-8") as lines:
-            for row in _rows(file.read):
-                lines.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-                count += 1
-        part.rename(out)
-    except OSError as error:
-        raise UsageError(f"{error.filename or out} cannot be used ({error.strerror}): name another file") from error
-    except (ValueError, RecursionError) as error:  # also for text that is not UTF-8
-        raise UsageError(f"{path}, row {count + 1}: {error}; fix the file, nothing is written") from error
-    finally:
-        part.unlink(missing_ok=True)
+    count = 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal count
+        try:
+            with _naming(path), open(path, encoding="utf-8-sig") as file:
+                for row in _rows(file.read):
+                    line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+                    if len(line) > LONGEST_LINE:
+                        raise ValueError(too_long(len(line)))
+                    yield line
+                    count += 1
+        except UsageError:
+            raise
+        except (ValueError, RecursionError) as error:  # also for text that is not UTF-8
+            raise UsageError(f"{path}, row {count + 1}: {error}; fix the file, nothing is written") from error
+
+    with _naming(out):
+        _check_free(out)
+        # A folder of its own: `out` may have the longest name that is allowed, and a former part may be left.
+        with TemporaryDirectory(prefix=".convert-", dir=out.parent) as folder:
+            part = Path(folder) / "rows.jsonl"
+            write_file(part, lines())
+            os.link(part, out)  # unlike a rename, this never replaces a file that has appeared meanwhile
+            sync(out.parent)
     return f"{out}: {count:,} rows"
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Convert OSErrors to a UsageError that names `path`, whichever file failed on its behalf."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path} cannot be used ({error.strerror}): name another file") from error
+
+
+def _check_free(out: Path) -> None:
+    """Raise UsageError if there is a file, or a link to none; OSError if the name cannot be used."""
+    try:
+        os.lstat(out)
+    except FileNotFoundError:
+        return
+    raise UsageError(f"{out} exists (it {describe(out)}): remove it, or name another file")
+
+
 def _rows(read: Callable[[int], str]) -> Iterator[Row]:
-    """Yield the objects of a JSON array. Holds at most one that is incomplete, and what `read` returned with it."""
+    """Yield the objects of a JSON array. Holds at most _MOST_CHARACTERS, or what `read` returned at once."""
     text, start = "", 0  # what is read, and where the part that is left begins
 
     def read_more(most: int = _READ_CHARACTERS) -> bool:
@@ -71,9 +104,12 @@ def _rows(read: Callable[[int], str]) -> Iterator[Row]:
             try:
                 row, start = STRICT_JSON.raw_decode(text, start)
                 break
-            except json.JSONDecodeError:  # perhaps because its end is not read yet
+            except json.JSONDecodeError as error:  # perhaps because its end is not read yet
                 left = len(text) - start
-                if left > 2 * LONGEST_LINE or not read_more(max(_READ_CHARACTERS, left)):
+                if left >= _MOST_CHARACTERS:
+                    most = f"the object does not end within {_MOST_CHARACTERS:,} characters"
+                    raise ValueError(f"{most} ({error.msg}): fix or split it") from error
+                if not read_more(min(max(_READ_CHARACTERS, left), _MOST_CHARACTERS - left)):
                     raise
         yield row
         is_first = False

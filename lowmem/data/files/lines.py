@@ -53,7 +53,7 @@ class _LineFile:
             index = index_lines(source, copy, report, piece_bytes=piece_bytes)
             sizes = index["end_byte"] - index["first_byte"]
             if copies and len(sizes) and sizes.min() > LONGEST_LINE:  # the copy would be of no use, so leave none
-                raise UsageError(f"{source}, line {index['first_line'][0]:,}: {_too_long(int(sizes[0]))}")
+                raise UsageError(f"{source}, line {index['first_line'][0]:,}: {too_long(int(sizes[0]))}")
             return index
 
         with opening(source):
@@ -91,7 +91,7 @@ class _LineFile:
     def row(self, data: _Lines, index: int) -> Row:
         """Return row `index` of a group. Raises ValueError if it is bad."""
         if data.text is None:
-            raise ValueError(_too_long(data.num_bytes))
+            raise ValueError(too_long(data.num_bytes))
         start = int(data.starts[index])
         end = data.text.find(b"\n", start)
         line = data.text[start : end if end >= 0 else len(data.text)]
@@ -168,7 +168,7 @@ class JsonLinesFile(_LineFile):
         return row
 
 
-def _too_long(num_bytes: int) -> str:
+def too_long(num_bytes: int) -> str:
     return f"the line has {num_bytes:,} bytes, the limit is {LONGEST_LINE:,}: split it"
 
 
