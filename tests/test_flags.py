@@ -179,6 +179,7 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({"weight_column": "w"}, "--weight_column names a column of --train_file: set --train_file too"),
         ({"train_weights": "1,2"}, "--train_weights mixes the files of --train_file: set --train_file too"),
         ({"train_file": "a", "train_weights": "1,x"}, "--train_weights=1,x must be positive numbers, separated by"),
+        ({"train_file": "a", "train_weights": "1e308,1e308"}, "separated by commas, of a finite sum"),
         ({"train_file": "a", "train_weights": "1,-2"}, "--train_weights=1,-2 must be positive numbers, separated by"),
         (
             {"train_file": "a,b", "train_weights": [1, 2], "validation_rows": 5},

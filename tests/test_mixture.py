@@ -134,6 +134,7 @@ def test_weights_are_rounded_to_a_ten_thousandth_of_their_sum():
         ([1, 0.00001], "weight 1e-05 is less than 1/10,000 of all: raise it"),
         ([1, 0], "weights 1, 0 must be positive numbers"),
         ([1, float("nan")], "must be positive numbers"),
+        ([1e308, 1e308], r"must be positive numbers, of a finite sum"),
         ([1], "1 weights for 2 sources: give each file"),
     ],
 )

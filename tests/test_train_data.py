@@ -229,12 +229,13 @@ def test_a_mixture_reports_each_sources_rows_and_resumes_on_two_processes(work):
     logged = [record for record in records(work, "mixture") if "loss" in record]
     assert [(x["source_1_rows"], x["source_2_rows"]) for x in logged] == [(6 * step, 2 * step) for step in range(1, 8)]
     assert logged[-1]["epoch"] == pytest.approx(7 * 8 * 0.75 / 34)
-    for rank in train_ranks(2, *run_flags(work, "mixture", **changes | {"epochs": 1.6, "resume": "auto"})):
+    resumed = changes | {"epochs": 1.6, "resume": "auto", "train_weights": "3,1"}  # the same ratio
+    for rank in train_ranks(2, *run_flags(work, "mixture", **resumed)):
         assert_done(rank)
     again = [record for record in records(work, "mixture") if "loss" in record]
     assert again[:5] == logged[:5] and again[-1]["source_2_rows"] == 20
     refused = train(*run_flags(work, "mixture", **changes | {"train_weights": "0.5,0.5", "resume": "auto"}))
-    assert refused.returncode == 2 and "--train_weights=0.5,0.5 (was 0.75,0.25)" in refused.stderr
+    assert refused.returncode == 2 and "--train_weights=0.5,0.5 (was 3,1)" in refused.stderr
     refused = train(*run_flags(work, "unequal", **changes | {"train_weights": "1,1,1"}))
     assert refused.returncode == 2 and "3 weights for 2 sources" in refused.stderr
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lowmem.checkpoint.load import first_valid, verify_together
 from lowmem.checkpoint.manifest import checkpoints
 from lowmem.checkpoint.saved import check_resumable, saved_settings
+from lowmem.data.mixture import whole_weights
 from lowmem.distributed.collectives import gather_json, on_main_rank, rank_and_world_size
 from lowmem.distributed.consistency import tokenizer_digest
 from lowmem.errors import UsageError
@@ -47,7 +48,8 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: C
     changes = {
         name: f"--{name}={settings[name]} (was {saved[name]})"
         for name in settings
-        if name in saved and name not in ("resume", "output_dir", "num_processes") and saved[name] != settings[name]
+        if name in saved and name not in ("resume", "output_dir", "num_processes")
+        if _effect(name, saved[name]) != _effect(name, settings[name])
     }
     then, now = (TIERS.index(each.get("memory") or "off") for each in (saved, settings))
     if settings.get("optimizer") == "adamw" and then < now:
@@ -55,6 +57,12 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: C
     if refused := [change for name, change in changes.items() if name in fixed]:
         raise UsageError(f"{checkpoint} is from another run: {'; '.join(refused)}. Restore these values or start over")
     return list(changes.values())
+
+
+def _effect(name: str, value: object) -> object:
+    """Return what a setting's value stands for: of weights, only the rounded ratios count."""
+    is_mixed = name == "train_weights" and value is not None
+    return whole_weights(list(map(float, value.split(",")))) if is_mixed else value
 
 
 def check_same_tokenizer(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, *, accept: bool) -> list[str]:

@@ -155,10 +155,12 @@ def _out_of_range(config: TrainConfig) -> list[str]:
         except ValueError as error:
             problems.append(f"--prompt_template={config.prompt_template!r} cannot be used: {error}")
     try:
-        if any(not 0 < weight < math.inf for weight in config.mixture_weights or ()):
+        weights = config.mixture_weights or [1.0]
+        if not all(weight > 0 for weight in weights) or not sum(weights) < math.inf:
             raise ValueError
     except ValueError:
-        problems.append(f"--train_weights={config.train_weights} must be positive numbers, separated by commas")
+        advice = "must be positive numbers, separated by commas, of a finite sum"
+        problems.append(f"--train_weights={config.train_weights} {advice}")
     for name, done in (("output_dir", "written"), ("resume", "read")):
         try:
             os.stat(getattr(config, name) or "")

@@ -126,8 +126,9 @@ def groups_of(rows: Rows) -> Groups:
 
 def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     """Scale weights to whole numbers that sum to PERIOD, by the largest remainders. Raises UsageError if one is 0."""
-    if not weights or not all(0 < weight < float("inf") for weight in weights):
-        raise UsageError(f"weights {', '.join(map(str, weights))} must be positive numbers: correct them")
+    if not weights or not all(weight > 0 for weight in weights) or not sum(weights) < float("inf"):
+        found = f"weights {', '.join(map(str, weights))}"
+        raise UsageError(f"{found} must be positive numbers, of a finite sum: correct them")
     exact = [weight / sum(weights) * PERIOD for weight in weights]
     whole = [int(quota) for quota in exact]
     by_remainder = sorted(range(len(exact)), key=lambda source: whole[source] - exact[source])

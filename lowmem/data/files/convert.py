@@ -47,7 +47,7 @@ def convert(path: Path, out: Path) -> str:
         with TemporaryDirectory(prefix=".convert-", dir=out.parent) as folder:
             part = Path(folder) / "rows.jsonl"
             write_file(part, lines())
-            os.link(part, out)  # unlike a rename, this never replaces a file that has appeared meanwhile
+            os.link(part, out)  # unlike a rename, this never replaces a file that another process has made
             sync(out.parent)
     return f"{out}: {count:,} rows"
 
