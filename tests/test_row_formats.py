@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shlex
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -234,7 +235,10 @@ def test_a_file_that_appears_during_the_conversion_is_kept(tmp_path):
     out = tmp_path / "rows.jsonl"
     with ThreadPoolExecutor() as pool:
         converting = pool.submit(convert, tmp_path / "rows.json", out)
-        with open(tmp_path / "rows.json", "w") as array:  # waits until `convert` reads
+        while not list(tmp_path.glob(".convert-*")):
+            assert not converting.done(), converting.result()
+            time.sleep(0.01)
+        with open(tmp_path / "rows.json", "w") as array:
             out.write_text("theirs")
             array.write("[{}]")
         with pytest.raises(UsageError, match=r"rows.jsonl cannot be used \(File exists\)"):

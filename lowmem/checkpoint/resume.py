@@ -60,7 +60,7 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: C
 
 
 def _effect(name: str, value: object) -> object:
-    """Return what a setting's value stands for: of weights, only the rounded ratios count."""
+    """Return the part of a setting that has an effect: of weights, only the rounded ratios count."""
     is_mixed = name == "train_weights" and value is not None
     return whole_weights(list(map(float, value.split(",")))) if is_mixed else value
 
