@@ -155,8 +155,8 @@ def test_two_processes_train_the_large_preset(tmp_path):
         "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", f"--main_process_port={free_port()}"
     )
     flags = ["--use_large_config=True", "--max_steps=2", "--batch_size=1", "--gradient_accumulation_steps=1"]
-    quiet = ["--max_seq_len=32", "--validation_rows=0", "--save_total_limit=1", "--logging_steps=1"]
-    result = run(*command, "train_low_mem.py", "train", *flags, *quiet, f"--output_dir={tmp_path}", timeout=300)
+    others = ["--max_seq_len=32", "--validation_rows=0", "--save_steps=0", "--save_model=False", "--logging_steps=1"]
+    result = run(*command, "train_low_mem.py", "train", *flags, *others, f"--output_dir={tmp_path}", timeout=300)
     assert result.returncode == 0, result.stderr
     assert "222,903,552 weights (torch.bfloat16, memory=exact) on 2 x cpu" in result.stdout
     assert len(losses(tmp_path)) == 2

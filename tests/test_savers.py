@@ -272,7 +272,7 @@ def test_compiled_recomputed_layers_have_the_losses_of_plain_ones(family):
             with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
                 steps = [
                     train_step(state, [batch_of(family, rows)], chunked_loss, accelerator, learning_rate=1e-2)
-                    for rows in (1, 2, 5)
+                    for rows in (2, 3, 5)  # not 1, for which torch would compile once more
                 ]
         losses.append([step.loss.item() for step in steps])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
