@@ -84,8 +84,9 @@ class TrainConfig(Groups):
     row_format: str | None = setting(
         choices=list(ROW_FORMATS), instead_of=[*_PROMPTS, "text_column", "messages_column"], in_evaluate=True
     )
-    """alpaca: columns instruction, input (optional), output; sharegpt: conversations (from, value).
-    If no column is set, files without the default columns are searched for these. sharegpt needs a causal model."""
+    """alpaca: columns instruction, output, perhaps input; sharegpt: conversations.
+    The messages of sharegpt have from and value; they need a causal model. If no column is set, files without the
+    default columns are searched for these."""
     weight_column: str | None = setting(on_resume="fixed")
     """Column with a row's weight, which multiplies its token losses in training.
     The loss is the weighted mean over target tokens; weights are numbers of 0 or more. Evaluations ignore them."""
