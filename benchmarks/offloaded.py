@@ -293,7 +293,7 @@ def throttled(work: Path, rows: Path, store: Path, cases: list[str]) -> Iterator
 
     num_weights = write_model(work / "wide", WIDE)
     for case in cases:
-        changes = {"max_seq_len": 32, "gradient_accumulation_steps": 2, "max_steps": 1 + TIMED_STEPS} | THROTTLED[case]
+        changes = {"max_seq_len": 256, "gradient_accumulation_steps": 2, "max_steps": 1 + TIMED_STEPS} | THROTTLED[case]
         with planners() as pool:
             flags = flags_of(work / "wide", store, work / "out", train_file=rows, **changes)
             config = resolve(dict(flag.removeprefix("--").split("=", 1) for flag in flags))
