@@ -65,7 +65,7 @@ def write_together(
             written = _write_share(assign_shards(shards, world_size), unfinished, rank)
             parts = [local_of(tensor) for shard in shards for tensor in shard.tensors.values()]
             for space in {part.space for part in parts if isinstance(part, Record)}:
-                space.sync()  # after the last read
+                space.sync()  # after the last read. Raises the errors of reads and writes, too
         records = {name: record for of_rank in gather_json(written) for name, record in of_rank.items()}
         on_main_rank(lambda: end(records))
 
@@ -82,26 +82,21 @@ def assign_shards(shards: Sequence[Shard], world_size: int) -> list[list[Shard]]
 
 
 def _write_share(shares: list[list[Shard]], unfinished: Path, rank: int) -> dict[str, FileRecord]:
-    queues, errors = [[x for shard in share for x in shard.tensors.values()] for share in shares], []
-    parts = host_parts(_wholes(queues, rank, errors))
+    parts = host_parts(_wholes([[x for shard in share for x in shard.tensors.values()] for share in shares], rank))
     try:
-        written = {
+        return {
             shard.name: write_file(unfinished / shard.name, chain([shard.header], _take(parts, shard.num_bytes)))
             for shard in shares[rank]
         }
     finally:
         for _ in parts:  # even if this rank's disk failed, send its pieces, because other ranks wait for them
             pass
-    if errors:
-        raise errors[0]
-    return written
 
 
-def _wholes(queues: Sequence[Sequence[Saved]], rank: int, errors: list[StoreError]) -> Iterator[Tensor]:
+def _wholes(queues: Sequence[Sequence[Saved]], rank: int) -> Iterator[Tensor]:
     """Gather the whole tensors of `queues[rank]` from all ranks, and yield them in order, some in several pieces.
 
     All ranks pass the same `queues` and must exhaust the iterator, because it also sends this rank's pieces to others.
-    If a sharded record cannot be read, adds its error to `errors` and sends zeros: other ranks wait for them.
     """
     for tensors in zip_longest(*queues):
         for owner, tensor in enumerate(tensors):
@@ -109,54 +104,53 @@ def _wholes(queues: Sequence[Sequence[Saved]], rank: int, errors: list[StoreErro
                 whole = tensor.gather_to_host()
                 if owner == rank:
                     yield whole
-        sent = [_send(tensor, owner, errors) for owner, tensor in enumerate(tensors) if owner != rank]
+        sent = [_send(tensor, owner) for owner, tensor in enumerate(tensors) if owner != rank]
         if isinstance(tensors[rank], Tensor | Record | ShardedRecord):
-            yield from _pieces(tensors[rank], rank, errors)
+            yield from _pieces(tensors[rank], rank)
         with collective("sending pieces of a checkpoint's tensors"):
             for work in filter(None, sent):
                 work.wait()
 
 
-def _send(tensor: Saved | None, owner: int, errors: list[StoreError]) -> dist.Work | None:
+def _send(tensor: Saved | None, owner: int) -> dist.Work | None:
     """Start sending this rank's piece of a sharded tensor to `owner`. Returns None if there is nothing to send."""
     if not isinstance(tensor, DTensor | ShardedRecord):
         return None
     rank = dist.get_rank()
     if not any(piece.rank == rank and piece.start < piece.stop for piece in pieces(tensor)):
         return None
-    data = _local_data(tensor, errors).cpu().contiguous().view(-1).view(torch.uint8)
+    data = _local_data(tensor).cpu().contiguous().view(-1).view(torch.uint8)
     return dist.isend(data, owner, group=host_group())
 
 
-def _local_data(tensor: DTensor | ShardedRecord, errors: list[StoreError]) -> Tensor:
+def _local_data(tensor: DTensor | ShardedRecord) -> Tensor:
     local = local_of(tensor)
     if not isinstance(local, Record):
         return local.detach()
     try:
         return local.to_host()
-    except StoreError as error:
-        errors.append(error)
+    except StoreError:  # other ranks wait for this piece; `sync` raises the error again, after the last one
         return torch.zeros(local.shape, dtype=local.dtype)
 
 
-def _pieces(tensor: Tensor | Record | ShardedRecord, rank: int, errors: list[StoreError]) -> Iterator[Tensor]:
+def _pieces(tensor: Tensor | Record | ShardedRecord, rank: int) -> Iterator[Tensor]:
     if isinstance(tensor, Record):
         yield from (part.to_host() for part in tensor.split(PART_BYTES))
     elif not isinstance(tensor, DTensor | ShardedRecord):
         yield tensor
     elif (every := pieces(tensor))[0].dim == 0:
         for piece in every:
-            yield _received(tensor, piece, rank, errors)
+            yield _received(tensor, piece, rank)
     else:
         whole = torch.empty(tensor.shape, dtype=tensor.dtype)  # pieces are columns: no row is complete before the end
         for piece in every:
-            whole[:, piece.start : piece.stop] = _received(tensor, piece, rank, errors)
+            whole[:, piece.start : piece.stop] = _received(tensor, piece, rank)
         yield whole
 
 
-def _received(tensor: DTensor | ShardedRecord, piece: Piece, rank: int, errors: list[StoreError]) -> Tensor:
+def _received(tensor: DTensor | ShardedRecord, piece: Piece, rank: int) -> Tensor:
     if piece.rank == rank:
-        return _local_data(tensor, errors)
+        return _local_data(tensor)
     received = torch.empty(piece.shape(tensor.shape), dtype=tensor.dtype)
     if piece.start < piece.stop:
         with collective(f"waiting for a piece of a checkpoint's tensor from rank {piece.rank}"):
