@@ -344,9 +344,10 @@ def throttled_table(records: list[Record]) -> list[str]:
         lines.append("| " + " | ".join(cells) + " |")
     explained = (
         "Step: median of five, with the fastest and slowest. Computing: the median seconds of a step in which its "
+        "thread does not wait for reads or writes. `plan`: bytes, and the time of a step from the run's own "
+        "computing; last, from that of the run that is not limited."
     )
-    explained += "thread does not wait for reads or writes. `plan`: bytes, and the time of a step from the run's own "
-    return [*lines, "", f"{explained}computing; last, from that of the run that is not limited."]
+    return [*lines, "", explained]
 
 
 def table(records: list[Record]) -> str:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lowmem.checkpoint.load import first_valid, verify_together
 from lowmem.checkpoint.manifest import checkpoints
 from lowmem.checkpoint.saved import check_resumable, saved_settings
+from lowmem.config.groups import weights_in
 from lowmem.data.mixture import whole_weights
 from lowmem.distributed.collectives import gather_json, on_main_rank, rank_and_world_size
 from lowmem.distributed.consistency import tokenizer_digest
@@ -62,7 +63,7 @@ def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: C
 def _effect(name: str, value: object) -> object:
     """Return the part of a setting that has an effect: of weights, only the rounded ratios count."""
     is_mixed = name == "train_weights" and value is not None
-    return whole_weights(list(map(float, value.split(",")))) if is_mixed else value
+    return whole_weights(weights_in(value)) if is_mixed else value
 
 
 def check_same_tokenizer(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, *, accept: bool) -> list[str]:

@@ -12,6 +12,11 @@ def _group(*names: str) -> property:
     return property(group)
 
 
+def weights_in(text: str) -> list[float]:
+    """Return the numbers between commas of `train_weights`. Raises ValueError for other text."""
+    return list(map(float, text.split(",")))
+
+
 class Groups:
     """Properties of TrainConfig: groups of keyword arguments for `train` to unpack, and values made from fields."""
 
@@ -53,7 +58,7 @@ class Groups:
 
     @property
     def mixture_weights(self) -> list[float] | None:
-        return None if self.train_weights is None else [float(weight) for weight in self.train_weights.split(",")]
+        return None if self.train_weights is None else weights_in(self.train_weights)
 
     @property
     def frozen_parts(self) -> list[str]:

@@ -58,15 +58,12 @@ class OffloadedRows:
 
     def add_gradient(self, part: slice, gradient: Tensor) -> None:
         """Add a micro-batch's gradient of the head. A micro-batch adds all slices before the next one does."""
-        space, record = self._weight.space, self._gradient.rows(part)
-        total = torch.empty(record.shape, dtype=record.dtype, device=space.device)
-        number = self._sums
-        if number:
-            space.read(record, total).wait()
-            self.add(number, part.start, total, gradient)
+        if self._sums:
+            total = self.kept(part)
+            self.add(self._sums, part.start, total, gradient)
         else:
-            total.copy_(gradient)
-        space.write(record, total)
+            total = gradient.to(self._sum_dtype).contiguous()
+        self.keep(part, total)
         self._sums += part.stop == len(self._parameter)
 
     def gradient(self, part: slice) -> Tensor:

@@ -166,14 +166,14 @@ class TieredOptimizer(Optimizer):
 
     def _opened(self, parameter: nn.Parameter) -> Iterator[tuple[slice, Tensors]]:
         """Yield slices of this rank's rows, with weight and state to change in place; all rows if not offloaded."""
-        local, state = local_part(parameter.data)[0], self.state[parameter]
+        local = local_of(parameter.data)
+        state = {name: local_of(tensor) for name, tensor in self.state[parameter].items()}
         every = [slice(0, rows_and_columns(local)[0])]
         if self._is_offloaded(parameter):
             slices = _slices(local, _OFFLOADED_ELEMENTS) if self.row_wise else every
-            local_state = {name: local_of(tensor) for name, tensor in state.items()}
-            yield from self._offloaded.opened(parameter, local_state, slices)
+            yield from self._offloaded.opened(parameter, state, slices)
         else:
-            yield every[0], {name: local_of(tensor) for name, tensor in {"weight": parameter.data, **state}.items()}
+            yield every[0], {"weight": local, **state}
 
     @contextmanager
     def summing(
