@@ -7,8 +7,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig
 from transformers.integrations import sdpa_attention
 
@@ -30,6 +28,7 @@ from tests.architectures import tiny_fields
 from tests.forked import fork_ranks, train_ranks
 from tests.models import build
 from tests.runs import assert_same_run, evaluations, flags, write_files
+from tests.test_stream import Masks
 
 LENGTHS = [(1, 1), (30, 64), (64, 2), (9, 17), (1, 40), (12, 1), (3, 9), (20, 30), (5, 5), (8, 13)]
 
@@ -166,19 +165,6 @@ def assert_same_gradients(model, loss_fn, batches, rows):
     size = torch.stack([gradient.norm() for gradient in expected_gradients.values()]).norm()
     for name, gradient in expected_gradients.items():
         assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * size, name
-
-
-class Masks(TorchFunctionMode):
-    """Keep the masks that layers give to attention, so that no two are at the same address."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            self.found.append(kwargs["attn_mask"])
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -174,7 +174,7 @@ def test_a_forward_reads_no_tensor_to_choose_masks_and_has_the_bits_of_one_that_
 
 
 class Masks(TorchFunctionMode):
-    """Keep the masks that layers give to attention."""
+    """Keep the masks that layers give to attention, so that no two are at the same address."""
 
     def __init__(self):
         super().__init__()
