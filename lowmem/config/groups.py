@@ -1,6 +1,7 @@
 """The settings of a run, grouped by the function that takes them. Imports no torch."""
 
 import dataclasses
+import os
 
 from lowmem.config.zero import complete_zero_config
 
@@ -17,10 +18,15 @@ def weights_in(text: str) -> list[float]:
     return list(map(float, text.split(",")))
 
 
+def holds_adapters(folder: str | None) -> bool:
+    """Whether `folder` has adapters that were saved apart from their model, as peft does."""
+    return folder is not None and os.path.isfile(os.path.join(folder, "adapter_config.json"))
+
+
 class Groups:
     """Properties of TrainConfig: groups of keyword arguments for `train` to unpack, and values made from fields."""
 
-    model_source = _group("model_name_or_path", "model_config", "tokenizer_name_or_path")
+    model_source = _group("model_name_or_path", "model_config", "tokenizer_name_or_path", "quantization")
     """Where the model and its tokenizer come from."""
     sharding = _group("sharding_strategy", "shard_size", "cpu_offload", "tp_size")
     """The options of `parallelize`."""
@@ -59,6 +65,19 @@ class Groups:
     @property
     def mixture_weights(self) -> list[float] | None:
         return None if self.train_weights is None else weights_in(self.train_weights)
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether the model is frozen and adapters are trained: new ones, or those of an adapter folder."""
+        return self.lora_rank is not None or holds_adapters(self.model_name_or_path)
+
+    @property
+    def lora(self) -> dict[str, object]:
+        """The options of `add_lora`."""
+        names = {"target_modules": self.lora_target_modules, "modules_to_save": self.lora_modules_to_save}
+        listed = {name: [part for part in text.split(",") if part] for name, text in names.items()}
+        numbers = {"rank": self.lora_rank, "alpha": self.lora_alpha, "dropout": self.lora_dropout}
+        return numbers | listed | self._some("use_dora", "use_rslora")
 
     @property
     def frozen_parts(self) -> list[str]:

@@ -10,6 +10,9 @@ MODEL_SHAPES: dict[str, dict[str, object]] = {
     "t5-base": _T5 | {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "num_heads": 12, "d_ff": 3072, "num_layers": 12},
 }
 
+_LORA = {"lora_rank": 16, "lora_alpha": 32.0, "learning_rate": 2e-4, "warmup_ratio": 0.03}
+_LORA |= {"mixed_precision": "bf16", "recompute": "full"}
+
 # The flags that each preset sets. A run with neither a preset nor a model uses `tiny`.
 PRESETS: dict[str, dict[str, object]] = {
     "tiny": {"model_config": "t5-tiny", "batch_size": 32, "epochs": 4, "learning_rate": 2e-3, "warmup_steps": 50}
@@ -20,5 +23,7 @@ PRESETS: dict[str, dict[str, object]] = {
     | {"warmup_ratio": 0.03, "mixed_precision": "bf16"},
     "use_large_config": {"model_config": "t5-base", "max_seq_len": 512, "batch_size": 2, "learning_rate": 2e-4}
     | {"gradient_accumulation_steps": 16, "warmup_ratio": 0.03, "mixed_precision": "bf16", "recompute": "full"},
+    "use_lora": _LORA,
+    "use_qlora": _LORA | {"quantization": "nf4"},
     "is_finetune": {"freeze": "embeddings,encoder", "learning_rate": 1e-4, "warmup_ratio": 0.03},
 }

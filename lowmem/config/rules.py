@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from lowmem.config.groups import holds_adapters
 from lowmem.config.presets import MODEL_SHAPES
 from lowmem.config.prompt_template import parse_template
 from lowmem.config.sizes import parse_bytes
@@ -22,6 +23,7 @@ _WITH_BETAS = "adamw adamw_bf16 adam nadam radam adamax".split()
 _ELEMENTWISE = "adamw adam nadam radam adamax adadelta rmsprop sgd".split()
 _SHARDED = ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"]
 _TIERS = ["exact", "lean"]
+_OF_ADAPTERS = ["lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_dora", "use_rslora"]
 
 # Each row: flag A, some of its values (None: all but the default), flag B, the values of B that these allow, and why
 NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
@@ -32,6 +34,13 @@ NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
         [0, None],
         "holds out no rows for an evaluation (--validation_file does)",
     ),
+    ("lora_rank", None, "freeze", [""], "freezes the whole model"),
+    ("lora_rank", None, "tp_size", [1], "does not support tensor parallelism"),
+    ("lora_rank", None, "deepspeed", [None], "does not support DeepSpeed"),
+    ("quantization", None, "sharding_strategy", ["NO_SHARD"], "keeps weights that cannot be sharded"),
+    ("quantization", None, "tp_size", [1], "keeps weights that cannot be split"),
+    ("quantization", None, "offload_weights", [None], "keeps weights that cannot be offloaded"),
+    ("quantization", None, "compile", [False], "uses layers that torch.compile cannot compile"),
     ("memory", _TIERS, "mixed_precision", ["bf16"], "keeps weights in bf16"),
     ("memory", _TIERS, "optimizer", TIERED_OPTIMIZERS, "does not support --optimizer={optimizer}"),
     ("optimizer", ["adamw_bf16"], "mixed_precision", ["bf16"], "needs weights in bf16"),
@@ -108,6 +117,16 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
         found = f"{', '.join(causal)} need{'' if causal[1:] else 's'} a causal model"
         advice = "set --model_name_or_path, or set --model_config to a config file"
         problems.append(f"{found}, but --model_config={config.model_config} is a T5: {advice}")
+    if config.lora_rank is None:
+        for name in _OF_ADAPTERS:
+            if (value := getattr(config, name)) != FIELDS[name].default:
+                problems.append(f"--{name}={value} does nothing without --lora_rank: set it, or remove --{name}")
+    elif holds_adapters(config.model_name_or_path):
+        found = f"{config.model_name_or_path} holds adapters, which are trained further in their own rank"
+        problems.append(f"--lora_rank={config.lora_rank} adds adapters, but {found}: remove --lora_rank")
+    elif config.model_name_or_path is None:
+        found = "a model from scratch, which is not saved with them"
+        problems.append(f"--lora_rank={config.lora_rank} would add adapters to {found}: set --model_name_or_path")
     if "is_finetune" in presets and not config.model_name_or_path:
         problems.append("--is_finetune freezes pretrained parts: set --model_name_or_path too")
     if config.on_bad_row == "error" and config.max_bad_rows != FIELDS["max_bad_rows"].default:

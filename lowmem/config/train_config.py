@@ -56,6 +56,24 @@ class TrainConfig(Groups):
     freeze: str = setting("", holds="names", may_be_empty=True, on_resume="fixed")
     """Parts to freeze, comma-separated: embeddings (and a tied output head), encoder."""
 
+    # --- adapters
+    lora_rank: int | None = setting(at_least=1, below=2**16, on_resume="fixed")
+    """Freeze the model and train LoRA adapters of this rank. Needs `pip install 'lowmem[lora]'`."""
+    lora_alpha: float | None = setting(above=0, on_resume="fixed")
+    """Scale what adapters add by this over lora_rank. Default: twice the rank."""
+    lora_dropout: float = setting(0.0, at_least=0, below=1, on_resume="fixed")
+    """Dropout of what adapters read."""
+    lora_target_modules: str = setting("all-linear", holds="names", on_resume="fixed")
+    """Layers to adapt, comma-separated, such as q_proj,v_proj. all-linear: all but the output head."""
+    lora_modules_to_save: str = setting("", holds="names", may_be_empty=True, on_resume="fixed")
+    """Layers to train whole and save with the adapters, comma-separated, such as embed_tokens."""
+    use_dora: bool = setting(False, on_resume="fixed")
+    """DoRA: also train the norm of each adapted weight's rows."""
+    use_rslora: bool = setting(False, on_resume="fixed")
+    """Scale what adapters add by lora_alpha over the square root of lora_rank."""
+    quantization: str | None = setting(choices=["nf4", "int8"], **_FIXED_IN_EVALUATE)
+    """Load the frozen model in 4 bits (nf4) or 8 bits (int8). Needs adapters, and bitsandbytes."""
+
     # --- data
     train_file: str | None = setting(holds="files", per_rank=True)
     """Training rows: paths, globs or URLs, comma-separated. Formats: Parquet, Arrow, JSONL, text, or a folder saved by
