@@ -19,6 +19,7 @@ _NAMES = {
     "data.eval_batches": ["open_eval"],
     "model.load": ["load_model"],
     "model.build": ["freeze"],
+    "adapters.lora": ["add_lora"],
     "loss": ["plain_loss", "chunked_loss"],
     "model.checks": ["check_model", "check_packing"],
     "optim.make": ["make_optimizer"],

@@ -41,12 +41,12 @@ class Job:
 
 @SetParseFn(str)  # keep every value as text, for `resolve` to convert
 def _train(**flags: str) -> Job:
-    return Job("train", {"config": _resolve(flags), "fixed": named_fields(flags)})
+    return Job("train", {"config": _resolve_training(flags), "fixed": named_fields(flags)})
 
 
 @SetParseFn(str)
 def _plan(**flags: str) -> Job:
-    config = _resolve(flags)
+    config = _resolve_training(flags)
     if config.deepspeed:
         raise UsageError("`plan` cannot predict DeepSpeed, which manages memory itself: remove --deepspeed")
     return Job("plan", {"config": config, "fixed": named_fields(flags)})
@@ -65,7 +65,7 @@ def _evaluate(**flags: str) -> Job:
     saved = read_json(trained_with, advice=advice) if os.path.exists(trained_with) else {}
     if not isinstance(saved, dict):
         raise UsageError(f"{trained_with} is not an object: {advice}")
-    given = {name: saved[name] for name in (*TrainConfig().encoding, "loss") if name in saved}
+    given = {name: saved[name] for name in (*TrainConfig().encoding, "loss", "quantization") if name in saved}
     if saved.get("mixed_precision") == flags.get("mixed_precision", saved.get("mixed_precision")) == "bf16":
         given |= {"mixed_precision": "bf16", "memory": saved.get("memory", "off")}
     config = _resolve(flags, typed_fields(given, trained_with))
@@ -186,6 +186,14 @@ def _parse(arguments: Sequence[str]) -> Job:
     if not isinstance(job, Job):
         raise UsageError(f"unexpected arguments: {' '.join(arguments)}; flags are --name=value")
     return job
+
+
+def _resolve_training(flags: Mapping[str, str]) -> TrainConfig:
+    config = _resolve(flags)
+    if config.quantization and not config.trains_adapters:
+        what = f"--quantization={config.quantization} freezes the model, so that nothing is trained"
+        raise UsageError(f"{what}: set --lora_rank=16 too, or --model_name_or_path to a folder of adapters")
+    return config
 
 
 def _resolve(flags: Mapping[str, str], given: Mapping[str, object] | None = None) -> TrainConfig:

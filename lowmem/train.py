@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from lowmem.adapters.lora import add_lora
 from lowmem.checkpoint.load import load_checkpoint
 from lowmem.checkpoint.resume import (
     check_same_run,
@@ -87,11 +88,17 @@ def train(
     torch.manual_seed(config.seed)
     # only rank 0 initializes new weights; saved weights stay in their files until make_optimizer reads each rank's part
     is_filled_later = config.model_name_or_path is not None or not accelerator.is_main_process
-    on_meta = is_filled_later and not config.deepspeed
-    model, tokenizer = load_model(**config.model_source, on_meta=on_meta, scratch_folder=config.scratch_folder)
+    # DeepSpeed, norms of DoRA and quantization need the weights themselves
+    on_meta = is_filled_later and not (config.deepspeed or config.use_dora or config.quantization)
+    dtype = torch.bfloat16 if config.has_bf16_base else torch.float32
+    model, tokenizer = load_model(
+        **config.model_source, dtype=dtype, on_meta=on_meta, scratch_folder=config.scratch_folder
+    )
     tokenizer_hash = tokenizer_digest(tokenizer)  # now: using a translation tokenizer changes its state
     if checkpoint:
         changes += check_same_tokenizer(checkpoint, tokenizer, accept=config.accept_changed_data)
+    if config.lora_rank:
+        add_lora(model, **config.lora)
     freeze(model, parts=config.frozen_parts)
     check_same_model(model, tokenizer, weights=config.model_name_or_path is not None)
     model = parallelize(model, accelerator, **config.sharding, fill=False)

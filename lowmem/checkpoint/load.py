@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from lowmem.adapters.lora import base_digest
 from lowmem.checkpoint.manifest import check_contents, check_hashes, check_sizes, checkpoints, verify_checkpoint
 from lowmem.checkpoint.saved import read_manifest, saved_settings
 from lowmem.checkpoint.tensors import model_tensors, named_parameters
@@ -13,11 +14,13 @@ from lowmem.distributed.collectives import raise_on_all_ranks, rank_and_world_si
 from lowmem.distributed.dtensor import is_in_columns
 from lowmem.distributed.fill import read_local
 from lowmem.distributed.heartbeat import phase
+from lowmem.distributed.placement import unwrapped
 from lowmem.errors import UsageError, one_line
 from lowmem.optim.adamw import DEFINITION
 from lowmem.optim.state import fill_state, needs_rounding, round_state, state_differences
 from lowmem.optim.tiers import TieredOptimizer
 from lowmem.step import TrainState
+from lowmem.storage.shard_files import model_stem
 from lowmem.storage.tensor_files import open_shards, tensor_differences
 
 _MOST_DIFFERENCES = 10
@@ -68,7 +71,8 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
     with raise_on_all_ranks():
         saved, _ = saved_settings(path)
         files = read_manifest(path)["files"]
-        weights, optimizer_state = open_shards(path, "model/model", files), open_shards(path, "optimizer", files)
+        weights, optimizer_state = (open_shards(path, stem, files) for stem in (model_stem(files), "optimizer"))
+        _check_base(path, saved.get("base"), base_digest(unwrapped(state.model)))
         tensors, parameters = model_tensors(state.model), named_parameters(state.model, state.optimizer)
         rounds = needs_rounding(path, saved["optimizer"], saved.get("memory"), state.optimizer)
         if rounds and any(map(is_in_columns, tensors.values())):
@@ -103,3 +107,13 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
             fill_state(state.optimizer, parameters, optimizer_state)
     state.step, state.best, state.seed = saved["step"], saved["best"], saved["seed"]
     state.updates = saved.get("updates", saved["step"])  # checkpoints of early versions have no such number
+
+
+def _check_base(path: Path, then: str | None, now: str | None) -> None:
+    """Raise UsageError unless the checkpoint has the same adapted model, or none: (hash of the weights) then and now."""
+    if then == now:
+        return
+    if None in (then, now):
+        saved, present = ("the weights", "adapters") if then is None else ("adapters", "none")
+        raise UsageError(f"{path} has {saved} of a model, but this model has {present}: train it as it was saved")
+    raise UsageError(f"{path} has adapters of a model with other weights: set --model_name_or_path to that model")

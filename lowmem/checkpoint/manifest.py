@@ -8,7 +8,7 @@ from lowmem.checkpoint.saved import FORMAT, hash_of, read_manifest, saved_settin
 from lowmem.errors import UsageError
 from lowmem.storage.atomic_folder import STEP_FOLDER
 from lowmem.storage.files import FileRecord, record_file, to_json, write_file
-from lowmem.storage.shard_files import open_shard, shard_files
+from lowmem.storage.shard_files import model_stem, open_shard, shard_files
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -61,7 +61,7 @@ def check_hashes(path: Path, records: Mapping[str, FileRecord]) -> None:
 def check_contents(path: Path, names: Collection[str]) -> None:
     """Raise UsageError naming the first JSON field that is invalid, or the first tensor file with a damaged header."""
     saved_settings(path)
-    for stem in ("model/model", "optimizer"):
+    for stem in (model_stem(names), "optimizer"):
         for file in shard_files(path, stem, names):
             with open_shard(file, "np"):
                 pass

@@ -12,7 +12,8 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lowmem.distributed.placement import original_class, unwrapped
+from lowmem.adapters.lora import write_adapter_config
+from lowmem.distributed.placement import is_adapted, original_class, unwrapped
 from lowmem.errors import UsageError
 from lowmem.model.build import rebuilt_on_meta
 from lowmem.storage.files import FileRecord, record_file, sync, to_json, write_file
@@ -30,11 +31,11 @@ _EXPECTED: WeakKeyDictionary[PreTrainedModel, Set[str] | None] = WeakKeyDictiona
 def check_loadable(model: nn.Module) -> None:
     """Raise UsageError if `from_pretrained` would not load exactly this model's weights, because names differ.
 
-    Adapters (PEFT, loralib) and wrappers rename or add weights. Builds the model's class on the meta device to get its
+    Adapters (but those of `add_lora`, which are saved apart) and wrappers rename or add weights. Builds the model's class on the meta device to get its
     names.
     """
     base = unwrapped(model)
-    if not isinstance(getattr(base, "config", None), PretrainedConfig):
+    if not isinstance(getattr(base, "config", None), PretrainedConfig) or is_adapted(base):
         return
     inner = next((module for module in base.modules() if isinstance(module, PreTrainedModel)), None)
     if inner is None:
@@ -50,13 +51,15 @@ def check_loadable(model: nn.Module) -> None:
         does, names = ("initialize {} randomly", missing) if missing else ("ignore {}", unknown)
         does = does.format(f"{len(names)} weights ({names[0]}, ...)")
         found = f"from_pretrained would {does}, because {original_class(inner).__name__} names its weights otherwise"
-        raise UsageError(f"{found}: merge adapters first (merge_and_unload), and save the model without a wrapper")
+        raise UsageError(f"{found}: add adapters with add_lora, and save the model without a wrapper")
 
 
 def write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config) -> dict[Path, FileRecord]:
     """Write all files of a model except its weights, which are already in `folder`."""
     base, tensors = unwrapped(model), set(folder.iterdir())
-    if hasattr(base, "config"):
+    if is_adapted(base):
+        write_adapter_config(folder, base)
+    elif hasattr(base, "config"):
         model_config = copy.deepcopy(base.config)
         model_config.architectures = [original_class(base).__name__]
         model_config.dtype = base.dtype
@@ -74,7 +77,7 @@ def write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config)
     for path in sorted(set(filter(Path.is_file, folder.rglob("*"))) - tensors):  # the files that transformers wrote
         sync(path)
         records[path] = record_file(path)
-    if getattr(base, "generation_config", None) is not None:
+    if getattr(base, "generation_config", None) is not None and not is_adapted(base):
         # written without GenerationConfig.save_pretrained, which raises for settings that some pretrained models have
         path = folder / "generation_config.json"
         records[path] = write_file(path, [base.generation_config.to_json_string().encode()])

@@ -1,10 +1,10 @@
 """Save checkpoints: safetensors and JSON in a folder that is complete or absent.
 
 step-00000500/
-  model/            in transformers' format: `from_pretrained` loads it
+  model/            in transformers' format: `from_pretrained` loads it; of an adapted model, the adapters in peft's
   optimizer.safetensors (or shards of it): "<parameter>.<state>" for every tensor of the optimizer's state
   state.json        step, updates, best, seed, state of the data stream; the optimizer's class, tier and parameter
-                    names; a hash of the tokenizer
+                    names; hashes of the tokenizer and of an adapted model's weights
   manifest.json     size and xxh3_128 of every other file; written last
 
 Ranks write tensor files in parallel; rank 0 then writes the other files. One rank saves a sharded tensor whole.
@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lowmem.adapters.lora import base_digest
 from lowmem.checkpoint.manifest import checkpoints, is_damaged, step_of, write_manifest
 from lowmem.checkpoint.model_files import Config, check_loadable, write_model_files
 from lowmem.checkpoint.parallel_write import write_together
@@ -25,6 +26,7 @@ from lowmem.config.sizes import parse_bytes
 from lowmem.distributed.collectives import on_main_rank, rank_and_world_size
 from lowmem.distributed.dtensor import pieces
 from lowmem.distributed.heartbeat import phase
+from lowmem.distributed.placement import is_adapted, unwrapped
 from lowmem.errors import SaveError, UsageError
 from lowmem.optim.adamw import DEFINITION
 from lowmem.optim.state import optimizer_bytes, optimizer_tensors
@@ -32,7 +34,7 @@ from lowmem.optim.tiers import TieredOptimizer
 from lowmem.step import TrainState
 from lowmem.storage.atomic_folder import clear_leftovers, remove
 from lowmem.storage.files import FileRecord, free_bytes, to_json, write_file
-from lowmem.storage.tensor_files import check_dtype, split_shards
+from lowmem.storage.tensor_files import Shard, check_dtype, split_shards
 
 
 @phase("saving a checkpoint")
@@ -63,14 +65,14 @@ def save_checkpoint(
     max_bytes, (_, world_size) = parse_bytes(max_shard_size), rank_and_world_size()
     share = -(-(num_bytes(weights) + num_bytes(optimizer_state)) // world_size)  # a limit for optimizer files
     groups = {
-        "model/model": split_shards(weights, "model/model", max_bytes),
+        **_model_files(state.model, weights, max_bytes, folder="model/"),
         "optimizer": split_shards(optimizer_state, "optimizer", min(max_bytes, share)),
     }
 
     def write_rest(unfinished: Path, records: dict[str, FileRecord]) -> None:
         stream = state.stream and state.stream.state_dict()
         training = {"step": state.step, "updates": state.updates, "best": state.best, "seed": state.seed}
-        training |= {"stream": stream, "tokenizer": tokenizer_hash}
+        training |= {"stream": stream, "tokenizer": tokenizer_hash, "base": base_digest(unwrapped(state.model))}
         kind, memory = type(state.optimizer).__name__, getattr(state.optimizer, "memory", "off")
         training |= {"optimizer": kind, "memory": memory, "parameters": [*parameters]}
         if isinstance(state.optimizer, TieredOptimizer):
@@ -110,7 +112,7 @@ def save_model(
     """
     check_loadable(model)
     path = Path(folder).resolve()  # if `folder` is a link, replace its target
-    groups = {"model": split_shards(model_tensors(model), "model", parse_bytes(max_shard_size))}
+    groups = _model_files(model, model_tensors(model), parse_bytes(max_shard_size))
 
     def write_rest(unfinished: Path, records: dict[str, FileRecord]) -> None:
         write_model_files(unfinished, model, tokenizer, config)
@@ -149,6 +151,15 @@ def check_space(
             raise UsageError(f"{what}, but only {free:,} are free: free disk space or lower save_total_limit")
 
     on_main_rank(check)
+
+
+def _model_files(
+    model: nn.Module, tensors: Mapping[str, Tensor], max_shard_bytes: int, folder: str = ""
+) -> dict[str, list[Shard]]:
+    """Divide a model's tensors into files: {stem: shards}. Adapters have one file, because peft reads no index."""
+    if is_adapted(model):
+        return {f"{folder}adapter_model": split_shards(tensors, f"{folder}adapter_model", num_bytes(tensors))}
+    return {f"{folder}model": split_shards(tensors, f"{folder}model", max_shard_bytes)}
 
 
 def _prune(folder: Path, keep: int, step: int, best: Mapping[str, float] | None) -> None:

@@ -13,7 +13,7 @@ import xxhash
 from lowmem.config.train_config import choices
 from lowmem.errors import UsageError
 from lowmem.storage.files import read_json
-from lowmem.storage.shard_files import has_shards
+from lowmem.storage.shard_files import has_shards, model_stem
 
 FORMAT = 1
 _ADVICE = "use another checkpoint"
@@ -57,6 +57,7 @@ _RECORD = {"bytes": _COUNT, "xxh3_128": _HASH}
 _STATE = {"step": _COUNT, "updates": _COUNT.if_set(), "best": _OBJECT.or_null(), "seed": _SEED}
 _STATE |= {"stream": _OBJECT.or_null(), "tokenizer": _TEXT.or_null().if_set(), "optimizer": _TEXT}
 _STATE |= {"memory": _TIER.if_set(), "definition": _COUNT.if_set(), "parameters": _NAMES.if_set()}
+_STATE |= {"base": _TEXT.or_null().if_set()}
 _BEST = {"step": _COUNT, "eval_loss": _NUMBER}
 _STREAM = {"position": _COUNT, "num_rows": _POSITIVE, "row_groups": _TEXT.if_set()}
 _STREAM |= {"seed": _SEED, "global_batch_size": _POSITIVE, "shuffle": _SWITCH.if_set(), "files": _NAMES.if_set()}
@@ -85,7 +86,7 @@ def read_manifest(path: str | Path) -> dict:
             raise UsageError(f"{file}: files has {shortened(name)}, which is not a file of the checkpoint: {_ADVICE}")
         _check(record, _RECORD, file, f"files.{name}")
     missing = [] if "state.json" in files else ["state.json"]
-    missing += [f"{stem}.safetensors" for stem in ("model/model", "optimizer") if not has_shards(stem, files)]
+    missing += [f"{stem}.safetensors" for stem in (model_stem(files), "optimizer") if not has_shards(stem, files)]
     if missing:
         raise UsageError(f"{file}: files does not list {', '.join(missing)}: {_ADVICE}")
     return manifest

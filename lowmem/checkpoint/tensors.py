@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowmem.adapters.lora import adapter_tensors
 from lowmem.distributed.dtensor import ShardedRecord, sharded_like
 from lowmem.distributed.offloaded import offloaded_of
-from lowmem.distributed.placement import is_engine, unwrapped
+from lowmem.distributed.placement import is_adapted, is_engine, unwrapped
 from lowmem.distributed.zero import Zero3Weight
 from lowmem.errors import UsageError
 from lowmem.storage.records import Record
@@ -15,7 +16,9 @@ from lowmem.storage.tensor_files import bytes_of
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor | Record | ShardedRecord | Zero3Weight]:
-    """Return parameters and persistent buffers by name (if tied: the first). Wraps ZeRO-3 weights in Zero3Weight.
+    """Return parameters and persistent buffers by name (if tied: the first); of an adapted model, what is trained.
+
+    Wraps ZeRO-3 weights in Zero3Weight.
 
     Returns the records of offloaded weights. Until the next forward, the model has no copies of these.
     """
@@ -28,8 +31,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor | Record | ShardedRecord
 
 
 def _named_once(model: nn.Module) -> dict[str, Tensor]:
-    seen: set[int] = set()
-    tensors = unwrapped(model).state_dict(keep_vars=True).items()
+    base, seen = unwrapped(model), set()
+    tensors = (adapter_tensors(base) if is_adapted(base) else base.state_dict(keep_vars=True)).items()
     return {name: x for name, x in tensors if id(x) not in seen and not seen.add(id(x))}
 
 

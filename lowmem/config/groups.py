@@ -18,7 +18,7 @@ def weights_in(text: str) -> list[float]:
     return list(map(float, text.split(",")))
 
 
-def holds_adapters(folder: str | None) -> bool:
+def holds_adapters(folder: str | os.PathLike | None) -> bool:
     """Whether `folder` has adapters that were saved apart from their model, as peft does."""
     return folder is not None and os.path.isfile(os.path.join(folder, "adapter_config.json"))
 
@@ -26,7 +26,7 @@ def holds_adapters(folder: str | None) -> bool:
 class Groups:
     """Properties of TrainConfig: groups of keyword arguments for `train` to unpack, and values made from fields."""
 
-    model_source = _group("model_name_or_path", "model_config", "tokenizer_name_or_path", "quantization")
+    model_source = _group("model_name_or_path", "model_config", "tokenizer_name_or_path")
     """Where the model and its tokenizer come from."""
     sharding = _group("sharding_strategy", "shard_size", "cpu_offload", "tp_size")
     """The options of `parallelize`."""
@@ -70,6 +70,11 @@ class Groups:
     def trains_adapters(self) -> bool:
         """Whether the model is frozen and adapters are trained: new ones, or those of an adapter folder."""
         return self.lora_rank is not None or holds_adapters(self.model_name_or_path)
+
+    @property
+    def has_bf16_base(self) -> bool:
+        """Whether the frozen model under adapters is in bf16 from the start."""
+        return self.trains_adapters and self.mixed_precision == "bf16"
 
     @property
     def lora(self) -> dict[str, object]:

@@ -18,6 +18,7 @@ from lowmem.distributed.collectives import gather_json, on_main_rank, rank_and_w
 from lowmem.distributed.fill import stored_weights
 from lowmem.errors import UsageError
 from lowmem.storage.files import make_folders, write_file
+from lowmem.storage.tensor_files import StoredTensor, open_shards
 
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")  # their versions affect results or tokens
 _SAMPLES = 16
@@ -117,11 +118,24 @@ def model_digest(model: nn.Module, *, weights: bool) -> str:
                 digest.update(data[start : start + _SAMPLE_BYTES])
     if weights and any(parameter.is_meta for parameter in model.parameters()):
         for stored in stored_weights(model, Path(model.name_or_path)).values():
-            row_bytes = stored.read(slice(0, 1)).nbytes if stored.shape else 0
-            for start in _samples(stored.shape[0] * row_bytes) if row_bytes else ():
-                rows = slice(start // row_bytes, -(-(start + _SAMPLE_BYTES) // row_bytes))
-                digest.update(_bytes(stored.read(rows)))
+            _add_samples(digest, stored)
     return digest.hexdigest()
+
+
+def files_digest(folder: Path) -> str:
+    """Hash names, shapes, dtypes and 16 samples of 4 KiB of each tensor in a model's files, in any number of files."""
+    digest = xxhash.xxh3_64()
+    for name, stored in sorted(open_shards(folder, "model").items()):
+        digest.update(f"{name} {stored.shape} {stored.dtype}\n".encode())
+        _add_samples(digest, stored)
+    return digest.hexdigest()
+
+
+def _add_samples(digest: xxhash.xxh3_64, stored: StoredTensor) -> None:
+    row_bytes = stored.read(slice(0, 1)).nbytes if stored.shape else 0
+    for start in _samples(stored.shape[0] * row_bytes) if row_bytes else ():
+        rows = slice(start // row_bytes, -(-(start + _SAMPLE_BYTES) // row_bytes))
+        digest.update(_bytes(stored.read(rows)))
 
 
 def _samples(num_bytes: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Fill a model with weights, one parameter at a time: each rank reads its part from files, or rank 0 broadcasts it."""
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -20,11 +21,13 @@ from lowmem.distributed.collectives import (
 )
 from lowmem.distributed.dtensor import ShardedRecord, local_part, set_local_
 from lowmem.distributed.fully_sharded import notice_new_parameters
-from lowmem.distributed.placement import is_sharded
+from lowmem.distributed.placement import is_adapted, is_sharded
 from lowmem.errors import UsageError
 from lowmem.storage.records import Record
 from lowmem.storage.tensor_files import PART_BYTES, StoredTensor, open_shards
 
+# what peft puts into the names of an adapted model's weights, and of layers that are trained whole
+_OF_PEFT = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)(?=\.)")
 _PART_ROWS = 2**10  # rows read at a time to compare two stored tensors
 
 
@@ -34,16 +37,18 @@ class Unfilled:
     def __init__(self, model: nn.Module, *, will_shard: bool):
         """Take a model before it is sharded. With `will_shard`, move its parameters to meta (rank 0 keeps the values).
 
-        If rank 0's model is on meta and has no records (`fill_from`), all ranks read the files in `model.name_or_path`.
+        All ranks read the parameters that rank 0 has on meta without a record (`fill_from`) from the files in
+        `model.name_or_path`.
         """
         parameters = dict(model.named_parameters())
         self._whole: dict[str, Tensor | Record] = dict(_records.pop(model, {}))  # of rank 0, if not in the model
-        has_data = not any(x.is_meta for name, x in parameters.items() if name not in self._whole)
-        self._is_broadcast = gather_json(has_data)[0]
-        if will_shard and has_data:
+        have_data = {name: x for name, x in parameters.items() if not x.is_meta}
+        self._are_broadcast = {*gather_json([*have_data, *self._whole])[0]}
+        self._is_broadcast = self._are_broadcast == parameters.keys()
+        if will_shard:
             if rank_and_world_size()[0] == 0:
-                self._whole = {name: parameter.data for name, parameter in parameters.items()} | self._whole
-            for parameter in parameters.values():
+                self._whole = {name: parameter.data for name, parameter in have_data.items()} | self._whole
+            for parameter in have_data.values():
                 set_local_(parameter, torch.empty_like(parameter, device="meta"))
 
     def place(self, model: nn.Module, device: torch.device, *, on_host: bool) -> None:
@@ -55,7 +60,7 @@ class Unfilled:
         self._device = torch.device("cpu") if on_host else device
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         with raise_on_all_ranks():
-            self._stored = {} if self._is_broadcast else _open_files(model)
+            self._stored = {} if self._is_broadcast else _open_files(model, but=self._are_broadcast)
             for name, buffer in model.named_buffers():
                 if not buffer.is_meta:
                     buffer.data = buffer.to(device)
@@ -125,11 +130,12 @@ def fill_weights(model: nn.Module) -> None:
         notice_new_parameters(model)
 
 
-def _open_files(model: nn.Module) -> dict[str, StoredTensor]:
+def _open_files(model: nn.Module, *, but: Collection[str]) -> dict[str, StoredTensor]:
     if not model.name_or_path:
         raise UsageError("the model has neither data nor files: build it with data (on_meta=False) on rank 0")
     try:
-        return stored_weights(model, Path(model.name_or_path))
+        stored = stored_weights(model, Path(model.name_or_path))
+        return {name: tensor for name, tensor in stored.items() if name not in but}
     except ValueError as error:
         raise UsageError(f"{error}: set on_meta=False") from error
 
@@ -148,16 +154,18 @@ def read_local(tensor: Tensor | Record | ShardedRecord, stored: StoredTensor) ->
 def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor]:
     """Return each parameter and persistent buffer as stored in `folder`, by name (tied weights: by their first name).
 
-    Raises ValueError if the files lack one, or have it in another shape, or if tied weights differ in them, because
+    Adapters are in no file of their model, and left out. Raises ValueError if the files lack one, or have it in another shape, or if tied weights differ in them, because
     transformers would then untie them.
     """
     files = open_shards(folder, "model")
     aliases: dict[Tensor, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        aliases.setdefault(tensor, []).append(name)
+        if not (is_adapted(model) and ".lora_" in name):
+            aliases.setdefault(tensor, []).append(name)
     found = {}
     for tensor, names in aliases.items():
-        stored = [files[name] for name in names if name in files]
+        in_files = [_OF_PEFT.sub("", name) for name in names] if is_adapted(model) else names
+        stored = [files[name] for name in in_files if name in files]
         what = f"{folder} cannot fill {names[0]}"
         if not stored:
             raise ValueError(f"{what}, which is not in its files")

@@ -28,6 +28,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if is_wrapped else model
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Whether peft has put adapters into the model's layers (`add_lora`), so that only these are trained and saved."""
+    return "peft_config" in vars(unwrapped(model))
+
+
 def is_large(parameter: Tensor) -> bool:
     """Whether a parameter is a matrix of more than 4,096 elements. Smaller ones take few bytes."""
     return parameter.dim() > 1 and parameter.numel() > _SMALL

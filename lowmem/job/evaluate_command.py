@@ -24,14 +24,15 @@ from lowmem.report import print_answers, print_lines
 def evaluate_model(config: TrainConfig, test_rows: Rows) -> None:
     accelerator = init_distributed(mixed_precision=config.autocast)
     check_same_inputs({}, {"test": test_rows})
-    dtype = torch.bfloat16 if config.has_bf16_weights else torch.float32
+    dtype = torch.bfloat16 if config.has_bf16_weights or config.has_bf16_base else torch.float32
     is_offloaded = config.offload_weights is not None
     model, tokenizer = load_model(**config.model_source, dtype=dtype, on_meta=is_offloaded)
     check_same_model(model, tokenizer, weights=True)
     model = parallelize(model, accelerator, fill=not is_offloaded)
     if is_offloaded:
         offload_weights(model, config.offload_weights, accelerator.device)
-        convert_frozen(model.requires_grad_(False))
+    if config.has_bf16_weights:
+        convert_frozen(model.requires_grad_(False))  # adapters are loaded in fp32
     max_seq_len = check_model(model, LOSSES[config.loss], **config.model_requirements)
     config = dataclasses.replace(config, max_seq_len=max_seq_len)
     shape = {"is_encoder_decoder": model.config.is_encoder_decoder, "num_embeddings": num_embeddings(model)}

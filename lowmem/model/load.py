@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lowmem.adapters.lora import load_adapters, source_of
+from lowmem.config.groups import holds_adapters
 from lowmem.config.presets import MODEL_SHAPES
 from lowmem.data.encode import end_tokens
 from lowmem.distributed.collectives import rank_and_world_size
@@ -44,12 +46,17 @@ def load_model(
     `model_config` is a transformers config, a mapping of its fields, a path of a config.json or a name in MODEL_SHAPES.
     Weights have `dtype`. With `on_meta`, they stay on the meta device until `parallelize` shards them; if the files
     cannot be read tensor by tensor, a line is printed and all weights are loaded. With `scratch_folder`, random weights
-    are drawn into a file there, and those of large parameters stay in it until `parallelize`. Without a tokenizer, text
-    becomes bytes. Raises UsageError if something cannot be loaded, if weights are missing or do not fit
+    are drawn into a file there, and those of large parameters stay in it until `parallelize`. A folder of adapters (of
+    `save_model`, or peft's) is loaded over the model that it names, which is frozen. Without a tokenizer, text becomes
+    bytes. Raises UsageError if something cannot be loaded, if weights are missing or do not fit
     the config, or if a config file without a tokenizer has a vocabulary much larger than that of bytes.
     """
     if (model_name_or_path is None) == (model_config is None):
         raise UsageError("load_model needs exactly one of model_name_or_path and model_config: set one of them")
+    adapters = Path(model_name_or_path) if holds_adapters(model_name_or_path) else None
+    if adapters:
+        tokenizer_name_or_path = tokenizer_name_or_path or (adapters if _has_tokenizer(adapters) else None)
+        model_name_or_path = source_of(adapters)
     # first, because errors in config.json also keep transformers from loading the tokenizer
     pretrained = None if model_name_or_path is None else _pretrained_config(str(model_name_or_path))
     tokenizer = _load_tokenizer(tokenizer_name_or_path or model_name_or_path)
@@ -58,6 +65,8 @@ def load_model(
         model = pretrained_on_meta(pretrained, dtype) if on_meta else None
         model = model or from_pretrained(pretrained, dtype)
         _read_generation_config(model)
+        if adapters:
+            load_adapters(model, adapters)
     else:
         config = config_from(model_config)
         is_named = isinstance(model_config, str | Path)
@@ -77,8 +86,6 @@ def config_of(model: str) -> PretrainedConfig:
 
 
 def _pretrained_config(name: str) -> PretrainedConfig:
-    if (Path(name) / "adapter_config.json").is_file():
-        raise UsageError(f"{name} holds an adapter (adapter_config.json): merge it into its model (merge_and_unload)")
     _check_exists(name, "config.json")
     with loading(name):
         check_counts(PretrainedConfig.get_config_dict(name)[0], name)
@@ -139,6 +146,10 @@ def _load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
     if not makes_tokens:
         raise UsageError(f"the tokenizer of {name} produces no tokens, so files are missing: use another tokenizer")
     return tokenizer
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file()
 
 
 def _is_byte_tokenizer(folder: Path) -> bool:

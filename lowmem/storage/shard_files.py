@@ -16,6 +16,11 @@ def index_name(stem: str) -> str:
     return f"{stem}.safetensors.index.json"
 
 
+def model_stem(files: Collection[str]) -> str:
+    """Return the stem of a checkpoint's weights. If its model/ is an adapter folder, they are those of the adapters."""
+    return "model/adapter_model" if "model/adapter_config.json" in files else "model/model"
+
+
 def has_shards(stem: str, files: Collection[str]) -> bool:
     """Whether `files` lists the one file of `stem`, or the index of its shards."""
     return f"{stem}.safetensors" in files or index_name(stem) in files

@@ -1,0 +1,180 @@
+"""Add LoRA adapters to a model, load and describe them. peft, which builds them, is imported on first use."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from weakref import WeakKeyDictionary
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from lowmem.distributed.consistency import files_digest, model_digest
+from lowmem.distributed.dtensor import set_local_
+from lowmem.distributed.placement import is_adapted
+from lowmem.errors import UsageError
+from lowmem.storage.tensor_files import open_shards, tensor_differences
+
+_NAME = "default"  # peft's name for an adapter, of which a model has one here
+_PREFIX = "base_model.model."  # of tensors in peft's files
+_EMBEDDINGS = {"embed_tokens", "lm_head", "shared", "wte"}  # layers whose weights may be tied
+_UNSUPPORTED = ("bias", "trainable_token_indices", "target_parameters")  # settings that train other weights of the model
+
+_bases: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def add_lora(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    modules_to_save: Sequence[str] = (),
+    use_dora: bool = False,
+    use_rslora: bool = False,
+) -> PreTrainedModel:
+    """Freeze the model and add LoRA adapters, in place, before `parallelize`. Returns the model.
+
+    A layer with the weight W (out, in) then computes (W + alpha / rank * B A) x, with A (rank, in) drawn by torch's
+    generator and B (out, rank) zero, both fp32. With `use_rslora`, the factor is alpha / sqrt(rank); `use_dora` also
+    trains the norm of each row. `alpha=None` is twice the rank. `target_modules` has the ends of layers' names;
+    "all-linear" adapts every linear layer but the output head. `modules_to_save` are trained whole, in fp32.
+    Raises UsageError if the model has no such layers, or already has adapters.
+    """
+    peft = _peft()
+    if use_dora and any(parameter.is_meta for parameter in model.parameters()):
+        raise UsageError("use_dora needs the norms of the model's weights, which are on meta: set on_meta=False")
+    targets = [target_modules] if isinstance(target_modules, str) else [*target_modules]
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        modules_to_save=[*modules_to_save] or None,
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+        base_model_name_or_path=_source(model),
+        ensure_weight_tying=_are_tied(model) and not _EMBEDDINGS.isdisjoint([*targets, *modules_to_save]),
+    )
+    _inject(model, config)
+    for layer in model.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            layer.reset_lora_parameters(_NAME, True)  # now that they have data: peft has drawn those of meta in vain
+    return model
+
+
+def load_adapters(model: PreTrainedModel, folder: Path) -> None:
+    """Freeze the model and add the adapters that `save_model`, or peft, has saved in `folder`, in fp32.
+
+    Raises UsageError if they are not LoRA adapters of this model, or in no safetensors file.
+    """
+    config = _read_config(folder)
+    config.inference_mode = False
+    _inject(model, config)
+    try:
+        stored = open_shards(folder, "adapter_model")
+    except FileNotFoundError as error:
+        found = f"no adapter_model.safetensors, and .bin files are pickles, which are never opened ({error})"
+        raise UsageError(f"{folder} has {found}: save the adapters as safetensors") from error
+    tensors = adapter_tensors(model)
+    if differences := tensor_differences(stored, tensors, any_dtype=True):
+        raise UsageError(f"{folder} does not fit the model {_source(model)}: {'; '.join(differences[:3])}, ...")
+    for name, tensor in tensors.items():
+        set_local_(tensor, stored[name].read().to(torch.float32, copy=True))
+
+
+def source_of(folder: Path) -> str:
+    """Return the folder or hub name of the model that the adapters in `folder` belong to."""
+    source = _read_config(folder).base_model_name_or_path
+    if not source:
+        raise UsageError(f"{folder / 'adapter_config.json'} has no base_model_name_or_path: add the model's folder")
+    return source
+
+
+def adapter_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the trained tensors of an adapted model, by the names that they have in peft's files."""
+    options = {"adapter_name": _NAME, "save_embedding_layers": False}
+    found = _peft().get_peft_model_state_dict(model, state_dict=model.state_dict(keep_vars=True), **options)
+    return {_PREFIX + name: tensor for name, tensor in found.items()}
+
+
+def base_digest(model: PreTrainedModel) -> str | None:
+    """Return a hash of the weights to which adapters were added; None if the model has none."""
+    return _bases.get(model)
+
+
+def write_adapter_config(folder: Path, model: PreTrainedModel) -> None:
+    """Write adapter_config.json, with which peft loads the adapters in `folder`."""
+    config = copy.copy(model.peft_config[_NAME])
+    config.inference_mode = True  # as peft saves it
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, name, sorted(value))  # the order of a set differs between processes
+    config.save_pretrained(str(folder))
+
+
+def _inject(model: PreTrainedModel, config) -> None:
+    if is_adapted(model):
+        raise UsageError(f"{type(model).__name__} already has adapters: add them once, to the model without them")
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise UsageError(f"{type(model).__name__} is already sharded: call add_lora before parallelize")
+    _bases[model] = _digest(model)
+    try:
+        _peft().inject_adapter_in_model(config, model, adapter_name=_NAME)
+    except ValueError as error:
+        reason = str(error).partition("\n")[0].rstrip(" .")
+        raise UsageError(f"peft cannot adapt {type(model).__name__} ({reason}): set target_modules") from error
+    model._hf_peft_config_loaded = True  # save_pretrained then saves the adapters
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = parameter.detach()
+            if value.is_meta and ".lora_" in name:  # in no file of the model
+                value = torch.empty_like(value, device="cpu")
+            set_local_(parameter, value.float())
+
+
+def _read_config(folder: Path):
+    try:
+        config = _peft().PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        reason = str(error).partition("\n")[0].rstrip(" .")
+        raise UsageError(f"{folder / 'adapter_config.json'} cannot be read ({reason}): save the adapters again") from error
+    found = {"peft_type": str(config.peft_type.value)} if config.peft_type != "LORA" else {}
+    found |= {name: value for name in _UNSUPPORTED if (value := getattr(config, name, None)) not in (None, [], "none")}
+    if found:
+        name, value = next(iter(found.items()))
+        raise UsageError(f"the adapters in {folder} have {name}={value}, which is not supported: use LoRA without it")
+    return config
+
+
+def _source(model: PreTrainedModel) -> str | None:
+    """Return the folder (absolute) or hub name that the model was loaded from."""
+    name = model.config.name_or_path
+    return str(Path(name).absolute()) if Path(name).is_dir() and name else name or None
+
+
+def _digest(model: PreTrainedModel) -> str:
+    name = model.name_or_path
+    if name and not Path(name).is_dir():
+        cached = try_to_load_from_cache(name, "config.json")
+        name = str(Path(cached).parent) if isinstance(cached, str) else ""
+    return files_digest(Path(name)) if name else model_digest(model, weights=True)
+
+
+def _are_tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _peft() -> ModuleType:
+    try:
+        import peft
+        import peft.tuners.lora
+    except ImportError as error:
+        raise UsageError(f"adapters need peft ({error}): pip install 'lowmem[lora]'") from error
+    return peft
