@@ -51,9 +51,12 @@ def chunked_loss(
     """
     inputs, targets, weights = _inputs_and_targets(model, batch)
     head = unwrapped(model).get_output_embeddings()
+    if isinstance(copies := getattr(head, "modules_to_save", None), nn.ModuleDict):  # peft trains a copy of the head
+        (head,) = copies.values()
     if not isinstance(head, nn.Linear):
-        name = type(unwrapped(model)).__name__
-        raise UsageError(f"chunked loss needs a linear output head, {name} has {type(head).__name__}: set --loss=plain")
+        found = f"{type(unwrapped(model)).__name__} has {type(head).__name__}"
+        found += " with adapters" * hasattr(head, "base_layer")
+        raise UsageError(f"chunked loss needs a linear output head, {found}: set --loss=plain")
     rows = rows_of(model, head.weight)
     options = {"label_smoothing": label_smoothing, "slice_elements": slice_elements, "fused": fused, "rows": rows}
     options |= {"targets": targets, "weights": weights, "num_targets": batch.num_targets}

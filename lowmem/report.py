@@ -182,14 +182,14 @@ class Report:
         self._clock = time.perf_counter()
 
     def opening(
-        self, model: nn.Module, num_weights: int, stream: Stream, rank: DataParallelRank, *, tier: str, sharding: str
+        self, model: nn.Module, weights: str, stream: Stream, rank: DataParallelRank, *, tier: str, sharding: str
     ) -> None:
-        """Print the model, devices, rows and steps; `sharding` says how processes share the model, if they do."""
+        """Print the model (`weights` counts them), devices, rows and steps; `sharding` says how processes share the model, if they do."""
         devices = f"{self._accelerator.num_processes} x {self._accelerator.device.type}{sharding and f', {sharding}'}"
         processes = f"{rank.size} process{'es' * (rank.size > 1)}"
         pieces = f"{processes} x {stream.micro_batches} micro-batches of at most {stream.batch_size}"
         self.print_lines(
-            f"{num_weights:,} weights ({model.dtype}, memory={tier}) on {devices}, {stream.num_rows:,} rows",
+            f"{weights} ({model.dtype}, memory={tier}) on {devices}, {stream.num_rows:,} rows",
             f"steps {self._step} to {self._total_steps}, each of {stream.global_batch_size} rows: {pieces}",
             *(self._sources(stream) if stream.mixture is not None else ()),
             *_precision_hints(self._accelerator, tier),

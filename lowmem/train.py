@@ -39,7 +39,7 @@ from lowmem.errors import UsageError
 from lowmem.evaluation import Evaluation
 from lowmem.loss import LOSSES
 from lowmem.memory.savers import SAVERS, entered
-from lowmem.model.build import freeze, num_embeddings
+from lowmem.model.build import counts_of, freeze, num_embeddings
 from lowmem.model.checks import check_backward, check_model
 from lowmem.model.load import load_model
 from lowmem.optim.make import make_optimizer
@@ -110,7 +110,7 @@ def train(
         max_seq_len = check_model(model, loss_fn, **config.model_requirements)
     config = dataclasses.replace(config, max_seq_len=max_seq_len)
     # counts of the full model, made here because DeepSpeed's wrapper would change them
-    num_weights, vocabulary = model.num_parameters(), num_embeddings(model)
+    weights, vocabulary = counts_of(model), num_embeddings(model)
     wrapped = zero.wrap(model, optimizer, accelerator) if config.deepspeed else model
 
     with ExitStack() as stack:
@@ -149,7 +149,7 @@ def train(
         check_space(state, checkpoints, saves=num_saves, keep=keep, saves_model=config.save_model)
         progress = {"step": state.step, "total_steps": schedule.total_steps, "resumed": checkpoint is not None}
         report = Report(output, settings, accelerator, **progress, check_folder=check_folder)
-        report.opening(model, num_weights, stream, rank, tier=config.memory or "off", sharding=config.sharding_summary)
+        report.opening(model, weights, stream, rank, tier=config.memory or "off", sharding=config.sharding_summary)
         report.resuming(checkpoint, changes, stream.changes, can_save)
         if config.is_sharded and accelerator.num_processes == 1 and not config.cpu_offload:
             report.print_lines(f"on one process, {config.sharding_summary} shards nothing: start more processes")

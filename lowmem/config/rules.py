@@ -23,6 +23,7 @@ _WITH_BETAS = "adamw adamw_bf16 adam nadam radam adamax".split()
 _ELEMENTWISE = "adamw adam nadam radam adamax adadelta rmsprop sgd".split()
 _SHARDED = ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"]
 _TIERS = ["exact", "lean"]
+_OF_MODELS = ["config.json", "adapter_config.json"]
 _OF_ADAPTERS = ["lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_dora", "use_rslora"]
 
 # Each row: flag A, some of its values (None: all but the default), flag B, the values of B that these allow, and why
@@ -194,7 +195,7 @@ def _out_of_range(config: TrainConfig) -> list[str]:
         value = getattr(config, name)
         if value and not re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", value) and not os.path.isdir(value):
             problems.append(f"--{name}={value} is neither a folder nor the name of a model on the hub")
-        if value and os.path.isfile(os.path.join(value, "model", "config.json")):
+        if value and any(os.path.isfile(os.path.join(value, "model", file)) for file in _OF_MODELS):
             problems.append(f"--{name}={value} is the output of a run, not a model: use {os.path.join(value, 'model')}")
     if config.model_config and config.model_config not in MODEL_SHAPES and not os.path.isfile(config.model_config):
         shapes, found = ", ".join(MODEL_SHAPES), describe(config.model_config)

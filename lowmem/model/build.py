@@ -37,6 +37,12 @@ def num_embeddings(model: PreTrainedModel) -> int:
     return model.get_input_embeddings().weight.shape[0]
 
 
+def counts_of(model: PreTrainedModel) -> str:
+    """Say how many weights the model has, and how many of them are trained, if not all are."""
+    every, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    return f"{every:,} weights{f', {trained:,} of them trained' * (trained < every)}"
+
+
 def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
     """Freeze `parts`: "embeddings" (and a tied output head), "encoder" (not embeddings). Others raise UsageError."""
     if unknown := sorted(set(parts) - {"embeddings", "encoder"}):

@@ -21,7 +21,7 @@ from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.fully_sharded import forward_only
 from lowmem.distributed.placement import device_of, unwrapped
 from lowmem.errors import RankError, StoreError, UsageError, is_out_of_memory
-from lowmem.model.build import reason_of
+from lowmem.model.build import num_embeddings, reason_of
 from lowmem.model.documents import documents_apart
 from lowmem.model.masks import host_masks
 
@@ -102,7 +102,7 @@ def check_packing(model: nn.Module) -> None:
     base, device = unwrapped(model), device_of(model)
     is_pairs, name = base.config.is_encoder_decoder, type(base).__name__
     generator = torch.Generator().manual_seed(0)  # separate, to leave the run's random numbers unchanged
-    vocabulary = base.get_input_embeddings().num_embeddings
+    vocabulary = num_embeddings(base)
     lengths = {"": [(5, 7), (7, 5)], "decoder_": [(7, 5), (5, 7)]} if is_pairs else {"": [(5, 7), (7, 5)]}
     rows, positions, parts = {}, {}, [{}, {}, {}, {}]
     for side, pairs in lengths.items():
