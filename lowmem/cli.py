@@ -78,11 +78,21 @@ def _verify(path: str = "", **unknown: str) -> Job:
 
 
 @SetParseFn(str)
-def _export(path: str = "", out: str = "", dtype: str = "None", max_shard_size: str = "5GB", **unknown: str) -> Job:
+def _export(
+    path: str = "",
+    out: str = "",
+    dtype: str = "None",
+    max_shard_size: str = "5GB",
+    merge: str = "False",
+    **unknown: str,
+) -> Job:
     if dtype not in _EXPORT_DTYPES:
         raise UsageError(f"--dtype={dtype} must be one of {', '.join(_EXPORT_DTYPES)}")
+    if merge not in ("True", "False"):
+        raise UsageError(f"--merge={merge} must be True or False")
     paths = {"path": os.path.expanduser(path), "out": os.path.expanduser(out)}
-    return _on_files("export", unknown, **paths, dtype=dtype, max_shard_bytes=parse_bytes(max_shard_size))
+    options = {"dtype": dtype, "max_shard_bytes": parse_bytes(max_shard_size), "merge": merge}
+    return _on_files("export", unknown, **paths, **options)
 
 
 @SetParseFn(str)
@@ -219,8 +229,8 @@ def _start(job: Job, arguments: Sequence[str]) -> int:
 
         from lowmem.checkpoint.export import export
 
-        dtype = getattr(torch, job.options["dtype"], None)
-        print(export(**{**job.options, "dtype": dtype}))
+        options = {"dtype": getattr(torch, job.options["dtype"], None), "merge": job.options["merge"] == "True"}
+        print(export(**job.options | options))
     elif job.command == "plan":
         from lowmem.plan.command import plan
 

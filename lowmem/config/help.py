@@ -17,6 +17,7 @@ usage: train_low_mem.py train|plan|evaluate|test|verify|export|convert|plot [--f
   verify PATH                                checks that a checkpoint, or each checkpoint of a run, is intact
   export PATH OUT --dtype=float32            copies the model of a checkpoint or folder to a new folder; --dtype:
       float32 (the fp32 master weights if memory=exact), float16, bfloat16, None (as saved); --max_shard_size=5GB
+      --merge=True merges adapters into the model that they belong to
   convert rows.json rows.jsonl               converts a JSON array of objects to one object per line
   plot OUT [OUT2 ...]                        draws curves of runs: OUT/plot.png, or text without matplotlib
 
