@@ -1,6 +1,7 @@
 """Add LoRA adapters to a model, load and describe them. peft, which builds them, is imported on first use."""
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,12 +17,13 @@ from lowmem.distributed.consistency import files_digest, model_digest
 from lowmem.distributed.dtensor import set_local_
 from lowmem.distributed.placement import is_adapted
 from lowmem.errors import UsageError
+from lowmem.storage.files import read_json
 from lowmem.storage.tensor_files import open_shards, tensor_differences
 
 _NAME = "default"  # peft's name for an adapter, of which a model has one here
 _PREFIX = "base_model.model."  # of tensors in peft's files
-_EMBEDDINGS = {"embed_tokens", "lm_head", "shared", "wte"}  # layers whose weights may be tied
-_UNSUPPORTED = ("bias", "trainable_token_indices", "target_parameters")  # settings that train other weights of the model
+_EMBEDDINGS = {"embed_tokens", "lm_head"}  # layers that peft can keep tied
+_UNSUPPORTED = {"bias", "lora_bias", "trainable_token_indices", "target_parameters"}  # they train other weights
 
 _bases: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
@@ -59,7 +61,7 @@ def add_lora(
         use_rslora=use_rslora,
         task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
         base_model_name_or_path=_source(model),
-        ensure_weight_tying=_are_tied(model) and not _EMBEDDINGS.isdisjoint([*targets, *modules_to_save]),
+        ensure_weight_tying=bool(_ties(model)) and not _EMBEDDINGS.isdisjoint([*targets, *modules_to_save]),
     )
     _inject(model, config)
     for layer in model.modules():
@@ -123,12 +125,17 @@ def _inject(model: PreTrainedModel, config) -> None:
         raise UsageError(f"{type(model).__name__} already has adapters: add them once, to the model without them")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise UsageError(f"{type(model).__name__} is already sharded: call add_lora before parallelize")
-    _bases[model] = _digest(model)
+    _bases[model], ties = _digest(model), _ties(model)
     try:
         _peft().inject_adapter_in_model(config, model, adapter_name=_NAME)
     except ValueError as error:
         reason = str(error).partition("\n")[0].rstrip(" .")
         raise UsageError(f"peft cannot adapt {type(model).__name__} ({reason}): set target_modules") from error
+    for tied in ties:
+        new = {name: model.get_submodule(name) for name in tied if model.get_submodule(name) is not tied[name]}
+        if new and (len(new) < len(tied) or len({id(module.weight) for module in new.values()}) > 1):
+            found = f"{', '.join(tied)} of {type(model).__name__} share weights"
+            raise UsageError(f"{found}, but peft would change {' and '.join(new)} alone: leave them out")
     model._hf_peft_config_loaded = True  # save_pretrained then saves the adapters
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -139,17 +146,24 @@ def _inject(model: PreTrainedModel, config) -> None:
 
 
 def _read_config(folder: Path):
-    try:
-        config = _peft().PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        reason = str(error).partition("\n")[0].rstrip(" .")
-        raise UsageError(f"{folder / 'adapter_config.json'} cannot be read ({reason}): save the adapters again") from error
-    found = {"peft_type": str(config.peft_type.value)} if config.peft_type != "LORA" else {}
-    found |= {name: value for name in _UNSUPPORTED if (value := getattr(config, name, None)) not in (None, [], "none")}
+    """Read adapter_config.json into a LoraConfig. Raises UsageError for what would be ignored or is not supported."""
+    file, kind = folder / "adapter_config.json", _peft().LoraConfig
+    fields = read_json(file, advice="save the adapters again")
+    if not isinstance(fields, dict) or "peft_type" not in fields:
+        raise UsageError(f"{file} has no peft_type: save the adapters again")
+    set_fields = {name: value for name, value in fields.items() if value not in (None, False, "none", [], {})}
+    found = {"peft_type": fields["peft_type"]} if fields["peft_type"] != "LORA" else {}
+    found |= {name: value for name, value in set_fields.items() if name in _UNSUPPORTED}
     if found:
         name, value = next(iter(found.items()))
-        raise UsageError(f"the adapters in {folder} have {name}={value}, which is not supported: use LoRA without it")
-    return config
+        raise UsageError(f"{file} has {name}={value}, which is not supported: train LoRA adapters without it")
+    known = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(set_fields.keys() - known):
+        raise UsageError(f"{file} has {', '.join(unknown)}, which this version of peft does not know: update peft")
+    try:
+        return kind(**{name: value for name, value in fields.items() if name in known})
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{file} is not valid ({str(error).rstrip(' .')}): save the adapters again") from error
 
 
 def _source(model: PreTrainedModel) -> str | None:
@@ -166,9 +180,13 @@ def _digest(model: PreTrainedModel) -> str:
     return files_digest(Path(name)) if name else model_digest(model, weights=True)
 
 
-def _are_tied(model: PreTrainedModel) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
+def _ties(model: PreTrainedModel) -> list[dict[str, nn.Module]]:
+    """Return the modules that share weights, by name: a dict for each weight."""
+    users: dict[nn.Parameter, dict[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(parameter, {})[name] = module
+    return [modules for modules in users.values() if len(modules) > 1]
 
 
 def _peft() -> ModuleType:

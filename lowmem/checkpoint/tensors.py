@@ -32,7 +32,9 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor | Record | ShardedRecord
 
 def _named_once(model: nn.Module) -> dict[str, Tensor]:
     base, seen = unwrapped(model), set()
-    tensors = (adapter_tensors(base) if is_adapted(base) else base.state_dict(keep_vars=True)).items()
+    if is_adapted(base):
+        return adapter_tensors(base)  # tied ones by each name, as peft needs them
+    tensors = base.state_dict(keep_vars=True).items()
     return {name: x for name, x in tensors if id(x) not in seen and not seen.add(id(x))}
 
 
