@@ -184,7 +184,10 @@ class Report:
     def opening(
         self, model: nn.Module, weights: str, stream: Stream, rank: DataParallelRank, *, tier: str, sharding: str
     ) -> None:
-        """Print the model (`weights` counts them), devices, rows and steps; `sharding` says how processes share the model, if they do."""
+        """Print the model, devices, rows and steps.
+
+        `weights` counts the model's weights; `sharding` says how processes share the model, if they do.
+        """
         devices = f"{self._accelerator.num_processes} x {self._accelerator.device.type}{sharding and f', {sharding}'}"
         processes = f"{rank.size} process{'es' * (rank.size > 1)}"
         pieces = f"{processes} x {stream.micro_batches} micro-batches of at most {stream.batch_size}"

@@ -6,11 +6,20 @@ import shutil
 import peft
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import equal
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, ByT5Tokenizer
 
-from lowmem import add_lora, load_model
+from lowmem import (
+    TrainState,
+    add_lora,
+    load_checkpoint,
+    load_model,
+    make_optimizer,
+    save_checkpoint,
+    save_model,
+)
 from lowmem.checkpoint.export import export
 from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
@@ -99,8 +108,7 @@ def test_gradients_are_those_of_peft_in_a_plain_loop(family, options):
 @pytest.mark.parametrize("memory", ["off", "exact"])
 def test_savers_change_no_bit_with_dropout_of_adapters(savers, memory):
     (losses, _, weights), (other_losses, _, others) = (
-        trained(adapted("llama", dropout=0.1), each, batches_of(False), memory=memory, steps=2)
-        for each in ([], savers)
+        trained(adapted("llama", dropout=0.1), each, batches_of(False), memory=memory, steps=2) for each in ([], savers)
     )
     assert losses == other_losses
     assert all(equal(weights[name], others[name]) for name in weights)
@@ -174,17 +182,26 @@ def test_a_resumed_run_has_the_same_bits_and_small_checkpoints(bases, finished, 
 
 
 def test_a_checkpoint_over_another_model_is_refused(bases, finished, tmp_path):
-    shutil.copytree(finished / "checkpoints" / "step-00000003", tmp_path / "checkpoints" / "step-00000003")
-    other = load_model(bases / "llama")[0]
-    torch.nn.init.normal_(other.model.layers[1].mlp.up_proj.weight)
-    other.save_pretrained(tmp_path / "other")
-    ByT5Tokenizer().save_pretrained(tmp_path / "other")
-    resumed = {"mixed_precision": "bf16", "resume": "auto", "model_name_or_path": tmp_path / "other"}
-    # the name of the model may not change either, so let the other have the name of the first
-    settings = tmp_path / "checkpoints" / "step-00000003" / "model" / "lowmem.json"
-    assert settings.exists()
-    result = train("train", *flags(bases, "llama", tmp_path, **resumed))
-    assert result.returncode == 2 and "model_name_or_path" in result.stderr
+    saved = finished / "checkpoints" / "step-00000003"
+
+    def state_of(model):
+        return TrainState(model, make_optimizer(model))
+
+    def loaded(folder):
+        return add_lora(load_model(folder)[0], rank=4)
+
+    accelerator = Accelerator(cpu=True)
+    load_checkpoint(state_of(loaded(bases / "llama")), saved, accelerator)
+    other, tokenizer = load_model(bases / "llama")
+    other.model.layers[1].mlp.up_proj.weight.data[-1] += 1
+    save_model(other, tmp_path / "other", tokenizer=tokenizer)
+    with pytest.raises(UsageError, match="adapters of a model with other weights: set --model_name_or_path"):
+        load_checkpoint(state_of(loaded(tmp_path / "other")), saved, accelerator)
+    with pytest.raises(UsageError, match="has adapters of a model, but this model has none"):
+        load_checkpoint(state_of(other), saved, accelerator)
+    save_checkpoint(state_of(other), tmp_path / "whole", accelerator)
+    with pytest.raises(UsageError, match="has the weights of a model, but this model has adapters"):
+        load_checkpoint(state_of(loaded(bases / "llama")), tmp_path / "whole" / "step-00000000", accelerator)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -223,8 +240,6 @@ def test_evaluate_and_further_training_take_an_adapter_folder(bases, finished, t
     ],
 )
 def test_merged_weights_give_the_logits_of_the_adapted_model(family, options, bases, tmp_path):
-    from lowmem import save_model
-
     model, tokenizer = load_model(bases / family)
     add_lora(model, rank=4, **options)
     torch.manual_seed(1)
@@ -265,7 +280,7 @@ def test_the_fp32_master_is_merged_and_exported(finished, tmp_path):
 def test_what_cannot_be_adapted_is_refused(bases, finished, tmp_path):
     with pytest.raises(UsageError, match="peft cannot adapt LlamaForCausalLM .*set target_modules"):
         add_lora(build("llama"), rank=4, target_modules=["nonsense"])
-    with pytest.raises(UsageError, match="share weights, but peft would change shared alone"):
+    with pytest.raises(UsageError, match="share weights, but peft would change shared apart"):
         add_lora(build("t5"), rank=4, modules_to_save=["shared"])
     with pytest.raises(UsageError, match="already has adapters"):
         add_lora(adapted("llama"), rank=4)

@@ -47,11 +47,40 @@ def add_lora(
     "all-linear" adapts every linear layer but the output head. `modules_to_save` are trained whole, in fp32.
     Raises UsageError if the model has no such layers, or already has adapters.
     """
-    peft = _peft()
     if use_dora and any(parameter.is_meta for parameter in model.parameters()):
         raise UsageError("use_dora needs the norms of the model's weights, which are on meta: set on_meta=False")
+    config = lora_config(
+        model,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=target_modules,
+        modules_to_save=modules_to_save,
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+    )
+    _bases[model] = _digest(model)
+    inject(model, config)
+    for layer in model.modules():
+        if isinstance(layer, _peft().tuners.lora.LoraLayer):
+            layer.reset_lora_parameters(_NAME, True)  # now that they have data: peft has drawn those of meta in vain
+    return model
+
+
+def lora_config(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float | None,
+    dropout: float,
+    target_modules: str | Sequence[str],
+    modules_to_save: Sequence[str],
+    use_dora: bool,
+    use_rslora: bool,
+):
+    """Return peft's LoraConfig for the arguments of `add_lora`."""
     targets = [target_modules] if isinstance(target_modules, str) else [*target_modules]
-    config = peft.LoraConfig(
+    return _peft().LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
@@ -63,11 +92,6 @@ def add_lora(
         base_model_name_or_path=_source(model),
         ensure_weight_tying=bool(_ties(model)) and not _EMBEDDINGS.isdisjoint([*targets, *modules_to_save]),
     )
-    _inject(model, config)
-    for layer in model.modules():
-        if isinstance(layer, peft.tuners.lora.LoraLayer):
-            layer.reset_lora_parameters(_NAME, True)  # now that they have data: peft has drawn those of meta in vain
-    return model
 
 
 def load_adapters(model: PreTrainedModel, folder: Path) -> None:
@@ -75,9 +99,8 @@ def load_adapters(model: PreTrainedModel, folder: Path) -> None:
 
     Raises UsageError if they are not LoRA adapters of this model, or in no safetensors file.
     """
-    config = _read_config(folder)
-    config.inference_mode = False
-    _inject(model, config)
+    _bases[model] = _digest(model)
+    inject(model, read_config(folder))
     try:
         stored = open_shards(folder, "adapter_model")
     except FileNotFoundError as error:
@@ -90,9 +113,60 @@ def load_adapters(model: PreTrainedModel, folder: Path) -> None:
         set_local_(tensor, stored[name].read().to(torch.float32, copy=True))
 
 
+def inject(model: PreTrainedModel, config) -> None:
+    """Freeze the model and add the adapters of a LoraConfig, in fp32. Those of a model on meta have no values yet."""
+    if is_adapted(model):
+        raise UsageError(f"{type(model).__name__} already has adapters: add them once, to the model without them")
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise UsageError(f"{type(model).__name__} is already sharded: call add_lora before parallelize")
+    ties = _ties(model)
+    try:
+        # on meta, because all devices shall draw the same values; DoRA computes with them at once
+        _peft().inject_adapter_in_model(config, model, adapter_name=_NAME, low_cpu_mem_usage=not config.use_dora)
+    except ValueError as error:
+        reason = str(error).partition("\n")[0].rstrip(" .")
+        raise UsageError(f"peft cannot adapt {type(model).__name__} ({reason}): set target_modules") from error
+    for tied in ties:
+        new = {name: model.get_submodule(name) for name in tied if model.get_submodule(name) is not tied[name]}
+        has_copies = len({id(module.weight) for module in new.values()}) > 1
+        if new and (len(new) < len(tied) or has_copies or any(hasattr(x, "base_layer") for x in new.values())):
+            found = f"{', '.join(tied)} of {type(model).__name__} share weights"
+            raise UsageError(f"{found}, but peft would change {' and '.join(new)} apart: leave them out")
+    model._hf_peft_config_loaded = True  # save_pretrained then saves the adapters
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad:
+                # copies of whole layers remain on meta, because the model's files have their values
+                is_empty = parameter.is_meta and ".lora_" in f"{name}.{key}"
+                value = torch.empty_like(parameter, device="cpu") if is_empty else parameter.detach()
+                setattr(module, key, made.setdefault(parameter, nn.Parameter(value.float())))
+
+
+def read_config(folder: Path):
+    """Read adapter_config.json into a LoraConfig. Raises UsageError for what would be ignored or is not supported."""
+    file, kind = folder / "adapter_config.json", _peft().LoraConfig
+    fields = read_json(file, advice="save the adapters again")
+    if not isinstance(fields, dict) or "peft_type" not in fields:
+        raise UsageError(f"{file} has no peft_type: save the adapters again")
+    set_fields = {name: value for name, value in fields.items() if value not in (None, False, "none", [], {})}
+    found = {"peft_type": fields["peft_type"]} if fields["peft_type"] != "LORA" else {}
+    found |= {name: value for name, value in set_fields.items() if name in _UNSUPPORTED}
+    if found:
+        name, value = next(iter(found.items()))
+        raise UsageError(f"{file} has {name}={value}, which is not supported: train LoRA adapters without it")
+    known = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(set_fields.keys() - known):
+        raise UsageError(f"{file} has {', '.join(unknown)}, which this version of peft does not know: update peft")
+    try:
+        return kind(**{name: value for name, value in fields.items() if name in known} | {"inference_mode": False})
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{file} is not valid ({str(error).rstrip(' .')}): save the adapters again") from error
+
+
 def source_of(folder: Path) -> str:
     """Return the folder or hub name of the model that the adapters in `folder` belong to."""
-    source = _read_config(folder).base_model_name_or_path
+    source = read_config(folder).base_model_name_or_path
     if not source:
         raise UsageError(f"{folder / 'adapter_config.json'} has no base_model_name_or_path: add the model's folder")
     return source
@@ -118,52 +192,6 @@ def write_adapter_config(folder: Path, model: PreTrainedModel) -> None:
         if isinstance(value, set):
             setattr(config, name, sorted(value))  # the order of a set differs between processes
     config.save_pretrained(str(folder))
-
-
-def _inject(model: PreTrainedModel, config) -> None:
-    if is_adapted(model):
-        raise UsageError(f"{type(model).__name__} already has adapters: add them once, to the model without them")
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise UsageError(f"{type(model).__name__} is already sharded: call add_lora before parallelize")
-    _bases[model], ties = _digest(model), _ties(model)
-    try:
-        _peft().inject_adapter_in_model(config, model, adapter_name=_NAME)
-    except ValueError as error:
-        reason = str(error).partition("\n")[0].rstrip(" .")
-        raise UsageError(f"peft cannot adapt {type(model).__name__} ({reason}): set target_modules") from error
-    for tied in ties:
-        new = {name: model.get_submodule(name) for name in tied if model.get_submodule(name) is not tied[name]}
-        if new and (len(new) < len(tied) or len({id(module.weight) for module in new.values()}) > 1):
-            found = f"{', '.join(tied)} of {type(model).__name__} share weights"
-            raise UsageError(f"{found}, but peft would change {' and '.join(new)} alone: leave them out")
-    model._hf_peft_config_loaded = True  # save_pretrained then saves the adapters
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            value = parameter.detach()
-            if value.is_meta and ".lora_" in name:  # in no file of the model
-                value = torch.empty_like(value, device="cpu")
-            set_local_(parameter, value.float())
-
-
-def _read_config(folder: Path):
-    """Read adapter_config.json into a LoraConfig. Raises UsageError for what would be ignored or is not supported."""
-    file, kind = folder / "adapter_config.json", _peft().LoraConfig
-    fields = read_json(file, advice="save the adapters again")
-    if not isinstance(fields, dict) or "peft_type" not in fields:
-        raise UsageError(f"{file} has no peft_type: save the adapters again")
-    set_fields = {name: value for name, value in fields.items() if value not in (None, False, "none", [], {})}
-    found = {"peft_type": fields["peft_type"]} if fields["peft_type"] != "LORA" else {}
-    found |= {name: value for name, value in set_fields.items() if name in _UNSUPPORTED}
-    if found:
-        name, value = next(iter(found.items()))
-        raise UsageError(f"{file} has {name}={value}, which is not supported: train LoRA adapters without it")
-    known = {field.name for field in dataclasses.fields(kind)}
-    if unknown := sorted(set_fields.keys() - known):
-        raise UsageError(f"{file} has {', '.join(unknown)}, which this version of peft does not know: update peft")
-    try:
-        return kind(**{name: value for name, value in fields.items() if name in known})
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{file} is not valid ({str(error).rstrip(' .')}): save the adapters again") from error
 
 
 def _source(model: PreTrainedModel) -> str | None:

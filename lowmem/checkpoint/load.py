@@ -110,7 +110,7 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
 
 
 def _check_base(path: Path, then: str | None, now: str | None) -> None:
-    """Raise UsageError unless the checkpoint has the same adapted model, or none: (hash of the weights) then and now."""
+    """Raise UsageError if the hash of the adapted weights differs; it is None if the whole model is trained."""
     if then == now:
         return
     if None in (then, now):

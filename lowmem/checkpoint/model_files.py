@@ -31,8 +31,8 @@ _EXPECTED: WeakKeyDictionary[PreTrainedModel, Set[str] | None] = WeakKeyDictiona
 def check_loadable(model: nn.Module) -> None:
     """Raise UsageError if `from_pretrained` would not load exactly this model's weights, because names differ.
 
-    Adapters (but those of `add_lora`, which are saved apart) and wrappers rename or add weights. Builds the model's class on the meta device to get its
-    names.
+    Wrappers and adapters rename or add weights; those of `add_lora` are saved apart. Builds the model's class on the
+    meta device to get its names.
     """
     base = unwrapped(model)
     if not isinstance(getattr(base, "config", None), PretrainedConfig) or is_adapted(base):

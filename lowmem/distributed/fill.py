@@ -154,8 +154,8 @@ def read_local(tensor: Tensor | Record | ShardedRecord, stored: StoredTensor) ->
 def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor]:
     """Return each parameter and persistent buffer as stored in `folder`, by name (tied weights: by their first name).
 
-    Adapters are in no file of their model, and left out. Raises ValueError if the files lack one, or have it in another shape, or if tied weights differ in them, because
-    transformers would then untie them.
+    Leaves out adapters, which are in no file of their model. Raises ValueError if the files lack a tensor, or have it
+    in another shape, or if tied weights differ in them, because transformers would then untie them.
     """
     files = open_shards(folder, "model")
     aliases: dict[Tensor, list[str]] = {}

@@ -57,10 +57,12 @@ def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
         parameter.requires_grad_(False)
 
 
-def build_model(config: PretrainedConfig, attn_implementation: str | None = None) -> PreTrainedModel:
-    """Build a model with random fp32 weights, in training mode. Without `attn_implementation`, transformers chooses."""
+def build_model(
+    config: PretrainedConfig, attn_implementation: str | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Build a model with random weights, in training mode. Without `attn_implementation`, transformers chooses."""
     with building(f"the config of {config.name_or_path or config.model_type}"):
-        options = {"dtype": torch.float32, "attn_implementation": attn_implementation, "trust_remote_code": False}
+        options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": False}
         return auto_class(config).from_config(config, **options).train()
 
 

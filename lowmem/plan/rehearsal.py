@@ -7,14 +7,17 @@ small depths (see `extrapolate`). Call this module in a new process: it changes 
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lowmem.adapters.lora import inject, lora_config, read_config
 from lowmem.checkpoint.tensors import model_tensors, named_parameters, num_bytes
 from lowmem.config.train_config import TrainConfig
 from lowmem.cross_entropy import SLICE_ELEMENTS
@@ -85,7 +88,9 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         stack.enter_context(fake_tensors())
         if cluster.on_gpu:
             stack.enter_context(gpu_kernels())
-        model = build_model(shape, **attention_options(shape, on_gpu=cluster.on_gpu))
+        options = attention_options(shape, on_gpu=cluster.on_gpu)
+        build = partial(_build_adapted, config) if config.trains_adapters else build_model
+        model = build(shape, **options)
         freeze(model, parts=config.frozen_parts)
         if config.is_sharded:
             shard(model, mesh, sharding_strategy=config.sharding_strategy, cpu_offload=False)  # fakes are on the CPU
@@ -136,6 +141,27 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
             )
             counted.written_traffic = records.moved.written
         return counted
+
+
+def _build_adapted(config: TrainConfig, shape: PretrainedConfig, **options: object) -> PreTrainedModel:
+    """Build a model with the adapters of a run: on meta, because peft moves modules, which fake tensors do not allow.
+
+    Then replace its tensors by fake ones.
+    """
+    is_new = config.lora_rank is not None
+    with unset_fake_temporarily(), torch.device("meta"):
+        model = build_model(shape, dtype=torch.bfloat16 if config.has_bf16_base else torch.float32, **options)
+        inject(model, lora_config(model, **config.lora) if is_new else read_config(Path(config.model_name_or_path)))
+    fakes: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor not in fakes:
+                    fakes[tensor] = torch.empty_like(tensor, device="cpu")
+                    if isinstance(tensor, nn.Parameter):
+                        fakes[tensor] = nn.Parameter(fakes[tensor], tensor.requires_grad)
+                tensors[name] = fakes.get(tensor)
+    return model
 
 
 def _make_state(optimizer: Optimizer) -> None:
