@@ -81,7 +81,7 @@ def load_model(
 
 
 def config_of(model: str) -> PretrainedConfig:
-    """Load the config of a model (a folder, hub name, config.json or name in MODEL_SHAPES) or of that under adapters."""
+    """Load the config of a model (folder, hub name, config.json or name in MODEL_SHAPES), or of that under adapters."""
     model = source_of(Path(model)) if holds_adapters(model) else model
     return config_from(model) if model in MODEL_SHAPES or Path(model).is_file() else _pretrained_config(model)
 
