@@ -25,7 +25,7 @@ _PREFIX = "base_model.model."  # of tensors in peft's files
 _EMBEDDINGS = {"embed_tokens", "lm_head"}  # layers that peft can keep tied
 _UNSUPPORTED = {"bias", "lora_bias", "trainable_token_indices", "target_parameters"}  # they train other weights
 
-_bases: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+_bases: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 
 def add_lora(
@@ -200,12 +200,15 @@ def _source(model: PreTrainedModel) -> str | None:
     return str(Path(name).absolute()) if Path(name).is_dir() and name else name or None
 
 
-def _digest(model: PreTrainedModel) -> str:
+def _digest(model: PreTrainedModel) -> str | None:
+    """Hash the weights in the model's files or, if it has none, in memory. None: this rank has none of them."""
     name = model.name_or_path
     if name and not Path(name).is_dir():
         cached = try_to_load_from_cache(name, "config.json")
         name = str(Path(cached).parent) if isinstance(cached, str) else ""
-    return files_digest(Path(name)) if name else model_digest(model, weights=True)
+    if name:
+        return files_digest(Path(name))
+    return None if any(x.is_meta for x in model.parameters()) else model_digest(model, weights=True)
 
 
 def _ties(model: PreTrainedModel) -> list[dict[str, nn.Module]]:

@@ -10,7 +10,7 @@ from lowmem.adapters.lora import base_digest
 from lowmem.checkpoint.manifest import check_contents, check_hashes, check_sizes, checkpoints, verify_checkpoint
 from lowmem.checkpoint.saved import read_manifest, saved_settings
 from lowmem.checkpoint.tensors import model_tensors, named_parameters
-from lowmem.distributed.collectives import raise_on_all_ranks, rank_and_world_size
+from lowmem.distributed.collectives import gather_json, raise_on_all_ranks, rank_and_world_size
 from lowmem.distributed.dtensor import is_in_columns
 from lowmem.distributed.fill import read_local
 from lowmem.distributed.heartbeat import phase
@@ -68,11 +68,12 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
     path, (rank, _) = Path(path), rank_and_world_size()
     if verify:
         verify_together(path)
+    base = gather_json(base_digest(unwrapped(state.model)))[0]  # other ranks may not have the weights
     with raise_on_all_ranks():
         saved, _ = saved_settings(path)
         files = read_manifest(path)["files"]
         weights, optimizer_state = (open_shards(path, stem, files) for stem in (model_stem(files), "optimizer"))
-        _check_base(path, saved.get("base"), base_digest(unwrapped(state.model)))
+        _check_base(path, saved.get("base"), base)
         tensors, parameters = model_tensors(state.model), named_parameters(state.model, state.optimizer)
         rounds = needs_rounding(path, saved["optimizer"], saved.get("memory"), state.optimizer)
         if rounds and any(map(is_in_columns, tensors.values())):
