@@ -63,7 +63,7 @@ def add_lora(
     inject(model, config)
     for layer in model.modules():
         if isinstance(layer, _peft().tuners.lora.LoraLayer):
-            layer.reset_lora_parameters(_NAME, True)  # now that they have data: peft has drawn those of meta in vain
+            layer.reset_lora_parameters(_NAME, True)  # which gives values to those that were on meta
     return model
 
 
