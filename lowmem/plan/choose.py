@@ -141,7 +141,25 @@ def choose(
     if refused:
         names = ", ".join(rung.name for rung in refused)
         advice += f"; to try {names}, remove their flags"
+    if adapters := _fitting_adapters(config, nearest.rung, tried):
+        advice += f"; or train adapters alone, which fit: {adapters}"
     raise UsageError(f"nothing fits: the closest setting, {nearest.rung.name}, needs {nearest.why}. Use {advice}")
+
+
+def _fitting_adapters(
+    config: TrainConfig, least: Rung, tried: Callable[[Sequence[Rung]], Iterator[_Tried]]
+) -> str:
+    """Return the flags of LoRA or QLoRA with which the rung `least` fits; empty if neither does, or can be set."""
+    whole = {"sharding_strategy": "NO_SHARD", "cpu_offload": False, "offload_weights": None}  # for quantized weights
+    for more in ({}, {"quantization": "nf4"} | whole):
+        changes = least.changes | {"lora_rank": 16} | more
+        changed = dataclasses.replace(config, **changes)
+        if config.trains_adapters or conflicts(changed, ()):
+            continue
+        flags = " ".join(f"--{name}={changes[name]}" for name in ("lora_rank", "quantization") if name in changes)
+        if not next(tried([Rung(flags, changes)])).excess:
+            return flags
+    return ""
 
 
 def _check_programs(config: TrainConfig, cluster: Cluster) -> None:
