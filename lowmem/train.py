@@ -92,7 +92,11 @@ def train(
     on_meta = is_filled_later and not (config.deepspeed or config.use_dora or config.quantization)
     dtype = torch.bfloat16 if config.has_bf16_base else torch.float32
     model, tokenizer = load_model(
-        **config.model_source, dtype=dtype, on_meta=on_meta, scratch_folder=config.scratch_folder
+        **config.model_source,
+        dtype=dtype,
+        on_meta=on_meta,
+        scratch_folder=config.scratch_folder,
+        device=accelerator.device,
     )
     tokenizer_hash = tokenizer_digest(tokenizer)  # now: using a translation tokenizer changes its state
     if checkpoint:

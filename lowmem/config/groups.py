@@ -26,7 +26,7 @@ def holds_adapters(folder: str | os.PathLike | None) -> bool:
 class Groups:
     """Properties of TrainConfig: groups of keyword arguments for `train` to unpack, and values made from fields."""
 
-    model_source = _group("model_name_or_path", "model_config", "tokenizer_name_or_path")
+    model_source = _group("model_name_or_path", "model_config", "tokenizer_name_or_path", "quantization")
     """Where the model and its tokenizer come from."""
     sharding = _group("sharding_strategy", "shard_size", "cpu_offload", "tp_size")
     """The options of `parallelize`."""

@@ -205,7 +205,7 @@ class Offloaded:
 
     def _let_go(self, layer: nn.Module) -> None:
         if self.space.device.type == "cpu":
-            _trim()
+            trim_heap()  # about 8 MB for each call of a layer
         self._fetched.pop(layer)[1].wait()
         for parameter in self._matrices[layer]:
             self._let_go_of(parameter)
@@ -226,13 +226,15 @@ def offload_weights(model: nn.Module, where: str | Path | Space, device: torch.d
     From then on, a layer comes to `device` when it runs, and only `layered` can train (see `Offloaded`). At other times
     the parameters of layers are NaN; `save_model` and `save_checkpoint` read the store. The file has no name, and is
     deleted when the process ends. To train on several processes, use FULL_SHARD: each then has a store for its parts.
-    Raises UsageError without shards on several processes, for SHARD_GRAD_OP and for a model without layers, and
-    StoreError if there is no room.
+    Raises UsageError without shards on several processes, for SHARD_GRAD_OP, for quantized weights and for a model
+    without layers, and StoreError if there is no room.
     """
     if offloaded_of(model) is not None:
         raise UsageError("offload_weights was called twice for this model: call it once")
     if rank_and_world_size()[1] > 1 and not is_sharded(model):
         raise UsageError("offload_weights on several processes needs FULL_SHARD: set it, or start one process")
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise UsageError("offload_weights does not support quantized weights: remove one of the two")
     if is_sharded(model) and not reshards_after_forward(model):
         raise UsageError("offload_weights keeps one layer at a time, SHARD_GRAD_OP all: set FULL_SHARD")
     layers, pin_memory = training_layers(model, "offload_weights"), device.type == "cuda"
@@ -251,8 +253,8 @@ def _map_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**18)
 
 
-def _trim() -> None:
-    """Give what glibc keeps of freed memory back to the system: about 8 MB for each call of a layer."""
+def trim_heap() -> None:
+    """Give what glibc keeps of freed memory back to the system."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
@@ -35,7 +36,7 @@ def parallelize(
     the same rows (see `data_place`). A model on meta (`load_model(..., on_meta=True)`) is filled from its files. With
     `fill=False`, `make_optimizer` moves or fills the weights, one at a time, so that a memory tier never has all of
     them in fp32; the model cannot run before that. Raises UsageError for options that do not fit the processes or the
-    model.
+    model, such as quantized weights with sharding.
     """
     if sharding_strategy not in (strategies := choices("sharding_strategy")):
         raise UsageError(f"sharding_strategy={sharding_strategy} is unknown: set one of {', '.join(strategies)}")
@@ -44,6 +45,7 @@ def parallelize(
     if tp_size > 1 and sharding_strategy != "NO_SHARD":
         raise UsageError(f"tp_size={tp_size} was set with {sharding_strategy}, but they do not combine: remove one")
     is_sharded = tp_size > 1 or sharding_strategy != "NO_SHARD"
+    _check_quantized(model, accelerator.device, is_sharded)
     if cpu_offload and not is_sharded:
         raise UsageError("cpu_offload needs a sharded model, got NO_SHARD: set FULL_SHARD or remove cpu_offload")
     if is_sharded and (dropped := layer_drop(model)):
@@ -57,6 +59,18 @@ def parallelize(
     if fill:
         fill_weights(model)
     return model
+
+
+def _check_quantized(model: nn.Module, device: torch.device, is_sharded: bool) -> None:
+    """Raise UsageError if the model has quantized weights, which are integers, and they would be split or moved."""
+    quantized = next((x for x in model.parameters() if not x.is_floating_point()), None)
+    if quantized is None:
+        return
+    if is_sharded:
+        raise UsageError("quantized weights cannot be sharded: set NO_SHARD and tp_size=1, or remove quantization")
+    if quantized.device != (wanted := torch.empty(0, device=device).device):  # with the index, if `device` has none
+        found = f"quantized weights are on {quantized.device}, and their scales cannot be moved to {wanted}"
+        raise UsageError(f"{found}: call load_model with device=accelerator.device")
 
 
 def make_mesh(accelerator: Accelerator, sharding_strategy: str, shard_size: int | None, tp_size: int) -> DeviceMesh:

@@ -26,7 +26,7 @@ def evaluate_model(config: TrainConfig, test_rows: Rows) -> None:
     check_same_inputs({}, {"test": test_rows})
     dtype = torch.bfloat16 if config.has_bf16_weights or config.has_bf16_base else torch.float32
     is_offloaded = config.offload_weights is not None
-    model, tokenizer = load_model(**config.model_source, dtype=dtype, on_meta=is_offloaded)
+    model, tokenizer = load_model(**config.model_source, dtype=dtype, on_meta=is_offloaded, device=accelerator.device)
     check_same_model(model, tokenizer, weights=True)
     model = parallelize(model, accelerator, fill=not is_offloaded)
     if is_offloaded:

@@ -18,12 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 from lowmem.data.batch import IGNORED, Batch
 from lowmem.distributed.collectives import rank_and_world_size
+from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.fully_sharded import forward_only
 from lowmem.distributed.placement import device_of, unwrapped
 from lowmem.errors import RankError, StoreError, UsageError, is_out_of_memory
 from lowmem.model.build import num_embeddings, reason_of
 from lowmem.model.documents import documents_apart
 from lowmem.model.masks import host_masks
+from lowmem.model.quantized import dequantize, is_quantized
 
 # settings with which models of transformers add a loss to the cross-entropy, and the values with which they do not
 _WITHOUT_OWN_LOSS = {"output_router_logits": False, "z_loss_coefficient": 0.0, "disable_ngram_loss": True}
@@ -193,10 +195,13 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module, 
 
 def _check_finite(model: nn.Module) -> None:
     """Raise UsageError if this rank's part of the weights has NaN or infinity."""
-    parts = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in model.named_parameters()}
-    if bad := [name for name, part in parts.items() if not part.isfinite().all()]:
+    if bad := [name for name, x in model.named_parameters() if not _values(x).isfinite().all()]:
         found = f"{len(bad)} weights of the model have values that are not finite ({', '.join(bad[:3])}, ...)"
         raise UsageError(f"{found}: download the model again, or use another")
+
+
+def _values(parameter: Tensor) -> Tensor:
+    return dequantize(parameter, torch.bfloat16) if is_quantized(parameter) else local_of(parameter)
 
 
 def check_backward(model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> None:

@@ -30,6 +30,7 @@ from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.errors import UsageError
 from lowmem.model.build import as_usage_error, building, config_from, loading, model_from
 from lowmem.model.pretrained import check_counts, check_weights, from_pretrained, pretrained_on_meta
+from lowmem.model.quantized import QUANTIZATIONS, load_quantized
 
 
 def load_model(
@@ -40,19 +41,28 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     on_meta: bool = False,
     scratch_folder: str | Path | None = None,
+    quantization: str | None = None,
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model or build it with random weights (by torch's generator); return it in training mode, and a tokenizer.
 
     `model_config` is a transformers config, a mapping of its fields, a path of a config.json or a name in MODEL_SHAPES.
     Weights have `dtype`. With `on_meta`, they stay on the meta device until `parallelize` shards them; if the files
     cannot be read tensor by tensor, a line is printed and all weights are loaded. With `scratch_folder`, random weights
-    are drawn into a file there, and those of large parameters stay in it until `parallelize`. A folder of adapters (of
-    `save_model`, or peft's) is loaded over the model that it names, which is frozen. Without a tokenizer, text becomes
-    bytes. Raises UsageError if something cannot be loaded, if weights are missing or do not fit
-    the config, or if a config file without a tokenizer has a vocabulary much larger than that of bytes.
+    are drawn into a file there, and those of large parameters stay in it until `parallelize`. With `quantization`
+    "nf4" or "int8", the model is frozen, and its linear layers are in 4 or 8 bits on `device` (None: the accelerator,
+    or the CPU), where `parallelize` must find them. A folder of adapters (of `save_model`, or peft's) is loaded over
+    the model that it names, which is frozen. Without a tokenizer, text becomes bytes. Raises UsageError if something
+    cannot be loaded, if weights are missing or do not fit the config, if a config file without a tokenizer has a
+    vocabulary much larger than that of bytes, or for quantization with `model_config` or `on_meta`.
     """
     if (model_name_or_path is None) == (model_config is None):
         raise UsageError("load_model needs exactly one of model_name_or_path and model_config: set one of them")
+    if quantization not in (None, *QUANTIZATIONS):
+        raise UsageError(f"quantization={quantization} is unknown: use one of {', '.join(QUANTIZATIONS)}")
+    if quantization and (model_config is not None or on_meta):
+        found = "on_meta, which reads them later" if on_meta else "model_config, which draws random ones"
+        raise UsageError(f"quantization={quantization} quantizes weights as it reads them, but got {found}: remove one")
     adapters = Path(model_name_or_path) if holds_adapters(model_name_or_path) else None
     if adapters:
         tokenizer_name_or_path = tokenizer_name_or_path or (adapters if _has_tokenizer(adapters) else None)
@@ -62,8 +72,11 @@ def load_model(
     tokenizer = _load_tokenizer(tokenizer_name_or_path or model_name_or_path)
     if pretrained is not None:
         check_weights(pretrained, dtype)
-        model = pretrained_on_meta(pretrained, dtype) if on_meta else None
-        model = model or from_pretrained(pretrained, dtype)
+        if quantization:
+            model = load_quantized(pretrained, dtype, quantization, device)
+        else:
+            model = pretrained_on_meta(pretrained, dtype) if on_meta else None
+            model = model or from_pretrained(pretrained, dtype)
         _read_generation_config(model)
         if adapters:
             load_adapters(model, adapters)

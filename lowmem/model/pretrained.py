@@ -57,7 +57,8 @@ def check_weights(config: PretrainedConfig, dtype: torch.dtype) -> None:
         else:
             model, info = from_pretrained(config, dtype, **options)
     if getattr(model, "hf_quantizer", None) is not None:
-        raise UsageError(f"the model {name} has quantized weights, which cannot be trained: use an unquantized model")
+        found = f"the model {name} has quantized weights"
+        raise UsageError(f"{found}: use an unquantized model, which quantization=nf4 (or int8) quantizes while loading")
     if differing := sorted(info["mismatched_keys"]):
         weight, stored, expected = differing[0]
         found = f"{len(differing)} weights of the model {name} do not have the shapes that its config.json sets"
@@ -83,9 +84,8 @@ def from_pretrained(config: PretrainedConfig, dtype: torch.dtype, **options: obj
 def pretrained_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel | None:
     """Build the model on the meta device. Print a line and return None if its files cannot be read tensor by tensor."""
     name = config.name_or_path
-    is_local = Path(name).is_dir()
     with loading(name):
-        folder = Path(name if is_local else snapshot_download(name, allow_patterns=["*.safetensors*", "*.json"]))
+        folder = local_folder(name)
         model = model_from(config, dtype, on_meta=True)
     try:
         if hasattr(config, "quantization_config"):  # the files may have the model's names and shapes, but other values
@@ -98,6 +98,12 @@ def pretrained_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrain
         return None
     model.name_or_path = str(folder)
     return model
+
+
+def local_folder(name: str) -> Path:
+    """Return the folder of a model, after downloading its weights if `name` is a name on the hub."""
+    is_local = Path(name).is_dir()
+    return Path(name if is_local else snapshot_download(name, allow_patterns=["*.safetensors*", "*.json"]))
 
 
 @contextmanager

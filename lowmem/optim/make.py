@@ -102,12 +102,16 @@ def make_optimizer(
 
 
 def convert_frozen(model: nn.Module) -> None:
-    """Bring frozen weights to their device, in bf16, or to where `offload_weights` says; convert all buffers."""
+    """Bring frozen weights to their device, in bf16, or to where `offload_weights` says; convert all buffers.
+
+    Quantized weights, which are integers, stay as they are.
+    """
     fill, offloaded = filler_of(model), offloaded_of(model)
     for parameter in model.parameters():
         if not parameter.requires_grad:
             fill(parameter)
-            set_local_(parameter, local_of(parameter.data).to(torch.bfloat16))
+            if parameter.is_floating_point():
+                set_local_(parameter, local_of(parameter.data).to(torch.bfloat16))
             if offloaded:
                 offloaded.take_weight(parameter, row_wise=True, sum_dtype=torch.bfloat16)
     convert_buffers(model)
