@@ -83,8 +83,8 @@ def test_the_flags_of_train_and_plan_commands_are_accepted(document, tmp_path, m
 def test_flags_links_and_accelerate_configs_exist(document):
     of_others = (
         "multi_gpu nproc_per_node config_file help dtype signal requeue open nnodes rdzv_backend rdzv_id rdzv_endpoint "
-        "max_restarts signals_to_handle shutdown_timeout node_rank master_addr master_port num_machines machine_rank merge "
-        "main_process_ip main_process_port ntasks debug rdzv_conf num_gpus flag is_keep_training"
+        "max_restarts signals_to_handle shutdown_timeout node_rank master_addr master_port num_machines machine_rank "
+        "main_process_ip main_process_port ntasks debug rdzv_conf num_gpus flag is_keep_training merge"
     )
     text = DOCUMENTS[document].read_text()
     without_benchmarks = re.sub(r"`python benchmarks/[^`]*`", "", text)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.offloaded import trim_heap
@@ -76,6 +77,53 @@ def dequantized(weight: Tensor, quantization: str) -> Tensor:
     else:
         parameter = layers.Params4bit(weight, compress_statistics=True, quant_type=quantization).to(weight.device)
     return dequantize(parameter, torch.float32)
+
+
+def replace_linear(model: PreTrainedModel, quantization: str) -> list[nn.Module]:
+    """Replace the linear layers of a model on meta by those that `load_quantized` would have, and return these.
+
+    Their weights are still whole.
+    """
+    layers = _import_bitsandbytes(quantization).nn
+    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(**QUANTIZATIONS[quantization]), pre_quantized=False)
+    quantizer.preprocess_model(model, device_map={"": "cpu"})
+    replaced = [x for x in model.modules() if isinstance(x, layers.Linear4bit | layers.Linear8bitLt)]
+    for module in replaced:
+        module.__class__ = _quantized_class(type(module))
+    return replaced
+
+
+def quantized_outline(weight: Tensor, quantization: str) -> nn.Parameter:
+    """Return a parameter without values, of the bytes that the matrix `weight` takes in 4 or 8 bits."""
+    if quantization == "int8":
+        parameter = nn.Parameter(torch.empty(weight.shape, dtype=torch.int8), requires_grad=False)
+        parameter.SCB = torch.empty(len(weight))
+        return parameter
+    from bitsandbytes.functional import QuantState
+
+    size, block, outer = weight.numel(), 64, 256
+    absmax = torch.empty(-(-size // block), dtype=torch.uint8)
+    of_absmax = QuantState(torch.empty(-(-len(absmax) // outer)), code=torch.empty(256), blocksize=outer)
+    of_absmax.dtype = torch.float32
+    parameter = nn.Parameter(torch.empty(-(-size // 2), 1, dtype=torch.uint8), requires_grad=False)
+    parameter.quant_state = QuantState(
+        absmax,
+        shape=weight.shape,
+        code=torch.empty(16),
+        blocksize=block,
+        quant_type=quantization,
+        dtype=torch.bfloat16,
+        offset=torch.empty(()),
+        state2=of_absmax,
+    )
+    return parameter
+
+
+def scales_of(parameter: Tensor) -> list[Tensor]:
+    """Return the scales of a quantized parameter."""
+    if parameter.dtype == torch.int8:
+        return [parameter.SCB]
+    return [parameter.quant_state.absmax, parameter.quant_state.state2.absmax]
 
 
 def is_quantized(parameter: Tensor) -> bool:

@@ -32,6 +32,7 @@ from lowmem.memory.offload import Offload
 from lowmem.memory.savers import entered
 from lowmem.model.build import attention_options, build_model, freeze
 from lowmem.model.load import config_of
+from lowmem.model.quantized import quantized_outline, replace_linear, scales_of
 from lowmem.optim import kernels_cpu
 from lowmem.optim.make import make_optimizer
 from lowmem.optim.state import optimizer_tensors
@@ -151,6 +152,7 @@ def _build_adapted(config: TrainConfig, shape: PretrainedConfig, **options: obje
     is_new = config.lora_rank is not None
     with unset_fake_temporarily(), torch.device("meta"):
         model = build_model(shape, dtype=torch.bfloat16 if config.has_bf16_base else torch.float32, **options)
+        quantized = replace_linear(model, config.quantization) if config.quantization else {}
         inject(model, lora_config(model, **config.lora) if is_new else read_config(Path(config.model_name_or_path)))
     fakes: dict[Tensor, Tensor] = {}
     for module in model.modules():
@@ -161,6 +163,10 @@ def _build_adapted(config: TrainConfig, shape: PretrainedConfig, **options: obje
                     if isinstance(tensor, nn.Parameter):
                         fakes[tensor] = nn.Parameter(fakes[tensor], tensor.requires_grad)
                 tensors[name] = fakes.get(tensor)
+    for module in quantized:
+        module.weight = quantized_outline(module.weight, config.quantization)
+        for number, scales in enumerate(scales_of(module.weight)):
+            module.register_buffer(f"scales_{number}", scales)  # to be counted
     return model
 
 
