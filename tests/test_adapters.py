@@ -41,7 +41,7 @@ def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in qa_rows(60)))
     for family in FAMILIES:
-        build(family).save_pretrained(folder / family)
+        build(family).to(torch.bfloat16).save_pretrained(folder / family)
         ByT5Tokenizer().save_pretrained(folder / family)
     return folder
 
@@ -247,7 +247,8 @@ def test_merged_weights_give_the_logits_of_the_adapted_model(family, options, ba
         if parameter.requires_grad:
             parameter.data += 0.02 * torch.randn_like(parameter)
     save_model(model, tmp_path / "adapters", tokenizer=tokenizer)
-    message = export(tmp_path / "adapters", tmp_path / "merged", dtype=None, max_shard_bytes=20_000, merge=True)
+    options = {"dtype": torch.float32, "max_shard_bytes": 20_000, "merge": True}
+    message = export(tmp_path / "adapters", tmp_path / "merged", **options)
     assert "files" in message and not (tmp_path / "merged" / "adapter_config.json").exists()
     auto = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
     merged, info = auto.from_pretrained(tmp_path / "merged", output_loading_info=True)
@@ -258,6 +259,32 @@ def test_merged_weights_give_the_logits_of_the_adapted_model(family, options, ba
     expected, base = model.eval()(**inputs).logits, load_model(bases / family)[0].eval()(**inputs).logits
     torch.testing.assert_close(merged.eval()(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
     assert (base - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantized_run_resumes_evaluates_and_merges(quantization, bases, tmp_path):
+    options = {"mixed_precision": "bf16", "quantization": quantization, "test_file": bases / "rows.jsonl"}
+    options |= {"max_predict_samples": 0, "max_steps": 4, "save_steps": 2, "save_total_limit": 0}
+    run("train", *flags(bases, "llama", tmp_path / "whole", **options))
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-00000002", tmp_path / "checkpoints" / "step-00000002")
+    run("train", *flags(bases, "llama", tmp_path, **options, resume="auto"))
+    assert_same_adapters(tmp_path / "model", tmp_path / "whole" / "model")
+    (tested,) = (record for record in runs.records(tmp_path, "whole") if "test_loss" in record)
+    words = [f"--model_name_or_path={tmp_path / 'model'}", f"--test_file={bases / 'rows.jsonl'}", "--batch_size=4"]
+    found = json.loads(run("evaluate", *words, "--max_predict_samples=0").splitlines()[-1])
+    assert found["test_loss"] == tested["test_loss"]
+    export(tmp_path / "model", tmp_path / "merged", dtype=torch.float32, max_shard_bytes=10**9, merge=True)
+    inputs = {"input_ids": torch.arange(3, 40)[None]}
+    adapted = load_model(tmp_path / "model", quantization=quantization, dtype=torch.bfloat16)[0].eval()
+    for parameter in adapted.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()  # then layers compute in fp32
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    expected = adapted(**inputs).logits
+    torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-3, atol=1e-4)
+    plain = load_model(tmp_path / "model")[0].eval()
+    assert (plain(**inputs).logits - expected).abs().max() > 5e-3, "over the model that was not quantized"
+    assert json.loads((tmp_path / "merged" / "lowmem.json").read_text())["quantization"] is None
 
 
 def test_the_fp32_master_is_merged_and_exported(finished, tmp_path):
@@ -274,7 +301,7 @@ def test_the_fp32_master_is_merged_and_exported(finished, tmp_path):
         layer = "model.layers.0.self_attn.q_proj"
         a, b = (exact[f"base_model.model.{layer}.lora_{each}.weight"] for each in "AB")
         base = load_file(finished.parent / "llama" / "model.safetensors")[f"{layer}.weight"]
-        torch.testing.assert_close(merged[f"{layer}.weight"], base + 2 * b @ a, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(merged[f"{layer}.weight"], base.float() + 2 * b @ a, rtol=1e-6, atol=1e-7)
 
 
 def test_what_cannot_be_adapted_is_refused(bases, finished, tmp_path):

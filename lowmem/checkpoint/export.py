@@ -10,13 +10,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from lowmem.adapters.lora import adapter_tensors
 from lowmem.checkpoint.manifest import checkpoints, verify_checkpoint
 from lowmem.checkpoint.saved import read_manifest
 from lowmem.config.groups import holds_adapters
 from lowmem.errors import SaveError, UsageError
+from lowmem.model.build import model_from
 from lowmem.model.load import load_model
+from lowmem.model.quantized import dequantized, replace_linear
 from lowmem.optim.formats import merge_halves
 from lowmem.storage.atomic_folder import atomic_folder
 from lowmem.storage.files import free_bytes, read_json, to_json, write_file
@@ -75,7 +78,9 @@ def export(
     copied, stem, changes = [(folder, files)], "model", {}
     if merge:
         base, sources = _merged_sources(folder, lows, dtype)
-        changes = {"config.json": _read_config(base, dtype)} | _settings_without_adapters(folder)
+        changes = {"config.json": _read_config(base, dtype)}
+        if settings := _settings(folder):
+            changes["lowmem.json"] = settings | {"quantization": None, "lora_rank": None}
         copied += [(base, None)]
     else:
         stem = "adapter_model" if holds_adapters(folder) else "model"
@@ -132,11 +137,22 @@ def _merged_sources(
     for name, tensor in adapter_tensors(model).items():
         if low := lows.get(f"{name}.weight_low"):
             tensor.data = merge_halves(tensor.to(torch.bfloat16), low.read())
-    stored, changed = merged_weights(model, Path(model.name_or_path))
+    stored, changed = merged_weights(model, Path(model.name_or_path), _rounding(model.config, _settings(folder)))
     sources = {name: _source(tensor, None, dtype) for name, tensor in stored.items()}
     for name, merged in changed.items():
         sources[name] = sources[name]._replace(values=partial(_in_slices, merged))
     return Path(model.name_or_path), sources
+
+
+def _rounding(config: PretrainedConfig, settings: Mapping[str, object]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return what the run with these settings made of each weight that it quantized: {name: function}."""
+    if (quantization := settings.get("quantization")) is None:
+        return {}
+    dtype = torch.bfloat16 if settings.get("mixed_precision") == "bf16" else torch.float32
+    model = model_from(config, dtype, on_meta=True)
+    layers = {*replace_linear(model, quantization)}
+    names = [f"{name}.weight" for name, module in model.named_modules() if module in layers]
+    return dict.fromkeys(names, lambda weight: dequantized(weight.to(dtype), quantization))
 
 
 def _in_slices(tensor: Callable[[], Tensor]) -> Iterator[Tensor]:
@@ -144,12 +160,12 @@ def _in_slices(tensor: Callable[[], Tensor]) -> Iterator[Tensor]:
     return iter(whole.split(max(1, _ROW_ELEMENTS // max(1, whole[:1].numel()))))
 
 
-def _settings_without_adapters(folder: Path) -> dict[str, object]:
-    """Return the settings of the run in `folder`, if it has any, for a model whose adapters are merged."""
-    if not (folder / "lowmem.json").is_file():
-        return {}
-    settings = read_json(folder / "lowmem.json", advice="delete it")
-    return {"lowmem.json": settings | {"quantization": None, "lora_rank": None}}
+def _settings(folder: Path) -> dict[str, object]:
+    """Return the settings of the run that wrote `folder`; none if another program did."""
+    settings = read_json(folder / "lowmem.json", advice="delete it") if (folder / "lowmem.json").is_file() else {}
+    if not isinstance(settings, dict):
+        raise UsageError(f"{folder / 'lowmem.json'} is not an object: delete it")
+    return settings
 
 
 def _dtype_of(stored: StoredTensor, dtype: torch.dtype | None) -> torch.dtype:

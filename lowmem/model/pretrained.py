@@ -57,8 +57,8 @@ def check_weights(config: PretrainedConfig, dtype: torch.dtype) -> None:
         else:
             model, info = from_pretrained(config, dtype, **options)
     if getattr(model, "hf_quantizer", None) is not None:
-        found = f"the model {name} has quantized weights"
-        raise UsageError(f"{found}: use an unquantized model, which quantization=nf4 (or int8) quantizes while loading")
+        found = f"the model {name} has quantized weights, which cannot be trained"
+        raise UsageError(f"{found}: use an unquantized model (quantization=nf4 or int8 quantizes it while loading)")
     if differing := sorted(info["mismatched_keys"]):
         weight, stored, expected = differing[0]
         found = f"{len(differing)} weights of the model {name} do not have the shapes that its config.json sets"

@@ -146,9 +146,7 @@ def choose(
     raise UsageError(f"nothing fits: the closest setting, {nearest.rung.name}, needs {nearest.why}. Use {advice}")
 
 
-def _fitting_adapters(
-    config: TrainConfig, least: Rung, tried: Callable[[Sequence[Rung]], Iterator[_Tried]]
-) -> str:
+def _fitting_adapters(config: TrainConfig, least: Rung, tried: Callable[[Sequence[Rung]], Iterator[_Tried]]) -> str:
     """Return the flags of LoRA or QLoRA with which the rung `least` fits; empty if neither does, or can be set."""
     whole = {"sharding_strategy": "NO_SHARD", "cpu_offload": False, "offload_weights": None}  # for quantized weights
     for more in ({}, {"quantization": "nf4"} | whole):
