@@ -206,13 +206,13 @@ def test_a_checkpoint_over_another_model_is_refused(bases, finished, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_peft_loads_the_adapters_and_generates_the_same_tokens(bases, finished):
-    base = AutoModelForCausalLM.from_pretrained(bases / "llama")
+    base = AutoModelForCausalLM.from_pretrained(bases / "llama", dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, finished / "model").eval()
     ours, tokenizer = load_model(finished / "model")
     inputs = tokenizer(["问题 1", "问题 22 aaa"], return_tensors="pt", padding=True, padding_side="left")
     options = {"max_new_tokens": 12, "do_sample": False}
     assert equal(theirs.generate(**inputs, **options), ours.eval().generate(**inputs, **options))
-    untrained = AutoModelForCausalLM.from_pretrained(bases / "llama").eval()
+    untrained = AutoModelForCausalLM.from_pretrained(bases / "llama", dtype=torch.float32).eval()
     assert not torch.allclose(untrained(**inputs).logits, ours(**inputs).logits, atol=1e-3)
 
 
@@ -261,9 +261,8 @@ def test_merged_weights_give_the_logits_of_the_adapted_model(family, options, ba
     assert (base - expected).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_quantized_run_resumes_evaluates_and_merges(quantization, bases, tmp_path):
-    options = {"mixed_precision": "bf16", "quantization": quantization, "test_file": bases / "rows.jsonl"}
+def test_a_quantized_run_resumes_evaluates_and_merges(bases, tmp_path):
+    options = {"mixed_precision": "bf16", "quantization": "nf4", "test_file": bases / "rows.jsonl"}
     options |= {"max_predict_samples": 0, "max_steps": 4, "save_steps": 2, "save_total_limit": 0}
     run("train", *flags(bases, "llama", tmp_path / "whole", **options))
     shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-00000002", tmp_path / "checkpoints" / "step-00000002")
@@ -275,7 +274,7 @@ def test_a_quantized_run_resumes_evaluates_and_merges(quantization, bases, tmp_p
     assert found["test_loss"] == tested["test_loss"]
     export(tmp_path / "model", tmp_path / "merged", dtype=torch.float32, max_shard_bytes=10**9, merge=True)
     inputs = {"input_ids": torch.arange(3, 40)[None]}
-    adapted = load_model(tmp_path / "model", quantization=quantization, dtype=torch.bfloat16)[0].eval()
+    adapted = load_model(tmp_path / "model", quantization="nf4", dtype=torch.bfloat16)[0].eval()
     for parameter in adapted.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()  # then layers compute in fp32
