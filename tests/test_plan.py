@@ -9,8 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
+from transformers import ByT5Tokenizer
 
-from lowmem import cross_entropy
+from lowmem import add_lora, cross_entropy, load_model
 from lowmem.config.parse import named_fields, resolve
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import local_of
@@ -22,6 +23,7 @@ from lowmem.loss import chunked_loss
 from lowmem.memory import offload, savers
 from lowmem.model.build import build_model, freeze
 from lowmem.model.load import config_of
+from lowmem.model.quantized import is_quantized, scales_of
 from lowmem.optim.make import make_optimizer
 from lowmem.plan import predict
 from lowmem.plan.choose import choose, ladder
@@ -33,7 +35,7 @@ from lowmem.step import TrainState, train_step
 from lowmem.storage import records
 from lowmem.storage.records import ScratchFile, Space
 from tests.forked import fork_ranks
-from tests.models import FAMILIES
+from tests.models import FAMILIES, build
 from tests.processes import run, train
 
 CPU = Cluster(world_size=1, local_world_size=1, on_gpu=False)
@@ -57,7 +59,11 @@ def config_for(folder, family, tier="exact", **flags):
 
 def peak_of_two_steps(config, accelerator):
     """Run two optimizer steps with the training code; return this rank's peak tensor bytes in the second step."""
-    model = build_model(config_of(config.model_config), "eager" if "t5" in config.model_config else "sdpa")
+    if config.lora_rank:
+        options = {"quantization": config.quantization, "dtype": torch.bfloat16}
+        model = add_lora(load_model(config.model_name_or_path, **options)[0], **config.lora)
+    else:
+        model = build_model(config_of(config.model_config), "eager" if "t5" in config.model_config else "sdpa")
     names = ("sharding_strategy", "shard_size", "cpu_offload", "tp_size")
     model = parallelize(model, accelerator, **{name: getattr(config, name) for name in names})
     optimizer = make_optimizer(model, memory=config.memory or "off")
@@ -75,7 +81,8 @@ def peak_of_two_steps(config, accelerator):
     active = [savers.SAVERS[name] for name in config.savers]
     with MemoryMeter() as meter, savers.entered(active, model, optimizer):
         kept = [tensor for tensors in optimizer.state.values() for tensor in tensors.values()]
-        meter.count(map(local_of, [*model.parameters(), *kept, *inputs.values()]))
+        scales = [x for p in model.parameters() if is_quantized(p) for x in scales_of(p)]
+        meter.count(map(local_of, [*model.parameters(), *scales, *kept, *inputs.values()]))
         state = TrainState(model, optimizer)
         for _ in range(2):
             meter.reset_peak()
@@ -127,6 +134,15 @@ def test_a_llama_prediction_in_each_tier_is_within_a_tenth_of_the_peak(tier, opt
 
 def test_a_prediction_for_packed_pairs_is_within_a_tenth_of_the_peak(tmp_path, restored_environment):
     assert_within_a_tenth(config_for(tmp_path, "t5", "exact", **PACKED))
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+def test_a_prediction_for_adapters_is_within_a_tenth_of_the_peak(quantization, tmp_path, restored_environment):
+    build("llama", **WIDE["llama"]).save_pretrained(tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    options = {"max_seq_len": 32, "batch_size": 4, "gradient_accumulation_steps": 2, "recompute": "full"}
+    options |= {"model_name_or_path": str(tmp_path), "lora_rank": 4, "quantization": quantization}
+    assert_within_a_tenth(resolve(options | TIERS["exact"]))
 
 
 def assert_within_a_tenth(config):
@@ -352,6 +368,25 @@ def test_the_first_rung_that_fits_is_chosen_and_every_tried_rung_is_reported(tmp
     without_tiers = dataclasses.replace(tight, optimizer="adam", memory="off")
     with pytest.raises(UsageError, match=r"Use more processes or fewer tokens \(--max_seq_len\)$"):
         choose(without_tiers, CPU, (), predictions(sizes), lines.append)
+
+
+def test_adapters_are_named_where_nothing_else_fits(tmp_path):
+    config = config_for(tmp_path, "llama", device_memory="500MB")
+    pretrained = dataclasses.replace(config, model_config=None, model_name_or_path=str(tmp_path))
+
+    def predict(configs):
+        for config in configs:
+            size = 4 * 10**8 if config.quantization else 6 * 10**8 if config.lora_rank else 9 * 10**8
+            yield Prediction({"all": size}, {"all": 5}, {})
+
+    for tried, limit, named in (
+        (pretrained, "500MB", "train adapters alone, which fit: --lora_rank=16 --quantization=nf4$"),
+        (pretrained, "700MB", "train adapters alone, which fit: --lora_rank=16$"),
+        (pretrained, "300MB", r"\(the loss differs, within the spread of seeds\)$"),
+        (config, "500MB", r"\(the loss differs, within the spread of seeds\)$"),  # from scratch
+    ):
+        with pytest.raises(UsageError, match=named):
+            choose(dataclasses.replace(tried, device_memory=limit), CPU, (), predict, lambda line: None)
 
 
 def predict_two_parts(configs):
