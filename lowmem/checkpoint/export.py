@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from lowmem.adapters.lora import adapter_tensors
 from lowmem.checkpoint.manifest import checkpoints, verify_checkpoint
@@ -150,9 +151,15 @@ def _rounding(config: PretrainedConfig, settings: Mapping[str, object]) -> dict[
         return {}
     dtype = torch.bfloat16 if settings.get("mixed_precision") == "bf16" else torch.float32
     model = model_from(config, dtype, on_meta=True)
+    transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}  # (inputs, outputs)
     layers = {*replace_linear(model, quantization)}
-    names = [f"{name}.weight" for name, module in model.named_modules() if module in layers]
-    return dict.fromkeys(names, lambda weight: dequantized(weight.to(dtype), quantization))
+
+    def rounded(weight: Tensor, *, is_transposed: bool) -> Tensor:
+        values = dequantized((weight.T if is_transposed else weight).to(dtype).contiguous(), quantization)
+        return values.T if is_transposed else values
+
+    names = [name for name, module in model.named_modules() if module in layers]
+    return {f"{name}.weight": partial(rounded, is_transposed=name in transposed) for name in names}
 
 
 def _in_slices(tensor: Callable[[], Tensor]) -> Iterator[Tensor]:
