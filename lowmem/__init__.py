@@ -20,6 +20,7 @@ _NAMES = {
     "model.load": ["load_model"],
     "model.build": ["freeze"],
     "adapters.lora": ["add_lora"],
+    "model.documents": ["documents_apart"],
     "loss": ["plain_loss", "chunked_loss"],
     "model.checks": ["check_model", "check_packing"],
     "optim.make": ["make_optimizer"],

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import CausalLMOutput
@@ -378,6 +379,16 @@ def test_a_mean_instead_of_a_sum_is_refused_before_the_run():
     for family in ("t5", "llama"):
         with pytest.raises(UsageError, match="must be a sum over target tokens"):
             check_loss(mean_loss, build(family))
+
+
+def test_a_causal_loss_that_does_not_shift_labels_is_refused():
+    def unshifted(model, batch):
+        logits = model(input_ids=batch.inputs["input_ids"]).logits
+        return F.cross_entropy(logits.flatten(0, 1), batch.inputs["labels"].flatten(), reduction="sum")
+
+    for family in ("llama", "qwen2"):
+        with pytest.raises(UsageError, match="depends on the input token at the same position.* shift the labels"):
+            check_loss(unshifted, build(family))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

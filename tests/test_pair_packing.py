@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from transformers import AutoConfig
 from transformers.integrations import sdpa_attention
 
@@ -21,6 +22,7 @@ from lowmem.loss import chunked_loss, plain_loss
 from lowmem.memory.savers import SAVERS, entered
 from lowmem.model.build import model_from
 from lowmem.model.checks import check_model, check_packing
+from lowmem.model.documents import documents_apart
 from lowmem.model.replaced import replaced
 from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
@@ -232,6 +234,54 @@ def test_encoder_decoders_with_relative_positions_pass_the_check(family, dtype):
 def test_other_encoder_decoders_are_refused(family, message):
     with pytest.raises(UsageError, match=message):
         check_packing(seq2seq(family, "sdpa" if family in ("bart", "marian") else "eager"))
+
+
+def cross_entropy(logits, labels):
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=IGNORED)
+
+
+def loss_within_documents(model, batch):
+    """A loss of a user's own, as docs/library.md describes it."""
+    labels, starts = batch.inputs["labels"], batch.inputs.get("decoder_position_ids")
+    shifted = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    if starts is None:  # each row is one document
+        return cross_entropy(model(batch.inputs["input_ids"], decoder_input_ids=shifted).logits, labels)
+    inputs = {name: x for name, x in batch.inputs.items() if name != "labels"}
+    inputs["decoder_input_ids"] = torch.where(starts == 0, model.config.decoder_start_token_id, shifted)
+    with documents_apart(model):
+        return cross_entropy(model(**inputs).logits, labels)
+
+
+def loss_that_ignores_positions(model, batch):
+    if model.config.is_encoder_decoder:  # T5 ignores position_ids
+        return cross_entropy(model(**batch.inputs).logits, batch.inputs["labels"])
+    return cross_entropy(model(batch.inputs["input_ids"]).logits[:, :-1], batch.inputs["labels"][:, 1:])
+
+
+def loss_without_starts(model, batch):
+    inputs = {name: x for name, x in batch.inputs.items() if name != "labels"}
+    inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch.inputs["labels"])
+    with documents_apart(model) if "position_ids" in inputs else ExitStack():
+        return cross_entropy(model(**inputs).logits, batch.inputs["labels"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_that_mixes_packed_documents_is_refused(dtype):
+    check = partial(check_model, packing=True, max_seq_len=16)
+    for family in ("t5", "t5gemma"):
+        model = seq2seq(family).to(dtype)
+        for loss_fn in (plain_loss, chunked_loss, *([loss_within_documents] if family == "t5" else [])):
+            check(model, loss_fn)
+        with pytest.raises(UsageError, match="packed documents affect each other: it is .* within documents_apart, "):
+            check(model, loss_that_ignores_positions)
+        check_model(model, loss_that_ignores_positions, packing=False, max_seq_len=16)
+    with pytest.raises(UsageError, match="packed documents affect each other"):
+        check(seq2seq("t5").to(dtype), loss_without_starts)
+    for family in ("llama", "qwen2"):
+        for loss_fn in (plain_loss, chunked_loss):
+            check(build(family).to(dtype), loss_fn)
+        with pytest.raises(UsageError, match="packed documents affect each other: .*: pass position_ids to the model,"):
+            check(build(family).to(dtype), loss_that_ignores_positions)
 
 
 @pytest.mark.parametrize("error", [StoreError("a"), RankError("a"), torch.OutOfMemoryError("a")])

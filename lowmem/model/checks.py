@@ -16,7 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lowmem.data.batch import IGNORED, Batch
+from lowmem.data.batch import IGNORED, Batch, EncodedRow, collate
+from lowmem.data.packing import pack
+from lowmem.data.pair_packing import pack_pairs
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.fully_sharded import forward_only
@@ -46,7 +48,8 @@ def check_model(
 ) -> int:
     """Raise UsageError if the model adds a loss itself, or does not support this loss, this length or packing.
 
-    With `weighted`, also if the loss ignores the weights of a batch.
+    With `packing`, also if packed documents affect each other's loss; with `weighted`, if the loss ignores the weights
+    of a batch.
 
     Returns `max_seq_len`. With `may_shorten`, a model with fewer positions is no error: returns their number.
     """
@@ -77,6 +80,7 @@ def check_model(
         max_seq_len = positions
     if packing:
         check_packing(model)
+        _check_packed_loss(model, loss_fn)
         if base.config.is_encoder_decoder:
             _check_windows(base, max_seq_len)
     return max_seq_len
@@ -148,10 +152,48 @@ def check_packing(model: nn.Module) -> None:
         raise UsageError(f"{found}: train without packing{or_sdpa}")
 
 
+def _check_packed_loss(model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> None:
+    """Raise UsageError if packed documents affect each other's loss, because `loss_fn` ignores the batch's positions.
+
+    Then the sum over two packed rows changes if they exchange a document. Unlike a sum over separate documents, that
+    sum comes from tensors of the same shapes, so a correct loss gives the same bits in bf16 too.
+    """
+    base, generator = unwrapped(model), torch.Generator().manual_seed(0)
+    is_pairs, vocabulary = base.config.is_encoder_decoder, base.get_input_embeddings().num_embeddings
+
+    def document(length: int, num_labels: int) -> EncodedRow:
+        tokens = torch.randint(vocabulary, (length + num_labels,), generator=generator).tolist()
+        return EncodedRow(input_ids=tokens[:length], labels=tokens[length:] if is_pairs else tokens[:length])
+
+    first, second = [document(5, 7), document(5, 7)], [document(7, 5), document(7, 5)]
+
+    def loss_of(seconds: list[EncodedRow], *, as_one: bool) -> Tensor:
+        rows = []
+        for documents in zip(first, seconds, strict=True):
+            (packed,) = (pack_pairs if is_pairs else pack)(list(enumerate(documents)), max_seq_len=12, micro_batches=1)
+            rows += packed
+        if as_one:
+            rows = [EncodedRow(input_ids=row["input_ids"], labels=row["labels"]) for row in rows]
+        return loss_fn(model, collate(rows, causal=not is_pairs).to(device_of(model)))
+
+    with forward_only(model):
+        loss, other = loss_of(second, as_one=False), loss_of(second[::-1], as_one=False)
+        seen_as_one = abs(loss_of(second, as_one=True) - loss_of(second[::-1], as_one=True))
+    # In tests, a correct loss changed by 1e-7 of itself (the order of its sum), and one that gives a document the last
+    # label of another as its first decoder input by 2.5 % of `seen_as_one`. The second term: see `check_packing`.
+    if not abs(loss - other) <= 0.01 * seen_as_one + 1e-6 * abs(loss):
+        found = f"it is {loss.item():.7g} for two packed rows, and {other.item():.7g} after they exchange a document"
+        remedy = "pass position_ids to the model"
+        if is_pairs:
+            remedy = "call the model within documents_apart, and start each document's decoder inputs"
+            remedy = f"{remedy} (decoder_position_ids are 0 there) with the start token"
+        raise UsageError(f"in the loss, packed documents affect each other: {found}: {remedy}, or call plain_loss")
+
+
 def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module, *, weighted: bool = False) -> None:
     """Run `loss_fn` on rows of two tokens. Raise UsageError if it rejects the model or returns a mean instead of a sum,
-    if a causal model sees its targets, or if the loss is not finite because weights are not. With `weighted`, also if
-    it ignores the weights of a batch.
+    if it does not shift a causal model's labels, if the model sees its targets, or if the loss is not finite because
+    weights are not. With `weighted`, also if it ignores the weights of a batch.
     """
     base = unwrapped(model)
     rows_of = partial(_rows, model)
@@ -160,6 +202,10 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module, 
             loss_fn(model, rows_of(rows=1, length=2, num_targets=0))
             row = rows_of(rows=1, length=2, num_targets=1)
             once, twice = loss_fn(model, row), loss_fn(model, rows_of(rows=2, length=2, num_targets=2))
+            if not base.config.is_encoder_decoder:
+                tokens = row.inputs["input_ids"].clone()
+                tokens[:, -1] += 1
+                unseen = loss_fn(model, replace(row, inputs=row.inputs | {"input_ids": tokens}))
             if weighted:
                 doubled = torch.full(row.inputs["labels"].shape, 2.0, device=device_of(model))
                 heavy = loss_fn(model, replace(row, weights=doubled))
@@ -191,6 +237,10 @@ def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module, 
             is_bert = hasattr(base.config, "is_decoder")
             remedy = "set is_decoder to true in the model's config.json, or " if is_bert else ""
             raise UsageError(f"{found}: {remedy}use a causal or encoder-decoder model")
+        if not base.config.is_encoder_decoder and abs(unseen - once) > 1e-4 * abs(once):
+            found = "the loss of a label depends on the input token at the same position"
+            remedy = "shift the labels, as plain_loss does: position i of a causal model predicts label i + 1"
+            raise UsageError(f"{found}, as if the model predicted a token that it has seen: {remedy}")
 
 
 def _check_finite(model: nn.Module) -> None:
