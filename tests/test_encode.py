@@ -1,5 +1,7 @@
+import math
 from functools import partial
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import BPE, WordLevel
@@ -226,6 +228,15 @@ def test_a_row_with_another_number_of_weights_than_labels_is_bad(encode):
     message = "row 1 cannot be encoded: a row has 2 weights for 1 labels: return one for each label"
     with pytest.raises(RowError, match=message):
         encode_rows(rows, range(3), encode, may_skip=False)
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, 1e39, "1", True, None])
+def test_a_row_whose_encoder_returns_a_weight_below_0_or_not_finite_is_bad(weight):
+    rows = [{"input_ids": [5, 5], "labels": [5, 5], "weights": [np.float32(1), x]} for x in (0, weight)]
+    encoded, bad = encode_rows(rows, range(2), dict, may_skip=True)
+    assert [number for number, _ in encoded] == [0] and [x.content for x in bad] == [rows[1]]
+    found = f"row 1 cannot be encoded: weights must be numbers from 0 to 3.4e+38, found {weight!r}: "
+    assert str(bad[0].error).startswith(found)
 
 
 # --- encoding conversations

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -207,8 +208,14 @@ def test_a_loss_that_ignores_weights_is_refused():
 
 @pytest.mark.parametrize("weight", [None, "1", True, -0.5, math.inf, math.nan, 1e39, 10**400])
 def test_a_row_without_a_weight_of_0_or_more_is_bad(weight):
-    with pytest.raises(ValueError, match="column 'weight' must hold a weight, a number of 0 or more, found"):
+    with pytest.raises(ValueError, match="column 'weight' must hold a weight, a number from 0 to 3.4e.38, found"):
         encoder("t5")({"prompt": "a", "response": "b", "weight": weight})
+
+
+def test_a_weight_may_be_a_number_of_numpy_or_torch():
+    for weight in (np.float32(2.5), np.int64(2), torch.tensor(2.5, dtype=torch.bfloat16)):
+        encoded = encoder("t5")({"prompt": "a", "response": "b", "weight": weight})
+        assert encoded["weights"] == [float(weight)] * len(encoded["labels"])
 
 
 def test_a_run_weights_its_training_rows_but_not_its_evaluations(tmp_path):
@@ -225,3 +232,4 @@ def test_a_run_weights_its_training_rows_but_not_its_evaluations(tmp_path):
     assert records(tmp_path, "weighted")[-2]["eval_loss"] == pytest.approx(records(tmp_path, "plain")[-2]["eval_loss"])
     missing = train("train", *flags(tmp_path, "missing", **changes, weight_column="weight"))
     assert missing.returncode == 2 and "rows.jsonl has no column 'weight'" in missing.stderr
+    assert "set --weight_column to a column (for all files)" in missing.stderr

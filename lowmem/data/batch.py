@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
+LARGEST_WEIGHT = torch.finfo(torch.float32).max
 _PAD_TO_MULTIPLE_OF = 8  # multiples of 8 are faster on tensor cores
 
 
@@ -78,6 +79,12 @@ def check_batches(batches: Sequence[Batch]) -> TypeError | None:
 
 
 Collate = Callable[[Sequence[EncodedRow]], Batch]
+
+
+def is_weight(value: object) -> bool:
+    """Whether `value` is a number, also of numpy or torch, from 0 to LARGEST_WEIGHT."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LARGEST_WEIGHT
 
 
 def weights_of(row: EncodedRow) -> list[float]:

@@ -12,14 +12,12 @@ from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from lowmem.config.prompt_template import fill, parse_template, template_columns
-from lowmem.data.batch import IGNORED, EncodedRow
+from lowmem.data.batch import IGNORED, LARGEST_WEIGHT, EncodedRow, is_weight
 from lowmem.data.chat import Messages, chat_tokenizer
 from lowmem.data.chat_messages import with_role
 from lowmem.data.encoder import Encode, TextEncoder, Then
-from lowmem.data.files.columns import TOOLS_COLUMN, is_message, is_number
+from lowmem.data.files.columns import TOOLS_COLUMN, is_message
 from lowmem.data.rows import Row
 from lowmem.errors import UsageError
 
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 # The lock is needed because two threads share a tokenizer, and translation tokenizers switch languages during a call.
 _TOKENIZER_IN_USE = Lock()
 _REMEDY = "fix the row or name another column"
-_LARGEST_WEIGHT = torch.finfo(torch.float32).max
 
 
 def make_encoder(
@@ -37,7 +34,7 @@ def make_encoder(
     *,
     is_encoder_decoder: bool,
     max_seq_len: int,
-    prompt_column: str | None = "prompt",
+    prompt_column: str | None = None,
     response_column: str | None = "response",
     prompt_template: str | None = None,
     text_column: str | None = None,
@@ -47,16 +44,18 @@ def make_encoder(
 ) -> Encode:
     """Make an encoder for the given columns: text, messages, or (by default) prompts and responses.
 
-    A `prompt_template` (see `parse_template`) makes prompts of several columns, instead of `prompt_column`.
-    Raises UsageError for columns that exclude each other or do not fit the model, and for messages without a chat
-    template. The encoder raises ValueError for a row in which a column is missing or has the wrong type, or that has a
-    token id of `num_embeddings` (the model's number of embeddings) or more.
+    A `prompt_template` (see `parse_template`) makes prompts of several columns, instead of `prompt_column` (None:
+    "prompt").
+    Raises UsageError for columns that exclude each other or do not fit the model, for a template that cannot be used,
+    and for messages without a chat template. The encoder raises ValueError for a row in which a column is missing or
+    has the wrong type, or that has a token id of `num_embeddings` (the model's number of embeddings) or more.
     """
-    given = {"text_column": text_column, "messages_column": messages_column}
+    given = {"prompt_column": prompt_column, "prompt_template": prompt_template}
+    given |= {"text_column": text_column, "messages_column": messages_column}
     named = [f"{name}={column}" for name, column in given.items() if column is not None]
     if len(named) > 1:
         raise UsageError(f"{' and '.join(named)} exclude each other: set one")
-    if named and is_encoder_decoder:
+    if is_encoder_decoder and (text_column or messages_column):
         raise UsageError(f"{named[0]} needs a causal model, got an encoder-decoder: set prompt_column, response_column")
     if text_column is not None:
         kind, columns = encode_text, {"text_column": text_column}
@@ -65,7 +64,7 @@ def make_encoder(
     else:
         kind = encode_seq2seq if is_encoder_decoder else encode_causal
         columns = {"response_column": response_column}
-        columns |= {"prompt_column": prompt_column} if prompt_template is None else {"prompt_template": prompt_template}
+        columns |= {"prompt_column": prompt_column or "prompt", "prompt_template": prompt_template}
     encode = kind(tokenizer, max_seq_len=max_seq_len, **columns)
     return encode if num_embeddings is None else _checked(encode, tokenizer, num_embeddings)
 
@@ -78,10 +77,9 @@ def with_weights(encode: Encode, column: str) -> Encode:
 
     def add_weights(row: Row, encoded: EncodedRow) -> EncodedRow:
         weight = row.get(column)
-        if not is_number(weight) or not 0 <= weight <= _LARGEST_WEIGHT:
-            raise ValueError(
-                f"column {column!r} must hold a weight, a number of 0 or more, found {_found(row, column)}"
-            )
+        if not is_weight(weight):
+            what = f"column {column!r} must hold a weight, a number from 0 to {LARGEST_WEIGHT:.2g}"
+            raise ValueError(f"{what}, found {_found(row, column)}")
         return {**encoded, "weights": [float(weight)] * len(encoded["labels"])}
 
     return Then(encode, add_weights)
@@ -268,7 +266,10 @@ def _texts_of(prompt_column: str, prompt_template: str | None, response_column: 
     """
     if prompt_template is None:
         return lambda row: [_text(row, prompt_column), _text(row, response_column)]
-    lines, columns = parse_template(prompt_template), template_columns(prompt_template)
+    try:
+        lines, columns = parse_template(prompt_template), template_columns(prompt_template)
+    except ValueError as error:
+        raise UsageError(f"prompt_template={prompt_template!r} cannot be used: {error}") from error
 
     def texts_of(row: Row) -> list[str]:
         values = {name: "" if row.get(name) is None else _text(row, name) for name in columns}

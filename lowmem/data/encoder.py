@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from lowmem.data.batch import IGNORED, EncodedRow, weights_of
+from lowmem.data.batch import IGNORED, LARGEST_WEIGHT, EncodedRow, is_weight, weights_of
 from lowmem.data.rows import Row, Rows
 from lowmem.errors import ReadError, RowError
 
@@ -127,9 +127,9 @@ def _encode_together(
 
 
 def _checked(row: EncodedRow) -> EncodedRow:
-    """Return the row. Raises ValueError if it has more or fewer weights than labels."""
-    if "weights" in row and "labels" in row:
-        weights_of(row)
+    """Return the row. Raises ValueError if it has more or fewer weights than labels, or one that is no weight."""
+    if "weights" in row and "labels" in row and (bad := [w for w in weights_of(row) if not is_weight(w)]):
+        raise ValueError(f"weights must be numbers from 0 to {LARGEST_WEIGHT:.2g}, found {bad[0]!r:.80}: correct them")
     return row
 
 
