@@ -6,6 +6,7 @@ import os
 import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pyarrow as pa
 import pytest
@@ -76,6 +77,15 @@ def test_a_template_gives_the_tokens_of_its_text(encode_kind):
         encode(row | {"output": None})
 
 
+def test_make_encoder_refuses_what_the_command_line_refuses():
+    make = partial(make_encoder, TOKENIZER, is_encoder_decoder=False, max_seq_len=64)
+    for other in ("prompt_column", "text_column", "messages_column"):
+        with pytest.raises(UsageError, match="exclude each other: set one"):
+            make(prompt_template=ALPACA, **{other: "x"})
+    with pytest.raises(UsageError, match="prompt_template='{a' cannot be used: expected '}'"):
+        make(prompt_template="{a")
+
+
 def test_sharegpt_messages_are_chat_messages():
     turns = [("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello"), ("user", "Bye"), ("assistant", "Bye!")]
     roles = {"human": "user", "gpt": "assistant"}
@@ -83,7 +93,7 @@ def test_sharegpt_messages_are_chat_messages():
     plain = {"conversations": [{"role": roles.get(role, role), "content": text} for role, text in turns]}
     encode = encode_chat(CHAT, max_seq_len=256, messages_column="conversations")
     assert encode(theirs) == encode(plain)
-    with pytest.raises(ValueError, match="that cannot be used: it is from 'bot', which is none of .*: rename it"):
+    with pytest.raises(ValueError, match="cannot be used: it is from 'bot', but must be from one of human, .*: rename"):
         encode({"conversations": [{"from": "bot", "value": "Hi"}]})
 
 
@@ -121,7 +131,7 @@ def test_files_may_lack_the_input_of_alpaca_rows_but_no_other_column_of_a_templa
     rows = [{"instruction": "Greet", "output": "Hi"}, {"instruction": "Bow", "output": "I bow"}]
     opened = open_rows(_write(tmp_path / name, rows), **options)
     assert [opened[0], opened[1]] == rows and not opened.unread
-    with pytest.raises(ColumnsError, match="no column 'lang'"):
+    with pytest.raises(ColumnsError, match="no column 'lang', it has .*: set --prompt_template"):
         open_rows(tmp_path / name, columns=["output"], prompt_template="{instruction} ({lang})")
     with pytest.raises(ColumnsError, match="no column 'instruction'"):
         open_rows(_write(tmp_path / f"other-{name}", [{"input": "1 2", "output": "3"}]), **options)
@@ -177,6 +187,11 @@ def test_an_array_is_converted_in_pieces(tmp_path):
         ('[{"a": NaN}]', "row 1: NaN is not a JSON value"),
         ('[{"a": "\\ud800"}]', "row 1: 'utf-8' codec can't encode"),
         ("[" + '{"a":' * 20_000, "row 1: "),
+        ('[{"a": 1},\n\n{"a": x}]', "row 2: Expecting value; fix the file"),
+        ('{"a": 1}\n{"a": 2}\n', "rows.json has one object per line, so it is JSONL, not a JSON array: train on it"),
+        ('{"version": 1, "data": [{"a": 1}]}', "rows.json is an object, whose key 'data' holds an array: write that"),
+        ("PAR1", "rows.json is a parquet file, not a JSON array: train on it"),
+        ("BZh91AY", "rows.json is compressed (bzip2): decompress it first"),
     ],
 )
 def test_what_is_no_array_of_objects_is_refused_and_nothing_is_left(tmp_path, text, message):
@@ -214,6 +229,7 @@ def test_an_object_that_does_not_end_is_not_read_to_the_end_of_the_file():
         ("rows.json/out.jsonl", "cannot be used (Not a directory)"),
         ("missing/out.jsonl", "cannot be used (No such file or directory)"),
         ("x" * 256, "cannot be used (File name too long)"),
+        ("rows.txt", "must end in .jsonl, by which `train` recognizes the format"),
         ("link", "exists (it is a broken link to nothing)"),
         ("", "exists (it is a folder)"),
     ],
@@ -227,7 +243,7 @@ def test_a_path_that_cannot_be_written_is_refused_by_its_name(tmp_path, name, re
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "rows.json"]
     with pytest.raises(UsageError, match="none.json cannot be used"):
         convert(tmp_path / "none.json", tmp_path / "new.jsonl")
-    convert(tmp_path / "rows.json", tmp_path / ("y" * 255))  # the longest name
+    convert(tmp_path / "rows.json", tmp_path / (f"{'y' * 249}.jsonl"))  # the longest name
 
 
 def test_a_file_that_appears_during_the_conversion_is_kept(tmp_path):
@@ -290,4 +306,9 @@ def test_sharegpt_rows_need_a_causal_model(tmp_path):
     refused = train("train", *flags(tmp_path, "chats", **changes))
     assert refused.returncode == 2
     found = "chats.jsonl: the rows are sharegpt: using --messages_column=conversations; --messages_column needs a"
-    assert found in refused.stderr
+    assert found in refused.stderr and "all files" not in refused.stderr
+    (tmp_path / "alpaca.jsonl").write_text('{"instruction": "Bow", "output": "I bow"}\n')
+    changes = {"train_file": f"{tmp_path}/rows.jsonl,{tmp_path}/alpaca.jsonl"}
+    refused = train("train", *flags(tmp_path, "mixed", **changes))
+    found = f"{tmp_path}/rows.jsonl has other columns: all files of a run need the same columns"
+    assert refused.returncode == 2 and found in refused.stderr

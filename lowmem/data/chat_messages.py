@@ -24,8 +24,8 @@ def with_role(message: Message) -> Message:
     if "role" in message:
         return message
     if message["from"] not in _ROLES:
-        found = f"it is from {message['from']!r}, which is none of {', '.join(_ROLES)}"
-        raise ValueError(f"{found}: rename it or remove the row")
+        found = f"it is from {message['from']!r}, but must be from one of {', '.join(_ROLES)}"
+        raise ValueError(f"{found}: rename the sender, or remove the row")
     return {"role": _ROLES[message["from"]], "content": message["value"]}
 
 

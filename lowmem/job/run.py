@@ -114,8 +114,9 @@ def _open_in_found_format(
         raise UsageError(f"{first_error.file}: {message}; {'; '.join(problems)}")
     try:
         rows = _open_all_rows(config, trains)
-    except ColumnsError:  # the files have different columns
-        raise first_error from None
+    except ColumnsError as error:
+        found = f"{first_error}; {error.file} has other columns"
+        raise UsageError(f"{found}: all files of a run need the same columns (--row_format applies to all)") from None
     return config, rows, message
 
 

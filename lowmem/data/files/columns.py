@@ -56,8 +56,9 @@ def _check_present(source: Source, wanted: Mapping[str, str], present: Sequence[
     required = [name for name, kind in wanted.items() if kind != "optional text"]
     if missing := [f"column {name!r}" for name in required if name not in present]:
         what = f"{source} has no {' and no '.join(missing)}, it has {', '.join(map(repr, present))}"
-        advice = "set --prompt_column and --response_column, --text_column, --messages_column or --row_format"
-        raise ColumnsError(f"{what}: {advice}", source.name, present)
+        kinds = {wanted[name] for name in required if name not in present}
+        flags = dict.fromkeys(flags for kind, flags in _FLAGS.items() if kind in kinds)
+        raise ColumnsError(f"{what}: set {'; '.join(flags)} (for all files)", source.name, present)
 
 
 def is_message(value: object) -> bool:
@@ -81,6 +82,10 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+_FLAGS = dict.fromkeys(
+    ("text", "messages"), "--prompt_column and --response_column, --text_column, --messages_column or --row_format"
+)
+_FLAGS |= {"text or null": "--prompt_template or --row_format to its columns", "number": "--weight_column to a column"}
 _WORDS = {"text": "text", "number": "a number"} | dict.fromkeys(("text or null", "optional text"), "text or null")
 _IS_OF_KIND = {
     "text": lambda value: isinstance(value, str),
