@@ -203,7 +203,8 @@ class Report:
         mixture, total = stream.mixture, self._total_steps * stream.global_batch_size
         for number, (name, rows) in enumerate(zip(mixture.names, mixture.sources, strict=True), 1):
             share = mixture.weights[number - 1] / PERIOD
-            yield f"source {number}: {share:.2%} of the rows, {total * share / len(rows):.3g} epochs of {name}"
+            epochs = f"{total * share / len(rows):.3g}"
+            yield f"source {number}: {share:.2%} of the rows, {epochs} epoch{'s' * (epochs != '1')} of {name}"
 
     def resuming(
         self, checkpoint: Path | None, changes: Sequence[str], row_changes: Sequence[str], can_save: bool

@@ -178,9 +178,14 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({"row_format": "xml"}, "--row_format=xml must be one of alpaca, sharegpt"),
         ({"weight_column": "w"}, "--weight_column names a column of --train_file: set --train_file too"),
         ({"train_weights": "1,2"}, "--train_weights mixes the files of --train_file: set --train_file too"),
-        ({"train_file": "a", "train_weights": "1,x"}, "--train_weights=1,x must be positive numbers, separated by"),
-        ({"train_file": "a", "train_weights": "1e308,1e308"}, "separated by commas, of a finite sum"),
-        ({"train_file": "a", "train_weights": "1,-2"}, "--train_weights=1,-2 must be positive numbers, separated by"),
+        (
+            {"train_file": "a", "train_weights": "1,x"},
+            "=1,x cannot be used: write positive numbers, separated by",
+        ),
+        ({"train_file": "a", "train_weights": "1e308,1e308"}, "their sum is more than 1.8e308: divide all by"),
+        ({"train_file": "a", "train_weights": "1,-2"}, "-2 is not a positive number: correct it, or remove the source"),
+        ({"packing": "maybe"}, "--packing=maybe must be True or False"),
+        ({"row_format": "sharegpt", "model_config": "t5-tiny"}, "(--row_format=sharegpt sets --messages_column=conv"),
         (
             {"train_file": "a,b", "train_weights": [1, 2], "validation_rows": 5},
             "--train_weights=1,2 holds out no rows for an evaluation (--validation_file does): set --validation_rows=0",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
 from lowmem.config.zero import complete_zero_config
 
@@ -21,6 +22,15 @@ def weights_in(text: str) -> list[float]:
 def holds_adapters(folder: str | os.PathLike | None) -> bool:
     """Whether `folder` has adapters that were saved apart from their model, as peft does."""
     return folder is not None and os.path.isfile(os.path.join(folder, "adapter_config.json"))
+
+
+def problem_of_weights(weights: Sequence[float]) -> str | None:
+    """Return why sources cannot be mixed by these weights; None if they can."""
+    if bad := [weight for weight in weights if not 0 < weight < float("inf")]:
+        return f"{bad[0]:g} is not a positive number: correct it, or remove the source"
+    if sum(weights) == float("inf"):
+        return "their sum is more than 1.8e308: divide all by the largest"
+    return None
 
 
 class Groups:

@@ -168,7 +168,8 @@ def _coerce(name: str, kind: object, value: object, problems: list[str]) -> obje
             return int(text) if text.lstrip("+-").isdigit() else int(number)
         return float(text)
     except (KeyError, ValueError, OverflowError):
-        problems.append(f"--{name}={value} is not {'an' if kind is int else 'a'} {kind.__name__}")
+        must = "must be True or False" if kind is bool else f"is not {'an' if kind is int else 'a'} {kind.__name__}"
+        problems.append(f"--{name}={value} {must}")
         return None
 
 

@@ -7,9 +7,10 @@ import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from lowmem.config.groups import holds_adapters
+from lowmem.config.groups import holds_adapters, problem_of_weights
 from lowmem.config.presets import MODEL_SHAPES
 from lowmem.config.prompt_template import parse_template
+from lowmem.config.row_formats import ROW_FORMATS
 from lowmem.config.sizes import parse_bytes
 from lowmem.config.train_config import FIELDS, TIERED_OPTIMIZERS, TrainConfig, choices
 from lowmem.config.zero import zero_problems
@@ -116,6 +117,8 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
     causal += [f"--tp_size={config.tp_size}"] * ((config.tp_size or 1) > 1)
     if causal and config.model_config in MODEL_SHAPES:
         found = f"{', '.join(causal)} need{'' if causal[1:] else 's'} a causal model"
+        if config.messages_column == ROW_FORMATS["sharegpt"]["messages_column"]:
+            found = f"{found} (--row_format=sharegpt sets --messages_column={config.messages_column})"
         advice = "set --model_name_or_path, or set --model_config to a config file"
         problems.append(f"{found}, but --model_config={config.model_config} is a T5: {advice}")
     if config.lora_rank is None:
@@ -175,12 +178,11 @@ def _out_of_range(config: TrainConfig) -> list[str]:
         except ValueError as error:
             problems.append(f"--prompt_template={config.prompt_template!r} cannot be used: {error}")
     try:
-        weights = config.mixture_weights or [1.0]
-        if not all(weight > 0 for weight in weights) or not sum(weights) < math.inf:
-            raise ValueError
+        problem = problem_of_weights(config.mixture_weights or [])
     except ValueError:
-        advice = "must be positive numbers, separated by commas, of a finite sum"
-        problems.append(f"--train_weights={config.train_weights} {advice}")
+        problem = "write positive numbers, separated by commas"
+    if problem:
+        problems.append(f"--train_weights={config.train_weights} cannot be used: {problem}")
     for name, done in (("output_dir", "written"), ("resume", "read")):
         try:
             os.stat(getattr(config, name) or "")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lowmem.config.groups import problem_of_weights
 from lowmem.data.files.source import Files, Row, expand, items_of
 from lowmem.data.order import Groups, Order, permute
 from lowmem.data.rows import Rows, as_rows, hash_rows, open_rows
@@ -31,8 +32,9 @@ class Mixture:
 
     def __init__(self, sources: Sequence[Rows], weights: Sequence[float], names: Sequence[str] | None = None):
         if len(sources) != len(weights):
-            found = f"{len(weights)} weights for {len(sources)} sources"
-            raise UsageError(f"{found}: give each file or glob between commas of train_file one of train_weights")
+            counts = ((len(weights), "weight"), (len(sources), "source"))
+            found = " for ".join(f"{count} {noun}{'s' * (count != 1)}" for count, noun in counts)
+            raise UsageError(f"{found}: give one weight for each source (each file or glob between commas)")
         self.sources = sources
         self.names = names or [f"source {number}" for number in range(1, len(sources) + 1)]
         self.weights = whole_weights(weights)
@@ -126,16 +128,17 @@ def groups_of(rows: Rows) -> Groups:
 
 def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     """Scale weights to whole numbers that sum to PERIOD, by the largest remainders. Raises UsageError if one is 0."""
-    if not weights or not all(weight > 0 for weight in weights) or not sum(weights) < float("inf"):
-        found = f"weights {', '.join(map(str, weights))}"
-        raise UsageError(f"{found} must be positive numbers, of a finite sum: correct them")
+    if not weights:
+        raise UsageError("no weights: give one weight for each source")
+    if problem := problem_of_weights(weights):
+        raise UsageError(f"weights {', '.join(map(str, weights))} cannot be used: {problem}")
     exact = [weight / sum(weights) * PERIOD for weight in weights]
     whole = [int(quota) for quota in exact]
     by_remainder = sorted(range(len(exact)), key=lambda source: whole[source] - exact[source])
     for source in by_remainder[: PERIOD - sum(whole)]:
         whole[source] += 1
     if 0 in whole:
-        found = f"weight {weights[whole.index(0)]} is less than 1/{PERIOD:,} of all"
+        found = f"weight {weights[whole.index(0)]:g} (of --train_weights) is less than 1/{PERIOD:,} of their sum"
         raise UsageError(f"{found}: raise it, or remove the source")
     return tuple(whole)
 

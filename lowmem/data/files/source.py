@@ -135,7 +135,8 @@ def expand(files: Files) -> list[Source]:
     sources = [Source(name) for name in names]
     times = Counter(source.identity for source in sources)
     if repeated := [name for name, number in times.items() if number > 1]:
-        raise UsageError(f"{files} names {', '.join(repeated)} twice: name it once")
+        named = files if isinstance(files, str | Path) else ", ".join(map(str, files))
+        raise UsageError(f"{named} names {', '.join(repeated)} twice: name it once")
     return sources
 
 
