@@ -9,7 +9,7 @@ from lowmem.data.batch import IGNORED, collate
 from lowmem.data.packing import pack
 from lowmem.errors import UsageError
 from lowmem.loss import chunked_loss, plain_loss
-from lowmem.model.checks import check_packing
+from lowmem.model.checks import check_model, check_packing
 from tests.models import build
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 384, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -206,6 +206,13 @@ def test_models_in_which_packed_documents_affect_each_other_are_refused(fields, 
     with pytest.raises(UsageError, match=message):
         check_packing(model)
     assert model.training
+
+
+def test_a_model_whose_positions_hide_that_it_mixes_documents_is_refused():
+    """Positions change its logits much more than other documents do, so `check_packing` alone accepts it."""
+    model = causal("openai-gpt", vocab_size=384, n_embd=32, n_layer=2, n_head=2)
+    with pytest.raises(UsageError, match="packed documents affect each other's loss: .*: train without packing"):
+        check_model(model, chunked_loss, packing=True, max_seq_len=16)
 
 
 def test_a_model_that_misreads_an_additive_mask_is_refused():

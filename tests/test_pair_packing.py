@@ -272,7 +272,7 @@ def test_a_loss_that_mixes_packed_documents_is_refused(dtype):
         model = seq2seq(family).to(dtype)
         for loss_fn in (plain_loss, chunked_loss, *([loss_within_documents] if family == "t5" else [])):
             check(model, loss_fn)
-        with pytest.raises(UsageError, match="packed documents affect each other: it is .* within documents_apart, "):
+        with pytest.raises(UsageError, match="each other's loss: it is .* within documents_apart, "):
             check(model, loss_that_ignores_positions)
         check_model(model, loss_that_ignores_positions, packing=False, max_seq_len=16)
     with pytest.raises(UsageError, match="packed documents affect each other"):
@@ -280,7 +280,7 @@ def test_a_loss_that_mixes_packed_documents_is_refused(dtype):
     for family in ("llama", "qwen2"):
         for loss_fn in (plain_loss, chunked_loss):
             check(build(family).to(dtype), loss_fn)
-        with pytest.raises(UsageError, match="packed documents affect each other: .*: pass position_ids to the model,"):
+        with pytest.raises(UsageError, match="each other's loss: .*, pass position_ids to the model,"):
             check(build(family).to(dtype), loss_that_ignores_positions)
 
 
