@@ -151,15 +151,15 @@ def _rounding(config: PretrainedConfig, settings: Mapping[str, object]) -> dict[
         return {}
     dtype = torch.bfloat16 if settings.get("mixed_precision") == "bf16" else torch.float32
     model = model_from(config, dtype, on_meta=True)
-    transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}  # (inputs, outputs)
+    transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
     layers = {*replace_linear(model, quantization)}
+    names = [f"{name}.weight" for name, module in model.named_modules() if module in layers]
 
-    def rounded(weight: Tensor, *, is_transposed: bool) -> Tensor:
+    def rounded(weight: Tensor, is_transposed: bool) -> Tensor:  # (outputs, inputs), but of GPT-2 (inputs, outputs)
         values = dequantized((weight.T if is_transposed else weight).to(dtype).contiguous(), quantization)
-        return values.T if is_transposed else values
+        return values.T.contiguous() if is_transposed else values
 
-    names = [name for name, module in model.named_modules() if module in layers]
-    return {f"{name}.weight": partial(rounded, is_transposed=name in transposed) for name in names}
+    return {name: partial(rounded, is_transposed=name in transposed) for name in names}
 
 
 def _in_slices(tensor: Callable[[], Tensor]) -> Iterator[Tensor]:
