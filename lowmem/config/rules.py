@@ -93,6 +93,8 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
     """List values that are out of range, and pairs of values that contradict each other."""
     problems = _out_of_range(config)
     for name, values, other, needed, why in [*NEEDS, *(() if config.layered else NEEDS_WITHOUT_LAYERED)]:
+        if name == "lora_rank" and config.lora_rank is None and config.trains_adapters:
+            name = "model_name_or_path"  # a folder of adapters
         value, found, default = getattr(config, name), getattr(config, other), FIELDS[other].default
         if (value in values if values else value != FIELDS[name].default) and found not in needed:
             flag = f"--{name}" if value is True or name == "deepspeed" else f"--{name}={value}"

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -155,8 +156,9 @@ def _fitting_adapters(config: TrainConfig, least: Rung, tried: Callable[[Sequenc
         if config.trains_adapters or conflicts(changed, ()):
             continue
         flags = " ".join(f"--{name}={changes[name]}" for name in ("lora_rank", "quantization") if name in changes)
-        if not next(tried([Rung(flags, changes)])).excess:
-            return flags
+        with suppress(UsageError):  # such as for a model without linear layers, or without peft
+            if not next(tried([Rung(flags, changes)])).excess:
+                return flags
     return ""
 
 
