@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import equal
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, ByT5Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, ByT5Tokenizer
 
 from lowmem import (
     TrainState,
@@ -21,6 +21,8 @@ from lowmem import (
     save_model,
 )
 from lowmem.checkpoint.export import export
+from lowmem.config.rules import conflicts
+from lowmem.config.train_config import TrainConfig
 from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
 from lowmem.errors import UsageError
@@ -32,6 +34,8 @@ from tests.processes import train
 from tests.test_layered import ACCUMULATED, batches_of, trained
 
 FAMILIES = ["llama", "qwen2", "t5"]
+MIXTURE = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+MIXTURE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
 SAVERS = [[], [recompute], [recompute_cheap], [offload_activations], [layered]]
 
 
@@ -187,11 +191,13 @@ def test_a_checkpoint_over_another_model_is_refused(bases, finished, tmp_path):
     def state_of(model):
         return TrainState(model, make_optimizer(model))
 
-    def loaded(folder):
-        return add_lora(load_model(folder)[0], rank=4)
+    def loaded(folder, **options):
+        return add_lora(load_model(folder)[0], rank=4, **options)
 
     accelerator = Accelerator(cpu=True)
     load_checkpoint(state_of(loaded(bases / "llama")), saved, accelerator)
+    with pytest.raises(UsageError, match="adapters with lora_alpha=8.*, but this model has 9"):
+        load_checkpoint(state_of(loaded(bases / "llama", alpha=9)), saved, accelerator)
     other, tokenizer = load_model(bases / "llama")
     other.model.layers[1].mlp.up_proj.weight.data[-1] += 1
     save_model(other, tmp_path / "other", tokenizer=tokenizer)
@@ -310,6 +316,13 @@ def test_what_cannot_be_adapted_is_refused(bases, finished, tmp_path):
         add_lora(build("t5"), rank=4, modules_to_save=["shared"])
     with pytest.raises(UsageError, match="already has adapters"):
         add_lora(adapted("llama"), rank=4)
+    mixture = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **MIXTURE))
+    with pytest.raises(UsageError, match="gate.weight of MixtralForCausalLM, which are in no linear layer"):
+        add_lora(mixture, rank=4, target_modules=["q_proj", "gate"])
+    theirs = build("llama")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), theirs)
+    with pytest.raises(UsageError, match="adapters that peft has added: add them with add_lora"):
+        save_model(theirs, tmp_path / "theirs")
     shutil.copytree(finished / "model", tmp_path / "pickled")
     (tmp_path / "pickled" / "adapter_model.safetensors").rename(tmp_path / "pickled" / "adapter_model.bin")
     with pytest.raises(UsageError, match="pickles, which are never opened"):
@@ -317,9 +330,12 @@ def test_what_cannot_be_adapted_is_refused(bases, finished, tmp_path):
     for change, message in (
         ({"peft_type": "IA3"}, "peft_type=IA3, which is not supported"),
         ({"bias": "all"}, "bias=all, which is not supported"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication=.*, which is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa, which is not supported"),
+        ({"of_next_year": 1}, "of_next_year=1, which is not supported"),
         ({"r": 5}, "does not fit the model"),
         ({"base_model_name_or_path": None}, "has no base_model_name_or_path"),
-        ({"base_model_name_or_path": str(tmp_path / "gone")}, "gone"),
+        ({"base_model_name_or_path": str(tmp_path / "gone")}, "gone, which does not exist: set the model's folder"),
     ):
         folder = tmp_path / "changed"
         shutil.rmtree(folder, ignore_errors=True)
@@ -328,5 +344,9 @@ def test_what_cannot_be_adapted_is_refused(bases, finished, tmp_path):
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(UsageError, match=message):
             load_model(folder)
+    config = TrainConfig(model_name_or_path=str(finished / "model"), tp_size=2, freeze="embeddings")
+    problems = " ".join(conflicts(config, ()))
+    for found in ("/model does not support tensor parallelism: set --tp_size=1", "/model freezes the whole model"):
+        assert found in problems
     with pytest.raises(UsageError, match="has no adapters to merge"):
         export(bases / "llama", tmp_path / "merged", dtype=None, max_shard_bytes=10**9, merge=True)

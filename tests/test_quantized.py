@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
 
 from lowmem import (
+    add_lora,
     check_model,
     chunked_loss,
     evaluate,
@@ -21,14 +22,16 @@ from lowmem import (
     offload_weights,
     parallelize,
     plain_loss,
+    save_model,
     train_step,
 )
+from lowmem.checkpoint.export import export
 from lowmem.data.batch import collate
 from lowmem.data.encode import encode_causal
 from lowmem.distributed.consistency import check_same_model
 from lowmem.errors import UsageError
 from lowmem.memory.savers import entered, layered, layered_offloaded, offload_activations, recompute, recompute_cheap
-from lowmem.model.quantized import dequantized, is_quantized
+from lowmem.model.quantized import dequantize, dequantized, is_quantized
 from lowmem.plan.meter import MemoryMeter
 from lowmem.step import TrainState
 from tests.forked import fork_ranks
@@ -237,6 +240,8 @@ def test_what_cannot_be_quantized_is_refused(tmp_path, monkeypatch):
     quantized, _ = load_model(folder, quantization="int8")
     with pytest.raises(UsageError, match="offload_weights does not support quantized weights"):
         offload_weights(quantized, "host", torch.device("cpu"))
+    with pytest.raises(UsageError, match="modules_to_save=down_proj trains .*, which is quantized: leave it out"):
+        add_lora(quantized, rank=4, modules_to_save=["down_proj"])
     with pytest.raises(UsageError, match="quantized weights are on cpu, and their scales cannot be moved to meta"):
         accelerator = Accelerator(cpu=True)
         accelerator.state.device = torch.device("meta")
@@ -258,3 +263,18 @@ def test_quantized_weights_that_are_not_finite_are_refused(quantization, tmp_pat
     found = r"1 weights of the model .*not finite \(model.layers.1.mlp.up_proj.weight, ...\)"
     with pytest.raises(UsageError, match=found):
         check_model(quantized, plain_loss, packing=False, max_seq_len=8)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # by peft, which sets it to True
+@pytest.mark.parametrize("quantization", KINDS)
+def test_transposed_layers_are_merged_as_they_were_quantized(quantization, tmp_path):
+    saved(tmp_path / "gpt2", "gpt2")
+    model, _ = load_model(tmp_path / "gpt2", quantization=quantization)
+    add_lora(model, rank=4)
+    save_model(model, tmp_path / "adapters", config={"quantization": quantization})
+    export(tmp_path / "adapters", tmp_path / "merged", dtype=None, max_shard_bytes=10**9, merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name, parameter in model.named_parameters():
+        if is_quantized(parameter):  # B is zero
+            expected = dequantize(parameter, torch.float32).T
+            assert torch.equal(merged[name.replace(".base_layer", "")], expected), name

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from weakref import WeakKeyDictionary
@@ -23,7 +24,22 @@ from lowmem.storage.tensor_files import open_shards, tensor_differences
 _NAME = "default"  # peft's name for an adapter, of which a model has one here
 _PREFIX = "base_model.model."  # of tensors in peft's files
 _EMBEDDINGS = {"embed_tokens", "lm_head"}  # layers that peft can keep tied
-_UNSUPPORTED = {"bias", "lora_bias", "trainable_token_indices", "target_parameters"}  # they train other weights
+_SCALES = ("lora_alpha", "alpha_pattern", "use_rslora")
+
+# Fields of adapter_config.json. Others train other weights, or change what a layer or the model computes.
+_SUPPORTED = {
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "inference_mode",
+    "r",
+}
+_SUPPORTED |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
+_SUPPORTED |= {"rank_pattern", "lora_dropout", "fan_in_fan_out", "use_dora", "ensure_weight_tying", *_SCALES}
+_SUPPORTED |= {"init_lora_weights", "eva_config", "megatron_core", "qalora_group_size", "runtime_config"}
+_INITIAL = (True, "gaussian", "orthogonal", "eva")  # other initial values come with a change of the model's weights
 
 _bases: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
@@ -119,6 +135,10 @@ def inject(model: PreTrainedModel, config) -> None:
         raise UsageError(f"{type(model).__name__} already has adapters: add them once, to the model without them")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise UsageError(f"{type(model).__name__} is already sharded: call add_lora before parallelize")
+    for whole in config.modules_to_save or ():
+        for name, parameter in model.named_parameters():
+            if f".{whole}." in f".{name}" and not parameter.is_floating_point():
+                raise UsageError(f"modules_to_save={whole} trains {name}, which is quantized: leave it out")
     ties = _ties(model)
     try:
         # on meta, because all devices shall draw the same values; DoRA computes with them at once
@@ -126,6 +146,9 @@ def inject(model: PreTrainedModel, config) -> None:
     except ValueError as error:
         reason = str(error).partition("\n")[0].rstrip(" .")
         raise UsageError(f"peft cannot adapt {type(model).__name__} ({reason}): set target_modules") from error
+    if in_no_layer := model.peft_config[_NAME].target_parameters:  # peft adds them for fused experts
+        found = f"{', '.join(sorted(in_no_layer))} of {type(model).__name__}, which are in no linear layer"
+        raise UsageError(f"peft would adapt {found}: set target_modules to other layers, such as q_proj and v_proj")
     for tied in ties:
         new = {name: model.get_submodule(name) for name in tied if model.get_submodule(name) is not tied[name]}
         has_copies = len({id(module.weight) for module in new.values()}) > 1
@@ -144,20 +167,17 @@ def inject(model: PreTrainedModel, config) -> None:
 
 
 def read_config(folder: Path):
-    """Read adapter_config.json into a LoraConfig. Raises UsageError for what would be ignored or is not supported."""
+    """Read adapter_config.json into a LoraConfig. Raises UsageError for fields that are not supported."""
     file, kind = folder / "adapter_config.json", _peft().LoraConfig
     fields = read_json(file, advice="save the adapters again")
     if not isinstance(fields, dict) or "peft_type" not in fields:
         raise UsageError(f"{file} has no peft_type: save the adapters again")
-    set_fields = {name: value for name, value in fields.items() if value not in (None, False, "none", [], {})}
-    found = {"peft_type": fields["peft_type"]} if fields["peft_type"] != "LORA" else {}
-    found |= {name: value for name, value in set_fields.items() if name in _UNSUPPORTED}
-    if found:
-        name, value = next(iter(found.items()))
-        raise UsageError(f"{file} has {name}={value}, which is not supported: train LoRA adapters without it")
+    allowed = {"peft_type": ("LORA",), "init_lora_weights": _INITIAL}
+    for name, value in fields.items():
+        is_set = value not in (None, False, "none", [], {})
+        if is_set and (name not in _SUPPORTED or value not in allowed.get(name, (value,))):
+            raise UsageError(f"{file} has {name}={value}, which is not supported: train LoRA adapters without it")
     known = {field.name for field in dataclasses.fields(kind)}
-    if unknown := sorted(set_fields.keys() - known):
-        raise UsageError(f"{file} has {', '.join(unknown)}, which this version of peft does not know: update peft")
     try:
         return kind(**{name: value for name, value in fields.items() if name in known} | {"inference_mode": False})
     except (ValueError, TypeError) as error:
@@ -166,9 +186,11 @@ def read_config(folder: Path):
 
 def source_of(folder: Path) -> str:
     """Return the folder or hub name of the model that the adapters in `folder` belong to."""
-    source = read_config(folder).base_model_name_or_path
+    source, file = read_config(folder).base_model_name_or_path, folder / "adapter_config.json"
     if not source:
-        raise UsageError(f"{folder / 'adapter_config.json'} has no base_model_name_or_path: add the model's folder")
+        raise UsageError(f"{file} has no base_model_name_or_path: add the model's folder")
+    if Path(source).is_absolute() and not Path(source).is_dir():
+        raise UsageError(f"{file} has base_model_name_or_path={source}, which does not exist: set the model's folder")
     return source
 
 
@@ -177,6 +199,19 @@ def adapter_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     options = {"adapter_name": _NAME, "save_embedding_layers": False}
     found = _peft().get_peft_model_state_dict(model, state_dict=model.state_dict(keep_vars=True), **options)
     return {_PREFIX + name: tensor for name, tensor in found.items()}
+
+
+def is_adapted_here(model: PreTrainedModel) -> bool:
+    """Whether the model's adapters were added here, and not by peft itself, so that they can be saved."""
+    return model in _bases
+
+
+def check_scales(model: PreTrainedModel, folder: Path) -> None:
+    """Raise UsageError if the adapters in `folder` are scaled otherwise than those of the model."""
+    saved, present = read_config(folder), model.peft_config[_NAME]
+    for name in _SCALES:
+        if (then := getattr(saved, name)) != (now := getattr(present, name)):
+            raise UsageError(f"{folder} has adapters with {name}={then}, but this model has {now}: add them as saved")
 
 
 def base_digest(model: PreTrainedModel) -> str | None:
@@ -204,7 +239,9 @@ def _digest(model: PreTrainedModel) -> str | None:
     """Hash the weights in the model's files or, if it has none, in memory. None: this rank has none of them."""
     name = model.name_or_path
     if name and not Path(name).is_dir():
-        cached = try_to_load_from_cache(name, "config.json")
+        cached = None
+        with suppress(ValueError):  # not a name on the hub, so it was a folder, which is gone
+            cached = try_to_load_from_cache(name, "config.json")
         name = str(Path(cached).parent) if isinstance(cached, str) else ""
     if name:
         return files_digest(Path(name))

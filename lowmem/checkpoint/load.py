@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from lowmem.adapters.lora import base_digest
+from lowmem.adapters.lora import base_digest, check_scales
 from lowmem.checkpoint.manifest import check_contents, check_hashes, check_sizes, checkpoints, verify_checkpoint
 from lowmem.checkpoint.saved import read_manifest, saved_settings
 from lowmem.checkpoint.tensors import model_tensors, named_parameters
@@ -14,7 +14,7 @@ from lowmem.distributed.collectives import gather_json, raise_on_all_ranks, rank
 from lowmem.distributed.dtensor import is_in_columns
 from lowmem.distributed.fill import read_local
 from lowmem.distributed.heartbeat import phase
-from lowmem.distributed.placement import unwrapped
+from lowmem.distributed.placement import is_adapted, unwrapped
 from lowmem.errors import UsageError, one_line
 from lowmem.optim.adamw import DEFINITION
 from lowmem.optim.state import fill_state, needs_rounding, round_state, state_differences
@@ -74,6 +74,8 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
         files = read_manifest(path)["files"]
         weights, optimizer_state = (open_shards(path, stem, files) for stem in (model_stem(files), "optimizer"))
         _check_base(path, saved.get("base"), base)
+        if is_adapted(state.model):
+            check_scales(unwrapped(state.model), path / "model")
         tensors, parameters = model_tensors(state.model), named_parameters(state.model, state.optimizer)
         rounds = needs_rounding(path, saved["optimizer"], saved.get("memory"), state.optimizer)
         if rounds and any(map(is_in_columns, tensors.values())):

@@ -12,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lowmem.adapters.lora import write_adapter_config
+from lowmem.adapters.lora import is_adapted_here, write_adapter_config
 from lowmem.distributed.placement import is_adapted, original_class, unwrapped
 from lowmem.errors import UsageError
 from lowmem.model.build import rebuilt_on_meta
@@ -35,7 +35,11 @@ def check_loadable(model: nn.Module) -> None:
     meta device to get its names.
     """
     base = unwrapped(model)
-    if not isinstance(getattr(base, "config", None), PretrainedConfig) or is_adapted(base):
+    if not isinstance(getattr(base, "config", None), PretrainedConfig):
+        return
+    if is_adapted(base):
+        if not is_adapted_here(base):
+            raise UsageError(f"{type(base).__name__} has adapters that peft has added: add them with add_lora")
         return
     inner = next((module for module in base.modules() if isinstance(module, PreTrainedModel)), None)
     if inner is None:
