@@ -201,7 +201,7 @@ def test_a_checkpoint_over_another_model_is_refused(bases, finished, tmp_path):
     other, tokenizer = load_model(bases / "llama")
     other.model.layers[1].mlp.up_proj.weight.data[-1] += 1
     save_model(other, tmp_path / "other", tokenizer=tokenizer)
-    with pytest.raises(UsageError, match="adapters of a model with other weights: set --model_name_or_path"):
+    with pytest.raises(UsageError, match="adapters of a model with other weights, or in other bits: set"):
         load_checkpoint(state_of(loaded(tmp_path / "other")), saved, accelerator)
     with pytest.raises(UsageError, match="has adapters of a model, but this model has none"):
         load_checkpoint(state_of(other), saved, accelerator)
@@ -267,7 +267,7 @@ def test_merged_weights_give_the_logits_of_the_adapted_model(family, options, ba
     assert (base - expected).abs().max() > 1e-2
 
 
-def test_a_quantized_run_resumes_evaluates_and_merges(bases, tmp_path):
+def test_a_quantized_run_resumes_evaluates_and_merges(bases, tmp_path, capsys):
     options = {"mixed_precision": "bf16", "quantization": "nf4", "test_file": bases / "rows.jsonl"}
     options |= {"max_predict_samples": 0, "max_steps": 4, "save_steps": 2, "save_total_limit": 0}
     run("train", *flags(bases, "llama", tmp_path / "whole", **options))
@@ -288,6 +288,7 @@ def test_a_quantized_run_resumes_evaluates_and_merges(bases, tmp_path):
     expected = adapted(**inputs).logits
     torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-3, atol=1e-4)
     plain = load_model(tmp_path / "model")[0].eval()
+    assert "were trained with quantization=nf4, but the model is not quantized" in capsys.readouterr().out
     assert (plain(**inputs).logits - expected).abs().max() > 5e-3, "over the model that was not quantized"
     assert json.loads((tmp_path / "merged" / "lowmem.json").read_text())["quantization"] is None
 

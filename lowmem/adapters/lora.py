@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.consistency import files_digest, model_digest
 from lowmem.distributed.dtensor import set_local_
 from lowmem.distributed.placement import is_adapted
@@ -127,6 +128,11 @@ def load_adapters(model: PreTrainedModel, folder: Path) -> None:
         raise UsageError(f"{folder} does not fit the model {_source(model)}: {'; '.join(differences[:3])}, ...")
     for name, tensor in tensors.items():
         set_local_(tensor, stored[name].read().to(torch.float32, copy=True))
+    settings = folder / "lowmem.json"
+    trained = read_json(settings, advice="delete it") if settings.is_file() else {}
+    if trained.get("quantization") and not _quantized_dtypes(model) and rank_and_world_size()[0] == 0:
+        found = f"the adapters in {folder} were trained with quantization={trained['quantization']}"
+        print(f"{found}, but the model is not quantized: set it too", flush=True)
 
 
 def inject(model: PreTrainedModel, config) -> None:
@@ -236,16 +242,24 @@ def _source(model: PreTrainedModel) -> str | None:
 
 
 def _digest(model: PreTrainedModel) -> str | None:
-    """Hash the weights in the model's files or, if it has none, in memory. None: this rank has none of them."""
+    """Hash the weights in the model's files or, if it has none, in memory; name the dtypes of quantized ones.
+
+    None: this rank has none of the weights.
+    """
     name = model.name_or_path
     if name and not Path(name).is_dir():
         cached = None
         with suppress(ValueError):  # not a name on the hub, so it was a folder, which is gone
             cached = try_to_load_from_cache(name, "config.json")
         name = str(Path(cached).parent) if isinstance(cached, str) else ""
-    if name:
-        return files_digest(Path(name))
-    return None if any(x.is_meta for x in model.parameters()) else model_digest(model, weights=True)
+    if not name and any(x.is_meta for x in model.parameters()):
+        return None
+    digest = files_digest(Path(name)) if name else model_digest(model, weights=True)
+    return " ".join([digest, *sorted(_quantized_dtypes(model))])
+
+
+def _quantized_dtypes(model: nn.Module) -> set[str]:
+    return {str(x.dtype) for x in model.parameters() if not x.is_floating_point()}
 
 
 def _ties(model: PreTrainedModel) -> list[dict[str, nn.Module]]:

@@ -119,4 +119,5 @@ def _check_base(path: Path, then: str | None, now: str | None) -> None:
     if None in (then, now):
         saved, present = ("the weights", "adapters") if then is None else ("adapters", "none")
         raise UsageError(f"{path} has {saved} of a model, but this model has {present}: train it as it was saved")
-    raise UsageError(f"{path} has adapters of a model with other weights: set --model_name_or_path to that model")
+    found = f"{path} has adapters of a model with other weights, or in other bits"
+    raise UsageError(f"{found}: set --model_name_or_path and --quantization to that model")
