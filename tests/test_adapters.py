@@ -21,12 +21,14 @@ from lowmem import (
     save_model,
 )
 from lowmem.checkpoint.export import export
+from lowmem.checkpoint.manifest import write_manifest
 from lowmem.config.rules import conflicts
 from lowmem.config.train_config import TrainConfig
 from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
 from lowmem.errors import UsageError
 from lowmem.memory.savers import layered, offload_activations, recompute, recompute_cheap
+from lowmem.storage.files import record_file
 from tests import runs
 from tests.forked import fork_ranks
 from tests.models import build, qa_rows
@@ -201,8 +203,16 @@ def test_a_checkpoint_over_another_model_is_refused(bases, finished, tmp_path):
     other, tokenizer = load_model(bases / "llama")
     other.model.layers[1].mlp.up_proj.weight.data[-1] += 1
     save_model(other, tmp_path / "other", tokenizer=tokenizer)
-    with pytest.raises(UsageError, match="adapters of a model with other weights, or in other bits: set"):
+    with pytest.raises(UsageError, match="adapters of a model with other weights, or in other bits: restore"):
         load_checkpoint(state_of(loaded(tmp_path / "other")), saved, accelerator)
+    shutil.copytree(saved, tmp_path / "moved")
+    config = tmp_path / "moved" / "model" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(bases / "llama"), str(tmp_path / "other")))
+    manifest = json.loads((tmp_path / "moved" / "manifest.json").read_text())["manifest"]
+    manifest["files"]["model/adapter_config.json"] = record_file(config)
+    write_manifest(tmp_path / "moved", manifest["step"], manifest["files"])
+    with pytest.raises(UsageError, match="other have changed since .* was saved: restore them"):
+        export(tmp_path / "moved", tmp_path / "merged", dtype=None, max_shard_bytes=10**9, merge=True)
     with pytest.raises(UsageError, match="has adapters of a model, but this model has none"):
         load_checkpoint(state_of(other), saved, accelerator)
     save_checkpoint(state_of(other), tmp_path / "whole", accelerator)
@@ -311,9 +321,14 @@ def test_the_fp32_master_is_merged_and_exported(finished, tmp_path):
 
 
 def test_what_cannot_be_adapted_is_refused(bases, finished, tmp_path):
-    with pytest.raises(UsageError, match="peft cannot adapt LlamaForCausalLM .*set target_modules"):
-        add_lora(build("llama"), rank=4, target_modules=["nonsense"])
-    with pytest.raises(UsageError, match="share weights, but peft would change shared apart"):
+    for options, message in (
+        ({"target_modules": ["q_proj", "nonsense"]}, "no layer whose name ends in nonsense: its layers are .*q_proj"),
+        ({"modules_to_save": ["embed_token"]}, "ends in embed_token: did you mean embed_tokens"),
+        ({"rank": 0}, "got rank=0"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            add_lora(build("llama"), **{"rank": 4} | options)
+    with pytest.raises(UsageError, match="share weights, but peft would train only shared: "):
         add_lora(build("t5"), rank=4, modules_to_save=["shared"])
     with pytest.raises(UsageError, match="already has adapters"):
         add_lora(adapted("llama"), rank=4)

@@ -808,7 +808,8 @@ def with_adapter():
 def test_a_model_that_from_pretrained_would_not_load_as_it_is_is_not_saved(make, found, tmp_path):
     model = make()
     state = TrainState(model, make_optimizer(model, memory="off"))
-    message = f"from_pretrained would {found}, because LlamaForCausalLM names its weights otherwise: merge adapters"
+    why = "because LlamaForCausalLM names its weights otherwise: add adapters with add_lora"
+    message = f"from_pretrained would {found}, {why}"
     for save in (
         lambda: check_space(state, tmp_path, saves=1, keep=None),
         lambda: save_checkpoint(state, tmp_path, ACCELERATOR),

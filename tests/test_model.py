@@ -237,7 +237,7 @@ FAULTS = {
     ),
     "an adapter": (
         lambda folder: (folder / "adapter_config.json").write_text("{}"),
-        r"model holds an adapter \(adapter_config.json\): merge it into its model",
+        "adapter_config.json has no peft_type: save the adapters again",
     ),
     "a model with its own code": (
         lambda folder: add_code(folder, "config.json", model_type="new", auto_map={"AutoConfig": "code.C"}),

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from weakref import WeakKeyDictionary
@@ -95,8 +96,18 @@ def lora_config(
     use_dora: bool,
     use_rslora: bool,
 ):
-    """Return peft's LoraConfig for the arguments of `add_lora`."""
+    """Return peft's LoraConfig for the arguments of `add_lora`, or raise UsageError for impossible ones."""
+    if not (rank >= 1 and (alpha is None or alpha > 0) and 0 <= dropout < 1):
+        found = f"rank={rank}, alpha={alpha}, dropout={dropout}"
+        raise UsageError(f"add_lora got {found}: use rank >= 1, alpha > 0 and 0 <= dropout < 1")
     targets = [target_modules] if isinstance(target_modules, str) else [*target_modules]
+    layers = [f".{name}" for name, _ in model.named_modules()]
+    for name in [*(targets if targets != ["all-linear"] else ()), *modules_to_save]:
+        if not any(layer.endswith(f".{name}") for layer in layers):
+            ends = sorted({layer.rpartition(".")[2] for layer in layers if not layer[-1:].isdigit()} - {""})
+            near = get_close_matches(name, ends, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"its layers are {', '.join(ends)}"
+            raise UsageError(f"{type(model).__name__} has no layer whose name ends in {name}: {hint}")
     return _peft().LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
@@ -151,7 +162,8 @@ def inject(model: PreTrainedModel, config) -> None:
         _peft().inject_adapter_in_model(config, model, adapter_name=_NAME, low_cpu_mem_usage=not config.use_dora)
     except ValueError as error:
         reason = str(error).partition("\n")[0].rstrip(" .")
-        raise UsageError(f"peft cannot adapt {type(model).__name__} ({reason}): set target_modules") from error
+        advice = f"choose other layers, or correct adapter_config.json if it is of another model than {_source(model)}"
+        raise UsageError(f"peft cannot adapt {type(model).__name__} ({reason}): {advice}") from error
     if in_no_layer := model.peft_config[_NAME].target_parameters:  # peft adds them for fused experts
         found = f"{', '.join(sorted(in_no_layer))} of {type(model).__name__}, which are in no linear layer"
         raise UsageError(f"peft would adapt {found}: set target_modules to other layers, such as q_proj and v_proj")
@@ -160,7 +172,7 @@ def inject(model: PreTrainedModel, config) -> None:
         has_copies = len({id(module.weight) for module in new.values()}) > 1
         if new and (len(new) < len(tied) or has_copies or any(hasattr(x, "base_layer") for x in new.values())):
             found = f"{', '.join(tied)} of {type(model).__name__} share weights"
-            raise UsageError(f"{found}, but peft would change {' and '.join(new)} apart: leave them out")
+            raise UsageError(f"{found}, but peft would train only {' and '.join(new)}: adapt or train other layers")
     model._hf_peft_config_loaded = True  # save_pretrained then saves the adapters
     made: dict[nn.Parameter, nn.Parameter] = {}
     for name, module in model.named_modules():

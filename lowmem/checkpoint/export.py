@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from lowmem.adapters.lora import adapter_tensors
+from lowmem.adapters.lora import adapter_tensors, base_digest
 from lowmem.checkpoint.manifest import checkpoints, verify_checkpoint
-from lowmem.checkpoint.saved import read_manifest
+from lowmem.checkpoint.saved import read_manifest, saved_settings
 from lowmem.config.groups import holds_adapters
 from lowmem.errors import SaveError, UsageError
 from lowmem.model.build import model_from
@@ -78,7 +78,8 @@ def export(
         files = [name.removeprefix("model/") for name in names if name.startswith("model/")]
     copied, stem, changes = [(folder, files)], "model", {}
     if merge:
-        base, sources = _merged_sources(folder, lows, dtype)
+        saved = None if files is None else saved_settings(path)[0].get("base")
+        base, sources = _merged_sources(folder, lows, dtype, saved)
         changes = {"config.json": _read_config(base, dtype)}
         if settings := _settings(folder):
             changes["lowmem.json"] = settings | {"quantization": None, "lora_rank": None}
@@ -127,14 +128,20 @@ def _source(stored: StoredTensor, low: StoredTensor | None, dtype: torch.dtype |
 
 
 def _merged_sources(
-    folder: Path, lows: Mapping[str, StoredTensor], dtype: torch.dtype | None
+    folder: Path, lows: Mapping[str, StoredTensor], dtype: torch.dtype | None, saved: str | None
 ) -> tuple[Path, dict[str, _Source]]:
-    """Return the folder of the model that the adapters in `folder` belong to, and its tensors with them merged."""
+    """Return the folder of the model that the adapters in `folder` belong to, and its tensors with them merged.
+
+    `saved` is the `base_digest` in a checkpoint. Raises UsageError if the model's weights have changed since.
+    """
     if not holds_adapters(folder):
         raise UsageError(f"{folder} has no adapters to merge: remove --merge")
     from lowmem.adapters.merge import merged_weights  # imports peft
 
     model, _ = load_model(folder, on_meta=True)
+    if saved and saved.split()[0] != base_digest(model).split()[0]:  # the hash, without dtypes of quantized weights
+        found = f"the weights in {model.name_or_path} have changed since {folder} was saved"
+        raise UsageError(f"{found}: restore them, or set base_model_name_or_path in its adapter_config.json")
     for name, tensor in adapter_tensors(model).items():
         if low := lows.get(f"{name}.weight_low"):
             tensor.data = merge_halves(tensor.to(torch.bfloat16), low.read())

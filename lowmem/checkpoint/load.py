@@ -120,4 +120,4 @@ def _check_base(path: Path, then: str | None, now: str | None) -> None:
         saved, present = ("the weights", "adapters") if then is None else ("adapters", "none")
         raise UsageError(f"{path} has {saved} of a model, but this model has {present}: train it as it was saved")
     found = f"{path} has adapters of a model with other weights, or in other bits"
-    raise UsageError(f"{found}: set --model_name_or_path and --quantization to that model")
+    raise UsageError(f"{found}: restore them, or set --model_name_or_path and --quantization to that model")

@@ -21,6 +21,9 @@ _SWITCHES = [*PRESETS.keys() - {"tiny"}, "is_keep_training"]
 _OTHER_NAMES = {"lr": "learning_rate", "optim": "optimizer", "num_train_epochs": "epochs", "max_length": "max_seq_len"}
 _OTHER_NAMES |= {"fp16": "mixed_precision", "bf16": "mixed_precision=bf16", "fsdp": "sharding_strategy"}
 _OTHER_NAMES |= {"torch_compile": "compile", "gradient_checkpointing": "recompute=full"}
+_OTHER_NAMES |= {"finetuning_type": "use_lora", "lora_r": "lora_rank", "lora_target": "lora_target_modules"}
+_OTHER_NAMES |= {"load_in_4bit": "quantization=nf4", "load_in_8bit": "quantization=int8"}
+_OTHER_NAMES |= {"quantization_bit": "quantization", "additional_target": "lora_modules_to_save"}
 _OTHER_NAMES |= {"per_device_train_batch_size": "batch_size", "resume_from_checkpoint": "resume"}
 
 

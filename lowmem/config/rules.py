@@ -123,13 +123,17 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
             found = f"{found} (--row_format=sharegpt sets --messages_column={config.messages_column})"
         advice = "set --model_name_or_path, or set --model_config to a config file"
         problems.append(f"{found}, but --model_config={config.model_config} is a T5: {advice}")
-    if config.lora_rank is None:
+    if holds_adapters(config.model_name_or_path):
+        of_new = [name for name in ("lora_rank", *_OF_ADAPTERS) if getattr(config, name) != FIELDS[name].default]
+        if of_new:
+            what = f"--{presets[0]}" if presets else ", ".join(f"--{name}" for name in of_new)
+            found = f"{config.model_name_or_path} holds adapters, which are trained further as they are"
+            advice = "remove it, and set what else you want, such as --quantization and --learning_rate"
+            problems.append(f"{what} would add adapters, but {found}: {advice}")
+    elif config.lora_rank is None:
         for name in _OF_ADAPTERS:
             if (value := getattr(config, name)) != FIELDS[name].default:
                 problems.append(f"--{name}={value} does nothing without --lora_rank: set it, or remove --{name}")
-    elif holds_adapters(config.model_name_or_path):
-        found = f"{config.model_name_or_path} holds adapters, which are trained further in their own rank"
-        problems.append(f"--lora_rank={config.lora_rank} adds adapters, but {found}: remove --lora_rank")
     elif config.model_name_or_path is None:
         found = "a model from scratch, which is not saved with them"
         problems.append(f"--lora_rank={config.lora_rank} would add adapters to {found}: set --model_name_or_path")

@@ -66,7 +66,7 @@ class TrainConfig(Groups):
     lora_target_modules: str = setting("all-linear", holds="names", on_resume="fixed")
     """Layers to adapt, comma-separated, such as q_proj,v_proj. all-linear: all but the output head."""
     lora_modules_to_save: str = setting("", holds="names", may_be_empty=True, on_resume="fixed")
-    """Layers to train whole and save with the adapters, comma-separated, such as embed_tokens."""
+    """Layers to train whole, comma-separated, such as embed_tokens. They are saved with the adapters."""
     use_dora: bool = setting(False, on_resume="fixed")
     """DoRA: also train the norm of each adapted weight's rows."""
     use_rslora: bool = setting(False, on_resume="fixed")
