@@ -114,6 +114,8 @@ class Run:
     """Resident bytes after imports, before the model is loaded."""
     losses: list[float] = field(default_factory=list)
     """Mean loss over the targets of each optimizer step, as the system reports it."""
+    grad_norms: list[float | None] = field(default_factory=list)
+    """Gradient norm of each optimizer step before clipping, if the loop records it."""
     marks: list[Mark] = field(default_factory=list)
     """One `Mark` for each optimizer step, taken at its end."""
     first_step_at: float = 0.0
@@ -214,7 +216,11 @@ def build(settings: SimpleNamespace) -> None:
     model, tokenizer = load_model(model_config=settings.shape)
     model.save_pretrained(settings.folder)
     tokenizer.save_pretrained(settings.folder)
-    rows, encode = open_work(settings, tokenizer, model.config)
+    write_rows(settings, *open_work(settings, tokenizer, model.config))
+
+
+def write_rows(settings: SimpleNamespace, rows, encode: Callable) -> None:
+    """Save the encoded rows of `settings.steps` steps, in the order in which lowmem trains on them."""
     # a sequential distributed sampler reads the file in this order: per micro-batch, rank 0's rows, then rank 1's
     ranks = [
         open_steps(settings, rows, encode, rank=rank, world_size=settings.processes)

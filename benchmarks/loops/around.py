@@ -28,6 +28,7 @@ class Recorder(TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
             self._run.losses.append(logs["loss"])
+            self._run.grad_norms.append(logs.get("grad_norm"))
 
 
 def device_arguments(system: System, mixed_precision: str) -> dict[str, object]:

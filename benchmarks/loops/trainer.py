@@ -22,8 +22,9 @@ class SameObjective(Trainer):
         return loss * (inputs["labels"] != -100).sum() / num_items_in_batch
 
 
-def train(settings: SimpleNamespace, system: System, run: Run) -> None:
-    arguments = TrainingArguments(
+def trainer_arguments(settings: SimpleNamespace, system: System) -> dict[str, object]:
+    """Return keyword arguments of TrainingArguments for the shared settings."""
+    return dict(
         output_dir=f"{settings.output}/trainer",
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
@@ -45,6 +46,10 @@ def train(settings: SimpleNamespace, system: System, run: Run) -> None:
         **checkpointing_arguments(settings.recompute == "full"),
         **device_arguments(system, settings.mixed_precision),
     )
+
+
+def train(settings: SimpleNamespace, system: System, run: Run) -> None:
+    arguments = TrainingArguments(**trainer_arguments(settings, system))
     arguments.bf16 = settings.mixed_precision == "bf16"
     model = load(settings.folder, dtype=getattr(torch, system.weights), attention=system.attention)
     is_causal = not model.config.is_encoder_decoder
