@@ -3,8 +3,9 @@
     python benchmarks/adapters.py --output=benchmarks/results/adapters.jsonl
     python benchmarks/adapters.py --curves --output=benchmarks/results/adapters.jsonl
 
-Each run is a new process, and the runs are interleaved. Appends JSON lines to --output, and writes tables to the .md
-file of the same name. See README.md.
+Each run is a new process, and the runs are interleaved. All systems have the same objective and padded widths, but
+TRL's loss needs a mask, so it attends with one, the others without. Appends JSON lines to --output, and writes tables
+to the .md file of the same name. See README.md.
 """
 
 import argparse
@@ -280,7 +281,8 @@ def speed_tables(records: list[Record]) -> list[str]:
     head = ["system:", "runs", "CPU seconds per step", "smallest", "targets per CPU second", ratio]
     head += ["targets per second", "cores busy", "peak RSS above imports, MiB", ratio, "trained weights"]
     padding = f"padding {records[0]['padding']:.1%}, packed {records[0]['padding_packed']:.1%}"
-    lines = markdown(f"Medians; the first step is not timed; {padding}", head, rows)
+    title = f"Medians; the first step is not timed; {padding}; trl attends with a mask, the others without"
+    lines = markdown(title, head, rows)
     return [*lines, *markdown("The first run", ["system:", "loss of each step", "gradient norm of each step"], steps)]
 
 
