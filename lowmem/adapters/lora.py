@@ -3,14 +3,12 @@
 import copy
 import dataclasses
 from collections.abc import Sequence
-from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from weakref import WeakKeyDictionary
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -21,6 +19,7 @@ from lowmem.distributed.dtensor import set_local_
 from lowmem.distributed.placement import is_adapted
 from lowmem.errors import UsageError
 from lowmem.storage.files import read_json
+from lowmem.storage.hub import model_folder
 from lowmem.storage.tensor_files import open_shards, tensor_differences
 
 _NAME = "default"  # peft's name for an adapter, of which a model has one here
@@ -258,15 +257,10 @@ def _digest(model: PreTrainedModel) -> str | None:
 
     None: this rank has none of the weights.
     """
-    name = model.name_or_path
-    if name and not Path(name).is_dir():
-        cached = None
-        with suppress(ValueError):  # not a name on the hub, so it was a folder, which is gone
-            cached = try_to_load_from_cache(name, "config.json")
-        name = str(Path(cached).parent) if isinstance(cached, str) else ""
-    if not name and any(x.is_meta for x in model.parameters()):
+    folder = model_folder(model.name_or_path)
+    if folder is None and any(x.is_meta for x in model.parameters()):
         return None
-    digest = files_digest(Path(name)) if name else model_digest(model, weights=True)
+    digest = files_digest(folder) if folder else model_digest(model, weights=True)
     return " ".join([digest, *sorted(_quantized_dtypes(model))])
 
 

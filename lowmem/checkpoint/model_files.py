@@ -8,7 +8,6 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -17,6 +16,7 @@ from lowmem.distributed.placement import is_adapted, original_class, unwrapped
 from lowmem.errors import UsageError
 from lowmem.model.build import rebuilt_on_meta
 from lowmem.storage.files import FileRecord, record_file, sync, to_json, write_file
+from lowmem.storage.hub import model_folder
 
 Config = Mapping[str, object] | None
 
@@ -95,16 +95,10 @@ def write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config)
 
 def _processor_files(source: str) -> Iterator[tuple[str, bytes]]:
     """Yield the processor's files in the folder, or cached snapshot of the hub, that a model was loaded from."""
-    folder = Path(source)
-    if source and not folder.is_dir():
+    if (folder := model_folder(source)) is None:
+        return
+    for path in sorted(path for pattern in _PROCESSOR_FILES for path in folder.glob(pattern)):
         try:
-            cached = try_to_load_from_cache(source, "config.json")
-        except ValueError:  # not a name on the hub, so it was a folder, which is gone
-            return
-        folder = Path(cached).parent if isinstance(cached, str) else folder
-    if source:  # it is empty if the model was built from a config
-        for path in sorted(path for pattern in _PROCESSOR_FILES for path in folder.glob(pattern)):
-            try:
-                yield path.name, path.read_bytes()
-            except OSError as error:  # the model is worth more than this file
-                print(f"{path} cannot be read ({error.strerror}), so it is not saved with the model", flush=True)
+            yield path.name, path.read_bytes()
+        except OSError as error:  # the model is worth more than this file
+            print(f"{path} cannot be read ({error.strerror}), so it is not saved with the model", flush=True)

@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import snapshot_download
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PretrainedConfig, PreTrainedModel
@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lowmem.distributed.fill import stored_weights
 from lowmem.errors import UsageError, is_out_of_memory
 from lowmem.model.build import attention_options, auto_class, loading, model_from, reason_of
+from lowmem.storage.hub import model_folder
 from lowmem.storage.tensor_files import bytes_of, open_shards
 
 _ADVICE = "correct config.json, or use another model"
@@ -39,8 +40,7 @@ def check_weights(config: PretrainedConfig, dtype: torch.dtype) -> None:
     transformers itself matches names and shapes, on the meta device, because it may rename, split and merge weights.
     """
     name, stored = config.name_or_path, {}
-    cached = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
-    folder = Path(cached).parent if isinstance(cached, str) else Path(name)
+    folder = model_folder(name) or Path(name)
     with suppress(FileNotFoundError):  # not downloaded yet or, without an index, missing
         # checks the names in the index, because transformers follows ../, and headers, because it does not name files
         stored = open_shards(folder, "model")
