@@ -16,6 +16,7 @@ from lowmem.config.parse import named_fields, resolve
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.offloaded import offload_weights, offloaded_of
+from lowmem.distributed.placement import is_quantized
 from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
 from lowmem.errors import UsageError
@@ -23,7 +24,7 @@ from lowmem.loss import chunked_loss
 from lowmem.memory import offload, savers
 from lowmem.model.build import build_model, freeze
 from lowmem.model.load import config_of
-from lowmem.model.quantized import is_quantized, scales_of
+from lowmem.model.quantized import scales_of
 from lowmem.optim.make import make_optimizer
 from lowmem.plan import predict
 from lowmem.plan.choose import choose, ladder

@@ -29,9 +29,10 @@ from lowmem.checkpoint.export import export
 from lowmem.data.batch import collate
 from lowmem.data.encode import encode_causal
 from lowmem.distributed.consistency import check_same_model
+from lowmem.distributed.placement import is_quantized
 from lowmem.errors import UsageError
 from lowmem.memory.savers import entered, layered, layered_offloaded, offload_activations, recompute, recompute_cheap
-from lowmem.model.quantized import dequantize, dequantized, is_quantized
+from lowmem.model.quantized import dequantize, dequantized
 from lowmem.plan.meter import MemoryMeter
 from lowmem.step import TrainState
 from tests.forked import fork_ranks

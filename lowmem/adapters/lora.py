@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.consistency import files_digest, model_digest
 from lowmem.distributed.dtensor import set_local_
-from lowmem.distributed.placement import is_adapted
+from lowmem.distributed.placement import is_adapted, is_quantized
 from lowmem.errors import UsageError
 from lowmem.storage.files import read_json
 from lowmem.storage.hub import model_folder
@@ -153,7 +153,7 @@ def inject(model: PreTrainedModel, config) -> None:
         raise UsageError(f"{type(model).__name__} is already sharded: call add_lora before parallelize")
     for whole in config.modules_to_save or ():
         for name, parameter in model.named_parameters():
-            if f".{whole}." in f".{name}" and not parameter.is_floating_point():
+            if f".{whole}." in f".{name}" and is_quantized(parameter):
                 raise UsageError(f"modules_to_save={whole} trains {name}, which is quantized: leave it out")
     ties = _ties(model)
     try:
@@ -265,7 +265,7 @@ def _digest(model: PreTrainedModel) -> str | None:
 
 
 def _quantized_dtypes(model: nn.Module) -> set[str]:
-    return {str(x.dtype) for x in model.parameters() if not x.is_floating_point()}
+    return {str(x.dtype) for x in model.parameters() if is_quantized(x)}
 
 
 def _ties(model: PreTrainedModel) -> list[dict[str, nn.Module]]:

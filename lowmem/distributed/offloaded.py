@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.dtensor import local_of, set_local_
 from lowmem.distributed.fully_sharded import Shards, reshards_after_forward
-from lowmem.distributed.placement import is_large, is_sharded, training_layers
+from lowmem.distributed.placement import is_large, is_quantized, is_sharded, training_layers
 from lowmem.distributed.vocabulary import OffloadedRows
 from lowmem.errors import UsageError
 from lowmem.storage.records import HostMemory, Record, ScratchFile, Space, Transfer
@@ -233,7 +233,7 @@ def offload_weights(model: nn.Module, where: str | Path | Space, device: torch.d
         raise UsageError("offload_weights was called twice for this model: call it once")
     if rank_and_world_size()[1] > 1 and not is_sharded(model):
         raise UsageError("offload_weights on several processes needs FULL_SHARD: set it, or start one process")
-    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+    if any(map(is_quantized, model.parameters())):
         raise UsageError("offload_weights does not support quantized weights: remove one of the two")
     if is_sharded(model) and not reshards_after_forward(model):
         raise UsageError("offload_weights keeps one layer at a time, SHARD_GRAD_OP all: set FULL_SHARD")

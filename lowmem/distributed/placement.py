@@ -33,6 +33,11 @@ def is_adapted(model: nn.Module) -> bool:
     return "peft_config" in vars(unwrapped(model))
 
 
+def is_quantized(parameter: Tensor) -> bool:
+    """Whether a parameter is in 4 or 8 bits: integers, whose scales are attributes of it."""
+    return not parameter.is_floating_point()
+
+
 def is_large(parameter: Tensor) -> bool:
     """Whether a parameter is a matrix of more than 4,096 elements. Smaller ones take few bytes."""
     return parameter.dim() > 1 and parameter.numel() > _SMALL

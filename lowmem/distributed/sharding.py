@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lowmem.config.train_config import choices
 from lowmem.distributed.fill import Unfilled, fill_weights
 from lowmem.distributed.fully_sharded import shard_layers
-from lowmem.distributed.placement import TENSOR_PARALLEL_MESH, layer_drop
+from lowmem.distributed.placement import TENSOR_PARALLEL_MESH, is_quantized, layer_drop
 from lowmem.distributed.tensor_parallel import apply_tensor_parallelism, make_tensor_mesh
 from lowmem.errors import UsageError
 
@@ -62,8 +62,8 @@ def parallelize(
 
 
 def _check_quantized(model: nn.Module, device: torch.device, is_sharded: bool) -> None:
-    """Raise UsageError if the model has quantized weights, which are integers, and they would be split or moved."""
-    quantized = next((x for x in model.parameters() if not x.is_floating_point()), None)
+    """Raise UsageError if the model has quantized weights, and they would be split or moved."""
+    quantized = next(filter(is_quantized, model.parameters()), None)
     if quantized is None:
         return
     if is_sharded:

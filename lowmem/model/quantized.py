@@ -19,7 +19,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.offloaded import trim_heap
-from lowmem.distributed.placement import is_large
+from lowmem.distributed.placement import is_large, is_quantized
 from lowmem.errors import UsageError
 from lowmem.model.build import attention_options, loading, model_from
 from lowmem.model.pretrained import local_folder
@@ -124,11 +124,6 @@ def scales_of(parameter: Tensor) -> list[Tensor]:
     if parameter.dtype == torch.int8:
         return [parameter.SCB]
     return [parameter.quant_state.absmax, parameter.quant_state.state2.absmax]
-
-
-def is_quantized(parameter: Tensor) -> bool:
-    """Whether a parameter was quantized by `load_quantized`."""
-    return getattr(parameter, "quant_state", None) is not None or getattr(parameter, "SCB", None) is not None
 
 
 def dequantize(parameter: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ from lowmem.distributed.dtensor import is_in_columns, local_of, set_local_
 from lowmem.distributed.fill import fill_weights, filler_of
 from lowmem.distributed.fully_sharded import has_gathered, notice_new_parameters
 from lowmem.distributed.offloaded import offloaded_of
-from lowmem.distributed.placement import is_large, is_sharded
+from lowmem.distributed.placement import is_large, is_quantized, is_sharded
 from lowmem.model.build import convert_buffers
 from lowmem.optim.adafactor import TieredAdafactor
 from lowmem.optim.philox import BLOCK
@@ -110,7 +110,7 @@ def convert_frozen(model: nn.Module) -> None:
     for parameter in model.parameters():
         if not parameter.requires_grad:
             fill(parameter)
-            if parameter.is_floating_point():
+            if not is_quantized(parameter):
                 set_local_(parameter, local_of(parameter.data).to(torch.bfloat16))
             if offloaded:
                 offloaded.take_weight(parameter, row_wise=True, sum_dtype=torch.bfloat16)
