@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from lowmem import (
     TrainState,
     add_lora,
+    check_model,
+    chunked_loss,
     load_checkpoint,
     load_model,
     make_optimizer,
@@ -118,6 +120,11 @@ def test_savers_change_no_bit_with_dropout_of_adapters(savers, memory):
     )
     assert losses == other_losses
     assert all(equal(weights[name], others[name]) for name in weights)
+
+
+def test_packing_is_checked_with_adapters_of_embeddings():
+    model = adapted("llama", target_modules=["q_proj", "embed_tokens"])
+    assert check_model(model, chunked_loss, packing=True, max_seq_len=32) == 32
 
 
 def train_on_a_rank(folder, strategy, savers):

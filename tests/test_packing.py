@@ -9,7 +9,8 @@ from lowmem.data.batch import IGNORED, collate
 from lowmem.data.packing import pack
 from lowmem.errors import UsageError
 from lowmem.loss import chunked_loss, plain_loss
-from lowmem.model.checks import check_model, check_packing
+from lowmem.model.checks import check_model
+from lowmem.model.packing_checks import check_packing
 from tests.models import build
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 384, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}

@@ -21,8 +21,9 @@ from lowmem.errors import RankError, StoreError, UsageError
 from lowmem.loss import chunked_loss, plain_loss
 from lowmem.memory.savers import SAVERS, entered
 from lowmem.model.build import model_from
-from lowmem.model.checks import check_model, check_packing
+from lowmem.model.checks import check_model
 from lowmem.model.documents import documents_apart
+from lowmem.model.packing_checks import check_packing
 from lowmem.model.replaced import replaced
 from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
