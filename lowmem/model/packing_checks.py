@@ -72,8 +72,8 @@ def check_packing(model: nn.Module) -> None:
             raise
         raise UsageError(f"{found}: train it without packing") from error
     seen, seen_as_one, size = (x.square().mean().sqrt() for x in (torch.stack(packed) - apart, as_one - apart, apart))
-    # In tests, `seen` was 1e-6 of `seen_as_one` (rounding) if documents did not affect each other, else at least 28 %, or
-    # 0.5 % in the models that only `check_packed_loss` refuses. The second term is for a new model in which no token
+    # In tests, `seen` was 1e-6 of `seen_as_one` (rounding) if documents did not affect each other, else at least 28 %,
+    # or 0.5 % in the models that only `check_packed_loss` refuses. The second term is for a new model in which no token
     # affects another yet: both values are then just rounding.
     if not seen <= 0.1 * seen_as_one + 1e-6 * size:
         attention = base.config._attn_implementation
