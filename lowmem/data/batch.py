@@ -8,6 +8,8 @@ from typing import NotRequired, TypedDict
 import torch
 from torch import Tensor
 
+from lowmem.data.files.columns import is_number
+
 IGNORED = -100
 LARGEST_WEIGHT = torch.finfo(torch.float32).max
 _PAD_TO_MULTIPLE_OF = 8  # multiples of 8 are faster on tensor cores
@@ -84,7 +86,7 @@ Collate = Callable[[Sequence[EncodedRow]], Batch]
 def is_weight(value: object) -> bool:
     """Whether `value` is a number, also of numpy or torch, from 0 to LARGEST_WEIGHT."""
     value = value.item() if getattr(value, "ndim", None) == 0 else value
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LARGEST_WEIGHT
+    return is_number(value) and 0 <= value <= LARGEST_WEIGHT
 
 
 def weights_of(row: EncodedRow) -> list[float]:

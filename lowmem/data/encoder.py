@@ -128,7 +128,10 @@ def _encode_together(
 
 def _checked(row: EncodedRow) -> EncodedRow:
     """Return the row. Raises ValueError if it has more or fewer weights than labels, or one that is no weight."""
-    if "weights" in row and "labels" in row and (bad := [w for w in weights_of(row) if not is_weight(w)]):
+    if "weights" not in row or "labels" not in row:
+        return row
+    distinct = {id(weight): weight for weight in weights_of(row)}  # a row's labels usually share one number
+    if bad := [weight for weight in distinct.values() if not is_weight(weight)]:
         raise ValueError(f"weights must be numbers from 0 to {LARGEST_WEIGHT:.2g}, found {bad[0]!r:.80}: correct them")
     return row
 
