@@ -157,9 +157,8 @@ def _model_files(
     model: nn.Module, tensors: Mapping[str, Tensor], max_shard_bytes: int, folder: str = ""
 ) -> dict[str, list[Shard]]:
     """Divide a model's tensors into files: {stem: shards}. Adapters have one file, because peft reads no index."""
-    if is_adapted(model):
-        return {f"{folder}adapter_model": split_shards(tensors, f"{folder}adapter_model", num_bytes(tensors))}
-    return {f"{folder}model": split_shards(tensors, f"{folder}model", max_shard_bytes)}
+    stem, most = ("adapter_model", num_bytes(tensors)) if is_adapted(model) else ("model", max_shard_bytes)
+    return {f"{folder}{stem}": split_shards(tensors, f"{folder}{stem}", most)}
 
 
 def _prune(folder: Path, keep: int, step: int, best: Mapping[str, float] | None) -> None:

@@ -149,11 +149,13 @@ def choose(
 
 def _fitting_adapters(config: TrainConfig, least: Rung, tried: Callable[[Sequence[Rung]], Iterator[_Tried]]) -> str:
     """Return the flags of LoRA or QLoRA with which the rung `least` fits; empty if neither does, or can be set."""
+    if config.trains_adapters:
+        return ""
     whole = {"sharding_strategy": "NO_SHARD", "cpu_offload": False, "offload_weights": None}  # for quantized weights
     for more in ({}, {"quantization": "nf4"} | whole):
         changes = least.changes | {"lora_rank": 16} | more
         changed = dataclasses.replace(config, **changes)
-        if config.trains_adapters or conflicts(changed, ()):
+        if conflicts(changed, ()):
             continue
         flags = " ".join(f"--{name}={changes[name]}" for name in ("lora_rank", "quantization") if name in changes)
         with suppress(UsageError):  # such as for a model without linear layers, or without peft
