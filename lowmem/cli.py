@@ -15,6 +15,7 @@ from fire.core import FireExit
 from fire.decorators import SetParseFn
 
 from lowmem.checkpoint.verify import verify
+from lowmem.config.groups import settings_of
 from lowmem.config.help import help_text
 from lowmem.config.parse import named_fields, resolve, typed_fields
 from lowmem.config.sizes import parse_bytes
@@ -26,7 +27,6 @@ from lowmem.errors import UsageError
 from lowmem.job.run import run
 from lowmem.job.supervise import report_error
 from lowmem.plot import plot
-from lowmem.storage.files import read_json
 
 _EXPORT_DTYPES = ("float32", "bfloat16", "float16", "None")
 
@@ -60,15 +60,12 @@ def _evaluate(**flags: str) -> Job:
         raise UsageError(f"{found}, but `evaluate` needs the whole model in each process: launch with --multi_gpu")
     if missing := [f"--{name}" for name in ("model_name_or_path", "test_file") if not flags.get(name)]:
         raise UsageError(f"`evaluate` needs {' and '.join(missing)}")
-    trained_with = Path(os.path.expanduser(flags["model_name_or_path"])) / "lowmem.json"
-    advice = "delete it, and set the flags instead"
-    saved = read_json(trained_with, advice=advice) if os.path.exists(trained_with) else {}
-    if not isinstance(saved, dict):
-        raise UsageError(f"{trained_with} is not an object: {advice}")
+    folder = Path(os.path.expanduser(flags["model_name_or_path"]))
+    saved = settings_of(folder)
     given = {name: saved[name] for name in (*TrainConfig().encoding, "loss", "quantization") if name in saved}
     if saved.get("mixed_precision") == flags.get("mixed_precision", saved.get("mixed_precision")) == "bf16":
         given |= {"mixed_precision": "bf16", "memory": saved.get("memory", "off")}
-    config = _resolve(flags, typed_fields(given, trained_with))
+    config = _resolve(flags, typed_fields(given, folder / "lowmem.json"))
     return Job("evaluate", {"config": config, "fixed": named_fields(flags) | given.keys()})
 
 

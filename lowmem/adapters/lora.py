@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from lowmem.config.groups import settings_of
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.consistency import files_digest, model_digest
 from lowmem.distributed.dtensor import set_local_
@@ -138,10 +139,9 @@ def load_adapters(model: PreTrainedModel, folder: Path) -> None:
         raise UsageError(f"{folder} does not fit the model {_source(model)}: {'; '.join(differences[:3])}, ...")
     for name, tensor in tensors.items():
         set_local_(tensor, stored[name].read().to(torch.float32, copy=True))
-    settings = folder / "lowmem.json"
-    trained = read_json(settings, advice="delete it") if settings.is_file() else {}
-    if trained.get("quantization") and not _quantized_dtypes(model) and rank_and_world_size()[0] == 0:
-        found = f"the adapters in {folder} were trained with quantization={trained['quantization']}"
+    trained_with = settings_of(folder).get("quantization")
+    if trained_with and not _quantized_dtypes(model) and rank_and_world_size()[0] == 0:
+        found = f"the adapters in {folder} were trained with quantization={trained_with}"
         print(f"{found}, but the model is not quantized: set it too", flush=True)
 
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lowmem.adapters.lora import adapter_tensors, base_digest
 from lowmem.checkpoint.manifest import checkpoints, verify_checkpoint
 from lowmem.checkpoint.saved import read_manifest, saved_settings
-from lowmem.config.groups import holds_adapters
+from lowmem.config.groups import holds_adapters, settings_of
 from lowmem.errors import SaveError, UsageError
 from lowmem.model.build import model_from
 from lowmem.model.load import load_model
@@ -81,7 +81,7 @@ def export(
         saved = None if files is None else saved_settings(path)[0].get("base")
         base, sources = _merged_sources(folder, lows, dtype, saved)
         changes = {"config.json": _read_config(base, dtype)}
-        if settings := _settings(folder):
+        if settings := settings_of(folder):
             changes["lowmem.json"] = settings | {"quantization": None, "lora_rank": None}
         copied += [(base, None)]
     else:
@@ -145,7 +145,7 @@ def _merged_sources(
     for name, tensor in adapter_tensors(model).items():
         if low := lows.get(f"{name}.weight_low"):
             tensor.data = merge_halves(tensor.to(torch.bfloat16), low.read())
-    stored, changed = merged_weights(model, Path(model.name_or_path), _rounding(model.config, _settings(folder)))
+    stored, changed = merged_weights(model, Path(model.name_or_path), _rounding(model.config, settings_of(folder)))
     sources = {name: _source(tensor, None, dtype) for name, tensor in stored.items()}
     for name, merged in changed.items():
         sources[name] = sources[name]._replace(values=partial(_in_slices, merged))
@@ -172,14 +172,6 @@ def _rounding(config: PretrainedConfig, settings: Mapping[str, object]) -> dict[
 def _in_slices(tensor: Callable[[], Tensor]) -> Iterator[Tensor]:
     whole = tensor()
     return iter(whole.split(max(1, _ROW_ELEMENTS // max(1, whole[:1].numel()))))
-
-
-def _settings(folder: Path) -> dict[str, object]:
-    """Return the settings of the run that wrote `folder`; none if another program did."""
-    settings = read_json(folder / "lowmem.json", advice="delete it") if (folder / "lowmem.json").is_file() else {}
-    if not isinstance(settings, dict):
-        raise UsageError(f"{folder / 'lowmem.json'} is not an object: delete it")
-    return settings
 
 
 def _dtype_of(stored: StoredTensor, dtype: torch.dtype | None) -> torch.dtype:

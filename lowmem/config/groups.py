@@ -3,8 +3,11 @@
 import dataclasses
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from lowmem.config.zero import complete_zero_config
+from lowmem.errors import UsageError
+from lowmem.storage.files import read_json
 
 
 def _group(*names: str) -> property:
@@ -22,6 +25,15 @@ def weights_in(text: str) -> list[float]:
 def holds_adapters(folder: str | os.PathLike | None) -> bool:
     """Whether `folder` has adapters that were saved apart from their model, as peft does."""
     return folder is not None and os.path.isfile(os.path.join(folder, "adapter_config.json"))
+
+
+def settings_of(folder: str | os.PathLike) -> dict[str, object]:
+    """Return the settings of the run that wrote the model in `folder`; none if another program did."""
+    file, advice = Path(folder) / "lowmem.json", "delete it, and set the flags instead"
+    settings = read_json(file, advice=advice) if file.exists() else {}
+    if not isinstance(settings, dict):
+        raise UsageError(f"{file} is not an object: {advice}")
+    return settings
 
 
 def problem_of_weights(weights: Sequence[float]) -> str | None:
