@@ -77,6 +77,8 @@ MODELS = {
         "tie_word_embeddings": False,
     },
 }
+MODELS["t5-wide"] = MODELS["t5"] | {"d_model": 256, "d_ff": 512, "d_kv": 64, "num_layers": 3, "num_decoder_layers": 3}
+MODELS["llama-wide"] = MODELS["llama"] | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3}
 WEIGHT_DECAY = 0.1  # except for biases and norms
 WARM_UP_STEPS = 20
 MAX_GRAD_NORM = 1.0
@@ -138,6 +140,7 @@ ARMS = {
     "reference": Arm(rounding=half_away_from_zero),
     "reference-to-even": Arm(rounding=half_to_even),
     "autocast": Arm(memory="off", mixed_precision="bf16"),
+    "fp16": Arm(memory="off", mixed_precision="fp16"),
     "lean": Arm(memory="lean"),
     CONTROL: Arm(memory="off", weights=torch.bfloat16),
     # Adafactor scales its updates by the weights' magnitude, so it needs a larger learning rate
@@ -149,7 +152,13 @@ SAME_ARITHMETIC = [
     ("reference-to-even", "reference"),  # may differ: this pair shows the effect of rounding ties
     ("exact-adafactor", "reference-adafactor"),
 ]
-SAME_CURVE = [("exact", "autocast"), ("lean", "exact"), ("lean", "autocast"), (CONTROL, "exact")]  # the last differs
+SAME_CURVE = [
+    ("exact", "autocast"),
+    ("fp16", "autocast"),
+    ("lean", "exact"),
+    ("lean", "autocast"),
+    (CONTROL, "exact"),  # differs
+]
 
 
 def library_step(arm: Arm, model: nn.Module, accelerator: Accelerator, *, seed: int) -> TakeStep:
@@ -433,7 +442,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--train_file", required=True, help="rows with a prompt and a response: parquet or JSONL")
     parser.add_argument("--output", type=Path, required=True, help="NAME.jsonl; also writes NAME.png and NAME.md")
-    parser.add_argument("--models", type=names_of(MODELS), default=list(MODELS), help=", ".join(MODELS))
+    parser.add_argument("--models", type=names_of(MODELS), default=["t5", "llama"], help=", ".join(MODELS))
     parser.add_argument("--arms", type=names_of(ARMS), default=list(ARMS), help=", ".join(ARMS))
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--steps", type=positive, default=300)

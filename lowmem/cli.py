@@ -63,8 +63,9 @@ def _evaluate(**flags: str) -> Job:
     folder = Path(os.path.expanduser(flags["model_name_or_path"]))
     saved = settings_of(folder)
     given = {name: saved[name] for name in (*TrainConfig().encoding, "loss", "quantization") if name in saved}
-    if saved.get("mixed_precision") == flags.get("mixed_precision", saved.get("mixed_precision")) == "bf16":
-        given |= {"mixed_precision": "bf16", "memory": saved.get("memory", "off")}
+    precision = saved.get("mixed_precision", "no")
+    if precision != "no" and flags.get("mixed_precision", precision) == precision:
+        given |= {"mixed_precision": precision, "memory": saved.get("memory", "off")}
     config = _resolve(flags, typed_fields(given, folder / "lowmem.json"))
     return Job("evaluate", {"config": config, "fixed": named_fields(flags) | given.keys()})
 

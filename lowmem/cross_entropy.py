@@ -124,15 +124,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 @contextmanager
 def _rounding_once(device_type: str) -> Iterator[None]:
-    """Leave autocast, and keep cuBLAS from splitting a sum into parts that it rounds to bf16 before adding them."""
+    """Leave autocast, and keep cuBLAS from splitting a sum into parts that it rounds to 16 bits before adding them."""
     products = torch.backends.cuda.matmul
-    allowed = products.allow_bf16_reduced_precision_reduction
-    products.allow_bf16_reduced_precision_reduction = False
+    allowed = products.allow_bf16_reduced_precision_reduction, products.allow_fp16_reduced_precision_reduction
+    products.allow_bf16_reduced_precision_reduction = products.allow_fp16_reduced_precision_reduction = False
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        products.allow_bf16_reduced_precision_reduction = allowed
+        products.allow_bf16_reduced_precision_reduction, products.allow_fp16_reduced_precision_reduction = allowed
 
 
 def _slices_of(weight: Tensor, slices: Sequence[slice], rows: OffloadedRows | None) -> Iterable[Tensor]:

@@ -28,6 +28,7 @@ from lowmem.distributed.placement import data_place, handle_rank_errors, has_col
 from lowmem.distributed.reduce import all_reduce_sum
 from lowmem.errors import StoreError, UsageError
 from lowmem.memory.gradients import LossFunction
+from lowmem.memory.precision import autocast
 from lowmem.model.build import num_embeddings
 
 # What a model needs to start and end an answer. Other generation settings of the model (sampling, beams, stop strings,
@@ -55,7 +56,7 @@ def evaluate(
     """
     loss = torch.zeros((), device=accelerator.device)
     denominator, num_targets, num_rows = 0.0, 0, 0
-    with forward_only(model), accelerator.autocast(), handle_rank_errors(model):
+    with forward_only(model), autocast(accelerator, cached=True), handle_rank_errors(model):
         for batch in _checked(batches):
             loss += loss_fn(model, batch.to(accelerator.device))
             denominator += batch.denominator
@@ -92,7 +93,8 @@ def generate(
     is_encoder_decoder, is_collective = base.config.is_encoder_decoder, is_sharded(model)
     greedy = _greedy(base, tokenizer)
     written = []
-    with forward_only(model), _own_settings(base, greedy), accelerator.autocast(), handle_rank_errors(model):
+    in_precision = autocast(accelerator, cached=True)
+    with forward_only(model), _own_settings(base, greedy), in_precision, handle_rank_errors(model):
         for batch in _checked(batches):
             if not batch.row_ids and not is_collective:
                 continue

@@ -116,13 +116,11 @@ def _precision_hints(accelerator: Accelerator, tier: str) -> list[str]:
     """Return a line if the GPU computes much faster in another precision."""
     if accelerator.device.type != "cuda":
         return []
-    uses_bf16 = tier != "off" or accelerator.mixed_precision == "bf16"
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    if has_bf16 and not uses_bf16:
-        return ["this GPU computes several times faster in bf16: set --mixed_precision=bf16"]
-    if uses_bf16 and not has_bf16:
-        return ["this GPU only emulates bf16, which is slow: set --mixed_precision=no"]
-    return []
+    faster = "bf16" if has_bf16 else "fp16"
+    if tier != "off" or accelerator.mixed_precision in ("bf16", faster):
+        return []
+    return [f"this GPU computes several times faster in {faster}: set --mixed_precision={faster}"]
 
 
 def _open_folder(folder: Path, settings: Mapping, resumed_step: int | None) -> MetricsLog:
@@ -240,6 +238,7 @@ class Report:
             "loss": result.loss.item(),
             "grad_norm": result.grad_norm.item(),
             "learning_rate": learning_rate,
+            **({} if result.loss_scale is None else {"loss_scale": int(result.loss_scale)}),
             "num_tokens": int(result.num_tokens),
             "samples_per_second": self._rows / self._seconds,
             "tokens_per_second": self._tokens / self._seconds,

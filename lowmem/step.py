@@ -16,6 +16,7 @@ from lowmem.distributed.placement import data_place
 from lowmem.errors import OutOfMemory
 from lowmem.memory.gradients import Gradients, LossFunction
 from lowmem.memory.out_of_memory import guarded
+from lowmem.memory.precision import LossScale
 
 
 @dataclass
@@ -34,6 +35,8 @@ class TrainState:
     """The best evaluation so far: {"step", "eval_loss"}."""
     seed: int = 0
     """The seed of dropout (together with step, rank and micro-batch) and of the memory tiers' stochastic rounding."""
+    loss_scale: LossScale | None = None
+    """Set by the first step in fp16."""
 
     def note_best(self, eval_loss: float | None) -> None:
         """Set `best` to this step if its loss is the lowest so far. Ignores None, NaN and infinity."""
@@ -60,6 +63,8 @@ class StepResult:
     """Why the update was skipped, the same text on every rank."""
     preempted: bool = False
     """True on every rank if any rank passed `preempted=True`."""
+    loss_scale: float | None = None
+    """What the loss of this step was multiplied by for backward; None without fp16."""
 
 
 def train_step(
@@ -78,17 +83,22 @@ def train_step(
     All losses are divided by one number, so any split of the same rows into micro-batches and ranks gives the same
     gradient, except for rounding and dropout. If loss or gradient is not finite, no rank updates weights (but `release`
     already has): every rank raises FloatingPointError if `nonfinite` is "stop", or only counts the step if it is
-    "skip". A step without any target is only counted. If a rank cannot read its rows or fails in forward or backward,
-    every rank raises that error, or StepTooLarge if memory ran out (see `fitting_step`). In a sharded model, with
-    `release` or in the update, only the failing rank raises its error, or OutOfMemory. DDP may wrap `state.model`.
+    "skip". In fp16, only the loss is that strict at first: a gradient that is not finite halves `state.loss_scale` and
+    is skipped, until the scale is 1. A step without any target is only counted. If a rank cannot read its rows or fails
+    in forward or backward, every rank raises that error, or StepTooLarge if memory ran out (see `fitting_step`). In a
+    sharded model, with `release` or in the update, only the failing rank raises its error, or OutOfMemory. DDP may wrap
+    `state.model`.
     Raises ValueError if `Gradients` does. Cost: two small host collectives, one gradient reduction, one device sync.
     """
     num_tokens, denominator, preempted = agree_to_start(state, batches, preempted)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
-    gradients = Gradients(
-        state.model, state.optimizer, accelerator, denominator=denominator, seed=state.seed, step=state.step
-    )
+    scale = None
+    if accelerator.mixed_precision == "fp16":
+        state.loss_scale = state.loss_scale or LossScale()
+        scale = state.loss_scale.value
+    options = {"denominator": denominator, "seed": state.seed, "step": state.step, "loss_scale": scale or 1.0}
+    gradients = Gradients(state.model, state.optimizer, accelerator, **options)
     gradients.check(len(batches), max_grad_norm, nonfinite)
     try:
         options = {"together": gradients.can_be_dropped, "completed": gradients.completed()}
@@ -101,13 +111,22 @@ def train_step(
     grad_norm = gradients.norm()
     with guarded("updating weights", state.model, state.optimizer, together=False):
         updated = denominator > 0 and gradients.update(max_grad_norm, grad_norm, if_finite=loss + grad_norm)
-    reason = "" if updated else why_no_update(loss, grad_norm, losses, batches, num_tokens, denominator)
-    if reason and denominator and nonfinite == "stop":
+    # the scale changes only gradients, so a loss that is not finite has another cause
+    may_overflow = scale is not None and not updated and denominator > 0
+    overflowed = may_overflow and loss.isfinite().item() and state.loss_scale.shrink()
+    reason = ""
+    if overflowed:
+        reason = f"the gradient overflowed with a loss scale of {scale:g}, which is now halved"
+    elif not updated:
+        reason = why_no_update(loss, grad_norm, losses, batches, num_tokens, denominator)
+    elif scale:
+        state.loss_scale.grow()
+    if reason and denominator and nonfinite == "stop" and not overflowed:
         gradients.clear()
         raise not_finite(state, reason, is_released=gradients.released is not None)
     gradients.clear()
     counted = (torch.tensor(num_tokens), denominator)
-    return finish(state, StepResult(loss, grad_norm, *counted, updated, reason, preempted))
+    return finish(state, StepResult(loss, grad_norm, *counted, updated, reason, preempted, scale))
 
 
 def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool) -> tuple[int, float, bool]:

@@ -90,10 +90,9 @@ def train(
     is_filled_later = config.model_name_or_path is not None or not accelerator.is_main_process
     # DeepSpeed, norms of DoRA and quantization need the weights themselves
     on_meta = is_filled_later and not (config.deepspeed or config.use_dora or config.quantization)
-    dtype = torch.bfloat16 if config.has_bf16_base else torch.float32
     model, tokenizer = load_model(
         **config.model_source,
-        dtype=dtype,
+        dtype=getattr(torch, config.loaded_dtype),
         on_meta=on_meta,
         scratch_folder=config.scratch_folder,
         device=accelerator.device,

@@ -159,7 +159,16 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({"label_smoothing": "1"}, "must be below 1"),
         ({"weight_decay": "-0.1"}, "must be 0 or more"),
         ({"optimizer": "lion"}, "must be one of adamw"),
-        ({"mixed_precision": "fp16"}, "fp16 needs loss scaling"),
+        ({"mixed_precision": "fp8"}, "must be one of no, bf16, fp16"),
+        ({"mixed_precision": "fp16", "memory": "exact"}, "--memory=exact keeps weights in bf16: set --mixed_precision"),
+        (
+            {"mixed_precision": "fp16", "release": "true", "max_grad_norm": "0"},
+            "all gradients are finite",
+        ),
+        (
+            {"mixed_precision": "fp16", "deepspeed": "zero.json"},
+            "is not supported under DeepSpeed: remove",
+        ),
         ({"is_finetune": "true"}, "--is_finetune freezes pretrained parts: set --model_name_or_path too"),
         ({"model_config": "t5-huge"}, "neither a file nor one of t5-tiny"),
         ({"model_name_or_path": "./nowhere"}, "neither a folder nor the name of a model"),

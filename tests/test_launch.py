@@ -185,7 +185,7 @@ def test_two_processes_train_the_large_preset(tmp_path):
         (SHARDS, "--seed=0", "2 shards in 2 replicas: also set distributed_type: FSDP"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "--seed=0", "accelerate has gradient_accumulation_steps=4"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "--mixed_precision=no", "accelerate has mixed_precision=bf16"),
-        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "--seed=0", "fp16 needs loss scaling"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "--seed=0", "--mixed_precision=fp8 must be one of no, bf16, fp16"),
         ({"LOCAL_RANK": "1"}, "--seed=0", "a launcher's variables are set without WORLD_SIZE: unset LOCAL_RANK, or"),
         ({"LOCAL_RANK": "1"}, "--sed=0", "unknown flag --sed"),
     ],

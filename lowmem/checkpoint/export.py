@@ -156,7 +156,8 @@ def _rounding(config: PretrainedConfig, settings: Mapping[str, object]) -> dict[
     """Return what the run with these settings made of each weight that it quantized: {name: function}."""
     if (quantization := settings.get("quantization")) is None:
         return {}
-    dtype = torch.bfloat16 if settings.get("mixed_precision") == "bf16" else torch.float32
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes.get(settings.get("mixed_precision"), torch.float32)
     model = model_from(config, dtype, on_meta=True)
     transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
     layers = {*replace_linear(model, quantization)}

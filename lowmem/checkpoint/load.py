@@ -16,6 +16,7 @@ from lowmem.distributed.fill import read_local
 from lowmem.distributed.heartbeat import phase
 from lowmem.distributed.placement import is_adapted, unwrapped
 from lowmem.errors import UsageError, one_line
+from lowmem.memory.precision import LossScale
 from lowmem.optim.adamw import DEFINITION
 from lowmem.optim.state import fill_state, needs_rounding, round_state, state_differences
 from lowmem.optim.tiers import TieredOptimizer
@@ -109,6 +110,8 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
         else:
             fill_state(state.optimizer, parameters, optimizer_state)
     state.step, state.best, state.seed = saved["step"], saved["best"], saved["seed"]
+    scale = saved.get("loss_scale")
+    state.loss_scale = scale and LossScale(**scale)
     state.updates = saved.get("updates", saved["step"])  # checkpoints of early versions have no such number
 
 

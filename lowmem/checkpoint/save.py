@@ -11,6 +11,7 @@ Ranks write tensor files in parallel; rank 0 then writes the other files. One ra
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -72,6 +73,7 @@ def save_checkpoint(
     def write_rest(unfinished: Path, records: dict[str, FileRecord]) -> None:
         stream = state.stream and state.stream.state_dict()
         training = {"step": state.step, "updates": state.updates, "best": state.best, "seed": state.seed}
+        training |= {"loss_scale": state.loss_scale and asdict(state.loss_scale)}
         training |= {"stream": stream, "tokenizer": tokenizer_hash, "base": base_digest(unwrapped(state.model))}
         kind, memory = type(state.optimizer).__name__, getattr(state.optimizer, "memory", "off")
         training |= {"optimizer": kind, "memory": memory, "parameters": [*parameters]}

@@ -45,6 +45,7 @@ _COUNT = _Rule("an integer from 0 to 2**63 - 1", lambda value: type(value) is in
 _POSITIVE = _Rule("an integer from 1 to 2**63 - 1", lambda value: _COUNT.allows(value) and value > 0)
 _SEED = _Rule("an integer of up to 64 bits", lambda value: type(value) is int and -(2**63) <= value < 2**64)
 _NUMBER = _Rule("a finite number", lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max)
+_SCALE = _Rule("a power of two from 1 to 2**24", lambda value: value in [2.0**power for power in range(25)])
 _TEXT = _Rule("text", lambda value: isinstance(value, str))
 _SWITCH = _Rule("true or false", lambda value: isinstance(value, bool))
 _OBJECT = _Rule("an object", lambda value: isinstance(value, dict))
@@ -57,7 +58,8 @@ _RECORD = {"bytes": _COUNT, "xxh3_128": _HASH}
 _STATE = {"step": _COUNT, "updates": _COUNT.if_set(), "best": _OBJECT.or_null(), "seed": _SEED}
 _STATE |= {"stream": _OBJECT.or_null(), "tokenizer": _TEXT.or_null().if_set(), "optimizer": _TEXT}
 _STATE |= {"memory": _TIER.if_set(), "definition": _COUNT.if_set(), "parameters": _NAMES.if_set()}
-_STATE |= {"base": _TEXT.or_null().if_set()}
+_STATE |= {"base": _TEXT.or_null().if_set(), "loss_scale": _OBJECT.or_null().if_set()}
+_LOSS_SCALE = {"value": _SCALE, "finite_steps": _COUNT}
 _BEST = {"step": _COUNT, "eval_loss": _NUMBER}
 _STREAM = {"position": _COUNT, "num_rows": _POSITIVE, "row_groups": _TEXT.if_set()}
 _STREAM |= {"seed": _SEED, "global_batch_size": _POSITIVE, "shuffle": _SWITCH.if_set(), "files": _NAMES.if_set()}
@@ -108,6 +110,8 @@ def saved_settings(path: str | Path) -> tuple[dict, dict]:
     _check(state, _STATE, file)
     if state["best"] is not None:
         _check(state["best"], _BEST, file, "best")
+    if state.get("loss_scale") is not None:
+        _check(state["loss_scale"], _LOSS_SCALE, file, "loss_scale")
     stream = state["stream"] or {}
     if "num_rows" in stream or "global_batch_size" in stream:  # a stream of `open_stream`, not of a user's class
         _check(stream, _STREAM, file, "stream")

@@ -77,7 +77,8 @@ class Groups:
         zero = self._some("batch_size", "max_grad_norm") | {"bf16": self.mixed_precision == "bf16"}
         deepspeed = complete_zero_config(self.deepspeed, **zero) if self.deepspeed else None
         reports = {"report_to": self.trackers, "heartbeat_timeout": self.heartbeat_timeout}
-        return {"mixed_precision": self.autocast, "deepspeed": deepspeed} | reports
+        precision = {"mixed_precision": self.autocast, "needs_bf16": self.mixed_precision == "bf16"}
+        return precision | {"deepspeed": deepspeed} | reports
 
     @property
     def scratch_folder(self) -> str | None:
@@ -94,9 +95,10 @@ class Groups:
         return self.lora_rank is not None or holds_adapters(self.model_name_or_path)
 
     @property
-    def has_bf16_base(self) -> bool:
-        """Whether the frozen model under adapters is in bf16 from the start."""
-        return self.trains_adapters and self.mixed_precision == "bf16"
+    def loaded_dtype(self) -> str:
+        """The torch dtype in which to load the model: of a frozen one under adapters, that of its products."""
+        dtypes = {"bf16": "bfloat16", "fp16": "float16"} if self.trains_adapters else {}
+        return dtypes.get(self.mixed_precision, "float32")
 
     @property
     def lora(self) -> dict[str, object]:

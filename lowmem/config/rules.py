@@ -45,6 +45,8 @@ NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("quantization", None, "compile", [False], "uses layers that torch.compile cannot compile"),
     ("memory", _TIERS, "mixed_precision", ["bf16"], "keeps weights in bf16"),
     ("memory", _TIERS, "optimizer", TIERED_OPTIMIZERS, "does not support --optimizer={optimizer}"),
+    ("mixed_precision", ["fp16"], "release", [False], "must know that all gradients are finite before an update"),
+    ("mixed_precision", ["fp16"], "deepspeed", [None], "is not supported under DeepSpeed"),
     ("optimizer", ["adamw_bf16"], "mixed_precision", ["bf16"], "needs weights in bf16"),
     ("optimizer", ["adamw_bf16"], "memory", [*_TIERS, None], "needs weights in bf16, not --memory={memory}"),
     ("optimizer", ["adafactor"], "sharding_strategy", ["NO_SHARD"], "needs whole matrices"),
@@ -169,9 +171,7 @@ def _out_of_range(config: TrainConfig) -> list[str]:
                 problems.append(f"--{name}={value} must be {rule.replace(str(2**63), '2**63')}")
         if isinstance(value, str) and not value.strip() and not rules.get("may_be_empty"):
             problems.append(f"--{name} is empty: give it a value")
-        if name == "mixed_precision" and value == "fp16":
-            problems.append("--mixed_precision=fp16 needs loss scaling, which lowmem does not support: set bf16 or no")
-        elif choices(name) and value is not None and value not in choices(name):
+        if choices(name) and value is not None and value not in choices(name):
             problems.append(f"--{name}={value} must be one of {', '.join(choices(name))}")
         if rules.get("unit") == "bytes" and value is not None:
             try:

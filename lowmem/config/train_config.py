@@ -171,8 +171,9 @@ class TrainConfig(Groups):
     """Make repeated runs bit-identical on CUDA too, at some cost in speed. On CPU they always are."""
 
     # --- memory and speed
-    mixed_precision: str = setting("no", choices=["no", "bf16"], on_resume="fixed", in_evaluate=True)
-    """Precision of forward and backward (no: fp32). `accelerate launch --mixed_precision` sets it too."""
+    mixed_precision: str = setting("no", choices=["no", "bf16", "fp16"], on_resume="fixed", in_evaluate=True)
+    """Precision of forward and backward (no: fp32). `accelerate launch --mixed_precision` sets it too.
+    fp16 keeps weights in fp32, for GPUs without bf16, and scales the loss."""
     memory: str | None = setting(choices=["exact", "lean", "off"], on_resume="fixed")
     """Memory tier of bf16 training. exact: bf16 weights plus the low 16 bits of fp32; lean: bf16 alone, with 8-bit
     moments for adamw; off: fp32, cast at each use (autocast). Default: exact if the optimizer supports it, else off."""

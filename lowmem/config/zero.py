@@ -53,7 +53,7 @@ def zero_problems(flags: Mapping[str, object]) -> list[str]:
         if not isinstance(values.get(section, {}), dict):
             problems.append(f"{section}={json.dumps(values[section])}: set it to an object {{...}}")
     if _value(values, "fp16.enabled") not in (None, "auto", False):
-        problems.append("fp16, which lowmem does not support: set --mixed_precision=bf16, or no for fp32")
+        problems.append("fp16, which lowmem has only without DeepSpeed: set --mixed_precision=bf16, or no for fp32")
     zero = values["zero_optimization"]
     for part in ("offload_optimizer", "offload_param"):
         device = _value(zero, f"{part}.device")

@@ -70,9 +70,20 @@ def _check_kernels(device: "torch.device") -> None:
         raise UsageError(f"{found}: {_OTHER_TORCH}")
 
 
+def _check_bf16(device: "torch.device") -> None:
+    """Raise UsageError if the GPU `device` has no instructions for bf16, which torch then emulates."""
+    import torch
+
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        found = f"bf16 needs a GPU of compute capability 8.0, but {name} has {major}.{minor} and only emulates it"
+        raise UsageError(f"{found}, several times slower: set --mixed_precision=fp16, or no for fp32")
+
+
 def init_distributed(
     *,
     mixed_precision: str | None = None,
+    needs_bf16: bool = False,
     deepspeed: Mapping[str, object] | None = None,
     report_to: Sequence[str] = (),
     output_dir: Path | None = None,
@@ -82,9 +93,10 @@ def init_distributed(
 ) -> "Accelerator":
     """Join the process group that the environment describes (with gloo if there is no GPU). Return an Accelerator.
 
-    `mixed_precision=None` uses the setting of `accelerate launch`. `deepspeed` is a full DeepSpeed config, including
-    the precision. Raises UsageError or RankError if ranks do not find each other in `heartbeat_timeout` seconds. Later,
-    if a rank fails or is silent for that long, the others name it on stderr, call `on_abort(message)` and exit.
+    `mixed_precision=None` uses the setting of `accelerate launch`; `needs_bf16` says that weights are in bf16 without
+    it. `deepspeed` is a full DeepSpeed config, including the precision. Raises UsageError if the GPU only emulates
+    bf16, and UsageError or RankError if ranks do not find each other in `heartbeat_timeout` seconds. Later, if a rank
+    fails or is silent for that long, the others name it on stderr, call `on_abort(message)` and exit.
     Sets `signals.at_once` to None, because the ranks can now agree on when to stop. Calls `speed_up_bf16`.
     """
     check_launch(None)
@@ -117,6 +129,8 @@ def init_distributed(
         accelerator = make_accelerator(deepspeed, on_cpu=on_cpu, **options)
     if accelerator.device.type == "cuda":
         _check_kernels(accelerator.device)
+        if needs_bf16 or accelerator.mixed_precision == "bf16":
+            _check_bf16(accelerator.device)
     speed_up_bf16(accelerator.device)
     if accelerator.num_processes != launched:
         found = f"accelerate sees {accelerator.num_processes} ({accelerator.distributed_type.value})"

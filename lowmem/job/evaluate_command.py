@@ -22,9 +22,10 @@ from lowmem.report import print_answers, print_lines
 
 
 def evaluate_model(config: TrainConfig, test_rows: Rows) -> None:
-    accelerator = init_distributed(mixed_precision=config.autocast)
+    precision = {"mixed_precision": config.autocast, "needs_bf16": config.mixed_precision == "bf16"}
+    accelerator = init_distributed(**precision)
     check_same_inputs({}, {"test": test_rows})
-    dtype = torch.bfloat16 if config.has_bf16_weights or config.has_bf16_base else torch.float32
+    dtype = torch.bfloat16 if config.has_bf16_weights else getattr(torch, config.loaded_dtype)
     is_offloaded = config.offload_weights is not None
     model, tokenizer = load_model(**config.model_source, dtype=dtype, on_meta=is_offloaded, device=accelerator.device)
     check_same_model(model, tokenizer, weights=True)

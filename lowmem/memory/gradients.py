@@ -27,6 +27,7 @@ from lowmem.distributed.reduce import BucketedSum, LayerSum, all_reduce_sum
 from lowmem.distributed.seeds import seed_of
 from lowmem.errors import UsageError
 from lowmem.memory.layered import Autocast, Layered
+from lowmem.memory.precision import autocast
 from lowmem.memory.release import KeptOnHost, Released, TakenGradients
 from lowmem.optim.norms import gradient_norms
 from lowmem.optim.tiers import TieredOptimizer
@@ -38,9 +39,10 @@ LossFunction = Callable[[nn.Module, Batch], Tensor]
 class Gradients:
     """The gradients of one step, whose losses are divided by `denominator` (0: no target counts).
 
-    The constructor clears gradients left by a failed step.
+    Backward computes the gradients of losses times `loss_scale`, a power of two, by which all that methods return is
+    divided again. The constructor clears gradients left by a failed step.
 
-    Raises ValueError for DeepSpeed, fp16, mixed precision with a memory tier or an optimizer wrapped by accelerate, and
+    Raises ValueError for DeepSpeed, mixed precision with a memory tier or an optimizer wrapped by accelerate, and
     UsageError for offloaded weights without `layered`.
     """
 
@@ -53,10 +55,12 @@ class Gradients:
         denominator: float,
         seed: int,
         step: int,
+        loss_scale: float = 1.0,
     ):
         _check(type(optimizer), accelerator.mixed_precision, is_engine(model))
         self._model, self._optimizer, self._accelerator = model, optimizer, accelerator
         self._denominator, self._seed, self._step = denominator, seed, step
+        self._loss_scale = loss_scale
         self._rank, self._is_sharded = data_place(model), is_sharded(model)
         self.released: Released | None = getattr(optimizer, "released", None)
         self._layered: Layered | None = getattr(optimizer, "layered", None)
@@ -79,6 +83,9 @@ class Gradients:
     def check(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
         """Raise UsageError for options that gradient release does not support."""
         if self.released:
+            if self._accelerator.mixed_precision == "fp16":
+                found = "release applies gradients before all are known to be finite, but fp16 may skip an update"
+                raise UsageError(f"{found}: remove release, or use bf16")
             self.released.begin(micro_batches, max_grad_norm, nonfinite)
 
     def completed(self) -> AbstractContextManager[None]:
@@ -94,20 +101,20 @@ class Gradients:
         """
         counted = enumerate(batches if self._denominator else ())
         forwards = [partial(self._forward, index, batch, loss_fn) for index, batch in counted]
-        autocast = partial(_autocast, self._accelerator)
+        in_precision = partial(autocast, self._accelerator)
         with ExitStack() as stack:
             if isinstance(self._model, DistributedDataParallel):
                 # DDP must not all-reduce in backward, because `all_reduce` does that once for all micro-batches
                 stack.enter_context(self._model.no_sync())
             sums = stack.enter_context(self._summing(len(batches)))
             if self._layered:
-                losses = self._run_layered(forwards, autocast, sums) if forwards else []
+                losses = self._run_layered(forwards, in_precision, sums) if forwards else []
             else:
                 losses = []
                 for forward in forwards:
                     if forward is forwards[-1]:
                         stack.enter_context(self._completing(sums))
-                    with autocast():
+                    with in_precision():
                         loss = forward()
                     loss.backward()
                     losses.append(loss.detach())
@@ -120,12 +127,13 @@ class Gradients:
                 self._all[parameter] = parameter.grad
         if self._sum:
             self._sum.finish([*self._all.values()][::-1])
-        return losses
+        return losses if self._loss_scale == 1 else [loss / self._loss_scale for loss in losses]
 
     def _forward(self, index: int, batch: Batch, loss_fn: LossFunction) -> Tensor:
         # seeds all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
         torch.manual_seed(seed_of(self._seed, self._step, self._rank.rank, index))
-        return loss_fn(self._model, batch.to(self._accelerator.device)) / self._denominator
+        loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._denominator
+        return loss if self._loss_scale == 1 else loss * self._loss_scale
 
     def _run_layered(
         self, forwards: Sequence[Callable[[], Tensor]], autocast: Autocast, sums: "_Sums"
@@ -191,7 +199,7 @@ class Gradients:
                 squares += torch.stack(mine).square().sum().to(squares.device)  # they are on the host with cpu_offload
             all_reduce_sum([squares])
             whole.append(squares.sqrt())
-        return torch.linalg.vector_norm(torch.stack(whole))
+        return torch.linalg.vector_norm(torch.stack(whole)) / self._loss_scale
 
     def update(self, max_grad_norm: float | None, grad_norm: Tensor, *, if_finite: Tensor) -> bool:
         """Clip and update if the scalar `if_finite` is finite; return whether it is. The step's only device sync.
@@ -204,6 +212,8 @@ class Gradients:
         if not begins_early and not is_finite.item():
             return False
         factor = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0) if max_grad_norm else None
+        if self._loss_scale != 1:
+            factor = (torch.ones_like(grad_norm) if factor is None else factor) / self._loss_scale
         if begins_early:
             factor = torch.where(is_finite, 1.0 if factor is None else factor, math.nan)
         for parameter in self._kept.fetched() if self._kept else ():
@@ -298,22 +308,7 @@ class _Sums:
 def _check(optimizer: type, mixed_precision: str, is_engine: bool) -> None:
     if is_engine:
         raise ValueError("the model is in DeepSpeed's engine, which reduces and applies gradients: use deepspeed_step")
-    if mixed_precision == "fp16":
-        raise ValueError("fp16 needs loss scaling, which is not supported: set mixed_precision=bf16 or no")
     if issubclass(optimizer, AcceleratedOptimizer):
         raise ValueError("the optimizer is wrapped by accelerator.prepare: pass the unwrapped one from make_optimizer")
     if issubclass(optimizer, TieredOptimizer) and mixed_precision != "no":
         raise ValueError(f"memory tiers need the Accelerator's mixed_precision=no, got {mixed_precision}: set it to no")
-
-
-def _autocast(accelerator: Accelerator) -> AbstractContextManager[None]:
-    """Enter torch's autocast without its cache, if `accelerator` has mixed precision.
-
-    The cache would hold a bf16 copy of every weight until the loss is computed. Without it, activation checkpointing
-    keeps no copies and casts weights again in backward; without checkpointing, autograd keeps the copies.
-    """
-    # `accelerator.autocast(AutocastKwargs(...))` clears os.environ for a moment in each call. If a tokenizer reads the
-    # environment in another thread at that moment, the process crashes.
-    if accelerator.mixed_precision == "no":
-        return nullcontext()
-    return torch.autocast(accelerator.device.type, torch.bfloat16, cache_enabled=False)

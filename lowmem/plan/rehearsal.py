@@ -151,7 +151,7 @@ def _build_adapted(config: TrainConfig, shape: PretrainedConfig, **options: obje
     """
     is_new = config.lora_rank is not None
     with unset_fake_temporarily(), torch.device("meta"):
-        model = build_model(shape, dtype=torch.bfloat16 if config.has_bf16_base else torch.float32, **options)
+        model = build_model(shape, dtype=getattr(torch, config.loaded_dtype), **options)
         quantized = replace_linear(model, config.quantization) if config.quantization else {}
         inject(model, lora_config(model, **config.lora) if is_new else read_config(Path(config.model_name_or_path)))
     fakes: dict[Tensor, Tensor] = {}
