@@ -1,12 +1,12 @@
 """Make a TrainConfig from flags, presets and a config file, or list all problems in one error. Imports no torch."""
 
-import difflib
 import os
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import get_args
 
+from lowmem.config.advice import advice_of, flags_in, near_name
 from lowmem.config.presets import PRESETS
 from lowmem.config.row_formats import ROW_FORMATS
 from lowmem.config.rules import conflicts
@@ -16,15 +16,6 @@ from lowmem.storage.files import read_text
 
 _BUNDLED_VALIDATION_ROWS = 240
 _SWITCHES = [*PRESETS.keys() - {"tiny"}, "is_keep_training"]
-
-# other trainers' names for our flags
-_OTHER_NAMES = {"lr": "learning_rate", "optim": "optimizer", "num_train_epochs": "epochs", "max_length": "max_seq_len"}
-_OTHER_NAMES |= {"fp16": "mixed_precision", "bf16": "mixed_precision=bf16", "fsdp": "sharding_strategy"}
-_OTHER_NAMES |= {"torch_compile": "compile", "gradient_checkpointing": "recompute=full"}
-_OTHER_NAMES |= {"finetuning_type": "use_lora", "lora_r": "lora_rank", "lora_target": "lora_target_modules"}
-_OTHER_NAMES |= {"load_in_4bit": "quantization=nf4", "load_in_8bit": "quantization=int8"}
-_OTHER_NAMES |= {"quantization_bit": "quantization", "additional_target": "lora_modules_to_save"}
-_OTHER_NAMES |= {"per_device_train_batch_size": "batch_size", "resume_from_checkpoint": "resume"}
 
 
 def resolve(flags: Mapping[str, object], *, given: Mapping[str, object] | None = None) -> TrainConfig:
@@ -94,7 +85,8 @@ def _read_config_file(path: object, problems: list[str]) -> dict[str, object]:
 
     try:
         text = read_text(str(path), f"--config={path}", advice="name a YAML or JSON file", most_bytes=2**17)
-        values = yaml.safe_load(text) if _is_flat(yaml.parse(text)) else None
+        nested = _nested_key(yaml.parse(text))
+        values = yaml.safe_load(text) if nested is None else None
     except UsageError as error:
         problems.append(str(error))
     except Exception as error:  # PyYAML raises errors of many types if a value does not fit its tag
@@ -102,35 +94,51 @@ def _read_config_file(path: object, problems: list[str]) -> dict[str, object]:
     else:
         if isinstance(values, dict) and all(isinstance(key, str) for key in values):
             return values
-        problems.append(f"--config={path} must contain only `field: value` pairs: rewrite it or remove --config")
+        found = f", but the value of {nested} is nested" if nested else ""
+        advice = advice_of(nested or "", "nested") or "rewrite it or remove --config"
+        problems.append(f"--config={path} must contain only `field: value` pairs{found}: {advice}")
     return {}
 
 
-def _is_flat(events: Iterable[object]) -> bool:
-    """Whether YAML events nest at most a list in a mapping. Aliases of lists and mappings can expand without limit."""
-    depth = 0
+def _nested_key(events: Iterable[object]) -> str | None:
+    """Return the key at which YAML events nest more than a list in a mapping; None if they do not.
+
+    Anchors of lists and mappings count as nesting, because their aliases can expand without limit.
+    """
+    depth, key = 0, ""
     for event in events:
         kind = type(event).__name__  # yaml is imported only if there is a file
         depth += kind.endswith("StartEvent") - kind.endswith("EndEvent")
         if depth > 4 or (kind in ("MappingStartEvent", "SequenceStartEvent") and event.anchor):  # stream and document
-            return False
-    return True
+            return key
+        if kind == "ScalarEvent" and depth == 3:
+            key = event.value
+    return None
 
 
 def _read(values: Mapping[str, object], problems: list[str]) -> tuple[dict[str, bool], dict[str, object]]:
     """Split `values` into preset switches and fields, and convert each to its type."""
     switches, fields = {}, {}
+    unknown: dict[str, list[str]] = {}
     for name, value in values.items():
-        if name in FIELDS:
+        is_field = name in FIELDS
+        if advice := advice_of(name, value):
+            if is_field:
+                problems.append(f"--{name}={value}: {advice}")
+            else:
+                unknown.setdefault(advice, []).append(name)
+            meant = _read(flags_in(advice), problems)  # to check other flags with what was meant
+            switches, fields = meant[0] | switches, meant[1] | fields
+        elif is_field:
             fields[name] = _coerce(name, FIELDS[name].type, value, problems)
         elif name in _SWITCHES:
             switches[name] = _coerce(name, bool, value, problems) is True
-        elif name in _OTHER_NAMES:
-            problems.append(f"unknown flag --{name}: use --{_OTHER_NAMES[name]}")
         else:
-            near = difflib.get_close_matches(name, [*FIELDS, *_SWITCHES, "config"], n=1)
-            hint = f"did you mean --{near[0]}?" if near else "`--help` lists all flags"
-            problems.append(f"unknown flag --{name}: {hint}")
+            near = near_name(name, [*FIELDS, *_SWITCHES, "config"])
+            hint = f"did you mean --{near}?" if near else "`--help` lists all flags"
+            unknown.setdefault(hint, []).append(name)
+    for advice, names in unknown.items():
+        problems.append(f"unknown flag{'s' * (len(names) > 1)} {', '.join(f'--{name}' for name in names)}: {advice}")
     if switches.pop("is_keep_training", False) and fields.setdefault("resume", "auto") != "auto":
         problems.append(f"--is_keep_training means --resume=auto, but --resume={fields['resume']} was set: remove one")
     return switches, fields
