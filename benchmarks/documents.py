@@ -31,6 +31,7 @@ PARTS = {
         "soak": (summaries.soak, _RESULTS + "soak.md"),
     },
     "docs/results.md": {"comparison": (summaries.comparison, _RESULTS + "compare.jsonl")},
+    "docs/coming-from.md": {"elsewhere": (summaries.elsewhere, "lowmem/config/elsewhere.py")},
     "docs/flags.md": {"flags": (summaries.flags, "lowmem/config/train_config.py")},
 }
 """For each document, its parts by name: the function that renders the part, and the file with its data."""

@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from statistics import median
 
@@ -15,7 +15,9 @@ from launchers import STRATEGIES
 from memory import BASELINE, GIB, MODELS, peaks_of
 from records import MIB, Record
 
+from lowmem.config.elsewhere import DEFAULTS, FRACTION, SOURCES
 from lowmem.config.help import help_text
+from lowmem.config.train_config import FIELDS
 
 # For each benchmark, the names under which the tables show its systems, in the order of the tables' rows.
 READERS = {
@@ -290,3 +292,32 @@ def launchers(records: Sequence[Record]) -> list[str]:
 def flags(_: str) -> list[str]:
     """List every flag with its values and its explanation."""
     return ["```text", *help_text(full=True).splitlines(), "```"]
+
+
+def elsewhere(_: str) -> list[str]:
+    """List what the settings of other trainers are here, a table for each trainer, and defaults that differ."""
+    lines = []
+    for source, answers in SOURCES.items():
+        table = [row for names, answer in answers.items() for row in _answers(names.split(), answer)]
+        lines += [f"### {source}", "", *grid(["there:", "here:"], table), ""]
+    found = {name: FIELDS[name].default for name in DEFAULTS}
+    table = [[f"`{name}`", f"`{DEFAULTS[name]}`", f"`{value}`"] for name, value in found.items()]
+    return [*lines, "### Other defaults of flags that have the same name here", ""] + grid(
+        ["flag:", "Trainer:", "here:"], table
+    )
+
+
+def _answers(names: Sequence[str], answer: str | Mapping[str, str]) -> list[list[str]]:
+    """Render a row of `elsewhere`: a line, or one for each value."""
+    there = ", ".join(f"`{name}`" for name in names)
+    if isinstance(answer, str):
+        return [[there, _code(answer)]]
+    values = {"*": "other values", FRACTION: "a fraction of all steps or rows"}
+    keys = [", ".join(values.get(value, f"`{value}`") for value in key.split()) for key in answer]
+    return [[f"{there}: {key}", _code(text)] for key, text in zip(keys, answer.values(), strict=True)]
+
+
+def _code(answer: str) -> str:
+    """Mark flags as code. Flags that take the value as it is are shown without it; else it is X."""
+    short = answer.replace("={}", "").replace("{}", "X")
+    return re.sub(r"(?<!`)--\w+(=[^\s,()]+)?", lambda flag: f"`{flag[0]}`", short)
