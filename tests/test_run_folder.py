@@ -29,6 +29,16 @@ HOLD = (
 )
 
 
+def test_a_checkpoint_of_trainer_is_recognized_and_its_weights_are_named(tmp_path):
+    checkpoint = tmp_path / "checkpoint-50"
+    checkpoint.mkdir()
+    with pytest.raises(UsageError, match="is not a checkpoint: set never, auto, or a folder with a manifest.json"):
+        check_output(tmp_path / "out", str(checkpoint))
+    (checkpoint / "trainer_state.json").touch()
+    with pytest.raises(UsageError, match=f"transformers' Trainer: set --model_name_or_path={checkpoint} to train its"):
+        check_output(tmp_path / "out", str(checkpoint))
+
+
 def test_a_second_run_is_refused_and_the_owner_of_the_folder_is_reported(tmp_path):
     output = tmp_path / "out"
     with lock_folder(output):

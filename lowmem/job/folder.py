@@ -31,6 +31,9 @@ def check_output(output: Path, resume: str) -> None:
         raise UsageError(f"{model} is from another run and {replaced}")
     if resume not in ("never", "auto"):
         path = Path(resume)
+        if (path / "trainer_state.json").is_file():
+            found = f"--resume={path} is a checkpoint of transformers' Trainer"
+            raise UsageError(f"{found}: set --model_name_or_path={path} to train its weights from the first step")
         if not (path / "manifest.json").is_file():
             raise UsageError(f"--resume={path} is not a checkpoint: set never, auto, or a folder with a manifest.json")
         if present and path.resolve().parent != (output / "checkpoints").resolve():
