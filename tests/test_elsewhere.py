@@ -78,7 +78,7 @@ def test_a_name_has_one_answer_and_is_no_flag_unless_only_some_of_its_values_are
         ("per_device_eval_batch_size", "8", "use --eval_batch_size=8"),
         ("eval_accumulation_steps", "4", "not needed, because evaluations sum the loss as they go"),
         ("remove_unused_columns", "False", "not needed, because only the columns that flags name are read: remove it"),
-        ("adapter_name_or_path", "a/b", "use --model_name_or_path=a/b, which names the model under the adapters"),
+        ("adapter_name_or_path", "a/b", "use --model_name_or_path=a/b instead of the model, which the adapters"),
         ("mix_strategy", "concat", "remove it (several files of --train_file are read as one)"),
         ("mix_strategy", "interleave_over", "use --train_weights, one number for each file"),
         ("finetuning_type", "full", "remove it (all weights are trained by default)"),
@@ -173,7 +173,7 @@ def test_several_unknown_flags_are_in_one_message_and_the_others_are_checked_wit
 
 def test_a_nested_setting_of_a_config_file_is_named_with_what_it_is_here(tmp_path):
     (tmp_path / "a.yml").write_text("base_model: gpt2\ndatasets:\n  - path: a\n    type: alpaca\nval_set_size: 0.1\n")
-    (tmp_path / "b.yml").write_text("seed: 1\nthings: [[1]]\n")
+    (tmp_path / "b.yml").write_text("seed: 1\nthings: [a, [1]]\n")
     found = "must contain only `field: value` pairs, but the value of"
     assert f"{found} datasets is nested: use --train_file=FILES" in problems_of(config=tmp_path / "a.yml")
     assert f"{found} things is nested: rewrite it or remove --config" in problems_of(config=tmp_path / "b.yml")

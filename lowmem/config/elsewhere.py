@@ -287,7 +287,7 @@ LLAMA_FACTORY: dict[str, Answer] = {
     },
     "mask_history": "not here: all turns of the assistant are targets, so make a row of each turn",
     "disable_shuffling": "not here: rows are always shuffled, by --seed",
-    "adapter_name_or_path lora_model_dir": "--model_name_or_path={}, which names the model under the adapters",
+    "adapter_name_or_path lora_model_dir": "--model_name_or_path={} instead of the model, which the adapters name",
     "create_new_adapter": "not here: merge the old adapter first (the command `export` with --merge=True)",
     "lora_target": {"all": "--lora_target_modules=all-linear", "*": "--lora_target_modules={}"},
     "additional_target": "--lora_modules_to_save={}",
