@@ -12,6 +12,7 @@ from lowmem.config.elsewhere import DEFAULTS, SAME_NAMES, SOURCES
 from lowmem.config.parse import resolve
 from lowmem.config.presets import PRESETS
 from lowmem.config.train_config import FIELDS, choices
+from tests.processes import ROOT
 from tests.test_flags import problems_of
 
 # Flags, and values of flags, that the table names and that do not exist yet.
@@ -177,6 +178,13 @@ def test_a_nested_setting_of_a_config_file_is_named_with_what_it_is_here(tmp_pat
     found = "must contain only `field: value` pairs, but the value of"
     assert f"{found} datasets is nested: use --train_file=FILES" in problems_of(config=tmp_path / "a.yml")
     assert f"{found} things is nested: rewrite it or remove --config" in problems_of(config=tmp_path / "b.yml")
+
+
+def test_the_config_file_of_the_document_is_accepted(tmp_path):
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "coming-from.md").read_text(), re.DOTALL)
+    (tmp_path / "sft.yaml").write_text(block)
+    config = resolve({"config": tmp_path / "sft.yaml"})
+    assert (config.lora_rank, config.learning_rate, config.memory) == (8, 1e-4, "exact")
 
 
 def test_the_defaults_of_trainer_are_as_documented():
