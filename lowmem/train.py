@@ -68,8 +68,8 @@ def train(
 ) -> Outcome:
     """Train from the start or from a checkpoint, and save the model in `output_dir`/model.
 
-    After a signal on any rank, all ranks finish the current step or evaluation, save a checkpoint (not with DeepSpeed
-    or save_steps=0) and end. If another rank fails or is silent, this rank raises an error, or calls
+    After a signal on any rank, all ranks finish the current step or evaluation, save a checkpoint (not with
+    save_steps=0) and end. If another rank fails or is silent, this rank raises an error, or calls
     `on_abort(message)` and exits.
     Before each write to `output_dir`, rank 0 calls `check_folder`, which raises an error if that is another run's now.
     A group of the config, such as `config.sharding`, contains keyword arguments of one function.
@@ -147,7 +147,7 @@ def train(
             load_checkpoint(state, checkpoint, accelerator, verify=False)  # checkpoint_to_resume has verified it
         schedule = Schedule.of_run(stream.rows_per_epoch, stream.global_batch_size, **config.schedule)
         checkpoints, keep = output / "checkpoints", config.save_total_limit or None
-        can_save = config.save_steps > 0 and not config.deepspeed
+        can_save = config.save_steps > 0
         num_saves = schedule.num_due(state.step, config.save_steps) if can_save else 0
         check_space(state, checkpoints, saves=num_saves, keep=keep, saves_model=config.save_model)
         progress = {"step": state.step, "total_steps": schedule.total_steps, "resumed": checkpoint is not None}

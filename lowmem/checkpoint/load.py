@@ -14,7 +14,8 @@ from lowmem.distributed.collectives import gather_json, raise_on_all_ranks, rank
 from lowmem.distributed.dtensor import is_in_columns
 from lowmem.distributed.fill import read_local
 from lowmem.distributed.heartbeat import phase
-from lowmem.distributed.placement import is_adapted, unwrapped
+from lowmem.distributed.placement import is_adapted, is_engine, unwrapped
+from lowmem.distributed.zero import refresh_weights
 from lowmem.errors import UsageError, one_line
 from lowmem.memory.precision import LossScale
 from lowmem.optim.adamw import DEFINITION
@@ -109,6 +110,9 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
             round_state(state.optimizer, parameters, weights, optimizer_state, seed=saved["seed"])
         else:
             fill_state(state.optimizer, parameters, optimizer_state)
+    if is_engine(state.model):
+        with torch.no_grad():
+            refresh_weights(state.model, tensors, weights)
     state.step, state.best, state.seed = saved["step"], saved["best"], saved["seed"]
     scale = saved.get("loss_scale")
     state.loss_scale = scale and LossScale(**scale)

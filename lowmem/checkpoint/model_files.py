@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lowmem.adapters.lora import is_adapted_here, write_adapter_config
-from lowmem.distributed.placement import is_adapted, original_class, unwrapped
+from lowmem.distributed.placement import is_adapted, is_engine, original_class, unwrapped
 from lowmem.errors import UsageError
 from lowmem.model.build import rebuilt_on_meta
 from lowmem.storage.files import FileRecord, record_file, sync, to_json, write_file
@@ -66,7 +66,7 @@ def write_model_files(folder: Path, model: nn.Module, tokenizer, config: Config)
     elif hasattr(base, "config"):
         model_config = copy.deepcopy(base.config)
         model_config.architectures = [original_class(base).__name__]
-        model_config.dtype = base.dtype
+        model_config.dtype = torch.float32 if is_engine(model) else base.dtype  # of an engine, master weights are saved
         if hasattr(model_config, "auto_map"):  # names code of the source's folder, which was not used
             del model_config.auto_map
         model_config.save_pretrained(folder)

@@ -21,14 +21,14 @@ from lowmem.distributed.collectives import (
     rank_and_world_size,
 )
 from lowmem.distributed.dtensor import Piece, ShardedRecord, local_of, pieces
-from lowmem.distributed.zero import Zero3Weight
+from lowmem.distributed.zero import ZeroTensor
 from lowmem.errors import SaveError, StoreError
 from lowmem.storage.atomic_folder import atomic_folder, unfinished_folder
 from lowmem.storage.files import FileRecord, free_bytes, make_folder, write_file
 from lowmem.storage.records import Record
 from lowmem.storage.tensor_files import PART_BYTES, Shard, host_parts, write_index
 
-Saved = Tensor | Record | ShardedRecord | Zero3Weight
+Saved = Tensor | Record | ShardedRecord | ZeroTensor
 WriteRest = Callable[[Path, dict[str, FileRecord]], None]
 
 
@@ -100,10 +100,11 @@ def _wholes(queues: Sequence[Sequence[Saved]], rank: int) -> Iterator[Tensor]:
     """
     for tensors in zip_longest(*queues):
         for owner, tensor in enumerate(tensors):
-            if isinstance(tensor, Zero3Weight):
+            if isinstance(tensor, ZeroTensor):
                 whole = tensor.gather_to_host()
                 if owner == rank:
                     yield whole
+                del whole
         sent = [_send(tensor, owner) for owner, tensor in enumerate(tensors) if owner != rank]
         if isinstance(tensors[rank], Tensor | Record | ShardedRecord):
             yield from _pieces(tensors[rank], rank)

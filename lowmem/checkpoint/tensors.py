@@ -9,25 +9,22 @@ from lowmem.adapters.lora import adapter_tensors
 from lowmem.distributed.dtensor import ShardedRecord, sharded_like
 from lowmem.distributed.offloaded import offloaded_of
 from lowmem.distributed.placement import is_adapted, is_engine, unwrapped
-from lowmem.distributed.zero import Zero3Weight
-from lowmem.errors import UsageError
+from lowmem.distributed.zero import ZeroTensor
 from lowmem.storage.records import Record
 from lowmem.storage.tensor_files import bytes_of
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor | Record | ShardedRecord | Zero3Weight]:
+def model_tensors(model: nn.Module) -> dict[str, Tensor | Record | ShardedRecord | ZeroTensor]:
     """Return parameters and persistent buffers by name (if tied: the first); of an adapted model, what is trained.
 
-    Wraps ZeRO-3 weights in Zero3Weight.
-
-    Returns the records of offloaded weights. Until the next forward, the model has no copies of these.
+    Of a model in DeepSpeed's engine, all are ZeroTensors. Returns the records of offloaded weights. Until the next forward, the model has no copies of these.
     """
     tensors = _named_once(model)
     if (offloaded := offloaded_of(model)) is not None:
         offloaded.let_go()
         records = {name: offloaded.record_of(x) for name, x in tensors.items()}
         return {name: sharded_like(x, records[name]) if records[name] else x for name, x in tensors.items()}
-    return {name: Zero3Weight(x) if hasattr(x, "ds_shape") else x for name, x in tensors.items()}
+    return {name: ZeroTensor(model, x) for name, x in tensors.items()} if is_engine(model) else tensors
 
 
 def _named_once(model: nn.Module) -> dict[str, Tensor]:
@@ -38,10 +35,10 @@ def _named_once(model: nn.Module) -> dict[str, Tensor]:
     return {name: x for name, x in tensors if id(x) not in seen and not seen.add(id(x))}
 
 
-def named_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """Return {name in `model`: parameter} in `optimizer`'s order. Raises UsageError under DeepSpeed."""
+def named_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter | ZeroTensor]:
+    """Return {name in `model`: trained parameter}, in the order of `optimizer`; under DeepSpeed, in the model's."""
     if is_engine(model):
-        raise UsageError("ZeRO's optimizer state cannot be saved: save the weights alone, with save_model")
+        return {name: x for name, x in model_tensors(model).items() if x.tensor.requires_grad}
     names = {id(tensor): name for name, tensor in _named_once(model).items()}
     return {names[id(x)]: x for group in optimizer.param_groups for x in group["params"]}
 

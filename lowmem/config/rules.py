@@ -80,7 +80,6 @@ NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("deepspeed", None, "release", [False], "manages gradients itself"),
     ("deepspeed", None, "layered", [False], "runs one micro-batch after the other"),
     ("deepspeed", None, "compile", [False], "manages layers itself"),
-    ("deepspeed", None, "resume", ["never"], "cannot resume: runs under DeepSpeed have no checkpoints"),
 ]
 
 _AT_ONCE = "applies gradients before they are summed; set --layered=True, or without it"

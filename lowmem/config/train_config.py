@@ -210,8 +210,8 @@ class TrainConfig(Groups):
     """Keep sharded weights and optimizer state in host memory, and update them there."""
     tp_size: int = setting(1, at_least=1, below=2**16)
     """Tensor parallelism: this many neighbouring ranks shard each layer and share rows. batch_size is per group."""
-    deepspeed: str | None = setting(holds="path", on_resume="fixed")
-    """DeepSpeed config (path or JSON) for ZeRO stage 1, 2 or 3; no checkpoints. `accelerate launch` can set it too."""
+    deepspeed: str | None = setting(holds="path")
+    """DeepSpeed config (path or JSON) for ZeRO stage 1, 2 or 3. `accelerate launch` can set it too."""
     heartbeat_timeout: int = setting(120, at_least=1, below=2**31)
     """Abort the run if a rank sends no heartbeat for this many seconds. The other ranks name that rank."""
 

@@ -22,6 +22,7 @@ from lowmem.distributed.collectives import (
 from lowmem.distributed.dtensor import ShardedRecord, local_part, set_local_
 from lowmem.distributed.fully_sharded import notice_new_parameters
 from lowmem.distributed.placement import is_adapted, is_sharded
+from lowmem.distributed.zero import ZeroTensor
 from lowmem.errors import UsageError
 from lowmem.storage.records import Record
 from lowmem.storage.tensor_files import PART_BYTES, StoredTensor, open_shards
@@ -140,8 +141,11 @@ def _open_files(model: nn.Module, *, but: Collection[str]) -> dict[str, StoredTe
         raise UsageError(f"{error}: set on_meta=False") from error
 
 
-def read_local(tensor: Tensor | Record | ShardedRecord, stored: StoredTensor) -> None:
+def read_local(tensor: Tensor | Record | ShardedRecord | ZeroTensor, stored: StoredTensor) -> None:
     """Fill the local part of `tensor` from `stored`, in place."""
+    if isinstance(tensor, ZeroTensor):
+        tensor.read_part(stored)
+        return
     local, row, column = local_part(tensor)
     if not isinstance(local, Record):
         stored.copy_part(local, row, column)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lowmem.distributed.dtensor import ShardedRecord
 from lowmem.distributed.fill import read_local
+from lowmem.distributed.zero import ZeroTensor, allocate_state, link_state
 from lowmem.errors import UsageError
 from lowmem.optim.formats import read
 from lowmem.optim.tiers import TieredOptimizer
@@ -22,15 +23,19 @@ from lowmem.storage.tensor_files import StoredTensor, bytes_of, tensor_differenc
 TIERS = ("off", "exact", "lean")
 """In order of decreasing memory use. A tier can load AdamW's state from all tiers before it."""
 
-Parameters = Mapping[str, nn.Parameter]
+Parameters = Mapping[str, nn.Parameter | ZeroTensor]
+State = Tensor | Record | ShardedRecord | ZeroTensor
 
 
-def optimizer_tensors(parameters: Parameters, optimizer: Optimizer) -> dict[str, Tensor | Record | ShardedRecord]:
+def optimizer_tensors(parameters: Parameters, optimizer: Optimizer) -> dict[str, State]:
     """Return the optimizer's state. Raises UsageError for a value that is neither a tensor nor None."""
+    if engine := _engine_of(parameters):
+        link_state(engine)
     tensors = {}
     for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor | Record | ShardedRecord):
+        state = parameter.state() if isinstance(parameter, ZeroTensor) else optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, State):
                 tensors[f"{name}.{key}"] = value
             elif value is not None:
                 found = f"the optimizer state of {name} has {key}={value!r}, which is not a tensor and cannot be saved"
@@ -42,36 +47,42 @@ def optimizer_bytes(parameters: Parameters, optimizer: Optimizer) -> int:
     """Return the bytes of the optimizer's state; if it is not allocated yet, only those of weight-shaped tensors."""
     if known := sum(map(bytes_of, optimizer_tensors(parameters, optimizer).values())):
         return known
-    assert all(parameter.grad is None for parameter in parameters.values())  # or the step below would update them
     first = _first_state(optimizer, optimizer.param_groups[0], dims=2)
     like_weights = sum(value.shape == (2, 2) for value in first.values())
     return like_weights * sum(map(bytes_of, parameters.values()))
 
 
 def _first_state(optimizer: Optimizer, group: Mapping[str, object], *, dims: int) -> dict[str, Tensor]:
-    """Return the state after one step of a parameter of shape (2,) * `dims`, with the options of `group`.
-
-    No other parameter may have a gradient.
-    """
+    """Return the state after one step of a parameter of shape (2,) * `dims`, with the options of `group`."""
     probe = nn.Parameter(torch.zeros((2,) * dims))
     probe.grad = torch.zeros_like(probe)
-    optimizer.add_param_group({**group, "params": [probe], "capturable": False})  # True needs a GPU
+    groups = optimizer.param_groups
+    optimizer.param_groups = [{**group, "params": [probe], "capturable": False}]  # True needs a GPU
     try:
-        optimizer.step()  # updates only the probe
+        optimizer.step()
         state = optimizer.state.pop(probe, {})
     finally:
-        optimizer.param_groups.pop()
+        optimizer.param_groups = groups
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
+def _groups(parameters: Parameters, optimizer: Optimizer) -> list[tuple[Mapping[str, object], Parameters]]:
+    """Return each group's options and parameters, by name; under ZeRO, whose groups flatten them, one group of all."""
+    if _engine_of(parameters):
+        return [(optimizer.param_groups[0], parameters)]
+    names = {parameter: name for name, parameter in parameters.items()}
+    return [(group, {names[parameter]: parameter for parameter in group["params"]}) for group in optimizer.param_groups]
+
+
 def _torch_differences(stored: Mapping[str, StoredTensor], parameters: Parameters, optimizer: Optimizer) -> list[str]:
-    by_parameter, names = _by_parameter(stored), {parameter: name for name, parameter in parameters.items()}
+    by_parameter = _by_parameter(stored)
     differences = [f"{name} has state only in the checkpoint" for name in by_parameter.keys() - parameters.keys()]
-    for group in optimizer.param_groups:
+    for group, members in _groups(parameters, optimizer):
         first: dict[int, dict[str, Tensor]] = {}  # by number of dimensions
-        for parameter in (x for x in group["params"] if names[x] in by_parameter):
-            name, dims = names[parameter], parameter.dim()
-            expected, whole = optimizer.state.get(parameter), parameter.shape
+        for name, parameter in members.items():
+            if name not in by_parameter:
+                continue
+            dims, expected, whole = len(parameter.shape), optimizer.state.get(parameter), parameter.shape
             if not expected:
                 if dims not in first:
                     first[dims] = _first_state(optimizer, group, dims=dims)
@@ -86,7 +97,28 @@ def _torch_differences(stored: Mapping[str, StoredTensor], parameters: Parameter
             ):
                 shapes = {key: tensor.shape for key, tensor in sorted(saved.items())}
                 differences.append(f"the state of {name} was {shapes}, and {type(optimizer).__name__} has another")
+    if _engine_of(parameters):
+        for key, values in _scalars(by_parameter).items():
+            if len(values) > 1:
+                found = ", ".join(map(str, sorted(values)))
+                differences.append(f"{key} was {found} for different weights, and ZeRO has one {key} for all")
     return sorted(differences)
+
+
+def _engine_of(parameters: Parameters) -> nn.Module | None:
+    """Return DeepSpeed's engine if it has these parameters."""
+    return next((x.engine for x in parameters.values() if isinstance(x, ZeroTensor)), None)
+
+
+def _scalars(by_parameter: Mapping[str, Mapping[str, StoredTensor]]) -> dict[str, dict[float, Tensor]]:
+    """Return {key: {value: tensor}} of all different values of each key whose tensors are all scalars."""
+    arrays = {key for state in by_parameter.values() for key, tensor in state.items() if tensor.shape}
+    scalars: dict[str, dict[float, Tensor]] = {}
+    for state in by_parameter.values():
+        for key in state.keys() - arrays:
+            value = state[key].read()
+            scalars.setdefault(key, {})[value.item()] = value
+    return scalars
 
 
 def needs_rounding(path: Path, saved_kind: str, saved_memory: str | None, optimizer: Optimizer) -> bool:
@@ -107,9 +139,8 @@ def state_differences(
 ) -> list[str]:
     """List how `stored` differs from a tier's state, by name; for an optimizer of torch, from that of a first step."""
     if not isinstance(optimizer, TieredOptimizer):
-        has_gradients = any(parameter.grad is not None for parameter in parameters.values())  # the step would use them
         is_of_torch = type(optimizer).__module__.startswith("torch.optim")
-        return [] if has_gradients or not is_of_torch else _torch_differences(stored, parameters, optimizer)
+        return _torch_differences(stored, parameters, optimizer) if is_of_torch else []
     tensors = optimizer_tensors(parameters, optimizer)
     if rounds:  # compare names and shapes, not dtypes, for the parameters with stored state (others had no gradient)
         updated = _by_parameter(stored)
@@ -120,17 +151,23 @@ def state_differences(
 
 def fill_state(optimizer: Optimizer, parameters: Parameters, stored: Mapping[str, StoredTensor]) -> None:
     """Load stored state into the optimizer. Allocates the state of torch's optimizers as their first step would."""
-    if not isinstance(optimizer, TieredOptimizer):
-        by_parameter, names = _by_parameter(stored), {parameter: name for name, parameter in parameters.items()}
+    by_parameter = _by_parameter(stored)
+    if engine := _engine_of(parameters):
+        scalars = {key: next(iter(values.values())) for key, values in _scalars(by_parameter).items()}
+        keys = {key for state in by_parameter.values() for key in state} - scalars.keys()
+        allocate_state(engine, scalars, keys)
+    elif not isinstance(optimizer, TieredOptimizer):
         optimizer.state.clear()
-        for group in optimizer.param_groups:
+        for group, members in _groups(parameters, optimizer):
             on_host = not (group.get("fused") or group.get("capturable"))  # with these, the device counts steps
-            for parameter in (parameter for parameter in group["params"] if names[parameter] in by_parameter):
-                of_parameter = by_parameter[names[parameter]].items()
-                made = {key: _empty(tensor, parameter, counts_on_host=on_host) for key, tensor in of_parameter}
-                optimizer.state[parameter] = made
+            for name, parameter in members.items():
+                if name in by_parameter:
+                    of_parameter = by_parameter[name].items()
+                    made = {key: _empty(tensor, parameter, counts_on_host=on_host) for key, tensor in of_parameter}
+                    optimizer.state[parameter] = made
     for name, tensor in optimizer_tensors(parameters, optimizer).items():
-        read_local(tensor, stored[name])
+        if name in stored:  # else ZeRO has zeros for a weight that had no gradient
+            read_local(tensor, stored[name])
 
 
 def round_state(
