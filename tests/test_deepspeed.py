@@ -1,4 +1,4 @@
-"""Under five ZeRO strategies of DeepSpeed, two ranks train like one process, and each holds its shard of the state."""
+"""Under five ZeRO strategies of DeepSpeed, two ranks train like one process, each holds its shard, and runs resume."""
 
 import json
 import math
@@ -10,9 +10,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import ByT5Tokenizer
+from transformers import ByT5Tokenizer, LlamaForCausalLM, T5ForConditionalGeneration
 
-from lowmem.checkpoint.save import save_checkpoint, save_model
+from lowmem.checkpoint.load import load_checkpoint
+from lowmem.checkpoint.manifest import verify_checkpoint
+from lowmem.checkpoint.save import check_space, save_checkpoint, save_model
 from lowmem.config.zero import complete_zero_config
 from lowmem.data.batch import collate
 from lowmem.data.encode import encode_causal, encode_seq2seq
@@ -20,16 +22,19 @@ from lowmem.data.eval_batches import open_eval
 from lowmem.data.rows import as_rows
 from lowmem.data.stream import open_stream
 from lowmem.deepspeed_step import deepspeed_step
+from lowmem.distributed.sharding import parallelize
 from lowmem.distributed.zero import make_accelerator, wrap
 from lowmem.errors import UsageError
 from lowmem.evaluation import evaluate, generate
 from lowmem.loss import LOSSES, chunked_loss, plain_loss
+from lowmem.model.build import freeze
 from lowmem.optim.make import make_optimizer
 from lowmem.step import TrainState, train_step
 from tests import runs
 from tests.forked import fork_ranks, started_ranks, train_ranks
 from tests.models import build, qa_rows
 from tests.processes import PROGRAM, ROOT, finish, free_port, module_command, run, run_program, train, wait_until
+from tests.test_no_pickle import forbid_pickles
 
 pytest.importorskip("deepspeed")
 
@@ -59,8 +64,11 @@ def batches_of(family, opened=open_stream, **options):
     return opened(as_rows(qa_rows(29)), encode, batch_size=2, **options)
 
 
-def new_state(family, accelerator):
-    model = build(family)
+def new_state(family, accelerator, *, seed=0, sharding_strategy="NO_SHARD", frozen=(), **changes):
+    model = build(family, seed=seed, **changes)
+    freeze(model, parts=frozen)
+    if accelerator.deepspeed_plugin is None:
+        model = parallelize(model, accelerator, sharding_strategy=sharding_strategy)
     optimizer = make_optimizer(model, memory="off", weight_decay=0.1)
     # 7 rows per step: of two ranks, one has micro-batches of 2 and 2 rows, and the other has 2 and 1 rows
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
@@ -193,13 +201,100 @@ def skip_nonfinite_losses(folder):
         then, now = (load_file(folder / path / "model.safetensors") for path in ("before", "after"))
         assert all(torch.equal(then[key], now[key]) for key in then)
         assert curve_of(state, loss_of, accelerator, steps=1)[0][0] < before[0][0] * 1.05  # the bad step had no effect
-        with pytest.raises(UsageError, match="save the weights alone, with save_model"):
-            save_checkpoint(state, folder, accelerator)
     accelerator.end_training()
 
 
 def test_if_the_loss_is_not_finite_on_one_rank_no_rank_updates_its_weights(tmp_path):
     assert fork_ranks(2, skip_nonfinite_losses, tmp_path, timeout=300) == [0, 0]
+
+
+# (ZeRO, whether in bf16, model): T5's embedding, which is tied, is trained; Llama's is frozen
+RESUMED = {
+    "zero1": ({"stage": 1}, False, "t5"),
+    "zero2_offload": (STRATEGIES["zero2_offload"], False, "t5"),
+    "zero3_offload": (STRATEGIES["zero3_offload"], False, "t5"),
+    "zero1_bf16": ({"stage": 1}, True, "llama"),
+    "zero3_bf16": ({"stage": 3}, True, "llama"),  # each rank keeps all weights of this size whole
+}
+CLASSES = {"t5": T5ForConditionalGeneration, "llama": LlamaForCausalLM}
+UNEVEN = {"t5": {"d_model": 35}, "llama": {"intermediate_size": 35}}  # ranks have parts of unequal sizes
+
+
+def resumed_state(zero, bf16=False, family="t5", **options):
+    accelerator = zero_accelerator(zero, bf16=bf16)
+    frozen = ["embeddings"] if family == "llama" else []
+    return new_state(family, accelerator, frozen=frozen, **UNEVEN[family], **options), accelerator
+
+
+def logits_of(model):
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        return model(input_ids=ids, labels=ids).logits.clone()
+
+
+def resume_with_every_strategy(folder):
+    for name, case in RESUMED.items():
+        state, accelerator = resumed_state(*case)
+        check_space(state, folder / name, saves=1, keep=1)
+        first = save_checkpoint(state, folder / name, accelerator)  # has no optimizer state
+        curve_of(state, chunked_loss, accelerator, steps=2)
+        path = save_checkpoint(state, folder / name, accelerator, max_shard_size="30KB")
+        logits, curve = logits_of(state.model), curve_of(state, chunked_loss, accelerator, steps=2)
+        other, accelerator = resumed_state(*case, seed=5)
+        assert not torch.equal(logits_of(other.model), logits)
+        load_checkpoint(other, path, accelerator)
+        assert torch.equal(logits_of(other.model), logits), name
+        assert curve_of(other, chunked_loss, accelerator, steps=2) == curve, name
+        load_checkpoint(other, first, accelerator)  # into a state that has been used
+        curve_of(other, chunked_loss, accelerator, steps=2)
+        assert curve_of(other, chunked_loss, accelerator, steps=2) == curve, name
+        if accelerator.is_main_process:
+            (folder / f"{name}.json").write_text(json.dumps(curve))
+    accelerator.end_training()
+
+
+def resume_sharded(folder):
+    """Go on from ZeRO-3 without DeepSpeed; then make a state that ZeRO cannot have."""
+    accelerator = Accelerator(cpu=True)
+    state = new_state("t5", accelerator, sharding_strategy="FULL_SHARD", seed=5, **UNEVEN["t5"])
+    load_checkpoint(state, folder / "zero3_offload" / "step-00000002", accelerator)
+    expected, _ = json.loads((folder / "zero3_offload.json").read_text())
+    (result,) = curve_of(state, chunked_loss, accelerator, steps=1)
+    assert result == pytest.approx(expected, rel=1e-6)
+    save_checkpoint(state, folder / "sharded", accelerator)
+    next(iter(state.optimizer.state.values()))["step"] += 1
+    save_checkpoint(state, folder / "uneven", accelerator)
+    accelerator.end_training()
+
+
+def resume_on_three_ranks(folder):
+    """Resume from ZeRO on two ranks, and from FULL_SHARD, without a pickle. DeepSpeed uses pickles only in `wrap`."""
+    starts = {"zero1": "zero1/step-00000002", "zero2": "sharded/step-00000003", "zero3": "zero3_offload/step-00000002"}
+    states = {name: resumed_state(STRATEGIES[name], seed=5) for name in starts}
+    forbid_pickles()
+    for name, start in starts.items():
+        state, accelerator = states[name]
+        load_checkpoint(state, folder / start, accelerator)
+        expected = json.loads((folder / f"{start.split('/')[0]}.json".replace("sharded", "zero3_offload")).read_text())
+        curve = curve_of(state, chunked_loss, accelerator, steps=4 - state.step)
+        for mine, theirs in zip(curve, expected[-len(curve) :], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-6)
+    path = save_checkpoint(state, folder / "three", accelerator)
+    other, accelerator = states["zero2"]
+    load_checkpoint(other, path, accelerator)
+    assert torch.equal(logits_of(other.model), logits_of(state.model))
+    with pytest.raises(UsageError, match=r"step was 3\.0, 4\.0 for different weights, and ZeRO has one step for all"):
+        load_checkpoint(other, folder / "uneven" / "step-00000003", accelerator)
+
+
+def test_a_run_resumes_with_any_strategy_and_number_of_ranks(tmp_path):
+    assert fork_ranks(2, resume_with_every_strategy, tmp_path, timeout=300) == [0, 0]
+    for name, (_, _, family) in RESUMED.items():
+        verify_checkpoint(path := tmp_path / name / "step-00000002")
+        model = CLASSES[family].from_pretrained(path / "model")
+        assert {x.dtype for x in model.parameters()} == {torch.float32}  # of bf16 runs, the master weights
+    assert fork_ranks(2, resume_sharded, tmp_path) == [0, 0]
+    assert fork_ranks(3, resume_on_three_ranks, tmp_path, timeout=300) == [0, 0, 0]
 
 
 @pytest.fixture(scope="module")

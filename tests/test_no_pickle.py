@@ -21,8 +21,8 @@ from tests.models import build
 from tests.test_sharded import DDP, FSDP, new_state, train
 
 
-def save_and_load_unpickled(folder, sharding_strategy):
-    """Save and load on each rank; raise if anything is pickled or unpickled, or if a pickle file is read."""
+def forbid_pickles():
+    """From now on, raise in this process if anything is pickled or unpickled, or if a pickle file is read."""
 
     def refuse(event, arguments):
         is_read = event == "open" and isinstance(arguments[0], str | os.PathLike) and arguments[1] != "w"
@@ -32,13 +32,17 @@ def save_and_load_unpickled(folder, sharding_strategy):
     def forbidden(*arguments, **options):
         raise AssertionError("pickle was used")
 
-    accelerator = init_distributed()
-    state = new_state(accelerator, sharding_strategy)
-    train(state, 1, accelerator)
     for module, name in [(pickle, "dumps"), (pickle, "dump"), (pickle, "loads"), (pickle, "load"), (torch, "load")]:
         setattr(module, name, forbidden)
     torch.save = forbidden
     sys.addaudithook(refuse)
+
+
+def save_and_load_unpickled(folder, sharding_strategy):
+    accelerator = init_distributed()
+    state = new_state(accelerator, sharding_strategy)
+    train(state, 1, accelerator)
+    forbid_pickles()
     path = save_checkpoint(state, folder, accelerator, tokenizer=ByT5Tokenizer(), config={"a": 1}, keep=1)
     on_main_rank(lambda: write_malicious_pickles(path))
     other = new_state(accelerator, sharding_strategy, seed=5)
