@@ -24,7 +24,7 @@ from lowmem.data.stream import open_stream
 from lowmem.deepspeed_step import deepspeed_step
 from lowmem.distributed.sharding import parallelize
 from lowmem.distributed.zero import make_accelerator, wrap
-from lowmem.errors import UsageError
+from lowmem.errors import SaveError, UsageError
 from lowmem.evaluation import evaluate, generate
 from lowmem.loss import LOSSES, chunked_loss, plain_loss
 from lowmem.model.build import freeze
@@ -34,11 +34,12 @@ from tests import runs
 from tests.forked import fork_ranks, started_ranks, train_ranks
 from tests.models import build, qa_rows
 from tests.processes import PROGRAM, ROOT, finish, free_port, module_command, run, run_program, train, wait_until
+from tests.test_files import fail_at
 from tests.test_no_pickle import forbid_pickles
 
 pytest.importorskip("deepspeed")
 
-CPU = {"device": "cpu"}
+CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "/tmp"}
 # at the defaults of these settings, stage 3 would keep small models whole on every rank
 STAGE_3 = {"stage": 3} | dict.fromkeys(
     (
@@ -285,6 +286,10 @@ def resume_on_three_ranks(folder):
     assert torch.equal(logits_of(other.model), logits_of(state.model))
     with pytest.raises(UsageError, match=r"step was 3\.0, 4\.0 for different weights, and ZeRO has one step for all"):
         load_checkpoint(other, folder / "uneven" / "step-00000003", accelerator)
+    if accelerator.process_index == 1:
+        fail_at(3, "no space")
+    with pytest.raises(SaveError):  # on every rank: rank 1 continues to gather tensors with the others
+        save_checkpoint(state, folder / "full", accelerator, max_shard_size="30KB")
 
 
 def test_a_run_resumes_with_any_strategy_and_number_of_ranks(tmp_path):
@@ -349,11 +354,25 @@ def test_every_launcher_trains_like_one_process(launcher, work):
     assert "2 processes x 2 micro-batches of at most 2" in result.stdout
     assert runs.losses(work, launcher) == pytest.approx(runs.losses(work, "alone"), rel=1e-6)
     assert runs.weights(work, launcher).keys() == runs.weights(work, "alone").keys()
-    has_none = "this run saves no checkpoints" in result.stdout
-    assert has_none == (launcher != "deepspeed") == (not (work / launcher / "checkpoints").exists())
+    verify_checkpoint(work / launcher / "checkpoints" / "step-00000003")
 
 
-def test_a_preempted_run_of_one_process_reports_that_nothing_is_saved(work):
+def test_a_killed_run_resumes_at_another_stage_like_one_never_killed(work):
+    sizes = {"max_steps": 8, "save_steps": 1}
+    result = train("train", *flags(work, "unbroken", batch_size=8, **sizes))
+    assert result.returncode == 0, result.stderr
+    words = flags(work, "killed", deepspeed='{"zero_optimization": {"stage": 3}}', **sizes)
+    second = work / "killed" / "checkpoints" / "step-00000002"
+    with started_ranks(2, run_program, PROGRAM, "train", *words) as ranks:
+        wait_until(second.exists, ranks[0])  # then both are killed
+    words = flags(work, "killed", deepspeed=work / "zero2.json", resume="auto", **sizes)
+    for result in train_ranks(2, "train", *words):
+        assert result.returncode == 0, result.stderr
+    assert runs.steps(work, "killed") == [*range(1, 9)]
+    assert runs.losses(work, "killed") == pytest.approx(runs.losses(work, "unbroken"), rel=1e-6)
+
+
+def test_a_preempted_run_resumes_without_deepspeed(work):
     words = flags(work, "one", max_steps=10_000, deepspeed=work / "zero2.json")
     with started_ranks(1, run_program, PROGRAM, "train", *words, stderr=subprocess.PIPE) as (process,):
         wait_until(lambda: (work / "one" / "metrics.jsonl").exists() and runs.steps(work, "one"), process)
@@ -361,8 +380,11 @@ def test_a_preempted_run_of_one_process_reports_that_nothing_is_saved(work):
         result = finish(process, timeout=60)
     assert result.returncode == 75, result.stderr
     end = runs.exit_of(work, "one")
-    assert (end["cause"], end["step"], end["message"]) == ("preempted", 0, "nothing is saved")
-    assert "nothing is saved, start the run again" in result.stdout and not (work / "one" / "checkpoints").exists()
+    assert end["cause"] == "preempted" and end["step"] > 0
+    verify_checkpoint(work / "one" / "checkpoints" / f"step-{end['step']:08d}")
+    result = train("train", *flags(work, "one", max_steps=end["step"] + 1, resume="auto"))
+    assert result.returncode == 0 and "--deepspeed=None (was " in result.stdout, result.stderr
+    assert runs.steps(work, "one") == [*range(1, end["step"] + 2)]
 
 
 @pytest.mark.parametrize(
@@ -379,6 +401,7 @@ def test_a_preempted_run_of_one_process_reports_that_nothing_is_saved(work):
         ({"bf16": "auto"}, {}, 'bf16="auto": set it to an object {...}'),
         ({"zero_optimization": {"stage": 2, "offload_param": CPU}}, {}, "does nothing below stage 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, {}, "set its nvme_path too"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": NVME}}, {}, "set --save_steps=0 and remove --resume"),
         ({"zero_optimization": {"stage": 2, "bucket": 5}}, {}, "DeepSpeed refuses its config"),
         ({"zero_force_ds_cpu_optimizer": True}, {}, "set it to false"),
         (
@@ -387,7 +410,6 @@ def test_a_preempted_run_of_one_process_reports_that_nothing_is_saved(work):
             "--deepspeed has its own optimizer state and does not support --memory=exact",
         ),
         ({}, {"optimizer": "adafactor"}, "--optimizer=adafactor needs whole ones"),
-        ({}, {"resume": "auto"}, "runs under DeepSpeed have no checkpoints"),
         ("{", {}, "is not JSON"),
         (None, {}, "cannot be read: No such file"),
     ],

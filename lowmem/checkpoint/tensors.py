@@ -17,7 +17,8 @@ from lowmem.storage.tensor_files import bytes_of
 def model_tensors(model: nn.Module) -> dict[str, Tensor | Record | ShardedRecord | ZeroTensor]:
     """Return parameters and persistent buffers by name (if tied: the first); of an adapted model, what is trained.
 
-    Of a model in DeepSpeed's engine, all are ZeroTensors. Returns the records of offloaded weights. Until the next forward, the model has no copies of these.
+    Of a model in DeepSpeed's engine, all are ZeroTensors. Returns the records of offloaded weights. Until the next
+    forward, the model has no copies of these.
     """
     tensors = _named_once(model)
     if (offloaded := offloaded_of(model)) is not None:

@@ -59,6 +59,9 @@ def zero_problems(flags: Mapping[str, object]) -> list[str]:
         device = _value(zero, f"{part}.device")
         if device == "nvme" and not _value(zero, f"{part}.nvme_path"):
             problems.append(f"{part} to nvme: set its nvme_path too")
+        if device == "nvme" and (flags["save_steps"] or flags["resume"] != "never"):
+            found = f"{part} to nvme, from where checkpoints are neither saved nor loaded"
+            problems.append(f"{found}: offload to cpu, or set --save_steps=0 and remove --resume")
         if part == "offload_param" and device not in (None, "none") and zero["stage"] != 3:
             problems.append(f"{part}, which does nothing below stage 3: remove it")
     if zero.get("compute_grad_norm") is False:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class ZeroTensor(NamedTuple):
     """A tensor of a model in DeepSpeed's engine, as a checkpoint has it: whole, and in fp32 if it is floating-point.
 
-    ZeRO keeps trained weights twice: fp32 master weights, and copies that compute, in bf16 under `bf16`. This stands
-    for the master weight or, with `key`, for that tensor of its optimizer state.
+    ZeRO keeps trained weights twice: as fp32 master weights, and as copies in the model, which compute (in bf16, if
+    the config enables it). This is the master weight or, with `key`, that tensor of its optimizer state.
     """
 
     engine: nn.Module
@@ -51,13 +51,13 @@ class ZeroTensor(NamedTuple):
                 return deepspeed.utils.safe_get_full_optimizer_state(self.tensor, self.key).to("cpu", self.dtype)
             if self.tensor.requires_grad:
                 return deepspeed.utils.safe_get_full_fp32_param(self.tensor).to("cpu", self.dtype)
-            with deepspeed.zero.GatheredParameters([self.tensor]):  # a frozen weight, or a buffer, which every rank has whole
+            with deepspeed.zero.GatheredParameters([self.tensor]):  # does nothing if every rank has it whole
                 return self.tensor.detach().to("cpu", self.dtype, copy=True)
 
     def read_part(self, stored: StoredTensor) -> None:
         """Fill this rank's part from `stored`, without a collective.
 
-        Leaves out the copies that compute, and the frozen weights of stage 3: `refresh_weights` fills these.
+        Leaves out the copies in the model, and the frozen weights of stage 3: `refresh_weights` fills these.
         """
         from deepspeed import utils
 
@@ -164,7 +164,7 @@ def link_state(engine: nn.Module) -> None:
 
 
 def refresh_weights(engine: nn.Module, tensors: Mapping[str, ZeroTensor], stored: Mapping[str, StoredTensor]) -> None:
-    """Make the copies that compute equal to the master weights, which `read_part` has filled from `stored`."""
+    """Update the copies in the model to the master weights, which `read_part` has filled from `stored`."""
     import deepspeed
 
     if not engine.zero_optimization_partition_weights():
