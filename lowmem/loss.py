@@ -20,6 +20,7 @@ from lowmem.distributed.placement import is_engine, unwrapped, uses_zero3
 from lowmem.errors import UsageError, is_out_of_memory
 from lowmem.model.documents import documents_apart
 from lowmem.model.masks import host_masks
+from lowmem.model.noise import noisy_loss
 from lowmem.model.replaced import replaced
 
 
@@ -189,6 +190,14 @@ def _loss_of(
 
 
 LOSSES = {"chunked": chunked_loss, "plain": plain_loss}
+
+
+def make_loss(
+    name: str, *, label_smoothing: float = 0.0, neftune_noise_alpha: float | None = None, **options: object
+) -> Callable[[nn.Module, Batch], Tensor]:
+    """Return the loss `name` of LOSSES with its `options`; in training mode, also with the noise of NEFTune."""
+    loss_fn = partial(LOSSES[name], label_smoothing=label_smoothing, **options)
+    return partial(noisy_loss, loss_fn=loss_fn, alpha=neftune_noise_alpha) if neftune_noise_alpha else loss_fn
 
 
 def _inputs_and_targets(model: nn.Module, batch: Batch) -> tuple[dict[str, object], Tensor, Tensor | None]:

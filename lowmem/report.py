@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -28,6 +29,9 @@ from lowmem.step import StepResult
 
 _NOT_SHOWN = ("num_tokens", "samples_per_second", "data_wait_seconds", "source_", "peak_")  # beginnings of names
 _SHOWN_IF_ANY = ("cut_rows", "cut_tokens", "bad_rows")
+# What accelerate's trackers call the name of a run. The others that have projects take theirs from the project.
+_RUN_NAMES = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name"}
+_RUN_NAMES |= {"clearml": "task_name"}
 
 
 def print_lines(*lines: str) -> None:
@@ -61,6 +65,12 @@ def peak_memory_bytes() -> dict[str, int]:
     }
 
 
+def memory_notes(measured: Mapping[str, float]) -> list[str]:
+    """Say how much memory of the GPU tensors have taken at most, and how much torch has reserved; nothing on a CPU."""
+    taken, reserved = (measured[name] / 2**30 for name in ("peak_device_bytes", "peak_reserved_bytes"))
+    return [f"peak {taken:.1f} GiB of the GPU, {reserved:.1f} GiB reserved"] if taken else []
+
+
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, with floats in full precision. On a full disk, lines wait in memory.
 
@@ -80,12 +90,9 @@ class MetricsLog:
         os.replace(rewritten, path)
         self._path, self._size, self._waiting = path, path.stat().st_size, b""
 
-    def write(self, record: Mapping[str, object]) -> None:
-        # JSON has no NaN and no infinity: such a value is written as null
-        is_bad = {name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
-        plain = {name: None if name in is_bad else value for name, value in record.items()}
+    def write(self, *records: Mapping[str, object]) -> None:
         was_waiting = bool(self._waiting)
-        self._waiting += f"{json.dumps(plain, allow_nan=False)}\n".encode()
+        self._waiting += b"".join(map(_line, records))
         try:
             with open(self._path, "r+b") as file:
                 file.seek(self._size)  # overwrites a half-written line
@@ -96,10 +103,22 @@ class MetricsLog:
         else:
             self._size, self._waiting = self._size + len(self._waiting), b""
 
+    def metrics_of(self, step: int) -> dict[str, float | None]:
+        """Return what the file has of `step`, in one dictionary."""
+        records = map(json.loads, self._path.read_bytes().splitlines())
+        return dict(chain.from_iterable(record.items() for record in records if record.get("step") == step))
+
     def close(self) -> None:
         """Print how many records could not be written."""
         if self._waiting:
             print_lines(f"{self._waiting.count(10)} records of {self._path} are lost: the file cannot be written")
+
+
+def _line(record: Mapping[str, object]) -> bytes:
+    # JSON has no NaN and no infinity: such a value is written as null
+    is_bad = {name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
+    plain = {name: None if name in is_bad else value for name, value in record.items()}
+    return f"{json.dumps(plain, allow_nan=False)}\n".encode()
 
 
 def _is_kept(line: bytes, step: int) -> bool:
@@ -108,7 +127,8 @@ def _is_kept(line: bytes, step: int) -> bool:
     except ValueError:  # half a line, from a killed run
         return False
     # drop the test and end records, because a run that is resumed after its last step writes them again
-    is_final = record.get("event") == "end" or any(name.startswith("test_") for name in record)
+    is_test = record.get("rows") == "test" or any(name.startswith("test_") for name in record)
+    is_final = is_test or record.get("event") == "end"
     return not is_final and record["step"] <= step
 
 
@@ -123,14 +143,18 @@ def _precision_hints(accelerator: Accelerator, tier: str) -> list[str]:
     return [f"this GPU computes several times faster in {faster}: set --mixed_precision={faster}"]
 
 
-def _open_folder(folder: Path, settings: Mapping, resumed_step: int | None) -> MetricsLog:
+def _open_folder(folder: Path, settings: Mapping, resumed_step: int | None) -> tuple[MetricsLog, MetricsLog]:
+    """Write config.json; return metrics.jsonl and predictions.jsonl."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if resumed_step is None:
             for stale in folder.glob("bad_rows-*.jsonl"):  # left by an earlier run that saved no checkpoint
                 stale.unlink()
         (folder / "config.json").write_text(json.dumps(dict(settings), indent=2))
-        return MetricsLog(folder / "metrics.jsonl", step=resumed_step)
+        log = MetricsLog(folder / "metrics.jsonl", step=resumed_step)
+        # an evaluation writes its answers before its metrics, and is repeated if it has written only these
+        kept = resumed_step if resumed_step is None or "eval_loss" in log.resumed_at else resumed_step - 1
+        return log, MetricsLog(folder / "predictions.jsonl", step=kept)
     except OSError as error:
         raise UsageError(f"output_dir {folder} cannot be written: {error.strerror}") from error
 
@@ -150,22 +174,28 @@ class Report:
         step: int,
         total_steps: int,
         resumed: bool,
+        run_name: str | None = None,
         check_folder: Callable[[], None] = lambda: None,
     ):
         self._check_folder = check_folder
         on_main_rank(check_folder)
-        self._log = on_main_rank(partial(_open_folder, folder, settings, step if resumed else None))
+        opened = on_main_rank(partial(_open_folder, folder, settings, step if resumed else None))
+        self._log, self._predictions = opened or (None, None)
         self.resumed_at: dict[str, float | None] = gather_json(self._log and self._log.resumed_at)[0]
         """The metrics recorded at the step that this run resumes from, on every rank."""
-        self._folder, self._accelerator, self._has_trackers = folder, accelerator, bool(accelerator.log_with)
-        if self._has_trackers:
-            accelerator.init_trackers("lowmem", config=dict(settings))
+        trackers = [str(name) for name in accelerator.log_with]
+        self._folder, self._accelerator, self._has_trackers = folder, accelerator, bool(trackers)
+        if trackers:
+            named = {name: {_RUN_NAMES[name]: run_name} for name in trackers if name in _RUN_NAMES and run_name}
+            project = run_name if run_name and not named else "lowmem"
+            accelerator.init_trackers(project, config=dict(settings), init_kwargs=named)
         self._first_step, self._step, self._total_steps = step, step, total_steps
         # disable=None shows the bar only on a terminal
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=None if self._log else True)
         self._rows = self._tokens = self._skipped = 0
         self._counts: dict[str, int] = {}
         self._seconds = self._waited = self._waited_before = 0.0
+        self._started = time.perf_counter()
         self.restart_timer()
 
     def print_lines(self, *lines: str) -> None:
@@ -245,17 +275,34 @@ class Report:
             "data_wait_seconds": self._waited - self._waited_before,
         }
         of_sources = {f"source_{number}_rows": rows for number, rows in enumerate(stream.rows_of_sources, 1)}
-        self.record(measured | self._counts | of_sources | peak_memory_bytes())
+        peaks = peak_memory_bytes()
+        self.record(measured | self._counts | of_sources | peaks, notes=[*memory_notes(peaks), *self._time_left()])
         self._rows, self._tokens, self._seconds, self._waited_before = 0, 0, 0.0, self._waited
 
+    def _time_left(self) -> list[str]:
+        """Say how long the rest takes if each step takes as long as until now, with its evaluations and saves."""
+        left, done = self._total_steps - self._step, self._step - self._first_step
+        seconds = (time.perf_counter() - self._started) / done * left
+        return [f"{tqdm.format_interval(seconds)} left"] if left else []
+
     def evaluation(self, metrics: Mapping[str, float], answers: Sequence[Answer]) -> Mapping[str, float]:
+        """Record an evaluation, and its answers in predictions.jsonl. Returns the metrics."""
+        on_main_rank(self._check_folder)
+        if self._log and answers:
+            about = {"step": self._step, "rows": "test" if "test_loss" in metrics else "eval"}
+            self._predictions.write(*(about | answer._asdict() for answer in answers))
         self.record(metrics)
         if self._log:
             print_answers(answers)
         return metrics
 
-    def record(self, metrics: Mapping[str, float]) -> None:
-        """Write one record of this step to metrics.jsonl, the trackers and the terminal."""
+    def metrics_of(self, step: int) -> dict[str, float | None]:
+        """Return the training loss and the evaluation that are recorded for `step`; on other ranks, nothing."""
+        recorded = self._log.metrics_of(step) if self._log else {}
+        return {name: value for name, value in recorded.items() if name == "loss" or name.startswith("eval_")}
+
+    def record(self, metrics: Mapping[str, float], *, notes: Sequence[str] = ()) -> None:
+        """Write one record of this step to metrics.jsonl, the trackers and the terminal, there with `notes`."""
         if self._has_trackers:
             self._accelerator.log(dict(metrics), step=self._step)
         self._write({"step": self._step, **metrics})
@@ -266,7 +313,7 @@ class Report:
                 for name, x in shown.items()
                 if not name.startswith(_NOT_SHOWN)
             )
-            print_lines(f"step {self._step}/{self._total_steps}: {', '.join(words)}")
+            print_lines(f"step {self._step}/{self._total_steps}: {', '.join([*words, *notes])}")
 
     def _write(self, record: Mapping[str, object]) -> None:
         on_main_rank(self._check_folder)
@@ -281,8 +328,11 @@ class Report:
         what_now = "set --resume=auto to continue" if can_save else "nothing is saved, start the run again"
         self.print_lines(f"preempted after step {self._step} of {self._total_steps}: {what_now}")
 
-    def done(self, best: Mapping[str, float] | None, *, saved_model: bool = True) -> None:
-        """Record the end of the run. Its row counts cover only the steps since this run started or resumed."""
+    def done(self, best: Mapping[str, float] | None, *, model_step: int | None) -> None:
+        """Record the end of the run, which has saved the model of `model_step` (None: none).
+
+        Its row counts cover only the steps since this run started or resumed.
+        """
         self._bar.close()
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self._counts.items() if count)
         if counts:
@@ -290,10 +340,12 @@ class Report:
         end = {"event": "end", "steps": self._step, "skipped": self._skipped}
         self._write(end | self._counts | {"best": best})
         self._close()
-        model = f"the model is in {self._folder / 'model'}, " if saved_model else ""
-        self.print_lines(f"done: {model}metrics in {self._folder / 'metrics.jsonl'}")
+        model = "the model" if model_step == self._step else f"the model of step {model_step}, the best,"
+        saved = f"{model} is in {self._folder / 'model'}, " if model_step is not None else ""
+        self.print_lines(f"done: {saved}metrics in {self._folder / 'metrics.jsonl'}")
 
     def _close(self) -> None:
         self._bar.close()
         if self._log:
             self._log.close()
+            self._predictions.close()

@@ -33,16 +33,31 @@ class TrainState:
     """Steps that updated the weights; the other steps were skipped."""
     best: dict[str, float] | None = None
     """The best evaluation so far: {"step", "eval_loss"}."""
+    evaluated_step: int = 0
+    """The step of the last evaluation that `note_best` was called for."""
+    evaluations_since_best: int = 0
+    """The evaluations since then that were not better."""
     seed: int = 0
     """The seed of dropout (together with step, rank and micro-batch) and of the memory tiers' stochastic rounding."""
     loss_scale: LossScale | None = None
     """Set by the first step in fp16."""
 
     def note_best(self, eval_loss: float | None) -> None:
-        """Set `best` to this step if its loss is the lowest so far. Ignores None, NaN and infinity."""
+        """Set `best` to this step if its loss is the lowest so far; None, NaN and infinity are not.
+
+        A second call for one step, such as by a run that resumes from it, changes nothing.
+        """
         is_finite = eval_loss is not None and math.isfinite(eval_loss)
         if is_finite and (self.best is None or eval_loss < self.best["eval_loss"]):
-            self.best = {"step": self.step, "eval_loss": eval_loss}
+            self.best, self.evaluations_since_best = {"step": self.step, "eval_loss": eval_loss}, 0
+        elif self.evaluated_step != self.step:
+            self.evaluations_since_best += 1
+        self.evaluated_step = self.step
+
+    @property
+    def is_best(self) -> bool:
+        """Whether this step's evaluation is the best so far."""
+        return self.best is not None and self.best["step"] == self.step
 
 
 @dataclass(frozen=True)

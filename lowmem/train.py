@@ -1,6 +1,7 @@
 """The training loop, which uses the parts of the library in order. Copy this file and change what you like."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
@@ -11,10 +12,13 @@ import torch
 
 from lowmem.adapters.lora import add_lora
 from lowmem.checkpoint.load import load_checkpoint
+from lowmem.checkpoint.model_card import model_card
 from lowmem.checkpoint.resume import (
     check_same_run,
     check_same_tokenizer,
     checkpoint_to_resume,
+    keep_best,
+    load_best,
     rows_per_step,
     template_time,
 )
@@ -37,7 +41,7 @@ from lowmem.distributed.sharding import parallelize
 from lowmem.distributed.signals import Signals
 from lowmem.errors import UsageError
 from lowmem.evaluation import Evaluation
-from lowmem.loss import LOSSES
+from lowmem.loss import LOSSES, make_loss
 from lowmem.memory.savers import SAVERS, entered
 from lowmem.model.build import counts_of, freeze, num_embeddings
 from lowmem.model.checks import check_backward, check_model
@@ -108,7 +112,7 @@ def train(
     if config.offload_weights:
         offload_weights(model, config.offload_weights, accelerator.device)
     optimizer = make_optimizer(model, **config.optimizer_options)  # fills each weight, then converts it to its tier
-    loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)  # (model, batch) -> summed loss
+    loss_fn = make_loss(**config.training_loss)  # (model, batch) -> summed loss
     with handle_rank_errors(model):
         max_seq_len = check_model(model, loss_fn, **config.model_requirements)
     config = dataclasses.replace(config, max_seq_len=max_seq_len)
@@ -149,9 +153,11 @@ def train(
         checkpoints, keep = output / "checkpoints", config.save_total_limit or None
         can_save = config.save_steps > 0
         num_saves = schedule.num_due(state.step, config.save_steps) if can_save else 0
+        num_saves += schedule.num_due(state.step, config.eval_steps) if config.load_best_model_at_end else 0
         check_space(state, checkpoints, saves=num_saves, keep=keep, saves_model=config.save_model)
         progress = {"step": state.step, "total_steps": schedule.total_steps, "resumed": checkpoint is not None}
-        report = Report(output, settings, accelerator, **progress, check_folder=check_folder)
+        named = {"run_name": config.run_name, "check_folder": check_folder}
+        report = Report(output, settings, accelerator, **progress, **named)
         report.opening(model, weights, stream, rank, tier=config.memory or "off", sharding=config.sharding_summary)
         report.resuming(checkpoint, changes, stream.changes, can_save)
         if config.is_sharded and accelerator.num_processes == 1 and not config.cpu_offload:
@@ -173,8 +179,9 @@ def train(
                 measure.check(held_out, name)
         saving = {"tokenizer": tokenizer, "config": settings, "max_shard_size": config.max_shard_size}
 
-        def save(**options) -> Path | None:
+        def save() -> Path | None:
             on_main_rank(check_folder)
+            options = {"on_error": report.unsaved if config.on_save_error == "continue" and not preempted else None}
             return save_checkpoint(state, checkpoints, accelerator, tokenizer_hash=tokenizer_hash, **saving, **options)
 
         # fitting_step calls train_step and, if memory runs out, retries with smaller micro-batches
@@ -185,7 +192,11 @@ def train(
         if rows.validation and not preempted:
             evaluate_first(state, rows.validation, measure, report, schedule, config)
             preempted = any_rank(signals.came)
-        end = state.step if preempted else schedule.total_steps
+        if config.load_best_model_at_end and not preempted:
+            keep_best(state, checkpoints, save, report.print_lines)
+        patience = config.early_stopping_patience or math.inf
+        stopped = state.evaluations_since_best >= patience
+        end = state.step if preempted or stopped else schedule.total_steps
         for step, batches in zip(range(state.step, end), stream, strict=False):
             report.restart_timer()
             result = take_step(
@@ -204,17 +215,17 @@ def train(
                 report.training(result, stream, rank, schedule(step))
             saved = None
             if can_save and (preempted or schedule.is_due(state.step, config.save_steps)):
-                on_error = report.unsaved if config.on_save_error == "continue" and not preempted else None
-                saved = save(on_error=on_error)  # before the evaluation, which may fail
+                saved = save()  # before the evaluation, which may fail
                 preempted = preempted or (saved is not None and any_rank(signals.came))
             if rows.validation and not preempted and schedule.is_due(state.step, config.eval_steps):
                 state.note_best(report.evaluation(*measure(rows.validation))["eval_loss"])
-                preempted = any_rank(signals.came)
-                if preempted and can_save and not saved:
+                preempted, stopped = any_rank(signals.came), state.evaluations_since_best >= patience
+                is_new_best = config.load_best_model_at_end and state.is_best
+                if can_save and not saved and (preempted or stopped or is_new_best):
                     saved = save()
             if saved and keep:
                 prune_checkpoints(state, checkpoints, keep=keep)  # after evaluating: this checkpoint may be the best
-            if preempted:
+            if preempted or stopped:
                 break
 
     # --- the end
@@ -226,12 +237,17 @@ def train(
             raise UsageError(
                 f"none of the {state.step} steps updated the weights (each printed why): no model is saved"
             )
+        if state.step < schedule.total_steps:
+            report.print_lines(f"stopped early: {state.evaluations_since_best} evaluations without a better eval_loss")
+        model_step = load_best(state, checkpoints, accelerator) if config.load_best_model_at_end else state.step
         if config.save_model:
             on_main_rank(check_folder)
-            save_model(wrapped, output / "model", **saving)
+            data = {"num_rows": stream.num_rows, "fingerprints": stream.files}
+            card = model_card(step=model_step, metrics=report.metrics_of(model_step), **data, **config.card)
+            save_model(wrapped, output / "model", card=card, **saving)
         if rows.test:
             report.evaluation(*measure(rows.test, "test"))
-        report.done(state.best, saved_model=config.save_model)
+        report.done(state.best, model_step=model_step if config.save_model else None)
     accelerator.end_training()
     return Outcome(state.step if can_save or not preempted else 0, preempted)
 

@@ -43,6 +43,9 @@ def problems_of(**flags):
         ("freeze", "encoder, embeddings", "encoder,embeddings"),
         ("freeze", ["encoder", " embeddings"], "encoder,embeddings"),
         ("report_to", "none", ""),
+        ("report_to", "all", "all"),
+        ("eval_steps", "epoch", "epoch"),
+        ("save_steps", "7", 7),
         ("report_to", None, ""),
         ("report_to", ["none"], ""),
         ("output_dir", "o, p ", "o, p "),
@@ -145,6 +148,8 @@ def test_all_problems_are_reported_in_one_error():
     assert "\n" not in message
 
 
+POLYNOMIAL = {"lr_scheduler_type": "polynomial"}
+UNEVALUATED = {"validation_rows": "0"}
 BF16 = {"mixed_precision": "bf16"}
 RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
 
@@ -172,7 +177,31 @@ RELEASE = {"model_config": "t5-small", "release": "true", "max_grad_norm": "0"}
         ({"is_finetune": "true"}, "--is_finetune freezes pretrained parts: set --model_name_or_path too"),
         ({"model_config": "t5-huge"}, "neither a file nor one of t5-tiny"),
         ({"model_name_or_path": "./nowhere"}, "neither a folder nor the name of a model"),
-        ({"freeze": "decoder"}, "'decoder' is not one of embeddings, encoder"),
+        ({"eval_steps": "never"}, "--eval_steps=never is not an int"),
+        ({"lr_scheduler_type": "sine"}, "--lr_scheduler_type=sine must be one of cosine, linear, constant"),
+        ({"lr_scheduler_kwargs": "power=2"}, "--lr_scheduler_type=cosine has no options: remove power"),
+        ({"lr_scheduler_kwargs": "power"}, "--lr_scheduler_kwargs=power cannot be read: write name=value"),
+        ({"lr_scheduler_kwargs": '{"power"'}, "cannot be read: Expecting ':' delimiter"),
+        ({"lr_scheduler_kwargs": "[1]"}, "--lr_scheduler_kwargs=[1] cannot be read: write name=value"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "needs one of num_decay_steps: set --lr_scheduler_kwargs=num_"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "needs one of min_lr, min_lr_rate: set --lr_scheduler_kwargs="),
+        ({**POLYNOMIAL, "lr_scheduler_kwargs": "power=0"}, "=power=0: power must be a number above 0"),
+        ({**POLYNOMIAL, "lr_scheduler_kwargs": "power=true"}, "power must be a number above 0"),
+        ({**POLYNOMIAL, "lr_scheduler_kwargs": "lr_end=1"}, "lr_end must be below --learning_rate="),
+        ({**POLYNOMIAL, "lr_scheduler_kwargs": "timescale=1"}, "has lr_end, power: remove timescale"),
+        ({**UNEVALUATED, "early_stopping_patience": "2"}, "=2 needs evaluations during the run: set --validation_file"),
+        ({**UNEVALUATED, "load_best_model_at_end": "1"}, "=True needs evaluations during the run: set --validation_"),
+        ({"load_best_model_at_end": "1", "save_steps": "0"}, "needs checkpoints, but --save_steps=0 saves none"),
+        ({"load_best_model_at_end": "1", "save_model": "0"}, "chooses the model that a run saves: set --save_model=T"),
+        (
+            {"load_best_model_at_end": "1", "on_save_error": "continue"},
+            "of the best evaluation: set --on_save_error",
+        ),
+        ({"early_stopping_patience": "0"}, "--early_stopping_patience=0 must be at least 1"),
+        ({"neftune_noise_alpha": "-5"}, "--neftune_noise_alpha=-5.0 must be above 0"),
+        ({"attn_implementation": "fast"}, "--attn_implementation=fast must be one of eager, sdpa"),
+        ({"attn_implementation": "flash_attention_2"}, "needs the package flash_attn, which is not installed"),
+        ({"text_column": "t", "max_predict_samples": "9"}, "because only prompts and chats are answered: remove it"),
         ({"optimizer": "sgd", "adam_beta1": "0.8"}, "does nothing with --optimizer=sgd"),
         ({"max_shard_size": "5 apples"}, "is not valid: use a number of bytes"),
         ({"report_to": "printer"}, "--report_to=printer must be one of tensorboard"),

@@ -1,22 +1,48 @@
+import json
+
 import pytest
 import torch
 from transformers import Trainer, get_scheduler
 
+from lowmem.config.lr_options import lr_problems
+from lowmem.errors import UsageError
 from lowmem.optim.make import OPTIMIZERS, make_optimizer
 from lowmem.optim.norms import gradient_norms
-from lowmem.optim.schedule import learning_rate_at
+from lowmem.optim.schedule import Schedule, learning_rate_at
 from lowmem.plan.meter import MemoryMeter
 from tests.models import build
 
+SCHEDULES = [
+    ("cosine", {}),
+    ("linear", {}),
+    ("constant", {}),
+    ("constant_with_warmup", {}),
+    ("cosine_with_restarts", {}),
+    ("cosine_with_restarts", {"num_cycles": 3}),
+    ("cosine_with_min_lr", {"min_lr": 0.02}),
+    ("cosine_with_min_lr", {"min_lr_rate": 0.1, "num_cycles": 1.5}),
+    ("polynomial", {}),
+    ("polynomial", {"lr_end": 0.01, "power": 2.5}),
+    ("inverse_sqrt", {}),
+    ("inverse_sqrt", {"timescale": 12}),
+    ("warmup_stable_decay", {"num_decay_steps": 20}),
+    ("warmup_stable_decay", {"num_decay_steps": 20, "decay_type": "1-sqrt", "warmup_type": "cosine"}),
+    ("warmup_stable_decay", {"num_decay_steps": 43, "decay_type": "linear", "min_lr_ratio": 0.2}),
+    ("warmup_stable_decay", {"num_decay_steps": 9, "warmup_type": "1-sqrt", "min_lr_ratio": 0.1, "num_cycles": 1}),
+]
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+
+@pytest.mark.parametrize("schedule, options", SCHEDULES)
 @pytest.mark.parametrize("warmup_steps", [0, 7])
-def test_schedules_are_those_of_transformers(schedule, warmup_steps):
+def test_schedules_are_those_of_transformers(schedule, options, warmup_steps):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
     name = "constant_with_warmup" if schedule == "constant" else schedule
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=50)
-    for step in range(50):
-        mine = learning_rate_at(step, total_steps=50, peak=0.3, warmup_steps=warmup_steps, schedule=schedule)
+    numbers = {"num_warmup_steps": warmup_steps, "num_training_steps": 50}
+    scheduler = get_scheduler(name, optimizer, **numbers, scheduler_specific_kwargs=dict(options))
+    shape = {"total_steps": 50, "peak": 0.3, "warmup_steps": warmup_steps, "schedule": schedule}
+    assert lr_problems(schedule, json.dumps(options), peak=0.3) == []
+    for step in range(51):
+        mine = learning_rate_at(step, **shape, **options)
         assert mine == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         scheduler.step()
@@ -25,8 +51,29 @@ def test_schedules_are_those_of_transformers(schedule, warmup_steps):
 def test_cosine_and_linear_schedules_end_at_zero_and_an_unknown_one_is_refused():
     assert learning_rate_at(50, total_steps=50, peak=1.0) == pytest.approx(0)
     assert learning_rate_at(60, total_steps=50, peak=1.0, schedule="linear") == 0
-    with pytest.raises(ValueError, match="use cosine, linear or constant"):
+    with pytest.raises(ValueError, match="use one of cosine, linear, constant"):
         learning_rate_at(0, total_steps=1, peak=1.0, schedule="sine")
+
+
+LENGTH = {"epochs": None, "max_steps": 20, "warmup_ratio": None, "warmup_steps": 5}
+SHAPE = {"peak": 1.0, "schedule": "warmup_stable_decay"}
+
+
+def test_epoch_is_the_first_step_at_or_after_the_end_of_each_epoch():
+    schedule = Schedule.of_run(10, 4, **LENGTH, **SHAPE, options={})
+    ends = [step for step in range(1, 21) if schedule.is_due(step, "epoch")]
+    assert ends == [3, 5, 8, 10, 13, 15, 18, 20]  # 10, 20, 30, ... rows, in steps of 4
+    assert [step for step in range(1, 21) if schedule.is_due(step, 6)] == [6, 12, 18, 20]
+    for step in range(20):
+        later = [each for each in ends if each > step]
+        assert len(later) <= schedule.num_due(step, "epoch") <= len(later) + 1
+    mixed = Schedule.of_run(10.5, 4, **LENGTH, **SHAPE, options={})  # of a mixture, whose epochs are not whole rows
+    assert [step for step in range(1, 20) if mixed.is_due(step, "epoch")] == [3, 6, 8, 11, 14, 16, 19]
+
+
+def test_a_decay_that_does_not_fit_into_the_run_is_refused():
+    with pytest.raises(UsageError, match="num_decay_steps=16 and 5 steps of warm-up are more than the 20 steps"):
+        Schedule.of_run(10, 4, **LENGTH, **SHAPE, options={"num_decay_steps": 16})
 
 
 @pytest.mark.parametrize("memory", ["off", "exact"])

@@ -117,6 +117,9 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
     scale = saved.get("loss_scale")
     state.loss_scale = scale and LossScale(**scale)
     state.updates = saved.get("updates", saved["step"])  # checkpoints of early versions have no such number
+    state.evaluated_step, state.evaluations_since_best = (
+        saved.get(name, 0) for name in ("evaluated_step", "evaluations_since_best")
+    )
 
 
 def _check_base(path: Path, then: str | None, now: str | None) -> None:

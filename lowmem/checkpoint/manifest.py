@@ -17,6 +17,10 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(named, key=step_of)
 
 
+def checkpoint_of(step: int, folder: str | Path) -> Path:
+    return Path(folder) / f"step-{step:08d}"
+
+
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 

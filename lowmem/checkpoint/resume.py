@@ -1,14 +1,16 @@
 """Find the checkpoint that a run resumes from, and compare the settings of the run with the saved ones."""
 
 import copy
-from collections.abc import Collection, Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 
+from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from lowmem.checkpoint.load import first_valid, verify_together
-from lowmem.checkpoint.manifest import checkpoints
+from lowmem.checkpoint.load import first_valid, load_checkpoint, verify_together
+from lowmem.checkpoint.manifest import checkpoint_of, checkpoints
 from lowmem.checkpoint.saved import check_resumable, saved_settings
 from lowmem.config.groups import weights_in
 from lowmem.data.mixture import whole_weights
@@ -16,6 +18,7 @@ from lowmem.distributed.collectives import gather_json, on_main_rank, rank_and_w
 from lowmem.distributed.consistency import tokenizer_digest
 from lowmem.errors import UsageError
 from lowmem.optim.state import TIERS
+from lowmem.step import TrainState
 
 
 def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
@@ -102,3 +105,30 @@ def rows_per_step(checkpoint: Path | None, world_size: int, **sizes: int | None)
         found = f"{checkpoint} trained on {kept} rows per step, but these flags set {wanted}"
         raise UsageError(f"{found}: set --global_batch_size={kept}")
     return kept
+
+
+def keep_best(state: TrainState, folder: Path, save: Callable[[], object], tell: Callable[[str], object]) -> None:
+    """If `folder` lacks the checkpoint of the best evaluation, save it or, if the model has changed since, forget it.
+
+    It may be in the folder of the run that this one resumes, or may never have been saved.
+    """
+    is_there = on_main_rank(lambda: state.best is None or checkpoint_of(state.best["step"], folder).exists())
+    if gather_json(is_there)[0]:
+        return
+    if state.is_best:
+        save()
+    else:
+        tell(f"the best evaluation, of step {state.best['step']}, has no checkpoint in {folder}: it no longer counts")
+        state.best = None
+
+
+def load_best(state: TrainState, folder: Path, accelerator: Accelerator) -> int:
+    """Load weights and optimizer of the best evaluation's checkpoint; return its step. Step and position stay.
+
+    Without an evaluation whose loss was finite, loads nothing and returns the current step.
+    """
+    if state.best is None or state.is_best:
+        return state.step
+    best = checkpoint_of(state.best["step"], folder)
+    load_checkpoint(dataclasses.replace(state, stream=None), best, accelerator)
+    return state.best["step"]

@@ -3,8 +3,9 @@
 step-00000500/
   model/            in transformers' format: `from_pretrained` loads it; of an adapted model, the adapters in peft's
   optimizer.safetensors (or shards of it): "<parameter>.<state>" for every tensor of the optimizer's state
-  state.json        step, updates, best, seed, state of the data stream; the optimizer's class, tier and parameter
-                    names; hashes of the tokenizer and of an adapted model's weights
+  state.json        step, updates, best evaluation and number of those since, seed, state of the data stream; the
+                    optimizer's class, tier and parameter names; hashes of the tokenizer and of an adapted model's
+                    weights
   manifest.json     size and xxh3_128 of every other file; written last
 
 Ranks write tensor files in parallel; rank 0 then writes the other files. One rank saves a sharded tensor whole.
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lowmem.adapters.lora import base_digest
-from lowmem.checkpoint.manifest import checkpoints, is_damaged, step_of, write_manifest
+from lowmem.checkpoint.manifest import checkpoint_of, checkpoints, is_damaged, step_of, write_manifest
 from lowmem.checkpoint.model_files import Config, check_loadable, write_model_files
 from lowmem.checkpoint.parallel_write import write_together
 from lowmem.checkpoint.tensors import model_tensors, named_parameters, num_bytes
@@ -60,7 +61,7 @@ def save_checkpoint(
     the model, because adapters or a wrapper rename its weights.
     """
     check_loadable(state.model)
-    path = Path(folder) / f"step-{state.step:08d}"
+    path = checkpoint_of(state.step, folder)
     parameters = named_parameters(state.model, state.optimizer)
     weights, optimizer_state = model_tensors(state.model), optimizer_tensors(parameters, state.optimizer)
     max_bytes, (_, world_size) = parse_bytes(max_shard_size), rank_and_world_size()
@@ -74,6 +75,7 @@ def save_checkpoint(
         stream = state.stream and state.stream.state_dict()
         training = {"step": state.step, "updates": state.updates, "best": state.best, "seed": state.seed}
         training |= {"loss_scale": state.loss_scale and asdict(state.loss_scale)}
+        training |= {name: getattr(state, name) for name in ("evaluated_step", "evaluations_since_best")}
         training |= {"stream": stream, "tokenizer": tokenizer_hash, "base": base_digest(unwrapped(state.model))}
         kind, memory = type(state.optimizer).__name__, getattr(state.optimizer, "memory", "off")
         training |= {"optimizer": kind, "memory": memory, "parameters": [*parameters]}
@@ -106,11 +108,18 @@ def prune_checkpoints(state: TrainState, folder: str | Path, *, keep: int) -> No
 
 @phase("saving the model")
 def save_model(
-    model: nn.Module, folder: str | Path, *, tokenizer=None, config: Config = None, max_shard_size: int | str = "5GB"
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer=None,
+    config: Config = None,
+    card: str | None = None,
+    max_shard_size: int | str = "5GB",
 ) -> Path:
     """Save the model for `from_pretrained`. Replaces `folder` once all files are on disk. Call this on every rank.
 
-    Raises UsageError if `from_pretrained` could not load the model, because adapters or a wrapper rename its weights.
+    `card` is the text of README.md, which only rank 0 needs. Raises UsageError if `from_pretrained` could not load the
+    model, because adapters or a wrapper rename its weights.
     """
     check_loadable(model)
     path = Path(folder).resolve()  # if `folder` is a link, replace its target
@@ -118,6 +127,8 @@ def save_model(
 
     def write_rest(unfinished: Path, records: dict[str, FileRecord]) -> None:
         write_model_files(unfinished, model, tokenizer, config)
+        if card is not None:
+            write_file(unfinished / "README.md", [card.encode()])
 
     write_together(path, groups, write_rest, may_replace=lambda path: True)
     return Path(folder)
@@ -143,7 +154,7 @@ def check_space(
         checkpoint += optimizer_bytes(named_parameters(state.model, state.optimizer), state.optimizer)
 
     def check() -> None:
-        clear_leftovers(folder / f"step-{state.step:08d}")
+        clear_leftovers(checkpoint_of(state.step, folder))
         # room for keep + 1, because an old checkpoint is removed only after the new one is complete
         most = saves if keep is None else min(saves, max(1, keep + 1 - len(checkpoints(folder))))
         needed, free = most * checkpoint + saves_model * weights, free_bytes(folder)

@@ -58,6 +58,7 @@ _RECORD = {"bytes": _COUNT, "xxh3_128": _HASH}
 _STATE = {"step": _COUNT, "updates": _COUNT.if_set(), "best": _OBJECT.or_null(), "seed": _SEED}
 _STATE |= {"stream": _OBJECT.or_null(), "tokenizer": _TEXT.or_null().if_set(), "optimizer": _TEXT}
 _STATE |= {"memory": _TIER.if_set(), "definition": _COUNT.if_set(), "parameters": _NAMES.if_set()}
+_STATE |= {"evaluated_step": _COUNT.if_set(), "evaluations_since_best": _COUNT.if_set()}
 _STATE |= {"base": _TEXT.or_null().if_set(), "loss_scale": _OBJECT.or_null().if_set()}
 _LOSS_SCALE = {"value": _SCALE, "finite_steps": _COUNT}
 _BEST = {"step": _COUNT, "eval_loss": _NUMBER}

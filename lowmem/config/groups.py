@@ -5,9 +5,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from lowmem.config.lr_options import lr_options
 from lowmem.config.zero import complete_zero_config
 from lowmem.errors import UsageError
 from lowmem.storage.files import read_json
+
+# of no interest to those who use the model
+_NOT_IN_CARD = {"run_name", "report_to", "resume", "template_time", "heartbeat_timeout", "save_total_limit"}
 
 
 def _group(*names: str) -> property:
@@ -48,7 +52,9 @@ def problem_of_weights(weights: Sequence[float]) -> str | None:
 class Groups:
     """Properties of TrainConfig: groups of keyword arguments for `train` to unpack, and values made from fields."""
 
-    model_source = _group("model_name_or_path", "model_config", "tokenizer_name_or_path", "quantization")
+    model_source = _group(
+        "model_name_or_path", "model_config", "tokenizer_name_or_path", "quantization", "attn_implementation"
+    )
     """Where the model and its tokenizer come from."""
     sharding = _group("sharding_strategy", "shard_size", "cpu_offload", "tp_size")
     """The options of `parallelize`."""
@@ -131,9 +137,15 @@ class Groups:
         return {"name": self.optimizer, "memory": self.memory or "off", "weight_decay": self.weight_decay} | adam
 
     @property
+    def training_loss(self) -> dict[str, object]:
+        """The options of `make_loss`."""
+        return {"name": self.loss} | self._some("label_smoothing", "neftune_noise_alpha")
+
+    @property
     def schedule(self) -> dict[str, object]:
         """The options of `Schedule.of_run`."""
         shape = {"peak": self.learning_rate, "schedule": self.lr_scheduler_type}
+        shape["options"] = lr_options(self.lr_scheduler_kwargs)
         return self._some("epochs", "max_steps", "warmup_steps", "warmup_ratio") | shape
 
     @property
@@ -176,9 +188,27 @@ class Groups:
     @property
     def evaluation(self) -> dict[str, object]:
         """The options of `Evaluation`."""
-        num_answers = self.max_predict_samples if self.response_column else 0
+        num_answers = 0 if self.text_column else self.max_predict_samples
         answers = {"num_answers": num_answers, "max_new_tokens": self.generation_max_new_tokens}
-        return self._some("batch_size", "max_seq_len") | answers
+        return self._some("max_seq_len") | {"batch_size": self.eval_batch_size or self.batch_size} | answers
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether a run evaluates while it trains."""
+        return self.validation_file is not None or bool(self.validation_rows)
+
+    @property
+    def card(self) -> dict[str, object]:
+        """Options of `model_card`. Of the settings, those that are not defaults, and no paths."""
+        settings = {}
+        for field in dataclasses.fields(self):
+            value, rules = getattr(self, field.name), field.metadata
+            is_shown = value not in (field.default, rules.get("fallback")) and not rules.get("per_rank")
+            if is_shown and field.name not in _NOT_IN_CARD:
+                settings[field.name] = Path(value).name if rules.get("holds") == "path" else value
+        title = self.run_name or Path(self.model_name_or_path or "model").name
+        about = {"title": title, "base_model": self.model_name_or_path, "is_adapted": self.trains_adapters}
+        return about | {"settings": settings}
 
     @property
     def trackers(self) -> list[str]:

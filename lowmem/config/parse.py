@@ -167,6 +167,8 @@ def _coerce(name: str, kind: object, value: object, problems: list[str]) -> obje
     if kind is str:
         return _text(name, value, problems)
     text = str(value).strip()
+    if text == rules.get("or_word"):
+        return text
     try:
         if kind is bool:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]

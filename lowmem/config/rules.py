@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from lowmem.config.groups import holds_adapters, problem_of_weights
+from lowmem.config.lr_options import lr_problems
 from lowmem.config.presets import MODEL_SHAPES
 from lowmem.config.prompt_template import parse_template
 from lowmem.config.row_formats import ROW_FORMATS
@@ -25,6 +26,8 @@ _ELEMENTWISE = "adamw adam nadam radam adamax adadelta rmsprop sgd".split()
 _SHARDED = ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"]
 _TIERS = ["exact", "lean"]
 _OF_MODELS = ["config.json", "adapter_config.json"]
+# transformers would download kernels from the hub instead, which are code
+_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 _OF_ADAPTERS = ["lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_dora", "use_rslora"]
 
 # Each row: flag A, some of its values (None: all but the default), flag B, the values of B that these allow, and why
@@ -80,6 +83,9 @@ NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("deepspeed", None, "release", [False], "manages gradients itself"),
     ("deepspeed", None, "layered", [False], "runs one micro-batch after the other"),
     ("deepspeed", None, "compile", [False], "manages layers itself"),
+    ("neftune_noise_alpha", None, "tp_size", [1], "does not support tensor parallelism"),
+    ("load_best_model_at_end", None, "save_model", [True], "chooses the model that a run saves"),
+    ("load_best_model_at_end", None, "on_save_error", ["stop"], "needs the checkpoint of the best evaluation"),
 ]
 
 _AT_ONCE = "applies gradients before they are summed; set --layered=True, or without it"
@@ -143,9 +149,21 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
     if config.on_bad_row == "error" and config.max_bad_rows != FIELDS["max_bad_rows"].default:
         found = f"--max_bad_rows={config.max_bad_rows} does nothing without --on_bad_row=skip"
         problems.append(f"{found}: set --on_bad_row=skip or remove --max_bad_rows")
-    if not config.response_column and config.max_predict_samples not in (0, FIELDS["max_predict_samples"].default):
+    if config.text_column and config.max_predict_samples not in (0, FIELDS["max_predict_samples"].default):
         found = f"--max_predict_samples={config.max_predict_samples} does nothing"
-        problems.append(f"{found}, because only rows with prompts and responses are answered: remove it")
+        problems.append(f"{found}, because only prompts and chats are answered: remove it")
+    package = _PACKAGES.get(config.attn_implementation)
+    if package and not find_spec(package):
+        found = f"--attn_implementation={config.attn_implementation} needs the package {package}"
+        problems.append(f"{found}, which is not installed: install it, or set --attn_implementation=sdpa")
+    for name in ("early_stopping_patience", "load_best_model_at_end"):
+        value = getattr(config, name)
+        if value and not config.has_validation:
+            advice = f"set --validation_file or --validation_rows, or remove --{name}"
+            problems.append(f"--{name}={value} needs evaluations during the run: {advice}")
+    if config.load_best_model_at_end and config.save_steps == 0:
+        found = "--load_best_model_at_end=True needs checkpoints, but --save_steps=0 saves none"
+        problems.append(f"{found}: set --save_steps={FIELDS['save_steps'].default}, for example, or epoch")
     if config.weight_column is not None and config.train_file is None:
         problems.append("--weight_column names a column of --train_file: set --train_file too")
     if config.train_weights is not None and config.train_file is None:
@@ -153,6 +171,7 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
     if config.accept_changed_data and config.resume == "never":
         advice = "set --resume=auto or remove --accept_changed_data"
         problems.append(f"--accept_changed_data=True does nothing unless a run is resumed: {advice}")
+    problems += lr_problems(config.lr_scheduler_type, config.lr_scheduler_kwargs, peak=config.learning_rate)
     return problems + zero_problems(vars(config))
 
 
@@ -165,7 +184,9 @@ def _out_of_range(config: TrainConfig) -> list[str]:
             limit = rules.get(bound)
             if limit is None and bound == "below" and type(value) is int:
                 limit = 2**63  # of the 64-bit integers that ranks exchange
-            if None not in (value, limit) and not (math.isfinite(value) and is_within(value, limit)):
+            if None in (value, limit) or value == rules.get("or_word"):
+                continue
+            if not (math.isfinite(value) and is_within(value, limit)):
                 rule = "0 or more" if (bound, limit) == ("at_least", 0) else f"{words} {limit}"
                 problems.append(f"--{name}={value} must be {rule.replace(str(2**63), '2**63')}")
         if isinstance(value, str) and not value.strip() and not rules.get("may_be_empty"):
@@ -207,9 +228,11 @@ def _out_of_range(config: TrainConfig) -> list[str]:
     if config.model_config and config.model_config not in MODEL_SHAPES and not os.path.isfile(config.model_config):
         shapes, found = ", ".join(MODEL_SHAPES), describe(config.model_config)
         problems.append(f"--model_config={config.model_config} is neither a file nor one of {shapes} (it {found})")
-    for part in config.frozen_parts:
-        if part not in ("embeddings", "encoder"):
-            problems.append(f"--freeze={config.freeze}: {part!r} is not one of embeddings, encoder")
+    if config.trackers == ["all"]:
+        if not any(map(find_spec, TRACKERS)):
+            found = f"--report_to=all finds none of {', '.join(TRACKERS)}"
+            problems.append(f"{found}: install one, or set --report_to=none")
+        return problems
     for tracker in config.trackers:
         if tracker not in TRACKERS:
             problems.append(f"--report_to={tracker} must be one of {', '.join(TRACKERS)}")

@@ -11,6 +11,9 @@ from lowmem.config.row_formats import ROW_FORMATS
 # The optimizers that have the memory tiers exact and lean.
 TIERED_OPTIMIZERS = ["adamw", "adamw_bf16", "adafactor"]
 _OPTIMIZERS = "adamw adamw_bf16 adam nadam radam adamax adafactor adagrad adadelta rmsprop sgd".split()
+_ATTENTION = ["eager", "sdpa", "flash_attention_2", "flash_attention_3"]
+_SCHEDULES = "cosine linear constant constant_with_warmup cosine_with_restarts cosine_with_min_lr polynomial".split()
+_SCHEDULES += ["inverse_sqrt", "warmup_stable_decay"]
 _PROMPTS = ["prompt_column", "response_column", "prompt_template"]
 _FIXED_IN_EVALUATE = {"on_resume": "fixed", "in_evaluate": True}
 
@@ -25,6 +28,7 @@ def setting(
     unit: Literal["bytes"] | None = None,
     holds: Literal["path", "files", "names"] | None = None,
     may_be_empty: bool = False,
+    or_word: str | None = None,
     instead_of: Sequence[str] = (),
     fallback: object = None,
     on_resume: Literal["may change", "fixed"] = "may change",
@@ -33,8 +37,9 @@ def setting(
 ) -> Any:
     """Make a field with rules.
 
-    Of text fields, those that hold `files` or `names` are comma-separated lists; a `path` may begin with ~.
-    `instead_of` lists the fields that this field replaces. `fallback` is this field's value if no alternative is set.
+    Of text fields, those that hold `files` or `names` are comma-separated lists; a `path` may begin with ~. A number
+    may also be the word `or_word`. `instead_of` lists the fields that this field replaces. `fallback` is this field's
+    value if no alternative is set.
     A resumed run must keep `fixed` fields; `per_rank` fields may differ by rank; `evaluate` takes `in_evaluate` fields.
     """
     return dataclasses.field(default=default, metadata=locals())
@@ -54,7 +59,12 @@ class TrainConfig(Groups):
     tokenizer_name_or_path: str | None = setting(holds="path", per_rank=True, in_evaluate=True)
     """Tokenizer: a folder or hub name. None: the model's own; for a new model, bytes (ByT5, needs no file)."""
     freeze: str = setting("", holds="names", may_be_empty=True, on_resume="fixed")
-    """Parts to freeze, comma-separated: embeddings (and a tied output head), encoder."""
+    """What to freeze, comma-separated: embeddings, encoder, or patterns such as *.layers.0.*.
+    embeddings are those of the input, with a tied output head. A pattern is matched with the names of parameters, as a
+    shell matches file names; one that matches none is an error."""
+    attn_implementation: str | None = setting(choices=_ATTENTION, in_evaluate=True)
+    """Attention kernels of transformers. Default: transformers' choice; eager for a T5 on CPU.
+    flash_attention_2 and flash_attention_3 need the package flash-attn."""
 
     # --- adapters
     lora_rank: int | None = setting(at_least=1, below=2**16, on_resume="fixed")
@@ -141,8 +151,14 @@ class TrainConfig(Groups):
     """The optimizer; adamw_bf16 keeps moments in bf16. Only adamw, adamw_bf16 and adafactor have memory tiers."""
     learning_rate: float = setting(5e-5, above=0)
     """Peak learning rate."""
-    lr_scheduler_type: str = setting("cosine", choices=["cosine", "linear", "constant"])
-    """Learning rate after warm-up: cosine and linear fall to 0 just after the last step."""
+    lr_scheduler_type: str = setting("cosine", choices=_SCHEDULES)
+    """Learning rate after warm-up, as in transformers.
+    cosine and linear fall to 0 just after the last step."""
+    lr_scheduler_kwargs: str = setting("", may_be_empty=True)
+    """Options of lr_scheduler_type: name=value,name=value or a JSON object.
+    They are those of transformers. cosine_with_restarts: num_cycles. cosine_with_min_lr: min_lr or min_lr_rate (of the peak), num_cycles. polynomial:
+    lr_end, power. inverse_sqrt: timescale. warmup_stable_decay: num_decay_steps, decay_type and warmup_type (linear,
+    cosine, 1-sqrt), min_lr_ratio, num_cycles."""
     warmup_steps: int | None = setting(at_least=0, fallback=0)
     """Steps over which the learning rate rises linearly from 0."""
     warmup_ratio: float | None = setting(at_least=0, below=1, instead_of=["warmup_steps"])
@@ -159,6 +175,10 @@ class TrainConfig(Groups):
     """Clip the gradient's global L2 norm to this; 0: no clipping."""
     label_smoothing: float = setting(0.0, at_least=0, below=1, on_resume="fixed")
     """Probability mass spread evenly over the vocabulary (training loss only)."""
+    neftune_noise_alpha: float | None = setting(above=0, on_resume="fixed")
+    """NEFTune: in training, add uniform noise of this scale to the input's embeddings.
+    5 is usual. A row of L tokens gets noise up to this over the square root of L times the embedding size. L does not count
+    padding, and in packed rows it is that of each document. T5-like models: the encoder's input."""
     loss: str = setting("chunked", choices=["chunked", "plain"], in_evaluate=True)
     """chunked computes logits a slice at a time, plain all at once. Use plain for heads that chunked rejects."""
 
@@ -218,18 +238,30 @@ class TrainConfig(Groups):
     # --- evaluation
     eval_on_start: bool = False
     """Also evaluate before the first step."""
+    eval_batch_size: int | None = setting(at_least=1, below=2**24, in_evaluate=True)
+    """Rows per process and micro-batch of an evaluation (default: batch_size).
+    `plan` does not count evaluations."""
+    early_stopping_patience: int | None = setting(at_least=1)
+    """End the run after this many evaluations without a better eval_loss."""
+    load_best_model_at_end: bool = False
+    """Save model/ from the checkpoint with the best eval_loss. Default: from the last step.
+    Each evaluation with a new best eval_loss then saves a checkpoint at once. The test rows are evaluated with that
+    model too."""
     max_predict_samples: int = setting(256, at_least=0, in_evaluate=True)
-    """Generate answers for the first N rows of an evaluation (not for chats or text). 0: none."""
+    """Generate answers for the first N rows of an evaluation (not for text). 0: none.
+    Of a chat, the last answer is generated. A run writes answers to predictions.jsonl."""
     generation_max_new_tokens: int = setting(64, at_least=1, in_evaluate=True)
     """Maximum number of tokens in a generated answer."""
 
     # --- reports and checkpoints
     logging_steps: int = setting(10, at_least=1)
     """Steps between two training records in metrics.jsonl."""
-    eval_steps: int = setting(500, at_least=1)
-    """Steps between two evaluations (the last step is always evaluated)."""
-    save_steps: int = setting(500, at_least=0)
-    """Steps between two checkpoints (the last step is always saved). 0: no checkpoints, so the run cannot resume."""
+    eval_steps: int | str = setting(500, at_least=1, or_word="epoch")
+    """Steps between two evaluations, or epoch (the last step is always evaluated).
+    epoch: the first step at or after the end of each epoch; of a mixture, those of the first source."""
+    save_steps: int | str = setting(500, at_least=0, or_word="epoch")
+    """Steps between two checkpoints, or epoch (the last step is always saved).
+    0: no checkpoints, so the run cannot resume. epoch: as in eval_steps."""
     save_model: bool = True
     """Save the trained model in output_dir/model."""
     save_total_limit: int = setting(2, at_least=0)
@@ -243,7 +275,10 @@ class TrainConfig(Groups):
     resume: str = setting("never", holds="path")
     """never, auto (newest valid checkpoint, or a fresh start), or a checkpoint's path."""
     report_to: str = setting("", holds="names", may_be_empty=True)
-    """Experiment trackers of accelerate, comma-separated, such as tensorboard or wandb. none: no trackers."""
+    """Experiment trackers of accelerate, such as tensorboard,wandb; none; or all that are installed."""
+    run_name: str | None = setting()
+    """Name of the run for trackers, and title of the model card.
+    For tensorboard, it names the folder in output_dir."""
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}

@@ -36,6 +36,8 @@ class Batch:
     that would sync the device. `collate` omits those that do not, and sets this."""
     weights: Tensor | None = None
     """What each label's loss is multiplied by, fp32, shaped like the labels. None: 1."""
+    input_lengths: Tensor | None = None
+    """The tokens of each row of `input_ids` without padding, int64, (rows,). None: unknown."""
     weight_sum: InitVar[float | None] = None
     """The sum of the targets' weights, if known. No attribute, so that `dataclasses.replace` computes it again: that
     syncs the device of `weights`."""
@@ -56,9 +58,9 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        weights = None if self.weights is None else function(self.weights)
+        weights, lengths = (None if x is None else function(x) for x in (self.weights, self.input_lengths))
         inputs = {name: function(x) for name, x in self.inputs.items()}
-        return replace(self, inputs=inputs, weights=weights, weight_sum=self.denominator)
+        return replace(self, inputs=inputs, weights=weights, input_lengths=lengths, weight_sum=self.denominator)
 
 
 class UnreadableStep(Sequence[Batch]):
@@ -134,7 +136,8 @@ def collate(rows: Sequence[EncodedRow], *, causal: bool = False, max_seq_len: in
     elif min(lengths) < width and not (causal and is_target.any(1).all()):
         inputs["attention_mask"] = pad([[1] * length for length in lengths], 0)
     weights = pad(list(map(weights_of, rows)), 0.0) if any("weights" in row for row in rows) else None
-    return Batch(inputs, num_targets=int(is_target.sum()), row_ids=[], needs_its_masks=True, weights=weights)
+    options = {"needs_its_masks": True, "weights": weights, "input_lengths": torch.tensor(lengths)}
+    return Batch(inputs, num_targets=int(is_target.sum()), row_ids=[], **options)
 
 
 def _pad(sequences: Sequence[Sequence[float]], value: float, *, multiple: int, max_width: int | None) -> Tensor:

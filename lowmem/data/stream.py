@@ -38,8 +38,9 @@ class Stream:
         self.changes: list[str] = []  # differences from the saved stream, accepted by `load_state_dict`
         self._steps, self._prefetch = steps, prefetch
         self._quarantine, self._accept_changed_data = quarantine, accept_changed_data
-        # Name and fingerprint of each file, read now: a file that became unreadable later would end the run at a save.
-        self._files: list[tuple[str, str]] = getattr(steps.rows, "fingerprints", list)()
+        # read now: a file that became unreadable later would end the run at a save
+        self.files: list[tuple[str, str]] = getattr(steps.rows, "fingerprints", list)()
+        """Name and fingerprint of each file."""
         self._cursor = 0  # the position of the step that `next` will return
         self._ahead: deque[Future[Step]] = deque()  # prefetched steps, from the cursor on
         self._last_counts: dict[str, int] = {}  # the counts of the step that `next` returned last
@@ -132,7 +133,7 @@ class Stream:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _rows_and_order(self) -> dict[str, object]:
-        steps, files = self._steps, [fingerprint for _, fingerprint in self._files]
+        steps, files = self._steps, [fingerprint for _, fingerprint in self.files]
         rows = {"num_rows": self.num_rows, "row_groups": steps.order.order_digest, "files": files}
         if self.mixture is not None:
             rows["weights"] = list(self.mixture.weights)
@@ -146,9 +147,9 @@ class Stream:
         return steps.rows.digest(steps.row_ids(position, stop))
 
     def _changed_files(self, saved: Sequence[str]) -> str:
-        if len(saved) != len(self._files):
-            return f"{len(saved)} files then, {len(self._files)} now"
-        changed = [name for (name, now), then in zip(self._files, saved, strict=True) if now != then]
+        if len(saved) != len(self.files):
+            return f"{len(saved)} files then, {len(self.files)} now"
+        changed = [name for (name, now), then in zip(self.files, saved, strict=True) if now != then]
         return f"{len(changed)} changed: {', '.join(changed[:5])}"
 
     def _restart(self) -> None:

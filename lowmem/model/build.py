@@ -1,6 +1,7 @@
 """Build a model from a config, with random weights or on the meta device; freeze parts of it."""
 
 import copy
+import fnmatch
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -44,17 +45,27 @@ def counts_of(model: PreTrainedModel) -> str:
 
 
 def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
-    """Freeze `parts`: "embeddings" (and a tied output head), "encoder" (not embeddings). Others raise UsageError."""
-    if unknown := sorted(set(parts) - {"embeddings", "encoder"}):
-        raise UsageError(f"{', '.join(unknown)} cannot be frozen: choose from embeddings and encoder")
+    """Freeze `parts`: "embeddings" (and a tied output head), "encoder" (not embeddings), or patterns of names.
+
+    A pattern is matched with parameter names by `fnmatch`. Raises UsageError if one matches none, or if none is left.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))  # of a tied weight, all names
     embeddings = set(model.get_input_embeddings().parameters())
     frozen = embeddings if "embeddings" in parts else set()
     if "encoder" in parts:
         if not model.config.is_encoder_decoder:
             raise UsageError(f"freeze=encoder needs an encoder, but {type(model).__name__} has none: freeze embeddings")
         frozen = frozen | set(model.get_encoder().parameters()) - embeddings
+    for pattern in [part for part in parts if part not in ("embeddings", "encoder")]:
+        if not (matching := fnmatch.filter(named, pattern)):
+            some = ", ".join([*named][:: max(1, len(named) // 4)])
+            found = f"freeze={pattern} is neither embeddings nor encoder, and matches no parameter"
+            raise UsageError(f"{found} of {type(model).__name__}: its parameters are {some}, ...")
+        frozen = frozen | {named[name] for name in matching}
     for parameter in frozen:
         parameter.requires_grad_(False)
+    if frozen and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(f"freeze={','.join(parts)} freezes all weights, so nothing is trained: freeze fewer")
 
 
 def build_model(
@@ -122,8 +133,10 @@ def auto_class(config: PretrainedConfig) -> type:
 def attention_options(config: PretrainedConfig, *, on_gpu: bool | None = None) -> dict[str, str]:
     """Return the keyword arguments that choose the attention implementation; none leaves the choice to transformers.
 
-    With `on_gpu=None`, the model runs on a GPU if this machine has one.
+    A choice in the config itself stays. With `on_gpu=None`, the model runs on a GPU if this machine has one.
     """
+    if config._attn_implementation is not None:
+        return {}
     on_gpu = torch.accelerator.is_available() if on_gpu is None else on_gpu
     # torch's fused attention has no CPU backward kernel for a learned bias (T5), so it makes a step 1/8 slower
     has_learned_bias = hasattr(config, "relative_attention_num_buckets")
@@ -183,7 +196,10 @@ def as_usage_error(what: str, advice: str) -> Iterator[None]:
             advice = "install the missing package, or use another model"
         elif "custom code" in str(error):  # transformers' words with trust_remote_code=False
             advice = "lowmem never runs the code of a model's files, so use a model that transformers supports itself"
-        raise UsageError(f"{what} ({reason_of(error)}): {advice}") from error
+        reason = reason_of(error)
+        if unsupported := re.match(r"ValueError: (\w+ does not support (Flash|an attention).*?) yet\.", reason):
+            reason, advice = unsupported[1], "set another attn_implementation, or remove it"
+        raise UsageError(f"{what} ({reason}): {advice}") from error
 
 
 def reason_of(error: Exception) -> str:

@@ -42,6 +42,7 @@ def load_model(
     on_meta: bool = False,
     scratch_folder: str | Path | None = None,
     quantization: str | None = None,
+    attn_implementation: str | None = None,
     device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model or build it with random weights (by torch's generator); return it in training mode, and a tokenizer.
@@ -51,10 +52,11 @@ def load_model(
     cannot be read tensor by tensor, a line is printed and all weights are loaded. With `scratch_folder`, random weights
     are drawn into a file there, and those of large parameters stay in it until `parallelize`. With `quantization`
     "nf4" or "int8", the model is frozen, and its linear layers are in 4 or 8 bits on `device` (None: the accelerator,
-    or the CPU), where `parallelize` must find them. A folder of adapters (of `save_model`, or peft's) is loaded over
-    the model that it names, which is frozen. Without a tokenizer, text becomes bytes. Raises UsageError if something
-    cannot be loaded, if weights are missing or do not fit the config, if a config file without a tokenizer has a
-    vocabulary much larger than that of bytes, or for quantization with `model_config` or `on_meta`.
+    or the CPU), where `parallelize` must find them. `attn_implementation` is transformers' (None: its own choice). A
+    folder of adapters (of `save_model`, or peft's) is loaded over the model that it names, which is frozen. Without a
+    tokenizer, text becomes bytes. Raises UsageError if something cannot be loaded, if weights are missing or do not fit
+    the config, if a config file without a tokenizer has a vocabulary much larger than that of bytes, if the model does
+    not support `attn_implementation`, or for quantization with `model_config` or `on_meta`.
     """
     if (model_name_or_path is None) == (model_config is None):
         raise UsageError("load_model needs exactly one of model_name_or_path and model_config: set one of them")
@@ -71,6 +73,7 @@ def load_model(
     pretrained = None if model_name_or_path is None else _pretrained_config(str(model_name_or_path))
     tokenizer = _load_tokenizer(tokenizer_name_or_path or model_name_or_path)
     if pretrained is not None:
+        pretrained._attn_implementation = attn_implementation or pretrained._attn_implementation
         check_weights(pretrained, dtype)
         if quantization:
             model = load_quantized(pretrained, dtype, quantization, device)
@@ -82,6 +85,7 @@ def load_model(
             load_adapters(model, adapters)
     else:
         config = config_from(model_config)
+        config._attn_implementation = attn_implementation or config._attn_implementation
         is_named = isinstance(model_config, str | Path)
         with building(f"model_config {model_config}" if is_named else "model_config"):
             if is_named and str(model_config) not in MODEL_SHAPES and tokenizer_name_or_path is None:

@@ -26,7 +26,7 @@ from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.offloaded import offload_weights, offloaded_of
 from lowmem.distributed.placement import training_layers
 from lowmem.distributed.sharding import make_mesh, shard
-from lowmem.loss import LOSSES
+from lowmem.loss import make_loss
 from lowmem.memory.layered import Store
 from lowmem.memory.offload import Offload
 from lowmem.memory.savers import entered
@@ -89,6 +89,9 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         stack.enter_context(fake_tensors())
         if cluster.on_gpu:
             stack.enter_context(gpu_kernels())
+        if config.attn_implementation:  # flash-attn's kernels do not run on fake tensors; SDPA's need the same bytes
+            is_flash = config.attn_implementation.startswith("flash")
+            shape._attn_implementation = "sdpa" if is_flash else config.attn_implementation
         options = attention_options(shape, on_gpu=cluster.on_gpu)
         build = partial(_build_adapted, config) if config.trains_adapters else build_model
         model = build(shape, **options)
@@ -104,9 +107,8 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         options = config.optimizer_options | {"slice_elements": slice_elements, "fused": fused}
         optimizer = make_optimizer(model, **options)
         _make_state(optimizer)
-        loss_fn = partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)
-        if config.loss == "chunked":
-            loss_fn = partial(loss_fn, slice_elements=SLICE_ELEMENTS[device], fused=cluster.on_gpu)
+        chunked = {"slice_elements": SLICE_ELEMENTS[device], "fused": cluster.on_gpu}
+        loss_fn = make_loss(**config.training_loss, **(chunked if config.loss == "chunked" else {}))
         timeline = _Timeline(MemoryMeter(block_bytes=CUDA_BLOCK_BYTES if cluster.on_gpu else 1))
         timeline.watch(model, optimizer)
         # start the meter before the savers, because one of them all-gathers the weights
