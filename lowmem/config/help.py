@@ -42,6 +42,7 @@ def help_text(*, full: bool = False) -> str:
         kind = formatannotation(field.type).removesuffix(" | None").upper()
         values = "|".join(choices(name)) or (kind if default in (None, "") else str(default))
         if full:
+            values = values if len(values) <= 80 else values.replace("|", " | ")  # so that it can be wrapped
             lines += wrap(f"  --{name}={values}: {text}", 120, subsequent_indent=" " * 6)
         else:
             values = values if len(values) <= 20 else f"{values.partition('|')[0]}|..."

@@ -59,9 +59,9 @@ class TrainConfig(Groups):
     tokenizer_name_or_path: str | None = setting(holds="path", per_rank=True, in_evaluate=True)
     """Tokenizer: a folder or hub name. None: the model's own; for a new model, bytes (ByT5, needs no file)."""
     freeze: str = setting("", holds="names", may_be_empty=True, on_resume="fixed")
-    """What to freeze, comma-separated: embeddings, encoder, or patterns such as *.layers.0.*.
-    embeddings are those of the input, with a tied output head. A pattern is matched with the names of parameters, as a
-    shell matches file names; one that matches none is an error."""
+    """What to freeze, comma-separated: embeddings, encoder, patterns of parameter names.
+    A pattern, such as *.layers.0.*, is matched as a shell matches file names; one that matches none is an error.
+    embeddings include a tied output head."""
     attn_implementation: str | None = setting(choices=_ATTENTION, in_evaluate=True)
     """Attention kernels of transformers. Default: transformers' choice; eager for a T5 on CPU.
     flash_attention_2 and flash_attention_3 need the package flash-attn."""
@@ -156,9 +156,9 @@ class TrainConfig(Groups):
     cosine and linear fall to 0 just after the last step."""
     lr_scheduler_kwargs: str = setting("", may_be_empty=True)
     """Options of lr_scheduler_type: name=value,name=value or a JSON object.
-    They are those of transformers. cosine_with_restarts: num_cycles. cosine_with_min_lr: min_lr or min_lr_rate (of the peak), num_cycles. polynomial:
-    lr_end, power. inverse_sqrt: timescale. warmup_stable_decay: num_decay_steps, decay_type and warmup_type (linear,
-    cosine, 1-sqrt), min_lr_ratio, num_cycles."""
+    They are those of transformers. cosine_with_restarts: num_cycles. cosine_with_min_lr: min_lr or min_lr_rate (of the
+    peak), num_cycles. polynomial: lr_end, power. inverse_sqrt: timescale. warmup_stable_decay: num_decay_steps,
+    decay_type and warmup_type (linear, cosine, 1-sqrt), min_lr_ratio, num_cycles."""
     warmup_steps: int | None = setting(at_least=0, fallback=0)
     """Steps over which the learning rate rises linearly from 0."""
     warmup_ratio: float | None = setting(at_least=0, below=1, instead_of=["warmup_steps"])
@@ -177,8 +177,8 @@ class TrainConfig(Groups):
     """Probability mass spread evenly over the vocabulary (training loss only)."""
     neftune_noise_alpha: float | None = setting(above=0, on_resume="fixed")
     """NEFTune: in training, add uniform noise of this scale to the input's embeddings.
-    5 is usual. A row of L tokens gets noise up to this over the square root of L times the embedding size. L does not count
-    padding, and in packed rows it is that of each document. T5-like models: the encoder's input."""
+    5 is usual. A row of L tokens gets noise up to this over the square root of L times the embedding size. L does not
+    count padding, and in packed rows it is that of each document. T5-like models: the encoder's input."""
     loss: str = setting("chunked", choices=["chunked", "plain"], in_evaluate=True)
     """chunked computes logits a slice at a time, plain all at once. Use plain for heads that chunked rejects."""
 
@@ -275,7 +275,8 @@ class TrainConfig(Groups):
     resume: str = setting("never", holds="path")
     """never, auto (newest valid checkpoint, or a fresh start), or a checkpoint's path."""
     report_to: str = setting("", holds="names", may_be_empty=True)
-    """Experiment trackers of accelerate, such as tensorboard,wandb; none; or all that are installed."""
+    """Experiment trackers of accelerate, such as tensorboard,wandb; none; all.
+    all: those that are installed."""
     run_name: str | None = setting()
     """Name of the run for trackers, and title of the model card.
     For tensorboard, it names the folder in output_dir."""
