@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -100,15 +100,17 @@ def generate(
                 continue
             # The forward of a sharded model has collectives, so a rank without rows runs a dummy prompt. A prompt
             # without tokens gets a pad token, because `generate` needs something to continue.
-            prompts = [prompt or [greedy.pad_token_id] for prompt in _prompts(batch, is_encoder_decoder)]
+            prompts, references = _prompts_and_references(batch, is_encoder_decoder)
+            prompts = [prompt or [greedy.pad_token_id] for prompt in prompts]
             # pad an encoder's prompts on the right, but a causal model's on the left, because new tokens follow them
             padded = _padded(prompts or [[greedy.pad_token_id]], greedy.pad_token_id, on_left=not is_encoder_decoder)
             width = 0 if is_encoder_decoder else padded["input_ids"].shape[1]
             greedy.max_new_tokens = max(1, min(max_new_tokens, _num_positions(base) - width))
             on_device = {name: tensor.to(accelerator.device) for name, tensor in padded.items()}
             tokens = base.generate(**on_device, generation_config=greedy, synced_gpus=is_collective)
-            references = [row[row != IGNORED].tolist() for row in batch.inputs["labels"]]
             written += zip(batch.row_ids, prompts, references, tokens[:, width:].tolist(), strict=False)
+    special = set(tokenizer.all_special_ids)
+    written = [(row_id, prompt, *_cut(reference, answer, special)) for row_id, prompt, reference, answer in written]
     answers = [(row_id, *(_text(tokenizer, ids) for ids in sequences)) for row_id, *sequences in written]
     gathered = gather_bytes(json.dumps(answers if data_place(model).is_counted else []).encode())
     return sorted(Answer(*answer) for part in gathered for answer in json.loads(part))
@@ -227,16 +229,30 @@ def _unknown_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return -1 if unknown is None or unknown in others else unknown
 
 
-def _prompts(batch: Batch, is_encoder_decoder: bool) -> list[list[int]]:
-    """Return each row's prompt: its tokens without padding. In a causal model, they end before the first target."""
-    input_ids = batch.inputs["input_ids"]
+def _prompts_and_references(batch: Batch, is_encoder_decoder: bool) -> tuple[list[list[int]], list[list[int]]]:
+    """Return each row's prompt, its tokens without padding, and its targets.
+
+    In a causal model, the targets are the last that no other token separates, such as a chat's last answer, and the
+    prompt ends before them.
+    """
+    input_ids, labels = batch.inputs["input_ids"], batch.inputs["labels"]
     mask = batch.inputs.get("attention_mask")  # without a mask, any padding comes after the last target
     lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
-    prompts = []
-    for ids, length, labels in zip(input_ids, lengths, batch.inputs["labels"], strict=True):
-        targets = (labels != IGNORED).nonzero()
-        prompts.append(ids[: length if is_encoder_decoder or not len(targets) else int(targets[0])].tolist())
-    return prompts
+    prompts, references = [], []
+    for ids, length, row in zip(input_ids.tolist(), lengths, labels.tolist(), strict=True):
+        targets = [at for at, label in enumerate(row) if label != IGNORED]
+        if targets and not is_encoder_decoder:
+            start = next((at for at in range(targets[-1], 0, -1) if row[at - 1] == IGNORED), 0)
+            length, targets = start, range(start, targets[-1] + 1)
+        prompts.append(ids[:length])
+        references.append([row[at] for at in targets])
+    return prompts, references
+
+
+def _cut(reference: list[int], answer: list[int], special: Set[int]) -> tuple[list[int], list[int]]:
+    """Cut both after the special token that ends the reference: a chat's end of turn may not end `generate`."""
+    ends = [token for token in reference[-2:] if token in special]  # a newline may follow it
+    return tuple(ids[: ids.index(ends[-1]) + 1] if ends and ends[-1] in ids else ids for ids in (reference, answer))
 
 
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

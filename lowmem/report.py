@@ -1,14 +1,11 @@
 """Report a run: metrics.jsonl, trackers, and lines on the terminal."""
 
 import json
-import math
-import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,10 +18,10 @@ from lowmem.data.mixture import PERIOD
 from lowmem.data.stream import Stream
 from lowmem.distributed.collectives import gather_json, on_main_rank, sum_over_ranks
 from lowmem.distributed.placement import DataParallelRank
-from lowmem.distributed.signals import ignore_closed_output
 from lowmem.errors import SaveError, UsageError
 from lowmem.evaluation import Answer
 from lowmem.recover import Halving
+from lowmem.run_output import MetricsLog, print_lines
 from lowmem.step import StepResult
 
 _NOT_SHOWN = ("num_tokens", "samples_per_second", "data_wait_seconds", "source_", "peak_")  # beginnings of names
@@ -32,17 +29,6 @@ _SHOWN_IF_ANY = ("cut_rows", "cut_tokens", "bad_rows")
 # What accelerate's trackers call the name of a run. The others that have projects take theirs from the project.
 _RUN_NAMES = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name"}
 _RUN_NAMES |= {"clearml": "task_name"}
-
-
-def print_lines(*lines: str) -> None:
-    """Print lines above the progress bar; ignore a closed stdout. Characters that it cannot show become escapes."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        for line in lines:
-            tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
-        sys.stdout.flush()
-    except OSError:
-        ignore_closed_output()
 
 
 def print_answers(answers: Sequence[Answer]) -> None:
@@ -69,67 +55,6 @@ def memory_notes(measured: Mapping[str, float]) -> list[str]:
     """Say how much memory of the GPU tensors have taken at most, and how much torch has reserved; nothing on a CPU."""
     taken, reserved = (measured[name] / 2**30 for name in ("peak_device_bytes", "peak_reserved_bytes"))
     return [f"peak {taken:.1f} GiB of the GPU, {reserved:.1f} GiB reserved"] if taken else []
-
-
-class MetricsLog:
-    """metrics.jsonl: one JSON object per line, with floats in full precision. On a full disk, lines wait in memory.
-
-    The constructor deletes what a run resumed at `step` will write again (None: all). `resumed_at`: metrics of `step`.
-    """
-
-    def __init__(self, path: Path, *, step: int | None):
-        lines = path.read_bytes().splitlines(True) if path.exists() and step is not None else []
-        kept = [line for line in lines if _is_kept(line, step)]
-        self.resumed_at: dict[str, float | None] = {}
-        for record in map(json.loads, kept):
-            self.resumed_at |= record if record["step"] == step else {}
-        rewritten = path.with_suffix(".rewritten")
-        rewritten.unlink(missing_ok=True)
-        with open(rewritten, "xb") as file:  # a new file, never one that a link names
-            file.write(b"".join(kept))
-        os.replace(rewritten, path)
-        self._path, self._size, self._waiting = path, path.stat().st_size, b""
-
-    def write(self, *records: Mapping[str, object]) -> None:
-        was_waiting = bool(self._waiting)
-        self._waiting += b"".join(map(_line, records))
-        try:
-            with open(self._path, "r+b") as file:
-                file.seek(self._size)  # overwrites a half-written line
-                file.write(self._waiting)
-        except OSError as error:
-            if not was_waiting:
-                print_lines(f"{self._path} cannot be written ({error.strerror}): keeping its records in memory for now")
-        else:
-            self._size, self._waiting = self._size + len(self._waiting), b""
-
-    def metrics_of(self, step: int) -> dict[str, float | None]:
-        """Return what the file has of `step`, in one dictionary."""
-        records = map(json.loads, self._path.read_bytes().splitlines())
-        return dict(chain.from_iterable(record.items() for record in records if record.get("step") == step))
-
-    def close(self) -> None:
-        """Print how many records could not be written."""
-        if self._waiting:
-            print_lines(f"{self._waiting.count(10)} records of {self._path} are lost: the file cannot be written")
-
-
-def _line(record: Mapping[str, object]) -> bytes:
-    # JSON has no NaN and no infinity: such a value is written as null
-    is_bad = {name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
-    plain = {name: None if name in is_bad else value for name, value in record.items()}
-    return f"{json.dumps(plain, allow_nan=False)}\n".encode()
-
-
-def _is_kept(line: bytes, step: int) -> bool:
-    try:
-        record = json.loads(line)
-    except ValueError:  # half a line, from a killed run
-        return False
-    # drop the test and end records, because a run that is resumed after its last step writes them again
-    is_test = record.get("rows") == "test" or any(name.startswith("test_") for name in record)
-    is_final = is_test or record.get("event") == "end"
-    return not is_final and record["step"] <= step
 
 
 def _precision_hints(accelerator: Accelerator, tier: str) -> list[str]:

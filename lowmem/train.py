@@ -151,7 +151,7 @@ def train(
             load_checkpoint(state, checkpoint, accelerator, verify=False)  # checkpoint_to_resume has verified it
         schedule = Schedule.of_run(stream.rows_per_epoch, stream.global_batch_size, **config.schedule)
         checkpoints, keep = output / "checkpoints", config.save_total_limit or None
-        can_save = config.save_steps > 0
+        can_save = config.save_steps != 0
         num_saves = schedule.num_due(state.step, config.save_steps) if can_save else 0
         num_saves += schedule.num_due(state.step, config.eval_steps) if config.load_best_model_at_end else 0
         check_space(state, checkpoints, saves=num_saves, keep=keep, saves_model=config.save_model)

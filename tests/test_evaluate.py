@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, Genera
 
 from lowmem import init_distributed
 from lowmem.data.batch import collate
-from lowmem.data.encode import encode_causal, encode_seq2seq, encode_text
+from lowmem.data.encode import encode_causal, encode_chat, encode_seq2seq, encode_text
 from lowmem.data.eval_batches import open_eval
 from lowmem.data.rows import open_rows
 from lowmem.errors import RowError, UsageError
@@ -20,6 +20,7 @@ from lowmem.evaluation import Answer, Evaluation, evaluate, generate, text_metri
 from lowmem.loss import chunked_loss, plain_loss
 from tests.forked import fork_ranks
 from tests.models import build, qa_rows
+from tests.test_chat import CHATS, TOKENIZERS
 
 ROWS, TOKENIZER = qa_rows(23), ByT5Tokenizer()
 
@@ -192,6 +193,27 @@ def test_answers_need_neither_special_tokens_nor_a_prompt():
         model, tokenizer, [replace(collate(rows), row_ids=[0, 1])], Accelerator(cpu=True), max_new_tokens=3
     )
     assert [answer.row_id for answer in answers] == [0, 1]
+
+
+def test_a_chat_is_answered_after_its_last_question_until_the_end_of_the_turn():
+    tokenizer = TOKENIZERS["chatml"]
+    rows = [{"messages": chat} for chat in CHATS[:2] + CHATS[3:4]]
+    encode, accelerator = encode_chat(tokenizer, max_seq_len=200), Accelerator(cpu=True)
+    model = build("llama", vocab_size=len(tokenizer), eos_token_id=None)
+    model.generation_config.eos_token_id = 0  # not the token that ends a turn
+    (batch,) = open_eval(rows, encode, batch_size=3, collate=partial(collate, causal=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        (chunked_loss(model, batch) / batch.num_targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    answers = generate(model, tokenizer, [batch], accelerator, max_new_tokens=40)
+    for row, answer in zip(rows, answers, strict=True):
+        last = max(turn for turn, message in enumerate(row["messages"]) if message["role"] == "assistant")
+        text = tokenizer.apply_chat_template(row["messages"][:last], add_generation_prompt=True, tokenize=False)
+        assert answer.prompt == tokenizer.decode(tokenizer(text).input_ids[1:], skip_special_tokens=True)
+        assert answer.reference == row["messages"][last]["content"] == answer.prediction
+    assert text_metrics(answers)["eval_exact_match"] == 1
 
 
 def evaluation(folder, rows, **options):

@@ -12,7 +12,7 @@ from tests.slow import SECONDS
 # A module imports only from its own folder, and from folders and modules that are before it in this list.
 ORDER = (
     "errors kernels storage config distributed adapters data model optim memory cross_entropy loss step "
-    "deepspeed_step recover evaluation checkpoint report train plan job plot cli"
+    "deepspeed_step recover evaluation checkpoint run_output report train plan job plot cli"
 ).split()
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from lowmem.evaluation import Answer
-from lowmem.report import MetricsLog, print_answers, print_lines
+from lowmem.report import print_answers
+from lowmem.run_output import MetricsLog, print_lines
 from tests.processes import finish, started_function
 
 

@@ -17,7 +17,7 @@ import pytest
 from lowmem.errors import LostFolderError, UsageError
 from lowmem.job.exit_file import final_exit, remove_exit, this_launch, write_exit
 from lowmem.job.folder import check_output, lock_folder
-from lowmem.report import MetricsLog
+from lowmem.run_output import MetricsLog
 from lowmem.storage.lock import owner_of
 from tests import runs
 from tests.forked import started_ranks

@@ -18,7 +18,8 @@ from lowmem.model.build import num_embeddings
 from lowmem.model.checks import check_model
 from lowmem.model.load import load_model
 from lowmem.optim.make import convert_frozen
-from lowmem.report import print_answers, print_lines
+from lowmem.report import print_answers
+from lowmem.run_output import print_lines
 
 
 def evaluate_model(config: TrainConfig, test_rows: Rows) -> None:
