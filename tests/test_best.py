@@ -12,6 +12,7 @@ from lowmem.config.parse import resolve
 from lowmem.data.rows import RowSets, open_rows
 from lowmem.distributed.signals import Signals
 from lowmem.train import train as train_here
+from tests.forked import train_ranks
 from tests.models import qa_rows
 from tests.processes import finish, started_function
 from tests.runs import evaluations, records, settings, write_files
@@ -69,6 +70,18 @@ def test_the_run_ends_after_the_patience_and_saves_the_best_model(work, unbroken
         (step, row) for step, _ in found for row in (0, 1)
     ]
     assert answers[0].keys() == {"step", "rows", "row_id", "prompt", "reference", "prediction"}
+
+
+def test_ranks_that_shard_the_model_stop_together_and_load_the_best(work):
+    words = flags(work, "sharded", sharding_strategy="FULL_SHARD", eval_batch_size=2)
+    for rank in train_ranks(2, "train", *(f"--{name}={value}" for name, value in words.items())):
+        assert rank.returncode == 0, rank.stdout + rank.stderr
+    found = evaluations(work, "sharded")
+    best, last = min(found, key=lambda pair: pair[1])[0], found[-1][0]
+    assert last == best + 2 * 2 < OPTIONS["max_steps"] and saved(work, "sharded") == [best, last]
+    model = model_files(work / "sharded" / "model")
+    del model["README.md"]
+    assert model == model_files(work / "sharded" / "checkpoints" / f"step-{best:08d}" / "model")
 
 
 # where a run is killed: an event that a Python audit hook sees, how its path ends, and how often it comes before

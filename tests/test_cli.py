@@ -131,13 +131,16 @@ def test_a_command_that_fails_keeps_its_exit_code_when_its_pipe_is_closed():
 
 def test_a_run_writes_the_documented_files_and_another_refuses_to_overwrite_them(tmp_path):
     output = tmp_path / "out"
-    result = train("train", *SHORT, f"--output_dir={output}", "--report_to=tensorboard")
+    result = train("train", *SHORT, f"--output_dir={output}", "--report_to=tensorboard", "--run_name=qa")
     assert result.returncode == 0, result.stderr
     assert "no --train_file: training on the 11,760 bundled rows" in result.stdout
-    assert sorted(os.listdir(output)) == "checkpoints config.json exit.json lowmem metrics.jsonl model".split()
+    names = "checkpoints config.json exit.json metrics.jsonl model predictions.jsonl qa"
+    assert sorted(os.listdir(output)) == names.split()
+    assert "# qa\n" in (output / "model" / "README.md").read_text()
     assert os.listdir(output / "checkpoints") == ["step-00000002"]
     assert not [path for path in output.rglob("*") if path.suffix in (".pkl", ".bin", ".pt")]
-    assert any("tfevents" in path.name for path in output.rglob("*"))
+    assert any("tfevents" in path.name for path in (output / "qa").rglob("*"))
+    assert re.search(r"step 1/2: .*, \d\d:\d\d left$", result.stdout, re.MULTILINE)
 
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [record.get("step") for record in records] == [1, 2, 2, None]

@@ -116,8 +116,40 @@ def test_freezing_the_encoder_leaves_decoder_and_shared_embeddings_trainable():
     assert trained == {"shared", "decoder"}
     with pytest.raises(UsageError, match="LlamaForCausalLM has none"):
         freeze(build("llama"), parts=["encoder"])
-    with pytest.raises(UsageError, match="decoder cannot be frozen"):
+
+
+def test_patterns_freeze_the_parameters_whose_names_they_match():
+    model = build("llama")
+    freeze(model, parts=["*.layers.0.*", "lm_head.*"])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {
+        name for name, _ in model.named_parameters() if ".layers.0." not in name and not name.startswith("lm_head")
+    }
+    tied = build("qwen2")
+    freeze(tied, parts=["lm_head.weight"])  # the other name of the embeddings
+    assert not tied.get_input_embeddings().weight.requires_grad
+    with pytest.raises(
+        UsageError, match="freeze=decoder is neither embeddings nor encoder, and matches no parameter of"
+    ):
         freeze(model, parts=["decoder"])
+    with pytest.raises(UsageError, match=r"its parameters are model\.embed_tokens\.weight, .*, \.\.\."):
+        freeze(model, parts=["embeddings", "layers.0.*"])
+    with pytest.raises(UsageError, match="freezes all weights, so nothing is trained: freeze fewer"):
+        freeze(model, parts=["*"])
+
+
+def test_the_chosen_attention_is_used_or_refused(tmp_path):
+    build("t5").save_pretrained(tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    for source in (
+        {"model_name_or_path": tmp_path},
+        {"model_name_or_path": tmp_path, "on_meta": True},
+        {"model_config": T5},
+    ):
+        found = [load_model(**source, attn_implementation=name)[0] for name in ("sdpa", "eager")]
+        assert [model.config._attn_implementation for model in found] == ["sdpa", "eager"]
+        with pytest.raises(UsageError, match=r"T5\w+ does not support Flash Attention 2\): set another attn_impl"):
+            load_model(**source, attn_implementation="flash_attention_2")
 
 
 def test_a_tokenizer_without_its_files_is_refused(tmp_path):

@@ -8,9 +8,11 @@ import sys
 import time
 
 import pytest
+import yaml
 
+from lowmem.checkpoint.model_card import model_card
 from lowmem.evaluation import Answer
-from lowmem.report import print_answers
+from lowmem.report import memory_notes, print_answers
 from lowmem.run_output import MetricsLog, print_lines
 from tests.processes import finish, started_function
 
@@ -85,3 +87,23 @@ def test_characters_that_the_terminal_cannot_show_become_escapes(monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal)
     print_answers([Answer(0, "四", "十", "a")])
     assert terminal.buffer.getvalue() == b"  '\\u56db' -> 'a' (expected '\\u5341')\n"
+
+
+def test_the_peaks_of_a_gpu_are_shown():
+    measured = {"peak_device_bytes": 3 * 2**30, "peak_active_bytes": 2**32, "peak_reserved_bytes": 9 * 2**29}
+    assert memory_notes(measured) == ["peak 3.0 GiB of the GPU, 4.5 GiB reserved"]
+    assert memory_notes(dict.fromkeys(measured, 0)) == []
+
+
+def test_a_model_card_has_front_matter_that_yaml_reads_and_tables_without_stray_bars():
+    card = {"title": "a\nb", "base_model": "org/model", "is_adapted": True, "step": 1200, "num_rows": 5000}
+    card |= {"metrics": {"eval_loss": 1.25, "eval_rows": 1000}, "fingerprints": [("/home/me/a.parquet", "12ab")]}
+    text = model_card(**card, settings={"prompt_template": "{a}|`{b}`\n"})
+    _, matter, body = text.split("---\n", 2)
+    assert yaml.safe_load(matter) == {"library_name": "peft", "base_model": "org/model", "tags": ["lowmem"]}
+    lines = body.splitlines()
+    for line in ("# a b", "## Results of step 1,200", "| eval_loss | `1.25` |", "| eval_rows | `1,000` |"):
+        assert line in lines
+    assert "## Training data: 5,000 rows" in lines and "| a.parquet | `12ab` |" in lines
+    assert r"| --prompt_template | `{a}\|'{b}' ` |" in lines
+    assert "base_model" not in model_card(**card | {"base_model": "/"}, settings={})
