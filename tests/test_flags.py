@@ -45,6 +45,7 @@ def problems_of(**flags):
         ("report_to", "none", ""),
         ("report_to", "all", "all"),
         ("eval_steps", "epoch", "epoch"),
+        ("lr_scheduler_kwargs", {}, "{}"),
         ("save_steps", "7", 7),
         ("report_to", None, ""),
         ("report_to", ["none"], ""),

@@ -97,12 +97,21 @@ def test_the_peaks_of_a_gpu_are_shown():
 
 def test_a_model_card_has_front_matter_that_yaml_reads_and_tables_without_stray_bars():
     card = {"title": "a\nb", "base_model": "org/model", "is_adapted": True, "step": 1200, "num_rows": 5000}
-    card |= {"metrics": {"eval_loss": 1.25, "eval_rows": 1000}, "fingerprints": [("/home/me/a.parquet", "12ab")]}
+    card |= {
+        "metrics": {"eval_loss": 1.25, "eval_rows": 1000, "loss": None},
+        "fingerprints": [("/home/me/a.parquet", "12ab")],
+    }
     text = model_card(**card, settings={"prompt_template": "{a}|`{b}`\n"})
     _, matter, body = text.split("---\n", 2)
     assert yaml.safe_load(matter) == {"library_name": "peft", "base_model": "org/model", "tags": ["lowmem"]}
     lines = body.splitlines()
-    for line in ("# a b", "## Results of step 1,200", "| eval_loss | `1.25` |", "| eval_rows | `1,000` |"):
+    for line in (
+        "# a b",
+        "## Results of step 1,200",
+        "| eval_loss | `1.25` |",
+        "| eval_rows | `1,000` |",
+        "| loss | `not finite` |",
+    ):
         assert line in lines
     assert "## Training data: 5,000 rows" in lines and "| a.parquet | `12ab` |" in lines
     assert r"| --prompt_template | `{a}\|'{b}' ` |" in lines

@@ -13,19 +13,20 @@ def model_card(
     base_model: str | None,
     is_adapted: bool,
     step: int,
-    metrics: Mapping[str, object],
+    metrics: Mapping[str, float | None],
     num_rows: int,
     fingerprints: Sequence[tuple[str, str]],
     settings: Mapping[str, object],
 ) -> str:
     """Return the text. It depends on nothing but the arguments and the versions of libraries.
 
-    `metrics` are those of optimizer step `step`. `fingerprints` are names and hashes of the training files.
+    `metrics` are those of optimizer step `step`, None if not finite. `fingerprints` are names and hashes of the
+    training files.
     """
     matter = {"library_name": "peft" if is_adapted else "transformers"}
     if base_model and not os.path.isdir(base_model):  # the hub accepts only its own names
         matter["base_model"] = base_model
-    results = [(name, f"{value:,}" if isinstance(value, int) else f"{value:.6g}") for name, value in metrics.items()]
+    results = [(name, _number(value)) for name, value in metrics.items()]
     # without folders, which say more about a machine than about the data
     data = [(PurePath(name).name, digest) for name, digest in fingerprints]
     flags = [(f"--{name}", value) for name, value in settings.items()]
@@ -41,6 +42,12 @@ def model_card(
         *_table("Settings that are not defaults", ("flag", "value"), flags),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
 
 
 def _table(title: str, header: tuple[str, str], rows: Sequence[tuple[str, object]]) -> list[str]:

@@ -1,5 +1,6 @@
 """Make a TrainConfig from flags, presets and a config file, or list all problems in one error. Imports no torch."""
 
+import json
 import os
 import types
 from collections.abc import Iterable, Mapping
@@ -151,6 +152,8 @@ def _coerce(name: str, kind: object, value: object, problems: list[str]) -> obje
             return None
         kind = get_args(kind)[0]
     rules = FIELDS[name].metadata if name in FIELDS else {}
+    if isinstance(value, dict) and rules.get("holds") == "options":
+        value = json.dumps(value, default=str)
     takes_list = rules.get("holds") in ("names", "files")
     is_list = isinstance(value, list | tuple) and takes_list
     parts = value if is_list else [value]

@@ -26,7 +26,7 @@ def setting(
     above: float | None = None,
     below: float | None = None,
     unit: Literal["bytes"] | None = None,
-    holds: Literal["path", "files", "names"] | None = None,
+    holds: Literal["path", "files", "names", "options"] | None = None,
     may_be_empty: bool = False,
     or_word: str | None = None,
     instead_of: Sequence[str] = (),
@@ -37,9 +37,9 @@ def setting(
 ) -> Any:
     """Make a field with rules.
 
-    Of text fields, those that hold `files` or `names` are comma-separated lists; a `path` may begin with ~. A number
-    may also be the word `or_word`. `instead_of` lists the fields that this field replaces. `fallback` is this field's
-    value if no alternative is set.
+    Of text fields, those that hold `files` or `names` are comma-separated lists, a `path` may begin with ~, and
+    `options` may be a mapping. A number may also be the word `or_word`. `instead_of` lists the fields that this field
+    replaces. `fallback` is this field's value if no alternative is set.
     A resumed run must keep `fixed` fields; `per_rank` fields may differ by rank; `evaluate` takes `in_evaluate` fields.
     """
     return dataclasses.field(default=default, metadata=locals())
@@ -154,7 +154,7 @@ class TrainConfig(Groups):
     lr_scheduler_type: str = setting("cosine", choices=_SCHEDULES)
     """Learning rate after warm-up, as in transformers.
     cosine and linear fall to 0 just after the last step."""
-    lr_scheduler_kwargs: str = setting("", may_be_empty=True)
+    lr_scheduler_kwargs: str = setting("", holds="options", may_be_empty=True)
     """Options of lr_scheduler_type: name=value,name=value or a JSON object.
     They are those of transformers. cosine_with_restarts: num_cycles. cosine_with_min_lr: min_lr or min_lr_rate (of the
     peak), num_cycles. polynomial: lr_end, power. inverse_sqrt: timescale. warmup_stable_decay: num_decay_steps,
