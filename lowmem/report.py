@@ -120,8 +120,8 @@ class Report:
         self._rows = self._tokens = self._skipped = 0
         self._counts: dict[str, int] = {}
         self._seconds = self._waited = self._waited_before = 0.0
-        self._started = time.perf_counter()
-        self.restart_timer()
+        self._clock = time.perf_counter()
+        self._started: float | None = None
 
     def print_lines(self, *lines: str) -> None:
         if self._log:
@@ -133,6 +133,7 @@ class Report:
     def restart_timer(self) -> None:
         """Restart the clock of the training speed, to exclude evaluation and saving."""
         self._clock = time.perf_counter()
+        self._started = self._started or self._clock
 
     def opening(
         self, model: nn.Module, weights: str, stream: Stream, rank: DataParallelRank, *, tier: str, sharding: str
@@ -205,7 +206,7 @@ class Report:
         self._rows, self._tokens, self._seconds, self._waited_before = 0, 0, 0.0, self._waited
 
     def _time_left(self) -> list[str]:
-        """Say how long the rest takes if each step takes as long as until now, with its evaluations and saves."""
+        """Say how long the rest takes at the average speed since the first step, with evaluations and saves."""
         left, done = self._total_steps - self._step, self._step - self._first_step
         seconds = (time.perf_counter() - self._started) / done * left
         return [f"{tqdm.format_interval(seconds)} left"] if left else []
