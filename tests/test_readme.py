@@ -15,7 +15,6 @@ from lowmem.config.train_config import FIELDS
 from tests.forked import train_ranks
 from tests.models import build, qa_rows
 from tests.processes import ROOT, train
-from tests.test_elsewhere import PENDING
 
 README = (ROOT / "README.md").read_text()
 CHINESE = (ROOT / "docs" / "zh" / "README.md").read_text()
@@ -90,7 +89,7 @@ def test_flags_links_and_accelerate_configs_exist(document):
     text = DOCUMENTS[document].read_text()
     without_benchmarks = re.sub(r"`python benchmarks/[^`]*`", "", text)
     flags = set(re.findall(r"--(\w+)", without_benchmarks)) - set(of_others.split())
-    assert flags <= FIELDS.keys() | PRESETS.keys() | {"config"} | PENDING
+    assert flags <= FIELDS.keys() | PRESETS.keys() | {"config"}
     for link in re.findall(r"\]\(([^)]+)\)", text):
         path, _, heading = link.partition("#")
         target = DOCUMENTS[document].parent / path if path else DOCUMENTS[document]

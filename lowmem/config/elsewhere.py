@@ -24,7 +24,7 @@ _OPTIMIZERS = {
 }
 _SCHEDULES = {
     "reduce_lr_on_plateau greedy": "not here: the learning rate depends on the step only",
-    "cosine_warmup_with_min_lr": "--lr_scheduler_type=cosine_with_min_lr",
+    "cosine_warmup_with_min_lr": "--lr_scheduler_type=cosine_with_min_lr --lr_scheduler_kwargs=min_lr_rate=0.1",
     "one_cycle rex": "not here: set --lr_scheduler_type=cosine, with --warmup_ratio",
 }
 _PRECISIONS = {"bf16 bfloat16": "--mixed_precision=bf16", "fp16 float16": "--mixed_precision=fp16"}
@@ -98,7 +98,6 @@ TRAINER: dict[str, Answer] = {
     },
     "adafactor": {"true": "--optimizer=adafactor"},
     "optim_args optim_target_modules": "not here: --adam_beta1, --adam_beta2 and --adam_epsilon are all options",
-    "lr_scheduler_kwargs": "not here: --help lists the schedules of --lr_scheduler_type and their flags",
     "label_smoothing_factor": "--label_smoothing={}",
     "average_tokens_across_devices": "not needed, because the loss is always the mean over the tokens of all processes",
     # memory and speed
@@ -342,7 +341,7 @@ AXOLOTL: dict[str, Answer] = {
     "micro_batch_size": "--batch_size={}",
     "num_epochs": "--epochs={}",
     "lr_scheduler": _SCHEDULES | {"*": "--lr_scheduler_type={}"},
-    "cosine_min_lr_ratio": "--lr_scheduler_type=cosine_with_min_lr",
+    "cosine_min_lr_ratio": "--lr_scheduler_type=cosine_with_min_lr --lr_scheduler_kwargs=min_lr_rate={}",
     "embedding_lr embedding_lr_scale lr_groups": "not here: all weights have one learning rate",
     "adapter": {
         "lora": "--use_lora=True",
@@ -356,7 +355,7 @@ AXOLOTL: dict[str, Answer] = {
     "flash_attention": {"true": "--attn_implementation=flash_attention_2"},
     "sdp_attention": {"true": "--attn_implementation=sdpa"},
     "eager_attention": {"true": "--attn_implementation=eager"},
-    "flex_attention": {"true": "--attn_implementation=flex_attention"},
+    "flex_attention": {"true": "not here: its kernels have no dropout, so set --attn_implementation=sdpa"},
     "xformers_attention sage_attention shift_attn": "not here: set --attn_implementation",
     "layer_offloading": {"true": "--offload_weights=host --mixed_precision=bf16"},
     "gpu_memory_limit max_memory": "--device_memory=20GB, which chooses settings that fit",
