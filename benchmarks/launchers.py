@@ -140,8 +140,10 @@ def start(flags: argparse.Namespace, folder: Path, model: str, name: str, strate
         started = time.time()
         try:
             run_to_end(command, seconds=RUN_LIMIT_SECONDS, env=environment, cwd=folder)
-        except RuntimeError as error:
-            return record | {"failed": str(error)}
+        except RuntimeError as error:  # of launchers, which do not say why a process failed
+            end = Path(output, "out", "exit.json")
+            why = f" {json.loads(end.read_text())['message']}" if end.exists() else ""
+            return record | {"failed": f"{error}{why}"}
         steps = [json.loads(line) for line in Path(output, "out", "metrics.jsonl").read_text().splitlines()]
         steps = [step for step in steps if "loss" in step]
         ranks = [json.loads(path.read_text()) for path in Path(output).glob("*.json")]
