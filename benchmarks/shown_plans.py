@@ -1,4 +1,4 @@
-"""Run `plan` for a few example configs; save its text and figure to `results/plan-NAME.txt` and `.png`.
+"""Run `plan` for a few example configs; save its text to `results/plan-NAME.txt`, and some figures as `.png`.
 
     python benchmarks/shown_plans.py
     python benchmarks/shown_plans.py t5-base
@@ -19,12 +19,29 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-LLAMA_8B = ["--model_config=benchmarks/shapes/llama-3.1-8b.json", "--text_column=text", "--max_seq_len=4096"]
-LLAMA_8B += ["--batch_size=1", "--mixed_precision=bf16"]
-PLANS = {
+_SHAPES = "benchmarks/shapes"
+_BF16 = ["--text_column=text", "--mixed_precision=bf16"]
+LLAMA_8B = [f"--model_config={_SHAPES}/llama-3.1-8b/config.json", *_BF16, "--max_seq_len=4096", "--batch_size=1"]
+# folders with a config.json alone: fine-tuning is planned without the weights
+FINE_TUNED = {
+    "qwen-0.5b": [f"--model_name_or_path={_SHAPES}/qwen2.5-0.5b", *_BF16, "--max_seq_len=2048"],
+    "llama-8b": [f"--model_name_or_path={_SHAPES}/llama-3.1-8b", *_BF16, "--max_seq_len=4096", "--batch_size=1"],
+}
+MACHINES = {
+    "1x8gb": ["--num_processes=1", "--device_memory=8GB"],
+    "1x24gb": ["--num_processes=1", "--device_memory=24GB"],
+    "2x24gb": ["--num_processes=2", "--device_memory=24GB"],
+    "3x20gb": ["--num_processes=3", "--device_memory=20GB", "--host_memory=12GB"],
+}
+WITH_FIGURES = {
     "t5-base": ["--use_large_config=True", "--num_processes=3", "--device_memory=20GB", "--host_memory=12GB"],
     "llama-8b": [*LLAMA_8B, "--num_processes=4", "--device_memory=80GB"],
     "llama-8b-24gb": [*LLAMA_8B, "--num_processes=4", "--device_memory=24GB"],
+}
+PLANS = WITH_FIGURES | {
+    f"{model}-{machine}": [*flags, *limits]
+    for model, flags in FINE_TUNED.items()
+    for machine, limits in MACHINES.items()
 }
 
 
@@ -36,8 +53,9 @@ def plan(name: str) -> str:
         result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         if result.returncode:
             raise SystemExit(f"{shlex.join(command)} failed with exit code {result.returncode}: {result.stderr}")
-        shutil.move(Path(folder, "plan.png"), RESULTS / f"plan-{name}.png")
-    lines = result.stdout.splitlines()[:-1]  # the last line is the path of the figure
+        if name in WITH_FIGURES:
+            shutil.move(Path(folder, "plan.png"), RESULTS / f"plan-{name}.png")
+    lines = result.stdout.replace(folder, "out").splitlines()[:-1]  # the last line is the path of the figure
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "accelerate"))
     head = [f"$ {shlex.join(['python', *command])}", f"# {datetime.now(UTC):%Y-%m-%d}; {versions}"]
     text = "\n".join([*head, *lines, ""])

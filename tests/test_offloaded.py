@@ -38,7 +38,8 @@ from lowmem.model.load import load_model
 from lowmem.optim import tiers
 from lowmem.optim.make import make_optimizer
 from lowmem.optim.state import optimizer_tensors
-from lowmem.plan.choose import ladder, variants
+from lowmem.plan.alternatives import variants
+from lowmem.plan.choose import ladder
 from lowmem.plan.parts import Cluster
 from lowmem.plan.predict import planners, predicting
 from lowmem.step import TrainState, train_step

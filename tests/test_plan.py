@@ -13,6 +13,7 @@ from transformers import ByT5Tokenizer
 
 from lowmem import add_lora, cross_entropy, load_model
 from lowmem.config.parse import named_fields, resolve
+from lowmem.config.rules import conflicts
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.offloaded import offload_weights, offloaded_of
@@ -27,10 +28,12 @@ from lowmem.model.load import config_of
 from lowmem.model.quantized import scales_of
 from lowmem.optim.make import make_optimizer
 from lowmem.plan import predict
-from lowmem.plan.choose import choose, ladder
+from lowmem.plan.alternatives import alternatives, price, variants
+from lowmem.plan.choose import choose, ladder, over_bytes
+from lowmem.plan.command import flags_between
 from lowmem.plan.meter import MemoryMeter
 from lowmem.plan.parts import Cluster, Counted, Traffic, extrapolate
-from lowmem.plan.predict import CONTEXT, Prediction, prediction
+from lowmem.plan.predict import CONTEXT, Prediction, cluster_of, prediction
 from lowmem.plan.rehearsal import count, count_deeper, count_shallow
 from lowmem.step import TrainState, train_step
 from lowmem.storage import records
@@ -40,6 +43,7 @@ from tests.models import FAMILIES, build
 from tests.processes import run, train
 
 CPU = Cluster(world_size=1, local_world_size=1, on_gpu=False)
+GPU = Cluster(world_size=1, local_world_size=1, on_gpu=True)
 GPUS = Cluster(world_size=2, local_world_size=2, on_gpu=True)
 WIDE = {  # matrices of more than 4,096 elements, which are offloaded
     "t5": {"d_model": 128, "d_kv": 32, "d_ff": 192},
@@ -355,39 +359,148 @@ def test_the_first_rung_that_fits_is_chosen_and_every_tried_rung_is_reported(tmp
     sizes = {("off", 4): 9 * 10**9, ("cheap", 4): 4 * 10**9, ("full", 4): 3 * 10**9, ("full", 2): 2 * 10**9}
     sizes |= {("full", 1): 1 * 10**9, ("off", 2): 8 * 10**9, ("off", 1): 7 * 10**9}
     lines = []
-    chosen, predicted = choose(config, CPU, (), predictions(sizes), lines.append)
-    assert (chosen.recompute, chosen.batch_size, predicted.device_bytes) == ("full", 4, 3 * 10**9)
+    _, chosen, predicted, missing = choose(config, CPU, (), predictions(sizes), lines.append)
+    assert (chosen.recompute, chosen.batch_size, predicted.device_bytes, missing) == ("full", 4, 3 * 10**9, "")
     assert lines[0] == "  no change: device 9.00 GB, host 0.00 MB; 6.00 GB more than --device_memory=3GB"
     assert lines[-1].endswith("recompute=full: device 3.00 GB, host 0.00 MB; fits")
     tight = dataclasses.replace(config, device_memory="500MB")
-    message = "nothing fits: the closest setting, batch_size=1 x accumulation 8.*0.50 GB more than"
-    with pytest.raises(UsageError, match=message):
-        choose(tight, CPU, (), predictions(sizes), lines.append)
-    advice = "--memory=lean .*; to try recompute=cheap, recompute=full, remove their flags"
-    with pytest.raises(UsageError, match=advice):
-        choose(tight, CPU, {"recompute"}, predictions(sizes), lines.append)
-    without_tiers = dataclasses.replace(tight, optimizer="adam", memory="off")
-    with pytest.raises(UsageError, match=r"Use more processes or fewer tokens \(--max_seq_len\)$"):
-        choose(without_tiers, CPU, (), predictions(sizes), lines.append)
+    closest = choose(tight, CPU, (), predictions(sizes), lines.append)
+    assert closest.rung == "batch_size=1 x accumulation 8"
+    assert closest.missing == "0.50 GB more than --device_memory=500MB"
 
 
-def test_adapters_are_named_where_nothing_else_fits(tmp_path):
-    config = config_for(tmp_path, "llama", device_memory="500MB")
-    pretrained = dataclasses.replace(config, model_config=None, model_name_or_path=str(tmp_path))
+def test_rungs_that_save_nothing_are_not_reported_and_those_of_activations_cannot_lower_the_rest(tmp_path):
+    config = config_for(tmp_path, "llama", device_memory="3GB")
 
     def predict(configs):
         for config in configs:
-            size = 4 * 10**8 if config.quantization else 6 * 10**8 if config.lora_rank else 9 * 10**8
-            yield Prediction({"all": size}, {"all": 5}, {})
+            state = 1 if config.cpu_offload else 2 if config.sharding_strategy != "NO_SHARD" else 4
+            size = state + (config.recompute == "off") + 3 * (state < 4 and not config.offload_activations)
+            yield Prediction({"all": size * 10**9}, {"all": 5}, {}, device_floor=state * 10**9)
 
-    for tried, limit, named in (
-        (pretrained, "500MB", "train adapters alone, which fit: --lora_rank=16 --quantization=nf4$"),
-        (pretrained, "700MB", "train adapters alone, which fit: --lora_rank=16$"),
-        (pretrained, "300MB", r"\(the loss differs, within the spread of seeds\)$"),
-        (config, "500MB", r"\(the loss differs, within the spread of seeds\)$"),  # from scratch
+    lines = []
+    chosen = choose(config, GPUS, (), predict, lines.append).config
+    assert (chosen.sharding_strategy, chosen.cpu_offload) == ("SHARD_GRAD_OP", False)
+    (skipped,) = (line for line in lines if "not tried" in line)  # how many rungs are tried at a time varies
+    assert "batch_size=1 x accumulation 8, offload_activations: not tried, 4.00 GB are needed without" in skipped
+
+    def same(configs):
+        return (Prediction({"all": 9 * 10**9}, {"all": 5}, {}) for _ in configs)
+
+    lines.clear()
+    assert choose(config, CPU, (), same, lines.append).rung == "no change"
+    assert [line.strip().partition(":")[0] for line in lines] == ["no change"]
+
+
+# --- what else fits
+
+
+def predict_in_process(cluster):
+    counted = {}
+
+    def predict(configs):
+        for config in configs:
+            ranks = cluster_of(config, cluster)
+            if config not in counted:
+                counted[config] = rehearse(config, ranks)
+            yield prediction(config, ranks, counted[config])
+
+    return predict
+
+
+WIDER = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
+
+
+@pytest.fixture
+def fine_tuning(tmp_path, restored_environment):
+    """Flags to fine-tune a model of which only the config.json exists, and a function that predicts for one GPU."""
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["llama"] | WIDER))
+    flags = {"model_name_or_path": str(tmp_path), "text_column": "text", "max_seq_len": 128, "batch_size": 1}
+    return flags | TIERS["exact"], predict_in_process(GPU)
+
+
+def found_for(config, choice, predict, cluster=GPU):
+    """Check and return what `alternatives` finds: {the changed flags: price}."""
+    found = {}
+    for each in alternatives(config, cluster, {"batch_size"}, choice, predict):
+        assert all(over <= 0 for over in over_bytes(each.config, each.predicted).values())
+        assert not conflicts(each.config, ()) and each.config != choice.config
+        changes = " ".join(flags_between(config, each.config))
+        found[changes] = price(config, each.config, cluster, each.predicted.step_seconds)
+    assert found
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_what_fits_next_to_an_offload_is_found_with_its_price(fine_tuning):
+    flags, predict = fine_tuning
+    config = resolve(flags)
+    exact, lean = predict([dataclasses.replace(config, recompute="full", memory=x) for x in ("exact", "lean")])
+    limit = (9 * exact.device_floor + lean.device_bytes) // 10
+    assert lean.device_bytes < limit < exact.device_floor
+    config = dataclasses.replace(config, device_memory=str(limit))
+    choice = choose(config, GPU, {"batch_size"}, predict, lambda line: None)
+    assert choice.config.cpu_offload and not choice.missing and choice.config.memory == "exact"
+    found = found_for(config, choice, predict)
+    first, costs = next(iter(found.items()))
+    assert first.startswith("--memory=lean") and "offload" not in first
+    assert costs.startswith("rounding, at most the spread of seeds")
+    for flag, costs in (
+        ("--optimizer=adafactor", "another optimizer"),
+        ("--layered=True", "each layer's forward twice"),
+        ("--sharding_strategy=FULL_SHARD", "processes, each with its own device"),
+        ("--lora_rank=16", "adapters alone are trained"),
+        ("--offload_weights=host", "stream from host memory, "),
+        ("--offload_weights=out/offloaded", "stream from a file, which wears an SSD, "),
     ):
-        with pytest.raises(UsageError, match=named):
-            choose(dataclasses.replace(tried, device_memory=limit), CPU, (), predict, lambda line: None)
+        assert any(flag in changes and costs in found[changes] for changes in found), (flag, found)
+    assert not any("--max_seq_len" in changes for changes in found)  # which would not help
+    (processes,) = {int(x.partition("num_processes=")[2].split()[0]) for x in found if "num_processes" in x}
+    fewer = {"num_processes": processes - 1, "sharding_strategy": "FULL_SHARD", "recompute": "full"}
+    (less,) = predict([dataclasses.replace(config, **fewer)])
+    assert processes == 2 or less.device_bytes > limit
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_fewer_tokens_are_found_where_activations_do_not_fit(fine_tuning):
+    flags, predict = fine_tuning
+    config = resolve(
+        flags | {"max_seq_len": 4096, "recompute": "full", "offload_activations": True, "optimizer": "sgd"}
+    )
+    config = dataclasses.replace(config, num_processes=1)
+    sizes = [next(predict([dataclasses.replace(config, max_seq_len=x)])).device_bytes for x in (4096, 1024)]
+    config = dataclasses.replace(config, device_memory=str(sum(sizes) // 2), tp_size=1)
+    choice = choose(config, GPU, {"batch_size"}, predict, lambda line: None)
+    assert choice.missing or choice.config.cpu_offload
+    found = found_for(config, choice, predict)
+    (tokens,) = {int(x.partition("max_seq_len=")[2].split()[0]) for x in found if "max_seq_len" in x}
+    assert 1024 <= tokens < 4096 and f"rows are cut after {tokens} tokens" in " ".join(found.values())
+
+
+def test_the_price_of_what_takes_neither_time_nor_exactness_is_nothing(tmp_path):
+    config = config_for(tmp_path, "llama")
+    costs = {name: cost for name, cost, _ in variants(dataclasses.replace(config, recompute="full"), GPUS)}
+    assert costs["memory=off"] == costs["recompute=off"] == "nothing"
+    assert costs["memory=lean"] == "rounding, at most the spread of seeds"
+    assert costs["sharding_strategy=FULL_SHARD"] == "weights twice and gradients over the wire, each micro-batch"
+    assert not any(
+        name.startswith("recompute") for name, *_ in variants(config_for(tmp_path, "llama", layered=True), CPU)
+    )
+    offloaded = dataclasses.replace(config, layered=True, offload_weights="host", sharding_strategy="FULL_SHARD")
+    costs = price(config, offloaded, GPU, 2.34)  # nothing goes over a wire in one process
+    assert costs == "layers and their state stream from host memory, 2.3 s a step; each layer's forward twice"
+    assert (
+        price(dataclasses.replace(config, recompute="full"), dataclasses.replace(config, layered=True), GPU)
+        == "nothing"
+    )
+
+
+def test_the_numbers_of_processes_of_other_machines(tmp_path):
+    config = config_for(tmp_path, "llama")
+    machines = Cluster(world_size=4, local_world_size=2, on_gpu=True)
+    assert cluster_of(config, machines) == machines
+    assert cluster_of(dataclasses.replace(config, num_processes=8), machines) == Cluster(8, 2, True)
+    assert cluster_of(dataclasses.replace(config, num_processes=8), GPUS) == Cluster(8, 8, True)
 
 
 def predict_two_parts(configs):
@@ -402,7 +515,7 @@ def predict_two_parts(configs):
 
 def test_rungs_that_a_later_rung_makes_unnecessary_are_undone_costliest_first(tmp_path):
     config, lines = config_for(tmp_path, "llama", device_memory="10GB"), []
-    chosen, predicted = choose(config, GPUS, (), predict_two_parts, lines.append)
+    _, chosen, predicted, _ = choose(config, GPUS, (), predict_two_parts, lines.append)
     assert [line.partition(":")[0].strip() for line in lines[6:]] == [
         "sharding_strategy=SHARD_GRAD_OP",  # needs 6.5 GB
         "without offload_activations",  # 7 GB
@@ -434,8 +547,8 @@ def test_rungs_that_a_later_rung_makes_unnecessary_are_undone_costliest_first(tm
 )
 def test_the_choice_contains_no_unnecessary_change(limit, fixed, flags, chosen, tmp_path):
     config = config_for(tmp_path, "llama", device_memory=limit, **flags)
-    found, _ = choose(config, GPUS, fixed, predict_two_parts, lambda line: None)
-    assert found == dataclasses.replace(config, **chosen)
+    found = choose(config, GPUS, fixed, predict_two_parts, lambda line: None)
+    assert found.config == dataclasses.replace(config, **chosen)
 
 
 def test_host_memory_is_a_limit_too(tmp_path):
@@ -444,8 +557,8 @@ def test_host_memory_is_a_limit_too(tmp_path):
     def predict(configs):
         return (Prediction({"all": 1}, {"all": 3 * 10**9}, {}) for _ in configs)
 
-    with pytest.raises(UsageError, match="the closest setting, no change, needs 0.40 GB more than --host_memory=2.6GB"):
-        choose(config, GPUS, (), predict, lambda line: None)
+    closest = choose(config, GPUS, (), predict, lambda line: None)
+    assert (closest.rung, closest.missing) == ("no change", "0.40 GB more than --host_memory=2.6GB")
     small = dataclasses.replace(config, host_memory="2GB")
     with pytest.raises(UsageError, match=r"libraries \(2 processes\) alone need 2.52 GB of host memory, 0.52 GB more"):
         choose(small, GPUS, (), predict, lambda line: None)

@@ -1,18 +1,20 @@
-"""Choose the fastest settings that fit the memory limits, and list alternative settings with their costs."""
+"""Choose the fastest settings that fit the memory limits."""
 
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import suppress
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from typing import NamedTuple
 
 from lowmem.config.rules import conflicts
 from lowmem.config.sizes import parse_bytes
-from lowmem.config.train_config import FIELDS, TIERED_OPTIMIZERS, TrainConfig
+from lowmem.config.train_config import FIELDS, TrainConfig
 from lowmem.errors import UsageError
 from lowmem.plan.parts import Cluster
 from lowmem.plan.predict import Predict, Prediction, context_bytes, gigabytes, programs_bytes
+
+# Fields that do not lower the bytes of weights, gradients and optimizer state.
+_OF_ACTIVATIONS = {"recompute", "batch_size", "gradient_accumulation_steps", "offload_activations"}
 
 
 class Rung(NamedTuple):
@@ -64,12 +66,12 @@ def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Itera
     if not config.offload_activations:
         yield rung("offload_activations", offload_activations=True)
     strategy = config.sharding_strategy
-    may_shard, may_offload = _may_shard(config), _may_offload(config, cluster)
-    if may_shard and cluster.world_size > 1 and strategy == "NO_SHARD":
+    may_offload = _may_offload(config, cluster)
+    if may_shard(config) and cluster.world_size > 1 and strategy == "NO_SHARD":
         yield rung("sharding_strategy=SHARD_GRAD_OP", sharding_strategy="SHARD_GRAD_OP")
-    if may_shard and cluster.world_size > 1 and strategy in ("NO_SHARD", "SHARD_GRAD_OP"):
+    if may_shard(config) and cluster.world_size > 1 and strategy in ("NO_SHARD", "SHARD_GRAD_OP"):
         yield rung("sharding_strategy=FULL_SHARD", sharding_strategy="FULL_SHARD")
-    if may_shard and cluster.on_gpu and not config.cpu_offload:
+    if may_shard(config) and cluster.on_gpu and not config.cpu_offload:
         strategy = "FULL_SHARD" if strategy == "NO_SHARD" else strategy
         yield rung("cpu_offload", sharding_strategy=strategy, cpu_offload=True)
     if may_offload:
@@ -86,12 +88,24 @@ def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Itera
 
 def _may_offload(config: TrainConfig, cluster: Cluster) -> bool:
     has_parts = cluster.world_size == 1 or config.optimizer != "adafactor"
-    return has_parts and config.tp_size == 1 and config.memory in ("exact", "lean") and not config.compile
+    is_free = config.tp_size == 1 and config.quantization is None and not config.compile
+    return has_parts and is_free and config.memory in ("exact", "lean")
 
 
-def _may_shard(config: TrainConfig) -> bool:
-    is_free = config.tp_size == 1 and config.offload_weights is None
+def may_shard(config: TrainConfig) -> bool:
+    """Whether `config` allows another sharding strategy."""
+    is_free = config.tp_size == 1 and config.offload_weights is None and config.quantization is None
     return is_free and config.optimizer != "adafactor" and (config.layered or not config.release)
+
+
+class Choice(NamedTuple):
+    """What `choose` or `search` found."""
+
+    rung: str
+    config: TrainConfig
+    predicted: Prediction
+    missing: str = ""
+    """By how much the prediction exceeds the limits. Then nothing fits, and this is the closest setting."""
 
 
 class _Tried(NamedTuple):
@@ -100,68 +114,75 @@ class _Tried(NamedTuple):
     predicted: Prediction
     excess: Mapping[str, int]
     """For each exceeded limit, the bytes by which the prediction exceeds it."""
-    why: str
-    """`excess` as text; empty if the prediction fits."""
+
+    @property
+    def missing(self) -> str:
+        """`excess` as text; empty if the prediction fits."""
+        limits = {f"--{name}={getattr(self.config, name)}": size for name, size in self.excess.items()}
+        return ", ".join(f"{gigabytes(size)} more than {limit}" for limit, size in limits.items())
+
+    @property
+    def line(self) -> str:
+        device, host = gigabytes(self.predicted.device_bytes), gigabytes(self.predicted.host_bytes)
+        return f"  {self.rung.name}: device {device}, host {host}; {self.missing or 'fits'}"
 
 
 def choose(
     config: TrainConfig, cluster: Cluster, fixed: Iterable[str], predict: Predict, log: Callable[[str], None]
-) -> tuple[TrainConfig, Prediction]:
-    """Find the first rung whose prediction fits the memory limits of `config`, and undo the rung's unneeded changes.
+) -> Choice:
+    """Return the fastest settings of the ladder that fit the memory limits of `config`, or the closest ones.
 
-    Returns the resulting config and its prediction. Logs the rungs that it tries. Raises UsageError if no rung fits.
+    Logs the rungs that it tries and that save memory. Raises UsageError if the programs alone exceed a limit.
     """
     _check_programs(config, cluster)
+    rungs = list(ladder(config, cluster, fixed))
+    for rung in rungs:
+        if rung.refused:
+            log(f"  {rung.name}: not tried, {rung.refused}")
+    return search(config, [rung for rung in rungs if not rung.refused], predict, log)
+
+
+def search(config: TrainConfig, rungs: Sequence[Rung], predict: Predict, log: Callable[[str], None]) -> Choice:
+    """Find the first rung whose prediction fits the limits of `config`, and undo its unneeded changes.
+
+    Does not try rungs that change activations alone after a rung that exceeds the limit without its activations.
+    Returns the closest rung if none fits. Logs what it tries, but not what saves no memory.
+    """
 
     def tried(rungs: Sequence[Rung]) -> Iterator[_Tried]:
         configs = [dataclasses.replace(config, **rung.changes) for rung in rungs]
         for rung, changed, predicted in zip(rungs, configs, predict(configs), strict=True):
-            device, host = predicted.device_bytes, predicted.host_bytes
-            excess = _excess_bytes(config, {"device_memory": device, "host_memory": host})
-            limits = {f"--{name}={getattr(config, name)}": size for name, size in excess.items()}
-            why = ", ".join(f"{gigabytes(size)} more than {limit}" for limit, size in limits.items())
-            log(f"  {rung.name}: device {gigabytes(device)}, host {gigabytes(host)}; {why or 'fits'}")
-            yield _Tried(rung, changed, predicted, excess, why)
+            excess = {name: over for name, over in over_bytes(config, predicted).items() if over > 0}
+            yield _Tried(rung, changed, predicted, excess)
 
-    all_rungs = list(ladder(config, cluster, fixed))
-    refused = [rung for rung in all_rungs if rung.refused]
-    for rung in refused:
-        log(f"  {rung.name}: not tried, {rung.refused}")
-    rungs = [rung for rung in all_rungs if not rung.refused]
     failed: list[_Tried] = []
     width = max(1, min(4, len(os.sched_getaffinity(0))) // 2)  # rungs predicted at a time; each uses two processes
-    for start in range(0, len(rungs), width):
-        for best in tried(rungs[start : start + width]):
-            if not best.excess:
-                return _undo_unneeded(best, rungs[: len(failed) + 1], tried)
-            failed.append(best)
+    remaining = list(rungs)
+    while remaining:
+        for each in tried(remaining[:width]):
+            if not each.excess:
+                log(each.line)
+                best = _undo_unneeded(each, rungs[: rungs.index(each.rung) + 1], tried, log)
+                return Choice(best.rung.name, best.config, best.predicted)
+            if not failed or _saves(each.predicted, failed[-1].predicted):
+                log(each.line)
+            failed.append(each)
+        remaining = remaining[width:]
+        floor = failed[-1].predicted.device_floor
+        if exceeds(config, device_memory=floor):
+            useful = list(dropwhile(lambda rung: rung.own <= _OF_ACTIVATIONS, remaining))
+            if skipped := remaining[: len(remaining) - len(useful)]:
+                names = ", ".join(rung.name for rung in skipped)
+                log(f"  {names}: not tried, {gigabytes(floor)} are needed without activations")
+            remaining = useful
     nearest = min(failed, key=lambda each: sum(each.excess.values()))
-    advice = "more processes or fewer tokens (--max_seq_len)"
-    if config.memory != "lean" and config.optimizer in TIERED_OPTIMIZERS:
-        advice += ", or --mixed_precision=bf16 --memory=lean (the loss differs, within the spread of seeds)"
-    if refused:
-        names = ", ".join(rung.name for rung in refused)
-        advice += f"; to try {names}, remove their flags"
-    if adapters := _fitting_adapters(config, nearest.rung, tried):
-        advice += f"; or train adapters alone, which fit: {adapters}"
-    raise UsageError(f"nothing fits: the closest setting, {nearest.rung.name}, needs {nearest.why}. Use {advice}")
+    return Choice(nearest.rung.name, nearest.config, nearest.predicted, nearest.missing)
 
 
-def _fitting_adapters(config: TrainConfig, least: Rung, tried: Callable[[Sequence[Rung]], Iterator[_Tried]]) -> str:
-    """Return the flags of LoRA or QLoRA with which the rung `least` fits; empty if neither does, or can be set."""
-    if config.trains_adapters:
-        return ""
-    whole = {"sharding_strategy": "NO_SHARD", "cpu_offload": False, "offload_weights": None}  # for quantized weights
-    for more in ({}, {"quantization": "nf4"} | whole):
-        changes = least.changes | {"lora_rank": 16} | more
-        changed = dataclasses.replace(config, **changes)
-        if conflicts(changed, ()):
-            continue
-        flags = " ".join(f"--{name}={changes[name]}" for name in ("lora_rank", "quantization") if name in changes)
-        with suppress(UsageError):  # such as for a model without linear layers, or without peft
-            if not next(tried([Rung(flags, changes)])).excess:
-                return flags
-    return ""
+def _saves(after: Prediction, before: Prediction) -> bool:
+    """Whether `after` needs less of a resource than `before`, by so much that it is printed."""
+    pairs = [(x.device_bytes, x.host_bytes) for x in (after, before)]
+    return any(less < more and gigabytes(less) != gigabytes(more) for less, more in zip(*pairs, strict=True))
 
 
 def _check_programs(config: TrainConfig, cluster: Cluster) -> None:
@@ -169,15 +190,20 @@ def _check_programs(config: TrainConfig, cluster: Cluster) -> None:
     what = {"host_memory": f"Python and its libraries ({cluster.local_world_size} processes)"}
     what["device_memory"] = "CUDA and its libraries"
     needed = {"host_memory": programs_bytes(cluster), "device_memory": context_bytes(cluster)}
-    for name, over in _excess_bytes(config, needed).items():
+    for name, over in _over(config, **needed).items():
+        if over <= 0:
+            continue
         limit = f"--{name}={getattr(config, name)} ({parse_bytes(getattr(config, name)):,} bytes)"
         alone = f"{what[name]} alone need {gigabytes(needed[name])} of {name.replace('_', ' ')}"
         raise UsageError(f"nothing fits: {alone}, {gigabytes(over)} more than {limit}: raise the limit")
 
 
 def _undo_unneeded(
-    best: _Tried, rungs: Sequence[Rung], tried: Callable[[Sequence[Rung]], Iterator[_Tried]]
-) -> tuple[TrainConfig, Prediction]:
+    best: _Tried,
+    rungs: Sequence[Rung],
+    tried: Callable[[Sequence[Rung]], Iterator[_Tried]],
+    log: Callable[[str], None],
+) -> _Tried:
     """Undo each change of an earlier rung, costliest first, if `best` (the rung that fits) still fits without it.
 
     Keeps what later rungs need, such as recompute=full with `layered`.
@@ -191,45 +217,25 @@ def _undo_unneeded(
         before_all = {name: FIELDS[name].default for name in rung.own - kept.keys()}
         is_possible = not conflicts(dataclasses.replace(best.config, **before_all, **kept), ())
         less = next(tried([Rung(f"without {rung.name}", kept)])) if is_possible else None
+        if less is not None:
+            log(less.line)
         if less is None or less.excess:
             needed |= rung.own
         else:
             best = less
-    return best.config, best.predicted
+    return best
 
 
-def _excess_bytes(config: TrainConfig, needed: Mapping[str, int]) -> dict[str, int]:
-    """Return {limit: bytes by which `needed` exceeds it} for each limit that is exceeded."""
+def over_bytes(config: TrainConfig, predicted: Prediction) -> dict[str, int]:
+    """Return {limit: bytes by which `predicted` exceeds it} for each limit of `config`; negative if it fits."""
+    return _over(config, device_memory=predicted.device_bytes, host_memory=predicted.host_bytes)
+
+
+def exceeds(config: TrainConfig, **needed: int) -> bool:
+    """Whether `needed`, bytes by the name of a limit, exceed a limit of `config`."""
+    return any(over > 0 for over in _over(config, **needed).values())
+
+
+def _over(config: TrainConfig, **needed: int) -> dict[str, int]:
     limits = {name: getattr(config, name) for name in needed}
-    over = {name: needed[name] - parse_bytes(limit) for name, limit in limits.items() if limit is not None}
-    return {name: size for name, size in over.items() if size > 0}
-
-
-def variants(config: TrainConfig, cluster: Cluster) -> Sequence[tuple[str, str, TrainConfig]]:
-    """Return (name, cost, config) for each variant of `config` with another tier, saver or sharding strategy."""
-    bf16, in_fp32 = {"mixed_precision": "bf16"}, config.mixed_precision != "bf16"
-    prefix, forward = ("mixed_precision=bf16, ", "a forward in bf16; ") if in_fp32 else ("", "")
-    exact = f"{forward}loss curve of fp32 weights"
-    found = []
-    if config.optimizer in TIERED_OPTIMIZERS:
-        found += [
-            ("memory=off", "nothing", {"memory": "off", "optimizer": config.optimizer.removesuffix("_bf16")}),
-            (f"{prefix}memory=exact", exact if in_fp32 else f"nothing: {exact}", bf16 | {"memory": "exact"}),
-            (f"{prefix}memory=lean", f"{forward}rounding, at most the spread of seeds", bf16 | {"memory": "lean"}),
-        ]
-    found += [
-        ("recompute=off", "nothing", {"recompute": "off"}),
-        ("recompute=cheap", "norms, activations and dropout twice", {"recompute": "cheap"}),
-        ("recompute=full", "each layer's forward twice", {"recompute": "full"}),
-        ("offload_activations", "traffic to the host", {"offload_activations": True}),
-    ]
-    if cluster.world_size > 1 and _may_shard(config):
-        costs = {"SHARD_GRAD_OP": "weights and gradients over the wire, each micro-batch"}
-        costs["FULL_SHARD"] = "the same, and weights twice"
-        found += [(f"sharding_strategy={name}", cost, {"sharding_strategy": name}) for name, cost in costs.items()]
-
-    def with_tier(config: TrainConfig) -> TrainConfig:
-        return dataclasses.replace(config, memory=config.memory or "off")
-
-    made = [(name, cost, dataclasses.replace(config, **changes)) for name, cost, changes in found]
-    return [each for each in made if with_tier(each[2]) != with_tier(config) and not conflicts(each[2], ())]
+    return {name: needed[name] - parse_bytes(limit) for name, limit in limits.items() if limit is not None}

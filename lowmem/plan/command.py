@@ -13,30 +13,41 @@ from lowmem.config.train_config import TrainConfig
 from lowmem.distributed.launcher import launched_processes
 from lowmem.distributed.setup import check_launch
 from lowmem.errors import UsageError
-from lowmem.plan.choose import choose, variants
+from lowmem.plan.alternatives import NOTHING_MEANS, Alternative, alternatives, price, variants
+from lowmem.plan.choose import Choice, choose
 from lowmem.plan.parts import Cluster, Kind
 from lowmem.plan.predict import CONTEXT, Predict, Prediction, gigabytes, planners, predicting, visible_gpus
 
+_OFFLOADS = ("offload_activations", "cpu_offload", "offload_weights")
 _PLANNING_SECONDS = 900.0  # how long other ranks wait for rank 0 to plan; even large models take far less
 
 
 def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
-    """Fit `config` to its limits, print the memory of it and its `variants`, and draw plan.png in `output_dir`."""
-    device_memory, output = config.device_memory, Path(config.output_dir)
+    """Fit `config` to its limits, print its memory and that of `variants` or `alternatives`, and draw plan.png.
+
+    Raises UsageError after this if nothing fits.
+    """
+    output = Path(config.output_dir)
     if find_spec("matplotlib"):
         _check_folder(output)
     with planners(config.host_memory) as pool:
         cluster = _cluster(config, pool)
         predict = predicting(pool, cluster)
         if config.device_memory or config.host_memory:
-            config = _chosen(config, cluster, fixed, predict)
-        names, costs, configs = zip(("as above", "", config), *variants(config, cluster), strict=True)
-        predictions = predict(configs)
-        first = next(predictions)
-        print("\n".join(["", *table_of_parts(first)]), flush=True)
-        predictions = [first, *predictions]
-    print("\n".join(["", *table_of_variants(list(zip(names, costs, predictions, strict=True)))]))
-    print(_draw(list(zip(names, predictions, strict=True)), device_memory, output))
+            choice = _chosen(config, cluster, fixed, predict)
+        else:
+            choice = Choice("no change", config, next(predict([config])))
+        print("\n".join(["", *table_of_parts(choice.predicted)]), flush=True)
+        rows = [("as above", "", choice.predicted)]
+        if not choice.missing:
+            names, costs, configs = zip(*variants(choice.config, cluster), strict=True)
+            rows += zip(names, costs, predict(configs), strict=True)
+            print("\n".join(["", *table_of_variants(rows)]), flush=True)
+        if choice.missing or _offloads(config, choice):
+            found = _print_alternatives(config, cluster, fixed, choice, predict)
+    print(_draw([(name, prediction) for name, _, prediction in rows], config.device_memory, output))
+    if choice.missing:
+        raise _nothing_fits(config, choice, found)
 
 
 def _check_folder(folder: Path) -> None:
@@ -57,7 +68,13 @@ def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
     def find() -> dict[str, object]:
         with planners(config.host_memory) as pool:
             cluster = _cluster(config, pool)
-            return _changes(config, _chosen(config, cluster, fixed, predicting(pool, cluster)))
+            predict = predicting(pool, cluster)
+            choice = _chosen(config, cluster, fixed, predict)
+            if choice.missing:
+                raise _nothing_fits(config, choice, _print_alternatives(config, cluster, fixed, choice, predict))
+        if _offloads(config, choice):
+            print("`plan` with the same flags lists what fits without this offload, and at what price", flush=True)
+        return _changes(config, choice.config)
 
     if (launched_processes() or 1) == 1:
         return dataclasses.replace(config, **find())
@@ -82,11 +99,57 @@ def _cluster(config: TrainConfig, pool: Executor) -> Cluster:
     return Cluster(world_size, local, on_gpu)
 
 
-def _chosen(config: TrainConfig, cluster: Cluster, fixed: Iterable[str], predict: Predict) -> TrainConfig:
+def _chosen(config: TrainConfig, cluster: Cluster, fixed: Iterable[str], predict: Predict) -> Choice:
     """Run `choose`, and print what it tries and what it chooses."""
-    fitting, _ = choose(config, cluster, fixed, predict, partial(print, flush=True))
-    print(f"chosen: {', '.join(flags_between(config, fitting)) or 'no change'}", flush=True)
-    return fitting
+    choice = choose(config, cluster, fixed, predict, partial(print, flush=True))
+    flags = ", ".join(flags_between(config, choice.config)) or "no change"
+    if choice.missing:
+        print(f"nothing fits; the closest setting: {flags}", flush=True)
+    else:
+        print(f"chosen: {flags}; costs: {_price(config, cluster, choice)}", flush=True)
+    return choice
+
+
+def _price(config: TrainConfig, cluster: Cluster, found: Choice | Alternative) -> str:
+    return price(config, found.config, cluster, found.predicted.step_seconds)
+
+
+def _offloads(config: TrainConfig, choice: Choice) -> bool:
+    """Whether `choice` offloads what `config` does not."""
+    return any(name in _changes(config, choice.config) for name in _OFFLOADS)
+
+
+def _print_alternatives(
+    config: TrainConfig, cluster: Cluster, fixed: Iterable[str], choice: Choice, predict: Predict
+) -> list[Alternative]:
+    """Print and return `alternatives`, each with its flags, bytes and price. Advise to use lean if it is among them."""
+    what = "what would fit" if choice.missing else "what also fits"
+    print(f"\n{what}, if you add these flags to yours:", flush=True)
+    found = []
+    for each in alternatives(config, cluster, fixed, choice, predict):
+        found.append(each)
+        sizes = {"device": each.predicted.device_bytes, "host": each.predicted.host_bytes}
+        sizes["disk"] = sum(each.predicted.disk.values())
+        needs = ", ".join(f"{name} {gigabytes(size)}" for name, size in sizes.items())
+        print(f"  {' '.join(flags_between(config, each.config))}")
+        print(f"      {needs}; costs: {_price(config, cluster, each)}", flush=True)
+    if not found:
+        print("  nothing that this program knows of")
+    for each in found:
+        changed = _changes(config, each.config)
+        if not choice.missing and changed.get("memory") == "lean" and not changed.keys() & {"optimizer", *_OFFLOADS}:
+            flags = " ".join(flags_between(config, each.config))
+            why = "nothing is offloaded; it is not chosen because it changes the loss, within the spread of seeds"
+            print(f"advice: prefer {flags}: {why}")
+            break
+    return found
+
+
+def _nothing_fits(config: TrainConfig, choice: Choice, found: Sequence[Alternative]) -> UsageError:
+    advice = "raise the limit, or use a smaller model"
+    if found:
+        advice = f"add the flags of one line above, such as {' '.join(flags_between(config, found[0].config))}"
+    return UsageError(f"nothing fits: the closest setting, {choice.rung}, needs {choice.missing}: {advice}")
 
 
 def flags_between(before: TrainConfig, after: TrainConfig) -> list[str]:
@@ -116,7 +179,7 @@ def table_of_variants(rows: Sequence[tuple[str, str, Prediction]]) -> list[str]:
         sizes = [prediction.device_bytes, prediction.host_bytes, sum(prediction.disk.values())]
         device, host, disk = map(gigabytes, sizes)
         lines.append(f"{name:<34}{device:>12}{sizes[0] / first:>7.2f}{host:>12}{disk:>12}  {costs}".rstrip())
-    return lines
+    return [*lines, *[NOTHING_MEANS] * any(costs == "nothing" for _, costs, _ in rows)]
 
 
 def _draw(bars: Sequence[tuple[str, Prediction]], device_memory: str | None, output: Path) -> str:

@@ -24,6 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lowmem import cross_entropy
 from lowmem.memory.savers import SAVERS, Saver
+from lowmem.optim import formats, norms
 from lowmem.optim.tiers import TieredOptimizer
 from lowmem.plan.parts import Cluster
 from lowmem.storage.records import HostMemory, Record, Space
@@ -175,17 +176,21 @@ class _Copy:
 def few_slices(*, of_logits: bool = True) -> Iterator[None]:
     """Within this block, compute only the first two slices of each weight's update and, if `of_logits`, of the logits.
 
-    This saves up to two thirds of the counting time. The peak is the same, because what the first slice leaves in
-    memory is live during the second, and later slices add nothing.
+    Convert weights to a tier, and take norms, in one slice. All this saves up to nine tenths of the counting time. The
+    peak is the same: what the first slice of an update leaves in memory is live during the second, and later slices add
+    nothing; weights are converted before the counting starts; norms keep a number for each row, in one slice or many.
     """
     slices, vocabulary_slices = TieredOptimizer.slices, cross_entropy.vocabulary_slices
+    split_elements, converted_elements = formats._SPLIT_ELEMENTS, norms._CONVERTED_ELEMENTS
     TieredOptimizer.slices = lambda *given: islice(slices(*given), 2)
+    formats._SPLIT_ELEMENTS = norms._CONVERTED_ELEMENTS = 2**62
     if of_logits:
         cross_entropy.vocabulary_slices = lambda *given, **most: vocabulary_slices(*given, **most)[:2]
     try:
         yield
     finally:
         TieredOptimizer.slices, cross_entropy.vocabulary_slices = slices, vocabulary_slices
+        formats._SPLIT_ELEMENTS, norms._CONVERTED_ELEMENTS = split_elements, converted_elements
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Predict the memory of a run before it starts. Separate processes count the bytes of one training step."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -47,6 +48,11 @@ class Prediction:
     """With `offload_weights`: what a step reads and writes."""
     streaming: str = ""
     """With `offload_weights`: how long reading and writing take, and how long computing takes."""
+    step_seconds: float | None = None
+    """With `offload_weights`: how long a step takes."""
+    device_floor: int = 0
+    """The part of `device_bytes` that smaller activations do not lower: context, weights, optimizer state, gradients
+    that are kept until the update."""
 
     @property
     def device_bytes(self) -> int:
@@ -80,18 +86,35 @@ def visible_gpus(pool: Executor) -> int:
 
 
 def predicting(pool: Executor, cluster: Cluster) -> Predict:
-    """Return a function that predicts configs' peaks on `cluster`. The function caches the bytes of each config."""
-    counted: dict[TrainConfig, tuple[Future[Counted], Future[list[tuple[int, Counted]]]]] = {}
+    """Return a function that predicts configs' peaks on `cluster`. The function caches the bytes of each step.
+
+    A config with another number of processes is predicted for that number.
+    """
+    counted: dict[tuple[TrainConfig, Cluster], tuple[Future[Counted], Future[list[tuple[int, Counted]]]]] = {}
+
+    def key_of(config: TrainConfig) -> tuple[TrainConfig, Cluster]:
+        """Return the same key for configs whose steps have the same bytes, wherever `prediction` then puts them."""
+        where = {"cpu_offload": False, "offload_weights": config.offload_weights and "host"}
+        limits = dict.fromkeys(("num_processes", "device_memory", "host_memory"))
+        return dataclasses.replace(config, **where, **limits), cluster_of(config, cluster)
 
     def predict(configs: Iterable[TrainConfig]) -> Iterator[Prediction]:
         configs = list(configs)
         for config in configs:
-            if config not in counted:
-                tasks = (_count_shallow, _count_deeper)
-                counted[config] = tuple(pool.submit(task, config, cluster) for task in tasks)
-        return (prediction(config, cluster, extrapolate(*map(_result, counted[config]))) for config in configs)
+            if (key := key_of(config)) not in counted:
+                counted[key] = tuple(pool.submit(task, *key) for task in (_count_shallow, _count_deeper))
+        found = ((config, key_of(config)) for config in configs)
+        return (prediction(config, key[1], extrapolate(*map(_result, counted[key]))) for config, key in found)
 
     return predict
+
+
+def cluster_of(config: TrainConfig, cluster: Cluster) -> Cluster:
+    """Return `cluster` with `config.num_processes` processes: on one machine, unless `cluster` has several."""
+    processes = config.num_processes or cluster.world_size
+    has_one_machine = cluster.local_world_size == cluster.world_size
+    local = processes if has_one_machine else min(processes, cluster.local_world_size)
+    return cluster._replace(world_size=processes, local_world_size=local)
 
 
 def _result(found: Future[Result]) -> Result:
@@ -123,7 +146,9 @@ def _count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Coun
 def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Prediction:
     """Add the bytes outside a step (programs, loading, checkpoints) to the `counted` bytes of a step."""
     on_host = {Kind.OFFLOADED} | (_WITH_CPU_OFFLOAD if config.cpu_offload and cluster.on_gpu else set())
+    kept = {Kind.WEIGHTS, Kind.LOW_HALVES, Kind.MOMENTS} | (set() if config.release else {Kind.GRADIENTS})
     peaks = [{kind: parts[kind] for kind in Kind if kind in parts} for parts in counted.peaks.values()]
+    floor = max(sum(parts.get(kind, 0) for kind in kept - on_host) for parts in peaks)
     device, host = (
         max(({kind: parts[kind] for kind in parts if (kind in on_host) == is_host} for parts in peaks), key=_total)
         for is_host in (False, True)
@@ -143,7 +168,7 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
         if offloaded := host.get(Kind.OFFLOADED):
             device[Kind.ACTIVATIONS] = device.get(Kind.ACTIVATIONS, 0) + min(IN_FLIGHT_BYTES, offloaded)
             host[Kind.OFFLOADED] = -(-offloaded // SLAB_BYTES) * SLAB_BYTES
-        device[CONTEXT] = _CONTEXT_BYTES + int(_FRAGMENTS * _total(device))
+        device[CONTEXT] = _context_bytes_of(_total(device))
         host = {f"{kind}, of all processes": size * processes for kind, size in host.items()}
     else:  # the CPU is the device; offload_activations then writes files, which take no memory
         in_memory = host.get(_STORED, 0) + (host.get(Kind.OFFLOADED, 0) if config.offload_weights == "host" else 0)
@@ -161,13 +186,14 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
         disk[name] = keeps * counted.checkpoint_bytes
     if config.save_model:
         disk["model"] = counted.model_bytes
+    floor += _context_bytes_of(floor) if cluster.on_gpu else 0
     if not stored:
-        return Prediction(device, host, disk)
-    return Prediction(device, host, disk, counted.traffic, _streaming(config, cluster, counted))
+        return Prediction(device, host, disk, device_floor=floor)
+    return Prediction(device, host, disk, counted.traffic, *_streaming(config, cluster, counted), floor)
 
 
-def _streaming(config: TrainConfig, cluster: Cluster, counted: Counted) -> str:
-    """Describe what a step reads and writes, and estimate the times of streaming and computing."""
+def _streaming(config: TrainConfig, cluster: Cluster, counted: Counted) -> tuple[str, float]:
+    """Describe what a step reads and writes, and estimate the seconds of streaming, of computing and of the step."""
     processes = cluster.local_world_size
     traffic = counted.traffic
     is_file = config.offload_weights != "host"
@@ -176,18 +202,22 @@ def _streaming(config: TrainConfig, cluster: Cluster, counted: Counted) -> str:
     rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps
     computing = 8 * counted.num_parameters * rows * config.max_seq_len / speed
     streaming, waiting = (num / bandwidth for num in (traffic.read + traffic.written, traffic.update))
+    seconds = traffic.step_seconds(bandwidth=bandwidth, computing=computing)
     line = (
         f"each step {'of each process ' * (processes > 1)}reads {gigabytes(traffic.read)} and writes "
         f"{gigabytes(traffic.written)} of weights, state and inputs: {streaming:.1f} s at {bandwidth / 1e9:g} GB/s "
         f"({what}), {waiting:.1f} s of it while the device waits for updates; computing takes {computing:.1f} s at "
-        f"{speed / 1e12:g} TFLOP/s; together {traffic.step_seconds(bandwidth=bandwidth, computing=computing):.1f} s"
+        f"{speed / 1e12:g} TFLOP/s; together {seconds:.1f} s"
     )
     if not is_file:
-        return line
+        return line, seconds
     written = 1000 * traffic.written * processes
-    return (
-        f"{line}; 1,000 steps write {written / 1e12:.1f} TB, {written / _SSD_LIFE:.0%} of a 1 TB SSD's rated endurance"
-    )
+    wear = f"1,000 steps write {written / 1e12:.1f} TB, {written / _SSD_LIFE:.0%} of a 1 TB SSD's rated endurance"
+    return f"{line}; {wear}", seconds
+
+
+def _context_bytes_of(tensor_bytes: int) -> int:
+    return _CONTEXT_BYTES + int(_FRAGMENTS * tensor_bytes)
 
 
 def _total(parts: Bytes) -> int:

@@ -1,0 +1,213 @@
+"""What else fits, beyond what `choose` may change, and what it costs. Also variants to compare a config with."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from lowmem.config.rules import conflicts
+from lowmem.config.train_config import FIELDS, TIERED_OPTIMIZERS, TrainConfig
+from lowmem.errors import UsageError
+from lowmem.plan.choose import Choice, Rung, exceeds, ladder, may_shard, over_bytes, search
+from lowmem.plan.parts import Cluster
+from lowmem.plan.predict import Predict, Prediction, cluster_of
+
+NOTHING_MEANS = '"nothing": no time and no exactness, only the bytes of this row'
+
+_MOST_PROCESSES = 256
+_FEWEST_TOKENS, _ROUND_TOKENS = 128, 64
+_EXACT, _LEAN = ({"mixed_precision": "bf16", "memory": memory} for memory in ("exact", "lean"))
+_RELEASED = {"release": True, "max_grad_norm": 0.0, "nonfinite": "stop"}
+_WHOLE = {"sharding_strategy": "NO_SHARD", "shard_size": None, "cpu_offload": False, "offload_weights": None}
+_RECOMPUTED = {"cheap": "norms, activations and dropout twice", "full": "each layer's forward twice"}
+# Each row: a field, the value that it changes to (None: any), and what that costs.
+_PRICES: list[tuple[str, object, str]] = [
+    ("num_processes", None, "{value} processes, each with its own device"),
+    ("lora_rank", None, "adapters alone are trained"),
+    ("quantization", "nf4", "the frozen model is rounded to 4 bits"),
+    ("mixed_precision", "bf16", "forward and backward in bf16"),
+    ("memory", "lean", "rounding, at most the spread of seeds"),
+    ("optimizer", "adafactor", "another optimizer, whose learning rate must be tuned"),
+    ("max_grad_norm", 0, "no clipping"),
+    ("max_seq_len", None, "rows are cut after {value} tokens"),
+    ("batch_size", None, "smaller micro-batches"),
+    ("offload_activations", True, "traffic to the host"),
+    ("sharding_strategy", "SHARD_GRAD_OP", "weights and gradients over the wire, each {unit}"),
+    ("sharding_strategy", "FULL_SHARD", "weights twice and gradients over the wire, each {unit}"),
+    ("cpu_offload", True, "weights and gradients over PCIe, each {unit}; the CPU updates"),
+    ("offload_weights", "host", "layers and their state stream from host memory"),
+    ("offload_weights", None, "layers and their state stream from a file, which wears an SSD"),
+]
+
+
+def price(before: TrainConfig, after: TrainConfig, cluster: Cluster, step_seconds: float | None = None) -> str:
+    """Return what `after` costs, compared with `before`, in time, exactness and devices; "nothing" if only memory."""
+    found: dict[str, str] = {}
+    for name, value, text in _PRICES:
+        if getattr(after, name) not in (getattr(before, name), None) and value in (None, getattr(after, name)):
+            unit = "step" if after.layered else "micro-batch"
+            found.setdefault(name, text.format(value=getattr(after, name), unit=unit))
+    if cluster_of(after, cluster).world_size == 1:
+        found.pop("sharding_strategy", None)
+    recompute = ["full" if config.layered else config.recompute for config in (before, after)]
+    if recompute[0] != recompute[1] != "off":
+        found["recompute"] = _RECOMPUTED[recompute[1]]
+    if "offload_weights" in found and step_seconds is not None:
+        found["offload_weights"] += f", {step_seconds:.1f} s a step"
+    return "; ".join(found.values()) or "nothing"
+
+
+class Alternative(NamedTuple):
+    """Settings that fit."""
+
+    config: TrainConfig
+    predicted: Prediction
+
+
+def alternatives(
+    config: TrainConfig, cluster: Cluster, fixed: Iterable[str], choice: Choice, predict: Predict
+) -> Iterator[Alternative]:
+    """Yield settings that fit the limits of `config`, but that `choose`, which found `choice`, did not choose.
+
+    First those that keep weights on the device. Each takes a few predictions.
+    """
+    finder = _Finder(config, cluster, set(fixed), predict, {choice.config})
+    any_rung = _any if choice.missing else _stays
+    has_tiers = config.optimizer in TIERED_OPTIMIZERS
+    tier = _EXACT if has_tiers and config.memory not in ("exact", "lean") else {}
+    layered = {"layered": True, "recompute": "full" if config.recompute == "cheap" else config.recompute}
+    lean = []
+    yield from finder.first({}, may=any_rung, fixed=())
+    if has_tiers:
+        yield from finder.first(tier)
+        yield from (lean := list(finder.first(_LEAN)))
+        adafactor = _LEAN | _RELEASED | _WHOLE | {"optimizer": "adafactor", "tp_size": 1}
+        adafactor |= {name: FIELDS[name].default for name in ("adam_beta1", "adam_beta2", "adam_epsilon")}
+        yield from finder.first(*[adafactor] * (cluster.world_size == 1), adafactor | layered)
+    yield from finder.first(tier | layered, tier | layered | _RELEASED)
+    yield from finder.on_more_processes(tier)
+    if has_tiers and not lean:
+        yield from finder.on_more_processes(_LEAN)
+    yield from finder.with_fewer_tokens(any_rung)
+    if config.model_name_or_path and not config.trains_adapters:
+        adapters = {"lora_rank": 16, "mixed_precision": "bf16"} | tier
+        yield from finder.first(adapters, adapters | _WHOLE | {"quantization": "nf4"})
+    for is_host in (True, False):
+        yield from finder.first(tier, may=partial(_stays_or_streams, is_host=is_host))
+    if has_tiers and not lean:
+        yield from finder.first(_LEAN, may=_any)
+
+
+def _any(rung: Rung) -> bool:
+    return True
+
+
+def _stays(rung: Rung) -> bool:
+    """Whether weights and optimizer state stay on the device."""
+    return not {"cpu_offload", "offload_weights"} & rung.own
+
+
+def _stays_or_streams(rung: Rung, *, is_host: bool) -> bool:
+    return _stays(rung) or ("offload_weights" in rung.own and (rung.changes["offload_weights"] == "host") == is_host)
+
+
+@dataclass
+class _Finder:
+    """Finds settings that fit, each once."""
+
+    config: TrainConfig
+    cluster: Cluster
+    fixed: Set[str]
+    predict: Predict
+    known: set[TrainConfig]
+
+    def first(
+        self, *options: Mapping[str, object], may: Callable[[Rung], bool] = _stays, fixed: Set[str] | None = None
+    ) -> Iterator[Alternative]:
+        """Yield the first of `options`, each a set of changes, that fits with the rungs that `may` accepts, if new.
+
+        Rungs change no field of `fixed` (None: those that flags set).
+        """
+        for changes in options:
+            with suppress(UsageError):  # such as adapters for a model without linear layers, or without peft
+                config, rungs = self._rungs(changes, may, self.fixed if fixed is None else fixed)
+                choice = search(config, rungs, self.predict, lambda line: None)
+                if choice.missing:
+                    continue
+                if choice.config not in self.known:
+                    self.known.add(choice.config)
+                    yield Alternative(choice.config, choice.predicted)
+                return
+
+    def on_more_processes(self, changes: Mapping[str, object]) -> Iterator[Alternative]:
+        """Yield FULL_SHARD on the fewest processes that it needs. Sharded bytes are proportional to 1 / processes."""
+        processes, strategy = self.cluster.world_size, self.config.sharding_strategy
+        if not self.cluster.on_gpu or not may_shard(self.config) or strategy == "HYBRID_SHARD":
+            return
+
+        def sharded(num: float) -> dict[str, object]:
+            return {**changes, "sharding_strategy": "FULL_SHARD", "num_processes": num}
+
+        share = self._solve(lambda share: sharded(round(1 / share)), 1 / (2 * processes), 1 / (4 * processes), _stays)
+        if share * _MOST_PROCESSES >= 1:
+            fewest = max(processes + 1, math.ceil(1 / share))
+            yield from self.first(sharded(fewest), sharded(fewest + 1))
+
+    def with_fewer_tokens(self, may: Callable[[Rung], bool]) -> Iterator[Alternative]:
+        """Yield about the longest rows that fit, if shorter rows help. Bytes are at least linear in their length."""
+        length = self.config.max_seq_len
+        floor = next(self.predict([self.config])).device_floor
+        if length < 2 * _FEWEST_TOKENS or (may == _stays and exceeds(self.config, device_memory=floor)):
+            return
+        tokens = self._solve(lambda length: {"max_seq_len": length}, length, length // 2, may)
+        rounded = [int(part * min(tokens, length - 1)) // _ROUND_TOKENS * _ROUND_TOKENS for part in (1, 0.75, 0.5)]
+        yield from self.first(*({"max_seq_len": num} for num in rounded if num >= _FEWEST_TOKENS), may=may)
+
+    def _solve(
+        self, changes: Callable[[float], Mapping[str, object]], first: float, second: float, may: Callable[[Rung], bool]
+    ) -> float:
+        """Return the x at which the last rung of `changes(x)` just fits, if bytes are linear in x; 0 if none does."""
+        over: list[dict[str, int]] = []
+        for x in (first, second):
+            config, rungs = self._rungs(changes(x), may, self.fixed)
+            over.append(over_bytes(config, next(self.predict([dataclasses.replace(config, **rungs[-1].changes)]))))
+        name = max(over[0], key=over[0].get)
+        slope = (over[0][name] - over[1][name]) / (first - second)
+        return max(0.0, first - over[0][name] / slope) if slope > 0 else 0.0
+
+    def _rungs(
+        self, changes: Mapping[str, object], may: Callable[[Rung], bool], fixed: Set[str]
+    ) -> tuple[TrainConfig, Sequence[Rung]]:
+        """Return the changed config and the rungs that may be tried. Raises UsageError if the changes conflict."""
+        config = dataclasses.replace(self.config, **changes)
+        if problems := conflicts(config, ()):
+            raise UsageError("; ".join(problems))
+        rungs = ladder(config, cluster_of(config, self.cluster), fixed)
+        return config, [rung for rung in rungs if not rung.refused and may(rung)]
+
+
+def variants(config: TrainConfig, cluster: Cluster) -> Sequence[tuple[str, str, TrainConfig]]:
+    """Return (name, cost, config) for each variant of `config` with another tier, saver or sharding strategy."""
+    found: list[tuple[str, dict[str, object]]] = []
+    if config.optimizer in TIERED_OPTIMIZERS:
+        prefix = "" if config.mixed_precision == "bf16" else "mixed_precision=bf16, "
+        found += [
+            ("memory=off", {"memory": "off", "optimizer": config.optimizer.removesuffix("_bf16")}),
+            (f"{prefix}memory=exact", _EXACT),
+            (f"{prefix}memory=lean", _LEAN),
+        ]
+    if not config.layered:  # which implies recompute=full
+        found += [(f"recompute={name}", {"recompute": name}) for name in ("off", "cheap", "full")]
+    found.append(("offload_activations", {"offload_activations": True}))
+    if cluster.world_size > 1 and may_shard(config):
+        found += [(f"sharding_strategy={x}", {"sharding_strategy": x}) for x in ("SHARD_GRAD_OP", "FULL_SHARD")]
+
+    def with_tier(config: TrainConfig) -> TrainConfig:
+        return dataclasses.replace(config, memory=config.memory or "off")
+
+    made = [(name, dataclasses.replace(config, **changes)) for name, changes in found]
+    made = [each for each in made if with_tier(each[1]) != with_tier(config) and not conflicts(each[1], ())]
+    return [(name, price(config, changed, cluster), changed) for name, changed in made]
