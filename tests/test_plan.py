@@ -334,6 +334,8 @@ def test_the_ladder_keeps_the_tier_the_rows_per_step_and_what_flags_set(tmp_path
     unclipped = names(ladder(dataclasses.replace(config, max_grad_norm=0.0), GPUS, ()))
     assert unclipped[2:5] == ["recompute=full", "layered, release", "batch_size=2 x accumulation 4"]
     assert unclipped[-3] == "cpu_offload"
+    in_fp16 = dataclasses.replace(config, max_grad_norm=0.0, mixed_precision="fp16", memory=None)
+    assert "layered, release" not in names(ladder(in_fp16, GPUS, ()))  # release and fp16 exclude each other
     released = config_for(tmp_path, "llama", release=True, gradient_accumulation_steps=1, max_grad_norm=0)
     assert names(ladder(released, GPUS, ())) == [
         "no change",

@@ -1,6 +1,8 @@
 """fp16: the loss is scaled, an update whose gradient overflows is skipped on all ranks, and the scale is resumed."""
 
 import json
+import math
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -119,6 +121,39 @@ def test_a_checkpoint_holds_the_scale(accelerator, tmp_path):
     assert resumed.loss_scale == state.loss_scale
     assert step(resumed, accelerator).loss.item() == step(state, accelerator).loss.item()
     assert resumed.loss_scale == LossScale(2.0**10, finite_steps=8)
+
+
+@pytest.mark.parametrize(
+    ("saved", "found"),
+    [
+        ({"value": 1, "finite_steps": 0, "of_a_later_version": 5}, LossScale(1.0)),
+        ({"value": True, "finite_steps": 0}, "loss_scale.value is True, not a power of two from 1 to"),
+        ({"value": 3.0, "finite_steps": 0}, "loss_scale.value is 3.0, not a power of two from 1 to"),
+        ({"value": math.nan, "finite_steps": 0}, "loss_scale.value is nan"),
+        ({"value": 2.0**25, "finite_steps": 0}, "loss_scale.value is 33554432.0"),
+        ({"value": 1.0, "finite_steps": -1}, "loss_scale.finite_steps is -1"),
+        ({"value": 1.0}, "loss_scale.finite_steps is missing"),
+        ([1.0, 0], "loss_scale is .*, not null or an object"),
+    ],
+)
+def test_a_scale_from_a_damaged_checkpoint_is_refused(saved, found, accelerator, tmp_path):
+    state = state_of(build("llama"))
+    path = save_checkpoint(state, tmp_path, accelerator)
+    training = json.loads((path / "state.json").read_text()) | {"loss_scale": saved}
+    (path / "state.json").write_text(json.dumps(training))
+    with pytest.raises(UsageError, match=found) if isinstance(found, str) else nullcontext():
+        load_checkpoint(state, path, accelerator, verify=False)
+        assert state.loss_scale == found
+
+
+def test_a_loss_function_may_return_fp16(accelerator):
+    """Most scales, such as the first, are infinite in fp16."""
+    results = []
+    for dtype in (torch.float32, torch.float16):
+        state, batches = state_of(build("llama")), batches_of(False)
+        loss_fn = lambda model, batch: plain_loss(model, batch).to(dtype)  # noqa: B023, E731
+        results.append(train_step(state, batches, loss_fn, accelerator, learning_rate=1e-2).loss)
+    torch.testing.assert_close(*results, rtol=1e-3, atol=0)
 
 
 def test_adapters_train_over_a_base_in_fp16(accelerator):

@@ -115,7 +115,7 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
             refresh_weights(state.model, tensors, weights)
     state.step, state.best, state.seed = saved["step"], saved["best"], saved["seed"]
     scale = saved.get("loss_scale")
-    state.loss_scale = scale and LossScale(**scale)
+    state.loss_scale = scale and LossScale(float(scale["value"]), scale["finite_steps"])
     state.updates = saved.get("updates", saved["step"])  # checkpoints of early versions have no such number
     state.evaluated_step, state.evaluations_since_best = (
         saved.get(name, 0) for name in ("evaluated_step", "evaluations_since_best")

@@ -45,7 +45,8 @@ _COUNT = _Rule("an integer from 0 to 2**63 - 1", lambda value: type(value) is in
 _POSITIVE = _Rule("an integer from 1 to 2**63 - 1", lambda value: _COUNT.allows(value) and value > 0)
 _SEED = _Rule("an integer of up to 64 bits", lambda value: type(value) is int and -(2**63) <= value < 2**64)
 _NUMBER = _Rule("a finite number", lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max)
-_SCALE = _Rule("a power of two from 1 to 2**24", lambda value: value in [2.0**power for power in range(25)])
+_SCALES = [2.0**power for power in range(25)]
+_SCALE = _Rule("a power of two from 1 to 2**24", lambda value: _NUMBER.allows(value) and value in _SCALES)
 _TEXT = _Rule("text", lambda value: isinstance(value, str))
 _SWITCH = _Rule("true or false", lambda value: isinstance(value, bool))
 _OBJECT = _Rule("an object", lambda value: isinstance(value, dict))

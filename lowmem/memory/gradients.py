@@ -133,7 +133,7 @@ class Gradients:
         # seeds all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
         torch.manual_seed(seed_of(self._seed, self._step, self._rank.rank, index))
         loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._denominator
-        return loss if self._loss_scale == 1 else loss * self._loss_scale
+        return loss if self._loss_scale == 1 else loss.float() * self._loss_scale  # in fp16, most scales are infinite
 
     def _run_layered(
         self, forwards: Sequence[Callable[[], Tensor]], autocast: Autocast, sums: "_Sums"

@@ -25,7 +25,7 @@ class LossScale:
     def grow(self) -> None:
         """Count an update; after 2,000 of them, double the value."""
         self.finite_steps += 1
-        if self.finite_steps == _GROWTH_STEPS:
+        if self.finite_steps >= _GROWTH_STEPS:
             self.value, self.finite_steps = min(2 * self.value, _MOST), 0
 
     def shrink(self) -> bool:

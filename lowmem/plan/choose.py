@@ -48,7 +48,7 @@ def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Itera
     if config.recompute != "full" and not config.layered:
         yield rung("recompute=full", recompute="full")
     may_release = config.max_grad_norm == 0 and config.nonfinite == "stop" and config.tp_size == 1
-    if may_release and not (config.release or config.layered):
+    if may_release and config.mixed_precision != "fp16" and not (config.release or config.layered):
         yield rung("layered, release", layered=True, release=True, recompute="full")
     rows, micro_batches = config.batch_size, config.gradient_accumulation_steps
     while rows > 1 and (not config.release or config.layered):
