@@ -98,11 +98,11 @@ def train_step(
     All losses are divided by one number, so any split of the same rows into micro-batches and ranks gives the same
     gradient, except for rounding and dropout. If loss or gradient is not finite, no rank updates weights (but `release`
     already has): every rank raises FloatingPointError if `nonfinite` is "stop", or only counts the step if it is
-    "skip". In fp16, only the loss is that strict at first: a gradient that is not finite halves `state.loss_scale` and
-    is skipped, until the scale is 1. A step without any target is only counted. If a rank cannot read its rows or fails
-    in forward or backward, every rank raises that error, or StepTooLarge if memory ran out (see `fitting_step`). In a
-    sharded model, with `release` or in the update, only the failing rank raises its error, or OutOfMemory. DDP may wrap
-    `state.model`.
+    "skip". In fp16, if the loss is finite but the gradient is not, and `state.loss_scale` is above 1, every rank halves
+    the scale and only counts the step, whatever `nonfinite` is. A step without any target is only counted. If a rank
+    cannot read its rows or fails in forward or backward, every rank raises that error, or StepTooLarge if memory ran
+    out (see `fitting_step`). In a sharded model, with `release` or in the update, only the failing rank raises its
+    error, or OutOfMemory. DDP may wrap `state.model`.
     Raises ValueError if `Gradients` does. Cost: two small host collectives, one gradient reduction, one device sync.
     """
     num_tokens, denominator, preempted = agree_to_start(state, batches, preempted)

@@ -394,7 +394,7 @@ def test_a_preempted_run_resumes_without_deepspeed(work):
         ({"gradient_clipping": 0.5}, {}, "gradient_clipping=0.5, but --max_grad_norm=1.0"),
         ({"train_micro_batch_size_per_gpu": 4}, {}, "train_micro_batch_size_per_gpu=4, but --batch_size=2"),
         ({"bf16": {"enabled": True}}, {}, "bf16.enabled=true, but --mixed_precision=no"),
-        ({"fp16": {"enabled": True}}, {}, "fp16, which lowmem has only without DeepSpeed"),
+        ({"fp16": {"enabled": True}}, {}, "fp16, which needs a run without DeepSpeed"),
         ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, {}, "every step reports the norm: remove"),
         ({"optimizer": {"type": "Adam"}}, {}, "set --optimizer or related flags instead"),
         ({"torch_autocast": {"enabled": True}}, {}, "set --mixed_precision or related flags instead"),

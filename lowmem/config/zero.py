@@ -53,14 +53,14 @@ def zero_problems(flags: Mapping[str, object]) -> list[str]:
         if not isinstance(values.get(section, {}), dict):
             problems.append(f"{section}={json.dumps(values[section])}: set it to an object {{...}}")
     if _value(values, "fp16.enabled") not in (None, "auto", False):
-        problems.append("fp16, which lowmem has only without DeepSpeed: set --mixed_precision=bf16, or no for fp32")
+        problems.append("fp16, which needs a run without DeepSpeed: set --mixed_precision=bf16, or no for fp32")
     zero = values["zero_optimization"]
     for part in ("offload_optimizer", "offload_param"):
         device = _value(zero, f"{part}.device")
         if device == "nvme" and not _value(zero, f"{part}.nvme_path"):
             problems.append(f"{part} to nvme: set its nvme_path too")
         if device == "nvme" and (flags["save_steps"] or flags["resume"] != "never"):
-            found = f"{part} to nvme, from where checkpoints are neither saved nor loaded"
+            found = f"{part} to nvme, where lowmem cannot save or load checkpoints"
             problems.append(f"{found}: offload to cpu, or set --save_steps=0 and remove --resume")
         if part == "offload_param" and device not in (None, "none") and zero["stage"] != 3:
             problems.append(f"{part}, which does nothing below stage 3: remove it")

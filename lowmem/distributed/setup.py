@@ -93,10 +93,11 @@ def init_distributed(
 ) -> "Accelerator":
     """Join the process group that the environment describes (with gloo if there is no GPU). Return an Accelerator.
 
-    `mixed_precision=None` uses the setting of `accelerate launch`; `needs_bf16` says that weights are in bf16 without
-    it. `deepspeed` is a full DeepSpeed config, including the precision. Raises UsageError if the GPU only emulates
-    bf16, and UsageError or RankError if ranks do not find each other in `heartbeat_timeout` seconds. Later, if a rank
-    fails or is silent for that long, the others name it on stderr, call `on_abort(message)` and exit.
+    `mixed_precision=None` uses the setting of `accelerate launch`. Set `needs_bf16` if the run computes in bf16 without
+    autocast. `deepspeed` is a full DeepSpeed config, including the precision. Raises UsageError if the run computes in
+    bf16, which the GPU only emulates, and UsageError or RankError if ranks do not find each other in
+    `heartbeat_timeout` seconds. Later, if a rank fails or is silent for that long, the others name it on stderr, call
+    `on_abort(message)` and exit.
     Sets `signals.at_once` to None, because the ranks can now agree on when to stop. Calls `speed_up_bf16`.
     """
     check_launch(None)

@@ -39,8 +39,8 @@ LossFunction = Callable[[nn.Module, Batch], Tensor]
 class Gradients:
     """The gradients of one step, whose losses are divided by `denominator` (0: no target counts).
 
-    Backward computes the gradients of losses times `loss_scale`, a power of two, by which all that methods return is
-    divided again. The constructor clears gradients left by a failed step.
+    Losses are multiplied by `loss_scale`, a power of two, before backward. The losses and the norm that methods return,
+    and the gradients in the update, are divided by it. The constructor clears gradients left by a failed step.
 
     Raises ValueError for DeepSpeed, mixed precision with a memory tier or an optimizer wrapped by accelerate, and
     UsageError for offloaded weights without `layered`.
