@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
@@ -56,7 +56,7 @@ def evaluate(
     """
     loss = torch.zeros((), device=accelerator.device)
     denominator, num_targets, num_rows = 0.0, 0, 0
-    with forward_only(model), autocast(accelerator, cached=True), handle_rank_errors(model):
+    with forward_only(model), _in_precision(model, accelerator), handle_rank_errors(model):
         for batch in _checked(batches):
             loss += loss_fn(model, batch.to(accelerator.device))
             denominator += batch.denominator
@@ -76,6 +76,11 @@ def evaluate(
     return {f"{prefix}_loss": mean, f"{prefix}_perplexity": perplexity, f"{prefix}_rows": int(num_rows)}
 
 
+def _in_precision(model: nn.Module, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """Enter autocast. It casts each weight once, unless the model is sharded: it would then keep all weights whole."""
+    return autocast(accelerator, cached=not is_sharded(model))
+
+
 @phase("answering prompts")
 def generate(
     model: nn.Module,
@@ -93,7 +98,7 @@ def generate(
     is_encoder_decoder, is_collective = base.config.is_encoder_decoder, is_sharded(model)
     greedy = _greedy(base, tokenizer)
     written = []
-    in_precision = autocast(accelerator, cached=True)
+    in_precision = _in_precision(model, accelerator)
     with forward_only(model), _own_settings(base, greedy), in_precision, handle_rank_errors(model):
         for batch in _checked(batches):
             if not batch.row_ids and not is_collective:

@@ -15,11 +15,13 @@ from torch.distributed.tensor import DTensor
 from lowmem import init_distributed, load_checkpoint, parallelize, save_checkpoint
 from lowmem.adapters.lora import add_lora
 from lowmem.errors import UsageError
+from lowmem.evaluation import evaluate
 from lowmem.loss import chunked_loss, plain_loss
 from lowmem.memory.layered import layered
 from lowmem.memory.precision import LossScale
 from lowmem.memory.savers import entered, recompute, release
 from lowmem.optim.make import make_optimizer
+from lowmem.plan.meter import MemoryMeter
 from lowmem.step import TrainState, train_step
 from tests import runs
 from tests.forked import fork_ranks
@@ -146,6 +148,14 @@ def test_a_scale_from_a_damaged_checkpoint_is_refused(saved, found, accelerator,
         assert state.loss_scale == found
 
 
+def test_an_evaluation_computes_in_fp16(accelerator):
+    model, batches = build("llama"), batches_of(False)
+    loss = evaluate(model, batches, chunked_loss, accelerator)["eval_loss"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    expected = evaluate(model, batches, chunked_loss, Accelerator(cpu=True))["eval_loss"]
+    assert loss != expected and loss == pytest.approx(expected, rel=1e-3)
+
+
 def test_a_loss_function_may_return_fp16(accelerator):
     """Most scales, such as the first, are infinite in fp16."""
     results = []
@@ -199,6 +209,22 @@ def overflow_on_one_rank():
 
 def local(parameter):
     return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def evaluate_sharded():
+    accelerator = init_distributed(mixed_precision="fp16")
+    model = parallelize(
+        build("llama", num_hidden_layers=8, hidden_size=128), accelerator, sharding_strategy="FULL_SHARD"
+    )
+    with MemoryMeter() as meter:
+        evaluate(model, batches_of(False, 1), chunked_loss, accelerator)
+    layers = [parameter for name, parameter in model.named_parameters() if "layers" in name]
+    assert meter.peak_bytes < 2 * sum(parameter.numel() for parameter in layers)
+    accelerator.end_training()
+
+
+def test_an_evaluation_of_a_sharded_model_has_no_copy_of_all_weights():
+    assert fork_ranks(2, evaluate_sharded) == [0, 0]
 
 
 def test_an_overflow_on_one_rank_skips_the_update_on_all():
