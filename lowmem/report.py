@@ -61,9 +61,9 @@ def _precision_hints(accelerator: Accelerator, tier: str) -> list[str]:
     """Return a line if the GPU computes much faster in another precision."""
     if accelerator.device.type != "cuda":
         return []
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    faster = "bf16" if has_bf16 else "fp16"
-    if tier != "off" or accelerator.mixed_precision in ("bf16", faster):
+    faster = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    is_slow = torch.cuda.get_device_capability(accelerator.device) < (7, 0)  # GPUs without tensor cores
+    if is_slow or tier != "off" or accelerator.mixed_precision in ("bf16", faster):
         return []
     return [f"this GPU computes several times faster in {faster}: set --mixed_precision={faster}"]
 

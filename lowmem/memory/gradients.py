@@ -42,7 +42,7 @@ class Gradients:
     Losses are multiplied by `loss_scale`, a power of two, before backward. The losses and the norm that methods return,
     and the gradients in the update, are divided by it. The constructor clears gradients left by a failed step.
 
-    Raises ValueError for DeepSpeed, mixed precision with a memory tier or an optimizer wrapped by accelerate, and
+    Raises ValueError for DeepSpeed, fp8, mixed precision with a memory tier or an optimizer wrapped by accelerate, and
     UsageError for offloaded weights without `layered`.
     """
 
@@ -308,6 +308,8 @@ class _Sums:
 def _check(optimizer: type, mixed_precision: str, is_engine: bool) -> None:
     if is_engine:
         raise ValueError("the model is in DeepSpeed's engine, which reduces and applies gradients: use deepspeed_step")
+    if mixed_precision not in ("no", "bf16", "fp16"):
+        raise ValueError(f"mixed_precision={mixed_precision} is not supported: use no, bf16 or fp16")
     if issubclass(optimizer, AcceleratedOptimizer):
         raise ValueError("the optimizer is wrapped by accelerator.prepare: pass the unwrapped one from make_optimizer")
     if issubclass(optimizer, TieredOptimizer) and mixed_precision != "no":
