@@ -40,9 +40,12 @@ _NEEDED = {"cosine_with_min_lr": ("min_lr", "min_lr_rate"), "warmup_stable_decay
 
 
 def lr_options(text: str) -> dict[str, object]:
-    """Return the options in `text`, a JSON object or `name=value,name=value`. Raises ValueError for other text."""
+    """Return the options in `text`, a JSON object or `name=value,name=value`. Raises ValueError for other text.
+
+    A number may be text, because YAML reads 1e-6, without a point, as text.
+    """
     if text.lstrip().startswith("{"):
-        return json.loads(text)
+        return {name: _value(value) if isinstance(value, str) else value for name, value in json.loads(text).items()}
     pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
     if any(not equals for _, equals, _ in pairs):
         raise ValueError('write name=value,name=value, or {"name": value}')

@@ -5,6 +5,7 @@ import os
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import get_args
 
 from lowmem.config.advice import advice_of, flags_in, near_name
@@ -148,7 +149,7 @@ def _read(values: Mapping[str, object], problems: list[str]) -> tuple[dict[str, 
 def _coerce(name: str, kind: object, value: object, problems: list[str]) -> object:
     """Convert `value` to `kind`, or add a problem. Command lines contain only text, but YAML and Python have types."""
     if isinstance(kind, types.UnionType):
-        if value is None or str(value).lower() in ("none", "null"):
+        if NoneType in get_args(kind) and (value is None or str(value).lower() in ("none", "null")):
             return None
         kind = get_args(kind)[0]
     rules = FIELDS[name].metadata if name in FIELDS else {}
@@ -201,6 +202,7 @@ def _text(name: str, value: object, problems: list[str]) -> str | None:
         return None
     if holds == "names":
         text = ",".join(str(part).strip() for part in (value if is_list else text.split(",")))
+    if holds in ("names", "options"):
         return "" if text.lower() in ("none", "null") else text
     if holds == "files" and is_list:
         return ",".join(str(file).replace(",", r"\,") for file in value)  # `expand` splits it again
