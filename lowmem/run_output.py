@@ -57,8 +57,10 @@ class MetricsLog:
             self._size, self._waiting = self._size + len(self._waiting), b""
 
     def metrics_of(self, step: int) -> dict[str, float | None]:
-        """Return what the file has of `step`, in one dictionary."""
-        records = map(json.loads, self._path.read_bytes().splitlines())
+        """Return all that was recorded for `step`, in one dictionary."""
+        with open(self._path, "rb") as file:
+            lines = file.read(self._size) + self._waiting  # without what a failed write has left in the file
+        records = map(json.loads, lines.splitlines())
         return dict(chain.from_iterable(record.items() for record in records if record.get("step") == step))
 
     def close(self) -> None:

@@ -48,6 +48,7 @@ def write_on_a_full_disk(path, room):
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, resource.RLIM_INFINITY))
     log.write({"step": 2, "loss": float("inf")})
     log.write({"step": 3, "loss": 3.0})
+    assert log.metrics_of(3) == {"step": 3, "loss": 3.0} and log.metrics_of(4) == {}
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     if room == "made":
         log.write({"step": 4, "loss": 4.0})
