@@ -212,7 +212,10 @@ class Report:
         return [f"{tqdm.format_interval(seconds)} left"] if left else []
 
     def evaluation(self, metrics: Mapping[str, float], answers: Sequence[Answer]) -> Mapping[str, float]:
-        """Record an evaluation, and its answers in predictions.jsonl. Returns the metrics."""
+        """Record an evaluation, and its answers in predictions.jsonl.
+
+        Returns the main rank's metrics on every rank, so that all make the same decisions by them.
+        """
         on_main_rank(self._check_folder)
         if self._log and answers:
             about = {"step": self._step, "rows": "test" if "test_loss" in metrics else "eval"}
@@ -220,7 +223,7 @@ class Report:
         self.record(metrics)
         if self._log:
             print_answers(answers)
-        return metrics
+        return gather_json(dict(metrics))[0]
 
     def metrics_of(self, step: int) -> dict[str, float | None]:
         """Return the training loss and the evaluation that are recorded for `step`; on other ranks, nothing."""
