@@ -90,6 +90,9 @@ def test_a_name_has_one_answer_and_is_no_flag_unless_only_some_of_its_values_are
         ("optim", "adafactor", "use --optimizer=adafactor"),
         ("fsdp", ["full_shard", "auto_wrap"], "use --sharding_strategy=FULL_SHARD"),
         ("fsdp", "full_shard offload", "use --sharding_strategy=FULL_SHARD --cpu_offload=True"),
+        ("fsdp", ["offload", "shard_grad_op"], "use --sharding_strategy=SHARD_GRAD_OP --cpu_offload=True"),
+        ("fsdp", "no_shard", "remove it (nothing is sharded by default)"),
+        ("torch_compile", "auto", "use --compile=True"),
         ("dataloader_num_workers", "4", "not needed, because a thread encodes the next steps' rows"),
         ("group_by_length", "True", "use --packing=True"),
         ("auto_find_batch_size", "True", "not needed, because a step that runs out of memory is repeated in smaller"),
@@ -102,6 +105,7 @@ def test_a_name_has_one_answer_and_is_no_flag_unless_only_some_of_its_values_are
         ("gradient_checkpointing", "false", "use --recompute=off"),
         ("val_size", 0.1, "use --validation_rows=N, a number of rows"),
         ("val_size", "500", "use --validation_rows=500"),
+        ("evals_per_epoch", 0, "remove it (evaluations need --validation_file"),
         ("evals_per_epoch", 4, "use --eval_steps=N, the steps of an epoch divided by 4"),
     ],
 )

@@ -12,6 +12,7 @@ Answer = str | Mapping[str, str]
 _NO_REWARDS = "not here: lowmem has no losses for preferences and rewards, as TRL has"
 _NO_LOW_RANK_GRADIENTS = "not here: set --memory=lean to save memory in the optimizer, or --use_lora=True"
 _NO_FRACTION = "not here: set a number of steps, or epoch"
+_NO_EVALUATIONS = "remove it (evaluations need --validation_file or --validation_rows)"
 FRACTION = "0.*[1-9]*"
 
 _OPTIMIZERS = {
@@ -24,7 +25,7 @@ _OPTIMIZERS = {
 }
 _SCHEDULES = {
     "reduce_lr_on_plateau greedy": "not here: the learning rate depends on the step only",
-    "cosine_warmup_with_min_lr": "--lr_scheduler_type=cosine_with_min_lr --lr_scheduler_kwargs=min_lr_rate=0.1",
+    "cosine_warmup_with_min_lr": "--lr_scheduler_type=cosine_with_min_lr, whose warm-up starts at 0",
     "one_cycle rex": "not here: set --lr_scheduler_type=cosine, with --warmup_ratio",
 }
 _PRECISIONS = {"bf16 bfloat16": "--mixed_precision=bf16", "fp16 float16": "--mixed_precision=fp16"}
@@ -101,7 +102,7 @@ TRAINER: dict[str, Answer] = {
     "label_smoothing_factor": "--label_smoothing={}",
     "average_tokens_across_devices": "not needed, because the loss is always the mean over the tokens of all processes",
     # memory and speed
-    "bf16 bfloat16": {"true auto": "--mixed_precision=bf16"},
+    "bf16 bfloat16": {"true auto": "--mixed_precision=bf16", "full": "--mixed_precision=bf16 --memory=lean"},
     "fp16 float16": {"true": "--mixed_precision=fp16"},
     "bf16_full_eval fp16_full_eval": "not needed, because evaluations compute in --mixed_precision too",
     "half_precision_backend fp16_backend fp16_opt_level": "not needed, because precision is --mixed_precision alone",
@@ -114,7 +115,7 @@ TRAINER: dict[str, Answer] = {
     "gradient_checkpointing_kwargs activation_checkpointing_kwargs use_reentrant_gc": (
         "not needed, because checkpointing is never reentrant"
     ),
-    "torch_compile": "--compile={}",
+    "torch_compile": {"true auto": "--compile=True"},
     "torch_compile_backend torch_compile_mode": "not here: --compile=True compiles each layer with torch's defaults",
     "torch_empty_cache_steps gc_steps": "not needed, because a step that runs out of memory frees the cache by itself",
     # processes
@@ -125,12 +126,15 @@ TRAINER: dict[str, Answer] = {
     "ddp_backend": "not needed, because GPUs use nccl and CPUs use gloo",
     "ddp_timeout": "not needed, because ranks send heartbeats (--heartbeat_timeout, in seconds)",
     "fsdp": {
+        "*hybrid_shard*offload* *offload*hybrid_shard*": "--sharding_strategy=HYBRID_SHARD --cpu_offload=True",
         "*hybrid_shard*": "--sharding_strategy=HYBRID_SHARD",
+        "*shard_grad_op*offload* *offload*shard_grad_op*": "--sharding_strategy=SHARD_GRAD_OP --cpu_offload=True",
         "*shard_grad_op*": "--sharding_strategy=SHARD_GRAD_OP",
         "*offload*": "--sharding_strategy=FULL_SHARD --cpu_offload=True",
+        "no_shard": "remove it (nothing is sharded by default)",
         "true *full_shard*": "--sharding_strategy=FULL_SHARD",
     },
-    "fsdp_config fsdp_version fsdp_final_state_dict_type": (
+    "fsdp_config fsdp_version fsdp_final_state_dict_type fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params": (
         "not needed, because layers are sharded one by one and checkpoints hold whole tensors (and "
         "--cpu_offload=True offloads, --recompute=full checkpoints activations)"
     ),
@@ -138,7 +142,7 @@ TRAINER: dict[str, Answer] = {
     "parallelism_config": "--sharding_strategy, and --tp_size for tensor parallelism",
     # evaluation
     "eval_strategy evaluation_strategy": {
-        "no": "remove it (evaluations need --validation_file or --validation_rows)",
+        "no": _NO_EVALUATIONS,
         "steps": "remove it (--eval_steps counts steps)",
         "epoch": "--eval_steps=epoch",
     },
@@ -154,9 +158,11 @@ TRAINER: dict[str, Answer] = {
     },
     "generation_max_length max_new_tokens": "--generation_max_new_tokens={}",
     "generation_num_beams num_beams eval_num_beams do_sample temperature top_p top_k": (
-        "not here: answers are generated greedily, else with the model's generation_config.json"
+        "not here: answers are generated greedily"
     ),
-    "generation_config": "not here: put generation_config.json into the model's folder",
+    "generation_config": (
+        "not here: answers are generated greedily, with the start and end tokens of the model's generation_config.json"
+    ),
     "metric_for_best_model": {
         "loss eval_loss": "remove it (the best evaluation is the one with the lowest eval_loss)",
         "*": "not here: the best evaluation is the one with the lowest eval_loss",
@@ -172,7 +178,7 @@ TRAINER: dict[str, Answer] = {
     "logging_dir": "not needed, because tensorboard's files are in --output_dir",
     "logging_nan_inf_filter": "not needed, because a loss that is not finite ends the run (--nonfinite)",
     "include_num_input_tokens_seen include_tokens_per_second include_effective_tokens_per_second include_tkps": (
-        "not needed, because metrics.jsonl has num_tokens and tokens_per_second"
+        "not needed, because metrics.jsonl has num_tokens (of targets) and tokens_per_second"
     ),
     "skip_memory_metrics": "not needed, because metrics.jsonl has the peaks of device and host memory",
     "log_level log_level_replica log_on_each_node": "not needed, because a run prints few lines, and one process does",
@@ -284,7 +290,9 @@ LLAMA_FACTORY: dict[str, Answer] = {
     "train_on_prompt train_on_inputs": {
         "true": "not here: to train on whole rows, join prompt and response in a --text_column"
     },
-    "mask_history": "not here: all turns of the assistant are targets, so make a row of each turn",
+    "mask_history": (
+        "not here: all turns of the assistant are targets, so print the turns before the last into a --prompt_column"
+    ),
     "disable_shuffling": "not here: rows are always shuffled, by --seed",
     "adapter_name_or_path lora_model_dir": "--model_name_or_path={} instead of the model, which the adapters name",
     "create_new_adapter": "not here: merge the old adapter first (the command `export` with --merge=True)",
@@ -359,8 +367,16 @@ AXOLOTL: dict[str, Answer] = {
     "xformers_attention sage_attention shift_attn": "not here: set --attn_implementation",
     "layer_offloading": {"true": "--offload_weights=host --mixed_precision=bf16"},
     "gpu_memory_limit max_memory": "--device_memory=20GB, which chooses settings that fit",
-    "evals_per_epoch": {"1": "--eval_steps=epoch", "*": "--eval_steps=N, the steps of an epoch divided by {}"},
-    "saves_per_epoch": {"1": "--save_steps=epoch", "*": "--save_steps=N, the steps of an epoch divided by {}"},
+    "evals_per_epoch": {
+        "0": _NO_EVALUATIONS,
+        "1": "--eval_steps=epoch",
+        "*": "--eval_steps=N, the steps of an epoch divided by {}",
+    },
+    "saves_per_epoch": {
+        "0": "--save_steps=0",
+        "1": "--save_steps=epoch",
+        "*": "--save_steps=N, the steps of an epoch divided by {}",
+    },
     "auto_resume_from_checkpoints": {"true": "--resume=auto"},
     "tensor_parallel_size": "--tp_size={}",
     "dp_shard_size": "--sharding_strategy=FULL_SHARD, or HYBRID_SHARD with --shard_size={}",
