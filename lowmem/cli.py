@@ -15,11 +15,12 @@ from fire.core import FireExit
 from fire.decorators import SetParseFn
 
 from lowmem.checkpoint.verify import verify
+from lowmem.config.advice import advice_of
 from lowmem.config.groups import settings_of
 from lowmem.config.help import help_text
 from lowmem.config.parse import named_fields, resolve, typed_fields
 from lowmem.config.sizes import parse_bytes
-from lowmem.config.train_config import TrainConfig, fields_where
+from lowmem.config.train_config import FIELDS, TrainConfig, fields_where
 from lowmem.data.files.convert import convert
 from lowmem.distributed.launcher import launched_settings
 from lowmem.distributed.signals import discard_output, ignore_closed_output
@@ -54,7 +55,9 @@ def _plan(**flags: str) -> Job:
 
 @SetParseFn(str)
 def _evaluate(**flags: str) -> Job:
-    _refuse("evaluate", flags.keys() - fields_where(in_evaluate=True) - {"local_rank"})
+    unknown = flags.keys() - fields_where(in_evaluate=True) - {"local_rank"}
+    # `resolve` says what a setting of another trainer is here
+    _refuse("evaluate", [name for name in unknown if name in FIELDS or advice_of(name, flags[name]) is None])
     if sharding := {"deepspeed", "sharding_strategy", "tp_size"} & launched_settings().keys():
         found = f"accelerate is configured to shard the model ({', '.join(sorted(sharding))})"
         raise UsageError(f"{found}, but `evaluate` needs the whole model in each process: launch with --multi_gpu")

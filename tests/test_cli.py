@@ -53,6 +53,10 @@ def timed(*flags):
         (["trian"], "unknown command: trian; commands are train, plan, evaluate, test"),
         (["evaluate", "--test_file=", "--model_name_or_path=x"], "needs --test_file"),
         (["evaluate", "--learning_rate=1"], "`evaluate` has no such flag"),
+        (
+            ["evaluate", "--model_name_or_path=x", "--test_file=y", "--max_length=9"],
+            "--max_length: use --max_seq_len=9",
+        ),
         (["evaluate", "--test_file=a.jsonl"], "needs --model_name_or_path"),
     ],
 )
