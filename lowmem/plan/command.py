@@ -137,7 +137,8 @@ def _print_alternatives(
         print("  nothing that this program knows of")
     for each in found:
         changed = _changes(config, each.config)
-        if not choice.missing and changed.get("memory") == "lean" and not changed.keys() & {"optimizer", *_OFFLOADS}:
+        has_more_costs = changed.keys() & {"optimizer", "num_processes", *_OFFLOADS}
+        if not choice.missing and changed.get("memory") == "lean" and not has_more_costs:
             flags = " ".join(flags_between(config, each.config))
             why = "nothing is offloaded; it is not chosen because it changes the loss, within the spread of seeds"
             print(f"advice: prefer {flags}: {why}")
