@@ -279,7 +279,7 @@ class TrainConfig(Groups):
     all: those that are installed."""
     run_name: str | None = setting()
     """Name of the run for trackers, and title of the model card.
-    For tensorboard, it names the folder in output_dir."""
+    With tensorboard alone, it names the folder in output_dir."""
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
