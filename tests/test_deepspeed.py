@@ -372,6 +372,20 @@ def test_a_killed_run_resumes_at_another_stage_like_one_never_killed(work):
     assert runs.losses(work, "killed") == pytest.approx(runs.losses(work, "unbroken"), rel=1e-6)
 
 
+def test_the_best_model_is_loaded_into_a_state_that_has_been_used(work):
+    sizes = {"max_steps": 12, "eval_steps": 2, "learning_rate": 0.3, "lr_scheduler_type": "constant"}
+    sizes |= {"load_best_model_at_end": True, "early_stopping_patience": 1, "validation_rows": 4}
+    sizes |= {"max_predict_samples": 0}
+    words = flags(work, "best", deepspeed='{"zero_optimization": {"stage": 3}}', **sizes)
+    for result in train_ranks(2, "train", *words):
+        assert result.returncode == 0, result.stderr
+    found = runs.evaluations(work, "best")
+    best, last = min(found, key=lambda pair: pair[1])[0], found[-1][0]
+    assert best == last - 2
+    saved = work / "best" / "checkpoints" / f"step-{best:08d}" / "model" / "model.safetensors"
+    assert (work / "best" / "model" / "model.safetensors").read_bytes() == saved.read_bytes()
+
+
 def test_a_preempted_run_resumes_without_deepspeed(work):
     words = flags(work, "one", max_steps=10_000, deepspeed=work / "zero2.json")
     with started_ranks(1, run_program, PROGRAM, "train", *words, stderr=subprocess.PIPE) as (process,):
