@@ -5,6 +5,7 @@ import torch
 from transformers import Trainer, get_scheduler
 
 from lowmem.config.lr_options import lr_options, lr_problems
+from lowmem.config.train_config import choices
 from lowmem.errors import UsageError
 from lowmem.optim.make import OPTIMIZERS, make_optimizer
 from lowmem.optim.norms import gradient_norms
@@ -53,6 +54,7 @@ def test_cosine_and_linear_schedules_end_at_zero_and_an_unknown_one_is_refused()
     assert learning_rate_at(60, total_steps=50, peak=1.0, schedule="linear") == 0
     with pytest.raises(ValueError, match="use one of cosine, linear, constant"):
         learning_rate_at(0, total_steps=1, peak=1.0, schedule="sine")
+    assert {name for name, _ in SCHEDULES} == {*choices("lr_scheduler_type")}
 
 
 def test_a_number_of_an_option_may_be_text():  # as YAML reads 1e-6

@@ -93,7 +93,7 @@ def predicting(pool: Executor, cluster: Cluster) -> Predict:
     counted: dict[tuple[TrainConfig, Cluster], tuple[Future[Counted], Future[list[tuple[int, Counted]]]]] = {}
 
     def key_of(config: TrainConfig) -> tuple[TrainConfig, Cluster]:
-        """Return the same key for configs whose steps have the same bytes, though `prediction` may move them."""
+        """Return the same key for configs whose steps have the same bytes, in whichever memory these are."""
         where = {"cpu_offload": False, "offload_weights": config.offload_weights and "host"}
         limits = dict.fromkeys(("num_processes", "device_memory", "host_memory"))
         return dataclasses.replace(config, **where, **limits), cluster_of(config, cluster)
