@@ -31,7 +31,7 @@ def work(tmp_path_factory):
 
 
 def flags(work, name, **changes):
-    return settings(work, name, **OPTIONS, validation_file=work / "held.jsonl", **changes)
+    return settings(work, name, **OPTIONS | {"validation_file": work / "held.jsonl"} | changes)
 
 
 def run_here(work, name, **changes):
@@ -129,3 +129,10 @@ def test_a_run_killed_at_each_point_ends_with_the_same_model(work, unbroken):
     read = [(work / name / "predictions.jsonl").read_text() for name in ("killed", unbroken)]
     assert read[0] == read[1]
     assert saved(work, "killed") == saved(work, unbroken)
+
+
+def test_a_best_evaluation_without_checkpoint_in_the_folder_is_forgotten_with_those_since(work, unbroken, capsys):
+    last = work / unbroken / "checkpoints" / f"step-{LAST:08d}"  # where that run has stopped
+    assert run_here(work, "elsewhere", resume=last, max_steps=LAST + 2) == (LAST + 2, False)
+    assert f"of step {BEST}, has no checkpoint in" in capsys.readouterr().out
+    assert records(work, "elsewhere")[-1]["best"]["step"] == LAST + 2

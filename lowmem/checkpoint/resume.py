@@ -119,7 +119,7 @@ def keep_best(state: TrainState, folder: Path, save: Callable[[], object], tell:
         save()
     else:
         tell(f"the best evaluation, of step {state.best['step']}, has no checkpoint in {folder}: it no longer counts")
-        state.best = None
+        state.best, state.evaluations_since_best = None, 0
 
 
 def load_best(state: TrainState, folder: Path, accelerator: Accelerator) -> int:
