@@ -410,7 +410,7 @@ def predict_in_process(cluster):
     return predict
 
 
-WIDER = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
+WIDER = {"vocab_size": 4000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3}
 
 
 @pytest.fixture
@@ -418,6 +418,7 @@ def fine_tuning(tmp_path, restored_environment):
     """Flags to fine-tune a model of which only the config.json exists, and a function that predicts for one GPU."""
     (tmp_path / "config.json").write_text(json.dumps(FAMILIES["llama"] | WIDER))
     flags = {"model_name_or_path": str(tmp_path), "text_column": "text", "max_seq_len": 128, "batch_size": 1}
+    flags["recompute"] = "full"  # fewer rungs to predict
     return flags | TIERS["exact"], predict_in_process(GPU)
 
 
@@ -437,7 +438,7 @@ def found_for(config, choice, predict, cluster=GPU):
 def test_what_fits_next_to_an_offload_is_found_with_its_price(fine_tuning):
     flags, predict = fine_tuning
     config = resolve(flags)
-    exact, lean = predict([dataclasses.replace(config, recompute="full", memory=x) for x in ("exact", "lean")])
+    exact, lean = predict([dataclasses.replace(config, memory=x) for x in ("exact", "lean")])
     limit = (9 * exact.device_floor + lean.device_bytes) // 10
     assert lean.device_bytes < limit < exact.device_floor
     config = dataclasses.replace(config, device_memory=str(limit))
@@ -449,7 +450,7 @@ def test_what_fits_next_to_an_offload_is_found_with_its_price(fine_tuning):
     assert costs.startswith("rounding, at most the spread of seeds")
     for flag, costs in (
         ("--optimizer=adafactor", "another optimizer"),
-        ("--layered=True", "each layer's forward twice"),
+        ("--layered=True", "no clipping"),
         ("--sharding_strategy=FULL_SHARD", "processes, each with its own device"),
         ("--lora_rank=16", "adapters alone are trained"),
         ("--offload_weights=host", "stream from host memory, "),
@@ -458,7 +459,7 @@ def test_what_fits_next_to_an_offload_is_found_with_its_price(fine_tuning):
         assert any(flag in changes and costs in found[changes] for changes in found), (flag, found)
     assert not any("--max_seq_len" in changes for changes in found)  # which would not help
     (processes,) = {int(x.partition("num_processes=")[2].split()[0]) for x in found if "num_processes" in x}
-    fewer = {"num_processes": processes - 1, "sharding_strategy": "FULL_SHARD", "recompute": "full"}
+    fewer = {"num_processes": processes - 1, "sharding_strategy": "FULL_SHARD"}
     (less,) = predict([dataclasses.replace(config, **fewer)])
     assert processes == 2 or less.device_bytes > limit
 
@@ -466,17 +467,15 @@ def test_what_fits_next_to_an_offload_is_found_with_its_price(fine_tuning):
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 def test_fewer_tokens_are_found_where_activations_do_not_fit(fine_tuning):
     flags, predict = fine_tuning
-    config = resolve(
-        flags | {"max_seq_len": 4096, "recompute": "full", "offload_activations": True, "optimizer": "sgd"}
-    )
-    config = dataclasses.replace(config, num_processes=1)
+    config = resolve(flags | {"max_seq_len": 4096, "offload_activations": True, "optimizer": "sgd"})
     sizes = [next(predict([dataclasses.replace(config, max_seq_len=x)])).device_bytes for x in (4096, 1024)]
-    config = dataclasses.replace(config, device_memory=str(sum(sizes) // 2), tp_size=1)
+    config = dataclasses.replace(config, device_memory=str(sum(sizes) // 2))
     choice = choose(config, GPU, {"batch_size"}, predict, lambda line: None)
     assert choice.missing or choice.config.cpu_offload
-    found = found_for(config, choice, predict)
-    (tokens,) = {int(x.partition("max_seq_len=")[2].split()[0]) for x in found if "max_seq_len" in x}
-    assert 1024 <= tokens < 4096 and f"rows are cut after {tokens} tokens" in " ".join(found.values())
+    found = (each.config for each in alternatives(config, GPU, {"batch_size"}, choice, predict))
+    shorter = next(each for each in found if each.max_seq_len < 4096)  # the others are not predicted
+    assert 1024 <= shorter.max_seq_len < 4096
+    assert f"rows are cut after {shorter.max_seq_len} tokens" in price(config, shorter, GPU)
 
 
 def test_the_price_of_what_takes_neither_time_nor_exactness_is_nothing(tmp_path):
@@ -609,6 +608,19 @@ def test_plan_prints_its_result_and_writes_no_file_except_a_chart(tmp_path):
     assert drawn or "matplotlib is not installed" in result.stdout
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["llama.json", *drawn]
 
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["llama"] | WIDER))  # fine-tuning, without the weights
+    flags = [f"--model_name_or_path={tmp_path}", *flags[1:], "--recompute=full", "--offload_activations=False"]
+    flags += ["--cpu_offload=False", "--sharding_strategy=NO_SHARD", "--layered=False"]  # then nothing fits
+    flags += ["--num_processes=1", "--device_memory=1.2GB"]
+    result = train("plan", *flags, cwd=tmp_path)
+    assert result.returncode == 2, result.stdout + result.stderr
+    breakdown, _, answers = result.stdout.partition("what would fit, if you add these flags to yours:")
+    for expected in ("device, peak per process: ", "  moments  ", "host, this machine: ", "disk: "):
+        assert expected in breakdown
+    assert "  --memory=lean\n" in answers and "; costs: rounding" in answers
+    assert "nothing fits: the closest setting, no change, needs" in result.stderr
+    assert "add the flags of one line above, such as --" in result.stderr
+
 
 def test_train_chooses_settings_that_fit_and_writes_them_to_config_json(tmp_path):
     (tmp_path / "rows.txt").write_text("".join(f"line {i} of a text\n" for i in range(60)))
@@ -622,6 +634,7 @@ def test_train_chooses_settings_that_fit_and_writes_them_to_config_json(tmp_path
     assert refused.returncode == 2 and not (tmp_path / "out").exists()
     assert "error: nothing fits: the closest setting, " in refused.stderr
     assert "more than --device_memory=630MB" in refused.stderr
+    assert "what would fit, if you add these flags to yours:" in refused.stdout
     result = train("train", *flags, "--device_memory=648MB")
     assert result.returncode == 0, result.stderr
     assert "no change: device" in result.stdout and "; fits" in result.stdout, result.stdout

@@ -143,40 +143,69 @@ class _Finder:
                 return
 
     def on_more_processes(self, changes: Mapping[str, object]) -> Iterator[Alternative]:
-        """Yield FULL_SHARD on the fewest processes that it needs. Sharded bytes are proportional to 1 / processes."""
-        processes, strategy = self.cluster.world_size, self.config.sharding_strategy
+        """Yield FULL_SHARD on about the fewest processes on which it fits. Its bytes grow with 1 / processes."""
+        fewest, strategy = self.cluster.world_size + 1, self.config.sharding_strategy
         if not self.cluster.on_gpu or not may_shard(self.config) or strategy == "HYBRID_SHARD":
             return
 
-        def sharded(num: float) -> dict[str, object]:
-            return {**changes, "sharding_strategy": "FULL_SHARD", "num_processes": num}
+        def sharded(share: float) -> dict[str, object]:
+            return {**changes, "sharding_strategy": "FULL_SHARD", "num_processes": round(1 / share)}
 
-        share = self._solve(lambda share: sharded(round(1 / share)), 1 / (2 * processes), 1 / (4 * processes), _stays)
-        if share * _MOST_PROCESSES >= 1:
-            fewest = max(processes + 1, math.ceil(1 / share))
-            yield from self.first(sharded(fewest), sharded(fewest + 1))
+        def rounded(share: float, failed: float) -> float:
+            processes = max(fewest, math.ceil(1 / share), round(1 / failed) + 1)
+            return 1 / processes if processes <= _MOST_PROCESSES else 0.0
+
+        start = (0.5 / self.cluster.world_size, 0.25 / self.cluster.world_size)
+        if share := self._largest_that_fits(sharded, start, rounded, _stays):
+            yield from self.first(sharded(share))
 
     def with_fewer_tokens(self, may: Callable[[Rung], bool]) -> Iterator[Alternative]:
-        """Yield about the longest rows that fit, if shorter rows help. Bytes are at least linear in their length."""
-        length = self.config.max_seq_len
-        floor = next(self.predict([self.config])).device_floor
+        """Yield about the longest rows that fit, if shorter rows help."""
+        length, floor = self.config.max_seq_len, next(self.predict([self.config])).device_floor
         if length < 2 * _FEWEST_TOKENS or (may == _stays and exceeds(self.config, device_memory=floor)):
             return
-        tokens = self._solve(lambda length: {"max_seq_len": length}, length, length // 2, may)
-        rounded = [int(part * min(tokens, length - 1)) // _ROUND_TOKENS * _ROUND_TOKENS for part in (1, 0.75, 0.5)]
-        yield from self.first(*({"max_seq_len": num} for num in rounded if num >= _FEWEST_TOKENS), may=may)
 
-    def _solve(
-        self, changes: Callable[[float], Mapping[str, object]], first: float, second: float, may: Callable[[Rung], bool]
+        def rounded(tokens: float, failed: float) -> float:
+            most = int(min(tokens, failed - 1)) // _ROUND_TOKENS * _ROUND_TOKENS
+            return most if most >= _FEWEST_TOKENS else 0
+
+        def shorter(tokens: float) -> dict[str, object]:
+            return {"max_seq_len": int(tokens)}
+
+        if tokens := self._largest_that_fits(shorter, (length, length // 2), rounded, may):
+            yield from self.first(shorter(tokens), may=may)
+
+    def _largest_that_fits(
+        self,
+        changes: Callable[[float], Mapping[str, object]],
+        start: tuple[float, float],
+        rounded: Callable[[float, float], float],
+        may: Callable[[Rung], bool],
     ) -> float:
-        """Return the x at which the last rung of `changes(x)` just fits, if bytes are linear in x; 0 if none does."""
-        over: list[dict[str, int]] = []
-        for x in (first, second):
-            config, rungs = self._rungs(changes(x), may, self.fixed)
-            over.append(over_bytes(config, next(self.predict([dataclasses.replace(config, **rungs[-1].changes)]))))
-        name = max(over[0], key=over[0].get)
-        slope = (over[0][name] - over[1][name]) / (first - second)
-        return max(0.0, first - over[0][name] / slope) if slope > 0 else 0.0
+        """Return about the largest x with which the last rung of `changes(x)` fits; 0 if a few secant steps find none.
+
+        `rounded(x, failed)` rounds x down, below `failed`, the smallest that does not fit; to 0 if that is too little.
+        """
+        points = [(x, self._over_at_last_rung(changes(x), may)) for x in start]
+        for _ in range(4):
+            (x1, first), (x2, second) = points
+            if x1 == x2 or (slope := (first - second) / (x1 - x2)) <= 0:
+                return 0.0
+            failed = min((x for x, over in points if over > 0), default=math.inf)
+            x = x1 - first / slope
+            if x <= 0 or not (x := rounded(x, failed)):
+                return 0.0
+            over = self._over_at_last_rung(changes(x), may)
+            if over <= 0:
+                return x
+            points = [points[1], (x, over)]
+        return 0.0
+
+    def _over_at_last_rung(self, changes: Mapping[str, object], may: Callable[[Rung], bool]) -> int:
+        """Return by how many bytes the last rung exceeds a limit; negative if it fits."""
+        config, rungs = self._rungs(changes, may, self.fixed)
+        (predicted,) = self.predict([dataclasses.replace(config, **rungs[-1].changes)])
+        return max(over_bytes(config, predicted).values())
 
     def _rungs(
         self, changes: Mapping[str, object], may: Callable[[Rung], bool], fixed: Set[str]

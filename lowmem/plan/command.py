@@ -19,6 +19,7 @@ from lowmem.plan.parts import Cluster, Kind
 from lowmem.plan.predict import CONTEXT, Predict, Prediction, gigabytes, planners, predicting, visible_gpus
 
 _OFFLOADS = ("offload_activations", "cpu_offload", "offload_weights")
+_NOT_ADVISED = {"optimizer", "num_processes", *_OFFLOADS}
 _PLANNING_SECONDS = 900.0  # how long other ranks wait for rank 0 to plan; even large models take far less
 
 
@@ -137,8 +138,7 @@ def _print_alternatives(
         print("  nothing that this program knows of")
     for each in found:
         changed = _changes(config, each.config)
-        has_more_costs = changed.keys() & {"optimizer", "num_processes", *_OFFLOADS}
-        if not choice.missing and changed.get("memory") == "lean" and not has_more_costs:
+        if changed.get("memory") == "lean" and not choice.missing and not changed.keys() & _NOT_ADVISED:
             flags = " ".join(flags_between(config, each.config))
             why = "nothing is offloaded; it is not chosen because it changes the loss, within the spread of seeds"
             print(f"advice: prefer {flags}: {why}")
