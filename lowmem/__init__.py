@@ -25,11 +25,13 @@ _NAMES = {
     "model.checks": ["check_model"],
     "model.packing_checks": ["check_packing"],
     "optim.make": ["make_optimizer"],
+    "optim.master": ["master_weights"],
     "optim.schedule": ["learning_rate_at"],
     "step": ["TrainState", "StepResult", "train_step"],
     "recover": ["fitting_step"],
     "evaluation": ["evaluate", "generate", "text_metrics"],
     "checkpoint.save": ["save_checkpoint", "save_model"],
+    "checkpoint.extra": ["load_extra"],
     "checkpoint.load": ["load_checkpoint", "latest_checkpoint"],
     "checkpoint.manifest": ["verify_checkpoint"],
 }

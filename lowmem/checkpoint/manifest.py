@@ -1,6 +1,7 @@
 """List checkpoints in a folder, and verify them by their manifests of file sizes and hashes. Imports no torch."""
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from lowmem.errors import UsageError
 from lowmem.storage.atomic_folder import STEP_FOLDER
 from lowmem.storage.files import FileRecord, record_file, to_json, write_file
 from lowmem.storage.shard_files import model_stem, open_shard, shard_files
+
+EXTRA_NAME = re.compile(r"[A-Za-z0-9_]+")
+_EXTRA_FILE = re.compile(rf"extra/({EXTRA_NAME.pattern})\.(json|safetensors|safetensors\.index\.json)")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -65,10 +69,17 @@ def check_hashes(path: Path, records: Mapping[str, FileRecord]) -> None:
 def check_contents(path: Path, names: Collection[str]) -> None:
     """Raise UsageError naming the first JSON field that is invalid, or the first tensor file with a damaged header."""
     saved_settings(path)
-    for stem in (model_stem(names), "optimizer"):
+    extra = [f"extra/{name}" for name, is_tensors in extra_names(names).items() if is_tensors]
+    for stem in (model_stem(names), "optimizer", *extra):
         for file in shard_files(path, stem, names):
             with open_shard(file, "np"):
                 pass
+
+
+def extra_names(files: Collection[str]) -> dict[str, bool]:
+    """Return the names of the extra values in a checkpoint of these files, and whether each is tensors or JSON."""
+    found = filter(None, map(_EXTRA_FILE.fullmatch, sorted(files)))
+    return {match[1]: match[2] != "json" for match in found}
 
 
 def is_damaged(path: Path) -> bool:

@@ -6,6 +6,7 @@ step-00000500/
   state.json        step, updates, best evaluation and number of those since, seed, state of the data stream; the
                     optimizer's class, tier and parameter names; hashes of the tokenizer and of an adapted model's
                     weights
+  extra/            what the caller adds: NAME.safetensors (or shards of it) for tensors, NAME.json for other values
   manifest.json     size and xxh3_128 of every other file; written last
 
 Ranks write tensor files in parallel; rank 0 then writes the other files. One rank saves a sharded tensor whole.
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lowmem.adapters.lora import base_digest
+from lowmem.checkpoint.extra import Extra
 from lowmem.checkpoint.manifest import checkpoint_of, checkpoints, is_damaged, step_of, write_manifest
 from lowmem.checkpoint.model_files import Config, check_loadable, write_model_files
 from lowmem.checkpoint.parallel_write import write_together
@@ -51,24 +53,30 @@ def save_checkpoint(
     keep: int | None = None,
     max_shard_size: int | str = "5GB",
     on_error: Callable[[SaveError], object] | None = None,
+    extra: Mapping[str, object] | None = None,
 ) -> Path | None:
     """Write `folder`/step-XXXXXXXX, remove the oldest checkpoints beyond `keep` (None: keep all), return the new one.
 
     The checkpoint of `state.best` is always kept. Call this on every rank: each writes a share, with at most one whole
     tensor in host memory. `config` is saved as model/lowmem.json. `tokenizer_hash` is saved in state.json, and a resume
-    compares it. If the disk is full or fails, older checkpoints stay intact, the new one is removed, and every rank
-    raises SaveError, or passes it to `on_error` and returns None. Raises UsageError if `from_pretrained` could not load
-    the model, because adapters or a wrapper rename its weights.
+    compares it. `extra` holds values for `load_extra`, such as {"ema": {name: tensor}, "note": JSON value}. They must
+    be the same on every rank, except for the parts of sharded tensors (DTensors). If the disk is full or fails, older
+    checkpoints stay intact, the new one is removed, and every rank raises SaveError, or passes it to `on_error` and
+    returns None. Raises UsageError if `from_pretrained` could not load the model, because adapters or a wrapper rename
+    its weights, or if `extra` cannot be saved.
     """
     check_loadable(state.model)
     path = checkpoint_of(state.step, folder)
     parameters = named_parameters(state.model, state.optimizer)
     weights, optimizer_state = model_tensors(state.model), optimizer_tensors(parameters, state.optimizer)
     max_bytes, (_, world_size) = parse_bytes(max_shard_size), rank_and_world_size()
-    share = -(-(num_bytes(weights) + num_bytes(optimizer_state)) // world_size)  # a limit for optimizer files
+    others = Extra.of(extra or {})
+    in_all = [weights, optimizer_state, *others.tensors.values()]
+    share = -(-sum(map(num_bytes, in_all)) // world_size)  # a limit for all files but the model's
     groups = {
         **_model_files(state.model, weights, max_bytes, folder="model/"),
         "optimizer": split_shards(optimizer_state, "optimizer", min(max_bytes, share)),
+        **{stem: split_shards(tensors, stem, min(max_bytes, share)) for stem, tensors in others.tensors.items()},
     }
 
     def write_rest(unfinished: Path, records: dict[str, FileRecord]) -> None:
@@ -83,6 +91,7 @@ def save_checkpoint(
             training["definition"] = DEFINITION
         for file, record in write_model_files(unfinished / "model", state.model, tokenizer, config).items():
             records[file.relative_to(unfinished).as_posix()] = record
+        records |= others.write_contents(unfinished)
         records["state.json"] = write_file(unfinished / "state.json", [to_json(training)])
         write_manifest(unfinished, state.step, records)
 
