@@ -3,9 +3,18 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lowmem.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+def set_learning_rate(optimizer: "Optimizer", learning_rate: float) -> None:
+    """Set each group's learning rate: `learning_rate` times the group's "lr_scale", if it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
