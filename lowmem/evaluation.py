@@ -27,14 +27,16 @@ from lowmem.distributed.heartbeat import phase
 from lowmem.distributed.placement import data_place, handle_rank_errors, has_collectives, is_sharded, unwrapped
 from lowmem.distributed.reduce import all_reduce_sum
 from lowmem.errors import StoreError, UsageError
-from lowmem.memory.gradients import LossFunction
 from lowmem.memory.precision import autocast
 from lowmem.model.build import num_embeddings
+from lowmem.model.metrics import LossFunction, MetricSums, loss_and_metrics
 
 # What a model needs to start and end an answer. Other generation settings of the model (sampling, beams, stop strings,
 # several answers per prompt, ...) are not used: answers are greedy, so that runs are comparable.
 _NUM_POSITIONS = ("max_position_embeddings", "max_decoder_position_embeddings", "max_target_positions", "max_seq_len")
 _KEPT_IN_GENERATION = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+
+_MEASURED = {"loss", "perplexity", "rows", "exact_match", "chrf"}  # the names of what an evaluation measures itself
 
 
 class Answer(NamedTuple):
@@ -52,19 +54,27 @@ def evaluate(
 ) -> dict[str, float]:
     """Return mean loss per target token, perplexity and row count. All ranks need the same number of batches.
 
-    The mean is weighted if batches have weights. Raises UsageError if no rank has a target of weight above 0.
+    The mean is weighted if batches have weights. Metrics that `loss_fn` returns are sum / count over all ranks; NaN if
+    nothing was counted. Raises UsageError if no rank has a target of weight above 0.
     """
     loss = torch.zeros((), device=accelerator.device)
     denominator, num_targets, num_rows = 0.0, 0, 0
+    sums = MetricSums(accelerator.device)
     with forward_only(model), _in_precision(model, accelerator), handle_rank_errors(model):
         for batch in _checked(batches):
-            loss += loss_fn(model, batch.to(accelerator.device))
+            of_batch, metrics = loss_and_metrics(loss_fn, model, batch.to(accelerator.device))
+            loss += of_batch
+            sums.add(metrics)
             denominator += batch.denominator
             num_targets += batch.num_targets
             num_rows += len(batch.row_ids)
-    rank = data_place(model)
+    rank, totals = data_place(model), sums.totals()
+    if taken := _MEASURED.intersection(sums.names):
+        raise UsageError(
+            f"evaluate measures {', '.join(sorted(taken))} itself: rename that metric of the loss function"
+        )
     if accelerator.num_processes > 1:
-        all_reduce_sum([loss], rank.group)
+        all_reduce_sum([loss, *totals], rank.group)
     mine = (denominator, num_targets, num_rows) if rank.is_counted else (0, 0, 0)
     denominator, num_targets, num_rows = sum_over_ranks(*mine, dtype=torch.float64)
     if not num_targets:
@@ -73,7 +83,9 @@ def evaluate(
         raise UsageError("all target tokens of the evaluation rows have the weight 0: check their weights")
     mean = loss.item() / denominator
     perplexity = math.exp(min(mean, 700.0))
-    return {f"{prefix}_loss": mean, f"{prefix}_perplexity": perplexity, f"{prefix}_rows": int(num_rows)}
+    measured = {"loss": mean, "perplexity": perplexity, "rows": int(num_rows)}
+    measured |= {name: value.item() for name, value in sums.means().items()}
+    return {f"{prefix}_{name}": value for name, value in measured.items()}
 
 
 def _in_precision(model: nn.Module, accelerator: Accelerator) -> AbstractContextManager[None]:

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from lowmem.data.batch import Batch
 from lowmem.errors import OutOfMemory, StepTooLarge
 from lowmem.memory.out_of_memory import free_failed_step
-from lowmem.step import LossFunction, StepResult, TrainState, train_step
+from lowmem.model.metrics import LossFunction
+from lowmem.step import StepResult, TrainState, train_step
 
 
 class Halving(NamedTuple):

@@ -200,9 +200,14 @@ class Report:
             "tokens_per_second": self._tokens / self._seconds,
             "data_wait_seconds": self._waited - self._waited_before,
         }
+        metrics = {name: value.item() for name, value in result.metrics.items()}
+        if taken := sorted(metrics.keys() & measured.keys()):
+            raise UsageError(f"a step reports {', '.join(taken)} itself: rename that metric of the loss function")
         of_sources = {f"source_{number}_rows": rows for number, rows in enumerate(stream.rows_of_sources, 1)}
         peaks = peak_memory_bytes()
-        self.record(measured | self._counts | of_sources | peaks, notes=[*memory_notes(peaks), *self._time_left()])
+        self.record(
+            measured | metrics | self._counts | of_sources | peaks, notes=[*memory_notes(peaks), *self._time_left()]
+        )
         self._rows, self._tokens, self._seconds, self._waited_before = 0, 0, 0.0, self._waited
 
     def _time_left(self) -> list[str]:

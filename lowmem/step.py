@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -14,9 +14,11 @@ from lowmem.distributed.collectives import gather_json, raise_error_of_any_rank,
 from lowmem.distributed.heartbeat import at_step
 from lowmem.distributed.placement import data_place
 from lowmem.errors import OutOfMemory
-from lowmem.memory.gradients import Gradients, LossFunction
+from lowmem.memory.gradients import BeforeUpdate, Gradients
 from lowmem.memory.out_of_memory import guarded
 from lowmem.memory.precision import LossScale
+from lowmem.model.metrics import LossFunction
+from lowmem.optim.schedule import set_learning_rate
 
 
 @dataclass
@@ -41,6 +43,8 @@ class TrainState:
     """The seed of dropout (together with step, rank and micro-batch) and of the memory tiers' stochastic rounding."""
     loss_scale: LossScale | None = None
     """Set by the first step in fp16."""
+    metric_names: Sequence[str] | None = None
+    """Set by the first step: the names of the metrics that the loss function returns on any rank. Not saved."""
 
     def note_best(self, eval_loss: float | None) -> None:
         """Set `best` to this step if its loss is the lowest so far; None, NaN and infinity are not.
@@ -80,6 +84,9 @@ class StepResult:
     """True on every rank if any rank passed `preempted=True`."""
     loss_scale: float | None = None
     """What the loss of this step was multiplied by for backward; None without fp16."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Sum / count over all micro-batches and ranks of each metric that the loss function returns, fp32, on the device;
+    NaN if nothing was counted."""
 
 
 def train_step(
@@ -92,6 +99,7 @@ def train_step(
     max_grad_norm: float | None = None,
     nonfinite: str = "stop",
     preempted: bool = False,
+    before_update: BeforeUpdate | None = None,
 ) -> StepResult:
     """Update `state` in place with the gradient of the mean loss over all targets of `batches` on all ranks.
 
@@ -103,18 +111,21 @@ def train_step(
     cannot read its rows or fails in forward or backward, every rank raises that error, or StepTooLarge if memory ran
     out (see `fitting_step`). In a sharded model, with `release` or in the update, only the failing rank raises its
     error, or OutOfMemory. DDP may wrap `state.model`.
+    `before_update(gradients)` is called on every rank, in a step with a target, with {parameter name: gradient}: summed
+    over micro-batches and ranks, divided by the number of targets, not clipped and perhaps not finite; in fp32, or in
+    the tier's bf16; of a sharded parameter, a DTensor. It changes them in place. `grad_norm` is the norm after it.
     Raises ValueError if `Gradients` does. Cost: two small host collectives, one gradient reduction, one device sync.
     """
     num_tokens, denominator, preempted = agree_to_start(state, batches, preempted)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_learning_rate(state.optimizer, learning_rate)
     scale = None
     if accelerator.mixed_precision == "fp16":
         state.loss_scale = state.loss_scale or LossScale()
         scale = state.loss_scale.value
     options = {"denominator": denominator, "seed": state.seed, "step": state.step, "loss_scale": scale or 1.0}
+    options["metric_names"] = state.metric_names
     gradients = Gradients(state.model, state.optimizer, accelerator, **options)
-    gradients.check(len(batches), max_grad_norm, nonfinite)
+    gradients.check(len(batches), max_grad_norm, nonfinite, before_update)
     try:
         options = {"together": gradients.can_be_dropped, "completed": gradients.completed()}
         with guarded("computing gradients", state.model, state.optimizer, **options):
@@ -123,6 +134,10 @@ def train_step(
         gradients.clear()
         raise
     loss = gradients.all_reduce(losses)
+    state.metric_names = gradients.metrics.names
+    if before_update and denominator:
+        with guarded("running before_update", state.model, state.optimizer, together=False):
+            gradients.change(before_update)
     grad_norm = gradients.norm()
     with guarded("updating weights", state.model, state.optimizer, together=False):
         updated = denominator > 0 and gradients.update(max_grad_norm, grad_norm, if_finite=loss + grad_norm)
@@ -140,8 +155,8 @@ def train_step(
         gradients.clear()
         raise not_finite(state, reason, is_released=gradients.released is not None)
     gradients.clear()
-    counted = (torch.tensor(num_tokens), denominator)
-    return finish(state, StepResult(loss, grad_norm, *counted, updated, reason, preempted, scale))
+    counted, metrics = (torch.tensor(num_tokens), denominator), gradients.metrics.means()
+    return finish(state, StepResult(loss, grad_norm, *counted, updated, reason, preempted, scale, metrics))
 
 
 def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool) -> tuple[int, float, bool]:

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import ByT5Tokenizer, LlamaForCausalLM, T5ForConditionalGeneration
 
+from lowmem.checkpoint.extra import load_extra
 from lowmem.checkpoint.load import load_checkpoint
 from lowmem.checkpoint.manifest import verify_checkpoint
 from lowmem.checkpoint.save import check_space, save_checkpoint, save_model
@@ -29,6 +30,7 @@ from lowmem.evaluation import evaluate, generate
 from lowmem.loss import LOSSES, chunked_loss, plain_loss
 from lowmem.model.build import freeze
 from lowmem.optim.make import make_optimizer
+from lowmem.optim.master import master_weights
 from lowmem.step import TrainState, train_step
 from tests import runs
 from tests.forked import fork_ranks, started_ranks, train_ranks
@@ -36,6 +38,7 @@ from tests.models import build, qa_rows
 from tests.processes import PROGRAM, ROOT, finish, free_port, module_command, run, run_program, train, wait_until
 from tests.test_files import fail_at
 from tests.test_no_pickle import forbid_pickles
+from tests.test_seams import EMBEDDING, GROUPS, values_of, with_metrics
 
 pytest.importorskip("deepspeed")
 
@@ -65,12 +68,12 @@ def batches_of(family, opened=open_stream, **options):
     return opened(as_rows(qa_rows(29)), encode, batch_size=2, **options)
 
 
-def new_state(family, accelerator, *, seed=0, sharding_strategy="NO_SHARD", frozen=(), **changes):
+def new_state(family, accelerator, *, seed=0, sharding_strategy="NO_SHARD", frozen=(), groups=(), **changes):
     model = build(family, seed=seed, **changes)
     freeze(model, parts=frozen)
     if accelerator.deepspeed_plugin is None:
         model = parallelize(model, accelerator, sharding_strategy=sharding_strategy)
-    optimizer = make_optimizer(model, memory="off", weight_decay=0.1)
+    optimizer = make_optimizer(model, memory="off", weight_decay=0.1, groups=groups)
     # 7 rows per step: of two ranks, one has micro-batches of 2 and 2 rows, and the other has 2 and 1 rows
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     stream = batches_of(family, global_batch_size=7, collate=collate_of(family), **ranks)
@@ -207,6 +210,33 @@ def skip_nonfinite_losses(folder):
 
 def test_if_the_loss_is_not_finite_on_one_rank_no_rank_updates_its_weights(tmp_path):
     assert fork_ranks(2, skip_nonfinite_losses, tmp_path, timeout=300) == [0, 0]
+
+
+def use_the_seams(folder):
+    """Compare groups, metrics and master weights with those of plain data parallel, and save an average."""
+    accelerator, expected = Accelerator(cpu=True), {}
+    for name, zero in (("plain", None), ("zero2", STRATEGIES["zero2"]), ("zero3", STRATEGIES["zero3"])):
+        accelerator = zero_accelerator(zero, bf16=True) if zero else accelerator
+        state = new_state("llama", accelerator, groups=GROUPS)
+        before = {name: x.clone() for name, x in master_weights(state.model, state.optimizer)}
+        batches = next(iter(state.stream))
+        result = (deepspeed_step if zero else train_step)(
+            state, batches, with_metrics, accelerator, learning_rate=1e-2, max_grad_norm=1.0
+        )
+        weights = dict(master_weights(state.model, state.optimizer))
+        assert torch.equal(weights[EMBEDDING], before[EMBEDDING])  # its lr_scale is 0
+        expected.setdefault("metrics", values_of(result.metrics))
+        assert values_of(result.metrics) == pytest.approx(expected["metrics"])
+        for key, mine in expected.setdefault("weights", weights).items():
+            assert weights[key].dtype == torch.float32 and not (key != EMBEDDING and torch.equal(mine, before[key]))
+            torch.testing.assert_close(weights[key], mine, rtol=0, atol=2e-2)  # in bf16, some gradients change sign
+        path = save_checkpoint(state, folder / name, accelerator, extra={"average": weights})
+        assert all(torch.equal(x, weights[key]) for key, x in load_extra(path, "average").items())
+    accelerator.end_training()
+
+
+def test_groups_metrics_master_weights_and_extra_values_are_those_of_plain_data_parallel(tmp_path):
+    assert fork_ranks(2, use_the_seams, tmp_path, timeout=300) == [0, 0]
 
 
 # (ZeRO, whether in bf16, model): T5's embedding, which is tied, is trained; Llama's is frozen

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from operator import attrgetter
+from types import MappingProxyType
 
 import torch
 from accelerate import Accelerator
@@ -22,18 +23,19 @@ from torch.optim import Optimizer
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import is_first_copy, is_shared, local_of, sharded_like
 from lowmem.distributed.offloaded import offloaded_of
-from lowmem.distributed.placement import data_place, has_collectives, is_engine, is_sharded
+from lowmem.distributed.placement import data_place, has_collectives, is_engine, is_sharded, unwrapped
 from lowmem.distributed.reduce import BucketedSum, LayerSum, all_reduce_sum
 from lowmem.distributed.seeds import seed_of
 from lowmem.errors import UsageError
 from lowmem.memory.layered import Autocast, Layered
 from lowmem.memory.precision import autocast
 from lowmem.memory.release import KeptOnHost, Released, TakenGradients
+from lowmem.model.metrics import LossFunction, MetricSums, loss_and_metrics
 from lowmem.optim.norms import gradient_norms
 from lowmem.optim.tiers import TieredOptimizer
 
-LossFunction = Callable[[nn.Module, Batch], Tensor]
-"""`(model, batch) -> sum of the token losses`, an fp32 scalar: the only interface between loop and task."""
+BeforeUpdate = Callable[[Mapping[str, Tensor]], object]
+"""Called with the gradients of a step by parameter name, which it may read and change in place."""
 
 
 class Gradients:
@@ -56,11 +58,14 @@ class Gradients:
         seed: int,
         step: int,
         loss_scale: float = 1.0,
+        metric_names: Sequence[str] | None = None,
     ):
         _check(type(optimizer), accelerator.mixed_precision, is_engine(model))
         self._model, self._optimizer, self._accelerator = model, optimizer, accelerator
         self._denominator, self._seed, self._step = denominator, seed, step
         self._loss_scale = loss_scale
+        self.metrics = MetricSums(accelerator.device, metric_names)
+        """The metrics that the loss function returns with its loss."""
         self._rank, self._is_sharded = data_place(model), is_sharded(model)
         self.released: Released | None = getattr(optimizer, "released", None)
         self._layered: Layered | None = getattr(optimizer, "layered", None)
@@ -80,8 +85,18 @@ class Gradients:
         self._kept = KeptOnHost(optimizer, offload) if offload and not self.released else None
         self._taken: TakenGradients | None = self.released or self._kept
 
-    def check(self, micro_batches: int, max_grad_norm: float | None, nonfinite: str) -> None:
-        """Raise UsageError for options that gradient release does not support."""
+    def check(
+        self,
+        micro_batches: int,
+        max_grad_norm: float | None,
+        nonfinite: str,
+        before_update: BeforeUpdate | None = None,
+    ) -> None:
+        """Raise UsageError for options that gradient release or gradients kept on the host do not support."""
+        if before_update and self._taken is not None:
+            saver = "release" if self.released else "layered with gradients on the host"
+            found = f"before_update needs all gradients at the same time, but {saver} takes each when it is complete"
+            raise UsageError(f"{found}: remove one of the two")
         if self.released:
             if self._accelerator.mixed_precision == "fp16":
                 found = "release applies gradients before all are known to be finite, but fp16 may skip an update"
@@ -132,7 +147,9 @@ class Gradients:
     def _forward(self, index: int, batch: Batch, loss_fn: LossFunction) -> Tensor:
         # seeds all devices, so that dropout masks are a function of (seed, step, rank, micro-batch)
         torch.manual_seed(seed_of(self._seed, self._step, self._rank.rank, index))
-        loss = loss_fn(self._model, batch.to(self._accelerator.device)) / self._denominator
+        loss, metrics = loss_and_metrics(loss_fn, self._model, batch.to(self._accelerator.device))
+        self.metrics.add(metrics)
+        loss = loss / self._denominator
         return loss if self._loss_scale == 1 else loss.float() * self._loss_scale  # in fp16, most scales are infinite
 
     def _run_layered(
@@ -179,12 +196,23 @@ class Gradients:
         return losses
 
     def all_reduce(self, losses: Sequence[Tensor]) -> Tensor:
-        """Sum `losses` over ranks; return the loss. Also sums gradients that `accumulate` has not summed yet."""
+        """Sum `losses` over ranks; return the loss. Also sums metrics, and gradients that are not summed yet."""
         loss = sum(losses, torch.zeros((), device=self._accelerator.device))
+        totals = self.metrics.totals() if self._denominator else []
         if self._accelerator.num_processes > 1:
             is_summed = self._sum or self._is_sharded
-            all_reduce_sum([loss, *([] if is_summed else map(local_of, self._all.values()))], self._rank.group)
+            gradients = [] if is_summed else map(local_of, self._all.values())
+            all_reduce_sum([loss, *gradients, *totals], self._rank.group)
         return loss
+
+    def change(self, function: BeforeUpdate) -> None:
+        """Call `function` with the complete gradients, as they are without a loss scale, by parameter name."""
+        if self._loss_scale != 1:  # fp32 gradients, whose bits a power of two does not change
+            torch._foreach_div_([*map(local_of, self._all.values())], self._loss_scale)
+            self._loss_scale = 1.0
+        named = {name: x for name, x in unwrapped(self._model).named_parameters() if x in self._all}
+        with torch.no_grad():
+            function(MappingProxyType({name: self._all[parameter] for name, parameter in named.items()}))
 
     def norm(self) -> Tensor:
         """Return the L2 norm of the whole gradient, fp32, equal on every rank. Runs one small collective if sharded."""

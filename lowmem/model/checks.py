@@ -5,7 +5,6 @@ import json
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -21,6 +20,7 @@ from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.fully_sharded import forward_only
 from lowmem.distributed.placement import device_of, is_quantized, unwrapped
 from lowmem.errors import StoreError, UsageError, is_out_of_memory
+from lowmem.model.metrics import LossFunction, summed_loss
 from lowmem.model.packing_checks import check_packed_loss, check_packing, check_windows
 from lowmem.model.quantized import dequantize
 
@@ -34,7 +34,7 @@ _SIZES |= {"num_decoder_layers", "encoder_layers", "decoder_layers", "n_layer"}
 
 def check_model(
     model: nn.Module,
-    loss_fn: Callable[[nn.Module, Batch], Tensor],
+    loss_fn: LossFunction,
     *,
     packing: bool,
     max_seq_len: int,
@@ -81,25 +81,25 @@ def check_model(
     return max_seq_len
 
 
-def check_loss(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module, *, weighted: bool = False) -> None:
+def check_loss(loss_fn: LossFunction, model: nn.Module, *, weighted: bool = False) -> None:
     """Run `loss_fn` on rows of two tokens. Raise UsageError if it rejects the model or returns a mean instead of a sum,
     if it does not shift a causal model's labels, if the model sees its targets, or if the loss is not finite because
     weights are not. With `weighted`, also if it ignores the weights of a batch.
     """
-    base = unwrapped(model)
+    base, loss_of = unwrapped(model), partial(summed_loss, loss_fn)
     rows_of = partial(_rows, model)
     with forward_only(model):
         try:
-            loss_fn(model, rows_of(rows=1, length=2, num_targets=0))
+            loss_of(model, rows_of(rows=1, length=2, num_targets=0))
             row = rows_of(rows=1, length=2, num_targets=1)
-            once, twice = loss_fn(model, row), loss_fn(model, rows_of(rows=2, length=2, num_targets=2))
+            once, twice = loss_of(model, row), loss_of(model, rows_of(rows=2, length=2, num_targets=2))
             if not base.config.is_encoder_decoder:
                 tokens = row.inputs["input_ids"].clone()
                 tokens[:, -1] += 1
-                unseen = loss_fn(model, replace(row, inputs=row.inputs | {"input_ids": tokens}))
+                unseen = loss_of(model, replace(row, inputs=row.inputs | {"input_ids": tokens}))
             if weighted:
                 doubled = torch.full(row.inputs["labels"].shape, 2.0, device=device_of(model))
-                heavy = loss_fn(model, replace(row, weights=doubled))
+                heavy = loss_of(model, replace(row, weights=doubled))
         except Exception as error:
             if isinstance(error, UsageError | StoreError) or is_out_of_memory(error):
                 raise
@@ -145,10 +145,10 @@ def _values(parameter: Tensor) -> Tensor:
     return dequantize(parameter, torch.bfloat16) if is_quantized(parameter) else local_of(parameter)
 
 
-def check_backward(model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> None:
+def check_backward(model: nn.Module, loss_fn: LossFunction) -> None:
     """Run forward and backward on two tokens. Raise UsageError if the model changes in place what a saver has kept."""
     try:
-        loss_fn(model, _rows(model, rows=1, length=2, num_targets=1)).backward()
+        summed_loss(loss_fn, model, _rows(model, rows=1, length=2, num_targets=1)).backward()
     except RuntimeError as error:
         if not re.search("inplace|in-place|mutated", str(error)):
             raise
@@ -159,9 +159,7 @@ def check_backward(model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tenso
         model.zero_grad()
 
 
-def _error_at(
-    length: int, loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module
-) -> IndexError | RuntimeError | None:
+def _error_at(length: int, loss_fn: LossFunction, model: nn.Module) -> IndexError | RuntimeError | None:
     """Return the error of a row of `length` tokens, such as for lack of position embeddings; None if there is none."""
     try:
         with forward_only(model), _CheckedEmbeddings():

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from lowmem.data.batch import Batch
 from lowmem.distributed.placement import unwrapped
+from lowmem.model.metrics import LossFunction, Metrics
 from lowmem.model.replaced import replaced
 
-LossFunction = Callable[[nn.Module, Batch], Tensor]
 
-
-def noisy_loss(model: nn.Module, batch: Batch, *, loss_fn: LossFunction, alpha: float) -> Tensor:
+def noisy_loss(
+    model: nn.Module, batch: Batch, *, loss_fn: LossFunction, alpha: float
+) -> Tensor | tuple[Tensor, Metrics]:
     """Return `loss_fn(model, batch)` with noise on the embeddings of the input, or without in evaluation mode.
 
     In a document of L tokens, each element gets noise between +-alpha / sqrt(L * embedding size), drawn from torch's

@@ -1,12 +1,11 @@
 """Check before a run that packed documents do not affect each other, in the model or in the loss."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.data.batch import Batch, EncodedRow, collate
+from lowmem.data.batch import EncodedRow, collate
 from lowmem.data.packing import pack
 from lowmem.data.pair_packing import pack_pairs
 from lowmem.distributed.fully_sharded import forward_only
@@ -15,6 +14,7 @@ from lowmem.errors import RankError, StoreError, UsageError, is_out_of_memory
 from lowmem.model.build import num_embeddings, reason_of
 from lowmem.model.documents import documents_apart
 from lowmem.model.masks import host_masks
+from lowmem.model.metrics import LossFunction, summed_loss
 
 
 def check_windows(base: nn.Module, max_seq_len: int) -> None:
@@ -84,7 +84,7 @@ def check_packing(model: nn.Module) -> None:
         raise UsageError(f"{found}: train without packing{or_sdpa}")
 
 
-def check_packed_loss(model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> None:
+def check_packed_loss(model: nn.Module, loss_fn: LossFunction) -> None:
     """Raise UsageError if packed documents affect each other's loss, mostly because `loss_fn` ignores their positions.
 
     Then the sum over two packed rows changes if they exchange a document. Unlike a sum over separate documents, that
@@ -108,7 +108,7 @@ def check_packed_loss(model: nn.Module, loss_fn: Callable[[nn.Module, Batch], Te
             rows += packed
         if as_one:
             rows = [EncodedRow(input_ids=row["input_ids"], labels=row["labels"]) for row in rows]
-        return loss_fn(model, collate(rows, causal=not is_pairs).to(device_of(model)))
+        return summed_loss(loss_fn, model, collate(rows, causal=not is_pairs).to(device_of(model)))
 
     with forward_only(model):
         loss, other = loss_of(second, as_one=False), loss_of(second[::-1], as_one=False)

@@ -32,6 +32,7 @@ from lowmem.memory.offload import Offload
 from lowmem.memory.savers import entered
 from lowmem.model.build import attention_options, build_model, freeze
 from lowmem.model.load import config_of
+from lowmem.model.metrics import LossFunction
 from lowmem.model.quantized import quantized_outline, replace_linear, scales_of
 from lowmem.optim import kernels_cpu
 from lowmem.optim.make import make_optimizer
@@ -40,7 +41,7 @@ from lowmem.optim.tiers import slice_elements_for
 from lowmem.plan.fakes import CountedSpace, HostCopies, fake_ranks, fake_tensors, few_slices, gpu_kernels
 from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter
 from lowmem.plan.parts import Bytes, Cluster, Counted, Kind
-from lowmem.step import LossFunction, TrainState, train_step
+from lowmem.step import TrainState, train_step
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 _FEW = 2  # the number of layers that `count_shallow` counts in a deep stack
