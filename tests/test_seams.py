@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -10,7 +11,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
+import lowmem
 from lowmem import (
     check_model,
     evaluate,
@@ -37,6 +40,7 @@ from lowmem.report import Report
 from lowmem.step import TrainState
 from tests.forked import fork_ranks
 from tests.models import build
+from tests.processes import ROOT
 from tests.test_step import assert_same_gradient, gradient_of_step, state_of, stream_of
 
 RATE = {"learning_rate": 1e-2}
@@ -45,6 +49,17 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 def batches_of(count=2, **options):
     return next(stream_of("llama", batch_size=8 // count, gradient_accumulation_steps=count, **options))
+
+
+def clip_each(gradients):
+    """The example of docs/library.md."""
+    for gradient in gradients.values():
+        gradient.mul_((1.0 / (gradient.norm() + 1e-6)).clamp(max=0.1))
+
+
+def noting(seen, change):
+    """Return a `before_update` that puts whole copies of the gradients into `seen`, then calls `change`."""
+    return lambda gradients: (seen.update({name: whole(x) for name, x in gradients.items()}), change(gradients))
 
 
 def whole(tensor):
@@ -369,6 +384,27 @@ def test_a_report_records_metrics(tmp_path):
     assert (first["mean_row"], second["eval_mean_row"]) == pytest.approx((expected, expected))
 
 
+# --- documents
+
+
+def test_the_code_of_the_documents_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "library.md").read_text()
+    names = {name: getattr(lowmem, name) for name in lowmem.__all__} | {"torch": torch, "F": F}
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 5
+    for block in blocks:
+        state = state_of(build("llama"), stream_of("llama", batch_size=4), memory="exact")
+        names |= {"state": state, "model": state.model, "optimizer": state.optimizer, "stream": state.stream}
+        names |= {"accelerator": Accelerator(cpu=True), "batches": batches_of()}
+        exec(block.replace("range(1000)", "range(2)"), names)  # noqa: S102
+    result, batches = names["result"], names["batches"]
+    assert 0 <= result.metrics["accuracy"] < 1 and result.grad_norm > 0 and names["note"] == {"decay": 0.999}
+    assert evaluate(build("llama"), batches, names["loss_fn"], Accelerator(cpu=True))["eval_loss"] == pytest.approx(
+        evaluate(build("llama"), batches, plain_loss, Accelerator(cpu=True))["eval_loss"]
+    )
+
+
 # --- ranks
 
 
@@ -377,8 +413,8 @@ def test_on_two_ranks_the_seams_give_what_they_give_on_one(tmp_path):
     state = TrainState(build("llama"), None)
     state.optimizer = make_optimizer(state.model, memory="off", name="sgd", groups=GROUPS)
     batches = batches_of(shuffle=False)
-    note = lambda gradients: seen.update({name: whole(x) for name, x in gradients.items()})  # noqa: E731
-    result = train_step(state, batches, with_metrics, accelerator, learning_rate=1.0, before_update=note)
+    options = {"learning_rate": 1.0, "before_update": noting(seen, clip_each)}
+    result = train_step(state, batches, with_metrics, accelerator, **options)
     save_file(seen, tmp_path / "gradients.safetensors")
     save_file(dict(master_weights(state.model, state.optimizer)), tmp_path / "weights.safetensors")
     measured = evaluate(build("llama"), batches, with_metrics, accelerator)
@@ -398,9 +434,8 @@ def compare_on_a_rank(folder):
         assert measured == pytest.approx(of_evaluation, rel=1e-5)
         optimizer, seen = make_optimizer(model, memory="off", name="sgd", groups=GROUPS), {}
         state = TrainState(model, optimizer)
-        note = lambda x, seen=seen: seen.update({name: whole(gradient) for name, gradient in x.items()})  # noqa: E731
         with entered(savers, model, optimizer):
-            options = {"learning_rate": 1.0, "before_update": note}
+            options = {"learning_rate": 1.0, "before_update": noting(seen, clip_each)}
             result = train_step(state, batches, with_metrics, accelerator, **options)
         assert values_of(result.metrics) == pytest.approx(of_step)
         assert_same_gradient(seen, gradients)
@@ -432,9 +467,10 @@ def average_on_a_rank(folder):
     for name, weight in master_weights(model, state.optimizer):
         assert isinstance(weight, DTensor)
         ema[name].lerp_(weight, 0.25)
-    if_main = {"only_here": 1} if accelerator.is_main_process else {}
-    with pytest.raises(UsageError, match="extra has other names, shapes or dtypes on another rank"):
-        save_checkpoint(state, folder, accelerator, extra={"ema": ema} | if_main)
+    for other in ({"ema": ema, "only_here": 1}, {"ema": dict(reversed(ema.items()))}):
+        extra = other if accelerator.is_main_process else {"ema": ema}
+        with pytest.raises(UsageError, match="extra has other names, .* on another rank: pass the same"):
+            save_checkpoint(state, folder, accelerator, extra=extra)
     path = save_checkpoint(state, folder, accelerator, extra={"ema": ema, "note": 3})
     again = {name: torch.zeros_like(weight) for name, weight in ema.items()}
     load_extra(path, "ema", into=again)

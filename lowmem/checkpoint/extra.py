@@ -35,19 +35,21 @@ class Extra(NamedTuple):
         tensors, contents = {}, {}
         with raise_on_all_ranks():
             for name, value in extra.items():
-                if EXTRA_NAME.fullmatch(name) is None:
+                if not isinstance(name, str) or EXTRA_NAME.fullmatch(name) is None:
                     raise UsageError(f"extra has the name {name!r}: use letters, digits and underscores")
                 if isinstance(value, Mapping) and any(isinstance(x, Tensor) for x in value.values()):
                     tensors[f"extra/{name}"] = _checked(name, value)
                 else:
                     contents[f"extra/{name}.json"] = _encoded(name, value)
-        outlines = {
-            stem: {name: (str(x.dtype), [*x.shape], isinstance(x, DTensor)) for name, x in group.items()}
+        outlines = [  # in order, because ranks write and send tensors in this order
+            [stem, name, str(x.dtype), [*x.shape], isinstance(x, DTensor)]
             for stem, group in tensors.items()
-        }
+            for name, x in group.items()
+        ]
         first, *others = gather_json([outlines, [*contents]])
         if any(other != first for other in others):
-            raise UsageError("extra has other names, shapes or dtypes on another rank: pass the same on every rank")
+            found = "extra has other names, shapes or dtypes, or another order, on another rank"
+            raise UsageError(f"{found}: pass the same on every rank")
         return cls(tensors, contents)
 
     def write_contents(self, unfinished: Path) -> dict[str, FileRecord]:

@@ -96,7 +96,9 @@ def make_optimizer(
         )
     every = []
     for index, is_bias_or_norm, is_plain in sorted(kinds):
-        options = {"weight_decay": 0.0 if is_bias_or_norm else weight_decay} | (groups[index] if index >= 0 else {})
+        options = {"weight_decay": 0.0 if is_bias_or_norm else weight_decay} | (
+            dict(groups[index]) if index >= 0 else {}
+        )
         every.append(options | {"params": kinds[index, is_bias_or_norm, is_plain]})
     if memory == "off":
         fill_weights(model)
