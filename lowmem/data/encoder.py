@@ -3,12 +3,15 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from lowmem.data.batch import IGNORED, LARGEST_WEIGHT, EncodedRow, is_weight, weights_of
 from lowmem.data.rows import Row, Rows
 from lowmem.errors import ReadError, RowError
 
-Encode = Callable[[Mapping[str, object]], EncodedRow]
-"""A function of a row. If it has a method `batch` (rows -> encoded rows), that encodes several rows faster."""
+Encode = Callable[..., EncodedRow]
+"""A function of a row and, with `takes_rng`, of the row's generator. If it has a method `batch` (rows -> encoded rows;
+with `takes_rng`, rows, generators -> encoded rows), that encodes several rows faster."""
 
 _ROWS_AT_ONCE = 64
 _MAX_ROWS_TRIED = 500
@@ -42,20 +45,23 @@ class TextEncoder:
 
 
 class Then:
-    """Encodes rows with `encode`, then changes each: `change` takes the row and the encoded row."""
+    """Encodes rows with `encode`, then changes each: `change` takes the row and the encoded row.
+
+    If `encode` takes a generator, this does too.
+    """
 
     def __init__(self, encode: Encode, change: Callable[[Row, EncodedRow], EncodedRow]):
         self._encode, self._change = encode, change
 
-    def __call__(self, row: Row) -> EncodedRow:
-        return self._change(row, self._encode(row))
+    def __call__(self, row: Row, *rng: np.random.Generator) -> EncodedRow:
+        return self._change(row, self._encode(row, *rng))
 
-    def batch(self, rows: Sequence[Row]) -> list[EncodedRow]:
-        return list(map(self._change, rows, _encode_all(self._encode, rows)))
+    def batch(self, rows: Sequence[Row], *rngs: Sequence[np.random.Generator]) -> list[EncodedRow]:
+        return list(map(self._change, rows, _encode_all(self._encode, rows, *rngs)))
 
 
-def _encode_all(encode: Encode, rows: Sequence[Row]) -> list[EncodedRow]:
-    return encode.batch(rows) if hasattr(encode, "batch") else list(map(encode, rows))
+def _encode_all(encode: Encode, rows: Sequence[Row], *rngs: Sequence[np.random.Generator]) -> list[EncodedRow]:
+    return encode.batch(rows, *rngs) if hasattr(encode, "batch") else list(map(encode, rows, *rngs))
 
 
 class BadRow(NamedTuple):
@@ -66,27 +72,29 @@ class BadRow(NamedTuple):
 
 
 def encode_rows(
-    rows: Rows, row_ids: Iterable[int], encode: Encode, *, may_skip: bool
+    rows: Rows, row_ids: Iterable[int], encode: Encode, *, may_skip: bool, seeds: Sequence[int] | None = None
 ) -> tuple[list[tuple[int, EncodedRow]], list[BadRow]]:
     """Encode rows. Returns pairs (row number, encoded row) and, with `may_skip`, the bad rows.
 
+    With `seeds`, one for each row, `encode` also takes a generator with the row's seed.
     Without `may_skip`, raises RowError for a bad row. In both cases, raises ReadError if a file is no longer readable,
     and the error of the encoder's method `batch` if no row is bad: then the method is.
     """
     encoded, bad, row_ids = [], [], list(row_ids)
     for first in range(0, len(row_ids), _ROWS_AT_ONCE):
         part = row_ids[first : first + _ROWS_AT_ONCE]
-        together, failed = _encode_together(rows, part, encode)
+        seeds_here = () if seeds is None else (seeds[first : first + _ROWS_AT_ONCE],)
+        together, failed = _encode_together(rows, part, encode, *seeds_here)
         if together is not None:
             encoded += zip(part, together, strict=True)
             continue
         num_bad = len(bad)
-        for row_id in part:
+        for row_id, *seed in zip(part, *seeds_here, strict=True):
             row = None
             try:
                 row = rows[row_id]  # raises RowError if the row is unreadable
                 try:
-                    encoded.append((row_id, _checked(encode(row))))
+                    encoded.append((row_id, _checked(encode(row, *map(np.random.default_rng, seed)))))
                 except MemoryError:
                     raise
                 except Exception as error:
@@ -102,7 +110,7 @@ def encode_rows(
 
 
 def _encode_together(
-    rows: Rows, row_ids: Sequence[int], encode: Encode
+    rows: Rows, row_ids: Sequence[int], encode: Encode, *seeds: Sequence[int]
 ) -> tuple[list[EncodedRow] | None, Exception | None]:
     """Return the encoded rows, or None if the encoder must get them one by one, and the error of its method `batch`."""
     if not hasattr(encode, "batch"):
@@ -112,7 +120,7 @@ def _encode_together(
     except Exception:  # to read the rows one by one shows which is bad
         return None, None
     try:
-        together = list(encode.batch(contents))
+        together = list(encode.batch(contents, *([np.random.default_rng(seed) for seed in each] for each in seeds)))
     except MemoryError:
         raise
     except Exception as error:  # to encode the rows one by one shows which is bad
@@ -136,14 +144,15 @@ def _checked(row: EncodedRow) -> EncodedRow:
     return row
 
 
-def blank_row(rows: Rows, encode: Encode, *, near: int) -> EncodedRow:
+def blank_row(rows: Rows, encode: Encode, *, near: int, seeds: Sequence[int] | None = None) -> EncodedRow:
     """Make a row without targets from the first row at or after `near` that can be encoded. All labels are IGNORED.
 
+    `seeds` has one seed, or is None (see `encode_rows`).
     Raises RowError if none of the next 500 rows can be encoded, or if the encoder returns no labels.
     """
     first_error = None
     for row_id in range(near, near + min(len(rows), _MAX_ROWS_TRIED)):
-        encoded, bad = encode_rows(rows, [row_id % len(rows)], encode, may_skip=True)
+        encoded, bad = encode_rows(rows, [row_id % len(rows)], encode, may_skip=True, seeds=seeds)
         for _, row in encoded:
             if "labels" not in row:
                 raise RowError(f"a blank row needs `labels`, the encoder returned {', '.join(row)}: remove bad rows")

@@ -14,6 +14,7 @@ from lowmem.data.order import Order
 from lowmem.data.packing import pack
 from lowmem.data.pair_packing import pack_pairs
 from lowmem.data.rows import Rows
+from lowmem.distributed.seeds import seed_of
 
 
 class Step(NamedTuple):
@@ -41,6 +42,7 @@ class Steps:
     is_encoder_decoder: bool
     may_skip: bool
     pin_memory: bool
+    takes_rng: bool
 
     @cached_property
     def order(self) -> Order:
@@ -49,6 +51,13 @@ class Steps:
     def row_ids(self, start: int, stop: int) -> list[int]:
         """Return the row numbers at positions [start, stop)."""
         return self.order.rows_at(start, stop, seed=self.seed, shuffle=self.shuffle).tolist()
+
+    def seeds(self, start: int, stop: int) -> list[int] | None:
+        """Return the seeds of the generators for the rows at positions [start, stop); None if `encode` takes none.
+
+        A position counts rows over all epochs and ranks, so it also determines the epoch.
+        """
+        return [seed_of("encode", self.seed, at) for at in range(start, stop)] if self.takes_rng else None
 
     @property
     def batch_size(self) -> int:
@@ -59,13 +68,13 @@ class Steps:
         num_pieces = self.world_size * self.micro_batches
         pieces = range(self.rank * self.micro_batches, (self.rank + 1) * self.micro_batches + 1)
         bounds = [position + self.global_batch_size * piece // num_pieces for piece in pieces]
-        row_ids = self.row_ids(bounds[0], bounds[-1])
-        rows, bad = encode_rows(self.rows, row_ids, self.encode, may_skip=self.may_skip)
+        row_ids, seeds = self.row_ids(bounds[0], bounds[-1]), self.seeds(bounds[0], bounds[-1])
+        rows, bad = encode_rows(self.rows, row_ids, self.encode, may_skip=self.may_skip, seeds=seeds)
         cuts = [row.get("num_cut", 0) for _, row in rows]
         counts = {"cut_rows": sum(cut > 0 for cut in cuts), "cut_tokens": sum(cuts), "bad_rows": len(bad)}
         rows.sort(key=lambda row: -_num_ids(row[1]))  # to reduce padding and run the largest micro-batch first
         while len(rows) < self.micro_batches:
-            rows.append((None, blank_row(self.rows, self.encode, near=row_ids[0])))
+            rows.append((None, blank_row(self.rows, self.encode, near=row_ids[0], seeds=seeds and seeds[:1])))
         if self.packed_seq_len is not None:
             pack_rows = pack_pairs if self.is_encoder_decoder else pack
             packed = pack_rows(rows, max_seq_len=self.packed_seq_len, micro_batches=self.micro_batches)

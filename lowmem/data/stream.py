@@ -182,6 +182,7 @@ def open_stream(
     quarantine: Quarantine | None = None,
     accept_changed_data: bool = False,
     pin_memory: bool | None = None,
+    takes_rng: bool = False,
 ) -> Stream:
     """Open a Stream over files (see `open_rows`) or over rows that are already open.
 
@@ -193,6 +194,9 @@ def open_stream(
     that many tokens (see `check_packing`), for an encoder-decoder as prompts and responses. A thread encodes `prefetch`
     steps ahead (0: no thread). With a `quarantine`, skips rows that cannot be read or encoded. `accept_changed_data`:
     see `load_state_dict`. `pin_memory` pins batches for copies to a GPU (None: if CUDA is available).
+    With `takes_rng`, calls `encode(row, rng)` for random changes of a row: `rng` is a numpy Generator with a seed made
+    of `seed` and the row's position, so a row gets the same numbers on any world size and after any resume, and others
+    in each epoch. Draw all random numbers from it.
     """
     rows = as_rows(files) if weights is None else open_mixture(files, weights)
     rank, world_size = given_or_only_rank(rank, world_size)
@@ -205,8 +209,9 @@ def open_stream(
         raise UsageError(f"{global_batch_size=} leaves a micro-batch empty: set a multiple of {world_size}")
     if pin_memory is None:
         pin_memory = torch.cuda.is_available()
+    how = {"may_skip": quarantine is not None, "pin_memory": pin_memory, "takes_rng": takes_rng}
     which = {"global_batch_size": global_batch_size, "seed": seed, "shuffle": shuffle}
     split = {"micro_batches": micro_batches, "rank": rank, "world_size": world_size, "packed_seq_len": packed_seq_len}
     split["is_encoder_decoder"] = is_encoder_decoder
-    steps = Steps(rows, encode, collate, **which, **split, may_skip=quarantine is not None, pin_memory=pin_memory)
+    steps = Steps(rows, encode, collate, **how, **which, **split)
     return Stream(steps, prefetch=prefetch, quarantine=quarantine, accept_changed_data=accept_changed_data)
