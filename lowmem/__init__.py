@@ -3,6 +3,8 @@
 from importlib import import_module
 
 _NAMES = {
+    "cli": ["main"],
+    "config.fields": ["setting"],
     "config.train_config": ["TrainConfig"],
     "config.parse": ["resolve"],
     "errors": ["UsageError", "SaveError", "OutOfMemory", "StepTooLarge"],

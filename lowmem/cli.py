@@ -1,4 +1,4 @@
-"""The command line: Fire parses the arguments into a frozen `Job`, which `main` then runs."""
+"""The command line: Fire parses the arguments into a frozen `Job`, which `main` then checks and runs."""
 
 import contextlib
 import io
@@ -25,7 +25,8 @@ from lowmem.data.files.convert import convert
 from lowmem.distributed.launcher import launched_settings
 from lowmem.distributed.signals import discard_output, ignore_closed_output
 from lowmem.errors import UsageError
-from lowmem.job.run import run
+from lowmem.job.processes import program
+from lowmem.job.run import Train, run
 from lowmem.job.supervise import report_error
 from lowmem.plot import plot
 
@@ -34,43 +35,26 @@ _EXPORT_DTYPES = ("float32", "bfloat16", "float16", "None")
 
 @dataclass(frozen=True)
 class Job:
-    """A parsed and checked command that has not started."""
+    """A parsed command that has not started."""
 
     command: str
     options: Mapping[str, object]
+    """Flags of a run as they were typed, or checked arguments of another command."""
 
 
 @SetParseFn(str)  # keep every value as text, for `resolve` to convert
 def _train(**flags: str) -> Job:
-    return Job("train", {"config": _resolve_training(flags), "fixed": named_fields(flags)})
+    return Job("train", flags)
 
 
 @SetParseFn(str)
 def _plan(**flags: str) -> Job:
-    config = _resolve_training(flags)
-    if config.deepspeed:
-        raise UsageError("`plan` cannot predict DeepSpeed, which manages memory itself: remove --deepspeed")
-    return Job("plan", {"config": config, "fixed": named_fields(flags)})
+    return Job("plan", flags)
 
 
 @SetParseFn(str)
 def _evaluate(**flags: str) -> Job:
-    unknown = flags.keys() - fields_where(in_evaluate=True) - {"local_rank"}
-    # `resolve` says what a setting of another trainer is here
-    _refuse("evaluate", [name for name in unknown if name in FIELDS or advice_of(name, flags[name]) is None])
-    if sharding := {"deepspeed", "sharding_strategy", "tp_size"} & launched_settings().keys():
-        found = f"accelerate is configured to shard the model ({', '.join(sorted(sharding))})"
-        raise UsageError(f"{found}, but `evaluate` needs the whole model in each process: launch with --multi_gpu")
-    if missing := [f"--{name}" for name in ("model_name_or_path", "test_file") if not flags.get(name)]:
-        raise UsageError(f"`evaluate` needs {' and '.join(missing)}")
-    folder = Path(os.path.expanduser(flags["model_name_or_path"]))
-    saved = settings_of(folder)
-    given = {name: saved[name] for name in (*TrainConfig().encoding, "loss", "quantization") if name in saved}
-    precision = saved.get("mixed_precision", "no")
-    if precision != "no" and flags.get("mixed_precision", precision) == precision:
-        given |= {"mixed_precision": precision, "memory": saved.get("memory", "off")}
-    config = _resolve(flags, typed_fields(given, folder / "lowmem.json"))
-    return Job("evaluate", {"config": config, "fixed": named_fields(flags) | given.keys()})
+    return Job("evaluate", flags)
 
 
 @SetParseFn(str)
@@ -123,9 +107,18 @@ _COMMANDS = {"train": _train, "plan": _plan, "evaluate": _evaluate, "test": _eva
 _COMMANDS |= {"verify": _verify, "export": _export, "convert": _convert, "plot": _plot}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    train: Train | None = None,
+    *,
+    config_class: type[TrainConfig] = TrainConfig,
+    arguments: Sequence[str] | None = None,
+) -> int:
     """Run the command line `arguments` (default: sys.argv) and return the exit code.
 
+    The command `train` calls `train(config, rows, signals=..., on_abort=..., check_folder=...)`; None: `train` of
+    lowmem/train.py, which is also what a copy starts from. It returns the number of steps, and whether a signal ended
+    the run. `config_class` derives from TrainConfig: each of its fields is a flag. Processes that a run starts execute
+    the same program, so call this under `if __name__ == "__main__":`.
     Exit codes: 0 done, 1 failed, 2 user error, 75 training preempted, 128 + n another command ended by signal n.
     `train` and `evaluate` leave their signal handlers installed until the process ends.
     """
@@ -140,10 +133,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.redirect_stdout(outputs[0]), contextlib.redirect_stderr(outputs[1]):
         try:
             if not arguments or {"-h", "--help", "help"} & set(arguments):
-                print(help_text())
+                name = " ".join(("python", *program())) if program()[1:] else Path(sys.argv[0]).name
+                print(help_text(config_class, program=name))
                 code = 0
             else:
-                code = _start(_parse(arguments), arguments)
+                code = _start(_parse(arguments), arguments, train, config_class)
         except Exception as error:
             code = report_error(error)
     for output in outputs:
@@ -199,26 +193,67 @@ def _parse(arguments: Sequence[str]) -> Job:
     return job
 
 
-def _resolve_training(flags: Mapping[str, str]) -> TrainConfig:
-    config = _resolve(flags)
+def _training(flags: Mapping[str, str], config_class: type[TrainConfig]) -> tuple[TrainConfig, frozenset[str]]:
+    """Return the config of a run, and the fields that flags set directly."""
+    config = _resolve(flags, config_class)
     if config.quantization and not config.trains_adapters:
         what = f"--quantization={config.quantization} freezes the model, so that nothing is trained"
         raise UsageError(f"{what}: set --lora_rank=16 too, or --model_name_or_path to a folder of adapters")
-    return config
+    return config, named_fields(flags, config_class)
 
 
-def _resolve(flags: Mapping[str, str], given: Mapping[str, object] | None = None) -> TrainConfig:
+def _planning(flags: Mapping[str, str], config_class: type[TrainConfig]) -> tuple[TrainConfig, frozenset[str]]:
+    config, named = _training(flags, config_class)
+    if config.deepspeed:
+        raise UsageError("`plan` cannot predict DeepSpeed, which manages memory itself: remove --deepspeed")
+    return config, named
+
+
+def _evaluation(flags: Mapping[str, str], config_class: type[TrainConfig]) -> tuple[TrainConfig, frozenset[str]]:
+    unknown = flags.keys() - fields_where(config_class, in_evaluate=True) - {"local_rank"}
+    # `resolve` says what a setting of another trainer is here
+    own = {field.name for field in dataclasses.fields(config_class)}
+    _refuse("evaluate", [name for name in unknown if name in own or advice_of(name, flags[name]) is None])
+    if sharding := {"deepspeed", "sharding_strategy", "tp_size"} & launched_settings().keys():
+        found = f"accelerate is configured to shard the model ({', '.join(sorted(sharding))})"
+        raise UsageError(f"{found}, but `evaluate` needs the whole model in each process: launch with --multi_gpu")
+    if missing := [f"--{name}" for name in ("model_name_or_path", "test_file") if not flags.get(name)]:
+        raise UsageError(f"`evaluate` needs {' and '.join(missing)}")
+    folder = Path(os.path.expanduser(flags["model_name_or_path"]))
+    saved = settings_of(folder)
+    given = {name: saved[name] for name in (*TrainConfig().encoding, "loss", "quantization") if name in saved}
+    precision = saved.get("mixed_precision", "no")
+    if precision != "no" and flags.get("mixed_precision", precision) == precision:
+        given |= {"mixed_precision": precision, "memory": saved.get("memory", "off")}
+    config = _resolve(flags, config_class, typed_fields(given, folder / "lowmem.json"))
+    return config, named_fields(flags, config_class) | given.keys()
+
+
+_CONFIGS = {"train": _training, "plan": _planning, "evaluate": _evaluation}
+
+
+def _resolve(
+    flags: Mapping[str, str], config_class: type[TrainConfig], given: Mapping[str, object] | None = None
+) -> TrainConfig:
     """Resolve flags and accelerate's settings into a config. Ignores --local_rank, which old launchers add."""
     given = {**(given or {}), **(launched := launched_settings())}
-    config = resolve({name: value for name, value in flags.items() if name != "local_rank"}, given=given)
+    flags = {name: value for name, value in flags.items() if name != "local_rank"}
+    config = resolve(flags, given=given, config_class=config_class)
     differ = [name for name, value in launched.items() if getattr(config, name) != value]
     if problems := [f"{x}={getattr(config, x)} was set, but accelerate has {x}={launched[x]}" for x in differ]:
         raise UsageError(f"{'; '.join(problems)}: remove one of the two settings")
     return config
 
 
-def _start(job: Job, arguments: Sequence[str]) -> int:
-    if job.command == "verify":
+def _start(job: Job, arguments: Sequence[str], train: Train | None, config_class: type[TrainConfig]) -> int:
+    if job.command in _CONFIGS:
+        config, fixed = _CONFIGS[job.command](job.options, config_class)
+        if job.command != "plan":
+            return run(job.command, config, arguments=arguments, fixed=fixed, train=train)
+        from lowmem.plan.command import plan
+
+        plan(config, fixed, is_own_loop=train is not None)
+    elif job.command == "verify":
         for line in verify(**job.options):
             print(line, flush=True)
     elif job.command == "plot":
@@ -232,10 +267,4 @@ def _start(job: Job, arguments: Sequence[str]) -> int:
 
         options = {"dtype": getattr(torch, job.options["dtype"], None), "merge": job.options["merge"] == "True"}
         print(export(**job.options | options))
-    elif job.command == "plan":
-        from lowmem.plan.command import plan
-
-        plan(**job.options)
-    else:
-        return run(job.command, **job.options, arguments=arguments)
     return 0

@@ -85,7 +85,8 @@ def train(
     checkpoint = checkpoint_to_resume(config.resume, output)
     config = dataclasses.replace(config, template_time=config.template_time or template_time(checkpoint))
     settings = dataclasses.asdict(config)
-    changes = check_same_run(checkpoint, settings, fixed=fields_where(on_resume="fixed")) if checkpoint else []
+    fixed = fields_where(type(config), on_resume="fixed")
+    changes = check_same_run(checkpoint, settings, fixed=fixed) if checkpoint else []
     make_deterministic(config.deterministic)
 
     # --- model and optimizer

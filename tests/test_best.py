@@ -112,7 +112,7 @@ def train_until(event, name, before, words):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(kill)
-    sys.exit(main(words))
+    sys.exit(main(arguments=words))
 
 
 def test_a_run_killed_at_each_point_ends_with_the_same_model(work, unbroken):

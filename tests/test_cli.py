@@ -96,7 +96,8 @@ def test_wrong_files_are_refused_in_seconds_and_nothing_is_written(tmp_path):
 def test_help_and_refusals_of_flags_and_files_import_no_torch(tmp_path):
     code = (
         "import sys, lowmem, lowmem.cli as cli\n"
-        "codes = [cli.main(a.split()) for a in ('--help', 'train --x=1', 'train --train_file=/nowhere.parquet')]\n"
+        "lines = ('--help', 'train --x=1', 'train --train_file=/nowhere.parquet')\n"
+        "codes = [cli.main(arguments=line.split()) for line in lines]\n"
         "assert codes == [0, 2, 2], codes\n"
         "loaded = {'torch', 'transformers', 'accelerate'} & sys.modules.keys()\n"
         "assert not loaded, loaded\n"
@@ -198,7 +199,7 @@ def test_evaluate_takes_columns_lengths_and_precision_from_the_model_folder(prec
 )
 def test_evaluate_names_a_damaged_file_of_training_settings(content, message, tmp_path, capsys):
     (tmp_path / "lowmem.json").write_text(content)
-    assert main(["evaluate", f"--model_name_or_path={tmp_path}", "--test_file=rows.jsonl"]) == 2
+    assert main(arguments=["evaluate", f"--model_name_or_path={tmp_path}", "--test_file=rows.jsonl"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{tmp_path}/lowmem.json" in line and message in line
 
@@ -215,7 +216,7 @@ def run_without_output(kind, *flags):
             os.close(reading)
         os.dup2(writing, 1)
         os.dup2(writing, 2)
-    code = main(["train", *flags])
+    code = main(arguments=["train", *flags])
     sys.stdout.flush()  # as the interpreter does at exit
     assert kind == "full disk" or os.path.samestat(os.fstat(1), os.stat(os.devnull))
     sys.exit(code)

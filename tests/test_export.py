@@ -48,7 +48,7 @@ def saved(folder, family, memory="exact"):
 
 
 def command(*words):
-    return main([str(word) for word in words])
+    return main(arguments=[str(word) for word in words])
 
 
 def loaded(folder, family, **options):
@@ -197,7 +197,7 @@ def test_verify_reports_one_checkpoint_or_all_of_a_run_and_any_damage(tmp_path, 
 
 def test_verify_imports_no_torch_and_help_lists_verify_and_export(tmp_path):
     path, _, _ = saved(tmp_path, "llama")
-    code = "import sys, lowmem.cli as cli; assert cli.main(sys.argv[1:]) == 0 and 'torch' not in sys.modules"
+    code = "import sys, lowmem.cli as cli; assert cli.main(arguments=sys.argv[1:]) == 0 and 'torch' not in sys.modules"
     result = run(sys.executable, "-c", code, "verify", path)
     assert result.returncode == 0, result.stderr
     output = train("--help").stdout

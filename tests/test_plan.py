@@ -589,7 +589,7 @@ def test_host_memory_counts_all_processes_and_what_cpu_offload_moves(tmp_path):
 def test_wrong_sizes_are_reported_before_torch_is_loaded():
     code = (
         "import sys, lowmem.cli as cli\n"
-        "assert cli.main(['plan', '--device_memory=much', '--batch_size=0']) == 2\n"
+        "assert cli.main(arguments=['plan', '--device_memory=much', '--batch_size=0']) == 2\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
     )
     result = run(sys.executable, "-c", code)

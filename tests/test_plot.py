@@ -16,7 +16,7 @@ WITHOUT_MATPLOTLIB = """
 import sys
 sys.modules["matplotlib"] = None  # as if it were not installed
 from lowmem.cli import main
-code = main(["plot", *sys.argv[1:]])
+code = main(arguments=["plot", *sys.argv[1:]])
 assert "torch" not in sys.modules
 sys.exit(code)
 """
@@ -95,9 +95,9 @@ def pixels(png):
 
 def test_several_runs_are_drawn_in_one_picture(falling, tmp_path, capsys):
     other = write(tmp_path / "other", [record(step, loss=3.0) for step in range(1, 100)])
-    assert main(["plot", str(falling)]) == 0
+    assert main(arguments=["plot", str(falling)]) == 0
     alone = (falling / "plot.png").read_bytes()
-    assert main(["plot", str(falling), str(other / "metrics.jsonl")]) == 0
+    assert main(arguments=["plot", str(falling), str(other / "metrics.jsonl")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"{falling / 'plot.png'} shows falling", f"{falling / 'plot.png'} shows falling, other"]
     assert pixels(falling / "plot.png") == (1620, 768)
@@ -115,7 +115,7 @@ def test_all_curves_of_a_real_run_are_read(tmp_path):
 
 def test_what_cannot_be_drawn_is_reported(falling, tmp_path, capsys):
     def error_of(*words):
-        assert main(["plot", *map(str, words)]) == 2
+        assert main(arguments=["plot", *map(str, words)]) == 2
         return capsys.readouterr().err
 
     assert "`plot` needs OUT" in error_of()
@@ -127,7 +127,7 @@ def test_what_cannot_be_drawn_is_reported(falling, tmp_path, capsys):
     path = falling / "metrics.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"step": 9, "lo')  # as if a run were still writing this line
-    assert main(["plot", str(falling)]) == 0
+    assert main(arguments=["plot", str(falling)]) == 0
     for damage in (b'{"step": 9, "lo\n', b"[1]\n", b'{"loss": 1.0}\n', b'{"step": 9, "loss": "a"}\n', b"\xff\n"):
         path.write_bytes(whole + damage)
         assert f"{path}, line 11 is not a record of a run (" in error_of(falling)

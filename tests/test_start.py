@@ -186,7 +186,7 @@ def run_cli(folder, commands, command="train"):
     rank = int(os.environ["RANK"])
     with open(Path(folder, str(rank)), "w") as output:
         os.dup2(output.fileno(), 2)
-    sys.exit(main([command, *commands[rank]]))
+    sys.exit(main(arguments=[command, *commands[rank]]))
 
 
 @pytest.fixture(scope="module")

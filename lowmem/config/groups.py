@@ -1,10 +1,10 @@
 """The settings of a run, grouped by the function that takes them. Imports no torch."""
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from lowmem.config.fields import fields_of
 from lowmem.config.lr_options import lr_options
 from lowmem.config.zero import complete_zero_config
 from lowmem.errors import UsageError
@@ -74,8 +74,8 @@ class Groups:
     @property
     def shared_flags(self) -> dict[str, object]:
         """The flags that must be the same on every rank."""
-        fields = [field for field in dataclasses.fields(self) if not field.metadata.get("per_rank")]
-        return {f"--{field.name}": getattr(self, field.name) for field in fields}
+        shared = [name for name, field in fields_of(type(self)).items() if not field.metadata.get("per_rank")]
+        return {f"--{name}": getattr(self, name) for name in shared}
 
     @property
     def distributed(self) -> dict[str, object]:
@@ -201,11 +201,11 @@ class Groups:
     def card(self) -> dict[str, object]:
         """Options of `model_card`. Of the settings, those that are not defaults, and no paths."""
         settings = {}
-        for field in dataclasses.fields(self):
-            value, rules = getattr(self, field.name), field.metadata
+        for name, field in fields_of(type(self)).items():
+            value, rules = getattr(self, name), field.metadata
             is_shown = value not in (field.default, rules.get("fallback")) and not rules.get("per_rank")
-            if is_shown and field.name not in _NOT_IN_CARD:
-                settings[field.name] = Path(value).name if rules.get("holds") == "path" else value
+            if is_shown and name not in _NOT_IN_CARD:
+                settings[name] = Path(value).name if rules.get("holds") == "path" else value
         title = self.run_name or Path(self.model_name_or_path or "model").name
         about = {"title": title, "base_model": self.model_name_or_path, "is_adapted": self.trains_adapters}
         return about | {"settings": settings}

@@ -1,14 +1,19 @@
 """The text of --help: commands, presets, and each flag with the docstring of its field. Imports no torch."""
 
+import ast
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from inspect import formatannotation, getsource
-from textwrap import wrap
+from itertools import pairwise
+from textwrap import dedent, wrap
 
+from lowmem.config.fields import fields_of
 from lowmem.config.presets import PRESETS
-from lowmem.config.train_config import FIELDS, TrainConfig, choices
+from lowmem.config.train_config import TrainConfig
 
 _COMMANDS = """\
-usage: train_low_mem.py train|plan|evaluate|test|verify|export|convert|plot [--flag=value ...]
+usage: {program} train|plan|evaluate|test|verify|export|convert|plot [--flag=value ...]
   train                                      trains a tiny T5 on bundled rows: no file, no network
   train --train_file=rows.parquet --model_name_or_path=FOLDER --output_dir=out
   plan ...flags of train...                  predicts memory and disk use, without training
@@ -24,23 +29,25 @@ usage: train_low_mem.py train|plan|evaluate|test|verify|export|convert|plot [--f
 presets (flags override them), then all flags with their default, choices (default first) or type; see docs/flags.md:"""
 
 
-def help_text(*, full: bool = False) -> str:
+def help_text(
+    config_class: type[TrainConfig] = TrainConfig, *, program: str = "train_low_mem.py", full: bool = False
+) -> str:
     """Return the text of --help: a line per flag with the first sentence of its docstring (`full`: all sentences)."""
-    lines = [_COMMANDS]
+    lines = [_COMMANDS.replace("{program}", program)]
     for name, values in PRESETS.items():
         title = "with neither a preset nor a model" if name == "tiny" else f"--{name}=True"
         fields = ", ".join(f"{field}={value}" for field, value in values.items())
         lines += wrap(f"  {title}: {fields}", 120, subsequent_indent=" " * 6)
     lines.append("  --is_keep_training=True: resume=auto")
-    group_or_field = re.compile(r'^    # --- (.+)|^    (\w+): (?s:.+?)"""((?s:.+?))"""', re.MULTILINE)
-    for group, name, docstring in group_or_field.findall(getsource(TrainConfig)):
-        if group:
+    fields, texts, last_group = fields_of(config_class), _documented(config_class), ""
+    for name, field in fields.items():
+        group, text = texts.get(name) or (config_class.__name__, "")
+        if group != last_group:
             lines.append(f"\n{group}:")
-            continue
-        field, text = FIELDS[name], " ".join(docstring.split())
+        last_group = group
         default = field.metadata.get("fallback") if field.default is None else field.default
         kind = formatannotation(field.type).removesuffix(" | None").upper()
-        values = "|".join(choices(name)) or (kind if default in (None, "") else str(default))
+        values = "|".join(field.metadata.get("choices", ())) or (kind if default in (None, "") else str(default))
         if full:
             values = values if len(values) <= 80 else values.replace("|", " | ")  # so that it can be wrapped
             lines += wrap(f"  --{name}={values}: {text}", 120, subsequent_indent=" " * 6)
@@ -48,3 +55,25 @@ def help_text(*, full: bool = False) -> str:
             values = values if len(values) <= 20 else f"{values.partition('|')[0]}|..."
             lines.append(f"  {f'--{name}={values}':<36} {text.partition('. ')[0].removesuffix('.')}")
     return "\n".join(lines)
+
+
+def _documented(config_class: type) -> dict[str, tuple[str, str]]:
+    """Return the group and the docstring of each field that has one. A group begins with a comment "# --- name"."""
+    found: dict[str, tuple[str, str]] = {}
+    for base in reversed(config_class.__mro__):
+        if "__dataclass_fields__" not in vars(base):
+            continue
+        with suppress(OSError):  # a class that was defined without a file has no source
+            for name, group, text in _documented_in(dedent(getsource(base)), base.__name__):
+                found[name] = (found[name][0] if name in found else group, text)
+    return found
+
+
+def _documented_in(source: str, group: str) -> Iterator[tuple[str, str, str]]:
+    """Yield name, group and docstring of the fields in the source of a class; `group` is that of the first ones."""
+    headers = {number: line for number, line in enumerate(source.splitlines(), 1) if re.match("    # --- ", line)}
+    for node, after in pairwise(ast.parse(source).body[0].body):
+        is_docstring = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if isinstance(node, ast.AnnAssign) and is_docstring:
+            above = [line for number, line in headers.items() if number < node.lineno]
+            yield node.target.id, above[-1].strip(" #-") if above else group, " ".join(str(after.value.value).split())

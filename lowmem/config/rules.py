@@ -7,13 +7,14 @@ import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from lowmem.config.fields import fields_of
 from lowmem.config.groups import holds_adapters, problem_of_weights
 from lowmem.config.lr_options import lr_problems
 from lowmem.config.presets import MODEL_SHAPES
 from lowmem.config.prompt_template import parse_template
 from lowmem.config.row_formats import ROW_FORMATS
 from lowmem.config.sizes import parse_bytes
-from lowmem.config.train_config import FIELDS, TIERED_OPTIMIZERS, TrainConfig, choices
+from lowmem.config.train_config import TIERED_OPTIMIZERS, TrainConfig
 from lowmem.config.zero import zero_problems
 from lowmem.errors import UsageError
 from lowmem.storage.files import describe
@@ -98,12 +99,12 @@ NEEDS_WITHOUT_LAYERED: list[tuple[str, Sequence[object] | None, str, Sequence[ob
 
 def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
     """List values that are out of range, and pairs of values that contradict each other."""
-    problems = _out_of_range(config)
+    problems, fields = _out_of_range(config), fields_of(type(config))
     for name, values, other, needed, why in [*NEEDS, *(() if config.layered else NEEDS_WITHOUT_LAYERED)]:
         if name == "lora_rank" and config.lora_rank is None and config.trains_adapters:
             name = "model_name_or_path"  # a folder of adapters
-        value, found, default = getattr(config, name), getattr(config, other), FIELDS[other].default
-        if (value in values if values else value != FIELDS[name].default) and found not in needed:
+        value, found, default = getattr(config, name), getattr(config, other), fields[other].default
+        if (value in values if values else value != fields[name].default) and found not in needed:
             flag = f"--{name}" if value is True or name == "deepspeed" else f"--{name}={value}"
             advised = [str(each) for each in needed if each is not None]
             advice = f"set --{other}={advised[0]}{' too' * (found == default)}" if advised else f"remove --{other}"
@@ -131,7 +132,7 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
         advice = "set --model_name_or_path, or set --model_config to a config file"
         problems.append(f"{found}, but --model_config={config.model_config} is a T5: {advice}")
     if holds_adapters(config.model_name_or_path):
-        of_new = [name for name in ("lora_rank", *_OF_ADAPTERS) if getattr(config, name) != FIELDS[name].default]
+        of_new = [name for name in ("lora_rank", *_OF_ADAPTERS) if getattr(config, name) != fields[name].default]
         if of_new:
             what = f"--{presets[0]}" if presets else ", ".join(f"--{name}" for name in of_new)
             found = f"{config.model_name_or_path} holds adapters, which are trained further as they are"
@@ -139,17 +140,17 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
             problems.append(f"{what} would add adapters, but {found}: {advice}")
     elif config.lora_rank is None:
         for name in _OF_ADAPTERS:
-            if (value := getattr(config, name)) != FIELDS[name].default:
+            if (value := getattr(config, name)) != fields[name].default:
                 problems.append(f"--{name}={value} does nothing without --lora_rank: set it, or remove --{name}")
     elif config.model_name_or_path is None:
         found = "a model from scratch, which is not saved with them"
         problems.append(f"--lora_rank={config.lora_rank} would add adapters to {found}: set --model_name_or_path")
     if "is_finetune" in presets and not config.model_name_or_path:
         problems.append("--is_finetune freezes pretrained parts: set --model_name_or_path too")
-    if config.on_bad_row == "error" and config.max_bad_rows != FIELDS["max_bad_rows"].default:
+    if config.on_bad_row == "error" and config.max_bad_rows != fields["max_bad_rows"].default:
         found = f"--max_bad_rows={config.max_bad_rows} does nothing without --on_bad_row=skip"
         problems.append(f"{found}: set --on_bad_row=skip or remove --max_bad_rows")
-    if config.text_column and config.max_predict_samples not in (0, FIELDS["max_predict_samples"].default):
+    if config.text_column and config.max_predict_samples not in (0, fields["max_predict_samples"].default):
         found = f"--max_predict_samples={config.max_predict_samples} does nothing"
         problems.append(f"{found}, because only prompts and chats are answered: remove it")
     package = _PACKAGES.get(config.attn_implementation)
@@ -163,7 +164,7 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
             problems.append(f"--{name}={value} needs evaluations during the run: {advice}")
     if config.load_best_model_at_end and config.save_steps == 0:
         found = "--load_best_model_at_end=True needs checkpoints, but --save_steps=0 saves none"
-        problems.append(f"{found}: set --save_steps={FIELDS['save_steps'].default}, for example, or epoch")
+        problems.append(f"{found}: set --save_steps={fields['save_steps'].default}, for example, or epoch")
     if config.weight_column is not None and config.train_file is None:
         problems.append("--weight_column names a column of --train_file: set --train_file too")
     if config.train_weights is not None and config.train_file is None:
@@ -179,7 +180,7 @@ def _out_of_range(config: TrainConfig) -> list[str]:
     problems = []
     bounds = {"at_least": (operator.ge, "at least"), "above": (operator.gt, "above"), "below": (operator.lt, "below")}
     for name, value in vars(config).items():
-        rules = FIELDS[name].metadata
+        rules = fields_of(type(config))[name].metadata
         for bound, (is_within, words) in bounds.items():
             limit = rules.get(bound)
             if limit is None and bound == "below" and type(value) is int:
@@ -191,8 +192,9 @@ def _out_of_range(config: TrainConfig) -> list[str]:
                 problems.append(f"--{name}={value} must be {rule.replace(str(2**63), '2**63')}")
         if isinstance(value, str) and not value.strip() and not rules.get("may_be_empty"):
             problems.append(f"--{name} is empty: give it a value")
-        if choices(name) and value is not None and value not in choices(name):
-            problems.append(f"--{name}={value} must be one of {', '.join(choices(name))}")
+        choices = rules.get("choices", ())
+        if choices and value is not None and value not in choices:
+            problems.append(f"--{name}={value} must be one of {', '.join(choices)}")
         if rules.get("unit") == "bytes" and value is not None:
             try:
                 parse_bytes(value)

@@ -1,10 +1,9 @@
 """All settings of a run: one flat, frozen dataclass whose fields carry their rules. Imports no torch."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
+from lowmem.config.fields import alternatives_of, fields_of, setting
 from lowmem.config.groups import Groups
 from lowmem.config.row_formats import ROW_FORMATS
 
@@ -16,33 +15,6 @@ _SCHEDULES = "cosine linear constant constant_with_warmup cosine_with_restarts c
 _SCHEDULES += ["inverse_sqrt", "warmup_stable_decay"]
 _PROMPTS = ["prompt_column", "response_column", "prompt_template"]
 _FIXED_IN_EVALUATE = {"on_resume": "fixed", "in_evaluate": True}
-
-
-def setting(
-    default: object = None,
-    *,
-    choices: Sequence[str] = (),
-    at_least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    unit: Literal["bytes"] | None = None,
-    holds: Literal["path", "files", "names", "options"] | None = None,
-    may_be_empty: bool = False,
-    or_word: str | None = None,
-    instead_of: Sequence[str] = (),
-    fallback: object = None,
-    on_resume: Literal["may change", "fixed"] = "may change",
-    per_rank: bool = False,
-    in_evaluate: bool = False,
-) -> Any:
-    """Make a field with rules.
-
-    Of text fields, those that hold `files` or `names` are comma-separated lists, a `path` may begin with ~, and
-    `options` may be a mapping. A number may also be the word `or_word`. `instead_of` lists the fields that this field
-    replaces. `fallback` is this field's value if no alternative is set.
-    A resumed run must keep `fixed` fields; `per_rank` fields may differ by rank; `evaluate` takes `in_evaluate` fields.
-    """
-    return dataclasses.field(default=default, metadata=locals())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,15 +254,14 @@ class TrainConfig(Groups):
     With tensorboard alone, it names the folder in output_dir."""
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+FIELDS = fields_of(TrainConfig)
 
-# Pairs of fields; at most one of a pair can be set.
-ALTERNATIVES = [(name, other) for name, field in FIELDS.items() for other in field.metadata.get("instead_of", ())]
+ALTERNATIVES = alternatives_of(FIELDS)
 
 
-def fields_where(**rules: object) -> frozenset[str]:
-    """The names of the fields whose `setting` has all of these rules."""
-    return frozenset(name for name, field in FIELDS.items() if rules.items() <= field.metadata.items())
+def fields_where(config_class: type = TrainConfig, /, **rules: object) -> frozenset[str]:
+    """The names of the fields of a config class whose `setting` has all of these rules."""
+    return frozenset(name for name, field in fields_of(config_class).items() if rules.items() <= field.metadata.items())
 
 
 def choices(name: str) -> Sequence[str]:

@@ -1,6 +1,6 @@
 """What an encoder is, and how rows pass through it: several at a time, and without those that are bad."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np

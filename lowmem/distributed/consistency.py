@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sized
 from importlib.metadata import version
@@ -61,11 +62,14 @@ def _value(values: Mapping[str, str], name: str) -> str:
 
 
 def code() -> dict[str, str]:
-    """Return values for `check_same`: a hash of this package's code, and the versions of `_PACKAGES`."""
+    """Return values for `check_same`: hashes of this package and of the program, and the versions of `_PACKAGES`."""
     root, digest = Path(__file__).parent.parent, xxhash.xxh3_64()
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return {"lowmem's code": digest.hexdigest()} | {package: version(package) for package in _PACKAGES}
+    program = Path(getattr(sys.modules["__main__"], "__file__", None) or "")  # no file: an interpreter's prompt
+    of_program = xxhash.xxh3_64_hexdigest(program.read_bytes()) if program.is_file() else ""
+    versions = {package: version(package) for package in _PACKAGES}
+    return {"lowmem's code": digest.hexdigest(), "the program's code": of_program} | versions
 
 
 def shared_output_dir(folder: Path) -> dict[str, str]:

@@ -20,6 +20,13 @@ _SECONDS_TO_START = 10.0
 _POLL_SECONDS = 0.5
 
 
+def program() -> list[str]:
+    """Return the words after `python` that start this program again: its file or, after `python -m`, its module."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    is_module = spec is not None and spec.origin == os.path.abspath(sys.argv[0])
+    return ["-m", spec.name] if is_module else [sys.argv[0]]
+
+
 def start_processes(num_processes: int, arguments: Sequence[str], signals: Signals) -> int:
     """Run `python *arguments` in `num_processes` processes on this machine, and return the exit code.
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,17 +20,23 @@ from lowmem.distributed.signals import PREEMPTED, Signals, end_as_signalled
 from lowmem.errors import ColumnsError, UsageError
 from lowmem.job.exit_file import final_exit
 from lowmem.job.folder import check_output
-from lowmem.job.processes import die_with_launcher, start_processes
+from lowmem.job.processes import die_with_launcher, program, start_processes
 from lowmem.job.supervise import end_at_once, record_preempted, supervise
+
+Train = Callable[..., tuple[int, bool]]
+"""What the command `train` calls; see `lowmem.train.train`."""
 
 _PLANNED = "LOWMEM_PLANNED"
 _COLUMN_FLAGS = FIELDS["row_format"].metadata["instead_of"]
 
 
-def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: frozenset[str] = frozenset()) -> int:
+def run(
+    command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: frozenset[str], train: Train | None
+) -> int:
     """Run `command` (train or evaluate) and return the exit code. Catches signals until the process ends.
 
-    Started processes get the command line `arguments`. Fitting settings to memory never changes the fields in `fixed`.
+    Trains by `train` (None: lowmem's). Started processes run the same program with the command line `arguments`.
+    Fitting settings to memory never changes the fields in `fixed`.
     """
     trains, output = command == "train", Path(config.output_dir)
     signals = Signals(at_once=end_at_once if trains else end_as_signalled)
@@ -49,14 +55,14 @@ def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: f
     if trains and (config.device_memory or config.host_memory) and _PLANNED not in os.environ:
         from lowmem.plan.command import fitted, flags_between
 
-        requested, config = config, fitted(config, fixed)
+        requested, config = config, fitted(config, fixed, is_own_loop=train is not None)
         arguments = [*arguments, *flags_between(requested, config)]
         os.environ[_PLANNED] = "1"  # so that started processes do not fit the settings again
 
     processes = processes_to_start(config.num_processes)
     # DeepSpeed needs a process group even for one process
     if processes > 1 or (config.deepspeed and launched_processes() is None):
-        code = start_processes(processes, [sys.argv[0], *arguments], signals)
+        code = start_processes(processes, [*program(), *arguments], signals)
         if trains and (code == PREEMPTED or code < 0):
             record_preempted(output)
             return PREEMPTED
@@ -67,7 +73,7 @@ def run(command: str, config: TrainConfig, *, arguments: Sequence[str], fixed: f
         lines = [found, unread and f"columns of the first rows that are not read: {', '.join(unread)}{hint}"]
         print("".join(f"{line}\n" for line in lines if line), end="", flush=True)
     if trains:
-        return supervise(partial(_train, config, rows), output, signals)
+        return supervise(partial(_train, train, config, rows), output, signals)
     _hide_bars()
     from lowmem.job.evaluate_command import evaluate_model
 
@@ -132,11 +138,12 @@ def _set_environment() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def _train(config: TrainConfig, rows: RowSets, **supervision) -> tuple[int, bool]:
+def _train(train: Train | None, config: TrainConfig, rows: RowSets, **supervision) -> tuple[int, bool]:
     if config.train_file is None and os.environ.get("RANK", "0") == "0":
         print(f"no --train_file: training on the {len(rows.training):,} bundled rows")
     _hide_bars()
-    from lowmem.train import train
+    if train is None:
+        from lowmem.train import train
 
     return train(config, rows, **supervision)
 

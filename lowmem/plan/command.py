@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lowmem.config.sizes import parse_bytes
-from lowmem.config.train_config import TrainConfig
+from lowmem.config.train_config import FIELDS, TrainConfig
 from lowmem.distributed.launcher import launched_processes
 from lowmem.distributed.setup import check_launch
 from lowmem.errors import UsageError
@@ -23,16 +23,18 @@ _NOT_ADVISED = {"optimizer", "num_processes", *_OFFLOADS}
 _PLANNING_SECONDS = 900.0  # how long other ranks wait for rank 0 to plan; even large models take far less
 
 
-def plan(config: TrainConfig, fixed: Iterable[str]) -> None:
+def plan(config: TrainConfig, fixed: Iterable[str], *, is_own_loop: bool = False) -> None:
     """Fit `config` to its limits, print its memory and that of `variants` or `alternatives`, and draw plan.png.
 
+    Set `is_own_loop` if the command `train` calls another function than lowmem's, which is the one that is predicted.
     Raises UsageError after this if nothing fits.
     """
+    config = _plain(config)
     output = Path(config.output_dir)
     if find_spec("matplotlib"):
         _check_folder(output)
     with planners(config.host_memory) as pool:
-        cluster = _cluster(config, pool)
+        cluster = _cluster(config, pool, is_own_loop)
         predict = predicting(pool, cluster)
         if config.device_memory or config.host_memory:
             choice = _chosen(config, cluster, fixed, predict)
@@ -59,23 +61,24 @@ def _check_folder(folder: Path) -> None:
         raise UsageError(f"--output_dir={folder} cannot be made: {error.strerror}; set another folder") from error
 
 
-def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
+def fitted(config: TrainConfig, fixed: Iterable[str], *, is_own_loop: bool = False) -> TrainConfig:
     """Return `config` with the fastest settings that fit its limits. Raises UsageError if none fit.
 
     Under a launcher, call this on every rank before `init_distributed`: rank 0 plans and sends its choice to all ranks.
     """
     check_launch(config.num_processes)
+    plain = _plain(config)
 
     def find() -> dict[str, object]:
         with planners(config.host_memory) as pool:
-            cluster = _cluster(config, pool)
+            cluster = _cluster(plain, pool, is_own_loop)
             predict = predicting(pool, cluster)
-            choice = _chosen(config, cluster, fixed, predict)
+            choice = _chosen(plain, cluster, fixed, predict)
             if choice.missing:
-                raise _nothing_fits(config, choice, _print_alternatives(config, cluster, fixed, choice, predict))
-        if _offloads(config, choice):
+                raise _nothing_fits(plain, choice, _print_alternatives(plain, cluster, fixed, choice, predict))
+        if _offloads(plain, choice):
             print("`plan` with the same flags lists what fits without this offload, and at what price", flush=True)
-        return _changes(config, choice.config)
+        return _changes(plain, choice.config)
 
     if (launched_processes() or 1) == 1:
         return dataclasses.replace(config, **find())
@@ -85,7 +88,12 @@ def fitted(config: TrainConfig, fixed: Iterable[str]) -> TrainConfig:
     return dataclasses.replace(config, **call_on_rank_0(find, **waits))
 
 
-def _cluster(config: TrainConfig, pool: Executor) -> Cluster:
+def _plain(config: TrainConfig) -> TrainConfig:
+    """Return the fields of TrainConfig, without those of a derived class: a planning process may not know the class."""
+    return TrainConfig(**{name: getattr(config, name) for name in FIELDS})
+
+
+def _cluster(config: TrainConfig, pool: Executor, is_own_loop: bool) -> Cluster:
     """Return (and print) the processes of the run. They use GPUs if any is visible or --device_memory is set."""
     launched = launched_processes()
     world_size = launched or config.num_processes
@@ -96,7 +104,7 @@ def _cluster(config: TrainConfig, pool: Executor) -> Cluster:
     where = "GPU" if on_gpu else "this CPU (for a GPU, set --device_memory)"
     model, rows = config.model_name_or_path or config.model_config, config.batch_size
     about = f"predicted for {world_size} x {where}: {model}, micro-batches of {rows} x {config.max_seq_len} tokens"
-    print(about, flush=True)
+    print(f"{about}, for lowmem's own train(), which yours replaces" if is_own_loop else about, flush=True)
     return Cluster(world_size, local, on_gpu)
 
 
