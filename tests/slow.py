@@ -27,6 +27,7 @@ SECONDS = {
     "test_launch.py::test_two_processes_train_like_one[torch.distributed.launch]": 19,
     "test_launch.py::test_two_processes_train_like_one[torchrun]": 12,
     "test_launch.py::test_two_processes_train_the_large_preset": 101,
+    "test_own_program.py::test_processes_that_a_module_starts_run_the_same_module": 20,
     "test_plan.py::test_a_prediction_is_within_a_tenth_of_the_measured_peak[llama]": 45,
     "test_plan.py::test_a_prediction_is_within_a_tenth_of_the_measured_peak[t5]": 59,
     "test_plan.py::test_a_prediction_on_two_processes_is_within_a_tenth_of_the_peak": 37,

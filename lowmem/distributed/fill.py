@@ -135,8 +135,7 @@ def _open_files(model: nn.Module, *, but: Collection[str]) -> dict[str, StoredTe
     if not model.name_or_path:
         raise UsageError("the model has neither data nor files: build it with data (on_meta=False) on rank 0")
     try:
-        stored = stored_weights(model, Path(model.name_or_path))
-        return {name: tensor for name, tensor in stored.items() if name not in but}
+        return stored_weights(model, Path(model.name_or_path), but=but)
     except ValueError as error:
         raise UsageError(f"{error}: set on_meta=False") from error
 
@@ -155,11 +154,11 @@ def read_local(tensor: Tensor | Record | ShardedRecord | ZeroTensor, stored: Sto
         row += part.shape[0]
 
 
-def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor]:
+def stored_weights(model: nn.Module, folder: Path, *, but: Collection[str] = ()) -> dict[str, StoredTensor]:
     """Return each parameter and persistent buffer as stored in `folder`, by name (tied weights: by their first name).
 
-    Leaves out adapters, which are in no file of their model. Raises ValueError if the files lack a tensor, or have it
-    in another shape, or if tied weights differ in them, because transformers would then untie them.
+    Leaves out those in `but`, and adapters, which are in no file of their model. Raises ValueError if the files lack a
+    tensor, or have it in another shape, or if tied weights differ in them, because transformers would then untie them.
     """
     files = open_shards(folder, "model")
     aliases: dict[Tensor, list[str]] = {}
@@ -168,6 +167,8 @@ def stored_weights(model: nn.Module, folder: Path) -> dict[str, StoredTensor]:
             aliases.setdefault(tensor, []).append(name)
     found = {}
     for tensor, names in aliases.items():
+        if names[0] in but:
+            continue
         in_files = [_OF_PEFT.sub("", name) for name in names] if is_adapted(model) else names
         stored = [files[name] for name in in_files if name in files]
         what = f"{folder} cannot fill {names[0]}"

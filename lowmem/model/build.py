@@ -98,13 +98,23 @@ def config_from(model_config: PretrainedConfig | Mapping[str, object] | str | Pa
 
 
 def model_from(
-    config: PretrainedConfig, dtype: torch.dtype, *, on_meta: bool, scratch_folder: str | Path | None = None
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    on_meta: bool,
+    scratch_folder: str | Path | None = None,
+    kind: type | None = None,
 ) -> PreTrainedModel:
-    """Build a model: on the meta device, or with random weights (with `scratch_folder`, large ones in a file there)."""
+    """Build a model: on the meta device, or with random weights (with `scratch_folder`, large ones in a file there).
+
+    `kind` is an auto class, or the class of a model; None: `auto_class(config)`.
+    """
 
     def build() -> PreTrainedModel:
-        options = {"dtype": dtype, "trust_remote_code": False} | attention_options(config)
-        return auto_class(config).from_config(config, **options)
+        options = {"dtype": dtype} | attention_options(config)
+        if kind is not None and issubclass(kind, PreTrainedModel):
+            return kind._from_config(config, **options)
+        return (kind or auto_class(config)).from_config(config, trust_remote_code=False, **options)
 
     if on_meta:
         with init_empty_weights():

@@ -44,6 +44,8 @@ def load_model(
     quantization: str | None = None,
     attn_implementation: str | None = None,
     device: torch.device | None = None,
+    auto_class: type | None = None,
+    config_changes: Mapping[str, object] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model or build it with random weights (by torch's generator); return it in training mode, and a tokenizer.
 
@@ -52,11 +54,14 @@ def load_model(
     cannot be read tensor by tensor, a line is printed and all weights are loaded. With `scratch_folder`, random weights
     are drawn into a file there, and those of large parameters stay in it until `parallelize`. With `quantization`
     "nf4" or "int8", the model is frozen, and its linear layers are in 4 or 8 bits on `device` (None: the accelerator,
-    or the CPU), where `parallelize` must find them. `attn_implementation` is transformers' (None: its own choice). A
+    or the CPU), where `parallelize` must find them. `attn_implementation` is transformers' (None: its own choice).
+    `auto_class` is another kind of model than a causal or text-to-text one: an auto class of transformers, such as
+    AutoModelForSequenceClassification, or the class of a model. If the files have no weights for its head, a line is
+    printed and they are drawn at random. `config_changes` replace fields of a model's config, such as num_labels. A
     folder of adapters (of `save_model`, or peft's) is loaded over the model that it names, which is frozen. Without a
     tokenizer, text becomes bytes. Raises UsageError if something cannot be loaded, if weights are missing or do not fit
     the config, if a config file without a tokenizer has a vocabulary much larger than that of bytes, if the model does
-    not support `attn_implementation`, or for quantization with `model_config` or `on_meta`.
+    not support `attn_implementation`, or for quantization with `model_config`, `on_meta` or `auto_class`.
     """
     if (model_name_or_path is None) == (model_config is None):
         raise UsageError("load_model needs exactly one of model_name_or_path and model_config: set one of them")
@@ -65,21 +70,27 @@ def load_model(
     if quantization and (model_config is not None or on_meta):
         found = "on_meta, which reads them later" if on_meta else "model_config, which draws random ones"
         raise UsageError(f"quantization={quantization} quantizes weights as it reads them, but got {found}: remove one")
+    if quantization and auto_class is not None:
+        raise UsageError(f"quantization={quantization} was set with auto_class={auto_class.__name__}: remove one")
+    if model_config is not None and config_changes:
+        raise UsageError("config_changes are for a model that is loaded: change model_config itself")
     adapters = Path(model_name_or_path) if holds_adapters(model_name_or_path) else None
     if adapters:
         tokenizer_name_or_path = tokenizer_name_or_path or (adapters if _has_tokenizer(adapters) else None)
         model_name_or_path = source_of(adapters)
     # first, because errors in config.json also keep transformers from loading the tokenizer
-    pretrained = None if model_name_or_path is None else _pretrained_config(str(model_name_or_path))
+    pretrained = None if model_name_or_path is None else _pretrained_config(str(model_name_or_path), config_changes)
     tokenizer = _load_tokenizer(tokenizer_name_or_path or model_name_or_path)
     if pretrained is not None:
         pretrained._attn_implementation = attn_implementation or pretrained._attn_implementation
-        check_weights(pretrained, dtype)
+        new = check_weights(pretrained, dtype, auto_class)
+        if new and rank_and_world_size()[0] == 0:
+            print(f"{model_name_or_path} has no {', '.join(new)}: drawn at random", flush=True)
         if quantization:
             model = load_quantized(pretrained, dtype, quantization, device)
         else:
-            model = pretrained_on_meta(pretrained, dtype) if on_meta else None
-            model = model or from_pretrained(pretrained, dtype)
+            model = pretrained_on_meta(pretrained, dtype, auto_class, new) if on_meta else None
+            model = model or from_pretrained(pretrained, dtype, auto_class)
         _read_generation_config(model)
         if adapters:
             load_adapters(model, adapters)
@@ -91,7 +102,7 @@ def load_model(
             if is_named and str(model_config) not in MODEL_SHAPES and tokenizer_name_or_path is None:
                 _check_bytes(config, tokenizer)
             _adopt_special_tokens(config, tokenizer)
-            model = model_from(config, dtype, on_meta=on_meta, scratch_folder=scratch_folder)
+            model = model_from(config, dtype, on_meta=on_meta, scratch_folder=scratch_folder, kind=auto_class)
     _start_as_trained(model, tokenizer)
     _stop_at_end_tokens(model, tokenizer)
     return model.train(), tokenizer
@@ -103,11 +114,15 @@ def config_of(model: str) -> PretrainedConfig:
     return config_from(model) if model in MODEL_SHAPES or Path(model).is_file() else _pretrained_config(model)
 
 
-def _pretrained_config(name: str) -> PretrainedConfig:
+def _pretrained_config(name: str, changes: Mapping[str, object] | None = None) -> PretrainedConfig:
     _check_exists(name, "config.json")
     with loading(name):
         check_counts(PretrainedConfig.get_config_dict(name)[0], name)
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        options = {"trust_remote_code": False, "return_unused_kwargs": True}
+        config, unused = AutoConfig.from_pretrained(name, **options, **(changes or {}))
+    if unused := sorted(unused.keys() & (changes or {}).keys()):
+        raise UsageError(f"config_changes sets {', '.join(unused)}, but {type(config).__name__} has no such field")
+    return config
 
 
 def _check_exists(name: str, file: str) -> None:
@@ -145,7 +160,7 @@ def _is_config_of_model(path: Path) -> bool:
 def _read_generation_config(model: PreTrainedModel) -> None:
     # transformers would do without a damaged file, and a model built on meta has read none
     folder = Path(model.name_or_path)
-    if (folder / "generation_config.json").is_file():
+    if model.can_generate() and (folder / "generation_config.json").is_file():
         with loading(str(folder)):
             model.generation_config = GenerationConfig.from_pretrained(folder)
 
@@ -203,7 +218,7 @@ def _adopt_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokeniz
 
 def _start_as_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let `generate` start with the token that mBART puts before the labels: their last one, such as the language."""
-    settings = model.generation_config
+    settings = getattr(model, "generation_config", None)
     if not model.config.is_encoder_decoder or getattr(settings, "decoder_start_token_id", None) is not None:
         return
     if settings is not None and hasattr(model, "prepare_decoder_input_ids_from_labels"):
@@ -216,7 +231,7 @@ def _start_as_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 def _stop_at_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let `generate` stop at the tokens with which rows are trained to end, besides those of the model's settings."""
-    settings = model.generation_config
+    settings = getattr(model, "generation_config", None)
     given = getattr(settings, "eos_token_id", None)
     given = given if isinstance(given, list) else [] if given is None else [given]
     if settings is not None and (added := [token for token in end_tokens(tokenizer) if token not in given]):

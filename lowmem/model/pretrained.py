@@ -1,7 +1,7 @@
 """Load the weights of a model folder or a hub name. First check, without memory for them, that they fit the config."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -34,9 +34,10 @@ def check_counts(fields: Mapping[str, object], source: str) -> None:
             raise UsageError(f"{found}, but at most {_MAX_COUNT:,} are supported: {_ADVICE}")
 
 
-def check_weights(config: PretrainedConfig, dtype: torch.dtype) -> None:
+def check_weights(config: PretrainedConfig, dtype: torch.dtype, kind: type | None = None) -> list[str]:
     """Raise UsageError unless the files of `config.name_or_path` have all weights, in the shapes that `config` sets.
 
+    With `kind`, the files may lack the model's head. Returns the names of the weights that they lack.
     transformers itself matches names and shapes, on the meta device, because it may rename, split and merge weights.
     """
     name, stored = config.name_or_path, {}
@@ -52,10 +53,10 @@ def check_weights(config: PretrainedConfig, dtype: torch.dtype) -> None:
             # without the files: transformers would map them all, and mapped pages count as memory
             shapes = {key: torch.empty(x.shape, dtype=x.torch_dtype) for key, x in stored.items()}
             with loading(name):
-                kind = type(model_from(config, dtype, on_meta=True))
-                model, info = kind.from_pretrained(None, config=config, dtype=dtype, state_dict=shapes, **options)
+                built = type(model_from(config, dtype, on_meta=True, kind=kind))
+                model, info = built.from_pretrained(None, config=config, dtype=dtype, state_dict=shapes, **options)
         else:
-            model, info = from_pretrained(config, dtype, **options)
+            model, info = from_pretrained(config, dtype, kind, **options)
     if getattr(model, "hf_quantizer", None) is not None:
         found = f"the model {name} has quantized weights, which cannot be trained"
         raise UsageError(f"{found}: use an unquantized model (quantization=nf4 or int8 quantizes it while loading)")
@@ -63,41 +64,65 @@ def check_weights(config: PretrainedConfig, dtype: torch.dtype) -> None:
         weight, stored, expected = differing[0]
         found = f"{len(differing)} weights of the model {name} do not have the shapes that its config.json sets"
         raise UsageError(f"{found} ({weight} has {[*stored]} instead of {[*expected]}, ...): {_ADVICE}")
-    if missing := sorted(info["missing_keys"]):
-        found = f"the model {name} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...)"
+    missing = sorted(info["missing_keys"])
+    needed = [key for key in missing if kind is None or key.startswith(f"{model.base_model_prefix}.")]
+    if needed:
+        found = f"the model {name} lacks {len(needed)} weights ({', '.join(needed[:3])}, ...)"
         raise UsageError(f"{found}; they would be initialized randomly: use a complete model")
     buffers, weights = (sum(map(bytes_of, tensors)) for tensors in (model.buffers(), model.parameters()))
     if buffers > weights + _BUFFER_BYTES:  # the files do not have most of them, such as those for positions
         found = f"the config.json of the model {name} sets buffers of {buffers:,} bytes"
         raise UsageError(f"{found}, more than the {weights:,} bytes of its weights: {_ADVICE}")
+    return missing
 
 
-def from_pretrained(config: PretrainedConfig, dtype: torch.dtype, **options: object) -> PreTrainedModel:
+def from_pretrained(
+    config: PretrainedConfig, dtype: torch.dtype, kind: type | None = None, **options: object
+) -> PreTrainedModel:
     """Load the model of `config.name_or_path`, as transformers does, or raise UsageError."""
     name = config.name_or_path
     safe = {"use_safetensors": True, "trust_remote_code": False}  # the other formats are pickles, which can run code
-    with loading(name):
-        kind = auto_class(config)
-        return kind.from_pretrained(name, config=config, dtype=dtype, **options, **safe, **attention_options(config))
+    with loading(name), _without_report():  # `check_weights` reports what a user should know
+        options |= safe | attention_options(config)
+        return (kind or auto_class(config)).from_pretrained(name, config=config, dtype=dtype, **options)
 
 
-def pretrained_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel | None:
-    """Build the model on the meta device. Print a line and return None if its files cannot be read tensor by tensor."""
-    name = config.name_or_path
+def pretrained_on_meta(
+    config: PretrainedConfig, dtype: torch.dtype, kind: type | None = None, new: Sequence[str] = ()
+) -> PreTrainedModel | None:
+    """Build the model on the meta device, except the weights `new`, which are in no file and are drawn at random.
+
+    Prints a line and returns None if its files cannot be read tensor by tensor.
+    """
+    name, random_state = config.name_or_path, torch.get_rng_state()
     with loading(name):
         folder = local_folder(name)
-        model = model_from(config, dtype, on_meta=True)
+        model = model_from(config, dtype, on_meta=True, kind=kind)
+        _draw(model, new)
     try:
         if hasattr(config, "quantization_config"):  # the files may have the model's names and shapes, but other values
             raise ValueError("the files are quantized")
-        stored_weights(model, folder)
+        stored_weights(model, folder, but=new)
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        torch.set_rng_state(random_state)  # so that the weights are those that this model has without on_meta
         print(f"each process loads all weights of {name}, as they cannot be read tensor by tensor: {reason_of(error)}")
         return None
     model.name_or_path = str(folder)
     return model
+
+
+def _draw(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Give these weights of a model on meta random values, as the model's class initializes them."""
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        empty = torch.empty_like(getattr(owner, attribute), device="cpu")
+        setattr(owner, attribute, nn.Parameter(empty) if isinstance(getattr(owner, attribute), nn.Parameter) else empty)
+    if names:
+        with torch.no_grad():
+            model.apply(model._init_weights)  # does nothing to weights on meta
 
 
 def local_folder(name: str) -> Path:
