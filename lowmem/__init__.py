@@ -31,6 +31,7 @@ _NAMES = {
     "optim.schedule": ["learning_rate_at"],
     "step": ["TrainState", "StepResult", "train_step"],
     "recover": ["fitting_step"],
+    "report": ["Report"],
     "evaluation": ["evaluate", "generate", "text_metrics"],
     "checkpoint.save": ["save_checkpoint", "save_model"],
     "checkpoint.extra": ["load_extra"],

@@ -1,6 +1,7 @@
 """The command line: Fire parses the arguments into a frozen `Job`, which `main` then checks and runs."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -20,7 +21,7 @@ from lowmem.config.groups import settings_of
 from lowmem.config.help import help_text
 from lowmem.config.parse import named_fields, resolve, typed_fields
 from lowmem.config.sizes import parse_bytes
-from lowmem.config.train_config import FIELDS, TrainConfig, fields_where
+from lowmem.config.train_config import TrainConfig, fields_where
 from lowmem.data.files.convert import convert
 from lowmem.distributed.launcher import launched_settings
 from lowmem.distributed.signals import discard_output, ignore_closed_output

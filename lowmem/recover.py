@@ -51,7 +51,7 @@ def fitting_step(
         except StepTooLarge as error:
             stream, rank, too_large = state.stream, error.rank, str(error)
         if stream is None:
-            why = "because TrainState.stream is None: set it, or use a smaller batch size"
+            why = "because TrainState.stream is None: make smaller batches, or more of them"
             raise OutOfMemory(f"{too_large}. The micro-batches cannot be split, {why}", rank)
         batch_size = stream.batch_size
         if not stream.halve():

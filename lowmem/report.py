@@ -75,7 +75,8 @@ def _open_folder(folder: Path, settings: Mapping, resumed_step: int | None) -> t
         if resumed_step is None:
             for stale in folder.glob("bad_rows-*.jsonl"):  # left by an earlier run that saved no checkpoint
                 stale.unlink()
-        (folder / "config.json").write_text(json.dumps(dict(settings), indent=2))
+        if settings:
+            (folder / "config.json").write_text(json.dumps(dict(settings), indent=2))
         log = MetricsLog(folder / "metrics.jsonl", step=resumed_step)
         # an evaluation writes its answers before its metrics, and is repeated if it has written only these
         kept = resumed_step if resumed_step is None or "eval_loss" in log.resumed_at else resumed_step - 1
@@ -85,25 +86,30 @@ def _open_folder(folder: Path, settings: Mapping, resumed_step: int | None) -> t
 
 
 class Report:
-    """Report a run from the main rank. The constructor opens `folder`, or raises UsageError if it cannot be written.
+    """Report a run from the main rank, in `folder` and on the terminal. Call each method on every rank.
 
+    The constructor opens `folder`, or raises UsageError if it cannot be written. A run that `resumed` (None: if `step`
+    is not 0) continues the files there, from which the constructor removes what came after `step`; else they begin
+    empty. `settings` are written to config.json (none: no file) and to the trackers of `accelerator`.
+    After each step, call `count`, and to record it, `training`; metrics of your own are recorded by `record`.
     Before each write, the main rank calls `check_folder`; if that raises an error, every rank does.
     """
 
     def __init__(
         self,
-        folder: Path,
-        settings: Mapping,
+        folder: str | Path,
+        settings: Mapping[str, object],
         accelerator: Accelerator,
         *,
-        step: int,
         total_steps: int,
-        resumed: bool,
+        step: int = 0,
+        resumed: bool | None = None,
         run_name: str | None = None,
         check_folder: Callable[[], None] = lambda: None,
     ):
         self._check_folder = check_folder
         on_main_rank(check_folder)
+        folder, resumed = Path(folder), step > 0 if resumed is None else resumed
         opened = on_main_rank(partial(_open_folder, folder, settings, step if resumed else None))
         self._log, self._predictions = opened or (None, None)
         self.resumed_at: dict[str, float | None] = gather_json(self._log and self._log.resumed_at)[0]
@@ -170,10 +176,14 @@ class Report:
             self.print_lines(f"resumed from {checkpoint}{', with ' if changes else ''}{', '.join(changes)}")
         self.print_lines(*(f"training rows differ from the checkpoint's: {change}" for change in row_changes))
 
-    def count(self, result: StepResult, stream: Stream) -> None:
-        self._seconds += time.perf_counter() - self._clock + stream.wait_seconds - self._waited
-        self._rows, self._tokens = self._rows + stream.global_batch_size, self._tokens + int(result.num_tokens)
-        self._waited = stream.wait_seconds
+    def count(self, result: StepResult, stream: Stream | None = None) -> None:
+        """Count a step, and the seconds since `restart_timer` (if that was not called, since the previous step)."""
+        waited = 0.0 if stream is None else stream.wait_seconds
+        now = time.perf_counter()
+        self._seconds += now - self._clock + waited - self._waited
+        self._clock, self._waited = now, waited
+        self._rows += 0 if stream is None else stream.global_batch_size
+        self._tokens += int(result.num_tokens)
         self._step += 1
         self._bar.update()
         if not result.updated:
@@ -185,38 +195,51 @@ class Report:
         self._write({"event": "out_of_memory", "step": halving.step, **found})
         self.print_lines(str(halving))
 
-    def training(self, result: StepResult, stream: Stream, rank: DataParallelRank, learning_rate: float) -> None:
-        """Record the last step, the speed since the previous record, and the stream's counts summed over ranks."""
-        counts = sum_over_ranks(*(count if rank.is_counted else 0 for count in stream.counts.values()))
-        self._counts = dict(zip(stream.counts, counts, strict=True))
+    def training(
+        self,
+        result: StepResult,
+        stream: Stream | None = None,
+        rank: DataParallelRank | None = None,
+        *,
+        learning_rate: float,
+    ) -> None:
+        """Record the last step, the speed since the previous record, and the stream's counts summed over ranks.
+
+        `rank` is this process's `data_place(model)`, which matters under tensor parallelism.
+        """
+        of_stream = {}
+        if stream is not None:
+            is_counted = rank is None or rank.is_counted
+            counts = sum_over_ranks(*(count if is_counted else 0 for count in stream.counts.values()))
+            self._counts = dict(zip(stream.counts, counts, strict=True))
+            of_stream = {f"source_{number}_rows": rows for number, rows in enumerate(stream.rows_of_sources, 1)}
         measured = {
-            "epoch": stream.position / stream.rows_per_epoch,
+            **({} if stream is None else {"epoch": stream.position / stream.rows_per_epoch}),
             "loss": result.loss.item(),
             "grad_norm": result.grad_norm.item(),
             "learning_rate": learning_rate,
             **({} if result.loss_scale is None else {"loss_scale": int(result.loss_scale)}),
             "num_tokens": int(result.num_tokens),
-            "samples_per_second": self._rows / self._seconds,
+            **({} if stream is None else {"samples_per_second": self._rows / self._seconds}),
             "tokens_per_second": self._tokens / self._seconds,
             "data_wait_seconds": self._waited - self._waited_before,
         }
         metrics = {name: value.item() for name, value in result.metrics.items()}
         if taken := sorted(metrics.keys() & measured.keys()):
             raise UsageError(f"a step reports {', '.join(taken)} itself: rename that metric of the loss function")
-        of_sources = {f"source_{number}_rows": rows for number, rows in enumerate(stream.rows_of_sources, 1)}
         peaks = peak_memory_bytes()
-        self.record(
-            measured | metrics | self._counts | of_sources | peaks, notes=[*memory_notes(peaks), *self._time_left()]
-        )
+        notes = [*memory_notes(peaks), *self._time_left()]
+        self.record(measured | metrics | self._counts | of_stream | peaks, notes=notes)
         self._rows, self._tokens, self._seconds, self._waited_before = 0, 0, 0.0, self._waited
 
     def _time_left(self) -> list[str]:
         """Say how long the rest takes at the average speed since the first step, with evaluations and saves."""
         left, done = self._total_steps - self._step, self._step - self._first_step
-        seconds = (time.perf_counter() - self._started) / done * left
-        return [f"{tqdm.format_interval(seconds)} left"] if left else []
+        if self._started is None or left <= 0:
+            return []
+        return [f"{tqdm.format_interval((time.perf_counter() - self._started) / done * left)} left"]
 
-    def evaluation(self, metrics: Mapping[str, float], answers: Sequence[Answer]) -> Mapping[str, float]:
+    def evaluation(self, metrics: Mapping[str, float], answers: Sequence[Answer] = ()) -> Mapping[str, float]:
         """Record an evaluation, and its answers in predictions.jsonl.
 
         Returns the main rank's metrics on every rank, so that all make the same decisions by them.
@@ -257,12 +280,13 @@ class Report:
     def unsaved(self, error: SaveError) -> None:
         self.print_lines(f"step {self._step}: the checkpoint was not saved, training continues: {error}")
 
-    def preempted(self, can_save: bool) -> None:
+    def preempted(self, can_save: bool = True) -> None:
+        """Print that a signal ended the run early, and close the files."""
         self._close()
         what_now = "set --resume=auto to continue" if can_save else "nothing is saved, start the run again"
         self.print_lines(f"preempted after step {self._step} of {self._total_steps}: {what_now}")
 
-    def done(self, best: Mapping[str, float] | None, *, model_step: int | None) -> None:
+    def done(self, best: Mapping[str, float] | None = None, *, model_step: int | None = None) -> None:
         """Record the end of the run, which has saved the model of `model_step` (None: none).
 
         Its row counts cover only the steps since this run started or resumed.

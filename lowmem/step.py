@@ -28,7 +28,8 @@ class TrainState:
     model: nn.Module
     optimizer: Optimizer
     stream: Iterator[Sequence[Batch]] | None = None
-    """What `open_stream` returns. A step calls its `advance()`; saving calls its `state_dict()`."""
+    """What `open_stream` returns. A step calls its `advance()`; saving calls its `state_dict()`. None: the caller makes
+    the batches of each step; if they are a function of `step`, a run that loads a checkpoint continues exactly."""
     step: int = 0
     """Optimizer steps done."""
     updates: int = 0

@@ -213,7 +213,7 @@ def train(
             preempted = result.preempted
             report.count(result, stream)
             if schedule.is_due(state.step, config.logging_steps):
-                report.training(result, stream, rank, schedule(step))
+                report.training(result, stream, rank, learning_rate=schedule(step))
             saved = None
             if can_save and (preempted or schedule.is_due(state.step, config.save_steps)):
                 saved = save()  # before the evaluation, which may fail

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -21,25 +22,25 @@ from lowmem.optim.state import TIERS
 from lowmem.step import TrainState
 
 
-def checkpoint_to_resume(resume: str, output_dir: Path) -> Path | None:
+def checkpoint_to_resume(resume: str, output_dir: Path, *, has_stream: bool = True) -> Path | None:
     """Return the checkpoint that `resume` (never, auto or a path) selects, verified and the same on every rank.
 
-    auto: the newest intact one in `output_dir`. Returns None for a fresh start. Raises UsageError if the checkpoint at
-    a path cannot be used.
+    auto: the newest intact one in `output_dir`. Without `has_stream`, it needs no position of a stream. Returns None
+    for a fresh start. Raises UsageError if the checkpoint at a path cannot be used.
     """
     if resume == "never":
         return None
     if resume != "auto":
-        _verify_run(Path(resume))
+        _verify_run(Path(resume), has_stream)
         return Path(resume)
     found = on_main_rank(lambda: [str(path) for path in reversed(checkpoints(output_dir / "checkpoints"))])
     rank, _ = rank_and_world_size()
-    return first_valid(map(Path, gather_json(found)[0]), _verify_run, silent=rank != 0)
+    return first_valid(map(Path, gather_json(found)[0]), partial(_verify_run, has_stream=has_stream), silent=rank != 0)
 
 
-def _verify_run(path: Path) -> None:
+def _verify_run(path: Path, has_stream: bool) -> None:
     verify_together(path)
-    check_resumable(path)
+    check_resumable(path, has_stream=has_stream)
 
 
 def check_same_run(checkpoint: Path, settings: Mapping[str, object], *, fixed: Collection[str]) -> list[str]:

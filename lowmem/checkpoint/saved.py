@@ -125,10 +125,15 @@ def saved_settings(path: str | Path) -> tuple[dict, dict]:
     return state, settings
 
 
-def check_resumable(path: Path) -> None:
-    """Raise UsageError unless `train` can resume from a checkpoint: its settings are valid, and its position too."""
+def check_resumable(path: Path, *, has_stream: bool = True) -> None:
+    """Raise UsageError unless `train` can resume from a checkpoint: its settings are valid, and its position too.
+
+    Without `has_stream`, the run chooses its batches by the step alone, so a checkpoint needs no position.
+    """
     state, settings = saved_settings(path)
     _check(settings, _SETTINGS, path / "model" / "lowmem.json")
+    if not has_stream:
+        return
     if state["stream"] is None:
         raise UsageError(f"{path} was saved without a stream, so it has no position to resume from: start over")
     _check(state["stream"], _STREAM, path / "state.json", "stream")

@@ -36,22 +36,30 @@ def check_model(
     model: nn.Module,
     loss_fn: LossFunction,
     *,
-    packing: bool,
-    max_seq_len: int,
+    packing: bool = False,
+    max_seq_len: int | None = None,
     may_shorten: bool = False,
     weighted: bool = False,
-) -> int:
+    batch: Batch | None = None,
+) -> int | None:
     """Raise UsageError if the model adds a loss itself, or does not support this loss, this length or packing.
 
     With `packing`, also if packed documents affect each other's loss; with `weighted`, if the loss ignores the weights
-    of a batch.
+    of a batch. This tries rows of tokens, up to `max_seq_len` of them. For a loss of other inputs, give a `batch` and
+    no other option: raises UsageError if the loss of it is not finite, if the loss of all its rows twice is not twice
+    that loss, because it is no sum over them, or if it ignores the batch's weights.
 
     Returns `max_seq_len`. With `may_shorten`, a model with fewer positions is no error: returns their number.
     """
+    if (batch is None) == (max_seq_len is None) or (batch is not None and (packing or may_shorten or weighted)):
+        raise UsageError("check_model tries rows of max_seq_len tokens, or a batch without other options: set one")
     base = unwrapped(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         found = f"{type(base).__name__} has no weights yet (fill=False)"
         raise UsageError(f"{found}: call make_optimizer before check_model")
+    if batch is not None:
+        check_loss_of(batch, loss_fn, model)
+        return None
     text_config = base.config.get_text_config()
     for name, value in text_config.to_dict().items():
         if name in _SIZES and type(value) is int and value < 1:
@@ -132,6 +140,42 @@ def check_loss(loss_fn: LossFunction, model: nn.Module, *, weighted: bool = Fals
             found = "the loss of a label depends on the input token at the same position"
             remedy = "shift the labels, as plain_loss does: position i of a causal model predicts label i + 1"
             raise UsageError(f"{found}, as if the model predicted a token that it has seen: {remedy}")
+
+
+def check_loss_of(batch: Batch, loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) -> None:
+    """Run `loss_fn` on a batch, and on its rows twice. Raise UsageError as `check_model` does."""
+    batch = batch.to(device_of(model))
+    with forward_only(model):
+        once = loss_fn(model, batch)
+        # each row twice in succession, or all rows twice: a loss of pairs may take pairs of neighbours, or of halves
+        doubled = [loss_fn(model, _twice(batch, each)) for each in (_in_succession, _one_after_the_other)]
+        weights = batch.weights
+        heavy = 2 * once if weights is None else loss_fn(model, replace(batch, weights=2 * weights, weight_sum=1.0))
+    if once.shape or not math.isfinite(once):
+        _check_finite(unwrapped(model))
+        raise UsageError(f"the loss of the batch is {once}: return a finite scalar, the sum over the batch's targets")
+    if all(abs(twice - 2 * once) > 0.01 * abs(once) for twice in doubled):
+        found = f"it is {once.item():.4g} for the batch and {doubled[0].item():.4g} for its rows twice"
+        raise UsageError(f"the loss must be a sum over the batch's targets, but {found}: sum, do not average")
+    if abs(heavy - 2 * once) > 0.01 * abs(once):
+        found = f"it is {once.item():.4g}, and {heavy.item():.4g} with weights twice as large"
+        raise UsageError(f"the loss ignores weights: {found}: multiply each target's loss by batch.weights")
+
+
+def _twice(batch: Batch, double: Callable[[Tensor], Tensor]) -> Batch:
+    tensors = {name: double(x) for name, x in batch.inputs.items()}
+    weights, lengths = (None if x is None else double(x) for x in (batch.weights, batch.input_lengths))
+    row_ids = double(torch.tensor(batch.row_ids)).tolist()
+    sums = {"row_ids": row_ids, "num_targets": 2 * batch.num_targets, "weight_sum": 2 * batch.denominator}
+    return replace(batch, inputs=tensors, weights=weights, input_lengths=lengths, **sums)
+
+
+def _in_succession(tensor: Tensor) -> Tensor:
+    return tensor.repeat_interleave(2, 0)
+
+
+def _one_after_the_other(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor])
 
 
 def _check_finite(model: nn.Module) -> None:
