@@ -5,6 +5,7 @@ import json
 import math
 import re
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -142,15 +143,16 @@ def check_loss(loss_fn: LossFunction, model: nn.Module, *, weighted: bool = Fals
             raise UsageError(f"{found}, as if the model predicted a token that it has seen: {remedy}")
 
 
-def check_loss_of(batch: Batch, loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module) -> None:
+def check_loss_of(batch: Batch, loss_fn: LossFunction, model: nn.Module) -> None:
     """Run `loss_fn` on a batch, and on its rows twice. Raise UsageError as `check_model` does."""
     batch = batch.to(device_of(model))
     with forward_only(model):
-        once = loss_fn(model, batch)
+        loss_of = partial(summed_loss, loss_fn, model)
+        once = loss_of(batch)
         # each row twice in succession, or all rows twice: a loss of pairs may take pairs of neighbours, or of halves
-        doubled = [loss_fn(model, _twice(batch, each)) for each in (_in_succession, _one_after_the_other)]
+        doubled = [loss_of(_twice(batch, each)) for each in (_in_succession, _one_after_the_other)]
         weights = batch.weights
-        heavy = 2 * once if weights is None else loss_fn(model, replace(batch, weights=2 * weights, weight_sum=1.0))
+        heavy = 2 * once if weights is None else loss_of(replace(batch, weights=2 * weights, weight_sum=1.0))
     if once.shape or not math.isfinite(once):
         _check_finite(unwrapped(model))
         raise UsageError(f"the loss of the batch is {once}: return a finite scalar, the sum over the batch's targets")
