@@ -24,7 +24,6 @@ SECONDS = {
     "test_launch.py::test_every_config_without_deepspeed_trains_like_one_process[multi_gpu]": 18,
     "test_launch.py::test_every_config_without_deepspeed_trains_like_one_process[single_gpu]": 15,
     "test_launch.py::test_every_config_without_deepspeed_trains_like_one_process[tensor_parallel]": 26,
-    "test_launch.py::test_two_processes_train_like_one[torch.distributed.launch]": 19,
     "test_launch.py::test_two_processes_train_like_one[torchrun]": 12,
     "test_launch.py::test_two_processes_train_the_large_preset": 101,
     "test_own_program.py::test_processes_that_a_module_starts_run_the_same_module": 20,

@@ -14,9 +14,6 @@ from tests.processes import ROOT, free_port, module_command, run, train
 LAUNCHERS = {
     "python": [sys.executable],
     "torchrun": module_command("torch.distributed.run", "--nproc_per_node=2", "--master_port=PORT"),
-    "torch.distributed.launch": module_command(
-        "torch.distributed.launch", "--nproc_per_node=2", "--master_port=PORT", "--use_env"
-    ),
     "accelerate --multi_gpu": module_command(
         "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=PORT"
     ),
