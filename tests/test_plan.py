@@ -14,6 +14,7 @@ from transformers import ByT5Tokenizer
 from lowmem import add_lora, cross_entropy, load_model
 from lowmem.config.parse import named_fields, resolve
 from lowmem.config.rules import conflicts
+from lowmem.config.train_config import TrainConfig
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.offloaded import offload_weights, offloaded_of
@@ -323,7 +324,7 @@ def test_the_ladder_keeps_the_tier_the_rows_per_step_and_what_flags_set(tmp_path
         rows = [each.batch_size * each.gradient_accumulation_steps for each in (config, changed)]
         assert rows[0] == rows[1]
         assert (changed.memory, changed.optimizer) == (config.memory, config.optimizer)
-    fixed = named_fields({"batch_size": 4, "recompute": "off", "use_large_config": True})
+    fixed = named_fields({"batch_size": 4, "recompute": "off", "use_large_config": True}, TrainConfig)
     assert fixed == {"batch_size", "recompute"}
     refused = {rung.name: rung.refused for rung in ladder(config, GPUS, fixed) if rung.refused}
     assert refused["recompute=full"] == "--recompute is set"

@@ -84,7 +84,7 @@ def test_flags_links_and_accelerate_configs_exist(document):
     of_others = (
         "multi_gpu nproc_per_node config_file help dtype signal requeue open nnodes rdzv_backend rdzv_id rdzv_endpoint "
         "max_restarts signals_to_handle shutdown_timeout node_rank master_addr master_port num_machines machine_rank "
-        "main_process_ip main_process_port ntasks debug rdzv_conf num_gpus flag is_keep_training merge"
+        "main_process_ip main_process_port ntasks debug rdzv_conf num_gpus flag is_keep_training merge my_flag"
     )
     text = DOCUMENTS[document].read_text()
     without_benchmarks = re.sub(r"`python benchmarks/[^`]*`", "", text)
