@@ -29,7 +29,7 @@ from lowmem.model.load import config_of
 from lowmem.model.quantized import scales_of
 from lowmem.optim.make import make_optimizer
 from lowmem.plan import predict
-from lowmem.plan.alternatives import alternatives, price, variants
+from lowmem.plan.alternatives import _largest_that_fits, alternatives, price, variants
 from lowmem.plan.choose import choose, ladder, over_bytes
 from lowmem.plan.command import flags_between
 from lowmem.plan.meter import MemoryMeter
@@ -477,6 +477,21 @@ def test_fewer_tokens_are_found_where_activations_do_not_fit(fine_tuning):
     shorter = next(each for each in found if each.max_seq_len < 4096)  # the others are not predicted
     assert 1024 <= shorter.max_seq_len < 4096
     assert f"rows are cut after {shorter.max_seq_len} tokens" in price(config, shorter, GPU)
+
+
+def test_the_largest_number_that_fits_is_found_although_bytes_are_not_linear():
+    def rounded(x, failed):
+        return int(min(x, failed - 1))
+
+    calls = []
+
+    def over(x):
+        calls.append(x)
+        return max(5 * x, 12 * x - 1500) - 1000  # the limit, 1000, is reached at 200
+
+    assert _largest_that_fits(over, (800, 400), rounded) == 200 and len(calls) <= 6
+    assert _largest_that_fits(lambda x: 10, (800, 400), rounded) == 0  # smaller numbers need as much
+    assert _largest_that_fits(lambda x: x + 5, (800, 400), rounded) == 0
 
 
 def test_the_price_of_what_takes_neither_time_nor_exactness_is_nothing(tmp_path):

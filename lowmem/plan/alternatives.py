@@ -110,6 +110,10 @@ def _stays(rung: Rung) -> bool:
     return not {"cpu_offload", "offload_weights"} & rung.own
 
 
+def _offloads_nothing(rung: Rung) -> bool:
+    return _stays(rung) and "offload_activations" not in rung.own
+
+
 def _stays_or_streams(rung: Rung, *, is_host: bool) -> bool:
     return _stays(rung) or ("offload_weights" in rung.own and (rung.changes["offload_weights"] == "host") == is_host)
 
@@ -145,7 +149,7 @@ class _Finder:
     def on_more_processes(self, changes: Mapping[str, object]) -> Iterator[Alternative]:
         """Yield FULL_SHARD on about the fewest processes on which it fits. Its bytes grow with 1 / processes."""
         fewest, strategy = self.cluster.world_size + 1, self.config.sharding_strategy
-        if not self.cluster.on_gpu or not may_shard(self.config) or strategy == "HYBRID_SHARD":
+        if self.config.device_memory is None or not may_shard(self.config) or strategy == "HYBRID_SHARD":
             return
 
         def sharded(share: float) -> dict[str, object]:
@@ -155,8 +159,13 @@ class _Finder:
             processes = max(fewest, math.ceil(1 / share), round(1 / failed) + 1)
             return 1 / processes if processes <= _MOST_PROCESSES else 0.0
 
-        start = (0.5 / self.cluster.world_size, 0.25 / self.cluster.world_size)
-        if share := self._largest_that_fits(sharded, start, rounded, _stays):
+        # host memory grows with the number of processes, and more so if they offload
+        may = _stays if self.config.host_memory is None else _offloads_nothing
+
+        def over(share: float) -> int:
+            return self._over_at_last_rung(sharded(share), may)["device_memory"]
+
+        if share := _largest_that_fits(over, (0.5 / self.cluster.world_size, 0.25 / self.cluster.world_size), rounded):
             yield from self.first(sharded(share))
 
     def with_fewer_tokens(self, may: Callable[[Rung], bool]) -> Iterator[Alternative]:
@@ -172,40 +181,17 @@ class _Finder:
         def shorter(tokens: float) -> dict[str, object]:
             return {"max_seq_len": int(tokens)}
 
-        if tokens := self._largest_that_fits(shorter, (length, length // 2), rounded, may):
+        def over(tokens: float) -> int:
+            return max(self._over_at_last_rung(shorter(tokens), may).values())
+
+        if tokens := _largest_that_fits(over, (length, length // 2), rounded):
             yield from self.first(shorter(tokens), may=may)
 
-    def _largest_that_fits(
-        self,
-        changes: Callable[[float], Mapping[str, object]],
-        start: tuple[float, float],
-        rounded: Callable[[float, float], float],
-        may: Callable[[Rung], bool],
-    ) -> float:
-        """Return about the largest x with which the last rung of `changes(x)` fits; 0 if a few secant steps find none.
-
-        `rounded(x, failed)` rounds x down, below `failed`, the smallest that does not fit; to 0 if that is too little.
-        """
-        points = [(x, self._over_at_last_rung(changes(x), may)) for x in start]
-        for _ in range(4):
-            (x1, first), (x2, second) = points
-            if x1 == x2 or (slope := (first - second) / (x1 - x2)) <= 0:
-                return 0.0
-            failed = min((x for x, over in points if over > 0), default=math.inf)
-            x = x1 - first / slope
-            if x <= 0 or not (x := rounded(x, failed)):
-                return 0.0
-            over = self._over_at_last_rung(changes(x), may)
-            if over <= 0:
-                return x
-            points = [points[1], (x, over)]
-        return 0.0
-
-    def _over_at_last_rung(self, changes: Mapping[str, object], may: Callable[[Rung], bool]) -> int:
-        """Return by how many bytes the last rung exceeds a limit; negative if it fits."""
+    def _over_at_last_rung(self, changes: Mapping[str, object], may: Callable[[Rung], bool]) -> dict[str, int]:
+        """Return {limit: bytes by which the last rung exceeds it}; negative if it fits."""
         config, rungs = self._rungs(changes, may, self.fixed)
         (predicted,) = self.predict([dataclasses.replace(config, **rungs[-1].changes)])
-        return max(over_bytes(config, predicted).values())
+        return over_bytes(config, predicted)
 
     def _rungs(
         self, changes: Mapping[str, object], may: Callable[[Rung], bool], fixed: Set[str]
@@ -216,6 +202,26 @@ class _Finder:
             raise UsageError("; ".join(problems))
         rungs = ladder(config, cluster_of(config, self.cluster), fixed)
         return config, [rung for rung in rungs if not rung.refused and may(rung)]
+
+
+def _largest_that_fits(
+    over: Callable[[float], int], start: tuple[float, float], rounded: Callable[[float, float], float]
+) -> float:
+    """Return about the largest x with over(x) <= 0; 0 if a few secant steps from the two x in `start` find none.
+
+    `rounded(x, failed)` rounds x down, below `failed`, the smallest that does not fit; to 0 if that is too little.
+    """
+    points = [(x, over(x)) for x in start]
+    for _ in range(4):
+        (x1, first), (x2, second) = points
+        slope = (first - second) / (x1 - x2) if x1 != x2 else 0
+        failed = min((x for x, num_bytes in points if num_bytes > 0), default=math.inf)
+        if slope <= 0 or (x := x1 - first / slope) <= 0 or not (x := rounded(x, failed)):
+            return 0
+        if (num_bytes := over(x)) <= 0:
+            return x
+        points = [points[1], (x, num_bytes)]
+    return 0
 
 
 def variants(config: TrainConfig, cluster: Cluster) -> Sequence[tuple[str, str, TrainConfig]]:
