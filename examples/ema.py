@@ -30,7 +30,7 @@ def make_rows(count: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": row, "labels": row} for row in np.stack(tokens, 1).tolist()]
 
 
-def main(out: str = "out-ema", steps: int = 300, save_steps: int = 50) -> None:
+def main(out: str = "out-ema", steps: int = 200, save_steps: int = 50) -> None:
     accelerator = lowmem.init_distributed()
     torch.manual_seed(0)
     model, _ = lowmem.load_model(model_config=MODEL)
