@@ -65,9 +65,8 @@ def build_model() -> VisionEncoderDecoderModel:
     encoder = ViTConfig(image_size=(2 * SIZE, SIZE), patch_size=8, hidden_size=64, num_hidden_layers=2)
     encoder.update({"num_attention_heads": 4, "intermediate_size": 128})
     special = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": PAD}
-    size = {"n_positions": 8, "n_embd": 64, "n_layer": 2, "n_head": 4}
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    decoder = GPT2Config(vocab_size=len(WORDS), **size, **dropout, **special)
+    decoder = GPT2Config(vocab_size=len(WORDS), n_positions=8, n_embd=64, n_layer=2, n_head=4, **dropout, **special)
     special["decoder_start_token_id"] = START
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder, **special)
     torch.manual_seed(0)

@@ -52,7 +52,7 @@ FILES = sorted(
     for pattern in ("*.md", "*.py", "docs/*.md", "accelerate_configs/*.yaml", "benchmarks/**/*.py", "benchmarks/*.md")
     for path in ROOT.glob(pattern)
 )
-FILES += sorted(path for folder in ("lowmem", "tests") for path in (ROOT / folder).rglob("*.py"))
+FILES += sorted(path for folder in ("lowmem", "tests", "examples") for path in (ROOT / folder).rglob("*.py"))
 
 
 def dialect_in(text):
