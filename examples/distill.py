@@ -59,7 +59,7 @@ def train(model, rows, loss_fn, accelerator, *, steps):
     batching = {"encode": encode, "collate": partial(lowmem.collate, causal=True)}
     batching |= lowmem.data_place(model).coordinates
     held_out = lowmem.open_eval(make_rows(128, seed=2), batch_size=128, **batching)
-    stream = lowmem.open_stream(rows, batch_size=64, **batching)
+    stream = lowmem.open_stream(rows, batch_size=64, global_batch_size=64, **batching)
     state = lowmem.TrainState(model, lowmem.make_optimizer(model, weight_decay=0.01), stream)
     for step, batches in zip(range(steps), stream, strict=False):
         rate = lowmem.learning_rate_at(step, total_steps=steps, peak=1e-2, warmup_steps=10)
@@ -79,8 +79,8 @@ def main():
     student = partial(make_model, width=32, layers=1, seed=1)
     alone = train(student(), rows, lowmem.plain_loss, accelerator, steps=60)
     distilled = train(student(), rows, partial(distillation_loss, teacher=teacher), accelerator, steps=60)
-    accelerator.print(f"held-out loss: student alone {alone:.3f}, with the teacher {distilled:.3f}", end="")
-    accelerator.print(f" (the teacher's own: {loss_of_teacher:.3f})")
+    losses = f"student alone {alone:.3f}, with the teacher {distilled:.3f} (the teacher's own: {loss_of_teacher:.3f})"
+    accelerator.print(f"held-out loss: {losses}")
     accelerator.end_training()
 
 
