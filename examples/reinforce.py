@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import lowmem
 
-VOCABULARY, FIRST_TOKEN, ANSWER_LENGTH = 19, 3, 4  # prompts and answers use the 16 tokens from FIRST_TOKEN on
+VOCABULARY, FIRST_TOKEN, ANSWER_LENGTH = 19, 3, 3  # prompts and answers use the 16 tokens from FIRST_TOKEN on
 PROMPTS_PER_STEP, ANSWERS_PER_PROMPT = 16, 8
 SHAPE = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": VOCABULARY}
@@ -55,7 +55,7 @@ def policy_gradient_loss(model, batch):
     return -(batch.inputs["advantages"] * logps).sum(), {"reward": (batch.inputs["rewards"].sum(), batch.num_targets)}
 
 
-def main(steps=150):
+def main(steps=120):
     accelerator = lowmem.init_distributed()
     torch.manual_seed(0)
     model = lowmem.parallelize(lowmem.load_model(model_config=SHAPE)[0], accelerator)

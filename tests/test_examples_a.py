@@ -1,5 +1,6 @@
 """Each example beats its baseline; gradients of distillation and DPO do not depend on the split."""
 
+import math
 import re
 import runpy
 from functools import partial
@@ -21,6 +22,7 @@ from lowmem import (
     parallelize,
     train_step,
 )
+from lowmem.plan.meter import MemoryMeter
 from tests.forked import fork_ranks
 from tests.processes import ROOT, train
 
@@ -28,7 +30,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def example(name):
-    return SimpleNamespace(**runpy.run_path(EXAMPLES / f"{name}.py"))
+    return SimpleNamespace(**runpy.run_path(str(EXAMPLES / f"{name}.py")))
 
 
 def figures(name):
@@ -119,6 +121,29 @@ def test_gradients_do_not_depend_on_micro_batches_and_ranks(make, tmp_path):
         torch.testing.assert_close(of_rank, whole, atol=1e-5, rtol=0)
 
 
+def test_a_row_without_labels_changes_no_sum_of_dpo():
+    model, dpo_loss, rows, encode, collate_pairs = preferences()
+    pairs = [encode(row) for row in rows[:3]]
+    blank = encode(rows[3]) | {"labels": [-100] * len(pairs[0]["labels"])}
+    (loss, metrics), (other, other_metrics) = (dpo_loss(model, collate_pairs(x)) for x in (pairs, [*pairs, blank]))
+    torch.testing.assert_close(other, loss)
+    assert other_metrics == metrics and metrics["preferred"][1] == 3
+
+
+def test_dpo_has_the_peak_of_sft():
+    model, dpo_loss, rows, encode, collate_pairs = preferences()
+    batch, peaks = collate_pairs([encode(row) for row in rows]), []
+    pair_logps = example("dpo").pair_logps
+    for loss_fn in (lambda: -pair_logps(model, batch).sum(), lambda: dpo_loss(model, batch)[0]):
+        model.zero_grad()
+        with MemoryMeter() as meter:
+            loss_fn().backward()
+        peaks.append(meter.peak_bytes)
+    sft, dpo = peaks
+    print(sft, dpo)
+    assert abs(dpo - sft) < 0.01 * sft
+
+
 # --- the file of reference log-probabilities
 
 
@@ -151,6 +176,9 @@ def test_the_reference_is_computed_once_by_all_ranks_and_a_changed_file_is_refus
     model.register_forward_hook(lambda *_: forwards.append(1))
     again = dpo.add_reference(rows, model, Accelerator(cpu=True), one)
     assert not forwards and [row["reference"] for row in again] == expected.tolist()
+    loss, _ = dpo.dpo_loss(model, dpo.collate([dpo.encode(row) for row in again]))
+    assert loss.item() == pytest.approx(12 * math.log(2), abs=1e-4)  # the policy is still the reference
+    forwards.clear()
     file.write_text(file.read_text().replace("-", "-1", 1))
     with pytest.raises(UsageError, match=f"{file} has changed since it was written: delete it"):
         dpo.add_reference(rows, model, Accelerator(cpu=True), one)
