@@ -68,9 +68,8 @@ def main(folder, steps=60):
     pairs = zip(resumed.model.parameters(), mixed.model.parameters(), strict=True)
     assert all(torch.equal(*pair) for pair in pairs), "the resumed run differs"
 
-    (large_joined, small_joined), (large_mixed, small_mixed) = (
-        losses_of(state, held_out, accelerator) for state in (joined, resumed)
-    )
+    large_joined, small_joined = losses_of(joined, held_out, accelerator)
+    large_mixed, small_mixed = losses_of(resumed, held_out, accelerator)
     accelerator.print(f"held-out loss of the small source: joined {small_joined:.3f}, mixed {small_mixed:.3f}")
     accelerator.print(f"held-out loss of the large source: joined {large_joined:.3f}, mixed {large_mixed:.3f}")
     from_large, from_small = resumed.stream.rows_of_sources

@@ -49,7 +49,15 @@ ANY = re.compile(BOUNDED.format("|".join(DIALECT)), re.IGNORECASE)
 
 FILES = sorted(
     path
-    for pattern in ("*.md", "*.py", "docs/*.md", "accelerate_configs/*.yaml", "benchmarks/**/*.py", "benchmarks/*.md")
+    for pattern in (
+        "*.md",
+        "*.py",
+        "docs/*.md",
+        "accelerate_configs/*.yaml",
+        "benchmarks/**/*.py",
+        "benchmarks/*.md",
+        "examples/*.*",
+    )
     for path in ROOT.glob(pattern)
 )
 FILES += sorted(path for folder in ("lowmem", "tests", "examples") for path in (ROOT / folder).rglob("*.py"))

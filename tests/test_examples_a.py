@@ -140,7 +140,6 @@ def test_dpo_has_the_peak_of_sft():
             loss_fn().backward()
         peaks.append(meter.peak_bytes)
     sft, dpo = peaks
-    print(sft, dpo)
     assert abs(dpo - sft) < 0.01 * sft
 
 
