@@ -27,7 +27,7 @@ def started_ranks(
         yield ranks
 
 
-def fork_ranks(world_size: int, function: Callable[..., object], *arguments: object, timeout: float = 120) -> list[int]:
+def fork_ranks(world_size: int, function: Callable[..., object], *arguments: object, timeout: float = 300) -> list[int]:
     """Call `function(*arguments)` on each of `world_size` ranks, and wait at most `timeout` seconds for all of them.
 
     Returns the exit codes of the ranks (-N if signal N killed a rank), and prints the output of all ranks.

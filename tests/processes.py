@@ -107,13 +107,13 @@ def ended(process: Process) -> Iterator[Process]:
         process.stderr.close()
 
 
-def finish(process: Process, timeout: float = 120) -> subprocess.CompletedProcess:
+def finish(process: Process, timeout: float = 300) -> subprocess.CompletedProcess:
     """Wait for a process to end; return its exit code and its output as text."""
     output, errors = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def run(*command: object, timeout: float = 120, cwd: Path = ROOT, **changes: str) -> subprocess.CompletedProcess:
+def run(*command: object, timeout: float = 300, cwd: Path = ROOT, **changes: str) -> subprocess.CompletedProcess:
     """Run a command in the folder `cwd`, then kill what remains of it; return its exit code and its output as text."""
     with started(*command, cwd=cwd, **changes) as process:
         return finish(process, timeout)
@@ -133,7 +133,7 @@ def wait_until(condition: Callable[[], bool], process: Process, timeout: float =
         time.sleep(0.01)
 
 
-def train(*flags: object, timeout: float = 120, **changes: object) -> subprocess.CompletedProcess:
+def train(*flags: object, timeout: float = 300, **changes: object) -> subprocess.CompletedProcess:
     """Start a process with `started_train`, and wait for its end.
 
     The process starts with its imports done. To test the imports too, call `run(sys.executable, PROGRAM, ...)`.

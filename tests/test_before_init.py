@@ -76,7 +76,7 @@ def test_rank_0_computes_a_value_for_all_ranks_before_they_join(tmp_path):
 def test_a_failure_of_rank_0_ends_every_rank(how, codes, message, tmp_path):
     began = time.monotonic()
     assert fork_ranks(3, find_and_join, tmp_path, how) == codes
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
     if how != "refuses":
         for rank in (1, 2):
             stderr = (tmp_path / f"stderr-{rank}").read_text()
@@ -101,7 +101,7 @@ def test_rank_0_plans_and_every_rank_gets_the_plan_or_the_error(tmp_path):
     for limit, codes, message in (("648MB", [0, 0], "chosen: --recompute="), ("630MB", [2, 2], "error: nothing fits")):
         limited = json.dumps(flags | {"device_memory": limit})
         with started_ranks(2, plan_and_join, tmp_path, limited) as ranks:
-            outputs = [process.communicate(timeout=120)[0] for process in ranks]
+            outputs = [process.communicate(timeout=300)[0] for process in ranks]
             assert [process.returncode for process in ranks] == codes, outputs
         assert "predicted for 2 x GPU: " in outputs[0] and message in outputs[0]
         assert outputs[1] == ""

@@ -327,7 +327,7 @@ def test_a_process_waits_for_a_lock_as_long_as_its_holder_is_alive(source, tmp_p
             assert process.poll() is None
         builder = Builder(source)
         found = derive(source, builder, kind="test", copies=True, patience_seconds=1.0)
-        assert process.wait(timeout=60) == 0 and found.index["bytes"] == [30] and builder.times == 0
+        assert process.wait(timeout=300) == 0 and found.index["bytes"] == [30] and builder.times == 0
 
 
 def test_an_index_that_is_larger_than_its_file_is_not_read(source, tmp_path):
@@ -409,7 +409,7 @@ def test_only_one_of_several_processes_makes_the_copy(source, tmp_path):
     processes = [start("assert run(lambda *x: build(*x, 1.0)).index['bytes'] == [30]", source) for _ in range(4)]
     output = b""
     for process in processes:
-        output += process.communicate(timeout=60)[0]
+        output += process.communicate(timeout=300)[0]
         assert process.returncode == 0
     assert output.count(b"making a copy of its rows once") == 1
     assert 1 <= output.count(b"rows: waiting for another process, which is making a copy of its rows\n") <= 3
@@ -427,7 +427,7 @@ for _ in range(8):
 """
     processes = [start(code, source) for _ in range(4)]
     for process in processes:
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         assert process.returncode == 0
     assert (tmp_path / "rows.notes").read_text().split() == ["begin", "end"] * 32
     assert names(tmp_path) == ["rows", "rows.notes"]
@@ -454,7 +454,7 @@ run()
         Builder(source).derive()
         path.write_text(text.replace("row", "cow"))
         process = start(code.replace("NUMBER", str(number)), source)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         if is_restored:
             path.write_text(text)
             os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -471,7 +471,7 @@ def test_a_copy_that_a_kill_left_incomplete_is_not_used(source, tmp_path):
     while "begin" not in ((tmp_path / "rows.notes").read_text() if (tmp_path / "rows.notes").exists() else ""):
         assert process.poll() is None
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     builder = Builder(source)
     assert builder.derive().copy.read_bytes() == b"SOME ROWS THAT EXIST IN A FILE"
     assert builder.times == 1

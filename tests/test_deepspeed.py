@@ -421,7 +421,7 @@ def test_a_preempted_run_resumes_without_deepspeed(work):
     with started_ranks(1, run_program, PROGRAM, "train", *words, stderr=subprocess.PIPE) as (process,):
         wait_until(lambda: (work / "one" / "metrics.jsonl").exists() and runs.steps(work, "one"), process)
         process.terminate()
-        result = finish(process, timeout=60)
+        result = finish(process, timeout=300)
     assert result.returncode == 75, result.stderr
     end = runs.exit_of(work, "one")
     assert end["cause"] == "preempted" and end["step"] > 0

@@ -114,7 +114,7 @@ def test_an_interrupted_run_leaves_whole_lines_and_no_process(tmp_path):
         wait_until(lambda: output.exists() and output.read_text().count("\n") >= 20, process)
         sections = children(process)
         os.kill(process.pid, signal.SIGTERM)
-        result = finish(process, timeout=60)
+        result = finish(process, timeout=300)
         assert sections and not any(child.is_running() for child in sections)
     assert "KeyboardInterrupt" in result.stderr
     lines = output.read_text().splitlines(keepends=True)

@@ -234,7 +234,7 @@ def run_out_with_one_row():
 
 def test_a_sharded_model_that_runs_out_of_memory_ends_both_ranks_and_reports_what_fills_memory():
     with started_ranks(2, run_out_sharded) as ranks:
-        outputs = [process.communicate(timeout=120)[0] for process in ranks]
+        outputs = [process.communicate(timeout=300)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1]
     message = "rank 1 ran out of memory at step 1, computing gradients (tried to allocate 2.00 GiB). "
     message += "Rank 1 holds at most weights "

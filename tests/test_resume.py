@@ -46,7 +46,7 @@ def test_a_run_killed_at_random_and_resumed_ends_with_the_same_bits(work):
             if kills < 3 and wait_for_new_checkpoint(process, work / "killed exact" / "checkpoints"):
                 time.sleep(rng.uniform(0, 0.1))
                 process.kill()
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=300)
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, errors

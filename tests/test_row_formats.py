@@ -258,7 +258,7 @@ def test_a_file_that_appears_during_the_conversion_is_kept(tmp_path):
             out.write_text("theirs")
             array.write("[{}]")
         with pytest.raises(UsageError, match=r"rows.jsonl cannot be used \(File exists\)"):
-            converting.result(timeout=60)
+            converting.result(timeout=300)
     assert out.read_text() == "theirs" and len(list(tmp_path.iterdir())) == 2
 
 

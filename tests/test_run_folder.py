@@ -116,7 +116,7 @@ def test_both_ranks_of_a_run_whose_folder_is_lost_end_without_writing_there(tmp_
         wait_until((output / "checkpoints" / "step-00000003").exists, ranks[0])
         output.rename(moved)
         with lock_folder(output):
-            results = [finish(rank, timeout=60) for rank in ranks]
+            results = [finish(rank, timeout=300) for rank in ranks]
             assert os.listdir(output) == [".lock"]
     assert [result.returncode for result in results] == [2, 2]
     error = f"--output_dir={output} was removed or replaced during this run"
@@ -175,7 +175,7 @@ def test_a_folder_that_cannot_be_written_is_reported_at_the_start(tmp_path):
     for output in (tmp_path / "file" / "out", "/proc/out"):
         started_at = time.perf_counter()
         result = run(sys.executable, PROGRAM, "train", f"--output_dir={output}")
-        assert time.perf_counter() - started_at < 10  # reported before torch or a model is loaded
+        assert time.perf_counter() - started_at < 60  # reported before torch or a model is loaded
         assert result.returncode == 2
         assert f"error: --output_dir={output} cannot be written: No" in result.stderr, result.stderr
 

@@ -162,7 +162,7 @@ def offload_until_killed(folder):
 
 def test_a_killed_process_leaves_no_file_of_an_activation(tmp_path):
     with started_function(offload_until_killed, tmp_path) as process:
-        assert process.wait(timeout=60) == -signal.SIGKILL
+        assert process.wait(timeout=300) == -signal.SIGKILL
     assert os.listdir(tmp_path) == []
 
 

@@ -95,7 +95,7 @@ def start_on_host(name, folder):
 @pytest.mark.parametrize("name", ["no such host", "a/b%s{}"])
 def test_processes_on_one_machine_need_no_valid_host_name(name, tmp_path):
     with started_function(start_on_host, name, str(tmp_path)) as process:
-        result = finish(process, timeout=60)
+        result = finish(process, timeout=300)
     if result.returncode == 77:
         pytest.skip("needs the right to change the host name")
     assert result.returncode == 0, result.stderr

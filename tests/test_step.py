@@ -312,7 +312,7 @@ def fail_on_one_rank():
 
 def test_an_error_on_one_rank_of_a_sharded_model_ends_both_ranks_with_that_error():
     with started_ranks(2, fail_in_a_sharded_forward) as ranks:
-        outputs = [process.communicate(timeout=60)[0] for process in ranks]
+        outputs = [process.communicate(timeout=300)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1]
     assert "KeyError: 'what was wrong'" in outputs[1]
     assert "rank 1 failed with KeyError: 'what was wrong'" in outputs[0], outputs[0]
