@@ -1,7 +1,6 @@
 """The command line: Fire parses the arguments into a frozen `Job`, which `main` then checks and runs."""
 
 import contextlib
-import dataclasses
 import io
 import os
 import re
@@ -17,6 +16,7 @@ from fire.decorators import SetParseFn
 
 from lowmem.checkpoint.verify import verify
 from lowmem.config.advice import advice_of
+from lowmem.config.fields import fields_of
 from lowmem.config.groups import settings_of
 from lowmem.config.help import help_text
 from lowmem.config.parse import named_fields, resolve, typed_fields
@@ -213,7 +213,7 @@ def _planning(flags: Mapping[str, str], config_class: type[TrainConfig]) -> tupl
 def _evaluation(flags: Mapping[str, str], config_class: type[TrainConfig]) -> tuple[TrainConfig, frozenset[str]]:
     unknown = flags.keys() - fields_where(config_class, in_evaluate=True) - {"local_rank"}
     # `resolve` says what a setting of another trainer is here
-    own = {field.name for field in dataclasses.fields(config_class)}
+    own = fields_of(config_class)
     _refuse("evaluate", [name for name in unknown if name in own or advice_of(name, flags[name]) is None])
     if sharding := {"deepspeed", "sharding_strategy", "tp_size"} & launched_settings().keys():
         found = f"accelerate is configured to shard the model ({', '.join(sorted(sharding))})"

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lowmem.adapters.lora import adapter_tensors, base_digest
 from lowmem.checkpoint.manifest import checkpoints, verify_checkpoint
 from lowmem.checkpoint.saved import read_manifest, saved_settings
-from lowmem.config.groups import holds_adapters, settings_of
+from lowmem.config.groups import AUTOCAST_DTYPES, holds_adapters, settings_of
 from lowmem.errors import SaveError, UsageError
 from lowmem.model.build import model_from
 from lowmem.model.load import load_model
@@ -156,8 +156,7 @@ def _rounding(config: PretrainedConfig, settings: Mapping[str, object]) -> dict[
     """Return what the run with these settings made of each weight that it quantized: {name: function}."""
     if (quantization := settings.get("quantization")) is None:
         return {}
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = dtypes.get(settings.get("mixed_precision"), torch.float32)
+    dtype = getattr(torch, AUTOCAST_DTYPES.get(settings.get("mixed_precision"), "float32"))
     model = model_from(config, dtype, on_meta=True)
     transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
     layers = {*replace_linear(model, quantization)}

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lowmem.checkpoint.manifest import EXTRA_NAME, extra_names
-from lowmem.checkpoint.saved import read_manifest
+from lowmem.checkpoint.saved import ADVICE, read_manifest
 from lowmem.distributed.collectives import gather_json, raise_on_all_ranks
 from lowmem.distributed.dtensor import pieces
 from lowmem.distributed.fill import read_local
@@ -17,8 +17,6 @@ from lowmem.distributed.heartbeat import phase
 from lowmem.errors import UsageError
 from lowmem.storage.files import FileRecord, make_folder, read_json, to_json, write_file
 from lowmem.storage.tensor_files import check_dtype, open_shards, tensor_differences
-
-_ADVICE = "use another checkpoint"
 
 
 class Extra(NamedTuple):
@@ -94,7 +92,7 @@ def load_extra(path: str | Path, name: str, *, into: Mapping[str, Tensor] | None
         if not known[name]:
             if into is not None:
                 raise UsageError(f"extra[{name!r}] of {path} is a JSON value, not tensors: remove into")
-            return read_json(path / f"extra/{name}.json", advice=_ADVICE)
+            return read_json(path / f"extra/{name}.json", advice=ADVICE)
         stored = open_shards(path, f"extra/{name}", files)
         if into is None:
             into = {key: torch.empty(x.shape, dtype=x.torch_dtype) for key, x in stored.items()}

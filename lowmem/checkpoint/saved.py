@@ -16,7 +16,7 @@ from lowmem.storage.files import read_json
 from lowmem.storage.shard_files import has_shards, model_stem
 
 FORMAT = 1
-_ADVICE = "use another checkpoint"
+ADVICE = "use another checkpoint"
 
 
 class _Rule(NamedTuple):
@@ -74,12 +74,12 @@ def read_manifest(path: str | Path) -> dict:
     file = path / "manifest.json"
     if not file.is_file():
         found = "has no manifest.json, so it is not a complete checkpoint" if path.exists() else "does not exist"
-        raise UsageError(f"{path} {found}: {_ADVICE}")
-    sealed = read_json(file, advice=_ADVICE)
+        raise UsageError(f"{path} {found}: {ADVICE}")
+    sealed = read_json(file, advice=ADVICE)
     _check(sealed, {"manifest": _OBJECT, "xxh3_128": _HASH}, file)
     manifest = sealed["manifest"]
     if sealed["xxh3_128"] != hash_of(manifest):
-        raise UsageError(f"{file} changed since it was saved: {_ADVICE}")
+        raise UsageError(f"{file} changed since it was saved: {ADVICE}")
     _check(manifest, {"format": _POSITIVE}, file)
     if manifest["format"] > FORMAT:
         raise UsageError(f"{path} has format {manifest['format']}, but lowmem reads up to {FORMAT}: upgrade lowmem")
@@ -87,12 +87,12 @@ def read_manifest(path: str | Path) -> dict:
     files = manifest["files"]
     for name, record in files.items():
         if not _is_name(name):
-            raise UsageError(f"{file}: files has {shortened(name)}, which is not a file of the checkpoint: {_ADVICE}")
+            raise UsageError(f"{file}: files has {shortened(name)}, which is not a file of the checkpoint: {ADVICE}")
         _check(record, _RECORD, file, f"files.{name}")
     missing = [] if "state.json" in files else ["state.json"]
     missing += [f"{stem}.safetensors" for stem in (model_stem(files), "optimizer") if not has_shards(stem, files)]
     if missing:
-        raise UsageError(f"{file}: files does not list {', '.join(missing)}: {_ADVICE}")
+        raise UsageError(f"{file}: files does not list {', '.join(missing)}: {ADVICE}")
     return manifest
 
 
@@ -108,7 +108,7 @@ def saved_settings(path: str | Path) -> tuple[dict, dict]:
     path = Path(path)
     manifest = read_manifest(path)
     file = path / "state.json"
-    state = read_json(file, advice=_ADVICE)
+    state = read_json(file, advice=ADVICE)
     _check(state, _STATE, file)
     if state["best"] is not None:
         _check(state["best"], _BEST, file, "best")
@@ -118,9 +118,9 @@ def saved_settings(path: str | Path) -> tuple[dict, dict]:
     if "num_rows" in stream or "global_batch_size" in stream:  # a stream of `open_stream`, not of a user's class
         _check(stream, _STREAM, file, "stream")
     if state["step"] != manifest["step"]:
-        raise UsageError(f"{file}: step is {state['step']}, but manifest.json has {manifest['step']}: {_ADVICE}")
+        raise UsageError(f"{file}: step is {state['step']}, but manifest.json has {manifest['step']}: {ADVICE}")
     file = path / "model" / "lowmem.json"
-    settings = read_json(file, advice=_ADVICE) if "model/lowmem.json" in manifest["files"] else {}
+    settings = read_json(file, advice=ADVICE) if "model/lowmem.json" in manifest["files"] else {}
     _check(settings, {}, file)
     return state, settings
 
@@ -140,16 +140,16 @@ def check_resumable(path: Path, *, has_stream: bool = True) -> None:
     position, rows = state["stream"]["position"], state["stream"]["global_batch_size"]
     if position != state["step"] * rows:
         found = f"stream.position is {position}, but step is {state['step']} with {rows} rows per step"
-        raise UsageError(f"{path / 'state.json'}: {found}: {_ADVICE}")
+        raise UsageError(f"{path / 'state.json'}: {found}: {ADVICE}")
 
 
 def _check(values: object, rules: Mapping[str, _Rule], file: Path, where: str = "") -> None:
     """Raise UsageError naming `file` and the first field of `values`, an object at `where`, that breaks its rule."""
     if not isinstance(values, dict):
-        raise UsageError(f"{file}: {where or 'the content'} is {shortened(values)}, not an object: {_ADVICE}")
+        raise UsageError(f"{file}: {where or 'the content'} is {shortened(values)}, not an object: {ADVICE}")
     for name, rule in rules.items():
         field = f"{where}.{name}" if where else name
         if name not in values and rule.is_required:
-            raise UsageError(f"{file}: {field} is missing: {_ADVICE}")
+            raise UsageError(f"{file}: {field} is missing: {ADVICE}")
         if name in values and not rule.allows(values[name]):
-            raise UsageError(f"{file}: {field} is {shortened(values[name])}, not {rule.words}: {_ADVICE}")
+            raise UsageError(f"{file}: {field} is {shortened(values[name])}, not {rule.words}: {ADVICE}")

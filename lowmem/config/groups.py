@@ -10,6 +10,9 @@ from lowmem.config.zero import complete_zero_config
 from lowmem.errors import UsageError
 from lowmem.storage.files import read_json
 
+AUTOCAST_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+"""The torch dtype of products by `mixed_precision`."""
+
 # of no interest to those who use the model
 _NOT_IN_CARD = {"run_name", "report_to", "resume", "template_time", "heartbeat_timeout", "save_total_limit"}
 
@@ -83,8 +86,12 @@ class Groups:
         zero = self._some("batch_size", "max_grad_norm") | {"bf16": self.mixed_precision == "bf16"}
         deepspeed = complete_zero_config(self.deepspeed, **zero) if self.deepspeed else None
         reports = {"report_to": self.trackers, "heartbeat_timeout": self.heartbeat_timeout}
-        precision = {"mixed_precision": self.autocast, "needs_bf16": self.mixed_precision == "bf16"}
-        return precision | {"deepspeed": deepspeed} | reports
+        return self.precision | {"deepspeed": deepspeed} | reports
+
+    @property
+    def precision(self) -> dict[str, object]:
+        """The options of `init_distributed` that say in which precision a run computes."""
+        return {"mixed_precision": self.autocast, "needs_bf16": self.mixed_precision == "bf16"}
 
     @property
     def scratch_folder(self) -> str | None:
@@ -103,8 +110,7 @@ class Groups:
     @property
     def loaded_dtype(self) -> str:
         """The torch dtype in which to load the model: of a frozen one under adapters, that of its products."""
-        dtypes = {"bf16": "bfloat16", "fp16": "float16"} if self.trains_adapters else {}
-        return dtypes.get(self.mixed_precision, "float32")
+        return AUTOCAST_DTYPES.get(self.mixed_precision, "float32") if self.trains_adapters else "float32"
 
     @property
     def lora(self) -> dict[str, object]:

@@ -22,7 +22,11 @@ _FRACTION = _Rule("a number from 0 to 1", lambda value: _is_number(value) and 0 
 _COUNT = _Rule("an integer of 1 or more", lambda value: type(value) is int and value >= 1)
 _SHAPE = _Rule("linear, cosine or 1-sqrt", lambda value: value in ("linear", "cosine", "1-sqrt"))
 
-_OPTIONS: dict[str, dict[str, _Rule]] = {
+OPTIONS: dict[str, dict[str, _Rule]] = {
+    "cosine": {},
+    "linear": {},
+    "constant": {},
+    "constant_with_warmup": {},
     "cosine_with_restarts": {"num_cycles": _COUNT},
     "cosine_with_min_lr": {"min_lr": _NOT_NEGATIVE, "min_lr_rate": _FRACTION, "num_cycles": _POSITIVE},
     "polynomial": {"lr_end": _NOT_NEGATIVE, "power": _POSITIVE},
@@ -35,6 +39,8 @@ _OPTIONS: dict[str, dict[str, _Rule]] = {
         "num_cycles": _POSITIVE,
     },
 }
+"""The options of each schedule."""
+
 # of each tuple, exactly one must be set
 _NEEDED = {"cosine_with_min_lr": ("min_lr", "min_lr_rate"), "warmup_stable_decay": ("num_decay_steps",)}
 
@@ -61,7 +67,7 @@ def _value(text: str) -> object:
 
 def lr_problems(schedule: str, text: str, *, peak: float | None) -> list[str]:
     """List what is wrong with the options `text` of a schedule whose highest learning rate is `peak`."""
-    rules, needed = _OPTIONS.get(schedule, {}), _NEEDED.get(schedule, ())
+    rules, needed = OPTIONS.get(schedule, {}), _NEEDED.get(schedule, ())
     flag = f"--lr_scheduler_kwargs={text}"
     try:
         options = lr_options(text)

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 
 from lowmem.config.fields import alternatives_of, fields_of, setting
 from lowmem.config.groups import Groups
+from lowmem.config.lr_options import OPTIONS
 from lowmem.config.row_formats import ROW_FORMATS
 
 # The optimizers that have the memory tiers exact and lean.
 TIERED_OPTIMIZERS = ["adamw", "adamw_bf16", "adafactor"]
 _OPTIMIZERS = "adamw adamw_bf16 adam nadam radam adamax adafactor adagrad adadelta rmsprop sgd".split()
 _ATTENTION = ["eager", "sdpa", "flash_attention_2", "flash_attention_3"]
-_SCHEDULES = "cosine linear constant constant_with_warmup cosine_with_restarts cosine_with_min_lr polynomial".split()
-_SCHEDULES += ["inverse_sqrt", "warmup_stable_decay"]
 _PROMPTS = ["prompt_column", "response_column", "prompt_template"]
 _FIXED_IN_EVALUATE = {"on_resume": "fixed", "in_evaluate": True}
 
@@ -123,7 +122,7 @@ class TrainConfig(Groups):
     """The optimizer; adamw_bf16 keeps moments in bf16. Only adamw, adamw_bf16 and adafactor have memory tiers."""
     learning_rate: float = setting(5e-5, above=0)
     """Peak learning rate."""
-    lr_scheduler_type: str = setting("cosine", choices=_SCHEDULES)
+    lr_scheduler_type: str = setting("cosine", choices=list(OPTIONS))
     """Learning rate after warm-up, as in transformers.
     cosine and linear fall to 0 just after the last step."""
     lr_scheduler_kwargs: str = setting("", holds="options", may_be_empty=True)

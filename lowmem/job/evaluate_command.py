@@ -23,8 +23,7 @@ from lowmem.run_output import print_lines
 
 
 def evaluate_model(config: TrainConfig, test_rows: Rows) -> None:
-    precision = {"mixed_precision": config.autocast, "needs_bf16": config.mixed_precision == "bf16"}
-    accelerator = init_distributed(**precision)
+    accelerator = init_distributed(**config.precision)
     check_same_inputs({}, {"test": test_rows})
     dtype = torch.bfloat16 if config.has_bf16_weights else getattr(torch, config.loaded_dtype)
     is_offloaded = config.offload_weights is not None

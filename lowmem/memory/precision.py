@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from lowmem.config.groups import AUTOCAST_DTYPES
+
 _MOST = 2.0**24  # so that the scaled loss is finite in fp32
 _GROWTH_STEPS = 2000
 
@@ -45,4 +46,5 @@ def autocast(accelerator: Accelerator, *, cached: bool = False) -> AbstractConte
     # moment: a tokenizer that reads the environment in another thread at that moment crashes the process
     if accelerator.mixed_precision == "no":
         return nullcontext()
-    return torch.autocast(accelerator.device.type, _DTYPES[accelerator.mixed_precision], cache_enabled=cached)
+    dtype = getattr(torch, AUTOCAST_DTYPES[accelerator.mixed_precision])
+    return torch.autocast(accelerator.device.type, dtype, cache_enabled=cached)

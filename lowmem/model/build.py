@@ -4,7 +4,7 @@ import copy
 import fnmatch
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -58,14 +58,19 @@ def freeze(model: PreTrainedModel, *, parts: list[str]) -> None:
         frozen = frozen | set(model.get_encoder().parameters()) - embeddings
     for pattern in [part for part in parts if part not in ("embeddings", "encoder")]:
         if not (matching := fnmatch.filter(named, pattern)):
-            some = ", ".join([*named][:: max(1, len(named) // 4)])
             found = f"freeze={pattern} is neither embeddings nor encoder, and matches no parameter"
-            raise UsageError(f"{found} of {type(model).__name__}: its parameters are {some}, ...")
+            raise UsageError(f"{found} of {type(model).__name__}: its parameters are {some_of(named)}")
         frozen = frozen | {named[name] for name in matching}
     for parameter in frozen:
         parameter.requires_grad_(False)
     if frozen and not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError(f"freeze={','.join(parts)} freezes all weights, so nothing is trained: freeze fewer")
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Return four or five of the names, for a message."""
+    names = [*names]
+    return f"{', '.join(names[:: max(1, len(names) // 4)])}, ..."
 
 
 def build_model(

@@ -22,7 +22,7 @@ from lowmem.distributed.fully_sharded import has_gathered, notice_new_parameters
 from lowmem.distributed.offloaded import offloaded_of
 from lowmem.distributed.placement import is_large, is_quantized, is_sharded, unwrapped
 from lowmem.errors import UsageError
-from lowmem.model.build import convert_buffers
+from lowmem.model.build import convert_buffers, some_of
 from lowmem.optim.adafactor import TieredAdafactor
 from lowmem.optim.philox import BLOCK
 from lowmem.optim.tiers import TieredAdamW
@@ -136,9 +136,8 @@ def _group_of(model: nn.Module, groups: Sequence[Mapping[str, object]]) -> dict[
             raise UsageError(f"groups[{index}] is {dict(group)}: write it as {wanted}")
         matching = [named[name] for name in fnmatch.filter(named, pattern) if named[name] not in found]
         if not matching:
-            some = ", ".join([*named][:: max(1, len(named) // 4)])
             what = f"groups[{index}] has params={pattern!r}, which matches no trained parameter outside earlier groups"
-            raise UsageError(f"{what}: the trained parameters are {some}, ...")
+            raise UsageError(f"{what}: the trained parameters are {some_of(named)}")
         found |= dict.fromkeys(matching, index)
     return found
 
