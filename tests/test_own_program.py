@@ -108,11 +108,11 @@ def test_processes_that_a_module_starts_run_the_same_module(work):
         (["evaluate", "--lr_factor=1"], "--lr_factor: `evaluate` has no such flag"),
     ],
 )
-def test_wrong_values_of_own_flags_are_refused(work, words, message):
+def test_wrong_values_of_own_flags_are_refused(work, words, message, tmp_path):
     (work / "own.yaml").write_text("lr_factor: -1\n")
-    result = mine(work, *(word.replace("CONFIG", str(work / "own.yaml")) for word in words))
+    result = mine(work, *(word.replace("CONFIG", str(work / "own.yaml")) for word in words), cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr
-    assert not (ROOT / "out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_lists_own_flags_and_defaults_under_the_programs_name(work):
