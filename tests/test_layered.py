@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from contextvars import copy_context
+from functools import partial
 from shutil import rmtree
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PretrainedConfig, masking_utils
@@ -239,6 +241,20 @@ def test_a_loss_may_run_the_model_again_without_gradients():
 
     results = [trained(build("llama"), savers, batches_of(False), loss_fn=loss_fn) for savers in ([], [layered])]
     assert_same(*results)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_loss_may_call_the_model_with_a_cache(family):
+    """As models do by default: each layer would add its keys and values again when it runs again in backward."""
+
+    def loss_fn(model, batch, use_cache):
+        logits = model(**batch.inputs, use_cache=use_cache).logits
+        return F.cross_entropy(logits.flatten(0, 1), batch.inputs["labels"].flatten(), reduction="sum")
+
+    batches = batches_of(family == "t5")
+    plain = trained(build(family), [], batches, loss_fn=partial(loss_fn, use_cache=False))
+    mine = trained(build(family), [layered], batches, loss_fn=partial(loss_fn, use_cache=True))
+    assert_same(plain, mine, TIED.get(family))
 
 
 def test_released_and_offloaded_layers_need_less_memory():

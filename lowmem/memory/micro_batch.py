@@ -11,6 +11,7 @@ from greenlet import greenlet
 from torch import Tensor, nn
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import Cache
 
 from lowmem.errors import UsageError
 from lowmem.memory.offload import Offload, OffloadedCopy
@@ -151,7 +152,9 @@ class Call:
     ):
         self.layer = layer
         self._forward, self._micro_batch = forward, micro_batch
-        self._inputs, self._spec = tree_flatten((args, kwargs))
+        inputs, self._spec = tree_flatten((args, kwargs))
+        # without a cache of keys and values, to which backward would add the same again
+        self._inputs = [None if isinstance(x, Cache) else x for x in inputs]
         self._random_state = _RandomState.now(self._micro_batch.device)
         self._taken: dict[_Value, list[int]] = {}  # and its indices in the inputs
         self._made: dict[int, _Value] = {}  # by their index in the outputs
