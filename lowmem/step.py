@@ -10,10 +10,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowmem.data.batch import Batch, UnreadableStep, check_batches
-from lowmem.distributed.collectives import gather_json, raise_error_of_any_rank, sum_over_ranks
+from lowmem.distributed.collectives import (
+    gather_json,
+    raise_error_of_any_rank,
+    rank_and_world_size,
+    sum_over_ranks,
+)
 from lowmem.distributed.heartbeat import at_step
-from lowmem.distributed.placement import data_place
-from lowmem.errors import OutOfMemory
+from lowmem.distributed.placement import data_place, has_collectives, is_engine
+from lowmem.errors import OutOfMemory, UsageError
 from lowmem.memory.gradients import BeforeUpdate, Gradients
 from lowmem.memory.out_of_memory import guarded
 from lowmem.memory.precision import LossScale
@@ -164,17 +169,24 @@ def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool)
     """Return the number of targets in all ranks' `batches`, the denominator, and whether any rank is preempted.
 
     Runs one small collective before the first forward, so that every loss is divided by the same number. If a rank
-    could not read its rows, every rank raises that rank's error.
+    could not read its rows, every rank raises that rank's error. Raises UsageError if forward or backward runs
+    collectives, and ranks have different numbers of micro-batches.
     """
     at_step(state.step + 1)  # the number that metrics.jsonl and checkpoints give this step
     error = batches.error if isinstance(batches, UnreadableStep) else check_batches(batches)
     is_counted = error is None and data_place(state.model).is_counted
     counted = batches if is_counted else ()
     sums = sum(batch.num_targets for batch in counted), sum(batch.denominator for batch in counted)
-    sums = sum_over_ranks(*sums, error is not None, preempted, dtype=torch.float64)
-    num_targets, denominator, num_failed, num_preempted = sums
+    here = len(batches) if error is None else 0
+    sums = sum_over_ranks(*sums, here, here**2, error is not None, preempted, dtype=torch.float64)
+    num_targets, denominator, micro_batches, squares, num_failed, num_preempted = sums
     if num_failed:
         raise_error_of_any_rank(error)
+    # the sum of squares is at its least only if all ranks have the same number
+    are_equal = micro_batches**2 == squares * rank_and_world_size()[1]
+    if not are_equal and (has_collectives(state.model) or is_engine(state.model)):
+        found = f"the ranks have {', '.join(map(str, gather_json(here)))} micro-batches"
+        raise UsageError(f"a sharded model runs the same forwards on every rank, but {found}: make equally many")
     return int(num_targets), denominator, num_preempted > 0
 
 

@@ -166,3 +166,32 @@ def test_the_check_of_a_batch_refuses_a_mean_and_ignored_weights_but_no_pairs():
     for options in ({}, {"batch": batch, "max_seq_len": 8}, {"batch": batch, "packing": True}):
         with pytest.raises(UsageError, match="or a batch without other options"):
             check_model(model, loss_fn, **options)
+
+
+@pytest.mark.parametrize("strategy", ["NO_SHARD", "FULL_SHARD"])
+def test_what_only_one_rank_does_wrong_is_refused_on_both(strategy):
+    assert fork_ranks(2, refused_on_a_rank, strategy) == [0, 0]
+
+
+def refused_on_a_rank(strategy):
+    accelerator = init_distributed()
+    rank = accelerator.process_index
+    model = parallelize(build("llama"), accelerator, sharding_strategy=strategy)
+    state = TrainState(model, make_optimizer(model, name="sgd", memory="off"))
+    batches = [Batch(batch.inputs, 1, batch.row_ids) for batch in batches_at(0, rank, 2)]
+
+    def square(model, batch):
+        return model(input_ids=batch.inputs["input_ids"]).logits.square().mean() * (0.5 if rank else len(batch.row_ids))
+
+    def take_step(batches):
+        return train_step(state, batches, square, accelerator, learning_rate=0.1)
+
+    if strategy == "FULL_SHARD":  # each forward and backward has collectives
+        with pytest.raises(UsageError, match="but the ranks have 2, 1 micro-batches: make equally many"):
+            take_step(batches[rank:])
+        assert take_step(batches).updated
+    else:
+        assert take_step(batches[rank:]).updated
+        with pytest.raises(UsageError, match="must be a sum over the batch's targets"):
+            check_model(model, square, batch=batches[0])
+    accelerator.end_training()

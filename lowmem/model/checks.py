@@ -19,7 +19,7 @@ from lowmem.data.batch import IGNORED, Batch
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.fully_sharded import forward_only
-from lowmem.distributed.placement import device_of, is_quantized, unwrapped
+from lowmem.distributed.placement import device_of, handle_rank_errors, is_quantized, unwrapped
 from lowmem.errors import StoreError, UsageError, is_out_of_memory
 from lowmem.model.metrics import LossFunction, summed_loss
 from lowmem.model.packing_checks import check_packed_loss, check_packing, check_windows
@@ -48,7 +48,7 @@ def check_model(
     With `packing`, also if packed documents affect each other's loss; with `weighted`, if the loss ignores the weights
     of a batch. This tries rows of tokens, up to `max_seq_len` of them. For a loss of other inputs, give a `batch` and
     no other option: raises UsageError if the loss of it is not finite, if the loss of all its rows twice is not twice
-    that loss, because it is no sum over them, or if it ignores the batch's weights.
+    that loss, because it is no sum over them, or if it ignores the batch's weights. Every rank then raises.
 
     Returns `max_seq_len`. With `may_shorten`, a model with fewer positions is no error: returns their number.
     """
@@ -59,7 +59,8 @@ def check_model(
         found = f"{type(base).__name__} has no weights yet (fill=False)"
         raise UsageError(f"{found}: call make_optimizer before check_model")
     if batch is not None:
-        check_loss_of(batch, loss_fn, model)
+        with handle_rank_errors(model):  # ranks may have other batches
+            check_loss_of(batch, loss_fn, model)
         return None
     text_config = base.config.get_text_config()
     for name, value in text_config.to_dict().items():
