@@ -225,11 +225,10 @@ class Report:
             "data_wait_seconds": self._waited - self._waited_before,
         }
         metrics = {name: value.item() for name, value in result.metrics.items()}
-        if taken := sorted(metrics.keys() & measured.keys()):
+        counts = self._counts | of_stream | (peaks := peak_memory_bytes())
+        if taken := sorted(metrics.keys() & (measured | counts).keys()):
             raise UsageError(f"a step reports {', '.join(taken)} itself: rename that metric of the loss function")
-        peaks = peak_memory_bytes()
-        notes = [*memory_notes(peaks), *self._time_left()]
-        self.record(measured | metrics | self._counts | of_stream | peaks, notes=notes)
+        self.record(measured | metrics | counts, notes=[*memory_notes(peaks), *self._time_left()])
         self._rows, self._tokens, self._seconds, self._waited_before = 0, 0, 0.0, self._waited
 
     def _time_left(self) -> list[str]:
@@ -259,7 +258,15 @@ class Report:
         return {name: value for name, value in recorded.items() if name == "loss" or name.startswith("eval_")}
 
     def record(self, metrics: Mapping[str, float], *, notes: Sequence[str] = ()) -> None:
-        """Write one record of this step to metrics.jsonl, the trackers and the terminal, there with `notes`."""
+        """Write one record of this step to metrics.jsonl, the trackers and the terminal, there with `notes`.
+
+        Raises UsageError if a metric is not a number of Python, or is named as other fields of a record.
+        """
+        if taken := sorted(metrics.keys() & {"step", "event"}):
+            raise UsageError(f"a record has a {taken[0]} of its own: rename that metric")
+        if wrong := [name for name, x in metrics.items() if not isinstance(x, int | float)]:
+            found = f"the metric {wrong[0]} is a {type(metrics[wrong[0]]).__name__}, not an int or float"
+            raise UsageError(f"{found}: convert it, such as by .item()")
         if self._has_trackers:
             self._accelerator.log(dict(metrics), step=self._step)
         self._write({"step": self._step, **metrics})

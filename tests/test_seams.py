@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ from lowmem.memory.savers import entered, layered, layered_offloaded, release
 from lowmem.optim.formats import read
 from lowmem.report import Report
 from lowmem.step import TrainState
+from lowmem.storage.files import MOST_JSON_BYTES
 from tests.forked import fork_ranks
 from tests.models import build
 from tests.processes import ROOT
@@ -285,6 +287,11 @@ def test_extra_values_are_saved_hashed_and_loaded(tmp_path):
         ({"ema": {"a": torch.ones(2), "b": 1}}, "extra\\['ema'\\] has tensors, but 'b' is a int"),
         ({"ema": torch.ones(2)}, "extra\\['ema'\\] is neither a mapping of names to tensors nor a JSON value"),
         ({"ema": {"a": torch.ones(2, dtype=torch.complex64)}}, "checkpoints do not support torch.complex64"),
+        ({"ema": {"a": torch.ones(2, device="meta")}}, "extra\\['ema'\\]\\['a'\\] is on meta and has no data"),
+        ({"ema": {"a": torch.ones(2).to_sparse()}}, "extra\\['ema'\\]\\['a'\\] has the layout torch.sparse_coo"),
+        ({"ema": {"__metadata__": torch.ones(2)}}, "extra\\['ema'\\] has a tensor named __metadata__"),
+        ({"note": [{1: "a", "1": "b"}]}, "extra\\['note'\\] is neither .* \\(the key 1 is not text\\): convert it"),
+        ({"note": "a" * MOST_JSON_BYTES}, "extra\\['note'\\] has 268,435,458 bytes as JSON, more than 268,435,456"),
     ],
 )
 def test_an_extra_value_that_cannot_be_saved_is_refused_before_anything_is_written(extra, message, tmp_path):
@@ -336,6 +343,10 @@ def test_a_metric_that_counts_nothing_is_nan_and_one_that_the_first_step_lacked_
     train_step(state, first, with_metrics, accelerator, **RATE)
     without = train_step(state, others, with_metrics, accelerator, **RATE)
     assert math.isnan(without.metrics["row_0"]) and without.metrics["mean_row"] > 0
+    blank = [replace(batch, num_targets=0) for batch in first]
+    nothing = train_step(state, blank, with_metrics, accelerator, **RATE)
+    assert not nothing.updated and all(map(math.isnan, values_of(nothing.metrics).values()))
+    assert nothing.metrics.keys() == without.metrics.keys()
     state.metric_names = None
     train_step(state, others, with_metrics, accelerator, **RATE)
     with pytest.raises(UsageError, match="metric row_0, but not in the first step: return \\(0, 0\\)"):
@@ -382,6 +393,18 @@ def test_a_report_records_metrics(tmp_path):
     first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     expected = expected_metrics(batches)["mean_row"]
     assert (first["mean_row"], second["eval_mean_row"]) == pytest.approx((expected, expected))
+    for name in ("grad_norm", "epoch", "bad_rows", "peak_host_bytes"):
+        taken = replace(result, metrics={name: torch.ones(())})
+        report.count(result, state.stream)
+        with pytest.raises(UsageError, match=f"a step reports {name} itself: rename that metric"):
+            report.training(taken, state.stream, learning_rate=1e-2)
+    for metrics, message in {
+        (("reward", torch.ones(())),): "the metric reward is a Tensor, not an int or float: convert it",
+        (("step", 3),): "a record has a step of its own: rename",
+    }.items():
+        with pytest.raises(UsageError, match=message):
+            report.record(dict(metrics))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 # --- documents

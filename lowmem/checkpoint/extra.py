@@ -1,6 +1,6 @@
 """What a caller saves in a checkpoint next to the training state: tensors and JSON values by name, in extra/."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from lowmem.distributed.dtensor import pieces
 from lowmem.distributed.fill import read_local
 from lowmem.distributed.heartbeat import phase
 from lowmem.errors import UsageError
-from lowmem.storage.files import FileRecord, make_folder, read_json, to_json, write_file
+from lowmem.storage.files import MOST_JSON_BYTES, FileRecord, make_folder, read_json, to_json, write_file
 from lowmem.storage.tensor_files import check_dtype, open_shards, tensor_differences
 
 
@@ -61,6 +61,11 @@ def _checked(name: str, value: Mapping[object, object]) -> dict[str, Tensor]:
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             found = f"extra[{name!r}] has tensors, but {key!r} is a {type(tensor).__name__}"
             raise UsageError(f"{found}: give tensors and other values names of their own in extra")
+        if key == "__metadata__":  # safetensors takes it for its own
+            raise UsageError(f"extra[{name!r}] has a tensor named {key}, which safetensors cannot read: rename it")
+        if tensor.is_meta or tensor.layout != torch.strided:
+            found = "is on meta and has no data" if tensor.is_meta else f"has the layout {tensor.layout}"
+            raise UsageError(f"extra[{name!r}][{key!r}] {found}: checkpoints need dense tensors, convert it")
         check_dtype(f"{name}.{key}", tensor)
         if isinstance(tensor, DTensor):
             pieces(tensor)  # raises UsageError if its sharding cannot be saved
@@ -69,10 +74,25 @@ def _checked(name: str, value: Mapping[object, object]) -> dict[str, Tensor]:
 
 def _encoded(name: str, value: object) -> bytes:
     try:
-        return to_json(value)
-    except (TypeError, ValueError) as error:
+        content = to_json(value)
+        if keys := [key for key in _keys(value) if not isinstance(key, str)]:
+            raise TypeError(f"the key {keys[0]!r} is not text")  # JSON would make text of it: 1 and "1" become one
+    except (TypeError, ValueError, RecursionError) as error:
         found = f"extra[{name!r}] is neither a mapping of names to tensors nor a JSON value ({error})"
         raise UsageError(f"{found}: convert it") from error
+    if len(content) > MOST_JSON_BYTES:
+        found = f"extra[{name!r}] has {len(content):,} bytes as JSON, more than {MOST_JSON_BYTES:,}"
+        raise UsageError(f"{found}: make tensors of it, or several values")
+    return content
+
+
+def _keys(value: object) -> Iterator[object]:
+    """Yield the keys of all mappings in a JSON value."""
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    for part in value if isinstance(value, list | tuple) else ():
+        yield from _keys(part)
 
 
 @phase("loading extra values")

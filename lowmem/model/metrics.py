@@ -67,7 +67,9 @@ class MetricSums:
 
     def means(self) -> dict[str, Tensor]:
         """Return sum / count of each metric, fp32 scalars on the device; NaN where nothing was counted."""
-        return {name: (total[0] / total[1]).float() for name, total in self._totals.items()}
+        zeros = torch.zeros(2, dtype=torch.float64, device=self._device)
+        totals = {name: self._totals.get(name, zeros) for name in self.names or ()}
+        return {name: (total[0] / total[1]).float() for name, total in totals.items()}
 
     def _scalar(self, value: Tensor | float) -> Tensor:
         if isinstance(value, Tensor):

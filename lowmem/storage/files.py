@@ -14,6 +14,7 @@ import xxhash
 
 from lowmem.errors import UsageError
 
+MOST_JSON_BYTES = 2**28
 _READ_BYTES = 2**24
 _KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "symbolic link", stat.S_IFIFO: "FIFO"}
 _KINDS |= {stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
@@ -45,7 +46,7 @@ def to_json(value: object) -> bytes:
     return json.dumps(value, indent=2).encode()
 
 
-def read_text(path: str | Path, what: str, *, advice: str, most_bytes: int = 2**28) -> str:
+def read_text(path: str | Path, what: str, *, advice: str, most_bytes: int = MOST_JSON_BYTES) -> str:
     """Read a UTF-8 file of at most `most_bytes`. Raises UsageError, from `what` to `advice`, if that fails."""
     path = os.path.expanduser(path)
     try:
