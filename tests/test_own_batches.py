@@ -1,7 +1,10 @@
 """Research without rows or TrainConfig: another kind of model, batches of one's own without a stream, and a Report."""
 
 import json
+import math
+import time
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,6 +31,7 @@ from lowmem import (
     train_step,
 )
 from lowmem.checkpoint.resume import checkpoint_to_resume
+from lowmem.distributed.consistency import model_digest
 from tests.forked import fork_ranks
 from tests.models import LLAMA, build
 
@@ -94,7 +98,7 @@ def partial_named(*arguments, **options):
 
 def test_a_classifier_trains_on_batches_of_its_own_in_any_split_and_continues_exactly(language_model, tmp_path):
     whole, losses, records = trained(language_model, tmp_path / "whole", 4)
-    assert len(losses) == 4
+    assert [x["step"] for x in records if "loss" in x] == [1, 2, 3, 4]
     assert [x["step_squared"] for x in records if "step_squared" in x] == [0, 1, 4, 9]
     assert "epoch" not in records[0] and "samples_per_second" not in records[0] and records[0]["num_tokens"] == 12
     assert not (tmp_path / "whole" / "config.json").exists()
@@ -110,8 +114,32 @@ def test_a_classifier_trains_on_batches_of_its_own_in_any_split_and_continues_ex
     again, _ = load_model(tmp_path / "whole" / "model", auto_class=LlamaForSequenceClassification)
     assert type(again) is LlamaForSequenceClassification and again.config.num_labels == 3
     assert torch.equal(again.state_dict()["score.weight"], whole["score.weight"])
+    latest = latest_checkpoint(tmp_path / "whole" / "checkpoints")
+    assert checkpoint_to_resume(str(latest), tmp_path, has_stream=False) == latest
     with pytest.raises(UsageError, match="saved without a stream"):
-        checkpoint_to_resume(str(latest_checkpoint(tmp_path / "whole" / "checkpoints")), tmp_path)
+        checkpoint_to_resume(str(latest), tmp_path)
+
+
+def test_a_report_measures_the_time_since_the_last_record(tmp_path):
+    state = TrainState(build("llama"), None)
+    state.optimizer = make_optimizer(state.model, memory="off")
+    batches = [Batch(batch.inputs, batch.num_targets, batch.row_ids) for batch in batches_at(0)]
+    accelerator, measured = Accelerator(cpu=True), []
+
+    def mean_loss(model, batch):
+        return model(input_ids=batch.inputs["input_ids"], labels=batch.inputs["input_ids"]).loss
+
+    result, ends = train_step(state, batches, mean_loss, accelerator, learning_rate=0.0), [time.perf_counter()]
+    report = Report(tmp_path, {}, accelerator, total_steps=6)
+    for _ in range(2):
+        for _ in range(3):
+            time.sleep(0.05)
+            report.count(result)
+        ends.append(time.perf_counter())
+        report.training(result, learning_rate=0.0)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for record, (start, end) in zip(records, pairwise(ends), strict=True):
+        assert 0.8 * 3 * 12 / (end - start) < record["tokens_per_second"] < 3 * 12 / 0.15
 
 
 @pytest.mark.parametrize("on_meta", [False, True])
@@ -120,6 +148,8 @@ def test_a_new_head_is_drawn_and_the_rest_is_that_of_the_files(on_meta, language
     model, _ = load_model(language_model, on_meta=on_meta, **THREE)
     assert capfd.readouterr().out == f"{language_model} has no score.weight: drawn at random\n"
     assert model.model.norm.weight.is_meta == on_meta and not model.score.weight.is_meta
+    other, _ = load_model(language_model, on_meta=on_meta, **THREE)
+    assert model_digest(model, weights=True) != model_digest(other, weights=True)  # what ranks compare
     model = parallelize(model, Accelerator(cpu=True))
     expected = build("llama").state_dict()
     torch.manual_seed(1)
@@ -151,6 +181,8 @@ def test_the_check_of_a_batch_refuses_a_mean_and_ignored_weights_but_no_pairs():
         check_model(model, partial(loss_fn, reduction="mean"), batch=batch)
     with pytest.raises(UsageError, match="return a finite scalar"):
         check_model(model, partial(loss_fn, reduction="none"), batch=batch)
+    with pytest.raises(UsageError, match="the loss of the batch is nan: return a finite scalar"):
+        check_model(model, lambda m, b: loss_fn(m, b) * math.nan, batch=batch)
     weighted = Batch(batch.inputs, 6, batch.row_ids, weights=torch.ones(6), weight_sum=6.0)
     with pytest.raises(UsageError, match="ignores weights: .* multiply each target's loss by batch.weights"):
         check_model(model, loss_fn, batch=weighted)
