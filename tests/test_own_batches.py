@@ -124,7 +124,7 @@ def test_a_report_measures_the_time_since_the_last_record(tmp_path):
     state = TrainState(build("llama"), None)
     state.optimizer = make_optimizer(state.model, memory="off")
     batches = [Batch(batch.inputs, batch.num_targets, batch.row_ids) for batch in batches_at(0)]
-    accelerator, measured = Accelerator(cpu=True), []
+    accelerator = Accelerator(cpu=True)
 
     def mean_loss(model, batch):
         return model(input_ids=batch.inputs["input_ids"], labels=batch.inputs["input_ids"]).loss

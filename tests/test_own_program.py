@@ -1,7 +1,9 @@
 """A copy of train.py with a config class of its own runs as `train_low_mem.py` does, under any launcher."""
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from dataclasses import make_dataclass
 from typing import Optional
@@ -10,9 +12,11 @@ import pytest
 
 from lowmem import TrainConfig, UsageError, resolve, setting
 from lowmem.config.help import help_text
-from tests.forked import train_ranks
-from tests.processes import ROOT, finish, started_function, train
+from tests.forked import started_ranks, train_ranks
+from tests.processes import ROOT, finish, run_program, started_function, started_train, train, wait_until
 from tests.runs import assert_same_run, flags, records, write_files
+
+OF_LOWMEM = ", for lowmem's own train(), which yours replaces\n"
 
 OWN = '''
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +100,28 @@ def test_processes_that_a_module_starts_run_the_same_module(work):
         result = finish(process)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("my loop") == 2
+
+
+def test_ranks_that_run_other_programs_are_refused(work):
+    own = work / "own" / "mytrain.py"
+    (work / "own" / "mytrain-1.py").write_text(f"{own.read_text()}# a change\n")
+    with started_ranks(2, run_program_of_rank, own, "train", *flags(work, "other"), stderr=subprocess.PIPE) as ranks:
+        results = [finish(rank) for rank in ranks]
+    for result in results:
+        assert result.returncode == 2 and "rank 1 on " in result.stderr and "has the program's code " in result.stderr
+
+
+def run_program_of_rank(path, *words):
+    rank = os.environ["RANK"]
+    run_program(path if rank == "0" else path.with_stem(f"{path.stem}-{rank}"), *words)
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_a_prediction_says_that_it_is_of_lowmems_own_loop(work, command):
+    words = flags(work, "planned", device_memory="1GB", num_processes=1)
+    with started_train(command, *words, program=work / "own" / "mytrain.py") as process:
+        lines = iter(process.stdout.readline, None)
+        wait_until(lambda: (line := next(lines)).startswith("predicted for") and line.endswith(OF_LOWMEM), process)
 
 
 @pytest.mark.parametrize(
