@@ -193,6 +193,9 @@ def test_a_config_class_that_cannot_work_is_refused_with_all_its_problems():
     for kind, message in {
         own(sizes=(list[int], None)): r"Own.sizes has the type list\[int\]: use str, int, float or bool",
         own(size=int): "Own.size has no default",
+        own(size=(int, 1.5), name=(str, 3)): "Own.size has the default 1.5, but the type int: .*; Own.name has .* str",
+        own(size=(int, setting(3, on_resume="fxied"))): "Own.size has on_resume='fxied': use one of may change, fixed",
+        own(size=(int, setting(3, instead_of=["batch"]))): "Own.size has instead_of=batch, which is no field: correct",
         own(schedule=(str, "x"), config=(str, "x")): "Own.schedule has .* rename it; Own.config has the name",
         Undecorated: "Undecorated is not a dataclass: put @dataclass",
     }.items():

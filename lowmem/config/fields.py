@@ -12,6 +12,7 @@ from lowmem.config.presets import PRESETS
 from lowmem.errors import UsageError
 
 _KINDS = (str, int, float, bool)
+_ON_RESUME = ("may change", "fixed")
 _RESERVED = {*PRESETS, "is_keep_training", "config", "local_rank", "help"}  # flags that are not fields
 
 
@@ -70,19 +71,25 @@ def fields_of(config_class: type) -> Mapping[str, Field]:
     for field in dataclasses.fields(config_class):
         name, kind = field.name, types[field.name]
         bases = [base for base in config_class.__mro__ if name in vars(base).get("__dataclass_fields__", ())]
-        rules = (base.__dataclass_fields__[name].metadata for base in bases)
+        of_bases = (base.__dataclass_fields__[name].metadata for base in bases)
         kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)  # Optional[int] is int | None
         kind = reduce(operator.or_, sorted(kinds, key=lambda each: each is NoneType))
-        found[name] = Field(kind, field.default, next(filter(None, rules), {}))
+        found[name] = Field(kind, field.default, next(filter(None, of_bases), {}))
         older = config_class.__mro__[config_class.__mro__.index(bases[-1]) + 1 :]
         where = f"{config_class.__name__}.{name}"
         if name in _RESERVED or any(name in vars(base) for base in older):
             problems.append(f"{where} has the name of something else in {bases[-1].__mro__[1].__name__}: rename it")
+        shown, default, rules = inspect.formatannotation(kind), field.default, found[name].metadata
         if not {*kinds} - {NoneType} <= {*_KINDS} or len(kinds) > 2:
-            shown = inspect.formatannotation(kind)
             problems.append(f"{where} has the type {shown}: use str, int, float or bool, perhaps with `| None`")
-        if field.default is dataclasses.MISSING:
+        elif default is dataclasses.MISSING:
             problems.append(f"{where} has no default: give it one, such as None")
+        elif not isinstance(default, (*kinds, int) if float in kinds else kinds) and default != rules.get("or_word"):
+            problems.append(f"{where} has the default {default!r}, but the type {shown}: change one of them")
+        if rules.get("on_resume") not in (None, *_ON_RESUME):
+            problems.append(f"{where} has on_resume={rules['on_resume']!r}: use one of {', '.join(_ON_RESUME)}")
+        if unknown := [other for other in rules.get("instead_of", ()) if other not in types]:
+            problems.append(f"{where} has instead_of={unknown[0]}, which is no field: correct the name")
     if problems:
         raise UsageError("; ".join(problems))
     return found
