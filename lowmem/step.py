@@ -120,7 +120,8 @@ def train_step(
     `before_update(gradients)` is called on every rank, in a step with a target, with {parameter name: gradient}: summed
     over micro-batches and ranks, divided by the number of targets, not clipped and perhaps not finite; in fp32, or in
     the tier's bf16; of a sharded parameter, a DTensor. It changes them in place. `grad_norm` is the norm after it.
-    Raises ValueError if `Gradients` does. Cost: two small host collectives, one gradient reduction, one device sync.
+    Raises ValueError if `Gradients` does, and UsageError on every rank if ranks of a sharded model have different
+    numbers of micro-batches. Cost: two small host collectives, one gradient reduction, one device sync.
     """
     num_tokens, denominator, preempted = agree_to_start(state, batches, preempted)
     set_learning_rate(state.optimizer, learning_rate)

@@ -449,10 +449,12 @@ def compare_on_a_rank(folder):
     accelerator = init_distributed()
     gradients, weights = (load_file(folder / f"{name}.safetensors") for name in ("gradients", "weights"))
     of_step, of_evaluation = json.loads((folder / "metrics.json").read_text())
-    rank = {"rank": accelerator.process_index, "world_size": 2}
-    batches = next(stream_of("llama", batch_size=2, gradient_accumulation_steps=2, shuffle=False, **rank))
-    for strategy, savers in (("NO_SHARD", []), ("FULL_SHARD", []), ("FULL_SHARD", [layered])):
-        model = parallelize(build("llama"), accelerator, sharding_strategy=strategy)
+    full = {"sharding_strategy": "FULL_SHARD"}
+    for options, savers in (({}, []), (full, []), (full, [layered]), ({"tp_size": 2}, [])):
+        model = parallelize(build("llama"), accelerator, **options)
+        batches = next(
+            stream_of("llama", batch_size=2, global_batch_size=8, shuffle=False, **data_place(model).coordinates)
+        )
         measured = evaluate(model, batches, with_metrics, accelerator)
         assert measured == pytest.approx(of_evaluation, rel=1e-5)
         optimizer, seen = make_optimizer(model, memory="off", name="sgd", groups=GROUPS), {}
