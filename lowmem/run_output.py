@@ -81,7 +81,7 @@ def _is_kept(line: bytes, step: int) -> bool:
         record = json.loads(line)
     except ValueError:  # half a line, from a killed run
         return False
-    # drop the test and end records, because a run that is resumed after its last step writes them again
-    is_test = record.get("rows") == "test" or any(name.startswith("test_") for name in record)
-    is_final = is_test or record.get("event") == "end"
+    # drop the test and end records of this step, because a run that is resumed after its last step writes them again
+    is_test = record.get("rows") == "test" or "test_loss" in record
+    is_final = (is_test and record["step"] == step) or record.get("event") == "end"
     return not is_final and record["step"] <= step

@@ -77,7 +77,7 @@ def classify(folder, out, steps, strategy="NO_SHARD"):
         result = train_step(state, list(batches_at(step, **rank.coordinates)), loss_fn, accelerator, learning_rate=0.1)
         report.count(result)
         report.training(result, learning_rate=0.1)
-        report.record({"step_squared": step**2})
+        report.record({"test_squared": step**2})
         if state.step % 2 == 0:
             save_checkpoint(state, out / "checkpoints", accelerator)
     save_model(model, out / "model", tokenizer=tokenizer)
@@ -99,7 +99,7 @@ def partial_named(*arguments, **options):
 def test_a_classifier_trains_on_batches_of_its_own_in_any_split_and_continues_exactly(language_model, tmp_path):
     whole, losses, records = trained(language_model, tmp_path / "whole", 4)
     assert [x["step"] for x in records if "loss" in x] == [1, 2, 3, 4]
-    assert [x["step_squared"] for x in records if "step_squared" in x] == [0, 1, 4, 9]
+    assert [x["test_squared"] for x in records if "test_squared" in x] == [0, 1, 4, 9]
     assert "epoch" not in records[0] and "samples_per_second" not in records[0] and records[0]["num_tokens"] == 12
     assert not (tmp_path / "whole" / "config.json").exists()
     for name, options in {"two": {"world_size": 2}, "three": {"world_size": 3, "strategy": "FULL_SHARD"}}.items():
@@ -108,6 +108,7 @@ def test_a_classifier_trains_on_batches_of_its_own_in_any_split_and_continues_ex
         torch.testing.assert_close(weights, whole, atol=1e-5, rtol=0)
     trained(language_model, tmp_path / "parts", 2)
     weights, all_losses, records = trained(language_model, tmp_path / "parts", 4)
+    assert [x["test_squared"] for x in records if "test_squared" in x] == [0, 1, 4, 9]
     assert all_losses == losses and [x.get("event") for x in records].count("end") == 1
     assert all(torch.equal(weights[name], whole[name]) for name in whole)
 
