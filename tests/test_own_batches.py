@@ -188,6 +188,8 @@ def test_the_check_of_a_batch_refuses_a_mean_and_ignored_weights_but_no_pairs():
     with pytest.raises(UsageError, match="ignores weights: .* multiply each target's loss by batch.weights"):
         check_model(model, loss_fn, batch=weighted)
     check_model(model, lambda m, b: (loss_fn(m, b, reduction="none") * b.weights).sum(), batch=weighted)
+    scaled = Batch(batch.inputs | {"scale": torch.tensor(2.0)}, 6, batch.row_ids)  # of no row
+    check_model(model, lambda m, b: b.inputs["scale"] * loss_fn(m, b), batch=scaled)
     for pairs in (lambda x: x.chunk(2), lambda x: (x[::2], x[1::2])):  # halves, neighbours
 
         def preference(model, batch, pairs=pairs):

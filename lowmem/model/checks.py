@@ -166,7 +166,7 @@ def check_loss_of(batch: Batch, loss_fn: LossFunction, model: nn.Module) -> None
 
 
 def _twice(batch: Batch, double: Callable[[Tensor], Tensor]) -> Batch:
-    tensors = {name: double(x) for name, x in batch.inputs.items()}
+    tensors = {name: double(x) if x.dim() else x for name, x in batch.inputs.items()}
     weights, lengths = (None if x is None else double(x) for x in (batch.weights, batch.input_lengths))
     row_ids = double(torch.tensor(batch.row_ids)).tolist()
     sums = {"row_ids": row_ids, "num_targets": 2 * batch.num_targets, "weight_sum": 2 * batch.denominator}
