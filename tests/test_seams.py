@@ -353,6 +353,16 @@ def test_a_metric_that_counts_nothing_is_nan_and_one_that_the_first_step_lacked_
         train_step(state, first, with_metrics, accelerator, **RATE)
 
 
+def test_a_step_without_a_target_names_no_metric_and_calls_no_before_update():
+    accelerator, state = Accelerator(cpu=True), state_of(build("llama"))
+    batches = batches_of(2, shuffle=False)
+    blank = [replace(batch, num_targets=0) for batch in batches]
+    nothing = train_step(state, blank, with_metrics, accelerator, **RATE, before_update=pytest.fail)
+    assert nothing.metrics == {} and state.step == 1 and not state.updates
+    result = train_step(state, batches, with_metrics, accelerator, **RATE)
+    assert values_of(result.metrics) == pytest.approx(expected_metrics(batches))
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
