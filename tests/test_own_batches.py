@@ -161,8 +161,9 @@ def test_a_new_head_is_drawn_and_the_rest_is_that_of_the_files(on_meta, language
 
 def test_what_cannot_be_loaded_as_another_kind_of_model_is_refused(language_model, tmp_path):
     load = partial(load_model, **THREE)
-    with pytest.raises(UsageError, match="config_changes sets num_label, but LlamaConfig has no such field"):
-        load_model(language_model, config_changes={"num_label": 3})
+    for name in ("num_label", "revision"):
+        with pytest.raises(UsageError, match=f"config_changes sets {name}, but LlamaConfig has no such field"):
+            load_model(language_model, config_changes={name: "main"})
     with pytest.raises(UsageError, match="quantization=nf4 was set with auto_class=AutoModelForSequenceClassification"):
         load(language_model, quantization="nf4")
     with pytest.raises(UsageError, match="change model_config itself"):

@@ -118,10 +118,9 @@ def _pretrained_config(name: str, changes: Mapping[str, object] | None = None) -
     _check_exists(name, "config.json")
     with loading(name):
         check_counts(PretrainedConfig.get_config_dict(name)[0], name)
-        options = {"trust_remote_code": False, "return_unused_kwargs": True}
-        config, unused = AutoConfig.from_pretrained(name, **options, **(changes or {}))
-    if unused := sorted(unused.keys() & (changes or {}).keys()):
-        raise UsageError(f"config_changes sets {', '.join(unused)}, but {type(config).__name__} has no such field")
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **(changes or {}))
+    if unknown := [field for field in changes or () if not hasattr(config, field)]:  # also arguments of from_pretrained
+        raise UsageError(f"config_changes sets {', '.join(unknown)}, but {type(config).__name__} has no such field")
     return config
 
 
