@@ -46,7 +46,7 @@ def encode(row: dict[str, object], rng: np.random.Generator | None = None) -> di
 def collate(rows: list[dict[str, object]]) -> lowmem.Batch:
     labels = torch.tensor([row["labels"] for row in rows])  # all captions have the same number of words
     inputs = {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": labels}
-    return lowmem.Batch(inputs, num_targets=int((labels >= 0).sum()), row_ids=[])  # -100 is no target
+    return lowmem.Batch(inputs, num_targets=labels.numel(), row_ids=[])
 
 
 def loss_fn(model, batch):
@@ -58,7 +58,7 @@ def loss_fn(model, batch):
     # the model shifts the labels to get the decoder's inputs; its own loss is a mean, which no split may average again
     logits = model(batch.inputs["pixel_values"].to(model.dtype), labels=labels).logits.float()
     exact = (logits.argmax(-1) == labels).all(1).sum()
-    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum"), {"exact": (exact, len(batch.row_ids))}
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum"), {"exact": (exact, len(labels))}
 
 
 def build_model() -> VisionEncoderDecoderModel:

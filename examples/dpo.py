@@ -1,8 +1,7 @@
 """Direct preference optimization (DPO; Rafailov et al., 2023, arXiv 2305.18290) without a reference model in memory.
 
-The reference's log-probabilities of a row never change: `add_reference` computes them once, with the weights from which
-training starts, and keeps them in a file, so the peak is that of supervised fine-tuning (SFT) on the same sequences.
-Here, a model learns to repeat two numbers: SFT in any order, then DPO, which prefers the prompt's order.
+The reference's log-probabilities never change: `add_reference` computes them once and keeps them in a file, so the peak
+is that of supervised fine-tuning (SFT). A model learns to repeat two numbers: SFT in any order, DPO in the prompt's.
 """
 
 import json
@@ -35,8 +34,7 @@ def collate(rows):
     sequences = [{name: row[name][part] for name in ("input_ids", "labels")} for row, part in parts]
     inputs = lowmem.collate(sequences, causal=True).inputs
     inputs["reference"] = torch.tensor([row["reference"] for row in rows])
-    num_pairs = sum(max(row["labels"]) > -100 for row in rows)  # in an evaluation, a rank may fill up with blank rows
-    return lowmem.Batch(inputs, num_targets=num_pairs, row_ids=[])
+    return lowmem.Batch(inputs, num_targets=len(rows), row_ids=[])
 
 
 def pair_logps(model, batch):
@@ -47,15 +45,15 @@ def pair_logps(model, batch):
 
 
 def dpo_loss(model, batch, *, beta=0.1):
-    logps, is_pair = pair_logps(model, batch), (batch.inputs["labels"][::2] != -100).any(1)
+    logps = pair_logps(model, batch)
     chosen, rejected = (logps - batch.inputs["reference"]).unbind(1)
-    loss = -(F.logsigmoid(beta * (chosen - rejected)) * is_pair).sum()
-    return loss, {"preferred": ((logps[:, 0] > logps[:, 1]).logical_and(is_pair).sum(), batch.num_targets)}
+    loss = -F.logsigmoid(beta * (chosen - rejected)).sum()
+    return loss, {"preferred": ((logps[:, 0] > logps[:, 1]).sum(), len(logps))}
 
 
 @torch.no_grad()
 def add_reference(rows, model, accelerator, folder):
-    """Return the rows with the model's log-probabilities, computed once by all ranks and kept in `folder`."""
+    """Return the rows with the model's log-probabilities, without dropout, computed once and kept in `folder`."""
     hashed = xxhash.xxh3_64(json.dumps(rows).encode())
     for weight in model.parameters():
         hashed.update(weight.detach().cpu().flatten().view(torch.uint8).numpy())
@@ -65,9 +63,10 @@ def add_reference(rows, model, accelerator, folder):
         if digest != xxhash.xxh3_64_hexdigest(content.encode()):
             raise lowmem.UsageError(f"{path} has changed since it was written: delete it")
     else:
-        batching = {"collate": collate, **lowmem.data_place(model).coordinates}
-        for batch in lowmem.open_eval(rows, encode, batch_size=64, **batching):
-            found += zip(batch.row_ids, pair_logps(model, batch.to(accelerator.device)).tolist(), strict=False)
+        ranks = lowmem.data_place(model).coordinates
+        for batch in lowmem.open_eval(rows, encode, batch_size=64, collate=collate, **ranks):
+            found += zip(batch.row_ids, pair_logps(model.eval(), batch.to(accelerator.device)).tolist(), strict=False)
+        model.train()
         content = json.dumps([logps for _, logps in sorted(gather_object(found))])
         if accelerator.is_main_process:
             path.write_text(f"{content}\n{xxhash.xxh3_64_hexdigest(content.encode())}")
@@ -87,6 +86,7 @@ def main(folder):
         state = lowmem.TrainState(model, lowmem.make_optimizer(model), stream)
         for _, batches in zip(range(steps), stream, strict=False):
             lowmem.train_step(state, batches, loss_fn, accelerator, learning_rate=3e-3, max_grad_norm=1.0)
+        stream.close()
         return lowmem.evaluate(model, lowmem.open_eval(held_out, **options), dpo_loss, accelerator)["eval_preferred"]
 
     sft = train(rows, lambda model, batch: -pair_logps(model, batch).sum(), steps=150)

@@ -138,15 +138,6 @@ def test_gradients_do_not_depend_on_micro_batches_and_ranks(make, tmp_path):
         torch.testing.assert_close(of_rank, whole, atol=1e-6, rtol=0)
 
 
-def test_a_row_without_labels_changes_no_sum_of_dpo():
-    model, dpo_loss, rows, encode, collate_pairs = preferences()
-    pairs = [encode(row) for row in rows[:3]]
-    blank = encode(rows[3]) | {"labels": [-100] * len(pairs[0]["labels"])}
-    (loss, metrics), (other, other_metrics) = (dpo_loss(model, collate_pairs(x)) for x in (pairs, [*pairs, blank]))
-    torch.testing.assert_close(other, loss)
-    assert other_metrics == metrics and metrics["preferred"][1] == 3
-
-
 def test_dpo_has_the_peak_of_sft():
     model, dpo_loss, rows, encode, collate_pairs = preferences()
     batch, peaks = collate_pairs([encode(row) for row in rows]), []

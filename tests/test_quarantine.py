@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import ByT5Tokenizer
 
-from lowmem.data.batch import IGNORED, collate
+from lowmem.data.batch import IGNORED, Batch, collate
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.encoder import BadRow
 from lowmem.data.eval_batches import open_eval
@@ -85,13 +86,44 @@ def test_a_micro_batch_without_a_good_row_has_no_targets_but_can_be_run(tmp_path
     assert model.lm_head.weight.equal(before) and stream.position == 4
 
 
-def test_a_placeholder_for_a_bad_row_needs_labels(tmp_path):
-    path = write(tmp_path / "rows.jsonl", bad=range(4))
-    stream = open_stream(
-        path, lambda row: {"chosen": [1]}, batch_size=4, shuffle=False, quarantine=Quarantine(9), collate=None
+def test_a_row_that_stands_in_for_others_does_not_count_in_a_loss_of_rows(tmp_path):
+    model, accelerator = build("llama"), init_distributed()
+    options = {"collate": collate_words, "shuffle": False, "quarantine": Quarantine(9)}
+    path = write(tmp_path / "rows.jsonl", bad={1})
+    stream = open_stream(path, encode_words, batch_size=1, gradient_accumulation_steps=2, **options)
+    state, batches = TrainState(model, make_optimizer(model, memory="off"), stream), next(iter(stream))
+    assert [(batch.row_ids, batch.num_targets) for batch in batches] == [([0], 1), ([], 0)]
+    alone = loss_of_rows(model, batches[0])[0].item()
+    result = train_step(state, batches, loss_of_rows, accelerator, learning_rate=0.1)
+    assert result.loss.item() == pytest.approx(alone) and result.metrics["row_ids"].item() == 1
+
+    options = {"batch_size": 2, "collate": collate_words}
+    expected, split = (
+        [
+            batch
+            for rank in range(world_size)
+            for batch in open_eval(qa_rows(5), encode_words, rank=rank, world_size=world_size, **options)
+        ]
+        for world_size in (1, 2)
     )
-    with pytest.raises(RowError, match="needs `labels`, the encoder returned chosen"):
-        len(next(stream))
+    assert [len(batch.row_ids) for batch in split] == [2, 1, 2, 0]  # the last rank's last batch has no row
+    expected, found = (evaluate(model, batches, loss_of_rows, accelerator) for batches in (expected, split))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def encode_words(row):
+    return {"ids": [3 + len(word) for word in row["prompt"].split()]}  # no labels
+
+
+def collate_words(rows):
+    length = max(len(row["ids"]) for row in rows)
+    ids = torch.tensor([row["ids"] + [0] * (length - len(row["ids"])) for row in rows])
+    return Batch({"input_ids": ids}, num_targets=len(rows), row_ids=[])
+
+
+def loss_of_rows(model, batch):
+    logits = model(batch.inputs["input_ids"]).logits[:, 0]
+    return logits.logsumexp(-1).sum(), {"row_ids": (len(logits), 1)}
 
 
 def test_each_bad_row_is_recorded_once_with_its_location_even_after_a_restart(tmp_path):

@@ -145,17 +145,14 @@ def _checked(row: EncodedRow) -> EncodedRow:
 
 
 def blank_row(rows: Rows, encode: Encode, *, near: int, seeds: Sequence[int] | None = None) -> EncodedRow:
-    """Make a row without targets from the first row at or after `near` that can be encoded. All labels are IGNORED.
+    """Make a row without targets from the first row at or after `near` that can be encoded. Its labels are IGNORED.
 
-    `seeds` has one seed, or is None (see `encode_rows`).
-    Raises RowError if none of the next 500 rows can be encoded, or if the encoder returns no labels.
+    `seeds` has one seed, or is None (see `encode_rows`). Raises RowError if none of the next 500 rows can be encoded.
     """
     first_error = None
     for row_id in range(near, near + min(len(rows), _MAX_ROWS_TRIED)):
         encoded, bad = encode_rows(rows, [row_id % len(rows)], encode, may_skip=True, seeds=seeds)
         for _, row in encoded:
-            if "labels" not in row:
-                raise RowError(f"a blank row needs `labels`, the encoder returned {', '.join(row)}: remove bad rows")
-            return {**row, "labels": [IGNORED] * len(row["labels"])}
+            return {**row, "labels": [IGNORED] * len(row["labels"])} if "labels" in row else row
         first_error = first_error or bad[0].error
     raise RowError(f"{first_error}; all rows read after it fail too: fix the rows or the encoder") from first_error

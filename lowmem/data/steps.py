@@ -97,8 +97,12 @@ class Steps:
 
 
 def batch_of(row_ids: Iterable[int | None], rows: Sequence[EncodedRow], collate: Collate) -> Batch:
-    """Collate rows and attach their row numbers. Blank rows have the number None, which is left out."""
-    return replace(collate(rows), row_ids=[row_id for row_id in row_ids if row_id is not None])
+    """Collate rows and attach their row numbers. Blank rows have the number None, which is left out.
+
+    A batch of blank rows has no target, whatever `collate` counts.
+    """
+    batch = replace(collate(rows), row_ids=[row_id for row_id in row_ids if row_id is not None])
+    return batch if batch.row_ids else replace(batch, num_targets=0, weight_sum=0.0, is_blank=True)
 
 
 def _num_ids(row: EncodedRow) -> int:

@@ -18,13 +18,16 @@ LossFunction = Callable[[nn.Module, Batch], Tensor | tuple[Tensor, Metrics]]
 
 
 def loss_and_metrics(loss_fn: LossFunction, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-    """Call `loss_fn`; return the summed loss, and its metrics ({} if there are none). Raises UsageError for others."""
+    """Call `loss_fn`; return the summed loss, and its metrics ({} if there are none). Raises UsageError for others.
+
+    Those of a blank batch are 0: a loss of rows rather than of labels would count the row that stands in.
+    """
     returned = loss_fn(model, batch)
     loss, metrics = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
     if not isinstance(loss, Tensor) or not isinstance(metrics, Mapping):
         advice = "return the summed loss, or (summed loss, {name: (sum, count)})"
         raise UsageError(f"the loss function returned {_described(returned)}: {advice}")
-    return loss, metrics
+    return (loss * 0.0, dict.fromkeys(metrics, (0, 0))) if batch.is_blank else (loss, metrics)
 
 
 def summed_loss(loss_fn: LossFunction, model: nn.Module, batch: Batch) -> Tensor:
