@@ -157,10 +157,12 @@ def read_local(tensor: Tensor | Record | ShardedRecord | ZeroTensor, stored: Sto
 def stored_weights(model: nn.Module, folder: Path, *, but: Collection[str] = ()) -> dict[str, StoredTensor]:
     """Return each parameter and persistent buffer as stored in `folder`, by name (tied weights: by their first name).
 
-    Leaves out those in `but`, and adapters, which are in no file of their model. Raises ValueError if the files lack a
-    tensor, or have it in another shape, or if tied weights differ in them, because transformers would then untie them.
+    Leaves out those in `but`, and adapters, which are in no file of their model. Files of a base model, without a head,
+    have names without its prefix. Raises ValueError if the files lack a tensor, or have it in another shape, or if tied
+    weights differ in them, because transformers would then untie them.
     """
     files = open_shards(folder, "model")
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     aliases: dict[Tensor, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not (is_adapted(model) and ".lora_" in name):
@@ -171,6 +173,7 @@ def stored_weights(model: nn.Module, folder: Path, *, but: Collection[str] = ())
             continue
         in_files = [_OF_PEFT.sub("", name) for name in names] if is_adapted(model) else names
         stored = [files[name] for name in in_files if name in files]
+        stored = stored or [files[name] for name in (x.removeprefix(prefix) for x in in_files) if name in files]
         what = f"{folder} cannot fill {names[0]}"
         if not stored:
             raise ValueError(f"{what}, which is not in its files")

@@ -37,7 +37,8 @@ def check_counts(fields: Mapping[str, object], source: str) -> None:
 def check_weights(config: PretrainedConfig, dtype: torch.dtype, kind: type | None = None) -> list[str]:
     """Raise UsageError unless the files of `config.name_or_path` have all weights, in the shapes that `config` sets.
 
-    With `kind`, the files may lack the model's head. Returns the names of the weights that they lack.
+    With `kind`, the files may lack what is not in its base model (the head), and a pooler, which only a head uses.
+    Returns the names of the weights that they lack.
     transformers itself matches names and shapes, on the meta device, because it may rename, split and merge weights.
     """
     name, stored = config.name_or_path, {}
@@ -65,7 +66,8 @@ def check_weights(config: PretrainedConfig, dtype: torch.dtype, kind: type | Non
         found = f"{len(differing)} weights of the model {name} do not have the shapes that its config.json sets"
         raise UsageError(f"{found} ({weight} has {[*stored]} instead of {[*expected]}, ...): {_ADVICE}")
     missing = sorted(info["missing_keys"])
-    needed = [key for key in missing if kind is None or key.startswith(f"{model.base_model_prefix}.")]
+    base = "" if kind is None or model.base_model is model else f"{model.base_model_prefix}."
+    needed = [key for key in missing if key.startswith(base) and (kind is None or ".pooler." not in f".{key}")]
     if needed:
         found = f"the model {name} lacks {len(needed)} weights ({', '.join(needed[:3])}, ...)"
         raise UsageError(f"{found}; they would be initialized randomly: use a complete model")
