@@ -6,18 +6,27 @@ import time
 from functools import partial
 from itertools import pairwise
 
+import peft
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, ByT5Tokenizer, LlamaForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    ByT5Tokenizer,
+    LlamaForSequenceClassification,
+)
 
 from lowmem import (
     Batch,
     Report,
     TrainState,
     UsageError,
+    add_lora,
     check_model,
     data_place,
     init_distributed,
@@ -173,6 +182,42 @@ def test_what_cannot_be_loaded_as_another_kind_of_model_is_refused(language_mode
     model.save_pretrained(tmp_path, state_dict=weights)
     with pytest.raises(UsageError, match="lacks 3 weights .*model.layers.1.mlp"):  # these are not of the head
         load(tmp_path, tokenizer_name_or_path=language_model)
+
+
+def test_files_of_a_base_model_fill_it_under_a_head_and_may_lack_a_pooler(tmp_path, capfd):
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    base = BertModel(BertConfig(vocab_size=20, **shape), add_pooling_layer=False)
+    base.save_pretrained(tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    capfd.readouterr()
+    model, _ = load_model(tmp_path, on_meta=True, **THREE)
+    new = "bert.pooler.dense.bias, bert.pooler.dense.weight, classifier.bias, classifier.weight"
+    assert capfd.readouterr().out == f"{tmp_path} has no {new}: drawn at random\n"
+    assert model.bert.embeddings.word_embeddings.weight.is_meta and not model.bert.pooler.dense.weight.is_meta
+    model = parallelize(model, Accelerator(cpu=True))
+    assert all(torch.equal(model.bert.get_parameter(name), weight) for name, weight in base.named_parameters())
+    weights = {name: weight for name, weight in base.state_dict().items() if "attention" not in name}
+    base.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(UsageError, match="lacks 10 weights .*encoder.layer.0.attention"):
+        load_model(tmp_path, auto_class=AutoModel)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_of_a_classifier_train_and_save_its_new_head(language_model, tmp_path):
+    accelerator, batches = Accelerator(cpu=True), list(batches_at(0))
+    torch.manual_seed(1)
+    model, _ = load_model(language_model, on_meta=True, **THREE)
+    with pytest.raises(UsageError, match=r"files have no score.weight, .*: add \['score'\] to modules_to_save"):
+        add_lora(model, rank=2)
+    model = parallelize(add_lora(model, rank=2, modules_to_save=["score"]), accelerator)
+    state = TrainState(model, make_optimizer(model, memory="off"))
+    losses = [train_step(state, batches, loss_fn, accelerator, learning_rate=0.05).loss.item() for _ in range(3)]
+    assert losses[2] < losses[0]
+    save_model(model, tmp_path)
+    again, _ = load_model(tmp_path, **THREE)
+    base = LlamaForSequenceClassification.from_pretrained(language_model, num_labels=3)
+    for loaded in (again, peft.PeftModel.from_pretrained(base, tmp_path)):
+        torch.testing.assert_close(loss_fn(loaded.eval(), batches[0]), loss_fn(model.eval(), batches[0]))
 
 
 def test_the_check_of_a_batch_refuses_a_mean_and_ignored_weights_but_no_pairs():

@@ -44,6 +44,7 @@ _SUPPORTED |= {"init_lora_weights", "eva_config", "megatron_core", "qalora_group
 _INITIAL = (True, "gaussian", "orthogonal", "eva")  # other initial values come with a change of the model's weights
 
 _bases: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+_new_weights: WeakKeyDictionary[nn.Module, Sequence[str]] = WeakKeyDictionary()
 
 
 def add_lora(
@@ -63,7 +64,8 @@ def add_lora(
     generator and B (out, rank) zero, both fp32. With `use_rslora`, the factor is alpha / sqrt(rank); `use_dora` also
     trains the norm of each row. `alpha=None` is twice the rank. `target_modules` has the ends of layers' names;
     "all-linear" adapts every linear layer but the output head. `modules_to_save` are trained whole, in fp32.
-    Raises UsageError if the model has no such layers, or already has adapters.
+    Raises UsageError if the model has no such layers, already has adapters, or has weights drawn at random (a new head)
+    that are not in `modules_to_save`.
     """
     if use_dora and any(parameter.is_meta for parameter in model.parameters()):
         raise UsageError("use_dora needs the norms of the model's weights, which are on meta: set on_meta=False")
@@ -116,7 +118,7 @@ def lora_config(
         modules_to_save=[*modules_to_save] or None,
         use_dora=use_dora,
         use_rslora=use_rslora,
-        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+        task_type=_task(model),
         base_model_name_or_path=_source(model),
         ensure_weight_tying=bool(_ties(model)) and not _EMBEDDINGS.isdisjoint([*targets, *modules_to_save]),
     )
@@ -151,6 +153,10 @@ def inject(model: PreTrainedModel, config) -> None:
         raise UsageError(f"{type(model).__name__} already has adapters: add them once, to the model without them")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise UsageError(f"{type(model).__name__} is already sharded: call add_lora before parallelize")
+    saved = tuple(f".{whole}." for whole in config.modules_to_save or ())
+    if frozen := [x for x in _new_weights.get(model, ()) if not any(whole in f".{x}" for whole in saved)]:
+        found = f"the model's files have no {', '.join(frozen)}, and adapters would neither train nor save them"
+        raise UsageError(f"{found}: add {sorted({x.rpartition('.')[0] for x in frozen})} to modules_to_save")
     for whole in config.modules_to_save or ():
         for name, parameter in model.named_parameters():
             if f".{whole}." in f".{name}" and is_quantized(parameter):
@@ -236,6 +242,11 @@ def base_digest(model: PreTrainedModel) -> str | None:
     return _bases.get(model)
 
 
+def note_new_weights(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Note the weights that are in none of the model's files: adapters must train them whole, to save them."""
+    _new_weights[model] = names
+
+
 def write_adapter_config(folder: Path, model: PreTrainedModel) -> None:
     """Write adapter_config.json, with which peft loads the adapters in `folder`."""
     config = copy.copy(model.peft_config[_NAME])
@@ -244,6 +255,13 @@ def write_adapter_config(folder: Path, model: PreTrainedModel) -> None:
         if isinstance(value, set):
             setattr(config, name, sorted(value))  # the order of a set differs between processes
     config.save_pretrained(str(folder))
+
+
+def _task(model: PreTrainedModel) -> str | None:
+    """Return peft's name for what the model does. None: neither of the two that are trained on text."""
+    if not model.can_generate() or model.main_input_name != "input_ids":
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def _source(model: PreTrainedModel) -> str | None:

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lowmem.adapters.lora import load_adapters, source_of
+from lowmem.adapters.lora import load_adapters, note_new_weights, source_of
 from lowmem.config.groups import holds_adapters
 from lowmem.config.presets import MODEL_SHAPES
 from lowmem.data.encode import end_tokens
@@ -56,8 +56,8 @@ def load_model(
     "nf4" or "int8", the model is frozen, and its linear layers are in 4 or 8 bits on `device` (None: the accelerator,
     or the CPU), where `parallelize` must find them. `attn_implementation` is transformers' (None: its own choice).
     `auto_class` is another kind of model than a causal or text-to-text one: an auto class of transformers, such as
-    AutoModelForSequenceClassification, or the class of a model. If the files have no weights for its head, a line is
-    printed and they are drawn at random. `config_changes` replace fields of a model's config, such as num_labels. A
+    AutoModelForSequenceClassification, or the class of a model. If the files have no weights for its head or pooler, a
+    line is printed and they are drawn at random. `config_changes` replace fields of a model's config, such as num_labels. A
     folder of adapters (of `save_model`, or peft's) is loaded over the model that it names, which is frozen. Without a
     tokenizer, text becomes bytes. Raises UsageError if something cannot be loaded, if weights are missing or do not fit
     the config, if a config file without a tokenizer has a vocabulary much larger than that of bytes, if the model does
@@ -84,7 +84,7 @@ def load_model(
     if pretrained is not None:
         pretrained._attn_implementation = attn_implementation or pretrained._attn_implementation
         new = check_weights(pretrained, dtype, auto_class)
-        if new and rank_and_world_size()[0] == 0:
+        if new and not adapters and rank_and_world_size()[0] == 0:
             print(f"{model_name_or_path} has no {', '.join(new)}: drawn at random", flush=True)
         if quantization:
             model = load_quantized(pretrained, dtype, quantization, device)
@@ -92,6 +92,7 @@ def load_model(
             model = pretrained_on_meta(pretrained, dtype, auto_class, new) if on_meta else None
             model = model or from_pretrained(pretrained, dtype, auto_class)
         _read_generation_config(model)
+        note_new_weights(model, new)
         if adapters:
             load_adapters(model, adapters)
     else:
