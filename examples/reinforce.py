@@ -1,13 +1,16 @@
 """Reinforcement learning on batches of one's own: sample answers, score them, and learn from the better ones.
 
-No stream: each step's batch is a function of the step, the rank and the weights, so a run that loads a checkpoint
-continues exactly. The loss is REINFORCE with a leave-one-out baseline (RLOO; Ahmadian et al., 2024, arXiv 2402.14740):
-each answer's advantage is its reward minus the mean reward of the other answers to the same prompt.
+No stream: each step's batch is a function of the step, the rank and the weights, so a run that is killed and started
+again ends with the same weights. The loss is REINFORCE with a leave-one-out baseline (RLOO; Ahmadian et al., 2024,
+arXiv 2402.14740): each answer's advantage is its reward minus the mean reward of the other answers to the same prompt.
 
-The model must repeat the prompt's token, and nobody shows it how. Run it with `python examples/reinforce.py`, or with
-`torchrun --nproc_per_node=2 examples/reinforce.py`, where each process samples answers to its own prompts.
+The model must repeat the prompt's token, and nobody shows it how.
+
+python examples/reinforce.py [--out=FOLDER]
+torchrun --nproc_per_node=2 examples/reinforce.py     # each process samples answers to its own prompts
 """
 
+import fire
 import torch
 from torch.nn import functional as F
 
@@ -55,21 +58,27 @@ def policy_gradient_loss(model, batch):
     return -(batch.inputs["advantages"] * logps).sum(), {"reward": (batch.inputs["rewards"].sum(), batch.num_targets)}
 
 
-def main(steps=120):
+def main(out: str = "out-reinforce", steps: int = 120, save_steps: int = 40) -> None:
     accelerator = lowmem.init_distributed()
     torch.manual_seed(0)
     model = lowmem.parallelize(lowmem.load_model(model_config=SHAPE)[0], accelerator)
     state = lowmem.TrainState(model, lowmem.make_optimizer(model))
+    if checkpoint := lowmem.latest_checkpoint(out):
+        lowmem.load_checkpoint(state, checkpoint, accelerator)
+        accelerator.print(f"continue from step {state.step}")
     rewards = []
     for step in range(state.step, steps):
         batches = sample_batches(model, step=step, **lowmem.data_place(model).coordinates)
         result = lowmem.train_step(state, batches, policy_gradient_loss, accelerator, learning_rate=5e-3)
         rewards.append(result.metrics["reward"])  # of all ranks; stays on the device until the end
-    first, last = (torch.stack(part).mean().item() for part in (rewards[:5], rewards[-5:]))
-    chance = 1 / (VOCABULARY - FIRST_TOKEN)
-    accelerator.print(f"mean reward: guessing {chance:.3f}, first 5 steps {first:.3f}, last 5 steps {last:.3f}")
+        if state.step % save_steps == 0:
+            lowmem.save_checkpoint(state, out, accelerator, keep=2)
+    if rewards:
+        first, last = (torch.stack(part).mean().item() for part in (rewards[:5], rewards[-5:]))
+        chance = 1 / (VOCABULARY - FIRST_TOKEN)
+        accelerator.print(f"mean reward: guessing {chance:.3f}, first 5 steps {first:.3f}, last 5 steps {last:.3f}")
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    fire.Fire(main)

@@ -3,6 +3,7 @@
 import math
 import re
 import runpy
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -34,9 +35,9 @@ def example(name):
     return SimpleNamespace(**runpy.run_path(str(EXAMPLES / f"{name}.py")))
 
 
-def figures(name):
+def figures(name, *flags):
     """Run an example in a process of its own; return the numbers with a decimal point that it prints."""
-    result = train(program=EXAMPLES / f"{name}.py")
+    result = train(*flags, program=EXAMPLES / f"{name}.py")
     assert result.returncode == 0, result.stderr
     return [float(number) for number in re.findall(r"\d+\.\d+", result.stdout)]
 
@@ -56,9 +57,14 @@ def test_dpo_prefers_chosen_answers_where_sft_has_no_preference():
     assert 30 < sft < 70 and dpo > 95
 
 
-def test_sampled_answers_get_a_much_higher_reward_than_guesses():
-    guessing, first, last = figures("reinforce")
+def test_sampled_answers_get_a_much_higher_reward_than_guesses_also_after_a_break(tmp_path):
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    guessing, first, last = figures("reinforce", f"--out={whole}")
     assert abs(first - guessing) < 0.05 and last > 0.6
+    shutil.copytree(whole / "step-00000080", again / "step-00000080")
+    assert figures("reinforce", f"--out={again}")[2] == last
+    saved = [(out / "step-00000120" / "optimizer.safetensors").read_bytes() for out in (whole, again)]
+    assert saved[0] == saved[1]
 
 
 def test_a_mixture_learns_the_small_source_and_keeps_the_large_one():
