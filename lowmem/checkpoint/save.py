@@ -144,12 +144,18 @@ def save_model(
 
 
 def check_space(
-    state: TrainState, folder: str | Path, *, saves: int, keep: int | None, saves_model: bool = True
+    state: TrainState,
+    folder: str | Path,
+    *,
+    saves: int,
+    keep: int | None,
+    saves_model: bool = True,
+    extra: Mapping[str, object] | None = None,
 ) -> None:
     """Check on every rank that the disk has room for `saves` checkpoints (at most `keep` + 1 at a time) and a model.
 
-    Raises UsageError if there is too little room, if the dtype or sharding of a tensor cannot be saved, or if
-    `from_pretrained` could not load the model.
+    The tensors in `extra`, as in `save_checkpoint`, count as part of each checkpoint. Raises UsageError if there is too
+    little room, if a tensor or value cannot be saved, or if `from_pretrained` could not load the model.
     """
     check_loadable(state.model)
     folder = Path(folder)
@@ -161,6 +167,7 @@ def check_space(
     weights = checkpoint = num_bytes(tensors)
     if saves:
         checkpoint += optimizer_bytes(named_parameters(state.model, state.optimizer), state.optimizer)
+        checkpoint += sum(map(num_bytes, Extra.of(extra or {}).tensors.values()))
 
     def check() -> None:
         clear_leftovers(checkpoint_of(state.step, folder))

@@ -57,11 +57,12 @@ def load_model(
     or the CPU), where `parallelize` must find them. `attn_implementation` is transformers' (None: its own choice).
     `auto_class` is another kind of model than a causal or text-to-text one: an auto class of transformers, such as
     AutoModelForSequenceClassification, or the class of a model. If the files have no weights for its head or pooler, a
-    line is printed and they are drawn at random. `config_changes` replace fields of a model's config, such as num_labels. A
-    folder of adapters (of `save_model`, or peft's) is loaded over the model that it names, which is frozen. Without a
-    tokenizer, text becomes bytes. Raises UsageError if something cannot be loaded, if weights are missing or do not fit
-    the config, if a config file without a tokenizer has a vocabulary much larger than that of bytes, if the model does
-    not support `attn_implementation`, or for quantization with `model_config`, `on_meta` or `auto_class`.
+    line is printed and they are drawn at random. `config_changes` replace fields of a model's config, such as
+    num_labels. A folder of adapters (of `save_model`, or peft's) is loaded over the model that it names, which is
+    frozen. Without a tokenizer, text becomes bytes. Raises UsageError if something cannot be loaded, if weights are
+    missing or do not fit the config, if a config file without a tokenizer has a vocabulary much larger than that of
+    bytes, if the model does not support `attn_implementation`, or for quantization with `model_config`, `on_meta` or
+    `auto_class`.
     """
     if (model_name_or_path is None) == (model_config is None):
         raise UsageError("load_model needs exactly one of model_name_or_path and model_config: set one of them")
