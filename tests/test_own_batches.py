@@ -61,6 +61,11 @@ def loss_fn(model, batch, *, reduction="sum"):
     return F.cross_entropy(logits.float(), batch.inputs["classes"], reduction=reduction)
 
 
+def contrastive_loss(vectors):
+    """Each row's positive is itself, its negatives are the others."""
+    return F.cross_entropy(vectors @ vectors.T, torch.arange(len(vectors)), reduction="sum")
+
+
 def batches_at(step, rank=0, world_size=1):
     """Make this rank's two micro-batches of a step of 12 rows, a function of the step."""
     tokens = torch.randint(3, 200, (12, 6), generator=torch.Generator().manual_seed(step))
@@ -226,6 +231,8 @@ def test_the_check_of_a_batch_refuses_a_mean_and_ignored_weights_but_no_pairs():
     assert check_model(model, loss_fn, batch=batch) is None
     with pytest.raises(UsageError, match="must be a sum over the batch's targets"):
         check_model(model, partial(loss_fn, reduction="mean"), batch=batch)
+    with pytest.raises(UsageError, match="depends on the others in its batch, as with in-batch negatives .it is"):
+        check_model(model, lambda m, b: contrastive_loss(m(input_ids=b.inputs["input_ids"]).logits), batch=batch)
     with pytest.raises(UsageError, match="return a finite scalar"):
         check_model(model, partial(loss_fn, reduction="none"), batch=batch)
     with pytest.raises(UsageError, match="the loss of the batch is nan: return a finite scalar"):

@@ -148,6 +148,8 @@ def test_help_lists_own_flags_and_defaults_under_the_programs_name(work):
     assert lines[at + 1].split(maxsplit=1) == ["--lr_factor=1.0", "Multiply the learning rate by this"]
     assert lines[at + 2].strip() == "--note=STR"
     assert any(line.startswith("  --batch_size=4 ") for line in lines[:at])
+    preset = next(line for line in lines if line.startswith("  with neither a preset nor a model: "))
+    assert "epochs=4" in preset and "batch_size" not in preset  # the program's own default replaces the preset's
     with started_function(run_module, "own.mytrain", "--help", cwd=work) as process:
         assert finish(process).stdout.startswith("usage: python -m own.mytrain train|plan")
 

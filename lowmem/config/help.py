@@ -10,7 +10,7 @@ from textwrap import dedent, wrap
 
 from lowmem.config.fields import fields_of
 from lowmem.config.presets import PRESETS
-from lowmem.config.train_config import TrainConfig
+from lowmem.config.train_config import FIELDS, TrainConfig
 
 _COMMANDS = """\
 usage: {program} train|plan|evaluate|test|verify|export|convert|plot [--flag=value ...]
@@ -33,13 +33,15 @@ def help_text(
     config_class: type[TrainConfig] = TrainConfig, *, program: str = "train_low_mem.py", full: bool = False
 ) -> str:
     """Return the text of --help: a line per flag with the first sentence of its docstring (`full`: all sentences)."""
-    lines = [_COMMANDS.replace("{program}", program)]
+    lines, fields = [_COMMANDS.replace("{program}", program)], fields_of(config_class)
+    changed = {name for name in FIELDS if fields[name].default != FIELDS[name].default}
     for name, values in PRESETS.items():
         title = "with neither a preset nor a model" if name == "tiny" else f"--{name}=True"
-        fields = ", ".join(f"{field}={value}" for field, value in values.items())
-        lines += wrap(f"  {title}: {fields}", 120, subsequent_indent=" " * 6)
+        replaced = changed if name == "tiny" else ()  # as in `resolve`
+        settings = ", ".join(f"{field}={value}" for field, value in values.items() if field not in replaced)
+        lines += wrap(f"  {title}: {settings}", 120, subsequent_indent=" " * 6)
     lines.append("  --is_keep_training=True: resume=auto")
-    fields, texts, last_group = fields_of(config_class), _documented(config_class), ""
+    texts, last_group = _documented(config_class), ""
     for name, field in fields.items():
         group, text = texts.get(name) or (config_class.__name__, "")
         if group != last_group:

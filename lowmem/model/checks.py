@@ -159,6 +159,11 @@ def check_loss_of(batch: Batch, loss_fn: LossFunction, model: nn.Module) -> None
         raise UsageError(f"the loss of the batch is {once}: return a finite scalar, the sum over the batch's targets")
     if all(abs(twice - 2 * once) > 0.01 * abs(once) for twice in doubled):
         found = f"it is {once.item():.4g} for the batch and {doubled[0].item():.4g} for its rows twice"
+        if all(abs(twice) > 2 * abs(once) for twice in doubled):
+            found = f"the loss of a row depends on the others in its batch, as with in-batch negatives ({found})"
+            raise UsageError(
+                f"{found}: if the split into micro-batches may matter, skip this check and keep batch_size"
+            )
         raise UsageError(f"the loss must be a sum over the batch's targets, but {found}: sum, do not average")
     if abs(heavy - 2 * once) > 0.01 * abs(once):
         found = f"it is {once.item():.4g}, and {heavy.item():.4g} with weights twice as large"
