@@ -86,7 +86,7 @@ def test_a_micro_batch_without_a_good_row_has_no_targets_but_can_be_run(tmp_path
     assert model.lm_head.weight.equal(before) and stream.position == 4
 
 
-def test_a_row_that_stands_in_for_others_does_not_count_in_a_loss_of_rows(tmp_path):
+def test_a_row_that_replaces_missing_ones_does_not_count_in_a_loss_of_rows(tmp_path):
     model, accelerator = build("llama"), init_distributed()
     options = {"collate": collate_words, "shuffle": False, "quarantine": Quarantine(9)}
     path = write(tmp_path / "rows.jsonl", bad={1})

@@ -39,7 +39,7 @@ class Batch:
     input_lengths: Tensor | None = None
     """The tokens of each row of `input_ids` without padding, int64, (rows,). None: unknown."""
     is_blank: bool = False
-    """Whether a row stands in for missing ones, so that all ranks run equally many forwards: nothing of it counts."""
+    """Whether a row replaces missing ones, so that all ranks run equally many forwards: nothing of it counts."""
     weight_sum: InitVar[float | None] = None
     """The sum of the targets' weights, if known. No attribute, so that `dataclasses.replace` computes it again: that
     syncs the device of `weights`."""

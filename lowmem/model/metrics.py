@@ -20,7 +20,7 @@ LossFunction = Callable[[nn.Module, Batch], Tensor | tuple[Tensor, Metrics]]
 def loss_and_metrics(loss_fn: LossFunction, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
     """Call `loss_fn`; return the summed loss, and its metrics ({} if there are none). Raises UsageError for others.
 
-    Those of a blank batch are 0: a loss of rows rather than of labels would count the row that stands in.
+    Those of a blank batch are 0: a loss of rows rather than of labels would count the row that replaces missing ones.
     """
     returned = loss_fn(model, batch)
     loss, metrics = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
