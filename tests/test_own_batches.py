@@ -201,6 +201,8 @@ def test_files_of_a_base_model_fill_it_under_a_head_and_may_lack_a_pooler(tmp_pa
     assert model.bert.embeddings.word_embeddings.weight.is_meta and not model.bert.pooler.dense.weight.is_meta
     model = parallelize(model, Accelerator(cpu=True))
     assert all(torch.equal(model.bert.get_parameter(name), weight) for name, weight in base.named_parameters())
+    load_model(model_config=tmp_path / "config.json", auto_class=AutoModel)  # no tokenizer: no text
+    assert capfd.readouterr().out == ""
     weights = {name: weight for name, weight in base.state_dict().items() if "attention" not in name}
     base.save_pretrained(tmp_path, state_dict=weights)
     with pytest.raises(UsageError, match="lacks 10 weights .*encoder.layer.0.attention"):

@@ -60,9 +60,9 @@ def load_model(
     line is printed and they are drawn at random. `config_changes` replace fields of a model's config, such as
     num_labels. A folder of adapters (of `save_model`, or peft's) is loaded over the model that it names, which is
     frozen. Without a tokenizer, text becomes bytes. Raises UsageError if something cannot be loaded, if weights are
-    missing or do not fit the config, if a config file without a tokenizer has a vocabulary much larger than that of
-    bytes, if the model does not support `attn_implementation`, or for quantization with `model_config`, `on_meta` or
-    `auto_class`.
+    missing or do not fit the config, if a config file of a language model without a tokenizer has a vocabulary much
+    larger than that of bytes, if the model does not support `attn_implementation`, or for quantization with
+    `model_config`, `on_meta` or `auto_class`.
     """
     if (model_name_or_path is None) == (model_config is None):
         raise UsageError("load_model needs exactly one of model_name_or_path and model_config: set one of them")
@@ -101,7 +101,8 @@ def load_model(
         config._attn_implementation = attn_implementation or config._attn_implementation
         is_named = isinstance(model_config, str | Path)
         with building(f"model_config {model_config}" if is_named else "model_config"):
-            if is_named and str(model_config) not in MODEL_SHAPES and tokenizer_name_or_path is None:
+            is_shape = is_named and str(model_config) not in MODEL_SHAPES
+            if is_shape and tokenizer_name_or_path is None and auto_class is None:  # other kinds may read no text
                 _check_bytes(config, tokenizer)
             _adopt_special_tokens(config, tokenizer)
             model = model_from(config, dtype, on_meta=on_meta, scratch_folder=scratch_folder, kind=auto_class)
