@@ -82,6 +82,8 @@ def load_model(
     # first, because errors in config.json also keep transformers from loading the tokenizer
     pretrained = None if model_name_or_path is None else _pretrained_config(str(model_name_or_path), config_changes)
     tokenizer = _load_tokenizer(tokenizer_name_or_path or model_name_or_path)
+    # another kind of model may have a vocabulary of its own, and then reads no bytes
+    reads_text = auto_class is None or bool(tokenizer_name_or_path or model_name_or_path)
     if pretrained is not None:
         pretrained._attn_implementation = attn_implementation or pretrained._attn_implementation
         new = check_weights(pretrained, dtype, auto_class)
@@ -101,13 +103,13 @@ def load_model(
         config._attn_implementation = attn_implementation or config._attn_implementation
         is_named = isinstance(model_config, str | Path)
         with building(f"model_config {model_config}" if is_named else "model_config"):
-            is_shape = is_named and str(model_config) not in MODEL_SHAPES
-            if is_shape and tokenizer_name_or_path is None and auto_class is None:  # other kinds may read no text
+            if is_named and str(model_config) not in MODEL_SHAPES and tokenizer_name_or_path is None and reads_text:
                 _check_bytes(config, tokenizer)
-            _adopt_special_tokens(config, tokenizer)
+            _adopt_special_tokens(config, tokenizer, replace=reads_text)
             model = model_from(config, dtype, on_meta=on_meta, scratch_folder=scratch_folder, kind=auto_class)
     _start_as_trained(model, tokenizer)
-    _stop_at_end_tokens(model, tokenizer)
+    if reads_text:
+        _stop_at_end_tokens(model, tokenizer)
     return model.train(), tokenizer
 
 
@@ -206,7 +208,8 @@ def _check_bytes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -
         print(f"{what}; set it to train on a tokenizer's tokens", flush=True)
 
 
-def _adopt_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _adopt_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, replace: bool) -> None:
+    """Give the config the tokenizer's special tokens; without `replace`, only those that it lacks."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad}
     if config.is_encoder_decoder:
@@ -214,6 +217,8 @@ def _adopt_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokeniz
     for name, token in ids.items():
         if token is None and name in ("pad_token_id", "decoder_start_token_id"):
             continue  # an encoder-decoder model needs both, so keep its own
+        if not replace and getattr(config, name, None) is not None:
+            continue
         with suppress(StrictDataclassError):  # the configs of some models do not accept None
             setattr(config, name, token)
 
