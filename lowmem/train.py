@@ -109,6 +109,7 @@ def train(
         add_lora(model, **config.lora)
     freeze(model, parts=config.frozen_parts)
     check_same_model(model, tokenizer, weights=config.model_name_or_path is not None)
+    weights, vocabulary = counts_of(model), num_embeddings(model)  # of the whole model
     model = parallelize(model, accelerator, **config.sharding, fill=False)
     if config.offload_weights:
         offload_weights(model, config.offload_weights, accelerator.device)
@@ -117,8 +118,6 @@ def train(
     with handle_rank_errors(model):
         max_seq_len = check_model(model, loss_fn, **config.model_requirements)
     config = dataclasses.replace(config, max_seq_len=max_seq_len)
-    # counts of the full model, made here because DeepSpeed's wrapper would change them
-    weights, vocabulary = counts_of(model), num_embeddings(model)
     wrapped = zero.wrap(model, optimizer, accelerator) if config.deepspeed else model
 
     with ExitStack() as stack:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from lowmem.adapters.lora import base_digest, check_scales
 from lowmem.checkpoint.manifest import check_contents, check_hashes, check_sizes, checkpoints, verify_checkpoint
 from lowmem.checkpoint.saved import read_manifest, saved_settings
-from lowmem.checkpoint.tensors import model_tensors, named_parameters
+from lowmem.checkpoint.tensors import model_tensors, named_parameters, of_all_stages
 from lowmem.distributed.collectives import gather_json, raise_on_all_ranks, rank_and_world_size
 from lowmem.distributed.dtensor import is_in_columns
 from lowmem.distributed.fill import read_local
@@ -71,6 +71,9 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
     if verify:
         verify_together(path)
     base = gather_json(base_digest(unwrapped(state.model)))[0]  # other ranks may not have the weights
+    tensors, parameters = model_tensors(state.model), named_parameters(state.model, state.optimizer)
+    of_all = of_all_stages(state.model, tensors)
+    trained_now = of_all_stages(state.model, parameters).keys()
     with raise_on_all_ranks():
         saved, _ = saved_settings(path)
         files = read_manifest(path)["files"]
@@ -78,14 +81,16 @@ def load_checkpoint(state: TrainState, path: str | Path, accelerator: Accelerato
         _check_base(path, saved.get("base"), base)
         if is_adapted(state.model):
             check_scales(unwrapped(state.model), path / "model")
-        tensors, parameters = model_tensors(state.model), named_parameters(state.model, state.optimizer)
+        if of_all is not tensors:  # other stages load their own state
+            of_stage = (name for name in optimizer_state if name.rpartition(".")[0] in parameters)
+            optimizer_state = {name: optimizer_state[name] for name in of_stage}
         rounds = needs_rounding(path, saved["optimizer"], saved.get("memory"), state.optimizer)
         if rounds and any(map(is_in_columns, tensors.values())):
             raise UsageError(f"{path} was saved in a larger memory tier; rounding it needs full rows: set tp_size=1")
-        trained = set(saved.get("parameters", parameters))  # checkpoints of early versions have no such list
-        diff = parameters.keys() ^ trained
+        trained = set(saved.get("parameters", trained_now))  # checkpoints of early versions have no such list
+        diff = trained_now ^ trained
         differences = [
-            *tensor_differences(weights, tensors, any_dtype=rounds),
+            *tensor_differences(weights, of_all, any_dtype=rounds),
             *sorted(f"{name} is trained only in the {'checkpoint' if name in trained else 'model'}" for name in diff),
             *state_differences(optimizer_state, parameters, state.optimizer, rounds=rounds),
         ]

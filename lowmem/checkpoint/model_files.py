@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lowmem.adapters.lora import is_adapted_here, write_adapter_config
+from lowmem.distributed.pipeline import stages_of
 from lowmem.distributed.placement import is_adapted, is_engine, original_class, unwrapped
 from lowmem.errors import UsageError
 from lowmem.model.build import rebuilt_on_meta
@@ -49,7 +50,8 @@ def check_loadable(model: nn.Module) -> None:
         _EXPECTED[inner] = None if rebuilt is None else frozenset(rebuilt.state_dict())
     if (expected := _EXPECTED[inner]) is None:
         return
-    names = base.state_dict(keep_vars=True).keys()
+    stages = stages_of(base)
+    names = base.state_dict(keep_vars=True).keys() if stages is None else stages.names
     missing, unknown = sorted(expected - names), sorted(names - expected)
     if missing or unknown:
         does, names = ("initialize {} randomly", missing) if missing else ("ignore {}", unknown)

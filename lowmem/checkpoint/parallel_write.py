@@ -20,7 +20,7 @@ from lowmem.distributed.collectives import (
     raise_on_all_ranks,
     rank_and_world_size,
 )
-from lowmem.distributed.dtensor import Piece, ShardedRecord, local_of, pieces
+from lowmem.distributed.dtensor import Piece, ShardedRecord, StagedTensor, local_of, pieces
 from lowmem.distributed.zero import ZeroTensor
 from lowmem.errors import SaveError, StoreError
 from lowmem.storage.atomic_folder import atomic_folder, unfinished_folder
@@ -28,7 +28,8 @@ from lowmem.storage.files import FileRecord, free_bytes, make_folder, write_file
 from lowmem.storage.records import Record
 from lowmem.storage.tensor_files import PART_BYTES, Shard, host_parts, write_index
 
-Saved = Tensor | Record | ShardedRecord | ZeroTensor
+Divided = DTensor | ShardedRecord | StagedTensor
+Saved = Tensor | Record | ShardedRecord | StagedTensor | ZeroTensor
 WriteRest = Callable[[Path, dict[str, FileRecord]], None]
 
 
@@ -106,7 +107,7 @@ def _wholes(queues: Sequence[Sequence[Saved]], rank: int) -> Iterator[Tensor]:
                     yield whole
                 del whole
         sent = [_send(tensor, owner) for owner, tensor in enumerate(tensors) if owner != rank]
-        if isinstance(tensors[rank], Tensor | Record | ShardedRecord):
+        if isinstance(tensors[rank], Tensor | Record | Divided):
             yield from _pieces(tensors[rank], rank)
         with collective("sending pieces of a checkpoint's tensors"):
             for work in filter(None, sent):
@@ -114,8 +115,8 @@ def _wholes(queues: Sequence[Sequence[Saved]], rank: int) -> Iterator[Tensor]:
 
 
 def _send(tensor: Saved | None, owner: int) -> dist.Work | None:
-    """Start sending this rank's piece of a sharded tensor to `owner`. Returns None if there is nothing to send."""
-    if not isinstance(tensor, DTensor | ShardedRecord):
+    """Start sending this rank's piece of a tensor to `owner`. Returns None if there is nothing to send."""
+    if not isinstance(tensor, Divided):
         return None
     rank = dist.get_rank()
     if not any(piece.rank == rank and piece.start < piece.stop for piece in pieces(tensor)):
@@ -124,7 +125,7 @@ def _send(tensor: Saved | None, owner: int) -> dist.Work | None:
     return dist.isend(data, owner, group=host_group())
 
 
-def _local_data(tensor: DTensor | ShardedRecord) -> Tensor:
+def _local_data(tensor: Divided) -> Tensor:
     local = local_of(tensor)
     if not isinstance(local, Record):
         return local.detach()
@@ -134,10 +135,10 @@ def _local_data(tensor: DTensor | ShardedRecord) -> Tensor:
         return torch.zeros(local.shape, dtype=local.dtype)
 
 
-def _pieces(tensor: Tensor | Record | ShardedRecord, rank: int) -> Iterator[Tensor]:
+def _pieces(tensor: Tensor | Record | Divided, rank: int) -> Iterator[Tensor]:
     if isinstance(tensor, Record):
         yield from (part.to_host() for part in tensor.split(PART_BYTES))
-    elif not isinstance(tensor, DTensor | ShardedRecord):
+    elif not isinstance(tensor, Divided):
         yield tensor
     elif (every := pieces(tensor))[0].dim == 0:
         for piece in every:
@@ -149,7 +150,7 @@ def _pieces(tensor: Tensor | Record | ShardedRecord, rank: int) -> Iterator[Tens
         yield whole
 
 
-def _received(tensor: DTensor | ShardedRecord, piece: Piece, rank: int) -> Tensor:
+def _received(tensor: Divided, piece: Piece, rank: int) -> Tensor:
     if piece.rank == rank:
         return _local_data(tensor)
     received = torch.empty(piece.shape(tensor.shape), dtype=tensor.dtype)

@@ -25,11 +25,12 @@ from lowmem.checkpoint.extra import Extra
 from lowmem.checkpoint.manifest import checkpoint_of, checkpoints, is_damaged, step_of, write_manifest
 from lowmem.checkpoint.model_files import Config, check_loadable, write_model_files
 from lowmem.checkpoint.parallel_write import write_together
-from lowmem.checkpoint.tensors import model_tensors, named_parameters, num_bytes
+from lowmem.checkpoint.tensors import model_tensors, named_parameters, num_bytes, of_all_stages
 from lowmem.config.sizes import parse_bytes
 from lowmem.distributed.collectives import on_main_rank, rank_and_world_size
 from lowmem.distributed.dtensor import pieces
 from lowmem.distributed.heartbeat import phase
+from lowmem.distributed.pipeline import sum_over_stages
 from lowmem.distributed.placement import is_adapted, unwrapped
 from lowmem.errors import SaveError, UsageError
 from lowmem.optim.adamw import DEFINITION
@@ -68,7 +69,9 @@ def save_checkpoint(
     check_loadable(state.model)
     path = checkpoint_of(state.step, folder)
     parameters = named_parameters(state.model, state.optimizer)
-    weights, optimizer_state = model_tensors(state.model), optimizer_tensors(parameters, state.optimizer)
+    weights = of_all_stages(state.model, model_tensors(state.model))
+    optimizer_state = of_all_stages(state.model, optimizer_tensors(parameters, state.optimizer))
+    trained = [*of_all_stages(state.model, parameters)]
     max_bytes, (_, world_size) = parse_bytes(max_shard_size), rank_and_world_size()
     others = Extra.of(extra or {})
     in_all = [weights, optimizer_state, *others.tensors.values()]
@@ -86,7 +89,7 @@ def save_checkpoint(
         training |= {name: getattr(state, name) for name in ("evaluated_step", "evaluations_since_best")}
         training |= {"stream": stream, "tokenizer": tokenizer_hash, "base": base_digest(unwrapped(state.model))}
         kind, memory = type(state.optimizer).__name__, getattr(state.optimizer, "memory", "off")
-        training |= {"optimizer": kind, "memory": memory, "parameters": [*parameters]}
+        training |= {"optimizer": kind, "memory": memory, "parameters": trained}
         if isinstance(state.optimizer, TieredOptimizer):
             training["definition"] = DEFINITION
         for file, record in write_model_files(unfinished / "model", state.model, tokenizer, config).items():
@@ -132,7 +135,7 @@ def save_model(
     """
     check_loadable(model)
     path = Path(folder).resolve()  # if `folder` is a link, replace its target
-    groups = _model_files(model, model_tensors(model), parse_bytes(max_shard_size))
+    groups = _model_files(model, of_all_stages(model, model_tensors(model)), parse_bytes(max_shard_size))
 
     def write_rest(unfinished: Path, records: dict[str, FileRecord]) -> None:
         write_model_files(unfinished, model, tokenizer, config)
@@ -164,9 +167,10 @@ def check_space(
         check_dtype(name, tensor)
         if isinstance(tensor, DTensor):
             pieces(tensor)
-    weights = checkpoint = num_bytes(tensors)
+    weights = checkpoint = num_bytes(of_all_stages(state.model, tensors))
     if saves:
-        checkpoint += optimizer_bytes(named_parameters(state.model, state.optimizer), state.optimizer)
+        of_stage = optimizer_bytes(named_parameters(state.model, state.optimizer), state.optimizer)
+        checkpoint += sum_over_stages(state.model, of_stage)
         checkpoint += sum(map(num_bytes, Extra.of(extra or {}).tensors.values()))
 
     def check() -> None:

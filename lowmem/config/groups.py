@@ -59,7 +59,7 @@ class Groups:
         "model_name_or_path", "model_config", "tokenizer_name_or_path", "quantization", "attn_implementation"
     )
     """Where the model and its tokenizer come from."""
-    sharding = _group("sharding_strategy", "shard_size", "cpu_offload", "tp_size")
+    sharding = _group("sharding_strategy", "shard_size", "cpu_offload", "tp_size", "pp_size")
     """The options of `parallelize`."""
     encoding = _group(
         "max_seq_len",
@@ -132,9 +132,9 @@ class Groups:
     @property
     def sharding_summary(self) -> str:
         """How lowmem shards the model over processes, for the log; empty if it does not."""
-        if self.tp_size > 1:
-            return f"tp_size={self.tp_size}"
-        return self.sharding_strategy if self.is_sharded else ""
+        strategy = self.sharding_strategy if self.sharding_strategy != "NO_SHARD" else ""
+        sizes = [f"{name}={getattr(self, name)}" for name in ("pp_size", "tp_size") if getattr(self, name) > 1]
+        return ", ".join(filter(None, [*sizes, strategy]))
 
     @property
     def optimizer_options(self) -> dict[str, object]:

@@ -75,6 +75,19 @@ NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
     ("shard_size", None, "sharding_strategy", ["HYBRID_SHARD"], "applies only to HYBRID_SHARD"),
     ("tp_size", None, "sharding_strategy", ["NO_SHARD"], "already shards weights"),
     ("tp_size", None, "compile", [False], "uses layers that torch.compile cannot compile"),
+    (
+        "pp_size",
+        None,
+        "sharding_strategy",
+        ["NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD"],
+        "shards a stage over all its data-parallel ranks",
+    ),
+    ("pp_size", None, "layered", [False], "runs a micro-batch through a stage before the next"),
+    ("pp_size", None, "release", [False], "sums the gradients of all layers until the last micro-batch"),
+    ("pp_size", None, "recompute", ["off", "full"], "checkpoints whole layers"),
+    ("pp_size", None, "offload_weights", [None], "keeps the weights of a stage on its device"),
+    ("pp_size", None, "quantization", [None], "does not support quantized weights"),
+    ("pp_size", None, "deepspeed", [None], "has its own groups of processes"),
     ("deepspeed", None, "sharding_strategy", ["NO_SHARD"], "already shards weights"),
     ("deepspeed", None, "tp_size", [1], "already shards weights"),
     ("deepspeed", None, "device_memory", [None], "manages memory itself"),
@@ -114,6 +127,10 @@ def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
     if config.offload_weights and (config.num_processes or 1) > 1 and config.sharding_strategy == "NO_SHARD":
         found = f"--offload_weights on {config.num_processes} processes needs parts of weights"
         problems.append(f"{found}: set --sharding_strategy=FULL_SHARD, or start one process")
+    stages, width = config.pp_size or 1, config.tp_size or 1
+    if stages > 1 and config.num_processes and config.num_processes % (stages * width):
+        found = f"--num_processes={config.num_processes} is not a multiple of --pp_size={stages} x --tp_size={width}"
+        problems.append(f"{found}: change one of them")
     for name in ("shard_size", "tp_size"):
         processes, size = config.num_processes, getattr(config, name)
         if processes and size and processes % size:

@@ -29,6 +29,20 @@ class ShardedRecord(NamedTuple):
         return self.like.numel()
 
 
+class StagedTensor(NamedTuple):
+    """A tensor of a model that is split into stages, as every process knows it."""
+
+    local: "Tensor | None"
+    """The tensor, or the part of it, that this process has. None: its stage does not have the tensor."""
+    shape: torch.Size
+    dtype: torch.dtype
+    pieces: "list[Piece]"
+    """Where its parts are, on the first stage that has it."""
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+
 class Piece(NamedTuple):
     """The part of a tensor from `start` to `stop` in dimension `dim`; `rank` is the first rank that has this part."""
 
@@ -41,8 +55,10 @@ class Piece(NamedTuple):
         return (*whole[: self.dim], self.stop - self.start, *whole[self.dim + 1 :])
 
 
-def pieces(tensor: DTensor | ShardedRecord) -> list[Piece]:
+def pieces(tensor: DTensor | ShardedRecord | StagedTensor) -> list[Piece]:
     """All parts of a tensor, in order. Raises UsageError if it is sharded, but neither by rows nor by columns."""
+    if isinstance(tensor, StagedTensor):
+        return tensor.pieces
     tensor = tensor.like if isinstance(tensor, ShardedRecord) else tensor
     mesh, sharded = tensor.device_mesh.mesh, _sharded_dims(tensor)
     if not sharded:
@@ -70,10 +86,12 @@ def local_part(tensor: Tensor | Record | ShardedRecord) -> tuple[Tensor | Record
     return tensor.to_local(), *((piece.start, 0) if piece.dim == 0 else (0, piece.start))
 
 
-def local_of(tensor: Tensor | Record | ShardedRecord) -> Tensor | Record:
-    """The local part of a DTensor, as a view, or of a ShardedRecord; any other tensor unchanged."""
+def local_of(tensor: Tensor | Record | ShardedRecord | StagedTensor) -> Tensor | Record | None:
+    """The local part of a DTensor, as a view, of a ShardedRecord or a StagedTensor; any other tensor unchanged."""
     if isinstance(tensor, ShardedRecord):
         return tensor.record
+    if isinstance(tensor, StagedTensor):
+        return local_of(tensor.local)
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

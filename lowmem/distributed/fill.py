@@ -21,7 +21,7 @@ from lowmem.distributed.collectives import (
 )
 from lowmem.distributed.dtensor import ShardedRecord, local_part, set_local_
 from lowmem.distributed.fully_sharded import notice_new_parameters
-from lowmem.distributed.placement import is_adapted, is_sharded
+from lowmem.distributed.placement import is_adapted, is_sharded, pipeline_mesh
 from lowmem.distributed.zero import ZeroTensor
 from lowmem.errors import UsageError
 from lowmem.storage.records import Record
@@ -35,8 +35,8 @@ _PART_ROWS = 2**10  # rows read at a time to compare two stored tensors
 class Unfilled:
     """The parameters of a model that are not yet on its device. Rank 0's model has their values, or files have them."""
 
-    def __init__(self, model: nn.Module, *, will_shard: bool):
-        """Take a model before it is sharded. With `will_shard`, move its parameters to meta (rank 0 keeps the values).
+    def __init__(self, model: nn.Module, *, is_split: bool):
+        """Take a model before it is sharded. With `is_split`, move its parameters to meta (rank 0 keeps the values).
 
         All ranks read the parameters that rank 0 has on meta without a record (`fill_from`) from the files in
         `model.name_or_path`.
@@ -44,9 +44,10 @@ class Unfilled:
         parameters = dict(model.named_parameters())
         self._whole: dict[str, Tensor | Record] = dict(_records.pop(model, {}))  # of rank 0, if not in the model
         have_data = {name: x for name, x in parameters.items() if not x.is_meta}
-        self._are_broadcast = {*gather_json([*have_data, *self._whole])[0]}
-        self._is_broadcast = self._are_broadcast == parameters.keys()
-        if will_shard:
+        self._are_broadcast = gather_json([*have_data, *self._whole])[0]
+        self._is_broadcast = {*self._are_broadcast} == parameters.keys()
+        self._like = {name: torch.empty_like(x, device="meta") for name, x in parameters.items()}
+        if is_split:
             if rank_and_world_size()[0] == 0:
                 self._whole = {name: parameter.data for name, parameter in have_data.items()} | self._whole
             for parameter in have_data.values():
@@ -72,6 +73,11 @@ class Unfilled:
                 if name in self._stored:
                     self._stored.pop(name).copy_part(buffer)
         _broadcast(model.buffers())
+        self._is_staged = pipeline_mesh(model) is not None
+        if self._is_staged:  # now, because stages fill different weights later
+            held = {name: parameter for parameter, name in self._names.items()}
+            for name in self._are_broadcast:
+                self._fill_from_rank_0(name, held.get(name))
         _unfilled[model] = self
 
     def fill(self, parameter: nn.Parameter) -> None:
@@ -83,11 +89,9 @@ class Unfilled:
             return
         name = self._names.pop(parameter)
         local, first, column = local_part(parameter.data)
-        whole, stored = self._whole.pop(name, None), self._stored.pop(name, None)
-        if isinstance(whole, Record):
-            with report_failure():
-                whole = whole.space.take(whole)
-        if not isinstance(parameter, DTensor):  # all ranks get rank 0's weights, even if their files differ
+        whole, stored = self._taken(name), self._stored.pop(name, None)
+        # except with stages, all ranks get rank 0's whole weights, even if their files differ
+        if not (isinstance(parameter, DTensor) or self._is_staged):
             local = local if whole is None else whole
             filled = torch.empty_like(local, device=self._device) if local.is_meta else local.to(self._device)
             if stored is not None and rank_and_world_size()[0] == 0:
@@ -102,6 +106,27 @@ class Unfilled:
                 with report_failure():
                     stored.copy_part(filled, first, column)
         set_local_(parameter, filled)
+
+    def _fill_from_rank_0(self, name: str, parameter: nn.Parameter | None) -> None:
+        """Fill a parameter from rank 0's value. All ranks must call this; those that do not hold it, with None."""
+        like, first, column = self._like[name], 0, 0
+        if parameter is None:
+            filled = torch.empty_like(like[:0] if like.dim() else like, device=self._device)
+        else:
+            local, first, column = local_part(parameter.data)
+            filled = torch.empty_like(local, device=self._device)
+            del self._names[parameter]
+        _broadcast_rows(filled, first, column, like.shape, self._taken(name))
+        if parameter is not None:
+            set_local_(parameter, filled)
+
+    def _taken(self, name: str) -> Tensor | None:
+        """Return rank 0's value of a parameter, and keep it no more; None on other ranks, or if files have it."""
+        whole = self._whole.pop(name, None)
+        if isinstance(whole, Record):
+            with report_failure():
+                whole = whole.space.take(whole)
+        return whole
 
 
 _unfilled: WeakKeyDictionary[nn.Module, Unfilled] = WeakKeyDictionary()

@@ -41,7 +41,8 @@ def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
         groups += [(model.get_input_embeddings(), False), (model.get_output_embeddings(), True)]
     uses = _uses(model)
     for module, is_kept in groups:
-        if isinstance(module, nn.Module) and all(uses[name] == count for name, count in _uses(module).items()):
+        own = _uses(module) if isinstance(module, nn.Module) else {}
+        if own and all(uses[name] == count for name, count in own.items()):
             yield module, is_kept
     yield model, True
 

@@ -1,7 +1,8 @@
-"""The weights of a sharded model, all-gathered for the layers that compute."""
+"""Where the weights of layers are for schedules that run one layer at a time: on the device, or all-gathered there."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
 
 from torch import nn
 from torch.distributed.fsdp import UnshardHandle
@@ -10,8 +11,40 @@ from lowmem.distributed.fully_sharded import reshards_after_forward, sharded_mod
 from lowmem.distributed.offloaded import Offloaded
 
 
+class Store(Protocol):
+    """Where the weights of layers are."""
+
+    gathered: dict[nn.Parameter, nn.Parameter]
+    """For each sharded parameter, the all-gathered one, which forward and backward use."""
+
+    def step(self) -> AbstractContextManager[None]:
+        """Within this block, all weights outside layers are on the device."""
+
+    def fetch(self, layer: nn.Module, following: nn.Module | None) -> None:
+        """Bring the weights of `layer` to the device, and begin to bring those of `following`."""
+
+    def finish(self, layer: nn.Module) -> None:
+        """Note that this step needs the weights of `layer` no more."""
+
+
+class Resident:
+    """A store whose weights are always on the device."""
+
+    def __init__(self):
+        self.gathered: dict[nn.Parameter, nn.Parameter] = {}
+
+    def step(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def fetch(self, layer: nn.Module, following: nn.Module | None) -> None:
+        pass
+
+    def finish(self, layer: nn.Module) -> None:
+        pass
+
+
 class Gathered:
-    """The store of a sharded model for layered gradient accumulation (`Store` in memory/layered.py).
+    """The store of a sharded model for layered gradient accumulation and a pipeline.
 
     Uses the groups and all-gathers of `fully_shard`, but not its hooks, which expect one micro-batch at a time. Weights
     outside layers, such as embeddings and head, stay all-gathered for the whole step. With SHARD_GRAD_OP, layers stay
@@ -28,6 +61,7 @@ class Gathered:
         with without_hooks(model):
             for groups in [*([group] for group in self._outside), *self._groups.values()]:
                 for group in groups:
+                    group.reshard()  # an evaluation may have all-gathered it
                     parts = dict(group.named_parameters())
                     group.unshard()
                     whole = dict(group.named_parameters())

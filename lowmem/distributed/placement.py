@@ -3,6 +3,7 @@
 import sys
 from contextlib import AbstractContextManager
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,12 @@ from lowmem.errors import UsageError
 TENSOR_PARALLEL_MESH = ("data", "tensor")
 """Names of the mesh dimensions under tensor parallelism."""
 
+PIPELINE_MESH = ("data", "pipeline", "tensor")
+"""Names of the mesh dimensions if a model is split into stages. The last has one process without tensor parallelism."""
+
 _SMALL = 4096
+
+_pipeline_meshes: WeakKeyDictionary[nn.Module, DeviceMesh] = WeakKeyDictionary()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -76,7 +82,7 @@ def uses_zero3(model: nn.Module) -> bool:
 
 
 class DataParallelRank(NamedTuple):
-    """A data-parallel rank. Processes that share a model (tp_size) have the same rank here, and get the same rows."""
+    """A data-parallel rank. Processes that share a model (tp_size, pp_size) share it too, and get the same rows."""
 
     rank: int
     size: int
@@ -93,10 +99,11 @@ class DataParallelRank(NamedTuple):
 
 def data_place(model: nn.Module) -> DataParallelRank:
     """This process's DataParallelRank. Pass its `coordinates` to `open_stream` and `open_eval`."""
-    mesh = tensor_mesh(model)
+    mesh = pipeline_mesh(model) or tensor_mesh(model)
     if mesh is None:
         return DataParallelRank(*rank_and_world_size(), is_counted=True, group=None)
-    return DataParallelRank(mesh.get_local_rank(0), mesh.size(0), mesh.get_local_rank(1) == 0, mesh.get_group(0))
+    is_counted = not any(mesh.get_coordinate()[1:])
+    return DataParallelRank(mesh.get_local_rank(0), mesh.size(0), is_counted, mesh.get_group(0))
 
 
 def given_or_only_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -130,8 +137,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def has_collectives(model: nn.Module) -> bool:
-    """Whether weights are sharded or layers split over ranks, so that forward and backward run collectives."""
-    return is_sharded(model) or tensor_mesh(model) is not None
+    """Whether weights are sharded, or layers split or distributed over ranks, so that a forward needs other ranks."""
+    return is_sharded(model) or tensor_mesh(model) is not None or pipeline_mesh(model) is not None
 
 
 def handle_rank_errors(model: nn.Module) -> AbstractContextManager[None]:
@@ -143,3 +150,13 @@ def tensor_mesh(model: nn.Module) -> DeviceMesh | None:
     """The mesh that `apply_tensor_parallelism` used for `model`; None without tensor parallelism."""
     meshes = (parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor))
     return next((mesh for mesh in meshes if mesh.mesh_dim_names == TENSOR_PARALLEL_MESH), None)
+
+
+def place_on_mesh(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Note the mesh of a model that is split into stages."""
+    _pipeline_meshes[model] = mesh
+
+
+def pipeline_mesh(model: nn.Module) -> DeviceMesh | None:
+    """The mesh that `split_into_stages` used for `model`; None without stages."""
+    return _pipeline_meshes.get(unwrapped(model))

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lowmem.config.train_config import choices
 from lowmem.distributed.fill import Unfilled, fill_weights
 from lowmem.distributed.fully_sharded import shard_layers
+from lowmem.distributed.pipeline import make_pipeline_mesh, split_into_stages
 from lowmem.distributed.placement import TENSOR_PARALLEL_MESH, is_quantized, layer_drop
 from lowmem.distributed.tensor_parallel import apply_tensor_parallelism, make_tensor_mesh
 from lowmem.errors import UsageError
@@ -24,6 +25,7 @@ def parallelize(
     shard_size: int | None = None,
     cpu_offload: bool = False,
     tp_size: int = 1,
+    pp_size: int = 1,
     fill: bool = True,
 ) -> nn.Module:
     """Move the model to this rank's device, with rank 0's weights and buffers. Its state dict keys do not change.
@@ -33,9 +35,11 @@ def parallelize(
     and again for backward; SHARD_GRAD_OP keeps them in between. HYBRID_SHARD is FULL_SHARD in groups of `shard_size`
     adjacent ranks (None: the ranks of a machine), with one replica per group. `cpu_offload` keeps the shards in host
     memory and updates them there. With `tp_size`, that many adjacent ranks split layers by tensor parallelism and need
-    the same rows (see `data_place`). A model on meta (`load_model(..., on_meta=True)`) is filled from its files. With
-    `fill=False`, `make_optimizer` moves or fills the weights, one at a time, so that a memory tier never has all of
-    them in fp32; the model cannot run before that. Raises UsageError for options that do not fit the processes or the
+    the same rows (see `data_place`). With `pp_size`, each layer is on one of that many stages of `tp_size` ranks, which
+    all need the same rows; FULL_SHARD and SHARD_GRAD_OP then shard a stage over its data-parallel ranks. A model on
+    meta (`load_model(..., on_meta=True)`) is filled from its files. With `fill=False`, `make_optimizer` moves or fills
+    the weights, one at a time, so that a memory tier never has all of them in fp32; the model cannot run before that.
+    Raises UsageError for options that do not fit the processes or the
     model, such as quantized weights with sharding.
     """
     if sharding_strategy not in (strategies := choices("sharding_strategy")):
@@ -44,15 +48,24 @@ def parallelize(
         return model  # DeepSpeed's engine moves the model; at stage 3, no device holds the whole model
     if tp_size > 1 and sharding_strategy != "NO_SHARD":
         raise UsageError(f"tp_size={tp_size} was set with {sharding_strategy}, but they do not combine: remove one")
+    if pp_size > 1 and sharding_strategy == "HYBRID_SHARD":
+        raise UsageError(f"pp_size={pp_size} does not combine with HYBRID_SHARD: use FULL_SHARD")
     is_sharded = tp_size > 1 or sharding_strategy != "NO_SHARD"
-    _check_quantized(model, accelerator.device, is_sharded)
+    is_split = is_sharded or pp_size > 1
+    _check_quantized(model, accelerator.device, is_split)
     if cpu_offload and not is_sharded:
         raise UsageError("cpu_offload needs a sharded model, got NO_SHARD: set FULL_SHARD or remove cpu_offload")
-    if is_sharded and (dropped := layer_drop(model)):
+    if is_split and (dropped := layer_drop(model)):
         found = f"ranks would drop different layers ({dropped})"
         raise UsageError(f"with a sharded model, {found}: set it to 0.0 in the model's config.json")
-    mesh = make_mesh(accelerator, sharding_strategy, shard_size, tp_size) if is_sharded else None
-    weights = Unfilled(model, will_shard=is_sharded)
+    weights = Unfilled(model, is_split=is_split)
+    mesh = None
+    if pp_size > 1:
+        whole = make_pipeline_mesh(accelerator.device.type, accelerator.num_processes, pp_size, tp_size)
+        split_into_stages(model, whole)
+        mesh = whole[TENSOR_PARALLEL_MESH if tp_size > 1 else "data"]
+    elif is_sharded:
+        mesh = make_mesh(accelerator, sharding_strategy, shard_size, tp_size)
     if is_sharded:
         shard(model, mesh, sharding_strategy=sharding_strategy, cpu_offload=cpu_offload)
     weights.place(model, accelerator.device, on_host=cpu_offload and tp_size == 1)

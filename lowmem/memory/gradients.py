@@ -23,11 +23,14 @@ from torch.optim import Optimizer
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import is_first_copy, is_shared, local_of, sharded_like
 from lowmem.distributed.offloaded import offloaded_of
+from lowmem.distributed.pipeline import stages_of
 from lowmem.distributed.placement import data_place, has_collectives, is_engine, is_sharded, unwrapped
 from lowmem.distributed.reduce import BucketedSum, LayerSum, all_reduce_sum
 from lowmem.distributed.seeds import seed_of
 from lowmem.errors import UsageError
-from lowmem.memory.layered import Autocast, Layered
+from lowmem.memory.layered import Layered
+from lowmem.memory.micro_batch import Autocast
+from lowmem.memory.pipeline import Pipeline, pipeline_of
 from lowmem.memory.precision import autocast
 from lowmem.memory.release import KeptOnHost, Released, TakenGradients
 from lowmem.model.metrics import LossFunction, MetricSums, loss_and_metrics
@@ -68,9 +71,10 @@ class Gradients:
         """The metrics that the loss function returns with its loss."""
         self._rank, self._is_sharded = data_place(model), is_sharded(model)
         self.released: Released | None = getattr(optimizer, "released", None)
-        self._layered: Layered | None = getattr(optimizer, "layered", None)
+        self._stages = stages_of(model)
+        self._schedule: Layered | Pipeline | None = getattr(optimizer, "layered", None) or pipeline_of(model)
         self._offloaded = offloaded_of(model)
-        if self._layered is None and self._offloaded is not None:
+        if self._schedule is None and self._offloaded is not None:
             raise UsageError("weights of offload_weights are gone before backward needs them: enter layered")
         self.can_be_dropped = self.released is None and not has_collectives(model)
         """Whether all ranks can drop the step after an error in `accumulate`, in a block of `completed`."""
@@ -81,7 +85,7 @@ class Gradients:
         is_summed = self.can_be_dropped and accelerator.num_processes > 1
         # the order in which backward usually computes gradients
         self._sum = BucketedSum(self._trained[::-1], self._rank.group) if is_summed else None
-        offload = self._layered.gradients if self._layered and not self._sum else None
+        offload = self._schedule.gradients if self._schedule and not self._sum else None
         self._kept = KeptOnHost(optimizer, offload) if offload and not self.released else None
         self._taken: TakenGradients | None = self.released or self._kept
 
@@ -122,8 +126,8 @@ class Gradients:
                 # DDP must not all-reduce in backward, because `all_reduce` does that once for all micro-batches
                 stack.enter_context(self._model.no_sync())
             sums = stack.enter_context(self._summing(len(batches)))
-            if self._layered:
-                losses = self._run_layered(forwards, in_precision, sums) if forwards else []
+            if self._schedule:
+                losses = self._run_schedule(forwards, in_precision, sums) if forwards else []
             else:
                 losses = []
                 for forward in forwards:
@@ -152,10 +156,10 @@ class Gradients:
         loss = loss / self._denominator
         return loss if self._loss_scale == 1 else loss.float() * self._loss_scale  # in fp16, most scales are infinite
 
-    def _run_layered(
+    def _run_schedule(
         self, forwards: Sequence[Callable[[], Tensor]], autocast: Autocast, sums: "_Sums"
     ) -> Sequence[Tensor]:
-        """Run micro-batches in lockstep; complete the gradients of each layer while those of the next are computed."""
+        """Run micro-batches on the schedule; complete a layer's gradients while those of the next are computed."""
         index_of = {parameter: index for index, parameter in enumerate(reversed(self._trained))}
         done: set[nn.Parameter] = set()
         rows_of = self._offloaded.rows if self._offloaded else {}
@@ -187,10 +191,10 @@ class Gradients:
 
         def complete_early(parameters: Sequence[nn.Parameter]) -> None:
             if self._is_sharded or self._taken:  # ranks must sum the same parameters together
-                parameters = self._layered.same_on_all_ranks(parameters)
+                parameters = self._schedule.same_on_all_ranks(parameters)
             complete(parameters, waits=True)  # a head may be the largest weight: do not keep its gradient longer
 
-        losses = self._layered.run(forwards, autocast, complete, complete_early)
+        losses = self._schedule.run(forwards, autocast, complete, complete_early)
         complete(self._trained, waits=True)  # all others
         finish(most=0)
         return losses
@@ -199,10 +203,12 @@ class Gradients:
         """Sum `losses` over ranks; return the loss. Also sums metrics, and gradients that are not summed yet."""
         loss = sum(losses, torch.zeros((), device=self._accelerator.device))
         totals = self.metrics.totals() if self._denominator else []
-        if self._accelerator.num_processes > 1:
+        if self._rank.size > 1:
             is_summed = self._sum or self._is_sharded
             gradients = [] if is_summed else map(local_of, self._all.values())
             all_reduce_sum([loss, *gradients, *totals], self._rank.group)
+        if self._stages:
+            self._stages.sum([loss, *totals], self._all)
         return loss
 
     def change(self, function: BeforeUpdate) -> None:
@@ -215,15 +221,19 @@ class Gradients:
             function(MappingProxyType({name: self._all[parameter] for name, parameter in named.items()}))
 
     def norm(self) -> Tensor:
-        """Return the L2 norm of the whole gradient, fp32, equal on every rank. Runs one small collective if sharded."""
+        """Return the L2 norm of the whole gradient, fp32, equal on every rank.
+
+        Runs a small collective if weights are sharded or in stages.
+        """
         norms = dict(zip(self._all, gradient_norms([*map(local_of, self._all.values())]), strict=True))
         norms |= self._taken.norms if self._taken else {}
         # in the same order whether gradients were taken or not, so that the sums have the same bits
-        whole = [norms[x] for x in self._trained if x in norms and not isinstance(x, DTensor)]
-        sharded = [parameter for parameter in self._trained if isinstance(parameter, DTensor)]
-        if sharded:
+        trained = [parameter for parameter in self._trained if parameter in norms]
+        whole = [norms[x] for x in trained if not (self._stages or isinstance(x, DTensor))]
+        if len(whole) < len(trained):
+            counts = self._stages.counts if self._stages else is_first_copy
             squares = torch.zeros((), device=self._accelerator.device)
-            if mine := [norms[parameter] for parameter in sharded if is_first_copy(parameter)]:
+            if mine := [norms[x] for x in trained if (self._stages or isinstance(x, DTensor)) and counts(x)]:
                 squares += torch.stack(mine).square().sum().to(squares.device)  # they are on the host with cpu_offload
             all_reduce_sum([squares])
             whole.append(squares.sqrt())
@@ -268,7 +278,7 @@ class Gradients:
     def clear(self) -> None:
         self._all.clear()
         self._optimizer.zero_grad()
-        for whole in self._layered.store.gathered.values() if self._layered else ():
+        for whole in self._schedule.store.gathered.values() if self._schedule else ():
             whole.grad = None  # if a step has failed
         if isinstance(self._optimizer, TieredOptimizer):
             self._optimizer.clip_factor = None
@@ -295,13 +305,13 @@ class Gradients:
     @contextmanager
     def _summing(self, micro_batches: int) -> Iterator["_Sums"]:
         """Sum gradients over micro-batches."""
-        whole = self._layered.store.gathered if self._layered else {}
+        whole = self._schedule.store.gathered if self._schedule else {}
         if not isinstance(self._optimizer, TieredOptimizer):
             yield _Sums({}, whole, attrgetter("dtype"))
             return
         self._optimizer.seed = self._seed
         # HYBRID_SHARD replicas hold equal sums of parts, so they must round with the same random bits
-        key = (self._step,) if self._is_sharded and not self._layered else (self._step, self._rank.rank)
+        key = (self._step,) if self._is_sharded and not self._schedule else (self._step, self._rank.rank)
         with self._optimizer.summing(micro_batches, *key, whole=whole) as totals:
             yield _Sums(totals, whole, self._optimizer.sum_dtype if micro_batches > 1 else attrgetter("dtype"))
 

@@ -10,9 +10,8 @@ coroutine until the others have reached the same layer.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import zip_longest
-from typing import Protocol
 
 import torch
 from greenlet import GreenletExit, getcurrent
@@ -20,47 +19,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowmem.distributed.collectives import gather_json
-from lowmem.distributed.gathered import Gathered
+from lowmem.distributed.gathered import Gathered, Resident, Store
 from lowmem.distributed.offloaded import offloaded_of
+from lowmem.distributed.pipeline import stages_of
 from lowmem.distributed.placement import device_of, is_sharded, layer_drop, tensor_mesh, training_layers, unwrapped
+from lowmem.distributed.stages import replaced_forwards
 from lowmem.errors import UsageError
 from lowmem.memory.micro_batch import Autocast, Call, MicroBatch
 from lowmem.memory.offload import Offload, host_of
 
 Complete = Callable[[Sequence[nn.Parameter]], None]
 """Called with parameters whose gradients are complete on this rank."""
-
-
-class Store(Protocol):
-    """Where the weights of layers are."""
-
-    gathered: dict[nn.Parameter, nn.Parameter]
-    """For each sharded parameter, the all-gathered one, which forward and backward use."""
-
-    def step(self) -> AbstractContextManager[None]:
-        """Within this block, all weights outside layers are on the device."""
-
-    def fetch(self, layer: nn.Module, following: nn.Module | None) -> None:
-        """Bring the weights of `layer` to the device, and begin to bring those of `following`."""
-
-    def finish(self, layer: nn.Module) -> None:
-        """Note that this step needs the weights of `layer` no more."""
-
-
-class Resident:
-    """A store whose weights are always on the device."""
-
-    def __init__(self):
-        self.gathered: dict[nn.Parameter, nn.Parameter] = {}
-
-    def step(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def fetch(self, layer: nn.Module, following: nn.Module | None) -> None:
-        pass
-
-    def finish(self, layer: nn.Module) -> None:
-        pass
 
 
 @contextmanager
@@ -75,6 +44,10 @@ def layered(model: nn.Module, optimizer: Optimizer, *, offload: Offload | None =
     base = unwrapped(model)
     if dropped := layer_drop(base):
         raise UsageError(f"layered needs all micro-batches to run the same layers, but found {dropped}: set it to 0.0")
+    if stages_of(base) is not None:
+        raise UsageError(
+            "layered runs all micro-batches before the next stage could begin: set pp_size=1, or remove it"
+        )
     if tensor_mesh(model) is not None:
         raise UsageError("layered does not support tensor parallelism: set tp_size=1, or remove layered")
     for name in ("output_router_logits", "output_attentions"):
@@ -135,8 +108,8 @@ class Layered:
         A forward seeds its random numbers. Calls `complete_early` once, with the parameters that the layers' backward
         will not reach, such as an untied head, and `complete` with the parameters of each layer.
         """
-        with self.store.step(), self._pausing():
-            micro_batches = [MicroBatch(forward, self._device, self._inputs) for forward in forwards]
+        with self.store.step(), replaced_forwards(self._layers, self._pausing):
+            micro_batches = [MicroBatch(forward, self._device, offload=self._inputs) for forward in forwards]
             try:
                 steps: list[list[Call]] = []
                 with autocast():
@@ -199,21 +172,10 @@ class Layered:
             raise UsageError(f"layered runs all micro-batches through the same layers, but {found}: remove layered")
         return [result for result in reached if isinstance(result, Call)]
 
-    @contextmanager
-    def _pausing(self) -> Iterator[None]:
-        """Within this block, a layer's forward with gradients pauses its micro-batch."""
-        before = [vars(layer).get("forward") for layer in self._layers]
-        try:
-            for layer in self._layers:
-                layer.forward = self._pausing_forward(layer, layer.forward)
-            yield
-        finally:
-            for layer, forward in zip(self._layers, before, strict=True):
-                del layer.forward
-                if forward is not None:
-                    layer.forward = forward
+    def _pausing(self, layer: nn.Module) -> Callable:
+        """Return a forward for `layer` that, with gradients, pauses its micro-batch."""
+        forward = layer.forward
 
-    def _pausing_forward(self, layer: nn.Module, forward: Callable) -> Callable:
         def pausing_forward(*args, **kwargs):
             if torch.is_grad_enabled():
                 return getcurrent().pause(layer, forward, args, kwargs)

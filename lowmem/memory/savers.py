@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lowmem.distributed.fully_sharded import unsharded_parameters
+from lowmem.distributed.pipeline import stages_of
 from lowmem.distributed.placement import device_of, training_layers, unwrapped
+from lowmem.distributed.stages import replaced_forwards
 from lowmem.errors import UsageError
 from lowmem.kernels.compilers import has_triton
 from lowmem.memory.layered import layered
@@ -107,6 +109,11 @@ def _checkpointing(model: nn.Module, optimizer: Optimizer | None, options: dict[
         raise UsageError("layered computes each layer again in backward by itself: remove recompute")
     if not getattr(base, "supports_gradient_checkpointing", False):
         raise UsageError(f"{type(base).__name__} does not support activation checkpointing: set recompute=off")
+    if stages := stages_of(base):  # a micro-batch pauses at a layer's forward, which must not be inside a checkpoint
+        layers = [stages.layers[index] for index in stages.own]
+        with replaced_forwards(layers, lambda layer: partial(checkpoint, layer.forward, **options)):
+            yield
+        return
     # transformers 5.17 has only the older method names (gradient_...), which later versions deprecate
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable

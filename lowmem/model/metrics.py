@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lowmem.data.batch import Batch
 from lowmem.distributed.collectives import gather_json
+from lowmem.distributed.pipeline import stages_of
 from lowmem.errors import UsageError
 
 Metrics = Mapping[str, tuple[Tensor | float, Tensor | float]]
@@ -21,7 +22,15 @@ def loss_and_metrics(loss_fn: LossFunction, model: nn.Module, batch: Batch) -> t
     """Call `loss_fn`; return the summed loss, and its metrics ({} if there are none). Raises UsageError for others.
 
     Those of a blank batch are 0: a loss of rows rather than of labels would count the row that replaces missing ones.
+    Without gradients, a model in stages runs on all of them, and every rank gets the values of the last stage.
     """
+    stages = stages_of(model)
+    if stages is None or torch.is_grad_enabled():
+        return _returned(loss_fn, model, batch)
+    return stages.on_all(lambda: _returned(loss_fn, model, batch))
+
+
+def _returned(loss_fn: LossFunction, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
     returned = loss_fn(model, batch)
     loss, metrics = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
     if not isinstance(loss, Tensor) or not isinstance(metrics, Mapping):

@@ -20,6 +20,7 @@ from lowmem.distributed.dtensor import is_in_columns, local_of, set_local_
 from lowmem.distributed.fill import fill_weights, filler_of
 from lowmem.distributed.fully_sharded import has_gathered, notice_new_parameters
 from lowmem.distributed.offloaded import offloaded_of
+from lowmem.distributed.pipeline import stages_of
 from lowmem.distributed.placement import is_large, is_quantized, is_sharded, unwrapped
 from lowmem.errors import UsageError
 from lowmem.model.build import convert_buffers, some_of
@@ -145,7 +146,7 @@ def _group_of(model: nn.Module, groups: Sequence[Mapping[str, object]]) -> dict[
 def convert_frozen(model: nn.Module) -> None:
     """Bring frozen weights to their device, in bf16, or to where `offload_weights` says; convert all buffers.
 
-    Quantized weights, which are integers, stay as they are.
+    Quantized weights, which are integers, stay as they are. Stand-ins of other stages' weights are converted too.
     """
     fill, offloaded = filler_of(model), offloaded_of(model)
     for parameter in model.parameters():
@@ -156,6 +157,8 @@ def convert_frozen(model: nn.Module) -> None:
             if offloaded:
                 offloaded.take_weight(parameter, row_wise=True, sum_dtype=torch.bfloat16)
     convert_buffers(model)
+    if stages := stages_of(model):
+        stages.convert_stand_ins(torch.bfloat16)
 
 
 def _of_torch(
