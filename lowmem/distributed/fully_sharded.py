@@ -125,7 +125,8 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 
 def reshards_after_forward(model: nn.Module) -> bool:
     """Whether layers are all-gathered again for backward (all strategies but SHARD_GRAD_OP)."""
-    return any(group._get_fsdp_state()._fsdp_param_group._reshard_after_forward for group in sharded_modules(model))
+    groups = (module._get_fsdp_state()._fsdp_param_group for module in sharded_modules(model))
+    return any(group._reshard_after_forward for group in groups if group)  # a stage has no weights outside layers
 
 
 def unsharded_parameters(model: nn.Module) -> Iterator[Tensor]:

@@ -138,17 +138,20 @@ class Pipeline:
         def pausing_forward(*args, **kwargs):
             if not torch.is_grad_enabled():
                 raise UsageError("the loss runs the model without gradients, which a pipeline cannot: set pp_size=1")
-            _seed_next()
+            _seed_next(self._device)
             outputs = getcurrent().pause(layer, forward, args, kwargs)
-            _seed_next()
+            _seed_next(self._device)
             return outputs
 
         return pausing_forward
 
 
-def _seed_next() -> None:
-    """Seed all devices by the last seed, so that stages that skip a layer go on like the one that ran it."""
-    torch.manual_seed(seed_of(torch.initial_seed()))
+def _seed_next(device: torch.device) -> None:
+    """Seed the generators by the last seed, so that stages that skip a layer go on like the one that ran it."""
+    seed = seed_of(torch.initial_seed())
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond without a GPU
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 class _Passage:
