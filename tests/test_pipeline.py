@@ -1,7 +1,11 @@
 """A model that is split into stages trains, evaluates, answers and saves as it does on one process."""
 
 import json
-from dataclasses import dataclass, field
+import os
+import re
+import signal
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -9,18 +13,34 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config
 
 from lowmem.adapters.lora import add_lora
+from lowmem.checkpoint.load import latest_checkpoint, load_checkpoint
+from lowmem.checkpoint.manifest import verify_checkpoint
+from lowmem.checkpoint.save import save_checkpoint
+from lowmem.data.encode import encode_causal, encode_seq2seq
+from lowmem.data.eval_batches import open_eval
+from lowmem.data.stream import open_stream
+from lowmem.distributed.collectives import gather_json
 from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.pipeline import stages_of
 from lowmem.distributed.placement import data_place
 from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
+from lowmem.errors import RankError, SaveError, UsageError
+from lowmem.evaluation import evaluate, generate
+from lowmem.loss import chunked_loss, plain_loss
 from lowmem.memory.pipeline import pipeline_of
 from lowmem.memory.savers import offload_activations, recompute
 from lowmem.model.build import freeze
-from tests.forked import fork_ranks
-from tests.models import build
+from lowmem.model.checks import check_model
+from lowmem.optim.make import make_optimizer
+from lowmem.optim.master import master_weights
+from lowmem.step import TrainState, train_step
+from tests.forked import fork_ranks, started_ranks
+from tests.models import build, qa_rows
+from tests.test_files import fail_at
 from tests.test_layered import batches_of, packed_batches, trained
 
 STEPS, RATE = 2, 0.1
@@ -44,8 +64,13 @@ class Run:
     cut: int | None = None
     """The index of the first layer of the last stage."""
     same_as: str | None = None
-    """The name of the run whose bits this one has; None: that of one process, nearly."""
+    """The name of the run on two processes to compare with; None: one process."""
     tolerance: float = 1e-6
+    """0.0: the same bits."""
+
+    @property
+    def has_dropout(self):
+        return any("dropout" in name for name in self.changes)
 
     def model(self):
         sizes = {"num_layers": 3, "num_decoder_layers": 2} if self.family == "t5" else {"num_hidden_layers": 5}
@@ -81,7 +106,7 @@ RUNS = {
         "tied": Run(family="qwen2"),
         "in the encoder": Run(family="t5", changes={"num_layers": 4, "num_decoder_layers": 1}, cut=3),
         "between the stacks": Run(family="t5", changes={"num_layers": 3, "num_decoder_layers": 2}, cut=3),
-        "in the decoder": Run(family="t5", changes={"num_layers": 1, "num_decoder_layers": 3, **UNTIED}, cut=2),
+        "in the decoder": Run(family="t5", changes={"num_layers": 1, "num_decoder_layers": 4, **UNTIED}, cut=3),
         "untied t5": Run(family="t5", changes=UNTIED),
         "frozen encoder": Run(family="t5", changes={"num_layers": 4, "num_decoder_layers": 1}, frozen=("encoder",)),
         "lora": Run(lora=True),
@@ -91,16 +116,16 @@ RUNS = {
         "bf16": Run(precision="bf16", **ROUNDED),
         "fp16": Run(precision="fp16", **ROUNDED),
         "dropout": Run(changes=DROPOUT),
-        "dropout again": Run(changes=DROPOUT, same_as="dropout"),
-        "recomputed": Run(changes=DROPOUT, savers=(recompute,), same_as="dropout"),
-        "offloaded": Run(changes=DROPOUT, savers=(offload_activations,), same_as="dropout"),
+        "dropout again": Run(changes=DROPOUT, same_as="dropout", tolerance=0.0),
+        "recomputed": Run(changes=DROPOUT, savers=(recompute,), same_as="dropout", tolerance=0.0),
+        "offloaded": Run(changes=DROPOUT, savers=(offload_activations,), same_as="dropout", tolerance=0.0),
         "t5 dropout": Run(family="t5", changes={"dropout_rate": 0.1}),
     },
     4: {
         "llama 4": Run(PP4),
         "t5 4": Run(PP4, family="t5"),
         "tied 4": Run(PP4, family="qwen2"),
-        "dropout 4": Run(PP4, changes=DROPOUT, same_as="dropout"),
+        "dropout 4": Run(PP4, changes=DROPOUT, same_as="dropout", tolerance=0.0),
         "t5 dropout 4": Run(PP4, family="t5", changes={"dropout_rate": 0.1}, same_as="t5 dropout"),
         "data": Run(counts=DATA),
         "t5 data": Run(family="t5", counts=DATA),
@@ -108,14 +133,11 @@ RUNS = {
         "sharded": Run(FULL, counts=DATA, family="qwen2"),
         "t5 sharded": Run(FULL, counts=DATA, family="t5", changes={"num_layers": 4, "num_decoder_layers": 1}, cut=3),
         "sharded gradients": Run(FULL | {"sharding_strategy": "SHARD_GRAD_OP"}, counts=DATA),
-        "sharded on the host": Run(FULL | {"cpu_offload": True}, counts=(3, 5)),
+        "sharded on the host": Run(FULL | {"cpu_offload": True}, counts=DATA),
         "tensor": Run(TENSOR, family="qwen2"),
     },
     8: {"three dimensions": Run(TENSOR, counts=DATA)},
 }
-
-
-import time
 
 
 def train_on_a_rank(folder, world_size):
@@ -126,7 +148,6 @@ def train_on_a_rank(folder, world_size):
         if run.precision != precision:
             AcceleratorState._reset_state()
             accelerator, precision = Accelerator(cpu=True, mixed_precision=run.precision), run.precision
-        print(name, time.time(), flush=True)
         model = parallelize(run.model(), accelerator, **run.layout)
         rank = data_place(model).rank
         losses, norms, weights = run.train(model, run.batches(rank), accelerator)
@@ -148,7 +169,297 @@ def found_on(folder, world_size, name):
 
 
 def on_one_process(run):
-    if run.precision == "no":
-        accelerator = Accelerator(cpu=True)
+    """Return the losses, the norms and the weights of a run without stages."""
     batches = [batch for rank in range(len(run.counts)) for batch in run.batches(rank)]
-    return run.train(run.model(), batches, accelerator)
+    AcceleratorState._reset_state()
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision=run.precision)
+        losses, norms, weights = run.train(run.model(), batches, accelerator)
+    finally:
+        AcceleratorState._reset_state()
+    return {"losses": torch.stack(losses).tolist(), "norms": torch.stack(norms).tolist(), "weights": weights}
+
+
+def assert_same_results(found, expected, tolerance):
+    """Assert that a rank has the losses, the norms and, of its stage, the weights of another run."""
+    for name in ("losses", "norms"):
+        assert found[name] == pytest.approx(expected[name], rel=tolerance), name
+    for name, weight in found["weights"].items():
+        torch.testing.assert_close(
+            weight, expected["weights"][name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def assert_divided(run, ranks):
+    """Assert that each layer is on one stage, and all weights on any; that shared copies are equal; and the costs."""
+    num_stages, width = run.layout["pp_size"], run.layout.get("tp_size", 1)
+    model = run.model()
+    config, names = model.config, {name for name, _ in model.named_parameters()}
+    assert set().union(*(rank["weights"].keys() for rank in ranks)) == names
+    layers = [rank["own"] for rank in ranks if rank["data_rank"] == 0][::width]
+    assert sum(layers, []) == list(range(5)) and len(layers) == num_stages
+    assert run.cut in (None, layers[-1][0])
+    first_rank_with = {}
+    for rank in ranks:
+        for name, weight in rank["weights"].items():
+            assert torch.equal(first_rank_with.setdefault(name, weight), weight), name
+        assert rank["most_alive"] == min(num_stages - rank["stage"], run.counts[rank["data_rank"]])
+        assert rank["sent_bytes"] == STEPS * bytes_on_the_wire(run, rank, config, [own[0] for own in layers])
+
+
+def bytes_on_the_wire(run, rank, config, starts):
+    """Return the bytes that a rank sends in a step: an output to the next stage, a gradient to the one before."""
+    sent = 0
+    for batch in run.batches(rank["data_rank"]):
+        inputs, hidden_bytes = batch.inputs, 4 * config.hidden_size
+        for stage in (rank["stage"], rank["stage"] + 1):  # at the beginning and at the end of this rank's stage
+            if not 0 < stage < len(starts):
+                continue
+            num_tokens = inputs["input_ids"].numel()
+            if config.is_encoder_decoder and starts[stage] > config.num_layers:  # and the output of the encoder
+                num_tokens += inputs["labels"].numel()
+            sent += num_tokens * hidden_bytes
+    return sent
+
+
+@pytest.fixture(scope="module")
+def two_stages(tmp_path_factory):
+    """Return the folder of the runs on two processes, with which others are compared."""
+    folder = tmp_path_factory.mktemp("two")
+    assert fork_ranks(2, train_on_a_rank, folder, 2) == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("world_size", RUNS)
+def test_stages_train_like_one_process(world_size, two_stages, tmp_path):
+    folder = two_stages if world_size == 2 else tmp_path
+    if world_size > 2:
+        assert fork_ranks(world_size, train_on_a_rank, folder, world_size) == [0] * world_size
+    for name, run in RUNS[world_size].items():
+        ranks = found_on(folder, world_size, name)
+        if run.precision == "no" and run.memory == "off":
+            assert_divided(run, ranks)
+        if run.same_as:  # with dropout, whose masks do not depend on the number of stages
+            first, last = found_on(two_stages, 2, run.same_as)
+            expected = first | {"weights": first["weights"] | last["weights"]}
+        elif run.has_dropout:
+            continue
+        else:
+            expected = on_one_process(run)
+        for rank in ranks:
+            assert_same_results(rank, expected, run.tolerance)
+
+
+# --- evaluation, answers, and what a program does with a step
+
+
+def with_metrics(model, batch):
+    return chunked_loss(model, batch), {"rows": (len(batch.inputs["labels"]), 1)}
+
+
+def evaluate_and_answer():
+    accelerator = init_distributed()
+    for family in ("t5", "qwen2"):
+        tokenizer, encode = ByT5Tokenizer(), (encode_seq2seq if family == "t5" else encode_causal)
+        rows = open_eval(qa_rows(9), encode(ByT5Tokenizer(), max_seq_len=48), batch_size=4, rank=0, world_size=1)
+        # large weights, because with small ones the next token would depend only on the embedding of the last token
+        run = Run(family=family, changes={"initializer_factor": 20.0} if family == "t5" else {"initializer_range": 0.5})
+        alone, model = run.model(), parallelize(run.model(), accelerator, pp_size=2)
+        stages, batches = stages_of(model), run.batches(0)
+        assert check_model(model, chunked_loss, max_seq_len=48) == 48
+        found = evaluate(model, rows, with_metrics, accelerator)
+        with torch.no_grad():
+            losses = [plain_loss(alone.eval(), batch).item() for batch in rows]
+        assert found["eval_loss"] == pytest.approx(sum(losses) / sum(batch.num_targets for batch in rows), rel=1e-6)
+        assert (found["eval_rows"], found["rows"]) == (9, 3)
+        answers = generate(model, tokenizer, rows, accelerator, max_new_tokens=8)
+        assert [answer.row_id for answer in answers] == list(range(9))
+        assert len({answer.prediction for answer in answers}) > 4
+        for batch in rows:
+            for row_id, prompt in zip(batch.row_ids, prompts_of(batch, family), strict=True):
+                written = alone.generate(prompt[None], max_new_tokens=8, do_sample=False)[0]
+                text = tokenizer.decode(written[0 if family == "t5" else len(prompt) :], skip_special_tokens=True)
+                assert answers[row_id].prediction == text
+
+        alone.train()
+        expected = {}
+        for batch in batches:
+            (plain_loss(alone, batch) / sum(batch.num_targets for batch in batches)).backward()
+        expected = {name: parameter.grad for name, parameter in alone.named_parameters()}
+
+        def compare(gradients, expected=expected, model=model):
+            assert gradients.keys() == dict(model.named_parameters()).keys()
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
+                gradient.zero_()
+
+        state = TrainState(model, make_optimizer(model, memory="exact"))
+        optimizer_of = {name: x.clone() for name, x in master_weights(model, state.optimizer)}
+        assert all(torch.equal(x, alone.get_parameter(name)) for name, x in optimizer_of.items())
+        if family == "t5":  # in fp32, in which gradients can be compared
+            model = parallelize(run.model(), accelerator, pp_size=2)
+            state = TrainState(model, make_optimizer(model, memory="off"))
+            options = {"learning_rate": 1e-3, "before_update": compare}
+            result = train_step(state, batches, with_metrics, accelerator, **options)
+            assert result.metrics["rows"] == sum(len(batch.inputs["labels"]) for batch in batches) / len(batches)
+            assert result.grad_norm == 0 and result.num_tokens == sum(batch.num_targets for batch in batches)
+        assert stages.number == 2
+
+        def fail(model, batch):
+            loss = chunked_loss(model, batch)
+            if stages.is_last:
+                raise KeyError("no such thing")
+            return loss
+
+        with pytest.raises(KeyError if stages.is_last else RankError, match="no such thing"):
+            evaluate(model, rows, fail, accelerator)
+        beyond = replace(batches[0], inputs=batches[0].inputs | {"input_ids": batches[0].inputs["input_ids"] + 384})
+        with pytest.raises(RankError if stages.index else IndexError, match="index out of range"):
+            evaluate(model, [beyond], chunked_loss, accelerator)
+        assert evaluate(model, rows, with_metrics, accelerator)["eval_rows"] == 9  # no message is left behind
+    with pytest.raises(UsageError, match="pp_size=2 needs a layer for each stage, but LlamaForCausalLM has 1 layers"):
+        parallelize(build("llama", num_hidden_layers=1), accelerator, pp_size=2)
+    with pytest.raises(UsageError, match="pp_size=2 x tp_size=2 was set, which does not divide 2 processes"):
+        parallelize(build("llama"), accelerator, pp_size=2, tp_size=2)
+    torch.manual_seed(0)
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=384, n_positions=24, n_embd=32, n_layer=2, n_head=2))
+    model = parallelize(gpt2, accelerator, pp_size=2)
+    with pytest.raises(UsageError, match="fails on a row of max_seq_len=30 tokens .*to its number of positions, 24"):
+        check_model(model, chunked_loss, max_seq_len=30)
+    assert check_model(model, chunked_loss, max_seq_len=30, may_shorten=True) == 24
+    accelerator.end_training()
+
+
+def prompts_of(batch, family):
+    """Return the prompts' tokens, without padding."""
+    if family == "t5":
+        ids = batch.inputs["input_ids"]
+        masks = batch.inputs.get("attention_mask", torch.ones_like(ids))
+        return [row[mask.bool()] for row, mask in zip(ids, masks, strict=True)]
+    rows = zip(batch.inputs["input_ids"], batch.inputs["labels"], strict=True)
+    return [ids[: int((labels != -100).nonzero()[0])] for ids, labels in rows]
+
+
+def test_every_stage_evaluates_and_answers_and_reports_the_errors_of_others():
+    assert fork_ranks(2, evaluate_and_answer) == [0, 0]
+
+
+# --- checkpoints
+
+
+def state_of(accelerator, layout, seed):
+    model = parallelize(build("qwen2", seed=seed, num_hidden_layers=3), accelerator, **layout)
+    encode = encode_causal(ByT5Tokenizer(), max_seq_len=48)
+    place = data_place(model).coordinates
+    stream = open_stream(qa_rows(40), encode, batch_size=2, global_batch_size=12, **place)
+    return TrainState(model, make_optimizer(model, memory="off"), stream)
+
+
+def train_steps(state, accelerator):
+    """Take two steps; return losses, norms and row ids of all ranks."""
+    results = []
+    for _, batches in zip(range(2), state.stream, strict=False):
+        result = train_step(state, batches, chunked_loss, accelerator, learning_rate=1e-2, max_grad_norm=1.0)
+        rows = sorted(set().union(*gather_json([row_id for batch in batches for row_id in batch.row_ids])))
+        results.append([result.loss.item(), result.grad_norm.item(), rows])
+    return results
+
+
+def bits_of(state):
+    return [local_of(x).clone() for x in state.model.parameters()]
+
+
+def save_under(folder, layout, source, name):
+    """Load the checkpoint `source`, if any, or train two steps; save it as `name`, and note the next two steps."""
+    accelerator = init_distributed()
+    state = state_of(accelerator, layout, seed=5 if source else 0)
+    if source:
+        load_checkpoint(state, folder / source / "step-00000002", accelerator)
+    else:
+        train_steps(state, accelerator)
+    save_checkpoint(state, folder / name, accelerator, max_shard_size="40KB")
+    results = train_steps(state, accelerator)
+    if accelerator.is_main_process:
+        (folder / f"{name}.json").write_text(json.dumps(results))
+    if not source:  # a run that resumes in the same layout has the same bits
+        again = state_of(accelerator, layout, seed=5)
+        load_checkpoint(again, folder / name / "step-00000002", accelerator)
+        assert train_steps(again, accelerator) == results
+        assert all(map(torch.equal, bits_of(again), bits_of(state)))
+        if accelerator.process_index == 1:  # the last stage, while it writes its part of the next save
+            fail_at(3, "killed")
+        with suppress(SaveError, RankError):
+            save_checkpoint(state, folder / name, accelerator, keep=1)
+        os._exit(0)
+    accelerator.end_training()
+
+
+def test_checkpoints_of_stages_fit_other_layouts_and_survive_a_kill(tmp_path):
+    full = {"sharding_strategy": "FULL_SHARD"}
+    assert fork_ranks(2, save_under, tmp_path, {"pp_size": 2}, None, "stages") == [0, -signal.SIGKILL]
+    assert fork_ranks(3, save_under, tmp_path, full, "stages", "shards") == [0] * 3
+    assert fork_ranks(2, save_under, tmp_path, {"pp_size": 2}, "shards", "back") == [0] * 2
+    verify_checkpoint(tmp_path / "stages" / "step-00000002")  # which the kill has left as it was
+    assert latest_checkpoint(tmp_path / "stages").name == "step-00000002"
+    alone = state_of(accelerator := Accelerator(cpu=True), {}, seed=0)
+    train_steps(alone, accelerator)
+    save_checkpoint(alone, tmp_path / "one", accelerator)
+    tensors, *others = (all_tensors(tmp_path / name) for name in ("stages", "shards", "back"))
+    expected = all_tensors(tmp_path / "one")
+    for found in others:
+        assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in found)
+    assert expected.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    results = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("stages", "shards", "back")]
+    loaded = state_of(accelerator, {}, seed=5)
+    load_checkpoint(loaded, tmp_path / "stages" / "step-00000002", accelerator)
+    for other in [*results[1:], train_steps(loaded, accelerator)]:
+        for mine, theirs in zip(results[0], other, strict=True):
+            assert mine[2] == theirs[2] and len(mine[2]) == 12
+            assert mine[:2] == pytest.approx(theirs[:2], rel=1e-4)
+
+
+def all_tensors(folder):
+    return {name: x for file in (folder / "step-00000002").rglob("*.safetensors") for name, x in load_file(file).items()}
+
+
+# --- failures
+
+
+def fail_in_a_step(how):
+    """Train until stage 1 of 3 fails in the second step's first loss, or its process is killed or stopped there."""
+    accelerator = init_distributed(heartbeat_timeout=3.0)
+    model = parallelize(build("llama", num_hidden_layers=3), accelerator, pp_size=3)
+    state = TrainState(model, make_optimizer(model, memory="off"))
+
+    def loss_fn(model, batch):
+        if state.step == 1 and accelerator.process_index == (2 if how == "fails" else 1):
+            if how == "fails":
+                raise KeyError("no such thing")
+            os.kill(os.getpid(), how)
+        return chunked_loss(model, batch)
+
+    batches = batches_of(False)
+    if how == "vocabulary":
+        batches[2].inputs["input_ids"] += 384
+    for _ in range(2):
+        train_step(state, batches, loss_fn, accelerator, learning_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (signal.SIGKILL, "rank 1 has been silent for .* s, last at step 2, computing gradients"),
+        (signal.SIGSTOP, "rank 1 has been silent for .* s, last at step 2, computing gradients"),
+        ("fails", "rank 2 failed with KeyError: 'no such thing'"),
+        ("vocabulary", "rank 0 failed with IndexError: index out of range"),
+    ],
+)
+def test_other_stages_name_the_one_that_fails_or_is_silent(how, message):
+    victim = {"fails": 2, "vocabulary": 0}.get(how, 1)
+    with started_ranks(3, fail_in_a_step, how) as ranks:
+        others = {rank: process.communicate(timeout=60)[0] for rank, process in enumerate(ranks) if rank != victim}
+    for rank, output in others.items():
+        assert re.search(message, output), (rank, output)
+        assert ranks[rank].returncode == 1
