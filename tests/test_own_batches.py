@@ -209,7 +209,6 @@ def test_files_of_a_base_model_fill_it_under_a_head_and_may_lack_a_pooler(tmp_pa
         load_model(tmp_path, auto_class=AutoModel)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_a_model_from_a_config_with_its_own_vocabulary_keeps_its_special_tokens(tmp_path):
     config = GPT2Config(vocab_size=5000, n_embd=16, n_layer=1, n_head=2, bos_token_id=7, eos_token_id=8)
     config.save_pretrained(tmp_path)
@@ -221,6 +220,7 @@ def test_a_model_from_a_config_with_its_own_vocabulary_keeps_its_special_tokens(
         load_model(model_config=tmp_path / "config.json")
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_adapters_of_a_classifier_train_and_save_its_new_head(language_model, tmp_path):
     accelerator, batches = Accelerator(cpu=True), list(batches_at(0))
     torch.manual_seed(1)
