@@ -281,6 +281,33 @@ def test_an_invalid_value_or_combination_of_flags_is_reported(flags, message):
     assert message in problems_of(**flags)
 
 
+# what each flag that pipelines exclude may not be
+WITHOUT_STAGES = {
+    "sharding_strategy": "HYBRID_SHARD",
+    "layered": "true",
+    "release": "true",
+    "recompute": "cheap",
+    "offload_weights": "host",
+    "quantization": "nf4",
+    "deepspeed": "zero.json",
+}
+
+
+def test_pipelines_refuse_each_flag_that_they_exclude():
+    excluded = {other: why for flag, _, other, _, why in NEEDS if flag == "pp_size"}
+    assert excluded.keys() == WITHOUT_STAGES.keys()
+    for name, value in WITHOUT_STAGES.items():
+        assert f"--pp_size=2 {excluded[name]}" in problems_of(pp_size="2", **{name: value})
+        assert "pp_size" not in problems_of(**{name: value, "seed": "x"})
+
+
+@pytest.mark.parametrize("flags", [{"num_processes": "6", "tp_size": "2"}, {"num_processes": "2"}])
+def test_processes_must_be_a_multiple_of_stages(flags):
+    width = flags.get("tp_size", "1")
+    message = f"--num_processes={flags['num_processes']} is not a multiple of --pp_size=4 x --tp_size={width}"
+    assert message in problems_of(pp_size="4", **flags)
+
+
 def test_a_preset_of_the_file_is_switched_off_by_a_flag(tmp_path):
     (tmp_path / "run.yaml").write_text("use_large_config: true\n")
     assert resolve({"config": tmp_path / "run.yaml", "use_large_config": "False"}) == resolve({})

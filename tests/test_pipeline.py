@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, GPT2Config
 
 from lowmem.adapters.lora import add_lora
 from lowmem.checkpoint.load import latest_checkpoint, load_checkpoint
@@ -28,16 +28,19 @@ from lowmem.distributed.pipeline import stages_of
 from lowmem.distributed.placement import data_place
 from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
+from lowmem.distributed.stages import trace
 from lowmem.errors import RankError, SaveError, UsageError
 from lowmem.evaluation import evaluate, generate
 from lowmem.loss import chunked_loss, plain_loss
 from lowmem.memory.pipeline import pipeline_of
 from lowmem.memory.savers import offload_activations, recompute
-from lowmem.model.build import freeze
+from lowmem.model.build import freeze, model_from
 from lowmem.model.checks import check_model
+from lowmem.model.metrics import loss_and_metrics
 from lowmem.optim.make import make_optimizer
 from lowmem.optim.master import master_weights
 from lowmem.step import TrainState, train_step
+from tests.architectures import tiny_fields
 from tests.forked import fork_ranks, started_ranks
 from tests.models import build, qa_rows
 from tests.test_files import fail_at
@@ -254,7 +257,18 @@ def test_stages_train_like_one_process(world_size, two_stages, tmp_path):
 
 
 def with_metrics(model, batch):
-    return chunked_loss(model, batch), {"rows": (len(batch.inputs["labels"]), 1)}
+    return chunked_loss(model, batch), {"size": (len(batch.inputs["labels"]), 1)}
+
+
+def twice(model, batch):
+    return chunked_loss(model, batch) + chunked_loss(model, batch)
+
+
+def fail_on_the_last_stage(model, batch):
+    loss = chunked_loss(model, batch)
+    if stages_of(model).is_last:
+        raise KeyError("no such thing")
+    return loss
 
 
 def evaluate_and_answer():
@@ -271,7 +285,7 @@ def evaluate_and_answer():
         with torch.no_grad():
             losses = [plain_loss(alone.eval(), batch).item() for batch in rows]
         assert found["eval_loss"] == pytest.approx(sum(losses) / sum(batch.num_targets for batch in rows), rel=1e-6)
-        assert (found["eval_rows"], found["rows"]) == (9, 3)
+        assert (found["eval_rows"], found["eval_size"]) == (9, 3)
         answers = generate(model, tokenizer, rows, accelerator, max_new_tokens=8)
         assert [answer.row_id for answer in answers] == list(range(9))
         assert len({answer.prediction for answer in answers}) > 4
@@ -281,42 +295,18 @@ def evaluate_and_answer():
                 text = tokenizer.decode(written[0 if family == "t5" else len(prompt) :], skip_special_tokens=True)
                 assert answers[row_id].prediction == text
 
-        alone.train()
-        expected = {}
-        for batch in batches:
-            (plain_loss(alone, batch) / sum(batch.num_targets for batch in batches)).backward()
-        expected = {name: parameter.grad for name, parameter in alone.named_parameters()}
-
-        def compare(gradients, expected=expected, model=model):
-            assert gradients.keys() == dict(model.named_parameters()).keys()
-            for name, gradient in gradients.items():
-                torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
-                gradient.zero_()
-
-        state = TrainState(model, make_optimizer(model, memory="exact"))
-        optimizer_of = {name: x.clone() for name, x in master_weights(model, state.optimizer)}
-        assert all(torch.equal(x, alone.get_parameter(name)) for name, x in optimizer_of.items())
-        if family == "t5":  # in fp32, in which gradients can be compared
-            model = parallelize(run.model(), accelerator, pp_size=2)
-            state = TrainState(model, make_optimizer(model, memory="off"))
-            options = {"learning_rate": 1e-3, "before_update": compare}
-            result = train_step(state, batches, with_metrics, accelerator, **options)
-            assert result.metrics["rows"] == sum(len(batch.inputs["labels"]) for batch in batches) / len(batches)
-            assert result.grad_norm == 0 and result.num_tokens == sum(batch.num_targets for batch in batches)
-        assert stages.number == 2
-
-        def fail(model, batch):
-            loss = chunked_loss(model, batch)
-            if stages.is_last:
-                raise KeyError("no such thing")
-            return loss
-
-        with pytest.raises(KeyError if stages.is_last else RankError, match="no such thing"):
-            evaluate(model, rows, fail, accelerator)
-        beyond = replace(batches[0], inputs=batches[0].inputs | {"input_ids": batches[0].inputs["input_ids"] + 384})
-        with pytest.raises(RankError if stages.index else IndexError, match="index out of range"):
-            evaluate(model, [beyond], chunked_loss, accelerator)
+        is_last, beyond = stages.is_last, replace(batches[0], inputs=dict(batches[0].inputs))
+        beyond.inputs["input_ids"] = beyond.inputs["input_ids"] + 384
+        for loss_fn, batch, kind, message in (
+            (fail_on_the_last_stage, batches[0], KeyError if is_last else RankError, "no such thing"),
+            (chunked_loss, beyond, IndexError, "index out of range"),  # which every stage notices
+            (twice, batches[0], UsageError, "runs a model in stages once, but the loss runs .* again"),
+        ):
+            with pytest.raises(kind, match=message), torch.no_grad():
+                loss_and_metrics(loss_fn, model, batch)
         assert evaluate(model, rows, with_metrics, accelerator)["eval_rows"] == 9  # no message is left behind
+    with pytest.raises(UsageError, match=r"ranks would drop different layers \(layerdrop=0.1\): set it to 0.0"):
+        parallelize(build("t5", layerdrop=0.1), accelerator, pp_size=2)
     with pytest.raises(UsageError, match="pp_size=2 needs a layer for each stage, but LlamaForCausalLM has 1 layers"):
         parallelize(build("llama", num_hidden_layers=1), accelerator, pp_size=2)
     with pytest.raises(UsageError, match="pp_size=2 x tp_size=2 was set, which does not divide 2 processes"):
@@ -327,7 +317,32 @@ def evaluate_and_answer():
     with pytest.raises(UsageError, match="fails on a row of max_seq_len=30 tokens .*to its number of positions, 24"):
         check_model(model, chunked_loss, max_seq_len=30)
     assert check_model(model, chunked_loss, max_seq_len=30, may_shorten=True) == 24
+    change_gradients(accelerator)
     accelerator.end_training()
+
+
+def change_gradients(accelerator):
+    """Take a step whose gradients, on each stage, are those of one process, and which `before_update` sets to zero."""
+    run = Run(family="t5")
+    alone, model, batches = run.model(), parallelize(run.model(), accelerator, pp_size=2), run.batches(0)
+    num_targets = sum(batch.num_targets for batch in batches)
+    for batch in batches:
+        (plain_loss(alone, batch) / num_targets).backward()
+
+    def compare(gradients):
+        assert gradients.keys() == dict(model.named_parameters()).keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, alone.get_parameter(name).grad, rtol=1e-5, atol=1e-6)
+            gradient.zero_()
+
+    state = TrainState(model, make_optimizer(model, memory="off"))
+    options = {"learning_rate": 1e-3, "before_update": compare}
+    result = train_step(state, batches, with_metrics, accelerator, **options)
+    assert result.metrics["size"] == sum(len(batch.inputs["labels"]) for batch in batches) / len(batches)
+    assert result.grad_norm == 0 and result.num_tokens == num_targets
+    model = parallelize(run.model(), accelerator, pp_size=2)
+    for name, weight in master_weights(model, make_optimizer(model, memory="exact")):
+        assert torch.equal(weight, alone.get_parameter(name))
 
 
 def prompts_of(batch, family):
@@ -360,7 +375,8 @@ def train_steps(state, accelerator):
     results = []
     for _, batches in zip(range(2), state.stream, strict=False):
         result = train_step(state, batches, chunked_loss, accelerator, learning_rate=1e-2, max_grad_norm=1.0)
-        rows = sorted(set().union(*gather_json([row_id for batch in batches for row_id in batch.row_ids])))
+        mine = [row_id for batch in batches for row_id in batch.row_ids if data_place(state.model).is_counted]
+        rows = sorted(sum(gather_json(mine), []))
         results.append([result.loss.item(), result.grad_norm.item(), rows])
     return results
 
@@ -398,7 +414,7 @@ def test_checkpoints_of_stages_fit_other_layouts_and_survive_a_kill(tmp_path):
     full = {"sharding_strategy": "FULL_SHARD"}
     assert fork_ranks(2, save_under, tmp_path, {"pp_size": 2}, None, "stages") == [0, -signal.SIGKILL]
     assert fork_ranks(3, save_under, tmp_path, full, "stages", "shards") == [0] * 3
-    assert fork_ranks(2, save_under, tmp_path, {"pp_size": 2}, "shards", "back") == [0] * 2
+    assert fork_ranks(4, save_under, tmp_path, FULL, "shards", "back") == [0] * 4
     verify_checkpoint(tmp_path / "stages" / "step-00000002")  # which the kill has left as it was
     assert latest_checkpoint(tmp_path / "stages").name == "step-00000002"
     alone = state_of(accelerator := Accelerator(cpu=True), {}, seed=0)
@@ -421,14 +437,42 @@ def test_checkpoints_of_stages_fit_other_layouts_and_survive_a_kill(tmp_path):
 
 
 def all_tensors(folder):
-    return {name: x for file in (folder / "step-00000002").rglob("*.safetensors") for name, x in load_file(file).items()}
+    return {
+        name: x for file in (folder / "step-00000002").rglob("*.safetensors") for name, x in load_file(file).items()
+    }
 
 
-# --- failures
+# --- what is refused, and failures
+
+
+def shares_a_layer():
+    model = build("llama", num_hidden_layers=3)
+    model.model.layers[2] = model.model.layers[0]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (shares_a_layer, "layers that a forward calls once, but LlamaForCausalLM calls some again"),
+        (lambda: made("roformer"), "layers of RoFormerForCausalLM take sinusoidal_pos from other parts of the model"),
+        (lambda: made("cpmant"), "CpmAntForCausalLM has no layers of that kind: remove pp_size"),
+    ],
+)
+def test_models_that_cannot_be_split_are_refused_in_one_line(make, message):
+    with pytest.raises(UsageError, match=message) as error:
+        trace(make())
+    assert "\n" not in str(error.value)
+
+
+def made(name):
+    fields = tiny_fields(name)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields | {"is_decoder": True})
+    return model_from(config, torch.float32, on_meta=False)
 
 
 def fail_in_a_step(how):
-    """Train until stage 1 of 3 fails in the second step's first loss, or its process is killed or stopped there."""
+    """Take two steps on three stages, of which one fails, or whose process is killed or stopped in the second."""
     accelerator = init_distributed(heartbeat_timeout=3.0)
     model = parallelize(build("llama", num_hidden_layers=3), accelerator, pp_size=3)
     state = TrainState(model, make_optimizer(model, memory="off"))
@@ -438,7 +482,7 @@ def fail_in_a_step(how):
             if how == "fails":
                 raise KeyError("no such thing")
             os.kill(os.getpid(), how)
-        return chunked_loss(model, batch)
+        return (twice if how == "twice" else chunked_loss)(model, batch)
 
     batches = batches_of(False)
     if how == "vocabulary":
@@ -450,14 +494,15 @@ def fail_in_a_step(how):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (signal.SIGKILL, "rank 1 has been silent for .* s, last at step 2, computing gradients"),
-        (signal.SIGSTOP, "rank 1 has been silent for .* s, last at step 2, computing gradients"),
+        (signal.SIGKILL, "step 2, computing gradients.*rank 1 has been silent for .* s"),
+        (signal.SIGSTOP, "rank 1 has been silent for .* s.*at step 2, computing gradients"),
         ("fails", "rank 2 failed with KeyError: 'no such thing'"),
-        ("vocabulary", "rank 0 failed with IndexError: index out of range"),
+        ("vocabulary", "IndexError: index out of range"),
+        ("twice", "rank 2 failed with UsageError: .*the loss runs LlamaForCausalLM more than once"),
     ],
 )
 def test_other_stages_name_the_one_that_fails_or_is_silent(how, message):
-    victim = {"fails": 2, "vocabulary": 0}.get(how, 1)
+    victim = {"fails": 2, "twice": 2, "vocabulary": 0}.get(how, 1)
     with started_ranks(3, fail_in_a_step, how) as ranks:
         others = {rank: process.communicate(timeout=60)[0] for rank, process in enumerate(ranks) if rank != victim}
     for rank, output in others.items():

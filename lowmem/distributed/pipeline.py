@@ -8,7 +8,7 @@ gradients are summed.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
@@ -197,7 +197,7 @@ class Stages:
     def _running(self, *, stops: bool) -> Iterator[None]:
         """Within this block, the forward runs without gradients. With `stops`, only up to this stage's last layer."""
         index_of = {layer: index for index, layer in enumerate(self.layers)}
-        left = sorted(self.sent)
+        left, awaited = sorted(self.sent), set(self.received)
 
         def replacement(layer: nn.Module) -> Callable:
             forward, index = layer.forward, index_of[layer]
@@ -209,7 +209,15 @@ class Stages:
                 else:
                     hidden = hidden_of(args, kwargs)
                     if index in self.received:
-                        hidden = self.links.receive_or_fail(hidden.shape, hidden.dtype)
+                        if stops and index not in awaited:  # the stages before have ended
+                            found = f"the loss runs {type(self._model).__name__} again"
+                            raise UsageError(f"a loss runs a model in stages once, but {found}: set pp_size=1")
+                        awaited.discard(index)
+                        try:
+                            hidden = self.links.receive_or_fail(hidden.shape, hidden.dtype)
+                        except _StageFailed:
+                            awaited.clear()  # it sends no more
+                            raise
                     outputs = self.shaped(index, hidden)
                 if index in self.sent:
                     self.links.send_or_fail(self.output_of(index, outputs))
@@ -226,11 +234,12 @@ class Stages:
             stack.enter_context(replaced_forwards(self.layers, replacement))
             try:
                 yield
-            except RankError:
-                raise
-            except Exception:
-                if stops and left:
-                    self.links.send_or_fail(None)
+            except Exception as error:
+                if stops and not isinstance(error, RankError):
+                    if left:
+                        self.links.send_or_fail(None)
+                    self.links.drop(len(awaited))  # else the next forward would take them
+                    self.links.wait()
                 raise
             self.links.wait()
 
@@ -286,15 +295,26 @@ class Links:
 
     def send_or_fail(self, tensor: Tensor | None) -> None:
         """Send `tensor` to the next stage or, if it is None, that this stage has failed."""
-        self.send(torch.tensor([tensor is not None], dtype=torch.int64, device=self.device))
+        num_bytes = -1 if tensor is None else tensor.nbytes
+        self.send(torch.tensor([num_bytes], dtype=torch.int64, device=self.device))
         if tensor is not None:
-            self.send(tensor)
+            self.send(tensor.detach().contiguous().view(-1).view(torch.uint8))
 
     def receive_or_fail(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Receive what the stage before passes to `send_or_fail`. Raises _StageFailed if it has failed."""
-        if not self.receive(torch.Size([1]), torch.int64).item():
+        return self._received_bytes().view(dtype).view(shape)
+
+    def drop(self, count: int) -> None:
+        """Receive what the stage before passes to `count` calls of `send_or_fail`, or until it fails, for no use."""
+        with suppress(_StageFailed):
+            for _ in range(count):
+                self._received_bytes()
+
+    def _received_bytes(self) -> Tensor:
+        num_bytes = int(self.receive(torch.Size([1]), torch.int64).item())
+        if num_bytes < 0:
             raise _StageFailed
-        return self.receive(shape, dtype)
+        return self.receive(torch.Size([num_bytes]), torch.uint8)
 
     def wait(self) -> None:
         """Wait until all that was sent has been received. (On a GPU, its stream waits, not the host.)"""
