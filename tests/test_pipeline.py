@@ -1,11 +1,13 @@
 """A model that is split into stages trains, evaluates, answers and saves as it does on one process."""
 
+import gc
 import json
 import os
 import re
 import signal
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from weakref import ref
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, GPT2Co
 from lowmem.adapters.lora import add_lora
 from lowmem.checkpoint.load import latest_checkpoint, load_checkpoint
 from lowmem.checkpoint.manifest import verify_checkpoint
-from lowmem.checkpoint.save import save_checkpoint
+from lowmem.checkpoint.save import save_checkpoint, save_model
 from lowmem.data.encode import encode_causal, encode_seq2seq
 from lowmem.data.eval_batches import open_eval
 from lowmem.data.stream import open_stream
@@ -156,6 +158,8 @@ def train_on_a_rank(folder, world_size):
         losses, norms, weights = run.train(model, run.batches(rank), accelerator)
         whole = {name: (x.full_tensor() if isinstance(x, DTensor) else x).detach() for name, x in weights.items()}
         save_file(whole, folder / f"{name} {accelerator.process_index}.safetensors")
+        if run.lora:
+            save_model(model, folder / "adapters")
         stages = stages_of(model)
         found = {"losses": [x.item() for x in losses], "norms": [x.item() for x in norms], "data_rank": rank}
         found |= {"stage": stages.index, "own": [*stages.own], "most_alive": pipeline_of(model).most_alive}
@@ -251,6 +255,9 @@ def test_stages_train_like_one_process(world_size, two_stages, tmp_path):
             expected = on_one_process(run)
         for rank in ranks:
             assert_same_results(rank, expected, run.tolerance)
+        if run.lora:
+            names = load_file(folder / "adapters" / "adapter_model.safetensors").keys()
+            assert len(names) == 5 * 7 * 2 and all(".lora_" in name for name in names)
 
 
 # --- evaluation, answers, and what a program does with a step
@@ -311,6 +318,10 @@ def evaluate_and_answer():
         parallelize(build("llama", num_hidden_layers=1), accelerator, pp_size=2)
     with pytest.raises(UsageError, match="pp_size=2 x tp_size=2 was set, which does not divide 2 processes"):
         parallelize(build("llama"), accelerator, pp_size=2, tp_size=2)
+    with pytest.raises(UsageError, match="weights to train on each stage, but all weights of stage 0 are frozen"):
+        sizes = {"num_layers": 4, "num_decoder_layers": 1}
+        frozen = Run(family="t5", changes=sizes, frozen=("encoder", "embeddings"))
+        parallelize(frozen.model(), accelerator, **frozen.layout)
     torch.manual_seed(0)
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=384, n_positions=24, n_embd=32, n_layer=2, n_head=2))
     model = parallelize(gpt2, accelerator, pp_size=2)
@@ -340,9 +351,13 @@ def change_gradients(accelerator):
     result = train_step(state, batches, with_metrics, accelerator, **options)
     assert result.metrics["size"] == sum(len(batch.inputs["labels"]) for batch in batches) / len(batches)
     assert result.grad_norm == 0 and result.num_tokens == num_targets
+    freed = ref(model)
     model = parallelize(run.model(), accelerator, pp_size=2)
     for name, weight in master_weights(model, make_optimizer(model, memory="exact")):
         assert torch.equal(weight, alone.get_parameter(name))
+    del state
+    gc.collect()
+    assert freed() is None  # nothing keeps a model that its program has dropped
 
 
 def prompts_of(batch, family):

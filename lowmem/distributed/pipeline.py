@@ -10,7 +10,6 @@ gradients are summed.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -47,15 +46,15 @@ def split_into_stages(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         found = f"{type(model).__name__} has {len(traced.layers)} layers"
         raise UsageError(f"pp_size={num_stages} needs a layer for each stage, but {found}: lower pp_size")
     place_on_mesh(model, mesh)
-    _stages[model] = Stages(model, mesh, traced)
+    setattr(model, _STAGES, Stages(model, mesh, traced))  # not in a table, which would keep the model for ever
 
 
-_stages: WeakKeyDictionary[nn.Module, "Stages"] = WeakKeyDictionary()
+_STAGES = "_lowmem_stages"
 
 
 def stages_of(model: nn.Module) -> "Stages | None":
     """Return the stages into which `model` is split, if it is."""
-    return _stages.get(unwrapped(model))
+    return getattr(unwrapped(model), _STAGES, None)
 
 
 def sum_over_stages(model: nn.Module, number: int) -> int:
@@ -85,16 +84,21 @@ class Stages:
         """The layers whose outputs go to the next stage."""
         names = {parameter: name for name, parameter in model.named_parameters()}
         shared = {names[parameter]: stages for parameter, stages in users.items() if len(stages) > 1}
+        trained = {stage for parameter, stages in users.items() if parameter.requires_grad for stage in stages}
+        if trained and (frozen := set(range(self.number)) - trained):
+            found = f"all weights of stage {min(frozen)} are frozen"
+            raise UsageError(f"pp_size={self.number} needs weights to train on each stage, but {found}: lower pp_size")
         self._shared = _groups(mesh, shared)
         self._counted_before = {name for name, stages in shared.items() if self.index > stages[0]}
         self._stand_ins: list[tuple[nn.Module, str]] = []
         _share_position_bias(self.layers, traced.num_encoder_layers, self.own)
         self._drop_weights({parameter for parameter, stages in users.items() if self.index in stages})
-        trained = {stage for parameter, stages in users.items() if parameter.requires_grad for stage in stages}
         self.needs_gradients = any(stage < self.index for stage in trained)
         """Whether the stages before this one need the gradients of their outputs."""
         self.returns_gradients = not self.is_last and any(stage <= self.index for stage in trained)
         """Whether the next stage returns the gradients of its inputs."""
+        self.schedule: object | None = None
+        """The pipeline (memory/pipeline.py) that runs these stages, after its first step."""
 
     @property
     def is_first_of_stage(self) -> bool:

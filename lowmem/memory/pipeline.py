@@ -6,7 +6,6 @@ layer of another stage, there is a message, or nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 
 import torch
 from greenlet import GreenletExit, getcurrent
@@ -23,12 +22,9 @@ from lowmem.memory.micro_batch import Autocast, Call, MicroBatch
 def pipeline_of(model: nn.Module) -> "Pipeline | None":
     """Return the schedule of a model that is split into stages; None for another model."""
     stages = stages_of(model)
-    return None if stages is None else _pipeline(stages)
-
-
-@cache
-def _pipeline(stages: Stages) -> "Pipeline":
-    return Pipeline(stages)
+    if stages is not None and stages.schedule is None:
+        stages.schedule = Pipeline(stages)
+    return None if stages is None else stages.schedule
 
 
 def one_forward_one_backward(stage: int, num_stages: int, micro_batches: int) -> Iterator[tuple[int, bool]]:
