@@ -1,7 +1,7 @@
 """Pipeline parallelism: each process of a line holds a stage, which is a contiguous part of a model's layers.
 
 Every stage runs the model's own forward on the same rows, up to its last layer. It has no weights of other stages:
-stand-ins take their places, which are zeros without memory. Their layers do nothing, except that the output of the
+placeholders take their places, which are zeros without memory. Their layers do nothing, except that the output of the
 layer before a stage is a message from the stage before. The output of an encoder's last layer goes on to all stages
 with layers of the decoder. A weight that several stages use, such as tied embeddings, is on each of them, and its
 gradients are summed.
@@ -23,7 +23,16 @@ from lowmem.distributed.dtensor import is_first_copy, local_of
 from lowmem.distributed.gathered import Gathered, Resident, Store
 from lowmem.distributed.placement import PIPELINE_MESH, is_sharded, original_class, place_on_mesh, unwrapped
 from lowmem.distributed.reduce import all_reduce_sum
-from lowmem.distributed.stages import Trace, balanced, hidden_of, is_of_t5, replaced_forwards, shaped, stand_in, trace
+from lowmem.distributed.stages import (
+    Trace,
+    balanced,
+    hidden_of,
+    is_of_t5,
+    placeholder,
+    replaced_forwards,
+    shaped,
+    trace,
+)
 from lowmem.errors import RankError, UsageError
 
 
@@ -90,7 +99,7 @@ class Stages:
             raise UsageError(f"pp_size={self.number} needs weights to train on each stage, but {found}: lower pp_size")
         self._shared = _groups(mesh, shared)
         self._counted_before = {name for name, stages in shared.items() if self.index > stages[0]}
-        self._stand_ins: list[tuple[nn.Module, str]] = []
+        self._placeholders: list[tuple[nn.Module, str]] = []
         _share_position_bias(self.layers, traced.num_encoder_layers, self.own)
         self._drop_weights({parameter for parameter, stages in users.items() if self.index in stages})
         self.needs_gradients = any(stage < self.index for stage in trained)
@@ -124,10 +133,10 @@ class Stages:
     def _name_of(self) -> dict[nn.Parameter, str]:  # made after all weights are sharded
         return {parameter: name for name, parameter in self._model.named_parameters()}
 
-    def convert_stand_ins(self, dtype: torch.dtype) -> None:
-        """Give the stand-ins the dtype of the weights, so that hidden states have the dtype of messages."""
-        for module, name in self._stand_ins:
-            setattr(module, name, stand_in(getattr(module, name), self.links.device, dtype))
+    def convert_placeholders(self, dtype: torch.dtype) -> None:
+        """Give the placeholders the dtype of the weights, so that hidden states have the dtype of messages."""
+        for module, name in self._placeholders:
+            setattr(module, name, placeholder(getattr(module, name), self.links.device, dtype))
 
     def shaped(self, index: int, output: Tensor) -> object:
         """Return `output` as the layer of this index returns it."""
@@ -252,8 +261,8 @@ class Stages:
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None and parameter not in kept:
                     del module._parameters[name]
-                    setattr(module, name, stand_in(parameter, self.links.device))
-                    self._stand_ins.append((module, name))
+                    setattr(module, name, placeholder(parameter, self.links.device))
+                    self._placeholders.append((module, name))
 
 
 class _StageEnd(BaseException):

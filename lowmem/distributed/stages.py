@@ -47,7 +47,7 @@ def trace(model: PreTrainedModel) -> Trace:
     order: list[nn.Module] = []
     num_outputs: list[int | None] = []
     made: list[Tensor] = []  # other outputs of layers than hidden states
-    with _stand_ins(model) as original, _Uses(original, order) as uses:
+    with _placeholders(model) as original, _Uses(original, order) as uses:
 
         def replacement(layer: nn.Module) -> Callable:
             def skip(*args, **kwargs):
@@ -68,7 +68,7 @@ def trace(model: PreTrainedModel) -> Trace:
                 hidden = hidden.detach().requires_grad_()
                 if not isinstance(outputs, tuple):
                     return hidden
-                others = tree_map_only(Tensor, stand_in, outputs[1:])
+                others = tree_map_only(Tensor, placeholder, outputs[1:])
                 made.extend(x for x in tree_leaves(others) if isinstance(x, Tensor))
                 return hidden, *others
 
@@ -128,7 +128,7 @@ def replaced_forwards(layers: Iterable[nn.Module], replacement: Callable[[nn.Mod
                 layer.forward = forward
 
 
-def stand_in(tensor: Tensor, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+def placeholder(tensor: Tensor, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
     """Return zeros of the same shape that take the memory of one element."""
     return torch.zeros((), dtype=dtype or tensor.dtype, device=device).expand(tensor.shape)
 
@@ -178,8 +178,8 @@ def _on_meta(layer: nn.Module, args: Sequence[object], kwargs: dict[str, object]
 
 
 @contextmanager
-def _stand_ins(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
-    """Within this block, all parameters, and buffers on devices, are stand-ins. Yields {stand-in: parameter}."""
+def _placeholders(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+    """Within this block, all parameters, and buffers on devices, are placeholders. Yields {placeholder: parameter}."""
     made: dict[Tensor, Tensor] = {}
     before: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
     try:
@@ -189,7 +189,7 @@ def _stand_ins(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
                     if x is None or (tensors is module._buffers and x.device.type == "cpu"):
                         continue
                     if x not in made:
-                        made[x] = nn.Parameter(stand_in(x)) if isinstance(x, nn.Parameter) else stand_in(x)
+                        made[x] = nn.Parameter(placeholder(x)) if isinstance(x, nn.Parameter) else placeholder(x)
                     before.append((tensors, name, x))
         for tensors, name, x in before:
             tensors[name] = made[x]
@@ -200,7 +200,7 @@ def _stand_ins(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
 
 
 class _Uses(TorchFunctionMode):
-    """Within this block, note after how many entries of `order` each stand-in is used."""
+    """Within this block, note after how many entries of `order` each placeholder is used."""
 
     def __init__(self, original: dict[nn.Parameter, nn.Parameter], order: Sequence[nn.Module]):
         super().__init__()

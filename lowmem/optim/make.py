@@ -146,7 +146,7 @@ def _group_of(model: nn.Module, groups: Sequence[Mapping[str, object]]) -> dict[
 def convert_frozen(model: nn.Module) -> None:
     """Bring frozen weights to their device, in bf16, or to where `offload_weights` says; convert all buffers.
 
-    Quantized weights, which are integers, stay as they are. Stand-ins of other stages' weights are converted too.
+    Quantized weights, which are integers, stay as they are. Placeholders of other stages' weights are converted too.
     """
     fill, offloaded = filler_of(model), offloaded_of(model)
     for parameter in model.parameters():
@@ -158,7 +158,7 @@ def convert_frozen(model: nn.Module) -> None:
                 offloaded.take_weight(parameter, row_wise=True, sum_dtype=torch.bfloat16)
     convert_buffers(model)
     if stages := stages_of(model):
-        stages.convert_stand_ins(torch.bfloat16)
+        stages.convert_placeholders(torch.bfloat16)
 
 
 def _of_torch(
