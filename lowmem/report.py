@@ -17,9 +17,11 @@ from lowmem.data.batch import Batch
 from lowmem.data.mixture import PERIOD
 from lowmem.data.stream import Stream
 from lowmem.distributed.collectives import gather_json, on_main_rank, sum_over_ranks
+from lowmem.distributed.pipeline import stages_of
 from lowmem.distributed.placement import DataParallelRank
 from lowmem.errors import SaveError, UsageError
 from lowmem.evaluation import Answer
+from lowmem.memory.pipeline import idle_share
 from lowmem.recover import Halving
 from lowmem.run_output import MetricsLog, print_lines
 from lowmem.step import StepResult
@@ -66,6 +68,16 @@ def _precision_hints(accelerator: Accelerator, tier: str) -> list[str]:
     if is_slow or tier != "off" or accelerator.mixed_precision in ("bf16", faster):
         return []
     return [f"this GPU computes several times faster in {faster}: set --mixed_precision={faster}"]
+
+
+def _idle_hints(model: nn.Module, micro_batches: int) -> list[str]:
+    """Return a line if the stages of a pipeline wait for each other during more than a quarter of a step."""
+    stages = stages_of(model)
+    if stages is None or (idle := idle_share(stages.number, micro_batches)) <= 0.25:
+        return []
+    enough = 3 * (stages.number - 1)
+    advice = f"--gradient_accumulation_steps={enough}, or a larger --global_batch_size, makes it 25 % or less"
+    return [f"each stage idles for {idle:.0%} of a step: {advice}"]
 
 
 def _open_folder(folder: Path, settings: Mapping, resumed_step: int | None) -> tuple[MetricsLog, MetricsLog]:
@@ -156,6 +168,7 @@ class Report:
             f"steps {self._step} to {self._total_steps}, each of {stream.global_batch_size} rows: {pieces}",
             *(self._sources(stream) if stream.mixture is not None else ()),
             *_precision_hints(self._accelerator, tier),
+            *_idle_hints(model, stream.micro_batches),
         )
 
     def _sources(self, stream: Stream) -> Iterator[str]:

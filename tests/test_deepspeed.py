@@ -442,6 +442,7 @@ def test_a_preempted_run_resumes_without_deepspeed(work):
         ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, {}, "every step reports the norm: remove"),
         ({"optimizer": {"type": "Adam"}}, {}, "set --optimizer or related flags instead"),
         ({"torch_autocast": {"enabled": True}}, {}, "set --mixed_precision or related flags instead"),
+        ({"pipeline": {"stages": 2}}, {}, "set --pp_size or related flags instead"),
         ({"bf16": "auto"}, {}, 'bf16="auto": set it to an object {...}'),
         ({"zero_optimization": {"stage": 2, "offload_param": CPU}}, {}, "does nothing below stage 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, {}, "set its nvme_path too"),

@@ -106,6 +106,7 @@ def test_a_name_has_one_answer_and_is_no_flag_unless_only_some_of_its_values_are
         ("val_size", 0.1, "use --validation_rows=N, a number of rows"),
         ("val_size", "500", "use --validation_rows=500"),
         ("evals_per_epoch", 0, "remove it (evaluations need --validation_file"),
+        ("pipeline_model_parallel_size", 4, "use --pp_size=4"),
         ("evals_per_epoch", 4, "use --eval_steps=N, the steps of an epoch divided by 4"),
     ],
 )

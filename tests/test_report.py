@@ -9,11 +9,15 @@ import time
 
 import pytest
 import yaml
+from transformers import ByT5Tokenizer
 
+from lowmem import Report, data_place, encode_causal, init_distributed, open_stream, parallelize
 from lowmem.checkpoint.model_card import model_card
 from lowmem.evaluation import Answer
 from lowmem.report import memory_notes, print_answers
 from lowmem.run_output import MetricsLog, print_lines
+from tests.forked import fork_ranks
+from tests.models import build, qa_rows
 from tests.processes import finish, started_function
 
 
@@ -94,6 +98,25 @@ def test_the_peaks_of_a_gpu_are_shown():
     measured = {"peak_device_bytes": 3 * 2**30, "peak_active_bytes": 2**32, "peak_reserved_bytes": 9 * 2**29}
     assert memory_notes(measured) == ["peak 3.0 GiB of the GPU, 4.5 GiB reserved"]
     assert memory_notes(dict.fromkeys(measured, 0)) == []
+
+
+def print_openings(folder, accumulations):
+    """Print what a run in two stages prints before its first step, with each number of micro-batches."""
+    accelerator = init_distributed()
+    model = parallelize(build("llama"), accelerator, pp_size=2)
+    report, rank = Report(folder, {}, accelerator, total_steps=1), data_place(model)
+    encode = encode_causal(ByT5Tokenizer(), max_seq_len=32)
+    for number in accumulations:
+        sizes = {"batch_size": 1, "gradient_accumulation_steps": number}
+        stream = open_stream(qa_rows(9), encode, **rank.coordinates, **sizes)
+        report.opening(model, "weights", stream, rank, tier="off", sharding="pp_size=2")
+
+
+def test_stages_that_idle_for_more_than_a_quarter_of_a_step_are_reported(tmp_path, capfd):
+    assert fork_ranks(2, print_openings, tmp_path, [1, 2, 3]) == [0, 0]
+    advice = "--gradient_accumulation_steps=3, or a larger --global_batch_size, makes it 25 % or less"
+    lines = [line.removeprefix("rank 0: ").strip() for line in capfd.readouterr().out.splitlines() if "idles" in line]
+    assert lines == [f"each stage idles for {idle} of a step: {advice}" for idle in ("50%", "33%")]
 
 
 def test_a_model_card_has_front_matter_that_yaml_reads_and_tables_without_stray_bars():

@@ -331,6 +331,8 @@ LLAMA_FACTORY: dict[str, Answer] = {
     ),
     "train_from_scratch": {"true": "--model_config=FILE, the model's config.json, and --tokenizer_name_or_path"},
     "use_galore use_apollo use_badam use_adam_mini use_muon": _NO_LOW_RANK_GRADIENTS,
+    "tensor_model_parallel_size": "--tp_size={}",
+    "pipeline_model_parallel_size": "--pp_size={}",
     "early_stopping_steps": "--early_stopping_patience={}",
     "plot_loss": "not needed, because the command `plot` draws the curves",
     "compute_accuracy": "not here: evaluations measure loss, exact answers and, with sacrebleu, chrF",

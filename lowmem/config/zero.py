@@ -12,7 +12,7 @@ _SAME = {"train_micro_batch_size_per_gpu": "batch_size", "gradient_accumulation_
 _SAME |= {"train_batch_size": "global_batch_size", "bf16.enabled": "mixed_precision"}
 _SAME |= {"gradient_clipping": "max_grad_norm"}
 _REPLACED = {"optimizer": "--optimizer", "scheduler": "--lr_scheduler_type"}
-_REPLACED |= {"torch_autocast": "--mixed_precision", "tensor_parallel": "--tp_size"}
+_REPLACED |= {"torch_autocast": "--mixed_precision", "tensor_parallel": "--tp_size", "pipeline": "--pp_size"}
 
 
 def read_zero_config(source: str) -> dict[str, object]:

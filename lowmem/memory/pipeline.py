@@ -38,6 +38,11 @@ def one_forward_one_backward(stage: int, num_stages: int, micro_batches: int) ->
         yield index, False
 
 
+def idle_share(num_stages: int, micro_batches: int) -> float:
+    """Return the part of a step in which a stage waits, if all stages take the same time."""
+    return (num_stages - 1) / (micro_batches + num_stages - 1)
+
+
 class Pipeline:
     """Runs the micro-batches of a step through this process's stage."""
 
