@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
@@ -24,7 +24,7 @@ from lowmem.data.rows import FileRows
 from lowmem.distributed.collectives import any_rank, gather_bytes, raise_on_all_ranks, sum_over_ranks
 from lowmem.distributed.fully_sharded import forward_only
 from lowmem.distributed.heartbeat import phase
-from lowmem.distributed.pipeline import stages_of
+from lowmem.distributed.pipeline import logits_on_all_stages, stages_of
 from lowmem.distributed.placement import data_place, handle_rank_errors, has_collectives, is_sharded, unwrapped
 from lowmem.distributed.reduce import all_reduce_sum
 from lowmem.errors import StoreError, UsageError
@@ -112,9 +112,10 @@ def generate(
     greedy = _greedy(base, tokenizer)
     written = []
     in_precision = _in_precision(model, accelerator)
-    stages = stages_of(base)
-    greedy.use_cache = stages is None  # a stage would keep a cache of its own layers only, and their lengths differ
-    on_all_stages = stages.generating() if stages else nullcontext()
+    greedy.use_cache = (
+        stages_of(base) is None
+    )  # a stage would keep a cache of its own layers only, and their lengths differ
+    on_all_stages = logits_on_all_stages(model)
     with forward_only(model), _own_settings(base, greedy), in_precision, handle_rank_errors(model), on_all_stages:
         for batch in _checked(batches):
             if not batch.row_ids and not is_collective:

@@ -13,10 +13,13 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from lowmem.cross_entropy import chunked_cross_entropy, vocabulary_slices
 from lowmem.data.batch import collate
+from lowmem.distributed.setup import init_distributed
+from lowmem.distributed.sharding import parallelize
 from lowmem.errors import UsageError
 from lowmem.loss import chunked_loss, plain_loss
 from lowmem.model.checks import check_loss, check_model
 from lowmem.plan.meter import MemoryMeter
+from tests.forked import fork_ranks
 from tests.models import FAMILIES, build
 
 
@@ -361,15 +364,28 @@ def test_labels_of_another_length_than_the_hidden_states_are_refused():
         chunked_loss(build("llama"), batch)
 
 
-def test_a_model_that_sees_its_targets_is_refused():
-    fields = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+def bert(**fields):
+    fields |= {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     # initialize large weights, so that the model attends to other tokens, as a trained model does
     fields |= {"intermediate_size": 32, "initializer_range": 0.5}
-    config = AutoConfig.for_model("bert", **fields)
-    model = AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **fields))
+
+
+def test_a_model_that_sees_its_targets_is_refused():
     with pytest.raises(UsageError, match="BertLMHeadModel sees the tokens that it must predict"):
-        check_loss(plain_loss, model)
-    check_loss(plain_loss, AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **fields, is_decoder=True)))
+        check_loss(plain_loss, bert())
+    check_loss(plain_loss, bert(is_decoder=True))
+
+
+def check_in_two_stages():
+    accelerator = init_distributed()
+    with pytest.raises(UsageError, match="BertLMHeadModel sees the tokens that it must predict"):
+        check_loss(plain_loss, parallelize(bert(), accelerator, pp_size=2))
+    check_loss(plain_loss, parallelize(bert(is_decoder=True), accelerator, pp_size=2))
+
+
+def test_each_stage_refuses_a_model_that_sees_its_targets():
+    assert fork_ranks(2, check_in_two_stages) == [0, 0]
 
 
 def test_a_mean_instead_of_a_sum_is_refused_before_the_run():

@@ -8,7 +8,7 @@ gradients are summed.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
 
 import torch
@@ -70,6 +70,12 @@ def sum_over_stages(model: nn.Module, number: int) -> int:
     """Return the sum of `number` over the stages of `model`; without stages, `number`."""
     stages = stages_of(model)
     return number if stages is None else sum_over_ranks(number if stages.is_first_of_stage else 0)[0]
+
+
+def logits_on_all_stages(model: nn.Module) -> AbstractContextManager[None]:
+    """Within this block, without gradients, a model in stages returns the last stage's logits on each of them."""
+    stages = stages_of(model)
+    return nullcontext() if stages is None else stages.generating()
 
 
 class Stages:

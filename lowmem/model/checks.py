@@ -19,6 +19,7 @@ from lowmem.data.batch import IGNORED, Batch
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.fully_sharded import forward_only
+from lowmem.distributed.pipeline import logits_on_all_stages
 from lowmem.distributed.placement import device_of, handle_rank_errors, is_quantized, unwrapped
 from lowmem.errors import StoreError, UsageError, is_out_of_memory
 from lowmem.model.metrics import LossFunction, summed_loss
@@ -128,7 +129,8 @@ def check_loss(loss_fn: LossFunction, model: nn.Module, *, weighted: bool = Fals
         inputs = {"input_ids": tokens}
         if base.config.is_encoder_decoder:
             inputs = {"input_ids": torch.full_like(tokens, one), "decoder_input_ids": tokens}
-        first = base(**inputs, use_cache=False).logits[:, 0].float()
+        with logits_on_all_stages(model):
+            first = base(**inputs, use_cache=False).logits[:, 0].float()
         # they must not depend on the second token. Both rows run the same operations, so this holds in bf16 too, in
         # which attention of a new model would change few digits
         if (first[0] - first[1]).abs().max() > 4 * torch.finfo(torch.float32).eps * first.abs().max():

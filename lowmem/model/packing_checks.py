@@ -9,6 +9,7 @@ from lowmem.data.batch import EncodedRow, collate
 from lowmem.data.packing import pack
 from lowmem.data.pair_packing import pack_pairs
 from lowmem.distributed.fully_sharded import forward_only
+from lowmem.distributed.pipeline import logits_on_all_stages
 from lowmem.distributed.placement import device_of, unwrapped
 from lowmem.errors import RankError, StoreError, UsageError, is_out_of_memory
 from lowmem.model.build import num_embeddings, reason_of
@@ -51,7 +52,8 @@ def check_packing(model: nn.Module) -> None:
             part[f"{side}input_ids"] = document
 
     def logits(inputs: dict[str, Tensor]) -> Tensor:
-        return base(use_cache=False, **inputs).logits.float()
+        with logits_on_all_stages(model):
+            return base(use_cache=False, **inputs).logits.float()
 
     try:
         with forward_only(model):
