@@ -161,9 +161,13 @@ def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def is_rehearsed() -> bool:
+    """Whether this one process stands for all ranks (see `lowmem.plan.rehearsal`): the backend is "fake"."""
+    return dist.is_initialized() and dist.get_backend() == "fake"
+
+
 def _is_distributed() -> bool:
-    # with the "fake" backend (see `lowmem.plan.rehearsal`), one process simulates all ranks
-    return dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake"
+    return dist.is_initialized() and dist.get_world_size() > 1 and not is_rehearsed()
 
 
 def host_group() -> dist.ProcessGroup:

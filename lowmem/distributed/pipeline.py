@@ -21,7 +21,14 @@ from transformers import PreTrainedModel
 from lowmem.distributed.collectives import collective, gather_json, raise_error_of_any_rank, sum_over_ranks
 from lowmem.distributed.dtensor import is_first_copy, local_of
 from lowmem.distributed.gathered import Gathered, Resident, Store
-from lowmem.distributed.placement import PIPELINE_MESH, is_sharded, original_class, place_on_mesh, unwrapped
+from lowmem.distributed.placement import (
+    PIPELINE_MESH,
+    TENSOR_PARALLEL_MESH,
+    is_sharded,
+    original_class,
+    place_on_mesh,
+    unwrapped,
+)
 from lowmem.distributed.reduce import all_reduce_sum
 from lowmem.distributed.stages import (
     Trace,
@@ -45,17 +52,35 @@ def make_pipeline_mesh(kind: str, world_size: int, pp_size: int, tp_size: int) -
     return init_device_mesh(kind, shape, mesh_dim_names=PIPELINE_MESH)
 
 
-def split_into_stages(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+def mesh_within_stage(mesh: DeviceMesh) -> DeviceMesh:
+    """Return the part of a mesh of `make_pipeline_mesh` over which a stage is sharded."""
+    return mesh[TENSOR_PARALLEL_MESH if mesh.size(2) > 1 else "data"]
+
+
+def split_into_stages(model: PreTrainedModel, mesh: DeviceMesh, starts: Sequence[int] | None = None) -> None:
     """Leave in `model` only the weights of this process's stage. The model may be on meta.
 
-    Raises UsageError for a model that a pipeline does not support, or that has fewer layers than stages.
+    `starts` are the indices of the stages' first layers (None: those that balance the stages). Raises UsageError for a
+    model that a pipeline does not support, or that has fewer layers than stages.
     """
-    traced, num_stages = trace(model), mesh.size(1)
-    if len(traced.layers) < num_stages:
-        found = f"{type(model).__name__} has {len(traced.layers)} layers"
-        raise UsageError(f"pp_size={num_stages} needs a layer for each stage, but {found}: lower pp_size")
+    traced = trace(model)
+    starts = _starts(model, traced, mesh.size(1)) if starts is None else list(starts)
     place_on_mesh(model, mesh)
-    setattr(model, _STAGES, Stages(model, mesh, traced))  # not in a table, which would keep the model for ever
+    # an attribute, because a table would keep the model for ever
+    setattr(model, _STAGES, Stages(model, mesh, traced, starts))
+
+
+def depths_of_stages(model: PreTrainedModel, num_stages: int) -> list[tuple[int, int]]:
+    """Return how many layers of an encoder, and how many others, each stage of `model` would get.
+
+    Raises UsageError as `split_into_stages` does.
+    """
+    traced = trace(model)
+    starts = _starts(model, traced, num_stages)
+    ends = [*starts[1:], len(traced.layers)]
+    before = [min(index, traced.num_encoder_layers) for index in starts]
+    after = [min(index, traced.num_encoder_layers) for index in ends]
+    return [(b - a, end - start - (b - a)) for start, end, a, b in zip(starts, ends, before, after, strict=True)]
 
 
 _STAGES = "_lowmem_stages"
@@ -81,13 +106,12 @@ def logits_on_all_stages(model: nn.Module) -> AbstractContextManager[None]:
 class Stages:
     """A model that is split into stages, as one process sees it."""
 
-    def __init__(self, model: PreTrainedModel, mesh: DeviceMesh, traced: Trace):
+    def __init__(self, model: PreTrainedModel, mesh: DeviceMesh, traced: Trace, starts: list[int]):
         self.index, self.number = mesh.get_local_rank(1), mesh.size(1)
         self.layers, self._num_outputs = traced.layers, traced.num_outputs
         self.model_class = original_class(model).__name__
         self.names = frozenset(model.state_dict())
         """Of the whole model."""
-        starts = _starts(model, traced, self.number)
         self.own = range(starts[self.index], [*starts, len(self.layers)][self.index + 1])
         """The indices of this stage's layers."""
         self._model, self._mesh = model, mesh
@@ -104,7 +128,8 @@ class Stages:
             found = f"all weights of stage {min(frozen)} are frozen"
             raise UsageError(f"pp_size={self.number} needs weights to train on each stage, but {found}: lower pp_size")
         self._shared = _groups(mesh, shared)
-        self._counted_before = {name for name, stages in shared.items() if self.index > stages[0]}
+        self.counted_before = {name for name, stages in shared.items() if self.index > stages[0]}
+        """The names of shared weights that an earlier stage has too."""
         self._placeholders: list[tuple[nn.Module, str]] = []
         _share_position_bias(self.layers, traced.num_encoder_layers, self.own)
         self._drop_weights({parameter for parameter, stages in users.items() if self.index in stages})
@@ -154,7 +179,7 @@ class Stages:
     def counts(self, parameter: nn.Parameter) -> bool:
         """Whether sums over all ranks count this rank's part of a parameter."""
         is_first = is_first_copy(parameter) if isinstance(parameter, DTensor) else self.is_first_of_stage
-        return is_first and self._name_of[parameter] not in self._counted_before
+        return is_first and self._name_of[parameter] not in self.counted_before
 
     def sum(self, totals: Sequence[Tensor], gradients: Mapping[nn.Parameter, Tensor]) -> None:
         """Sum `totals` over stages, and the gradients of shared weights over the stages that hold them, in place."""
@@ -378,8 +403,12 @@ def _starts(model: PreTrainedModel, traced: Trace, num_stages: int) -> list[int]
     """Return the index of each stage's first layer.
 
     A layer's part of all weights is its part of the time, because each weight multiplies each token once. Embeddings
-    before the layers are looked up, which takes memory but no time, while a head takes both.
+    before the layers are looked up, which takes memory but no time, while a head takes both. Raises UsageError if there
+    are fewer layers than stages.
     """
+    if len(traced.layers) < num_stages:
+        found = f"{type(model).__name__} has {len(traced.layers)} layers"
+        raise UsageError(f"pp_size={num_stages} needs a layer for each stage, but {found}: lower pp_size")
     numel = [sum(x.numel() for x in layer.parameters()) for layer in traced.layers]
     ends = {0: 0, len(traced.layers): 0}
     for parameter, gaps in traced.uses.items():

@@ -13,7 +13,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lowmem.distributed.collectives import raise_on_all_ranks, rank_and_world_size, report_failure
+from lowmem.distributed.collectives import (
+    is_rehearsed,
+    raise_on_all_ranks,
+    rank_and_world_size,
+    report_failure,
+)
 from lowmem.distributed.launcher import launched_processes
 from lowmem.errors import UsageError
 
@@ -102,7 +107,7 @@ def data_place(model: nn.Module) -> DataParallelRank:
     mesh = pipeline_mesh(model) or tensor_mesh(model)
     if mesh is None:
         return DataParallelRank(*rank_and_world_size(), is_counted=True, group=None)
-    is_counted = not any(mesh.get_coordinate()[1:])
+    is_counted = is_rehearsed() or not any(mesh.get_coordinate()[1:])
     return DataParallelRank(mesh.get_local_rank(0), mesh.size(0), is_counted, mesh.get_group(0))
 
 

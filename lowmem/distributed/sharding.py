@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lowmem.config.train_config import choices
 from lowmem.distributed.fill import Unfilled, fill_weights
 from lowmem.distributed.fully_sharded import shard_layers
-from lowmem.distributed.pipeline import make_pipeline_mesh, split_into_stages
+from lowmem.distributed.pipeline import make_pipeline_mesh, mesh_within_stage, split_into_stages
 from lowmem.distributed.placement import TENSOR_PARALLEL_MESH, is_quantized, layer_drop
 from lowmem.distributed.tensor_parallel import apply_tensor_parallelism, make_tensor_mesh
 from lowmem.errors import UsageError
@@ -63,7 +63,7 @@ def parallelize(
     if pp_size > 1:
         whole = make_pipeline_mesh(accelerator.device.type, accelerator.num_processes, pp_size, tp_size)
         split_into_stages(model, whole)
-        mesh = whole[TENSOR_PARALLEL_MESH if tp_size > 1 else "data"]
+        mesh = mesh_within_stage(whole)
     elif is_sharded:
         mesh = make_mesh(accelerator, sharding_strategy, shard_size, tp_size)
     if is_sharded:

@@ -48,13 +48,13 @@ class _FakeOnes(FakeTensorMode):
 
 
 @contextmanager
-def fake_ranks(cluster: Cluster, *, mixed_precision: str, shards: bool) -> Iterator[Accelerator]:
-    """Yield the Accelerator of rank 0, on a CPU. Other ranks do not exist, and collectives do nothing.
+def fake_ranks(cluster: Cluster, *, rank: int = 0, mixed_precision: str, shards: bool) -> Iterator[Accelerator]:
+    """Yield the Accelerator of `rank`, on a CPU. Other ranks do not exist, and collectives and messages do nothing.
 
     Call this in a separate process, because it changes the environment and accelerate's state. With `shards`, even a
     single process gets a process group.
     """
-    launch = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": cluster.world_size}
+    launch = {"RANK": rank, "LOCAL_RANK": rank % cluster.local_world_size, "WORLD_SIZE": cluster.world_size}
     launch |= {"LOCAL_WORLD_SIZE": cluster.local_world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
     for name in [name for name in os.environ if name.startswith("ACCELERATE_") or name in launch]:
         del os.environ[name]
@@ -62,7 +62,7 @@ def fake_ranks(cluster: Cluster, *, mixed_precision: str, shards: bool) -> Itera
     if cluster.world_size > 1:
         os.environ.update({name: str(value) for name, value in launch.items()})
     if cluster.world_size > 1 or shards:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=cluster.world_size)
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=cluster.world_size)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         # accelerate's default is cpu:0, which fake tensors treat as a different device from cpu
@@ -162,6 +162,25 @@ class _Done:
 
     def wait(self) -> None:
         pass
+
+    def is_completed(self) -> bool:
+        return True
+
+
+@contextmanager
+def messages_that_arrive() -> Iterator[None]:
+    """Within this block, what is sent to a rank that does not exist arrives at once, and is kept no longer."""
+    isend = dist.isend
+
+    def arrived(*args, **options) -> _Done:
+        isend(*args, **options)
+        return _Done()
+
+    dist.isend = arrived
+    try:
+        yield
+    finally:
+        dist.isend = isend
 
 
 @dataclass

@@ -4,16 +4,27 @@ Tested with torch 2.11 and 2.13. The meter uses torch's internals: it replaces `
 `_cdata`, the address of a storage.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from weakref import ref
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem.distributed.dtensor import local_of
 from lowmem.plan.parts import Kind
+
+# By operator: which multiple of its input each of n ranks sends.
+_SHARES: dict[str, Callable[[int], float]] = {
+    **dict.fromkeys(("send", "broadcast_", "broadcast"), lambda n: 1),
+    **dict.fromkeys(("allreduce_", "all_reduce", "all_reduce_"), lambda n: 2 * (n - 1) / n),
+    **dict.fromkeys(("_allgather_base_", "all_gather_into_tensor"), lambda n: n - 1),
+    **dict.fromkeys(("_reduce_scatter_base_", "reduce_scatter_tensor"), lambda n: (n - 1) / n),
+}
 
 CUDA_BLOCK_BYTES = 512  # torch's allocator for CUDA rounds sizes up to a multiple of this
 
@@ -36,6 +47,8 @@ class MemoryMeter(TorchDispatchMode):
         self.kind = ""
         self.peak_by_kind: dict[str, int] = {}
         """The live bytes of each kind at the peak; their sum is `peak_bytes`."""
+        self.sent_bytes = 0
+        """Bytes that this rank has sent to others."""
         self._block_bytes = block_bytes
         self._live_by_kind: dict[str, int] = {}
         self._storages: dict[int, tuple[ref, int, str]] = {}  # by address, which is unique while the storage is live
@@ -81,6 +94,8 @@ class MemoryMeter(TorchDispatchMode):
         given = [] if is_literal else [*_storages_of(args), *_storages_of(kwargs.values())]
         not_ours = {storage._cdata for storage in given} - self._storages.keys()
         result = func(*args, **kwargs)
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.sent_bytes += sent_bytes(func.overloadpacket.__name__, args)
         made_for = Kind.COMMUNICATION if func.namespace in ("c10d", "fsdp") else None
         for storage in [*given, *_storages_of([result])]:
             if storage._cdata not in not_ours:
@@ -114,6 +129,28 @@ class MemoryMeter(TorchDispatchMode):
     def _forget(self, address: int, _reference: ref) -> None:
         _, num_bytes, kind = self._storages.pop(address)
         self._add(kind, -num_bytes)
+
+
+def sent_bytes(name: str, args: Sequence[object]) -> int:
+    """Return the bytes that each rank of a group sends in the collective `name`, an operator of torch, or a message.
+
+    Collectives run in a ring, as NCCL's do with many bytes: in an all-gather or a reduce-scatter, each rank sends all
+    parts but one; an all-reduce is both.
+    """
+    if name not in _SHARES:
+        return 0
+    group = next(group for group in map(_group_of, reversed(args)) if group is not None)
+    sent = args[1] if name.endswith("_base_") else args[0]  # the result is the first argument of these
+    return int(_SHARES[name](group.size()) * sum(x.nbytes for x in (sent if isinstance(sent, list) else [sent])))
+
+
+def _group_of(argument: object) -> dist.ProcessGroup | None:
+    """Return the process group that an argument of an operator is, if it is one."""
+    if isinstance(argument, str):
+        with suppress(ValueError, RuntimeError):  # such as "sum"
+            return _resolve_process_group(argument)
+    with suppress(RuntimeError):  # such as a tensor, or a ReduceOp
+        return dist.ProcessGroup.unbox(argument) if isinstance(argument, torch.ScriptObject) else None
 
 
 def _storages_of(values: Iterable[object]) -> Iterator[torch.UntypedStorage]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import NamedTuple
 
+from lowmem.config.train_config import TrainConfig
+
 
 class Kind(StrEnum):
     """What bytes are used for. `plan` prints the kinds in this order, the longest-lived first."""
@@ -35,6 +37,26 @@ class Cluster(NamedTuple):
     """Processes on each machine."""
     on_gpu: bool
     """Whether each process has a GPU. If not, every process computes on a CPU like this machine's."""
+
+
+def micro_batches_of(config: TrainConfig, cluster: Cluster) -> int:
+    """Return how many micro-batches a step has on each data-parallel rank."""
+    return -(-_rows_of(config, cluster) // (config.batch_size * data_ranks_of(config, cluster)))
+
+
+def rows_of_micro_batch(config: TrainConfig, cluster: Cluster) -> int:
+    """Return the rows of a step's largest micro-batch."""
+    return -(-_rows_of(config, cluster) // (micro_batches_of(config, cluster) * data_ranks_of(config, cluster)))
+
+
+def data_ranks_of(config: TrainConfig, cluster: Cluster) -> int:
+    """Return the number of data-parallel ranks."""
+    return max(1, cluster.world_size // (config.pp_size * config.tp_size))
+
+
+def _rows_of(config: TrainConfig, cluster: Cluster) -> int:
+    whole = config.global_batch_size
+    return whole or config.batch_size * config.gradient_accumulation_steps * data_ranks_of(config, cluster)
 
 
 @dataclass(frozen=True)
@@ -67,7 +89,7 @@ class Traffic:
 
 @dataclass
 class Counted:
-    """The bytes of rank 0 in one step."""
+    """The bytes of rank 0, or of the first rank of a stage, in one step."""
 
     peaks: dict[str, Bytes] = field(default_factory=dict)
     """{phase of the step: {kind: bytes at the phase's peak}}."""
@@ -75,6 +97,8 @@ class Counted:
     """Size of the model's files. `checkpoint_bytes` also includes the optimizer state."""
     checkpoint_bytes: int = 0
     num_parameters: int = 0
+    sent_bytes: int = 0
+    """Bytes that the rank sends to others in a step of all micro-batches; see `sent_bytes` in `lowmem.plan.meter`."""
     largest_parameter: int = 0
     """Elements of the largest parameter."""
     offloaded_bytes: int = 0

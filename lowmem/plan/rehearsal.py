@@ -4,10 +4,11 @@ Builds the run with the functions that `train.py` uses, in the same order. Count
 small depths (see `extrapolate`). Call this module in a new process: it changes the environment and accelerate's state.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,19 @@ from lowmem.cross_entropy import SLICE_ELEMENTS
 from lowmem.data.batch import Batch
 from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.offloaded import offload_weights, offloaded_of
+from lowmem.distributed.pipeline import (
+    depths_of_stages,
+    make_pipeline_mesh,
+    mesh_within_stage,
+    split_into_stages,
+    stages_of,
+)
 from lowmem.distributed.placement import training_layers
 from lowmem.distributed.sharding import make_mesh, shard
 from lowmem.loss import make_loss
 from lowmem.memory.layered import Store
 from lowmem.memory.offload import Offload
+from lowmem.memory.pipeline import pipeline_of
 from lowmem.memory.savers import entered
 from lowmem.model.build import attention_options, build_model, freeze
 from lowmem.model.load import config_of
@@ -38,53 +47,115 @@ from lowmem.optim import kernels_cpu
 from lowmem.optim.make import make_optimizer
 from lowmem.optim.state import optimizer_tensors
 from lowmem.optim.tiers import slice_elements_for
-from lowmem.plan.fakes import CountedSpace, HostCopies, fake_ranks, fake_tensors, few_slices, gpu_kernels
+from lowmem.plan.fakes import (
+    CountedSpace,
+    HostCopies,
+    fake_ranks,
+    fake_tensors,
+    few_slices,
+    gpu_kernels,
+    messages_that_arrive,
+)
 from lowmem.plan.meter import CUDA_BLOCK_BYTES, MemoryMeter
-from lowmem.plan.parts import Bytes, Cluster, Counted, Kind
+from lowmem.plan.parts import Bytes, Cluster, Counted, Kind, micro_batches_of, rows_of_micro_batch
 from lowmem.step import TrainState, train_step
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 _FEW = 2  # the number of layers that `count_shallow` counts in a deep stack
 
 
-def count_shallow(config: TrainConfig, cluster: Cluster) -> Counted:
-    """Count the bytes of a step with _FEW layers in each deep stack of equal layers and all layers of other stacks."""
-    shallow, _ = _depths(config)
-    return count(config, cluster, shallow)
+class _Shape(NamedTuple):
+    """A model of another depth."""
+
+    config: PretrainedConfig
+    starts: list[int] | None = None
+    """Where each stage of a pipeline begins. None: where the stages are balanced."""
 
 
-def count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Counted]]:
+def count_shallow(config: TrainConfig, cluster: Cluster, stage: int = 0) -> Counted:
+    """Count the bytes of a step with _FEW layers in each deep stack of equal layers and all layers of other stacks.
+
+    Of a pipeline, count a rank of `stage`, with _FEW of its layers.
+    """
+    shallow, _ = _depths(config, stage)
+    return count(config, cluster, shallow.config, stage, shallow.starts)
+
+
+def count_deeper(config: TrainConfig, cluster: Cluster, stage: int = 0) -> list[tuple[int, Counted]]:
     """For each depth of deep stacks, return how many layers `count_shallow` omits, and the bytes with one of them."""
-    _, deeper = _depths(config)
-    return [(times, count(config, cluster, shape)) for times, shape in deeper]
+    _, deeper = _depths(config, stage)
+    return [(times, count(config, cluster, shape.config, stage, shape.starts)) for times, shape in deeper]
 
 
-def _depths(config: TrainConfig) -> tuple[PretrainedConfig, list[tuple[int, PretrainedConfig]]]:
+def _depths(config: TrainConfig, stage: int) -> tuple[_Shape, list[tuple[int, _Shape]]]:
     """Return the shallow and deeper shapes. Fields of equal depth change together: they may describe one stack."""
     shape = config_of(config.model_name_or_path or config.model_config)
+    if config.pp_size > 1:
+        return _depths_of_stage(config, shape, stage)
     deep: dict[int, list[str]] = {}
     for name in _DEPTHS:
         if (depth := getattr(shape, name, None) or 0) > _FEW + 2:
             deep.setdefault(depth, []).append(name)
     if not deep or len(set(getattr(shape, "layer_types", None) or ())) > 1:
-        return shape, []  # count all layers: those of different types need different bytes
+        return _Shape(shape), []  # count all layers: those of different types need different bytes
 
-    def with_depth(names: list[str], depth: int) -> PretrainedConfig:
-        fields = shape.to_dict() | dict.fromkeys(chain(*deep.values()), _FEW) | dict.fromkeys(names, depth)
-        fields.pop("layer_types", None)
-        return type(shape).from_dict(fields)
+    def with_depth(names: list[str], depth: int) -> _Shape:
+        return _Shape(_changed(shape, dict.fromkeys(chain(*deep.values()), _FEW) | dict.fromkeys(names, depth)))
 
     one_more = [(depth - _FEW, with_depth(names, _FEW + 1)) for depth, names in deep.items()]
     return with_depth([], _FEW), one_more
 
 
-def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Counted:
-    """Count the bytes of one step of a model with this `shape`, without extrapolation."""
+def _depths_of_stage(
+    config: TrainConfig, shape: PretrainedConfig, stage: int
+) -> tuple[_Shape, list[tuple[int, _Shape]]]:
+    """Return the shallow and deeper shapes for a stage, in which each stack of another stage has one layer at most."""
+    stacks = [("num_layers", "encoder_layers", "num_hidden_layers"), ("num_decoder_layers", "decoder_layers")]
+    if not shape.is_encoder_decoder:
+        stacks = [(), _DEPTHS]
+    depths = depths_of_stages(_on_meta(config, shape)[0], config.pp_size)
+    deep = [number for number in (0, 1) if depths[stage][number] > _FEW + 2]
+    if not deep or len(set(getattr(shape, "layer_types", None) or ())) > 1:
+        return _Shape(shape), []
+
+    def with_one_more(number: int | None) -> _Shape:
+        few = [[min(depth, 1) for depth in of_stage] for of_stage in depths]
+        few[stage] = [_FEW + (x == number) if x in deep else depth for x, depth in enumerate(depths[stage])]
+        fields = {name: sum(x) for names, x in zip(stacks, zip(*few, strict=True), strict=True) for name in names}
+        starts = [0, *accumulate(map(sum, few))][:-1]
+        return _Shape(_changed(shape, {name: x for name, x in fields.items() if hasattr(shape, name)}), starts)
+
+    return with_one_more(None), [(depths[stage][number] - _FEW, with_one_more(number)) for number in deep]
+
+
+def _changed(shape: PretrainedConfig, depths: Mapping[str, int]) -> PretrainedConfig:
+    fields = shape.to_dict() | depths
+    fields.pop("layer_types", None)
+    return type(shape).from_dict(fields)
+
+
+def count(
+    config: TrainConfig,
+    cluster: Cluster,
+    shape: PretrainedConfig,
+    stage: int = 0,
+    starts: Sequence[int] | None = None,
+) -> Counted:
+    """Count the bytes of one step of a model with this `shape`, without extrapolation.
+
+    Of a pipeline, count a rank of `stage`, if stages begin at the layers `starts` (None: where they are balanced).
+    """
     with ExitStack() as stack:
-        ranks = fake_ranks(cluster, mixed_precision=config.autocast, shards=config.is_sharded)
+        rank, shards = stage * config.tp_size, config.is_sharded or config.pp_size > 1
+        ranks = fake_ranks(cluster, rank=rank, mixed_precision=config.autocast, shards=shards)
         accelerator = stack.enter_context(ranks)
-        if config.is_sharded:  # before `fake_tensors`, because a mesh needs real tensors
+        stages = None
+        if config.pp_size > 1:  # before `fake_tensors`, because a mesh needs real tensors
+            stages = make_pipeline_mesh("cpu", cluster.world_size, config.pp_size, config.tp_size)
+            mesh = mesh_within_stage(stages)
+        elif config.is_sharded:
             mesh = make_mesh(accelerator, config.sharding_strategy, config.shard_size, config.tp_size)
+        stack.enter_context(messages_that_arrive())
         # each slice of logits may read rows of an offloaded head, which are counted
         stack.enter_context(few_slices(of_logits=not config.offload_weights))
         stack.enter_context(fake_tensors())
@@ -94,9 +165,15 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
             is_flash = config.attn_implementation.startswith("flash")
             shape._attn_implementation = "sdpa" if is_flash else config.attn_implementation
         options = attention_options(shape, on_gpu=cluster.on_gpu)
-        build = partial(_build_adapted, config) if config.trains_adapters else build_model
-        model = build(shape, **options)
-        freeze(model, parts=config.frozen_parts)
+        if config.trains_adapters or stages:
+            model, quantized = _on_meta(config, shape, **options)
+            if stages:
+                with unset_fake_temporarily():  # in which groups of processes have no ranks
+                    split_into_stages(model, stages, starts)
+            _replace_by_fakes(config, model, quantized)
+        else:
+            model = build_model(shape, **options)
+            freeze(model, parts=config.frozen_parts)
         if config.is_sharded:
             shard(model, mesh, sharding_strategy=config.sharding_strategy, cpu_offload=False)  # fakes are on the CPU
         if config.offload_weights:
@@ -116,14 +193,14 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         stack.enter_context(timeline.meter)
         savers = [timeline.host.savers[name] for name in config.savers if name != "compiled"]  # fakes run no kernels
         stack.enter_context(entered(savers, model, optimizer))
-        if config.layered:
-            optimizer.layered.store = _WatchedStore(optimizer.layered.store, timeline)
+        if schedule := optimizer.layered if config.layered else pipeline_of(model):
+            schedule.store = _WatchedStore(schedule.store, timeline)
         if config.offload_weights:
             optimizer.layered.gradients = Offload((), timeline.host)
             # count as in later steps, each of which finds the first layer where the one before has left it
             offloaded_of(model).fetch(training_layers(model, "offload_weights")[0], None)
             records.moved = timeline.host.moved
-        batches = _batches(config, cluster, is_causal=not shape.is_encoder_decoder)
+        batches = _batches(config, cluster, stage, is_causal=not shape.is_encoder_decoder)
         timeline.meter.reset_peak()
         train_step(
             TrainState(model, optimizer),
@@ -134,10 +211,11 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
             max_grad_norm=config.max_grad_norm,
         )
         timeline.end("after", then=Kind.ACTIVATIONS)
-        weights = num_bytes(model_tensors(model))
-        state = num_bytes(optimizer_tensors(named_parameters(model, optimizer), optimizer))
-        largest = max(parameter.numel() for parameter in model.parameters())
-        counted = Counted(timeline.peaks, weights, weights + state, model.num_parameters(), largest)
+        counted = _counted(model, optimizer)
+        counted.peaks, counted.sent_bytes = timeline.peaks, timeline.meter.sent_bytes
+        if left := micro_batches_of(config, cluster) - len(batches):
+            before_last, last = timeline.sent_before[-2:]
+            counted.sent_bytes += left * (last - before_last)
         if config.offload_weights:
             counted.offloaded_bytes = records.num_bytes
             counted.forward_traffic, counted.backward_traffic, counted.update_traffic = (
@@ -147,16 +225,29 @@ def count(config: TrainConfig, cluster: Cluster, shape: PretrainedConfig) -> Cou
         return counted
 
 
-def _build_adapted(config: TrainConfig, shape: PretrainedConfig, **options: object) -> PreTrainedModel:
-    """Build a model with the adapters of a run: on meta, because peft moves modules, which fake tensors do not allow.
+def _on_meta(
+    config: TrainConfig, shape: PretrainedConfig, **options: object
+) -> tuple[PreTrainedModel, Iterable[nn.Module]]:
+    """Build a model with the adapters of a run on meta, because peft moves modules, which fake tensors do not allow.
 
-    Then replace its tensors by fake ones.
+    Returns the quantized modules too.
     """
-    is_new = config.lora_rank is not None
+    quantized = {}
     with unset_fake_temporarily(), torch.device("meta"):
-        model = build_model(shape, dtype=getattr(torch, config.loaded_dtype), **options)
-        quantized = replace_linear(model, config.quantization) if config.quantization else {}
-        inject(model, lora_config(model, **config.lora) if is_new else read_config(Path(config.model_name_or_path)))
+        if config.trains_adapters:
+            options["dtype"] = getattr(torch, config.loaded_dtype)
+        model = build_model(shape, **options)
+        if config.quantization:
+            quantized = replace_linear(model, config.quantization)
+        if config.trains_adapters:
+            folder, is_new = config.model_name_or_path, config.lora_rank is not None
+            inject(model, lora_config(model, **config.lora) if is_new else read_config(Path(folder)))
+        freeze(model, parts=config.frozen_parts)
+    return model, quantized
+
+
+def _replace_by_fakes(config: TrainConfig, model: PreTrainedModel, quantized: Iterable[nn.Module]) -> None:
+    """Replace the tensors of a model on meta by fake ones."""
     fakes: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -170,7 +261,20 @@ def _build_adapted(config: TrainConfig, shape: PretrainedConfig, **options: obje
         module.weight = quantized_outline(module.weight, config.quantization)
         for number, scales in enumerate(scales_of(module.weight)):
             module.register_buffer(f"scales_{number}", scales)  # to be counted
-    return model
+
+
+def _counted(model: PreTrainedModel, optimizer: Optimizer) -> Counted:
+    """Count what a checkpoint has. Of weights that several stages share, the first stage counts them."""
+    tensors, parameters = model_tensors(model), named_parameters(model, optimizer)
+    elements = {name: x.numel() for name, x in model.named_parameters()}
+    if (stages := stages_of(model)) is not None:
+        tensors, parameters, elements = (
+            {name: x for name, x in named.items() if name not in stages.counted_before}
+            for named in (tensors, parameters, elements)
+        )
+    weights, state = num_bytes(tensors), num_bytes(optimizer_tensors(parameters, optimizer))
+    sizes = elements.values()
+    return Counted({}, weights, weights + state, sum(sizes), largest_parameter=max(sizes, default=0))
 
 
 def _make_state(optimizer: Optimizer) -> None:
@@ -184,16 +288,16 @@ def _make_state(optimizer: Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[Batch]:
+def _batches(config: TrainConfig, cluster: Cluster, stage: int, *, is_causal: bool) -> list[Batch]:
     """Make full micro-batches: 1 or 2, because more do not raise the peak, or all if `layered` keeps inputs of all.
+
+    For a stage, make one more than are alive there at a time: the first then leaves gradients before the last begins.
 
     All tokens but a causal row's first are targets. Encoders get a mask if there are several rows, which then differ in
     length. Packed rows have two documents each.
     """
-    data_ranks, length = cluster.world_size // config.tp_size, config.max_seq_len
-    rows = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps * data_ranks
-    micro_batches = -(-rows // (config.batch_size * data_ranks))
-    tokens = torch.ones((-(-rows // (micro_batches * data_ranks)), length), dtype=torch.int64)
+    length, micro_batches = config.max_seq_len, micro_batches_of(config, cluster)
+    tokens = torch.ones((rows_of_micro_batch(config, cluster), length), dtype=torch.int64)
     inputs = {"input_ids": tokens, "labels": F.pad(tokens[:, 1:], (1, 0), value=-100) if is_causal else tokens}
     if config.packing:
         positions = (torch.arange(length) % -(-length // 2)).expand_as(tokens).contiguous()
@@ -205,7 +309,7 @@ def _batches(config: TrainConfig, cluster: Cluster, *, is_causal: bool) -> list[
     if config.weight_column:  # give the sum, because fake tensors have none
         weighted = {"weights": torch.ones_like(tokens, dtype=torch.float32), "weight_sum": float(num_targets)}
     batch = Batch(inputs, num_targets, row_ids=[], needs_its_masks=True, **weighted)
-    return [batch] * (micro_batches if config.layered else min(2, micro_batches))
+    return [batch] * (micro_batches if config.layered else min(config.pp_size - stage + 1, micro_batches))
 
 
 class _Timeline:
@@ -215,6 +319,8 @@ class _Timeline:
         self.meter, self.host = meter, HostCopies()
         self.meter.kind = Kind.ACTIVATIONS
         self.peaks: dict[str, Bytes] = {}
+        self.sent_before: list[int] = []
+        """The bytes that were sent before each call of the loss."""
         self.where_of: dict[nn.Module, str] = {}
         """Where a layer is in its stack: "0 last" in the first stack."""
         self._layer, self._computing = "", "forward"
@@ -237,12 +343,14 @@ class _Timeline:
 
         def watched_loss(model: nn.Module, batch: Batch) -> Tensor:
             self.end("before", then=Kind.ACTIVATIONS)
+            self.sent_before.append(self.meter.sent_bytes)
             self.host.moved.phase = self._computing = "forward"
             self.meter.rename(Kind.BACKWARD, Kind.GRADIENTS)  # an earlier backward has left only gradients
-            loss = loss_fn(model, batch)
-            self.end("loss", then=Kind.BACKWARD)
-            self.host.moved.phase = self._computing = "backward"
-            return loss
+            try:
+                return loss_fn(model, batch)
+            finally:  # a stage before the last leaves the forward after its last layer
+                self.end("loss", then=Kind.BACKWARD)
+                self.host.moved.phase = self._computing = "backward"
 
         return watched_loss
 
