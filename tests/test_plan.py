@@ -70,7 +70,7 @@ def peak_of_two_steps(config, accelerator):
         model = add_lora(load_model(config.model_name_or_path, **options)[0], **config.lora)
     else:
         model = build_model(config_of(config.model_config), "eager" if "t5" in config.model_config else "sdpa")
-    names = ("sharding_strategy", "shard_size", "cpu_offload", "tp_size")
+    names = ("sharding_strategy", "shard_size", "cpu_offload", "tp_size", "pp_size")
     model = parallelize(model, accelerator, **{name: getattr(config, name) for name in names})
     optimizer = make_optimizer(model, memory=config.memory or "off")
     tokens = torch.randint(3, 300, (config.batch_size, config.max_seq_len))
@@ -315,6 +315,7 @@ def test_the_ladder_keeps_the_tier_the_rows_per_step_and_what_flags_set(tmp_path
         "offload_activations",
         "sharding_strategy=SHARD_GRAD_OP",
         "sharding_strategy=FULL_SHARD",
+        "pp_size=2",
         "cpu_offload",
         "offload_weights=host",
         "offload_weights=out/offloaded",

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from lowmem.config.rules import conflicts
 from lowmem.config.train_config import FIELDS, TIERED_OPTIMIZERS, TrainConfig
 from lowmem.errors import UsageError
-from lowmem.plan.choose import Choice, Rung, exceeds, ladder, may_shard, over_bytes, search
+from lowmem.plan.choose import Choice, Rung, exceeds, in_stages, ladder, may_shard, over_bytes, search
 from lowmem.plan.parts import Cluster
-from lowmem.plan.predict import Predict, Prediction, cluster_of
+from lowmem.plan.predict import Predict, Prediction, cluster_of, idle_share
 
 NOTHING_MEANS = '"nothing": no time and no exactness, only the bytes of this row'
 
@@ -37,6 +37,11 @@ _PRICES: list[tuple[str, object, str]] = [
     ("offload_activations", True, "traffic to the host"),
     ("sharding_strategy", "SHARD_GRAD_OP", "weights and gradients over the wire, each {unit}"),
     ("sharding_strategy", "FULL_SHARD", "weights twice and gradients over the wire, each {unit}"),
+    (
+        "pp_size",
+        None,
+        "hidden states and their gradients over the wire, each micro-batch; {idle:.0%} idle",
+    ),
     ("cpu_offload", True, "weights and gradients over PCIe, each {unit}; the CPU updates"),
     ("offload_weights", "host", "layers and their state stream from host memory"),
     ("offload_weights", None, "layers and their state stream from a file, which wears an SSD"),
@@ -49,7 +54,8 @@ def price(before: TrainConfig, after: TrainConfig, cluster: Cluster, step_second
     for name, value, text in _PRICES:
         if getattr(after, name) not in (getattr(before, name), None) and value in (None, getattr(after, name)):
             unit = "step" if after.layered else "micro-batch"
-            found.setdefault(name, text.format(value=getattr(after, name), unit=unit))
+            idle = idle_share(after, cluster_of(after, cluster))
+            found.setdefault(name, text.format(value=getattr(after, name), unit=unit, idle=idle))
     if cluster_of(after, cluster).world_size == 1:
         found.pop("sharding_strategy", None)
     recompute = ["full" if config.layered else config.recompute for config in (before, after)]
@@ -88,6 +94,8 @@ def alternatives(
         adafactor |= {name: FIELDS[name].default for name in ("adam_beta1", "adam_beta2", "adam_epsilon")}
         yield from finder.first(*[adafactor] * (cluster.world_size == 1), adafactor | layered)
     yield from finder.first(tier | layered, tier | layered | _RELEASED)
+    if stages := in_stages(config, cluster):
+        yield from finder.first(tier | stages)
     yield from finder.on_more_processes(tier)
     if has_tiers and not lean:
         yield from finder.on_more_processes(_LEAN)
@@ -149,7 +157,8 @@ class _Finder:
     def on_more_processes(self, changes: Mapping[str, object]) -> Iterator[Alternative]:
         """Yield FULL_SHARD on about the fewest processes on which it fits. Its bytes grow with 1 / processes."""
         fewest, strategy = self.cluster.world_size + 1, self.config.sharding_strategy
-        if self.config.device_memory is None or not may_shard(self.config) or strategy == "HYBRID_SHARD":
+        is_free = may_shard(self.config) and self.config.pp_size == 1 and strategy != "HYBRID_SHARD"
+        if self.config.device_memory is None or not is_free:
             return
 
         def sharded(share: float) -> dict[str, object]:
@@ -239,6 +248,9 @@ def variants(config: TrainConfig, cluster: Cluster) -> Sequence[tuple[str, str, 
     found.append(("offload_activations", {"offload_activations": True}))
     if cluster.world_size > 1 and may_shard(config):
         found += [(f"sharding_strategy={x}", {"sharding_strategy": x}) for x in ("SHARD_GRAD_OP", "FULL_SHARD")]
+
+    if stages := in_stages(config, cluster):
+        found.append((f"pp_size={stages['pp_size']}", stages))
 
     def with_tier(config: TrainConfig) -> TrainConfig:
         return dataclasses.replace(config, memory=config.memory or "off")

@@ -10,8 +10,16 @@ from lowmem.config.rules import conflicts
 from lowmem.config.sizes import parse_bytes
 from lowmem.config.train_config import FIELDS, TrainConfig
 from lowmem.errors import UsageError
-from lowmem.plan.parts import Cluster
-from lowmem.plan.predict import Predict, Prediction, context_bytes, gigabytes, programs_bytes
+from lowmem.plan.parts import Cluster, data_ranks_of
+from lowmem.plan.predict import (
+    Predict,
+    Prediction,
+    cluster_of,
+    context_bytes,
+    gigabytes,
+    predicted_or_refused,
+    programs_bytes,
+)
 
 # Fields that do not lower the bytes of weights, gradients and optimizer state.
 _OF_ACTIVATIONS = {"recompute", "batch_size", "gradient_accumulation_steps", "offload_activations"}
@@ -22,9 +30,11 @@ class Rung(NamedTuple):
 
     name: str
     changes: dict[str, object]
-    """The changes of this rung and of all earlier rungs."""
+    """The changes of this rung and of all earlier rungs that are not aside."""
     own: Set[str] = frozenset()
     """The fields that this rung itself changes."""
+    is_aside: bool = False
+    """Whether later rungs do not keep the changes."""
     refused: str = ""
     """Why this rung is not tried; empty if it is tried."""
 
@@ -32,22 +42,26 @@ class Rung(NamedTuple):
 def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Iterator[Rung]:
     """Yield rungs from `config` down to the least memory, cheapest change first. Each keeps all earlier changes.
 
-    No rung changes a field in `fixed`. No rung changes the loss: rows per step, tier and optimizer remain the same.
+    (Of stages, later rungs keep nothing.) No rung changes a field in `fixed`. No rung changes the loss: rows per step,
+    tier and optimizer remain the same.
     """
     fixed, changes = set(fixed), {}
     yield Rung("no change", {})
 
-    def rung(name: str, **more: object) -> Rung:
+    def rung(name: str, is_aside: bool = False, **more: object) -> Rung:
         if kept := sorted(name for name in fixed & more.keys() if more[name] != getattr(config, name)):
             return Rung(name, {}, refused=f"{', '.join('--' + field for field in kept)} is set")
+        if is_aside:
+            return Rung(name, changes | more, more.keys(), is_aside)
         changes.update(more)
         return Rung(name, dict(changes), more.keys())
 
-    if config.recompute == "off" and not config.layered:
+    has_stages = config.pp_size > 1
+    if config.recompute == "off" and not (config.layered or has_stages):
         yield rung("recompute=cheap", recompute="cheap")
     if config.recompute != "full" and not config.layered:
         yield rung("recompute=full", recompute="full")
-    may_release = config.max_grad_norm == 0 and config.nonfinite == "stop" and config.tp_size == 1
+    may_release = config.max_grad_norm == 0 and config.nonfinite == "stop" and config.tp_size == config.pp_size == 1
     if may_release and config.mixed_precision != "fp16" and not (config.release or config.layered):
         yield rung("layered, release", layered=True, release=True, recompute="full")
     rows, micro_batches = config.batch_size, config.gradient_accumulation_steps
@@ -67,10 +81,13 @@ def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Itera
         yield rung("offload_activations", offload_activations=True)
     strategy = config.sharding_strategy
     may_offload = _may_offload(config, cluster)
-    if may_shard(config) and cluster.world_size > 1 and strategy == "NO_SHARD":
+    may_divide = may_shard(config) and data_ranks_of(config, cluster) > 1
+    if may_divide and strategy == "NO_SHARD":
         yield rung("sharding_strategy=SHARD_GRAD_OP", sharding_strategy="SHARD_GRAD_OP")
-    if may_shard(config) and cluster.world_size > 1 and strategy in ("NO_SHARD", "SHARD_GRAD_OP"):
+    if may_divide and strategy in ("NO_SHARD", "SHARD_GRAD_OP"):
         yield rung("sharding_strategy=FULL_SHARD", sharding_strategy="FULL_SHARD")
+    if stages := in_stages(dataclasses.replace(config, **changes), cluster):
+        yield rung(f"pp_size={stages['pp_size']}", is_aside=True, **stages)
     if may_shard(config) and cluster.on_gpu and not config.cpu_offload:
         strategy = "FULL_SHARD" if strategy == "NO_SHARD" else strategy
         yield rung("cpu_offload", sharding_strategy=strategy, cpu_offload=True)
@@ -88,7 +105,7 @@ def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Itera
 
 def _may_offload(config: TrainConfig, cluster: Cluster) -> bool:
     has_parts = cluster.world_size == 1 or config.optimizer != "adafactor"
-    is_free = config.tp_size == 1 and config.quantization is None and not config.compile
+    is_free = config.tp_size == config.pp_size == 1 and config.quantization is None and not config.compile
     return has_parts and is_free and config.memory in ("exact", "lean")
 
 
@@ -96,6 +113,23 @@ def may_shard(config: TrainConfig) -> bool:
     """Whether `config` allows another sharding strategy."""
     is_free = config.tp_size == 1 and config.offload_weights is None and config.quantization is None
     return is_free and config.optimizer != "adafactor" and (config.layered or not config.release)
+
+
+def in_stages(config: TrainConfig, cluster: Cluster) -> dict[str, object]:
+    """Return the changes that split the model into one stage per process; empty if other settings rule stages out.
+
+    A step keeps its rows. (Whether the model can be split is known only when it is predicted.)
+    """
+    processes = cluster_of(config, cluster).world_size
+    is_free = config.tp_size == config.pp_size == 1 and config.quantization is None and config.deepspeed is None
+    if processes == 1 or not is_free or config.cpu_offload or config.offload_weights is not None:
+        return {}
+    changes = {"pp_size": processes, "sharding_strategy": "NO_SHARD", "layered": False, "release": False}
+    if config.recompute == "cheap" or config.layered:
+        changes["recompute"] = "full"
+    if config.global_batch_size is None:
+        changes["gradient_accumulation_steps"] = config.gradient_accumulation_steps * processes
+    return {"shard_size": None, **changes} if config.shard_size else changes
 
 
 class Choice(NamedTuple):
@@ -151,7 +185,11 @@ def search(config: TrainConfig, rungs: Sequence[Rung], predict: Predict, log: Ca
 
     def tried(rungs: Sequence[Rung]) -> Iterator[_Tried]:
         configs = [dataclasses.replace(config, **rung.changes) for rung in rungs]
-        for rung, changed, predicted in zip(rungs, configs, predict(configs), strict=True):
+        found = predicted_or_refused(config, configs, predict)
+        for rung, (changed, predicted) in zip(rungs, found, strict=True):
+            if isinstance(predicted, UsageError):
+                log(f"  {rung.name}: not tried, {predicted}")
+                continue
             excess = {name: over for name, over in over_bytes(config, predicted).items() if over > 0}
             yield _Tried(rung, changed, predicted, excess)
 
@@ -162,7 +200,8 @@ def search(config: TrainConfig, rungs: Sequence[Rung], predict: Predict, log: Ca
         for each in tried(remaining[:width]):
             if not each.excess:
                 log(each.line)
-                best = _undo_unneeded(each, rungs[: rungs.index(each.rung) + 1], tried, log)
+                before = [rung for rung in rungs[: rungs.index(each.rung)] if not rung.is_aside]
+                best = _undo_unneeded(each, [*before, each.rung], tried, log)
                 return Choice(best.rung.name, best.config, best.predicted)
             if not failed or _saves(each.predicted, failed[-1].predicted):
                 log(each.line)

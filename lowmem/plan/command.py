@@ -16,7 +16,16 @@ from lowmem.errors import UsageError
 from lowmem.plan.alternatives import NOTHING_MEANS, Alternative, alternatives, price, variants
 from lowmem.plan.choose import Choice, choose
 from lowmem.plan.parts import Cluster, Kind
-from lowmem.plan.predict import CONTEXT, Predict, Prediction, gigabytes, planners, predicting, visible_gpus
+from lowmem.plan.predict import (
+    CONTEXT,
+    Predict,
+    Prediction,
+    gigabytes,
+    planners,
+    predicted_or_refused,
+    predicting,
+    visible_gpus,
+)
 
 _OFFLOADS = ("offload_activations", "cpu_offload", "offload_weights")
 _NOT_ADVISED = {"optimizer", "num_processes", *_OFFLOADS}
@@ -44,7 +53,9 @@ def plan(config: TrainConfig, fixed: Iterable[str], *, is_own_loop: bool = False
         rows = [("as above", "", choice.predicted)]
         if not choice.missing:
             names, costs, configs = zip(*variants(choice.config, cluster), strict=True)
-            rows += zip(names, costs, predict(configs), strict=True)
+            found = predicted_or_refused(choice.config, configs, predict)
+            named = zip(names, costs, found, strict=True)
+            rows += [(name, cost, each) for name, cost, (_, each) in named if not isinstance(each, UsageError)]
             print("\n".join(["", *table_of_variants(rows)]), flush=True)
         if choice.missing or _offloads(config, choice):
             found = _print_alternatives(config, cluster, fixed, choice, predict)
@@ -174,10 +185,16 @@ def table_of_parts(prediction: Prediction) -> list[str]:
     """List the bytes of each part (weights, gradients, ...) on a device, on the host and on disk."""
     lines = []
     resources = {"device, peak per process": prediction.device, "host, this machine": prediction.host}
+    if prediction.stages:
+        number = prediction.stages.index(max(prediction.stages)) + 1
+        where = f"device, peak per process of stage {number} of {len(prediction.stages)}, which needs most"
+        resources = {where: prediction.device, "host, this machine": prediction.host}
     for resource, parts in (resources | {"disk": prediction.disk}).items():
         lines.append(f"{resource}: {gigabytes(sum(parts.values()))}")
         lines += [f"  {name:<28}{gigabytes(size):>12}" for name, size in parts.items() if size]
-    return [*lines, *filter(None, [prediction.streaming])]
+    if prediction.stages:
+        lines.append(f"device, each stage: {', '.join(map(gigabytes, prediction.stages))}")
+    return [*lines, *filter(None, [prediction.streaming, prediction.pipeline])]
 
 
 def table_of_variants(rows: Sequence[tuple[str, str, Prediction]]) -> list[str]:

@@ -1,19 +1,28 @@
 """Predict the memory of a run before it starts. Separate processes count the bytes of one training step."""
 
-import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from lowmem.config.sizes import parse_bytes
 from lowmem.config.train_config import TrainConfig
 from lowmem.errors import UsageError
-from lowmem.plan.parts import Bytes, Cluster, Counted, Kind, Traffic, extrapolate
+from lowmem.plan.parts import (
+    Bytes,
+    Cluster,
+    Counted,
+    Kind,
+    Traffic,
+    extrapolate,
+    micro_batches_of,
+    rows_of_micro_batch,
+)
 
 CONTEXT = "context, fragments"
 
@@ -40,7 +49,7 @@ class Prediction:
     """Peak bytes by purpose."""
 
     device: Bytes
-    """Bytes of one process on its device."""
+    """Bytes of one process on its device. Of a pipeline, on a device of the stage that needs most."""
     host: Bytes
     """Bytes in the host memory of a machine, of all its processes."""
     disk: Bytes
@@ -53,6 +62,12 @@ class Prediction:
     device_floor: int = 0
     """The part of `device_bytes` that smaller activations do not lower: context, weights, optimizer state, gradients
     that are kept until the update."""
+    sent_bytes: int = 0
+    """What a process sends to others in a step; of a pipeline, a process of the stage that sends most."""
+    stages: tuple[int, ...] = ()
+    """The device bytes of each stage of a pipeline."""
+    pipeline: str = ""
+    """What limits a pipeline: messages, and waiting for other stages."""
 
     @property
     def device_bytes(self) -> int:
@@ -90,21 +105,26 @@ def predicting(pool: Executor, cluster: Cluster) -> Predict:
 
     A config with another number of processes is predicted for that number.
     """
-    counted: dict[tuple[TrainConfig, Cluster], tuple[Future[Counted], Future[list[tuple[int, Counted]]]]] = {}
+    counted: dict[tuple[TrainConfig, Cluster], list[tuple[Future[Counted], Future[list[tuple[int, Counted]]]]]] = {}
 
     def key_of(config: TrainConfig) -> tuple[TrainConfig, Cluster]:
         """Return the same key for configs whose steps have the same bytes, in whichever memory these are."""
         where = {"cpu_offload": False, "offload_weights": config.offload_weights and "host"}
         limits = dict.fromkeys(("num_processes", "device_memory", "host_memory"))
-        return dataclasses.replace(config, **where, **limits), cluster_of(config, cluster)
+        return replace(config, **where, **limits), cluster_of(config, cluster)
 
     def predict(configs: Iterable[TrainConfig]) -> Iterator[Prediction]:
         configs = list(configs)
         for config in configs:
             if (key := key_of(config)) not in counted:
-                counted[key] = tuple(pool.submit(task, *key) for task in (_count_shallow, _count_deeper))
-        found = ((config, key_of(config)) for config in configs)
-        return (prediction(config, key[1], extrapolate(*map(_result, counted[key]))) for config, key in found)
+                tasks = (_count_shallow, _count_deeper)
+                counted[key] = [tuple(pool.submit(task, *key, x) for task in tasks) for x in range(config.pp_size)]
+
+        def found(config: TrainConfig) -> Prediction:
+            key = key_of(config)
+            return prediction(config, key[1], *(extrapolate(*map(_result, pair)) for pair in counted[key]))
+
+        return map(found, configs)  # not a generator, which ends with the first error
 
     return predict
 
@@ -115,6 +135,20 @@ def cluster_of(config: TrainConfig, cluster: Cluster) -> Cluster:
     has_one_machine = cluster.local_world_size == cluster.world_size
     local = processes if has_one_machine else min(processes, cluster.local_world_size)
     return cluster._replace(world_size=processes, local_world_size=local)
+
+
+def predicted_or_refused(
+    before: TrainConfig, configs: Sequence[TrainConfig], predict: Predict
+) -> Iterator[tuple[TrainConfig, Prediction | UsageError]]:
+    """Yield each config with its prediction, or with why its model cannot be split into stages that `before` lacks."""
+    predictions = predict(configs)
+    for config in configs:
+        try:
+            yield config, next(predictions)
+        except UsageError as error:
+            if config.pp_size in (1, before.pp_size):
+                raise
+            yield config, error
 
 
 def _result(found: Future[Result]) -> Result:
@@ -131,20 +165,72 @@ def _num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _count_shallow(config: TrainConfig, cluster: Cluster) -> Counted:
+def _count_shallow(config: TrainConfig, cluster: Cluster, stage: int) -> Counted:
     from lowmem.plan.rehearsal import count_shallow
 
-    return count_shallow(config, cluster)
+    return count_shallow(config, cluster, stage)
 
 
-def _count_deeper(config: TrainConfig, cluster: Cluster) -> list[tuple[int, Counted]]:
+def _count_deeper(config: TrainConfig, cluster: Cluster, stage: int) -> list[tuple[int, Counted]]:
     from lowmem.plan.rehearsal import count_deeper
 
-    return count_deeper(config, cluster)
+    return count_deeper(config, cluster, stage)
 
 
-def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Prediction:
-    """Add the bytes outside a step (programs, loading, checkpoints) to the `counted` bytes of a step."""
+def prediction(config: TrainConfig, cluster: Cluster, *counted: Counted) -> Prediction:
+    """Add the bytes outside a step (programs, loading, checkpoints) to the bytes of a step, `counted` for each stage.
+
+    Without a pipeline, a model has one stage.
+    """
+    ranks = [_of_rank(config, cluster, each) for each in counted]
+    largest = max(ranks, key=lambda rank: _total(rank.device))
+    machines = [
+        Counter(rank // config.tp_size % len(counted) for rank in range(first, first + cluster.local_world_size))
+        for first in range(0, cluster.world_size, cluster.local_world_size)
+    ]  # how many ranks of each stage a machine has
+    hosts = [_summed((ranks[stage].host, number) for stage, number in machine.items()) for machine in machines]
+    host = {f"{kind}, of all processes": size for kind, size in max(hosts, key=_total).items()}
+    disk = dict(largest.disk)
+    # each rank reads its part of saved weights; only rank 0 initializes new ones
+    loading = 0 if config.model_name_or_path else 4 * sum(each.num_parameters for each in counted)
+    if loading and config.scratch_folder:
+        disk["random weights, beyond training"] = max(0, loading - sum(disk.values()))
+        loading = _DRAWING_BYTES + _DRAWN_COPIES * 4 * max(each.largest_parameter for each in counted)
+    host["loading, beyond training"] = max(0, loading - _total(host))
+    host["programs"] = programs_bytes(cluster)
+    keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # the oldest is removed only after a save
+    if config.save_steps:
+        name = f"{keeps} checkpoints" if config.save_total_limit else "each checkpoint"
+        disk[name] = keeps * sum(each.checkpoint_bytes for each in counted)
+    if config.save_model:
+        disk["model"] = sum(each.model_bytes for each in counted)
+    found = Prediction(
+        largest.device,
+        host,
+        disk,
+        device_floor=max(rank.floor for rank in ranks),
+        sent_bytes=max(each.sent_bytes for each in counted),
+    )
+    if len(counted) > 1:
+        stages = tuple(_total(rank.device) for rank in ranks)
+        found = replace(found, stages=stages, pipeline=_waiting(config, cluster, counted))
+    if not counted[0].offloaded_bytes:
+        return found
+    line, seconds = _streaming(config, cluster, *counted)
+    return replace(found, traffic=counted[0].traffic, streaming=line, step_seconds=seconds)
+
+
+class _Rank(NamedTuple):
+    """The bytes of a process."""
+
+    device: Bytes
+    host: Bytes
+    disk: Bytes
+    """Bytes of all processes of a machine."""
+    floor: int
+
+
+def _of_rank(config: TrainConfig, cluster: Cluster, counted: Counted) -> _Rank:
     on_host = {Kind.OFFLOADED} | (_WITH_CPU_OFFLOAD if config.cpu_offload and cluster.on_gpu else set())
     kept = {Kind.WEIGHTS, Kind.LOW_HALVES, Kind.MOMENTS} | (set() if config.release else {Kind.GRADIENTS})
     peaks = [{kind: parts[kind] for kind in Kind if kind in parts} for parts in counted.peaks.values()]
@@ -169,27 +255,31 @@ def prediction(config: TrainConfig, cluster: Cluster, counted: Counted) -> Predi
             device[Kind.ACTIVATIONS] = device.get(Kind.ACTIVATIONS, 0) + min(IN_FLIGHT_BYTES, offloaded)
             host[Kind.OFFLOADED] = -(-offloaded // SLAB_BYTES) * SLAB_BYTES
         device[CONTEXT] = _context_bytes_of(_total(device))
-        host = {f"{kind}, of all processes": size * processes for kind, size in host.items()}
     else:  # the CPU is the device; offload_activations then writes files, which take no memory
         in_memory = host.get(_STORED, 0) + (host.get(Kind.OFFLOADED, 0) if config.offload_weights == "host" else 0)
-        host = {"tensors, of all processes": (_total(device) + in_memory) * processes}
-    # each rank reads its part of saved weights; only rank 0 initializes new ones
-    loading = 0 if config.model_name_or_path else 4 * counted.num_parameters
-    if loading and config.scratch_folder:
-        disk["random weights, beyond training"] = max(0, loading - sum(disk.values()))
-        loading = _DRAWING_BYTES + _DRAWN_COPIES * 4 * counted.largest_parameter
-    host["loading, beyond training"] = max(0, loading - _total(host))
-    host["programs"] = programs_bytes(cluster)
-    keeps = config.save_total_limit + 1 if config.save_total_limit else 1  # the oldest is removed only after a save
-    if config.save_steps:
-        name = f"{keeps} checkpoints" if config.save_total_limit else "each checkpoint"
-        disk[name] = keeps * counted.checkpoint_bytes
-    if config.save_model:
-        disk["model"] = counted.model_bytes
+        host = {"tensors": _total(device) + in_memory}
     floor += _context_bytes_of(floor) if cluster.on_gpu else 0
-    if not stored:
-        return Prediction(device, host, disk, device_floor=floor)
-    return Prediction(device, host, disk, counted.traffic, *_streaming(config, cluster, counted), floor)
+    return _Rank(device, host, disk, floor)
+
+
+def idle_share(config: TrainConfig, cluster: Cluster) -> float:
+    """Return how long each stage of a pipeline waits for others, as a part of the time in which it computes."""
+    return (config.pp_size - 1) / micro_batches_of(config, cluster)
+
+
+def _waiting(config: TrainConfig, cluster: Cluster, counted: Sequence[Counted]) -> str:
+    """Describe what a pipeline sends, and estimate the seconds of sending, of computing and of waiting."""
+    micro_batches, idle = micro_batches_of(config, cluster), idle_share(config, cluster)
+    sent, speed = max(each.sent_bytes for each in counted), _GPU_SPEED if cluster.on_gpu else _CPU_SPEED
+    tokens = micro_batches * rows_of_micro_batch(config, cluster) * config.max_seq_len
+    operations = (8 if config.recompute == "full" else 6) * sum(each.num_parameters for each in counted) * tokens
+    computing = operations / (len(counted) * config.tp_size * speed)
+    return (
+        f"in each step, a process of the pipeline sends up to {gigabytes(sent)}: {sent / _HOST_BANDWIDTH:.1f} s at "
+        f"{_HOST_BANDWIDTH / 1e9:g} GB/s (PCIe 4.0 x16); if stages take equally long, computing takes "
+        f"{computing:.1f} s at {speed / 1e12:g} TFLOP/s, and waiting for other stages {computing * idle:.1f} s "
+        f"({idle:.0%}: {config.pp_size - 1} / {micro_batches} micro-batches)"
+    )
 
 
 def _streaming(config: TrainConfig, cluster: Cluster, counted: Counted) -> tuple[str, float]:
@@ -218,6 +308,14 @@ def _streaming(config: TrainConfig, cluster: Cluster, counted: Counted) -> tuple
 
 def _context_bytes_of(tensor_bytes: int) -> int:
     return _CONTEXT_BYTES + int(_FRAGMENTS * tensor_bytes)
+
+
+def _summed(parts: Iterable[tuple[Bytes, int]]) -> Bytes:
+    """Return the sum of (bytes by purpose, how often they are needed)."""
+    total = Counter()
+    for sizes, times in parts:
+        total.update({kind: size * times for kind, size in sizes.items()})
+    return dict(total)
 
 
 def _total(parts: Bytes) -> int:
