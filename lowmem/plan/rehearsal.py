@@ -4,6 +4,7 @@ Builds the run with the functions that `train.py` uses, in the same order. Count
 small depths (see `extrapolate`). Call this module in a new process: it changes the environment and accelerate's state.
 """
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import accumulate, chain
@@ -113,7 +114,8 @@ def _depths_of_stage(
     stacks = [("num_layers", "encoder_layers", "num_hidden_layers"), ("num_decoder_layers", "decoder_layers")]
     if not shape.is_encoder_decoder:
         stacks = [(), _DEPTHS]
-    depths = depths_of_stages(_on_meta(config, shape)[0], config.pp_size)
+    model, _ = _on_meta(config, copy.deepcopy(shape))  # because building a model writes into its config
+    depths = depths_of_stages(model, config.pp_size)
     deep = [number for number in (0, 1) if depths[stage][number] > _FEW + 2]
     if not deep or len(set(getattr(shape, "layer_types", None) or ())) > 1:
         return _Shape(shape), []
