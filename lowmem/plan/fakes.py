@@ -1,7 +1,8 @@
 """Fake tensors, ranks, GPU and host memory. With them, a CPU can count the bytes of a training step of any size.
 
 Tested with torch 2.11 and 2.13. This module uses private parts of torch and accelerate: `torch._subclasses`,
-`torch.testing._internal`, the operator of memory-efficient attention, `AcceleratorState._reset_state`.
+`torch.testing._internal`, the operator of memory-efficient attention, `AcceleratorState._reset_state`,
+`_clear_sharding_prop_cache`.
 """
 
 import os
@@ -19,6 +20,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -36,8 +40,24 @@ def fake_tensors() -> Iterator[None]:
 
     `.item()` returns True or 1, so that checks for finite numbers pass. Enter a MemoryMeter only inside this block.
     """
-    with _FakeOnes(allow_non_fake_inputs=True):  # real inputs come from process groups and meshes
+    with _real_meshes(), _FakeOnes(allow_non_fake_inputs=True):  # real inputs come from process groups and meshes
         yield
+
+
+@contextmanager
+def _real_meshes() -> Iterator[None]:
+    """Within this block, the ranks of a mesh are real tensors, even of a part of a mesh, which computes them."""
+    ranks = DeviceMesh.mesh
+
+    def real_ranks(mesh: DeviceMesh) -> Tensor:
+        with unset_fake_temporarily():
+            return ranks.fget(mesh)
+
+    DeviceMesh.mesh = property(real_ranks)
+    try:
+        yield
+    finally:
+        DeviceMesh.mesh = ranks
 
 
 class _FakeOnes(FakeTensorMode):
@@ -72,6 +92,7 @@ def fake_ranks(cluster: Cluster, *, rank: int = 0, mixed_precision: str, shards:
         AcceleratorState._reset_state(reset_partial_state=True)
         if dist.is_initialized():
             dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # which has the meshes, and so the groups, of these ranks
 
 
 class MovedBytes:
