@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -105,8 +106,8 @@ def restored_environment(monkeypatch):
         monkeypatch.delenv(name)
 
 
-def rehearse(config, cluster=CPU):
-    return extrapolate(count_shallow(config, cluster), count_deeper(config, cluster))
+def rehearse(config, cluster=CPU, stage=0):
+    return extrapolate(count_shallow(config, cluster, stage), count_deeper(config, cluster, stage))
 
 
 def predicted_bytes(config, cluster=CPU):
@@ -263,6 +264,83 @@ def test_a_prediction_with_two_replicas_of_two_shards_is_within_a_tenth_of_the_p
     peaks = json.loads((tmp_path / "peaks-0").read_text())
     for config, real in zip(configs, peaks, strict=True):
         assert abs(predicted_bytes(config, Cluster(4, 4, on_gpu=False)) / real - 1) < 0.1, (config.model_config, real)
+
+
+# --- stages
+
+STAGES = {"pp_size": 2, "gradient_accumulation_steps": 4}
+
+
+def test_a_prediction_for_each_stage_is_within_a_twentieth_of_the_peak(tmp_path, restored_environment):
+    configs = [config_for(tmp_path, "llama", "exact", **STAGES), config_for(tmp_path, "t5", "lean", **STAGES)]
+    assert fork_ranks(2, write_peaks, tmp_path, configs) == [0, 0]
+    peaks = [json.loads((tmp_path / f"peaks-{rank}").read_text()) for rank in (0, 1)]
+    for config, *real in zip(configs, *peaks, strict=True):
+        stages = [rehearse(config, GPUS._replace(on_gpu=False), stage) for stage in (0, 1)]
+        predicted = prediction(config, GPUS._replace(on_gpu=False), *stages)
+        assert predicted.stages == pytest.approx(real, rel=0.05) and predicted.device_bytes == max(predicted.stages)
+        whole = sum(x.numel() for x in build_model(config_of(config.model_config)).parameters())
+        assert sum(stage.num_parameters for stage in stages) == whole  # those of both stages count once
+        messages, shared = 1, 0
+        if "t5" in config.model_config:
+            # the encoder's output too; embeddings, the decoder's position bias, and the encoder's last norm
+            messages, shared = 2, 384 * 32 + 32 * 4 + 32
+        messages *= 4 * 4 * 32 * 32  # micro-batches, rows, tokens, width
+        scalars = 2  # the loss, and the sum of squares of the norm
+        assert [stage.sent_bytes for stage in stages] == [2 * messages + 4 * (shared + scalars)] * 2
+
+
+def test_memory_of_a_deep_stage_is_extrapolated_from_shallow_ones(tmp_path, restored_environment):
+    config = config_for(tmp_path, "llama", max_seq_len=16, batch_size=1, **STAGES)
+    path = write_model(tmp_path, "llama", num_hidden_layers=10)
+    whole, found = count(config, GPUS, config_of(str(path)), stage=0), rehearse(config, GPUS, stage=0)
+    largest = [max(sum(parts.values()) for parts in counted.peaks.values()) for counted in (found, whole)]
+    assert largest[0] == pytest.approx(largest[1], rel=0.01)
+    assert dataclasses.replace(found, peaks=whole.peaks) == whole  # the bytes of checkpoints and messages
+
+
+def test_the_host_memory_of_a_machine_is_that_of_its_stages(tmp_path):
+    config = config_for(tmp_path, "llama", pp_size=2, save_steps=1, save_total_limit=0)
+    first, second = (
+        Counted({"update": {"weights": size, "offloaded": host}}, size, 3 * size, size // 2, sent_bytes=size)
+        for size, host in ((400, 2**27), (600, 2**30))
+    )
+    one, two = (prediction(config, Cluster(4, n, on_gpu=True), first, second) for n in (4, 1))
+    assert one.host["offloaded, of all processes"] == 2 * (2**27 + 2**30)
+    assert two.host["offloaded, of all processes"] == 2**30  # of the machine with the second stage
+    assert one.device["weights"] == one.sent_bytes == 600
+    assert (one.disk["each checkpoint"], one.disk["model"]) == (3000, 1000)
+    assert "(50%: 1 / 2 micro-batches)" in one.pipeline
+
+
+def test_stages_are_chosen_where_they_suffice_and_the_model_has_as_many_layers(tmp_path):
+    config, lines = config_for(tmp_path, "llama", device_memory="5GB", recompute="cheap"), []
+    cluster = Cluster(3, 3, on_gpu=True)
+
+    def predict(most, configs):
+        def predicted(config):
+            if config.pp_size > most:
+                raise UsageError(f"pp_size={config.pp_size} needs a layer for each stage")
+            state = {"NO_SHARD": 12, "SHARD_GRAD_OP": 8, "FULL_SHARD": 6}[config.sharding_strategy] / config.pp_size
+            return Prediction({"all": int((0 if config.cpu_offload else state) * 10**9)}, {"all": 5}, {})
+
+        return map(predicted, configs)
+
+    chosen = choose(config, cluster, (), partial(predict, 3), lines.append).config
+    assert (chosen.pp_size, chosen.sharding_strategy, chosen.recompute) == (3, "NO_SHARD", "full")
+    rows = [x.batch_size * x.gradient_accumulation_steps * 3 // x.pp_size for x in (config, chosen)]
+    assert rows[0] == rows[1] and not conflicts(chosen, ())
+    costs = price(config, chosen, cluster)
+    share = 2 / chosen.gradient_accumulation_steps
+    assert f"hidden states and their gradients over the wire, each micro-batch; {share:.0%} idle" in costs
+    lines.clear()
+    chosen = choose(config, cluster, (), partial(predict, 2), lines.append).config
+    assert chosen.cpu_offload and chosen.pp_size == 1
+    assert "  pp_size=3: not tried, pp_size=3 needs a layer for each stage" in lines
+    # with stages, a sharding strategy divides only what several data-parallel ranks hold
+    staged = dataclasses.replace(config, pp_size=3)
+    assert names(ladder(staged, cluster, ()))[-2:] == ["offload_activations", "cpu_offload"]
+    assert "sharding_strategy=FULL_SHARD" in names(ladder(staged, Cluster(6, 6, on_gpu=True), ()))
 
 
 DEEP = {

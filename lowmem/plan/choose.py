@@ -87,6 +87,8 @@ def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Itera
     if may_divide and strategy in ("NO_SHARD", "SHARD_GRAD_OP"):
         yield rung("sharding_strategy=FULL_SHARD", sharding_strategy="FULL_SHARD")
     if stages := in_stages(dataclasses.replace(config, **changes), cluster):
+        if config.recompute == "cheap":
+            stages["recompute"] = "full"  # as an own change, which is not undone
         yield rung(f"pp_size={stages['pp_size']}", is_aside=True, **stages)
     if may_shard(config) and cluster.on_gpu and not config.cpu_offload:
         strategy = "FULL_SHARD" if strategy == "NO_SHARD" else strategy
