@@ -112,9 +112,7 @@ def generate(
     greedy = _greedy(base, tokenizer)
     written = []
     in_precision = _in_precision(model, accelerator)
-    greedy.use_cache = (
-        stages_of(base) is None
-    )  # a stage would keep a cache of its own layers only, and their lengths differ
+    greedy.use_cache = stages_of(base) is None  # a stage caches its own layers only, but the length is the first's
     on_all_stages = logits_on_all_stages(model)
     with forward_only(model), _own_settings(base, greedy), in_precision, handle_rank_errors(model), on_all_stages:
         for batch in _checked(batches):

@@ -139,9 +139,9 @@ class Pipeline:
         def pausing_forward(*args, **kwargs):
             if not torch.is_grad_enabled():
                 raise UsageError("the loss runs the model without gradients, which a pipeline cannot: set pp_size=1")
-            _seed_next(self._device)
+            _seed_next(self._stages.links.device)
             outputs = getcurrent().pause(layer, forward, args, kwargs)
-            _seed_next(self._device)
+            _seed_next(self._stages.links.device)
             return outputs
 
         return pausing_forward
