@@ -187,7 +187,7 @@ def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool)
     are_equal = micro_batches**2 == squares * rank_and_world_size()[1]
     if not are_equal and (has_collectives(state.model) or is_engine(state.model)):
         found = f"the ranks have {', '.join(map(str, gather_json(here)))} micro-batches"
-        raise UsageError(f"a sharded model runs the same forwards on every rank, but {found}: make equally many")
+        raise UsageError(f"ranks that share a model run the same forwards, but {found}: make equally many")
     return int(num_targets), denominator, num_preempted > 0
 
 

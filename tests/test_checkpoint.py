@@ -224,7 +224,7 @@ def test_lack_of_space_is_reported_before_anything_is_written(tmp_path):
         )
         with pytest.raises(UsageError, match=rf"run needs {needed}, but only [0-9,]+ are free: free disk space"):
             check_space(state, tmp_path / "run", saves=10, keep=2)
-    ema = dict(model.named_parameters())
+    ema = {"weight": torch.zeros(()).expand(model.weight.shape)}
     with pytest.raises(UsageError, match=rf"for 1 more checkpoints .{2 * size:,} each"):
         check_space(state, tmp_path / "run", saves=1, keep=None, extra={"ema": ema})
     with pytest.raises(SaveError, match="No space left on device; it takes 400,000,000,000,000 bytes"):

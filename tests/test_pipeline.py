@@ -129,7 +129,6 @@ RUNS = {
         "dropout 4": Run(PP4, changes=DROPOUT, same_as="dropout", tolerance=0.0),
         "t5 dropout 4": Run(PP4, family="t5", changes={"dropout_rate": 0.1}, same_as="t5 dropout"),
         "t5 data": Run(family="t5", counts=DATA),
-        "uneven data": Run(counts=(3, 5)),
         "sharded": Run(FULL, counts=DATA, family="qwen2"),
         "t5 sharded": Run(FULL, counts=DATA, family="t5", changes={"num_layers": 4, "num_decoder_layers": 1}, cut=3),
         "sharded gradients": Run(FULL | {"sharding_strategy": "SHARD_GRAD_OP"}, counts=DATA),

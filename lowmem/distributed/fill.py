@@ -46,7 +46,7 @@ class Unfilled:
         have_data = {name: x for name, x in parameters.items() if not x.is_meta}
         self._are_broadcast = gather_json([*have_data, *self._whole])[0]
         self._is_broadcast = {*self._are_broadcast} == parameters.keys()
-        self._like = {name: torch.empty_like(x, device="meta") for name, x in parameters.items()}
+        self._outlines = {name: (x.shape, x.dtype) for name, x in parameters.items()}
         if is_split:
             if rank_and_world_size()[0] == 0:
                 self._whole = {name: parameter.data for name, parameter in have_data.items()} | self._whole
@@ -109,14 +109,14 @@ class Unfilled:
 
     def _fill_from_rank_0(self, name: str, parameter: nn.Parameter | None) -> None:
         """Fill a parameter from rank 0's value. All ranks must call this; those that do not hold it, with None."""
-        like, first, column = self._like[name], 0, 0
+        (shape, dtype), first, column = self._outlines[name], 0, 0
         if parameter is None:
-            filled = torch.empty_like(like[:0] if like.dim() else like, device=self._device)
+            filled = torch.empty((0, *shape[1:]), dtype=dtype, device=self._device)
         else:
             local, first, column = local_part(parameter.data)
             filled = torch.empty_like(local, device=self._device)
             del self._names[parameter]
-        _broadcast_rows(filled, first, column, like.shape, self._taken(name))
+        _broadcast_rows(filled, first, column, shape, self._taken(name))
         if parameter is not None:
             set_local_(parameter, filled)
 
