@@ -2,7 +2,7 @@
 
 Every stage runs the model's own forward on the same rows, up to its last layer. It has no weights of other stages:
 placeholders take their places, which are zeros without memory. Their layers do nothing, except that the output of the
-layer before a stage is a message from the stage before. The output of an encoder's last layer goes on to all stages
+layer before a stage is a message from the stage before. The output of an encoder's last layer is sent to all stages
 with layers of the decoder. A weight that several stages use, such as tied embeddings, is on each of them, and its
 gradients are summed.
 """
