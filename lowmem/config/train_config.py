@@ -202,7 +202,7 @@ class TrainConfig(Groups):
     tp_size: int = setting(1, at_least=1, below=2**16)
     """Tensor parallelism: this many neighbouring ranks shard each layer and share rows. batch_size is per group."""
     pp_size: int = setting(1, at_least=1, below=2**16)
-    """Pipeline parallelism: split the layers into this many stages, each on its own ranks.
+    """Pipeline parallelism: this many stages of layers, each on ranks of its own.
     All stages get the same rows: batch_size is per pipeline. They work on different micro-batches at the same time, so
     set gradient_accumulation_steps to several times pp_size. Combines with tp_size and FULL_SHARD."""
     deepspeed: str | None = setting(holds="path")

@@ -162,7 +162,7 @@ def _named(error: Exception) -> str:
 
 
 def is_rehearsed() -> bool:
-    """Whether this one process stands for all ranks (see `lowmem.plan.rehearsal`): the backend is "fake"."""
+    """Whether this one process simulates all ranks (see `lowmem.plan.rehearsal`): the backend is "fake"."""
     return dist.is_initialized() and dist.get_backend() == "fake"
 
 
