@@ -51,10 +51,10 @@ _PRICES: list[tuple[str, object, str]] = [
 def price(before: TrainConfig, after: TrainConfig, cluster: Cluster, step_seconds: float | None = None) -> str:
     """Return what `after` costs, compared with `before`, in time, exactness and devices; "nothing" if only memory."""
     found: dict[str, str] = {}
+    idle = idle_share(after, cluster_of(after, cluster))
     for name, value, text in _PRICES:
         if getattr(after, name) not in (getattr(before, name), None) and value in (None, getattr(after, name)):
             unit = "step" if after.layered else "micro-batch"
-            idle = idle_share(after, cluster_of(after, cluster))
             found.setdefault(name, text.format(value=getattr(after, name), unit=unit, idle=idle))
     if cluster_of(after, cluster).world_size == 1:
         found.pop("sharding_strategy", None)

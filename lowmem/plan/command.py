@@ -194,6 +194,8 @@ def table_of_parts(prediction: Prediction) -> list[str]:
         lines += [f"  {name:<28}{gigabytes(size):>12}" for name, size in parts.items() if size]
     if prediction.stages:
         lines.append(f"device, each stage: {', '.join(map(gigabytes, prediction.stages))}")
+    elif prediction.sent_bytes:
+        lines.append(f"in each step, a process sends {gigabytes(prediction.sent_bytes)} to others")
     return [*lines, *filter(None, [prediction.streaming, prediction.pipeline])]
 
 
