@@ -400,8 +400,8 @@ def test_the_ladder_keeps_the_tier_the_rows_per_step_and_what_flags_set(tmp_path
     ]
     for rung in rungs:
         changed = dataclasses.replace(config, **rung.changes)
-        rows = [each.batch_size * each.gradient_accumulation_steps for each in (config, changed)]
-        assert rows[0] == rows[1]
+        rows = [x.batch_size * x.gradient_accumulation_steps // x.pp_size for x in (config, changed)]
+        assert rows[0] == rows[1]  # on as many data-parallel ranks
         assert (changed.memory, changed.optimizer) == (config.memory, config.optimizer)
     fixed = named_fields({"batch_size": 4, "recompute": "off", "use_large_config": True}, TrainConfig)
     assert fixed == {"batch_size", "recompute"}
@@ -480,14 +480,13 @@ def test_rungs_that_save_nothing_are_not_reported_and_those_of_activations_canno
 def predict_in_process(cluster):
     counted = {}
 
-    def predict(configs):
-        for config in configs:
-            ranks = cluster_of(config, cluster)
-            if config not in counted:
-                counted[config] = rehearse(config, ranks)
-            yield prediction(config, ranks, counted[config])
+    def predicted(config):
+        ranks = cluster_of(config, cluster)
+        if config not in counted:
+            counted[config] = [rehearse(config, ranks, stage) for stage in range(config.pp_size)]
+        return prediction(config, ranks, *counted[config])
 
-    return predict
+    return partial(map, predicted)
 
 
 WIDER = {"vocab_size": 4000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3}

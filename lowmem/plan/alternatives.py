@@ -199,7 +199,8 @@ class _Finder:
     def _over_at_last_rung(self, changes: Mapping[str, object], may: Callable[[Rung], bool]) -> dict[str, int]:
         """Return {limit: bytes by which the last rung exceeds it}; negative if it fits."""
         config, rungs = self._rungs(changes, may, self.fixed)
-        (predicted,) = self.predict([dataclasses.replace(config, **rungs[-1].changes)])
+        last = [rung for rung in rungs if not rung.is_aside][-1]
+        (predicted,) = self.predict([dataclasses.replace(config, **last.changes)])
         return over_bytes(config, predicted)
 
     def _rungs(

@@ -86,7 +86,8 @@ def ladder(config: TrainConfig, cluster: Cluster, fixed: Iterable[str]) -> Itera
         yield rung("sharding_strategy=SHARD_GRAD_OP", sharding_strategy="SHARD_GRAD_OP")
     if may_divide and strategy in ("NO_SHARD", "SHARD_GRAD_OP"):
         yield rung("sharding_strategy=FULL_SHARD", sharding_strategy="FULL_SHARD")
-    if stages := in_stages(dataclasses.replace(config, **changes), cluster):
+    own = {"layered": config.layered, "release": config.release}  # without those of earlier rungs
+    if stages := in_stages(dataclasses.replace(config, **changes | own), cluster):
         if config.recompute == "cheap":
             stages["recompute"] = "full"  # as an own change, which is not undone
         yield rung(f"pp_size={stages['pp_size']}", is_aside=True, **stages)
@@ -124,10 +125,11 @@ def in_stages(config: TrainConfig, cluster: Cluster) -> dict[str, object]:
     """
     processes = cluster_of(config, cluster).world_size
     is_free = config.tp_size == config.pp_size == 1 and config.quantization is None and config.deepspeed is None
-    if processes == 1 or not is_free or config.cpu_offload or config.offload_weights is not None:
+    is_free = is_free and not (config.layered or config.release or config.cpu_offload or config.offload_weights)
+    if processes == 1 or not is_free:
         return {}
     changes = {"pp_size": processes, "sharding_strategy": "NO_SHARD", "layered": False, "release": False}
-    if config.recompute == "cheap" or config.layered:
+    if config.recompute == "cheap":
         changes["recompute"] = "full"
     if config.global_batch_size is None:
         changes["gradient_accumulation_steps"] = config.gradient_accumulation_steps * processes
