@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowmem.distributed.collectives import rank_and_world_size
 from lowmem.distributed.dtensor import local_of, set_local_
 from lowmem.distributed.fully_sharded import Shards, reshards_after_forward
-from lowmem.distributed.placement import is_large, is_quantized, is_sharded, training_layers
+from lowmem.distributed.placement import is_large, is_quantized, is_sharded, pipeline_mesh, training_layers
 from lowmem.distributed.vocabulary import OffloadedRows
 from lowmem.errors import UsageError
 from lowmem.storage.records import HostMemory, Record, ScratchFile, Space, Transfer
@@ -227,10 +227,12 @@ def offload_weights(model: nn.Module, where: str | Path | Space, device: torch.d
     the parameters of layers are NaN; `save_model` and `save_checkpoint` read the store. The file has no name, and is
     deleted when the process ends. To train on several processes, use FULL_SHARD: each then has a store for its parts.
     Raises UsageError without shards on several processes, for SHARD_GRAD_OP, for quantized weights and for a model
-    without layers, and StoreError if there is no room.
+    without layers or in stages, and StoreError if there is no room.
     """
     if offloaded_of(model) is not None:
         raise UsageError("offload_weights was called twice for this model: call it once")
+    if pipeline_mesh(model) is not None:
+        raise UsageError("a pipeline keeps weights on their stage's device: set pp_size=1, or remove offload_weights")
     if rank_and_world_size()[1] > 1 and not is_sharded(model):
         raise UsageError("offload_weights on several processes needs FULL_SHARD: set it, or start one process")
     if any(map(is_quantized, model.parameters())):

@@ -45,11 +45,13 @@ def parallelize(
     if sharding_strategy not in (strategies := choices("sharding_strategy")):
         raise UsageError(f"sharding_strategy={sharding_strategy} is unknown: set one of {', '.join(strategies)}")
     if accelerator.deepspeed_plugin is not None:
+        if pp_size > 1:
+            raise UsageError(f"pp_size={pp_size} does not combine with DeepSpeed: remove one of the two")
         return model  # DeepSpeed's engine moves the model; at stage 3, no device holds the whole model
     if tp_size > 1 and sharding_strategy != "NO_SHARD":
         raise UsageError(f"tp_size={tp_size} was set with {sharding_strategy}, but they do not combine: remove one")
-    if pp_size > 1 and sharding_strategy == "HYBRID_SHARD":
-        raise UsageError(f"pp_size={pp_size} does not combine with HYBRID_SHARD: use FULL_SHARD")
+    if pp_size > 1 and (sharding_strategy == "HYBRID_SHARD" or shard_size is not None):
+        raise UsageError(f"pp_size={pp_size} does not combine with HYBRID_SHARD or shard_size: use FULL_SHARD")
     is_sharded = tp_size > 1 or sharding_strategy != "NO_SHARD"
     is_split = is_sharded or pp_size > 1
     _check_quantized(model, accelerator.device, is_split)
