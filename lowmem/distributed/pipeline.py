@@ -421,7 +421,7 @@ def _starts(model: PreTrainedModel, traced: Trace, num_stages: int) -> list[int]
     )
 
 
-def _users(model: PreTrainedModel, traced: Trace, starts: list[int]) -> dict[nn.Parameter, tuple[int, ...]]:
+def _users(model: nn.Module, traced: Trace, starts: list[int]) -> dict[nn.Parameter, tuple[int, ...]]:
     """Return which stages hold each parameter of `model`."""
     num_layers, num_encoder_layers = len(traced.layers), traced.num_encoder_layers
     stage_of = [sum(start <= index for start in starts) - 1 for index in range(num_layers)]
@@ -429,15 +429,12 @@ def _users(model: PreTrainedModel, traced: Trace, starts: list[int]) -> dict[nn.
     for index, layer in enumerate(traced.layers):
         for parameter in layer.parameters():
             users[parameter].add(stage_of[index])
-    of_encoder = set(model.get_encoder().parameters()) if num_encoder_layers else set()
     for parameter, gaps in traced.uses.items():
-        for gap in gaps:
-            stage = stage_of[min(gap, num_layers - 1)]
-            # each stage with layers of the decoder ends the encoder's forward, such as with its last norm
-            ends_encoder = gap == num_encoder_layers and parameter in of_encoder and 0 not in gaps
-            users[parameter].update(range(stage, len(starts)) if ends_encoder else [stage])
-    for indices, attention in _first_attentions(traced.layers, num_encoder_layers):
-        users[attention.relative_attention_bias.weight].update(stage_of[index] for index in indices)
+        users[parameter].update(stage_of[min(gap, num_layers - 1)] for gap in gaps)
+    for indices, path, names in _position_biases(traced.layers, num_encoder_layers):
+        first = traced.layers[indices[0]].get_submodule(path)
+        for name in names:
+            users[getattr(first, name).weight].update(stage_of[index] for index in indices)
     return {parameter: tuple(sorted(stages or {0})) for parameter, stages in users.items()}
 
 
@@ -449,12 +446,16 @@ def _messages(starts: list[int], num_encoder_layers: int, stage: int) -> frozens
     return frozenset({starts[stage] - 1, *([num_encoder_layers - 1] if has_decoder else [])})
 
 
-def _first_attentions(layers: list[nn.Module], num_encoder_layers: int) -> Iterator[tuple[range, nn.Module]]:
-    """Yield the attention of T5 that computes the position bias of all layers of a stack, and these layers' indices."""
+def _position_biases(layers: list[nn.Module], num_encoder_layers: int) -> Iterator[tuple[range, str, list[str]]]:
+    """Yield which attention of T5 computes the position bias of all layers of a stack.
+
+    Each is the indices of these layers, the attention's path in the first of them, and the names of its embeddings.
+    """
     for indices in (range(num_encoder_layers), range(num_encoder_layers, len(layers))):
         for path, attention in layers[indices[0]].named_modules() if indices else ():
             if _computes_bias(attention) and not _computes_bias(layers[indices[-1]].get_submodule(path)):
-                yield indices, attention
+                names = [name for name, _ in attention.named_children() if name.endswith("relative_attention_bias")]
+                yield indices, path, names
 
 
 def _computes_bias(attention: nn.Module) -> bool:
@@ -462,12 +463,11 @@ def _computes_bias(attention: nn.Module) -> bool:
 
 
 def _share_position_bias(layers: list[nn.Module], num_encoder_layers: int, own: range) -> None:
-    """Let the first own layer of each stack of T5 compute the position bias, with the weight of the stack's first."""
-    for indices, attention in _first_attentions(layers, num_encoder_layers):
+    """Let the first own layer of each stack of T5 compute the position bias, with the weights of the stack's first."""
+    for indices, path, names in _position_biases(layers, num_encoder_layers):
         mine = [index for index in indices if index in own]
         if mine and mine[0] != indices[0]:
-            path = next(path for path, module in layers[indices[0]].named_modules() if module is attention)
-            other = layers[mine[0]].get_submodule(path)
+            first, other = (layers[index].get_submodule(path) for index in (indices[0], mine[0]))
             other.has_relative_attention_bias = True
-            # not as a submodule, because the weight keeps its one name
-            vars(other)["relative_attention_bias"] = attention.relative_attention_bias
+            # not as submodules, because weights keep their one name
+            vars(other).update((name, getattr(first, name)) for name in names)

@@ -4,7 +4,7 @@ The model's forward is traced once, on two tokens, with weights that take no mem
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from inspect import signature
 from itertools import accumulate
@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
+from lowmem.distributed.graph import Graph
 from lowmem.distributed.placement import original_class, training_layers
 from lowmem.errors import UsageError
 
@@ -44,17 +46,39 @@ def trace(model: PreTrainedModel) -> Trace:
     """Trace the forward of a model. Raises UsageError for one that a pipeline does not support."""
     layers = training_layers(model, "pp_size")
     kind = original_class(model).__name__
+    for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
+        if getattr(model.config.get_text_config(), name, False):
+            found = f"a stage computes what {name} returns for its own layers only"
+            raise UsageError(f"{found}: set it to false in the model's config, or pp_size=1")
+    encoder = set(model.get_encoder().modules()) if model.config.is_encoder_decoder else set()
     order: list[nn.Module] = []
     num_outputs: list[int | None] = []
     made: list[Tensor] = []  # other outputs of layers than hidden states
+    returned: list[Tensor] = []  # hidden states
+    computed: set[Node] = set()  # between layers
     with _placeholders(model) as original, _Uses(original, order) as uses:
+
+        def computed_from(tensor: Tensor, index: int) -> Graph:
+            """Raise UsageError if `tensor` needs more than weights and the output of the layer of this index."""
+            graph = Graph.of([tensor])
+            if not graph.nodes.isdisjoint(computed) or any(
+                output in graph.leaves for at, output in enumerate(returned) if at != index
+            ):
+                what = f"{kind} uses the input of a layer after that layer, too"
+                raise UsageError(f"pp_size sends only outputs of layers from stage to stage, but {what}: set pp_size=1")
+            return graph
 
         def replacement(layer: nn.Module) -> Callable:
             def skip(*args, **kwargs):
                 if layer in order:
                     raise UsageError(f"pp_size needs layers that a forward calls once, but {kind} calls some again")
                 hidden = hidden_of(args, kwargs)
+                computed.update(computed_from(hidden, len(order) - 1).nodes)
                 arguments = signature(type(layer).forward).bind(layer, *args, **kwargs).arguments
+                if (of_encoder := arguments.get("encoder_hidden_states")) is not None:
+                    graph = computed_from(of_encoder, sum(other in encoder for other in order) - 1)
+                    for weight in graph.leaves & original.keys():  # such as of the encoder's last norm
+                        uses[original[weight]].add(len(order))
                 known = _MESSAGES | _BIASES if any(map(is_of_t5, layer.modules())) else _MESSAGES
                 others = {name: tree_leaves(value) for name, value in arguments.items() if name not in known}
                 if found := [name for name, leaves in others.items() if any(map(is_of_layer, leaves))]:
@@ -66,6 +90,7 @@ def trace(model: PreTrainedModel) -> Trace:
                 order.append(layer)
                 num_outputs.append(len(outputs) if isinstance(outputs, tuple) else None)
                 hidden = hidden.detach().requires_grad_()
+                returned.append(hidden)
                 if not isinstance(outputs, tuple):
                     return hidden
                 others = tree_map_only(Tensor, placeholder, outputs[1:])
@@ -82,7 +107,7 @@ def trace(model: PreTrainedModel) -> Trace:
             inputs["decoder_input_ids"] = inputs["input_ids"]
         with replaced_forwards(layers, replacement), torch.enable_grad():
             try:
-                model(**inputs)
+                computed_from(model(**inputs)[0], len(order) - 1)
             except UsageError:
                 raise
             except Exception as error:
@@ -90,7 +115,6 @@ def trace(model: PreTrainedModel) -> Trace:
                 raise UsageError(f"pp_size needs a model of text, but {kind} fails on two tokens ({reason})") from error
     if len(order) < len(layers):
         raise UsageError(f"pp_size needs layers that a forward calls once, but {kind} leaves some out: set pp_size=1")
-    encoder = set(model.get_encoder().modules()) if model.config.is_encoder_decoder else set()
     within = {parameter for layer in layers for parameter in layer.parameters()}
     outside = {parameter: gaps for parameter, gaps in uses.items() if parameter not in within}
     return Trace(order, num_outputs, sum(layer in encoder for layer in order), outside)
@@ -156,10 +180,12 @@ def _on_meta(layer: nn.Module, args: Sequence[object], kwargs: dict[str, object]
     state = {name: x.detach() for name, x in (*layer.named_parameters(), *layer.named_buffers())}
 
     def call(dtype: torch.dtype | None) -> tuple[Tensor, object]:
-        def on_meta(x: Tensor) -> Tensor:
+        def on_meta(x: Tensor | MutableMapping) -> Tensor | MutableMapping:
+            if isinstance(x, MutableMapping):  # such as KVSharingDict: fails if the layer needs what others put there
+                return type(x)()
             return x.detach().to("meta", dtype if x.is_floating_point() else None)
 
-        outline, inputs, named = tree_map_only(Tensor, on_meta, (state, args, kwargs))
+        outline, inputs, named = tree_map_only((Tensor, MutableMapping), on_meta, (state, args, kwargs))
         return hidden_of(inputs, named), functional_call(layer, outline, inputs, named)
 
     try:
@@ -212,8 +238,10 @@ class _Uses(TorchFunctionMode):
         return self._uses
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") != "__get__":  # such as weight.dtype
+        result = function(*args, **(kwargs or {}))
+        is_attribute = getattr(function, "__name__", "") == "__get__"
+        if not is_attribute or isinstance(result, Tensor):  # weight.T, but not weight.dtype
             for x in tree_leaves((args, kwargs or {})):
                 if isinstance(x, nn.Parameter) and x in self._original:
                     self._uses[self._original[x]].add(len(self._order))
-        return function(*args, **(kwargs or {}))
+        return result

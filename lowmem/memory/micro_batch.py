@@ -1,6 +1,6 @@
 """A micro-batch whose layers others run: a coroutine that pauses at each layer, its calls of layers, their backward."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import copy_context
 from typing import NamedTuple
@@ -9,10 +9,11 @@ from weakref import ref
 import torch
 from greenlet import greenlet
 from torch import Tensor, nn
-from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import Cache
 
+from lowmem.distributed.graph import Graph
 from lowmem.distributed.stages import hidden_of
 from lowmem.errors import UsageError
 from lowmem.memory.offload import Offload, OffloadedCopy
@@ -82,7 +83,7 @@ class MicroBatch(greenlet):
         loss = self._forward()
         with torch.autocast(self.device.type, enabled=False):
             # keep the graph if a later backward, of a layer's input, uses a part of it too
-            loss.backward(retain_graph=not _Graph.of([loss]).nodes.isdisjoint(self.graph_left().nodes))
+            loss.backward(retain_graph=not Graph.of([loss]).nodes.isdisjoint(self.graph_left().nodes))
         return loss.detach()
 
     def value_of(self, tensor: Tensor) -> _Value:
@@ -98,33 +99,13 @@ class MicroBatch(greenlet):
         leaf.register_post_accumulate_grad_hook(value.add)
         return leaf, value
 
-    def graph_left(self) -> "_Graph":
+    def graph_left(self) -> Graph:
         """Return the part of this micro-batch's own graph through which backward will go on."""
-        return _Graph.of(value.tensor for _, value in self._values.values() if value.tensor is not None)
+        return Graph.of(value.tensor for _, value in self._values.values() if value.tensor is not None)
 
     def _note(self, tensor: Tensor, value: _Value) -> _Value:
         self._values[id(tensor)] = ref(tensor), value
         return value
-
-
-class _Graph(NamedTuple):
-    """The graph by which tensors were computed."""
-
-    nodes: set[Node]
-    leaves: set[Tensor]
-
-    @classmethod
-    def of(cls, tensors: Iterable[Tensor]) -> "_Graph":
-        tensors = list(tensors)
-        graph, left = cls(set(), {x for x in tensors if x.is_leaf}), [x.grad_fn for x in tensors]
-        while left:
-            node = left.pop()
-            if hasattr(node, "variable"):  # the node that sums a leaf's gradient
-                graph.leaves.add(node.variable)
-            elif node is not None and node not in graph.nodes:
-                graph.nodes.add(node)
-                left += [before for before, _ in node.next_functions]
-        return graph
 
 
 def _thread_state(device: torch.device) -> tuple[object, ...]:
