@@ -7,6 +7,7 @@ with layers of the decoder. A weight that several stages use, such as tied embed
 gradients are summed.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
@@ -173,8 +174,17 @@ class Stages:
         """Return `output` as the layer of this index returns it."""
         return shaped(output, self._num_outputs[index])
 
-    def output_of(self, index: int, outputs: object) -> Tensor:
-        return outputs if self._num_outputs[index] is None else outputs[0]
+    def output_of(self, index: int, outputs: object, hidden: Tensor) -> Tensor:
+        """Return the output of the layer of this index, which returns `outputs` for `hidden`.
+
+        Raises UsageError if it is not like `hidden`, perhaps under autocast, because the next stage expects that.
+        """
+        output = outputs if self._num_outputs[index] is None else outputs[0]
+        if (output.shape, output.dtype) != (hidden.shape, hidden.dtype):
+            what = f"takes {hidden.dtype} {[*hidden.shape]} and returns {output.dtype} {[*output.shape]}"
+            found = f"{type(self.layers[index]).__name__} {what}"
+            raise UsageError(f"pp_size sends hidden states of one shape and dtype, but {found}: set pp_size=1")
+        return output
 
     def counts(self, parameter: nn.Parameter) -> bool:
         """Whether sums over all ranks count this rank's part of a parameter."""
@@ -247,11 +257,12 @@ class Stages:
             forward, index = layer.forward, index_of[layer]
 
             def run(*args, **kwargs):
+                hidden = hidden_of(args, kwargs)
                 if index in self.own:
                     self.store.fetch(layer, None)
                     outputs = forward(*args, **kwargs)
+                    hidden = self.output_of(index, outputs, hidden)
                 else:
-                    hidden = hidden_of(args, kwargs)
                     if index in self.received:
                         if stops and index not in awaited:  # the stages before have ended
                             found = f"the loss runs {type(self._model).__name__} again"
@@ -264,7 +275,7 @@ class Stages:
                             raise
                     outputs = self.shaped(index, hidden)
                 if index in self.sent:
-                    self.links.send_or_fail(self.output_of(index, outputs))
+                    self.links.send_or_fail(hidden)
                     if stops:
                         left.remove(index)
                 if stops and not self.is_last and index == self.own[-1]:
@@ -319,7 +330,7 @@ class Links:
             if rank in line:
                 self.ranks, self._backward = line, group
         self._index = self.ranks.index(rank)
-        self._in_flight: list[tuple[dist.Work, Tensor]] = []
+        self._in_flight: deque[tuple[dist.Work, Tensor]] = deque()
 
     def send(self, tensor: Tensor) -> None:
         """Begin to send `tensor` to the next stage. It must not change before `wait`."""
@@ -362,14 +373,20 @@ class Links:
 
     def wait(self) -> None:
         """Wait until all that was sent has been received. (On a GPU, its stream waits, not the host.)"""
+        while self._in_flight:
+            self._wait_for_oldest()
+
+    def _wait_for_oldest(self) -> None:
+        work, _ = self._in_flight.popleft()
         with collective("sending to a neighbouring stage"):
-            for work, _ in self._in_flight:
-                work.wait()
-        self._in_flight.clear()
+            work.wait()
 
     def _send(self, tensor: Tensor, offset: int, group: dist.ProcessGroup) -> None:
         tensor = tensor.detach().contiguous()
-        self._in_flight = [(work, sent) for work, sent in self._in_flight if not work.is_completed()]
+        # Gloo completes a message only in `wait`. At most one micro-batch for each stage is on its way, with at most
+        # two messages in each direction, so an older message has been received.
+        while len(self._in_flight) >= 4 * len(self.ranks) or (self._in_flight and self._in_flight[0][0].is_completed()):
+            self._wait_for_oldest()
         with collective(f"sending to stage {self._index + offset}"):
             work = dist.isend(tensor, self.ranks[self._index + offset], group=group)
         self._in_flight.append((work, tensor))

@@ -5,6 +5,7 @@ arXiv 2104.04473.) As in layered gradient accumulation, each micro-batch is a co
 layer of another stage, there is a message, or nothing.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -52,7 +53,9 @@ class Pipeline:
     def __init__(self, stages: Stages):
         self._stages, self.store = stages, stages.store
         own = [stages.layers[index] for index in stages.own]
-        self._parameters = {layer: list(layer.parameters()) for layer in own}
+        uses = Counter(parameter for layer in own for parameter in layer.parameters())
+        # the gradient of a weight that layers share is complete after the backward of the first of them
+        self._parameters = {layer: [x for x in layer.parameters() if uses[x] == 1] for layer in own}
         self._alive: dict[int, _Passage] = {}
         self.most_alive = 0
         """The largest number of micro-batches that waited for their backward at a time."""
@@ -95,19 +98,20 @@ class Pipeline:
         for index, layer in enumerate(stages.layers):
             if not isinstance(reached, Call) or reached.layer is not layer:
                 raise self._other_order()
+            hidden = reached.hidden
             if index in stages.own:
                 self.store.fetch(layer, stages.layers[index + 1] if index + 1 in stages.own else None)
                 passage.calls.append(reached)
                 outputs = reached.forward()
+                hidden = stages.output_of(index, outputs, hidden)
             else:
-                hidden = reached.hidden
                 if index in stages.received:
                     message = _Received(micro_batch, hidden, stages)
                     passage.calls.append(message)
                     hidden = message.forward()
                 outputs = stages.shaped(index, hidden)
             if index in stages.sent:
-                passage.calls.append(_Sent(micro_batch, stages.output_of(index, outputs), stages))
+                passage.calls.append(_Sent(micro_batch, hidden, stages))
             if index == stages.own[-1] and not stages.is_last:
                 passage.end()  # frees what its frames hold
                 return None
