@@ -25,12 +25,18 @@ PARTS = {
         "layered": (summaries.layered, _RESULTS + "layered.jsonl"),
     },
     "docs/plan.md": {"plan": (summaries.plan, _RESULTS + "plan.jsonl")},
-    "docs/distributed.md": {"launchers": (summaries.launchers, _RESULTS + "launchers.jsonl")},
+    "docs/distributed.md": {
+        "launchers": (summaries.launchers, _RESULTS + "launchers.jsonl"),
+        "shapes": (summaries.shapes, _RESULTS + "strategies.jsonl"),
+    },
     "docs/checkpoints.md": {
         "checkpoint": (summaries.checkpoint, _RESULTS + "checkpoint.jsonl"),
         "soak": (summaries.soak, _RESULTS + "soak.md"),
     },
-    "docs/results.md": {"comparison": (summaries.comparison, _RESULTS + "compare.jsonl")},
+    "docs/results.md": {
+        "comparison": (summaries.comparison, _RESULTS + "compare.jsonl"),
+        "strategies": (summaries.strategies, _RESULTS + "strategies.jsonl"),
+    },
     "docs/coming-from.md": {"elsewhere": (summaries.elsewhere, "lowmem/config/elsewhere.py")},
     "docs/flags.md": {"flags": (summaries.flags, "lowmem/config/train_config.py")},
 }

@@ -45,12 +45,26 @@ STRATEGIES = {
     "ZeRO-2": ["--deepspeed=zero2.json"],
     "ZeRO-3": ["--deepspeed=zero3.json"],
     "TP-2": ["--tp_size=2"],
+    "PP-2": ["--pp_size=2"],
+    "PP-2 x FULL_SHARD": ["--pp_size=2", "--sharding_strategy=FULL_SHARD"],
+    "PP-2 x TP-2": ["--pp_size=2", "--tp_size=2"],
+}
+# with threshold 0, ZeRO-3 shards these small weights too, which it leaves whole by default
+_SHARDS_ALL = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+DEEPSPEED_CONFIGS = {
+    stage: {"zero_optimization": {"stage": stage} | (_SHARDS_ALL if stage == 3 else {})} for stage in (2, 3)
 }
 
 
 def applies(model: str, strategy: str, processes: int) -> bool:
-    """Return False for TP-2 with T5 (transformers has no tensor-parallel plan) and HYBRID_SHARD on two processes."""
-    return not (strategy == "TP-2" and model == "t5") and not (strategy == "HYBRID_SHARD" and processes < 4)
+    """Return False for TP-2 with T5 (transformers has no tensor-parallel plan), and for too few processes."""
+    of_four = ("HYBRID_SHARD", "PP-2 x FULL_SHARD", "PP-2 x TP-2")
+    return not ("TP-2" in strategy and model == "t5") and not (strategy in of_four and processes < 4)
 
 
 def parse_flags() -> argparse.Namespace:
@@ -71,6 +85,21 @@ def parse_flags() -> argparse.Namespace:
 
 
 # --- in each process of a run
+def state_bytes(state) -> int:
+    """Return the bytes of the weights and the optimizer state that this process holds; shared memory counts once."""
+    from lowmem.distributed.dtensor import local_of
+
+    # ZeRO-3 replaces each weight with an empty tensor and keeps this rank's shard in `ds_tensor`
+    held = [getattr(weight, "ds_tensor", weight) for weight in state.model.parameters()]
+    held += [x for values in state.optimizer.state.values() for x in values.values() if hasattr(x, "nbytes")]
+    by_storage: dict[int, int] = {}
+    for tensor in map(local_of, held):
+        storage = tensor.untyped_storage()
+        taken = by_storage.get(storage.data_ptr(), 0) + tensor.nbytes
+        by_storage[storage.data_ptr()] = min(taken, storage.nbytes())
+    return sum(by_storage.values())
+
+
 def run_rank() -> None:
     """Run lowmem's CLI; record when each phase of `train` ended, and the bytes of weights and optimizer state."""
     marks, record_folder = {"the interpreter": time.time()}, Path(os.environ["LOWMEM_RECORDS"])
@@ -80,7 +109,6 @@ def run_rank() -> None:
     is_rank = "RANK" in os.environ or "--num_processes=1" in sys.argv
     if is_rank:
         import lowmem.train as loop
-        from lowmem.distributed.dtensor import local_of
 
         marks["imports"] = time.time()
         resident = resident_bytes()
@@ -97,15 +125,9 @@ def run_rank() -> None:
             return call
 
         def write(state) -> None:
-            weights = sum(map(local_bytes, state.model.parameters()))
-            kept = [x for values in state.optimizer.state.values() for x in values.values() if hasattr(x, "nbytes")]
-            record = {"marks": marks, "state_bytes": weights + sum(map(local_bytes, kept))}
+            record = {"marks": marks, "state_bytes": state_bytes(state)}
             record["peak_rss_above_import_bytes"] = peak_resident_bytes() - resident
             (record_folder / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(record))
-
-        def local_bytes(tensor) -> int:
-            # ZeRO-3 replaces each weight with an empty tensor and keeps this rank's shard in `ds_tensor`
-            return getattr(tensor, "ds_tensor", local_of(tensor)).nbytes
 
         phases = {
             "init_distributed": "process group",
@@ -213,15 +235,8 @@ def main() -> None:
         folder = Path(name)
         for model, fields in MODELS.items():
             (folder / f"{model}.json").write_text(json.dumps(COMMON | fields))
-        for stage in (2, 3):
-            # with threshold 0, ZeRO-3 shards these small weights too, which it leaves whole by default
-            kept = {
-                "stage3_param_persistence_threshold": 0,
-                "stage3_max_live_parameters": 0,
-                "stage3_max_reuse_distance": 0,
-            }
-            zero = {"stage": stage} | (kept | {"stage3_prefetch_bucket_size": 0} if stage == 3 else {})
-            (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
+        for stage, config in DEEPSPEED_CONFIGS.items():
+            (folder / f"zero{stage}.json").write_text(json.dumps(config))
         for run in runs(flags):
             records.append(about | start(flags, folder, *run))
             print(*run, records[-1].get("failed", "done"), flush=True)

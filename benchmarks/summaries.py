@@ -14,6 +14,7 @@ from data import EPOCH_FRACTIONS, cell, grid
 from launchers import STRATEGIES
 from memory import BASELINE, GIB, MODELS, peaks_of
 from records import MIB, Record
+from strategies import by_shape, compared, latest
 
 from lowmem.config.elsewhere import DEFAULTS, FRACTION, SOURCES
 from lowmem.config.help import help_text
@@ -287,6 +288,17 @@ def launchers(records: Sequence[Record]) -> list[str]:
     how = f"fp32; one run each; one process holds {' or '.join(unsharded.values())}; launchers: {names}"
     strategies = [strategy for strategy in STRATEGIES if (strategy,) in by(several, "strategy")]
     return [*grid(head, list(map(line, strategies))), "", source(records, how)]
+
+
+def strategies(records: Sequence[Record]) -> list[str]:
+    """Tabulate ways to train: what a process holds and sends, and what that costs."""
+    sources = [*latest(records, "measured"), *latest(records, "predicted")]
+    return [*compared(records), "", source(sources, "Medians of interleaved runs, and the smallest and largest ratio")]
+
+
+def shapes(records: Sequence[Record]) -> list[str]:
+    """Tabulate what a card sends in a step, and what it holds, on several cards."""
+    return [*by_shape(records), "", source(latest(records, "shapes"), "Predicted on fake tensors, as `plan` does")]
 
 
 def flags(_: str) -> list[str]:
