@@ -451,6 +451,28 @@ def all_tensors(folder):
     }
 
 
+# --- memory
+
+
+def count_tensors():
+    accelerator = init_distributed()
+    model = parallelize(build("llama"), accelerator, pp_size=2)
+    found = []
+
+    def counted(model, batch):
+        found.append(sum(isinstance(x, torch.Tensor) and x.shape[2:] == (32,) for x in gc.get_objects()))
+        return chunked_loss(model, batch)
+
+    state = TrainState(model, make_optimizer(model, memory="off"))
+    train_step(state, batches_of(False)[:1] * 30, counted, accelerator, learning_rate=0.1)
+    assert found[-1] == found[15], found
+    accelerator.end_training()
+
+
+def test_a_stage_frees_what_it_has_sent():
+    assert fork_ranks(2, count_tensors) == [0, 0]
+
+
 # --- what is refused, and failures
 
 
@@ -460,9 +482,18 @@ def shares_a_layer():
     return model
 
 
+def adds_its_embeddings():
+    model, kept = build("llama"), []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: kept.append(output))
+    model.model.norm.register_forward_pre_hook(lambda module, args: (args[0] + kept.pop(),))
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (adds_its_embeddings, "LlamaForCausalLM uses the input of a layer after that layer, too: set pp_size=1"),
+        (lambda: build("llama", output_attentions=True), "a stage computes what output_attentions returns for its own"),
         (shares_a_layer, "layers that a forward calls once, but LlamaForCausalLM calls some again"),
         (lambda: made("roformer"), "layers of RoFormerForCausalLM take sinusoidal_pos from other parts of the model"),
         (lambda: made("cpmant"), "CpmAntForCausalLM has no layers of that kind: remove pp_size"),
