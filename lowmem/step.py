@@ -119,8 +119,8 @@ def train_step(
     error, or OutOfMemory. DDP may wrap `state.model`.
     `before_update(gradients)` is called on every rank, in a step with a target, with {parameter name: gradient}: summed
     over micro-batches and ranks, divided by the number of targets, not clipped and perhaps not finite; in fp32, or in
-    the tier's bf16; of a sharded parameter, a DTensor. It changes them in place. `grad_norm` is the norm after it. A rank
-    of a pipeline passes the gradients of its stage: all stages that hold a weight must change its gradient equally.
+    the tier's bf16; of a sharded parameter, a DTensor. It changes them in place. `grad_norm` is the norm after it. A
+    rank of a pipeline passes the gradients of its stage. All stages of a weight must change its gradient equally.
     Raises ValueError if `Gradients` does, and UsageError on every rank if ranks of a sharded model have different
     numbers of micro-batches. Cost: two small host collectives, one gradient reduction, one device sync.
     """

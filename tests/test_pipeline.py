@@ -30,7 +30,7 @@ from lowmem.distributed.pipeline import stages_of
 from lowmem.distributed.placement import data_place
 from lowmem.distributed.setup import init_distributed
 from lowmem.distributed.sharding import parallelize
-from lowmem.distributed.stages import trace
+from lowmem.distributed.trace import trace
 from lowmem.errors import RankError, SaveError, UsageError
 from lowmem.evaluation import evaluate, generate
 from lowmem.loss import chunked_loss, plain_loss

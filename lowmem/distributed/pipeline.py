@@ -7,9 +7,8 @@ with layers of the decoder. A weight that several stages use, such as tied embed
 gradients are summed.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 
 import torch
@@ -22,6 +21,8 @@ from transformers import PreTrainedModel
 from lowmem.distributed.collectives import collective, gather_json, raise_error_of_any_rank, sum_over_ranks
 from lowmem.distributed.dtensor import is_first_copy, local_of
 from lowmem.distributed.gathered import Gathered, Resident, Store
+from lowmem.distributed.links import Links, StageFailed, lines_of
+from lowmem.distributed.partition import messages_to, share_position_bias, starts_of_stages, users_of_weights
 from lowmem.distributed.placement import (
     PIPELINE_MESH,
     TENSOR_PARALLEL_MESH,
@@ -31,11 +32,9 @@ from lowmem.distributed.placement import (
     unwrapped,
 )
 from lowmem.distributed.reduce import all_reduce_sum
-from lowmem.distributed.stages import (
+from lowmem.distributed.trace import (
     Trace,
-    balanced,
     hidden_of,
-    is_of_t5,
     placeholder,
     replaced_forwards,
     shaped,
@@ -65,7 +64,7 @@ def split_into_stages(model: PreTrainedModel, mesh: DeviceMesh, starts: Sequence
     model that a pipeline does not support, or that has fewer layers than stages.
     """
     traced = trace(model)
-    starts = _starts(model, traced, mesh.size(1)) if starts is None else list(starts)
+    starts = starts_of_stages(model, traced, mesh.size(1)) if starts is None else list(starts)
     place_on_mesh(model, mesh)
     # an attribute, because a table would keep the model for ever
     setattr(model, _STAGES, Stages(model, mesh, traced, starts))
@@ -77,7 +76,7 @@ def depths_of_stages(model: PreTrainedModel, num_stages: int) -> list[tuple[int,
     Raises UsageError as `split_into_stages` does.
     """
     traced = trace(model)
-    starts = _starts(model, traced, num_stages)
+    starts = starts_of_stages(model, traced, num_stages)
     ends = [*starts[1:], len(traced.layers)]
     before = [min(index, traced.num_encoder_layers) for index in starts]
     after = [min(index, traced.num_encoder_layers) for index in ends]
@@ -116,11 +115,11 @@ class Stages:
         self.own = range(starts[self.index], [*starts, len(self.layers)][self.index + 1])
         """The indices of this stage's layers."""
         self._model, self._mesh = model, mesh
-        users = _users(model, traced, starts)
+        users = users_of_weights(model, traced, starts)
         self.links = Links(mesh)
-        self.received = _messages(starts, traced.num_encoder_layers, self.index)
+        self.received = messages_to(starts, traced.num_encoder_layers, self.index)
         """The layers whose outputs come from the stage before."""
-        self.sent = _messages(starts, traced.num_encoder_layers, self.index + 1) if not self.is_last else frozenset()
+        self.sent = messages_to(starts, traced.num_encoder_layers, self.index + 1) if not self.is_last else frozenset()
         """The layers whose outputs go to the next stage."""
         names = {parameter: name for name, parameter in model.named_parameters()}
         shared = {names[parameter]: stages for parameter, stages in users.items() if len(stages) > 1}
@@ -132,7 +131,7 @@ class Stages:
         self.counted_before = {name for name, stages in shared.items() if self.index > stages[0]}
         """The names of shared weights that an earlier stage has too."""
         self._placeholders: list[tuple[nn.Module, str]] = []
-        _share_position_bias(self.layers, traced.num_encoder_layers, self.own)
+        share_position_bias(self.layers, traced.num_encoder_layers, self.own)
         self._drop_weights({parameter for parameter, stages in users.items() if self.index in stages})
         self.needs_gradients = any(stage < self.index for stage in trained)
         """Whether the stages before this one need the gradients of their outputs."""
@@ -213,7 +212,7 @@ class Stages:
             result = [value.item(), {name: [float(x) for x in pair] for name, pair in pairs.items()}]
         except _StageEnd:
             pass
-        except _StageFailed as caught:
+        except StageFailed as caught:
             if self._has_collectives:
                 raise RankError(f"stage {self.index - 1} has failed in a forward") from caught
         except Exception as caught:
@@ -270,7 +269,7 @@ class Stages:
                         awaited.discard(index)
                         try:
                             hidden = self.links.receive_or_fail(hidden.shape, hidden.dtype)
-                        except _StageFailed:
+                        except StageFailed:
                             awaited.clear()  # it sends no more
                             raise
                     outputs = self.shaped(index, hidden)
@@ -311,180 +310,13 @@ class _StageEnd(BaseException):
     """Ends a forward after the last layer of a stage. Not an Exception, so that no loss function catches it."""
 
 
-class _StageFailed(Exception):
-    """A stage before this one has failed."""
-
-
-class Links:
-    """The connections of a stage with its neighbours, one for forward and one for backward."""
-
-    def __init__(self, mesh: DeviceMesh):
-        rank = dist.get_rank()
-        self.device = torch.device(mesh.device_type)
-        self._forward = mesh.get_group(1)
-        self.sent_bytes = 0
-        """Bytes of all messages that this process has sent."""
-        for line in _lines(mesh):  # all processes make all groups, in one order
-            # a group of its own, because NCCL runs what is sent and received in a group in one order
-            group = dist.new_group(line)
-            if rank in line:
-                self.ranks, self._backward = line, group
-        self._index = self.ranks.index(rank)
-        self._in_flight: deque[tuple[dist.Work, Tensor]] = deque()
-
-    def send(self, tensor: Tensor) -> None:
-        """Begin to send `tensor` to the next stage. It must not change before `wait`."""
-        self._send(tensor, 1, self._forward)
-
-    def receive(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Receive a tensor from the stage before."""
-        return self._receive(shape, dtype, -1, self._forward)
-
-    def send_back(self, gradient: Tensor) -> None:
-        """Begin to send a gradient to the stage before."""
-        self._send(gradient, -1, self._backward)
-
-    def receive_back(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Receive a gradient from the next stage."""
-        return self._receive(shape, dtype, 1, self._backward)
-
-    def send_or_fail(self, tensor: Tensor | None) -> None:
-        """Send `tensor` to the next stage or, if it is None, that this stage has failed."""
-        num_bytes = -1 if tensor is None else tensor.nbytes
-        self.send(torch.tensor([num_bytes], dtype=torch.int64, device=self.device))
-        if tensor is not None:
-            self.send(tensor.detach().contiguous().view(-1).view(torch.uint8))
-
-    def receive_or_fail(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Receive what the stage before passes to `send_or_fail`. Raises _StageFailed if it has failed."""
-        return self._received_bytes().view(dtype).view(shape)
-
-    def drop(self, count: int) -> None:
-        """Receive what the stage before passes to `count` calls of `send_or_fail`, or until it fails, for no use."""
-        with suppress(_StageFailed):
-            for _ in range(count):
-                self._received_bytes()
-
-    def _received_bytes(self) -> Tensor:
-        num_bytes = int(self.receive(torch.Size([1]), torch.int64).item())
-        if num_bytes < 0:
-            raise _StageFailed
-        return self.receive(torch.Size([num_bytes]), torch.uint8)
-
-    def wait(self) -> None:
-        """Wait until all that was sent has been received. (On a GPU, its stream waits, not the host.)"""
-        while self._in_flight:
-            self._wait_for_oldest()
-
-    def _wait_for_oldest(self) -> None:
-        work, _ = self._in_flight.popleft()
-        with collective("sending to a neighbouring stage"):
-            work.wait()
-
-    def _send(self, tensor: Tensor, offset: int, group: dist.ProcessGroup) -> None:
-        tensor = tensor.detach().contiguous()
-        # Gloo completes a message only in `wait`. At most one micro-batch for each stage is on its way, with at most
-        # two messages in each direction, so an older message has been received.
-        while len(self._in_flight) >= 4 * len(self.ranks) or (self._in_flight and self._in_flight[0][0].is_completed()):
-            self._wait_for_oldest()
-        with collective(f"sending to stage {self._index + offset}"):
-            work = dist.isend(tensor, self.ranks[self._index + offset], group=group)
-        self._in_flight.append((work, tensor))
-        self.sent_bytes += tensor.nbytes
-
-    def _receive(self, shape: torch.Size, dtype: torch.dtype, offset: int, group: dist.ProcessGroup) -> Tensor:
-        received = torch.empty(shape, dtype=dtype, device=self.device)
-        with collective(f"waiting for stage {self._index + offset}"):
-            dist.recv(received, self.ranks[self._index + offset], group=group)
-        return received
-
-
 def _groups(mesh: DeviceMesh, shared: dict[str, tuple[int, ...]]) -> list[tuple[list[str], dist.ProcessGroup]]:
     """Return the names of the weights that this process shares with the same other stages, and their group."""
     groups = []
     for stages in sorted(set(shared.values())):
-        for line in _lines(mesh):
+        for line in lines_of(mesh):
             ranks = [line[index] for index in stages]
             group = dist.new_group(ranks)
             if dist.get_rank() in ranks:
                 groups.append(([name for name, those in shared.items() if those == stages], group))
     return groups
-
-
-def _lines(mesh: DeviceMesh) -> list[list[int]]:
-    """Return the ranks of each line of stages."""
-    return mesh.mesh.movedim(1, -1).reshape(-1, mesh.size(1)).tolist()
-
-
-def _starts(model: PreTrainedModel, traced: Trace, num_stages: int) -> list[int]:
-    """Return the index of each stage's first layer.
-
-    A layer's part of all weights is its part of the time, because each weight multiplies each token once. Embeddings
-    before the layers are looked up, which takes memory but no time, while a head takes both. Raises UsageError if there
-    are fewer layers than stages.
-    """
-    if len(traced.layers) < num_stages:
-        found = f"{type(model).__name__} has {len(traced.layers)} layers"
-        raise UsageError(f"pp_size={num_stages} needs a layer for each stage, but {found}: lower pp_size")
-    numel = [sum(x.numel() for x in layer.parameters()) for layer in traced.layers]
-    ends = {0: 0, len(traced.layers): 0}
-    for parameter, gaps in traced.uses.items():
-        for gap in gaps & ends.keys():
-            ends[gap] += parameter.numel()
-    embeddings, head = ends[0], ends[len(traced.layers)]
-    time, held = sum(numel) + head, sum(numel) + embeddings + head
-    return balanced(
-        [size / time + size / held for size in numel], embeddings / held, head / time + head / held, num_stages
-    )
-
-
-def _users(model: nn.Module, traced: Trace, starts: list[int]) -> dict[nn.Parameter, tuple[int, ...]]:
-    """Return which stages hold each parameter of `model`."""
-    num_layers, num_encoder_layers = len(traced.layers), traced.num_encoder_layers
-    stage_of = [sum(start <= index for start in starts) - 1 for index in range(num_layers)]
-    users: dict[nn.Parameter, set[int]] = {parameter: set() for parameter in model.parameters()}
-    for index, layer in enumerate(traced.layers):
-        for parameter in layer.parameters():
-            users[parameter].add(stage_of[index])
-    for parameter, gaps in traced.uses.items():
-        users[parameter].update(stage_of[min(gap, num_layers - 1)] for gap in gaps)
-    for indices, path, names in _position_biases(traced.layers, num_encoder_layers):
-        first = traced.layers[indices[0]].get_submodule(path)
-        for name in names:
-            users[getattr(first, name).weight].update(stage_of[index] for index in indices)
-    return {parameter: tuple(sorted(stages or {0})) for parameter, stages in users.items()}
-
-
-def _messages(starts: list[int], num_encoder_layers: int, stage: int) -> frozenset[int]:
-    """Return the layers whose outputs stage `stage` - 1 sends to `stage`."""
-    if stage == 0:
-        return frozenset()
-    has_decoder = 0 < num_encoder_layers <= starts[stage]
-    return frozenset({starts[stage] - 1, *([num_encoder_layers - 1] if has_decoder else [])})
-
-
-def _position_biases(layers: list[nn.Module], num_encoder_layers: int) -> Iterator[tuple[range, str, list[str]]]:
-    """Yield which attention of T5 computes the position bias of all layers of a stack.
-
-    Each is the indices of these layers, the attention's path in the first of them, and the names of its embeddings.
-    """
-    for indices in (range(num_encoder_layers), range(num_encoder_layers, len(layers))):
-        for path, attention in layers[indices[0]].named_modules() if indices else ():
-            if _computes_bias(attention) and not _computes_bias(layers[indices[-1]].get_submodule(path)):
-                names = [name for name, _ in attention.named_children() if name.endswith("relative_attention_bias")]
-                yield indices, path, names
-
-
-def _computes_bias(attention: nn.Module) -> bool:
-    return is_of_t5(attention) and attention.has_relative_attention_bias
-
-
-def _share_position_bias(layers: list[nn.Module], num_encoder_layers: int, own: range) -> None:
-    """Let the first own layer of each stack of T5 compute the position bias, with the weights of the stack's first."""
-    for indices, path, names in _position_biases(layers, num_encoder_layers):
-        mine = [index for index in indices if index in own]
-        if mine and mine[0] != indices[0]:
-            first, other = (layers[index].get_submodule(path) for index in (indices[0], mine[0]))
-            other.has_relative_attention_bias = True
-            # not as submodules, because weights keep their one name
-            vars(other).update((name, getattr(first, name)) for name in names)

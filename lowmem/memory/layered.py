@@ -23,7 +23,7 @@ from lowmem.distributed.gathered import Gathered, Resident, Store
 from lowmem.distributed.offloaded import offloaded_of
 from lowmem.distributed.pipeline import stages_of
 from lowmem.distributed.placement import device_of, is_sharded, layer_drop, tensor_mesh, training_layers, unwrapped
-from lowmem.distributed.stages import replaced_forwards
+from lowmem.distributed.trace import replaced_forwards
 from lowmem.errors import UsageError
 from lowmem.memory.micro_batch import Autocast, Call, MicroBatch
 from lowmem.memory.offload import Offload, host_of

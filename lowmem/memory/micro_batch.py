@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import Cache
 
 from lowmem.distributed.graph import Graph
-from lowmem.distributed.stages import hidden_of
+from lowmem.distributed.trace import hidden_of
 from lowmem.errors import UsageError
 from lowmem.memory.offload import Offload, OffloadedCopy
 

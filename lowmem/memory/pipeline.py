@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowmem.distributed.pipeline import Stages, stages_of
 from lowmem.distributed.seeds import seed_of
-from lowmem.distributed.stages import replaced_forwards
+from lowmem.distributed.trace import replaced_forwards
 from lowmem.errors import UsageError
 from lowmem.memory.layered import Complete
 from lowmem.memory.micro_batch import Autocast, Call, MicroBatch

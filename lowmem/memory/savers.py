@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from lowmem.distributed.fully_sharded import unsharded_parameters
 from lowmem.distributed.pipeline import stages_of
 from lowmem.distributed.placement import device_of, training_layers, unwrapped
-from lowmem.distributed.stages import replaced_forwards
+from lowmem.distributed.trace import replaced_forwards
 from lowmem.errors import UsageError
 from lowmem.kernels.compilers import has_triton
 from lowmem.memory.layered import layered

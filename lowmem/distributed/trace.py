@@ -1,13 +1,12 @@
-"""Divide a model's layers into contiguous stages, and find which stage uses which weight.
+"""Find how a model's forward uses its layers and weights, and replace the forwards of layers.
 
-The model's forward is traced once, on two tokens, with weights that take no memory.
+The forward is traced once, on two tokens, with weights that take no memory.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from inspect import signature
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -155,24 +154,6 @@ def replaced_forwards(layers: Iterable[nn.Module], replacement: Callable[[nn.Mod
 def placeholder(tensor: Tensor, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
     """Return zeros of the same shape that take the memory of one element."""
     return torch.zeros((), dtype=dtype or tensor.dtype, device=device).expand(tensor.shape)
-
-
-def balanced(costs: Sequence[float], first: float, last: float, num_stages: int) -> list[int]:
-    """Return where each stage begins, so that the most expensive one costs least. Each has one layer or more.
-
-    `costs` are those of the layers; the first and the last stage cost `first` and `last` more.
-    """
-    sums = [0.0, *accumulate(costs)]
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # by where the next stage begins
-    for stage in range(num_stages):
-        extra = first * (stage == 0) + last * (stage == num_stages - 1)
-        reached: dict[int, tuple[float, list[int]]] = {}
-        for start, (worst, starts) in best.items():
-            for end in range(start + 1, len(costs) - (num_stages - 1 - stage) + 1):
-                found = max(worst, sums[end] - sums[start] + extra), [*starts, start]
-                reached[end] = min(reached.get(end, found), found)
-        best = reached
-    return best[len(costs)][1]
 
 
 def _on_meta(layer: nn.Module, args: Sequence[object], kwargs: dict[str, object], kind: str) -> object:
