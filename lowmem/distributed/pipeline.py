@@ -133,10 +133,6 @@ class Stages:
         self._placeholders: list[tuple[nn.Module, str]] = []
         share_position_bias(self.layers, traced.num_encoder_layers, self.own)
         self._drop_weights({parameter for parameter, stages in users.items() if self.index in stages})
-        self.needs_gradients = any(stage < self.index for stage in trained)
-        """Whether the stages before this one need the gradients of their outputs."""
-        self.returns_gradients = not self.is_last and any(stage <= self.index for stage in trained)
-        """Whether the next stage returns the gradients of its inputs."""
         self.schedule: object | None = None
         """The pipeline (memory/pipeline.py) that runs these stages, after its first step."""
 

@@ -176,10 +176,8 @@ class _Received:
     """An output of an earlier stage: a message in forward, whose gradient is one in backward."""
 
     def __init__(self, micro_batch: MicroBatch, like: Tensor, stages: Stages):
-        self._links, self._shape, self._dtype, self._value = stages.links, like.shape, like.dtype, None
-        self._output = stages.links.receive(like.shape, like.dtype)
-        if stages.needs_gradients:
-            self._output, self._value = micro_batch.new_leaf(self._output)
+        self._links, self._shape, self._dtype = stages.links, like.shape, like.dtype
+        self._output, self._value = micro_batch.new_leaf(stages.links.receive(like.shape, like.dtype))
 
     def forward(self) -> Tensor:
         """Return the output, which the caller must keep."""
@@ -187,25 +185,21 @@ class _Received:
         return output
 
     def backward(self, autocast: Autocast) -> None:
-        if self._value is not None:
-            gradient, self._value.gradient = self._value.gradient, None
-            if gradient is None:  # nothing that was computed from it reaches the loss
-                gradient = torch.zeros(self._shape, dtype=self._dtype, device=self._links.device)
-            self._links.send_back(gradient)
+        gradient, self._value.gradient = self._value.gradient, None
+        if gradient is None:  # nothing that was computed from it reaches the loss
+            gradient = torch.zeros(self._shape, dtype=self._dtype, device=self._links.device)
+        self._links.send_back(gradient)
 
 
 class _Sent:
     """An output that a later stage takes."""
 
     def __init__(self, micro_batch: MicroBatch, output: Tensor, stages: Stages):
-        self._links = stages.links
-        self._value = micro_batch.value_of(output) if stages.returns_gradients and output.requires_grad else None
-        self._returns, self._shape, self._dtype = stages.returns_gradients, output.shape, output.dtype
+        self._links, self._shape, self._dtype = stages.links, output.shape, output.dtype
+        self._value = micro_batch.value_of(output) if output.requires_grad else None
         stages.links.send(output)
 
     def backward(self, autocast: Autocast) -> None:
-        if not self._returns:
-            return
         gradient = self._links.receive_back(self._shape, self._dtype)
         if self._value is not None:
             before = self._value.gradient
