@@ -15,7 +15,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, GPT2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    ByT5Tokenizer,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GPT2Config,
+)
 
 from lowmem.adapters.lora import add_lora
 from lowmem.checkpoint.load import latest_checkpoint, load_checkpoint
@@ -26,6 +34,7 @@ from lowmem.data.eval_batches import open_eval
 from lowmem.data.stream import open_stream
 from lowmem.distributed.collectives import gather_json
 from lowmem.distributed.dtensor import local_of
+from lowmem.distributed.partition import users_of_weights
 from lowmem.distributed.pipeline import stages_of
 from lowmem.distributed.placement import data_place
 from lowmem.distributed.setup import init_distributed
@@ -449,6 +458,36 @@ def all_tensors(folder):
     return {
         name: x for file in (folder / "step-00000002").rglob("*.safetensors") for name, x in load_file(file).items()
     }
+
+
+# --- which stages hold which weights
+
+
+def stages_with(model, starts):
+    """Return which stages hold each weight, by name."""
+    users = users_of_weights(model, trace(model), starts)
+    return {name: users[parameter] for name, parameter in model.named_parameters()}
+
+
+def test_stages_of_a_decoder_hold_what_comes_between_encoder_and_decoder():
+    sizes = {"num_attention_heads": 4, "intermediate_size": 32, "pad_token_id": 0}
+    encoder = BertConfig(hidden_size=16, num_hidden_layers=2, **sizes)
+    decoder = BertConfig(hidden_size=32, num_hidden_layers=3, is_decoder=True, add_cross_attention=True, **sizes)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder, decoder_start_token_id=0)
+    found = stages_with(EncoderDecoderModel(config), [0, 1, 3, 4])
+    assert found["enc_to_dec_proj.weight"] == (1, 2, 3)
+    assert found["encoder.embeddings.word_embeddings.weight"] == (0,)
+    assert found["decoder.bert.embeddings.word_embeddings.weight"] == (1, 3)  # the head is tied to them
+
+
+def test_stages_of_a_stack_of_t5_hold_its_position_biases():
+    layers = {"num_layers": 4, "num_decoder_layers": 2, "encoder_attention_type": "transient-global"}
+    found = stages_with(build("t5", **layers, model_type="longt5"), [0, 1, 3, 5])
+    first = "encoder.block.0.layer.0.TransientGlobalSelfAttention"
+    assert found[f"{first}.relative_attention_bias.weight"] == (0, 1, 2)
+    assert found[f"{first}.global_relative_attention_bias.weight"] == (0, 1, 2)
+    assert found["decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] == (2, 3)
+    assert found["encoder.final_layer_norm.weight"] == (2, 3)
 
 
 # --- memory
