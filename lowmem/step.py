@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from zlib import crc32
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from lowmem.data.batch import Batch, UnreadableStep, check_batches
 from lowmem.distributed.collectives import (
     gather_json,
+    is_rehearsed,
     raise_error_of_any_rank,
     rank_and_world_size,
     sum_over_ranks,
@@ -122,7 +124,8 @@ def train_step(
     the tier's bf16; of a sharded parameter, a DTensor. It changes them in place. `grad_norm` is the norm after it. A
     rank of a pipeline passes the gradients of its stage. All stages of a weight must change its gradient equally.
     Raises ValueError if `Gradients` does, and UsageError on every rank if ranks of a sharded model have different
-    numbers of micro-batches. Cost: two small host collectives, one gradient reduction, one device sync.
+    numbers of micro-batches, or ranks that share a model have different rows. Cost: two small host collectives, one
+    gradient reduction, one device sync.
     """
     num_tokens, denominator, preempted = agree_to_start(state, batches, preempted)
     set_learning_rate(state.optimizer, learning_rate)
@@ -172,23 +175,29 @@ def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool)
 
     Runs one small collective before the first forward, so that every loss is divided by the same number. If a rank
     could not read its rows, every rank raises that rank's error. Raises UsageError if forward or backward runs
-    collectives, and ranks have different numbers of micro-batches.
+    collectives, and ranks have different numbers of micro-batches, or ranks that share a model have different rows.
     """
     at_step(state.step + 1)  # the number that metrics.jsonl and checkpoints give this step
     error = batches.error if isinstance(batches, UnreadableStep) else check_batches(batches)
-    is_counted = error is None and data_place(state.model).is_counted
+    place, world_size = data_place(state.model), rank_and_world_size()[1]
+    is_counted = error is None and place.is_counted
     counted = batches if is_counted else ()
     sums = sum(batch.num_targets for batch in counted), sum(batch.denominator for batch in counted)
     here = len(batches) if error is None else 0
-    sums = sum_over_ranks(*sums, here, here**2, error is not None, preempted, dtype=torch.float64)
-    num_targets, denominator, micro_batches, squares, num_failed, num_preempted = sums
+    rows = crc32(repr([(batch.row_ids, batch.num_targets) for batch in batches]).encode()) if error is None else 0
+    rows = rows, rows * is_counted
+    sums = sum_over_ranks(*sums, here, here**2, *rows, error is not None, preempted, dtype=torch.float64)
+    num_targets, denominator, micro_batches, squares, rows, counted_rows, num_failed, num_preempted = sums
     if num_failed:
         raise_error_of_any_rank(error)
     # the sum of squares is at its least only if all ranks have the same number
-    are_equal = micro_batches**2 == squares * rank_and_world_size()[1]
+    are_equal = micro_batches**2 == squares * world_size
     if not are_equal and (has_collectives(state.model) or is_engine(state.model)):
         found = f"the ranks have {', '.join(map(str, gather_json(here)))} micro-batches"
         raise UsageError(f"ranks that share a model run the same forwards, but {found}: make equally many")
+    if rows * place.size != counted_rows * world_size and not is_rehearsed():
+        found = "ranks that share a model (pp_size or tp_size) need the same rows, but have different ones"
+        raise UsageError(f"{found}: pass **data_place(model).coordinates to open_stream")
     return int(num_targets), denominator, num_preempted > 0
 
 

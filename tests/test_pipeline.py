@@ -157,6 +157,8 @@ def train_on_a_rank(folder, world_size):
             AcceleratorState._reset_state()
             accelerator, precision = Accelerator(cpu=True, mixed_precision=run.precision), run.precision
         model = parallelize(run.model(), accelerator, **run.layout)
+        if "tp_size" in run.layout:  # whose linear layers run on placeholders here
+            assert check_model(model, chunked_loss, max_seq_len=48) == 48
         rank = data_place(model).rank
         losses, norms, weights = run.train(model, run.batches(rank), accelerator)
         whole = {name: (x.full_tensor() if isinstance(x, DTensor) else x).detach() for name, x in weights.items()}
@@ -331,6 +333,10 @@ def evaluate_and_answer():
     with pytest.raises(UsageError, match="fails on a row of max_seq_len=30 tokens .*to its number of positions, 24"):
         check_model(model, chunked_loss, max_seq_len=30)
     assert check_model(model, chunked_loss, max_seq_len=30, may_shorten=True) == 24
+    state = TrainState(model, make_optimizer(model, memory="off"))
+    with pytest.raises(UsageError, match=r"share a model .* have different ones: pass \*\*data_place\(model\)"):
+        batches = batches_of(False, count=1, first=accelerator.process_index)
+        train_step(state, batches, chunked_loss, accelerator, learning_rate=0.1)
     change_gradients(accelerator)
     accelerator.end_training()
 
