@@ -76,7 +76,7 @@ def _idle_hints(model: nn.Module, micro_batches: int) -> list[str]:
     if stages is None or (idle := idle_share(stages.number, micro_batches)) <= 0.25:
         return []
     enough = 3 * (stages.number - 1)
-    advice = f"--gradient_accumulation_steps={enough}, or a larger --global_batch_size, makes it 25 % or less"
+    advice = f"--gradient_accumulation_steps={enough}, or a larger --global_batch_size, makes it 25% or less"
     return [f"each stage idles for {idle:.0%} of a step: {advice}"]
 
 
@@ -161,8 +161,11 @@ class Report:
         `weights` counts the model's weights; `sharding` says how processes share the model, if they do.
         """
         devices = f"{self._accelerator.num_processes} x {self._accelerator.device.type}{sharding and f', {sharding}'}"
-        processes = f"{rank.size} process{'es' * (rank.size > 1)}"
-        pieces = f"{processes} x {stream.micro_batches} micro-batches of at most {stream.batch_size}"
+        one, several = "process", "processes"
+        if rank.size < self._accelerator.num_processes:  # the processes of each share a model, and rows
+            one, several = ("group", "groups") if stages_of(model) is None else ("pipeline", "pipelines")
+        ranks = f"{rank.size} {several if rank.size > 1 else one}"
+        pieces = f"{ranks} x {stream.micro_batches} micro-batches of at most {stream.batch_size}"
         self.print_lines(
             f"{weights} ({model.dtype}, memory={tier}) on {devices}, {stream.num_rows:,} rows",
             f"steps {self._step} to {self._total_steps}, each of {stream.global_batch_size} rows: {pieces}",

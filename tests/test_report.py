@@ -114,7 +114,7 @@ def print_openings(folder, accumulations):
 
 def test_stages_that_idle_for_more_than_a_quarter_of_a_step_are_reported(tmp_path, capfd):
     assert fork_ranks(2, print_openings, tmp_path, [1, 2, 3]) == [0, 0]
-    advice = "--gradient_accumulation_steps=3, or a larger --global_batch_size, makes it 25 % or less"
+    advice = "--gradient_accumulation_steps=3, or a larger --global_batch_size, makes it 25% or less"
     lines = [line.removeprefix("rank 0: ").strip() for line in capfd.readouterr().out.splitlines() if "idles" in line]
     assert lines == [f"each stage idles for {idle} of a step: {advice}" for idle in ("50%", "33%")]
 

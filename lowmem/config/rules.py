@@ -82,12 +82,12 @@ NEEDS: list[tuple[str, Sequence[object] | None, str, Sequence[object], str]] = [
         ["NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD"],
         "shards a stage over all its data-parallel ranks",
     ),
-    ("pp_size", None, "layered", [False], "runs a micro-batch through a stage before the next"),
+    ("pp_size", None, "layered", [False], "runs each micro-batch through all layers of a stage before the next one"),
     ("pp_size", None, "release", [False], "sums the gradients of all layers until the last micro-batch"),
     ("pp_size", None, "recompute", ["off", "full"], "checkpoints whole layers"),
     ("pp_size", None, "offload_weights", [None], "keeps the weights of a stage on its device"),
     ("pp_size", None, "quantization", [None], "does not support quantized weights"),
-    ("pp_size", None, "deepspeed", [None], "has its own groups of processes"),
+    ("pp_size", None, "deepspeed", [None], "does not support DeepSpeed"),
     ("deepspeed", None, "sharding_strategy", ["NO_SHARD"], "already shards weights"),
     ("deepspeed", None, "tp_size", [1], "already shards weights"),
     ("deepspeed", None, "device_memory", [None], "manages memory itself"),
@@ -113,7 +113,9 @@ NEEDS_WITHOUT_LAYERED: list[tuple[str, Sequence[object] | None, str, Sequence[ob
 def conflicts(config: TrainConfig, presets: Sequence[str]) -> list[str]:
     """List values that are out of range, and pairs of values that contradict each other."""
     problems, fields = _out_of_range(config), fields_of(type(config))
-    for name, values, other, needed, why in [*NEEDS, *(() if config.layered else NEEDS_WITHOUT_LAYERED)]:
+    # a pipeline refuses release, with layered and without it
+    more = () if config.layered or (config.pp_size or 1) > 1 else NEEDS_WITHOUT_LAYERED
+    for name, values, other, needed, why in [*NEEDS, *more]:
         if name == "lora_rank" and config.lora_rank is None and config.trains_adapters:
             name = "model_name_or_path"  # a folder of adapters
         value, found, default = getattr(config, name), getattr(config, other), fields[other].default

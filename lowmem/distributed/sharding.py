@@ -39,8 +39,7 @@ def parallelize(
     all need the same rows; FULL_SHARD and SHARD_GRAD_OP then shard a stage over its data-parallel ranks. A model on
     meta (`load_model(..., on_meta=True)`) is filled from its files. With `fill=False`, `make_optimizer` moves or fills
     the weights, one at a time, so that a memory tier never has all of them in fp32; the model cannot run before that.
-    Raises UsageError for options that do not fit the processes or the
-    model, such as quantized weights with sharding.
+    Raises UsageError for options that do not fit the processes or the model, such as quantized weights with sharding.
     """
     if sharding_strategy not in (strategies := choices("sharding_strategy")):
         raise UsageError(f"sharding_strategy={sharding_strategy} is unknown: set one of {', '.join(strategies)}")
@@ -82,7 +81,8 @@ def _check_quantized(model: nn.Module, device: torch.device, is_sharded: bool) -
     if quantized is None:
         return
     if is_sharded:
-        raise UsageError("quantized weights cannot be sharded: set NO_SHARD and tp_size=1, or remove quantization")
+        advice = "set NO_SHARD, tp_size=1 and pp_size=1, or remove quantization"
+        raise UsageError(f"quantized weights cannot be sharded: {advice}")
     if quantized.device != (wanted := torch.empty(0, device=device).device):  # with the index, if `device` has none
         found = f"quantized weights are on {quantized.device}, and their scales cannot be moved to {wanted}"
         raise UsageError(f"{found}: call load_model with device=accelerator.device")

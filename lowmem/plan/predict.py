@@ -278,7 +278,7 @@ def _waiting(config: TrainConfig, cluster: Cluster, counted: Sequence[Counted]) 
         f"in each step, a process of the pipeline sends up to {gigabytes(sent)}: {sent / _HOST_BANDWIDTH:.1f} s at "
         f"{_HOST_BANDWIDTH / 1e9:g} GB/s (PCIe 4.0 x16); if stages take equally long, computing takes "
         f"{computing:.1f} s at {speed / 1e12:g} TFLOP/s, and waiting for other stages {computing * idle:.1f} s "
-        f"({idle:.0%}: {config.pp_size - 1} / {micro_batches} micro-batches)"
+        f"({idle:.0%} of computing: (stages - 1) / micro-batches = {config.pp_size - 1} / {micro_batches})"
     )
 
 
