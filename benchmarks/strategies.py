@@ -28,7 +28,6 @@ from typing import NamedTuple
 from data import grid
 from launchers import COMMON, DEEPSPEED_CONFIGS, MODELS, state_bytes
 from memory import GIB
-from memory import MODELS as LARGE
 from records import MIB, Record, append
 from shown_plans import FINE_TUNED
 from systems import machine, peak_resident_bytes, resident_bytes
@@ -93,16 +92,21 @@ WAYS = {
 }
 ROWS, TOKENS = 8, 64  # of a step that is measured
 
-# settings by which large models are compared on several cards; TP needs a plan and enough heads
+# flags by which three large models are compared on several cards
 SHARED = {
-    "NO_SHARD": "",
-    "FULL_SHARD": _FULL,
+    "NO_SHARD": "--recompute=full",
     "FULL_SHARD, layered": f"{_FULL} {_LAYERED}",
-    "TP": "--tp_size={}",
-    "PP": "--pp_size={}",
+    "tensor parallel": "--recompute=full --tp_size={}",
+    "pipeline": "--recompute=full --pp_size={}",
 }
-MOST_TENSOR_PARALLEL = {"t5-base": 1, "qwen2.5-0.5b": 2, "llama-3.1-8b": 8}
-CARDS, MICRO_BATCHES = (2, 4, 8), 32
+SHAPES = {
+    "llama-3.1-8b": FINE_TUNED["llama-8b"],
+    "qwen2.5-0.5b": [*FINE_TUNED["qwen-0.5b"], "--batch_size=2"],
+    "t5-base": ["--model_config=t5-base", "--max_seq_len=512", "--batch_size=4"],
+}
+MOST_TENSOR_PARALLEL = {"t5-base": 1, "qwen2.5-0.5b": 2}
+"""T5 has no plan, and a head of keys cannot be split."""
+CARDS, MICRO_BATCHES = (2, 4, 8), 16
 
 
 # --- measured
@@ -268,29 +272,26 @@ def predicted(flags: argparse.Namespace) -> Iterator[Record]:
 
 
 def shapes(flags: argparse.Namespace) -> Iterator[Record]:
-    """Yield predictions of the three shapes on 2, 4 and 8 cards, with the same rows per step."""
-    with tempfile.TemporaryDirectory() as folder:
-        for model, spec in LARGE.items():
-            if model not in MOST_TENSOR_PARALLEL:
-                continue
-            path = Path(folder, f"{model}.json")
-            path.write_text(json.dumps(spec.shape))
-            words = [f"--model_config={path}", _EXACT, "--recompute=full", f"--batch_size={spec.batch_size}"]
-            words += [f"--max_seq_len={spec.seq_len}", f"--global_batch_size={spec.batch_size * MICRO_BATCHES}"]
-            words += ["--text_column=text"] * (not model.startswith("t5"))
-            ways = [(cards, way) for cards in CARDS for way in SHARED]
-            ways = [(n, way) for n, way in ways if way != "TP" or n <= MOST_TENSOR_PARALLEL[model]]
-            settings = [(cards, SHARED[way].format(cards)) for cards, way in ways]
-            for (_, way), record in zip(ways, predictions(words, settings), strict=True):
-                size = {"model": model, "batch": spec.batch_size, "seq_len": spec.seq_len}
-                yield {"section": "shapes", "way": way} | size | record
+    """Yield predictions of three models on 2, 4 and 8 cards, with the same rows per step."""
+    for model, words in SHAPES.items():
+        sizes = dict(word.removeprefix("--").split("=", 1) for word in words)
+        rows, tokens = int(sizes["batch_size"]), int(sizes["max_seq_len"])
+        ways = [(way, cards) for cards in CARDS for way in SHARED]
+        most = MOST_TENSOR_PARALLEL.get(model, max(CARDS))
+        ways = [(way, cards) for way, cards in ways if way != "tensor parallel" or cards <= most]
+        settings = [(cards, SHARED[way].format(cards)) for way, cards in ways]
+        shared = [*words, _EXACT, f"--global_batch_size={rows * MICRO_BATCHES}"]
+        for (way, _), record in zip(ways, predictions(shared, settings), strict=True):
+            yield {"section": "shapes", "way": way, "model": model, "size": f"{rows} x {tokens}"} | record
 
 
 # --- tables
 def latest(records: Sequence[Record], section: str) -> list[Record]:
-    """Return the records of the last command that has this section."""
+    """Return the records of a section: of the last command that measured, and each last prediction."""
     found = [record for record in records if record["section"] == section]
-    return [record for record in found if record["date"] == found[-1]["date"]]
+    if section == "measured":
+        return [record for record in found if record["date"] == found[-1]["date"]]
+    return list({(record.get("model"), record["cards"], record["way"]): record for record in found}.values())
 
 
 def compared(records: Sequence[Record]) -> list[str]:
@@ -304,7 +305,8 @@ def compared(records: Sequence[Record]) -> list[str]:
         if WAYS[way].reference == way:
             return ""
         pairs = [(run["loss"], runs[WAYS[way].reference][number]["loss"]) for number, run in runs[way].items()]
-        return f"{max(abs(a / b - 1) for mine, its in pairs for a, b in zip(mine, its, strict=True)):.0e}"
+        largest = max(abs(a / b - 1) for mine, its in pairs for a, b in zip(mine, its, strict=True))
+        return f"{largest:.0e}" if largest else "0"
 
     def middle(way: str, name: str) -> float:
         return median(run[name] for run in runs[way].values())
@@ -332,7 +334,7 @@ def compared(records: Sequence[Record]) -> list[str]:
 def by_shape(records: Sequence[Record]) -> list[str]:
     """Tabulate, by model and number of cards, what a card holds and what it sends in a step."""
     found = {(x["model"], x["cards"], x["way"]): x for x in latest(records, "shapes")}
-    shapes = {x["model"]: f"{x['model']} {x['batch']} x {x['seq_len']}" for x in found.values()}
+    shapes = {x["model"]: f"{x['model']} {x['size']}" for x in found.values()}
 
     def cell(model: str, cards: int, way: str) -> str:
         if record := found.get((model, cards, way)):

@@ -388,6 +388,15 @@ def test_each_stage_refuses_a_model_that_sees_its_targets():
     assert fork_ranks(2, check_in_two_stages) == [0, 0]
 
 
+def check_on_four_ranks():
+    model = build("llama", num_hidden_layers=8, num_key_value_heads=4, hidden_size=64)
+    check_loss(plain_loss, parallelize(model, init_distributed(), tp_size=4))
+
+
+def test_four_tensor_parallel_ranks_accept_a_model_whose_sums_depend_on_the_row():
+    assert fork_ranks(4, check_on_four_ranks) == [0] * 4
+
+
 def test_a_mean_instead_of_a_sum_is_refused_before_the_run():
     def mean_loss(model, batch):
         return plain_loss(model, batch) / max(1, batch.num_targets)

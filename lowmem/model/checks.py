@@ -125,15 +125,20 @@ def check_loss(loss_fn: LossFunction, model: nn.Module, *, weighted: bool = Fals
             found = f"it is {once.item():.4g} for a target token of weight 1 and {heavy.item():.4g} for weight 2"
             raise UsageError(f"the loss ignores weights: {found}: multiply token losses by batch.weights")
         one, other = [token for token in range(3) if token != getattr(base.config, "pad_token_id", None)][:2]
-        tokens = torch.tensor([[one, one], [one, other]], device=device_of(model))
-        inputs = {"input_ids": tokens}
-        if base.config.is_encoder_decoder:
-            inputs = {"input_ids": torch.full_like(tokens, one), "decoder_input_ids": tokens}
-        with logits_on_all_stages(model):
-            first = base(**inputs, use_cache=False).logits[:, 0].float()
-        # they must not depend on the second token. Both rows run the same operations, so this holds in bf16 too, in
-        # which attention of a new model would change few digits
-        if (first[0] - first[1]).abs().max() > 4 * torch.finfo(torch.float32).eps * first.abs().max():
+
+        def first_logits(second: int) -> Tensor:
+            """Return the logits after the first of two tokens."""
+            tokens = torch.tensor([[one, second]], device=device_of(model))
+            inputs = {"input_ids": tokens}
+            if base.config.is_encoder_decoder:
+                inputs = {"input_ids": torch.full_like(tokens, one), "decoder_input_ids": tokens}
+            with logits_on_all_stages(model):
+                return base(**inputs, use_cache=False).logits[0, 0].float()
+
+        # they must not depend on the second token. Both forwards run the same operations, and sum over ranks in the
+        # same order, so this holds in bf16 too, in which attention of a new model would change few digits
+        logits, others = first_logits(one), first_logits(other)
+        if (logits - others).abs().max() > 4 * torch.finfo(torch.float32).eps * logits.abs().max():
             found = f"{type(base).__name__} sees the tokens that it must predict"
             if base.config.is_encoder_decoder:  # UMT5 with sdpa attention in transformers 5.17
                 raise UsageError(f"{found}: update transformers, or use another model")
