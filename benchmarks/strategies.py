@@ -287,11 +287,9 @@ def shapes(flags: argparse.Namespace) -> Iterator[Record]:
 
 # --- tables
 def latest(records: Sequence[Record], section: str) -> list[Record]:
-    """Return the records of a section: of the last command that measured, and each last prediction."""
-    found = [record for record in records if record["section"] == section]
-    if section == "measured":
-        return [record for record in found if record["date"] == found[-1]["date"]]
-    return list({(record.get("model"), record["cards"], record["way"]): record for record in found}.values())
+    """Return the last record of each way of a section (by round; by model and number of cards)."""
+    found = (record for record in records if record["section"] == section)
+    return list({tuple(map(x.get, ("way", "round", "model", "cards"))): x for x in found}.values())
 
 
 def compared(records: Sequence[Record]) -> list[str]:
@@ -315,7 +313,7 @@ def compared(records: Sequence[Record]) -> list[str]:
         ratios = [run["cpu_seconds"] / runs["fp32"][number]["cpu_seconds"] for number, run in runs[way].items()]
         sizes = [f"{middle(way, name) / MIB:.1f}" for name in ("state_bytes", "peak_rss_above_import_bytes")]
         cells = [way, str(WAYS[way].processes), difference(way), *sizes, f"{middle(way, 'sent_bytes') / MIB:.1f}"]
-        cells += [f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
+        cells += [f"{median(ratios):.2f}" + (f" ({min(ratios):.2f} to {max(ratios):.2f})" if ratios[1:] else "")]
         if large := predictions.get(way):
             moved = f" + {large['elsewhere_bytes'] / GIB:.1f}" if large["elsewhere_bytes"] else ""
             return [*cells, f"{large['device_bytes'] / GIB:.1f}{moved}", f"{large['sent_bytes'] / GIB:.1f}"]
@@ -339,7 +337,7 @@ def by_shape(records: Sequence[Record]) -> list[str]:
     def cell(model: str, cards: int, way: str) -> str:
         if record := found.get((model, cards, way)):
             return f"{record['sent_bytes'] / GIB:.2f} ({record['device_bytes'] / GIB:.1f})"
-        return "-"
+        return "-" if way == "tensor parallel" else ""
 
     lines = [
         [f"{shape}, {cards} cards", *(cell(model, cards, way) for way in SHARED)]

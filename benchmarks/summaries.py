@@ -292,8 +292,10 @@ def launchers(records: Sequence[Record]) -> list[str]:
 
 def strategies(records: Sequence[Record]) -> list[str]:
     """Tabulate ways to train: what a process holds and sends, and what that costs."""
-    sources = [*latest(records, "measured"), *latest(records, "predicted")]
-    return [*compared(records), "", source(sources, "Medians of interleaved runs, and the smallest and largest ratio")]
+    measured, predicted = (latest(records, section) for section in ("measured", "predicted"))
+    rounds = len({record["round"] for record in measured})
+    how = f"Medians of {rounds} interleaved runs (smallest to largest)" if rounds > 1 else "One run each"
+    return [*compared(records), "", source([*measured, *predicted], how)]
 
 
 def shapes(records: Sequence[Record]) -> list[str]:
