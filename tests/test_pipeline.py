@@ -34,6 +34,7 @@ from lowmem.data.eval_batches import open_eval
 from lowmem.data.stream import open_stream
 from lowmem.distributed.collectives import gather_json
 from lowmem.distributed.dtensor import local_of
+from lowmem.distributed.offloaded import offload_weights
 from lowmem.distributed.partition import users_of_weights
 from lowmem.distributed.pipeline import stages_of
 from lowmem.distributed.placement import data_place
@@ -323,6 +324,10 @@ def evaluate_and_answer():
         parallelize(build("llama", num_hidden_layers=1), accelerator, pp_size=2)
     with pytest.raises(UsageError, match="pp_size=2 x tp_size=2 was set, which does not divide 2 processes"):
         parallelize(build("llama"), accelerator, pp_size=2, tp_size=2)
+    with pytest.raises(UsageError, match="pp_size=2 does not combine with HYBRID_SHARD or shard_size: use FULL_SHARD"):
+        parallelize(build("llama"), accelerator, pp_size=2, sharding_strategy="FULL_SHARD", shard_size=2)
+    with pytest.raises(UsageError, match="a pipeline keeps weights on their stage's device: set pp_size=1"):
+        offload_weights(model, "host", accelerator.device)
     with pytest.raises(UsageError, match="weights to train on each stage, but all weights of stage 0 are frozen"):
         sizes = {"num_layers": 4, "num_decoder_layers": 1}
         frozen = Run(family="t5", changes=sizes, frozen=("encoder", "embeddings"))
