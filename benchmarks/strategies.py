@@ -32,7 +32,7 @@ from records import MIB, Record, append
 from shown_plans import FINE_TUNED
 from systems import machine, peak_resident_bytes, resident_bytes
 
-RUN_LIMIT_SECONDS = 240
+RUN_LIMIT_SECONDS = 600
 COUNTED_STEP = 2
 """The step, from 0, whose bytes are counted; later ones are timed."""
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes")

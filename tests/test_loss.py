@@ -389,8 +389,11 @@ def test_each_stage_refuses_a_model_that_sees_its_targets():
 
 
 def check_on_four_ranks():
+    accelerator = init_distributed()
     model = build("llama", num_hidden_layers=8, num_key_value_heads=4, hidden_size=64)
-    check_loss(plain_loss, parallelize(model, init_distributed(), tp_size=4))
+    check_loss(plain_loss, parallelize(model, accelerator, tp_size=4))
+    in_stages = parallelize(build("llama"), accelerator, pp_size=2, tp_size=2)
+    assert check_model(in_stages, chunked_loss, max_seq_len=16) == 16
 
 
 def test_four_tensor_parallel_ranks_accept_a_model_whose_sums_depend_on_the_row():

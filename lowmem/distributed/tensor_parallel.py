@@ -39,7 +39,8 @@ def apply_tensor_parallelism(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     group = mesh.get_group(1)
     for name, style in _planned(model).items():
         if style in _STYLES:
-            _shard_linear(_part(model, name), _STYLES[style], mesh)
+            if next(_part(model, name).parameters(), None) is not None:  # else it is of another stage of a pipeline
+                _shard_linear(_part(model, name), _STYLES[style], mesh)
         else:
             for parameter in (x for x in _part(model, name).parameters() if x.requires_grad):
                 # torch calls the hook on each gradient before adding it to `grad`
