@@ -19,7 +19,6 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lowmem.distributed.dtensor import local_of
 from lowmem.distributed.placement import TENSOR_PARALLEL_MESH
 from lowmem.errors import UsageError
 
@@ -115,8 +114,8 @@ def _shard_linear(linear: nn.Linear, style: "_Style", mesh: DeviceMesh) -> None:
         bias = linear.bias
         if style.before:
             x = _Exchange.apply(x, group, *style.before)
-        local_bias = None if bias is None or style.dim == 1 else local_of(bias)
-        result = F.linear(x, local_of(linear.weight), local_bias)  # no DTensor if it is a placeholder of another stage
+        local_bias = None if bias is None or style.dim == 1 else bias.to_local()
+        result = F.linear(x, linear.weight.to_local(), local_bias)
         if style.after:
             result = _Exchange.apply(result, group, *style.after)
         return result + bias if bias is not None and style.dim == 1 else result  # add the bias once, after the sum
