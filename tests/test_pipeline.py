@@ -160,16 +160,16 @@ def train_on_a_rank(folder, world_size):
         model = parallelize(run.model(), accelerator, **run.layout)
         if "tp_size" in run.layout:  # whose linear layers run on placeholders here
             assert check_model(model, chunked_loss, max_seq_len=48) == 48
-        rank = data_place(model).rank
+        rank, stages = data_place(model).rank, stages_of(model)
+        sent_in_checks = stages.links.sent_bytes
         losses, norms, weights = run.train(model, run.batches(rank), accelerator)
         whole = {name: (x.full_tensor() if isinstance(x, DTensor) else x).detach() for name, x in weights.items()}
         save_file(whole, folder / f"{name} {accelerator.process_index}.safetensors")
         if run.lora:
             save_model(model, folder / "adapters")
-        stages = stages_of(model)
         found = {"losses": [x.item() for x in losses], "norms": [x.item() for x in norms], "data_rank": rank}
         found |= {"stage": stages.index, "own": [*stages.own], "most_alive": pipeline_of(model).most_alive}
-        found |= {"sent_bytes": stages.links.sent_bytes}
+        found |= {"sent_bytes": stages.links.sent_bytes - sent_in_checks}
         found |= {"bytes": sum(local_of(x).nbytes for x in model.parameters())}
         (folder / f"{name} {accelerator.process_index}.json").write_text(json.dumps(found))
     accelerator.end_training()

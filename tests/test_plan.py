@@ -310,7 +310,7 @@ def test_the_host_memory_of_a_machine_is_that_of_its_stages(tmp_path):
     assert two.host["offloaded, of all processes"] == 2**30  # of the machine with the second stage
     assert one.device["weights"] == one.sent_bytes == 600
     assert (one.disk["each checkpoint"], one.disk["model"]) == (3000, 1000)
-    assert "(50%: 1 / 2 micro-batches)" in one.pipeline
+    assert "(50% of computing: (stages - 1) / micro-batches = 1 / 2)" in one.pipeline
 
 
 def test_stages_are_chosen_where_they_suffice_and_the_model_has_as_many_layers(tmp_path):

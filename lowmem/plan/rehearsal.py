@@ -204,6 +204,7 @@ def count(
             records.moved = timeline.host.moved
         batches = _batches(config, cluster, stage, is_causal=not shape.is_encoder_decoder)
         timeline.meter.reset_peak()
+        timeline.meter.sent_bytes = 0  # making a store of sharded weights has sent some, once
         train_step(
             TrainState(model, optimizer),
             batches,
