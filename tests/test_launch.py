@@ -218,6 +218,7 @@ CONFIGS = {
     "hsdp": (None, "on 4 x cpu, HYBRID_SHARD, 40 rows"),
     "tensor_parallel": (None, "on 2 x cpu, tp_size=2, 40 rows"),
 }
+WHOLE, SHARDED = ("cpu", "single_gpu", "multi_gpu"), ("fsdp2", "fsdp2_offload", "hsdp")
 
 
 @pytest.fixture(scope="module")
@@ -232,11 +233,17 @@ def causal(files, tmp_path_factory):
     return flags, losses(folder / "out")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_without_deepspeed_trains_like_one_process(name, causal, tmp_path):
+@pytest.mark.parametrize(
+    "names", [WHOLE, SHARDED, CONFIGS.keys() - {*WHOLE, *SHARDED}], ids=["whole", "sharded", "rest"]
+)
+def test_every_config_without_deepspeed_trains_like_one_process(names, causal, tmp_path):
+    for name in names:
+        check_config(name, *causal, tmp_path / name)
+
+
+def check_config(name, flags, expected, folder):
     path = ROOT / "accelerate_configs" / f"{name}.yaml"
     assert path.read_text().startswith("# ")  # the first line says when to use the config
-    flags, expected = causal
     processes, line = CONFIGS[name]
     command = module_command(
         "accelerate.commands.launch",
@@ -245,11 +252,11 @@ def test_every_config_without_deepspeed_trains_like_one_process(name, causal, tm
         f"--main_process_port={free_port()}",
     )
     command += [f"--num_processes={processes}"] if processes else []
-    result = run(*command, "train_low_mem.py", "train", *flags, f"--output_dir={tmp_path}/out")
+    result = run(*command, "train_low_mem.py", "train", *flags, f"--output_dir={folder}")
     assert result.returncode == 0, result.stderr
     assert line in result.stdout, result.stdout
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["cpu_offload"] == (name == "fsdp2_offload")
-    assert losses(tmp_path / "out") == pytest.approx(expected, rel=1e-6)
+    assert json.loads((folder / "config.json").read_text())["cpu_offload"] == (name == "fsdp2_offload")
+    assert losses(folder) == pytest.approx(expected, rel=1e-6)
 
 
 def test_some_of_a_launchers_variables_are_refused_also_with_a_world_size_of_one(monkeypatch):

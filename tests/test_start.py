@@ -330,8 +330,12 @@ TWO_HOSTS = {
 }
 
 
-@pytest.mark.parametrize("launcher", TWO_HOSTS)
-def test_launchers_on_two_hosts_train_one_run(launcher, work, alone):
+def test_launchers_on_two_hosts_train_one_run(work, alone):
+    for launcher in TWO_HOSTS:
+        check_two_hosts(launcher, work, alone)
+
+
+def check_two_hosts(launcher, work, alone):
     words, port = TWO_HOSTS[launcher], str(free_port())
     with ExitStack() as stack:
         hosts = []
