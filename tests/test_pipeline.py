@@ -47,7 +47,7 @@ from lowmem.loss import chunked_loss, plain_loss
 from lowmem.memory.pipeline import pipeline_of
 from lowmem.memory.savers import offload_activations, recompute
 from lowmem.model.build import freeze, model_from
-from lowmem.model.checks import check_model
+from lowmem.model.checks import check_loss, check_model
 from lowmem.model.metrics import loss_and_metrics
 from lowmem.optim.make import make_optimizer
 from lowmem.optim.master import master_weights
@@ -57,6 +57,7 @@ from tests.forked import fork_ranks, started_ranks
 from tests.models import build, qa_rows
 from tests.test_files import fail_at
 from tests.test_layered import batches_of, packed_batches, trained
+from tests.test_loss import bert
 
 STEPS, RATE = 2, 0.1
 
@@ -342,6 +343,9 @@ def evaluate_and_answer():
     with pytest.raises(UsageError, match=r"share a model .* have different ones: pass \*\*data_place\(model\)"):
         batches = batches_of(False, count=1, first=accelerator.process_index)
         train_step(state, batches, chunked_loss, accelerator, learning_rate=0.1)
+    with pytest.raises(UsageError, match="BertLMHeadModel sees the tokens that it must predict"):
+        check_loss(plain_loss, parallelize(bert(), accelerator, pp_size=2))
+    check_loss(plain_loss, parallelize(bert(is_decoder=True), accelerator, pp_size=2))
     change_gradients(accelerator)
     accelerator.end_training()
 
