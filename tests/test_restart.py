@@ -1,9 +1,11 @@
 """When a launcher or process manager restarts a signalled or killed run, the run continues exactly."""
 
+import json
 import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 
 import psutil
@@ -45,7 +47,8 @@ def uninterrupted(work):
 
 
 def has_trained(work, name, more_than):
-    return (work / name / "metrics.jsonl").exists() and len(steps(work, name)) > more_than
+    with suppress(FileNotFoundError, json.JSONDecodeError):  # not written yet, or not to the end of the last line
+        return len(steps(work, name)) > more_than
 
 
 def workers(process):
