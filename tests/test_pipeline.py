@@ -139,6 +139,7 @@ RUNS = {
         "t5 4": Run(PP4, family="t5"),
         "dropout 4": Run(PP4, changes=DROPOUT, same_as="dropout", tolerance=0.0),
         "t5 dropout 4": Run(PP4, family="t5", changes={"dropout_rate": 0.1}, same_as="t5 dropout"),
+        "data": Run(counts=DATA),
         "t5 data": Run(family="t5", counts=DATA),
         "sharded": Run(FULL, counts=DATA, family="qwen2"),
         "t5 sharded": Run(FULL, counts=DATA, family="t5", changes={"num_layers": 4, "num_decoder_layers": 1}, cut=3),
