@@ -184,7 +184,9 @@ def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool)
     counted = batches if is_counted else ()
     sums = sum(batch.num_targets for batch in counted), sum(batch.denominator for batch in counted)
     here = len(batches) if error is None else 0
-    rows = crc32(repr([(batch.row_ids, batch.num_targets) for batch in batches]).encode()) if error is None else 0
+    rows, share_rows = 0, place.size < world_size and not is_rehearsed()
+    if share_rows and error is None:
+        rows = crc32(repr([(batch.row_ids, batch.num_targets) for batch in batches]).encode())
     rows = rows, rows * is_counted
     sums = sum_over_ranks(*sums, here, here**2, *rows, error is not None, preempted, dtype=torch.float64)
     num_targets, denominator, micro_batches, squares, rows, counted_rows, num_failed, num_preempted = sums
@@ -195,7 +197,7 @@ def agree_to_start(state: TrainState, batches: Sequence[Batch], preempted: bool)
     if not are_equal and (has_collectives(state.model) or is_engine(state.model)):
         found = f"the ranks have {', '.join(map(str, gather_json(here)))} micro-batches"
         raise UsageError(f"ranks that share a model run the same forwards, but {found}: make equally many")
-    if rows * place.size != counted_rows * world_size and not is_rehearsed():
+    if rows * place.size != counted_rows * world_size:
         found = "ranks that share a model (pp_size or tp_size) need the same rows, but have different ones"
         raise UsageError(f"{found}: pass **data_place(model).coordinates to open_stream")
     return int(num_targets), denominator, num_preempted > 0

@@ -25,21 +25,14 @@ from lowmem.distributed.links import Links, StageFailed, lines_of
 from lowmem.distributed.partition import messages_to, share_position_bias, starts_of_stages, users_of_weights
 from lowmem.distributed.placement import (
     PIPELINE_MESH,
+    STAGES,
     TENSOR_PARALLEL_MESH,
     is_sharded,
     original_class,
-    place_on_mesh,
     unwrapped,
 )
 from lowmem.distributed.reduce import all_reduce_sum
-from lowmem.distributed.trace import (
-    Trace,
-    hidden_of,
-    placeholder,
-    replaced_forwards,
-    shaped,
-    trace,
-)
+from lowmem.distributed.trace import Trace, hidden_of, placeholder, replaced_forwards, trace
 from lowmem.errors import RankError, UsageError
 
 
@@ -65,9 +58,8 @@ def split_into_stages(model: PreTrainedModel, mesh: DeviceMesh, starts: Sequence
     """
     traced = trace(model)
     starts = starts_of_stages(model, traced, mesh.size(1)) if starts is None else list(starts)
-    place_on_mesh(model, mesh)
     # an attribute, because a table would keep the model for ever
-    setattr(model, _STAGES, Stages(model, mesh, traced, starts))
+    setattr(model, STAGES, Stages(model, mesh, traced, starts))
 
 
 def depths_of_stages(model: PreTrainedModel, num_stages: int) -> list[tuple[int, int]]:
@@ -83,12 +75,9 @@ def depths_of_stages(model: PreTrainedModel, num_stages: int) -> list[tuple[int,
     return [(b - a, end - start - (b - a)) for start, end, a, b in zip(starts, ends, before, after, strict=True)]
 
 
-_STAGES = "_lowmem_stages"
-
-
 def stages_of(model: nn.Module) -> "Stages | None":
     """Return the stages into which `model` is split, if it is."""
-    return getattr(unwrapped(model), _STAGES, None)
+    return getattr(unwrapped(model), STAGES, None)
 
 
 def sum_over_stages(model: nn.Module, number: int) -> int:
@@ -114,7 +103,9 @@ class Stages:
         """Of the whole model."""
         self.own = range(starts[self.index], [*starts, len(self.layers)][self.index + 1])
         """The indices of this stage's layers."""
-        self._model, self._mesh = model, mesh
+        self._model = model
+        self.mesh = mesh
+        """Of shape (data ranks, stages, tensor-parallel ranks)."""
         users = users_of_weights(model, traced, starts)
         self.links = Links(mesh)
         self.received = messages_to(starts, traced.num_encoder_layers, self.index)
@@ -137,14 +128,19 @@ class Stages:
         """The pipeline (memory/pipeline.py) that runs these stages, after its first step."""
 
     @property
+    def own_layers(self) -> list[nn.Module]:
+        """This stage's layers, in order."""
+        return [self.layers[index] for index in self.own]
+
+    @property
     def is_first_of_stage(self) -> bool:
         """Whether this is the first process of its stage."""
-        return self._mesh.get_local_rank(0) == self._mesh.get_local_rank(2) == 0
+        return self.mesh.get_local_rank(0) == self.mesh.get_local_rank(2) == 0
 
     @property
     def _has_collectives(self) -> bool:
         """Whether the forward of a stage has collectives."""
-        return is_sharded(self._model) or self._mesh.size(2) > 1
+        return is_sharded(self._model) or self.mesh.size(2) > 1
 
     @property
     def is_last(self) -> bool:
@@ -153,8 +149,7 @@ class Stages:
     @cached_property
     def store(self) -> Store:
         """Where this stage's weights are. Made after all weights have their dtypes."""
-        layers = [self.layers[index] for index in self.own]
-        return Gathered(self._model, layers, None) if is_sharded(self._model) else Resident()
+        return Gathered(self._model, self.own_layers, None) if is_sharded(self._model) else Resident()
 
     @cached_property
     def _name_of(self) -> dict[nn.Parameter, str]:  # made after all weights are sharded
@@ -167,7 +162,8 @@ class Stages:
 
     def shaped(self, index: int, output: Tensor) -> object:
         """Return `output` as the layer of this index returns it."""
-        return shaped(output, self._num_outputs[index])
+        number = self._num_outputs[index]
+        return output if number is None else (output, *[None] * (number - 1))
 
     def output_of(self, index: int, outputs: object, hidden: Tensor) -> Tensor:
         """Return the output of the layer of this index, which returns `outputs` for `hidden`.
@@ -188,7 +184,7 @@ class Stages:
 
     def sum(self, totals: Sequence[Tensor], gradients: Mapping[nn.Parameter, Tensor]) -> None:
         """Sum `totals` over stages, and the gradients of shared weights over the stages that hold them, in place."""
-        all_reduce_sum(totals, self._mesh.get_group(1))
+        all_reduce_sum(totals, self.mesh.get_group(1))
         by_name = {self._name_of[parameter]: gradient for parameter, gradient in gradients.items()}
         for names, group in self._shared:
             all_reduce_sum([local_of(by_name[name]) for name in names if name in by_name], group)
@@ -219,13 +215,13 @@ class Stages:
         if any(failed for _, failed in of_ranks):
             raise_error_of_any_rank(error)
         value, pairs = of_ranks[self.links.ranks[-1]][0]
-        scalar = torch.tensor(value, device=self._mesh.device_type)
+        scalar = torch.tensor(value, device=self.mesh.device_type)
         return scalar, {name: tuple(pair) for name, pair in pairs.items()}
 
     @contextmanager
     def generating(self) -> Iterator[None]:
         """Within this block, without gradients, the model returns the last stage's logits on every stage."""
-        head, group = self._model.get_output_embeddings(), self._mesh.get_group(1)
+        head, group = self._model.get_output_embeddings(), self.mesh.get_group(1)
 
         def shared(head: nn.Module) -> Callable:
             forward = head.forward

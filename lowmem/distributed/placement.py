@@ -3,7 +3,6 @@
 import sys
 from contextlib import AbstractContextManager
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -30,7 +29,8 @@ PIPELINE_MESH = ("data", "pipeline", "tensor")
 
 _SMALL = 4096
 
-_pipeline_meshes: WeakKeyDictionary[nn.Module, DeviceMesh] = WeakKeyDictionary()
+STAGES = "_lowmem_stages"
+"""The attribute in which a model that is split into stages has them (`Stages` in pipeline.py)."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -157,11 +157,7 @@ def tensor_mesh(model: nn.Module) -> DeviceMesh | None:
     return next((mesh for mesh in meshes if mesh.mesh_dim_names == TENSOR_PARALLEL_MESH), None)
 
 
-def place_on_mesh(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Note the mesh of a model that is split into stages."""
-    _pipeline_meshes[model] = mesh
-
-
 def pipeline_mesh(model: nn.Module) -> DeviceMesh | None:
     """The mesh that `split_into_stages` used for `model`; None without stages."""
-    return _pipeline_meshes.get(unwrapped(model))
+    stages = getattr(unwrapped(model), STAGES, None)
+    return None if stages is None else stages.mesh

@@ -129,11 +129,6 @@ def hidden_of(args: Sequence[object], kwargs: dict[str, object]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def shaped(output: Tensor, number: int | None) -> object:
-    """Return `output` as a layer with this `num_outputs` returns it."""
-    return output if number is None else (output, *[None] * (number - 1))
-
-
 @contextmanager
 def replaced_forwards(layers: Iterable[nn.Module], replacement: Callable[[nn.Module], Callable]) -> Iterator[None]:
     """Within this block, `layer.forward` is `replacement(layer)`."""

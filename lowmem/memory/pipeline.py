@@ -52,10 +52,9 @@ class Pipeline:
 
     def __init__(self, stages: Stages):
         self._stages, self.store = stages, stages.store
-        own = [stages.layers[index] for index in stages.own]
-        uses = Counter(parameter for layer in own for parameter in layer.parameters())
+        uses = Counter(parameter for layer in stages.own_layers for parameter in layer.parameters())
         # the gradient of a weight that layers share is complete after the backward of the first of them
-        self._parameters = {layer: [x for x in layer.parameters() if uses[x] == 1] for layer in own}
+        self._parameters = {layer: [x for x in layer.parameters() if uses[x] == 1] for layer in stages.own_layers}
         self._alive: dict[int, _Passage] = {}
         self.most_alive = 0
         """The largest number of micro-batches that waited for their backward at a time."""

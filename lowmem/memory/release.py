@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 
 from lowmem.distributed.dtensor import local_of, sharded_like
 from lowmem.distributed.pipeline import stages_of
-from lowmem.distributed.placement import unwrapped
 from lowmem.distributed.vocabulary import OffloadedRows
 from lowmem.errors import UsageError
 from lowmem.memory.offload import Offload
@@ -23,7 +22,7 @@ def release(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
 
     Supports one process and one micro-batch a step, or any number of both within `layered`.
     """
-    if stages_of(unwrapped(model)) is not None:
+    if stages_of(model) is not None:
         found = "a pipeline sums the gradients of all its layers until the last micro-batch"
         raise UsageError(f"release would save nothing, because {found}: set pp_size=1, or remove release")
     is_layered = hasattr(optimizer, "layered")

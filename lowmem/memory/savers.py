@@ -110,8 +110,7 @@ def _checkpointing(model: nn.Module, optimizer: Optimizer | None, options: dict[
     if not getattr(base, "supports_gradient_checkpointing", False):
         raise UsageError(f"{type(base).__name__} does not support activation checkpointing: set recompute=off")
     if stages := stages_of(base):  # a micro-batch pauses at a layer's forward, which must not be inside a checkpoint
-        layers = [stages.layers[index] for index in stages.own]
-        with replaced_forwards(layers, lambda layer: partial(checkpoint, layer.forward, **options)):
+        with replaced_forwards(stages.own_layers, lambda layer: partial(checkpoint, layer.forward, **options)):
             yield
         return
     # transformers 5.17 has only the older method names (gradient_...), which later versions deprecate
